@@ -1,0 +1,51 @@
+"""Packaging of causvid_jax."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+
+PARITY = ["torch", "diffusers", "transformers", "safetensors"]
+DEV = ["pytest>=8", "pytest-xdist", "ruff>=0.12,<1", "mypy>=1.16", "chex"]
+
+setup(
+    name="causvid_jax",
+    version="0.1.0",
+    description="Causal, few-step video diffusion in JAX: CausVid (arXiv 2412.07772)",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["causvid_jax*", "configs*", "launch*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10.2,<0.13",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.2",
+        "einops>=0.8",
+        "ml-collections>=1.1",
+        "tensorflow-datasets>=4.9.9",
+        # tensorflow-datasets imports it while preparing a dataset but does not declare it.
+        "importlib_resources",
+        "grain>=0.2.12",
+        "array-record>=0.8",
+        "safetensors>=0.5",
+        "numpy>=2.0",
+        "av>=14",
+        "pillow>=10",
+        "absl-py>=2",
+        "tqdm>=4.66",
+        "tensorboardX>=2.6",
+        # The handwriting of the digits recipe ships inside scikit-learn.
+        "scikit-learn>=1.5",
+        "matplotlib>=3.9",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
+        "parity": PARITY,
+        "dev": DEV,
+    },
+)
