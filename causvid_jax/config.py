@@ -26,6 +26,10 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _check_dtype(owner: str, dtype: str) -> None:
+    require(dtype in ("float32", "bfloat16"), f"{owner}.dtype is {dtype!r}; accepted: 'float32', 'bfloat16'")
+
+
 @dataclasses.dataclass(frozen=True)
 class VideoConfig:
     """Pixel geometry of a clip. ``frames = 1 + 4 n``: the Wan VAE keeps one frame alone, then groups four."""
@@ -57,7 +61,7 @@ class TextConfig:
     ``kind="words"`` encodes a closed vocabulary as one-hot word plus one-hot position (the digits recipe).
     """
 
-    kind: str = "words"
+    kind: str = "umt5"
     vocabulary: tuple[str, ...] = ()
     length: int = 512
     dim: int = 4096
@@ -367,10 +371,6 @@ class Recipe:
                 f"({self.text.length}, {self.text.dim})",
             )
         self.causal.block_sizes(self.video.latent_frames)
-
-
-def _check_dtype(owner: str, dtype: str) -> None:
-    require(dtype in ("float32", "bfloat16"), f"{owner}.dtype is {dtype!r}; accepted: 'float32', 'bfloat16'")
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
