@@ -1,0 +1,269 @@
+"""Moving digits: real handwriting, coloured, drifting over a torus of pixels, with a caption that stays true for ever.
+
+The handwriting is ``sklearn.datasets.load_digits`` (1797 images of 8x8 that ship inside scikit-learn), enlarged by
+cubic interpolation. A clip shows each digit moving ``speed`` pixels per frame in one of eight directions; whatever
+leaves at one edge enters at the opposite one, so position is periodic and no caption ever stops being true.
+
+Two separate hold-outs keep the figures honest: handwriting is split into images for the generators (``train``), for
+the judge that reads their samples (``judge``) and for real test clips (``test``); and a fixed share of all
+digit-colour-direction combinations appears in no training caption.
+"""
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from causvid_jax.config import ConfigError, DataConfig, VideoConfig, require
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (255, 0, 0),
+    "green": (0, 255, 0),
+    "blue": (0, 0, 255),
+    "yellow": (255, 255, 0),
+    "cyan": (0, 255, 255),
+    "magenta": (255, 0, 255),
+    "white": (255, 255, 255),
+}
+
+DIRECTIONS: dict[str, tuple[int, int]] = {
+    "up": (-1, 0),
+    "down": (1, 0),
+    "left": (0, -1),
+    "right": (0, 1),
+    "up left": (-1, -1),
+    "up right": (-1, 1),
+    "down left": (1, -1),
+    "down right": (1, 1),
+}
+
+SPLITS = ("train", "judge", "test")
+_SHARES = (0.50, 0.35, 0.15)
+_PHRASE = re.compile(r"a (?P<color>\S+) (?P<digit>\S+) moving (?P<direction>\S+(?: \S+)?)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Digit:
+    """One digit of a caption: which, in what colour, moving where."""
+
+    digit: int
+    color: str
+    direction: str
+
+    def __str__(self) -> str:
+        return f"a {self.color} {self.digit} moving {self.direction}"
+
+
+def caption_of(specs: Sequence[Digit]) -> str:
+    """The caption of a clip that shows ``specs``: their phrases joined by " and "."""
+    return " and ".join(map(str, specs))
+
+
+def parse_caption(caption: str) -> list[Digit]:
+    """The digits a caption names, inverse of :func:`caption_of`.
+
+    Raises:
+        ConfigError: the caption is not "a COLOUR DIGIT moving DIRECTION", or two of these joined by " and ".
+    """
+    return [_parse_phrase(phrase, caption) for phrase in caption.split(" and ")]
+
+
+def _parse_phrase(phrase: str, caption: str) -> Digit:
+    match = _PHRASE.fullmatch(phrase)
+    if match is None:
+        raise ConfigError(
+            f"cannot read {phrase!r} in the caption {caption!r}; it must look like 'a red 3 moving left', "
+            "with ' and ' between two digits"
+        )
+    for name, accepted in (("color", COLORS), ("digit", [str(d) for d in range(10)]), ("direction", DIRECTIONS)):
+        if match[name] not in accepted:
+            close = difflib.get_close_matches(match[name], accepted, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"accepted: {', '.join(accepted)}"
+            raise ConfigError(f"unknown {name} {match[name]!r} in the caption {caption!r}; {hint}")
+    return Digit(int(match["digit"]), match["color"], match["direction"])
+
+
+def vocabulary(config: DataConfig) -> tuple[str, ...]:
+    """Every word a caption can contain, in a fixed order."""
+    _check(config)
+    return ("a", "and", "moving", "up", "down", "left", "right", *config.colors, *map(str, range(10)))
+
+
+def captions(config: DataConfig, split: str) -> list[str]:
+    """All captions of ``split``: ``"train"`` (no held-out combination), ``"test"`` (at least one) or ``"all"``.
+
+    With two digits per clip both orders of naming count as captions, and the two colours differ.
+    """
+    require(split in ("train", "test", "all"), f"caption split is {split!r}; accepted: 'train', 'test', 'all'")
+    return list(_captions(config, split))
+
+
+def is_held_out(caption: str, config: DataConfig) -> bool:
+    """Whether a caption contains a combination that no training caption of ``config`` contains."""
+    return any(spec in _held_out(config) for spec in parse_caption(caption))
+
+
+@functools.lru_cache(maxsize=8)
+def _combinations(config: DataConfig) -> tuple[Digit, ...]:
+    _check(config)
+    return tuple(Digit(d, c, w) for d in range(10) for c in config.colors for w in DIRECTIONS)
+
+
+@functools.lru_cache(maxsize=8)
+def _held_out(config: DataConfig) -> frozenset[Digit]:
+    every = _combinations(config)
+    order = np.random.default_rng([config.seed, 1]).permutation(len(every))
+    return frozenset(every[i] for i in order[: round(config.held_out_fraction * len(every))])
+
+
+@functools.lru_cache(maxsize=16)
+def _captions(config: DataConfig, split: str) -> tuple[str, ...]:
+    held_out = _held_out(config)
+    clips: list[tuple[Digit, ...]] = [(spec,) for spec in _combinations(config)]
+    if config.digits_per_clip == 2:
+        clips = [(a, b) for (a,) in clips for (b,) in clips if a.color != b.color]
+    wanted = {"train": (False,), "test": (True,), "all": (False, True)}[split]
+    return tuple(caption_of(specs) for specs in clips if any(s in held_out for s in specs) in wanted)
+
+
+def _check(config: DataConfig) -> None:
+    unknown = [c for c in config.colors if c not in COLORS]
+    require(not unknown, f"data.colors contains {unknown}; accepted: {', '.join(COLORS)}")
+    require(
+        len(set(config.colors)) == len(config.colors) > 0,
+        f"data.colors is {config.colors}; it must be distinct colours, at least one",
+    )
+    require(
+        config.digits_per_clip in (1, 2) and config.digits_per_clip <= len(config.colors),
+        f"data.digits_per_clip is {config.digits_per_clip} with {len(config.colors)} colours; accepted: 1, or 2 with "
+        "at least two colours",
+    )
+    require(
+        0 <= config.held_out_fraction <= 0.5,
+        f"data.held_out_fraction is {config.held_out_fraction}; it must be in [0, 0.5]",
+    )
+    require(config.speed >= 1, f"data.speed is {config.speed}; it must be at least 1 pixel per frame")
+
+
+@functools.lru_cache(maxsize=1)
+def _all_handwriting() -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    # Imported here: the streaming sampler reads captions through this module and needs no scikit-learn.
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images, labels = data.images.astype(np.float32) / 16.0, data.target.astype(np.int32)
+    rng = np.random.default_rng(0)
+    picked: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    for digit in range(10):
+        own = rng.permutation(np.flatnonzero(labels == digit))
+        borders = np.round(np.cumsum(_SHARES)[:-1] * len(own)).astype(int)
+        for split, part in zip(SPLITS, np.split(own, borders), strict=True):
+            picked[split].append(part)
+    result = {}
+    for split, parts in picked.items():
+        indices = np.sort(np.concatenate(parts))
+        result[split] = (images[indices], labels[indices], indices)
+        for array in result[split]:
+            array.setflags(write=False)  # shared by every caller
+    return result
+
+
+def handwriting(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Handwritten digits of one split, the same ones in every process and on every machine.
+
+    Args:
+        split: ``"train"`` (generators), ``"judge"`` (the evaluation's classifiers) or ``"test"`` (real test clips);
+            50, 35 and 15 per cent of every digit's images, disjoint.
+
+    Returns:
+        images [N, 8, 8] float32 in [0, 1], labels [N] int32, and their indices [N] in ``load_digits``.
+    """
+    require(split in SPLITS, f"handwriting split is {split!r}; accepted: {', '.join(SPLITS)}")
+    return _all_handwriting()[split]
+
+
+@functools.lru_cache(maxsize=8)
+def _enlarge_matrix(source: int, target: int) -> np.ndarray:
+    """[target, source] rows of Keys cubic weights (a = -1/2), pixel centres aligned, zero outside the image."""
+    centre = (np.arange(target)[:, None] + 0.5) * source / target - 0.5
+    x = np.abs(centre - np.arange(source)[None])
+    near = 1.5 * x**3 - 2.5 * x**2 + 1.0
+    far = -0.5 * x**3 + 2.5 * x**2 - 4.0 * x + 2.0
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0)).astype(np.float32)
+
+
+def enlarge(image: np.ndarray, size: int) -> np.ndarray:
+    """One or more images [..., 8, 8] in [0, 1] as [..., size, size] in [0, 1]: cubic, then more contrast."""
+    weights = _enlarge_matrix(image.shape[-1], size)
+    smooth = np.einsum("yi,...ij,xj->...yx", weights, image, weights)
+    # The scans are soft (8x8 box averages of strokes); the stretch gives strokes of full colour on clean black.
+    return np.clip((smooth - 0.15) / 0.6, 0.0, 1.0)
+
+
+def render(
+    images: np.ndarray,
+    specs: Sequence[Digit],
+    starts: Sequence[tuple[int, int]],
+    config: DataConfig,
+    frames: int,
+    height: int,
+    width: int,
+) -> np.ndarray:
+    """A clip of moving digits on black; where digits overlap, the brighter value of each colour channel shows.
+
+    Frame t shows digit n with its upper left corner at ``starts[n] + t * speed * direction``, modulo the frame.
+
+    Args:
+        images: [N, 8, 8] in [0, 1], one handwritten digit per spec.
+        specs: N digits; only colour and direction are used, the image says which digit it is.
+        starts: N corners (y, x) in pixels at frame 0.
+        config: gives ``digit_size`` and ``speed``.
+        frames: T.
+        height: of a frame, at least ``digit_size``.
+        width: of a frame, at least ``digit_size``.
+
+    Returns:
+        uint8 [T, H, W, 3].
+    """
+    size = config.digit_size
+    require(
+        1 <= size <= min(height, width),
+        f"data.digit_size is {size}; it must be between 1 and the frame's smaller side, {min(height, width)}",
+    )
+    time = np.arange(frames)
+    video = np.zeros((frames, height, width, 3), np.uint8)
+    for image, spec, (y, x) in zip(images, specs, starts, strict=True):
+        tile = np.zeros((height, width, 3), np.uint8)
+        tile[:size, :size] = np.round(enlarge(image, size)[..., None] * COLORS[spec.color])
+        dy, dx = DIRECTIONS[spec.direction]
+        rows = (-y - dy * config.speed * time) % height  # [T]: the tile's row that shows in row 0 of the frame
+        columns = (-x - dx * config.speed * time) % width
+        # Every frame of a periodic picture is a window of the tile laid out 2x2.
+        plane = np.tile(tile.reshape(height, width * 3), (2, 2))
+        windows = np.lib.stride_tricks.sliding_window_view(plane, (height, width * 3))
+        moving = windows[rows, columns * 3].reshape(video.shape)
+        video = np.maximum(video, moving)
+    return video
+
+
+def sample_clip(
+    rng: np.random.Generator, split: str, config: DataConfig, video: VideoConfig, caption: str | None = None
+) -> tuple[np.ndarray, str]:
+    """A random clip: handwriting of ``split``, random start, and ``caption`` or a random one.
+
+    Without a caption, ``"train"`` draws from the training captions, ``"judge"`` and ``"test"`` from all captions.
+
+    Returns:
+        (uint8 [T, H, W, 3], caption).
+    """
+    images, labels, _ = handwriting(split)
+    if caption is None:
+        choices = _captions(config, "train" if split == "train" else "all")
+        caption = choices[rng.integers(len(choices))]
+    specs = parse_caption(caption)
+    chosen = np.stack([images[rng.choice(np.flatnonzero(labels == spec.digit))] for spec in specs])
+    starts = [(int(rng.integers(video.height)), int(rng.integers(video.width))) for _ in specs]
+    return render(chosen, specs, starts, config, video.frames, video.height, video.width), caption
