@@ -30,7 +30,7 @@ setup(
         "importlib_resources",
         "grain>=0.2.12",
         "array-record>=0.8",
-        "safetensors>=0.5",
+        "safetensors>=0.8",
         "numpy>=2.0",
         "av>=14",
         "pillow>=10",
