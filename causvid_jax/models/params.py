@@ -1,0 +1,84 @@
+"""Parameter declarations: one tree of :class:`ParamSpec` says shape, logical axes and initialiser of every array.
+
+Initialisation, abstract shapes (for restore, conversion and ahead-of-time compilation) and the linen declaration all
+derive from that one tree, so they cannot disagree.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Init = Callable[..., jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One parameter: its shape, the logical name of each axis (None: never sharded) and its initialiser."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: Init
+
+    def __post_init__(self):
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f"shape {self.shape} and axes {self.axes} differ in length")
+
+
+def linear_spec(
+    fan_in: int, fan_out: int, axes: tuple[str | None, str | None], init: Init | None = None
+) -> dict[str, ParamSpec]:
+    """Kernel ``[in, out]`` and bias ``[out]`` of a linear layer; Xavier-uniform unless ``init`` is given."""
+    return {
+        "kernel": ParamSpec((fan_in, fan_out), axes, init or nn.initializers.xavier_uniform()),
+        "bias": ParamSpec((fan_out,), axes[1:], nn.initializers.zeros),
+    }
+
+
+def stack_spec(spec: Any, length: int) -> Any:
+    """The spec of ``length`` equal layers with a leading ``layers`` axis."""
+
+    def stacked(leaf: ParamSpec) -> ParamSpec:
+        def init(key, shape, dtype=jnp.float32):
+            return jax.vmap(lambda k: leaf.init(k, shape[1:], dtype))(jax.random.split(key, shape[0]))
+
+        return ParamSpec((length, *leaf.shape), ("layers", *leaf.axes), init)
+
+    return map_spec(stacked, spec)
+
+
+def map_spec(fn: Callable[[ParamSpec], Any], spec: Any) -> Any:
+    """``fn`` of every ParamSpec of a nested dict."""
+    return jax.tree.map(fn, spec, is_leaf=lambda x: isinstance(x, ParamSpec))
+
+
+def init_tree(key: jax.Array, spec: Any) -> Any:
+    """Float32 parameters of ``spec``. Each array's key depends on its path only, not on what else the tree holds."""
+
+    def init(path, leaf: ParamSpec) -> jax.Array:
+        name = "/".join(str(p.key) for p in path)
+        return leaf.init(jax.random.fold_in(key, zlib.crc32(name.encode())), leaf.shape, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(init, spec, is_leaf=lambda x: isinstance(x, ParamSpec))
+
+
+def abstract_tree(spec: Any) -> Any:
+    """The ``jax.ShapeDtypeStruct`` tree of ``spec``."""
+    return map_spec(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), spec)
+
+
+class Declare(nn.Module):
+    """Declares the parameters of ``spec`` to linen and returns them as the nested dict that plain functions read."""
+
+    spec: Mapping[str, Any]
+
+    @nn.compact
+    def __call__(self) -> dict[str, Any]:
+        return {
+            name: self.param(name, leaf.init, leaf.shape) if isinstance(leaf, ParamSpec) else Declare(leaf, name=name)()
+            for name, leaf in self.spec.items()
+        }

@@ -1,0 +1,39 @@
+"""Prompts to text rows ``[B, length, dim]``, zero beyond the prompt's last token (as Wan zero-pads umT5's output)."""
+
+import difflib
+from collections.abc import Sequence
+
+import numpy as np
+
+from causvid_jax.config import ConfigError, TextConfig, require
+
+
+def encode_words(prompts: Sequence[str], config: TextConfig) -> np.ndarray:
+    """Closed-vocabulary encoding: row i is the one-hot of word i beside the one-hot of position i.
+
+    The position is part of the row because cross-attention has no other way to tell word order. An empty prompt is
+    all zeros: the unconditional branch. Returns float32 ``[B, length, dim]``; a word outside the vocabulary or a
+    prompt that is too long is a ConfigError.
+    """
+    index = {word: i for i, word in enumerate(config.vocabulary)}
+    rows = np.zeros((len(prompts), config.length, config.dim), np.float32)
+    for b, prompt in enumerate(prompts):
+        words = prompt.split()
+        require(
+            len(words) <= config.length,
+            f"prompt {prompt!r} has {len(words)} words; at most {config.length} are accepted",
+        )
+        for i, word in enumerate(words):
+            if word not in index:
+                close = difflib.get_close_matches(word, config.vocabulary, n=1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                raise ConfigError(f"unknown word {word!r} in prompt {prompt!r}; {hint}accepted: {' '.join(index)}")
+            rows[b, i, index[word]] = 1.0
+            rows[b, i, len(index) + i] = 1.0
+    return rows
+
+
+def encode_prompts(prompts: Sequence[str], config: TextConfig) -> np.ndarray:
+    """Text rows of ``prompts`` by the recipe's text encoder."""
+    require(config.kind == "words", f"text.kind {config.kind!r} has no encoder in this version; accepted: 'words'")
+    return encode_words(prompts, config)
