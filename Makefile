@@ -1,0 +1,56 @@
+# Each target prepares its own virtual environment: a clone and one command are enough.
+#   make demo      a short stream and a picture of teacher and student, into demo/
+#   make test      lint, types and tests on the CPU
+#   make parity    compare live against PyTorch and diffusers (a second, larger environment)
+# PYTHON=/path/to/python picks the interpreter (3.11 or newer); PIP_FLAGS is handed to pip.
+
+SUITABLE = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3 python; do \
+	$$p -c '$(SUITABLE)' >/dev/null 2>&1 && { command -v $$p; break; }; done)
+VENV ?= .venv
+PARITY_VENV ?= .venv-parity
+JOBS ?= 2
+PIP_FLAGS ?=
+PIP_INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check $(PIP_FLAGS)
+
+.PHONY: demo test parity lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python -m launch.demo --output=demo
+
+test: lint
+	$(VENV)/bin/python -m pytest -n $(JOBS) $(TESTS)
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+parity: $(PARITY_VENV)/.installed-parity
+	set -e; for script in tests/golden/make_*.py; do \
+		echo "$$script --check"; $(PARITY_VENV)/bin/python $$script --check; done
+
+clean:
+	rm -rf $(VENV) $(PARITY_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find causvid_jax configs launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+%/bin/python:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer with venv was found; name one: make PYTHON=/path/to/python" >&2; exit 2; }
+	"$(PYTHON)" -c '$(SUITABLE)' || { echo "$(PYTHON) is not Python 3.11 or newer with venv" >&2; exit 2; }
+	"$(PYTHON)" -m venv $*
+
+%/.installed: setup.py pyproject.toml | %/bin/python
+	@echo "installing causvid_jax into $* (about a minute, 1 GB)"
+	$*/bin/python $(PIP_INSTALL) -e .
+	@touch $@
+
+%/.installed-dev: setup.py pyproject.toml | %/bin/python
+	@echo "installing causvid_jax with its development tools into $* (about a minute, 1 GB)"
+	$*/bin/python $(PIP_INSTALL) -e .[dev]
+	@touch $@ $*/.installed
+
+%/.installed-parity: setup.py pyproject.toml | %/bin/python
+	@echo "installing causvid_jax with PyTorch and diffusers into $*"
+	$*/bin/python $(PIP_INSTALL) -e .[dev,parity]
+	@touch $@
