@@ -1,0 +1,93 @@
+"""Convolutions of the video VAE, channels-last, with an explicit past instead of hidden padding.
+
+A causal convolution of a video reads the current and the two previous frames. ``past`` holds those two frames; without
+it (the start of a video) they are zero. Two ways of computing the same sum are offered, because their speed differs by
+platform: ``"volume"`` is one 3-D convolution, ``"taps"`` is 2-D convolutions, one per temporal tap (XLA's 3-D
+convolution is several times slower than its 2-D one on CPU).
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import lax
+
+from causvid_jax.config import require
+
+Params = dict[str, jax.Array]
+
+
+def default_method() -> str:
+    """``"taps"`` on CPU, ``"volume"`` elsewhere."""
+    return "taps" if jax.default_backend() == "cpu" else "volume"
+
+
+def conv2d(params: Params, x: jax.Array, *, stride: int = 1, padding: tuple[int, int] = (1, 1)) -> jax.Array:
+    """A 2-D convolution of every frame.
+
+    Args:
+        params: ``kernel`` [kh, kw, C, D] and ``bias`` [D].
+        x: [B, T, H, W, C].
+        stride: spatial stride.
+        padding: zeros before and after each spatial axis.
+
+    Returns:
+        [B, T, H', W', D] in the dtype of ``x``.
+    """
+    batch = x.shape[0]
+    y = _conv2d(rearrange(x, "b t h w c -> (b t) h w c"), params["kernel"].astype(x.dtype), stride, padding)
+    return rearrange(y, "(b t) h w c -> b t h w c", b=batch) + params["bias"].astype(x.dtype)
+
+
+def pointwise(params: Params, x: jax.Array) -> jax.Array:
+    """A 1 x 1 x 1 convolution: ``kernel`` [1, 1, 1, C, D] or [1, 1, C, D] on x [..., C]."""
+    kernel = params["kernel"].reshape(params["kernel"].shape[-2:])
+    return x @ kernel.astype(x.dtype) + params["bias"].astype(x.dtype)
+
+
+def causal_conv(
+    params: Params, x: jax.Array, past: jax.Array | None = None, *, method: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """A 3 x k x k convolution that sees no future: y[t] = sum_j kernel[j] * x[t - 2 + j] + bias.
+
+    Args:
+        params: ``kernel`` [3, k, k, C, D], k odd, and ``bias`` [D].
+        x: [B, T, H, W, C].
+        past: the two frames before x, [B, 2, H, W, C]; None means zeros.
+        method: ``"taps"`` or ``"volume"``; None takes :func:`default_method`.
+
+    Returns:
+        y [B, T, H, W, D], and the past of the next call (the last two frames read).
+    """
+    if past is None:
+        past = jnp.zeros_like(x, shape=(x.shape[0], 2, *x.shape[2:]))
+    window = jnp.concatenate([past.astype(x.dtype), x], axis=1)  # [B, T + 2, H, W, C]
+    return temporal_conv(params, window, method=method), window[:, -2:]
+
+
+def temporal_conv(params: Params, x: jax.Array, *, stride: int = 1, method: str | None = None) -> jax.Array:
+    """A 3 x k x k convolution without padding in time: [B, T, H, W, C] -> [B, (T - 3) // stride + 1, H, W, D]."""
+    method = method or default_method()
+    require(method in ("taps", "volume"), f"convolution method is {method!r}; accepted: 'taps', 'volume'")
+    kernel = params["kernel"].astype(x.dtype)
+    batch, pad = x.shape[0], kernel.shape[1] // 2
+    if method == "volume":
+        y = lax.conv_general_dilated(
+            x, kernel, (stride, 1, 1), ((0, 0), (pad, pad), (pad, pad)), dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+        )
+    else:
+        steps = (x.shape[1] - 3) // stride + 1
+        y = jnp.zeros((), x.dtype)
+        for tap in range(3):
+            frames = x[:, tap : tap + stride * (steps - 1) + 1 : stride]
+            if pad:
+                frames = rearrange(frames, "b t h w c -> (b t) h w c")
+                y += rearrange(_conv2d(frames, kernel[tap], 1, (pad, pad)), "(b t) h w c -> b t h w c", b=batch)
+            else:
+                y += frames @ kernel[tap, 0, 0]
+    return y + params["bias"].astype(x.dtype)
+
+
+def _conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, int]) -> jax.Array:
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), (padding, padding), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )

@@ -1,0 +1,326 @@
+"""The causal video VAE of Wan2.1 (arXiv 2503.20314, section 4.1), at any width.
+
+Frames come in groups: the first frame of a video alone, then four at a time; each group is one latent frame, at an
+eighth of the height and width. Both directions are causal in time, so that a stream is coded piece by piece with a
+bounded cache and gives exactly what the whole clip gives.
+
+Video [B, T, H, W, 3] in [-1, 1]; latents [B, F, H/8, W/8, C], T = 1 + 4 (F - 1), normalised per channel with
+``config.latent_mean`` and ``config.latent_std``. Parameters are float32; ``config.dtype`` is the compute type.
+The parameter tree mirrors the published one (``causvid_jax.weights.wan_vae`` converts).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from causvid_jax.config import VAEConfig, require
+from causvid_jax.models import conv
+from causvid_jax.models import vae_layers as layers
+
+Tree = dict[str, Any]
+
+# Statistics of Wan2.1 latents, per channel.
+WAN_LATENT_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+WAN_LATENT_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeCache:
+    """What a stream of decoded chunks remembers.
+
+    ``past``: by layer, the last two frames every temporal convolution read, [B, 2, h, w, C].
+    ``start``: bool scalar, whether the next chunk is the first of the video.
+    """
+
+    past: Tree
+    start: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EncodeCache:
+    """What a stream of encoded chunks remembers.
+
+    ``past``: by layer, the last two frames every temporal convolution read, [B, 2, h, w, C] (one frame in the temporal
+    downsampling).
+    """
+
+    past: Tree
+
+
+def time_factor(config: VAEConfig) -> int:
+    """Pixel frames per latent frame (after the first): 4 in Wan."""
+    return 2 ** sum(config.temporal_downsample)
+
+
+def space_factor(config: VAEConfig) -> int:
+    """Pixels per latent position along height and width: 8 in Wan."""
+    return 2 ** len(config.temporal_downsample)
+
+
+def encoder_layers(config: VAEConfig) -> tuple[tuple[str, int, int], ...]:
+    """(kind, channels in, channels out) of ``encoder/downsamples``; kind: residual, resample2d or resample3d."""
+    plan, width = [], config.base_dim
+    for level, mult in enumerate(config.dim_mult):
+        for _ in range(config.num_res_blocks):
+            plan.append(("residual", width, config.base_dim * mult))
+            width = config.base_dim * mult
+        if level < len(config.temporal_downsample):
+            plan.append((_resample(config.temporal_downsample[level]), width, width))
+    return tuple(plan)
+
+
+def decoder_layers(config: VAEConfig) -> tuple[tuple[str, int, int], ...]:
+    """(kind, channels in, channels out) of ``decoder/upsamples``; resampling halves the channels."""
+    plan, width = [], config.base_dim * config.dim_mult[-1]
+    for level, mult in enumerate(reversed(config.dim_mult)):
+        for _ in range(config.num_res_blocks + 1):
+            plan.append(("residual", width, config.base_dim * mult))
+            width = config.base_dim * mult
+        if level < len(config.temporal_downsample):
+            plan.append((_resample(config.temporal_downsample[-1 - level]), width, width // 2))
+            width //= 2
+    return tuple(plan)
+
+
+def abstract(config: VAEConfig) -> Tree:
+    """The parameter tree as ``jax.ShapeDtypeStruct``: kernels [(kt,) kh, kw, in, out], ``bias`` and ``gamma`` [C]."""
+    z, first, last = config.z_dim, config.base_dim, config.base_dim * config.dim_mult[-1]
+    encoder_out, decoder_out = encoder_layers(config)[-1][2], decoder_layers(config)[-1][2]
+    return {
+        "encoder": {
+            "conv1": _conv_spec(3, 3, 3, 3, first),
+            "downsamples": _stack_spec(encoder_layers(config), time_width=1),
+            "middle": _middle_spec(last),
+            "head": {"norm": _gamma(encoder_out), "conv": _conv_spec(3, 3, 3, encoder_out, 2 * z)},
+        },
+        "conv1": _conv_spec(1, 1, 1, 2 * z, 2 * z),
+        "conv2": _conv_spec(1, 1, 1, z, z),
+        "decoder": {
+            "conv1": _conv_spec(3, 3, 3, z, last),
+            "middle": _middle_spec(last),
+            "upsamples": _stack_spec(decoder_layers(config), time_width=2),
+            "head": {"norm": _gamma(decoder_out), "conv": _conv_spec(3, 3, 3, decoder_out, 3)},
+        },
+    }
+
+
+def init(key: jax.Array, config: VAEConfig) -> Tree:
+    """Random parameters: kernels and biases uniform in +-1/sqrt(fan_in), gammas 1."""
+    flat, structure = jax.tree_util.tree_flatten_with_path(abstract(config))
+    # bias sorts right before kernel: both are bounded by the fan-in of the kernel.
+    fan_in = {path[:-1]: np.prod(leaf.shape[:-1]) for path, leaf in flat if path[-1].key == "kernel"}
+    leaves = []
+    for (path, leaf), leaf_key in zip(flat, jax.random.split(key, len(flat)), strict=True):
+        if path[-1].key == "gamma":
+            leaves.append(jnp.ones(leaf.shape, leaf.dtype))
+        else:
+            bound = float(fan_in[path[:-1]]) ** -0.5
+            leaves.append(jax.random.uniform(leaf_key, leaf.shape, leaf.dtype, -bound, bound))
+    return jax.tree_util.tree_unflatten(structure, leaves)
+
+
+def encode_moments(params: Tree, video: jax.Array, *, config: VAEConfig) -> tuple[jax.Array, jax.Array]:
+    """Mean and log-variance of q(z | video), not normalised: [B, 1 + 4n, H, W, 3] -> twice [B, 1 + n, h, w, C]."""
+    _check_video(video, config, starts=True)
+    return _encoder(params, video, {}, config=config, starts=True)[0]
+
+
+def encode(params: Tree, video: jax.Array, *, config: VAEConfig) -> jax.Array:
+    """Normalised latents (the deterministic mean): [B, 1 + 4n, H, W, 3] -> [B, 1 + n, h, w, C] float32."""
+    return normalize(encode_moments(params, video, config=config)[0], config)
+
+
+def decode(params: Tree, latents: jax.Array, *, config: VAEConfig, clamp: bool = True) -> jax.Array:
+    """Video of normalised latents: [B, F, h, w, C] -> [B, 1 + 4 (F - 1), H, W, 3] float32, clamped to [-1, 1].
+
+    Training takes ``clamp=False``: a clamped pixel has no gradient.
+    """
+    _check_latents(latents, config)
+    video, _ = _decoder(params, latents, {}, config=config, start=True)
+    return jnp.clip(video, -1, 1) if clamp else video
+
+
+def init_encode_cache(config: VAEConfig, *, batch: int, height: int, width: int) -> EncodeCache:
+    """The cache before the first chunk of a video of ``height`` x ``width`` pixels."""
+    video = jax.ShapeDtypeStruct((batch, 1 + time_factor(config), height, width, 3), jnp.float32)
+    _check_video(video, config, starts=True)
+    return EncodeCache(past=_zeros_like_past(_encoder, video, config, starts=True))
+
+
+def encode_chunk(
+    params: Tree, frames: jax.Array, cache: EncodeCache, *, config: VAEConfig, first: bool
+) -> tuple[jax.Array, EncodeCache]:
+    """Normalised latents of the next frames of a video; chunk by chunk equal to :func:`encode` of the whole.
+
+    Args:
+        params: VAE parameters.
+        frames: [B, 1 + 4n, H, W, 3] for the first chunk, [B, 4n, H, W, 3] for a later one.
+        cache: from :func:`init_encode_cache` or the call before.
+        config: VAE sizes.
+        first: static; whether this is the first chunk.
+
+    Returns:
+        latents [B, 1 + n or n, h, w, C] and the next cache.
+    """
+    _check_video(frames, config, starts=first)
+    (mean, _), past = _encoder(params, frames, {} if first else cache.past, config=config, starts=first)
+    return normalize(mean, config), EncodeCache(past=past)
+
+
+def init_decode_cache(config: VAEConfig, *, batch: int, height: int, width: int) -> DecodeCache:
+    """The cache before the first chunk of a video whose latents are ``height`` x ``width``."""
+    latents = jax.ShapeDtypeStruct((batch, 2, height, width, config.z_dim), jnp.float32)
+    past = _zeros_like_past(_decoder, latents, config, start=True)
+    return DecodeCache(past=past, start=jnp.array(True))
+
+
+def decode_chunk(
+    params: Tree, latents: jax.Array, cache: DecodeCache, *, config: VAEConfig
+) -> tuple[jax.Array, DecodeCache]:
+    """The frames of the next latents of a video, in one static shape for the first chunk and all others.
+
+    The first latent of a video has one frame, any other has four. Here every latent has four slots; of the first one
+    only the last exists, and the others are kept at zero in front of every temporal convolution, where they stand for
+    the zero padding in front of a video. So the caller drops the first three frames of the first chunk, and what remains
+    of all chunks is :func:`decode` of the whole.
+
+    Args:
+        params: VAE parameters.
+        latents: [B, K, h, w, C], normalised.
+        cache: from :func:`init_decode_cache` or the call before.
+        config: VAE sizes.
+
+    Returns:
+        frames [B, 4K, H, W, 3] float32 in [-1, 1], and the next cache.
+    """
+    _check_latents(latents, config)
+    frames, past = _decoder(params, latents, cache.past, config=config, start=cache.start)
+    return jnp.clip(frames, -1, 1), DecodeCache(past=past, start=jnp.zeros_like(cache.start))
+
+
+def normalize(mean: jax.Array, config: VAEConfig) -> jax.Array:
+    """(mean - latent_mean) / latent_std over the channels [..., C]."""
+    return (mean - jnp.asarray(config.latent_mean or 0.0)) / jnp.asarray(config.latent_std or 1.0)
+
+
+def denormalize(latents: jax.Array, config: VAEConfig) -> jax.Array:
+    """The inverse of :func:`normalize`."""
+    return latents * jnp.asarray(config.latent_std or 1.0) + jnp.asarray(config.latent_mean or 0.0)
+
+
+def _encoder(params: Tree, video: jax.Array, past: Tree, *, config: VAEConfig, starts: bool):
+    """((mean, logvar) float32, new past)."""
+    net, new = params["encoder"], {"downsamples": {}}
+    x, new["conv1"] = layers.causal(net["conv1"], video.astype(config.dtype), past.get("conv1"), None)
+    for i, (kind, _, _) in enumerate(encoder_layers(config)):
+        layer, layer_past = net["downsamples"][str(i)], past.get("downsamples", {}).get(str(i), {})
+        if kind == "residual":
+            x, layer_past = layers.residual_block(layer, x, layer_past, None)
+        else:
+            x, layer_past = layers.downsample(layer, x, layer_past, starts=starts)
+        new["downsamples"][str(i)] = layer_past
+    x, new["middle"] = layers.middle(net["middle"], x, past.get("middle", {}), None)
+    x, new["head"] = layers.head(net["head"], x, past.get("head"), None)
+    mean, logvar = jnp.split(conv.pointwise(params["conv1"], x).astype(jnp.float32), 2, axis=-1)
+    return (mean, logvar), new
+
+
+def _decoder(params: Tree, latents: jax.Array, past: Tree, *, config: VAEConfig, start: bool | jax.Array):
+    """(video float32, new past). ``start`` as in ``vae_layers.upsample``: static True, or traced with static shapes."""
+    net, new = params["decoder"], {"upsamples": {}}
+    slots, present = 1, None  # slots: frames per latent so far
+    x = conv.pointwise(params["conv2"], denormalize(latents, config).astype(config.dtype))
+    x, new["conv1"] = layers.causal(net["conv1"], x, past.get("conv1"), None)
+    x, new["middle"] = layers.middle(net["middle"], x, past.get("middle", {}), None)
+    for i, (kind, _, _) in enumerate(decoder_layers(config)):
+        layer, layer_past = net["upsamples"][str(i)], past.get("upsamples", {}).get(str(i), {})
+        if kind == "residual":
+            x, layer_past = layers.residual_block(layer, x, layer_past, present)
+        else:
+            x, layer_past = layers.upsample(layer, x, layer_past, start=start, frames=slots)
+        if kind == "resample3d":
+            slots *= 2
+            present = None if start is True else ~start | (jnp.arange(x.shape[1]) >= slots - 1)
+        new["upsamples"][str(i)] = layer_past
+    x, new["head"] = layers.head(net["head"], x, past.get("head"), present)
+    return x.astype(jnp.float32), new
+
+
+def _zeros_like_past(network, inputs: jax.ShapeDtypeStruct, config: VAEConfig, **start: bool) -> Tree:
+    _, past = jax.eval_shape(lambda p, x: network(p, x, {}, config=config, **start), abstract(config), inputs)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), past)
+
+
+def _check_video(video: jax.Array | jax.ShapeDtypeStruct, config: VAEConfig, *, starts: bool) -> None:
+    frames, (height, width) = video.shape[1], video.shape[2:4]
+    time, space = time_factor(config), space_factor(config)
+    accepted = f"1 + {time}n" if starts else f"{time}n, n > 0"
+    fits = frames % time == 1 % time if starts else frames % time == 0
+    require(frames > 0 and fits, f"{frames} frames cannot be encoded here; accepted: {accepted}")
+    require(
+        height % space == 0 and width % space == 0,
+        f"a video of {height} x {width} pixels cannot be encoded; height and width must be multiples of {space}",
+    )
+
+
+def _check_latents(latents: jax.Array, config: VAEConfig) -> None:
+    require(
+        latents.ndim == 5 and latents.shape[1] > 0 and latents.shape[-1] == config.z_dim,
+        f"latents of shape {latents.shape} cannot be decoded; accepted: [batch, frames, h, w, {config.z_dim}]",
+    )
+
+
+def _resample(in_time: bool) -> str:
+    return "resample3d" if in_time else "resample2d"
+
+
+def _conv_spec(*shape: int) -> Tree:
+    return {
+        "kernel": jax.ShapeDtypeStruct(shape, jnp.float32),
+        "bias": jax.ShapeDtypeStruct(shape[-1:], jnp.float32),
+    }
+
+
+def _gamma(width: int) -> Tree:
+    return {"gamma": jax.ShapeDtypeStruct((width,), jnp.float32)}
+
+
+def _residual_spec(inputs: int, outputs: int) -> Tree:
+    spec = {
+        "norm1": _gamma(inputs),
+        "conv1": _conv_spec(3, 3, 3, inputs, outputs),
+        "norm2": _gamma(outputs),
+        "conv2": _conv_spec(3, 3, 3, outputs, outputs),
+    }
+    return spec | ({"shortcut": _conv_spec(1, 1, 1, inputs, outputs)} if inputs != outputs else {})
+
+
+def _middle_spec(width: int) -> Tree:
+    attention = {
+        "norm": _gamma(width),
+        "to_qkv": _conv_spec(1, 1, width, 3 * width),
+        "proj": _conv_spec(1, 1, width, width),
+    }
+    return {"0": _residual_spec(width, width), "1": attention, "2": _residual_spec(width, width)}
+
+
+def _stack_spec(plan: tuple[tuple[str, int, int], ...], *, time_width: int) -> Tree:
+    stack = {}
+    for i, (kind, inputs, outputs) in enumerate(plan):
+        if kind == "residual":
+            stack[str(i)] = _residual_spec(inputs, outputs)
+        else:
+            time = {"time_conv": _conv_spec(3, 1, 1, inputs, time_width * inputs)} if kind == "resample3d" else {}
+            stack[str(i)] = {"conv": _conv_spec(3, 3, inputs, outputs)} | time
+    return stack
