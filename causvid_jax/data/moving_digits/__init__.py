@@ -1,0 +1,57 @@
+"""The ``moving_digits`` dataset: :func:`prepare` writes it once, :func:`source` opens a split of it."""
+
+import os
+import pathlib
+import shutil
+
+from causvid_jax.config import ConfigError, DataConfig, VideoConfig, require
+from causvid_jax.data.moving_digits.moving_digits_dataset_builder import SPLITS, Builder, MovingDigitsConfig, clip
+
+__all__ = ["SPLITS", "Builder", "MovingDigitsConfig", "clip", "prepare", "source"]
+
+
+def _builder(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig) -> Builder:
+    return Builder(data_dir=os.fspath(data_dir), config=MovingDigitsConfig.of(data, video))
+
+
+def _is_complete(builder: Builder) -> bool:
+    """Whether the dataset on disk is whole. Files are only renamed into place at the end, but may be lost later."""
+    splits = builder.info.splits
+    return bool(splits) and all(pathlib.Path(f).is_file() for s in splits.values() for f in s.filepaths)
+
+
+def prepare(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig) -> Builder:
+    """Write the dataset of ``data`` and ``video`` under ``data_dir``, or reuse it if it is there and whole.
+
+    What an interrupted run left behind is removed and made again; a dataset of another number of clips is replaced.
+
+    Returns:
+        the builder; ``builder.as_data_source("train")`` reads the clips.
+    """
+    require(
+        data.train_clips > 0 and data.test_clips > 0,
+        f"data.train_clips and test_clips are {data.train_clips} and {data.test_clips}; both must be positive",
+    )
+    builder = _builder(data_dir, data, video)
+    wanted = {split: getattr(data, f"{split}_clips") for split in SPLITS}
+    if {name: split.num_examples for name, split in builder.info.splits.items()} == wanted and _is_complete(builder):
+        return builder
+    # tfds writes beside the final folder and renames at the end; this removes what an interrupted run left there too.
+    shutil.rmtree(pathlib.Path(builder.data_path).parent, ignore_errors=True)
+    builder = _builder(data_dir, data, video)
+    builder.download_and_prepare(file_format="array_record")
+    return builder
+
+
+def source(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig, split: str):
+    """Random access to one split: ``len(source)``, ``source[i] -> {"video", "caption", "held_out"}``.
+
+    Raises:
+        ConfigError: the dataset has not been written, or files of it are missing.
+    """
+    builder = _builder(data_dir, data, video)
+    if not _is_complete(builder):
+        raise ConfigError(
+            f"no complete {data.name} dataset at {builder.data_path}; write it with launch.prepare --stage=data"
+        )
+    return builder.as_data_source(split=split)

@@ -1,0 +1,86 @@
+"""The ``moving_digits`` dataset as a TensorFlow Datasets builder (ArrayRecord files, no TensorFlow)."""
+
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from causvid_jax.config import DataConfig, VideoConfig
+from causvid_jax.data import digits
+
+SPLITS = ("train", "test")
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class MovingDigitsConfig(tfds.core.BuilderConfig):
+    """What fixes every clip: how digits look and move (``data``) and the pixel geometry (``video``)."""
+
+    data: DataConfig = DataConfig()
+    video: VideoConfig = VideoConfig(height=32, width=32)
+
+    def __repr__(self) -> str:
+        return self.name
+
+    @classmethod
+    def of(cls, data: DataConfig, video: VideoConfig) -> "MovingDigitsConfig":
+        """The builder configuration of a recipe; its name holds a digest of every field that changes a pixel.
+
+        The number of clips is no part of the name: clip i is the same in a small and in a large dataset.
+        """
+        fixed = dataclasses.replace(data, train_clips=0, test_clips=0, prompts=0)
+        values = [dataclasses.asdict(fixed), video.height, video.width, video.frames]
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+        return cls(name=f"{video.frames}x{video.height}x{video.width}_{digest}", data=data, video=video)
+
+
+def clip(data: DataConfig, video: VideoConfig, split: str, index: int) -> dict:
+    """Clip ``index`` of ``split``: a function of (data.seed, split, index), whatever the number of clips.
+
+    Test clips show ``test`` handwriting; those of even index carry a held-out caption, the others a seen one.
+    """
+    rng = np.random.default_rng([data.seed, 2 + SPLITS.index(split), index])
+    pool = "test" if split == "test" and index % 2 == 0 and data.held_out_fraction > 0 else "train"
+    choices = digits.captions(data, pool)
+    caption = choices[rng.integers(len(choices))]
+    pixels, caption = digits.sample_clip(rng, split, data, video, caption)
+    return {"video": pixels, "caption": caption, "held_out": pool == "test"}
+
+
+class Builder(tfds.core.GeneratorBasedBuilder):
+    """Moving digits: ``video`` uint8 [T, H, W, 3], ``caption``, and ``held_out`` (no training clip has its caption).
+
+    Example:
+        ``Builder(data_dir=d, config=MovingDigitsConfig.of(data, video)).as_data_source("train")[0]["video"]``
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [MovingDigitsConfig(name="default")]
+
+    def __init__(self, *, file_format="array_record", **kwargs):
+        super().__init__(file_format=file_format, **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        video = self.builder_config.video
+        shape = (video.frames, video.height, video.width, 3)
+        return self.dataset_info_from_configs(
+            description="Handwritten digits, coloured, moving over a torus; captions such as 'a red 3 moving left'.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "video": tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding="zlib"),
+                    "caption": tfds.features.Text(),
+                    "held_out": tfds.features.Scalar(dtype=np.bool_),
+                }
+            ),
+            # Record i is clip i.
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager):
+        data = self.builder_config.data
+        return {split: self._generate_examples(split, getattr(data, f"{split}_clips")) for split in SPLITS}
+
+    def _generate_examples(self, split, count):
+        for index in range(count):
+            yield index, clip(self.builder_config.data, self.builder_config.video, split, index)
