@@ -1,0 +1,1 @@
+"""What flow matching means: sigma grids, x0, velocity and noise, guidance, solvers."""

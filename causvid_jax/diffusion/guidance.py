@@ -1,0 +1,41 @@
+"""Classifier-free guidance, in one convention: ``g = 1`` is the conditional network and ``g = 0`` the unconditional.
+
+The published DMD code writes ``cond + s (cond - uncond)``, which is this with ``g = 1 + s``; the published samplers
+write what is written here. At one x_t guidance of velocities and of x0 predictions are the same thing, since
+``x0 = x_t - sigma v`` is affine and the weights ``1 - g`` and ``g`` add up to one.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def guide(unconditional: jax.Array, conditional: jax.Array, guidance: float) -> jax.Array:
+    """``uncond + g (cond - uncond)``, for velocities or x0 predictions alike."""
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def guided_velocity(
+    velocity_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    x: jax.Array,
+    timestep: jax.Array,
+    text: jax.Array,
+    null_text: jax.Array,
+    guidance: float,
+) -> jax.Array:
+    """The guided velocity, from one call of the network on a batch of 2B: first unconditional, then conditional.
+
+    Args:
+      velocity_fn: ``(x, timestep, text) -> velocity``.
+      x: ``[B, F, h, w, C]``.
+      timestep: ``[B, F]``.
+      text: ``[B, S, E]``.
+      null_text: the empty prompt, ``[S, E]`` or ``[B, S, E]``.
+      guidance: the static weight g; with exactly 1 the unconditional branch is not computed at all.
+    """
+    if guidance == 1.0:
+        return velocity_fn(x, timestep, text)
+    texts = jnp.concatenate([jnp.broadcast_to(null_text, text.shape).astype(text.dtype), text])
+    both = velocity_fn(jnp.concatenate([x, x]), jnp.concatenate([timestep, timestep]), texts)
+    return guide(*jnp.split(both, 2), guidance)

@@ -1,0 +1,164 @@
+"""Solvers of the probability-flow ODE ``dx / dsigma = v(x, 1000 sigma)``, from noise (sigma 1) down to data (sigma 0).
+
+Each solver is one ``lax.scan`` over the steps, with every coefficient computed beforehand on the host in float64.
+
+References: UniPC, arXiv 2302.04867 (multistep, B2(h), data prediction), on flow matching with ``alpha = 1 - sigma``
+and ``lambda = log(alpha / sigma)``, as the published Wan2.1 sampler uses it.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from causvid_jax.config import DiffusionConfig, require
+from causvid_jax.diffusion import flow
+
+VelocityFn = Callable[[jax.Array, jax.Array], jax.Array]  # (x [B, F, h, w, C], timestep [B, F]) -> velocity
+
+UNIPC_FIRST_U = 0.999  # as published: at sigma = 1 the log-SNR would be infinite
+
+
+def _check(sigmas: np.ndarray) -> np.ndarray:
+    sigmas = np.asarray(sigmas, np.float64)
+    require(
+        sigmas.ndim == 1 and len(sigmas) >= 2 and bool(np.all(np.diff(sigmas) < 0)),
+        f"solver sigmas are {np.array2string(sigmas, threshold=8)}; they must be at least two, strictly descending",
+    )
+    return sigmas
+
+
+def euler(velocity_fn: VelocityFn, noise: jax.Array, sigmas: np.ndarray, *, record: Sequence[int] | None = None):
+    """Euler's method: ``x <- x + (sigma_{i+1} - sigma_i) v(x, 1000 sigma_i)``.
+
+    Args:
+      velocity_fn: ``(x, timestep [B, F]) -> velocity``.
+      noise: the state at ``sigmas[0]``, ``[B, F, h, w, C]``.
+      sigmas: static ``[n + 1]``, descending; n network passes.
+      record: static indices into ``sigmas``, strictly ascending.
+
+    Returns:
+      The state at ``sigmas[-1]``, ``[B, F, h, w, C]``; with ``record`` instead the states at those indices,
+      ``[len(record), B, F, h, w, C]`` (index 0 is the noise itself, index n the end).
+    """
+    sigmas = _check(sigmas)
+    steps = len(sigmas) - 1
+    wanted = (steps,) if record is None else tuple(record)
+    require(
+        len(wanted) > 0
+        and all(0 <= i <= steps for i in wanted)
+        and all(a < b for a, b in zip(wanted, wanted[1:], strict=False)),
+        f"record is {wanted}; it must be ascending indices within [0, {steps}]",
+    )
+    # Where the state after step i goes. A slot past the end is dropped, so nothing of size n is ever kept.
+    slots = np.full(steps + 1, len(wanted), np.int32)
+    slots[np.asarray(wanted, int)] = np.arange(len(wanted))
+
+    def step(carry, inputs):
+        x, states = carry
+        timestep, change, slot = inputs
+        x = x + change * velocity_fn(x, jnp.full(x.shape[:2], timestep))
+        return (x, states.at[slot].set(x, mode="drop")), None
+
+    states = jnp.zeros((len(wanted), *noise.shape), noise.dtype).at[slots[0]].set(noise, mode="drop")
+    table = (
+        jnp.asarray(flow.timestep_from_sigma(sigmas[:-1]), jnp.float32),
+        jnp.asarray(np.diff(sigmas), noise.dtype),
+        jnp.asarray(slots[1:]),
+    )
+    (_, states), _ = jax.lax.scan(step, (noise, states), table)
+    return states[0] if record is None else states
+
+
+def unipc_sigmas(steps: int, shift: float, first_u: float = UNIPC_FIRST_U) -> np.ndarray:
+    """The published UniPC grid, float64 ``[steps + 1]``: ``sigma(first_u (1 - i / steps))``, ending in 0."""
+    return flow.sigma_from_u(first_u * (1 - np.arange(steps + 1) / steps), shift)
+
+
+def _unipc_tables(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every step's corrector ``[n, 5]`` and predictor ``[n, 3]`` weights, float64.
+
+    With m_i the x0 prediction of step i, the corrected state is a weighted sum of
+    ``(predicted x_i, corrected x_{i-1}, m_i, m_{i-1}, m_{i-2})`` and the next one of ``(corrected x_i, m_i, m_{i-1})``.
+    """
+    steps = len(sigmas) - 1
+    alpha = 1 - sigmas
+    with np.errstate(divide="ignore"):
+        lam = np.log(alpha) - np.log(sigmas)  # +inf at the final sigma 0
+    order = [min(2, i + 1, steps - i) for i in range(steps)]  # warm-up, and lower order at the end
+    corrector, predictor = np.zeros((steps, 5)), np.zeros((steps, 3))
+    corrector[0, 0] = 1.0  # nothing to correct with yet
+    for i in range(steps):
+        h = lam[i + 1] - lam[i]
+        b = np.expm1(-h)
+        predictor[i] = sigmas[i + 1] / sigmas[i], -alpha[i + 1] * b, 0.0
+        if order[i] == 2:
+            ratio = (lam[i - 1] - lam[i]) / h
+            weight = -alpha[i + 1] * b * 0.5 / ratio
+            predictor[i] += 0.0, -weight, weight
+        if i == 0:
+            continue
+        h = lam[i] - lam[i - 1]
+        b = np.expm1(-h)
+        scale = -alpha[i] * b
+        previous, last = 0.0, 0.5
+        if order[i - 1] == 2:
+            ratio = (lam[i - 2] - lam[i - 1]) / h
+            phi2 = -b / h - 1
+            phi3 = -phi2 / h - 0.5
+            previous, last = np.linalg.solve([[1.0, 1.0], [ratio, 1.0]], [phi2 / b, 2 * phi3 / b])
+            previous /= ratio
+        corrector[i, 1:] = (
+            sigmas[i] / sigmas[i - 1],
+            scale * last,
+            scale * (1 - last - previous),
+            scale * previous,
+        )
+    return corrector, predictor
+
+
+def unipc(
+    velocity_fn: VelocityFn, noise: jax.Array, sigmas: np.ndarray, *, integer_timesteps: bool = False
+) -> jax.Array:
+    """UniPC of order 2: B2(h), x0 prediction, with corrector, first order at the last step. One pass per step.
+
+    Per step i, with ``m_i = x_i - sigma_i v_i``, ``h = lambda_{i+1} - lambda_i``, ``B = expm1(-h)``:
+    ``x_{i+1} = (sigma_{i+1} / sigma_i) x_i - alpha_{i+1} B (m_i + rho (m_{i-1} - m_i) / r)``; when m_{i+1} is known,
+    the corrector does the same step again with ``m_{i+1}`` among the differences. All weights are static
+    (:func:`_unipc_tables`), so that each step is two short weighted sums.
+
+    Args:
+      velocity_fn: ``(x, timestep [B, F]) -> velocity``.
+      noise: ``[B, F, h, w, C]``.
+      sigmas: static ``[n + 1]``, descending, below 1 and ending in 0, e.g. of :func:`unipc_sigmas`.
+      integer_timesteps: tell the network ``floor(1000 sigma)``, as the published sampler does.
+
+    Returns:
+      x0, ``[B, F, h, w, C]``.
+    """
+    sigmas = _check(sigmas)
+    require(sigmas[0] < 1 and sigmas[-1] == 0, f"UniPC sigmas run from {sigmas[0]} to {sigmas[-1]}; accepted: <1 to 0")
+    corrector, predictor = _unipc_tables(sigmas)
+    timesteps = flow.timestep_from_sigma(sigmas[:-1])
+    if integer_timesteps:
+        timesteps = np.floor(timesteps)
+
+    def step(carry, inputs):
+        x, corrected, m1, m2 = carry
+        timestep, sigma, c, p = inputs
+        m0 = flow.x0_from_velocity(x, velocity_fn(x, jnp.full(x.shape[:2], timestep)), sigma)
+        corrected = c[0] * x + c[1] * corrected + c[2] * m0 + c[3] * m1 + c[4] * m2
+        return (p[0] * corrected + p[1] * m0 + p[2] * m1, corrected, m0, m1), None
+
+    table = tuple(jnp.asarray(a, jnp.float32) for a in (timesteps, sigmas[:-1], corrector, predictor))
+    zero = jnp.zeros_like(noise)
+    (x, *_), _ = jax.lax.scan(step, (noise, zero, zero, zero), table)
+    return x
+
+
+def solve(config: DiffusionConfig, velocity_fn: VelocityFn, noise: jax.Array) -> jax.Array:
+    """x0 from noise by ``config.solver`` in ``config.teacher_steps`` network passes (guided ones, if guided)."""
+    if config.solver == "euler":
+        return euler(velocity_fn, noise, flow.teacher_sigmas(config))
+    return unipc(velocity_fn, noise, unipc_sigmas(config.teacher_steps, config.shift))

@@ -1,0 +1,1 @@
+"""The paper's method, as losses and rollouts over functions that are handed in."""

@@ -1,0 +1,73 @@
+"""Flow matching conversions, grids and guidance against numpy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from causvid_jax.config import ConfigError, DiffusionConfig
+from causvid_jax.diffusion import flow, guidance
+
+SHAPE = (2, 3, 2, 2, 4)
+
+
+def draws(*seeds):
+    return [np.random.default_rng(s).standard_normal(SHAPE).astype(np.float32) for s in seeds]
+
+
+def test_conversions_match_numpy_per_frame():
+    x0, noise = draws(0, 1)
+    sigma = np.random.default_rng(2).uniform(0.05, 1, SHAPE[:2]).astype(np.float32)
+    x_t = np.empty(SHAPE, np.float32)
+    for b in range(SHAPE[0]):
+        for f in range(SHAPE[1]):
+            x_t[b, f] = (1 - sigma[b, f]) * x0[b, f] + sigma[b, f] * noise[b, f]
+    velocity = noise - x0
+    np.testing.assert_allclose(flow.add_noise(x0, noise, sigma), x_t, atol=1e-6)
+    np.testing.assert_allclose(flow.velocity_from(x0, noise), velocity, atol=1e-6)
+    np.testing.assert_allclose(flow.x0_from_velocity(x_t, velocity, sigma), x0, atol=1e-6)
+    np.testing.assert_allclose(flow.noise_from_velocity(x_t, velocity, sigma), noise, atol=1e-6)
+    np.testing.assert_allclose(flow.velocity_from_x0(x_t, x0, sigma), velocity, atol=2e-5)
+
+
+def test_no_noise_at_sigma_zero_is_exact():
+    x0, noise = draws(0, 1)
+    np.testing.assert_array_equal(flow.add_noise(x0, noise, jnp.zeros(SHAPE[:2])), x0)
+    np.testing.assert_array_equal(flow.x0_from_velocity(x0, noise, jnp.zeros(SHAPE[:2])), x0)
+
+
+@pytest.mark.parametrize(
+    "shift,expected",
+    [(8.0, (1000, 960, 888.8889, 727.2727)), (5.0, (1000, 937.5, 833.3333, 625)), (1.0, (1000, 750, 500, 250))],
+)
+def test_student_timesteps_are_the_published_warped_lists(shift, expected):
+    np.testing.assert_allclose(flow.student_timesteps(DiffusionConfig(shift=shift)), expected, atol=1e-3)
+
+
+def test_teacher_grid_holds_the_published_points():
+    sigmas = flow.teacher_sigmas(DiffusionConfig(shift=8.0, teacher_steps=50))
+    assert sigmas.shape == (51,) and sigmas[0] == 1.0 and sigmas[-1] == 0.0
+    np.testing.assert_allclose(1000 * sigmas[[36, 44]], (756.757, 521.739), atol=1e-3)
+    assert np.all(np.diff(sigmas) < 0)
+    with pytest.raises(ConfigError, match="teacher_steps is 0"):
+        flow.teacher_sigmas(DiffusionConfig(teacher_steps=0))
+
+
+def test_guided_velocity_is_one_call_on_both_branches():
+    (x,) = draws(0)
+    text = np.random.default_rng(1).standard_normal((2, 5, 6)).astype(np.float32)
+    null = np.random.default_rng(2).standard_normal((5, 6)).astype(np.float32)
+    timestep = np.full((2, 3), 400.0, np.float32)
+    batches = []
+
+    def network(x, timestep, text):
+        batches.append(x.shape[0])
+        return x * flow.expand(timestep / 1000, x) + flow.expand(jnp.tanh(text).sum((1, 2)), x)
+
+    got = guidance.guided_velocity(network, x, timestep, text, null, 3.5)
+    cond = 0.4 * x + np.tanh(text).sum((1, 2))[:, None, None, None, None]
+    uncond = 0.4 * x + np.tanh(null).sum()
+    np.testing.assert_allclose(got, uncond + 3.5 * (cond - uncond), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(
+        guidance.guided_velocity(network, x, timestep, text, null, 1.0), cond, rtol=1e-5, atol=1e-4
+    )
+    assert batches == [4, 2]
