@@ -15,6 +15,7 @@ PIP_INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check $(
 
 .PHONY: demo test parity lint clean
 .DELETE_ON_ERROR:
+.SECONDARY:
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m launch.demo --output=demo

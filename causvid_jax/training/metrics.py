@@ -1,0 +1,82 @@
+"""Scalars of a run: one JSON line per record, and TensorBoard files beside it."""
+
+import json
+import math
+import os
+import pathlib
+import time
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import tensorboardX
+
+from causvid_jax.config import ConfigError
+
+JSONL = "metrics.jsonl"
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The records of ``workdir/metrics.jsonl`` in the order written; a last line cut short by a crash is left out."""
+    path = pathlib.Path(workdir) / JSONL
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class MetricsWriter:
+    """Appends records to ``workdir/metrics.jsonl`` and ``workdir/tensorboard``.
+
+    A run that resumes at ``step`` drops the records beyond it, so that steps done twice appear once::
+
+        with MetricsWriter(workdir, step=resumed_at) as metrics:
+            metrics.write(step, {"loss": loss})
+
+    A line reads ``{"step": 50, "time": 1700000000.0, "loss": 0.25}``; values that are no finite numbers become null in
+    JSON and stay what they are in TensorBoard.
+
+    Raises:
+        ConfigError: ``workdir`` cannot be made or written.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, step: int = 0):
+        self._path = pathlib.Path(workdir) / JSONL
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [record for record in read_metrics(workdir) if record["step"] <= step]
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            os.replace(temporary, self._path)
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        except OSError as error:
+            raise ConfigError(f"metrics cannot be written to {self._path}: {error.strerror}") from error
+        # Hides what an interrupted run wrote beyond the step that this one starts from.
+        self._board = tensorboardX.SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Record scalars (Python, numpy or JAX; a JAX array is waited for) at ``step``, on disk before it returns."""
+        scalars = {name: float(value) for name, value in values.items()}
+        record = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": int(step), "time": round(time.time(), 3), **record}) + "\n")
+        self._file.flush()
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, int(step))
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        self.close()

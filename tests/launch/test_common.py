@@ -1,0 +1,161 @@
+"""The launchers' front door, as a process: what is accepted, the one sentence for what is not, the exit status."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from causvid_jax.config import ConfigError
+from launch import common
+
+ROOT = pathlib.Path(__file__).parents[2]
+PROGRAM = """
+from absl import flags
+from launch import common
+
+CONFIG = common.define_config_flag()
+MODE = flags.DEFINE_integer("mode", 0, "What to do.")
+
+
+def main():
+    recipe = common.load_recipe(CONFIG)
+    if MODE.value == 1:
+        raise KeyboardInterrupt
+    if MODE.value == 2:
+        raise ZeroDivisionError("a defect")
+    print(recipe.name, recipe.video.frames, recipe.diffusion.student_steps, recipe.causal.clean_write)
+
+
+common.run(main)
+"""
+RECIPE = """
+def get_config(arg="plain"):
+    return dict(name=arg, video=dict(frames=81))
+"""
+BROKEN = """
+def get_config():
+    return undefined_name
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("programs")
+    (folder / "program.py").write_text(PROGRAM)
+    (folder / "recipe.py").write_text(RECIPE)
+    (folder / "broken.py").write_text(BROKEN)
+    (folder / "empty.py").write_text("")
+    return folder
+
+
+def call(place, *arguments):
+    done = subprocess.run(
+        [sys.executable, "program.py", *arguments],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout.strip(), done.stderr.strip()
+
+
+def test_every_field_can_be_set_from_the_command_line(place):
+    status, out, err = call(
+        place,
+        "--config=recipe.py:named",
+        "--config.video.frames=9",
+        "--config.diffusion.student_steps=(1000., 500.)",
+        "--noconfig.causal.clean_write",
+    )
+    assert (status, out, err) == (0, "named 9 (1000.0, 500.0) False", "")
+
+
+@pytest.mark.parametrize(
+    "arguments,sentence",
+    [
+        ([], "no --config is given; for example --config=configs/digits.py"),
+        (["--config=recipe.py", "--config.foo=1"], "config field 'foo' does not exist; accepted: name, video, text"),
+        (["--config=recipe.py", "--config.video.frames=10"], "video.frames is 10; it must be 1 + 4n"),
+        (["--config=nowhere.py"], "config file nowhere.py does not exist"),
+        (["--config=recipe.py", "--mood=1"], "Unknown command line flag 'mood'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(place, arguments, sentence):
+    status, out, err = call(place, *arguments)
+    assert status == 2 and out == ""
+    assert err.count("\n") == 0 and err.startswith("error: ") and sentence in err
+
+
+def test_ctrl_c_is_one_line_and_status_130(place):
+    assert call(place, "--config=recipe.py", "--mode=1") == (130, "", "stopped by Ctrl-C")
+
+
+def test_a_defect_keeps_its_traceback(place):
+    status, _, err = call(place, "--config=recipe.py", "--mode=2")
+    assert status == 1 and "Traceback" in err and err.endswith("ZeroDivisionError: a defect")
+
+
+@pytest.mark.parametrize(
+    "argument,sentence",
+    [
+        ("--config.train_vae.stps=1", "config field 'train_vae.stps' does not exist; did you mean 'train_vae.steps'?"),
+        ("-config.name.x=1", "config field 'name.x' does not exist: name is no group"),
+        ("--noconfig.causal.clean_wrte", "did you mean 'causal.clean_write'?"),
+        ("--config.vae.base_dims", "did you mean 'vae.base_dim'?"),
+    ],
+)
+def test_overrides_of_fields_that_do_not_exist(argument, sentence):
+    with pytest.raises(ConfigError) as caught:
+        common.check_overrides(["--config=x.py", "--prompt=a.b", argument])
+    assert sentence in str(caught.value)
+
+
+def test_overrides_of_fields_that_exist():
+    common.check_overrides(["--config.train_distill.critic_optimizer.b1=0.", "--noconfig.vae.dtype", "--configs.x=1"])
+
+
+@pytest.mark.parametrize(
+    "name,sentence",
+    [
+        ("broken.py", "cannot be run: NameError: name 'undefined_name' is not defined"),
+        ("empty.py", "has no get_config function"),
+        ("", "does not exist"),
+    ],
+)
+def test_recipe_files_that_do_not_work(place, name, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        common.load_recipe_file(str(place / name) if name else name)
+
+
+def test_output_paths(tmp_path):
+    assert common.check_output(str(tmp_path / "a" / "x.mp4"), (".mp4", ".gif")) == tmp_path / "a" / "x.mp4"
+    assert (tmp_path / "a").is_dir()
+    with pytest.raises(ConfigError, match=r"--output is 'x.avi'; it must end in .mp4 or .gif"):
+        common.check_output("x.avi", (".mp4", ".gif"))
+    (tmp_path / "d.mp4").mkdir()
+    with pytest.raises(ConfigError, match="is a directory; it must be a file"):
+        common.check_output(str(tmp_path / "d.mp4"), (".mp4",))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--contact x?.*cannot be written"):
+        common.check_output(str(tmp_path / "file" / "x.png"), (".png",), flag="contact")
+
+
+def test_compilation_cache_goes_where_the_environment_says(tmp_path):
+    program = "from launch import common; print(common.enable_compilation_cache())"
+
+    def where(**env):
+        base = {k: v for k, v in os.environ.items() if k not in ("JAX_COMPILATION_CACHE_DIR", "CAUSVID_JAX_CACHE")}
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env={**base, **env}, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
+    assert where(CAUSVID_JAX_CACHE=ours, JAX_COMPILATION_CACHE_DIR=theirs) == theirs
+    assert where(CAUSVID_JAX_CACHE=ours) == ours
+    assert where(CAUSVID_JAX_CACHE="") == "None"
+    (tmp_path / "file").write_text("")
+    assert where(CAUSVID_JAX_CACHE=str(tmp_path / "file" / "x")) == "None"

@@ -1,0 +1,179 @@
+"""Configuration: every refusal is one sentence that names the value and what would be accepted."""
+
+import dataclasses
+import json
+
+import ml_collections
+import pytest
+
+from causvid_jax import config as c
+
+
+def recipe(**groups):
+    return {"name": "test", **groups}
+
+
+def message(call, *args, **kwargs):
+    with pytest.raises(c.ConfigError) as caught:
+        call(*args, **kwargs)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_defaults_are_the_published_wan_1_3b():
+    full = c.from_config_dict(recipe())
+    assert (full.video.frames, full.video.latent_frames, full.video.fps) == (81, 21, 16)
+    assert (full.student.dim, full.student.num_layers, full.student.head_dim) == (1536, 30, 128)
+    assert full.causal.block_sizes(full.video.latent_frames) == (3,) * 7
+    assert full.student == full.teacher
+
+
+def test_configs_are_hashable_equal_by_value_and_frozen():
+    a, b = c.from_config_dict(recipe()), c.from_config_dict(recipe())
+    assert a is not b and hash(a) == hash(b) and a == b
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        a.video.height = 16
+
+
+def test_config_dict_and_dict_give_the_same_recipe():
+    values = recipe(video={"frames": 9}, causal={"frames_per_block": 1}, diffusion={"student_steps": [1000, 500.0]})
+    built = c.from_config_dict(values)
+    assert built == c.from_config_dict(ml_collections.ConfigDict(values))
+    assert built.video == c.VideoConfig(frames=9)
+    assert built.diffusion.student_steps == (1000.0, 500.0)
+    assert all(isinstance(s, float) for s in built.diffusion.student_steps)
+
+
+def test_json_round_trip_is_exact():
+    built = c.from_config_dict(
+        recipe(
+            diffusion={"shift": 0.1 + 0.2, "student_steps": (1000.0, 1e-3)},
+            vae={"z_dim": 4, "latent_mean": (1 / 3,) * 4},
+            teacher={"out_channels": 4, "in_channels": 4},
+            student={"out_channels": 4, "in_channels": 4},
+            train_distill={"optimizer": {"learning_rate": 2e-6}, "rollout": "data"},
+        )
+    )
+    text = c.to_json(built)
+    assert c.from_json(text) == built
+    assert c.to_json(c.from_json(text)) == text
+    assert json.loads(text)["train_distill"]["optimizer"]["learning_rate"] == 2e-6
+
+
+@pytest.mark.parametrize(
+    "groups,expected",
+    [
+        ({"vido": {}}, "config field 'vido' does not exist; did you mean 'video'?"),
+        ({"video": {"frame": 9}}, "config field 'video.frame' does not exist; did you mean 'frames'?"),
+        (
+            {"train_init": {"optimizer": {"learning_rte": 1e-3}}},
+            "config field 'train_init.optimizer.learning_rte' does not exist; did you mean 'learning_rate'?",
+        ),
+        (
+            {"video": {"zzz": 1}},
+            "config field 'video.zzz' does not exist; accepted: height, width, frames, fps",
+        ),
+        ({"video": {"frames": 9.0}}, "video.frames is 9.0; it must be of type int"),
+        ({"video": {"frames": True}}, "video.frames is True; it must be of type int"),
+        ({"video": {"frames": "9"}}, "video.frames is '9'; it must be of type int"),
+        ({"causal": {"clean_write": 1}}, "causal.clean_write is 1; it must be of type bool"),
+        ({"diffusion": {"shift": "8"}}, "diffusion.shift is '8'; it must be of type float"),
+        ({"diffusion": {"shift": True}}, "diffusion.shift is True; it must be of type float"),
+        ({"video": 3}, "video is 3; it must be a group of fields"),
+        ({"vae": {"dim_mult": 3}}, "vae.dim_mult is 3; it must be a sequence"),
+        ({"vae": {"dim_mult": (1, "x")}}, "vae.dim_mult[1] is 'x'; it must be of type int"),
+        ({"teacher": {"patch_size": (1, 2)}}, "teacher.patch_size has 2 entries; it must have 3"),
+    ],
+)
+def test_unknown_fields_and_wrong_types(groups, expected):
+    assert message(c.from_config_dict, recipe(**groups)) == expected
+
+
+@pytest.mark.parametrize(
+    "cls,values,expected",
+    [
+        (c.VideoConfig, {"frames": 80}, "video.frames is 80; it must be 1 + 4n"),
+        (c.VideoConfig, {"frames": -3}, "video.frames is -3; it must be 1 + 4n"),
+        (c.VideoConfig, {"height": 40}, "video.height is 40; it must be a positive multiple of 16"),
+        (c.VideoConfig, {"width": 0}, "video.width is 0; it must be a positive multiple of 16"),
+        (c.VideoConfig, {"fps": 0}, "video.fps is 0; it must be positive"),
+        (c.TextConfig, {"kind": "clip"}, "text.kind is 'clip'; accepted: 'words', 'umt5'"),
+        (
+            c.TextConfig,
+            {"kind": "words", "vocabulary": ("a", "b"), "length": 4, "dim": 5},
+            "text.dim is 5; a word vocabulary needs len(vocabulary) + length = 6",
+        ),
+        (c.VAEConfig, {"temporal_downsample": (True,)}, "vae.temporal_downsample has 1 entries; dim_mult of length 4"),
+        (c.VAEConfig, {"latent_std": (1.0,)}, "vae.latent_std has 1 entries; accepted: 0 or 16"),
+        (c.VAEConfig, {"dtype": "float16"}, "vae.dtype is 'float16'; accepted: 'float32', 'bfloat16'"),
+        (c.TransformerConfig, {"num_heads": 7}, "transformer.dim is 1536, which 7 heads do not divide"),
+        (c.TransformerConfig, {"dim": 36, "num_heads": 4}, "transformer head size is 9"),
+        (c.TransformerConfig, {"dim": 16, "num_heads": 4}, "transformer head size is 4"),
+        (c.TransformerConfig, {"freq_dim": 7}, "transformer.freq_dim is 7; it must be even"),
+        (c.TransformerConfig, {"patch_size": (2, 2, 2)}, "its temporal size must be 1"),
+        (c.TransformerConfig, {"attention": "flash"}, "transformer.attention is 'flash'; accepted: 'xla', 'cudnn'"),
+        (c.TransformerConfig, {"dtype": "int8"}, "transformer.dtype is 'int8'; accepted: 'float32', 'bfloat16'"),
+        (c.CausalConfig, {"frames_per_block": 0}, "causal.frames_per_block is 0; it must be at least 1"),
+        (
+            c.CausalConfig,
+            {"window": 2},
+            "causal.window is 2 frames; it must be 0 (no window) or at least one block (3)",
+        ),
+        (c.CausalConfig, {"sink": -1}, "causal.sink is -1; it must not be negative"),
+        (c.CausalConfig, {"positions": "rotary"}, "causal.positions is 'rotary'; accepted: 'absolute', 'relative'"),
+        (c.DiffusionConfig, {"shift": 0.0}, "diffusion.shift is 0.0; it must be positive"),
+        (c.DiffusionConfig, {"solver": "heun"}, "diffusion.solver is 'heun'; accepted: 'euler', 'unipc'"),
+        (c.DiffusionConfig, {"student_steps": ()}, "diffusion.student_steps is (); it must be distinct values"),
+        (c.DiffusionConfig, {"student_steps": (500.0, 750.0)}, "in (0, 1000], descending"),
+        (c.DiffusionConfig, {"student_steps": (1000.0, 0.0)}, "in (0, 1000], descending"),
+        (c.DiffusionConfig, {"student_steps": (500.0, 500.0)}, "in (0, 1000], descending"),
+        (c.OptimizerConfig, {"schedule": "step"}, "optimizer.schedule is 'step'; accepted: 'constant', 'cosine'"),
+        (c.OptimizerConfig, {"ema_decay": 1.0}, "optimizer.ema_decay is 1.0; it must be in [0, 1)"),
+        (c.DistillStageConfig, {"rollout": "both"}, "distill.rollout is 'both'; accepted: 'data', 'self'"),
+        (c.DistillStageConfig, {"teacher": "big"}, "distill.teacher is 'big'; accepted: 'bidirectional', 'causal'"),
+        (c.DistillStageConfig, {"init": "none"}, "distill.init is 'none'; accepted: 'ode', 'teacher'"),
+        (c.DistillStageConfig, {"score_timestep_min": 990.0}, "distill score timesteps are [990.0, 980.0]"),
+    ],
+)
+def test_values_that_cannot_work(cls, values, expected):
+    assert expected in message(cls, **values)
+
+
+@pytest.mark.parametrize(
+    "groups,expected",
+    [
+        ({"student": {"out_channels": 8}}, "student.out_channels is 8; the VAE has 16 latent channels"),
+        (
+            {"teacher": {"text_length": 4}},
+            "teacher reads text of shape (4, 4096); the text encoder gives (512, 4096)",
+        ),
+        ({"video": {"frames": 77}}, "20 latent frames do not fit blocks of n*3; the nearest that do are 18 and 21"),
+    ],
+)
+def test_groups_that_do_not_fit_each_other(groups, expected):
+    assert message(c.from_config_dict, recipe(**groups)) == expected
+
+
+def test_block_sizes_cover_the_clip_exactly():
+    for k in range(1, 6):
+        for first in (False, True):
+            causal = c.CausalConfig(frames_per_block=k, independent_first_frame=first)
+            fitting = [f for f in range(1, 40) if (f - first) % k == 0 and f >= 1]
+            for frames in range(1, 40):
+                if frames in fitting:
+                    sizes = causal.block_sizes(frames)
+                    assert sum(sizes) == frames and set(sizes[first:]) <= {k} and (not first or sizes[0] == 1)
+                else:
+                    below = [f for f in fitting if f < frames]
+                    above = [f for f in fitting if f > frames] or [fitting[-1] + k]
+                    nearest = (below[-1], above[0]) if below else (above[0], above[0] + k)
+                    text = message(causal.block_sizes, frames)
+                    assert text.endswith(f"the nearest that do are {nearest[0]} and {nearest[1]}"), (k, first, frames)
+
+
+def test_structures_are_named_in_the_refusal():
+    text = message(c.CausalConfig(frames_per_block=4, independent_first_frame=True).block_sizes, 20)
+    assert text == "20 latent frames do not fit blocks of 1 + n*4; the nearest that do are 17 and 21"
+    text = message(c.CausalConfig(frames_per_block=3).block_sizes, 0)
+    assert text == "0 latent frames do not fit blocks of n*3; the nearest that do are 3 and 6"
