@@ -1,0 +1,91 @@
+import json
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from causvid_jax.config import ConfigError
+from causvid_jax.data import arrays
+
+SHAPE = (3, 2, 2, 4)
+
+
+def _chunk(index):
+    rng = np.random.default_rng(index)
+    for i in range(2):
+        yield {"latents": rng.normal(size=SHAPE).astype(np.float16), "caption": f"chunk {index} example {i}"}
+
+
+def _write(folder, make_chunk=_chunk, **options):
+    return arrays.write_dataset(
+        folder,
+        name="latents",
+        features=arrays.array_features("latents", SHAPE),
+        make_chunk=make_chunk,
+        **{"chunks": 4, "identity": {"weights": "abc"}, "progress": False, **options},
+    )
+
+
+def _bytes(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if "array_record" in p.name}
+
+
+def test_examples_come_back_in_order(tmp_path):
+    assert _write(tmp_path)
+    source = arrays.source(tmp_path)
+    expected = [example for index in range(4) for example in _chunk(index)]
+    assert len(source) == 8
+    for got, example in zip((source[i] for i in range(8)), expected, strict=True):
+        assert got["latents"].dtype == np.float16 and got["caption"].decode() == example["caption"]
+        np.testing.assert_array_equal(got["latents"], example["latents"])
+    info = tfds.builder_from_directory(str(tmp_path)).info
+    assert info.splits["train"].shard_lengths == [2] * 4
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_writer_resumes_to_the_same_bytes(tmp_path, error):
+    whole, stopped, asked = tmp_path / "whole", tmp_path / "stopped", []
+    _write(whole)
+
+    def breaks(index):
+        for i, example in enumerate(_chunk(index)):
+            if (index, i) == (2, 1):
+                raise error
+            yield example
+
+    with pytest.raises(error):
+        _write(stopped, breaks)
+    assert not arrays.is_complete(stopped)
+    with pytest.raises(ConfigError, match="no finished dataset"):
+        arrays.source(stopped)
+
+    def counted(index):
+        asked.append(index)
+        return _chunk(index)
+
+    assert _write(stopped, counted)
+    assert asked == [2, 3]
+    assert _bytes(stopped) == _bytes(whole)
+    assert _write(stopped, counted) and asked == [2, 3]
+
+
+def test_a_lost_shard_is_written_again(tmp_path):
+    _write(tmp_path)
+    before = _bytes(tmp_path)
+    (tmp_path / "latents-train.array_record-00001-of-00004").unlink()
+    assert not arrays.is_complete(tmp_path)
+    assert _write(tmp_path) and _bytes(tmp_path) == before
+
+
+def test_processes_share_the_chunks(tmp_path):
+    assert not _write(tmp_path, process_id=1, process_count=2)
+    assert not arrays.is_complete(tmp_path)
+    assert _write(tmp_path, process_id=0, process_count=2)
+    assert len(arrays.source(tmp_path)) == 8
+
+
+def test_another_identity_is_refused(tmp_path):
+    _write(tmp_path)
+    with pytest.raises(ConfigError, match="weights was 'abc' and is now 'xyz'"):
+        _write(tmp_path, identity={"weights": "xyz"})
+    assert json.loads((tmp_path / "identity.json").read_text())["weights"] == "abc"

@@ -1,0 +1,168 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from causvid_jax.config import ConfigError, DataConfig, VideoConfig
+from causvid_jax.data import digits
+
+DATA = DataConfig()
+VIDEO = VideoConfig(height=32, width=32, frames=9)
+
+
+def _shift(before, after):
+    """Circular displacement (dy, dx) from one frame to another: the peak of their cross-correlation."""
+    a, b = (np.fft.fft2(f.sum(-1).astype(np.float64)) for f in (before, after))
+    correlation = np.fft.ifft2(b * a.conj()).real
+    peak = np.unravel_index(correlation.argmax(), correlation.shape)
+    return tuple(int((p + n // 2) % n - n // 2) for p, n in zip(peak, correlation.shape, strict=True))
+
+
+@pytest.mark.parametrize("direction", digits.DIRECTIONS)
+@pytest.mark.parametrize("speed", [1, 2])
+def test_a_digit_moves_by_its_direction_times_speed(direction, speed):
+    config = dataclasses.replace(DATA, speed=speed)
+    video = VideoConfig(height=32, width=48, frames=9)
+    clip, _ = digits.sample_clip(np.random.default_rng(3), "train", config, video, f"a white 7 moving {direction}")
+    expected = tuple(speed * d for d in digits.DIRECTIONS[direction])
+    assert [_shift(clip[t], clip[t + 1]) for t in range(8)] == [expected] * 8
+
+
+def test_frame_equals_a_rolled_first_frame_and_repeats_after_one_tour():
+    clip = digits.sample_clip(
+        np.random.default_rng(1), "train", DATA, VideoConfig(height=32, width=48, frames=97), "a red 5 moving up right"
+    )[0]
+    for t in (1, 20, 31, 50):
+        np.testing.assert_array_equal(clip[t], np.roll(clip[0], (-t, t), axis=(0, 1)))
+    assert (clip[32] != clip[0]).any()
+    np.testing.assert_array_equal(clip[96], clip[0])  # 96 is the least common multiple of 32 and 48
+
+
+def test_start_and_size_place_the_digit():
+    images = np.ones((1, 8, 8), np.float32)
+    clip = digits.render(images, digits.parse_caption("a white 8 moving left"), [(30, 2)], DATA, 1, 32, 32)[0]
+    rows, columns = np.nonzero(clip.sum(-1))
+    assert sorted(set(rows)) == sorted((30 + np.arange(16)) % 32)
+    assert sorted(set(columns)) == list(range(2, 18))
+
+
+def test_enlarging_is_exact_for_constants_and_keeps_the_centre():
+    inner = digits._enlarge_matrix(8, 16)[4:12]
+    np.testing.assert_allclose(inner.sum(1), 1, atol=1e-6)
+    np.testing.assert_allclose(inner @ np.arange(8), np.arange(4, 12) / 2 - 0.25, atol=1e-6)  # cubic: exact on lines
+    np.testing.assert_allclose(digits._enlarge_matrix(8, 8), np.eye(8), atol=1e-7)
+
+
+@pytest.mark.parametrize("color", digits.COLORS)
+def test_pixels_have_the_named_colour(color):
+    clip = digits.sample_clip(np.random.default_rng(0), "test", DATA, VIDEO, f"a {color} 0 moving down")[0]
+    assert clip.dtype == np.uint8 and clip.shape == (9, 32, 32, 3)
+    peak = clip.reshape(-1, 3).max(0)
+    np.testing.assert_array_equal(peak > 0, np.array(digits.COLORS[color]) > 0)
+    assert peak.max() == 255
+    assert (clip.max(-1) == 0).mean() > 0.5  # black background
+
+
+def test_colours_are_far_apart():
+    rgb = np.array(list(digits.COLORS.values()), float)
+    gaps = np.abs(rgb[:, None] - rgb[None]).max(-1) + 255 * np.eye(len(rgb))
+    assert gaps.min() == 255
+
+
+def test_two_digits_overlap_by_the_brighter_channel():
+    specs = digits.parse_caption("a red 3 moving left and a cyan 1 moving down")
+    images = digits.handwriting("train")[0][:2]
+    starts = [(0, 0), (4, 4)]
+    both = digits.render(images, specs, starts, DATA, 5, 32, 32)
+    alone = [digits.render(images[i : i + 1], specs[i : i + 1], starts[i : i + 1], DATA, 5, 32, 32) for i in range(2)]
+    np.testing.assert_array_equal(both, np.maximum(*alone))
+
+
+def test_handwriting_splits_are_disjoint_stratified_and_fixed():
+    parts = {split: digits.handwriting(split) for split in digits.SPLITS}
+    indices = np.concatenate([p[2] for p in parts.values()])
+    assert len(indices) == len(set(indices)) == 1797
+    total = np.bincount(np.concatenate([p[1] for p in parts.values()]))
+    for share, (images, labels, _) in zip((0.5, 0.35, 0.15), parts.values(), strict=True):
+        counts = np.bincount(labels, minlength=10)
+        assert images.shape == (len(labels), 8, 8) and images.max() <= 1
+        np.testing.assert_allclose(counts, share * total, atol=1)
+    # No picture of one split occurs in another under another index either.
+    flat = {split: {image.tobytes() for image in p[0]} for split, p in parts.items()}
+    assert not flat["train"] & flat["judge"] and not flat["train"] & flat["test"] and not flat["judge"] & flat["test"]
+    assert int(parts["test"][2].sum()) == 239099
+
+
+def test_held_out_combinations_never_occur_in_training_captions():
+    train, test, every = (digits.captions(DATA, split) for split in ("train", "test", "all"))
+    assert (len(train), len(test), len(every)) == (504, 56, 560)
+    assert not set(train) & set(test) and set(train) | set(test) == set(every)
+    assert [digits.is_held_out(c, DATA) for c in every] == [c in set(test) for c in every]
+    # Every word still occurs in training, with every digit.
+    assert {(s.digit, s.color) for c in train for s in digits.parse_caption(c)} == {
+        (d, c) for d in range(10) for c in DATA.colors
+    }
+    rng = np.random.default_rng(0)
+    drawn = {digits.sample_clip(rng, "train", DATA, VideoConfig(height=16, width=16, frames=1))[1] for _ in range(2000)}
+    assert not drawn & set(test) and len(drawn) > 480
+
+
+def test_two_digit_captions_differ_in_colour_and_respect_the_hold_out():
+    config = dataclasses.replace(DATA, colors=("red", "blue", "white"), digits_per_clip=2)
+    single = dataclasses.replace(config, digits_per_clip=1)
+    forbidden = set(digits.captions(single, "test"))
+    train, test = digits.captions(config, "train"), digits.captions(config, "test")
+    assert len(train) + len(test) == 240 * 160
+    assert all(not set(c.split(" and ")) & forbidden for c in train)
+    assert all(set(c.split(" and ")) & forbidden for c in test)
+    assert all(len({s.color for s in digits.parse_caption(c)}) == 2 for c in train[::97])
+
+
+def test_captions_are_a_round_trip_in_the_vocabulary():
+    words = digits.vocabulary(DATA)
+    assert len(words) == len(set(words)) == 24
+    for caption in digits.captions(DATA, "all"):
+        assert digits.caption_of(digits.parse_caption(caption)) == caption
+        assert set(caption.split()) <= set(words)
+    assert digits.parse_caption("a green 7 moving up and a blue 1 moving down right") == [
+        digits.Digit(7, "green", "up"),
+        digits.Digit(1, "blue", "down right"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("caption", "message"),
+    [
+        ("red 3 moving left", "must look like 'a red 3 moving left'"),
+        ("", "must look like"),
+        ("a red 3 moving left and", "unknown direction 'left and'"),
+        ("a rde 3 moving left", "unknown color 'rde' .* did you mean 'red'"),
+        ("a red 12 moving left", "unknown digit '12'"),
+        ("a red 3 moving left up", "unknown direction 'left up'"),
+    ],
+)
+def test_malformed_captions_are_refused(caption, message):
+    with pytest.raises(ConfigError, match=message):
+        digits.parse_caption(caption)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colors": ("red", "brown")}, "brown"),
+        ({"colors": ("red", "red")}, "distinct"),
+        ({"digits_per_clip": 3}, "accepted: 1, or 2"),
+        ({"held_out_fraction": 0.9}, "held_out_fraction is 0.9"),
+        ({"speed": 0}, "speed is 0"),
+        ({"digit_size": 64}, "digit_size is 64"),
+    ],
+)
+def test_impossible_settings_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        digits.sample_clip(np.random.default_rng(0), "train", dataclasses.replace(DATA, **change), VIDEO)
+
+
+def test_the_same_generator_gives_the_same_clip():
+    a, b = (digits.sample_clip(np.random.default_rng(7), "judge", DATA, VIDEO) for _ in range(2))
+    assert a[1] == b[1]
+    np.testing.assert_array_equal(a[0], b[0])
