@@ -5,11 +5,13 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from causvid_jax.config import ConfigError
 from launch import common
 
+CACHE_DIR, CACHE_SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
 ROOT = pathlib.Path(__file__).parents[2]
 PROGRAM = """
 from absl import flags
@@ -143,19 +145,24 @@ def test_output_paths(tmp_path):
         common.check_output(str(tmp_path / "file" / "x.png"), (".png",), flag="contact")
 
 
-def test_compilation_cache_goes_where_the_environment_says(tmp_path):
-    program = "from launch import common; print(common.enable_compilation_cache())"
-
-    def where(**env):
-        base = {k: v for k, v in os.environ.items() if k not in ("JAX_COMPILATION_CACHE_DIR", "CAUSVID_JAX_CACHE")}
-        done = subprocess.run(
-            [sys.executable, "-c", program], cwd=ROOT, env={**base, **env}, capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
-    assert where(CAUSVID_JAX_CACHE=ours, JAX_COMPILATION_CACHE_DIR=theirs) == theirs
-    assert where(CAUSVID_JAX_CACHE=ours) == ours
-    assert where(CAUSVID_JAX_CACHE="") == "None"
-    (tmp_path / "file").write_text("")
-    assert where(CAUSVID_JAX_CACHE=str(tmp_path / "file" / "x")) == "None"
+def test_compilation_cache_goes_where_the_environment_says(tmp_path, monkeypatch):
+    before = {name: getattr(jax.config, name) for name in (CACHE_DIR, CACHE_SECONDS)}
+    try:
+        jax.config.update(CACHE_DIR, None)
+        monkeypatch.setenv("CAUSVID_JAX_CACHE", "")
+        assert common.enable_compilation_cache() is None
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("CAUSVID_JAX_CACHE", str(tmp_path / "file" / "x"))
+        assert common.enable_compilation_cache() is None and jax.config.jax_compilation_cache_dir is None
+        ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
+        monkeypatch.setenv("CAUSVID_JAX_CACHE", ours)
+        assert common.enable_compilation_cache() == ours == jax.config.jax_compilation_cache_dir
+        jax.config.update(CACHE_DIR, theirs)  # what JAX makes of JAX_COMPILATION_CACHE_DIR
+        assert common.enable_compilation_cache() == theirs == jax.config.jax_compilation_cache_dir
+        monkeypatch.delenv("CAUSVID_JAX_CACHE")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        jax.config.update(CACHE_DIR, None)
+        assert common.enable_compilation_cache() == str(tmp_path / ".cache" / "causvid_jax")
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
