@@ -38,4 +38,5 @@ def guided_velocity(
         return velocity_fn(x, timestep, text)
     texts = jnp.concatenate([jnp.broadcast_to(null_text, text.shape).astype(text.dtype), text])
     both = velocity_fn(jnp.concatenate([x, x]), jnp.concatenate([timestep, timestep]), texts)
-    return guide(*jnp.split(both, 2), guidance)
+    unconditional, conditional = jnp.split(both, 2)
+    return guide(unconditional, conditional, guidance)

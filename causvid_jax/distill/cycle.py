@@ -1,0 +1,161 @@
+"""One DMD cycle as one jittable function: K fake-score updates, one student update, one EMA update (paper section 4.2).
+
+Pure: networks, rollout and optimizers are handed in, every array is in the state or an argument, and randomness is
+``fold_in(key, step)`` split by purpose, so that a resumed run continues bit for bit.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from causvid_jax.config import DiffusionConfig, DistillStageConfig, require
+from causvid_jax.distill import dmd
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DistillState:
+    """All that changes during distillation.
+
+    Attributes:
+      student: parameters of the generator.
+      fake: parameters of the fake score (may be of another size).
+      student_ema: their running mean, of the student's structure.
+      student_opt: optax state of the student.
+      fake_opt: optax state of the fake score.
+      step: int32 scalar, cycles done (generator updates).
+    """
+
+    student: Any
+    fake: Any
+    student_ema: Any
+    student_opt: optax.OptState
+    fake_opt: optax.OptState
+    step: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillFunctions:
+    """The three networks as the cycle needs them.
+
+    Attributes:
+      rollout: ``(student params, batch, key) -> (x0 [B, F, h, w, C], mask [B, F] or None)``, one of ``rollout.py``.
+      teacher: ``(params, x, timestep, text) -> velocity``, the real score.
+      fake: ``(params, x, timestep, text) -> velocity``, the fake score.
+    """
+
+    rollout: Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array | None]]
+    teacher: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
+    fake: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def init_state(
+    student: Any,
+    fake: Any,
+    student_optimizer: optax.GradientTransformation,
+    fake_optimizer: optax.GradientTransformation,
+) -> DistillState:
+    """The state before the first cycle; the EMA starts as a copy of the student, so that both can be donated."""
+    return DistillState(
+        student=student,
+        fake=fake,
+        student_ema=jax.tree.map(jnp.copy, student),
+        student_opt=student_optimizer.init(student),
+        fake_opt=fake_optimizer.init(fake),
+        step=jnp.zeros((), jnp.int32),
+    )
+
+
+def dmd_cycle(
+    state: DistillState,
+    teacher: Any,
+    batches: Any,
+    null_text: jax.Array,
+    key: jax.Array,
+    *,
+    functions: DistillFunctions,
+    student_optimizer: optax.GradientTransformation,
+    fake_optimizer: optax.GradientTransformation,
+    diffusion: DiffusionConfig,
+    distill: DistillStageConfig,
+) -> tuple[DistillState, dict[str, jax.Array]]:
+    """K = ``distill.critic_updates`` fake-score updates, then one student update and its EMA.
+
+    Args:
+      state: the current state; safe to donate.
+      teacher: parameters of the real score, constant.
+      batches: a pytree of arrays ``[K + 1, B, ...]`` with an entry ``"text"`` ``[K + 1, B, S, E]`` (and whatever the
+        rollout reads): one batch for every fake-score update, the last one for the student.
+      null_text: the empty prompt, ``[S, E]``.
+      key: the root key of the run.
+      functions: the networks and the rollout.
+      student_optimizer: optax optimizer that made ``state.student_opt``.
+      fake_optimizer: optax optimizer that made ``state.fake_opt``.
+      diffusion: the grid.
+      distill: critic updates, guidance, timestep range, EMA decay (``optimizer.ema_decay``; 0: EMA is the student).
+
+    Returns:
+      The next state and scalar metrics: ``generator_*``, and ``critic_*`` as means over the K updates.
+    """
+    updates = distill.critic_updates
+    require(updates >= 1, f"distill.critic_updates is {updates}; it must be at least 1")
+    given = len(batches["text"])
+    require(given == updates + 1, f"{given} batches for {updates} critic updates and one student update")
+    critic_key, generator_key = jax.random.split(jax.random.fold_in(key, state.step))
+
+    def critic_step(carry, inputs):
+        fake, opt = carry
+        batch, step_key = inputs
+        rollout_key, loss_key = jax.random.split(step_key)
+        x0, mask = functions.rollout(state.student, batch, rollout_key)
+
+        def loss_fn(fake):
+            def velocity(x, timestep, text):
+                return functions.fake(fake, x, timestep, text)
+
+            return dmd.critic_loss(
+                x0, batch["text"], loss_key, fake=velocity, diffusion=diffusion, distill=distill, mask=mask
+            )
+
+        (_, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(fake)
+        change, opt = fake_optimizer.update(gradient, opt, fake)
+        return (optax.apply_updates(fake, change), opt), metrics | {"gradient_norm": optax.global_norm(gradient)}
+
+    critic_batches = jax.tree.map(lambda a: a[:updates], batches)
+    (fake, fake_opt), critic_metrics = jax.lax.scan(
+        critic_step, (state.fake, state.fake_opt), (critic_batches, jax.random.split(critic_key, updates))
+    )
+
+    batch = jax.tree.map(lambda a: a[updates], batches)
+    rollout_key, loss_key = jax.random.split(generator_key)
+
+    def loss_fn(student):
+        x0, mask = functions.rollout(student, batch, rollout_key)
+        return dmd.generator_loss(
+            x0,
+            batch["text"],
+            null_text,
+            loss_key,
+            teacher=lambda x, timestep, text: functions.teacher(teacher, x, timestep, text),
+            fake=lambda x, timestep, text: functions.fake(fake, x, timestep, text),
+            diffusion=diffusion,
+            distill=distill,
+            mask=mask,
+        )
+
+    (_, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.student)
+    change, student_opt = student_optimizer.update(gradient, state.student_opt, state.student)
+    student = optax.apply_updates(state.student, change)
+
+    decay = distill.optimizer.ema_decay
+    student_ema = jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, state.student_ema, student)
+
+    metrics = metrics | {"gradient_norm": optax.global_norm(gradient)}
+    metrics = {f"generator_{k}": v for k, v in metrics.items()}
+    metrics |= {f"critic_{k}": jnp.mean(v) for k, v in critic_metrics.items()}
+    state = DistillState(student, fake, student_ema, student_opt, fake_opt, state.step + 1)
+    return state, metrics

@@ -1,0 +1,70 @@
+"""ODE regression: the causal student learns to jump from the teacher's trajectory to its end (paper section 4.3).
+
+    L = mean over noisy elements of (x0_student(x_t, t) - x0)^2
+
+``x_t`` is the teacher's state at a student timestep t, drawn per block, ``x0`` the end of the same trajectory. Blocks
+may also be given clean (t = 0): they serve as context for later blocks and count nothing themselves.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import repeat
+
+from causvid_jax.config import require
+from causvid_jax.diffusion import flow
+
+BlockCausalFn = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]  # (params, x, timestep, text) -> velocity
+
+
+def sample_block_steps(key: jax.Array, batch: int, block_sizes: Sequence[int], choices: int) -> jax.Array:
+    """Step indices ``[B, F]``, int32: uniform over ``range(choices)``, independent per block, equal inside a block."""
+    steps = jax.random.randint(key, (batch, len(block_sizes)), 0, choices)
+    return jnp.repeat(steps, np.asarray(block_sizes), axis=1, total_repeat_length=sum(block_sizes))
+
+
+def ode_regression_loss(
+    velocity_fn: BlockCausalFn,
+    params: Any,
+    states: jax.Array,
+    text: jax.Array,
+    key: jax.Array,
+    *,
+    timesteps: Sequence[float],
+    block_sizes: Sequence[int],
+    include_clean: bool,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The regression loss of one batch of trajectories.
+
+    Args:
+      velocity_fn: the block-causal student, ``(params, x, timestep [B, F], text) -> velocity``.
+      params: the student's parameters, which the loss is differentiated by.
+      states: ``[Q + 1, B, F, h, w, C]`` as :func:`~causvid_jax.distill.trajectories.teacher_trajectory` gives them.
+      text: ``[B, S, E]``.
+      key: draws one step index per sample and block.
+      timesteps: the Q student timesteps of the states, ``flow.student_timesteps``.
+      block_sizes: frames of each block, ``CausalConfig.block_sizes(F)``.
+      include_clean: also draw t = 0, as context only.
+
+    Returns:
+      The scalar loss (0 when every block was drawn clean) and metrics: the loss, and the fraction of noisy frames.
+    """
+    q, (batch, frames) = len(timesteps), states.shape[1:3]
+    require(states.shape[0] == q + 1, f"trajectories have {states.shape[0]} states; {q} timesteps need {q + 1}")
+    require(sum(block_sizes) == frames, f"blocks {tuple(block_sizes)} do not add up to {frames} latent frames")
+
+    index = sample_block_steps(key, batch, block_sizes, q + 1 if include_clean else q)
+    timestep = jnp.asarray((*timesteps, 0.0), jnp.float32)[index]
+    # One state per sample and frame, [B, F, h, w, C].
+    x_t = states.astype(jnp.float32)[index, jnp.arange(batch)[:, None], jnp.arange(frames)[None, :]]
+    velocity = velocity_fn(params, x_t, timestep, text)
+    predicted = flow.x0_from_velocity(x_t, velocity.astype(jnp.float32), flow.sigma_from_timestep(timestep))
+
+    noisy = repeat((timestep != 0).astype(jnp.float32), "b f -> b f 1 1 1")
+    error = jnp.square(predicted - states[-1].astype(jnp.float32))
+    elements = jnp.sum(noisy) * np.prod(states.shape[3:])
+    loss = jnp.sum(noisy * error) / jnp.maximum(elements, 1.0)
+    return loss, {"loss": loss, "noisy_fraction": jnp.mean(noisy)}
