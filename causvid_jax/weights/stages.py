@@ -1,0 +1,57 @@
+"""Where the weights of each stage lie, and the VAE's with the latent statistics measured after its training.
+
+A stage leaves ``WORKDIR/<stage>/weights.safetensors``. A recipe whose trained weights come with the package has them in
+``causvid_jax/assets/<recipe>/<stage>.safetensors``; what a working directory holds goes first.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+from causvid_jax.config import ConfigError, VAEConfig
+from causvid_jax.models import vae
+from causvid_jax.weights import store
+
+ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
+_STATISTICS = ("latent_mean", "latent_std")
+
+
+def stage_path(workdir: str | os.PathLike, stage: str) -> pathlib.Path:
+    """Where ``stage`` (``vae``, ``teacher``, ``init``, ``distill``) exports its weights."""
+    return pathlib.Path(workdir) / stage / "weights.safetensors"
+
+
+def find(recipe: str, stage: str, workdir: str | os.PathLike | None = None) -> pathlib.Path:
+    """The weights of ``stage``: those under ``workdir`` if they exist, else those that come with the package.
+
+    Raises:
+        ConfigError: there are neither.
+    """
+    own = stage_path(workdir, stage) if workdir is not None else None
+    packaged = ASSETS / recipe / f"{stage}.safetensors"
+    for path in (own, packaged):
+        if path is not None and path.is_file():
+            return path
+    missing = f"{own} does not exist and " if own is not None else ""
+    raise ConfigError(
+        f"{missing}recipe {recipe!r} comes with no trained {stage}; train it with launch.train --stage={stage}"
+    )
+
+
+def vae_metadata(config: VAEConfig) -> dict[str, str]:
+    """Metadata to save beside VAE weights: the latent statistics of ``config``."""
+    return {name: json.dumps(getattr(config, name)) for name in _STATISTICS}
+
+
+def load_vae(path: str | os.PathLike, config: VAEConfig) -> tuple[dict[str, Any], VAEConfig]:
+    """VAE parameters, and ``config`` with the statistics saved beside them (its own where the file has none).
+
+    Raises:
+        ConfigError: an unreadable file, or one of a VAE of other sizes.
+    """
+    params, metadata = store.load_params(path)
+    store.check_tree(params, vae.abstract(config), f"VAE weights {path}")
+    saved = {name: tuple(json.loads(metadata[name])) for name in _STATISTICS if name in metadata}
+    return params, dataclasses.replace(config, **saved)
