@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.util
+import logging as python_logging
 import os
 import pathlib
 import re
@@ -119,6 +120,8 @@ def run(main: Callable[[], None]) -> None:
         except KeyboardInterrupt:
             _finish("stopped by Ctrl-C", INTERRUPTED)
 
+    # At INFO JAX reports every accelerator that is not there.
+    python_logging.getLogger("jax").setLevel(python_logging.WARNING)
     app.run(lambda _: guarded(main), flags_parser=lambda arguments: guarded(lambda: _parse_flags(arguments)))
 
 
