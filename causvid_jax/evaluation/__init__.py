@@ -1,0 +1,1 @@
+"""Judging of generated clips: a judge that reads digits, metrics, and the report that compares teacher and student."""

@@ -1,0 +1,127 @@
+"""Figures of a report, in numpy: accuracies, Frechet distance, discontinuity at block borders, prompt switches.
+
+Clips are uint8 ``[B, T, H, W, 3]``. A stream's blocks are K latent frames; the causal VAE turns latent frame 0 into one
+pixel frame and every later one into four, so the first block shows ``1 + 4 (K - 1)`` frames and the others ``4 K``.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from causvid_jax.config import require
+
+ATTRIBUTES = ("digit", "color", "direction")
+
+
+def agreement(read: Sequence[tuple], wanted: Sequence[tuple]) -> np.ndarray:
+    """Which attributes of each clip are as wanted: bool ``[B, 3]`` in the order of :data:`ATTRIBUTES`.
+
+    Args:
+      read: B triples (digit, color, direction) as the judge reads them.
+      wanted: B triples as the captions want them.
+    """
+    require(len(read) == len(wanted), f"{len(read)} clips were read but {len(wanted)} captions are given")
+    return np.array([[r == w for r, w in zip(a, b, strict=True)] for a, b in zip(read, wanted, strict=True)], bool)
+
+
+def accuracies(read: Sequence[tuple], wanted: Sequence[tuple]) -> dict[str, float]:
+    """Share of clips right in each attribute, and in all three at once (``"all"``)."""
+    right = agreement(read, wanted)
+    scores = {name: float(right[:, i].mean()) for i, name in enumerate(ATTRIBUTES)}
+    return scores | {"all": float(right.all(axis=1).mean())}
+
+
+def _sqrt(matrix: np.ndarray) -> np.ndarray:
+    """Square root of a symmetric positive semi-definite matrix; eigenvalues below zero are rounding, hence 0."""
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Squared Frechet (2-Wasserstein) distance of the Gaussians fitted to two sets of features.
+
+    ``|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)`` (Heusel et al. 2017, arXiv 1706.08500). The inner
+    matrix is symmetric, so an eigen-decomposition gives its root exactly where a general matrix root is fragile.
+
+    Args:
+      a, b: ``[N, D]``, ``[M, D]``, one row per clip; computed in float64.
+    """
+    for features in (a, b):
+        require(len(features) >= 2, f"a covariance needs at least 2 clips; {len(features)} given")
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    cov_a, cov_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
+    root = _sqrt(cov_a)
+    cross = _sqrt(root @ cov_b @ root)
+    distance = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * np.trace(cross)
+    return float(max(distance, 0.0))
+
+
+def block_starts(latent_frames: int, block_sizes: Sequence[int]) -> np.ndarray:
+    """First pixel frame of every block, and the clip's length as the last entry: int ``[blocks + 1]``."""
+    ends = np.cumsum([0, *block_sizes])
+    require(int(ends[-1]) == latent_frames, f"blocks of {tuple(block_sizes)} are not {latent_frames} latent frames")
+    return np.where(ends == 0, 0, 1 + 4 * (ends - 1))
+
+
+def discontinuity(video: np.ndarray, starts: Sequence[int]) -> float:
+    """How much more the picture changes where one block meets the next than inside blocks; 1 is seamless.
+
+    Mean absolute difference of neighbouring frames over block borders, divided by the same inside blocks, both over
+    all clips. Nothing is compensated: the motion itself is in both terms.
+
+    Args:
+      video: ``[B, T, H, W, 3]``.
+      starts: first pixel frames of the blocks, as from :func:`block_starts`; those outside (0, T) are ignored.
+    """
+    change = np.abs(np.diff(video.astype(np.float32), axis=1)).mean(axis=(0, 2, 3, 4))  # [T - 1], frame t to t + 1
+    border = np.zeros(len(change), bool)
+    border[[s - 1 for s in starts if 0 < s < video.shape[1]]] = True
+    require(border.any() and not border.all(), f"{video.shape[1]} frames with blocks at {list(starts)} have no border")
+    at, inside = float(change[border].mean()), float(change[~border].mean())
+    if inside == 0.0:
+        return 1.0 if at == 0.0 else float("inf")
+    return at / inside
+
+
+def blocks_until(holds: Sequence[bool]) -> int | None:
+    """How many blocks after a switch the new caption holds, from then on to the end: 1 if at once, None if never.
+
+    Args:
+      holds: for every block from the switch on, whether all attributes of the new caption are read in it.
+    """
+    wrong = np.flatnonzero(~np.asarray(holds, bool))
+    first = int(wrong[-1]) + 1 if len(wrong) else 0
+    return first + 1 if first < len(holds) else None
+
+
+def switch_scores(holds: np.ndarray, within: int = 3) -> dict[str, float]:
+    """Summary of :func:`blocks_until` over clips.
+
+    Args:
+      holds: bool ``[B, blocks]``.
+      within: the number of blocks that counts as prompt.
+
+    Returns:
+      share of clips that hold within 1, ..., ``within`` blocks, share that ever hold, and the median number of blocks
+      of those that do (NaN if none does).
+    """
+    counts = [blocks_until(row) for row in holds]
+    reached = [c for c in counts if c is not None]
+    scores = {f"within_{n}": sum(c <= n for c in reached) / len(counts) for n in range(1, within + 1)}
+    return scores | {
+        "ever": len(reached) / len(counts),
+        "median_blocks": float(np.median(reached)) if reached else float("nan"),
+    }
+
+
+def network_passes(*, block_sizes: Sequence[int], steps: int, guided: bool, extra: int = 0) -> dict[str, int]:
+    """How often the network is called for a clip, and how often each latent frame goes through it.
+
+    Args:
+      block_sizes: latent frames of each block; one block for the bidirectional teacher.
+      steps: denoising steps per block.
+      guided: classifier-free guidance doubles every step.
+      extra: further passes per block (the student's clean cache write).
+    """
+    per_block = steps * (2 if guided else 1) + extra
+    return {"calls": per_block * len(block_sizes), "passes_per_frame": per_block}

@@ -1,0 +1,107 @@
+"""What the report measures: the recipe's VAE, teacher and student as functions from prompts to uint8 clips."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from causvid_jax.config import Recipe, require
+from causvid_jax.diffusion import guidance, solvers
+from causvid_jax.evaluation.report import Samplers, Switch
+from causvid_jax.models import text, transformer, vae
+from causvid_jax.streaming import stream
+
+
+def to_uint8(video: Any) -> np.ndarray:
+    """Frames in [-1, 1] as uint8, on the host."""
+    return np.asarray(jnp.clip(jnp.round((video + 1.0) * 127.5), 0, 255).astype(jnp.uint8))
+
+
+def from_uint8(video: np.ndarray) -> jax.Array:
+    """uint8 frames as float32 in [-1, 1]."""
+    return jnp.asarray(video, jnp.float32) / 127.5 - 1.0
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def teacher_latents(params: Any, rows: jax.Array, null_rows: jax.Array, seeds: jax.Array, *, config: Recipe):
+    """The teacher's whole guided ODE in one program.
+
+    Args:
+      params: of the teacher.
+      rows, null_rows: text ``[B, S, E]`` of the prompts, and of the empty prompt ``[S, E]``.
+      seeds: uint32 ``[B]``, one per clip.
+      config: the recipe.
+
+    Returns:
+      latents ``[B, F, h, w, C]``.
+    """
+    shape = (config.video.latent_frames, *stream.latent_size(config), config.vae.z_dim)
+    noise = stream.block_noise(seeds, jnp.int32(0), jnp.int32(0), shape)
+
+    def velocity(x, timestep, rows):
+        return transformer.bidirectional(params, x, timestep, rows, config=config.teacher)
+
+    def guided(x, timestep):
+        return guidance.guided_velocity(velocity, x, timestep, rows, null_rows, config.diffusion.guidance)
+
+    return solvers.solve(config.diffusion, guided, noise)
+
+
+_encode = jax.jit(vae.encode, static_argnames=("config",))
+_decode = jax.jit(vae.decode, static_argnames=("config",))
+
+
+def make_samplers(params: Mapping[str, Any], config: Recipe, *, recache: bool = False) -> Samplers:
+    """Samplers of trained networks.
+
+    Args:
+      params: ``{"vae", "teacher", "student"}``.
+      config: the recipe, with the statistics of the VAE's latents.
+      recache: after a prompt switch, write the blocks in sight to the cache again under the new prompt.
+    """
+    streamed = {"student": params["student"], "vae": params["vae"]}
+    empty = jnp.asarray(text.encode_prompts([""], config.text)[0])
+
+    def rows_of(prompts: Sequence[str]) -> jax.Array:
+        return jnp.asarray(text.encode_prompts(prompts, config.text))
+
+    def reconstruct(video: np.ndarray) -> np.ndarray:
+        return to_uint8(
+            _decode(params["vae"], _encode(params["vae"], from_uint8(video), config=config.vae), config=config.vae)
+        )
+
+    def teacher(prompts: Sequence[str], seed: int, *, decode: bool = True) -> np.ndarray:
+        seeds = jnp.asarray(seed + np.arange(len(prompts)), jnp.uint32)
+        latents = teacher_latents(params["teacher"], rows_of(prompts), empty, seeds, config=config)
+        return to_uint8(_decode(params["vae"], latents, config=config.vae)) if decode else np.asarray(latents)
+
+    def student(
+        prompts: Sequence[str], seed: int, *, frames: int, switch: Switch | None = None, decode: bool = True
+    ) -> np.ndarray:
+        latent_frames = 1 + (frames - 1) // vae.time_factor(config.vae)
+        if switch is None:
+            latents, video = stream.generate(
+                streamed, rows_of(prompts), config=config, frames=latent_frames, seed=seed, decode=decode
+            )
+            return to_uint8(video) if decode else np.asarray(latents)
+        require(decode, "a stream with a prompt switch is always decoded")
+        return _switched(prompts, seed, latent_frames, switch)
+
+    def _switched(prompts: Sequence[str], seed: int, latent_frames: int, switch: Switch) -> np.ndarray:
+        at, after = switch
+        state = stream.init_stream(streamed, rows_of(prompts), config=config, seed=seed, frames=latent_frames)
+        parts, shown = [], 0
+        for _ in config.causal.block_sizes(latent_frames):
+            if shown == at:
+                state = stream.switch_prompt(streamed, state, rows_of(after), config=config)
+                if recache:
+                    state = stream.recache(streamed, state, config=config)
+            _, video, state = stream.next_frames(streamed, state, config=config)
+            parts.append(to_uint8(video)[:, stream.LEAD if not parts else 0 :])
+            shown += parts[-1].shape[1]
+        return np.concatenate(parts, axis=1)
+
+    return Samplers(reconstruct=reconstruct, teacher=teacher, student=student)

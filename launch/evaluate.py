@@ -1,0 +1,100 @@
+"""Judge a recipe's clips: ``python -m launch.evaluate --config=configs/digits.py --output=report.json``.
+
+Writes the report as JSON, the same as Markdown tables (``.md``) and a contact sheet (``.png``) beside it.
+``--train_judge`` trains the judge instead, on handwriting that neither the generators nor the real test clips show,
+and writes it to ``--judge``.
+"""
+
+import dataclasses
+import json
+
+import jax
+from absl import flags, logging
+
+from causvid_jax.config import Recipe, require
+from causvid_jax.evaluation import judge as judging
+from causvid_jax.evaluation import judge_training, report, samplers, show
+from causvid_jax.models import transformer
+from causvid_jax.training.progress import Progress
+from causvid_jax.weights import stages, store
+from launch import common
+
+_CONFIG = common.define_config_flag()
+_OUTPUT = flags.DEFINE_string("output", None, "The report to write, a .json file; .md and .png go beside it.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the recipe was trained; default: the weights of the package.")
+_STUDENT = flags.DEFINE_string(
+    "student", None, "Student weights to judge instead of the recipe's, a .safetensors file."
+)
+_TEACHER = flags.DEFINE_string("teacher", None, "Teacher weights to judge instead of the recipe's.")
+_RECACHE = flags.DEFINE_bool("recache", False, "Rewrite the cache under the new prompt when the prompt changes.")
+_TRAIN_JUDGE = flags.DEFINE_bool("train_judge", False, "Train the judge and write it to --judge.")
+_JUDGE = flags.DEFINE_string("judge", str(judging.DEFAULT_PATH), "The judge's weights.")
+_PLAN = {
+    field.name: flags.DEFINE_integer(field.name, field.default, text)
+    for field, text in zip(
+        dataclasses.fields(report.Plan),
+        (
+            "Clips per row.",
+            "Streams of many times the trained length; 0: as --samples.",
+            "Streams with a prompt switch; 0: as --samples.",
+            "Real clips that Frechet distances are measured to.",
+            "Clips sampled at once.",
+            "Length of the long streams, in trained lengths.",
+            "Timed runs of each sampler.",
+            "Of prompts, real clips and noise.",
+        ),
+        strict=True,
+    )
+}
+
+
+def train_judge(recipe: Recipe) -> None:
+    """Train and write the judge, and say how well it reads every split of the handwriting."""
+    path = common.check_output(_JUDGE.value, (".safetensors",), "judge")
+    progress = Progress("judge", judge_training.STEPS)
+    trained = judge_training.train(
+        recipe.data, recipe.video, log=lambda step, loss: progress.update(step, {"loss": loss})
+    )
+    progress.close()
+    judging.save(path, trained)
+    trained = judging.load(recipe.data, path)
+    for split in ("test", "train", "judge"):
+        scores = judge_training.accuracy(trained, recipe.data, recipe.video, split)
+        print(f"{split} handwriting: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+
+
+def evaluate(recipe: Recipe) -> None:
+    """Measure, then write the report, its tables and the contact sheet."""
+    require(_OUTPUT.value, "no --output is given; for example --output=report.json")
+    output = common.check_output(_OUTPUT.value, (".json",))
+    plan = report.Plan(**{name: holder.value for name, holder in _PLAN.items()})
+    trained = judging.load(recipe.data, _JUDGE.value)
+    params = {}
+    params["vae"], vae = stages.load_vae(stages.find(recipe.name, "vae", _WORKDIR.value), recipe.vae)
+    recipe = dataclasses.replace(recipe, vae=vae)
+    for role, stage, given in (("teacher", "teacher", _TEACHER.value), ("student", "distill", _STUDENT.value)):
+        path = given or stages.find(recipe.name, stage, _WORKDIR.value)
+        params[role] = store.load_params(path)[0]
+        store.check_tree(params[role], transformer.abstract(getattr(recipe, role)), f"{role} weights {path}")
+        logging.info("%s: %s", role, path)
+    made = samplers.make_samplers(jax.tree.map(jax.numpy.asarray, params), recipe, recache=_RECACHE.value)
+    result = report.evaluate(recipe, trained, made, plan)
+    output.write_text(json.dumps(result.report, indent=1) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(show.markdown(result.report), encoding="utf-8")
+    show.contact_sheet(result.clips).save(output.with_suffix(".png"), optimize=True)
+    print(show.markdown(result.report))
+
+
+def main() -> None:
+    """Check the flags, then train the judge or judge."""
+    recipe = common.load_recipe(_CONFIG)
+    common.enable_compilation_cache()
+    if _TRAIN_JUDGE.value:
+        train_judge(recipe)
+    else:
+        common.log_start(recipe)
+        evaluate(recipe)
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,85 @@
+"""Metrics against closed forms and clips made by hand."""
+
+import numpy as np
+import pytest
+
+from causvid_jax.config import CausalConfig, ConfigError
+from causvid_jax.evaluation import metrics
+
+
+def test_accuracies():
+    read = [(3, "red", "up"), (3, "red", "none"), (4, "blue", "left"), (1, "cyan", "down")]
+    want = [(3, "red", "up"), (3, "red", "up"), (9, "red", "left"), (1, "cyan", "down")]
+    assert metrics.accuracies(read, want) == {"digit": 0.75, "color": 0.75, "direction": 0.75, "all": 0.5}
+
+
+def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
+    """Exact sample moments: for commuting covariances the distance is sum (m_a - m_b)^2 + (s_a - s_b)^2."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 5))
+    x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T  # zero mean, unit covariance
+    s_a, s_b = np.array([1.0, 2.0, 0.5, 0.0, 3.0]), np.array([2.0, 2.0, 1.5, 1.0, 0.1])
+    m_a, m_b = np.arange(5.0), np.ones(5)
+    expected = np.sum((m_a - m_b) ** 2) + np.sum((s_a - s_b) ** 2)
+    assert metrics.frechet_distance(x * s_a + m_a, x * s_b + m_b) == pytest.approx(expected, abs=1e-9)
+
+
+def test_frechet_distance_of_general_gaussians():
+    """Against the product's eigenvalues: tr (C_a C_b)^1/2 is the sum of their roots."""
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(100, 6)) @ rng.normal(size=(6, 6)), 1 + rng.normal(size=(80, 6)) @ rng.normal(size=(6, 6))
+    c_a, c_b = np.cov(a.T), np.cov(b.T)
+    cross = np.sqrt(np.linalg.eigvals(c_a @ c_b).real).sum()
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(c_a + c_b) - 2 * cross
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    turn = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    assert metrics.frechet_distance(a @ turn, b @ turn) == pytest.approx(expected, rel=1e-9)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_block_starts_follow_the_vae():
+    assert metrics.block_starts(21, CausalConfig().block_sizes(21)).tolist() == [0, 9, 21, 33, 45, 57, 69, 81]
+    causal = CausalConfig(frames_per_block=2, independent_first_frame=True)
+    assert metrics.block_starts(5, causal.block_sizes(5)).tolist() == [0, 1, 9, 17]
+    with pytest.raises(ConfigError, match="are not 22 latent frames"):
+        metrics.block_starts(22, (3,) * 7)
+
+
+def test_the_end_of_a_long_stream_has_the_borders_of_a_clip():
+    starts = metrics.block_starts(210, (3,) * 70)
+    assert starts[-1] == 837
+    tail = starts[starts > 837 - 81] - (837 - 81)
+    assert tail.tolist() == [9, 21, 33, 45, 57, 69, 81]
+
+
+def test_discontinuity_of_a_ramp_with_steps_at_borders():
+    """Brightness rises by 2 per frame and by 6 into frames 9 and 21: the ratio is 3."""
+    change = np.full(32, 2)
+    change[[8, 20]] = 6
+    level = np.concatenate([[0], np.cumsum(change)]).astype(np.uint8)
+    video = np.broadcast_to(level[None, :, None, None, None], (2, 33, 4, 4, 3))
+    assert metrics.discontinuity(video, [0, 9, 21, 33]) == pytest.approx(3.0)
+    assert metrics.discontinuity(video[:, ::-1], [0, 9, 21, 33]) == pytest.approx(1.0 * (2 / ((28 * 2 + 2 * 6) / 30)))
+    assert metrics.discontinuity(np.zeros_like(video), [0, 9, 21, 33]) == 1.0
+
+
+def test_blocks_until_a_new_caption_holds():
+    assert metrics.blocks_until([True, True, True]) == 1
+    assert metrics.blocks_until([False, True, True]) == 2
+    assert metrics.blocks_until([True, False, True]) == 3  # it must hold till the end
+    assert metrics.blocks_until([True, True, False]) is None
+
+
+def test_switch_scores():
+    holds = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 0]], bool)
+    scores = metrics.switch_scores(holds)
+    expected = {"within_1": 0.25, "within_2": 0.5, "within_3": 0.5, "ever": 0.75, "median_blocks": 2.0}
+    assert scores == expected
+
+
+def test_network_passes_of_the_published_recipe():
+    """50 guided steps against 4 steps and one cache write: 100 and 5 passes for every latent frame."""
+    teacher = metrics.network_passes(block_sizes=(21,), steps=50, guided=True)
+    student = metrics.network_passes(block_sizes=(3,) * 7, steps=4, guided=False, extra=1)
+    assert teacher == {"calls": 100, "passes_per_frame": 100}
+    assert student == {"calls": 35, "passes_per_frame": 5}

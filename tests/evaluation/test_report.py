@@ -1,0 +1,115 @@
+"""The report with samplers that are known: real clips, and clips wrong in a way that each figure must show."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from causvid_jax.config import ConfigError, Recipe, VideoConfig
+from causvid_jax.data import digits
+from causvid_jax.evaluation import judge, report, show
+
+RECIPE = Recipe(name="fake", video=VideoConfig(height=32, width=32, frames=81))
+PLAN = report.Plan(samples=6, switch_samples=3, long_samples=4, reference=24, batch=4, long_factor=2, repeats=1, seed=1)
+
+
+def render(prompts, seed, frames):
+    rng = np.random.default_rng(seed)
+    video = VideoConfig(height=32, width=32, frames=1 + 4 * (frames // 4))  # at least as many
+    return np.stack([digits.sample_clip(rng, "test", RECIPE.data, video, p)[0][:frames] for p in prompts])
+
+
+class Fake:
+    """Real clips from every sampler, but: the teacher is slow and never moves, and a new prompt is obeyed late."""
+
+    def __init__(self, late_blocks=1):
+        self.late = 12 * late_blocks
+        self.calls = []
+
+    def teacher(self, prompts, seed, *, decode=True):
+        self.calls.append(("teacher", len(prompts), decode))
+        time.sleep(0.2)
+        return np.repeat(render(prompts, seed, 1), 81, axis=1)
+
+    def student(self, prompts, seed, *, frames, switch=None, decode=True):
+        self.calls.append(("student", len(prompts), decode))
+        if not decode:
+            return np.zeros(1)
+        video = render(prompts, seed, frames)
+        if switch is not None:
+            at, after = switch
+            video[:, at + self.late :] = render(after, seed + 99, frames - at - self.late)
+        return video
+
+
+@pytest.fixture(scope="module")
+def result():
+    fake = Fake()
+    samplers = report.Samplers(reconstruct=lambda video: video, teacher=fake.teacher, student=fake.student)
+    return report.evaluate(RECIPE, judge.load(RECIPE.data), samplers, PLAN, progress=False), fake
+
+
+def test_scores_of_every_row(result):
+    scores = result[0].report["scores"]
+    assert {name: row["clips"] for name, row in scores.items()} == {
+        "real": 6,
+        "vae": 6,
+        "teacher": 6,
+        "student": 6,
+        "long": 4,
+    }
+    assert scores["vae"] == scores["real"]
+    for name in ("real", "student", "long"):
+        assert scores[name]["all"] == 1.0
+        assert 0.9 < scores[name]["discontinuity"] < 1.1
+    assert scores["teacher"]["digit"] == scores["teacher"]["color"] == 1.0
+    assert scores["teacher"]["direction"] == scores["teacher"]["all"] == 0.0
+    assert scores["teacher"]["discontinuity"] == 1.0
+
+
+def test_switch_that_takes_one_block_more(result):
+    switch = result[0].report["switch"]
+    assert (switch["within_1"], switch["within_2"], switch["within_3"], switch["median_blocks"]) == (0, 1, 1, 2)
+    assert switch["old_caption_before"] == 1.0
+    assert switch["new_caption_by_block"] == [0.0] + [1.0] * 6
+    assert switch["clips"] == 3
+
+
+def test_targets_and_timing(result):
+    seconds = result[0].report["seconds_per_clip"]
+    assert 0.05 <= seconds["teacher"]["with_decode"] < 0.5
+    assert seconds["student"]["without_decode"] < 0.01
+    met = {target["name"]: target["met"] for target in result[0].report["targets"]}
+    assert met["network passes per frame, teacher / student"]
+    assert met["teacher / real, digit"] and not met["teacher / real, direction"]
+    assert met["new prompt holds within 3 blocks"] and met["direction lost at 2x the length"]
+    assert {size for _, size, _ in result[1].calls} == {PLAN.batch}  # one batch size: one compilation
+
+
+def test_prompts_are_held_out_and_switches_change_everything():
+    prompts = report.held_out_prompts(RECIPE, 70, seed=0)
+    assert len(set(prompts[:56])) == 56 and all(digits.is_held_out(p, RECIPE.data) for p in prompts)
+    for old, new in zip(prompts, report.switched_prompts(RECIPE, prompts, seed=0), strict=True):
+        assert digits.is_held_out(new, RECIPE.data)
+        assert not any(a == b for a, b in zip(judge.wanted(old), judge.wanted(new), strict=True))
+
+
+def test_report_is_json_and_markdown_and_a_picture(result):
+    data = json.loads(json.dumps(result[0].report))
+    text = show.markdown(data)
+    assert "| real test clips | 1.000 | 1.000 | 1.000 | 1.000 |" in text
+    assert "| teacher | 100 | 100 |" in text and "| student | 35 | 5 |" in text
+    assert "| within 2 blocks | 1.000 |" in text
+    sheet = show.contact_sheet(result[0].clips, examples=2, columns=5, scale=2)
+    assert sheet.size == (2 * (5 * 66 + 8) - 8, 5 * (64 + 18))
+    # The first tile of the first row is the first frame of the first real clip.
+    tile = np.asarray(sheet)[14 : 14 + 64 : 2, 0:64:2]
+    np.testing.assert_array_equal(tile, result[0].clips["real"][1][0, 0])
+
+
+def test_plans_that_measure_nothing_are_refused():
+    with pytest.raises(ConfigError, match="--samples is 1"):
+        report.Plan(samples=1)
+    with pytest.raises(ConfigError, match="--switch_samples is 1"):
+        report.Plan(switch_samples=1)
