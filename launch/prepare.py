@@ -1,42 +1,81 @@
 """Make the data of a recipe: ``python -m launch.prepare --config=configs/digits.py --workdir=DIR --stage=data``.
 
-Each stage writes a tfds dataset under ``WORKDIR/data`` and reuses what is already there.
+Stages, in the order of the road: ``data`` writes the clips, ``latents`` encodes them with the trained VAE,
+``trajectories`` runs the trained teacher's ODE. Each writes a tfds dataset under ``WORKDIR/data``, keeps what is there
+already, and after an interruption goes on where it stopped.
 """
 
 import dataclasses
 import pathlib
 
+import jax
 from absl import flags, logging
 
 from causvid_jax.config import Recipe, require
-from causvid_jax.data import moving_digits
+from causvid_jax.data import arrays, derived, digits, moving_digits
+from causvid_jax.models import transformer
+from causvid_jax.weights import stages, store
 from launch import common
 
 _CONFIG = common.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the recipe keeps its data, weights and logs.")
-_STAGE = flags.DEFINE_string("stage", None, "What to make: data.")
+_STAGE = flags.DEFINE_string("stage", None, "What to make: data, latents or trajectories.")
 _COUNT = flags.DEFINE_integer("count", 0, "How many examples to make; 0 takes the number the recipe names.")
 
 
-def data(recipe: Recipe, workdir: pathlib.Path, count: int) -> None:
-    """Write the clips of the recipe's dataset; ``count`` replaces the number of training clips."""
+def data(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
+    """Write the clips; ``count`` replaces the number of training clips."""
     config = dataclasses.replace(recipe.data, train_clips=count or recipe.data.train_clips)
     builder = moving_digits.prepare(workdir / "data", config, recipe.video)
-    for name, split in builder.info.splits.items():
-        logging.info("%s: %d clips", name, split.num_examples)
-    print(f"{builder.data_path}: {config.train_clips} training and {config.test_clips} test clips")
+    return f"{builder.data_path}: {config.train_clips} training and {config.test_clips} test clips"
 
 
-STAGES = {"data": data}
+def latents(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
+    """Encode the first ``count`` training clips (0: all)."""
+    clips = moving_digits.source(workdir / "data", recipe.data, recipe.video, "train")
+    params, config = stages.load_vae(stages.find(recipe.name, "vae", workdir), recipe.vae)
+    name = moving_digits.MovingDigitsConfig.of(recipe.data, recipe.video).name
+    folder = workdir / "data" / "latents"
+    derived.write_latents(folder, clips, params, config, clips=name, count=count, **_processes())
+    return _summary(folder)
+
+
+def trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
+    """Run the teacher's ODE for ``count`` (0: as many as the init stage asks for) training captions."""
+    path = stages.find(recipe.name, "teacher", workdir)
+    params, _ = store.load_params(path)
+    store.check_tree(params, transformer.abstract(recipe.teacher), f"teacher weights {path}")
+    captions = digits.captions(recipe.data, "train")
+    prompts = derived.prompt_sequence(captions, count or recipe.train_init.trajectories, recipe.data.seed)
+    folder = workdir / "data" / "trajectories"
+    derived.write_trajectories(folder, params, recipe, prompts, seed=recipe.train_init.seed, **_processes())
+    return _summary(folder)
+
+
+def _processes() -> dict[str, int]:
+    return {"process_id": jax.process_index(), "process_count": jax.process_count()}
+
+
+def _summary(folder: pathlib.Path) -> str:
+    if not arrays.is_complete(folder):
+        return f"{folder}: this process is done, others are not; run the stage once more to finish the dataset"
+    return f"{folder}: {len(arrays.source(folder))} examples"
+
+
+STAGES = {"data": data, "latents": latents, "trajectories": trajectories}
 
 
 def main() -> None:
     """Check the flags, then make one stage's dataset."""
     recipe = common.load_recipe(_CONFIG)
-    require(_WORKDIR.value, "no --workdir is given; it must be a directory for data and weights")
-    require(_STAGE.value in STAGES, f"--stage is {_STAGE.value!r}; accepted: {', '.join(STAGES)}")
-    require(_COUNT.value >= 0, f"--count is {_COUNT.value}; it must not be negative")
-    STAGES[_STAGE.value](recipe, pathlib.Path(_WORKDIR.value), _COUNT.value)
+    stage, workdir, count = _STAGE.value or "", _WORKDIR.value or "", _COUNT.value
+    require(workdir != "", "no --workdir is given; it must be a directory for data and weights")
+    require(stage in STAGES, f"--stage is {stage!r}; accepted: {', '.join(STAGES)}")
+    require(count >= 0, f"--count is {count}; it must not be negative")
+    if stage != "data":
+        common.enable_compilation_cache()
+        logging.info("%d process(es), %d device(s) here", jax.process_count(), jax.local_device_count())
+    print(STAGES[stage](recipe, pathlib.Path(workdir), count))
 
 
 if __name__ == "__main__":

@@ -53,5 +53,5 @@ def load_vae(path: str | os.PathLike, config: VAEConfig) -> tuple[dict[str, Any]
     """
     params, metadata = store.load_params(path)
     store.check_tree(params, vae.abstract(config), f"VAE weights {path}")
-    saved = {name: tuple(json.loads(metadata[name])) for name in _STATISTICS if name in metadata}
+    saved: dict[str, Any] = {name: tuple(json.loads(metadata[name])) for name in _STATISTICS if name in metadata}
     return params, dataclasses.replace(config, **saved)
