@@ -1,0 +1,187 @@
+"""Rollouts against a numpy loop over a toy student whose cache can be differentiated by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from causvid_jax.config import CausalConfig, ConfigError
+from causvid_jax.distill import rollout
+
+TIMESTEPS = (1000.0, 800.0, 500.0)
+SHAPE = (2, 6, 2, 1, 3)
+TEXT = np.random.default_rng(0).standard_normal((2, 1, 1)).astype(np.float32)
+PARAMS = {"own": 0.4, "context": 0.7, "key": 0.9, "text": 0.3, "time": 0.2}
+CAUSAL = CausalConfig(frames_per_block=2)
+
+
+def cached(params, x, timestep, text_cache, cache):
+    """v = own x + time sigma + text + context * memory; the block writes ``key * its frame mean + sigma``."""
+    sigma = timestep[:, :, None, None, None] / 1000
+    velocity = params["own"] * x + params["time"] * sigma + text_cache + params["context"] * cache["memory"]
+    return velocity, cache | {"block": params["key"] * x.mean(1, keepdims=True) + sigma[:, :1]}
+
+
+STUDENT = rollout.StudentFunctions(
+    init_cache=lambda batch: {"memory": jnp.zeros((batch, 1, *SHAPE[2:])), "block": jnp.zeros((batch, 1, *SHAPE[2:]))},
+    cached=cached,
+    advance=lambda cache, frames: cache | {"memory": cache["memory"] + frames * cache["block"]},
+    encode_text=lambda params, text: params["text"] * text[:, :, None, None],
+)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "causal"))
+def rolled(params, key, exit_step=None, shape=SHAPE, causal=CAUSAL):
+    return rollout.self_rollout(
+        STUDENT, params, TEXT, key, shape=shape, timesteps=TIMESTEPS, causal=causal, exit_step=exit_step
+    )
+
+
+def by_hand(key, exit_step, causal=CAUSAL):
+    """x0, and the derivative of x0 by every parameter when earlier blocks and earlier steps are constants."""
+    noise_key = jax.random.split(key)[1]
+    text = PARAMS["text"] * TEXT[:, :, None, None]
+    memory, outputs, slopes = np.zeros((2, 1, *SHAPE[2:])), [], []
+    for i, size in enumerate(causal.block_sizes(SHAPE[1])):
+        block_key = jax.random.fold_in(noise_key, i)
+
+        def noise(step, block_key=block_key, size=size):
+            return np.asarray(jax.random.normal(jax.random.fold_in(block_key, step), (2, size, *SHAPE[2:])), np.float64)
+
+        x = noise(0)
+        for j in range(exit_step + 1):
+            s = TIMESTEPS[j] / 1000
+            velocity = PARAMS["own"] * x + PARAMS["time"] * s + text + PARAMS["context"] * memory
+            x0 = x - s * velocity
+            written = PARAMS["key"] * x.mean(1, keepdims=True) + s
+            if j < exit_step:
+                s = TIMESTEPS[j + 1] / 1000
+                x = (1 - s) * x0 + s * noise(j + 1)
+        ones = np.ones_like(x)
+        parts = {
+            "own": x,
+            "context": memory * ones,
+            "key": 0 * x,
+            "text": TEXT[:, :, None, None] * ones,
+            "time": s * ones,
+        }
+        slopes.append({name: -s * part for name, part in parts.items()})
+        outputs.append(x0)
+        if causal.clean_write:
+            written = PARAMS["key"] * x0.mean(1, keepdims=True) + causal.context_timestep / 1000
+        memory = memory + size * written
+    return np.concatenate(outputs, 1), {k: np.concatenate([s[k] for s in slopes], 1) for k in PARAMS}
+
+
+@pytest.mark.parametrize(
+    "exit_step,causal",
+    [
+        (0, CAUSAL),
+        (2, CAUSAL),
+        (1, CausalConfig(frames_per_block=2, clean_write=False)),
+        (1, CausalConfig(frames_per_block=5, independent_first_frame=True, context_timestep=100.0)),
+        (2, CausalConfig(frames_per_block=6)),
+    ],
+)
+def test_self_rollout_and_its_gradient_match_the_loop(exit_step, causal):
+    key = jax.random.key(7)
+    weight = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
+
+    def loss(params):
+        x0 = rolled(params, key, exit_step, causal=causal)
+        return jnp.sum(weight * x0), x0
+
+    (_, x0), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(PARAMS)
+    expected, slopes = by_hand(key, exit_step, causal)
+    np.testing.assert_allclose(x0, expected, atol=2e-5)
+    for name in PARAMS:
+        np.testing.assert_allclose(gradient[name], (weight * slopes[name]).sum(), atol=2e-4, err_msg=name)
+
+
+def test_no_gradient_through_the_cache_though_the_output_depends_on_it():
+    """``key`` acts through the cache alone: later blocks move with it, and its gradient is exactly zero."""
+    key = jax.random.key(0)
+    moved = rolled(PARAMS | {"key": 1.0}, key, 2) - rolled(PARAMS, key, 2)
+    np.testing.assert_array_equal(moved[:, :2], 0)
+    assert np.abs(moved[:, 2:]).max() > 0.01
+    jacobian = jax.jit(jax.jacrev(lambda p: rolled(p, key, 2)[0, :, 0, 0, 0]))(PARAMS)
+    np.testing.assert_array_equal(jacobian["key"], 0)
+    assert np.all(np.asarray(jacobian["own"]) != 0)
+
+
+def test_context_is_constant_for_later_blocks():
+    """d(last block)/d(own) is what its exit step alone gives: the blocks before it are constants."""
+    key = jax.random.key(3)
+    gradient = jax.jit(jax.grad(lambda p: rolled(p, key, 1)[:, 4:].sum()))(PARAMS)
+    slopes = by_hand(key, 1)[1]
+    for name in PARAMS:
+        np.testing.assert_allclose(gradient[name], slopes[name][:, 4:].sum(), rtol=1e-4, atol=1e-5)
+
+
+def test_noise_depends_on_the_block_alone():
+    key = jax.random.key(5)
+    longer = rolled(PARAMS, key, shape=(2, 10, *SHAPE[2:]))
+    np.testing.assert_array_equal(longer[:, :6], rolled(PARAMS, key))
+    blocks = np.asarray(longer).reshape(2, 5, -1)
+    assert len(np.unique(blocks[:, :, 0])) == 10
+
+
+def test_exit_step_is_uniform_and_no_pass_is_wasted():
+    calls = []
+
+    def counted(params, x, timestep, text_cache, cache):
+        jax.debug.callback(lambda t: calls.append(float(t)), timestep[0, 0])
+        return cached(params, x, timestep, text_cache, cache)
+
+    student = rollout.StudentFunctions(STUDENT.init_cache, counted, STUDENT.advance, STUDENT.encode_text)
+    run = jax.jit(
+        lambda key: rollout.self_rollout(student, PARAMS, TEXT, key, shape=SHAPE, timesteps=TIMESTEPS, causal=CAUSAL)
+    )
+    exits = []
+    for seed in range(60):
+        calls.clear()
+        jax.block_until_ready(run(jax.random.key(seed)))
+        jax.effects_barrier()
+        exits.append(len(calls) // 3 - 2)  # 3 blocks: exit + 1 denoising passes and one cache write each
+        assert sorted(calls) == sorted([*TIMESTEPS[: exits[-1] + 1], 0.0] * 3)
+    assert np.bincount(exits, minlength=3).min() >= 10
+
+
+def test_data_rollout_noises_each_block_to_its_own_timestep():
+    latents = np.random.default_rng(2).standard_normal((64, 7, 2, 1, 3)).astype(np.float32)
+    sizes = CausalConfig(frames_per_block=2, independent_first_frame=True).block_sizes(7)
+    key, seen = jax.random.key(1), {}
+
+    def network(params, x, timestep, text):
+        seen.update(x=np.asarray(x), timestep=np.asarray(timestep))
+        return params * x
+
+    x0, timestep = rollout.data_rollout(
+        network, 0.5, latents, None, key, timesteps=TIMESTEPS, block_sizes=sizes, include_clean=True
+    )
+    np.testing.assert_array_equal(seen["timestep"], timestep)
+    np.testing.assert_array_equal(timestep[:, 1::2], timestep[:, 2::2])
+    assert set(np.unique(timestep)) == {0.0, 500.0, 800.0, 1000.0}
+    assert np.corrcoef(np.asarray(timestep)[:, [0, 1, 3, 5]].T)[~np.eye(4, dtype=bool)].max() < 0.4
+    sigma = np.asarray(timestep)[:, :, None, None, None] / 1000
+    noise = np.asarray(jax.random.normal(jax.random.split(key)[1], latents.shape))
+    np.testing.assert_allclose(seen["x"], (1 - sigma) * latents + sigma * noise, atol=1e-6)
+    np.testing.assert_allclose(x0, seen["x"] * (1 - 0.5 * sigma), atol=1e-6)
+    clean = np.asarray(timestep) == 0
+    np.testing.assert_array_equal(np.asarray(x0)[clean], latents[clean])
+
+    _, timestep = rollout.data_rollout(
+        network, 0.5, latents, None, key, timesteps=TIMESTEPS, block_sizes=sizes, include_clean=False
+    )
+    assert np.asarray(timestep).min() == 500
+    with pytest.raises(ConfigError, match="do not add up to 7"):
+        rollout.data_rollout(
+            network, 0.5, latents, None, key, timesteps=TIMESTEPS, block_sizes=(3, 3), include_clean=False
+        )
+
+
+def test_unfit_clip_is_refused():
+    with pytest.raises(ConfigError, match="5 latent frames do not fit"):
+        rolled(PARAMS, jax.random.key(0), shape=(2, 5, *SHAPE[2:]))
