@@ -1,4 +1,4 @@
-"""Distribution matching distillation (paper section 3.2 and equations 3 to 5; DMD2, arXiv 2405.14867).
+"""Distribution matching distillation (paper section 4.2, equations 2 and 4, Algorithm 1; DMD2, arXiv 2405.14867).
 
 The student's distribution is pulled to the teacher's along the difference of two scores. With x the student's output,
 ``x_t = (1 - sigma) x + sigma noise``, f the fake score's x0 prediction at x_t and r the guided teacher's:
