@@ -192,7 +192,7 @@ def decode_chunk(
 
     The first latent of a video has one frame, any other has four. Here every latent has four slots; of the first one
     only the last exists, and the others are kept at zero in front of every temporal convolution, where they stand for
-    the zero padding in front of a video. So the caller drops the first three frames of the first chunk, and what remains
+    the zero padding in front of a video. So the caller drops the first three frames of the first chunk; what remains
     of all chunks is :func:`decode` of the whole.
 
     Args:

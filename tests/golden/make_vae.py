@@ -1,0 +1,92 @@
+"""Writes vae.npz: diffusers' AutoencoderKLWan with random weights. Needs the ``parity`` extra.
+
+``python tests/golden/make_vae.py`` writes the file; ``--check`` draws new weights and inputs and compares the JAX VAE
+with diffusers there and then. The file holds inputs and outputs; :func:`random_weights` draws the weights again.
+"""
+
+import argparse
+import pathlib
+import secrets
+import zlib
+
+import numpy as np
+
+GOLDEN = pathlib.Path(__file__).with_name("vae.npz")
+SEED = 3
+SIZES = {
+    "base_dim": 8,
+    "z_dim": 4,
+    "latent_mean": (0.1, -0.2, 0.3, 0.05),
+    "latent_std": (0.5, 1.5, 0.8, 1.1),
+}
+
+
+def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+    """Every parameter random, by name: kernels keep the variance, gammas lie around 1, biases around 0."""
+    state = {}
+    for name, shape in shapes.items():
+        draw = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape)
+        if name.endswith("weight"):
+            draw /= np.sqrt(np.prod(shape[1:]))
+        state[name] = (
+            1 + 0.2 * draw if name.endswith("gamma") else 0.2 * draw if name.endswith("bias") else draw
+        ).astype(np.float32)
+    return state
+
+
+def reference(seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(state dict, inputs and outputs, channels last) of diffusers."""
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    model = AutoencoderKLWan(base_dim=SIZES["base_dim"], z_dim=SIZES["z_dim"]).eval()
+    state = random_weights({name: tuple(value.shape) for name, value in model.state_dict().items()}, seed)
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    rng = np.random.default_rng(seed)
+    video = rng.uniform(-1, 1, (1, 13, 32, 24, 3)).astype(np.float32)
+    latents = rng.standard_normal((1, 4, 4, 3, 4)).astype(np.float32)
+    first, last = (0, 4, 1, 2, 3), (0, 2, 3, 4, 1)
+    with torch.no_grad():
+        mean, logvar = model._encode(torch.from_numpy(video.transpose(first))).chunk(2, dim=1)
+        raw = latents * np.float32(SIZES["latent_std"]) + np.float32(SIZES["latent_mean"])
+        decoded = model.decode(torch.from_numpy(np.ascontiguousarray(raw.transpose(first)))).sample
+    arrays = {"mean": mean, "logvar": logvar, "decoded": decoded}
+    return state, {"video": video, "latents": latents} | {k: v.numpy().transpose(last) for k, v in arrays.items()}
+
+
+def check(seed: int) -> None:
+    """Compare live: both directions, and our original names through diffusers' own conversion of the original file."""
+    import jax
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    from causvid_jax.config import VAEConfig
+    from causvid_jax.models import vae
+    from causvid_jax.weights import wan_vae
+
+    jax.config.update("jax_default_matmul_precision", "highest")
+    config = VAEConfig(**SIZES)
+    state, expected = reference(seed)
+    params = wan_vae.from_diffusers(state, config)
+    converted = convert_wan_vae_to_diffusers(dict(wan_vae.to_original(params, config)))
+    assert converted.keys() == state.keys(), "original names disagree with diffusers' conversion"
+    assert all(np.array_equal(converted[name], state[name]) for name in state), "a weight changed in conversion"
+    mean, logvar = jax.jit(lambda p, v: vae.encode_moments(p, v, config=config))(params, expected["video"])
+    decoded = jax.jit(lambda p, z: vae.decode(p, z, config=config))(params, expected["latents"])
+    for name, value in {"mean": mean, "logvar": logvar, "decoded": decoded}.items():
+        error, scale = np.abs(value - expected[name]).max(), expected[name].std()
+        print(f"vae {name}: max |jax - diffusers| = {error:.1e}, std {scale:.2f} (seed {seed})")
+        assert value.shape == expected[name].shape and error <= 1e-4, name
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare live on a new random seed")
+    if parser.parse_args().check:
+        check(secrets.randbelow(2**31))
+    else:
+        state, arrays = reference(SEED)
+        np.savez_compressed(GOLDEN, names=np.array(sorted(state)), **arrays)
+
+
+if __name__ == "__main__":
+    main()
