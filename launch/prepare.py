@@ -6,12 +6,13 @@ already, and after an interruption goes on where it stopped.
 """
 
 import dataclasses
+import os
 import pathlib
 
 import jax
 from absl import flags, logging
 
-from causvid_jax.config import Recipe, require
+from causvid_jax.config import ConfigError, Recipe, require
 from causvid_jax.data import arrays, derived, digits, moving_digits
 from causvid_jax.models import transformer
 from causvid_jax.weights import stages, store
@@ -52,6 +53,17 @@ def trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     return _summary(folder)
 
 
+def writable(workdir: str) -> pathlib.Path:
+    """``workdir``, made if need be; a ConfigError if nothing can be written there."""
+    path = pathlib.Path(workdir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--workdir {workdir} cannot be made: {error.strerror}") from error
+    require(os.access(path, os.W_OK | os.X_OK), f"--workdir {workdir} cannot be written; it needs write permission")
+    return path
+
+
 def _processes() -> dict[str, int]:
     return {"process_id": jax.process_index(), "process_count": jax.process_count()}
 
@@ -72,10 +84,11 @@ def main() -> None:
     require(workdir != "", "no --workdir is given; it must be a directory for data and weights")
     require(stage in STAGES, f"--stage is {stage!r}; accepted: {', '.join(STAGES)}")
     require(count >= 0, f"--count is {count}; it must not be negative")
+    folder = writable(workdir)
     if stage != "data":
         common.enable_compilation_cache()
         logging.info("%d process(es), %d device(s) here", jax.process_count(), jax.local_device_count())
-    print(STAGES[stage](recipe, pathlib.Path(workdir), count))
+    print(STAGES[stage](recipe, folder, count))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,55 @@
+import subprocess
+import sys
+
+import pytest
+
+from causvid_jax.config import ConfigError, from_config_dict
+from causvid_jax.data import moving_digits
+from launch import prepare
+
+SMALL = {
+    "name": "small",
+    "video": {"height": 16, "width": 16, "frames": 9},
+    "data": {"train_clips": 4, "test_clips": 2, "digit_size": 8},
+}
+
+
+def test_data_stage_writes_the_clips_and_count_replaces_their_number(tmp_path):
+    recipe = from_config_dict(SMALL)
+    assert "4 training and 2 test clips" in prepare.data(recipe, tmp_path, 0)
+    assert len(moving_digits.source(tmp_path / "data", recipe.data, recipe.video, "train")) == 4
+    assert "6 training" in prepare.data(recipe, tmp_path, 6)
+    # A reader needs no count: the dataset says how many clips it has.
+    assert len(moving_digits.source(tmp_path / "data", recipe.data, recipe.video, "train")) == 6
+
+
+def test_later_stages_name_what_is_missing(tmp_path):
+    recipe = from_config_dict(SMALL)
+    with pytest.raises(ConfigError, match="no complete moving_digits dataset .*--stage=data"):
+        prepare.latents(recipe, tmp_path, 0)
+    prepare.data(recipe, tmp_path, 0)
+    with pytest.raises(ConfigError, match="no trained vae.*--stage=vae"):
+        prepare.latents(recipe, tmp_path, 0)
+    with pytest.raises(ConfigError, match="no trained teacher.*--stage=teacher"):
+        prepare.trajectories(recipe, tmp_path, 0)
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file/w cannot be made: Not a directory"):
+        prepare.writable(str(tmp_path / "file" / "w"))
+    assert prepare.writable(str(tmp_path / "a" / "b")).is_dir()
+
+
+def test_an_unknown_stage_ends_with_status_2_and_one_sentence(tmp_path):
+    config = tmp_path / "small.py"
+    config.write_text(f"def get_config():\n    return {SMALL!r}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.prepare", f"--config={config}", f"--workdir={tmp_path}", "--stage=date"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == ("error: --stage is 'date'; accepted: data, latents, trajectories")
+    assert not (tmp_path / "data").exists()
