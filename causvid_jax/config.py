@@ -276,16 +276,16 @@ class StageConfig:
     seed: int = 0
     log_every: int = 50
     sample_every: int = 1000
+    samples: int = 16
     save_every: int = 500
     keep: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class VAEStageConfig(StageConfig):
-    """VAE training: L1 + ``kl_weight`` KL, on clips of ``frames`` pixel frames."""
+    """VAE training: L1 + L2 + ``kl_weight`` KL, on clips of ``frames`` pixel frames."""
 
     kl_weight: float = 1e-4
-    edge_weight: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

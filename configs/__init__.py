@@ -1,1 +1,1 @@
-"""One recipe per file: ``get_config`` returns the whole road of one model."""
+"""One file per recipe, each with ``get_config()``."""

@@ -1,0 +1,130 @@
+"""The training loop, the same for every stage: batches in, checkpoints, metrics and samples out."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from causvid_jax.config import StageConfig
+from causvid_jax.training.checkpoint import Checkpoints
+from causvid_jax.training.metrics import MetricsWriter
+from causvid_jax.training.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of training with batches of one shape: until step ``end``, from ``batches()`` (a Grain iterator)."""
+
+    end: int
+    batches: Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training stage, as the loop needs it.
+
+    Attributes:
+      name: of the stage and of its folder under the working directory.
+      config: steps, batch size, intervals.
+      init: ``() -> state``, a pytree of arrays.
+      step: ``(state, batch) -> (state, metrics)``, jitted, donating the state.
+      phases: in order; the last one ends at ``config.steps``.
+      ready: host batch -> what ``step`` takes (prompts become text rows here).
+      sample: ``(state, folder, step) -> metrics``; writes pictures and videos to ``folder``.
+      export: ``(state, path)``; writes the weights file.
+    """
+
+    name: str
+    config: StageConfig
+    init: Callable[[], Any]
+    step: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
+    phases: tuple[Phase, ...]
+    ready: Callable[[dict[str, Any]], Any]
+    sample: Callable[[Any, pathlib.Path, int], dict[str, float]]
+    export: Callable[[Any, pathlib.Path], None]
+
+
+@contextlib.contextmanager
+def _stop_request() -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C or SIGTERM into a flag that the loop reads; a second Ctrl-C stops at once."""
+    asked: list[int] = []
+
+    def handler(number, frame):
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def train(stage: Stage, workdir: pathlib.Path) -> None:
+    """Run ``stage`` to its last step from where ``workdir`` left it, then export its weights.
+
+    Ctrl-C or SIGTERM finishes the step under way, saves a checkpoint and raises KeyboardInterrupt; started again, the
+    run goes on from there and ends with the parameters an uninterrupted run would have (bit for bit on CPU).
+    """
+    folder = workdir / stage.name
+    folder.mkdir(parents=True, exist_ok=True)
+    config = stage.config
+    checkpoints = Checkpoints(folder / "checkpoints", config.keep)
+    state = stage.init()
+    restored = checkpoints.restore(state)
+    step, seconds, place = 0, 0.0, None
+    if restored is not None:
+        state, saved = restored
+        step, seconds, place = saved["step"], saved["seconds"], saved["iterator"]
+
+    progress = Progress(stage.name, total=config.steps, start=step)
+    if step:
+        progress.note(f"{stage.name}: going on from step {step}")
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+
+    metrics: dict[str, jax.Array] = {}
+    started = time.monotonic()
+
+    def save() -> None:
+        position = {"phase_end": phase.end, "iterator": iterator.get_state()}
+        elapsed = seconds + time.monotonic() - started
+        checkpoints.save(step, state, {"step": step, "seconds": elapsed, "iterator": position})
+
+    with MetricsWriter(folder, step=step) as writer, _stop_request() as stop:
+        for phase in stage.phases:
+            if step >= phase.end:
+                continue
+            iterator = phase.batches()
+            if place is not None and place["phase_end"] == phase.end:
+                iterator.set_state(place["iterator"])
+            while step < phase.end:
+                state, metrics = stage.step(state, stage.ready(next(iterator)))
+                step += 1
+                progress.update(step, lambda now=metrics: {k: float(v) for k, v in now.items() if "loss" in k})
+                if step % config.log_every == 0 or step == config.steps:
+                    elapsed = seconds + time.monotonic() - started
+                    writer.write(step, {**metrics, "hours": elapsed / 3600})
+                if step % config.save_every == 0 or step == config.steps or stop():
+                    save()
+                if stop():
+                    checkpoints.close()
+                    progress.note(f"{stage.name}: stopped at step {step}; the same command goes on from here")
+                    raise KeyboardInterrupt
+                if step % config.sample_every == 0 or step == config.steps:
+                    scores = stage.sample(state, folder / "samples", step)
+                    if scores:
+                        writer.write(step, {f"sample_{k}": v for k, v in scores.items()})
+                        progress.note(
+                            f"{stage.name}: step {step}: " + ", ".join(f"{k} {v:.3g}" for k, v in scores.items())
+                        )
+    progress.close()
+    checkpoints.close()
+    stage.export(state, folder / "weights.safetensors")

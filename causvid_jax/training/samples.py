@@ -1,0 +1,40 @@
+"""What a stage shows as it goes: sample videos, a picture of them, and the judge's reading."""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from einops import rearrange
+
+from causvid_jax.config import ConfigError, Recipe
+from causvid_jax.data import digits
+from causvid_jax.evaluation import judge, metrics
+from causvid_jax.video import write_video
+
+
+def prompts(recipe: Recipe, count: int) -> list[str]:
+    """``count`` training captions, the same ones at every step of a run."""
+    captions = digits.captions(recipe.data, "train")
+    order = np.random.default_rng(0).permutation(len(captions))
+    return [captions[order[i % len(captions)]] for i in range(count)]
+
+
+def show(video: np.ndarray, folder: pathlib.Path, step: int, recipe: Recipe, columns: int = 4) -> None:
+    """Write the first clips side by side as ``folder/STEP.mp4``; video uint8 ``[B, T, H, W, 3]``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = min(columns, len(video))
+    rows = min(2, len(video) // columns)
+    grid = rearrange(video[: rows * columns], "(r c) t h w k -> t (r h) (c w) k", r=rows)
+    write_video(folder / f"{step:06d}.mp4", grid, recipe.video.fps, upscale=max(1, 128 // recipe.video.height))
+
+
+def scores(video: np.ndarray, captions: Sequence[str], recipe: Recipe) -> dict[str, float]:
+    """The judge's agreement with ``captions``; empty where the recipe has no judge (other data, two digits)."""
+    if recipe.data.digits_per_clip != 1:
+        return {}
+    try:
+        reader = judge.load(recipe.data)
+    except ConfigError:
+        return {}
+    reading = judge.read(reader, video, speed=recipe.data.speed)
+    return metrics.accuracies(reading.triples, [judge.wanted(caption) for caption in captions])

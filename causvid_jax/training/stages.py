@@ -1,0 +1,390 @@
+"""The four stages of the road: vae, teacher, init (ODE regression), distill (DMD). Each function here composes one."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from causvid_jax.config import Recipe, StageConfig, to_json
+from causvid_jax.data import arrays, moving_digits, pipeline
+from causvid_jax.diffusion import flow
+from causvid_jax.distill import cycle, ode_regression, rollout
+from causvid_jax.evaluation import samplers
+from causvid_jax.models import text, transformer, vae
+from causvid_jax.streaming import stream
+from causvid_jax.training import samples
+from causvid_jax.training.loop import Phase, Stage
+from causvid_jax.training.optimizers import make_optimizer
+from causvid_jax.training.state import TrainState, init_state, make_step
+from causvid_jax.weights import stages as weight_files
+from causvid_jax.weights import store
+
+
+def make_stage(name: str, recipe: Recipe, workdir: pathlib.Path) -> Stage:
+    """The stage ``name`` of ``recipe``, reading what earlier stages left in ``workdir``."""
+    return STAGES[name](recipe, workdir)
+
+
+def _export(name: str, recipe: Recipe, params: Callable[[Any], Any]) -> Callable[[Any, pathlib.Path], None]:
+    def export(state, path: pathlib.Path) -> None:
+        metadata = {"recipe": recipe.name, "stage": name, "config": to_json(recipe)}
+        store.save_params(path, params(state), metadata)
+
+    return export
+
+
+def _phases(
+    config: StageConfig, make: Callable[..., Any], short: tuple[int, int, int] = (0, 0, 0)
+) -> tuple[Phase, ...]:
+    """One phase, or two with ``short = (steps, batch_size, frames)`` first."""
+    main = Phase(config.steps, lambda: make(batch_size=config.batch_size, frames=config.frames, seed=config.seed))
+    steps, batch_size, frames = short
+    if not steps:
+        return (main,)
+    first = Phase(min(steps, config.steps), lambda: make(batch_size=batch_size, frames=frames, seed=config.seed + 1))
+    return (first, main)
+
+
+def _processes() -> dict[str, int]:
+    return {"process_id": jax.process_index(), "process_count": jax.process_count()}
+
+
+def _load_network(recipe: Recipe, stage: str, workdir: pathlib.Path, config) -> Any:
+    path = weight_files.find(recipe.name, stage, workdir)
+    params, _ = store.load_params(path)
+    store.check_tree(params, transformer.abstract(config), f"{stage} weights {path}")
+    return jax.tree.map(jnp.asarray, params)
+
+
+def with_vae(recipe: Recipe, workdir: pathlib.Path) -> tuple[Any, Recipe]:
+    """The trained VAE, and the recipe with its latent statistics filled in."""
+    params, config = weight_files.load_vae(weight_files.find(recipe.name, "vae", workdir), recipe.vae)
+    return jax.tree.map(jnp.asarray, params), dataclasses.replace(recipe, vae=config)
+
+
+def _text_rows(batch: dict[str, Any], recipe: Recipe) -> np.ndarray:
+    return text.encode_prompts(list(batch["caption"]), recipe.text)
+
+
+# ---- vae ------------------------------------------------------------------------------------------------------------
+
+
+def vae_loss(params, batch, key, *, config, kl_weight: float):
+    """``mean |d| + mean d^2 + kl_weight KL``, d the reconstruction error of a sampled latent, KL per latent element.
+
+    L1 alone sits long in the all-black optimum of mostly black frames; the squared term pulls it out.
+    """
+    mean, logvar = vae.encode_moments(params, batch, config=config)
+    logvar = jnp.clip(logvar, -20.0, 10.0)
+    latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    output = vae.decode(params, vae.normalize(latents, config), config=config, clamp=False)
+    error = output - batch
+    kl = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1.0 - logvar)
+    l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
+    loss = l1 + l2 + kl_weight * kl
+    return loss, {"loss": loss, "l1": l1, "l2": l2, "kl": kl}
+
+
+def latent_statistics(params, source, config, *, clips: int = 256) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean per channel and one standard deviation for all channels, over ``clips`` clips of ``source``.
+
+    One scale for all: giving every channel unit variance would make fine detail cost as much as shape.
+    """
+    encode = jax.jit(functools.partial(vae.encode_moments, config=config))
+    batches = pipeline.clip_batches(source, batch_size=16, seed=0)
+    means = [np.asarray(encode(params, next(batches)["video"])[0]) for _ in range(max(1, clips // 16))]
+    values = np.concatenate(means)
+    mean = values.mean(axis=tuple(range(values.ndim - 1)), dtype=np.float64)
+    std = float(np.sqrt(((values - mean) ** 2).mean(dtype=np.float64)))
+    return tuple(float(m) for m in mean), (std,) * config.z_dim
+
+
+def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
+    """Train the VAE on pixel clips; exports it with the statistics of its latents."""
+    config = recipe.train_vae
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    sources = {
+        split: moving_digits.source(workdir / "data", recipe.data, recipe.video, split) for split in ("train", "test")
+    }
+    loss = functools.partial(vae_loss, config=recipe.vae, kl_weight=config.kl_weight)
+    reconstruct = jax.jit(
+        lambda params, video: vae.decode(params, vae.encode(params, video, config=recipe.vae), config=recipe.vae)
+    )
+
+    def sample(state: TrainState, folder: pathlib.Path, step: int) -> dict[str, float]:
+        batch = next(pipeline.clip_batches(sources["test"], batch_size=config.samples, seed=0))
+        output = np.asarray(reconstruct(state.ema, batch["video"]))
+        pair = np.concatenate([batch["video"], output], axis=3)
+        samples.show(samplers.to_uint8(pair), folder, step, recipe)
+        psnr = -10 * np.log10(np.mean((output - batch["video"]) ** 2) / 4)
+        return {"psnr": float(psnr)} | samples.scores(samplers.to_uint8(output), list(batch["caption"]), recipe)
+
+    def export(state: TrainState, path: pathlib.Path) -> None:
+        mean, std = latent_statistics(state.ema, sources["train"], recipe.vae)
+        measured = dataclasses.replace(recipe.vae, latent_mean=mean, latent_std=std)
+        metadata = {"recipe": recipe.name, "stage": "vae", "config": to_json(recipe)}
+        store.save_params(path, state.ema, metadata | weight_files.vae_metadata(measured))
+
+    return Stage(
+        name="vae",
+        config=config,
+        init=lambda: init_state(vae.init(jax.random.key(config.seed), recipe.vae), optimizer),
+        step=make_step(loss, optimizer, ema_decay=config.optimizer.ema_decay, seed=config.seed),
+        phases=_phases(config, functools.partial(pipeline.clip_batches, sources["train"], **_processes())),
+        ready=lambda batch: batch["video"],
+        sample=sample,
+        export=export,
+    )
+
+
+# ---- teacher --------------------------------------------------------------------------------------------------------
+
+
+def teacher_loss(params, batch, key, *, recipe: Recipe):
+    """Flow matching: ``mean (v(x_t, t) - (noise - x0))^2``, t on the shifted grid, captions dropped at random."""
+    latents, rows = batch["latents"], batch["text"]
+    size, frames = latents.shape[:2]
+    u_key, noise_key, drop_key = jax.random.split(key, 3)
+    # Stratified: one u in each of B equal cells, which lowers the variance of the loss.
+    u = (jnp.arange(size) + jax.random.uniform(u_key, (size,))) / size
+    sigma = jnp.broadcast_to(flow.sigma_from_u(u, recipe.diffusion.shift)[:, None], (size, frames))
+    noise = jax.random.normal(noise_key, latents.shape)
+    keep = jax.random.uniform(drop_key, (size, 1, 1)) >= recipe.train_teacher.caption_dropout
+    x_t = flow.add_noise(latents, noise, sigma)
+    velocity = transformer.bidirectional(
+        params, x_t, flow.timestep_from_sigma(sigma), rows * keep, config=recipe.teacher
+    )
+    loss = jnp.mean((velocity - flow.velocity_from(latents, noise)) ** 2)
+    return loss, {"loss": loss}
+
+
+def _latent_source(workdir: pathlib.Path):
+    return arrays.source(workdir / "data" / "latents")
+
+
+def _ready_latents(recipe: Recipe) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda batch: {"latents": batch["latents"], "text": _text_rows(batch, recipe)}
+
+
+def teacher_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
+    """Train the bidirectional teacher by flow matching on latents."""
+    vae_params, recipe = with_vae(recipe, workdir)
+    config = recipe.train_teacher
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    captions = samples.prompts(recipe, config.samples)
+
+    def sample(state: TrainState, folder: pathlib.Path, step: int) -> dict[str, float]:
+        tools = samplers.make_samplers({"teacher": state.ema, "vae": vae_params, "student": None}, recipe)
+        video = tools.teacher(captions, 0)
+        samples.show(video, folder, step, recipe)
+        return samples.scores(video, captions, recipe)
+
+    return Stage(
+        name="teacher",
+        config=config,
+        init=lambda: init_state(transformer.init(jax.random.key(config.seed), recipe.teacher), optimizer),
+        step=make_step(
+            functools.partial(teacher_loss, recipe=recipe),
+            optimizer,
+            ema_decay=config.optimizer.ema_decay,
+            seed=config.seed,
+        ),
+        phases=_phases(
+            config,
+            functools.partial(pipeline.latent_batches, _latent_source(workdir), **_processes()),
+            (config.short_steps, config.short_batch_size, config.short_frames),
+        ),
+        ready=_ready_latents(recipe),
+        sample=sample,
+        export=_export("teacher", recipe, lambda state: state.ema),
+    )
+
+
+# ---- init -----------------------------------------------------------------------------------------------------------
+
+
+def _student_velocity(recipe: Recipe):
+    def velocity(params, x, timestep, rows):
+        return transformer.block_causal(params, x, timestep, rows, config=recipe.student, causal=recipe.causal)
+
+    return velocity
+
+
+def _sample_student(recipe: Recipe, vae_params, captions, params_of: Callable[[Any], Any]):
+    """Streams the prompts for one trained length."""
+
+    def sample(state, folder: pathlib.Path, step: int) -> dict[str, float]:
+        rows = jnp.asarray(text.encode_prompts(captions, recipe.text))
+        _, video = stream.generate({"student": params_of(state), "vae": vae_params}, rows, config=recipe)
+        video = samplers.to_uint8(video)
+        samples.show(video, folder, step, recipe)
+        return samples.scores(video, captions, recipe)
+
+    return sample
+
+
+def init_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
+    """ODE regression (paper, section 4.3): the causal student, started from the teacher's weights, learns to jump to
+    the end of the teacher's trajectories."""
+    vae_params, recipe = with_vae(recipe, workdir)
+    config = recipe.train_init
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    sizes = recipe.causal.block_sizes(recipe.video.latent_frames)
+    timesteps = flow.student_timesteps(recipe.diffusion)
+
+    def loss(params, batch, key):
+        return ode_regression.ode_regression_loss(
+            _student_velocity(recipe),
+            params,
+            jnp.moveaxis(batch["trajectory"], 1, 0),
+            batch["text"],
+            key,
+            timesteps=timesteps,
+            block_sizes=sizes,
+            include_clean=config.include_clean,
+        )
+
+    def init() -> TrainState:
+        if recipe.student == recipe.teacher:
+            return init_state(_load_network(recipe, "teacher", workdir, recipe.teacher), optimizer)
+        return init_state(transformer.init(jax.random.key(config.seed), recipe.student), optimizer)
+
+    source = arrays.source(workdir / "data" / "trajectories")
+
+    def batches(*, batch_size: int, frames: int, seed: int):
+        return pipeline.trajectory_batches(source, batch_size=batch_size, seed=seed, **_processes())
+
+    return Stage(
+        name="init",
+        config=config,
+        init=init,
+        step=make_step(loss, optimizer, ema_decay=config.optimizer.ema_decay, seed=config.seed),
+        phases=_phases(config, batches),
+        ready=lambda batch: {"trajectory": batch["trajectory"], "text": _text_rows(batch, recipe)},
+        sample=_sample_student(recipe, vae_params, samples.prompts(recipe, config.samples), lambda state: state.ema),
+        export=_export("init", recipe, lambda state: state.ema),
+    )
+
+
+# ---- distill --------------------------------------------------------------------------------------------------------
+
+
+def student_rollout(recipe: Recipe) -> Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array | None]]:
+    """The rollout that ``train_distill.rollout`` names, as the DMD cycle takes it."""
+    config, student, causal = recipe.train_distill, recipe.student, recipe.causal
+    timesteps = flow.student_timesteps(recipe.diffusion)
+    frames = recipe.video.latent_frames
+    height, width = stream.latent_size(recipe)
+
+    def from_data(params, batch, key):
+        x0, timestep = rollout.data_rollout(
+            _student_velocity(recipe),
+            params,
+            batch["latents"],
+            batch["text"],
+            key,
+            timesteps=timesteps,
+            block_sizes=causal.block_sizes(frames),
+            include_clean=config.include_clean,
+        )
+        return x0, (timestep > 0).astype(jnp.float32) if config.include_clean else None
+
+    functions = rollout.StudentFunctions(
+        init_cache=lambda batch: transformer.init_cache(
+            student, causal, batch=batch, height=height, width=width, frames=frames
+        ),
+        cached=functools.partial(transformer.cached, config=student, causal=causal),
+        advance=transformer.advance,
+        encode_text=functools.partial(transformer.encode_text, config=student),
+    )
+
+    def from_self(params, batch, key):
+        shape = (len(batch["text"]), frames, height, width, recipe.vae.z_dim)
+        x0 = rollout.self_rollout(
+            functions, params, batch["text"], key, shape=shape, timesteps=timesteps, causal=causal
+        )
+        return x0, None
+
+    return from_data if config.rollout == "data" else from_self
+
+
+def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
+    """DMD (paper, section 4.2): student and fake score in turns, both judged by the frozen teacher."""
+    vae_params, recipe = with_vae(recipe, workdir)
+    config = recipe.train_distill
+    optimizers = {
+        "student_optimizer": make_optimizer(config.optimizer, config.steps),
+        "fake_optimizer": make_optimizer(config.critic_optimizer, config.steps * config.critic_updates),
+    }
+    teacher = _load_network(recipe, "teacher", workdir, recipe.teacher)
+    null_text = jnp.asarray(text.encode_prompts([""], recipe.text)[0])
+
+    def bidirectional(params, x, timestep, rows):
+        return transformer.bidirectional(params, x, timestep, rows, config=recipe.teacher)
+
+    def causal_teacher(params, x, timestep, rows):
+        return transformer.block_causal(params, x, timestep, rows, config=recipe.teacher, causal=recipe.causal)
+
+    functions = cycle.DistillFunctions(
+        rollout=student_rollout(recipe),
+        teacher=causal_teacher if config.teacher == "causal" else bidirectional,
+        fake=bidirectional,
+    )
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state, teacher, batches):
+        return cycle.dmd_cycle(
+            state,
+            teacher,
+            batches,
+            null_text,
+            jax.random.key(config.seed),
+            functions=functions,
+            diffusion=recipe.diffusion,
+            distill=config,
+            **optimizers,
+        )
+
+    def init() -> cycle.DistillState:
+        start = "init" if config.init == "ode" else "teacher"
+        student = _load_network(recipe, start, workdir, recipe.student)
+        return cycle.init_state(student, jax.tree.map(jnp.copy, teacher), **optimizers)
+
+    def batches(*, batch_size: int, frames: int, seed: int):
+        # One batch for every fake-score update and one for the student, drawn together.
+        return pipeline.latent_batches(
+            _latent_source(workdir), batch_size=batch_size * (config.critic_updates + 1), seed=seed, **_processes()
+        )
+
+    def ready(batch: dict[str, Any]) -> dict[str, np.ndarray]:
+        arrays_ = _ready_latents(recipe)(batch)
+        if config.rollout == "self":
+            del arrays_["latents"]
+        return {k: v.reshape(config.critic_updates + 1, -1, *v.shape[1:]) for k, v in arrays_.items()}
+
+    def params_of(state: cycle.DistillState):
+        return state.student_ema
+
+    return Stage(
+        name="distill",
+        config=config,
+        init=init,
+        step=lambda state, batch: update(state, teacher, batch),
+        phases=_phases(config, batches),
+        ready=ready,
+        sample=_sample_student(recipe, vae_params, samples.prompts(recipe, config.samples), params_of),
+        export=_export("distill", recipe, params_of),
+    )
+
+
+STAGES: dict[str, Callable[[Recipe, pathlib.Path], Stage]] = {
+    "vae": vae_stage,
+    "teacher": teacher_stage,
+    "init": init_stage,
+    "distill": distill_stage,
+}

@@ -1,0 +1,33 @@
+"""Train one stage: ``python -m launch.train --config=configs/digits.py --stage=STAGE --workdir=DIR``.
+
+Stages: vae, teacher, init, distill. Started again with the same arguments it goes on where it stopped. Under
+``WORKDIR/STAGE``: ``metrics.jsonl`` and ``tensorboard/``, ``samples/``, ``checkpoints/`` and, at the end,
+``weights.safetensors``.
+"""
+
+import pathlib
+
+from absl import flags
+
+from causvid_jax.config import require
+from causvid_jax.training import loop, stages
+from launch import common
+
+_CONFIG = common.define_config_flag()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the recipe keeps its data, weights and logs.")
+_STAGE = flags.DEFINE_string("stage", None, "What to train: vae, teacher, init or distill.")
+
+
+def main() -> None:
+    """Check the flags, then train."""
+    recipe = common.load_recipe(_CONFIG)
+    name, workdir = _STAGE.value or "", _WORKDIR.value or ""
+    require(workdir != "", "no --workdir is given; it must be a directory for data and weights")
+    require(name in stages.STAGES, f"--stage is {name!r}; accepted: {', '.join(stages.STAGES)}")
+    common.enable_compilation_cache()
+    common.log_start(recipe)
+    loop.train(stages.make_stage(name, recipe, pathlib.Path(workdir)), pathlib.Path(workdir))
+
+
+if __name__ == "__main__":
+    common.run(main)
