@@ -1,0 +1,344 @@
+"""The streaming sampler (paper, Algorithm 2): K latent frames in, K latent frames out, for ever.
+
+    state = init_stream(params, text, config=recipe, seed=0)
+    while True:
+        latents, frames, state = next_frames(params, state, config=recipe)
+
+``params`` is ``{"student": ..., "vae": ...}``; ``config`` is the :class:`~causvid_jax.config.Recipe`, static. Every
+function is pure and jitted, and donates ``state``: use the state that comes back, or copy one that is to be kept
+(:func:`copy_stream`). One compilation serves every block. Only with ``causal.independent_first_frame`` has the first
+block, one frame long, a program of its own.
+
+The VAE gives one frame for the first latent frame of a stream and four for every other. Decoded blocks have a fixed
+shape, four frames per latent, so of a stream's first block the caller drops :data:`LEAD` frames.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
+
+from causvid_jax.config import DiffusionConfig, Recipe, require
+from causvid_jax.diffusion import flow
+from causvid_jax.models import transformer, vae
+from causvid_jax.models.cache import KVCache, TextCache
+from causvid_jax.models.vae import DecodeCache
+
+Params = dict[str, Any]
+
+LEAD = 3
+"""Frames of a stream's first decoded block that do not exist: its first latent frame holds one frame, not four."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StreamState:
+    """All that a stream remembers. Its size never changes."""
+
+    cache: KVCache  # self-attention keys and values of the frames still in sight
+    text: TextCache  # the prompt
+    decode: DecodeCache  # the VAE decoder's past
+    recent: jax.Array  # [B, R, h, w, C] float32, the last latent frames, newest at the end: what recache() replays
+    seed: jax.Array  # [B] uint32
+    block: jax.Array  # [] int32: blocks finished
+    started: bool = dataclasses.field(default=True, metadata={"static": True})  # False: an independent frame is next
+
+
+def latent_size(config: Recipe) -> tuple[int, int]:
+    """Height and width of the latent grid."""
+    factor = vae.space_factor(config.vae)
+    return config.video.height // factor, config.video.width // factor
+
+
+def block_frames(state: StreamState, config: Recipe) -> int:
+    """Latent frames of the block that comes next."""
+    return config.causal.frames_per_block if state.started else 1
+
+
+def passes_per_block(config: Recipe) -> int:
+    """Network passes that one block costs: the denoising steps and, with ``causal.clean_write``, the cache write."""
+    return len(config.diffusion.student_steps) + config.causal.clean_write
+
+
+def init_stream(
+    params: Params,
+    text: jax.Array,
+    *,
+    config: Recipe,
+    seed: int | Sequence[int] = 0,
+    frames: int | None = None,
+) -> StreamState:
+    """The state before the first block.
+
+    Args:
+        params: ``{"student", "vae"}``.
+        text: prompt rows ``[B, S, E]``; B streams run side by side.
+        config: the recipe.
+        seed: one integer s, or B of them. Stream b of one s has seed s + b, and is the same video as a single stream
+            of seed s + b.
+        frames: the most latent frames the stream will have. Only a recipe without ``causal.window`` needs to know
+            (default: the length it was trained on); with a window a stream has no end.
+    """
+    batch = text.shape[0]
+    seeds = np.asarray(seed, np.int64)
+    seeds = seeds + np.arange(batch) if seeds.ndim == 0 else seeds
+    require(seeds.shape == (batch,), f"{seeds.size} seeds are given for {batch} prompts; accepted: 1 or {batch}")
+    capacity = None if config.causal.window else frames or config.video.latent_frames
+    return _init_stream(params, text, jnp.asarray(seeds.astype(np.uint32)), config=config, capacity=capacity)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "capacity"))
+def _init_stream(params, text, seeds, *, config: Recipe, capacity: int | None) -> StreamState:
+    batch, (height, width), causal = text.shape[0], latent_size(config), config.causal
+    size = {"batch": batch, "height": height, "width": width}
+    # With a window, exactly the earlier blocks of which the next one sees a frame.
+    first = int(causal.independent_first_frame)
+    kept = (causal.window - 1 if causal.window else capacity - first) // causal.frames_per_block
+    kept *= causal.frames_per_block
+    return StreamState(
+        cache=transformer.init_cache(config.student, causal, frames=capacity, **size),
+        text=transformer.encode_text(params["student"], text, config=config.student),
+        decode=vae.init_decode_cache(config.vae, **size),
+        recent=jnp.zeros((batch, kept, height, width, config.vae.z_dim), jnp.float32),
+        seed=seeds,
+        block=jnp.zeros((), jnp.int32),
+        started=not causal.independent_first_frame,
+    )
+
+
+def copy_stream(state: StreamState) -> StreamState:
+    """A state with buffers of its own, so that one stream can be continued in two ways."""
+    return jax.tree.map(jnp.copy, state)
+
+
+# ---- one block ------------------------------------------------------------------------------------------------------
+
+
+def block_noise(seed: jax.Array, block: jax.Array, step: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """N(0, 1) of ``shape`` (one stream's) for each seed: ``[B, *shape]``, a function of (seed, block, step) only."""
+
+    def one(s):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(s), block), step)
+        return jax.random.normal(key, tuple(shape), jnp.float32)
+
+    return jax.vmap(one)(seed)
+
+
+def _noise(state: StreamState, step: jax.Array | int, config: Recipe) -> jax.Array:
+    shape = (block_frames(state, config), *latent_size(config), config.vae.z_dim)
+    return block_noise(state.seed, state.block, step, shape)
+
+
+def _pass(params, state, cache, x, timestep, config):
+    """One network pass on the current block, all of whose frames are told ``timestep``."""
+    timesteps = jnp.full(x.shape[:2], timestep, jnp.float32)
+    student, causal = config.student, config.causal
+    return transformer.cached(params["student"], x, timesteps, state.text, cache, config=student, causal=causal)
+
+
+def _denoise(params, state: StreamState, x: jax.Array, start: int, config: Recipe) -> tuple[jax.Array, KVCache]:
+    """x0 of the block ``x``, noisy at student step ``start``, and the cache with the block written.
+
+    At step j: ``x0 = x_t - sigma_j v``; then fresh noise takes x0 to the next step's sigma. The cache write is one
+    more turn of the same loop, on x0 itself (sigma 0, ``context_timestep``), so the network is compiled once.
+    """
+    timesteps = flow.student_timesteps(config.diffusion)[start:]
+    sigmas = [t / 1000.0 for t in timesteps] + [0.0]
+    write = [config.causal.context_timestep] if config.causal.clean_write else []
+    turns = len(timesteps) + len(write)
+    table = (
+        jnp.asarray([*timesteps, *write], jnp.float32),
+        jnp.asarray(sigmas[:turns], jnp.float32),
+        jnp.asarray([*sigmas[1:], 0.0][:turns], jnp.float32),
+        start + 1 + jnp.arange(turns, dtype=jnp.int32),  # noise j is the one that leads to step j
+    )
+
+    def turn(carry, inputs):
+        x, cache = carry
+        timestep, sigma, next_sigma, step = inputs
+        velocity, cache = _pass(params, state, cache, x, timestep, config)
+        x0 = flow.x0_from_velocity(x, velocity, sigma)
+        return (flow.add_noise(x0, _noise(state, step, config), next_sigma), cache), None
+
+    with jax.named_scope("denoise"):
+        (x, cache), _ = jax.lax.scan(turn, (x, state.cache), table)
+    return x, cache
+
+
+def _finish(state: StreamState, latents: jax.Array, cache: KVCache) -> StreamState:
+    return dataclasses.replace(
+        state,
+        cache=transformer.advance(cache, latents.shape[1]),
+        recent=jnp.concatenate([state.recent, latents], axis=1)[:, latents.shape[1] :],
+        block=state.block + 1,
+        started=True,
+    )
+
+
+def _next_block(params, state, config):
+    x0, cache = _denoise(params, state, _noise(state, 0, config), 0, config)
+    return x0, _finish(state, x0, cache)
+
+
+def _decode(params, state, latents, config):
+    with jax.named_scope("decode"):
+        frames, decode = vae.decode_chunk(params["vae"], latents, state.decode, config=config.vae)
+    return frames, dataclasses.replace(state, decode=decode)
+
+
+_step = functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+
+
+@_step
+def next_block(params: Params, state: StreamState, *, config: Recipe) -> tuple[jax.Array, StreamState]:
+    """Generate the next block: clean latents ``[B, K, h, w, C]`` and the next state. Nothing is decoded."""
+    return _next_block(params, state, config)
+
+
+@_step
+def next_frames(params: Params, state: StreamState, *, config: Recipe) -> tuple[jax.Array, jax.Array, StreamState]:
+    """Generate and decode the next block: latents ``[B, K, h, w, C]``, frames ``[B, 4K, H, W, 3]``, the next state."""
+    latents, state = _next_block(params, state, config)
+    frames, state = _decode(params, state, latents, config)
+    return latents, frames, state
+
+
+@_step
+def decode_block(
+    params: Params, state: StreamState, latents: jax.Array, *, config: Recipe
+) -> tuple[jax.Array, StreamState]:
+    """Frames ``[B, 4K, H, W, 3]`` of the block just finished; call it once per block, or never."""
+    return _decode(params, state, latents, config)
+
+
+@_step
+def append(params: Params, state: StreamState, latents: jax.Array, *, config: Recipe) -> StreamState:
+    """Let given clean latents ``[B, K, h, w, C]`` be the next block: one pass writes them to the cache.
+
+    This is how an image (:func:`encode_image`) or the latents of a video become the past that a stream goes on from.
+    """
+    _check_block(state, latents, config)
+    _, cache = _pass(params, state, state.cache, latents, config.causal.context_timestep, config)
+    return _finish(state, latents, cache)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "start"), donate_argnames=("state",))
+def next_block_from(
+    params: Params, state: StreamState, latents: jax.Array, *, config: Recipe, start: int
+) -> tuple[jax.Array, StreamState]:
+    """Video to video: the next block from an incoming one, ``latents [B, K, h, w, C]``.
+
+    The incoming block is noised to student step ``start`` (static; :func:`strength_step`) and denoised by the steps
+    that remain, under the prompt and everything the stream has shown so far (paper, section 5.3).
+    """
+    _check_block(state, latents, config)
+    sigma = flow.student_timesteps(config.diffusion)[start] / 1000.0
+    x = flow.add_noise(latents, _noise(state, start, config), sigma)
+    x0, cache = _denoise(params, state, x, start, config)
+    return x0, _finish(state, x0, cache)
+
+
+def strength_step(config: DiffusionConfig, strength: float) -> int:
+    """The student step that video to video starts from: the first whose nominal timestep is at most 1000 strength.
+
+    Strength 1 keeps nothing of the input. Nominal means before the shift, so that four evenly spaced steps answer to
+    1, 0.75, 0.5 and 0.25 whatever the shift is.
+    """
+    lowest = config.student_steps[-1] / 1000.0
+    require(lowest <= strength <= 1.0, f"strength is {strength:g}; accepted: {lowest:g} (faithful) to 1 (free)")
+    return next(i for i, step in enumerate(config.student_steps) if step <= 1000.0 * strength + 1e-6)
+
+
+def _check_block(state: StreamState, latents: jax.Array, config: Recipe) -> None:
+    expected = (state.seed.shape[0], block_frames(state, config), *latent_size(config), config.vae.z_dim)
+    require(latents.shape == expected, f"latents of the next block are {latents.shape}; they must be {expected}")
+
+
+# ---- image, prompt switch, whole clip -------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def encode_image(params: Params, image: jax.Array, *, config: Recipe) -> jax.Array:
+    """Latents of a first block that shows ``image [B, H, W, 3]`` (float, [-1, 1]), ready for :func:`append`.
+
+    With an independent first frame that is the image as a video of one frame, ``[B, 1, h, w, C]``; else a still of
+    1 + 4 (K - 1) frames, ``[B, K, h, w, C]`` (paper, section 5.3).
+    """
+    latents = 1 if config.causal.independent_first_frame else config.causal.frames_per_block
+    still = repeat(image, "b h w c -> b t h w c", t=1 + vae.time_factor(config.vae) * (latents - 1))
+    return vae.encode(params["vae"], still, config=config.vae)
+
+
+@_step
+def switch_prompt(params: Params, state: StreamState, text: jax.Array, *, config: Recipe) -> StreamState:
+    """The stream under another prompt ``text [B, S, E]`` from its next block on. What it has shown stays as it is."""
+    return dataclasses.replace(state, text=transformer.encode_text(params["student"], text, config=config.student))
+
+
+@_step
+def recache(params: Params, state: StreamState, *, config: Recipe) -> StreamState:
+    """Write the blocks still in sight to the cache again, under the stream's present prompt.
+
+    Cached keys and values have seen the prompt of their time. After :func:`switch_prompt` this brings them up to date
+    at the cost of one pass per block in sight; the sink and an independent first frame keep what they have.
+    """
+    k, independent = config.causal.frames_per_block, int(config.causal.independent_first_frame)
+    kept = state.recent.shape[1]
+    if not kept:  # a window of one block: nothing earlier is in sight
+        return state
+    blocks = jnp.minimum(kept // k, (state.cache.position - independent) // k)
+
+    def rewrite(i, cache):
+        latents = jax.lax.dynamic_slice_in_dim(state.recent, kept - (blocks - i) * k, k, axis=1)
+        _, cache = _pass(params, state, cache, latents, config.causal.context_timestep, config)
+        return transformer.advance(cache, k)
+
+    # Slots tell which frame they hold, so moving the position back is all it takes to hide the later ones.
+    rewound = transformer.advance(state.cache, -blocks * k)
+    return dataclasses.replace(state, cache=jax.lax.fori_loop(0, blocks, rewrite, rewound))
+
+
+def generate(
+    params: Params,
+    text: jax.Array,
+    *,
+    config: Recipe,
+    frames: int | None = None,
+    seed: int | Sequence[int] = 0,
+    decode: bool = True,
+) -> tuple[jax.Array, jax.Array | None]:
+    """A whole clip in one jitted scan over its blocks: the same clip that the blocks give one by one.
+
+    Args:
+        frames: latent frames F, which must fit the blocks; default: the recipe's clip.
+        decode: static; without it the second result is None.
+        params, text, config, seed: as in :func:`init_stream`.
+
+    Returns:
+        latents ``[B, F, h, w, C]`` and video ``[B, 1 + 4 (F - 1), H, W, 3]`` in [-1, 1].
+    """
+    frames = frames or config.video.latent_frames
+    state = init_stream(params, text, config=config, seed=seed, frames=frames)
+    return _scan_blocks(params, state, config=config, sizes=config.causal.block_sizes(frames), decode=decode)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sizes", "decode"), donate_argnames=("state",))
+def _scan_blocks(params, state, *, config: Recipe, sizes: tuple[int, ...], decode: bool):
+    def one(state, _):
+        latents, state = _next_block(params, state, config)
+        frames, state = _decode(params, state, latents, config) if decode else (None, state)
+        return state, (latents, frames)
+
+    parts = []
+    if not state.started:
+        state, part = one(state, None)
+        parts.append(part)
+    state, scanned = jax.lax.scan(one, state, length=len(sizes) - len(parts))
+    parts.append(jax.tree.map(lambda x: rearrange(x, "n b f ... -> b (n f) ..."), scanned))
+    latents, video = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
+    return latents, video[:, LEAD:] if decode else None
