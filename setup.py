@@ -18,7 +18,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["causvid_jax*", "configs*", "launch*"]),
     # The trained weights of the digits recipe.
-    package_data={"causvid_jax": ["assets/*/*.safetensors"]},
+    package_data={"causvid_jax": ["assets/*.safetensors", "assets/*/*.safetensors"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2,<0.13",
