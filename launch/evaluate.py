@@ -11,7 +11,7 @@ import json
 import jax
 from absl import flags, logging
 
-from causvid_jax.config import Recipe, require
+from causvid_jax.config import Recipe
 from causvid_jax.evaluation import judge as judging
 from causvid_jax.evaluation import judge_training, report, samplers, show
 from causvid_jax.models import transformer
@@ -30,7 +30,7 @@ _RECACHE = flags.DEFINE_bool("recache", False, "Rewrite the cache under the new 
 _TRAIN_JUDGE = flags.DEFINE_bool("train_judge", False, "Train the judge and write it to --judge.")
 _JUDGE = flags.DEFINE_string("judge", str(judging.DEFAULT_PATH), "The judge's weights.")
 _PLAN = {
-    field.name: flags.DEFINE_integer(field.name, field.default, text)
+    field.name: flags.DEFINE_integer(field.name, getattr(report.Plan(), field.name), text)
     for field, text in zip(
         dataclasses.fields(report.Plan),
         (
@@ -65,7 +65,6 @@ def train_judge(recipe: Recipe) -> None:
 
 def evaluate(recipe: Recipe) -> None:
     """Measure, then write the report, its tables and the contact sheet."""
-    require(_OUTPUT.value, "no --output is given; for example --output=report.json")
     output = common.check_output(_OUTPUT.value, (".json",))
     plan = report.Plan(**{name: holder.value for name, holder in _PLAN.items()})
     trained = judging.load(recipe.data, _JUDGE.value)

@@ -33,7 +33,8 @@ NO_DIRECTION = "none"
 
 def init(seed: int, colors: int) -> dict[str, dict[str, np.ndarray]]:
     """He-normal weights of the classifier for 10 digits and ``colors`` colours."""
-    shapes, width = {}, 12
+    shapes: dict[str, tuple[int, ...]] = {}
+    width = 12
     for name, channels, _ in LAYERS:
         shapes[name], width = (3, 3, width, channels), channels
     shapes |= {"features": (2 * width, FEATURES), "digit": (FEATURES, 10), "color": (FEATURES, colors)}
@@ -133,8 +134,10 @@ def read_digits(judge: Judge, video: np.ndarray) -> tuple[np.ndarray, np.ndarray
     steps = np.round(np.linspace(0, video.shape[1] - 1, FRAMES_READ)).astype(int)
     frames = rearrange(video[:, steps].astype(np.float32) / 255.0, "b t h w c -> (b t) h w c")
     logits, _, features = _classify(judge.params, frames)
-    log_probs = jax.nn.log_softmax(logits)
-    return tuple(np.asarray(reduce(x, "(b t) d -> b d", "mean", t=FRAMES_READ)) for x in (log_probs, features))
+    log_probs, features = (
+        np.asarray(reduce(x, "(b t) d -> b d", "mean", t=FRAMES_READ)) for x in (jax.nn.log_softmax(logits), features)
+    )
+    return log_probs, features
 
 
 def read_colors(video: np.ndarray, colors: tuple[str, ...]) -> tuple[str, ...]:

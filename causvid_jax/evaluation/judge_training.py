@@ -85,7 +85,7 @@ def train(
     """
     images, labels, _ = digits.handwriting("judge")
     masks = jnp.asarray(digits.enlarge(images, data.digit_size))
-    labels = jnp.asarray(labels)
+    targets = jnp.asarray(labels)
     palette = jnp.asarray(np.array([digits.COLORS[name] for name in data.colors]) / 255.0, jnp.float32)
     params = jax.tree.map(jnp.asarray, judging.init(seed, len(data.colors)))
     state, losses = _optimizer(steps).init(params), []
@@ -96,7 +96,7 @@ def train(
             np.int32(step),
             jax.random.key(seed),
             masks,
-            labels,
+            targets,
             palette,
             height=video.height,
             width=video.width,

@@ -63,7 +63,7 @@ def block_starts(latent_frames: int, block_sizes: Sequence[int]) -> np.ndarray:
     return np.where(ends == 0, 0, 1 + 4 * (ends - 1))
 
 
-def discontinuity(video: np.ndarray, starts: Sequence[int]) -> float:
+def discontinuity(video: np.ndarray, starts: Sequence[int] | np.ndarray) -> float:
     """How much more the picture changes where one block meets the next than inside blocks; 1 is seamless.
 
     Mean absolute difference of neighbouring frames over block borders, divided by the same inside blocks, both over

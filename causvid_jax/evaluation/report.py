@@ -4,6 +4,7 @@ Samplers are handed in as functions (:class:`Samplers`), so that what is measure
 """
 
 import dataclasses
+import functools
 import os
 import platform
 import statistics
@@ -146,18 +147,29 @@ class _Work:
             self._progress.close()
 
 
+def stream_starts(recipe: Recipe, factor: int) -> np.ndarray:
+    """Block starts, as of ``metrics.block_starts``, of a stream with ``factor`` times the blocks of a clip."""
+    latent = recipe.video.latent_frames
+    blocks = len(recipe.causal.block_sizes(latent))
+    longer = latent + (factor - 1) * blocks * recipe.causal.frames_per_block
+    return metrics.block_starts(longer, recipe.causal.block_sizes(longer))
+
+
 def _score(
-    recipe: Recipe, judge: judging.Judge, video: np.ndarray, prompts: Sequence[str], reference: np.ndarray
+    recipe: Recipe,
+    judge: judging.Judge,
+    video: np.ndarray,
+    prompts: Sequence[str],
+    starts: np.ndarray,
+    reference: np.ndarray,
 ) -> dict[str, float]:
-    """Scores of one row. Every row is ``recipe.video.frames`` long and begins, like a clip, with a short block."""
-    sizes = recipe.causal.block_sizes(recipe.video.latent_frames)
     reading = judging.read(judge, video, speed=recipe.data.speed)
-    scores = metrics.accuracies(reading.triples, [judging.wanted(p) for p in prompts])
-    scores["frechet"] = metrics.frechet_distance(reading.features, reference)
-    if len(sizes) > 1:
-        starts = metrics.block_starts(recipe.video.latent_frames, sizes)
-        scores["discontinuity"] = metrics.discontinuity(video, starts)
-    return scores | {"clips": len(video)}
+    return {
+        **metrics.accuracies(reading.triples, [judging.wanted(p) for p in prompts]),
+        "frechet": metrics.frechet_distance(reading.features, reference),
+        "discontinuity": metrics.discontinuity(video, starts),
+        "clips": len(video),
+    }
 
 
 def _passes(recipe: Recipe) -> dict[str, dict[str, int]]:
@@ -195,9 +207,10 @@ def evaluate(
     frames, latent = recipe.video.frames, recipe.video.latent_frames
     passes = _passes(recipe)
     cost = {name: float(latent * p["passes_per_frame"]) for name, p in passes.items()}
-    # Blocks of a stream longer than a clip: 1 + 4 (F - 1) pixel frames from F latent ones, whatever the length.
-    long_frames = 1 + 4 * (latent * plan.long_factor - 1)
-    twice = 2 * latent
+    starts = stream_starts(recipe, 1)
+    require(len(starts) > 2, f"a clip of {latent} latent frames is a single block; there is no border to judge")
+    long_starts, switch_starts = stream_starts(recipe, plan.long_factor), stream_starts(recipe, 2)
+    at = (len(switch_starts) - 1) // 2
     n_long, n_switch = plan.long_samples or plan.samples, plan.switch_samples or plan.samples
     prompts = held_out_prompts(recipe, max(plan.samples, n_long, n_switch), plan.seed)
     own = prompts[: plan.samples]
@@ -237,14 +250,11 @@ def evaluate(
             f"student, {plan.long_factor}x",
             cost["student"] * plan.long_factor,
             long_prompts,
-            lambda p, i: samplers.student(p, plan.seed + i, frames=long_frames)[:, -frames:],
+            lambda p, i: samplers.student(p, plan.seed + i, frames=int(long_starts[-1]))[:, -frames:],
         ),
     )
     before = prompts[:n_switch]
     after = switched_prompts(recipe, before, plan.seed)
-    sizes = recipe.causal.block_sizes(twice)
-    starts = metrics.block_starts(twice, sizes)
-    at = len(sizes) // 2
     clips["switch"] = (
         after,
         batches(
@@ -254,17 +264,18 @@ def evaluate(
             lambda p, i: samplers.student(
                 p,
                 plan.seed + i,
-                frames=1 + 4 * (twice - 1),
-                switch=(int(starts[at]), _slice(after, i, len(p))),
+                frames=int(switch_starts[-1]),
+                switch=(int(switch_starts[at]), _slice(after, i, len(p))),
             ),
         ),
     )
     scores = {
-        name: _score(recipe, judge, video, captions, reference)
-        for name, (captions, video) in clips.items()
-        if name != "switch"
+        name: _score(recipe, judge, clips[name][1], own, starts, reference)
+        for name in ("real", "vae", "teacher", "student")
     }
-    switch = switch_report(recipe, judge, clips["switch"][1], before, after, starts, at)
+    tail = long_starts - (long_starts[-1] - frames)  # borders before the tail become negative
+    scores["long"] = _score(recipe, judge, clips["long"][1], long_prompts, tail, reference)
+    switch = switch_report(recipe, judge, clips["switch"][1], before, after, switch_starts, at)
     work.begin("timing")
     timing = _timing(recipe, samplers, plan, own, lambda name: work.add(cost[name] * timing_work / 2))
     work.close()
@@ -331,7 +342,7 @@ def _timing(recipe, samplers, plan, prompts, done) -> dict[str, dict[str, float]
     for name, call in calls.items():
         result[name] = {}
         for key, decode in (("with_decode", True), ("without_decode", False)):
-            seconds = timed(lambda call=call, decode=decode: call(decode), plan.repeats)
+            seconds = timed(functools.partial(call, decode), plan.repeats)
             result[name][key] = seconds / plan.batch
             done(name)
     return result

@@ -8,21 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from causvid_jax import video as files
 from causvid_jax.config import Recipe, require
 from causvid_jax.diffusion import guidance, solvers
 from causvid_jax.evaluation.report import Samplers, Switch
 from causvid_jax.models import text, transformer, vae
 from causvid_jax.streaming import stream
-
-
-def to_uint8(video: Any) -> np.ndarray:
-    """Frames in [-1, 1] as uint8, on the host."""
-    return np.asarray(jnp.clip(jnp.round((video + 1.0) * 127.5), 0, 255).astype(jnp.uint8))
-
-
-def from_uint8(video: np.ndarray) -> jax.Array:
-    """uint8 frames as float32 in [-1, 1]."""
-    return jnp.asarray(video, jnp.float32) / 127.5 - 1.0
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -69,14 +60,13 @@ def make_samplers(params: Mapping[str, Any], config: Recipe, *, recache: bool = 
         return jnp.asarray(text.encode_prompts(prompts, config.text))
 
     def reconstruct(video: np.ndarray) -> np.ndarray:
-        return to_uint8(
-            _decode(params["vae"], _encode(params["vae"], from_uint8(video), config=config.vae), config=config.vae)
-        )
+        latents = _encode(params["vae"], jnp.asarray(files.to_float(video)), config=config.vae)
+        return files.to_uint8(_decode(params["vae"], latents, config=config.vae))
 
     def teacher(prompts: Sequence[str], seed: int, *, decode: bool = True) -> np.ndarray:
         seeds = jnp.asarray(seed + np.arange(len(prompts)), jnp.uint32)
         latents = teacher_latents(params["teacher"], rows_of(prompts), empty, seeds, config=config)
-        return to_uint8(_decode(params["vae"], latents, config=config.vae)) if decode else np.asarray(latents)
+        return files.to_uint8(_decode(params["vae"], latents, config=config.vae)) if decode else np.asarray(latents)
 
     def student(
         prompts: Sequence[str], seed: int, *, frames: int, switch: Switch | None = None, decode: bool = True
@@ -86,7 +76,7 @@ def make_samplers(params: Mapping[str, Any], config: Recipe, *, recache: bool = 
             latents, video = stream.generate(
                 streamed, rows_of(prompts), config=config, frames=latent_frames, seed=seed, decode=decode
             )
-            return to_uint8(video) if decode else np.asarray(latents)
+            return files.to_uint8(video) if decode else np.asarray(latents)
         require(decode, "a stream with a prompt switch is always decoded")
         return _switched(prompts, seed, latent_frames, switch)
 
@@ -99,8 +89,8 @@ def make_samplers(params: Mapping[str, Any], config: Recipe, *, recache: bool = 
                 state = stream.switch_prompt(streamed, state, rows_of(after), config=config)
                 if recache:
                     state = stream.recache(streamed, state, config=config)
-            _, video, state = stream.next_frames(streamed, state, config=config)
-            parts.append(to_uint8(video)[:, stream.LEAD if not parts else 0 :])
+            _, frames, state = stream.next_frames(streamed, state, config=config)
+            parts.append(files.to_uint8(frames)[:, stream.LEAD if not parts else 0 :])
             shown += parts[-1].shape[1]
         return np.concatenate(parts, axis=1)
 

@@ -29,7 +29,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     rows = []
     for key, row in scores.items():
         cells = [f"{row[name]:.3f}" for name in (*metrics.ATTRIBUTES, "all")]
-        cells += [f"{row['frechet']:.2f}", f"{row['discontinuity']:.2f}" if "discontinuity" in row else ""]
+        cells += [f"{row['frechet']:.2f}", f"{row['discontinuity']:.2f}"]
         rows.append([names[key], *cells, str(row["clips"])])
     lines = [f"# {report['recipe']}: evaluation", ""]
     header = ["clips of held-out prompts", *metrics.ATTRIBUTES, "all three", "Frechet", "border / inside", "clips"]

@@ -45,13 +45,6 @@ def test_block_starts_follow_the_vae():
         metrics.block_starts(22, (3,) * 7)
 
 
-def test_the_end_of_a_long_stream_has_the_borders_of_a_clip():
-    starts = metrics.block_starts(210, (3,) * 70)
-    assert starts[-1] == 837
-    tail = starts[starts > 837 - 81] - (837 - 81)
-    assert tail.tolist() == [9, 21, 33, 45, 57, 69, 81]
-
-
 def test_discontinuity_of_a_ramp_with_steps_at_borders():
     """Brightness rises by 2 per frame and by 6 into frames 9 and 21: the ratio is 3."""
     change = np.full(32, 2)

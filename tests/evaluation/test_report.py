@@ -1,12 +1,13 @@
 """The report with samplers that are known: real clips, and clips wrong in a way that each figure must show."""
 
+import dataclasses
 import json
 import time
 
 import numpy as np
 import pytest
 
-from causvid_jax.config import ConfigError, Recipe, VideoConfig
+from causvid_jax.config import CausalConfig, ConfigError, Recipe, VideoConfig
 from causvid_jax.data import digits
 from causvid_jax.evaluation import judge, report, show
 
@@ -85,6 +86,17 @@ def test_targets_and_timing(result):
     assert met["teacher / real, digit"] and not met["teacher / real, direction"]
     assert met["new prompt holds within 3 blocks"] and met["direction lost at 2x the length"]
     assert {size for _, size, _ in result[1].calls} == {PLAN.batch}  # one batch size: one compilation
+
+
+def test_streams_of_whole_blocks():
+    """Ten clips of the prescribed geometry are 837 frames, and their last 81 have the borders of a clip."""
+    starts = report.stream_starts(RECIPE, 10)
+    assert starts[-1] == 837
+    assert starts[starts > 837 - 81].tolist() == [756 + n for n in (9, 21, 33, 45, 57, 69, 81)]
+    causal = CausalConfig(frames_per_block=4, independent_first_frame=True)
+    single = dataclasses.replace(RECIPE, causal=causal)  # blocks 1, 4, 4, 4, 4, 4
+    assert report.stream_starts(single, 1).tolist() == [0, 1, 17, 33, 49, 65, 81]
+    assert report.stream_starts(single, 2)[5:].tolist() == [65 + 16 * n for n in range(8)]
 
 
 def test_prompts_are_held_out_and_switches_change_everything():
