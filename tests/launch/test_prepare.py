@@ -1,10 +1,14 @@
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
-from causvid_jax.config import ConfigError, from_config_dict
-from causvid_jax.data import moving_digits
+from causvid_jax.config import ConfigError, DataConfig, from_config_dict
+from causvid_jax.data import arrays, digits, moving_digits
+from causvid_jax.models import transformer, vae
+from causvid_jax.weights import stages, store
 from launch import prepare
 
 SMALL = {
@@ -32,6 +36,41 @@ def test_later_stages_name_what_is_missing(tmp_path):
         prepare.latents(recipe, tmp_path, 0)
     with pytest.raises(ConfigError, match="no trained teacher.*--stage=teacher"):
         prepare.trajectories(recipe, tmp_path, 0)
+
+
+def test_latents_and_trajectories_from_the_weights_of_their_stages(tmp_path):
+    words = digits.vocabulary(DataConfig())
+    net = {"dim": 16, "ffn_dim": 16, "num_heads": 2, "num_layers": 1, "in_channels": 4, "out_channels": 4}
+    net |= {"text_length": 8, "text_dim": len(words) + 8, "freq_dim": 8}
+    recipe = from_config_dict(
+        SMALL
+        | {
+            "text": {"kind": "words", "vocabulary": words, "length": 8, "dim": len(words) + 8},
+            "vae": {
+                "base_dim": 2,
+                "dim_mult": (1, 1, 1),
+                "temporal_downsample": (True, True),
+                "num_res_blocks": 1,
+                "z_dim": 4,
+            },
+            "teacher": net,
+            "student": net,
+            "diffusion": {"teacher_steps": 4},
+        }
+    )
+    for stage, tree, metadata in (
+        ("vae", vae.abstract(recipe.vae), stages.vae_metadata(recipe.vae)),
+        ("teacher", transformer.abstract(recipe.teacher), {}),
+    ):
+        store.save_params(
+            stages.stage_path(tmp_path, stage), jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), tree), metadata
+        )
+    prepare.data(recipe, tmp_path, 0)
+    assert "latents: 3 examples" in prepare.latents(recipe, tmp_path, 3)
+    assert "trajectories: 5 examples" in prepare.trajectories(recipe, tmp_path, 5)
+    latents, trajectories = (arrays.source(tmp_path / "data" / name) for name in ("latents", "trajectories"))
+    assert latents[2]["latents"].shape == (3, 4, 4, 4) and trajectories[4]["trajectory"].shape == (5, 3, 4, 4, 4)
+    assert not digits.is_held_out(trajectories[4]["caption"].decode(), recipe.data)
 
 
 def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
