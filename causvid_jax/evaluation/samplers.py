@@ -61,12 +61,14 @@ def make_samplers(params: Mapping[str, Any], config: Recipe, *, recache: bool = 
 
     def reconstruct(video: np.ndarray) -> np.ndarray:
         latents = _encode(params["vae"], jnp.asarray(files.to_float(video)), config=config.vae)
-        return files.to_uint8(_decode(params["vae"], latents, config=config.vae))
+        return files.to_uint8(np.asarray(_decode(params["vae"], latents, config=config.vae)))
 
     def teacher(prompts: Sequence[str], seed: int, *, decode: bool = True) -> np.ndarray:
         seeds = jnp.asarray(seed + np.arange(len(prompts)), jnp.uint32)
         latents = teacher_latents(params["teacher"], rows_of(prompts), empty, seeds, config=config)
-        return files.to_uint8(_decode(params["vae"], latents, config=config.vae)) if decode else np.asarray(latents)
+        if not decode:
+            return np.asarray(latents)
+        return files.to_uint8(np.asarray(_decode(params["vae"], latents, config=config.vae)))
 
     def student(
         prompts: Sequence[str], seed: int, *, frames: int, switch: Switch | None = None, decode: bool = True
@@ -76,21 +78,23 @@ def make_samplers(params: Mapping[str, Any], config: Recipe, *, recache: bool = 
             latents, video = stream.generate(
                 streamed, rows_of(prompts), config=config, frames=latent_frames, seed=seed, decode=decode
             )
-            return files.to_uint8(video) if decode else np.asarray(latents)
+            return np.asarray(latents) if video is None else files.to_uint8(np.asarray(video))
         require(decode, "a stream with a prompt switch is always decoded")
         return _switched(prompts, seed, latent_frames, switch)
 
     def _switched(prompts: Sequence[str], seed: int, latent_frames: int, switch: Switch) -> np.ndarray:
         at, after = switch
         state = stream.init_stream(streamed, rows_of(prompts), config=config, seed=seed, frames=latent_frames)
-        parts, shown = [], 0
+        parts: list[np.ndarray] = []
+        shown = 0
         for _ in config.causal.block_sizes(latent_frames):
             if shown == at:
                 state = stream.switch_prompt(streamed, state, rows_of(after), config=config)
                 if recache:
                     state = stream.recache(streamed, state, config=config)
             _, frames, state = stream.next_frames(streamed, state, config=config)
-            parts.append(files.to_uint8(frames)[:, stream.LEAD if not parts else 0 :])
+            lead = 0 if parts else stream.LEAD
+            parts.append(files.to_uint8(np.asarray(frames))[:, lead:])
             shown += parts[-1].shape[1]
         return np.concatenate(parts, axis=1)
 

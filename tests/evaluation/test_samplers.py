@@ -44,14 +44,14 @@ PROMPTS = ["a red 3 moving left", "a blue 7 moving up"]
 
 @pytest.fixture(scope="module")
 def made():
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = {"vae": vae.init(keys[0], RECIPE.vae)}
-    for role, key in zip(("teacher", "student"), keys[1:], strict=True):
-        # A fresh network's output layer is zero; noise in every parameter makes the prompt and the past matter.
-        fresh = transformer.init(key, NET)
-        leaves, tree = jax.tree.flatten(fresh)
-        noise = [0.3 * jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, x in enumerate(leaves)]
-        params[role] = jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise, strict=True)])
+    rng = np.random.default_rng(0)
+    shapes = {
+        "vae": vae.abstract(RECIPE.vae),
+        "teacher": transformer.abstract(NET),
+        "student": transformer.abstract(NET),
+    }
+    # Noise in every parameter, also where a fresh network holds zeros: the prompt and the past must matter.
+    params = jax.tree.map(lambda leaf: rng.normal(0.0, 0.3, leaf.shape).astype(np.float32), shapes)
     return samplers.make_samplers(params, RECIPE)
 
 
