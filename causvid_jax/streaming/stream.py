@@ -98,7 +98,7 @@ def _init_stream(params, text, seeds, *, config: Recipe, capacity: int | None) -
     size = {"batch": batch, "height": height, "width": width}
     # With a window, exactly the earlier blocks of which the next one sees a frame.
     first = int(causal.independent_first_frame)
-    kept = (causal.window - 1 if causal.window else capacity - first) // causal.frames_per_block
+    kept = (causal.window - 1 if capacity is None else capacity - first) // causal.frames_per_block
     kept *= causal.frames_per_block
     return StreamState(
         cache=transformer.init_cache(config.student, causal, frames=capacity, **size),
@@ -119,7 +119,7 @@ def copy_stream(state: StreamState) -> StreamState:
 # ---- one block ------------------------------------------------------------------------------------------------------
 
 
-def block_noise(seed: jax.Array, block: jax.Array, step: jax.Array, shape: Sequence[int]) -> jax.Array:
+def block_noise(seed: jax.Array, block: jax.Array, step: jax.Array | int, shape: Sequence[int]) -> jax.Array:
     """N(0, 1) of ``shape`` (one stream's) for each seed: ``[B, *shape]``, a function of (seed, block, step) only."""
 
     def one(s):
@@ -237,7 +237,7 @@ def next_block_from(
     that remain, under the prompt and everything the stream has shown so far (paper, section 5.3).
     """
     _check_block(state, latents, config)
-    sigma = flow.student_timesteps(config.diffusion)[start] / 1000.0
+    sigma = jnp.float32(flow.student_timesteps(config.diffusion)[start] / 1000.0)
     x = flow.add_noise(latents, _noise(state, start, config), sigma)
     x0, cache = _denoise(params, state, x, start, config)
     return x0, _finish(state, x0, cache)
@@ -299,7 +299,7 @@ def recache(params: Params, state: StreamState, *, config: Recipe) -> StreamStat
         return transformer.advance(cache, k)
 
     # Slots tell which frame they hold, so moving the position back is all it takes to hide the later ones.
-    rewound = transformer.advance(state.cache, -blocks * k)
+    rewound = dataclasses.replace(state.cache, position=state.cache.position - blocks * k)
     return dataclasses.replace(state, cache=jax.lax.fori_loop(0, blocks, rewrite, rewound))
 
 

@@ -1,0 +1,194 @@
+"""The sampling program: what it writes and says, and the one sentence for what it cannot do."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from causvid_jax import video
+from causvid_jax.models import transformer, vae
+from causvid_jax.weights import stages, store
+from launch import common
+
+RECIPE = """
+NETWORK = dict(dim=32, ffn_dim=48, num_heads=2, num_layers=1, in_channels=4, out_channels=4, text_dim=16,
+               text_length=8, freq_dim=16)
+
+
+def get_config():
+    return dict(
+        name="tiny",
+        video=dict(height=32, width=32, frames=21, fps=16),
+        text=dict(vocabulary=("a", "red", "blue", "3", "7", "moving", "left", "up"), length=8, dim=16),
+        vae=dict(base_dim=4, dim_mult=(1, 2, 2, 2), num_res_blocks=1, z_dim=4),
+        teacher=NETWORK, student=NETWORK,
+        causal=dict(frames_per_block=2, window=4),
+        diffusion=dict(shift=3.0, teacher_steps=3),
+    )
+"""
+# Another test process may have imported another program, whose flags have the same names.
+DRIVER = """
+import contextlib, io, json, sys
+
+from absl import flags
+from causvid_jax.config import ConfigError
+from launch import common, sample
+
+common.enable_compilation_cache = lambda: None
+if sys.argv[1] == "0":
+    def compute(*_):
+        raise AssertionError("computed")
+    sample.student_blocks = sample.teacher_clips = compute
+results = []
+for arguments in json.load(sys.stdin):
+    flags.FLAGS.unparse_flags()
+    for flag in flags.FLAGS.flags_by_module_dict()["launch.sample"]:
+        flag.unparse()
+    printed, error = io.StringIO(), None
+    with contextlib.redirect_stdout(printed):
+        try:
+            common._parse_flags(["sample", *arguments])
+            sample.main()
+        except ConfigError as caught:
+            error = str(caught)
+    results.append({"printed": printed.getvalue(), "error": error})
+print(json.dumps(results))
+"""
+ROOT = pathlib.Path(__file__).parents[2]
+PROMPT = "--prompt=a red 3 moving left"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a recipe and random weights of its three networks."""
+    folder = tmp_path_factory.mktemp("sample")
+    (folder / "tiny.py").write_text(RECIPE)
+    recipe = common.load_recipe_file(str(folder / "tiny.py"))
+    rng = np.random.default_rng(0)
+    for stage, abstract in (
+        ("vae", vae.abstract(recipe.vae)),
+        ("teacher", transformer.abstract(recipe.teacher)),
+        ("distill", transformer.abstract(recipe.student)),
+    ):
+        flat = {
+            name: rng.normal(size=leaf.shape, scale=0.15).astype(np.float32)
+            for name, leaf in store.flatten(abstract).items()
+        }
+        store.save_params(stages.stage_path(folder, stage), store.unflatten(flat), {})
+    clip = rng.integers(0, 256, (11, 32, 32, 3), np.uint8)
+    video.write_video(folder / "clip.gif", clip, 16)
+    (folder / "broken.safetensors").write_bytes(stages.stage_path(folder, "distill").read_bytes()[:500])
+    (folder / "broken.png").write_text("no picture")
+    return folder
+
+
+def call_all(place, cases, compute=True):
+    """What the program prints and how it fails, for each list of flags, all in one process of its own."""
+    given = [[f"--config={place}/tiny.py", f"--checkpoint={place}", *arguments] for arguments in cases]
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(int(compute))],
+        input=json.dumps(given),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def call(place, *cases):
+    results = call_all(place, cases)
+    assert [result["error"] for result in results] == [None] * len(cases)
+    return [result["printed"] for result in results]
+
+
+@pytest.fixture(scope="module")
+def made(place):
+    """Every kind of video, and what was said: {file: printed}."""
+    cases = {
+        "switched.gif": [PROMPT, "--frames=30", "--switch=14:a blue 7 moving up"],
+        "plain.gif": [PROMPT, "--frames=30"],
+        "many.gif": [PROMPT, "--prompt=a blue 7", "--frames=9", "--seed=4", "--upscale=1"],
+        "alone.gif": ["--prompt=a blue 7", "--frames=9", "--seed=5", "--upscale=1"],
+        "follows.mp4": [PROMPT, f"--video={place}/clip.gif", "--strength=0.25"],
+        "starts.mp4": [PROMPT, f"--image={place}/clip.gif", "--frames=6"],
+        "teacher.mp4": [PROMPT, "--teacher"],
+    }
+    printed = call(place, *([*flags, f"--output={place}/{name}"] for name, flags in cases.items()))
+    return dict(zip(cases, printed, strict=True))
+
+
+def test_a_switch_leaves_the_frames_before_it(place, made):
+    a, b = (video.read_video(place / name, 32, 32) for name in ("switched.gif", "plain.gif"))
+    assert a.shape == (30, 32, 32, 3)
+    # Frame 14 is in latent 4, block 2, which starts at frame 13.
+    np.testing.assert_array_equal(a[:13], b[:13])
+    assert (a[13:] != b[13:]).any()
+    said = made["switched.gif"]
+    assert "From frame 13 on (block 2): a blue 7 moving up" in said
+    for words in ("First frame after", "of compilation", "30 frames in", "times real time", "switched.gif"):
+        assert words in said
+
+
+def test_several_prompts_are_numbered_and_each_has_its_own_seed(place, made):
+    assert "many_0.gif" in made["many.gif"] and (place / "many_0.gif").is_file() and not (place / "many.gif").exists()
+    a, b = (video.read_video(place / name, 32, 32).astype(int) for name in ("many_1.gif", "alone.gif"))
+    assert len(a) == 9 and np.abs(a - b).mean() <= 1
+
+
+def test_other_ways_to_start(place, made):
+    assert len(video.read_video(place / "follows.mp4", 32, 32)) == 11
+    assert video.read_video(place / "starts.mp4", 256, 256).shape == (6, 256, 256, 3)
+    assert len(video.read_video(place / "teacher.mp4", 32, 32)) == 21 and "21 frames in" in made["teacher.mp4"]
+
+
+REFUSED = [
+    ([], "no --prompt is given"),
+    (["--prompt=a green 3"], "unknown word 'green'"),
+    ([PROMPT, "--frames=0"], "--frames is 0; it must be at least 1"),
+    ([PROMPT, "--frames=-8"], "--frames is -8"),
+    ([PROMPT, "--teacher", "--frames=20"], "no block structure of the teacher fits; nearest: 13 and 21"),
+    ([PROMPT, "--teacher", "--frames=9"], "nearest: 5 and 13"),
+    ([PROMPT, "--teacher", "--switch=14:a blue 7"], "--switch is given with --teacher"),
+    ([PROMPT, "--output=a.avi"], "accepted: .mp4, .gif"),
+    ([PROMPT, "--output=/proc/nowhere/a.mp4"], "cannot write output"),
+    ([PROMPT, "--switch=soon:a blue 7"], "accepted: FRAME:PROMPT"),
+    ([PROMPT, "--switch=99:a blue 7"], "--switch is at frame 99; accepted: 1 to 20"),
+    ([PROMPT, "--switch=3:a blue 7"], "in the first block; accepted: from frame 5 on"),
+    ([PROMPT, "--switch=14:a green 7"], "unknown word 'green'"),
+    ([PROMPT, "--switch=14:a blue 7", "--switch=15:a red 7"], "two --switch"),
+    ([PROMPT, "--image={place}/broken.png"], "cannot read image"),
+    ([PROMPT, "--video={place}/broken.png"], "cannot read video"),
+    ([PROMPT, "--video={place}/clip.gif", "--frames=40"], "--video has only 11"),
+    ([PROMPT, "--video={place}/clip.gif", "--strength=0.1"], "strength is 0.1; accepted: 0.25"),
+    ([PROMPT, "--video={place}/clip.gif", "--image={place}/clip.gif"], "--image and --video"),
+    ([PROMPT, "--checkpoint={place}/nothing"], "does not exist"),
+    ([PROMPT, "--checkpoint={place}/broken.safetensors"], "not a readable safetensors file"),
+    ([PROMPT, "--checkpoint={place}/vae/weights.safetensors"], "do not fit the configuration"),
+    ([PROMPT, "--config.video.framse=21"], "did you mean 'video.frames'"),
+]
+
+
+def test_bad_input_is_refused_in_one_sentence_before_any_compute(place, tmp_path):
+    cases = [[f"--output={tmp_path}/out.mp4", *(a.format(place=place) for a in given)] for given, _ in REFUSED]
+    results = call_all(place, cases, compute=False)
+    for (given, words), result in zip(REFUSED, results, strict=True):
+        assert result["error"] is not None and words in result["error"], (given, result)
+        assert "\n" not in result["error"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_process_exits_with_status_2(place):
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.sample", f"--config={place}/tiny.py", "--prompt=a green 3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.strip().splitlines()[-1].startswith("error: unknown word 'green'")
