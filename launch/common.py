@@ -143,7 +143,7 @@ def enable_compilation_cache() -> str | None:
     ``JAX_COMPILATION_CACHE_DIR`` (JAX's own) wins, then ``CAUSVID_JAX_CACHE`` (empty: no cache), then
     ``~/.cache/causvid_jax``. A directory that cannot be written only costs the time to compile.
     """
-    directory = jax.config.jax_compilation_cache_dir
+    directory = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if not directory:
         directory = os.environ.get("CAUSVID_JAX_CACHE", str(pathlib.Path.home() / ".cache" / "causvid_jax"))
         if not directory:
@@ -173,12 +173,14 @@ def log_start(recipe: Recipe) -> None:
         )
 
 
-def check_output(path: str, suffixes: Sequence[str], flag: str = "output") -> pathlib.Path:
+def check_output(path: str | None, suffixes: Sequence[str], flag: str = "output") -> pathlib.Path:
     """``path`` if a file can be written there, before any compute; parent directories are made.
 
     Raises:
-        ConfigError: a suffix not in ``suffixes``, a directory, or a place that cannot be written.
+        ConfigError: no path, a suffix not in ``suffixes``, a directory, or a place that cannot be written.
     """
+    if not path:
+        raise ConfigError(f"no --{flag} is given; it must be a file that ends in {' or '.join(suffixes)}")
     target = pathlib.Path(path)
     require(target.suffix in suffixes, f"--{flag} is {path!r}; it must end in {' or '.join(suffixes)}")
     require(not target.is_dir(), f"--{flag} {path} is a directory; it must be a file")

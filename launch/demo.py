@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ _SECONDS = flags.DEFINE_float("seconds", 20.0, "Length of the stream in seconds 
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
 _UPSCALE = flags.DEFINE_integer("upscale", 4, "Size of a pixel in the files.")
 
-Params = Mapping[str, Any]
+Params = dict[str, Any]
 
 
 def load(recipe: Recipe, workdir: str | None) -> tuple[Params, Recipe]:

@@ -204,7 +204,7 @@ def enlarge(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def render(
-    images: np.ndarray,
+    images: Sequence[np.ndarray] | np.ndarray,
     specs: Sequence[Digit],
     starts: Sequence[tuple[int, int]],
     config: DataConfig,

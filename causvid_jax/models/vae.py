@@ -221,7 +221,8 @@ def denormalize(latents: jax.Array, config: VAEConfig) -> jax.Array:
 
 def _encoder(params: Tree, video: jax.Array, past: Tree, *, config: VAEConfig, starts: bool):
     """((mean, logvar) float32, new past)."""
-    net, new = params["encoder"], {"downsamples": {}}
+    net = params["encoder"]
+    new: Tree = {"downsamples": {}}
     x, new["conv1"] = layers.causal(net["conv1"], video.astype(config.dtype), past.get("conv1"), None)
     for i, (kind, _, _) in enumerate(encoder_layers(config)):
         layer, layer_past = net["downsamples"][str(i)], past.get("downsamples", {}).get(str(i), {})
@@ -238,7 +239,8 @@ def _encoder(params: Tree, video: jax.Array, past: Tree, *, config: VAEConfig, s
 
 def _decoder(params: Tree, latents: jax.Array, past: Tree, *, config: VAEConfig, start: bool | jax.Array):
     """(video float32, new past). ``start`` as in ``vae_layers.upsample``: static True, or traced with static shapes."""
-    net, new = params["decoder"], {"upsamples": {}}
+    net = params["decoder"]
+    new: Tree = {"upsamples": {}}
     slots, present = 1, None  # slots: frames per latent so far
     x = conv.pointwise(params["conv2"], denormalize(latents, config).astype(config.dtype))
     x, new["conv1"] = layers.causal(net["conv1"], x, past.get("conv1"), None)

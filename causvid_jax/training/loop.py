@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import signal
@@ -108,7 +109,7 @@ def train(stage: Stage, workdir: pathlib.Path) -> None:
             while step < phase.end:
                 state, metrics = stage.step(state, stage.ready(next(iterator)))
                 step += 1
-                progress.update(step, lambda now=metrics: {k: float(v) for k, v in now.items() if "loss" in k})
+                progress.update(step, functools.partial(_losses, metrics))
                 if step % config.log_every == 0 or step == config.steps:
                     elapsed = seconds + time.monotonic() - started
                     writer.write(step, {**metrics, "hours": elapsed / 3600})
@@ -128,3 +129,8 @@ def train(stage: Stage, workdir: pathlib.Path) -> None:
     progress.close()
     checkpoints.close()
     stage.export(state, folder / "weights.safetensors")
+
+
+def _losses(metrics: dict[str, Any]) -> dict[str, float]:
+    """What the progress line shows; reading the values waits for the device."""
+    return {name: float(value) for name, value in metrics.items() if "loss" in name}
