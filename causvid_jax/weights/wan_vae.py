@@ -17,6 +17,8 @@ from causvid_jax.models import vae
 State = Mapping[str, np.ndarray]
 Path = tuple[str, ...]
 
+PUBLISHED = VAEConfig()
+
 _LEAF = {"kernel": "weight", "bias": "bias", "gamma": "gamma"}
 _ORIGINAL_RESIDUAL = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
 _ORIGINAL_HEAD = {"norm": "0", "conv": "2"}
@@ -54,22 +56,22 @@ def diffusers_name(path: Path, config: VAEConfig) -> str:
     return ".".join([*renamed, _LEAF[leaf]])
 
 
-def from_original(state: State, config: VAEConfig = VAEConfig()) -> dict[str, Any]:
+def from_original(state: State, config: VAEConfig = PUBLISHED) -> dict[str, Any]:
     """Our parameter tree (float32 numpy) from the original checkpoint's state dict; ConfigError if it does not fit."""
     return _import(state, config, original_name)
 
 
-def from_diffusers(state: State, config: VAEConfig = VAEConfig()) -> dict[str, Any]:
+def from_diffusers(state: State, config: VAEConfig = PUBLISHED) -> dict[str, Any]:
     """Our parameter tree (float32 numpy) from a diffusers state dict; ConfigError if it does not fit ``config``."""
     return _import(state, config, diffusers_name)
 
 
-def to_original(params: dict[str, Any], config: VAEConfig = VAEConfig()) -> dict[str, np.ndarray]:
+def to_original(params: dict[str, Any], config: VAEConfig = PUBLISHED) -> dict[str, np.ndarray]:
     """The original checkpoint's state dict of our parameter tree: the inverse of :func:`from_original`."""
     return _export(params, config, original_name)
 
 
-def to_diffusers(params: dict[str, Any], config: VAEConfig = VAEConfig()) -> dict[str, np.ndarray]:
+def to_diffusers(params: dict[str, Any], config: VAEConfig = PUBLISHED) -> dict[str, np.ndarray]:
     """The diffusers state dict of our parameter tree: the inverse of :func:`from_diffusers`."""
     return _export(params, config, diffusers_name)
 
