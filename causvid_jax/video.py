@@ -21,6 +21,9 @@ from causvid_jax.config import ConfigError, require
 
 SUFFIXES = (".mp4", ".gif")
 
+CLOCK = 0.25
+"""How much of a frame a timestamp may be off: files round time, GIF to hundredths of a second."""
+
 
 def to_uint8(video: np.ndarray) -> np.ndarray:
     """Float in [-1, 1] to uint8: ``round(127.5 (x + 1))``, clipped."""
@@ -153,12 +156,12 @@ def read_video(
                 start = (picture.time or 0.0) if shown is None else start
                 time = (picture.time or 0.0) - start
                 if shown is not None:  # it is on screen until this picture comes
-                    due = 1 if fps is None else math.ceil(time * fps - 1e-6) - len(result)
+                    due = 1 if fps is None else math.ceil(time * fps - CLOCK) - len(result)
                     result += [shown] * due
                 if frames is not None and len(result) >= frames:
                     break
                 shown = _cover(picture.to_image(), height, width)
-        if shown is not None and (fps is None or len(result) <= time * fps + 1e-6):
+        if shown is not None and (fps is None or len(result) <= time * fps + CLOCK):
             result.append(shown)
     except (OSError, ValueError, IndexError, av.FFmpegError) as error:
         raise ConfigError(f"cannot read video {str(path)!r}: it is not a video or it is damaged") from error

@@ -285,7 +285,8 @@ def recache(params: Params, state: StreamState, *, config: Recipe) -> StreamStat
     """Write the blocks still in sight to the cache again, under the stream's present prompt.
 
     Cached keys and values have seen the prompt of their time. After :func:`switch_prompt` this brings them up to date
-    at the cost of one pass per block in sight; the sink and an independent first frame keep what they have.
+    at the cost of one pass per block in sight; the sink and an independent first frame keep what they have. What has
+    left a window is gone, so the oldest of these blocks are written with less context than they had.
     """
     k, independent = config.causal.frames_per_block, int(config.causal.independent_first_frame)
     kept = state.recent.shape[1]
@@ -327,7 +328,7 @@ def generate(
     return _scan_blocks(params, state, config=config, sizes=config.causal.block_sizes(frames), decode=decode)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sizes", "decode"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("config", "sizes", "decode"))
 def _scan_blocks(params, state, *, config: Recipe, sizes: tuple[int, ...], decode: bool):
     def one(state, _):
         latents, state = _next_block(params, state, config)

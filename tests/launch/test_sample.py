@@ -22,7 +22,7 @@ def get_config():
     return dict(
         name="tiny",
         video=dict(height=32, width=32, frames=21, fps=16),
-        text=dict(vocabulary=("a", "red", "blue", "3", "7", "moving", "left", "up"), length=8, dim=16),
+        text=dict(kind="words", vocabulary=("a", "red", "blue", "3", "7", "moving", "left", "up"), length=8, dim=16),
         vae=dict(base_dim=4, dim_mult=(1, 2, 2, 2), num_res_blocks=1, z_dim=4),
         teacher=NETWORK, student=NETWORK,
         causal=dict(frames_per_block=2, window=4),
