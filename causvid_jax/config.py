@@ -20,7 +20,7 @@ class ConfigError(ValueError):
     """A configuration or an input that cannot work; the message names the value and what would be accepted."""
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: object, message: str) -> None:
     """Raise :class:`ConfigError` with ``message`` unless ``condition`` holds."""
     if not condition:
         raise ConfigError(message)
@@ -267,11 +267,18 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """What every training stage shares. ``frames`` is a clip's length in the stage's own units (0: the full clip)."""
+    """What every training stage shares. ``frames`` is a clip's length in the stage's own units (0: the full clip).
+
+    The first ``short_steps`` of ``steps`` use batches of ``short_batch_size`` clips of ``short_frames`` instead: what
+    short clips can teach is learnt there at a fraction of the cost.
+    """
 
     steps: int = 1000
     batch_size: int = 8
     frames: int = 0
+    short_steps: int = 0
+    short_frames: int = 0
+    short_batch_size: int = 0
     optimizer: OptimizerConfig = OptimizerConfig()
     seed: int = 0
     log_every: int = 50
@@ -283,19 +290,16 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VAEStageConfig(StageConfig):
-    """VAE training: L1 + L2 + ``kl_weight`` KL, on clips of ``frames`` pixel frames."""
+    """VAE training (``training.stages.vae_loss``) on clips of ``frames`` pixel frames."""
 
-    kl_weight: float = 1e-4
+    kl_weight: float = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherStageConfig(StageConfig):
-    """Flow matching on latents. The first ``short_steps`` use ``short_batch_size`` clips of ``short_frames``."""
+    """Flow matching on latents; captions are dropped with probability ``caption_dropout``."""
 
     caption_dropout: float = 0.1
-    short_steps: int = 0
-    short_frames: int = 0
-    short_batch_size: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

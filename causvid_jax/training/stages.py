@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from causvid_jax import video as files
 from causvid_jax.config import Recipe, StageConfig, to_json
 from causvid_jax.data import arrays, moving_digits, pipeline
 from causvid_jax.diffusion import flow
@@ -38,16 +39,13 @@ def _export(name: str, recipe: Recipe, params: Callable[[Any], Any]) -> Callable
     return export
 
 
-def _phases(
-    config: StageConfig, make: Callable[..., Any], short: tuple[int, int, int] = (0, 0, 0)
-) -> tuple[Phase, ...]:
-    """One phase, or two with ``short = (steps, batch_size, frames)`` first."""
+def _phases(config: StageConfig, make: Callable[..., Any]) -> tuple[Phase, ...]:
+    """One phase, or two where the configuration starts with short clips."""
     main = Phase(config.steps, lambda: make(batch_size=config.batch_size, frames=config.frames, seed=config.seed))
-    steps, batch_size, frames = short
-    if not steps:
+    if not config.short_steps:
         return (main,)
-    first = Phase(min(steps, config.steps), lambda: make(batch_size=batch_size, frames=frames, seed=config.seed + 1))
-    return (first, main)
+    short = functools.partial(make, batch_size=config.short_batch_size, frames=config.short_frames)
+    return (Phase(min(config.short_steps, config.steps), lambda: short(seed=config.seed + 1)), main)
 
 
 def _processes() -> dict[str, int]:
@@ -75,9 +73,9 @@ def _text_rows(batch: dict[str, Any], recipe: Recipe) -> np.ndarray:
 
 
 def vae_loss(params, batch, key, *, config, kl_weight: float):
-    """``mean |d| + mean d^2 + kl_weight KL``, d the reconstruction error of a sampled latent, KL per latent element.
+    """``mean d^2 + 0.1 mean |d| + kl_weight KL``: d the reconstruction error of a sampled latent, KL per element.
 
-    L1 alone sits long in the all-black optimum of mostly black frames; the squared term pulls it out.
+    The squared term leads: L1's optimum on frames that are mostly black is all black, and training sits there.
     """
     mean, logvar = vae.encode_moments(params, batch, config=config)
     logvar = jnp.clip(logvar, -20.0, 10.0)
@@ -86,8 +84,16 @@ def vae_loss(params, batch, key, *, config, kl_weight: float):
     error = output - batch
     kl = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1.0 - logvar)
     l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
-    loss = l1 + l2 + kl_weight * kl
+    loss = l2 + 0.1 * l1 + kl_weight * kl
     return loss, {"loss": loss, "l1": l1, "l2": l2, "kl": kl}
+
+
+def init_vae(key, config):
+    """Fresh VAE parameters with a quiet posterior: at its usual unit variance the noise would drown the first signal,
+    and training would settle on latents that say nothing."""
+    params = vae.init(key, config)
+    params["conv1"]["bias"] = params["conv1"]["bias"].at[config.z_dim :].set(-10.0)
+    return params
 
 
 def latent_statistics(params, source, config, *, clips: int = 256) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -120,9 +126,9 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         batch = next(pipeline.clip_batches(sources["test"], batch_size=config.samples, seed=0))
         output = np.asarray(reconstruct(state.ema, batch["video"]))
         pair = np.concatenate([batch["video"], output], axis=3)
-        samples.show(samplers.to_uint8(pair), folder, step, recipe)
+        samples.show(files.to_uint8(pair), folder, step, recipe)
         psnr = -10 * np.log10(np.mean((output - batch["video"]) ** 2) / 4)
-        return {"psnr": float(psnr)} | samples.scores(samplers.to_uint8(output), list(batch["caption"]), recipe)
+        return {"psnr": float(psnr)} | samples.scores(files.to_uint8(output), list(batch["caption"]), recipe)
 
     def export(state: TrainState, path: pathlib.Path) -> None:
         mean, std = latent_statistics(state.ema, sources["train"], recipe.vae)
@@ -133,7 +139,7 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     return Stage(
         name="vae",
         config=config,
-        init=lambda: init_state(vae.init(jax.random.key(config.seed), recipe.vae), optimizer),
+        init=lambda: init_state(init_vae(jax.random.key(config.seed), recipe.vae), optimizer),
         step=make_step(loss, optimizer, ema_decay=config.optimizer.ema_decay, seed=config.seed),
         phases=_phases(config, functools.partial(pipeline.clip_batches, sources["train"], **_processes())),
         ready=lambda batch: batch["video"],
@@ -197,7 +203,6 @@ def teacher_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         phases=_phases(
             config,
             functools.partial(pipeline.latent_batches, _latent_source(workdir), **_processes()),
-            (config.short_steps, config.short_batch_size, config.short_frames),
         ),
         ready=_ready_latents(recipe),
         sample=sample,
@@ -221,9 +226,9 @@ def _sample_student(recipe: Recipe, vae_params, captions, params_of: Callable[[A
     def sample(state, folder: pathlib.Path, step: int) -> dict[str, float]:
         rows = jnp.asarray(text.encode_prompts(captions, recipe.text))
         _, video = stream.generate({"student": params_of(state), "vae": vae_params}, rows, config=recipe)
-        video = samplers.to_uint8(video)
-        samples.show(video, folder, step, recipe)
-        return samples.scores(video, captions, recipe)
+        clips = files.to_uint8(np.asarray(video))
+        samples.show(clips, folder, step, recipe)
+        return samples.scores(clips, captions, recipe)
 
     return sample
 
