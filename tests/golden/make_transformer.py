@@ -1,0 +1,123 @@
+"""Writes transformer.npz: diffusers' WanTransformer3DModel with random weights. Needs the ``parity`` extra.
+
+``python tests/golden/make_transformer.py`` writes the file; ``--check`` draws new weights and inputs and compares the
+JAX transformer with diffusers there and then. The file holds inputs and outputs; :func:`random_weights` draws the
+weights again.
+"""
+
+import argparse
+import pathlib
+import secrets
+import zlib
+
+import numpy as np
+
+GOLDEN = pathlib.Path(__file__).with_name("transformer.npz")
+SEED = 5
+# A head size of 12 leaves an uneven split of rotary pairs (2, 2, 2), one of 20 (4, 3, 3): take the uneven one.
+SIZES = {
+    "dim": 40,
+    "ffn_dim": 56,
+    "num_heads": 2,
+    "num_layers": 3,
+    "in_channels": 6,
+    "out_channels": 6,
+    "text_dim": 14,
+    "text_length": 9,
+}
+
+
+def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+    """Every parameter random, by name: kernels keep the variance, norm scales lie around 1, the rest around 0."""
+    state = {}
+    for name, shape in shapes.items():
+        draw = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape)
+        if "norm" in name and name.endswith("weight"):
+            draw = 1 + 0.2 * draw
+        elif name.endswith("weight"):
+            draw /= np.sqrt(np.prod(shape[1:]))
+        else:
+            draw *= 0.2
+        state[name] = draw.astype(np.float32)
+    return state
+
+
+def reference(seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(state dict, inputs and output, channels last) of diffusers."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=SIZES["num_heads"],
+        attention_head_dim=SIZES["dim"] // SIZES["num_heads"],
+        in_channels=SIZES["in_channels"],
+        out_channels=SIZES["out_channels"],
+        text_dim=SIZES["text_dim"],
+        freq_dim=256,
+        ffn_dim=SIZES["ffn_dim"],
+        num_layers=SIZES["num_layers"],
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        eps=1e-6,
+    ).eval()
+    state = random_weights({name: tuple(value.shape) for name, value in model.state_dict().items()}, seed)
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((2, 5, 6, 8, SIZES["in_channels"])).astype(np.float32)
+    text = rng.standard_normal((2, SIZES["text_length"], SIZES["text_dim"])).astype(np.float32)
+    timestep = np.array([987.5, 41.25], np.float32)
+    with torch.no_grad():
+        out = model(
+            hidden_states=torch.from_numpy(np.ascontiguousarray(x.transpose(0, 4, 1, 2, 3))),
+            timestep=torch.from_numpy(timestep),
+            encoder_hidden_states=torch.from_numpy(text),
+            return_dict=False,
+        )[0]
+    return state, {"x": x, "text": text, "timestep": timestep, "velocity": out.numpy().transpose(0, 2, 3, 4, 1)}
+
+
+def error_of(state: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> float:
+    """Largest absolute difference of the JAX transformer's velocity from the recorded one."""
+    import jax
+    import jax.numpy as jnp
+
+    from causvid_jax.config import TransformerConfig
+    from causvid_jax.models import transformer
+    from causvid_jax.weights import wan_transformer
+
+    config = TransformerConfig(**SIZES)
+    params = wan_transformer.from_published(state, config, "diffusers")
+    timestep = jnp.repeat(jnp.asarray(arrays["timestep"])[:, None], arrays["x"].shape[1], axis=1)
+    forward = jax.jit(lambda p, x, t, text: transformer.bidirectional(p, x, t, text, config=config))
+    return float(np.abs(forward(params, arrays["x"], timestep, arrays["text"]) - arrays["velocity"]).max())
+
+
+def check(seed: int) -> None:
+    """Compare live, and our original names with diffusers' own conversion of an original file."""
+    import jax
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    from causvid_jax.config import TransformerConfig
+    from causvid_jax.weights import wan_transformer
+
+    jax.config.update("jax_default_matmul_precision", "highest")
+    config = TransformerConfig(**SIZES)
+    state, arrays = reference(seed)
+    params = wan_transformer.from_published(state, config, "diffusers")
+    converted = convert_wan_transformer_to_diffusers(dict(wan_transformer.to_published(params, config)))
+    assert converted.keys() == state.keys(), "original names disagree with diffusers' conversion"
+    assert all(np.array_equal(converted[name], state[name]) for name in state), "a weight changed in conversion"
+    error = error_of(state, arrays)
+    print(f"transformer: max |jax - diffusers| = {error:.1e}, std {arrays['velocity'].std():.2f} (seed {seed})")
+    assert error <= 5e-5
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare live instead of writing the file")
+    if parser.parse_args().check:
+        check(secrets.randbelow(2**31))
+    else:
+        np.savez_compressed(GOLDEN, **reference(SEED)[1])
+        print(f"wrote {GOLDEN} ({GOLDEN.stat().st_size} bytes)")
