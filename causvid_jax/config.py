@@ -269,16 +269,14 @@ class OptimizerConfig:
 class StageConfig:
     """What every training stage shares. ``frames`` is a clip's length in the stage's own units (0: the full clip).
 
-    The first ``short_steps`` of ``steps`` use batches of ``short_batch_size`` clips of ``short_frames`` instead: what
-    short clips can teach is learnt there at a fraction of the cost.
+    ``curriculum`` puts stretches of other clips in front: each ``(until_step, frames, batch_size)``. What short clips
+    can teach is learnt there at a fraction of the cost.
     """
 
     steps: int = 1000
     batch_size: int = 8
     frames: int = 0
-    short_steps: int = 0
-    short_frames: int = 0
-    short_batch_size: int = 0
+    curriculum: tuple[tuple[int, int, int], ...] = ()
     optimizer: OptimizerConfig = OptimizerConfig()
     seed: int = 0
     log_every: int = 50
@@ -286,6 +284,13 @@ class StageConfig:
     samples: int = 16
     save_every: int = 500
     keep: int = 2
+
+    def __post_init__(self):
+        ends = [end for end, _, _ in self.curriculum]
+        require(
+            ends == sorted(set(ends)) and all(0 < end < self.steps for end in ends),
+            f"curriculum ends at steps {ends}; they must ascend within the {self.steps} steps of the stage",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,6 +335,7 @@ class DistillStageConfig(StageConfig):
     include_clean: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         for name, accepted in (
             ("rollout", ("data", "self")),
             ("teacher", ("bidirectional", "causal")),

@@ -49,9 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "steps": 5000,
                 "batch_size": 4,
                 "frames": 17,
-                "short_steps": 2838,
-                "short_batch_size": 8,
-                "short_frames": 5,
+                "curriculum": ((2838, 5, 8),),
                 "kl_weight": 1e-5,
                 "optimizer": {
                     "learning_rate": 3e-3,
@@ -65,11 +63,9 @@ def get_config() -> ml_collections.ConfigDict:
                 "save_every": 250,
             },
             "train_teacher": {
-                "steps": 5500,
+                "steps": 4000,
                 "batch_size": 32,
-                "short_steps": 3000,
-                "short_frames": 6,
-                "short_batch_size": 64,
+                "curriculum": ((2500, 6, 64),),
                 "optimizer": {
                     "learning_rate": 8e-4,
                     "warmup_steps": 200,

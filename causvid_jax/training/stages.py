@@ -40,12 +40,15 @@ def _export(name: str, recipe: Recipe, params: Callable[[Any], Any]) -> Callable
 
 
 def _phases(config: StageConfig, make: Callable[..., Any]) -> tuple[Phase, ...]:
-    """One phase, or two where the configuration starts with short clips."""
-    main = Phase(config.steps, lambda: make(batch_size=config.batch_size, frames=config.frames, seed=config.seed))
-    if not config.short_steps:
-        return (main,)
-    short = functools.partial(make, batch_size=config.short_batch_size, frames=config.short_frames)
-    return (Phase(min(config.short_steps, config.steps), lambda: short(seed=config.seed + 1)), main)
+    """The curriculum's stretches, then the main one; each reads the data in an order of its own."""
+    stretches = (*config.curriculum, (config.steps, config.frames, config.batch_size))
+    return tuple(
+        Phase(
+            end,
+            functools.partial(make, batch_size=batch_size, frames=frames, seed=config.seed + len(stretches) - i - 1),
+        )
+        for i, (end, frames, batch_size) in enumerate(stretches)
+    )
 
 
 def _processes() -> dict[str, int]:

@@ -1,0 +1,171 @@
+"""The four stages, tiny, in order: each trains, and stopped and resumed ends bit for bit where it would have."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from causvid_jax.config import DataConfig, Recipe, from_config_dict
+from causvid_jax.data import digits
+from causvid_jax.training import loop, stages
+from causvid_jax.training.metrics import read_metrics
+from causvid_jax.weights import store
+from launch import prepare
+
+WORDS = digits.vocabulary(DataConfig())
+NET = {
+    "dim": 16,
+    "ffn_dim": 16,
+    "num_heads": 2,
+    "num_layers": 1,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_length": 8,
+    "text_dim": len(WORDS) + 8,
+    "freq_dim": 8,
+}
+TRAIN = {
+    "steps": 5,
+    "batch_size": 2,
+    "log_every": 1,
+    "sample_every": 100,
+    "samples": 2,
+    "save_every": 2,
+    "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1, "ema_decay": 0.9},
+}
+
+
+def make_recipe(**changes) -> Recipe:
+    return from_config_dict(
+        {
+            "name": "tiny",
+            "video": {"height": 16, "width": 16, "frames": 9},
+            "data": {"train_clips": 6, "test_clips": 2, "digit_size": 8},
+            "text": {"kind": "words", "vocabulary": WORDS, "length": 8, "dim": len(WORDS) + 8},
+            "vae": {
+                "base_dim": 2,
+                "dim_mult": (1, 1, 1),
+                "temporal_downsample": (True, True),
+                "num_res_blocks": 1,
+                "z_dim": 4,
+            },
+            "teacher": NET,
+            "student": NET,
+            "causal": {"frames_per_block": 1, "window": 2},
+            "diffusion": {"shift": 3.0, "teacher_steps": 2, "student_steps": (1000.0, 500.0)},
+            "train_vae": TRAIN | {"frames": 9, "curriculum": ((3, 5, 3),)},
+            "train_teacher": TRAIN,
+            "train_init": TRAIN | {"trajectories": 4},
+            "train_distill": TRAIN | {"critic_updates": 2},
+        }
+        | changes
+    )
+
+
+RECIPE = make_recipe()
+PREPARED = {"vae": "data", "teacher": "latents", "init": "trajectories"}
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory) -> pathlib.Path:
+    """A working directory in which every stage ran once, uninterrupted."""
+    workdir = tmp_path_factory.mktemp("road")
+    for name in stages.STAGES:
+        if name in PREPARED:
+            prepare.STAGES[PREPARED[name]](RECIPE, workdir, 0)
+        loop.train(stages.make_stage(name, RECIPE, workdir), workdir)
+    return workdir
+
+
+def _interrupted(stage: loop.Stage, at: int) -> loop.Stage:
+    """``stage`` with a Ctrl-C during step ``at``."""
+    calls = iter(range(1, 1000))
+
+    def step(state, batch):
+        if next(calls) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return stage.step(state, batch)
+
+    return dataclasses.replace(stage, step=step)
+
+
+@pytest.mark.parametrize("name", stages.STAGES)
+def test_stopped_and_resumed_ends_bit_for_bit_the_same(road, tmp_path, name):
+    # What earlier stages left is read from the finished road; the stage itself starts afresh.
+    for other in (*stages.STAGES, "data"):
+        if other != name:
+            (tmp_path / other).symlink_to(road / other)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(_interrupted(stages.make_stage(name, RECIPE, tmp_path), at=3), tmp_path)
+    assert [record["step"] for record in read_metrics(tmp_path / name)] == [1, 2, 3]
+    loop.train(stages.make_stage(name, RECIPE, tmp_path), tmp_path)
+
+    weights = f"{name}/weights.safetensors"
+    once, twice = (store.flatten(store.load_params(folder / weights)[0]) for folder in (road, tmp_path))
+    assert once.keys() == twice.keys()
+    for key in once:
+        np.testing.assert_array_equal(twice[key], once[key], err_msg=key)
+    assert [r["step"] for r in read_metrics(tmp_path / name) if "gradient_norm" in r or "generator_loss" in r] == [
+        1, 2, 3, 4, 5,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", stages.STAGES)
+def test_training_moves_every_parameter_that_can_move(road, name):
+    stage = stages.make_stage(name, RECIPE, road)
+    start = stage.init()
+    before = store.flatten(jax.device_get(start.student_ema if name == "distill" else start.ema))
+    after = store.flatten(store.load_params(road / name / "weights.safetensors")[0])
+    still = [key for key in before if np.array_equal(before[key], after[key])]
+    # A key's bias moves no softmax, so nothing pulls at it.
+    assert not [key for key in still if not key.endswith("k/bias")]
+
+
+def test_what_a_stage_leaves_behind(road):
+    for name in stages.STAGES:
+        folder = road / name
+        assert (folder / "samples" / "000005.mp4").stat().st_size > 0
+        assert json.loads((folder / "config.json").read_text())["steps"] == 5
+        assert list((folder / "tensorboard").iterdir())
+        assert store.load_params(folder / "weights.safetensors")[1]["stage"] == name
+
+
+def test_the_vae_file_carries_the_statistics_of_its_latents(road):
+    params, recipe = stages.with_vae(RECIPE, road)
+    mean, std = recipe.vae.latent_mean, recipe.vae.latent_std
+    assert len(mean) == 4 and len(set(std)) == 1 and std[0] > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rollout": "data"},
+        {"rollout": "data", "include_clean": False},
+        {"teacher": "causal"},
+        {"init": "teacher"},
+    ],
+    ids=str,
+)
+def test_every_ablation_of_the_paper_takes_a_step(road, tmp_path, changes):
+    (tmp_path / "data").symlink_to(road / "data")
+    for other in ("vae", "teacher", "init"):
+        (tmp_path / other).symlink_to(road / other)
+    recipe = make_recipe(train_distill=TRAIN | {"critic_updates": 1, "steps": 1} | changes)
+    loop.train(stages.make_stage("distill", recipe, tmp_path), tmp_path)
+    record = read_metrics(tmp_path / "distill")[0]
+    assert np.isfinite(record["generator_loss"]) and np.isfinite(record["critic_loss"])
+
+
+def test_a_student_of_another_size_than_the_teacher(road, tmp_path):
+    for other in ("data", "vae", "teacher"):
+        (tmp_path / other).symlink_to(road / other)
+    recipe = make_recipe(student=NET | {"dim": 24, "num_layers": 2})
+    for name in ("init", "distill"):
+        loop.train(stages.make_stage(name, recipe, tmp_path), tmp_path)
+    kernel = store.load_params(tmp_path / "distill" / "weights.safetensors")[0]["blocks"]["ffn"]["fc1"]["kernel"]
+    assert kernel.shape == (2, 24, 16)
