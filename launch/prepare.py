@@ -2,7 +2,8 @@
 
 Stages, in the order of the road: ``data`` writes the clips, ``latents`` encodes them with the trained VAE,
 ``trajectories`` runs the trained teacher's ODE. Each writes a tfds dataset under ``WORKDIR/data``, keeps what is there
-already, and after an interruption goes on where it stopped.
+already, and after an interruption goes on where it stopped. ``assets``, when all is trained, makes the weights of
+``WORKDIR`` those that come with the package.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from launch import common
 
 _CONFIG = common.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the recipe keeps its data, weights and logs.")
-_STAGE = flags.DEFINE_string("stage", None, "What to make: data, latents or trajectories.")
+_STAGE = flags.DEFINE_string("stage", None, "What to make: data, latents, trajectories or assets.")
 _COUNT = flags.DEFINE_integer("count", 0, "How many examples to make; 0 takes the number the recipe names.")
 
 
@@ -64,6 +65,11 @@ def writable(workdir: str) -> pathlib.Path:
     return path
 
 
+def assets(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
+    """Publish the trained weights; ``count`` means nothing here."""
+    return "\n".join(f"{path}: {path.stat().st_size / 1e6:.1f} MB" for path in stages.publish(recipe.name, workdir))
+
+
 def _processes() -> dict[str, int]:
     return {"process_id": jax.process_index(), "process_count": jax.process_count()}
 
@@ -74,7 +80,7 @@ def _summary(folder: pathlib.Path) -> str:
     return f"{folder}: {len(arrays.source(folder))} examples"
 
 
-STAGES = {"data": data, "latents": latents, "trajectories": trajectories}
+STAGES = {"data": data, "latents": latents, "trajectories": trajectories, "assets": assets}
 
 
 def main() -> None:

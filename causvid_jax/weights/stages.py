@@ -55,3 +55,17 @@ def load_vae(path: str | os.PathLike, config: VAEConfig) -> tuple[dict[str, Any]
     store.check_tree(params, vae.abstract(config), f"VAE weights {path}")
     saved: dict[str, Any] = {name: tuple(json.loads(metadata[name])) for name in _STATISTICS if name in metadata}
     return params, dataclasses.replace(config, **saved)
+
+
+def publish(recipe: str, workdir: str | os.PathLike, folder: str | os.PathLike = ASSETS) -> list[pathlib.Path]:
+    """Copy the VAE, teacher and student of ``workdir`` to the package's own weights, in half precision.
+
+    Raises:
+        ConfigError: a stage that is not trained yet.
+    """
+    written = []
+    for stage in ("vae", "teacher", "distill"):
+        params, metadata = store.load_params(stage_path(workdir, stage))
+        written.append(pathlib.Path(folder) / recipe / f"{stage}.safetensors")
+        store.save_params(written[-1], params, metadata, dtype="float16")
+    return written

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from causvid_jax.config import ConfigError
-from causvid_jax.weights import store
+from causvid_jax.weights import stages, store
 
 
 def tree():
@@ -130,3 +130,20 @@ def test_check_tree_names_what_does_not_fit():
         "student weights do not fit the configuration (missing: a/b; unexpected: x0, x1, x2 and 2 more; "
         "misshapen: a/w (3, 2) instead of (2, 3))"
     )
+
+
+def test_publishing_copies_three_stages_in_half_precision_and_needs_all_of_them(tmp_path):
+    for stage in ("vae", "teacher"):
+        store.save_params(stages.stage_path(tmp_path / "run", stage), {"a": np.float32([0.1, 2.0])}, {"stage": stage})
+    with pytest.raises(ConfigError, match="distill/weights.safetensors does not exist"):
+        stages.publish("mine", tmp_path / "run", tmp_path / "assets")
+    store.save_params(stages.stage_path(tmp_path / "run", "distill"), {"a": np.float32([0.3])}, {"stage": "distill"})
+    written = stages.publish("mine", tmp_path / "run", tmp_path / "assets")
+    assert [path.relative_to(tmp_path / "assets").as_posix() for path in written] == [
+        "mine/vae.safetensors",
+        "mine/teacher.safetensors",
+        "mine/distill.safetensors",
+    ]
+    params, metadata = store.load_params(written[0], dtype=None)
+    assert params["a"].dtype == np.float16 and metadata["stage"] == "vae"
+    np.testing.assert_array_equal(params["a"], np.float16([0.1, 2.0]))

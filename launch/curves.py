@@ -1,0 +1,21 @@
+"""Draw the training curves: ``python -m launch.curves --workdir=runs/digits --output=curves.png``."""
+
+from absl import flags
+
+from causvid_jax.config import require
+from causvid_jax.evaluation import curves
+from launch import common
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the stages were trained.")
+_OUTPUT = flags.DEFINE_string("output", None, "The picture, a .png file.")
+
+
+def main() -> None:
+    """Check the flags, then draw."""
+    require(bool(_WORKDIR.value), "no --workdir is given; it must be the directory of a training")
+    path = common.check_output(_OUTPUT.value, (".png",))
+    print(f"{path}: {', '.join(curves.draw(_WORKDIR.value, path))}")
+
+
+if __name__ == "__main__":
+    common.run(main)
