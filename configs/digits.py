@@ -79,9 +79,9 @@ def get_config() -> ml_collections.ConfigDict:
                 "save_every": 250,
             },
             "train_init": {
-                "steps": 500,
+                "steps": 400,
                 "batch_size": 16,
-                "trajectories": 512,
+                "trajectories": 320,
                 "optimizer": {
                     "learning_rate": 3e-4,
                     "warmup_steps": 50,
@@ -90,12 +90,12 @@ def get_config() -> ml_collections.ConfigDict:
                     "clip_norm": 1.0,
                     "ema_decay": 0.99,
                 },
-                "sample_every": 250,
+                "sample_every": 200,
                 "samples": 32,
                 "save_every": 100,
             },
             "train_distill": {
-                "steps": 300,
+                "steps": 200,
                 "batch_size": 16,
                 "rollout": "self",
                 "critic_updates": 5,

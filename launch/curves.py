@@ -12,9 +12,10 @@ _OUTPUT = flags.DEFINE_string("output", None, "The picture, a .png file.")
 
 def main() -> None:
     """Check the flags, then draw."""
-    require(bool(_WORKDIR.value), "no --workdir is given; it must be the directory of a training")
+    workdir = _WORKDIR.value or ""
+    require(workdir != "", "no --workdir is given; it must be the directory of a training")
     path = common.check_output(_OUTPUT.value, (".png",))
-    print(f"{path}: {', '.join(curves.draw(_WORKDIR.value, path))}")
+    print(f"{path}: {', '.join(curves.draw(workdir, path))}")
 
 
 if __name__ == "__main__":

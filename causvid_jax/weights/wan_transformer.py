@@ -85,7 +85,7 @@ def _to_published(path: str, value: np.ndarray, config: TransformerConfig) -> np
 
 def published_shapes(config: TransformerConfig, naming: str) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a published checkpoint of ``config``'s size."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for path, leaf in store.flatten(transformer.abstract(config)).items():
         layers = range(config.num_layers) if path.startswith("blocks/") else (None,)
         inner = path.removeprefix("blocks/")
