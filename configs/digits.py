@@ -95,7 +95,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "save_every": 100,
             },
             "train_distill": {
-                "steps": 200,
+                "steps": 75,
                 "batch_size": 16,
                 "rollout": "self",
                 "critic_updates": 5,
@@ -109,7 +109,7 @@ def get_config() -> ml_collections.ConfigDict:
                 },
                 "critic_optimizer": {"learning_rate": 2e-4, "warmup_steps": 100, "b1": 0.0, "clip_norm": 1.0},
                 "log_every": 10,
-                "sample_every": 50,
+                "sample_every": 25,
                 "samples": 32,
                 "save_every": 50,
             },
