@@ -18,7 +18,7 @@ PIP_INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check $(
 .SECONDARY:
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/python -m launch.demo --output=demo
+	$(VENV)/bin/python -m launch.demo --config=configs/digits.py --output=demo
 
 test: lint
 	$(VENV)/bin/python -m pytest -n $(JOBS) $(TESTS)
