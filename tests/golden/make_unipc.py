@@ -1,22 +1,29 @@
 """Writes unipc.npz: diffusers' UniPCMultistepScheduler on an analytic velocity. Needs the ``parity`` extra.
 
-Run as ``python tests/golden/make_unipc.py``. The velocity is ``tanh(x) cos(t / 300) + 0.3 x - 0.1``, with the integer
-timesteps that the scheduler hands out; the file holds its sigmas, so that only the solver is compared.
+``python tests/golden/make_unipc.py`` writes the file; ``--check`` starts from new noise and compares our solver with
+diffusers there and then. The velocity is ``tanh(x) cos(t / 300) + 0.3 x - 0.1``, with the integer timesteps that the
+scheduler hands out; the file holds its sigmas, so that only the solver is compared.
 """
 
+import argparse
 import pathlib
+import secrets
 
 import numpy as np
-import torch
-from diffusers import UniPCMultistepScheduler
 
+GOLDEN = pathlib.Path(__file__).with_name("unipc.npz")
 STEPS = 8
+SHIFTS = (3.0, 8.0)
 
 
-def main():
-    noise = np.random.default_rng(0).standard_normal((1, 2, 2, 2, 4)).astype(np.float32)
+def reference(seed: int) -> dict[str, np.ndarray]:
+    """Noise, and sigmas and end state of diffusers' solver for every shift."""
+    import torch
+    from diffusers import UniPCMultistepScheduler
+
+    noise = np.random.default_rng(seed).standard_normal((1, 2, 2, 2, 4)).astype(np.float32)
     arrays = {"noise": noise}
-    for shift in (3.0, 8.0):
+    for shift in SHIFTS:
         scheduler = UniPCMultistepScheduler(
             solver_order=2,
             solver_type="bh2",
@@ -27,15 +34,37 @@ def main():
             flow_shift=shift,
         )
         scheduler.set_timesteps(STEPS)
-        x, states = torch.from_numpy(noise), []
+        x = torch.from_numpy(noise)
         for t in scheduler.timesteps:
             velocity = torch.tanh(x) * torch.cos(t.float() / 300) + 0.3 * x - 0.1
             x = scheduler.step(velocity, t, x, return_dict=False)[0]
-            states.append(x.numpy())
         arrays[f"sigmas_{shift:g}"] = scheduler.sigmas.numpy()
-        arrays[f"x0_{shift:g}"] = states[-1]
-    np.savez(pathlib.Path(__file__).with_name("unipc.npz"), **arrays)
+        arrays[f"x0_{shift:g}"] = x.numpy()
+    return arrays
+
+
+def check(seed: int) -> None:
+    """Compare live."""
+    import jax.numpy as jnp
+
+    from causvid_jax.diffusion import flow, solvers
+
+    def velocity(x, timestep):
+        return jnp.tanh(x) * jnp.cos(flow.expand(timestep, x) / 300) + 0.3 * x - 0.1
+
+    arrays = reference(seed)
+    for shift in SHIFTS:
+        got = solvers.unipc(velocity, arrays["noise"], arrays[f"sigmas_{shift:g}"], integer_timesteps=True)
+        error = np.abs(got - arrays[f"x0_{shift:g}"]).max()
+        print(f"unipc, shift {shift:g}: max |jax - diffusers| = {error:.1e} after {STEPS} steps (seed {seed})")
+        assert error <= 5e-4
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare live instead of writing the file")
+    if parser.parse_args().check:
+        check(secrets.randbelow(2**31))
+    else:
+        np.savez(GOLDEN, **reference(0))
+        print(f"wrote {GOLDEN} ({GOLDEN.stat().st_size} bytes)")
