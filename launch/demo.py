@@ -19,9 +19,9 @@ from absl import flags
 from causvid_jax import video
 from causvid_jax.config import Recipe, require
 from causvid_jax.evaluation import samplers, show
-from causvid_jax.models import text, transformer, vae
+from causvid_jax.models import text, vae
 from causvid_jax.streaming import stream
-from causvid_jax.weights import stages, store
+from causvid_jax.weights import stages
 from launch import common
 
 _CONFIG = common.define_config_flag()
@@ -45,8 +45,7 @@ def load(recipe: Recipe, workdir: str | None) -> tuple[Params, Recipe]:
     params["vae"], config = stages.load_vae(stages.find(recipe.name, "vae", workdir), recipe.vae)
     for role, stage, net in (("teacher", "teacher", recipe.teacher), ("student", "distill", recipe.student)):
         path = stages.find(recipe.name, stage, workdir)
-        params[role], _ = store.load_params(path)
-        store.check_tree(params[role], transformer.abstract(net), f"{role} weights {path}")
+        params[role] = stages.load_transformer(path, net, role)
     return jax.device_put(params), dataclasses.replace(recipe, vae=config)
 
 

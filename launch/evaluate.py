@@ -14,9 +14,8 @@ from absl import flags, logging
 from causvid_jax.config import Recipe
 from causvid_jax.evaluation import judge as judging
 from causvid_jax.evaluation import judge_training, report, samplers, show
-from causvid_jax.models import transformer
 from causvid_jax.training.progress import Progress
-from causvid_jax.weights import stages, store
+from causvid_jax.weights import stages
 from launch import common
 
 _CONFIG = common.define_config_flag()
@@ -73,8 +72,7 @@ def evaluate(recipe: Recipe) -> None:
     recipe = dataclasses.replace(recipe, vae=vae)
     for role, stage, given in (("teacher", "teacher", _TEACHER.value), ("student", "distill", _STUDENT.value)):
         path = given or stages.find(recipe.name, stage, _WORKDIR.value)
-        params[role] = store.load_params(path)[0]
-        store.check_tree(params[role], transformer.abstract(getattr(recipe, role)), f"{role} weights {path}")
+        params[role] = stages.load_transformer(path, getattr(recipe, role), role)
         logging.info("%s: %s", role, path)
     made = samplers.make_samplers(jax.tree.map(jax.numpy.asarray, params), recipe, recache=_RECACHE.value)
     result = report.evaluate(recipe, trained, made, plan)

@@ -14,9 +14,8 @@ import jax
 from absl import flags, logging
 
 from causvid_jax.config import ConfigError, Recipe, require
-from causvid_jax.data import arrays, derived, digits, moving_digits
-from causvid_jax.models import transformer
-from causvid_jax.weights import stages, store
+from causvid_jax.data import arrays, derived, digits, moving_digits, pipeline
+from causvid_jax.weights import stages
 from launch import common
 
 _CONFIG = common.define_config_flag()
@@ -38,19 +37,17 @@ def latents(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     params, config = stages.load_vae(stages.find(recipe.name, "vae", workdir), recipe.vae)
     name = moving_digits.MovingDigitsConfig.of(recipe.data, recipe.video).name
     folder = workdir / "data" / "latents"
-    derived.write_latents(folder, clips, params, config, clips=name, count=count, **_processes())
+    derived.write_latents(folder, clips, params, config, clips=name, count=count, **pipeline.this_process())
     return _summary(folder)
 
 
 def trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     """Run the teacher's ODE for ``count`` (0: as many as the init stage asks for) training captions."""
-    path = stages.find(recipe.name, "teacher", workdir)
-    params, _ = store.load_params(path)
-    store.check_tree(params, transformer.abstract(recipe.teacher), f"teacher weights {path}")
+    params = stages.load_transformer(stages.find(recipe.name, "teacher", workdir), recipe.teacher, "teacher")
     captions = digits.captions(recipe.data, "train")
     prompts = derived.prompt_sequence(captions, count or recipe.train_init.trajectories, recipe.data.seed)
     folder = workdir / "data" / "trajectories"
-    derived.write_trajectories(folder, params, recipe, prompts, seed=recipe.train_init.seed, **_processes())
+    derived.write_trajectories(folder, params, recipe, prompts, seed=recipe.train_init.seed, **pipeline.this_process())
     return _summary(folder)
 
 
@@ -68,10 +65,6 @@ def writable(workdir: str) -> pathlib.Path:
 def assets(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     """Publish the trained weights; ``count`` means nothing here."""
     return "\n".join(f"{path}: {path.stat().st_size / 1e6:.1f} MB" for path in stages.publish(recipe.name, workdir))
-
-
-def _processes() -> dict[str, int]:
-    return {"process_id": jax.process_index(), "process_count": jax.process_count()}
 
 
 def _summary(folder: pathlib.Path) -> str:

@@ -20,9 +20,9 @@ from absl import flags
 from causvid_jax import video as files
 from causvid_jax.config import ConfigError, Recipe, VideoConfig, require
 from causvid_jax.evaluation import samplers
-from causvid_jax.models import text, transformer, vae
+from causvid_jax.models import text, vae
 from causvid_jax.streaming import play, stream
-from causvid_jax.weights import stages, store
+from causvid_jax.weights import stages
 from launch import common
 
 _CONFIG = common.define_config_flag()
@@ -79,8 +79,7 @@ def load(recipe: Recipe, role: str, checkpoint: str | None) -> tuple[stream.Para
     require(given is None or given.exists(), f"--checkpoint {checkpoint} does not exist")
     workdir = given if given and given.is_dir() else None
     path = given if given and not workdir else stages.find(recipe.name, stage, workdir)
-    params = {role: store.load_params(path)[0]}
-    store.check_tree(params[role], transformer.abstract(getattr(recipe, role)), f"{role} weights {path}")
+    params = {role: stages.load_transformer(path, getattr(recipe, role), role)}
     params["vae"], coder = stages.load_vae(stages.find(recipe.name, "vae", workdir), recipe.vae)
     return params, dataclasses.replace(recipe, vae=coder)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import grain
+import jax
 import numpy as np
 
 from causvid_jax.config import require
@@ -62,6 +63,11 @@ def batches(
     examples = examples.repeat().random_map(transform).slice(slice(process_id, None, process_count))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(16, 2 * batch_size))
     return iter(examples.to_iter_dataset(options).batch(batch_size, drop_remainder=True))
+
+
+def this_process() -> dict[str, int]:
+    """``process_id`` and ``process_count`` of this JAX process, for everything that splits data over hosts."""
+    return {"process_id": jax.process_index(), "process_count": jax.process_count()}
 
 
 def to_float(video: np.ndarray) -> np.ndarray:

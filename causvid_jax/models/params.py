@@ -71,14 +71,19 @@ def abstract_tree(spec: Any) -> Any:
     return map_spec(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), spec)
 
 
-class Declare(nn.Module):
-    """Declares the parameters of ``spec`` to linen and returns them as the nested dict that plain functions read."""
+def declare(module: nn.Module, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Declares ``spec`` as parameters of ``module``, inside a compact method; returns the nested dict of arrays."""
+    return {
+        name: module.param(name, leaf.init, leaf.shape) if isinstance(leaf, ParamSpec) else _Group(leaf, name=name)()
+        for name, leaf in spec.items()
+    }
+
+
+class _Group(nn.Module):
+    """A named group of parameters, one level of the nested dict."""
 
     spec: Mapping[str, Any]
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:
-        return {
-            name: self.param(name, leaf.init, leaf.shape) if isinstance(leaf, ParamSpec) else Declare(leaf, name=name)()
-            for name, leaf in self.spec.items()
-        }
+        return declare(self, self.spec)

@@ -41,7 +41,7 @@ from causvid_jax.models.layers import (
     rms_norm,
     timestep_sinusoid,
 )
-from causvid_jax.models.params import Declare, ParamSpec, abstract_tree, init_tree, linear_spec, stack_spec
+from causvid_jax.models.params import ParamSpec, abstract_tree, declare, init_tree, linear_spec, stack_spec
 
 __all__ = [
     "KVCache",
@@ -196,10 +196,7 @@ class _Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, time, text, layer_inputs):
-        p = {
-            name: self.param(name, leaf.init, leaf.shape) if isinstance(leaf, ParamSpec) else Declare(leaf, name=name)()
-            for name, leaf in _block_spec(self.config).items()
-        }
+        p = declare(self, _block_spec(self.config))
         text_layer, layer_cache = layer_inputs
         return block(p, x, time, text if text_layer is None else text_layer, layer_cache, self.attend, self.config)
 
@@ -213,7 +210,7 @@ class _Transformer(nn.Module):
     @nn.compact
     def __call__(self, x, timestep, text, text_cache, layer_caches, keep_frames: int):
         config, dtype = self.config, self.config.dtype
-        p = {name: Declare(s, name=name)() for name, s in _outer_spec(config).items()}
+        p = declare(self, _outer_spec(config))
 
         with jax.named_scope("embed"):
             _, patch_h, patch_w = config.patch_size

@@ -51,15 +51,9 @@ def _phases(config: StageConfig, make: Callable[..., Any]) -> tuple[Phase, ...]:
     )
 
 
-def _processes() -> dict[str, int]:
-    return {"process_id": jax.process_index(), "process_count": jax.process_count()}
-
-
 def _load_network(recipe: Recipe, stage: str, workdir: pathlib.Path, config) -> Any:
     path = weight_files.find(recipe.name, stage, workdir)
-    params, _ = store.load_params(path)
-    store.check_tree(params, transformer.abstract(config), f"{stage} weights {path}")
-    return jax.tree.map(jnp.asarray, params)
+    return jax.tree.map(jnp.asarray, weight_files.load_transformer(path, config, stage))
 
 
 def with_vae(recipe: Recipe, workdir: pathlib.Path) -> tuple[Any, Recipe]:
@@ -144,7 +138,7 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         config=config,
         init=lambda: init_state(init_vae(jax.random.key(config.seed), recipe.vae), optimizer),
         step=make_step(loss, optimizer, ema_decay=config.optimizer.ema_decay, seed=config.seed),
-        phases=_phases(config, functools.partial(pipeline.clip_batches, sources["train"], **_processes())),
+        phases=_phases(config, functools.partial(pipeline.clip_batches, sources["train"], **pipeline.this_process())),
         ready=lambda batch: batch["video"],
         sample=sample,
         export=export,
@@ -205,7 +199,7 @@ def teacher_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         ),
         phases=_phases(
             config,
-            functools.partial(pipeline.latent_batches, _latent_source(workdir), **_processes()),
+            functools.partial(pipeline.latent_batches, _latent_source(workdir), **pipeline.this_process()),
         ),
         ready=_ready_latents(recipe),
         sample=sample,
@@ -265,7 +259,7 @@ def init_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     source = arrays.source(workdir / "data" / "trajectories")
 
     def batches(*, batch_size: int, frames: int, seed: int):
-        return pipeline.trajectory_batches(source, batch_size=batch_size, seed=seed, **_processes())
+        return pipeline.trajectory_batches(source, batch_size=batch_size, seed=seed, **pipeline.this_process())
 
     return Stage(
         name="init",
@@ -366,7 +360,10 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     def batches(*, batch_size: int, frames: int, seed: int):
         # One batch for every fake-score update and one for the student, drawn together.
         return pipeline.latent_batches(
-            _latent_source(workdir), batch_size=batch_size * (config.critic_updates + 1), seed=seed, **_processes()
+            _latent_source(workdir),
+            batch_size=batch_size * (config.critic_updates + 1),
+            seed=seed,
+            **pipeline.this_process(),
         )
 
     def ready(batch: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -10,8 +10,8 @@ import os
 import pathlib
 from typing import Any
 
-from causvid_jax.config import ConfigError, VAEConfig
-from causvid_jax.models import vae
+from causvid_jax.config import ConfigError, TransformerConfig, VAEConfig
+from causvid_jax.models import transformer, vae
 from causvid_jax.weights import store
 
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
@@ -55,6 +55,17 @@ def load_vae(path: str | os.PathLike, config: VAEConfig) -> tuple[dict[str, Any]
     store.check_tree(params, vae.abstract(config), f"VAE weights {path}")
     saved: dict[str, Any] = {name: tuple(json.loads(metadata[name])) for name in _STATISTICS if name in metadata}
     return params, dataclasses.replace(config, **saved)
+
+
+def load_transformer(path: str | os.PathLike, config: TransformerConfig, role: str) -> dict[str, Any]:
+    """Transformer parameters (numpy); ``role`` (teacher, student, ...) is what an error calls them.
+
+    Raises:
+        ConfigError: an unreadable file, or one of a transformer of other sizes.
+    """
+    params, _ = store.load_params(path)
+    store.check_tree(params, transformer.abstract(config), f"{role} weights {path}")
+    return params
 
 
 def publish(recipe: str, workdir: str | os.PathLike, folder: str | os.PathLike = ASSETS) -> list[pathlib.Path]:
