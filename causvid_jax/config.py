@@ -188,6 +188,10 @@ class CausalConfig:
             f"causal.positions is {self.positions!r}; accepted: 'absolute', 'relative'",
         )
 
+    def past_frames(self) -> int:
+        """Frames of the whole earlier blocks of which a block sees any through the window; 0 without a window."""
+        return max(0, self.window - 1) // self.frames_per_block * self.frames_per_block
+
     def block_sizes(self, frames: int) -> tuple[int, ...]:
         """Frames of each block of a clip of ``frames`` latent frames; refuses a clip that no block structure fits."""
         k, first = self.frames_per_block, 1 if self.independent_first_frame else 0
@@ -265,6 +269,10 @@ class OptimizerConfig:
         require(0 <= self.ema_decay < 1, f"optimizer.ema_decay is {self.ema_decay}; it must be in [0, 1)")
 
 
+def _check_fraction(name: str, value: float) -> None:
+    require(0 <= value <= 1, f"{name} is {value}; accepted: 0 to 1")
+
+
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
     """What every training stage shares. ``frames`` is a clip's length in the stage's own units (0: the full clip).
@@ -309,10 +317,19 @@ class TeacherStageConfig(StageConfig):
 
 @dataclasses.dataclass(frozen=True)
 class InitStageConfig(StageConfig):
-    """ODE regression on the teacher's trajectories; ``include_clean`` adds t = 0 blocks as context only."""
+    """ODE regression on the teacher's trajectories; ``include_clean`` adds t = 0 blocks as context only.
+
+    ``switch_fraction`` of the clips go on from another clip's past, as a stream does whose prompt has just changed
+    (``distill.ode_regression.splice``).
+    """
 
     trajectories: int = 1024
     include_clean: bool = True
+    switch_fraction: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_fraction("train_init.switch_fraction", self.switch_fraction)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,6 +339,8 @@ class DistillStageConfig(StageConfig):
     ``rollout`` is ``"data"`` (the paper: real latents noised per block) or ``"self"`` (the student's own rollout).
     ``guidance`` is the g of ``r = r_uncond + g (r_cond - r_uncond)``; the published code writes it as ``1 + g``.
     ``teacher`` is ``"bidirectional"`` or ``"causal"``, ``init`` is ``"ode"`` or ``"teacher"`` (Tab. 4 of the paper).
+    ``switch_fraction`` of the self rollouts go on from real latents of another prompt, as a stream does whose prompt
+    has just changed; it needs a window.
     """
 
     rollout: str = "self"
@@ -333,9 +352,11 @@ class DistillStageConfig(StageConfig):
     score_timestep_min: float = 20.0
     score_timestep_max: float = 980.0
     include_clean: bool = True
+    switch_fraction: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
+        _check_fraction("train_distill.switch_fraction", self.switch_fraction)
         for name, accepted in (
             ("rollout", ("data", "self")),
             ("teacher", ("bidirectional", "causal")),
@@ -381,6 +402,12 @@ class Recipe:
                 f"({self.text.length}, {self.text.dim})",
             )
         self.causal.block_sizes(self.video.latent_frames)
+        require(
+            not self.train_distill.switch_fraction
+            or (self.causal.past_frames() > 0 and not self.causal.independent_first_frame),
+            f"train_distill.switch_fraction is {self.train_distill.switch_fraction}; rollouts that go on from a past "
+            "need a causal.window of more than one block and no independent first frame",
+        )
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:

@@ -46,10 +46,11 @@ def get_config() -> ml_collections.ConfigDict:
             "causal": {"frames_per_block": 3, "window": 9},
             "diffusion": {"shift": 3.0, "teacher_steps": 50, "solver": "euler", "guidance": 3.0},
             "train_vae": {
-                "steps": 5000,
-                "batch_size": 4,
-                "frames": 17,
-                "curriculum": ((2838, 5, 8),),
+                "steps": 7500,
+                "batch_size": 2,
+                "frames": 49,
+                # (until step, frames, clips): short clips teach the pixels, long ones keep colours from drifting.
+                "curriculum": ((2838, 5, 8), (5000, 17, 4)),
                 "kl_weight": 1e-5,
                 "optimizer": {
                     "learning_rate": 3e-3,
@@ -59,7 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
                     "clip_norm": 1.0,
                     "ema_decay": 0.99,
                 },
-                "sample_every": 1000,
+                "sample_every": 500,
                 "save_every": 250,
             },
             "train_teacher": {

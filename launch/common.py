@@ -69,6 +69,17 @@ def load_recipe(config_flag: flags.FlagHolder) -> Recipe:
     return from_config_dict(values)
 
 
+def writable_workdir(workdir: str) -> pathlib.Path:
+    """``workdir``, made if need be; a ConfigError if nothing can be written there."""
+    path = pathlib.Path(workdir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--workdir {workdir} cannot be made: {error.strerror}") from error
+    require(os.access(path, os.W_OK | os.X_OK), f"--workdir {workdir} cannot be written; it needs write permission")
+    return path
+
+
 def check_overrides(arguments: Sequence[str], name: str = "config") -> None:
     """Refuse ``--config.a.b`` where ``a.b`` is no field of :class:`Recipe`, naming the nearest that is."""
     for argument in arguments:

@@ -25,7 +25,7 @@ _STUDENT = flags.DEFINE_string(
     "student", None, "Student weights to judge instead of the recipe's, a .safetensors file."
 )
 _TEACHER = flags.DEFINE_string("teacher", None, "Teacher weights to judge instead of the recipe's.")
-_RECACHE = flags.DEFINE_bool("recache", False, "Rewrite the cache under the new prompt when the prompt changes.")
+_RECACHE = flags.DEFINE_bool("recache", True, "At a switch, rewrite the cache under the new prompt.")
 _TRAIN_JUDGE = flags.DEFINE_bool("train_judge", False, "Train the judge and write it to --judge.")
 _JUDGE = flags.DEFINE_string("judge", str(judging.DEFAULT_PATH), "The judge's weights.")
 _PLAN = {

@@ -7,13 +7,12 @@ already, and after an interruption goes on where it stopped. ``assets``, when al
 """
 
 import dataclasses
-import os
 import pathlib
 
 import jax
 from absl import flags, logging
 
-from causvid_jax.config import ConfigError, Recipe, require
+from causvid_jax.config import Recipe, require
 from causvid_jax.data import arrays, derived, digits, moving_digits, pipeline
 from causvid_jax.weights import stages
 from launch import common
@@ -51,17 +50,6 @@ def trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     return _summary(folder)
 
 
-def writable(workdir: str) -> pathlib.Path:
-    """``workdir``, made if need be; a ConfigError if nothing can be written there."""
-    path = pathlib.Path(workdir)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--workdir {workdir} cannot be made: {error.strerror}") from error
-    require(os.access(path, os.W_OK | os.X_OK), f"--workdir {workdir} cannot be written; it needs write permission")
-    return path
-
-
 def assets(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     """Publish the trained weights; ``count`` means nothing here."""
     return "\n".join(f"{path}: {path.stat().st_size / 1e6:.1f} MB" for path in stages.publish(recipe.name, workdir))
@@ -83,7 +71,7 @@ def main() -> None:
     require(workdir != "", "no --workdir is given; it must be a directory for data and weights")
     require(stage in STAGES, f"--stage is {stage!r}; accepted: {', '.join(STAGES)}")
     require(count >= 0, f"--count is {count}; it must not be negative")
-    folder = writable(workdir)
+    folder = common.writable_workdir(workdir)
     if stage != "data":
         common.enable_compilation_cache()
         logging.info("%d process(es), %d device(s) here", jax.process_count(), jax.local_device_count())

@@ -5,8 +5,6 @@ Stages: vae, teacher, init, distill. Started again with the same arguments it go
 ``weights.safetensors``.
 """
 
-import pathlib
-
 from absl import flags
 
 from causvid_jax.config import require
@@ -24,9 +22,10 @@ def main() -> None:
     name, workdir = _STAGE.value or "", _WORKDIR.value or ""
     require(workdir != "", "no --workdir is given; it must be a directory for data and weights")
     require(name in stages.STAGES, f"--stage is {name!r}; accepted: {', '.join(stages.STAGES)}")
+    folder = common.writable_workdir(workdir)
     common.enable_compilation_cache()
     common.log_start(recipe)
-    loop.train(stages.make_stage(name, recipe, pathlib.Path(workdir)), pathlib.Path(workdir))
+    loop.train(stages.make_stage(name, recipe, folder), folder)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
 
 ``x_t`` is the teacher's state at a student timestep t, drawn per block, ``x0`` the end of the same trajectory. Blocks
 may also be given clean (t = 0): they serve as context for later blocks and count nothing themselves.
+
+:func:`splice` teaches the prompt switch of a stream: the clip's past is exchanged for another clip's.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +28,22 @@ def sample_block_steps(key: jax.Array, batch: int, block_sizes: Sequence[int], c
     return jnp.repeat(steps, np.asarray(block_sizes), axis=1, total_repeat_length=sum(block_sizes))
 
 
+def splice(key: jax.Array, batch: int, block_sizes: Sequence[int], fraction: float) -> jax.Array:
+    """Which frames of each clip are to be another clip's past, bool ``[B, F]``.
+
+    A clip is spliced with probability ``fraction``: its blocks before s, s uniform over all but the first one, are then
+    the past. They are shown clean under the clip's own prompt, which is what a stream's cache holds after
+    ``streaming.stream.recache``, and count nothing.
+    """
+    if len(block_sizes) < 2:
+        return jnp.zeros((batch, sum(block_sizes)), bool)
+    draw_key, block_key = jax.random.split(key)
+    first = jax.random.randint(block_key, (batch, 1), 1, len(block_sizes))
+    first = jnp.where(jax.random.uniform(draw_key, (batch, 1)) < fraction, first, 0)
+    block = np.repeat(np.arange(len(block_sizes)), np.asarray(block_sizes))
+    return block[None, :] < first
+
+
 def ode_regression_loss(
     velocity_fn: BlockCausalFn,
     params: Any,
@@ -36,6 +54,7 @@ def ode_regression_loss(
     timesteps: Sequence[float],
     block_sizes: Sequence[int],
     include_clean: bool,
+    switch_fraction: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The regression loss of one batch of trajectories.
 
@@ -48,6 +67,7 @@ def ode_regression_loss(
       timesteps: the Q student timesteps of the states, ``flow.student_timesteps``.
       block_sizes: frames of each block, ``CausalConfig.block_sizes(F)``.
       include_clean: also draw t = 0, as context only.
+      switch_fraction: share of the clips whose past is exchanged for the clean one of the next clip in the batch.
 
     Returns:
       The scalar loss (0 when every block was drawn clean) and metrics: the loss, and the fraction of noisy frames.
@@ -56,7 +76,12 @@ def ode_regression_loss(
     require(states.shape[0] == q + 1, f"trajectories have {states.shape[0]} states; {q} timesteps need {q + 1}")
     require(sum(block_sizes) == frames, f"blocks {tuple(block_sizes)} do not add up to {frames} latent frames")
 
-    index = sample_block_steps(key, batch, block_sizes, q + 1 if include_clean else q)
+    step_key, splice_key = jax.random.split(key)
+    index = sample_block_steps(step_key, batch, block_sizes, q + 1 if include_clean else q)
+    if switch_fraction:
+        past = splice(splice_key, batch, block_sizes, switch_fraction)
+        index = jnp.where(past, q, index)
+        states = jnp.where(past[None, :, :, None, None, None], jnp.roll(states, -1, axis=1), states)
     timestep = jnp.asarray((*timesteps, 0.0), jnp.float32)[index]
     # One state per sample and frame, [B, F, h, w, C].
     x_t = states.astype(jnp.float32)[index, jnp.arange(batch)[:, None], jnp.arange(frames)[None, :]]

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from causvid_jax.config import CausalConfig, require
 from causvid_jax.diffusion import flow
@@ -86,6 +87,8 @@ def self_rollout(
     timesteps: Sequence[float],
     causal: CausalConfig,
     exit_step: jax.Array | int | None = None,
+    past: jax.Array | None = None,
+    past_shown: jax.Array | bool = True,
 ) -> jax.Array:
     """The student's own rollout, each block stopped at the same random step, which alone carries a gradient.
 
@@ -106,6 +109,9 @@ def self_rollout(
       timesteps: the Q student timesteps.
       causal: the block structure, which must fit F.
       exit_step: index into ``timesteps`` instead of a drawn one; Q - 1 is the whole chain.
+      past: clean latents ``[B, P, h, w, C]``, P whole blocks, that the rollout goes on from: they are written to the
+        cache first, under ``text``, as a stream does after a prompt switch (``streaming.stream.recache``).
+      past_shown: bool scalar; False starts from nothing in spite of ``past``, in the same program.
 
     Returns:
       x0, ``[B, F, h, w, C]`` float32.
@@ -146,7 +152,25 @@ def self_rollout(
             _, cache = functions.cached(fixed[0], jax.lax.stop_gradient(x0), context, fixed[1], cache)
         return functions.advance(cache, size), x0
 
+    def show(past, cache):
+        """The cache with ``past`` in it."""
+
+        def write(cache, latents):
+            context = jnp.full(latents.shape[:2], causal.context_timestep, jnp.float32)
+            _, cache = functions.cached(fixed[0], latents, context, fixed[1], cache)
+            return functions.advance(cache, causal.frames_per_block), None
+
+        blocks = rearrange(past, "b (n k) h w c -> n b k h w c", k=causal.frames_per_block)
+        return jax.lax.scan(write, cache, blocks)[0]
+
     cache = functions.init_cache(batch)
+    if past is not None:
+        require(
+            past.shape[1] % causal.frames_per_block == 0,
+            f"the past has {past.shape[1]} latent frames; it must have a multiple of {causal.frames_per_block}",
+        )
+        cache = jax.lax.cond(past_shown, show, lambda _, cache: cache, past, cache)
+        cache = jax.lax.stop_gradient(cache)
     first = []
     if sizes[0] != causal.frames_per_block:  # an independent first frame: the scan needs blocks of one size
         cache, x0 = block(cache, 0, sizes[0])

@@ -45,7 +45,7 @@ _encode = jax.jit(vae.encode, static_argnames=("config",))
 _decode = jax.jit(vae.decode, static_argnames=("config",))
 
 
-def make_samplers(params: Mapping[str, Any], config: Recipe, *, recache: bool = False) -> Samplers:
+def make_samplers(params: Mapping[str, Any], config: Recipe, *, recache: bool = True) -> Samplers:
     """Samplers of trained networks.
 
     Args:

@@ -97,7 +97,7 @@ def play(
     frames: int,
     seed: int = 0,
     switches: Mapping[int, np.ndarray] | None = None,
-    recache: bool = False,
+    recache: bool = True,
     image: np.ndarray | None = None,
     video: np.ndarray | None = None,
     strength: float = 0.5,

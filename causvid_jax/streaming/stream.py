@@ -97,9 +97,11 @@ def _init_stream(params, text, seeds, *, config: Recipe, capacity: int | None) -
     batch, (height, width), causal = text.shape[0], latent_size(config), config.causal
     size = {"batch": batch, "height": height, "width": width}
     # With a window, exactly the earlier blocks of which the next one sees a frame.
-    first = int(causal.independent_first_frame)
-    kept = (causal.window - 1 if capacity is None else capacity - first) // causal.frames_per_block
-    kept *= causal.frames_per_block
+    if capacity is None:
+        kept = causal.past_frames()
+    else:
+        kept = capacity - int(causal.independent_first_frame)
+        kept -= kept % causal.frames_per_block
     return StreamState(
         cache=transformer.init_cache(config.student, causal, frames=capacity, **size),
         text=transformer.encode_text(params["student"], text, config=config.student),

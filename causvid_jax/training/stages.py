@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from causvid_jax import video as files
-from causvid_jax.config import Recipe, StageConfig, to_json
+from causvid_jax.config import CausalConfig, Recipe, StageConfig, to_json
 from causvid_jax.data import arrays, moving_digits, pipeline
 from causvid_jax.diffusion import flow
 from causvid_jax.distill import cycle, ode_regression, rollout
@@ -249,6 +249,7 @@ def init_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
             timesteps=timesteps,
             block_sizes=sizes,
             include_clean=config.include_clean,
+            switch_fraction=config.switch_fraction,
         )
 
     def init() -> TrainState:
@@ -274,6 +275,13 @@ def init_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
 
 
 # ---- distill --------------------------------------------------------------------------------------------------------
+
+
+def _foreign_past(key: jax.Array, latents: jax.Array, causal: CausalConfig) -> jax.Array:
+    """For each clip of a batch a stretch, whole blocks, of the next clip's latents: as much as a window shows."""
+    k, frames = causal.frames_per_block, causal.past_frames()
+    start = k * jax.random.randint(key, (), 0, (latents.shape[1] - frames) // k + 1)
+    return jax.lax.dynamic_slice_in_dim(jnp.roll(latents, -1, axis=0), start, frames, axis=1)
 
 
 def student_rollout(recipe: Recipe) -> Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array | None]]:
@@ -307,10 +315,18 @@ def student_rollout(recipe: Recipe) -> Callable[[Any, Any, jax.Array], tuple[jax
 
     def from_self(params, batch, key):
         shape = (len(batch["text"]), frames, height, width, recipe.vae.z_dim)
-        x0 = rollout.self_rollout(
-            functions, params, batch["text"], key, shape=shape, timesteps=timesteps, causal=causal
+        roll = functools.partial(
+            rollout.self_rollout, functions, params, batch["text"], shape=shape, timesteps=timesteps, causal=causal
         )
-        return x0, None
+        if not config.switch_fraction:
+            return roll(key), None
+        key, switch_key, past_key = jax.random.split(key, 3)
+        switched = jax.random.uniform(switch_key) < config.switch_fraction
+        past = _foreign_past(past_key, batch["latents"], causal)
+        # The teacher knows clips that begin with the VAE's first latent frame, which holds one pixel frame; in the
+        # middle of a stream there is none, so the frame in its place is not judged.
+        mask = jnp.ones(shape[:2]).at[:, 0].set(1.0 - switched)
+        return roll(key, past=past, past_shown=switched), mask
 
     return from_data if config.rollout == "data" else from_self
 
@@ -368,7 +384,7 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
 
     def ready(batch: dict[str, Any]) -> dict[str, np.ndarray]:
         arrays_ = _ready_latents(recipe)(batch)
-        if config.rollout == "self":
+        if config.rollout == "self" and not config.switch_fraction:
             del arrays_["latents"]
         return {k: v.reshape(config.critic_updates + 1, -1, *v.shape[1:]) for k, v in arrays_.items()}
 

@@ -16,7 +16,7 @@ STATES = np.random.default_rng(0).standard_normal((4, BATCH, FRAMES, 2, 2, 3)).a
 TEXT = np.zeros((BATCH, 1, 1), np.float32)
 
 
-def run(seed, velocity, include_clean=True, states=STATES):
+def run(seed, velocity, include_clean=True, states=STATES, switch_fraction=0.0):
     """The loss, its metrics, its gradient by a velocity field, and what the network was given."""
     seen = {}
 
@@ -34,6 +34,7 @@ def run(seed, velocity, include_clean=True, states=STATES):
             timesteps=TIMESTEPS,
             block_sizes=BLOCKS,
             include_clean=include_clean,
+            switch_fraction=switch_fraction,
         )
 
     (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(velocity)
@@ -74,6 +75,31 @@ def test_without_clean_entry_every_frame_counts():
     _, metrics, gradient, _, timestep = run(0, velocity, include_clean=False)
     assert set(np.unique(timestep)) == {600.0, 900.0, 1000.0}
     assert metrics["noisy_fraction"] == 1.0 and np.all(gradient != 0)
+
+
+def test_switched_clips_go_on_from_the_clean_past_of_the_next_clip():
+    velocity = np.random.default_rng(1).standard_normal(STATES.shape[1:]).astype(np.float32)
+    starts = np.cumsum((0, *BLOCKS))
+    seen_starts = set()
+    for seed in range(8):
+        _, _, gradient, x, timestep = run(seed, velocity, include_clean=False, switch_fraction=1.0)
+        for b in range(BATCH):
+            first = int((timestep[b] == 0).sum())  # frames of the past: without clean entries only they are at 0
+            seen_starts.add(first)
+            assert np.all(timestep[b, :first] == 0) and np.all(timestep[b, first:] > 0)
+            np.testing.assert_array_equal(x[b, :first], STATES[3, (b + 1) % BATCH, :first])
+            np.testing.assert_array_equal(gradient[b, :first], 0)
+            for f in range(first, FRAMES):
+                np.testing.assert_array_equal(x[b, f], STATES[TIMESTEPS.index(timestep[b, f]), b, f])
+            assert np.all(gradient[b, first:] != 0)
+    assert seen_starts == set(starts[1:-1])  # every block but the first can be the first after the switch
+
+
+def test_switch_fraction_is_the_share_of_clips():
+    past = np.asarray(ode_regression.splice(jax.random.key(0), 4000, BLOCKS, 0.3))
+    assert 0.27 < past[:, 0].mean() < 0.33
+    assert not past[:, -1].any()
+    assert not np.asarray(ode_regression.splice(jax.random.key(0), 8, (FRAMES,), 1.0)).any()
 
 
 def test_exact_jump_has_zero_loss():

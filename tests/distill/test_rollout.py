@@ -33,17 +33,20 @@ STUDENT = rollout.StudentFunctions(
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "causal"))
-def rolled(params, key, exit_step=None, shape=SHAPE, causal=CAUSAL):
+def rolled(params, key, exit_step=None, shape=SHAPE, causal=CAUSAL, **past):
     return rollout.self_rollout(
-        STUDENT, params, TEXT, key, shape=shape, timesteps=TIMESTEPS, causal=causal, exit_step=exit_step
+        STUDENT, params, TEXT, key, shape=shape, timesteps=TIMESTEPS, causal=causal, exit_step=exit_step, **past
     )
 
 
-def by_hand(key, exit_step, causal=CAUSAL):
+def by_hand(key, exit_step, causal=CAUSAL, past=None):
     """x0, and the derivative of x0 by every parameter when earlier blocks and earlier steps are constants."""
     noise_key = jax.random.split(key)[1]
     text = PARAMS["text"] * TEXT[:, :, None, None]
     memory, outputs, slopes = np.zeros((2, 1, *SHAPE[2:])), [], []
+    if past is not None:  # blocks of two frames, each written once
+        written = PARAMS["key"] * past.reshape(2, -1, 2, *SHAPE[2:]).mean(2) + causal.context_timestep / 1000
+        memory = 2 * written.sum(1, keepdims=True)
     for i, size in enumerate(causal.block_sizes(SHAPE[1])):
         block_key = jax.random.fold_in(noise_key, i)
 
@@ -98,6 +101,28 @@ def test_self_rollout_and_its_gradient_match_the_loop(exit_step, causal):
     np.testing.assert_allclose(x0, expected, atol=2e-5)
     for name in PARAMS:
         np.testing.assert_allclose(gradient[name], (weight * slopes[name]).sum(), atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_rollout_from_a_past_matches_the_loop(shown):
+    key, causal = jax.random.key(11), CausalConfig(frames_per_block=2, context_timestep=50.0)
+    past = np.random.default_rng(4).standard_normal((2, 4, *SHAPE[2:])).astype(np.float32)
+
+    def loss(params):
+        x0 = rolled(params, key, 1, causal=causal, past=past, past_shown=shown)
+        return x0.sum(), x0
+
+    (_, x0), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(PARAMS)
+    expected, slopes = by_hand(key, 1, causal, past if shown else None)
+    np.testing.assert_allclose(x0, expected, atol=3e-5)
+    for name in PARAMS:
+        np.testing.assert_allclose(gradient[name], slopes[name].sum(), rtol=2e-4, atol=2e-4, err_msg=name)
+    np.testing.assert_array_equal(gradient["key"], 0)
+
+
+def test_past_of_part_of_a_block_is_refused():
+    with pytest.raises(ConfigError, match="past has 3 latent frames; it must have a multiple of 2"):
+        rolled(PARAMS, jax.random.key(0), past=jnp.zeros((2, 3, *SHAPE[2:])))
 
 
 def test_no_gradient_through_the_cache_though_the_output_depends_on_it():

@@ -9,7 +9,7 @@ from causvid_jax.config import ConfigError, DataConfig, from_config_dict
 from causvid_jax.data import arrays, digits, moving_digits
 from causvid_jax.models import transformer, vae
 from causvid_jax.weights import stages, store
-from launch import prepare
+from launch import common, prepare
 
 SMALL = {
     "name": "small",
@@ -76,8 +76,8 @@ def test_latents_and_trajectories_from_the_weights_of_their_stages(tmp_path):
 def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file/w cannot be made: Not a directory"):
-        prepare.writable(str(tmp_path / "file" / "w"))
-    assert prepare.writable(str(tmp_path / "a" / "b")).is_dir()
+        common.writable_workdir(str(tmp_path / "file" / "w"))
+    assert common.writable_workdir(str(tmp_path / "a" / "b")).is_dir()
 
 
 def test_an_unknown_stage_ends_with_status_2_and_one_sentence(tmp_path):

@@ -148,10 +148,11 @@ def test_the_vae_file_carries_the_statistics_of_its_latents(road):
         {"rollout": "data", "include_clean": False},
         {"teacher": "causal"},
         {"init": "teacher"},
+        {"switch_fraction": 0.5},
     ],
     ids=str,
 )
-def test_every_ablation_of_the_paper_takes_a_step(road, tmp_path, changes):
+def test_every_variant_of_the_distillation_takes_a_step(road, tmp_path, changes):
     (tmp_path / "data").symlink_to(road / "data")
     for other in ("vae", "teacher", "init"):
         (tmp_path / other).symlink_to(road / other)
