@@ -26,6 +26,9 @@ def require(condition: object, message: str) -> None:
         raise ConfigError(message)
 
 
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+
 def _check_dtype(owner: str, dtype: str) -> None:
     require(dtype in ("float32", "bfloat16"), f"{owner}.dtype is {dtype!r}; accepted: 'float32', 'bfloat16'")
 
@@ -107,6 +110,35 @@ class VAEConfig:
         _check_dtype("vae", self.dtype)
 
 
+MeshAxes = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """Logical axis to mesh axes: the one table behind parameters, optimizer states, caches, batches and activations.
+
+    A logical axis over several mesh axes is split over their product, the first one outermost; over none it stays
+    whole. ``embed``, ``heads``, ``mlp`` and ``layers`` are axes of parameters (:class:`models.params.ParamSpec`);
+    ``batch``, ``tokens`` (tokens of one frame) and ``attention_heads`` (heads while attention runs, when tokens are
+    whole) are axes of activations and caches. Gradients and optimizer states follow their parameters.
+    """
+
+    batch: MeshAxes = ("data", "fsdp")
+    embed: MeshAxes = ("fsdp",)
+    heads: MeshAxes = ("tensor",)
+    mlp: MeshAxes = ("tensor",)
+    layers: MeshAxes = ()
+    tokens: MeshAxes = ("context",)
+    attention_heads: MeshAxes = ("tensor", "context")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            for axis in getattr(self, field.name):
+                require(
+                    axis in MESH_AXES, f"rules.{field.name} names mesh axis {axis!r}; accepted: {', '.join(MESH_AXES)}"
+                )
+
+
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """One Wan DiT. Defaults are Wan2.1-T2V-1.3B; ``dtype`` is the compute type of matmuls (parameters are float32)."""
@@ -126,6 +158,7 @@ class TransformerConfig:
     dtype: str = "float32"
     attention: str = "xla"
     remat: bool = False
+    rules: ShardingRules = ShardingRules()
 
     def __post_init__(self):
         require(
@@ -278,13 +311,15 @@ class StageConfig:
     """What every training stage shares. ``frames`` is a clip's length in the stage's own units (0: the full clip).
 
     ``curriculum`` puts stretches of other clips in front: each ``(until_step, frames, batch_size)``. What short clips
-    can teach is learnt there at a fraction of the cost.
+    can teach is learnt there at a fraction of the cost. ``accumulate`` takes every batch in that many parts, one after
+    another, for the memory of one.
     """
 
     steps: int = 1000
     batch_size: int = 8
     frames: int = 0
     curriculum: tuple[tuple[int, int, int], ...] = ()
+    accumulate: int = 1
     optimizer: OptimizerConfig = OptimizerConfig()
     seed: int = 0
     log_every: int = 50
@@ -294,6 +329,7 @@ class StageConfig:
     keep: int = 2
 
     def __post_init__(self):
+        require(self.accumulate >= 1, f"accumulate is {self.accumulate}; it must be at least 1")
         ends = [end for end, _, _ in self.curriculum]
         require(
             ends == sorted(set(ends)) and all(0 < end < self.steps for end in ends),
@@ -303,9 +339,14 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VAEStageConfig(StageConfig):
-    """VAE training (``training.stages.vae_loss``) on clips of ``frames`` pixel frames."""
+    """VAE training (``training.stages.vae_loss``) on clips of ``frames`` pixel frames.
+
+    With ``train_encoder`` off the encoder stays as it is: latents, and all that was trained on them, remain valid while
+    the decoder goes on learning.
+    """
 
     kl_weight: float = 1e-5
+    train_encoder: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,6 +413,39 @@ class DistillStageConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """The device mesh: ``data`` x ``fsdp`` x ``context`` x ``tensor``, and ``slices`` of it along the data axis.
+
+    ``data`` holds copies of everything, ``fsdp`` splits batch and parameters, ``context`` the tokens of a frame,
+    ``tensor`` heads and MLP. ``data = 0`` takes all devices that the others leave. Attention exchanges tokens for
+    heads, so tensor x context must divide the heads; with ``ring`` (training only) tensor alone has to.
+    """
+
+    slices: int = 1
+    data: int = 1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+    ring: bool = False
+
+    def __post_init__(self):
+        for name in ("slices", "fsdp", "context", "tensor"):
+            value = getattr(self, name)
+            require(value >= 1, f"parallel.{name} is {value}; it must be at least 1")
+        require(self.data >= 0, f"parallel.data is {self.data}; it must be at least 1, or 0 for the devices left over")
+
+
+def nearest_divisors(number: int, wanted: int) -> str:
+    """The divisors of ``number`` around ``wanted``, in words."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    around = {
+        max((d for d in divisors if d <= wanted), default=1),
+        min((d for d in divisors if d >= wanted), default=number),
+    }
+    return " and ".join(map(str, sorted(around)))
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """The whole road of one model: data, networks, method and every training stage."""
 
@@ -388,6 +462,7 @@ class Recipe:
     train_teacher: TeacherStageConfig = TeacherStageConfig()
     train_init: InitStageConfig = InitStageConfig()
     train_distill: DistillStageConfig = DistillStageConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self):
         for role in ("teacher", "student"):
@@ -408,6 +483,37 @@ class Recipe:
             f"train_distill.switch_fraction is {self.train_distill.switch_fraction}; rollouts that go on from a past "
             "need a causal.window of more than one block and no independent first frame",
         )
+        self._check_mesh()
+
+    def _check_mesh(self) -> None:
+        mesh = self.parallel
+        for role in ("teacher", "student"):
+            net = getattr(self, role)
+            split, name = (mesh.tensor, "tensor") if mesh.ring else (mesh.tensor * mesh.context, "tensor x context")
+            require(
+                net.num_heads % split == 0,
+                f"{role} has {net.num_heads} heads; parallel.{name} is {split}, which does not divide them; the "
+                f"nearest that do are {nearest_divisors(net.num_heads, split)}",
+            )
+            factor = 2 ** (len(self.vae.dim_mult) - 1)
+            rows, columns = (size // factor for size in (self.video.height, self.video.width))
+            tokens = (rows // net.patch_size[1]) * (columns // net.patch_size[2])
+            require(
+                tokens % mesh.context == 0,
+                f"a latent frame has {tokens} tokens for the {role}; parallel.context is {mesh.context}, which does "
+                f"not divide them; the nearest that do are {nearest_divisors(tokens, mesh.context)}",
+            )
+        ways = mesh.slices * max(mesh.data, 1) * mesh.fsdp
+        for stage in ("train_vae", "train_teacher", "train_init", "train_distill"):
+            config = getattr(self, stage)
+            parts = ways * config.accumulate
+            for size in (config.batch_size, *(batch for _, _, batch in config.curriculum)):
+                below = size - size % parts
+                require(
+                    size % parts == 0,
+                    f"{stage} has a batch of {size}; slices x data x fsdp x accumulate is {parts}, which does not "
+                    f"divide it; the nearest that it divides are {f'{below} and ' if below else ''}{below + parts}",
+                )
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:

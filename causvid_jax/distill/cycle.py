@@ -14,6 +14,7 @@ import optax
 
 from causvid_jax.config import DiffusionConfig, DistillStageConfig, require
 from causvid_jax.distill import dmd
+from causvid_jax.distill.gradients import accumulated_gradient
 
 
 @jax.tree_util.register_dataclass
@@ -110,10 +111,11 @@ def dmd_cycle(
     def critic_step(carry, inputs):
         fake, opt = carry
         batch, step_key = inputs
-        rollout_key, loss_key = jax.random.split(step_key)
-        x0, mask = functions.rollout(state.student, batch, rollout_key)
 
-        def loss_fn(fake):
+        def loss_fn(fake, batch, key):
+            rollout_key, loss_key = jax.random.split(key)
+            x0, mask = functions.rollout(state.student, batch, rollout_key)
+
             def velocity(x, timestep, text):
                 return functions.fake(fake, x, timestep, text)
 
@@ -121,7 +123,7 @@ def dmd_cycle(
                 x0, batch["text"], loss_key, fake=velocity, diffusion=diffusion, distill=distill, mask=mask
             )
 
-        (_, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(fake)
+        gradient, metrics = accumulated_gradient(loss_fn, fake, batch, step_key, distill.accumulate)
         change, opt = fake_optimizer.update(gradient, opt, fake)
         return (optax.apply_updates(fake, change), opt), metrics | {"gradient_norm": optax.global_norm(gradient)}
 
@@ -130,10 +132,8 @@ def dmd_cycle(
         critic_step, (state.fake, state.fake_opt), (critic_batches, jax.random.split(critic_key, updates))
     )
 
-    batch = jax.tree.map(lambda a: a[updates], batches)
-    rollout_key, loss_key = jax.random.split(generator_key)
-
-    def loss_fn(student):
+    def loss_fn(student, batch, key):
+        rollout_key, loss_key = jax.random.split(key)
         x0, mask = functions.rollout(student, batch, rollout_key)
         return dmd.generator_loss(
             x0,
@@ -147,7 +147,8 @@ def dmd_cycle(
             mask=mask,
         )
 
-    (_, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.student)
+    batch = jax.tree.map(lambda a: a[updates], batches)
+    gradient, metrics = accumulated_gradient(loss_fn, state.student, batch, generator_key, distill.accumulate)
     change, student_opt = student_optimizer.update(gradient, state.student_opt, state.student)
     student = optax.apply_updates(state.student, change)
 

@@ -41,7 +41,7 @@ def splice(key: jax.Array, batch: int, block_sizes: Sequence[int], fraction: flo
     first = jax.random.randint(block_key, (batch, 1), 1, len(block_sizes))
     first = jnp.where(jax.random.uniform(draw_key, (batch, 1)) < fraction, first, 0)
     block = np.repeat(np.arange(len(block_sizes)), np.asarray(block_sizes))
-    return block[None, :] < first
+    return jnp.asarray(block)[None, :] < first
 
 
 def ode_regression_loss(

@@ -1,16 +1,30 @@
 """Attention: one dense kernel, and what each reading of the network lets a token see.
 
-A block-causal mask is a handful of dense calls over static slices of the keys (block i attends to what precedes its
-end), so every backend's fastest dense kernel applies and nothing of size T x T exists. Tensors are
-``[B, F, n, N, D]``: F frames of n tokens, N heads of size D.
+What is seen is a static plan, a list of (queries, keys) in ranges of frames. A block-causal mask is then a handful of
+dense calls over slices of the keys (block i attends to what precedes its end), so every backend's fastest dense kernel
+applies and nothing of size T x T exists. Tensors are ``[B, F, n, N, D]``: F frames of n tokens, N heads of size D.
+
+On a mesh the n tokens of every frame are split over the context axis, so that each device holds its part of every frame
+and every block costs all of them the same. :func:`attend` then exchanges tokens for heads by an all-to-all around the
+kernel (DeepSpeed-Ulysses, arXiv 2309.14509) or, where heads do not divide, passes keys and values round a ring
+(arXiv 2310.01889). Kernels see local arrays only, inside ``jax.shard_map``.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from causvid_jax.config import CausalConfig
+from causvid_jax.config import CausalConfig, ShardingRules, require
+from causvid_jax.models import partition
+
+Range = tuple[int, int]  # half-open, in frames
+Plan = list[tuple[Range, list[Range]]]  # for each run of queries, in order, the keys they see
 
 
 def dense(
@@ -32,57 +46,219 @@ def dense(
     return jnp.einsum("bnts,bsnd->btnd", weights.astype(dtype), v, preferred_element_type=jnp.float32)
 
 
-def _frames_dense(q, k, v, *, dtype, backend):
-    """:func:`dense` on ``[B, F, n, N, D]`` tensors."""
-    flat = [x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (q, k, v)]
-    return dense(*flat, dtype=dtype, backend=backend).reshape(q.shape)
+# ---- what a token sees ----------------------------------------------------------------------------------------------
 
 
-def bidirectional(q: jax.Array, k: jax.Array, v: jax.Array, *, dtype: str, backend: str) -> jax.Array:
-    """Every token sees every token."""
-    return _frames_dense(q, k, v, dtype=dtype, backend=backend)
+def everything(frames: int) -> Plan:
+    """Every token sees every token (teacher and fake score)."""
+    return [((0, frames), [(0, frames)])]
 
 
-def visible_frames(end: int, causal: CausalConfig) -> list[tuple[int, int]]:
-    """Half-open ranges of frames that a block ending at frame ``end`` sees: the sink and the window."""
+def visible_frames(end: int, causal: CausalConfig) -> list[Range]:
+    """Ranges of frames that a block ending at frame ``end`` sees: the sink and the window."""
     start = max(0, end - causal.window) if causal.window else 0
     sink = min(causal.sink, start)
     return [(0, sink), (start, end)] if sink else [(start, end)]
 
 
-def _take(x: jax.Array, ranges: Sequence[tuple[int, int]]) -> jax.Array:
-    parts = [x[:, a:b] for a, b in ranges if b > a]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-
-
-def block_causal(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, causal: CausalConfig, dtype: str, backend: str
-) -> jax.Array:
-    """Each block sees itself and what :func:`visible_frames` gives (paper, eq. 5)."""
-    outputs, end = [], 0
-    for size in causal.block_sizes(q.shape[1]):
-        start, end = end, end + size
-        ranges = visible_frames(end, causal)
-        outputs.append(_frames_dense(q[:, start:end], _take(k, ranges), _take(v, ranges), dtype=dtype, backend=backend))
-    return jnp.concatenate(outputs, axis=1)
-
-
-def teacher_forcing(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, causal: CausalConfig, dtype: str, backend: str
-) -> jax.Array:
-    """Frames are ``[clean F ; noisy F]``: a noisy block sees itself and earlier *clean* blocks, a clean block the clean
-    blocks up to itself."""
-    frames = q.shape[1] // 2
-    clean = block_causal(q[:, :frames], k[:, :frames], v[:, :frames], causal=causal, dtype=dtype, backend=backend)
-    outputs, end = [clean], 0
+def _blocks(frames: int, causal: CausalConfig) -> list[Range]:
+    ranges, end = [], 0
     for size in causal.block_sizes(frames):
-        start, end = end, end + size
+        ranges.append((end, end + size))
+        end += size
+    return ranges
+
+
+def block_causal(frames: int, causal: CausalConfig) -> Plan:
+    """Each block sees itself and what :func:`visible_frames` gives (paper, eq. 5)."""
+    return [(block, visible_frames(block[1], causal)) for block in _blocks(frames, causal)]
+
+
+def teacher_forcing(frames: int, causal: CausalConfig) -> Plan:
+    """For ``2 frames``, clean ones then noisy ones: a noisy block sees itself and earlier *clean* blocks, a clean block
+    the clean blocks up to itself."""
+    noisy: Plan = []
+    for start, end in _blocks(frames, causal):
         # The window counts the noisy block itself, whose clean copy must stay hidden.
-        ranges = [(a, min(b, start)) for a, b in visible_frames(end, causal)]
-        ranges.append((frames + start, frames + end))
-        outputs.append(
-            _frames_dense(
-                q[:, frames + start : frames + end], _take(k, ranges), _take(v, ranges), dtype=dtype, backend=backend
-            )
-        )
+        seen = [(a, min(b, start)) for a, b in visible_frames(end, causal)]
+        own = (frames + start, frames + end)
+        noisy.append((own, [*((a, b) for a, b in seen if b > a), own]))
+    return block_causal(frames, causal) + noisy
+
+
+# ---- running a plan -------------------------------------------------------------------------------------------------
+
+
+def flatten_frames(x: jax.Array) -> jax.Array:
+    """``[B, F, n, N, D]`` -> ``[B, F n, N, D]``."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _take(x: jax.Array, ranges: Sequence[Range]) -> jax.Array:
+    """These frames of ``x``, flattened."""
+    parts = [x[:, a:b] for a, b in ranges]
+    return flatten_frames(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1))
+
+
+def run(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, *, dtype: str, backend: str) -> jax.Array:
+    """The plan on arrays of one device; float32 ``[B, F, n, N, D]``."""
+    outputs = []
+    for queries, keys in plan:
+        out = dense(_take(q, [queries]), _take(k, keys), _take(v, keys), dtype=dtype, backend=backend)
+        outputs.append(out.reshape(q.shape[0], queries[1] - queries[0], *q.shape[2:]))
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+def _partial(q: jax.Array, k: jax.Array, v: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention over part of the keys: unnormalised output ``[B, T, N, D]``, and maximum and sum ``[B, T, N]``."""
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    scores = jnp.einsum("btnd,bsnd->btns", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    top = scores.max(-1)
+    weights = jnp.exp(scores - top[..., None])
+    out = jnp.einsum("btns,bsnd->btnd", weights.astype(dtype), v, preferred_element_type=jnp.float32)
+    return out, top, weights.sum(-1)
+
+
+def _merge(one, other):
+    """Two results of :func:`_partial` over different keys as one."""
+    (out, top, total), (out_, top_, total_) = one, other
+    highest = jnp.maximum(top, top_)
+    a, b = jnp.exp(top - highest), jnp.exp(top_ - highest)
+    return a[..., None] * out + b[..., None] * out_, highest, a * total + b * total_
+
+
+def run_ring(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, *, axis: str, size: int, dtype: str) -> jax.Array:
+    """The plan where each of ``size`` devices along mesh ``axis`` holds its tokens of every frame.
+
+    Keys and values go round the ring once; every device keeps a running softmax for its own queries.
+    """
+    following = [(i, (i + 1) % size) for i in range(size)]
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def parts(k, v):
+        return [_partial(_take(q, [queries]), _take(k, keys), _take(v, keys), dtype) for queries, keys in plan]
+
+    def turn(carry, _):
+        k, v, results = carry
+        k, v = (jax.lax.ppermute(x, axis, following) for x in (k, v))
+        return (k, v, [_merge(*pair) for pair in zip(results, parts(k, v), strict=True)]), None
+
+    (_, _, results), _ = jax.lax.scan(turn, (k, v, parts(k, v)), length=size - 1)
+    outputs = [
+        (out / total[..., None]).reshape(q.shape[0], b - a, *q.shape[2:])
+        for (out, _, total), ((a, b), _) in zip(results, plan, strict=True)
+    ]
     return jnp.concatenate(outputs, axis=1)
+
+
+# ---- on a mesh ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """How attention tensors ``[B, F, n, N, D]`` lie on the current mesh, outside and inside attention."""
+
+    batch: tuple[str, ...]
+    context: tuple[str, ...]  # mesh axes over which tokens are split outside
+    heads: tuple[str, ...]  # mesh axes over which heads are split outside
+    context_size: int
+    ring: bool
+
+    @property
+    def outside(self) -> PartitionSpec:
+        return PartitionSpec(self.batch or None, None, self.context or None, self.heads or None, None)
+
+    @property
+    def inside(self) -> PartitionSpec:
+        """Of a cache: whole tokens, heads split over all that they are split over while attention runs."""
+        return PartitionSpec(self.batch or None, None, None, (*self.heads, *self.context) or None, None)
+
+
+def _layout(shape: Sequence[int], rules: ShardingRules) -> _Layout | None:
+    """Of an array of ``shape`` on the current mesh; None without a mesh."""
+    mesh = partition.mesh_shape()
+    if not mesh:
+        return None
+    axes = ("batch", None, "tokens", "heads", None)
+    batch, _, context, heads, _ = partition.mesh_axes(axes, shape, mesh, rules)
+    size = math.prod(mesh[a] for a in context)
+    local_heads = shape[3] // math.prod(mesh[a] for a in heads)
+    return _Layout(batch, context, heads, size, ring=local_heads % size != 0)
+
+
+def _to_heads(x: jax.Array, layout: _Layout) -> jax.Array:
+    """All tokens of fewer heads, from all heads of fewer tokens."""
+    return jax.lax.all_to_all(x, layout.context, 3, 2, tiled=True) if layout.context else x
+
+
+def _to_tokens(x: jax.Array, layout: _Layout) -> jax.Array:
+    return jax.lax.all_to_all(x, layout.context, 2, 3, tiled=True) if layout.context else x
+
+
+def attend(
+    plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, *, dtype: str, backend: str, rules: ShardingRules
+) -> jax.Array:
+    """The plan on ``[B, F, n, N, D]`` tensors, wherever they lie; float32 of the same shape and place."""
+    kernel = functools.partial(run, plan, dtype=dtype, backend=backend)
+    layout = _layout(q.shape, rules)
+    if layout is None:
+        return kernel(q, k, v)
+
+    def local(q, k, v):
+        if layout.ring:
+            return run_ring(plan, q, k, v, axis=layout.context[0], size=layout.context_size, dtype=dtype)
+        return _to_tokens(kernel(*(_to_heads(x, layout) for x in (q, k, v))), layout)
+
+    return jax.shard_map(local, in_specs=(layout.outside,) * 3, out_specs=layout.outside, check_vma=False)(q, k, v)
+
+
+def attend_cache(
+    kernel: Callable[..., tuple[jax.Array, Any]],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: tuple[jax.Array, jax.Array],
+    *whole: jax.Array,
+    rules: ShardingRules,
+) -> tuple[jax.Array, Any]:
+    """``kernel(q, k, v, cache, *whole) -> (output, cache)`` with whole tokens of the heads that a device holds.
+
+    A cache ``[B, S, n, N, D]`` stays split by heads between calls; only the new block's queries, keys, values and
+    output are exchanged. ``whole`` arrays are the same everywhere.
+    """
+    layout = _layout(q.shape, rules)
+    if layout is None:
+        return kernel(q, k, v, cache, *whole)
+    require(
+        not layout.ring,
+        f"{q.shape[3]} attention heads cannot be split over tensor x context in a stream; the product must divide them",
+    )
+
+    def local(q, k, v, cache, *whole):
+        out, cache = kernel(*(_to_heads(x, layout) for x in (q, k, v)), cache, *whole)
+        return _to_tokens(out, layout), cache
+
+    inside = (layout.inside, layout.inside)
+    return jax.shard_map(
+        local,
+        in_specs=(layout.outside, layout.outside, layout.outside, inside, *(PartitionSpec() for _ in whole)),
+        out_specs=(layout.outside, inside),
+        check_vma=False,
+    )(q, k, v, cache, *whole)
+
+
+def attend_text(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, dtype: str, backend: str, rules: ShardingRules
+) -> jax.Array:
+    """Cross-attention of tokens ``q [B, F, n, N, D]`` to ``k, v [B, S, N, D]``: a device needs its own tokens only."""
+
+    def local(q, k, v):
+        return dense(flatten_frames(q), k, v, dtype=dtype, backend=backend).reshape(q.shape)
+
+    layout = _layout(q.shape, rules)
+    if layout is None:
+        return local(q, k, v)
+    text = PartitionSpec(layout.batch or None, None, layout.heads or None, None)
+    return jax.shard_map(local, in_specs=(layout.outside, text, text), out_specs=layout.outside, check_vma=False)(
+        q, k, v
+    )

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from causvid_jax.models import partition
+
 Params = dict[str, Any]
 
 
@@ -34,7 +36,7 @@ def _matmul_forward(x, kernel, dtype):
 def _transposed(x: jax.Array) -> jax.Array:
     """``x.T``, on CPU really moved in memory: XLA's fast CPU matmul takes row-major operands only, and a transpose
     that is left to the layout of the product falls back to one that is 5 to 15 times slower."""
-    if jax.default_backend() != "cpu":
+    if partition.platform() != "cpu":
         return x.T
     return with_layout_constraint(x.T, Layout(major_to_minor=(0, 1)))
 

@@ -19,9 +19,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.sharding import Mesh, PartitionSpec
 
 from causvid_jax.config import CausalConfig, TransformerConfig
-from causvid_jax.models import attention, rope
+from causvid_jax.models import attention, partition, rope
 from causvid_jax.models.cache import (
     KVCache,
     TextCache,
@@ -76,7 +77,7 @@ def _attention_spec(dim: int) -> dict[str, Any]:
 def _block_spec(config: TransformerConfig) -> dict[str, Any]:
     dim = config.dim
     return {
-        "modulation": ParamSpec((6, dim), (None, "embed"), nn.initializers.normal(dim**-0.5)),
+        "modulation": ParamSpec((6, dim), (None, None), nn.initializers.normal(dim**-0.5)),
         "self_attn": _attention_spec(dim),
         "norm3": {
             "scale": ParamSpec((dim,), ("embed",), nn.initializers.ones),
@@ -104,9 +105,9 @@ def _outer_spec(config: TransformerConfig) -> dict[str, Any]:
             "fc1": linear_spec(config.freq_dim, dim, (None, "embed"), small),
             "fc2": linear_spec(dim, dim, ("embed", None), small),
         },
-        "time_projection": linear_spec(dim, 6 * dim, ("embed", "mlp")),
+        "time_projection": linear_spec(dim, 6 * dim, ("embed", None)),
         "head": {
-            "modulation": ParamSpec((2, dim), (None, "embed"), nn.initializers.normal(dim**-0.5)),
+            "modulation": ParamSpec((2, dim), (None, None), nn.initializers.normal(dim**-0.5)),
             "proj": linear_spec(dim, patch * config.out_channels, ("embed", None), nn.initializers.zeros),
         },
     }
@@ -130,6 +131,7 @@ def abstract(config: TransformerConfig) -> Params:
 # ---- one layer ------------------------------------------------------------------------------------------------------
 
 Attend = Callable[..., Any]
+TOKEN_AXES = ("batch", None, "tokens", None)  # of [B, F, n, M]
 
 
 def _heads(x: jax.Array, num_heads: int) -> jax.Array:
@@ -175,17 +177,28 @@ def block(
 
     with jax.named_scope("cross_attention"):
         ca, y = p["cross_attn"], layer_norm(x, eps, p["norm3"])
-        q = rms_norm(linear(ca["q"], y, dtype), ca["norm_q"]["scale"], eps)
-        q = rearrange(q, "b f n (N D) -> b (f n) N D", N=config.num_heads)
+        q = _heads(rms_norm(linear(ca["q"], y, dtype), ca["norm_q"]["scale"], eps), config.num_heads)
         k, v = text if isinstance(text, tuple) else cross_keys_values(ca, text, config)
         # All text slots are attended, padding included: that is what the published weights were trained with.
-        out = attention.dense(q, k, v, dtype=dtype, backend=config.attention)
-        x = x + linear(ca["o"], rearrange(out, "b t N D -> b t (N D)"), dtype).reshape(x.shape)
+        out = attention.attend_text(q, k, v, dtype=dtype, backend=config.attention, rules=config.rules)
+        x = x + linear(ca["o"], rearrange(out, "b f n N D -> b f n (N D)"), dtype)
 
     with jax.named_scope("ffn"):
         y = modulate(layer_norm(x, eps), shift_ffn, scale_ffn)
         x = x + mlp(p["ffn"], y, gelu_tanh, dtype) * gate_ffn[:, :, None]
-    return x, layer_cache
+    return partition.constrain(x, TOKEN_AXES, config.rules), layer_cache
+
+
+def gather(p: Params, layer_spec: Any, config: TransformerConfig) -> Params:
+    """The parameters of one layer, whole along ``embed`` on every device: FSDP's all-gather, one layer at a time."""
+    if not partition.mesh_shape():
+        return p
+
+    def whole(leaf: ParamSpec, value: jax.Array) -> jax.Array:
+        axes = [None if axis == "embed" else axis for axis in leaf.axes]
+        return partition.constrain(value, axes, config.rules)
+
+    return jax.tree.map(whole, layer_spec, p, is_leaf=lambda x: isinstance(x, ParamSpec))
 
 
 class _Layer(nn.Module):
@@ -196,7 +209,7 @@ class _Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, time, text, layer_inputs):
-        p = declare(self, _block_spec(self.config))
+        p = gather(declare(self, _block_spec(self.config)), _block_spec(self.config), self.config)
         text_layer, layer_cache = layer_inputs
         return block(p, x, time, text if text_layer is None else text_layer, layer_cache, self.attend, self.config)
 
@@ -210,13 +223,14 @@ class _Transformer(nn.Module):
     @nn.compact
     def __call__(self, x, timestep, text, text_cache, layer_caches, keep_frames: int):
         config, dtype = self.config, self.config.dtype
-        p = declare(self, _outer_spec(config))
+        p = gather(declare(self, _outer_spec(config)), _outer_spec(config), config)
 
         with jax.named_scope("embed"):
             _, patch_h, patch_w = config.patch_size
             rows, columns = x.shape[2] // patch_h, x.shape[3] // patch_w
             tokens = rearrange(x, "b f (r p) (c q) C -> b f (r c) (p q C)", p=patch_h, q=patch_w)
             tokens = linear(p["patch_embedding"], tokens, dtype)  # [B, F, n, M]
+            tokens = partition.constrain(tokens, TOKEN_AXES, config.rules)
             # Time embedding is a float32 island: bfloat16 would round timesteps near 1000 together.
             sinusoid = timestep_sinusoid(timestep, config.freq_dim)
             e = mlp(p["time_embedding"], sinusoid, nn.silu, "float32")  # [B, F, M]
@@ -273,6 +287,15 @@ def _grid(x: jax.Array, config: TransformerConfig) -> dict[str, Any]:
     }
 
 
+def _attend_plan(plan: attention.Plan, angle: jax.Array, config: TransformerConfig) -> Attend:
+    def attend(q, k, v, _):
+        q, k = rope.rotate(q, angle), rope.rotate(k, angle)
+        out = attention.attend(plan, q, k, v, dtype=config.dtype, backend=config.attention, rules=config.rules)
+        return out, None
+
+    return attend
+
+
 # ---- three readings -------------------------------------------------------------------------------------------------
 
 
@@ -282,10 +305,7 @@ def bidirectional(
     """Velocity ``[B, F, h, w, C]``; every token sees every token (teacher and fake score)."""
     angle = rope.angles(jnp.arange(x.shape[1]), **_grid(x, config))
 
-    def attend(q, k, v, _):
-        q, k = rope.rotate(q, angle), rope.rotate(k, angle)
-        return attention.bidirectional(q, k, v, dtype=config.dtype, backend=config.attention), None
-
+    attend = _attend_plan(attention.everything(x.shape[1]), angle, config)
     return _apply(params, config, attend, x, timestep, text)[0]
 
 
@@ -307,19 +327,21 @@ def block_causal(
     """
     frames = x.shape[1]
     positions = jnp.arange(frames)
-    kernel = attention.block_causal
+    plan = attention.block_causal(frames, causal)
     if clean is not None:
         x = jnp.concatenate([clean, x], axis=1)
         timestep = jnp.concatenate([jnp.full_like(timestep, clean_timestep), timestep], axis=1)
         positions = jnp.concatenate([positions, positions])
-        kernel = attention.teacher_forcing
-    angle = rope.angles(positions, **_grid(x, config))
-
-    def attend(q, k, v, _):
-        q, k = rope.rotate(q, angle), rope.rotate(k, angle)
-        return kernel(q, k, v, causal=causal, dtype=config.dtype, backend=config.attention), None
-
+        plan = attention.teacher_forcing(frames, causal)
+    attend = _attend_plan(plan, rope.angles(positions, **_grid(x, config)), config)
     return _apply(params, config, attend, x, timestep, text, keep_frames=frames)[0]
+
+
+def cache_spec(config: TransformerConfig, batch: int, mesh: Mesh) -> PartitionSpec:
+    """How the keys and values ``[L, B, S, n, N, D]`` of a :class:`KVCache` lie on ``mesh``: split by heads."""
+    axes = (None, "batch", None, None, "attention_heads", None)
+    sizes = {name: size for name, size in mesh.shape.items() if size > 1}
+    return partition.spec_for(axes, (1, batch, 1, 1, config.num_heads, 1), sizes, config.rules)
 
 
 def encode_text(params: Params, text: jax.Array, *, config: TransformerConfig) -> TextCache:
@@ -354,14 +376,18 @@ def cached(
     key_angle = rope.angles(read_positions(held, cache.position, frames, causal), **grid)
     mask = jnp.repeat(mask, query_angle.shape[1])  # [S n]
 
-    def attend(q, k, v, layer_cache):
+    def kernel(q, k, v, layer_cache, slots, mask, query_angle, key_angle):
         keys, values = (
             old.at[:, slots].set(new.astype(old.dtype)) for old, new in zip(layer_cache, (k, v), strict=True)
         )
         q, rotated = rope.rotate(q, query_angle), rope.rotate(keys, key_angle)
-        flat = [z.reshape(z.shape[0], -1, *z.shape[3:]) for z in (q, rotated, values)]
+        flat = [attention.flatten_frames(z) for z in (q, rotated, values)]
         out = attention.dense(*flat, dtype=config.dtype, backend=config.attention, mask=mask)
         return out.reshape(q.shape), (keys, values)
+
+    def attend(q, k, v, layer_cache):
+        whole = (slots, mask, query_angle, key_angle)
+        return attention.attend_cache(kernel, q, k, v, layer_cache, *whole, rules=config.rules)
 
     velocity, (k, v) = _apply(params, config, attend, x, timestep, None, text_cache, (cache.k, cache.v))
     return velocity, dataclasses.replace(cache, k=k, v=v, frame=held)

@@ -39,6 +39,7 @@ class Stage:
       ready: host batch -> what ``step`` takes (prompts become text rows here).
       sample: ``(state, folder, step) -> metrics``; writes pictures and videos to ``folder``.
       export: ``(state, path)``; writes the weights file.
+      context: what all of it runs in: the mesh.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Stage:
     ready: Callable[[dict[str, Any]], Any]
     sample: Callable[[Any, pathlib.Path, int], dict[str, float]]
     export: Callable[[Any, pathlib.Path], None]
+    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
 @contextlib.contextmanager
@@ -75,6 +77,11 @@ def train(stage: Stage, workdir: pathlib.Path) -> None:
     Ctrl-C or SIGTERM finishes the step under way, saves a checkpoint and raises KeyboardInterrupt; started again, the
     run goes on from there and ends with the parameters an uninterrupted run would have (bit for bit on CPU).
     """
+    with stage.context():
+        _train(stage, workdir)
+
+
+def _train(stage: Stage, workdir: pathlib.Path) -> None:
     folder = workdir / stage.name
     folder.mkdir(parents=True, exist_ok=True)
     config = stage.config

@@ -1,5 +1,8 @@
 """optax optimizers from configuration."""
 
+from collections.abc import Collection
+
+import jax
 import optax
 
 from causvid_jax.config import OptimizerConfig
@@ -17,3 +20,16 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
     )
+
+
+def frozen(optimizer: optax.GradientTransformation, groups: Collection[str]) -> optax.GradientTransformation:
+    """``optimizer`` that leaves the top-level ``groups`` of a parameter dict as they are, weight decay included.
+
+    Its state has the structure of ``optimizer``'s, so that a run can go on with part of its parameters frozen.
+    """
+
+    def update(gradient, state, params=None):
+        change, state = optimizer.update(gradient, state, params)
+        return {k: jax.tree.map(lambda x: 0 * x, v) if k in groups else v for k, v in change.items()}, state
+
+    return optax.GradientTransformation(optimizer.init, update)

@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from causvid_jax import video as files
-from causvid_jax.config import CausalConfig, Recipe, StageConfig, to_json
+from causvid_jax.config import Recipe, StageConfig, TransformerConfig, to_json
 from causvid_jax.data import arrays, moving_digits, pipeline
-from causvid_jax.diffusion import flow
-from causvid_jax.distill import cycle, ode_regression, rollout
+from causvid_jax.distill import cycle
 from causvid_jax.evaluation import samplers
 from causvid_jax.models import text, transformer, vae
+from causvid_jax.parallel import shardings
 from causvid_jax.streaming import stream
-from causvid_jax.training import samples
+from causvid_jax.training import samples, steps
 from causvid_jax.training.loop import Phase, Stage
-from causvid_jax.training.optimizers import make_optimizer
+from causvid_jax.training.optimizers import frozen, make_optimizer
 from causvid_jax.training.state import TrainState, init_state, make_step
 from causvid_jax.weights import stages as weight_files
 from causvid_jax.weights import store
@@ -51,9 +51,15 @@ def _phases(config: StageConfig, make: Callable[..., Any]) -> tuple[Phase, ...]:
     )
 
 
-def _load_network(recipe: Recipe, stage: str, workdir: pathlib.Path, config) -> Any:
+def _load_network(
+    recipe: Recipe, stage: str, workdir: pathlib.Path, config: TransformerConfig, place: shardings.Placement
+) -> Any:
+    """The weights that ``stage`` left, on the mesh."""
     path = weight_files.find(recipe.name, stage, workdir)
-    return jax.tree.map(jnp.asarray, weight_files.load_transformer(path, config, stage))
+    params = weight_files.load_transformer(path, config, stage)
+    if place.mesh is None:
+        return jax.tree.map(jnp.asarray, params)
+    return place.put(params, place.params(transformer.spec(config), config.rules))
 
 
 def with_vae(recipe: Recipe, workdir: pathlib.Path) -> tuple[Any, Recipe]:
@@ -69,12 +75,17 @@ def _text_rows(batch: dict[str, Any], recipe: Recipe) -> np.ndarray:
 # ---- vae ------------------------------------------------------------------------------------------------------------
 
 
-def vae_loss(params, batch, key, *, config, kl_weight: float):
+ENCODER = ("encoder", "conv1")  # what makes latents of pixels, among the VAE's parameters
+
+
+def vae_loss(params, batch, key, *, config, kl_weight: float, train_encoder: bool = True):
     """``mean d^2 + 0.1 mean |d| + kl_weight KL``: d the reconstruction error of a sampled latent, KL per element.
 
     The squared term leads: L1's optimum on frames that are mostly black is all black, and training sits there.
     """
     mean, logvar = vae.encode_moments(params, batch, config=config)
+    if not train_encoder:
+        mean, logvar = jax.lax.stop_gradient((mean, logvar))
     logvar = jnp.clip(logvar, -20.0, 10.0)
     latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
     output = vae.decode(params, vae.normalize(latents, config), config=config, clamp=False)
@@ -111,10 +122,15 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     """Train the VAE on pixel clips; exports it with the statistics of its latents."""
     config = recipe.train_vae
     optimizer = make_optimizer(config.optimizer, config.steps)
+    if not config.train_encoder:
+        optimizer = frozen(optimizer, ENCODER)
+    place = shardings.place(recipe.parallel, recipe.student.rules)
     sources = {
         split: moving_digits.source(workdir / "data", recipe.data, recipe.video, split) for split in ("train", "test")
     }
-    loss = functools.partial(vae_loss, config=recipe.vae, kl_weight=config.kl_weight)
+    loss = functools.partial(
+        vae_loss, config=recipe.vae, kl_weight=config.kl_weight, train_encoder=config.train_encoder
+    )
     reconstruct = jax.jit(
         lambda params, video: vae.decode(params, vae.encode(params, video, config=recipe.vae), config=recipe.vae)
     )
@@ -136,49 +152,40 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     return Stage(
         name="vae",
         config=config,
-        init=lambda: init_state(init_vae(jax.random.key(config.seed), recipe.vae), optimizer),
-        step=make_step(loss, optimizer, ema_decay=config.optimizer.ema_decay, seed=config.seed),
+        init=lambda: place.init(
+            lambda: init_state(init_vae(jax.random.key(config.seed), recipe.vae), optimizer), place.whole()
+        ),
+        # The VAE is small: every device holds it whole, the batch alone is split.
+        step=make_step(loss, optimizer, config, place.whole()),
         phases=_phases(config, functools.partial(pipeline.clip_batches, sources["train"], **pipeline.this_process())),
-        ready=lambda batch: batch["video"],
+        ready=lambda batch: place.batch(batch["video"]),
         sample=sample,
         export=export,
+        context=place.current,
     )
 
 
 # ---- teacher --------------------------------------------------------------------------------------------------------
 
 
-def teacher_loss(params, batch, key, *, recipe: Recipe):
-    """Flow matching: ``mean (v(x_t, t) - (noise - x0))^2``, t on the shifted grid, captions dropped at random."""
-    latents, rows = batch["latents"], batch["text"]
-    size, frames = latents.shape[:2]
-    u_key, noise_key, drop_key = jax.random.split(key, 3)
-    # Stratified: one u in each of B equal cells, which lowers the variance of the loss.
-    u = (jnp.arange(size) + jax.random.uniform(u_key, (size,))) / size
-    sigma = jnp.broadcast_to(flow.sigma_from_u(u, recipe.diffusion.shift)[:, None], (size, frames))
-    noise = jax.random.normal(noise_key, latents.shape)
-    keep = jax.random.uniform(drop_key, (size, 1, 1)) >= recipe.train_teacher.caption_dropout
-    x_t = flow.add_noise(latents, noise, sigma)
-    velocity = transformer.bidirectional(
-        params, x_t, flow.timestep_from_sigma(sigma), rows * keep, config=recipe.teacher
-    )
-    loss = jnp.mean((velocity - flow.velocity_from(latents, noise)) ** 2)
-    return loss, {"loss": loss}
-
-
 def _latent_source(workdir: pathlib.Path):
     return arrays.source(workdir / "data" / "latents")
 
 
-def _ready_latents(recipe: Recipe) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda batch: {"latents": batch["latents"], "text": _text_rows(batch, recipe)}
+def _ready_latents(recipe: Recipe, batch: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {"latents": batch["latents"], "text": _text_rows(batch, recipe)}
+
+
+def _start(step: steps.Step, place: shardings.Placement, *networks: Any) -> Any:
+    """The state that a stage begins with."""
+    return place.init(step.init, step.layout, *networks)
 
 
 def teacher_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     """Train the bidirectional teacher by flow matching on latents."""
     vae_params, recipe = with_vae(recipe, workdir)
-    config = recipe.train_teacher
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    config, place = recipe.train_teacher, shardings.place(recipe.parallel, recipe.teacher.rules)
+    step = steps.teacher_step(recipe, place)
     captions = samples.prompts(recipe, config.samples)
 
     def sample(state: TrainState, folder: pathlib.Path, step: int) -> dict[str, float]:
@@ -190,31 +197,20 @@ def teacher_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     return Stage(
         name="teacher",
         config=config,
-        init=lambda: init_state(transformer.init(jax.random.key(config.seed), recipe.teacher), optimizer),
-        step=make_step(
-            functools.partial(teacher_loss, recipe=recipe),
-            optimizer,
-            ema_decay=config.optimizer.ema_decay,
-            seed=config.seed,
-        ),
+        init=lambda: _start(step, place),
+        step=step.update,
         phases=_phases(
             config,
             functools.partial(pipeline.latent_batches, _latent_source(workdir), **pipeline.this_process()),
         ),
-        ready=_ready_latents(recipe),
+        ready=lambda batch: place.batch(_ready_latents(recipe, batch)),
         sample=sample,
         export=_export("teacher", recipe, lambda state: state.ema),
+        context=place.current,
     )
 
 
 # ---- init -----------------------------------------------------------------------------------------------------------
-
-
-def _student_velocity(recipe: Recipe):
-    def velocity(params, x, timestep, rows):
-        return transformer.block_causal(params, x, timestep, rows, config=recipe.student, causal=recipe.causal)
-
-    return velocity
 
 
 def _sample_student(recipe: Recipe, vae_params, captions, params_of: Callable[[Any], Any]):
@@ -234,30 +230,13 @@ def init_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     """ODE regression (paper, section 4.3): the causal student, started from the teacher's weights, learns to jump to
     the end of the teacher's trajectories."""
     vae_params, recipe = with_vae(recipe, workdir)
-    config = recipe.train_init
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    sizes = recipe.causal.block_sizes(recipe.video.latent_frames)
-    timesteps = flow.student_timesteps(recipe.diffusion)
-
-    def loss(params, batch, key):
-        return ode_regression.ode_regression_loss(
-            _student_velocity(recipe),
-            params,
-            jnp.moveaxis(batch["trajectory"], 1, 0),
-            batch["text"],
-            key,
-            timesteps=timesteps,
-            block_sizes=sizes,
-            include_clean=config.include_clean,
-            switch_fraction=config.switch_fraction,
-        )
+    config, place = recipe.train_init, shardings.place(recipe.parallel, recipe.student.rules)
+    step = steps.init_step(recipe, place)
+    source = arrays.source(workdir / "data" / "trajectories")
 
     def init() -> TrainState:
-        if recipe.student == recipe.teacher:
-            return init_state(_load_network(recipe, "teacher", workdir, recipe.teacher), optimizer)
-        return init_state(transformer.init(jax.random.key(config.seed), recipe.student), optimizer)
-
-    source = arrays.source(workdir / "data" / "trajectories")
+        start = [_load_network(recipe, "teacher", workdir, recipe.teacher, place)] if step.starts else []
+        return _start(step, place, *start)
 
     def batches(*, batch_size: int, frames: int, seed: int):
         return pipeline.trajectory_batches(source, batch_size=batch_size, seed=seed, **pipeline.this_process())
@@ -266,112 +245,30 @@ def init_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         name="init",
         config=config,
         init=init,
-        step=make_step(loss, optimizer, ema_decay=config.optimizer.ema_decay, seed=config.seed),
+        step=step.update,
         phases=_phases(config, batches),
-        ready=lambda batch: {"trajectory": batch["trajectory"], "text": _text_rows(batch, recipe)},
+        ready=lambda batch: place.batch({"trajectory": batch["trajectory"], "text": _text_rows(batch, recipe)}),
         sample=_sample_student(recipe, vae_params, samples.prompts(recipe, config.samples), lambda state: state.ema),
         export=_export("init", recipe, lambda state: state.ema),
+        context=place.current,
     )
 
 
 # ---- distill --------------------------------------------------------------------------------------------------------
 
 
-def _foreign_past(key: jax.Array, latents: jax.Array, causal: CausalConfig) -> jax.Array:
-    """For each clip of a batch a stretch, whole blocks, of the next clip's latents: as much as a window shows."""
-    k, frames = causal.frames_per_block, causal.past_frames()
-    start = k * jax.random.randint(key, (), 0, (latents.shape[1] - frames) // k + 1)
-    return jax.lax.dynamic_slice_in_dim(jnp.roll(latents, -1, axis=0), start, frames, axis=1)
-
-
-def student_rollout(recipe: Recipe) -> Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array | None]]:
-    """The rollout that ``train_distill.rollout`` names, as the DMD cycle takes it."""
-    config, student, causal = recipe.train_distill, recipe.student, recipe.causal
-    timesteps = flow.student_timesteps(recipe.diffusion)
-    frames = recipe.video.latent_frames
-    height, width = stream.latent_size(recipe)
-
-    def from_data(params, batch, key):
-        x0, timestep = rollout.data_rollout(
-            _student_velocity(recipe),
-            params,
-            batch["latents"],
-            batch["text"],
-            key,
-            timesteps=timesteps,
-            block_sizes=causal.block_sizes(frames),
-            include_clean=config.include_clean,
-        )
-        return x0, (timestep > 0).astype(jnp.float32) if config.include_clean else None
-
-    functions = rollout.StudentFunctions(
-        init_cache=lambda batch: transformer.init_cache(
-            student, causal, batch=batch, height=height, width=width, frames=frames
-        ),
-        cached=functools.partial(transformer.cached, config=student, causal=causal),
-        advance=transformer.advance,
-        encode_text=functools.partial(transformer.encode_text, config=student),
-    )
-
-    def from_self(params, batch, key):
-        shape = (len(batch["text"]), frames, height, width, recipe.vae.z_dim)
-        roll = functools.partial(
-            rollout.self_rollout, functions, params, batch["text"], shape=shape, timesteps=timesteps, causal=causal
-        )
-        if not config.switch_fraction:
-            return roll(key), None
-        key, switch_key, past_key = jax.random.split(key, 3)
-        switched = jax.random.uniform(switch_key) < config.switch_fraction
-        past = _foreign_past(past_key, batch["latents"], causal)
-        # The teacher knows clips that begin with the VAE's first latent frame, which holds one pixel frame; in the
-        # middle of a stream there is none, so the frame in its place is not judged.
-        mask = jnp.ones(shape[:2]).at[:, 0].set(1.0 - switched)
-        return roll(key, past=past, past_shown=switched), mask
-
-    return from_data if config.rollout == "data" else from_self
-
-
 def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     """DMD (paper, section 4.2): student and fake score in turns, both judged by the frozen teacher."""
     vae_params, recipe = with_vae(recipe, workdir)
-    config = recipe.train_distill
-    optimizers = {
-        "student_optimizer": make_optimizer(config.optimizer, config.steps),
-        "fake_optimizer": make_optimizer(config.critic_optimizer, config.steps * config.critic_updates),
-    }
-    teacher = _load_network(recipe, "teacher", workdir, recipe.teacher)
-    null_text = jnp.asarray(text.encode_prompts([""], recipe.text)[0])
-
-    def bidirectional(params, x, timestep, rows):
-        return transformer.bidirectional(params, x, timestep, rows, config=recipe.teacher)
-
-    def causal_teacher(params, x, timestep, rows):
-        return transformer.block_causal(params, x, timestep, rows, config=recipe.teacher, causal=recipe.causal)
-
-    functions = cycle.DistillFunctions(
-        rollout=student_rollout(recipe),
-        teacher=causal_teacher if config.teacher == "causal" else bidirectional,
-        fake=bidirectional,
-    )
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def update(state, teacher, batches):
-        return cycle.dmd_cycle(
-            state,
-            teacher,
-            batches,
-            null_text,
-            jax.random.key(config.seed),
-            functions=functions,
-            diffusion=recipe.diffusion,
-            distill=config,
-            **optimizers,
-        )
+    config, place = recipe.train_distill, shardings.place(recipe.parallel, recipe.student.rules)
+    step = steps.distill_step(recipe, place, jnp.asarray(text.encode_prompts([""], recipe.text)[0]))
+    teacher = _load_network(recipe, "teacher", workdir, recipe.teacher, place)
 
     def init() -> cycle.DistillState:
         start = "init" if config.init == "ode" else "teacher"
-        student = _load_network(recipe, start, workdir, recipe.student)
-        return cycle.init_state(student, jax.tree.map(jnp.copy, teacher), **optimizers)
+        student = _load_network(recipe, start, workdir, recipe.student, place)
+        # A donated state must not share the teacher's buffers.
+        return _start(step, place, student, jax.tree.map(jnp.copy, teacher))
 
     def batches(*, batch_size: int, frames: int, seed: int):
         # One batch for every fake-score update and one for the student, drawn together.
@@ -383,10 +280,9 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         )
 
     def ready(batch: dict[str, Any]) -> dict[str, np.ndarray]:
-        arrays_ = _ready_latents(recipe)(batch)
-        if config.rollout == "self" and not config.switch_fraction:
-            del arrays_["latents"]
-        return {k: v.reshape(config.critic_updates + 1, -1, *v.shape[1:]) for k, v in arrays_.items()}
+        given = _ready_latents(recipe, batch)
+        split = {k: given[k].reshape(config.critic_updates + 1, -1, *given[k].shape[1:]) for k in step.batch}
+        return place.batch(split, step.leading)
 
     def params_of(state: cycle.DistillState):
         return state.student_ema
@@ -395,11 +291,12 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         name="distill",
         config=config,
         init=init,
-        step=lambda state, batch: update(state, teacher, batch),
+        step=lambda state, batch: step.update(state, teacher, batch),
         phases=_phases(config, batches),
         ready=ready,
         sample=_sample_student(recipe, vae_params, samples.prompts(recipe, config.samples), params_of),
         export=_export("distill", recipe, params_of),
+        context=place.current,
     )
 
 

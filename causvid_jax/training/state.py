@@ -2,14 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
-# (params, batch, key) -> (loss, metrics)
-LossFn = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+from causvid_jax.config import ShardingRules, StageConfig
+from causvid_jax.distill.gradients import LossFn, accumulated_gradient
+from causvid_jax.parallel.shardings import Placement
 
 
 @jax.tree_util.register_dataclass
@@ -29,22 +30,33 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
     return TrainState(params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
+def state_shardings(placement: Placement, spec: Any, rules: ShardingRules, optimizer: Any) -> TrainState | None:
+    """Where a :class:`TrainState` of the parameters ``spec`` lies; None without a mesh."""
+    if placement.mesh is None:
+        return None
+    params, whole = placement.params(spec, rules), cast(Any, placement.whole())
+    return TrainState(params, params, placement.optimizer(optimizer, spec, params), whole)
+
+
 def make_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, *, ema_decay: float, seed: int
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, config: StageConfig, shardings: Any = None
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted, donating update ``(state, batch) -> (state, metrics)``.
 
-    Randomness is ``fold_in(key(seed), step)``, so a resumed run draws what an uninterrupted one would. The EMA's
+    Randomness is ``fold_in(key(config.seed), step)``, so a resumed run draws what an uninterrupted one would. The EMA's
     decay is ``min(ema_decay, (1 + step) / (10 + step))``: early averages must not remember the initialisation.
+    On a mesh the state stays where ``shardings`` (a tree of ``NamedSharding``, or one for all) put it.
     """
 
+    ema_decay = config.optimizer.ema_decay
+
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (_, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        gradient, metrics = accumulated_gradient(loss_fn, state.params, batch, key, config.accumulate)
         change, opt = optimizer.update(gradient, state.opt, state.params)
         params = optax.apply_updates(state.params, change)
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step)) if ema_decay else 0.0
         ema = jax.tree.map(lambda mean, new: decay * mean + (1.0 - decay) * new, state.ema, params)
         return TrainState(params, ema, opt, state.step + 1), metrics | {"gradient_norm": optax.global_norm(gradient)}
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))

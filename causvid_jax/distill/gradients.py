@@ -1,0 +1,45 @@
+"""Gradient accumulation: a batch in equal parts, one after another, at the memory of one part."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from causvid_jax.config import require
+
+# (params, batch, key) -> (loss, metrics)
+LossFn = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def accumulated_gradient(
+    loss_fn: LossFn, params: Any, batch: Any, key: jax.Array, parts: int = 1
+) -> tuple[Any, dict[str, jax.Array]]:
+    """``d mean(loss) / d params`` and the mean metrics over ``parts`` equal parts of ``batch``.
+
+    For a loss that is a mean over examples this is the gradient of the whole batch. Part i holds examples i, i + parts,
+    i + 2 parts, ...: on a mesh every device keeps its own examples. Each part has a key of its own.
+
+    Args:
+      loss_fn: ``(params, batch, key) -> (loss, metrics)``, metrics being scalars.
+      params: what the loss is differentiated by.
+      batch: a pytree of arrays ``[B, ...]``.
+      key: of this step; with one part it is handed on as it is.
+      parts: must divide B.
+    """
+    gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if parts == 1:
+        (_, metrics), gradient = gradient_fn(params, batch, key)
+        return gradient, metrics
+
+    def split(x: jax.Array) -> jax.Array:  # [B, ...] -> [parts, B / parts, ...]
+        require(x.shape[0] % parts == 0, f"a batch of {x.shape[0]} cannot be accumulated in {parts} equal parts")
+        return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+
+    def add(total, inputs):
+        (_, metrics), gradient = gradient_fn(params, *inputs)
+        return jax.tree.map(jnp.add, total, gradient), metrics
+
+    zero = jax.tree.map(jnp.zeros_like, params)
+    gradient, metrics = jax.lax.scan(add, zero, (jax.tree.map(split, batch), jax.random.split(key, parts)))
+    return jax.tree.map(lambda g: g / parts, gradient), {k: jnp.mean(v) for k, v in metrics.items()}

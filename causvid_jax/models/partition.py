@@ -1,0 +1,56 @@
+"""Where arrays lie on the mesh: logical axes to ``PartitionSpec`` by the rules, and constraints on activations.
+
+The mesh is the one that ``jax.set_mesh`` has made current. Without one nothing here does anything, and the program is
+the single-device one.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import PartitionSpec
+
+from causvid_jax.config import ShardingRules
+
+Axes = Sequence[str | None]
+
+
+def mesh_shape() -> dict[str, int]:
+    """Axis sizes of the current mesh, those of size 1 left out; empty without a mesh."""
+    return {name: size for name, size in jax.sharding.get_abstract_mesh().shape.items() if size > 1}
+
+
+def mesh_axes(axes: Axes, shape: Sequence[int], mesh: Mapping[str, int], rules: ShardingRules) -> list[tuple[str, ...]]:
+    """For each dimension of an array of ``shape`` with logical ``axes`` (None: whole), the mesh axes that split it.
+
+    A mesh axis is used once per array, by the first logical axis that asks for it, and only where it divides the
+    dimension: a bias of 3 stays whole. What must be divisible is checked when the mesh is made (``parallel.mesh``).
+    """
+    used: set[str] = set()
+    parts: list[tuple[str, ...]] = []
+    for axis, size in zip(axes, shape, strict=True):
+        chosen: list[str] = []
+        for name in getattr(rules, axis) if axis else ():
+            extent = math.prod(mesh[c] for c in chosen) * mesh.get(name, 1)
+            if mesh.get(name, 1) > 1 and name not in used and size % extent == 0:
+                chosen.append(name)
+        used.update(chosen)
+        parts.append(tuple(chosen))
+    return parts
+
+
+def platform() -> str:
+    """Of the current mesh's devices, which may be described only (ahead-of-time compilation); else of this process."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return device.platform if device is not None else jax.default_backend()
+
+
+def spec_for(axes: Axes, shape: Sequence[int], mesh: Mapping[str, int], rules: ShardingRules) -> PartitionSpec:
+    """:func:`mesh_axes` as a ``PartitionSpec``."""
+    return PartitionSpec(*(part or None for part in mesh_axes(axes, shape, mesh, rules)))
+
+
+def constrain(x: jax.Array, axes: Axes, rules: ShardingRules) -> jax.Array:
+    """``x``, kept on the current mesh as ``rules`` place ``axes``."""
+    mesh = mesh_shape()
+    return jax.lax.with_sharding_constraint(x, spec_for(axes, x.shape, mesh, rules)) if mesh else x

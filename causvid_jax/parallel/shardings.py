@@ -1,0 +1,102 @@
+"""Where every tree of a run lies on a mesh: all of it follows from the parameters' logical axes and the rules."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from causvid_jax.config import ParallelConfig, ShardingRules
+from causvid_jax.models import partition
+from causvid_jax.models.params import ParamSpec
+from causvid_jax.parallel.mesh import make_mesh
+
+
+def _sizes(mesh: Mesh) -> dict[str, int]:
+    return {name: size for name, size in mesh.shape.items() if size > 1}
+
+
+def param_shardings(spec: Any, mesh: Mesh, rules: ShardingRules) -> Any:
+    """The ``NamedSharding`` of every parameter of a :class:`ParamSpec` tree."""
+    sizes = _sizes(mesh)
+
+    def place(leaf: ParamSpec) -> NamedSharding:
+        return NamedSharding(mesh, partition.spec_for(leaf.axes, leaf.shape, sizes, rules))
+
+    return jax.tree.map(place, spec, is_leaf=lambda x: isinstance(x, ParamSpec))
+
+
+def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh) -> Any:
+    """The shardings of ``optimizer.init(params)``: moments lie as their parameters, the rest is whole.
+
+    ``params`` may be abstract; ``shardings`` is :func:`param_shardings` of it.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+    state = jax.eval_shape(optimizer.init, params)
+    return optax.tree_map_params(
+        optimizer, lambda _, sharding: sharding, state, shardings, transform_non_params=lambda _: whole
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Puts a stage's arrays on its mesh; with ``mesh = None`` (one device) everything stays as it is.
+
+    Attributes:
+      mesh: of the run.
+      rules: of the batch axis; a network's parameters follow the rules of its own configuration.
+    """
+
+    mesh: Mesh | None = None
+    rules: ShardingRules = ShardingRules()
+
+    def current(self) -> contextlib.AbstractContextManager:
+        """Makes the mesh the current one, which constraints and attention ask for."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def params(self, spec: Any, rules: ShardingRules) -> Any:
+        """Shardings of a network's parameters; None without a mesh."""
+        return None if self.mesh is None else param_shardings(spec, self.mesh, rules)
+
+    def optimizer(self, optimizer: optax.GradientTransformation, spec: Any, shardings: Any) -> Any:
+        """Shardings of an optimizer's state for the parameters ``spec``; None without a mesh."""
+        if self.mesh is None:
+            return None
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), spec, is_leaf=lambda x: isinstance(x, ParamSpec)
+        )
+        return optimizer_shardings(optimizer, shapes, shardings, self.mesh)
+
+    def whole(self) -> NamedSharding | None:
+        """A copy on every device."""
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+
+    def put(self, tree: Any, shardings: Any) -> Any:
+        """``tree`` laid out as ``shardings``; unchanged without a mesh."""
+        return tree if self.mesh is None else jax.device_put(tree, shardings)
+
+    def init(self, make: Callable[..., Any], shardings: Any, *args: Any) -> Any:
+        """``make(*args)`` computed straight into ``shardings``, so that no device ever holds the whole."""
+        return make(*args) if self.mesh is None else jax.jit(make, out_shardings=shardings)(*args)
+
+    def batch(self, tree: Any, leading: int = 0) -> Any:
+        """Host arrays ``[..., B, ...]``, the batch after ``leading`` axes, as global arrays split over the batch.
+
+        Every process gives its own examples, in the order of the processes.
+        """
+        if self.mesh is None:
+            return tree
+        axes = tuple(a for a in self.rules.batch if a in _sizes(self.mesh))
+        sharding = NamedSharding(self.mesh, PartitionSpec(*(None,) * leading, axes or None))
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+
+
+def place(config: ParallelConfig, rules: ShardingRules) -> Placement:
+    """The placement that ``config`` asks for, over all devices; one device needs no mesh."""
+    if (config.slices, config.data, config.fsdp, config.context, config.tensor) == (1, 1, 1, 1, 1):
+        return Placement(None, rules)
+    return Placement(make_mesh(config), rules)

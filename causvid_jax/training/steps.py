@@ -1,0 +1,269 @@
+"""What one training step of each transformer stage computes: jitted functions of arrays, made from a recipe alone.
+
+Nothing here reads a file, so the same step is trained (``training.stages``) and compiled ahead of time for machines
+that are not at hand (``parallel.aot``).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from causvid_jax.config import CausalConfig, Recipe
+from causvid_jax.diffusion import flow
+from causvid_jax.distill import cycle, ode_regression, rollout
+from causvid_jax.models import transformer, vae
+from causvid_jax.parallel.shardings import Placement
+from causvid_jax.training.optimizers import make_optimizer
+from causvid_jax.training.state import TrainState, init_state, make_step, state_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One stage's training step.
+
+    Attributes:
+      starts: parameter specs of the networks that ``init`` begins with; none: it draws fresh parameters.
+      init: ``(*starts) -> state``, traceable.
+      frozen: parameter specs of networks that are read and never changed.
+      update: jitted, donating the state: ``(state, *frozen, batch) -> (state, metrics)``.
+      layout: where the state lies on the mesh; None without one.
+      batch: shape and type of every array of a batch of ``B`` examples.
+      leading: axes of a batch's arrays before B.
+    """
+
+    starts: tuple[Any, ...]
+    init: Callable[..., Any]
+    frozen: tuple[Any, ...]
+    update: Callable[..., tuple[Any, dict[str, jax.Array]]]
+    layout: Any
+    batch: dict[str, jax.ShapeDtypeStruct]
+    leading: int = 0
+
+
+def latent_size(recipe: Recipe) -> tuple[int, int]:
+    """Height and width of the latent grid."""
+    factor = vae.space_factor(recipe.vae)
+    return recipe.video.height // factor, recipe.video.width // factor
+
+
+def _arrays(recipe: Recipe, size: int, **shapes: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    shapes["text"] = (recipe.text.length, recipe.text.dim)
+    return {name: jax.ShapeDtypeStruct((size, *shape), np.float32) for name, shape in shapes.items()}
+
+
+def _clip_shape(recipe: Recipe) -> tuple[int, ...]:
+    return (recipe.video.latent_frames, *latent_size(recipe), recipe.vae.z_dim)
+
+
+# ---- teacher --------------------------------------------------------------------------------------------------------
+
+
+def teacher_loss(params, batch, key, *, recipe: Recipe):
+    """Flow matching: ``mean (v(x_t, t) - (noise - x0))^2``, t on the shifted grid, captions dropped at random."""
+    latents, rows = batch["latents"], batch["text"]
+    size, frames = latents.shape[:2]
+    u_key, noise_key, drop_key = jax.random.split(key, 3)
+    # Stratified: one u in each of B equal cells, which lowers the variance of the loss.
+    u = (jnp.arange(size) + jax.random.uniform(u_key, (size,))) / size
+    sigma = jnp.broadcast_to(flow.sigma_from_u(u, recipe.diffusion.shift)[:, None], (size, frames))
+    noise = jax.random.normal(noise_key, latents.shape)
+    keep = jax.random.uniform(drop_key, (size, 1, 1)) >= recipe.train_teacher.caption_dropout
+    x_t = flow.add_noise(latents, noise, sigma)
+    velocity = transformer.bidirectional(
+        params, x_t, flow.timestep_from_sigma(sigma), rows * keep, config=recipe.teacher
+    )
+    loss = jnp.mean((velocity - flow.velocity_from(latents, noise)) ** 2)
+    return loss, {"loss": loss}
+
+
+def teacher_step(recipe: Recipe, place: Placement) -> Step:
+    """Flow matching of the bidirectional teacher on latents."""
+    config, spec = recipe.train_teacher, transformer.spec(recipe.teacher)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    layout = state_shardings(place, spec, recipe.teacher.rules, optimizer)
+    return Step(
+        starts=(),
+        init=lambda: init_state(transformer.init(jax.random.key(config.seed), recipe.teacher), optimizer),
+        frozen=(),
+        update=make_step(functools.partial(teacher_loss, recipe=recipe), optimizer, config, layout),
+        layout=layout,
+        batch=_arrays(recipe, config.batch_size, latents=_clip_shape(recipe)),
+    )
+
+
+# ---- init -----------------------------------------------------------------------------------------------------------
+
+
+def student_velocity(recipe: Recipe):
+    """The student's block-causal reading, ``(params, x, timestep, text) -> velocity``."""
+
+    def velocity(params, x, timestep, rows):
+        return transformer.block_causal(params, x, timestep, rows, config=recipe.student, causal=recipe.causal)
+
+    return velocity
+
+
+def init_step(recipe: Recipe, place: Placement) -> Step:
+    """ODE regression (paper, section 4.3) of the causal student, which starts from the teacher's weights if it is of
+    the teacher's size."""
+    config, spec = recipe.train_init, transformer.spec(recipe.student)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    layout = state_shardings(place, spec, recipe.student.rules, optimizer)
+    sizes = recipe.causal.block_sizes(recipe.video.latent_frames)
+    timesteps = flow.student_timesteps(recipe.diffusion)
+
+    def loss(params, batch, key):
+        return ode_regression.ode_regression_loss(
+            student_velocity(recipe),
+            params,
+            jnp.moveaxis(batch["trajectory"], 1, 0),
+            batch["text"],
+            key,
+            timesteps=timesteps,
+            block_sizes=sizes,
+            include_clean=config.include_clean,
+            switch_fraction=config.switch_fraction,
+        )
+
+    def init(*start) -> TrainState:
+        params = start[0] if start else transformer.init(jax.random.key(config.seed), recipe.student)
+        return init_state(params, optimizer)
+
+    return Step(
+        starts=(spec,) if recipe.student == recipe.teacher else (),
+        init=init,
+        frozen=(),
+        update=make_step(loss, optimizer, config, layout),
+        layout=layout,
+        batch=_arrays(recipe, config.batch_size, trajectory=(len(timesteps) + 1, *_clip_shape(recipe))),
+    )
+
+
+# ---- distill --------------------------------------------------------------------------------------------------------
+
+
+def _foreign_past(key: jax.Array, latents: jax.Array, causal: CausalConfig) -> jax.Array:
+    """For each clip of a batch a stretch, whole blocks, of the next clip's latents: as much as a window shows."""
+    k, frames = causal.frames_per_block, causal.past_frames()
+    start = k * jax.random.randint(key, (), 0, (latents.shape[1] - frames) // k + 1)
+    return jax.lax.dynamic_slice_in_dim(jnp.roll(latents, -1, axis=0), start, frames, axis=1)
+
+
+def student_rollout(recipe: Recipe) -> Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array | None]]:
+    """The rollout that ``train_distill.rollout`` names, as the DMD cycle takes it."""
+    config, student, causal = recipe.train_distill, recipe.student, recipe.causal
+    timesteps = flow.student_timesteps(recipe.diffusion)
+    frames, height, width, _ = _clip_shape(recipe)
+
+    def from_data(params, batch, key):
+        x0, timestep = rollout.data_rollout(
+            student_velocity(recipe),
+            params,
+            batch["latents"],
+            batch["text"],
+            key,
+            timesteps=timesteps,
+            block_sizes=causal.block_sizes(frames),
+            include_clean=config.include_clean,
+        )
+        return x0, (timestep > 0).astype(jnp.float32) if config.include_clean else None
+
+    functions = rollout.StudentFunctions(
+        init_cache=lambda batch: transformer.init_cache(
+            student, causal, batch=batch, height=height, width=width, frames=frames
+        ),
+        cached=functools.partial(transformer.cached, config=student, causal=causal),
+        advance=transformer.advance,
+        encode_text=functools.partial(transformer.encode_text, config=student),
+    )
+
+    def from_self(params, batch, key):
+        shape = (len(batch["text"]), frames, height, width, recipe.vae.z_dim)
+        roll = functools.partial(
+            rollout.self_rollout, functions, params, batch["text"], shape=shape, timesteps=timesteps, causal=causal
+        )
+        if not config.switch_fraction:
+            return roll(key), None
+        key, switch_key, past_key = jax.random.split(key, 3)
+        switched = jax.random.uniform(switch_key) < config.switch_fraction
+        past = _foreign_past(past_key, batch["latents"], causal)
+        # The teacher knows clips that begin with the VAE's first latent frame, which holds one pixel frame; in the
+        # middle of a stream there is none, so the frame in its place is not judged.
+        mask = jnp.ones(shape[:2]).at[:, 0].set(1.0 - switched)
+        return roll(key, past=past, past_shown=switched), mask
+
+    return from_data if config.rollout == "data" else from_self
+
+
+def _distill_layout(recipe, place: Placement, student_optimizer, fake_optimizer) -> cycle.DistillState | None:
+    """Where a :class:`cycle.DistillState` lies; None without a mesh."""
+    if place.mesh is None:
+        return None
+    specs = transformer.spec(recipe.student), transformer.spec(recipe.teacher)
+    student, fake = place.params(specs[0], recipe.student.rules), place.params(specs[1], recipe.teacher.rules)
+    return cycle.DistillState(
+        student=student,
+        fake=fake,
+        student_ema=student,
+        student_opt=place.optimizer(student_optimizer, specs[0], student),
+        fake_opt=place.optimizer(fake_optimizer, specs[1], fake),
+        step=cast(Any, place.whole()),
+    )
+
+
+def distill_step(recipe: Recipe, place: Placement, null_text: Any) -> Step:
+    """DMD (paper, section 4.2): one cycle of fake-score updates and a student update, judged by the frozen teacher.
+
+    ``null_text [S, E]`` are the rows of the empty prompt.
+    """
+    config = recipe.train_distill
+    optimizers = {
+        "student_optimizer": make_optimizer(config.optimizer, config.steps),
+        "fake_optimizer": make_optimizer(config.critic_optimizer, config.steps * config.critic_updates),
+    }
+    layout = _distill_layout(recipe, place, **optimizers)
+
+    def bidirectional(params, x, timestep, rows):
+        return transformer.bidirectional(params, x, timestep, rows, config=recipe.teacher)
+
+    def causal_teacher(params, x, timestep, rows):
+        return transformer.block_causal(params, x, timestep, rows, config=recipe.teacher, causal=recipe.causal)
+
+    functions = cycle.DistillFunctions(
+        rollout=student_rollout(recipe),
+        teacher=causal_teacher if config.teacher == "causal" else bidirectional,
+        fake=bidirectional,
+    )
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=None if layout is None else (layout, None))
+    def update(state, teacher, batches):
+        return cycle.dmd_cycle(
+            state,
+            teacher,
+            batches,
+            null_text,
+            jax.random.key(config.seed),
+            functions=functions,
+            diffusion=recipe.diffusion,
+            distill=config,
+            **optimizers,
+        )
+
+    needs_latents = config.rollout == "data" or config.switch_fraction
+    arrays = _arrays(recipe, config.batch_size, **({"latents": _clip_shape(recipe)} if needs_latents else {}))
+    cycles = config.critic_updates + 1
+    teacher = transformer.spec(recipe.teacher)
+    return Step(
+        starts=(transformer.spec(recipe.student), teacher),
+        init=functools.partial(cycle.init_state, **optimizers),
+        frozen=(teacher,),
+        update=update,
+        layout=layout,
+        batch={k: jax.ShapeDtypeStruct((cycles, *v.shape), v.dtype) for k, v in arrays.items()},
+        leading=1,
+    )
