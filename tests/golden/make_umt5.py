@@ -1,13 +1,15 @@
 """Writes umt5.npz: transformers' UMT5EncoderModel with random weights. Needs the ``parity`` extra.
 
 ``python tests/golden/make_umt5.py`` writes the file; ``--check`` draws new weights and inputs and compares the JAX
-encoder with transformers there and then. The file holds inputs and outputs; :func:`random_weights` draws the weights
-again.
+encoder with transformers there and then, and the whole way from prompt to text rows with diffusers' Wan pipeline. The
+file holds inputs and outputs; :func:`random_weights` draws the weights again.
 """
 
 import argparse
 import pathlib
 import secrets
+import tempfile
+import types
 import zlib
 
 import numpy as np
@@ -18,6 +20,13 @@ SEED = 7
 SIZES = {"vocab_size": 61, "dim": 16, "ffn_dim": 28, "num_heads": 3, "head_dim": 7, "num_layers": 3}
 LENGTHS = (170, 41, 1)  # the first reaches beyond the largest told-apart distance, 128
 SHORT = (9, 24)
+PROMPTS = (
+    "A stylish woman walks down a Tokyo street filled with warm glowing neon.",
+    "  tabs\tand \n newlines,&nbsp;entities &amp;amp; mojibake: schÃ¶n ",
+    "",
+    "warm neon",
+    "word " * 60,
+)
 
 
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
@@ -93,8 +102,57 @@ def error_of(state: dict[str, np.ndarray], arrays: dict[str, np.ndarray], name: 
     return float(np.abs(rows[mask] - arrays[f"{name}_rows"]).max())
 
 
+def small_tokenizer(corpus: tuple[str, ...] = PROMPTS, vocab_size: int = 61) -> str:
+    """A Unigram ``tokenizer.json`` as google/umt5-xxl publishes one: <pad> is 0, </s> is 1 and ends every sequence."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size, special_tokens=["<pad>", "</s>", "<s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
+    # A file may carry settings of its own; the reader must not depend on them.
+    tokenizer.enable_truncation(7)
+    tokenizer.enable_padding(pad_id=3, pad_token="<unk>", length=11)
+    return tokenizer.to_str()
+
+
+def check_pipeline(seed: int) -> None:
+    """Prompt to text rows against the text half of diffusers' WanPipeline, at a length that truncates."""
+    from diffusers import WanPipeline
+    from diffusers.pipelines.wan import pipeline_wan
+    from transformers import PreTrainedTokenizerFast
+
+    from causvid_jax.config import UMT5Config
+    from causvid_jax.data import prompts
+    from causvid_jax.weights import umt5 as umt5_weights
+
+    length = 40
+    config = UMT5Config(**SIZES, dtype="float32")
+    model, state = build(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "tokenizer.json")
+        path.write_text(small_tokenizer(), encoding="utf-8")
+        tokenizer = prompts.load_tokenizer(path)
+        theirs = PreTrainedTokenizerFast(tokenizer_file=str(path), pad_token="<pad>", eos_token="</s>")
+        pipe = types.SimpleNamespace(tokenizer=theirs, text_encoder=model, _execution_device="cpu")
+        texts = [*PROMPTS, prompts.NEGATIVE_PROMPT]
+        assert [prompts.clean_prompt(t) for t in texts] == [pipeline_wan.prompt_clean(t) for t in texts]
+        want = WanPipeline._get_t5_prompt_embeds(pipe, list(texts), max_sequence_length=length).detach().numpy()
+        params = umt5_weights.from_published(state, config, "transformers")
+        got = prompts.encode_prompts(texts, tokenizer, params, config, length=length)
+    counts = [int(np.abs(rows).any(-1).sum()) for rows in want]
+    error = np.abs(got - want).max()
+    print(f"umt5, from prompts: max |jax - diffusers| = {error:.1e}, rows {counts} of {length} (seed {seed})")
+    assert got.shape == want.shape and error <= 1e-4
+
+
 def check(seed: int) -> None:
-    """Compare live: the encoder and the buckets."""
+    """Compare live: the encoder, the buckets, and prompts through diffusers' pipeline."""
     import jax
 
     from causvid_jax.config import UMT5Config
@@ -107,6 +165,7 @@ def check(seed: int) -> None:
         error, std = error_of(state, arrays, name), arrays[f"{name}_rows"].std()
         print(f"umt5, {name}: max |jax - transformers| = {error:.1e}, std {std:.2f} (seed {seed})")
         assert error <= 1e-4
+    check_pipeline(seed)
 
 
 if __name__ == "__main__":
