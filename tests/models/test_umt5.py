@@ -76,6 +76,14 @@ def test_published_size_has_the_published_parameter_count():
     assert (rows.shape, rows.dtype) == ((2, 512, 4096), jnp.float32)
 
 
+def test_compiled_code_holds_no_second_copy_of_the_weights():
+    config = UMT5Config(vocab_size=8, dim=64, ffn_dim=256, num_heads=2, head_dim=32, num_layers=24)
+    half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), umt5.abstract(config))
+    ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    memory = encode.lower(half, ids, ids, config=config).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.5 * memory.argument_size_in_bytes
+
+
 def test_init_has_the_abstract_shapes_and_layers_that_differ():
     fresh = umt5.init(jax.random.key(0), CONFIG)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), umt5.abstract(CONFIG))
