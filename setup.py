@@ -7,7 +7,8 @@ from setuptools import find_packages, setup
 HERE = pathlib.Path(__file__).parent
 
 PARITY = ["torch", "diffusers", "transformers", "safetensors"]
-DEV = ["pytest>=8", "pytest-xdist", "ruff>=0.12,<1", "mypy>=1.16", "chex"]
+TEXT = ["tokenizers>=0.21", "ftfy>=6.1"]
+DEV = ["pytest>=8", "pytest-xdist", "ruff>=0.12,<1", "mypy>=1.16", "chex", *TEXT]
 
 setup(
     name="causvid_jax",
@@ -47,6 +48,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
+        "text": TEXT,
         "parity": PARITY,
         "dev": DEV,
     },

@@ -80,6 +80,37 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class UMT5Config:
+    """The UMT5 encoder (``causvid_jax.models.umt5``); defaults are UMT5-XXL as Wan2.1 runs it.
+
+    ``num_buckets`` relative positions are told apart, half of them per direction, up to ``max_distance`` tokens;
+    ``dtype`` is the compute type of matmuls.
+    """
+
+    vocab_size: int = 256384
+    dim: int = 4096
+    ffn_dim: int = 10240
+    num_heads: int = 64
+    head_dim: int = 64
+    num_layers: int = 24
+    num_buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+    dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        require(
+            self.num_buckets >= 4 and self.num_buckets % 4 == 0,
+            f"umt5.num_buckets is {self.num_buckets}; it must be a positive multiple of 4",
+        )
+        require(
+            self.max_distance > self.num_buckets // 4,
+            f"umt5.max_distance is {self.max_distance}; it must exceed num_buckets / 4 = {self.num_buckets // 4}",
+        )
+        _check_dtype("umt5", self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class VAEConfig:
     """The Wan causal video VAE (``causvid_jax.models.vae``); defaults are the published Wan2.1 sizes.
 

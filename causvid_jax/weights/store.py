@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -97,7 +98,8 @@ def save_params(
     flat = {name: _store(name, value, kept) for name, value in flatten(params).items()}
     header = {**metadata, CHECKSUM: checksum(flat, metadata)}
     target = pathlib.Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # Hosts of a cluster may share the folder and the process number.
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -1,0 +1,179 @@
+"""The UMT5 encoder (arXiv 2304.09151) that turns prompts into the text rows Wan2.1 is conditioned on.
+
+A T5 encoder: pre-norm layers without biases, gated GELU, and positions told only by a bias on the attention scores that
+depends on the bucketed distance of two tokens; UMT5 has one such table per layer where T5 shares one. Scores are not
+scaled by ``1 / sqrt(D)``: the published weights carry that factor.
+
+Matmuls run in ``config.dtype``; norms, softmax, the bias and the residual stream are float32.
+"""
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from causvid_jax.config import UMT5Config
+from causvid_jax.models.layers import Params, gelu_tanh, matmul, rms_norm
+from causvid_jax.models.params import Init, ParamSpec, abstract_tree, init_tree, stack_spec
+
+# ---- parameters -----------------------------------------------------------------------------------------------------
+
+
+def _kernel(fan_in: int, fan_out: int, axes: tuple[str, str], init: Init) -> dict[str, ParamSpec]:
+    return {"kernel": ParamSpec((fan_in, fan_out), axes, init)}
+
+
+def _scale(dim: int) -> dict[str, ParamSpec]:
+    return {"scale": ParamSpec((dim,), ("embed",), nn.initializers.ones)}
+
+
+def _layer_spec(config: UMT5Config) -> dict[str, Any]:
+    """One layer. Inits are T5's: with them unscaled scores start at variance 1."""
+    dim, inner = config.dim, config.num_heads * config.head_dim
+    normal = nn.initializers.normal
+    into, out = ("embed", "heads"), ("heads", "embed")
+    return {
+        "norm1": _scale(dim),
+        "attn": {
+            "q": _kernel(dim, inner, into, normal((dim * config.head_dim) ** -0.5)),
+            "k": _kernel(dim, inner, into, normal(dim**-0.5)),
+            "v": _kernel(dim, inner, into, normal(dim**-0.5)),
+            "o": _kernel(inner, dim, out, normal(inner**-0.5)),
+        },
+        "relative_bias": ParamSpec((config.num_buckets, config.num_heads), (None, "heads"), normal(dim**-0.5)),
+        "norm2": _scale(dim),
+        "ffn": {
+            "gate": _kernel(dim, config.ffn_dim, ("embed", "mlp"), normal(dim**-0.5)),
+            "fc1": _kernel(dim, config.ffn_dim, ("embed", "mlp"), normal(dim**-0.5)),
+            "fc2": _kernel(config.ffn_dim, dim, ("mlp", "embed"), normal(config.ffn_dim**-0.5)),
+        },
+    }
+
+
+def spec(config: UMT5Config) -> dict[str, Any]:
+    """Shape, logical axes and initialiser of every parameter; layers are stacked on a leading axis under ``blocks``."""
+    return {
+        "token_embedding": ParamSpec((config.vocab_size, config.dim), (None, "embed"), nn.initializers.normal(1.0)),
+        "blocks": stack_spec(_layer_spec(config), config.num_layers),
+        "norm": _scale(config.dim),
+    }
+
+
+def init(key: jax.Array, config: UMT5Config) -> Params:
+    """Fresh float32 parameters."""
+    return init_tree(key, spec(config))
+
+
+def abstract(config: UMT5Config) -> Params:
+    """``jax.ShapeDtypeStruct`` of every parameter."""
+    return abstract_tree(spec(config))
+
+
+# ---- relative positions ---------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=8)
+def _thresholds(num_buckets: int, max_distance: int) -> tuple[int, ...]:
+    """The smallest distance of each logarithmic bucket of one direction but the first, ascending.
+
+    With E = num_buckets / 4 (and E logarithmic buckets), bucket j starts at ``E (max_distance / E)^(j / E)``. The
+    comparison is made in integers, so that no rounding of a logarithm moves a boundary.
+    """
+    exact = num_buckets // 4
+    starts = []
+    for j in range(1, exact):
+        power = exact ** (exact - j) * max_distance**j
+        distance = math.floor(exact * (max_distance / exact) ** (j / exact)) - 1
+        while distance**exact < power:
+            distance += 1
+        starts.append(distance)
+    return tuple(starts)
+
+
+def relative_buckets(relative: np.ndarray, config: UMT5Config) -> np.ndarray:
+    """The bucket of each relative position ``key - query`` (int array of any shape), in ``[0, num_buckets)``.
+
+    Half of the buckets are for keys after the query. In each half the distances below E = num_buckets / 4 have one
+    bucket each; the other E are logarithmic up to ``max_distance``, and the last one holds everything beyond.
+    """
+    half, exact = config.num_buckets // 2, config.num_buckets // 4
+    distance = np.abs(relative)
+    starts = np.array(_thresholds(config.num_buckets, config.max_distance), np.int64)
+    bucket = np.where(distance < exact, distance, exact + np.searchsorted(starts, distance, side="right"))
+    return (bucket + np.where(relative > 0, half, 0)).astype(np.int32)
+
+
+# ---- the encoder ----------------------------------------------------------------------------------------------------
+
+
+def attention(p: Params, bias: jax.Array, x: jax.Array, mask: jax.Array, config: UMT5Config) -> jax.Array:
+    """``softmax(q k^T + bias) v`` over the keys where ``mask [B, S]`` is true; ``bias [N, S, S]``, ``x [B, S, M]``."""
+    dtype = config.dtype
+    q, k, v = (
+        rearrange(matmul(x, p[name]["kernel"], dtype), "b s (N D) -> b s N D", N=config.num_heads).astype(dtype)
+        for name in ("q", "k", "v")
+    )
+    scores = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32) + bias
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
+    out = jnp.einsum("bnqk,bknd->bqnd", weights, v, preferred_element_type=jnp.float32)
+    return matmul(rearrange(out, "b s N D -> b s (N D)"), p["o"]["kernel"], dtype)
+
+
+def feed_forward(p: Params, x: jax.Array, dtype: str) -> jax.Array:
+    """``fc2(gelu(gate(x)) * fc1(x))``."""
+    hidden = gelu_tanh(matmul(x, p["gate"]["kernel"], dtype)) * matmul(x, p["fc1"]["kernel"], dtype)
+    return matmul(hidden, p["fc2"]["kernel"], dtype)
+
+
+def _layer_params(blocks: Params, index: jax.Array) -> Params:
+    """The parameters of one layer of the stack.
+
+    XLA's CPU backend takes a bfloat16 slice by way of float32 and would move that conversion of all layers out of the
+    loop: 19 GB at full size. The barrier ties it to the iteration, where it fuses with the slice.
+    """
+    if jax.default_backend() == "cpu":
+        blocks, index = jax.lax.optimization_barrier((blocks, index))
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), blocks)
+
+
+def encode(params: Params, ids: jax.Array, mask: jax.Array, *, config: UMT5Config) -> jax.Array:
+    """Text rows of token ids, zero where ``mask`` is false::
+
+        x = embedding[ids]
+        x += Attention(RMS(x)); x += FFN(RMS(x))   per layer
+        rows = RMS(x) * mask
+
+    A row depends neither on the padding after it nor on how long that is: encoding short prompts short is exact.
+
+    Args:
+        params: of :func:`spec`, of any floating type.
+        ids: int ``[B, S]``, each in ``[0, vocab_size)`` (an id outside is clamped: check before).
+        mask: bool or 0/1 ``[B, S]``, true for real tokens, of which each prompt has at least one (its ``</s>``).
+        config: sizes and compute type.
+
+    Returns:
+        float32 ``[B, S, M]``.
+    """
+    mask = mask.astype(bool)
+    positions = np.arange(ids.shape[1])
+    buckets = relative_buckets(positions[None, :] - positions[:, None], config)  # [query, key]
+
+    def layer(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+        p = _layer_params(params["blocks"], index)
+        with jax.named_scope("self_attention"):
+            bias = rearrange(p["relative_bias"].astype(jnp.float32)[buckets], "q k N -> N q k")
+            x = x + attention(p["attn"], bias, rms_norm(x, p["norm1"]["scale"], config.eps), mask, config)
+        with jax.named_scope("ffn"):
+            x = x + feed_forward(p["ffn"], rms_norm(x, p["norm2"]["scale"], config.eps), config.dtype)
+        return x, None
+
+    with jax.named_scope("embed"):
+        x = params["token_embedding"][ids].astype(jnp.float32)  # [B, S, M]
+    x, _ = jax.lax.scan(layer, x, jnp.arange(config.num_layers))
+    return jnp.where(mask[..., None], rms_norm(x, params["norm"]["scale"], config.eps), 0.0)
