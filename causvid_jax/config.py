@@ -204,8 +204,8 @@ class TransformerConfig:
         require(self.freq_dim % 2 == 0, f"transformer.freq_dim is {self.freq_dim}; it must be even")
         require(self.patch_size[0] == 1, f"transformer.patch_size is {self.patch_size}; its temporal size must be 1")
         require(
-            self.attention in ("xla", "cudnn"),
-            f"transformer.attention is {self.attention!r}; accepted: 'xla', 'cudnn'",
+            self.attention in ("auto", "xla", "cudnn", "splash"),
+            f"transformer.attention is {self.attention!r}; accepted: 'auto', 'xla', 'cudnn', 'splash'",
         )
         _check_dtype("transformer", self.dtype)
 
@@ -412,7 +412,9 @@ class DistillStageConfig(StageConfig):
     ``guidance`` is the g of ``r = r_uncond + g (r_cond - r_uncond)``; the published code writes it as ``1 + g``.
     ``teacher`` is ``"bidirectional"`` or ``"causal"``, ``init`` is ``"ode"`` or ``"teacher"`` (Tab. 4 of the paper).
     ``switch_fraction`` of the self rollouts go on from real latents of another prompt, as a stream does whose prompt
-    has just changed; it needs a window.
+    has just changed; it needs a window. ``first_block_weight`` is how much more a frame of a self rollout's first block
+    counts than one from the fourth block on (in between it falls linearly): it has no context to follow, and all that
+    comes later follows it.
     """
 
     rollout: str = "self"
@@ -425,9 +427,14 @@ class DistillStageConfig(StageConfig):
     score_timestep_max: float = 980.0
     include_clean: bool = True
     switch_fraction: float = 0.0
+    first_block_weight: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
+        require(
+            self.first_block_weight > 0,
+            f"train_distill.first_block_weight is {self.first_block_weight}; it must be positive",
+        )
         _check_fraction("train_distill.switch_fraction", self.switch_fraction)
         for name, accepted in (
             ("rollout", ("data", "self")),

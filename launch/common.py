@@ -19,6 +19,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from causvid_jax.config import ConfigError, Recipe, from_config_dict, require
+from causvid_jax.models import attention
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -180,7 +181,12 @@ def log_start(recipe: Recipe) -> None:
     for role in ("teacher", "student"):
         net = getattr(recipe, role)
         logging.info(
-            "%s: %d layers of width %d, %s attention, %s.", role, net.num_layers, net.dim, net.attention, net.dtype
+            "%s: %d layers of width %d, %s attention, %s.",
+            role,
+            net.num_layers,
+            net.dim,
+            attention.resolve(net.attention, net.dtype),
+            net.dtype,
         )
 
 

@@ -27,15 +27,29 @@ Range = tuple[int, int]  # half-open, in frames
 Plan = list[tuple[Range, list[Range]]]  # for each run of queries, in order, the keys they see
 
 
+def resolve(backend: str, dtype: str) -> str:
+    """The kernel that ``"auto"`` stands for: splash on TPU, cuDNN on GPU in bfloat16, else XLA's own."""
+    if backend != "auto":
+        return backend
+    platform = partition.platform()
+    if platform == "tpu":
+        return "splash"
+    return "cudnn" if platform in ("gpu", "cuda") and dtype == "bfloat16" else "xla"
+
+
 def dense(
     q: jax.Array, k: jax.Array, v: jax.Array, *, dtype: str, backend: str = "xla", mask: jax.Array | None = None
 ) -> jax.Array:
     """``softmax(q k^T / sqrt(D)) v`` over all keys, or over those where ``mask [S]`` (shared by all queries) is true.
 
-    ``q [B, T, N, D]``, ``k, v [B, S, N, D]``; returns float32 ``[B, T, N, D]``. ``backend`` is ``"xla"`` (any
-    device) or ``"cudnn"`` (``jax.nn.dot_product_attention``, bfloat16 on GPU).
+    ``q [B, T, N, D]``, ``k, v [B, S, N, D]``; returns float32 ``[B, T, N, D]``. ``backend`` is ``"xla"`` (any device;
+    holds all T x S scores), ``"cudnn"`` (``jax.nn.dot_product_attention``, bfloat16 on GPU), ``"splash"`` (TPU) or
+    ``"auto"`` (:func:`resolve`).
     """
     q, k, v = (x.astype(dtype) for x in (q, k, v))
+    backend = resolve(backend, dtype)
+    if backend == "splash":
+        return _splash(q, k, v, mask)
     if backend == "cudnn":
         full = None if mask is None else jnp.broadcast_to(mask, (1, 1, q.shape[1], k.shape[1]))
         return jax.nn.dot_product_attention(q, k, v, mask=full, implementation="cudnn").astype(jnp.float32)
@@ -44,6 +58,45 @@ def dense(
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1)
     return jnp.einsum("bnts,bsnd->btnd", weights.astype(dtype), v, preferred_element_type=jnp.float32)
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """:func:`dense` by JAX's splash kernel for TPU; interpreted, slowly, elsewhere.
+
+    The kernel takes lengths that its blocks divide and heads of whole 128 lanes. Everything is padded with zeros;
+    padded keys and masked ones get a segment of their own, which no query is in.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    (_, t, n, d), s = q.shape, k.shape[1]
+    block_q, block_kv = (min(512, -(-length // 128) * 128) for length in (t, s))
+    padded_t, padded_s = -(-t // block_q) * block_q, -(-s // block_kv) * block_kv
+
+    def ready(x: jax.Array, length: int) -> jax.Array:  # [B, T, N, D] -> [B, N, T', D']
+        x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, -d % 128)))
+        return jnp.swapaxes(x, 1, 2)
+
+    seen = jnp.ones((s,), jnp.int32) if mask is None else mask.astype(jnp.int32)
+    segments = splash.SegmentIds(q=jnp.ones((padded_t,), jnp.int32), kv=jnp.pad(seen, (0, padded_s - s)))
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.FullMask((padded_t, padded_s))] * n),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=splash.BlockSizes(
+            block_q=block_q,
+            block_kv=block_kv,
+            block_kv_compute=block_kv,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_kv,
+            block_kv_dkv_compute=block_kv,
+            use_fused_bwd_kernel=True,
+        ),
+        interpret=partition.platform() == "cpu",
+    )
+    scaled = ready(q * q.shape[-1] ** -0.5, padded_t)
+    out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(scaled, ready(k, padded_s), ready(v, padded_s), segments)
+    return jnp.swapaxes(out, 1, 2)[:, :t, :, :d].astype(jnp.float32)
 
 
 # ---- what a token sees ----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ that are not at hand (``parallel.aot``).
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -154,6 +154,12 @@ def _foreign_past(key: jax.Array, latents: jax.Array, causal: CausalConfig) -> j
     return jax.lax.dynamic_slice_in_dim(jnp.roll(latents, -1, axis=0), start, frames, axis=1)
 
 
+def early_weights(block_sizes: Sequence[int], first: float) -> np.ndarray:
+    """Weight of every frame, ``[F]``: ``first`` in the first block, 1 from the fourth on, linear in between."""
+    weights = 1.0 + (first - 1.0) * np.maximum(0.0, 1.0 - np.arange(len(block_sizes)) / 3.0)
+    return np.repeat(weights, block_sizes).astype(np.float32)
+
+
 def student_rollout(recipe: Recipe) -> Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array | None]]:
     """The rollout that ``train_distill.rollout`` names, as the DMD cycle takes it."""
     config, student, causal = recipe.train_distill, recipe.student, recipe.causal
@@ -187,15 +193,18 @@ def student_rollout(recipe: Recipe) -> Callable[[Any, Any, jax.Array], tuple[jax
         roll = functools.partial(
             rollout.self_rollout, functions, params, batch["text"], shape=shape, timesteps=timesteps, causal=causal
         )
+        weight = None
+        if config.first_block_weight != 1.0:
+            weight = jnp.broadcast_to(early_weights(causal.block_sizes(frames), config.first_block_weight), shape[:2])
         if not config.switch_fraction:
-            return roll(key), None
+            return roll(key), weight
         key, switch_key, past_key = jax.random.split(key, 3)
         switched = jax.random.uniform(switch_key) < config.switch_fraction
         past = _foreign_past(past_key, batch["latents"], causal)
         # The teacher knows clips that begin with the VAE's first latent frame, which holds one pixel frame; in the
         # middle of a stream there is none, so the frame in its place is not judged.
-        mask = jnp.ones(shape[:2]).at[:, 0].set(1.0 - switched)
-        return roll(key, past=past, past_shown=switched), mask
+        mask = jnp.ones(shape[:2]) if weight is None else weight
+        return roll(key, past=past, past_shown=switched), mask.at[:, 0].multiply(1.0 - switched)
 
     return from_data if config.rollout == "data" else from_self
 
