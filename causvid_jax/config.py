@@ -140,7 +140,11 @@ class TAEHVConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """One Wan DiT. Defaults are Wan2.1-T2V-1.3B; ``dtype`` is the compute type of matmuls (parameters are float32)."""
+    """One Wan DiT. Defaults are Wan2.1-T2V-1.3B; ``dtype`` is the compute type of matmuls (parameters are float32).
+
+    ``image_dim > 0`` adds the image branch of Wan2.1-I2V (``models.image_branch``): ``image_tokens`` rows of that
+    width are attended beside the text. The published one is ``image_dim=1280, in_channels=36``.
+    """
 
     dim: int = 1536
     ffn_dim: int = 8960
@@ -154,6 +158,8 @@ class TransformerConfig:
     freq_dim: int = 256
     eps: float = 1e-6
     rope_theta: float = 10000.0
+    image_dim: int = 0
+    image_tokens: int = 257
     dtype: str = "float32"
     attention: str = "xla"
     remat: bool = False
@@ -173,6 +179,11 @@ class TransformerConfig:
         require(
             self.attention in ("xla", "cudnn"),
             f"transformer.attention is {self.attention!r}; accepted: 'xla', 'cudnn'",
+        )
+        require(
+            self.image_dim >= 0 and self.image_tokens > 0,
+            f"transformer.image_dim is {self.image_dim} and image_tokens is {self.image_tokens}; accepted: at least 0 "
+            "(0: no image branch) and at least 1",
         )
         _check_dtype("transformer", self.dtype)
 
