@@ -171,8 +171,43 @@ class ShardingRules:
 
 
 @dataclasses.dataclass(frozen=True)
+class TAEHVConfig:
+    """The tiny video codec TAEHV (``causvid_jax.models.taehv``); defaults are the sizes of ``taew2_1`` for Wan2.1.
+
+    Every level halves (encoder) or doubles (decoder) height and width, and time where its flag says so;
+    ``decoder_dims`` are the widths in front of the levels and of the output convolution. ``blocks`` memory blocks
+    stand in each level.
+    """
+
+    z_dim: int = 16
+    encoder_dim: int = 64
+    decoder_dims: tuple[int, ...] = (256, 128, 64, 64)
+    blocks: int = 3
+    temporal_downsample: tuple[bool, ...] = (True, True, False)
+    temporal_upsample: tuple[bool, ...] = (False, True, True)
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        levels = len(self.temporal_upsample)
+        require(
+            len(self.temporal_downsample) == levels and sum(self.temporal_downsample) == sum(self.temporal_upsample),
+            f"taehv.temporal_downsample {self.temporal_downsample} and temporal_upsample {self.temporal_upsample} "
+            "undo different things; they must agree in length and in how often they are true",
+        )
+        require(
+            len(self.decoder_dims) == levels + 1,
+            f"taehv.decoder_dims has {len(self.decoder_dims)} entries; {levels} levels need {levels + 1}",
+        )
+        _check_dtype("taehv", self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """One Wan DiT. Defaults are Wan2.1-T2V-1.3B; ``dtype`` is the compute type of matmuls (parameters are float32)."""
+    """One Wan DiT. Defaults are Wan2.1-T2V-1.3B; ``dtype`` is the compute type of matmuls (parameters are float32).
+
+    ``image_dim > 0`` adds the image branch of Wan2.1-I2V (``models.image_branch``): ``image_tokens`` rows of that
+    width are attended beside the text. The published one is ``image_dim=1280, in_channels=36``.
+    """
 
     dim: int = 1536
     ffn_dim: int = 8960
@@ -186,6 +221,8 @@ class TransformerConfig:
     freq_dim: int = 256
     eps: float = 1e-6
     rope_theta: float = 10000.0
+    image_dim: int = 0
+    image_tokens: int = 257
     dtype: str = "float32"
     attention: str = "xla"
     remat: bool = False
@@ -206,6 +243,11 @@ class TransformerConfig:
         require(
             self.attention in ("auto", "xla", "cudnn", "splash"),
             f"transformer.attention is {self.attention!r}; accepted: 'auto', 'xla', 'cudnn', 'splash'",
+        )
+        require(
+            self.image_dim >= 0 and self.image_tokens > 0,
+            f"transformer.image_dim is {self.image_dim} and image_tokens is {self.image_tokens}; accepted: at least 0 "
+            "(0: no image branch) and at least 1",
         )
         _check_dtype("transformer", self.dtype)
 

@@ -27,10 +27,13 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TextCache:
-    """Cross-attention keys and values of one prompt, constant while the prompt is."""
+    """Cross-attention keys and values of one prompt (and image), constant while the prompt is. One layer's part of it
+    has no leading L."""
 
     k: jax.Array  # [L, B, text_length, N, D]
     v: jax.Array  # [L, B, text_length, N, D]
+    image_k: jax.Array | None = None  # [L, B, image_tokens, N, D]; None without an image branch
+    image_v: jax.Array | None = None  # [L, B, image_tokens, N, D]
 
 
 def init_cache(

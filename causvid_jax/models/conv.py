@@ -26,7 +26,7 @@ def conv2d(params: Params, x: jax.Array, *, stride: int = 1, padding: tuple[int,
     """A 2-D convolution of every frame.
 
     Args:
-        params: ``kernel`` [kh, kw, C, D] and ``bias`` [D].
+        params: ``kernel`` [kh, kw, C, D] and, unless the layer has none, ``bias`` [D].
         x: [B, T, H, W, C].
         stride: spatial stride.
         padding: zeros before and after each spatial axis.
@@ -34,13 +34,14 @@ def conv2d(params: Params, x: jax.Array, *, stride: int = 1, padding: tuple[int,
     Returns:
         [B, T, H', W', D] in the dtype of ``x``.
     """
-    return _frames_conv2d(x, params["kernel"].astype(x.dtype), stride, padding) + params["bias"].astype(x.dtype)
+    return _biased(params, _frames_conv2d(x, params["kernel"].astype(x.dtype), stride, padding))
 
 
 def pointwise(params: Params, x: jax.Array) -> jax.Array:
-    """A 1 x 1 x 1 convolution: ``kernel`` [1, 1, 1, C, D] or [1, 1, C, D] on x [..., C]."""
+    """A 1 x 1 x 1 convolution: ``kernel`` [1, 1, 1, C, D] or [1, 1, C, D] and, unless it has none, ``bias`` [D], on
+    x [..., C]."""
     kernel = params["kernel"].reshape(params["kernel"].shape[-2:])
-    return x @ kernel.astype(x.dtype) + params["bias"].astype(x.dtype)
+    return _biased(params, x @ kernel.astype(x.dtype))
 
 
 def causal_conv(
@@ -78,6 +79,10 @@ def temporal_conv(params: Params, x: jax.Array, *, stride: int = 1, method: str 
         taps = jnp.concatenate([x[:, tap : tap + span : stride] for tap in range(3)], axis=-1)
         y = _frames_conv2d(taps, rearrange(kernel, "t h w c d -> h w (t c) d"), 1, (pad, pad))
     return y + params["bias"].astype(x.dtype)
+
+
+def _biased(params: Params, y: jax.Array) -> jax.Array:
+    return y + params["bias"].astype(y.dtype) if "bias" in params else y
 
 
 def _frames_conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, int]) -> jax.Array:

@@ -84,6 +84,7 @@ def mlp(p: Params, x: jax.Array, activation: Any, dtype: str) -> jax.Array:
 
 
 gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
+gelu_exact = functools.partial(jax.nn.gelu, approximate=False)
 
 
 def timestep_sinusoid(timestep: jax.Array, dim: int) -> jax.Array:

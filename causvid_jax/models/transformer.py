@@ -7,11 +7,13 @@
 | :func:`cached` | its block and the KV cache | student in streaming and in its own rollout |
 
 All three predict the velocity ``noise - x0`` from noisy latents ``[B, F, h, w, C]``, a timestep per frame ``[B, F]`` in
-[0, 1000] and text rows ``[B, S, E]``. Linen declares the parameters and scans the layers; what a layer computes is the
-plain function :func:`block`.
+[0, 1000] and text rows ``[B, S, E]``. With an image branch (``config.image_dim``, Wan2.1-I2V) they read image rows
+``[B, image_tokens, image_dim]`` too, and x has the condition of ``models.image_branch`` in its channels. Linen
+declares the parameters and scans the layers; what a layer computes is the plain function :func:`block`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +23,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import Mesh, PartitionSpec
 
-from causvid_jax.config import CausalConfig, TransformerConfig
-from causvid_jax.models import attention, partition, rope
+from causvid_jax.config import CausalConfig, TransformerConfig, require
+from causvid_jax.models import attention, image_branch, partition, rope
 from causvid_jax.models.cache import (
     KVCache,
     TextCache,
@@ -74,6 +76,14 @@ def _attention_spec(dim: int) -> dict[str, Any]:
     }
 
 
+def _image_attention_spec(dim: int) -> dict[str, Any]:
+    return {
+        "k_img": linear_spec(dim, dim, ("embed", "heads")),
+        "v_img": linear_spec(dim, dim, ("embed", "heads")),
+        "norm_k_img": {"scale": ParamSpec((dim,), ("embed",), nn.initializers.ones)},
+    }
+
+
 def _block_spec(config: TransformerConfig) -> dict[str, Any]:
     dim = config.dim
     return {
@@ -83,7 +93,7 @@ def _block_spec(config: TransformerConfig) -> dict[str, Any]:
             "scale": ParamSpec((dim,), ("embed",), nn.initializers.ones),
             "bias": ParamSpec((dim,), ("embed",), nn.initializers.zeros),
         },
-        "cross_attn": _attention_spec(dim),
+        "cross_attn": _attention_spec(dim) | (_image_attention_spec(dim) if config.image_dim else {}),
         "ffn": {
             "fc1": linear_spec(dim, config.ffn_dim, ("embed", "mlp")),
             "fc2": linear_spec(config.ffn_dim, dim, ("mlp", "embed")),
@@ -110,6 +120,7 @@ def _outer_spec(config: TransformerConfig) -> dict[str, Any]:
             "modulation": ParamSpec((2, dim), (None, None), nn.initializers.normal(dim**-0.5)),
             "proj": linear_spec(dim, patch * config.out_channels, ("embed", None), nn.initializers.zeros),
         },
+        **({"image_embedding": image_branch.spec(config)} if config.image_dim else {}),
     }
 
 
@@ -132,24 +143,40 @@ def abstract(config: TransformerConfig) -> Params:
 
 Attend = Callable[..., Any]
 TOKEN_AXES = ("batch", None, "tokens", None)  # of [B, F, n, M]
+Context = tuple[jax.Array, jax.Array | None]  # embedded text [B, S, M] and image [B, I, M]
 
 
 def _heads(x: jax.Array, num_heads: int) -> jax.Array:
     return rearrange(x, "... (N D) -> ... N D", N=num_heads)
 
 
-def cross_keys_values(p: Params, context: jax.Array, config: TransformerConfig) -> tuple[jax.Array, jax.Array]:
-    """Keys (RMS-normalised over the full width) and values ``[B, S, N, D]`` of one layer from embedded text."""
-    k = rms_norm(linear(p["k"], context, config.dtype), p["norm_k"]["scale"], config.eps)
-    v = linear(p["v"], context, config.dtype)
-    return _heads(k, config.num_heads), _heads(v, config.num_heads)
+def embed_context(p: Params, text: jax.Array, image: jax.Array | None, config: TransformerConfig) -> Context:
+    """Text rows ``[B, S, E]`` and, with an image branch, image rows at the model width: ``[B, S, M]``, ``[B, I, M]``.
+
+    Zero text rows become a constant, not zero.
+    """
+    image_branch.check(image, config)
+    embedded = mlp(p["text_embedding"], text, gelu_tanh, config.dtype)
+    return embedded, None if image is None else image_branch.embed(p["image_embedding"], image, config)
+
+
+def cross_keys_values(p: Params, context: Context, config: TransformerConfig) -> TextCache:
+    """Keys (RMS-normalised over the full width) and values ``[B, S, N, D]`` of one layer from embedded context."""
+
+    def keys_values(x, suffix):
+        k = rms_norm(linear(p[f"k{suffix}"], x, config.dtype), p[f"norm_k{suffix}"]["scale"], config.eps)
+        v = linear(p[f"v{suffix}"], x, config.dtype)
+        return _heads(k, config.num_heads), _heads(v, config.num_heads)
+
+    text, image = context
+    return TextCache(*keys_values(text, ""), *(() if image is None else keys_values(image, "_img")))
 
 
 def block(
     p: Params,
     x: jax.Array,
     time: jax.Array,
-    text: jax.Array | tuple[jax.Array, jax.Array],
+    text: Context | TextCache,
     layer_cache: Any,
     attend: Attend,
     config: TransformerConfig,
@@ -160,7 +187,8 @@ def block(
         x += CrossAttention(LN_affine(x), text)
         x += m5 * FFN(LN(x) (1 + m4) + m3)
 
-    ``x [B, F, n, M]``; ``text`` is embedded text ``[B, S, M]`` or this layer's ready keys and values;
+    With an image branch, cross-attention is the sum of an attention to the text and one to the image, under one output
+    projection. ``x [B, F, n, M]``; ``text`` is the embedded context or this layer's ready keys and values;
     ``attend(q, k, v, layer_cache) -> (output, layer_cache)`` decides what a token sees.
     """
     dtype, eps = config.dtype, config.eps
@@ -178,9 +206,14 @@ def block(
     with jax.named_scope("cross_attention"):
         ca, y = p["cross_attn"], layer_norm(x, eps, p["norm3"])
         q = _heads(rms_norm(linear(ca["q"], y, dtype), ca["norm_q"]["scale"], eps), config.num_heads)
-        k, v = text if isinstance(text, tuple) else cross_keys_values(ca, text, config)
+        text = text if isinstance(text, TextCache) else cross_keys_values(ca, text, config)
         # All text slots are attended, padding included: that is what the published weights were trained with.
-        out = attention.attend_text(q, k, v, dtype=dtype, backend=config.attention, rules=config.rules)
+        attend_text = functools.partial(
+            attention.attend_text, q, dtype=dtype, backend=config.attention, rules=config.rules
+        )
+        out = attend_text(text.k, text.v)
+        if text.image_k is not None and text.image_v is not None:
+            out += attend_text(text.image_k, text.image_v)
         x = x + linear(ca["o"], rearrange(out, "b f n N D -> b f n (N D)"), dtype)
 
     with jax.named_scope("ffn"):
@@ -208,10 +241,10 @@ class _Layer(nn.Module):
     attend: Attend
 
     @nn.compact
-    def __call__(self, x, time, text, layer_inputs):
+    def __call__(self, x, time, context, layer_inputs):
         p = gather(declare(self, _block_spec(self.config)), _block_spec(self.config), self.config)
-        text_layer, layer_cache = layer_inputs
-        return block(p, x, time, text if text_layer is None else text_layer, layer_cache, self.attend, self.config)
+        text, layer_cache = layer_inputs
+        return block(p, x, time, context if text is None else text, layer_cache, self.attend, self.config)
 
 
 class _Transformer(nn.Module):
@@ -221,7 +254,7 @@ class _Transformer(nn.Module):
     attend: Attend
 
     @nn.compact
-    def __call__(self, x, timestep, text, text_cache, layer_caches, keep_frames: int):
+    def __call__(self, x, timestep, text, image, text_cache, layer_caches, keep_frames: int):
         config, dtype = self.config, self.config.dtype
         p = gather(declare(self, _outer_spec(config)), _outer_spec(config), config)
 
@@ -235,7 +268,7 @@ class _Transformer(nn.Module):
             sinusoid = timestep_sinusoid(timestep, config.freq_dim)
             e = mlp(p["time_embedding"], sinusoid, nn.silu, "float32")  # [B, F, M]
             time = rearrange(linear(p["time_projection"], nn.silu(e)), "b f (s M) -> b f s M", s=6)
-            context = None if text is None else embed_text(p["text_embedding"], text, config)
+            context = None if text is None else embed_context(p, text, image, config)
 
         layer = nn.remat(_Layer, prevent_cse=False) if config.remat else _Layer
         scanned = nn.scan(
@@ -246,9 +279,8 @@ class _Transformer(nn.Module):
             out_axes=0,
             length=config.num_layers,
         )
-        texts = None if text_cache is None else (text_cache.k, text_cache.v)
         layers = scanned(config, self.attend, name="blocks")
-        tokens, layer_caches = layers(tokens, time, context, (texts, layer_caches))
+        tokens, layer_caches = layers(tokens, time, context, (text_cache, layer_caches))
 
         with jax.named_scope("head"):
             tokens, e = tokens[:, -keep_frames:], e[:, -keep_frames:]
@@ -258,18 +290,20 @@ class _Transformer(nn.Module):
         return out, layer_caches
 
 
-def embed_text(p: Params, text: jax.Array, config: TransformerConfig) -> jax.Array:
-    """Text rows ``[B, S, E]`` to the model width ``[B, S, M]``; zero rows become a constant, not zero."""
-    return mlp(p, text, gelu_tanh, config.dtype)
-
-
-def _apply(params, config, attend, x, timestep, text, text_cache=None, layer_caches=None, keep_frames=None):
+def _apply(
+    params, config, attend, x, timestep, text, image=None, *, text_cache=None, layer_caches=None, keep_frames=None
+):
+    require(
+        x.shape[-1] == config.in_channels,
+        f"the input has {x.shape[-1]} channels; this transformer reads {config.in_channels}",
+    )
     module = _Transformer(config, attend)
     return module.apply(
         {"params": params},
         x,
         timestep,
         text,
+        image,
         text_cache,
         layer_caches,
         x.shape[1] if keep_frames is None else keep_frames,
@@ -300,13 +334,22 @@ def _attend_plan(plan: attention.Plan, angle: jax.Array, config: TransformerConf
 
 
 def bidirectional(
-    params: Params, x: jax.Array, timestep: jax.Array, text: jax.Array, *, config: TransformerConfig
+    params: Params,
+    x: jax.Array,
+    timestep: jax.Array,
+    text: jax.Array,
+    image: jax.Array | None = None,
+    *,
+    config: TransformerConfig,
 ) -> jax.Array:
-    """Velocity ``[B, F, h, w, C]``; every token sees every token (teacher and fake score)."""
+    """Velocity ``[B, F, h, w, C]``; every token sees every token (teacher and fake score).
+
+    ``image``: rows ``[B, image_tokens, image_dim]``, exactly where ``config`` has an image branch.
+    """
     angle = rope.angles(jnp.arange(x.shape[1]), **_grid(x, config))
 
     attend = _attend_plan(attention.everything(x.shape[1]), angle, config)
-    return _apply(params, config, attend, x, timestep, text)[0]
+    return _apply(params, config, attend, x, timestep, text, image)[0]
 
 
 def block_causal(
@@ -314,6 +357,7 @@ def block_causal(
     x: jax.Array,
     timestep: jax.Array,
     text: jax.Array,
+    image: jax.Array | None = None,
     *,
     config: TransformerConfig,
     causal: CausalConfig,
@@ -324,6 +368,7 @@ def block_causal(
 
     ``timestep [B, F]`` is equal inside a block and free across blocks. With ``clean [B, F, h, w, C]`` (teacher
     forcing) a block sees itself and the *clean* copies of earlier blocks, which are told ``clean_timestep``.
+    ``image`` as in :func:`bidirectional`.
     """
     frames = x.shape[1]
     positions = jnp.arange(frames)
@@ -334,7 +379,7 @@ def block_causal(
         positions = jnp.concatenate([positions, positions])
         plan = attention.teacher_forcing(frames, causal)
     attend = _attend_plan(plan, rope.angles(positions, **_grid(x, config)), config)
-    return _apply(params, config, attend, x, timestep, text, keep_frames=frames)[0]
+    return _apply(params, config, attend, x, timestep, text, image, keep_frames=frames)[0]
 
 
 def cache_spec(config: TransformerConfig, batch: int, mesh: Mesh) -> PartitionSpec:
@@ -344,11 +389,15 @@ def cache_spec(config: TransformerConfig, batch: int, mesh: Mesh) -> PartitionSp
     return partition.spec_for(axes, (1, batch, 1, 1, config.num_heads, 1), sizes, config.rules)
 
 
-def encode_text(params: Params, text: jax.Array, *, config: TransformerConfig) -> TextCache:
-    """Cross-attention keys and values of every layer for text rows ``[B, S, E]``: once per prompt, not per pass."""
-    context = embed_text(params["text_embedding"], text, config)
-    k, v = jax.lax.map(lambda p: cross_keys_values(p, context, config), params["blocks"]["cross_attn"])
-    return TextCache(k=k, v=v)
+def encode_text(
+    params: Params, text: jax.Array, image: jax.Array | None = None, *, config: TransformerConfig
+) -> TextCache:
+    """Cross-attention keys and values of every layer for text rows ``[B, S, E]``: once per prompt, not per pass.
+
+    ``image`` as in :func:`bidirectional`; its keys and values are part of the cache.
+    """
+    context = embed_context(params, text, image, config)
+    return jax.lax.map(lambda p: cross_keys_values(p, context, config), params["blocks"]["cross_attn"])
 
 
 def cached(
@@ -389,5 +438,8 @@ def cached(
         whole = (slots, mask, query_angle, key_angle)
         return attention.attend_cache(kernel, q, k, v, layer_cache, *whole, rules=config.rules)
 
-    velocity, (k, v) = _apply(params, config, attend, x, timestep, None, text_cache, (cache.k, cache.v))
+    layer_caches = (cache.k, cache.v)
+    velocity, (k, v) = _apply(
+        params, config, attend, x, timestep, None, text_cache=text_cache, layer_caches=layer_caches
+    )
     return velocity, dataclasses.replace(cache, k=k, v=v, frame=held)

@@ -3,7 +3,8 @@
 Two namings exist: the original one (``blocks.0.self_attn.q.weight``, as in Wan2.1, CausVid and Self-Forcing files)
 and diffusers' ``WanTransformer3DModel`` (``blocks.0.attn1.to_q.weight``), which also swaps norm2 and norm3. Both store
 linear weights as [out, in] and the patch embedding as a convolution [out, in, 1, ph, pw]; ours are [in, out], the
-layers stacked on a leading axis. A state is a dict of numpy arrays.
+layers stacked on a leading axis. The image branch of the image-to-video model is converted where the configuration has
+one. A state is a dict of numpy arrays.
 """
 
 from collections.abc import Mapping
@@ -28,6 +29,15 @@ _OUTER = {
     "time_projection": ("time_projection.1", "condition_embedder.time_proj"),
     "head/modulation": ("head.modulation", "scale_shift_table"),
     "head/proj": ("head.head", "proj_out"),
+    **{
+        f"image_embedding/{ours}": (f"img_emb.proj.{place}", f"condition_embedder.image_embedder.{theirs}")
+        for ours, place, theirs in (
+            ("norm1", 0, "norm1"),
+            ("fc1", 1, "ff.net.0.proj"),
+            ("fc2", 3, "ff.net.2"),
+            ("norm2", 4, "norm2"),
+        )
+    },
 }
 _LAYER = {
     "modulation": ("modulation", "scale_shift_table"),
@@ -46,7 +56,12 @@ _LAYER = {
             ("norm_k", "norm_k"),
         )
     },
+    "cross_attn/k_img": ("cross_attn.k_img", "attn2.add_k_proj"),
+    "cross_attn/v_img": ("cross_attn.v_img", "attn2.add_v_proj"),
+    "cross_attn/norm_k_img": ("cross_attn.norm_k_img", "attn2.norm_added_k"),
 }
+# diffusers files of the image-to-video model may hold a query norm that no network reads.
+_UNREAD = "attn2.norm_added_q.weight"
 _LEAF = {"kernel": ".weight", "bias": ".bias", "scale": ".weight"}
 NAMINGS = ("original", "diffusers")
 
@@ -102,6 +117,8 @@ def from_published(state: State, config: TransformerConfig, naming: str = "origi
         ConfigError: missing, unexpected or misshapen tensors, named.
     """
     expected = published_shapes(config, naming)
+    if naming == "diffusers" and config.image_dim:
+        state = {name: value for name, value in state.items() if not name.endswith(_UNREAD)}
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     misshapen = [name for name in expected.keys() & state.keys() if tuple(state[name].shape) != expected[name]]
     for problem, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", sorted(misshapen))):

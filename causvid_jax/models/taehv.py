@@ -1,0 +1,280 @@
+"""The tiny video codec TAEHV in its Wan2.1 form (``taew2_1``), at any width.
+
+A small convolutional stand-in for the Wan VAE (``causvid_jax.models.vae``), on the same latents and with the same
+functions, so that a stream can show its frames through either: 11 million parameters instead of 127 million, at some
+loss of detail. Time enters in three ways only:
+
+* a memory block reads a frame beside the one before it (zero before the first):
+  ``y[t] = relu(x[t] + f(x[t], x[t - 1]))``, f three convolutions;
+* pooling makes one frame of s, growing makes s frames of one, each by one matrix over the channels of all s.
+
+Video [B, T, H, W, 3] in [-1, 1] as everywhere in this package (the published network speaks [0, 1]); latents
+[B, F, H/8, W/8, C] as the diffusion transformer has them: normalised, nothing is scaled here.
+
+The decoder gives four frames for every latent. The first latent of a Wan video holds a single frame, so the first
+three frames of a video are surplus, as they are in ``vae.decode_chunk``. The encoder does not mirror that: latent i
+reads the video up to frame 4i + 3, and a last group that is not full is filled with copies of its last frame.
+
+Source: https://github.com/madebyollin/taehv (``causvid_jax.weights.taehv`` reads its files). Parameters are float32;
+``config.dtype`` is the compute type.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+
+from causvid_jax.config import TAEHVConfig, require
+from causvid_jax.models import conv
+from causvid_jax.models.params import ParamSpec, abstract_tree, init_tree
+
+Tree = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeCache:
+    """What a stream of decoded chunks remembers.
+
+    ``past``: by level and block, the last frame every memory block read, [B, 1, h, w, C]; zero before a video.
+    """
+
+    past: Tree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EncodeCache:
+    """What a stream of encoded chunks remembers; ``past`` as in :class:`DecodeCache`."""
+
+    past: Tree
+
+
+def time_factor(config: TAEHVConfig) -> int:
+    """Pixel frames per latent frame: 4 in ``taew2_1``."""
+    return 2 ** sum(config.temporal_upsample)
+
+
+def space_factor(config: TAEHVConfig) -> int:
+    """Pixels per latent position along height and width: 8 in ``taew2_1``."""
+    return 2 ** len(config.temporal_upsample)
+
+
+# ---- parameters -----------------------------------------------------------------------------------------------------
+
+
+def spec(config: TAEHVConfig) -> Tree:
+    """Shape and initialiser of every parameter: kernels [kh, kw, in, out], ``bias`` [out]; levels in order of use."""
+    width, dims = config.encoder_dim, config.decoder_dims
+    return {
+        "encoder": {
+            "conv_in": _conv_spec(3, 3, width),
+            "levels": {
+                str(i): {
+                    "pool": _conv_spec(1, _slots(in_time) * width, width, bias=False),
+                    "conv": _conv_spec(3, width, width, bias=False),
+                    "blocks": _blocks_spec(width, config.blocks),
+                }
+                for i, in_time in enumerate(config.temporal_downsample)
+            },
+            "conv_out": _conv_spec(3, width, config.z_dim),
+        },
+        "decoder": {
+            "conv_in": _conv_spec(3, config.z_dim, dims[0]),
+            "levels": {
+                str(i): {
+                    "blocks": _blocks_spec(dims[i], config.blocks),
+                    "grow": _conv_spec(1, dims[i], _slots(in_time) * dims[i], bias=False),
+                    "conv": _conv_spec(3, dims[i], dims[i + 1], bias=False),
+                }
+                for i, in_time in enumerate(config.temporal_upsample)
+            },
+            "conv_out": _conv_spec(3, dims[-1], 3),
+        },
+    }
+
+
+def init(key: jax.Array, config: TAEHVConfig) -> Tree:
+    """Fresh parameters: kernels of variance 2 / fan_in, which a ReLU network keeps its scale with; biases zero."""
+    return init_tree(key, spec(config))
+
+
+def abstract(config: TAEHVConfig) -> Tree:
+    """``jax.ShapeDtypeStruct`` of every parameter."""
+    return abstract_tree(spec(config))
+
+
+def _slots(in_time: bool) -> int:
+    return 2 if in_time else 1
+
+
+def _conv_spec(size: int, inputs: int, outputs: int, *, bias: bool = True) -> Tree:
+    kernel = ParamSpec((size, size, inputs, outputs), (None, None, None, None), nn.initializers.he_normal())
+    return {"kernel": kernel} | ({"bias": ParamSpec((outputs,), (None,), nn.initializers.zeros)} if bias else {})
+
+
+def _blocks_spec(width: int, count: int) -> Tree:
+    def block():
+        return {
+            "conv1": _conv_spec(3, 2 * width, width),
+            "conv2": _conv_spec(3, width, width),
+            "conv3": _conv_spec(3, width, width),
+        }
+
+    return {str(i): block() for i in range(count)}
+
+
+# ---- encoding -------------------------------------------------------------------------------------------------------
+
+
+def encode(params: Tree, video: jax.Array, *, config: TAEHVConfig) -> jax.Array:
+    """Latents of a whole video: [B, T, H, W, 3] in [-1, 1] -> [B, ceil(T / 4), h, w, C] float32.
+
+    A Wan video of 1 + 4n frames has 1 + n latents, as with the large VAE. Copies of the last frame fill the last
+    group, as published.
+    """
+    missing = -video.shape[1] % time_factor(config)
+    video = jnp.concatenate([video, repeat(video[:, -1:], "b 1 h w c -> b t h w c", t=missing)], axis=1)
+    _check_video(video, config)
+    return _encoder(params, video, {}, config=config)[0]
+
+
+def init_encode_cache(config: TAEHVConfig, *, batch: int, height: int, width: int) -> EncodeCache:
+    """The cache before the first chunk of a video of ``height`` x ``width`` pixels."""
+    video = jax.ShapeDtypeStruct((batch, time_factor(config), height, width, 3), jnp.float32)
+    _check_video(video, config)
+    return EncodeCache(past=_zero_past(_encoder, video, config))
+
+
+def encode_chunk(
+    params: Tree, frames: jax.Array, cache: EncodeCache, *, config: TAEHVConfig
+) -> tuple[jax.Array, EncodeCache]:
+    """Latents of the next 4n frames of a video; chunk by chunk equal to :func:`encode` of the whole.
+
+    Unlike ``vae.encode_chunk`` the first chunk has 4n frames too: the first latent reads four.
+
+    Args:
+        params: parameters.
+        frames: [B, 4n, H, W, 3] in [-1, 1].
+        cache: from :func:`init_encode_cache` or the call before.
+        config: sizes.
+
+    Returns:
+        latents [B, n, h, w, C] float32 and the next cache.
+    """
+    _check_video(frames, config)
+    latents, past = _encoder(params, frames, cache.past, config=config)
+    return latents, EncodeCache(past=past)
+
+
+def _encoder(params: Tree, video: jax.Array, past: Tree, *, config: TAEHVConfig) -> tuple[jax.Array, Tree]:
+    net, new = params["encoder"], {}
+    x = (video.astype(jnp.float32) + 1) / 2
+    x = jax.nn.relu(conv.conv2d(net["conv_in"], x.astype(config.dtype)))
+    for i, in_time in enumerate(config.temporal_downsample):
+        level = net["levels"][str(i)]
+        x = conv.pointwise(level["pool"], rearrange(x, "b (t s) h w c -> b t h w (s c)", s=_slots(in_time)))
+        x = conv.conv2d(level["conv"], x, stride=2)
+        x, new[str(i)] = _memory_blocks(level["blocks"], x, past.get(str(i), {}))
+    return conv.conv2d(net["conv_out"], x).astype(jnp.float32), new
+
+
+# ---- decoding -------------------------------------------------------------------------------------------------------
+
+
+def decode(params: Tree, latents: jax.Array, *, config: TAEHVConfig, clamp: bool = True) -> jax.Array:
+    """Video of a whole clip's latents: [B, F, h, w, C] -> [B, 1 + 4 (F - 1), H, W, 3] float32, clamped to [-1, 1].
+
+    Training takes ``clamp=False``: a clamped pixel has no gradient.
+    """
+    _check_latents(latents, config)
+    video = _decoder(params, latents, {}, config=config)[0][:, time_factor(config) - 1 :]
+    return jnp.clip(video, -1, 1) if clamp else video
+
+
+def init_decode_cache(config: TAEHVConfig, *, batch: int, height: int, width: int) -> DecodeCache:
+    """The cache before the first chunk of a video whose latents are ``height`` x ``width``."""
+    latents = jax.ShapeDtypeStruct((batch, 1, height, width, config.z_dim), jnp.float32)
+    return DecodeCache(past=_zero_past(_decoder, latents, config))
+
+
+def decode_chunk(
+    params: Tree, latents: jax.Array, cache: DecodeCache, *, config: TAEHVConfig
+) -> tuple[jax.Array, DecodeCache]:
+    """The frames of the next latents of a video, in one static shape for the first chunk and all others.
+
+    The contract of ``vae.decode_chunk``: of the first chunk the caller drops the first three frames; what remains of
+    all chunks is :func:`decode` of the whole.
+
+    Args:
+        params: parameters.
+        latents: [B, K, h, w, C], normalised.
+        cache: from :func:`init_decode_cache` or the call before.
+        config: sizes.
+
+    Returns:
+        frames [B, 4K, H, W, 3] float32 in [-1, 1], and the next cache.
+    """
+    _check_latents(latents, config)
+    frames, past = _decoder(params, latents, cache.past, config=config)
+    return jnp.clip(frames, -1, 1), DecodeCache(past=past)
+
+
+def _decoder(params: Tree, latents: jax.Array, past: Tree, *, config: TAEHVConfig) -> tuple[jax.Array, Tree]:
+    net, new = params["decoder"], {}
+    x = 3 * jnp.tanh(latents.astype(jnp.float32) / 3)  # no latent leaves the range the network was trained on
+    x = jax.nn.relu(conv.conv2d(net["conv_in"], x.astype(config.dtype)))
+    for i, in_time in enumerate(config.temporal_upsample):
+        level = net["levels"][str(i)]
+        x, new[str(i)] = _memory_blocks(level["blocks"], x, past.get(str(i), {}))
+        # Published is upsample, then grow. Growing acts on single positions, so it may go first, on a quarter of them.
+        x = conv.pointwise(level["grow"], x)
+        x = rearrange(x, "b t h w (s c) -> b (t s) h w c", s=_slots(in_time))
+        x = conv.conv2d(level["conv"], repeat(x, "b t h w c -> b t (h y) (w x) c", y=2, x=2))
+    x = conv.conv2d(net["conv_out"], jax.nn.relu(x)).astype(jnp.float32)
+    return 2 * x - 1, new
+
+
+# ---- both -----------------------------------------------------------------------------------------------------------
+
+
+def _memory_blocks(params: Tree, x: jax.Array, past: Tree) -> tuple[jax.Array, Tree]:
+    """All memory blocks of a level, x [B, T, h, w, C]; ``past`` {} stands for zeros."""
+    new = {}
+    for i in map(str, range(len(params))):
+        before = past[i].astype(x.dtype) if i in past else jnp.zeros_like(x[:, :1])
+        new[i] = x[:, -1:]
+        y = jnp.concatenate([x, jnp.concatenate([before, x[:, :-1]], axis=1)], axis=-1)
+        y = jax.nn.relu(conv.conv2d(params[i]["conv1"], y))
+        y = jax.nn.relu(conv.conv2d(params[i]["conv2"], y))
+        x = jax.nn.relu(conv.conv2d(params[i]["conv3"], y) + x)
+    return x, new
+
+
+def _zero_past(network, inputs: jax.ShapeDtypeStruct, config: TAEHVConfig) -> Tree:
+    _, past = jax.eval_shape(lambda p, x: network(p, x, {}, config=config), abstract(config), inputs)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), past)
+
+
+def _check_video(video: jax.Array | jax.ShapeDtypeStruct, config: TAEHVConfig) -> None:
+    require(
+        len(video.shape) == 5 and video.shape[-1] == 3,
+        f"a video of shape {video.shape} cannot be encoded; accepted: [batch, frames, height, width, 3]",
+    )
+    frames, (height, width) = video.shape[1], video.shape[2:4]
+    time, space = time_factor(config), space_factor(config)
+    require(frames > 0 and frames % time == 0, f"{frames} frames cannot be encoded here; accepted: {time}n, n > 0")
+    require(
+        height % space == 0 and width % space == 0,
+        f"a video of {height} x {width} pixels cannot be encoded; height and width must be multiples of {space}",
+    )
+
+
+def _check_latents(latents: jax.Array, config: TAEHVConfig) -> None:
+    require(
+        latents.ndim == 5 and latents.shape[1] > 0 and latents.shape[-1] == config.z_dim,
+        f"latents of shape {latents.shape} cannot be decoded; accepted: [batch, frames, h, w, {config.z_dim}]",
+    )

@@ -1,0 +1,177 @@
+"""Image to video: parity with diffusers, the three readings with image rows, the condition channels."""
+
+import dataclasses
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from causvid_jax.config import CausalConfig, ConfigError, TransformerConfig
+from causvid_jax.models import image_branch, transformer
+from causvid_jax.weights import wan_transformer
+
+sys.path.append("tests/golden")
+import make_image_branch as golden
+
+PLAIN = TransformerConfig(
+    dim=40, ffn_dim=24, num_heads=2, num_layers=2, in_channels=8, out_channels=2, text_dim=10, text_length=6
+)
+CONFIG = dataclasses.replace(PLAIN, image_dim=12, image_tokens=5)
+CAUSAL = CausalConfig(2)
+I2V_14B = TransformerConfig(
+    dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_channels=36, out_channels=16, image_dim=1280
+)
+
+
+@functools.cache
+def params():
+    """Random in every parameter, the head and the modulation tables included."""
+    state = golden.random_weights(wan_transformer.published_shapes(CONFIG, "original"), 1)
+    return jax.tree.map(jnp.asarray, wan_transformer.from_published(state, CONFIG))
+
+
+@functools.cache
+def inputs():
+    """Two blocks of two frames, timesteps equal inside a block, text and image rows."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    return (
+        jax.random.normal(keys[0], (2, 4, 4, 4, CONFIG.in_channels)),
+        jnp.repeat(jax.random.uniform(keys[1], (2, 2), maxval=1000.0), 2, axis=1),
+        jax.random.normal(keys[2], (2, CONFIG.text_length, CONFIG.text_dim)),
+        jax.random.normal(keys[3], (2, CONFIG.image_tokens, CONFIG.image_dim)),
+    )
+
+
+block_causal = jax.jit(functools.partial(transformer.block_causal, config=CONFIG, causal=CAUSAL))
+bidirectional = jax.jit(functools.partial(transformer.bidirectional, config=CONFIG))
+
+
+def test_equals_diffusers():
+    arrays = dict(np.load(golden.GOLDEN))
+    config = TransformerConfig(**golden.SIZES)
+    state = golden.random_weights(wan_transformer.published_shapes(config, "diffusers"), golden.SEED)
+    assert 0.5 < arrays["velocity"].std() < 2
+    assert golden.error_of(state, arrays) <= 5e-5
+
+
+def test_i2v_14b_has_the_published_parameter_count():
+    made = jax.eval_shape(functools.partial(transformer.init, config=I2V_14B), jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(made)) == 16_394_878_784
+    assert jax.tree.map(lambda x: x.shape, made) == jax.tree.map(lambda x: x.shape, transformer.abstract(I2V_14B))
+
+
+@pytest.mark.parametrize("naming", wan_transformer.NAMINGS)
+def test_published_names_round_trip_bit_for_bit(naming):
+    state = wan_transformer.to_published(params(), CONFIG, naming)
+    jax.tree.map(np.testing.assert_array_equal, wan_transformer.from_published(state, CONFIG, naming), params())
+
+
+def test_published_names_and_shapes():
+    original, diffusers = (wan_transformer.published_shapes(I2V_14B, naming) for naming in wan_transformer.NAMINGS)
+    for first, second, shape in (
+        ("patch_embedding.weight", "patch_embedding.weight", (5120, 36, 1, 2, 2)),
+        ("img_emb.proj.0.weight", "condition_embedder.image_embedder.norm1.weight", (1280,)),
+        ("img_emb.proj.1.weight", "condition_embedder.image_embedder.ff.net.0.proj.weight", (1280, 1280)),
+        ("img_emb.proj.3.weight", "condition_embedder.image_embedder.ff.net.2.weight", (5120, 1280)),
+        ("img_emb.proj.4.bias", "condition_embedder.image_embedder.norm2.bias", (5120,)),
+        ("blocks.39.cross_attn.k_img.weight", "blocks.39.attn2.add_k_proj.weight", (5120, 5120)),
+        ("blocks.0.cross_attn.v_img.bias", "blocks.0.attn2.add_v_proj.bias", (5120,)),
+        ("blocks.0.cross_attn.norm_k_img.weight", "blocks.0.attn2.norm_added_k.weight", (5120,)),
+    ):
+        assert original[first] == diffusers[second] == shape, first
+    plain = wan_transformer.published_shapes(PLAIN, "original")
+    assert not [name for name in plain if "img" in name]
+
+
+def test_a_query_norm_that_nothing_reads_is_passed_over():
+    state = dict(wan_transformer.to_published(params(), CONFIG, "diffusers"))
+    state |= {f"blocks.{i}.attn2.norm_added_q.weight": np.ones(40, np.float32) for i in range(2)}
+    jax.tree.map(np.testing.assert_array_equal, wan_transformer.from_published(state, CONFIG, "diffusers"), params())
+
+
+def test_an_image_branch_with_zero_values_is_the_network_without_one():
+    plain = wan_transformer.published_shapes(PLAIN, "original")
+    state = dict(wan_transformer.to_published(params(), CONFIG))
+    without = wan_transformer.from_published({name: state[name] for name in plain}, PLAIN)
+    silent = jax.tree.map(lambda x: x, params())
+    silent["blocks"]["cross_attn"]["v_img"] = jax.tree.map(jnp.zeros_like, params()["blocks"]["cross_attn"]["v_img"])
+    x, t, text, image = inputs()
+    expected = jax.jit(functools.partial(transformer.bidirectional, config=PLAIN))(without, x, t, text)
+    np.testing.assert_allclose(bidirectional(silent, x, t, text, image), expected, atol=1e-6)
+    assert np.abs(bidirectional(params(), x, t, text, image) - expected).max() > 0.1
+
+
+def test_the_three_readings_agree():
+    x, t, text, image = inputs()
+    causal = block_causal(params(), x, t, text, image)
+    alone = bidirectional(params(), x[:, :2], t[:, :2], text, image)
+    np.testing.assert_allclose(causal[:, :2], alone, atol=1e-5)
+
+    prompt = jax.jit(functools.partial(transformer.encode_text, config=CONFIG))(params(), text, image)
+    assert prompt.image_k.shape == prompt.image_v.shape == (2, 2, CONFIG.image_tokens, 2, 20)
+    step = jax.jit(functools.partial(transformer.cached, config=CONFIG, causal=CAUSAL))
+    cache, parts = transformer.init_cache(CONFIG, CAUSAL, batch=2, height=4, width=4, frames=4), []
+    for start in (0, 2):
+        part = slice(start, start + 2)
+        velocity, cache = step(params(), x[:, part], t[:, part], prompt, cache)
+        cache = transformer.advance(cache, 2)
+        parts.append(velocity)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), causal, atol=1e-5)
+
+
+def test_teacher_forcing_sees_the_image_too():
+    """The first noisy block sees no clean one, so it is the first block of the plain reading."""
+    x, t, text, image = inputs()
+    forced = jax.jit(functools.partial(transformer.block_causal, config=CONFIG, causal=CAUSAL))(
+        params(), x, t, text, image, clean=x[::-1]
+    )
+    np.testing.assert_allclose(forced[:, :2], block_causal(params(), x, t, text, image)[:, :2], atol=1e-5)
+
+
+def test_the_condition_equals_diffusers():
+    assert golden.condition_errors(dict(np.load(golden.GOLDEN))) == [0.0, 0.0]
+
+
+def test_the_condition_channels():
+    latents = jax.random.normal(jax.random.key(0), (2, 3, 4, 6, 5))
+    made = image_branch.image_condition(latents, given=(0, 6))
+    assert made.shape == (2, 3, 4, 6, 9)
+    np.testing.assert_array_equal(made[..., 4:], latents)
+    # Latent frame 2 holds pixel frames 5, 6, 7, 8.
+    expected = np.array([[1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]], np.float32)
+    np.testing.assert_array_equal(made[..., :4], np.broadcast_to(expected[None, :, None, None], (2, 3, 4, 6, 4)))
+    assert image_branch.image_condition(latents)[..., :4].sum() == 2 * 4 * 4 * 6
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda x, t, text, image: transformer.bidirectional(params(), x, t, text, config=CONFIG),
+            "shape None do not fit .*accepted: \\[batch, 5, 12\\]",
+        ),
+        (
+            lambda x, t, text, image: transformer.encode_text(params(), text, image[:, :4], config=CONFIG),
+            "shape \\(2, 4, 12\\) do not fit .*accepted: \\[batch, 5, 12\\]",
+        ),
+        (
+            lambda x, t, text, image: transformer.bidirectional(params(), x, t, text, image, config=PLAIN),
+            "shape \\(2, 5, 12\\) .*accepted: none .*image_dim = 0",
+        ),
+        (
+            lambda x, t, text, image: transformer.bidirectional(params(), x[..., :2], t, text, image, config=CONFIG),
+            "has 2 channels; this transformer reads 8",
+        ),
+        (
+            lambda x, t, text, image: image_branch.image_condition(x, given=(0, 13)),
+            "\\(0, 13\\); a video of 4 latent frames has pixel frames 0 to 12",
+        ),
+        (lambda *_: TransformerConfig(image_dim=-1), "image_dim is -1"),
+    ],
+)
+def test_refusals(call, message):
+    with pytest.raises(ConfigError, match=message):
+        call(*inputs())
