@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from absl import flags
 
 from causvid_jax.config import ConfigError, require
-from causvid_jax.weights import convert, layouts, lora, pickles, sources
+from causvid_jax.weights import convert, files, layouts, lora, pickles, sources
 from launch import common
 
 _INPUT = flags.DEFINE_string("input", None, "The checkpoint: a file or a folder.")
@@ -112,7 +112,7 @@ class Progress:
         tenth = 10 * self._done // self._total
         if tenth > self._said:
             self._said = tenth
-            print(f"{10 * tenth:3d} %, {self._done / 1e9:.2f} GB", flush=True)
+            print(f"{10 * tenth:3d} %, {files.in_words(self._done)}", flush=True)
 
 
 def main() -> None:

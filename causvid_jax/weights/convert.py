@@ -66,8 +66,8 @@ class Plan:
         merged = "".join(f", plus {lora.strength:g} x {lora.path.name}" for lora in self.loras)
         return (
             f"{self.source.path}{chosen}{prefixes}: {self.match}; {self.match.parameters:,} parameters, "
-            f"{', '.join(types)}, {self.bytes_read / 1e9:.2f} GB -> {self.naming} names, {', '.join(into)}, "
-            f"{self.bytes_written / 1e9:.2f} GB{merged}; about {self.memory / 2**20:.0f} MiB of memory"
+            f"{', '.join(types)}, {files.in_words(self.bytes_read)} -> {self.naming} names, {', '.join(into)}, "
+            f"{files.in_words(self.bytes_written)}{merged}; about {self.memory / 2**20:.0f} MiB of memory"
         )
 
 
@@ -166,7 +166,7 @@ def run(
 def _check_space(target: pathlib.Path, needed: int) -> None:
     place = next((folder for folder in target.absolute().parents if folder.exists()), pathlib.Path("/"))
     free = shutil.disk_usage(place).free
-    require(free > needed, f"{target} needs {needed / 1e9:.2f} GB, but {place} has {free / 1e9:.2f} GB free")
+    require(free > needed, f"{target} needs {files.in_words(needed)}, but {place} has {files.in_words(free)} free")
 
 
 def _write_folder(one: Plan, folder: pathlib.Path, progress: Callable[[int], None], shard_bytes: int) -> None:

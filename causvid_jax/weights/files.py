@@ -230,6 +230,14 @@ def _raw(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
+def in_words(size: int) -> str:
+    """A number of bytes for people: 57.15 GB, 3.2 MB, 640 bytes."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size} bytes"
+
+
 def reason(error: BaseException) -> str:
     """An error in a few words on one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -183,7 +183,9 @@ _SIZES = {
 
 def _guess_transformer(shapes: Shapes, naming: str, described: Mapping[str, Any]) -> TransformerConfig:
     published = naming != "causvid_jax"
-    layers = _count_layers(shapes) if published else _vote(s[0] for n, s in shapes.items() if n.startswith(_BLOCKS))
+    layers = (
+        _count_layers(shapes) if published else _vote(s[0] for n, s in shapes.items() if s and n.startswith(_BLOCKS))
+    )
     sizes: dict[str, int] = {}
     for field, places in _SIZES.items():
         votes = []
