@@ -6,8 +6,10 @@ one parameter of one layer, in our orientation.
 """
 
 import dataclasses
+import functools
 import json
 import re
+import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -51,30 +53,37 @@ class Network:
     guess: Callable[[Shapes, str, Mapping[str, Any]], Any]
     stacked: str | None = None
 
-    def pieces(self, config: Config) -> dict[Piece, Shape]:
+    def pieces(self, config: Config) -> Mapping[Piece, Shape]:
         """Every piece and its shape in our orientation."""
-        found: dict[Piece, Shape] = {}
-        for path, leaf in store.flatten(self.abstract(config)).items():
-            if self.stacked and path.startswith(self.stacked):
-                found |= {Piece(path, layer): tuple(leaf.shape[1:]) for layer in range(leaf.shape[0])}
-            else:
-                found[Piece(path)] = tuple(leaf.shape)
-        return found
+        return _tables(self, config, NAMINGS[-1])[0]
 
-    def names(self, config: Config, naming: str) -> dict[Piece, str]:
+    def names(self, config: Config, naming: str) -> Mapping[Piece, str]:
         """The tensor that holds each piece."""
-        if naming == "causvid_jax":
-            return {piece: piece.path for piece in self.pieces(config)}
-        return {piece: self.name(piece, naming, config) for piece in self.pieces(config)}
+        return _tables(self, config, naming)[1]
 
-    def shapes(self, config: Config, naming: str) -> dict[str, Shape]:
+    def shapes(self, config: Config, naming: str) -> Mapping[str, Shape]:
         """Name and shape of every tensor of a checkpoint."""
-        if naming == "causvid_jax":
-            return {path: tuple(leaf.shape) for path, leaf in store.flatten(self.abstract(config)).items()}
-        return {
-            self.name(piece, naming, config): self.to_published(piece.path, _nothing(shape), config).shape
-            for piece, shape in self.pieces(config).items()
-        }
+        return _tables(self, config, naming)[2]
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(
+    network: Network, config: Config, naming: str
+) -> tuple[Mapping[Piece, Shape], Mapping[Piece, str], Mapping[str, Shape]]:
+    """Pieces with their shapes, their tensors' names, and those tensors' shapes; not to be changed."""
+    pieces: dict[Piece, Shape] = {}
+    names: dict[Piece, str] = {}
+    shapes: dict[str, Shape] = {}
+    for path, leaf in store.flatten(network.abstract(config)).items():
+        stacked = bool(network.stacked) and path.startswith(str(network.stacked))
+        inner = tuple(leaf.shape[1:] if stacked else leaf.shape)
+        ours = naming == "causvid_jax"
+        shape = tuple(leaf.shape) if ours else network.to_published(path, _nothing(inner), config).shape
+        for layer in range(leaf.shape[0]) if stacked else (None,):
+            piece = Piece(path, layer)
+            pieces[piece], names[piece] = inner, path if ours else network.name(piece, naming, config)
+            shapes[names[piece]] = shape
+    return tuple(map(types.MappingProxyType, (pieces, names, shapes)))  # type: ignore[return-value]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -136,10 +136,10 @@ def test_one_bad_tensor_is_outvoted():
 )
 def test_relatives_are_called_by_their_name(extra, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        layouts.detect(source_of(layouts.TRANSFORMER.shapes(SIZES["1.3B"], "original") | extra))
+        layouts.detect(source_of({**layouts.TRANSFORMER.shapes(SIZES["1.3B"], "original"), **extra}))
 
 
-def test_strangers():
+def test_strangers(tiny, tiny_vae):
     umt5 = {"token_embedding.weight": (256384, 4096), "blocks.0.pos_embedding.embedding.weight": (32, 64)}
     with pytest.raises(ConfigError, match="a umT5 text encoder, which this version does not convert"):
         layouts.detect(source_of(umt5))
@@ -148,7 +148,7 @@ def test_strangers():
     # Names that fit with shapes that make no sense must be an error of the same kind, and no crash.
     for shape in ((), (1,), (0, 0), (2, 3, 4, 5, 6, 7)):
         for naming in layouts.NAMINGS:
-            for network, config in ((layouts.TRANSFORMER, SIZES["1.3B"]), (layouts.VAE, VAEConfig())):
+            for network, config in ((layouts.TRANSFORMER, tiny), (layouts.VAE, tiny_vae)):
                 with pytest.raises(ConfigError, match="is no checkpoint that can be read"):
                     layouts.detect(source_of(dict.fromkeys(network.shapes(config, naming), shape)))
 
