@@ -1,0 +1,400 @@
+"""Conversions between every pair of layouts, bit for bit; straight into shardings; what a kill or a bad file leaves."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from causvid_jax.config import ConfigError
+from causvid_jax.models import vae
+from causvid_jax.weights import convert, files, layouts, sources, stages, store, wan_transformer, wan_vae
+from launch import convert as program
+
+ROOT = pathlib.Path(__file__).parents[2]
+PUBLISHED = ("original", "diffusers")
+
+
+def arrays(path):
+    out = {}
+    for name, tensor in sources.open_source(path).tensors.items():
+        with tensor.view() as view:
+            out[name] = np.array(view)
+    return out
+
+
+def assert_states(have, want):
+    assert have.keys() == want.keys()
+    for name, value in want.items():
+        assert have[name].dtype == value.dtype and have[name].shape == value.shape
+        np.testing.assert_array_equal(have[name].view(np.uint8), np.ascontiguousarray(value).view(np.uint8))
+
+
+def run(path, output, naming, **options):
+    plan = convert.plan(sources.open_source(path), naming, **options)
+    convert.run({"": plan}, output)
+    return plan
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("naming", PUBLISHED)
+def test_transformer_round_trips_are_bit_exact(tmp_path, save, tiny, params, half_params, naming, half):
+    tree = half_params if half else params
+    state = dict(wan_transformer.to_published(tree, tiny, naming))
+    plan = run(save(tmp_path / "in.safetensors", state), tmp_path / "ours.safetensors", "causvid_jax", num_heads=2)
+    assert (plan.match.naming, plan.match.config) == (naming, tiny)
+    loaded, metadata = store.load_params(tmp_path / "ours.safetensors", dtype=None)
+    jax.tree.map(np.testing.assert_array_equal, loaded, tree)
+    assert metadata["component"] == "transformer" and json.loads(metadata["network"])["num_heads"] == 2
+    for to in PUBLISHED:
+        run(tmp_path / "ours.safetensors", tmp_path / f"{to}.safetensors", to)
+        assert_states(arrays(tmp_path / f"{to}.safetensors"), dict(wan_transformer.to_published(tree, tiny, to)))
+    # Between published names without ours in the middle, heads from the file's own metadata.
+    run(tmp_path / "diffusers.safetensors", tmp_path / "back.safetensors", "original")
+    assert_states(arrays(tmp_path / "back.safetensors"), dict(wan_transformer.to_published(tree, tiny, "original")))
+    assert stages.load_transformer(tmp_path / "ours.safetensors", tiny, "teacher").keys() == tree.keys()
+
+
+@pytest.mark.parametrize("naming", PUBLISHED)
+def test_vae_round_trips_are_bit_exact_and_keep_the_statistics(tmp_path, tiny_vae, vae_params, vae_states, naming):
+    statistics = {"latent_mean": "[0.5, -1.0]", "latent_std": "[2.0, 3.0]"}
+    store.save_params(tmp_path / "ours.safetensors", vae_params, statistics)
+    run(tmp_path / "ours.safetensors", tmp_path / "out", naming)
+    assert_states(arrays(tmp_path / "out"), vae_states[naming])
+    run(tmp_path / "out", tmp_path / "back.safetensors", "causvid_jax")
+    loaded, coder = stages.load_vae(tmp_path / "back.safetensors", tiny_vae)
+    jax.tree.map(np.testing.assert_array_equal, loaded, vae_params)
+    assert (coder.latent_mean, coder.latent_std) == ((0.5, -1.0), (2.0, 3.0))
+
+
+def test_a_published_vae_brings_the_published_statistics(tmp_path, save):
+    config = layouts.VAEConfig(base_dim=4)
+    state = {n: np.zeros(shape, np.float32) for n, shape in layouts.VAE.shapes(config, "original").items()}
+    run(save(tmp_path / "Wan2.1_VAE.safetensors", state), tmp_path / "vae.safetensors", "causvid_jax")
+    _, coder = stages.load_vae(tmp_path / "vae.safetensors", config)
+    assert (coder.latent_mean, coder.latent_std) == (vae.WAN_LATENT_MEAN, vae.WAN_LATENT_STD)
+
+
+def test_storage_types(tmp_path, save, tiny, states):
+    path = save(tmp_path / "in.safetensors", states["original"])
+    for dtype, kind in (("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)):
+        run(path, tmp_path / "out.safetensors", "original", dtype=dtype, num_heads=2)
+        assert_states(arrays(tmp_path / "out.safetensors"), {n: v.astype(kind) for n, v in states["original"].items()})
+    loud = states["original"] | {"head.head.bias": np.full(16, 7e4, np.float32)}
+    save(path, loud)
+    with pytest.raises(ConfigError, match="parameter head.head.bias holds 70000, beyond the largest float16"):
+        run(path, tmp_path / "loud.safetensors", "original", dtype="float16", num_heads=2)
+    eight = {n: v.astype(ml_dtypes.float8_e4m3fn) for n, v in states["original"].items()}
+    save(path, eight)
+    with pytest.raises(ConfigError, match="is float8_e4m3fn; give --dtype, one of float32, float16, bfloat16"):
+        run(path, tmp_path / "x.safetensors", "causvid_jax", num_heads=2)
+    run(path, tmp_path / "out.safetensors", "original", dtype="bfloat16", num_heads=2)
+    assert_states(arrays(tmp_path / "out.safetensors"), {n: v.astype(ml_dtypes.bfloat16) for n, v in eight.items()})
+    mixed = states["original"] | {"blocks.1.norm3.bias": np.zeros(24, np.float16)}
+    save(path, mixed)
+    with pytest.raises(ConfigError, match="layers of blocks/norm3/bias are stored as float32 and float16"):
+        run(path, tmp_path / "x.safetensors", "causvid_jax", num_heads=2)
+    run(path, tmp_path / "diffusers.safetensors", "diffusers", num_heads=2)
+    assert arrays(tmp_path / "diffusers.safetensors")["blocks.1.norm2.bias"].dtype == np.float16
+    save(path, states["original"] | {"head.head.bias": np.zeros(16, np.int32)})
+    with pytest.raises(ConfigError, match="is int32; accepted: floating types"):
+        run(path, tmp_path / "x.safetensors", "original", dtype="float32", num_heads=2)
+
+
+@pytest.mark.parametrize("naming", PUBLISHED)
+def test_shards_with_an_index_and_a_config(tmp_path, save, tiny, states, naming):
+    path = save(tmp_path / "in.safetensors", states["original"])
+    plan = convert.plan(sources.open_source(path), naming, num_heads=2)
+    convert.run({"": plan}, tmp_path / "out", shard_bytes=40_000)
+    names = sorted(file.name for file in (tmp_path / "out").iterdir())
+    shards = [f"diffusion_pytorch_model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert names == ["config.json", *shards, "diffusion_pytorch_model.safetensors.index.json"]
+    index = json.loads((tmp_path / "out" / names[-1]).read_text())
+    assert index["metadata"]["total_size"] == sum(v.nbytes for v in states[naming].values())
+    assert all((tmp_path / "out" / name).stat().st_size < 45_000 for name in shards)
+    assert_states(arrays(tmp_path / "out"), states[naming])
+    # config.json tells what shapes cannot.
+    assert layouts.detect(sources.open_source(tmp_path / "out")).config == tiny
+    with pytest.raises(ConfigError, match="out exists and is not empty"):
+        convert.run({"": plan}, tmp_path / "out")
+
+
+def test_a_file_that_does_not_fit_writes_nothing(tmp_path, save, states):
+    state = {name: value for name, value in states["original"].items() if name != "blocks.1.ffn.2.bias"}
+    path = save(tmp_path / "in" / "bad.safetensors", state)
+    with pytest.raises(ConfigError, match="bad.safetensors is no checkpoint .* missing: blocks.1.ffn.2.bias"):
+        run(path, tmp_path / "out" / "x.safetensors", "causvid_jax", num_heads=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_file_of_ours_is_not_exported(tmp_path, params):
+    path = tmp_path / "ours.safetensors"
+    store.save_params(path, params, {})
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match="ours.safetensors is corrupt"):
+        run(path, tmp_path / "out.safetensors", "original", num_heads=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["ours.safetensors"]
+
+
+def test_a_full_disk_is_refused_before_it_is_full(tmp_path, save, states, monkeypatch):
+    path = save(tmp_path / "in.safetensors", states["original"])
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 1000}))
+    with pytest.raises(ConfigError, match=r"x.safetensors needs 109.41 kB, but .* has 1.00 kB free"):
+        run(path, tmp_path / "x.safetensors", "causvid_jax", num_heads=2)
+
+
+def test_a_conversion_killed_in_the_middle_leaves_no_half_checkpoint(tmp_path, save, states):
+    """kill -9 while the third tensor is written, into a file and into a folder; the next run cleans up and succeeds."""
+    path = save(tmp_path / "in.safetensors", states["original"])
+    script = textwrap.dedent(
+        """
+        import sys, time
+        from causvid_jax.weights import convert, sources
+
+        count = 0
+        def progress(size):
+            global count
+            count += 1
+            if count == 3:
+                print("middle", flush=True)
+                time.sleep(60)
+
+        plan = convert.plan(sources.open_source(sys.argv[1]), sys.argv[3], num_heads=2)
+        convert.run({"": plan}, sys.argv[2], progress)
+        """
+    )
+    for name, naming in (("out.safetensors", "causvid_jax"), ("folder", "diffusers")):
+        output = tmp_path / name
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, path, output, naming],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        try:
+            assert process.stdout.readline() == "middle\n"
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            process.stdout.close()
+        left = [p.name for p in tmp_path.iterdir() if p not in (path, tmp_path / "out.safetensors")]
+        assert not output.exists() and left == [f".{name}.{process.pid}.tmp"]
+        run(path, output, naming, num_heads=2)
+        assert output.exists() and not list(tmp_path.glob(".*"))
+
+
+# ---- straight into arrays -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+@pytest.mark.parametrize("naming", layouts.NAMINGS)
+def test_load_into_a_sharding(tmp_path, save, tiny, params, states, mesh, naming):
+    if naming == "causvid_jax":
+        store.save_params(tmp_path / "in.safetensors", params, {})
+    else:
+        save(tmp_path / "in.safetensors", states[naming])
+
+    def sharding(leaf):
+        # The last axis that four divides, and the first of those of two.
+        spec = [None] * len(leaf.shape)
+        for axis in reversed(range(len(leaf.shape))):
+            if leaf.shape[axis] % 4 == 0:
+                spec[axis] = "model"
+                break
+        for axis in range(len(leaf.shape)):
+            if spec[axis] is None and leaf.shape[axis] % 2 == 0:
+                spec[axis] = "data"
+                break
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    shardings = jax.tree.map(sharding, layouts.TRANSFORMER.abstract(tiny))
+    loaded = convert.load_published(tmp_path / "in.safetensors", tiny, shardings)
+
+    def compare(array, expected, sharding):
+        assert array.sharding == sharding and array.dtype == jnp.float32
+        np.testing.assert_array_equal(array, expected)
+
+    jax.tree.map(compare, loaded, params, shardings)
+    kernel = loaded["blocks"]["ffn"]["fc1"]["kernel"]
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 12, 10)}
+
+
+def test_load_reads_only_what_a_shard_needs_and_each_shard_once(tmp_path, save, tiny, states, mesh, monkeypatch):
+    path = save(tmp_path / "in.safetensors", states["original"])
+    source, made = sources.open_source(path), []
+    monkeypatch.setattr(
+        convert.jax, "device_put", lambda value, device, put=jax.device_put: made.append(value) or put(value, device)
+    )
+    sharding = NamedSharding(mesh, PartitionSpec())
+    convert.load_published(source, tiny, sharding)
+    assert len(made) == 8 * len(set(map(id, made)))
+    made.clear()
+    split = NamedSharding(mesh, PartitionSpec(None, None))
+    each = jax.tree.map(lambda _: split, layouts.TRANSFORMER.abstract(tiny))
+    each["blocks"]["ffn"]["fc1"]["kernel"] = NamedSharding(mesh, PartitionSpec(None, "data", "model"))
+    each = jax.tree.map(
+        lambda leaf, s: s if len(leaf.shape) >= 2 else sharding, layouts.TRANSFORMER.abstract(tiny), each
+    )
+    convert.load_published(source, tiny, each)
+    assert sum(value.shape == (3, 12, 10) for value in made) == 8
+
+
+def test_load_options_and_refusals(tmp_path, save, tiny, tiny_vae, states, vae_states, vae_params):
+    path = save(tmp_path / "in.safetensors", states["diffusers"])
+    half = convert.load_published(path, tiny, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
+    loaded = convert.load_published(save(tmp_path / "vae.safetensors", vae_states["diffusers"]), tiny_vae)
+    jax.tree.map(np.testing.assert_array_equal, loaded, vae_params)
+    with pytest.raises(ConfigError, match="does not fit the configuration"):
+        convert.load_published(path, layouts.TransformerConfig())
+    with pytest.raises(ConfigError, match="shardings do not fit the parameters .missing: blocks/"):
+        convert.load_published(path, tiny, {"head": {"modulation": None}})
+
+
+# ---- the program ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """``call(input=..., output=...)`` runs the program's main and gives what it prints."""
+    from absl import flags
+    from absl.testing import flagsaver
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["convert"])
+
+    def run_main(**values):
+        printed = io.StringIO()
+        with flagsaver.flagsaver(**values), contextlib.redirect_stdout(printed):
+            program.main()
+        return printed.getvalue()
+
+    return run_main
+
+
+def test_an_original_folder_becomes_a_working_directory_and_back(tmp_path, save, tiny, states, vae_states, call):
+    folder = tmp_path / "Wan2.1-T2V-tiny"
+    save(folder / "diffusion_pytorch_model.safetensors", states["original"])
+    save(folder / "Wan2.1_VAE.safetensors", vae_states["original"])
+    (folder / "models_t5_umt5-xxl-enc-bf16.pth").write_bytes(b"")
+    (folder / "config.json").write_text('{"num_heads": 2, "dim": 24}')
+    said = call(input=str(folder), output=str(tmp_path / "run"), dry_run=True)
+    assert "Left out: text_encoder" in said and "Nothing is written" in said and not (tmp_path / "run").exists()
+    assert "transformer of 3 layers, width 24, 2 heads, 4 channels, original names; 27,352 parameters, float32" in said
+    call(input=str(folder), output=str(tmp_path / "run"))
+    assert (
+        stages.stage_path(tmp_path / "run", "teacher").is_file()
+        and stages.stage_path(tmp_path / "run", "vae").is_file()
+    )
+    stages.load_transformer(stages.stage_path(tmp_path / "run", "teacher"), tiny, "teacher")
+    for naming, transformer, coder in (("original", "", "Wan2.1_VAE.safetensors"), ("diffusers", "transformer", "vae")):
+        out = tmp_path / naming
+        call(input=str(folder), output=str(out), to=naming)
+        assert_states(arrays(sources.components(out)["transformer"]), states[naming])
+        assert_states(arrays(sources.components(out)["vae"]), vae_states[naming])
+        assert (out / transformer / "config.json").is_file() and (out / coder).exists()
+    with pytest.raises(ConfigError, match="is the file .*, but the input holds transformer, vae"):
+        call(input=str(folder), output=str(tmp_path / "x.safetensors"))
+    call(input=str(folder), output=str(tmp_path / "vae.safetensors"), component="vae")
+    assert layouts.detect(sources.open_source(tmp_path / "vae.safetensors")).network is layouts.VAE
+
+
+def test_a_student_and_a_lora(tmp_path, save, states, call):
+    state = {f"generator_ema.model.{name}": value for name, value in states["original"].items()}
+    path = save(tmp_path / "self_forcing.safetensors", state)
+    update = save(
+        tmp_path / "lora.safetensors",
+        {
+            "blocks.0.ffn.2.lora_A.weight": np.ones((1, 40), np.float32),
+            "blocks.0.ffn.2.lora_B.weight": np.ones((24, 1), np.float32),
+        },
+    )
+    said = call(input=str(path), output=str(tmp_path / "run"), lora=[f"{update}:0.5"], num_heads=2)
+    assert "plus 0.5 x lora.safetensors" in said and "100 %" in said
+    params, _ = store.load_params(stages.stage_path(tmp_path / "run", "distill"))
+    expected = states["original"]["blocks.0.ffn.2.weight"].T + np.float32(0.5)
+    np.testing.assert_allclose(params["blocks"]["ffn"]["fc2"]["kernel"][0], expected, atol=1e-6)
+    with pytest.raises(ConfigError, match="has no part 'generator'; accepted: 'generator_ema'"):
+        call(input=str(path), output=str(tmp_path / "y"), part="generator", num_heads=2)
+
+
+@pytest.mark.parametrize(
+    "values,sentence",
+    [
+        ({}, "no --input is given"),
+        ({"input": "x"}, "no --output is given"),
+        ({"input": "nowhere", "output": "y"}, "nowhere does not exist"),
+        ({"input": "w.safetensors", "output": "y.pth", "num_heads": 2}, "--output is 'y.pth', a pickle"),
+        ({"input": "w.safetensors", "output": "y", "to": "onnx", "num_heads": 2}, "--to is 'onnx'; accepted: original"),
+        ({"input": "w.safetensors", "output": "y", "dtype": "int8"}, "storage type is 'int8'; accepted: float32"),
+        ({"input": "w.safetensors", "output": "y", "lora": ["no.safetensors:2"]}, "no.safetensors does not exist"),
+        ({"input": "w.safetensors", "output": "y", "lora_layers": "1-x"}, "--lora_layers is '1-x'; accepted: numbers"),
+        ({"input": "w.safetensors", "output": "y", "stage": "vae"}, "--stage is 'vae'; accepted: teacher"),
+        (
+            {"input": "w.safetensors", "output": "y", "component": "clip"},
+            "--component is 'clip'; accepted: transformer",
+        ),
+    ],
+)
+def test_bad_requests_are_one_sentence_and_write_nothing(tmp_path, save, states, call, monkeypatch, values, sentence):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "w.safetensors", states["original"])
+    with pytest.raises(ConfigError) as caught:
+        call(**values)
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_the_program_as_a_process_exits_with_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.convert", "--input=nowhere", f"--output={tmp_path / 'y'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: nowhere does not exist\n")
+
+
+@pytest.mark.parametrize("value,expected", [("0-2,9", {0, 1, 2, 9}), ("4", {4}), (None, None)])
+def test_layers(value, expected):
+    assert program.parse_layers(value) == expected
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch, an optional extra, is not installed")
+def test_a_torch_checkpoint_to_our_format(tmp_path, states, params):
+    import torch
+
+    state = {f"model._fsdp_wrapped_module.{n}": torch.from_numpy(v.copy()) for n, v in states["original"].items()}
+    torch.save({"generator": state, "critic": state}, tmp_path / "model.pt")
+    run(tmp_path / "model.pt", tmp_path / "ours.safetensors", "causvid_jax", num_heads=2)
+    jax.tree.map(np.testing.assert_array_equal, store.load_params(tmp_path / "ours.safetensors")[0], params)
+
+
+def test_published_files_carry_what_their_readers_insist_on(tmp_path, save, states):
+    run(save(tmp_path / "in.safetensors", states["original"]), tmp_path / "x.safetensors", "diffusers", num_heads=2)
+    assert files.open_safetensors(tmp_path / "x.safetensors")[1]["format"] == "pt"
+
+
+def test_both_vae_namings_are_those_of_the_state_functions(tiny_vae, vae_states):
+    for naming, state in vae_states.items():
+        assert {n: v.shape for n, v in state.items()} == dict(layouts.VAE.shapes(tiny_vae, naming))
+    assert wan_vae.from_original(vae_states["original"], tiny_vae).keys() == {"encoder", "conv1", "conv2", "decoder"}
