@@ -2,8 +2,8 @@
 
 ``python benchmarks/convert_memory.py --size=1.3B --folder=/tmp`` writes a float32 file as Wan2.1 publishes it (5.7 GB),
 converts it to our format, and reports what the converting process needed beyond the same process that only imports.
-``--size=14B --dtype=bfloat16`` writes diffusers' shards (28.6 GB) and converts them in the same way. Twice the size must
-be free on the disk. The limits are 4 GiB for 1.3B, and 1.5 times the largest shard plus 2 GiB for 14B.
+``--size=14B --dtype=bfloat16`` writes diffusers' shards (28.6 GB) and converts them in the same way. Twice the size
+must be free on the disk. The limits are 4 GiB for 1.3B, and 1.5 times the largest shard plus 2 GiB for 14B.
 """
 
 import argparse
@@ -97,8 +97,8 @@ def main() -> None:
         limit = 4 * GIB if given.size == "1.3B" else int(1.5 * largest) + 2 * GIB
         size = (folder / "ours.safetensors").stat().st_size
         print(
-            f"converted {size / 1e9:.2f} GB in {seconds:.0f} s; peak {used / 2**20:.0f} MiB, of which {idle / 2**20:.0f} "
-            f"MiB without weights: {(used - idle) / 2**20:.0f} MiB above (limit {limit / 2**20:.0f} MiB)"
+            f"converted {size / 1e9:.2f} GB in {seconds:.0f} s; peak {used / 2**20:.0f} MiB, of which "
+            f"{idle / 2**20:.0f} MiB without weights: {(used - idle) / 2**20:.0f} MiB above (limit {limit / 2**20:.0f} MiB)"
         )
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(f"(the writer of random weights peaked at {own / 1024:.0f} MiB)")

@@ -63,11 +63,17 @@ class Plan:
         into = sorted({dtype.name for _, dtype in self.written.values()})
         chosen = f", part {self.source.part} of {', '.join(self.source.parts)}" if len(self.source.parts) > 1 else ""
         prefixes = f", without {' '.join(self.source.prefixes)}" if self.source.prefixes else ""
+        theta = getattr(self.match.config, "rope_theta", 10_000.0)
+        foreign = (
+            ""
+            if theta == 10_000.0 or self.naming == "causvid_jax"
+            else (f" (whose rotary base of {theta:g} their code, which has 10000, will not know)")
+        )
         merged = "".join(f", plus {lora.strength:g} x {lora.path.name}" for lora in self.loras)
         return (
             f"{self.source.path}{chosen}{prefixes}: {self.match}; {self.match.parameters:,} parameters, "
-            f"{', '.join(types)}, {files.in_words(self.bytes_read)} -> {self.naming} names, {', '.join(into)}, "
-            f"{files.in_words(self.bytes_written)}{merged}; about {self.memory / 2**20:.0f} MiB of memory"
+            f"{', '.join(types)}, {files.in_words(self.bytes_read)} -> {self.naming} names{foreign}, "
+            f"{', '.join(into)}, {files.in_words(self.bytes_written)}{merged}; about {self.memory / 2**20:.0f} MiB of memory"
         )
 
 
@@ -119,7 +125,7 @@ def _types(source: sources.Source, match: Match, naming: str, dtype: np.dtype | 
             dtype is not None or stored in store.STORAGE.values(),
             f"{where}; give --dtype, one of {', '.join(store.STORAGE)}",
         )
-        kind = dtype or stored
+        kind = stored if dtype is None else dtype
         require(
             types.setdefault(name, kind) == kind,
             f"the layers of {name} are stored as {types[name].name} and {kind.name} in {source.path}; "

@@ -1,8 +1,6 @@
 """Conversions between every pair of layouts, bit for bit; straight into shardings; what a kill or a bad file leaves."""
 
-import contextlib
 import importlib.util
-import io
 import json
 import os
 import pathlib
@@ -21,7 +19,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from causvid_jax.config import ConfigError
 from causvid_jax.models import vae
 from causvid_jax.weights import convert, files, layouts, sources, stages, store, wan_transformer, wan_vae
-from launch import convert as program
 
 ROOT = pathlib.Path(__file__).parents[2]
 PUBLISHED = ("original", "diffusers")
@@ -269,114 +266,7 @@ def test_load_options_and_refusals(tmp_path, save, tiny, tiny_vae, states, vae_s
         convert.load_published(path, tiny, {"head": {"modulation": None}})
 
 
-# ---- the program ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def call(monkeypatch):
-    """``call(input=..., output=...)`` runs the program's main and gives what it prints."""
-    from absl import flags
-    from absl.testing import flagsaver
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["convert"])
-
-    def run_main(**values):
-        printed = io.StringIO()
-        with flagsaver.flagsaver(**values), contextlib.redirect_stdout(printed):
-            program.main()
-        return printed.getvalue()
-
-    return run_main
-
-
-def test_an_original_folder_becomes_a_working_directory_and_back(tmp_path, save, tiny, states, vae_states, call):
-    folder = tmp_path / "Wan2.1-T2V-tiny"
-    save(folder / "diffusion_pytorch_model.safetensors", states["original"])
-    save(folder / "Wan2.1_VAE.safetensors", vae_states["original"])
-    (folder / "models_t5_umt5-xxl-enc-bf16.pth").write_bytes(b"")
-    (folder / "config.json").write_text('{"num_heads": 2, "dim": 24}')
-    said = call(input=str(folder), output=str(tmp_path / "run"), dry_run=True)
-    assert "Left out: text_encoder" in said and "Nothing is written" in said and not (tmp_path / "run").exists()
-    assert "transformer of 3 layers, width 24, 2 heads, 4 channels, original names; 27,352 parameters, float32" in said
-    call(input=str(folder), output=str(tmp_path / "run"))
-    assert (
-        stages.stage_path(tmp_path / "run", "teacher").is_file()
-        and stages.stage_path(tmp_path / "run", "vae").is_file()
-    )
-    stages.load_transformer(stages.stage_path(tmp_path / "run", "teacher"), tiny, "teacher")
-    for naming, transformer, coder in (("original", "", "Wan2.1_VAE.safetensors"), ("diffusers", "transformer", "vae")):
-        out = tmp_path / naming
-        call(input=str(folder), output=str(out), to=naming)
-        assert_states(arrays(sources.components(out)["transformer"]), states[naming])
-        assert_states(arrays(sources.components(out)["vae"]), vae_states[naming])
-        assert (out / transformer / "config.json").is_file() and (out / coder).exists()
-    with pytest.raises(ConfigError, match="is the file .*, but the input holds transformer, vae"):
-        call(input=str(folder), output=str(tmp_path / "x.safetensors"))
-    call(input=str(folder), output=str(tmp_path / "vae.safetensors"), component="vae")
-    assert layouts.detect(sources.open_source(tmp_path / "vae.safetensors")).network is layouts.VAE
-
-
-def test_a_student_and_a_lora(tmp_path, save, states, call):
-    state = {f"generator_ema.model.{name}": value for name, value in states["original"].items()}
-    path = save(tmp_path / "self_forcing.safetensors", state)
-    update = save(
-        tmp_path / "lora.safetensors",
-        {
-            "blocks.0.ffn.2.lora_A.weight": np.ones((1, 40), np.float32),
-            "blocks.0.ffn.2.lora_B.weight": np.ones((24, 1), np.float32),
-        },
-    )
-    said = call(input=str(path), output=str(tmp_path / "run"), lora=[f"{update}:0.5"], num_heads=2)
-    assert "plus 0.5 x lora.safetensors" in said and "100 %" in said
-    params, _ = store.load_params(stages.stage_path(tmp_path / "run", "distill"))
-    expected = states["original"]["blocks.0.ffn.2.weight"].T + np.float32(0.5)
-    np.testing.assert_allclose(params["blocks"]["ffn"]["fc2"]["kernel"][0], expected, atol=1e-6)
-    with pytest.raises(ConfigError, match="has no part 'generator'; accepted: 'generator_ema'"):
-        call(input=str(path), output=str(tmp_path / "y"), part="generator", num_heads=2)
-
-
-@pytest.mark.parametrize(
-    "values,sentence",
-    [
-        ({}, "no --input is given"),
-        ({"input": "x"}, "no --output is given"),
-        ({"input": "nowhere", "output": "y"}, "nowhere does not exist"),
-        ({"input": "w.safetensors", "output": "y.pth", "num_heads": 2}, "--output is 'y.pth', a pickle"),
-        ({"input": "w.safetensors", "output": "y", "to": "onnx", "num_heads": 2}, "--to is 'onnx'; accepted: original"),
-        ({"input": "w.safetensors", "output": "y", "dtype": "int8"}, "storage type is 'int8'; accepted: float32"),
-        ({"input": "w.safetensors", "output": "y", "lora": ["no.safetensors:2"]}, "no.safetensors does not exist"),
-        ({"input": "w.safetensors", "output": "y", "lora_layers": "1-x"}, "--lora_layers is '1-x'; accepted: numbers"),
-        ({"input": "w.safetensors", "output": "y", "stage": "vae"}, "--stage is 'vae'; accepted: teacher"),
-        (
-            {"input": "w.safetensors", "output": "y", "component": "clip"},
-            "--component is 'clip'; accepted: transformer",
-        ),
-    ],
-)
-def test_bad_requests_are_one_sentence_and_write_nothing(tmp_path, save, states, call, monkeypatch, values, sentence):
-    monkeypatch.chdir(tmp_path)
-    save(tmp_path / "w.safetensors", states["original"])
-    with pytest.raises(ConfigError) as caught:
-        call(**values)
-    assert sentence in str(caught.value) and "\n" not in str(caught.value)
-    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
-
-
-def test_the_program_as_a_process_exits_with_2(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.convert", "--input=nowhere", f"--output={tmp_path / 'y'}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: nowhere does not exist\n")
-
-
-@pytest.mark.parametrize("value,expected", [("0-2,9", {0, 1, 2, 9}), ("4", {4}), (None, None)])
-def test_layers(value, expected):
-    assert program.parse_layers(value) == expected
+# ---- others' readers and writers ------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch, an optional extra, is not installed")
