@@ -98,7 +98,8 @@ def main() -> None:
         size = (folder / "ours.safetensors").stat().st_size
         print(
             f"converted {size / 1e9:.2f} GB in {seconds:.0f} s; peak {used / 2**20:.0f} MiB, of which "
-            f"{idle / 2**20:.0f} MiB without weights: {(used - idle) / 2**20:.0f} MiB above (limit {limit / 2**20:.0f} MiB)"
+            f"{idle / 2**20:.0f} MiB without weights: {(used - idle) / 2**20:.0f} MiB above "
+            f"(limit {limit / 2**20:.0f} MiB)"
         )
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(f"(the writer of random weights peaked at {own / 1024:.0f} MiB)")

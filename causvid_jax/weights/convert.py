@@ -73,7 +73,8 @@ class Plan:
         return (
             f"{self.source.path}{chosen}{prefixes}: {self.match}; {self.match.parameters:,} parameters, "
             f"{', '.join(types)}, {files.in_words(self.bytes_read)} -> {self.naming} names{foreign}, "
-            f"{', '.join(into)}, {files.in_words(self.bytes_written)}{merged}; about {self.memory / 2**20:.0f} MiB of memory"
+            f"{', '.join(into)}, {files.in_words(self.bytes_written)}{merged}; "
+            f"about {self.memory / 2**20:.0f} MiB of memory"
         )
 
 
