@@ -155,8 +155,8 @@ def test_a_full_disk_is_refused_before_it_is_full(tmp_path, save, states, monkey
 
 
 def test_a_conversion_killed_in_the_middle_leaves_no_half_checkpoint(tmp_path, save, states):
-    """kill -9 while the third tensor is written, into a file and into a folder; the next run cleans up and succeeds."""
-    path = save(tmp_path / "in.safetensors", states["original"])
+    """kill -9 at the third tensor of a folder (test_files has the same for a file); the next run cleans up."""
+    path, output = save(tmp_path / "in.safetensors", states["original"]), tmp_path / "folder"
     script = textwrap.dedent(
         """
         import sys, time
@@ -170,28 +170,25 @@ def test_a_conversion_killed_in_the_middle_leaves_no_half_checkpoint(tmp_path, s
                 print("middle", flush=True)
                 time.sleep(60)
 
-        plan = convert.plan(sources.open_source(sys.argv[1]), sys.argv[3], num_heads=2)
+        plan = convert.plan(sources.open_source(sys.argv[1]), "diffusers", num_heads=2)
         convert.run({"": plan}, sys.argv[2], progress)
         """
     )
-    for name, naming in (("out.safetensors", "causvid_jax"), ("folder", "diffusers")):
-        output = tmp_path / name
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, path, output, naming],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-        try:
-            assert process.stdout.readline() == "middle\n"
-        finally:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            process.stdout.close()
-        left = [p.name for p in tmp_path.iterdir() if p not in (path, tmp_path / "out.safetensors")]
-        assert not output.exists() and left == [f".{name}.{process.pid}.tmp"]
-        run(path, output, naming, num_heads=2)
-        assert output.exists() and not list(tmp_path.glob(".*"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, path, output],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        assert process.stdout.readline() == "middle\n"
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert not output.exists() and [p.name for p in tmp_path.glob(".*")] == [f".folder.{process.pid}.tmp"]
+    run(path, output, "diffusers", num_heads=2)
+    assert output.exists() and not list(tmp_path.glob(".*"))
 
 
 # ---- straight into arrays -------------------------------------------------------------------------------------------
