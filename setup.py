@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
 
-PARITY = ["torch", "diffusers", "transformers", "safetensors"]
+PARITY = ["torch", "diffusers", "transformers", "safetensors", "peft"]
 DEV = ["pytest>=8", "pytest-xdist", "ruff>=0.12,<1", "mypy>=1.16", "chex"]
 
 setup(
@@ -47,6 +47,8 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
+        # Published .pt and .pth files, through PyTorch's weights-only loader.
+        "torch": ["torch"],
         "parity": PARITY,
         "dev": DEV,
     },

@@ -27,6 +27,7 @@ from causvid_jax.weights.lora import Lora
 
 SHARD_BYTES = 10_000_000_000
 """What diffusers cuts its shards at."""
+_HOW_TO_RUN = ("dtype", "attention", "remat", "rules")  # Fields of a configuration that are not of the weights.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +236,7 @@ def _write(one: Plan, path: pathlib.Path, progress: Callable[[int], None], names
 def _metadata(one: Plan) -> dict[str, str]:
     """What the file says of itself beyond its tensors: sizes, latent statistics, and what came with our own."""
     config = one.match.config
-    sizes = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("dtype", "attention", "remat")}
+    sizes = {k: v for k, v in dataclasses.asdict(config).items() if k not in _HOW_TO_RUN}
     own = {"component": one.match.network.component, "network": json.dumps(sizes)}
     if isinstance(config, VAEConfig) and config.latent_mean:
         own |= stages.vae_metadata(config)

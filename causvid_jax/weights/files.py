@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import struct
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax.numpy as jnp
@@ -188,7 +189,8 @@ def staged(target: str | os.PathLike, directory: bool = False) -> Iterator[pathl
         ConfigError: the place cannot be written.
     """
     target = pathlib.Path(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # Hosts of a cluster may share the folder and the process number.
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
@@ -198,7 +200,9 @@ def staged(target: str | os.PathLike, directory: bool = False) -> Iterator[pathl
             temporary.touch(exist_ok=False)
         lock = os.open(temporary, os.O_RDONLY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Where files cannot be locked none can be told to be abandoned, and none is removed.
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
             yield temporary
             os.replace(temporary, target)
         finally:

@@ -83,7 +83,7 @@ def _tables(
             piece = Piece(path, layer)
             pieces[piece], names[piece] = inner, path if ours else network.name(piece, naming, config)
             shapes[names[piece]] = shape
-    return tuple(map(types.MappingProxyType, (pieces, names, shapes)))  # type: ignore[return-value]
+    return types.MappingProxyType(pieces), types.MappingProxyType(names), types.MappingProxyType(shapes)
 
 
 @dataclasses.dataclass(frozen=True)

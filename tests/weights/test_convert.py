@@ -186,7 +186,7 @@ def test_a_conversion_killed_in_the_middle_leaves_no_half_checkpoint(tmp_path, s
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
-    assert not output.exists() and [p.name for p in tmp_path.glob(".*")] == [f".folder.{process.pid}.tmp"]
+    assert not output.exists() and len(list(tmp_path.glob(".folder.*.tmp"))) == 1
     run(path, output, "diffusers", num_heads=2)
     assert output.exists() and not list(tmp_path.glob(".*"))
 
