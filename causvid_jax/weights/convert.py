@@ -282,7 +282,7 @@ def load_published(
     """Our parameter tree as ``jax.Array`` from a checkpoint of any known layout, ours included.
 
     Each device's shard is made from the part of the file that it needs and handed over before the next is made, so that
-    the host holds one shard at a time.
+    the host holds one shard at a time. The checksum of a file of ours is not compared (:func:`store.verify` does).
 
     Args:
         source: a file, the folder of one component, or an opened checkpoint.

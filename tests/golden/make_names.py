@@ -9,6 +9,7 @@ import argparse
 import json
 import pathlib
 import re
+import tempfile
 
 GOLDEN = pathlib.Path(__file__).with_name("names.json")
 SIZES = {"1.3B": (12, 8960, 30), "14B": (40, 13824, 40)}
@@ -58,6 +59,43 @@ def reference() -> dict[str, dict]:
     return golden
 
 
+def check_loading() -> None:
+    """diffusers must load the folders that we export: shards, an index and a config, and give the same weights."""
+    import jax
+    import numpy as np
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+    from causvid_jax.config import TransformerConfig, VAEConfig
+    from causvid_jax.models import transformer, vae
+    from causvid_jax.weights import convert, sources, store, wan_transformer, wan_vae
+
+    sizes = {"dim": 24, "ffn_dim": 40, "num_heads": 2, "num_layers": 3, "in_channels": 4, "out_channels": 4}
+    config, coder = TransformerConfig(**sizes, text_dim=10, freq_dim=8), VAEConfig(base_dim=4, z_dim=2)
+    rng = np.random.default_rng(0)
+    for model, tree, export in (
+        (
+            WanTransformer3DModel,
+            transformer.abstract(config),
+            lambda p: wan_transformer.to_published(p, config, "diffusers"),
+        ),
+        (AutoencoderKLWan, vae.abstract(coder), lambda p: wan_vae.to_diffusers(p, coder)),
+    ):
+        params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), tree)
+        with tempfile.TemporaryDirectory() as folder:
+            place = pathlib.Path(folder)
+            store.save_params(
+                place / "ours.safetensors", params, {"latent_mean": "[1.0, 2.0]", "latent_std": "[3.0, 4.0]"}
+            )
+            plan = convert.plan(sources.open_source(place / "ours.safetensors"), "diffusers", num_heads=2)
+            convert.run({"": plan}, place / "out", shard_bytes=60_000)
+            loaded, info = model.from_pretrained(place / "out", output_loading_info=True)
+        assert not any(info.values()), info
+        state, expected = loaded.state_dict(), export(params)
+        assert state.keys() == expected.keys()
+        assert all(np.array_equal(state[name].numpy(), value) for name, value in expected.items())
+    assert (loaded.config.latents_mean, loaded.config.latents_std) == ([1.0, 2.0], [3.0, 4.0])
+
+
 def as_text(golden: dict[str, dict]) -> str:
     """JSON with a tensor per line, sorted."""
     parts = []
@@ -73,7 +111,8 @@ if __name__ == "__main__":
     text = as_text(reference())
     if parser.parse_args().check:
         assert text == GOLDEN.read_text(), f"diffusers' names are no longer those of {GOLDEN.name}"
-        print(f"names: as diffusers has them, {text.count('[[')} different tensors")
+        check_loading()
+        print(f"names: as diffusers has them, {text.count('[[')} different tensors; it loads what we export")
     else:
         GOLDEN.write_text(text)
         print(f"wrote {GOLDEN} ({GOLDEN.stat().st_size} bytes)")

@@ -95,6 +95,16 @@ def test_shards_with_an_index(tmp_path, save, states):
     assert_state(sources.open_source(index), states["diffusers"])
 
 
+def test_a_download_cache_of_links(tmp_path, save, states):
+    """As download caches have it: links in one folder to files with meaningless names in another."""
+    (tmp_path / "snapshot").mkdir()
+    shards(tmp_path / "whole", save, states["diffusers"])
+    for i, file in enumerate((tmp_path / "whole").iterdir()):
+        file.rename(tmp_path / f"blob{i}")
+        (tmp_path / "snapshot" / file.name).symlink_to(f"../blob{i}")
+    assert_state(sources.open_source(tmp_path / "snapshot"), states["diffusers"])
+
+
 def test_damaged_indices(tmp_path, save, states):
     index = shards(tmp_path, save, states["diffusers"])
     whole = json.loads(index.read_text())
