@@ -7,6 +7,7 @@ must be free on the disk. The limits are 4 GiB for 1.3B, and 1.5 times the large
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import resource
@@ -83,13 +84,19 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="1.3B")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--naming", choices=("original", "diffusers"), default="original")
+    parser.add_argument("--layers", type=int, default=None, help="fewer layers, for a look at less disk and time")
     parser.add_argument("--folder", default=None, help="where the files go for the time being")
     given = parser.parse_args()
+    config = SIZES[given.size]
+    config = dataclasses.replace(config, num_layers=given.layers or config.num_layers)
     folder = pathlib.Path(tempfile.mkdtemp(prefix="convert_memory_", dir=given.folder))
     try:
         begin = time.perf_counter()
-        largest = write_random(folder, SIZES[given.size], given.naming, jnp.dtype(given.dtype))
-        print(f"wrote random {given.size}, {given.dtype}, in {time.perf_counter() - begin:.0f} s", flush=True)
+        largest = write_random(folder, config, given.naming, jnp.dtype(given.dtype))
+        print(
+            f"wrote random {given.size} of {config.num_layers} layers, {given.dtype}, in {time.perf_counter() - begin:.0f} s",
+            flush=True,
+        )
         arguments = f"--input={folder}", f"--output={folder / 'ours.safetensors'}"
         # A dry run does all but move weights: imports, headers, the plan.
         idle, _ = peak(*arguments, "--dry_run")

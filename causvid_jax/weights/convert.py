@@ -240,6 +240,8 @@ def _metadata(one: Plan) -> dict[str, str]:
     own = {"component": one.match.network.component, "network": json.dumps(sizes)}
     if isinstance(config, VAEConfig) and config.latent_mean:
         own |= stages.vae_metadata(config)
+    if one.loras:
+        own["merged"] = ", ".join(f"{lora.strength:g} x {lora.path.name}" for lora in one.loras)
     if one.naming != "causvid_jax":
         # Readers of published files insist on this entry.
         return {"format": "pt", **own}
