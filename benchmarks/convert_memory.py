@@ -93,10 +93,8 @@ def main() -> None:
     try:
         begin = time.perf_counter()
         largest = write_random(folder, config, given.naming, jnp.dtype(given.dtype))
-        print(
-            f"wrote random {given.size} of {config.num_layers} layers, {given.dtype}, in {time.perf_counter() - begin:.0f} s",
-            flush=True,
-        )
+        took = time.perf_counter() - begin
+        print(f"wrote random {given.size} of {config.num_layers} layers, {given.dtype}, in {took:.0f} s", flush=True)
         arguments = f"--input={folder}", f"--output={folder / 'ours.safetensors'}"
         # A dry run does all but move weights: imports, headers, the plan.
         idle, _ = peak(*arguments, "--dry_run")
