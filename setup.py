@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
 
-PARITY = ["torch", "diffusers", "transformers", "safetensors"]
+PARITY = ["torch", "diffusers", "transformers", "safetensors", "peft", "accelerate"]
 TEXT = ["tokenizers>=0.21", "ftfy>=6.1"]
 DEV = ["pytest>=8", "pytest-xdist", "ruff>=0.12,<1", "mypy>=1.16", "chex", *TEXT]
 
@@ -49,6 +49,8 @@ setup(
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "text": TEXT,
+        # Published .pt and .pth files, through PyTorch's weights-only loader.
+        "torch": ["torch"],
         "parity": PARITY,
         "dev": DEV,
     },

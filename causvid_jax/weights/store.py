@@ -1,10 +1,7 @@
 """Parameter trees as safetensors files: flat names, storage types, a checksum, one-sentence errors."""
 
-import hashlib
-import json
 import os
 import pathlib
-import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from causvid_jax.config import ConfigError, require
+from causvid_jax.weights import files
+from causvid_jax.weights.files import CHECKSUM
 
-CHECKSUM = "sha256"
 STORAGE = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": jnp.dtype(jnp.bfloat16)}
 
 
@@ -52,28 +49,53 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def checksum(flat: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
     """SHA-256 over the metadata and, in name order, every tensor's name, type, shape and bytes."""
-    described = {key: value for key, value in metadata.items() if key != CHECKSUM}
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    digest = files.Digest(metadata)
     for name in sorted(flat):
         array = flat[name]
-        digest.update(f"{name} {array.dtype.name} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        digest.begin(name, array.dtype, array.shape)
+        digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
 
 
-def _store(name: str, value: Any, dtype: np.dtype | None) -> np.ndarray:
-    """``value`` on the host, contiguous, floating types cast to ``dtype``; refuses what the cast would overflow."""
-    array = np.asarray(jax.device_get(value))
-    if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating) and array.dtype != dtype:
-        largest = float(jnp.finfo(dtype).max)
+def verify(path: str | os.PathLike) -> None:
+    """Compare a file of :func:`save_params` with its checksum, in the memory of one buffer.
+
+    Raises:
+        ConfigError: an unreadable or changed file, or one that carries no checksum of ours.
+    """
+    tensors, metadata = files.open_safetensors(path)
+    stored, digest = metadata.get(CHECKSUM), files.Digest(metadata)
+    require(stored is not None, f"weights file {path} carries no checksum; it was not written by causvid_jax")
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.begin(name, tensor.dtype, tensor.shape)
+        step = files.BUFFER // tensor.dtype.itemsize
+        for start in range(0, int(np.prod(tensor.shape, dtype=np.int64)), step):
+            with tensor.view() as array:
+                digest.update(array.reshape(-1)[start : start + step])
+    require(stored == digest.hexdigest(), f"weights file {path} is corrupt: its checksum does not match")
+
+
+def cast(name: str, array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
+    """``array``, floating types cast to ``dtype``; refuses what the cast would overflow."""
+    if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        narrow = array.astype(dtype)
+    if array.dtype.itemsize >= dtype.itemsize and not np.isfinite(narrow).all():
         finite = np.abs(array[np.isfinite(array)].astype(np.float64))
         require(
-            finite.size == 0 or float(finite.max()) <= largest,
+            np.isfinite(narrow[np.isfinite(array)]).all(),
             f"parameter {name} holds {finite.max() if finite.size else 0:g}, beyond the largest {dtype.name} "
-            f"({largest:g}); store it as float32 or bfloat16",
+            f"({float(jnp.finfo(dtype).max):g}); store it as float32 or bfloat16",
         )
-        array = array.astype(dtype)
-    return np.ascontiguousarray(array).reshape(array.shape)
+    return narrow
+
+
+def storage_type(dtype: str | None) -> np.dtype | None:
+    """The type that ``dtype`` names, None for None; ConfigError if it is none of :data:`STORAGE`."""
+    require(dtype is None or dtype in STORAGE, f"storage type is {dtype!r}; accepted: {', '.join(STORAGE)}")
+    return STORAGE[dtype] if dtype is not None else None
 
 
 def save_params(
@@ -93,22 +115,10 @@ def save_params(
     Raises:
         ConfigError: an unknown ``dtype``, a value that it cannot hold, or a path that cannot be written.
     """
-    require(dtype is None or dtype in STORAGE, f"storage type is {dtype!r}; accepted: {', '.join(STORAGE)}")
-    kept = STORAGE[dtype] if dtype is not None else None
-    flat = {name: _store(name, value, kept) for name, value in flatten(params).items()}
-    header = {**metadata, CHECKSUM: checksum(flat, metadata)}
-    target = pathlib.Path(path)
-    # Hosts of a cluster may share the folder and the process number.
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            safetensors.numpy.save_file(flat, temporary, metadata=header)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ConfigError(f"weights cannot be written to {target}: {_reason(error)}") from error
+    kept = storage_type(dtype)
+    flat = {name: cast(name, np.asarray(jax.device_get(leaf)), kept) for name, leaf in flatten(params).items()}
+    layout = {name: (array.shape, array.dtype) for name, array in flat.items()}
+    files.write_safetensors(path, layout, lambda name: (flat[name],), metadata, checksum=True)
 
 
 def load_params(path: str | os.PathLike, dtype: Any = np.float32) -> tuple[dict[str, Any], dict[str, str]]:
@@ -129,7 +139,7 @@ def load_params(path: str | os.PathLike, dtype: Any = np.float32) -> tuple[dict[
             header = dict(file.metadata() or {})
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, safetensors.SafetensorError, UnicodeDecodeError) as error:
-        raise ConfigError(f"weights file {source} is not a readable safetensors file: {_reason(error)}") from error
+        raise ConfigError(f"weights file {source} is not a readable safetensors file: {files.reason(error)}") from error
     stored = header.pop(CHECKSUM, None)
     require(stored is not None, f"weights file {source} carries no checksum; it was not written by causvid_jax")
     require(stored == checksum(flat, header), f"weights file {source} is corrupt: its checksum does not match")
@@ -145,6 +155,12 @@ def check_tree(params: Mapping[str, Any], expected: Mapping[str, Any], what: str
     """
     have = {name: tuple(leaf.shape) for name, leaf in flatten(params).items()}
     want = {name: tuple(leaf.shape) for name, leaf in flatten(expected).items()}
+    problems = misfit(have, want)
+    require(not problems, f"{what} do not fit the configuration ({problems})")
+
+
+def misfit(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], most: int = 3) -> str:
+    """What is missing, unexpected or misshapen in ``have``, up to ``most`` names of each; empty if nothing is."""
     problems = []
     for kind, names in (
         ("missing", [n for n in want if n not in have]),
@@ -152,12 +168,6 @@ def check_tree(params: Mapping[str, Any], expected: Mapping[str, Any], what: str
         ("misshapen", [f"{n} {have[n]} instead of {want[n]}" for n in want if n in have and have[n] != want[n]]),
     ):
         if names:
-            rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            problems.append(f"{kind}: {', '.join(names[:3])}{rest}")
-    require(not problems, f"{what} do not fit the configuration ({'; '.join(problems)})")
-
-
-def _reason(error: Exception) -> str:
-    """The error in a few words on one line."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())
+            rest = f" and {len(names) - most} more" if len(names) > most else ""
+            problems.append(f"{kind}: {', '.join(names[:most])}{rest}")
+    return "; ".join(problems)

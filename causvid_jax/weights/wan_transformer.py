@@ -81,7 +81,8 @@ def published_name(path: str, layer: int | None, naming: str) -> str:
     return name if layer is None else f"blocks.{layer}.{name}"
 
 
-def _to_ours(path: str, value: np.ndarray) -> np.ndarray:
+def tensor_to_ours(path: str, value: np.ndarray) -> np.ndarray:
+    """One published tensor in our layout, a view where the elements need not move; ``path`` as above."""
     if path.endswith("modulation"):
         return value[0]
     if path == "patch_embedding/kernel":
@@ -89,7 +90,8 @@ def _to_ours(path: str, value: np.ndarray) -> np.ndarray:
     return value.T if path.endswith("kernel") else value
 
 
-def _to_published(path: str, value: np.ndarray, config: TransformerConfig) -> np.ndarray:
+def tensor_to_published(path: str, value: np.ndarray, config: TransformerConfig) -> np.ndarray:
+    """The inverse of :func:`tensor_to_ours`."""
     if path.endswith("modulation"):
         return value[None]
     if path == "patch_embedding/kernel":
@@ -105,7 +107,7 @@ def published_shapes(config: TransformerConfig, naming: str) -> dict[str, tuple[
         layers = range(config.num_layers) if path.startswith("blocks/") else (None,)
         inner = path.removeprefix("blocks/")
         ours = leaf.shape if layers == (None,) else leaf.shape[1:]
-        shape = _to_published(inner, np.broadcast_to(np.float32(0), ours), config).shape
+        shape = tensor_to_published(inner, np.broadcast_to(np.float32(0), ours), config).shape
         shapes |= {published_name(inner, layer, naming): shape for layer in layers}
     return shapes
 
@@ -131,10 +133,10 @@ def from_published(state: State, config: TransformerConfig, naming: str = "origi
     for path in store.flatten(transformer.abstract(config)):
         inner = path.removeprefix("blocks/")
         if inner == path:
-            flat[path] = _to_ours(path, np.asarray(state[published_name(path, None, naming)]))
+            flat[path] = tensor_to_ours(path, np.asarray(state[published_name(path, None, naming)]))
         else:
             layers = [np.asarray(state[published_name(inner, i, naming)]) for i in range(config.num_layers)]
-            flat[path] = np.stack([_to_ours(inner, value) for value in layers])
+            flat[path] = np.stack([tensor_to_ours(inner, value) for value in layers])
     return store.unflatten(flat)
 
 
@@ -144,8 +146,8 @@ def to_published(params: Mapping[str, Any], config: TransformerConfig, naming: s
     for path, value in store.flatten(params).items():
         inner, value = path.removeprefix("blocks/"), np.asarray(value)
         if inner == path:
-            state[published_name(path, None, naming)] = _to_published(path, value, config)
+            state[published_name(path, None, naming)] = tensor_to_published(path, value, config)
         else:
             for i in range(config.num_layers):
-                state[published_name(inner, i, naming)] = _to_published(inner, value[i], config)
+                state[published_name(inner, i, naming)] = tensor_to_published(inner, value[i], config)
     return {name: np.ascontiguousarray(value) for name, value in state.items()}

@@ -76,6 +76,20 @@ def to_diffusers(params: dict[str, Any], config: VAEConfig = PUBLISHED) -> dict[
     return _export(params, config, diffusers_name)
 
 
+def tensor_to_ours(path: Path, value: np.ndarray) -> np.ndarray:
+    """One published tensor in our layout, a view; ``path`` as in :func:`original_name`."""
+    if path[-1] == "kernel":
+        return np.moveaxis(value, (1, 0), (-2, -1))
+    return value.reshape(value.shape[:1])
+
+
+def tensor_to_published(path: Path, value: np.ndarray) -> np.ndarray:
+    """The inverse of :func:`tensor_to_ours`."""
+    if path[-1] == "kernel":
+        return np.moveaxis(value, (-2, -1), (1, 0))
+    return value.reshape(_stored_shape(path, value.shape))
+
+
 def _kind(path: Path, config: VAEConfig) -> str:
     net, stack, index = path[:3]
     if stack == "middle":
@@ -117,17 +131,13 @@ def _import(state: State, config: VAEConfig, name_of: Callable[[Path, VAEConfig]
     for name, (keys, leaf) in zip(names, leaves, strict=True):
         value, expected = np.asarray(state[name], np.float32), _stored_shape(_path(keys), leaf.shape)
         require(value.shape == expected, f"weight {name} has shape {value.shape}; this VAE config needs {expected}")
-        if keys[-1].key == "kernel":
-            value = np.moveaxis(value, (1, 0), (-2, -1))
-        out.append(np.ascontiguousarray(value.reshape(leaf.shape)))
+        out.append(np.ascontiguousarray(tensor_to_ours(_path(keys), value)))
     return jax.tree_util.tree_unflatten(structure, out)
 
 
 def _export(params: dict[str, Any], config: VAEConfig, name_of: Callable[[Path, VAEConfig], str]) -> dict:
     state = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        path, value = _path(keys), np.asarray(leaf)
-        if path[-1] == "kernel":
-            value = np.moveaxis(value, (-2, -1), (1, 0))
-        state[name_of(path, config)] = np.ascontiguousarray(value.reshape(_stored_shape(path, leaf.shape)))
+        path = _path(keys)
+        state[name_of(path, config)] = np.ascontiguousarray(tensor_to_published(path, np.asarray(leaf)))
     return state

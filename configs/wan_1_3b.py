@@ -1,0 +1,64 @@
+"""Wan2.1-T2V-1.3B: the published network as teacher, and the causal four-step student distilled from it.
+
+480 x 832 pixels, 81 frames, latents [21, 60, 104, 16], 3 latent frames a block. Sizes are the published ones; rates,
+betas, batch and update counts are Self-Forcing's, on one shift of 8 for every network (Self-Forcing trains its student
+on 5 beside a teacher on 8). ``launch.convert`` brings the teacher, the VAE and published students.
+"""
+
+import ml_collections
+
+from causvid_jax.models.vae import WAN_LATENT_MEAN, WAN_LATENT_STD
+
+SIZES = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}
+GUIDANCE = 6.0
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The recipe as an ``ml_collections.ConfigDict``."""
+    return recipe("wan_1_3b", SIZES, GUIDANCE)
+
+
+def recipe(name: str, sizes: dict[str, int], guidance: float) -> ml_collections.ConfigDict:
+    """The recipe of a Wan2.1 text-to-video transformer of ``sizes``; ``guidance`` is the teacher's when it samples."""
+    network = {
+        **sizes,
+        "in_channels": 16,
+        "out_channels": 16,
+        "patch_size": (1, 2, 2),
+        "text_dim": 4096,
+        "text_length": 512,
+        "freq_dim": 256,
+        "dtype": "bfloat16",
+        "attention": "auto",
+        "remat": True,
+    }
+    # Published rates; b1 = 0 and the critic's smaller rate are Self-Forcing's.
+    adamw = {"learning_rate": 2e-6, "warmup_steps": 0, "weight_decay": 0.01, "clip_norm": 10.0}
+    return ml_collections.ConfigDict(
+        {
+            "name": name,
+            "video": {"height": 480, "width": 832, "frames": 81, "fps": 16},
+            "text": {"kind": "umt5", "length": 512, "dim": 4096},
+            "vae": {"latent_mean": WAN_LATENT_MEAN, "latent_std": WAN_LATENT_STD, "dtype": "bfloat16"},
+            "teacher": network,
+            "student": network,
+            "causal": {"frames_per_block": 3},
+            "diffusion": {
+                "shift": 8.0,
+                "teacher_steps": 50,
+                "solver": "euler",
+                "guidance": guidance,
+                "student_steps": (1000.0, 750.0, 500.0, 250.0),
+            },
+            "train_init": {"steps": 3000, "batch_size": 128, "trajectories": 1500, "optimizer": adamw},
+            "train_distill": {
+                "steps": 120,
+                "batch_size": 64,
+                "rollout": "self",
+                "critic_updates": 5,
+                "guidance": 4.0,
+                "optimizer": {**adamw, "b1": 0.0, "ema_decay": 0.99},
+                "critic_optimizer": {**adamw, "b1": 0.0, "learning_rate": 4e-7},
+            },
+        }
+    )

@@ -1,0 +1,119 @@
+"""Writes lora.npz: a LoRA merged into a small transformer by peft. Needs the ``parity`` extra and peft.
+
+``python tests/golden/make_lora.py`` writes the file; ``--check`` draws new weights and compares there and then, and has
+diffusers translate the original names of a LoRA. The file holds the LoRA under peft's names (``lora/...``) and the
+merged weights (``merged/...``); :func:`make_transformer.random_weights` draws the transformer again.
+"""
+
+import argparse
+import pathlib
+import secrets
+import tempfile
+
+import numpy as np
+from make_transformer import random_weights
+
+GOLDEN = pathlib.Path(__file__).with_name("lora.npz")
+SEED, RANK, ALPHA, STRENGTH = 11, 3, 5.0, 0.7
+SIZES = {
+    "dim": 24,
+    "ffn_dim": 40,
+    "num_heads": 2,
+    "num_layers": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 10,
+    "freq_dim": 8,
+}
+TARGETS = ("attn1.to_q", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2", "time_proj", "patch_embedding")
+
+
+def reference(seed: int) -> dict[str, np.ndarray]:
+    """The LoRA under peft's names, and every weight that it changed, under diffusers'."""
+    import torch
+    from diffusers import WanTransformer3DModel
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    model = WanTransformer3DModel(
+        num_attention_heads=SIZES["num_heads"],
+        attention_head_dim=SIZES["dim"] // SIZES["num_heads"],
+        **{name: SIZES[name] for name in ("in_channels", "out_channels", "text_dim", "freq_dim", "ffn_dim")},
+        num_layers=SIZES["num_layers"],
+    )
+    state = random_weights({name: tuple(value.shape) for name, value in model.state_dict().items()}, seed)
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    model.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS)))
+    rng = np.random.default_rng(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.from_numpy(rng.standard_normal(parameter.shape).astype(np.float32))
+    arrays = {f"lora/{name}": value.numpy().copy() for name, value in get_peft_model_state_dict(model).items()}
+    model.fuse_lora(lora_scale=STRENGTH)
+    for name, value in model.state_dict().items():
+        if ".base_layer." in name and name.endswith("weight"):
+            arrays[f"merged/{name.replace('.base_layer', '')}"] = value.numpy().copy()
+    return arrays
+
+
+def error_of(arrays: dict[str, np.ndarray], seed: int) -> float:
+    """Largest difference of our merged weights from the recorded ones; every other weight must be untouched."""
+    import jax
+    import safetensors.numpy
+
+    from causvid_jax.config import TransformerConfig
+    from causvid_jax.weights import convert, layouts, lora, wan_transformer
+
+    config = TransformerConfig(**SIZES)
+    state = random_weights(layouts.TRANSFORMER.shapes(config, "diffusers"), seed)
+    updates = {name.removeprefix("lora/"): value for name, value in arrays.items() if name.startswith("lora/")}
+    with tempfile.TemporaryDirectory() as folder:
+        place = pathlib.Path(folder)
+        safetensors.numpy.save_file(state, place / "base.safetensors")
+        (place / "lora").mkdir()
+        safetensors.numpy.save_file(updates, place / "lora" / "adapter_model.safetensors")
+        (place / "lora" / "adapter_config.json").write_text(f'{{"lora_alpha": {ALPHA}, "r": {RANK}}}')
+        opened = lora.open_lora(place / "lora", STRENGTH, config)
+        tree = convert.load_published(place / "base.safetensors", config, loras=(opened,))
+    ours = wan_transformer.to_published(jax.tree.map(np.asarray, tree), config, "diffusers")
+    merged = {name.removeprefix("merged/"): value for name, value in arrays.items() if name.startswith("merged/")}
+    assert all(np.array_equal(ours[name], state[name]) for name in state.keys() - merged.keys())
+    return max(float(np.abs(ours[name] - value).max()) for name, value in merged.items())
+
+
+def check(seed: int) -> None:
+    """Compare live, and our reading of original names with diffusers' translation of them."""
+    import torch
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
+
+    from causvid_jax.config import TransformerConfig
+    from causvid_jax.weights import layouts, lora
+
+    config = TransformerConfig(**SIZES)
+    state, names = {}, []
+    for piece, name in layouts.TRANSFORMER.names(config, "original").items():
+        shape = layouts.TRANSFORMER.shapes(config, "original")[name]
+        if name.endswith(".weight") and len(shape) == 2:
+            module = name.removesuffix(".weight")
+            state[f"diffusion_model.{module}.lora_A.weight"] = torch.zeros(RANK, shape[1])
+            state[f"diffusion_model.{module}.lora_B.weight"] = torch.zeros(shape[0], RANK)
+            names.append((layouts.TRANSFORMER.names(config, "diffusers")[piece].removesuffix(".weight"), module))
+    converted = _convert_non_diffusers_wan_lora_to_diffusers(dict(state))
+    modules = {name.removeprefix("transformer.").partition(".lora_")[0] for name in converted}
+    assert modules == {diffusers for diffusers, _ in names}, "targets disagree with diffusers' translation"
+    aliases = lora._aliases(config)
+    assert all(aliases[diffusers] == original for diffusers, original in names)
+    arrays = reference(seed)
+    error = error_of(arrays, seed)
+    print(f"lora: max |merged - peft| = {error:.1e} in {sum(n.startswith('merged/') for n in arrays)} weights")
+    assert error <= 1e-5
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare live instead of writing the file")
+    if parser.parse_args().check:
+        check(secrets.randbelow(2**31))
+    else:
+        np.savez_compressed(GOLDEN, **reference(SEED))
+        print(f"wrote {GOLDEN} ({GOLDEN.stat().st_size} bytes)")

@@ -1,0 +1,44 @@
+"""The recipes of the published networks: sizes, counts and shapes, without any memory for them."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from causvid_jax.diffusion import flow
+from causvid_jax.models import transformer, vae
+from launch.common import load_recipe_file
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+
+def count(tree):
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name,parameters", [("wan_1_3b", 1_418_996_800), ("wan_14b", 14_288_491_584)])
+def test_published_recipes(name, parameters):
+    recipe = load_recipe_file(str(CONFIGS / f"{name}.py"))
+    assert recipe.name == name
+    for net in (recipe.teacher, recipe.student):
+        assert count(transformer.abstract(net)) == parameters and net.head_dim == 128
+    assert count(vae.abstract(recipe.vae)) == 126_892_531
+    assert (recipe.vae.latent_mean, recipe.vae.latent_std) == (vae.WAN_LATENT_MEAN, vae.WAN_LATENT_STD)
+    assert recipe.causal.block_sizes(recipe.video.latent_frames) == (3,) * 7
+    np.testing.assert_allclose(flow.student_timesteps(recipe.diffusion), [1000, 960, 888.889, 727.273], atol=1e-3)
+    latents = jax.ShapeDtypeStruct((1, 21, 60, 104, 16), jnp.float32)
+    timestep = jax.ShapeDtypeStruct((1, 21), jnp.float32)
+    text = jax.ShapeDtypeStruct((1, 512, 4096), jnp.float32)
+    velocity = jax.eval_shape(
+        lambda p, x, t, c: transformer.bidirectional(p, x, t, c, config=recipe.teacher),
+        transformer.abstract(recipe.teacher),
+        latents,
+        timestep,
+        text,
+    )
+    assert velocity.shape == latents.shape
+    video = jax.ShapeDtypeStruct((1, 81, 480, 832, 3), jnp.float32)
+    encoded = jax.eval_shape(lambda p, v: vae.encode(p, v, config=recipe.vae), vae.abstract(recipe.vae), video)
+    assert encoded.shape == latents.shape
