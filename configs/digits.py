@@ -64,9 +64,9 @@ def get_config() -> ml_collections.ConfigDict:
                 "save_every": 250,
             },
             "train_teacher": {
-                "steps": 4000,
+                "steps": 9000,
                 "batch_size": 32,
-                "curriculum": ((2500, 6, 64),),
+                "curriculum": ((2500, 6, 64), (4000, 0, 32), (5500, 6, 64)),
                 "optimizer": {
                     "learning_rate": 8e-4,
                     "warmup_steps": 200,
@@ -80,9 +80,10 @@ def get_config() -> ml_collections.ConfigDict:
                 "save_every": 250,
             },
             "train_init": {
-                "steps": 400,
+                "steps": 1000,
                 "batch_size": 16,
-                "trajectories": 320,
+                "trajectories": 512,
+                "switch_fraction": 0.25,
                 "optimizer": {
                     "learning_rate": 3e-4,
                     "warmup_steps": 50,
@@ -96,17 +97,18 @@ def get_config() -> ml_collections.ConfigDict:
                 "save_every": 100,
             },
             "train_distill": {
-                "steps": 75,
+                "steps": 110,
                 "batch_size": 16,
                 "rollout": "self",
                 "critic_updates": 5,
                 "guidance": 3.0,
                 "optimizer": {
-                    "learning_rate": 1e-4,
-                    "warmup_steps": 20,
+                    "learning_rate": 1.5e-4,
+                    "warmup_steps": 10,
+                    "schedule": "cosine",
                     "b1": 0.0,
                     "clip_norm": 1.0,
-                    "ema_decay": 0.95,
+                    "ema_decay": 0.9,
                 },
                 "critic_optimizer": {"learning_rate": 2e-4, "warmup_steps": 100, "b1": 0.0, "clip_norm": 1.0},
                 "log_every": 10,
