@@ -1,1 +1,1 @@
-"""Many devices: the mesh, where every array lies on it, start-up on many hosts."""
+"""Many devices: the mesh, where every array lies on it, and compilation for machines that are not at hand."""

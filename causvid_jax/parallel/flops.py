@@ -1,0 +1,108 @@
+"""Floating-point operations, counted from the formulas: a multiply and an add are two. Nothing is measured here.
+
+One pass of the DiT over F frames of n tokens (T = F n, width M, MLP width P, S text rows, L layers)::
+
+    matmuls    L T (2 * 6 M^2 + 2 * 2 M P)          self-attention q, k, v, o; cross-attention q, o; MLP
+    text       L S 2 * 2 M^2 + S (2 E M + 2 M^2)    cross-attention k, v; text embedding
+    attention  L (4 T S M + sum over runs of 4 T_q T_k M)
+    ends       T 2 M (patch C_in + patch C_out) + F (2 * 256 M + 2 M^2 + 2 * 6 M^2)
+
+Norms, softmax and activations are left out, as is usual for model FLOPs. A training step is three times the forward
+pass (the backward pass costs two); recomputed activations are work but not model FLOPs, and are counted apart.
+"""
+
+import dataclasses
+
+from causvid_jax.config import Recipe, TransformerConfig
+from causvid_jax.models import attention
+from causvid_jax.training.steps import latent_size
+
+
+def tokens_per_frame(recipe: Recipe, net: TransformerConfig) -> int:
+    """Tokens of one latent frame."""
+    height, width = latent_size(recipe)
+    return (height // net.patch_size[1]) * (width // net.patch_size[2])
+
+
+def seen(plan: attention.Plan) -> int:
+    """Pairs (query frame, key frame) that attention computes."""
+    return sum((b - a) * sum(d - c for c, d in keys) for (a, b), keys in plan)
+
+
+def forward(net: TransformerConfig, frames: int, tokens: int, pairs: int, *, text: bool = True) -> float:
+    """FLOPs of one pass for one example.
+
+    Args:
+      net: the network.
+      frames: F.
+      tokens: n, of one frame.
+      pairs: (query frame, key frame) pairs of self-attention, :func:`seen`; F^2 for full attention.
+      text: whether the prompt's keys and values are computed in this pass (a stream keeps them).
+    """
+    m, p, s, total = net.dim, net.ffn_dim, net.text_length, frames * tokens
+    patch = net.patch_size[0] * net.patch_size[1] * net.patch_size[2]
+    layer = total * (12 * m * m + 4 * m * p) + 4 * total * s * m + 4 * pairs * tokens**2 * m
+    ends = total * 2 * m * patch * (net.in_channels + net.out_channels)
+    ends += frames * (2 * net.freq_dim * m + 2 * m * m + 12 * m * m)
+    if text:
+        layer += 4 * s * m * m
+        ends += s * (2 * net.text_dim * m + 2 * m * m)
+    return float(net.num_layers * layer + ends)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of one training step or one streamed block: ``model`` counts, ``recomputed`` is done on top of it."""
+
+    model: float
+    recomputed: float = 0.0
+
+
+def stream_block(recipe: Recipe, *, frames_cached: int | None = None) -> float:
+    """FLOPs of one streamed block with a full window (or ``frames_cached`` earlier frames): all steps and the cache
+    write. The prompt is encoded once per stream and does not count."""
+    net, causal = recipe.student, recipe.causal
+    k = causal.frames_per_block
+    past = causal.window - k + causal.sink if causal.window else recipe.video.latent_frames - k
+    past = past if frames_cached is None else frames_cached
+    passes = len(recipe.diffusion.student_steps) + causal.clean_write
+    return passes * forward(net, k, tokens_per_frame(recipe, net), k * (past + k), text=False)
+
+
+def training_step(recipe: Recipe, stage: str) -> StepFlops:
+    """FLOPs of one step of ``teacher``, ``init`` or ``distill`` over its whole batch.
+
+    A DMD cycle: every fake-score update streams a clip (the exit step is uniform, so (Q + 1) / 2 denoising passes a
+    block and the cache write) and trains on it; the student's update adds its own clip, the backward pass through one
+    step of it, two passes of the teacher (with and without the prompt) and one of the fake score.
+    """
+    frames = recipe.video.latent_frames
+    teacher, student = recipe.teacher, recipe.student
+    n_teacher, n_student = tokens_per_frame(recipe, teacher), tokens_per_frame(recipe, student)
+    full = forward(teacher, frames, n_teacher, frames**2)
+    causal_pairs = seen(attention.block_causal(frames, recipe.causal))
+    causal = forward(student, frames, n_student, causal_pairs)
+
+    def trained(one: float, net: TransformerConfig) -> StepFlops:
+        return StepFlops(3 * one, one if net.remat else 0.0)
+
+    if stage == "teacher":
+        parts = [(recipe.train_teacher.batch_size, trained(full, teacher))]
+    elif stage == "init":
+        parts = [(recipe.train_init.batch_size, trained(causal, student))]
+    else:
+        config, batch = recipe.train_distill, recipe.train_distill.batch_size
+        one_pass = forward(student, frames, n_student, causal_pairs, text=False)
+        if config.rollout == "self":
+            steps = len(recipe.diffusion.student_steps)
+            clip = one_pass * ((steps + 1) / 2 + recipe.causal.clean_write)
+        else:
+            clip = causal
+        critic = trained(full, teacher)
+        # The exit step is rematerialised whatever the network's own setting.
+        generator = StepFlops(clip + 2 * one_pass + 3 * full, one_pass if config.rollout == "self" else 0.0)
+        parts = [
+            (batch * config.critic_updates, StepFlops(clip + critic.model, critic.recomputed)),
+            (batch, generator),
+        ]
+    return StepFlops(sum(b * p.model for b, p in parts), sum(b * p.recomputed for b, p in parts))
