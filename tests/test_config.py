@@ -112,7 +112,11 @@ def test_unknown_fields_and_wrong_types(groups, expected):
         (c.TransformerConfig, {"dim": 16, "num_heads": 4}, "transformer head size is 4"),
         (c.TransformerConfig, {"freq_dim": 7}, "transformer.freq_dim is 7; it must be even"),
         (c.TransformerConfig, {"patch_size": (2, 2, 2)}, "its temporal size must be 1"),
-        (c.TransformerConfig, {"attention": "flash"}, "transformer.attention is 'flash'; accepted: 'xla', 'cudnn'"),
+        (
+            c.TransformerConfig,
+            {"attention": "flash"},
+            "transformer.attention is 'flash'; accepted: 'auto', 'xla', 'cudnn', 'splash'",
+        ),
         (c.TransformerConfig, {"dtype": "int8"}, "transformer.dtype is 'int8'; accepted: 'float32', 'bfloat16'"),
         (c.CausalConfig, {"frames_per_block": 0}, "causal.frames_per_block is 0; it must be at least 1"),
         (
@@ -177,3 +181,23 @@ def test_structures_are_named_in_the_refusal():
     assert text == "20 latent frames do not fit blocks of 1 + n*4; the nearest that do are 17 and 21"
     text = message(c.CausalConfig(frames_per_block=3).block_sizes, 0)
     assert text == "0 latent frames do not fit blocks of n*3; the nearest that do are 3 and 6"
+
+
+@pytest.mark.parametrize(
+    "changes,expected",
+    [
+        ({"parallel": {"tensor": 8}}, "x context is 8, which does not divide them; the nearest that do are 6 and 12"),
+        (
+            {"parallel": {"context": 7, "ring": True}},
+            "a latent frame has 1560 tokens for the teacher; parallel.context",
+        ),
+        ({"parallel": {"fsdp": 3}}, "a batch of 8; slices x data x fsdp x accumulate is 3, which does not divide it"),
+        ({"train_distill": {"switch_fraction": 0.5}}, "train_distill.switch_fraction is 0.5; rollouts that go on from"),
+        ({"train_init": {"switch_fraction": 1.5}}, "train_init.switch_fraction is 1.5; accepted: 0 to 1"),
+    ],
+    ids=["heads", "tokens", "batch", "window", "fraction"],
+)
+def test_recipes_that_cannot_work(changes, expected):
+    with pytest.raises(c.ConfigError) as error:
+        c.from_config_dict({"name": "x"} | changes)
+    assert expected in str(error.value)
