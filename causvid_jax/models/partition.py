@@ -8,16 +8,21 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from causvid_jax.config import ShardingRules
 
 Axes = Sequence[str | None]
 
 
+def axis_sizes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """Axis sizes of ``mesh``, those of size 1 left out."""
+    return {name: size for name, size in mesh.shape.items() if size > 1}
+
+
 def mesh_shape() -> dict[str, int]:
-    """Axis sizes of the current mesh, those of size 1 left out; empty without a mesh."""
-    return {name: size for name, size in jax.sharding.get_abstract_mesh().shape.items() if size > 1}
+    """:func:`axis_sizes` of the current mesh; empty without one."""
+    return axis_sizes(jax.sharding.get_abstract_mesh())
 
 
 def mesh_axes(axes: Axes, shape: Sequence[int], mesh: Mapping[str, int], rules: ShardingRules) -> list[tuple[str, ...]]:

@@ -385,8 +385,8 @@ def block_causal(
 def cache_spec(config: TransformerConfig, batch: int, mesh: Mesh) -> PartitionSpec:
     """How the keys and values ``[L, B, S, n, N, D]`` of a :class:`KVCache` lie on ``mesh``: split by heads."""
     axes = (None, "batch", None, None, "attention_heads", None)
-    sizes = {name: size for name, size in mesh.shape.items() if size > 1}
-    return partition.spec_for(axes, (1, batch, 1, 1, config.num_heads, 1), sizes, config.rules)
+    shape = (1, batch, 1, 1, config.num_heads, 1)
+    return partition.spec_for(axes, shape, partition.axis_sizes(mesh), config.rules)
 
 
 def encode_text(

@@ -17,11 +17,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from causvid_jax.config import Recipe, require
 from causvid_jax.models import transformer
-from causvid_jax.models.params import ParamSpec
+from causvid_jax.models.params import abstract_tree
 from causvid_jax.parallel import flops, hlo
 from causvid_jax.parallel.mesh import make_mesh
-from causvid_jax.parallel.shardings import Placement
+from causvid_jax.parallel.shardings import Placement, batch_sharding
 from causvid_jax.parallel.topology import GIB, Topology
+from causvid_jax.streaming.stream import latent_size
 from causvid_jax.training import steps
 
 STAGES = ("teacher", "init", "distill", "stream")
@@ -69,10 +70,7 @@ def _placed(tree: Any, shardings: Any) -> Any:
 
 
 def _network(spec: Any, shardings: Any) -> Any:
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), spec, is_leaf=lambda x: isinstance(x, ParamSpec)
-    )
-    return _placed(shapes, shardings)
+    return _placed(abstract_tree(spec), shardings)
 
 
 def _training_program(recipe: Recipe, stage: str, place: Placement) -> tuple[Any, tuple[Any, ...]]:
@@ -86,9 +84,8 @@ def _training_program(recipe: Recipe, stage: str, place: Placement) -> tuple[Any
     starts = [_network(spec, place.params(spec, rules)) for spec in step.starts]
     state = _placed(jax.eval_shape(step.init, *starts), step.layout)
     frozen = [_network(spec, place.params(spec, recipe.teacher.rules)) for spec in step.frozen]
-    axes = tuple(a for a in rules.batch if place.mesh is not None and place.mesh.shape[a] > 1) or None
     assert place.mesh is not None
-    split = NamedSharding(place.mesh, PartitionSpec(*(None,) * step.leading, axes))
+    split = batch_sharding(place.mesh, place.rules, step.leading)
     batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=split) for k, v in step.batch.items()}
     return step.update, (state, *frozen, batch)
 
@@ -96,7 +93,7 @@ def _training_program(recipe: Recipe, stage: str, place: Placement) -> tuple[Any
 def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, tuple[Any, ...]]:
     """One denoising pass of the streaming student at a full window, with bfloat16 weights, and its arguments."""
     net, causal = recipe.student, recipe.causal
-    height, width = steps.latent_size(recipe)
+    height, width = latent_size(recipe)
     spec = transformer.spec(net)
     params = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(net.dtype), sharding=x.sharding),

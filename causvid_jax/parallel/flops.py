@@ -15,7 +15,7 @@ import dataclasses
 
 from causvid_jax.config import Recipe, TransformerConfig
 from causvid_jax.models import attention
-from causvid_jax.training.steps import latent_size
+from causvid_jax.streaming.stream import latent_size
 
 
 def tokens_per_frame(recipe: Recipe, net: TransformerConfig) -> int:

@@ -12,17 +12,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from causvid_jax.config import ParallelConfig, ShardingRules
 from causvid_jax.models import partition
-from causvid_jax.models.params import ParamSpec
+from causvid_jax.models.params import ParamSpec, abstract_tree
 from causvid_jax.parallel.mesh import make_mesh
-
-
-def _sizes(mesh: Mesh) -> dict[str, int]:
-    return {name: size for name, size in mesh.shape.items() if size > 1}
 
 
 def param_shardings(spec: Any, mesh: Mesh, rules: ShardingRules) -> Any:
     """The ``NamedSharding`` of every parameter of a :class:`ParamSpec` tree."""
-    sizes = _sizes(mesh)
+    sizes = partition.axis_sizes(mesh)
 
     def place(leaf: ParamSpec) -> NamedSharding:
         return NamedSharding(mesh, partition.spec_for(leaf.axes, leaf.shape, sizes, rules))
@@ -40,6 +36,13 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, sh
     return optax.tree_map_params(
         optimizer, lambda _, sharding: sharding, state, shardings, transform_non_params=lambda _: whole
     )
+
+
+def batch_sharding(mesh: Mesh, rules: ShardingRules, leading: int = 0) -> NamedSharding:
+    """Of arrays ``[..., B, ...]`` with the batch after ``leading`` whole axes."""
+    sizes = partition.axis_sizes(mesh)
+    axes = tuple(a for a in rules.batch if a in sizes)
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, axes or None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +69,7 @@ class Placement:
         """Shardings of an optimizer's state for the parameters ``spec``; None without a mesh."""
         if self.mesh is None:
             return None
-        shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), spec, is_leaf=lambda x: isinstance(x, ParamSpec)
-        )
-        return optimizer_shardings(optimizer, shapes, shardings, self.mesh)
+        return optimizer_shardings(optimizer, abstract_tree(spec), shardings, self.mesh)
 
     def whole(self) -> NamedSharding | None:
         """A copy on every device."""
@@ -90,8 +90,7 @@ class Placement:
         """
         if self.mesh is None:
             return tree
-        axes = tuple(a for a in self.rules.batch if a in _sizes(self.mesh))
-        sharding = NamedSharding(self.mesh, PartitionSpec(*(None,) * leading, axes or None))
+        sharding = batch_sharding(self.mesh, self.rules, leading)
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
 
 

@@ -15,22 +15,18 @@ class Chip:
     Attributes:
       memory: bytes of device memory that a program may use.
       flops: peak bfloat16 FLOP/s.
-      bandwidth: bytes/s between memory and cores.
-      link: bytes/s to the other devices of its slice, all links together, one way.
     """
 
     memory: float
     flops: float
-    bandwidth: float
-    link: float
 
 
 GIB = 2.0**30
 # Google Cloud's TPU documentation; the limit is what XLA reports as available.
 CHIPS = {
-    "v5e": Chip(15.75 * GIB, 197e12, 819e9, 200e9),
-    "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 600e9),
-    "v6e": Chip(31.25 * GIB, 918e12, 1640e9, 448e9),
+    "v5e": Chip(15.75 * GIB, 197e12),
+    "v5p": Chip(95.74 * GIB, 459e12),
+    "v6e": Chip(31.25 * GIB, 918e12),
 }
 
 

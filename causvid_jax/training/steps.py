@@ -16,8 +16,9 @@ import numpy as np
 from causvid_jax.config import CausalConfig, Recipe
 from causvid_jax.diffusion import flow
 from causvid_jax.distill import cycle, ode_regression, rollout
-from causvid_jax.models import transformer, vae
+from causvid_jax.models import transformer
 from causvid_jax.parallel.shardings import Placement
+from causvid_jax.streaming.stream import latent_size
 from causvid_jax.training.optimizers import make_optimizer
 from causvid_jax.training.state import TrainState, init_state, make_step, state_shardings
 
@@ -43,12 +44,6 @@ class Step:
     layout: Any
     batch: dict[str, jax.ShapeDtypeStruct]
     leading: int = 0
-
-
-def latent_size(recipe: Recipe) -> tuple[int, int]:
-    """Height and width of the latent grid."""
-    factor = vae.space_factor(recipe.vae)
-    return recipe.video.height // factor, recipe.video.width // factor
 
 
 def _arrays(recipe: Recipe, size: int, **shapes: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:

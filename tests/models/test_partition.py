@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 
 from causvid_jax.config import MESH_AXES, CausalConfig, TransformerConfig
-from causvid_jax.models import partition, transformer
+from causvid_jax.models import transformer
+from causvid_jax.parallel import shardings
 
 CONFIG = TransformerConfig(
     dim=32, ffn_dim=64, num_heads=4, num_layers=2, in_channels=4, out_channels=4, text_dim=6, text_length=5, freq_dim=8
@@ -88,25 +89,14 @@ def test_sharded_equals_single_device(reading, shape, capfd):
         pytest.skip("a ring cannot stream; refused, see below")
     (value, out), gradient = expected(reading)
     mesh = make_mesh(shape)
-    spec = transformer.spec(CONFIG)
+    place = shardings.param_shardings(transformer.spec(CONFIG), mesh, CONFIG.rules)
     with jax.set_mesh(mesh):
-        place = jax.tree.map(
-            lambda leaf: NamedSharding(
-                mesh, partition.spec_for(leaf.axes, leaf.shape, partition.mesh_shape(), CONFIG.rules)
-            ),
-            spec,
-            is_leaf=lambda x: isinstance(x, partition_leaf),
-        )
         params, *rest = inputs()
         params = jax.device_put(params, place)
-        batch = partition.spec_for(("batch",), (8,), partition.mesh_shape(), CONFIG.rules)
-        rest = jax.device_put(rest, NamedSharding(mesh, batch))
+        rest = jax.device_put(rest, shardings.batch_sharding(mesh, CONFIG.rules))
         (value_, out_), gradient_ = loss_and_gradient(reading)(params, *rest)
     np.testing.assert_allclose(value_, value, rtol=1e-5)
     np.testing.assert_allclose(out_, out, atol=1e-5)
     for (path, a), b in zip(jax.tree.leaves_with_path(gradient), jax.tree.leaves(gradient_), strict=True):
         np.testing.assert_allclose(b, a, atol=1e-5 * max(1e-3, float(np.abs(a).max())), err_msg=str(path))
     assert "rematerialization" not in capfd.readouterr().err
-
-
-partition_leaf = type(transformer.spec(CONFIG)["head"]["modulation"])
