@@ -1,0 +1,59 @@
+"""Frozen, validated configuration. ``ml_collections`` stops in this package.
+
+A recipe file under ``configs/`` returns an ``ml_collections.ConfigDict``; :func:`from_config_dict` turns it into a
+:class:`Recipe` of frozen, hashable dataclasses, which is what every other module sees and what ``jax.jit`` can take as
+a static argument. A field that does not exist, a value of the wrong type and a combination that cannot work are
+refused here, in one sentence, before any compute is spent.
+"""
+
+from causvid_jax.config.errors import ConfigError, require
+from causvid_jax.config.networks import (
+    MESH_AXES,
+    CausalConfig,
+    ShardingRules,
+    TAEHVConfig,
+    TextConfig,
+    TransformerConfig,
+    UMT5Config,
+    VAEConfig,
+    VideoConfig,
+)
+from causvid_jax.config.recipe import ParallelConfig, Recipe, from_config_dict, from_json, nearest_divisors, to_json
+from causvid_jax.config.stages import (
+    DataConfig,
+    DiffusionConfig,
+    DistillStageConfig,
+    InitStageConfig,
+    OptimizerConfig,
+    StageConfig,
+    TeacherStageConfig,
+    VAEStageConfig,
+)
+
+__all__ = [
+    "ConfigError",
+    "require",
+    "MESH_AXES",
+    "VideoConfig",
+    "TextConfig",
+    "UMT5Config",
+    "VAEConfig",
+    "ShardingRules",
+    "TAEHVConfig",
+    "TransformerConfig",
+    "CausalConfig",
+    "DataConfig",
+    "DiffusionConfig",
+    "DistillStageConfig",
+    "InitStageConfig",
+    "OptimizerConfig",
+    "StageConfig",
+    "TeacherStageConfig",
+    "VAEStageConfig",
+    "ParallelConfig",
+    "Recipe",
+    "from_config_dict",
+    "from_json",
+    "nearest_divisors",
+    "to_json",
+]

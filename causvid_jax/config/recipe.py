@@ -1,0 +1,179 @@
+"""The recipe: everything about one model, its device mesh, and how it is read from files."""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from typing import Any
+
+import ml_collections
+
+from causvid_jax.config.errors import ConfigError, require
+from causvid_jax.config.networks import CausalConfig, TextConfig, TransformerConfig, VAEConfig, VideoConfig
+from causvid_jax.config.stages import (
+    DataConfig,
+    DiffusionConfig,
+    DistillStageConfig,
+    InitStageConfig,
+    TeacherStageConfig,
+    VAEStageConfig,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """The device mesh: ``data`` x ``fsdp`` x ``context`` x ``tensor``, and ``slices`` of it along the data axis.
+
+    ``data`` holds copies of everything, ``fsdp`` splits batch and parameters, ``context`` the tokens of a frame,
+    ``tensor`` heads and MLP. ``data = 0`` takes all devices that the others leave. Attention exchanges tokens for
+    heads, so tensor x context must divide the heads; with ``ring`` (training only) tensor alone has to.
+    """
+
+    slices: int = 1
+    data: int = 1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+    ring: bool = False
+
+    def __post_init__(self):
+        for name in ("slices", "fsdp", "context", "tensor"):
+            value = getattr(self, name)
+            require(value >= 1, f"parallel.{name} is {value}; it must be at least 1")
+        require(self.data >= 0, f"parallel.data is {self.data}; it must be at least 1, or 0 for the devices left over")
+
+
+def nearest_divisors(number: int, wanted: int) -> str:
+    """The divisors of ``number`` around ``wanted``, in words."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    around = {
+        max((d for d in divisors if d <= wanted), default=1),
+        min((d for d in divisors if d >= wanted), default=number),
+    }
+    return " and ".join(map(str, sorted(around)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The whole road of one model: data, networks, method and every training stage."""
+
+    name: str
+    video: VideoConfig = VideoConfig()
+    text: TextConfig = TextConfig()
+    data: DataConfig = DataConfig()
+    vae: VAEConfig = VAEConfig()
+    teacher: TransformerConfig = TransformerConfig()
+    student: TransformerConfig = TransformerConfig()
+    causal: CausalConfig = CausalConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    train_vae: VAEStageConfig = VAEStageConfig()
+    train_teacher: TeacherStageConfig = TeacherStageConfig()
+    train_init: InitStageConfig = InitStageConfig()
+    train_distill: DistillStageConfig = DistillStageConfig()
+    parallel: ParallelConfig = ParallelConfig()
+
+    def __post_init__(self):
+        for role in ("teacher", "student"):
+            net = getattr(self, role)
+            require(
+                net.out_channels == self.vae.z_dim,
+                f"{role}.out_channels is {net.out_channels}; the VAE has {self.vae.z_dim} latent channels",
+            )
+            require(
+                (net.text_dim, net.text_length) == (self.text.dim, self.text.length),
+                f"{role} reads text of shape ({net.text_length}, {net.text_dim}); the text encoder gives "
+                f"({self.text.length}, {self.text.dim})",
+            )
+        self.causal.block_sizes(self.video.latent_frames)
+        require(
+            not self.train_distill.switch_fraction
+            or (self.causal.past_frames() > 0 and not self.causal.independent_first_frame),
+            f"train_distill.switch_fraction is {self.train_distill.switch_fraction}; rollouts that go on from a past "
+            "need a causal.window of more than one block and no independent first frame",
+        )
+        self._check_mesh()
+
+    def _check_mesh(self) -> None:
+        mesh = self.parallel
+        for role in ("teacher", "student"):
+            net = getattr(self, role)
+            split, name = (mesh.tensor, "tensor") if mesh.ring else (mesh.tensor * mesh.context, "tensor x context")
+            require(
+                net.num_heads % split == 0,
+                f"{role} has {net.num_heads} heads; parallel.{name} is {split}, which does not divide them; the "
+                f"nearest that do are {nearest_divisors(net.num_heads, split)}",
+            )
+            factor = 2 ** (len(self.vae.dim_mult) - 1)
+            rows, columns = (size // factor for size in (self.video.height, self.video.width))
+            tokens = (rows // net.patch_size[1]) * (columns // net.patch_size[2])
+            require(
+                tokens % mesh.context == 0,
+                f"a latent frame has {tokens} tokens for the {role}; parallel.context is {mesh.context}, which does "
+                f"not divide them; the nearest that do are {nearest_divisors(tokens, mesh.context)}",
+            )
+        ways = mesh.slices * max(mesh.data, 1) * mesh.fsdp
+        for stage in ("train_vae", "train_teacher", "train_init", "train_distill"):
+            config = getattr(self, stage)
+            parts = ways * config.accumulate
+            for size in (config.batch_size, *(batch for _, _, batch in config.curriculum)):
+                below = size - size % parts
+                require(
+                    size % parts == 0,
+                    f"{stage} has a batch of {size}; slices x data x fsdp x accumulate is {parts}, which does not "
+                    f"divide it; the nearest that it divides are {f'{below} and ' if below else ''}{below + parts}",
+                )
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+    """``value`` as the type ``hint``, or a ConfigError that names ``path``."""
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, ml_collections.ConfigDict):
+            value = value.to_dict()
+        require(isinstance(value, dict), f"{path} is {value!r}; it must be a group of fields")
+        return _build(typing.cast(type, hint), value, path)
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        require(isinstance(value, (tuple, list)), f"{path} is {value!r}; it must be a sequence")
+        args = typing.get_args(hint)
+        items = [args[0]] * len(value) if len(args) == 2 and args[1] is Ellipsis else list(args)
+        require(len(items) == len(value), f"{path} has {len(value)} entries; it must have {len(items)}")
+        return tuple(_convert(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, items, strict=True)))
+    if origin is types.UnionType or origin is typing.Union:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    require(
+        isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
+        f"{path} is {value!r}; it must be of type {getattr(hint, '__name__', hint)}",
+    )
+    return value
+
+
+def _build(cls: type, values: dict[str, Any], path: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for name in values:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; accepted: {', '.join(names)}"
+            raise ConfigError(f"config field {f'{path}.{name}' if path else name!r} does not exist{hint}")
+    where = f"{path}." if path else ""
+    return cls(**{name: _convert(v, hints[name], f"{where}{name}") for name, v in values.items()})
+
+
+def from_config_dict(values: ml_collections.ConfigDict | dict[str, Any]) -> Recipe:
+    """The validated :class:`Recipe` of an ``ml_collections.ConfigDict`` (or plain dict); errors are ConfigError."""
+    if isinstance(values, ml_collections.ConfigDict):
+        values = values.to_dict()
+    return _build(Recipe, dict(values), "")
+
+
+def to_json(config: Any) -> str:
+    """Any of these dataclasses as JSON (tuples become lists); :func:`from_json` of a Recipe reads it back."""
+    return json.dumps(dataclasses.asdict(config), indent=1)
+
+
+def from_json(text: str) -> Recipe:
+    """The Recipe written by :func:`to_json`."""
+    return _build(Recipe, json.loads(text), "")
