@@ -79,6 +79,22 @@ def get_config() -> ml_collections.ConfigDict:
                 "samples": 32,
                 "save_every": 250,
             },
+            "train_causal": {
+                "steps": 1200,
+                "batch_size": 32,
+                "switch_fraction": 0.2,
+                "optimizer": {
+                    "learning_rate": 4e-4,
+                    "warmup_steps": 50,
+                    "schedule": "cosine",
+                    "b2": 0.99,
+                    "clip_norm": 1.0,
+                    "ema_decay": 0.99,
+                },
+                "sample_every": 400,
+                "samples": 32,
+                "save_every": 200,
+            },
             "train_init": {
                 "steps": 1000,
                 "batch_size": 16,

@@ -42,11 +42,30 @@ def latents(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
 
 def trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     """Run the teacher's ODE for ``count`` (0: as many as the init stage asks for) training captions."""
+    if recipe.train_init.teacher == "causal":
+        return _causal_trajectories(recipe, workdir, count)
     params = stages.load_transformer(stages.find(recipe.name, "teacher", workdir), recipe.teacher, "teacher")
     captions = digits.captions(recipe.data, "train")
     prompts = derived.prompt_sequence(captions, count or recipe.train_init.trajectories, recipe.data.seed)
     folder = workdir / "data" / "trajectories"
     derived.write_trajectories(folder, params, recipe, prompts, seed=recipe.train_init.seed, **pipeline.this_process())
+    return _summary(folder)
+
+
+def _causal_trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
+    params = stages.load_transformer(stages.find(recipe.name, "causal", workdir), recipe.teacher, "causal teacher")
+    _, coder = stages.load_vae(stages.find(recipe.name, "vae", workdir), recipe.vae)
+    clips, folder = arrays.source(workdir / "data" / "latents"), workdir / "data" / "causal_trajectories"
+    derived.write_causal_trajectories(
+        folder,
+        params,
+        dataclasses.replace(recipe, vae=coder),
+        clips,
+        count=count or recipe.train_init.trajectories,
+        identity=(workdir / "data" / "latents" / arrays.IDENTITY).read_text(),
+        seed=recipe.train_init.seed,
+        **pipeline.this_process(),
+    )
     return _summary(folder)
 
 

@@ -20,6 +20,7 @@ from causvid_jax.config.networks import (
 )
 from causvid_jax.config.recipe import ParallelConfig, Recipe, from_config_dict, from_json, nearest_divisors, to_json
 from causvid_jax.config.stages import (
+    CausalStageConfig,
     DataConfig,
     DiffusionConfig,
     DistillStageConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "TAEHVConfig",
     "TransformerConfig",
     "CausalConfig",
+    "CausalStageConfig",
     "DataConfig",
     "DiffusionConfig",
     "DistillStageConfig",

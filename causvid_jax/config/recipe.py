@@ -12,6 +12,7 @@ import ml_collections
 from causvid_jax.config.errors import ConfigError, require
 from causvid_jax.config.networks import CausalConfig, TextConfig, TransformerConfig, VAEConfig, VideoConfig
 from causvid_jax.config.stages import (
+    CausalStageConfig,
     DataConfig,
     DiffusionConfig,
     DistillStageConfig,
@@ -69,6 +70,7 @@ class Recipe:
     diffusion: DiffusionConfig = DiffusionConfig()
     train_vae: VAEStageConfig = VAEStageConfig()
     train_teacher: TeacherStageConfig = TeacherStageConfig()
+    train_causal: CausalStageConfig = CausalStageConfig()
     train_init: InitStageConfig = InitStageConfig()
     train_distill: DistillStageConfig = DistillStageConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -113,7 +115,7 @@ class Recipe:
                 f"not divide them; the nearest that do are {nearest_divisors(tokens, mesh.context)}",
             )
         ways = mesh.slices * max(mesh.data, 1) * mesh.fsdp
-        for stage in ("train_vae", "train_teacher", "train_init", "train_distill"):
+        for stage in ("train_vae", "train_teacher", "train_causal", "train_init", "train_distill"):
             config = getattr(self, stage)
             parts = ways * config.accumulate
             for size in (config.batch_size, *(batch for _, _, batch in config.curriculum)):

@@ -119,19 +119,44 @@ class TeacherStageConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class CausalStageConfig(TeacherStageConfig):
+    """Flow matching of a causal teacher by teacher forcing: every block noised on its own, its past given clean.
+
+    It starts from the bidirectional teacher and makes the trajectories of ``train_init.teacher = "causal"``.
+    ``switch_fraction`` of the clips go on from another clip's past (``distill.ode_regression.splice``).
+    """
+
+    switch_fraction: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fraction("train_causal.switch_fraction", self.switch_fraction)
+
+
+@dataclasses.dataclass(frozen=True)
 class InitStageConfig(StageConfig):
-    """ODE regression on the teacher's trajectories; ``include_clean`` adds t = 0 blocks as context only.
+    """ODE regression on a teacher's trajectories; ``include_clean`` adds t = 0 blocks as context only.
+
+    ``teacher`` is ``"bidirectional"`` (the paper: trajectories of whole clips) or ``"causal"`` (trajectories of every
+    block given the clean past, from the stage ``causal``). Where a clip's blocks leave their noise together, what
+    becomes of a block depends on the noise of later ones, which a causal student does not see, and it can learn no
+    more than the mean; a causal teacher's blocks depend on nothing else (Causal Forcing).
 
     ``switch_fraction`` of the clips go on from another clip's past, as a stream does whose prompt has just changed
     (``distill.ode_regression.splice``).
     """
 
+    teacher: str = "bidirectional"
     trajectories: int = 1024
     include_clean: bool = True
     switch_fraction: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
+        require(
+            self.teacher in ("bidirectional", "causal"),
+            f"train_init.teacher is {self.teacher!r}; accepted: 'bidirectional', 'causal'",
+        )
         check_fraction("train_init.switch_fraction", self.switch_fraction)
 
 

@@ -19,18 +19,17 @@ from tqdm import tqdm
 
 from causvid_jax.config import ConfigError, require
 
-_IDENTITY = "identity.json"
+IDENTITY = "identity.json"
 _FINISHED = "FINISHED"
 
 
-def array_features(key: str, shape: Sequence[int]) -> tfds.features.FeaturesDict:
-    """Features of one float16 array named ``key`` and its caption."""
-    return tfds.features.FeaturesDict(
-        {
-            key: tfds.features.Tensor(shape=tuple(shape), dtype=np.float16, encoding="bytes"),
-            "caption": tfds.features.Text(),
-        }
-    )
+def array_features(**shapes: Sequence[int]) -> tfds.features.FeaturesDict:
+    """Features of float16 arrays, name to shape, and of their caption."""
+    tensors = {
+        name: tfds.features.Tensor(shape=tuple(shape), dtype=np.float16, encoding="bytes")
+        for name, shape in shapes.items()
+    }
+    return tfds.features.FeaturesDict(tensors | {"caption": tfds.features.Text()})
 
 
 def is_complete(folder: str | os.PathLike) -> bool:
@@ -107,7 +106,7 @@ def write_dataset(
 
 def _check_identity(folder: pathlib.Path, identity: dict[str, Any]) -> None:
     wanted = json.loads(json.dumps(identity))
-    path = folder / _IDENTITY
+    path = folder / IDENTITY
     if not path.is_file():
         _replace(path, json.dumps(wanted, indent=1).encode())
         return

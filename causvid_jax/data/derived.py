@@ -8,7 +8,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from causvid_jax.config import Recipe, VAEConfig, to_json
 from causvid_jax.data import arrays, pipeline
 from causvid_jax.diffusion.guidance import guided_velocity
+from causvid_jax.distill.ode_regression import splice
 from causvid_jax.distill.trajectories import teacher_trajectory
 from causvid_jax.models import text, transformer, vae
 from causvid_jax.weights import store
@@ -81,7 +82,7 @@ def write_latents(
     return arrays.write_dataset(
         folder,
         name="latents",
-        features=arrays.array_features("latents", shape),
+        features=arrays.array_features(latents=shape),
         chunks=math.ceil(count / chunk),
         make_chunk=make_chunk,
         identity={"clips": clips, "count": count, "vae": weights_digest(params), "config": to_json(config)},
@@ -139,7 +140,7 @@ def write_trajectories(
     return arrays.write_dataset(
         folder,
         name="trajectories",
-        features=arrays.array_features("trajectory", (len(diffusion.student_steps) + 1, *shape)),
+        features=arrays.array_features(trajectory=(len(diffusion.student_steps) + 1, *shape)),
         chunks=math.ceil(len(prompts) / chunk),
         make_chunk=make_chunk,
         identity={
@@ -148,6 +149,95 @@ def write_trajectories(
             "seed": seed,
             "teacher": weights_digest(params),
             "diffusion": to_json(diffusion),
+        },
+        **options,
+    )
+
+
+def write_causal_trajectories(
+    folder: str | os.PathLike,
+    params: dict[str, Any],
+    recipe: Recipe,
+    clips: pipeline.Source,
+    *,
+    count: int,
+    identity: str,
+    seed: int = 0,
+    chunk: int = 64,
+    batch: int = 16,
+    **options,
+) -> bool:
+    """Run the causal teacher's guided ODE on every block of ``count`` clips, each block given its clean past.
+
+    All blocks of a clip leave their noise together under the teacher-forcing mask, so none sees another's noise. A
+    share ``train_init.switch_fraction`` of the clips has the past of the next clip (``ode_regression.splice``).
+
+    Args:
+        folder: of the dataset; examples are ``trajectory`` as in :func:`write_trajectories`, ``context`` float16
+            [F, h, w, C], the past that was shown, and ``caption``.
+        params: of the causal teacher.
+        recipe: its networks, blocks and diffusion.
+        clips: examples with ``latents`` and ``caption``; trajectory i takes clip i, from the start again when they end.
+        count: trajectories to make.
+        identity: what tells these clips from others, a digest or a name.
+        seed, chunk, batch, options: as in :func:`write_trajectories`.
+
+    Returns:
+        whether the dataset is finished.
+    """
+    shape, diffusion, key = latent_shape(recipe), recipe.diffusion, jax.random.key(seed)
+    sizes, switched = recipe.causal.block_sizes(shape[0]), recipe.train_init.switch_fraction
+    null = jnp.asarray(text.encode_prompts([""], recipe.text))
+
+    def trajectories(p, numbers, rows, own, other):
+        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(numbers)
+        noise = jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 0])
+        past = jax.vmap(lambda k: splice(k, 1, sizes, switched)[0])(keys[:, 1])
+        context = jnp.where(past[:, :, None, None, None], other, own)
+        network = functools.partial(
+            transformer.block_causal,
+            p,
+            config=recipe.teacher,
+            causal=recipe.causal,
+            clean=context,
+            clean_timestep=recipe.causal.context_timestep,
+        )
+        states = teacher_trajectory(
+            lambda x, timestep: guided_velocity(network, x, timestep, rows, null, diffusion.guidance), noise, diffusion
+        )
+        return rearrange([*states, context], "q b ... -> b q ...")
+
+    run, size = _over_local_devices(trajectories, params, batch, chunk)
+
+    def latents(numbers: Iterable[int]) -> np.ndarray:
+        return np.stack([clips[i % len(clips)]["latents"] for i in numbers]).astype(np.float32)
+
+    def make_chunk(index: int) -> Iterator[dict[str, Any]]:
+        for numbers in _groups(index, chunk, size, count):
+            captions = [pipeline.as_text(clips[i % len(clips)]["caption"]) for i in numbers]
+            states = run(
+                np.asarray(numbers, np.uint32),
+                text.encode_prompts(captions, recipe.text),
+                latents(numbers),
+                latents(i + 1 for i in numbers),
+            )
+            for caption, state in zip(captions, states.astype(np.float16), strict=True):
+                yield {"trajectory": state[:-1], "context": state[-1], "caption": caption}
+
+    return arrays.write_dataset(
+        folder,
+        name="causal_trajectories",
+        features=arrays.array_features(trajectory=(len(diffusion.student_steps) + 1, *shape), context=shape),
+        chunks=math.ceil(count / chunk),
+        make_chunk=make_chunk,
+        identity={
+            "count": count,
+            "clips": identity,
+            "seed": seed,
+            "teacher": weights_digest(params),
+            "diffusion": to_json(diffusion),
+            "causal": to_json(recipe.causal),
+            "switch_fraction": switched,
         },
         **options,
     )

@@ -75,7 +75,8 @@ def to_float(video: np.ndarray) -> np.ndarray:
     return video.astype(np.float32) / 127.5 - 1.0
 
 
-def _text(value: str | bytes) -> str:
+def as_text(value: str | bytes) -> str:
+    """A caption as a dataset gives it, as a string."""
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
@@ -92,7 +93,7 @@ def clip_batches(source, *, batch_size: int, seed: int, frames: int = 0, **optio
         total = len(video)
         require(0 <= frames <= total, f"frames is {frames}; the clips have {total}, so accepted: 0 to {total}")
         start = int(rng.integers(total - frames + 1)) if frames else 0
-        return {"video": to_float(video[start : start + (frames or total)]), "caption": _text(example["caption"])}
+        return {"video": to_float(video[start : start + (frames or total)]), "caption": as_text(example["caption"])}
 
     return batches(source, transform, batch_size=batch_size, seed=seed, **options)
 
@@ -110,7 +111,7 @@ def latent_batches(source, *, batch_size: int, seed: int, frames: int = 0, **opt
         latents = example["latents"]
         total = len(latents)
         require(0 <= frames <= total, f"frames is {frames}; the latents have {total}, so accepted: 0 to {total}")
-        return {"latents": latents[: frames or total].astype(np.float32), "caption": _text(example["caption"])}
+        return {"latents": latents[: frames or total].astype(np.float32), "caption": as_text(example["caption"])}
 
     return batches(source, transform, batch_size=batch_size, seed=seed, **options)
 
@@ -119,11 +120,12 @@ def trajectory_batches(source, *, batch_size: int, seed: int, **options) -> grai
     """Batches of ODE trajectories: the Q states at the student's timesteps, then the clean end.
 
     Returns:
-        iterator of ``{"trajectory": float32 [B, Q + 1, F, h, w, C], "caption": str [B]}``; ``options`` as
-        :func:`batches`.
+        iterator of ``{"trajectory": float32 [B, Q + 1, F, h, w, C], "caption": str [B]}``, with the ``context``
+        ``[B, F, h, w, C]`` of a causal teacher's; ``options`` as :func:`batches`.
     """
 
     def transform(example, rng):
-        return {"trajectory": example["trajectory"].astype(np.float32), "caption": _text(example["caption"])}
+        states = {key: example[key].astype(np.float32) for key in ("trajectory", "context") if key in example}
+        return states | {"caption": as_text(example["caption"])}
 
     return batches(source, transform, batch_size=batch_size, seed=seed, **options)

@@ -3,7 +3,8 @@
     L = mean over noisy elements of (x0_student(x_t, t) - x0)^2
 
 ``x_t`` is the teacher's state at a student timestep t, drawn per block, ``x0`` the end of the same trajectory. Blocks
-may also be given clean (t = 0): they serve as context for later blocks and count nothing themselves.
+may also be given clean (t = 0): they serve as context for later blocks and count nothing themselves. Trajectories of a
+causal teacher come with the clean context each block was made from, and the student gets just that (teacher forcing).
 
 :func:`splice` teaches the prompt switch of a stream: the clip's past is exchanged for another clip's.
 """
@@ -19,7 +20,7 @@ from einops import repeat
 from causvid_jax.config import require
 from causvid_jax.diffusion import flow
 
-BlockCausalFn = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]  # (params, x, timestep, text) -> velocity
+BlockCausalFn = Callable[..., jax.Array]  # (params, x, timestep, text) -> velocity
 
 
 def sample_block_steps(key: jax.Array, batch: int, block_sizes: Sequence[int], choices: int) -> jax.Array:
@@ -55,11 +56,13 @@ def ode_regression_loss(
     block_sizes: Sequence[int],
     include_clean: bool,
     switch_fraction: float = 0.0,
+    context: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The regression loss of one batch of trajectories.
 
     Args:
-      velocity_fn: the block-causal student, ``(params, x, timestep [B, F], text) -> velocity``.
+      velocity_fn: the block-causal student, ``(params, x, timestep [B, F], text) -> velocity``, which takes
+        ``clean=context`` where there is a context.
       params: the student's parameters, which the loss is differentiated by.
       states: ``[Q + 1, B, F, h, w, C]`` as :func:`~causvid_jax.distill.trajectories.teacher_trajectory` gives them.
       text: ``[B, S, E]``.
@@ -68,6 +71,8 @@ def ode_regression_loss(
       block_sizes: frames of each block, ``CausalConfig.block_sizes(F)``.
       include_clean: also draw t = 0, as context only.
       switch_fraction: share of the clips whose past is exchanged for the clean one of the next clip in the batch.
+      context: the clean past of every block, ``[B, F, h, w, C]``: every block is noisy then, and ``include_clean`` and
+        ``switch_fraction`` mean nothing.
 
     Returns:
       The scalar loss (0 when every block was drawn clean) and metrics: the loss, and the fraction of noisy frames.
@@ -77,15 +82,15 @@ def ode_regression_loss(
     require(sum(block_sizes) == frames, f"blocks {tuple(block_sizes)} do not add up to {frames} latent frames")
 
     step_key, splice_key = jax.random.split(key)
-    index = sample_block_steps(step_key, batch, block_sizes, q + 1 if include_clean else q)
-    if switch_fraction:
+    index = sample_block_steps(step_key, batch, block_sizes, q + 1 if include_clean and context is None else q)
+    if switch_fraction and context is None:
         past = splice(splice_key, batch, block_sizes, switch_fraction)
         index = jnp.where(past, q, index)
         states = jnp.where(past[None, :, :, None, None, None], jnp.roll(states, -1, axis=1), states)
     timestep = jnp.asarray((*timesteps, 0.0), jnp.float32)[index]
     # One state per sample and frame, [B, F, h, w, C].
     x_t = states.astype(jnp.float32)[index, jnp.arange(batch)[:, None], jnp.arange(frames)[None, :]]
-    velocity = velocity_fn(params, x_t, timestep, text)
+    velocity = velocity_fn(params, x_t, timestep, text, **({} if context is None else {"clean": context}))
     predicted = flow.x0_from_velocity(x_t, velocity.astype(jnp.float32), flow.sigma_from_timestep(timestep))
 
     noisy = repeat((timestep != 0).astype(jnp.float32), "b f -> b f 1 1 1")

@@ -1,4 +1,5 @@
-"""The four stages of the road: vae, teacher, init (ODE regression), distill (DMD). Each function here composes one."""
+"""The stages of the road: vae, teacher, causal (an optional teacher of the init stage), init (ODE regression), distill
+(DMD). Each function here composes one."""
 
 import dataclasses
 import functools
@@ -210,6 +211,37 @@ def teacher_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     )
 
 
+# ---- causal ----------------------------------------------------------------------------------------------------------
+
+LOOK_STEPS = 16
+"""Steps of a causal teacher's samples: a stream without guidance, to look at."""
+
+
+def causal_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
+    """Make a causal teacher of the bidirectional one, by teacher forcing on latents."""
+    vae_params, recipe = with_vae(recipe, workdir)
+    config, place = recipe.train_causal, shardings.place(recipe.parallel, recipe.teacher.rules)
+    step = steps.causal_step(recipe, place)
+    levels = tuple(1000.0 * (1 - i / LOOK_STEPS) for i in range(LOOK_STEPS))
+    look = dataclasses.replace(
+        recipe, student=recipe.teacher, diffusion=dataclasses.replace(recipe.diffusion, student_steps=levels)
+    )
+    return Stage(
+        name="causal",
+        config=config,
+        init=lambda: _start(step, place, _load_network(recipe, "teacher", workdir, recipe.teacher, place)),
+        step=step.update,
+        phases=_phases(
+            config,
+            functools.partial(pipeline.latent_batches, _latent_source(workdir), **pipeline.this_process()),
+        ),
+        ready=lambda batch: place.batch(_ready_latents(recipe, batch)),
+        sample=_sample_student(look, vae_params, samples.prompts(recipe, config.samples), lambda state: state.ema),
+        export=_export("causal", recipe, lambda state: state.ema),
+        context=place.current,
+    )
+
+
 # ---- init -----------------------------------------------------------------------------------------------------------
 
 
@@ -226,13 +258,16 @@ def _sample_student(recipe: Recipe, vae_params, captions, params_of: Callable[[A
     return sample
 
 
+TRAJECTORIES = {"bidirectional": "trajectories", "causal": "causal_trajectories"}
+
+
 def init_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     """ODE regression (paper, section 4.3): the causal student, started from the teacher's weights, learns to jump to
     the end of the teacher's trajectories."""
     vae_params, recipe = with_vae(recipe, workdir)
     config, place = recipe.train_init, shardings.place(recipe.parallel, recipe.student.rules)
     step = steps.init_step(recipe, place)
-    source = arrays.source(workdir / "data" / "trajectories")
+    source = arrays.source(workdir / "data" / TRAJECTORIES[config.teacher])
 
     def init() -> TrainState:
         start = [_load_network(recipe, "teacher", workdir, recipe.teacher, place)] if step.starts else []
@@ -247,7 +282,9 @@ def init_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         init=init,
         step=step.update,
         phases=_phases(config, batches),
-        ready=lambda batch: place.batch({"trajectory": batch["trajectory"], "text": _text_rows(batch, recipe)}),
+        ready=lambda batch: place.batch(
+            {"text": _text_rows(batch, recipe)} | {key: batch[key] for key in step.batch if key != "text"}
+        ),
         sample=_sample_student(recipe, vae_params, samples.prompts(recipe, config.samples), lambda state: state.ema),
         export=_export("init", recipe, lambda state: state.ema),
         context=place.current,
@@ -303,6 +340,7 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
 STAGES: dict[str, Callable[[Recipe, pathlib.Path], Stage]] = {
     "vae": vae_stage,
     "teacher": teacher_stage,
+    "causal": causal_stage,
     "init": init_stage,
     "distill": distill_stage,
 }

@@ -91,14 +91,68 @@ def teacher_step(recipe: Recipe, place: Placement) -> Step:
     )
 
 
+# ---- causal ----------------------------------------------------------------------------------------------------------
+
+
+def causal_loss(params, batch, key, *, recipe: Recipe):
+    """Teacher forcing: flow matching of every block at a timestep of its own, given the clean blocks before it."""
+    config, latents, rows = recipe.train_causal, batch["latents"], batch["text"]
+    size, frames = latents.shape[:2]
+    blocks = recipe.causal.block_sizes(frames)
+    u_key, noise_key, drop_key, splice_key = jax.random.split(key, 4)
+    sigma = flow.sigma_from_u(jax.random.uniform(u_key, (size, len(blocks))), recipe.diffusion.shift)
+    sigma = jnp.repeat(sigma, np.asarray(blocks), axis=1, total_repeat_length=frames)
+    noise = jax.random.normal(noise_key, latents.shape)
+    keep = jax.random.uniform(drop_key, (size, 1, 1)) >= config.caption_dropout
+    past = ode_regression.splice(splice_key, size, blocks, config.switch_fraction)
+    clean = jnp.where(past[:, :, None, None, None], jnp.roll(latents, -1, axis=0), latents)
+    x_t = flow.add_noise(latents, noise, sigma)
+    velocity = transformer.block_causal(
+        params,
+        x_t,
+        flow.timestep_from_sigma(sigma),
+        rows * keep,
+        config=recipe.teacher,
+        causal=recipe.causal,
+        clean=clean,
+        clean_timestep=recipe.causal.context_timestep,
+    )
+    loss = jnp.mean((velocity - flow.velocity_from(latents, noise)) ** 2)
+    return loss, {"loss": loss}
+
+
+def causal_step(recipe: Recipe, place: Placement) -> Step:
+    """Teacher forcing of the causal teacher, which starts from the bidirectional one."""
+    config, spec = recipe.train_causal, transformer.spec(recipe.teacher)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    layout = state_shardings(place, spec, recipe.teacher.rules, optimizer)
+    return Step(
+        starts=(spec,),
+        init=lambda params: init_state(params, optimizer),
+        frozen=(),
+        update=make_step(functools.partial(causal_loss, recipe=recipe), optimizer, config, layout),
+        layout=layout,
+        batch=_arrays(recipe, config.batch_size, latents=_clip_shape(recipe)),
+    )
+
+
 # ---- init -----------------------------------------------------------------------------------------------------------
 
 
 def student_velocity(recipe: Recipe):
-    """The student's block-causal reading, ``(params, x, timestep, text) -> velocity``."""
+    """The student's block-causal reading, ``(params, x, timestep, text, clean=None) -> velocity``."""
 
-    def velocity(params, x, timestep, rows):
-        return transformer.block_causal(params, x, timestep, rows, config=recipe.student, causal=recipe.causal)
+    def velocity(params, x, timestep, rows, clean=None):
+        return transformer.block_causal(
+            params,
+            x,
+            timestep,
+            rows,
+            config=recipe.student,
+            causal=recipe.causal,
+            clean=clean,
+            clean_timestep=recipe.causal.context_timestep,
+        )
 
     return velocity
 
@@ -123,19 +177,23 @@ def init_step(recipe: Recipe, place: Placement) -> Step:
             block_sizes=sizes,
             include_clean=config.include_clean,
             switch_fraction=config.switch_fraction,
+            context=batch.get("context"),
         )
 
     def init(*start) -> TrainState:
         params = start[0] if start else transformer.init(jax.random.key(config.seed), recipe.student)
         return init_state(params, optimizer)
 
+    shapes = {"trajectory": (len(timesteps) + 1, *_clip_shape(recipe))}
+    if config.teacher == "causal":
+        shapes["context"] = _clip_shape(recipe)
     return Step(
         starts=(spec,) if recipe.student == recipe.teacher else (),
         init=init,
         frozen=(),
         update=make_step(loss, optimizer, config, layout),
         layout=layout,
-        batch=_arrays(recipe, config.batch_size, trajectory=(len(timesteps) + 1, *_clip_shape(recipe))),
+        batch=_arrays(recipe, config.batch_size, **shapes),
     )
 
 

@@ -20,7 +20,7 @@ def _write(folder, make_chunk=_chunk, **options):
     return arrays.write_dataset(
         folder,
         name="latents",
-        features=arrays.array_features("latents", SHAPE),
+        features=arrays.array_features(latents=SHAPE),
         make_chunk=make_chunk,
         **{"chunks": 4, "identity": {"weights": "abc"}, "progress": False, **options},
     )

@@ -77,7 +77,7 @@ def workdir(tmp_path_factory):
         arrays.write_dataset(
             folder / "data" / name,
             name=name,
-            features=arrays.array_features(key, shape),
+            features=arrays.array_features(**{key: shape}),
             chunks=1,
             make_chunk=lambda _, key=key, shape=shape: [
                 {key: rng.standard_normal(shape).astype(np.float16), "caption": captions[i]} for i in range(24)
