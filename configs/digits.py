@@ -80,7 +80,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "save_every": 250,
             },
             "train_causal": {
-                "steps": 1200,
+                "steps": 850,
                 "batch_size": 32,
                 "switch_fraction": 0.2,
                 "optimizer": {
@@ -96,10 +96,11 @@ def get_config() -> ml_collections.ConfigDict:
                 "save_every": 200,
             },
             "train_init": {
-                "steps": 1000,
+                "teacher": "causal",
+                "steps": 800,
                 "batch_size": 16,
                 "trajectories": 512,
-                "switch_fraction": 0.25,
+                "switch_fraction": 0.2,
                 "optimizer": {
                     "learning_rate": 3e-4,
                     "warmup_steps": 50,

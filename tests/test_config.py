@@ -192,7 +192,7 @@ def test_structures_are_named_in_the_refusal():
             "a latent frame has 1560 tokens for the teacher; parallel.context",
         ),
         ({"parallel": {"fsdp": 3}}, "a batch of 8; slices x data x fsdp x accumulate is 3, which does not divide it"),
-        ({"train_distill": {"switch_fraction": 0.5}}, "train_distill.switch_fraction is 0.5; rollouts that go on from"),
+        ({"train_distill": {"continue_fraction": 0.5}}, "train_distill.continue_fraction is 0.5; rollouts that go on"),
         ({"train_init": {"switch_fraction": 1.5}}, "train_init.switch_fraction is 1.5; accepted: 0 to 1"),
     ],
     ids=["heads", "tokens", "batch", "window", "fraction"],

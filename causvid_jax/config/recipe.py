@@ -89,10 +89,10 @@ class Recipe:
             )
         self.causal.block_sizes(self.video.latent_frames)
         require(
-            not self.train_distill.switch_fraction
+            not self.train_distill.continue_fraction
             or (self.causal.past_frames() > 0 and not self.causal.independent_first_frame),
-            f"train_distill.switch_fraction is {self.train_distill.switch_fraction}; rollouts that go on from a past "
-            "need a causal.window of more than one block and no independent first frame",
+            f"train_distill.continue_fraction is {self.train_distill.continue_fraction}; rollouts that go on from a "
+            "past need a causal.window of more than one block and no independent first frame",
         )
         self._check_mesh()
 

@@ -167,10 +167,9 @@ class DistillStageConfig(StageConfig):
     ``rollout`` is ``"data"`` (the paper: real latents noised per block) or ``"self"`` (the student's own rollout).
     ``guidance`` is the g of ``r = r_uncond + g (r_cond - r_uncond)``; the published code writes it as ``1 + g``.
     ``teacher`` is ``"bidirectional"`` or ``"causal"``, ``init`` is ``"ode"`` or ``"teacher"`` (Tab. 4 of the paper).
-    ``switch_fraction`` of the self rollouts go on from real latents of another prompt, as a stream does whose prompt
-    has just changed; it needs a window. ``first_block_weight`` is how much more a frame of a self rollout's first block
-    counts than one from the fourth block on (in between it falls linearly): it has no context to follow, and all that
-    comes later follows it.
+    ``continue_fraction`` of the self rollouts go on where the rollout before them in the same cycle ended, so that the
+    student is judged on what it does far into a stream; ``switch_fraction`` of the clips in those get a new prompt
+    there. Both need a window.
     """
 
     rollout: str = "self"
@@ -182,15 +181,12 @@ class DistillStageConfig(StageConfig):
     score_timestep_min: float = 20.0
     score_timestep_max: float = 980.0
     include_clean: bool = True
+    continue_fraction: float = 0.0
     switch_fraction: float = 0.0
-    first_block_weight: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
-        require(
-            self.first_block_weight > 0,
-            f"train_distill.first_block_weight is {self.first_block_weight}; it must be positive",
-        )
+        check_fraction("train_distill.continue_fraction", self.continue_fraction)
         check_fraction("train_distill.switch_fraction", self.switch_fraction)
         for name, accepted in (
             ("rollout", ("data", "self")),

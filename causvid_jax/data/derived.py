@@ -193,15 +193,21 @@ def write_causal_trajectories(
         keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(numbers)
         noise = jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 0])
         past = jax.vmap(lambda k: splice(k, 1, sizes, switched)[0])(keys[:, 1])
-        context = jnp.where(past[:, :, None, None, None], other, own)
-        network = functools.partial(
-            transformer.block_causal,
-            p,
-            config=recipe.teacher,
-            causal=recipe.causal,
-            clean=context,
-            clean_timestep=recipe.causal.context_timestep,
-        )
+        context, batch_size = jnp.where(past[:, :, None, None, None], other, own), len(own)
+
+        def network(x, timestep, rows):
+            # Guidance asks for both branches in one call.
+            return transformer.block_causal(
+                p,
+                x,
+                timestep,
+                rows,
+                config=recipe.teacher,
+                causal=recipe.causal,
+                clean=jnp.tile(context, (len(x) // batch_size, 1, 1, 1, 1)),
+                clean_timestep=recipe.causal.context_timestep,
+            )
+
         states = teacher_trajectory(
             lambda x, timestep: guided_velocity(network, x, timestep, rows, null, diffusion.guidance), noise, diffusion
         )

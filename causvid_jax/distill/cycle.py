@@ -47,11 +47,14 @@ class DistillFunctions:
       rollout: ``(student params, batch, key) -> (x0 [B, F, h, w, C], mask [B, F] or None)``, one of ``rollout.py``.
       teacher: ``(params, x, timestep, text) -> velocity``, the real score.
       fake: ``(params, x, timestep, text) -> velocity``, the fake score.
+      past_shape: ``(P, h, w, C)``, the last P latent frames of a rollout, which the next one may go on from: it reads
+        them as ``batch["past"]`` where the bool ``batch["past_shown"]`` says so. None: every rollout starts anew.
     """
 
     rollout: Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array | None]]
     teacher: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
     fake: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
+    past_shape: tuple[int, int, int, int] | None = None
 
 
 def init_state(
@@ -69,6 +72,21 @@ def init_state(
         fake_opt=fake_optimizer.init(fake),
         step=jnp.zeros((), jnp.int32),
     )
+
+
+def follow(batch: Any, end: Any, key: jax.Array, distill: DistillStageConfig) -> Any:
+    """``batch`` for a rollout that may go on where the one before it ended: its text, ``past`` and ``past_shown``.
+
+    ``end`` holds ``latents`` and ``text`` of that rollout, and whether it ``exists``. With probability
+    ``distill.continue_fraction`` the whole rollout goes on; then each clip keeps its prompt, or, with probability
+    ``distill.switch_fraction``, takes the batch's. ``past_shown`` is ``[B]``, all equal.
+    """
+    shown_key, switch_key = jax.random.split(key)
+    size = len(batch["text"])
+    shown = end["exists"] & (jax.random.uniform(shown_key) < distill.continue_fraction)
+    switched = jax.random.uniform(switch_key, (size, 1, 1)) < distill.switch_fraction
+    text = jnp.where(shown & ~switched, end["text"], batch["text"])
+    return batch | {"text": text, "past": end["latents"], "past_shown": jnp.broadcast_to(shown, size)}
 
 
 def dmd_cycle(
@@ -108,9 +126,15 @@ def dmd_cycle(
     require(given == updates + 1, f"{given} batches for {updates} critic updates and one student update")
     critic_key, generator_key = jax.random.split(jax.random.fold_in(key, state.step))
 
+    def following(batch, end, key):
+        if functions.past_shape is None:
+            return batch, key
+        follow_key, key = jax.random.split(key)
+        return follow(batch, end, follow_key, distill), key
+
     def critic_step(carry, inputs):
-        fake, opt = carry
-        batch, step_key = inputs
+        fake, opt, end = carry
+        batch, step_key = following(inputs[0], end, inputs[1])
 
         def loss_fn(fake, batch, key):
             rollout_key, loss_key = jax.random.split(key)
@@ -119,17 +143,27 @@ def dmd_cycle(
             def velocity(x, timestep, text):
                 return functions.fake(fake, x, timestep, text)
 
-            return dmd.critic_loss(
+            loss, metrics = dmd.critic_loss(
                 x0, batch["text"], loss_key, fake=velocity, diffusion=diffusion, distill=distill, mask=mask
             )
+            if functions.past_shape is not None:
+                metrics["end"] = x0[:, -functions.past_shape[0] :]
+            return loss, metrics
 
         gradient, metrics = accumulated_gradient(loss_fn, fake, batch, step_key, distill.accumulate)
         change, opt = fake_optimizer.update(gradient, opt, fake)
-        return (optax.apply_updates(fake, change), opt), metrics | {"gradient_norm": optax.global_norm(gradient)}
+        if functions.past_shape is not None:
+            end = {"latents": metrics.pop("end"), "text": batch["text"], "exists": jnp.array(True)}
+        return (optax.apply_updates(fake, change), opt, end), metrics | {"gradient_norm": optax.global_norm(gradient)}
 
     critic_batches = jax.tree.map(lambda a: a[:updates], batches)
-    (fake, fake_opt), critic_metrics = jax.lax.scan(
-        critic_step, (state.fake, state.fake_opt), (critic_batches, jax.random.split(critic_key, updates))
+    end = None
+    if functions.past_shape is not None:
+        first = batches["text"][0]
+        none = jnp.zeros((len(first), *functions.past_shape))
+        end = {"latents": none, "text": first, "exists": jnp.array(False)}
+    (fake, fake_opt, end), critic_metrics = jax.lax.scan(
+        critic_step, (state.fake, state.fake_opt, end), (critic_batches, jax.random.split(critic_key, updates))
     )
 
     def loss_fn(student, batch, key):
@@ -147,7 +181,7 @@ def dmd_cycle(
             mask=mask,
         )
 
-    batch = jax.tree.map(lambda a: a[updates], batches)
+    batch, generator_key = following(jax.tree.map(lambda a: a[updates], batches), end, generator_key)
     gradient, metrics = accumulated_gradient(loss_fn, state.student, batch, generator_key, distill.accumulate)
     change, student_opt = student_optimizer.update(gradient, state.student_opt, state.student)
     student = optax.apply_updates(state.student, change)

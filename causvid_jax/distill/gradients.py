@@ -15,13 +15,14 @@ LossFn = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 def accumulated_gradient(
     loss_fn: LossFn, params: Any, batch: Any, key: jax.Array, parts: int = 1
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """``d mean(loss) / d params`` and the mean metrics over ``parts`` equal parts of ``batch``.
+    """``d mean(loss) / d params`` and the metrics over ``parts`` equal parts of ``batch``.
 
     For a loss that is a mean over examples this is the gradient of the whole batch. Part i holds examples i, i + parts,
     i + 2 parts, ...: on a mesh every device keeps its own examples. Each part has a key of its own.
 
     Args:
-      loss_fn: ``(params, batch, key) -> (loss, metrics)``, metrics being scalars.
+      loss_fn: ``(params, batch, key) -> (loss, metrics)``. Of scalar metrics the mean is returned, arrays ``[B, ...]``
+        are put together again.
       params: what the loss is differentiated by.
       batch: a pytree of arrays ``[B, ...]``.
       key: of this step; with one part it is handed on as it is.
@@ -42,4 +43,8 @@ def accumulated_gradient(
 
     zero = jax.tree.map(jnp.zeros_like, params)
     gradient, metrics = jax.lax.scan(add, zero, (jax.tree.map(split, batch), jax.random.split(key, parts)))
-    return jax.tree.map(lambda g: g / parts, gradient), {k: jnp.mean(v) for k, v in metrics.items()}
+
+    def merge(x: jax.Array) -> jax.Array:  # [parts, B / parts, ...] -> [B, ...]
+        return jnp.mean(x) if x.ndim == 1 else jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+
+    return jax.tree.map(lambda g: g / parts, gradient), {k: merge(v) for k, v in metrics.items()}

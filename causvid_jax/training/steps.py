@@ -6,14 +6,14 @@ that are not at hand (``parallel.aot``).
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from causvid_jax.config import CausalConfig, Recipe
+from causvid_jax.config import Recipe
 from causvid_jax.diffusion import flow
 from causvid_jax.distill import cycle, ode_regression, rollout
 from causvid_jax.models import transformer
@@ -200,19 +200,6 @@ def init_step(recipe: Recipe, place: Placement) -> Step:
 # ---- distill --------------------------------------------------------------------------------------------------------
 
 
-def _foreign_past(key: jax.Array, latents: jax.Array, causal: CausalConfig) -> jax.Array:
-    """For each clip of a batch a stretch, whole blocks, of the next clip's latents: as much as a window shows."""
-    k, frames = causal.frames_per_block, causal.past_frames()
-    start = k * jax.random.randint(key, (), 0, (latents.shape[1] - frames) // k + 1)
-    return jax.lax.dynamic_slice_in_dim(jnp.roll(latents, -1, axis=0), start, frames, axis=1)
-
-
-def early_weights(block_sizes: Sequence[int], first: float) -> np.ndarray:
-    """Weight of every frame, ``[F]``: ``first`` in the first block, 1 from the fourth on, linear in between."""
-    weights = 1.0 + (first - 1.0) * np.maximum(0.0, 1.0 - np.arange(len(block_sizes)) / 3.0)
-    return np.repeat(weights, block_sizes).astype(np.float32)
-
-
 def student_rollout(recipe: Recipe) -> Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array | None]]:
     """The rollout that ``train_distill.rollout`` names, as the DMD cycle takes it."""
     config, student, causal = recipe.train_distill, recipe.student, recipe.causal
@@ -246,18 +233,12 @@ def student_rollout(recipe: Recipe) -> Callable[[Any, Any, jax.Array], tuple[jax
         roll = functools.partial(
             rollout.self_rollout, functions, params, batch["text"], shape=shape, timesteps=timesteps, causal=causal
         )
-        weight = None
-        if config.first_block_weight != 1.0:
-            weight = jnp.broadcast_to(early_weights(causal.block_sizes(frames), config.first_block_weight), shape[:2])
-        if not config.switch_fraction:
-            return roll(key), weight
-        key, switch_key, past_key = jax.random.split(key, 3)
-        switched = jax.random.uniform(switch_key) < config.switch_fraction
-        past = _foreign_past(past_key, batch["latents"], causal)
+        if "past" not in batch:
+            return roll(key), None
+        shown = batch["past_shown"][0]
         # The teacher knows clips that begin with the VAE's first latent frame, which holds one pixel frame; in the
         # middle of a stream there is none, so the frame in its place is not judged.
-        mask = jnp.ones(shape[:2]) if weight is None else weight
-        return roll(key, past=past, past_shown=switched), mask.at[:, 0].multiply(1.0 - switched)
+        return roll(key, past=batch["past"], past_shown=shown), jnp.ones(shape[:2]).at[:, 0].set(1.0 - shown)
 
     return from_data if config.rollout == "data" else from_self
 
@@ -296,10 +277,12 @@ def distill_step(recipe: Recipe, place: Placement, null_text: Any) -> Step:
     def causal_teacher(params, x, timestep, rows):
         return transformer.block_causal(params, x, timestep, rows, config=recipe.teacher, causal=recipe.causal)
 
+    goes_on = config.rollout == "self" and config.continue_fraction > 0
     functions = cycle.DistillFunctions(
         rollout=student_rollout(recipe),
         teacher=causal_teacher if config.teacher == "causal" else bidirectional,
         fake=bidirectional,
+        past_shape=(recipe.causal.past_frames(), *_clip_shape(recipe)[1:]) if goes_on else None,
     )
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=None if layout is None else (layout, None))
@@ -316,8 +299,8 @@ def distill_step(recipe: Recipe, place: Placement, null_text: Any) -> Step:
             **optimizers,
         )
 
-    needs_latents = config.rollout == "data" or config.switch_fraction
-    arrays = _arrays(recipe, config.batch_size, **({"latents": _clip_shape(recipe)} if needs_latents else {}))
+    latents = {"latents": _clip_shape(recipe)} if config.rollout == "data" else {}
+    arrays = _arrays(recipe, config.batch_size, **latents)
     cycles = config.critic_updates + 1
     teacher = transformer.spec(recipe.teacher)
     return Step(

@@ -16,8 +16,9 @@ from causvid_jax.config import (
     VAEConfig,
     VideoConfig,
 )
-from causvid_jax.data import arrays, derived, digits, moving_digits
+from causvid_jax.data import arrays, derived, digits, moving_digits, pipeline
 from causvid_jax.diffusion import flow
+from causvid_jax.distill.trajectories import teacher_trajectory
 from causvid_jax.models import text, transformer, vae
 from causvid_jax.weights import stages, store
 
@@ -125,3 +126,55 @@ def test_stage_weights_are_found_and_carry_latent_statistics(tmp_path, autoencod
     assert derived.weights_digest(loaded) == derived.weights_digest(params)
     with pytest.raises(ConfigError, match="VAE weights"):
         stages.load_vae(path, dataclasses.replace(RECIPE.vae, base_dim=8))
+
+
+def block_states(params, recipe, rows, null, past, noise):
+    """The guided Euler states of one block, from the cached reading over a cache of its clean past."""
+    net, causal, g = recipe.teacher, recipe.causal, recipe.diffusion.guidance
+
+    def velocity(rows, x, timestep):
+        keys = transformer.encode_text(params, rows, config=net)
+        cache = transformer.init_cache(net, causal, batch=1, height=4, width=4, frames=4)
+        for frame in past:
+            _, cache = transformer.cached(
+                params, frame[None, None], jnp.zeros((1, 1)), keys, cache, config=net, causal=causal
+            )
+            cache = transformer.advance(cache, 1)
+        return transformer.cached(params, x, timestep, keys, cache, config=net, causal=causal)[0]
+
+    def guided(x, timestep):
+        without = velocity(null, x, timestep)
+        return without + g * (velocity(rows, x, timestep) - without)
+
+    return teacher_trajectory(guided, noise, recipe.diffusion)
+
+
+def test_causal_trajectories_are_those_of_a_stream_over_the_clean_past(tmp_path, teacher):
+    recipe = dataclasses.replace(
+        RECIPE,
+        video=dataclasses.replace(RECIPE.video, frames=13),
+        causal=CausalConfig(frames_per_block=1, window=3),
+        train_init=dataclasses.replace(RECIPE.train_init, switch_fraction=0.4),
+    )
+    shape, rng = derived.latent_shape(recipe), np.random.default_rng(3)
+    clips = [{"latents": rng.normal(size=shape).astype(np.float16), "caption": p} for p in PROMPTS[:3]]
+    assert derived.write_causal_trajectories(
+        tmp_path, teacher, recipe, clips, count=4, identity="x", chunk=2, batch=2, progress=False
+    )
+    source = arrays.source(tmp_path)
+    assert [pipeline.as_text(example["caption"]) for example in source] == [*PROMPTS[:3], PROMPTS[0]]
+    null = text.encode_prompts([""], recipe.text)
+    run = jax.jit(block_states, static_argnums=1)
+    pasts = set()
+    for i, example in enumerate(source):
+        frames = {name: clips[j % 3]["latents"] for name, j in (("own", i), ("other", i + 1))}
+        past = [next(n for n in frames if np.array_equal(frames[n][f], context))
+                for f, context in enumerate(example["context"])]  # fmt: skip
+        assert past == sorted(past) and past[-1] == "own"  # another clip's first, then its own
+        pasts.add(past.count("other"))
+        rows = text.encode_prompts([pipeline.as_text(example["caption"])], recipe.text)
+        for block in range(0, shape[0], 3):
+            begin = example["trajectory"][:1, block][:, None].astype(np.float32)
+            states = run(teacher, recipe, rows, null, example["context"][:block].astype(np.float32), begin)
+            np.testing.assert_allclose(example["trajectory"][:, block], states[:, 0, 0], atol=6e-3, rtol=6e-3)
+    assert 0 in pasts and len(pasts) > 1

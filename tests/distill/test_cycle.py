@@ -140,3 +140,53 @@ def test_ema_off_is_the_student_and_wrong_batches_are_refused():
     assert after.student["mean"] != 0
     with pytest.raises(ConfigError, match="3 batches for 1 critic updates"):
         run(state, TEACHER, batches(2), NULL, jax.random.key(0))
+
+
+def test_rollouts_go_on_where_the_one_before_them_ended():
+    """Rollouts that count: each ends three above where it starts, and one that goes on starts from its past."""
+    seen = []
+
+    def count(params, batch, key):
+        start = jnp.where(batch["past_shown"], batch["past"][:, -1, 0, 0, 0], 0.0)
+        x0 = start[:, None] + jnp.arange(1.0, 4.0) + 0 * params["mean"]
+        jax.debug.callback(lambda *a: seen.append([np.asarray(x) for x in a]), x0[:, -1], batch["text"][:, 0, 0])
+        return x0[..., None, None, None], None
+
+    functions = cycle.DistillFunctions(rollout=count, teacher=velocity, fake=velocity, past_shape=(2, 1, 1, 1))
+    optimizer = optax.sgd(0.0)
+    state = cycle.init_state(gaussian(0.0, 1.0), gaussian(0.0, 1.0), optimizer, optimizer)
+    prompts = np.arange(4 * 8.0, dtype=np.float32).reshape(4, 8)
+
+    def run(**fractions):
+        seen.clear()
+        _, metrics = cycle.dmd_cycle(
+            state,
+            TEACHER,
+            {"text": jnp.asarray(prompts)[:, :, None, None]},
+            NULL,
+            jax.random.key(1),
+            functions=functions,
+            student_optimizer=optimizer,
+            fake_optimizer=optimizer,
+            diffusion=DIFFUSION,
+            distill=DistillStageConfig(critic_updates=3, **fractions),
+        )
+        jax.effects_barrier()
+        assert all(np.ndim(value) == 0 for value in metrics.values())
+        return [np.stack(x) for x in zip(*seen, strict=True)]  # ends and prompts, [3 + 1, 8]
+
+    ends, shown = run(continue_fraction=1.0)
+    np.testing.assert_array_equal(ends, np.repeat([[3.0], [6.0], [9.0], [12.0]], 8, axis=1))
+    np.testing.assert_array_equal(shown, np.repeat(prompts[:1], 4, axis=0))
+
+    ends, shown = run(continue_fraction=1.0, switch_fraction=0.5)
+    assert ends[-1].tolist() == [12.0] * 8
+    changed = shown[1:] != shown[:-1]
+    np.testing.assert_array_equal(shown[1:][changed], prompts[1:][changed])
+    assert 4 < changed.sum() < 20
+
+    ends, shown = run(continue_fraction=0.5, switch_fraction=1.0)
+    np.testing.assert_array_equal(shown, prompts)
+    anew = ends[1:, 0] == 3
+    assert 0 < anew.sum() < 3  # with this key
+    np.testing.assert_array_equal(ends[1:, 0], np.where(anew, 3, ends[:-1, 0] + 3))

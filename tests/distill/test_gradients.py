@@ -35,6 +35,15 @@ def test_every_part_has_its_own_key():
     assert metrics["square"] - metrics["draw"] ** 2 > 1e-3  # a variance: the draws differ
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_arrays_among_the_metrics_are_put_together_again(parts):
+    def kept(w, batch, key):
+        return w.sum(), {"x": batch["x"]}
+
+    _, metrics = accumulated_gradient(kept, W, {"x": X}, jax.random.key(0), parts)
+    np.testing.assert_array_equal(metrics["x"], X)
+
+
 def test_unequal_parts_are_refused():
     with pytest.raises(ConfigError, match="a batch of 12 cannot be accumulated in 5 equal parts"):
         accumulated_gradient(loss, W, {"x": X}, jax.random.key(0), 5)

@@ -16,12 +16,12 @@ STATES = np.random.default_rng(0).standard_normal((4, BATCH, FRAMES, 2, 2, 3)).a
 TEXT = np.zeros((BATCH, 1, 1), np.float32)
 
 
-def run(seed, velocity, include_clean=True, states=STATES, switch_fraction=0.0):
+def run(seed, velocity, include_clean=True, states=STATES, switch_fraction=0.0, context=None):
     """The loss, its metrics, its gradient by a velocity field, and what the network was given."""
     seen = {}
 
-    def network(params, x, timestep, text):
-        seen.update(x=np.asarray(jax.lax.stop_gradient(x)), timestep=np.asarray(timestep))
+    def network(params, x, timestep, text, clean=None):
+        seen.update(x=np.asarray(jax.lax.stop_gradient(x)), timestep=np.asarray(timestep), clean=clean)
         return params
 
     def loss(field):
@@ -35,9 +35,12 @@ def run(seed, velocity, include_clean=True, states=STATES, switch_fraction=0.0):
             block_sizes=BLOCKS,
             include_clean=include_clean,
             switch_fraction=switch_fraction,
+            context=context,
         )
 
     (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(velocity)
+    if context is not None:
+        np.testing.assert_array_equal(seen["clean"], context)
     return value, metrics, gradient, seen["x"], seen["timestep"]
 
 
@@ -135,3 +138,13 @@ def test_bad_shapes_are_refused():
         run(0, np.zeros(STATES.shape[1:]), states=STATES[:3])
     with pytest.raises(ConfigError, match="do not add up to 6"):
         run(0, np.zeros(STATES.shape[1:]), states=STATES[:, :, :6])
+
+
+def test_with_a_clean_context_every_block_is_noisy_and_none_is_exchanged():
+    context = np.random.default_rng(5).standard_normal(STATES.shape[1:]).astype(np.float32)
+    velocity = np.zeros(STATES.shape[1:], np.float32)
+    _, metrics, _, x, timestep = run(3, velocity, switch_fraction=1.0, context=context)
+    assert metrics["noisy_fraction"] == 1 and timestep.min() > 0
+    for b in range(BATCH):
+        for f in range(FRAMES):
+            np.testing.assert_array_equal(x[b, f], STATES[TIMESTEPS.index(float(timestep[b, f])), b, f])

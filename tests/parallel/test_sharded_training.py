@@ -46,7 +46,13 @@ RECIPE = from_config_dict(
         "train_vae": TRAIN,
         "train_teacher": TRAIN,
         "train_init": TRAIN | {"trajectories": 8, "switch_fraction": 0.5},
-        "train_distill": TRAIN | {"critic_updates": 2, "switch_fraction": 0.5, "critic_optimizer": TRAIN["optimizer"]},
+        "train_distill": TRAIN
+        | {
+            "critic_updates": 2,
+            "continue_fraction": 0.5,
+            "switch_fraction": 0.5,
+            "critic_optimizer": TRAIN["optimizer"],
+        },
     }
 )
 SHAPE = (3, 4, 8, 4)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from causvid_jax.config import DataConfig, Recipe, from_config_dict
+from causvid_jax.config import ConfigError, DataConfig, Recipe, from_config_dict
 from causvid_jax.data import digits
 from causvid_jax.training import loop, stages
 from causvid_jax.training.metrics import read_metrics
@@ -148,7 +148,7 @@ def test_the_vae_file_carries_the_statistics_of_its_latents(road):
         {"rollout": "data", "include_clean": False},
         {"teacher": "causal"},
         {"init": "teacher"},
-        {"switch_fraction": 0.5},
+        {"continue_fraction": 0.7, "switch_fraction": 0.5, "critic_updates": 2},
     ],
     ids=str,
 )
@@ -160,6 +160,20 @@ def test_every_variant_of_the_distillation_takes_a_step(road, tmp_path, changes)
     loop.train(stages.make_stage("distill", recipe, tmp_path), tmp_path)
     record = read_metrics(tmp_path / "distill")[0]
     assert np.isfinite(record["generator_loss"]) and np.isfinite(record["critic_loss"])
+
+
+def test_a_student_learns_from_a_causal_teacher(road, tmp_path):
+    for other in ("vae", "causal"):
+        (tmp_path / other).symlink_to(road / other)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "latents").symlink_to(road / "data" / "latents")
+    recipe = make_recipe(train_init=TRAIN | {"trajectories": 4, "teacher": "causal"})
+    with pytest.raises(ConfigError, match=r"no finished dataset at .*causal_trajectories"):
+        stages.make_stage("init", recipe, tmp_path)
+    assert prepare.STAGES["trajectories"](recipe, tmp_path, 0).endswith("causal_trajectories: 4 examples")
+    (tmp_path / "teacher").symlink_to(road / "teacher")
+    loop.train(stages.make_stage("init", recipe, tmp_path), tmp_path)
+    assert read_metrics(tmp_path / "init")[0]["noisy_fraction"] == 1
 
 
 def test_a_student_of_another_size_than_the_teacher(road, tmp_path):
