@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
             "teacher": network,
             "student": network,
             "causal": {"frames_per_block": 3, "window": 9},
-            "diffusion": {"shift": 3.0, "teacher_steps": 50, "solver": "euler", "guidance": 3.0},
+            "diffusion": {"shift": 3.0, "teacher_steps": 50, "solver": "euler", "guidance": 4.0},
             "train_vae": {
                 "steps": 7500,
                 "batch_size": 2,

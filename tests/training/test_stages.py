@@ -60,6 +60,7 @@ def make_recipe(**changes) -> Recipe:
             "diffusion": {"shift": 3.0, "teacher_steps": 2, "student_steps": (1000.0, 500.0)},
             "train_vae": TRAIN | {"frames": 9, "curriculum": ((3, 5, 3),)},
             "train_teacher": TRAIN,
+            "train_causal": TRAIN | {"switch_fraction": 0.5},
             "train_init": TRAIN | {"trajectories": 4},
             "train_distill": TRAIN | {"critic_updates": 2},
         }
