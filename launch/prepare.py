@@ -55,18 +55,22 @@ def trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
 def _causal_trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     params = stages.load_transformer(stages.find(recipe.name, "causal", workdir), recipe.teacher, "causal teacher")
     _, coder = stages.load_vae(stages.find(recipe.name, "vae", workdir), recipe.vae)
-    clips, folder = arrays.source(workdir / "data" / "latents"), workdir / "data" / "causal_trajectories"
-    derived.write_causal_trajectories(
-        folder,
-        params,
-        dataclasses.replace(recipe, vae=coder),
-        clips,
-        count=count or recipe.train_init.trajectories,
-        identity=(workdir / "data" / "latents" / arrays.IDENTITY).read_text(),
-        seed=recipe.train_init.seed,
-        **pipeline.this_process(),
-    )
-    return _summary(folder)
+    clips = arrays.source(workdir / "data" / "latents")
+    written = []
+    for frames, number in ((0, recipe.train_init.trajectories), *recipe.train_init.short):
+        written.append(derived.causal_folder(workdir, frames))
+        derived.write_causal_trajectories(
+            written[-1],
+            params,
+            dataclasses.replace(recipe, vae=coder),
+            clips,
+            count=count or number,
+            identity=(workdir / "data" / "latents" / arrays.IDENTITY).read_text(),
+            frames=frames,
+            seed=recipe.train_init.seed,
+            **pipeline.this_process(),
+        )
+    return "\n".join(_summary(folder) for folder in written)
 
 
 def assets(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:

@@ -193,6 +193,11 @@ def test_structures_are_named_in_the_refusal():
         ),
         ({"parallel": {"fsdp": 3}}, "a batch of 8; slices x data x fsdp x accumulate is 3, which does not divide it"),
         ({"train_distill": {"continue_fraction": 0.5}}, "train_distill.continue_fraction is 0.5; rollouts that go on"),
+        (
+            {"train_init": {"short": ((3, 9),)}},
+            "train_init.short is ((3, 9),), but the trajectories of a bidirectional",
+        ),
+        ({"train_init": {"curriculum": ((3, 6, 1),)}}, "train_init.curriculum has a phase of 6 latent frames"),
         ({"train_init": {"switch_fraction": 1.5}}, "train_init.switch_fraction is 1.5; accepted: 0 to 1"),
     ],
     ids=["heads", "tokens", "batch", "window", "fraction"],

@@ -87,7 +87,8 @@ class Recipe:
                 f"{role} reads text of shape ({net.text_length}, {net.text_dim}); the text encoder gives "
                 f"({self.text.length}, {self.text.dim})",
             )
-        self.causal.block_sizes(self.video.latent_frames)
+        for frames in (self.video.latent_frames, *(length for length, _ in self.train_init.short)):
+            self.causal.block_sizes(frames)
         require(
             not self.train_distill.continue_fraction
             or (self.causal.past_frames() > 0 and not self.causal.independent_first_frame),

@@ -144,10 +144,15 @@ class InitStageConfig(StageConfig):
 
     ``switch_fraction`` of the clips go on from another clip's past, as a stream does whose prompt has just changed
     (``distill.ode_regression.splice``).
+
+    ``short`` asks for more trajectories of a causal teacher, ``(latent frames, how many)``: those that the curriculum's
+    phases of that many frames read. Only a clip's first block and one after a cut are made of noise and prompt alone,
+    which takes far more examples to learn than to go on; short clips give these at a fraction of the cost.
     """
 
     teacher: str = "bidirectional"
     trajectories: int = 1024
+    short: tuple[tuple[int, int], ...] = ()
     include_clean: bool = True
     switch_fraction: float = 0.0
 
@@ -158,6 +163,18 @@ class InitStageConfig(StageConfig):
             f"train_init.teacher is {self.teacher!r}; accepted: 'bidirectional', 'causal'",
         )
         check_fraction("train_init.switch_fraction", self.switch_fraction)
+        require(
+            not self.short or self.teacher == "causal",
+            f"train_init.short is {self.short}, but the trajectories of a bidirectional teacher have one length; "
+            "set train_init.teacher to 'causal' or leave it empty",
+        )
+        lengths = {0, *(frames for frames, _ in self.short)}
+        for _, frames, _ in self.curriculum:
+            require(
+                frames in lengths,
+                f"train_init.curriculum has a phase of {frames} latent frames; trajectories there are of "
+                f"{', '.join(map(str, sorted(lengths)))} (0: whole clips)",
+            )
 
 
 @dataclasses.dataclass(frozen=True)

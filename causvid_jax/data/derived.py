@@ -8,6 +8,7 @@ import functools
 import hashlib
 import math
 import os
+import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -154,6 +155,11 @@ def write_trajectories(
     )
 
 
+def causal_folder(workdir: str | os.PathLike, frames: int = 0) -> pathlib.Path:
+    """Where the causal teacher's trajectories of clips of ``frames`` latent frames (0: whole clips) are."""
+    return pathlib.Path(workdir) / "data" / ("causal_trajectories" + (f"_{frames}" if frames else ""))
+
+
 def write_causal_trajectories(
     folder: str | os.PathLike,
     params: dict[str, Any],
@@ -162,6 +168,7 @@ def write_causal_trajectories(
     *,
     count: int,
     identity: str,
+    frames: int = 0,
     seed: int = 0,
     chunk: int = 64,
     batch: int = 16,
@@ -180,12 +187,14 @@ def write_causal_trajectories(
         clips: examples with ``latents`` and ``caption``; trajectory i takes clip i, from the start again when they end.
         count: trajectories to make.
         identity: what tells these clips from others, a digest or a name.
+        frames: latent frames of every clip, from its first one on; 0: all.
         seed, chunk, batch, options: as in :func:`write_trajectories`.
 
     Returns:
         whether the dataset is finished.
     """
-    shape, diffusion, key = latent_shape(recipe), recipe.diffusion, jax.random.key(seed)
+    whole, diffusion, key = latent_shape(recipe), recipe.diffusion, jax.random.key(seed)
+    shape = (frames or whole[0], *whole[1:])
     sizes, switched = recipe.causal.block_sizes(shape[0]), recipe.train_init.switch_fraction
     null = jnp.asarray(text.encode_prompts([""], recipe.text))
 
@@ -216,7 +225,7 @@ def write_causal_trajectories(
     run, size = _over_local_devices(trajectories, params, batch, chunk)
 
     def latents(numbers: Iterable[int]) -> np.ndarray:
-        return np.stack([clips[i % len(clips)]["latents"] for i in numbers]).astype(np.float32)
+        return np.stack([clips[i % len(clips)]["latents"][: shape[0]] for i in numbers]).astype(np.float32)
 
     def make_chunk(index: int) -> Iterator[dict[str, Any]]:
         for numbers in _groups(index, chunk, size, count):
@@ -238,6 +247,7 @@ def write_causal_trajectories(
         make_chunk=make_chunk,
         identity={
             "count": count,
+            "frames": shape[0],
             "clips": identity,
             "seed": seed,
             "teacher": weights_digest(params),

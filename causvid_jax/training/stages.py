@@ -13,7 +13,7 @@ import numpy as np
 
 from causvid_jax import video as files
 from causvid_jax.config import Recipe, StageConfig, TransformerConfig, to_json
-from causvid_jax.data import arrays, moving_digits, pipeline
+from causvid_jax.data import arrays, derived, moving_digits, pipeline
 from causvid_jax.distill import cycle
 from causvid_jax.evaluation import samplers
 from causvid_jax.models import text, transformer, vae
@@ -258,23 +258,27 @@ def _sample_student(recipe: Recipe, vae_params, captions, params_of: Callable[[A
     return sample
 
 
-TRAJECTORIES = {"bidirectional": "trajectories", "causal": "causal_trajectories"}
-
-
 def init_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     """ODE regression (paper, section 4.3): the causal student, started from the teacher's weights, learns to jump to
     the end of the teacher's trajectories."""
     vae_params, recipe = with_vae(recipe, workdir)
     config, place = recipe.train_init, shardings.place(recipe.parallel, recipe.student.rules)
     step = steps.init_step(recipe, place)
-    source = arrays.source(workdir / "data" / TRAJECTORIES[config.teacher])
+    sources = (
+        {0: arrays.source(workdir / "data" / "trajectories")}
+        if config.teacher == "bidirectional"
+        else {
+            frames: arrays.source(derived.causal_folder(workdir, frames))
+            for frames in {0, *(frames for _, frames, _ in config.curriculum)}
+        }
+    )
 
     def init() -> TrainState:
         start = [_load_network(recipe, "teacher", workdir, recipe.teacher, place)] if step.starts else []
         return _start(step, place, *start)
 
     def batches(*, batch_size: int, frames: int, seed: int):
-        return pipeline.trajectory_batches(source, batch_size=batch_size, seed=seed, **pipeline.this_process())
+        return pipeline.trajectory_batches(sources[frames], batch_size=batch_size, seed=seed, **pipeline.this_process())
 
     return Stage(
         name="init",

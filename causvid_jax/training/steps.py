@@ -163,7 +163,6 @@ def init_step(recipe: Recipe, place: Placement) -> Step:
     config, spec = recipe.train_init, transformer.spec(recipe.student)
     optimizer = make_optimizer(config.optimizer, config.steps)
     layout = state_shardings(place, spec, recipe.student.rules, optimizer)
-    sizes = recipe.causal.block_sizes(recipe.video.latent_frames)
     timesteps = flow.student_timesteps(recipe.diffusion)
 
     def loss(params, batch, key):
@@ -174,7 +173,7 @@ def init_step(recipe: Recipe, place: Placement) -> Step:
             batch["text"],
             key,
             timesteps=timesteps,
-            block_sizes=sizes,
+            block_sizes=recipe.causal.block_sizes(batch["trajectory"].shape[2]),
             include_clean=config.include_clean,
             switch_fraction=config.switch_fraction,
             context=batch.get("context"),

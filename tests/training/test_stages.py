@@ -168,10 +168,14 @@ def test_a_student_learns_from_a_causal_teacher(road, tmp_path):
         (tmp_path / other).symlink_to(road / other)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "latents").symlink_to(road / "data" / "latents")
-    recipe = make_recipe(train_init=TRAIN | {"trajectories": 4, "teacher": "causal"})
+    recipe = make_recipe(
+        train_init=TRAIN | {"trajectories": 4, "teacher": "causal", "short": ((1, 6),), "curriculum": ((3, 1, 4),)}
+    )
     with pytest.raises(ConfigError, match=r"no finished dataset at .*causal_trajectories"):
         stages.make_stage("init", recipe, tmp_path)
-    assert prepare.STAGES["trajectories"](recipe, tmp_path, 0).endswith("causal_trajectories: 4 examples")
+    said = prepare.STAGES["trajectories"](recipe, tmp_path, 0).splitlines()
+    assert said[0].endswith("causal_trajectories: 4 examples")
+    assert said[1].endswith("causal_trajectories_1: 6 examples")
     (tmp_path / "teacher").symlink_to(road / "teacher")
     loop.train(stages.make_stage("init", recipe, tmp_path), tmp_path)
     assert read_metrics(tmp_path / "init")[0]["noisy_fraction"] == 1
