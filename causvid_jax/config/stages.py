@@ -105,10 +105,22 @@ class VAEStageConfig(StageConfig):
 
     With ``train_encoder`` off the encoder stays as it is: latents, and all that was trained on them, remain valid while
     the decoder goes on learning.
+
+    ``stream`` clips of the batch follow one another in what the decoder decodes. Its convolutions see far back (about
+    24 latent frames), and what they do with a past longer than any they were trained on is anyone's guess.
     """
 
     kl_weight: float = 1e-5
     train_encoder: bool = True
+    stream: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        smallest = min(self.batch_size, *(size for _, _, size in self.curriculum), self.batch_size)
+        require(
+            1 <= self.stream <= smallest,
+            f"train_vae.stream is {self.stream}; accepted: 1 to the smallest batch, {smallest}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,8 +79,15 @@ def _text_rows(batch: dict[str, Any], recipe: Recipe) -> np.ndarray:
 ENCODER = ("encoder", "conv1")  # what makes latents of pixels, among the VAE's parameters
 
 
-def vae_loss(params, batch, key, *, config, kl_weight: float, train_encoder: bool = True):
+def in_a_row(x: jax.Array, clips: int) -> jax.Array:
+    """Each clip of ``x [B, F, ...]``, then the next ``clips - 1`` of the batch without their first frame, in one."""
+    return jnp.concatenate([x, *(jnp.roll(x, -i, axis=0)[:, 1:] for i in range(1, clips))], axis=1)
+
+
+def vae_loss(params, batch, key, *, config, kl_weight: float, train_encoder: bool = True, clips: int = 1):
     """``mean d^2 + 0.1 mean |d| + kl_weight KL``: d the reconstruction error of a sampled latent, KL per element.
+
+    With ``clips`` above 1 the decoder is given streams of that many clips (:func:`in_a_row`).
 
     The squared term leads: L1's optimum on frames that are mostly black is all black, and training sits there.
     """
@@ -89,8 +96,8 @@ def vae_loss(params, batch, key, *, config, kl_weight: float, train_encoder: boo
         mean, logvar = jax.lax.stop_gradient((mean, logvar))
     logvar = jnp.clip(logvar, -20.0, 10.0)
     latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-    output = vae.decode(params, vae.normalize(latents, config), config=config, clamp=False)
-    error = output - batch
+    latents = in_a_row(vae.normalize(latents, config), clips)
+    error = vae.decode(params, latents, config=config, clamp=False) - in_a_row(batch, clips)
     kl = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1.0 - logvar)
     l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
     loss = l2 + 0.1 * l1 + kl_weight * kl
@@ -130,7 +137,11 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         split: moving_digits.source(workdir / "data", recipe.data, recipe.video, split) for split in ("train", "test")
     }
     loss = functools.partial(
-        vae_loss, config=recipe.vae, kl_weight=config.kl_weight, train_encoder=config.train_encoder
+        vae_loss,
+        config=recipe.vae,
+        kl_weight=config.kl_weight,
+        train_encoder=config.train_encoder,
+        clips=config.stream,
     )
     reconstruct = jax.jit(
         lambda params, video: vae.decode(params, vae.encode(params, video, config=recipe.vae), config=recipe.vae)
