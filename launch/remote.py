@@ -15,14 +15,23 @@ Command = list[str]
 
 def parser(description: str) -> argparse.ArgumentParser:
     """The arguments that say what to train; flags of ``launch.train`` beyond them follow after ``--``."""
-    made = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    usage = "%(prog)s [options] [-- flags of launch.train]"
+    made = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
     made.add_argument("--config", required=True, help="recipe file, as for launch.train")
     made.add_argument("--stage", required=True, choices=STAGES, help="what to train")
     made.add_argument("--workdir", required=True, help="on a file system that all hosts share")
     made.add_argument("--name", default="causvid", help="of the job or resource")
     made.add_argument("--dry_run", action="store_true", help="print what would be run, run nothing")
-    made.add_argument("flags", nargs="*", help="further flags of launch.train, after --")
     return made
+
+
+def parse(made: argparse.ArgumentParser, given: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of ``given`` (None: the command line); ``flags`` holds what stands after ``--``."""
+    words = list(sys.argv[1:] if given is None else given)
+    end = words.index("--") if "--" in words else len(words)
+    arguments = made.parse_args(words[:end])
+    arguments.flags = words[end + 1 :]
+    return arguments
 
 
 def train_command(arguments: argparse.Namespace, python: str = "python3", *extra: str) -> str:

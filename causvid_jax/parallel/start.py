@@ -28,7 +28,14 @@ from causvid_jax.config import ConfigError, require
 WAIT = 50
 """Seconds for which the others are waited for, so that the answer is there within a minute."""
 SHUTDOWN_SECONDS = 30
-_LAST_OF_SLURM = 61440  # jax gives SLURM jobs the ports from here on, neighbours to neighbouring jobs
+_JOBS = (
+    "JOB_COMPLETION_INDEX",
+    "TPU_WORKER_HOSTNAMES",
+    "TPU_PROCESS_ADDRESSES",
+    "SLURM_STEP_NODELIST",
+    "OMPI_MCA_orte_hnp_uri",
+)
+_PORTS_OF_SLURM = 61440  # jax gives SLURM jobs the ports from here on, neighbours to neighbouring jobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Address:
         """Host and port at which process 0 hears the others before ``jax.distributed`` starts."""
         host, _, text = self.coordinator.rpartition(":")
         port = int(text)
-        return host.strip("[]"), port - 4096 if port >= _LAST_OF_SLURM else port + 1
+        return host.strip("[]"), port - 4096 if port >= _PORTS_OF_SLURM else port + 1
 
 
 def find(
@@ -115,6 +122,9 @@ def _whole(environment: Mapping[str, str], name: str) -> int:
 
 def _detect(wait: float, environment: Mapping[str, str]) -> Address | None:
     """What JAX's own detection finds: TPU pods by their metadata, SLURM and Open MPI by their variables."""
+    # A pod that is no part of a job is alone; asked about it, JAX would warn, or fail for want of permissions.
+    if "KUBERNETES_SERVICE_HOST" in environment and not any(name in environment for name in _JOBS):
+        return None
     # JAX has no public name for it, and the addresses are needed before it is asked to connect.
     from jax._src import clusters
 
@@ -205,13 +215,14 @@ def _hear(address: Address, wait: float) -> str:
     """Process 0: collect the hellos, answer them all; the verdict."""
     host, port = address.greeting
     try:
-        server = socket.create_server(("", port), backlog=max(16, address.processes))
+        server = _listen(port, backlog=max(16, address.processes))
     except OSError as error:
         raise ConfigError(
             f"process 0 cannot listen on port {port}, beside that of the coordinator {address.coordinator} "
             f"({error.strerror}); choose another --coordinator port"
         ) from error
-    there: dict[int, tuple[socket.socket, str]] = {}
+    there: dict[int, str] = {}  # process to host
+    heard: list[socket.socket] = []
     verdict, end = "", time.monotonic() + wait
     with server, contextlib.ExitStack() as connections:
         while len(there) < address.processes - 1 and not verdict:
@@ -237,13 +248,22 @@ def _hear(address: Address, wait: float) -> str:
                     "give all of them the same number"
                 )
             elif number in there or number == 0:
-                other = there[number][1] if number else socket.gethostname()
+                other = there[number] if number else socket.gethostname()
                 verdict = f"both {other} and {name} say that they are process {number}; number them 0 to {count - 1}"
-            there.setdefault(number, (connection, name))
-        for connection in [c for c, _ in there.values()]:
+            there[number] = name
+            heard.append(connection)
+        for connection in heard:
             with contextlib.suppress(OSError):
                 connection.sendall(f"{verdict}\n".encode())
     return verdict
+
+
+def _listen(port: int, backlog: int) -> socket.socket:
+    """A server for IPv4 and, where the host has it, IPv6."""
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):  # a kernel that knows IPv6 on a host without it
+            return socket.create_server(("", port), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", port), backlog=backlog)
 
 
 def _say(address: Address, wait: float) -> str:

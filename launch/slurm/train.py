@@ -48,7 +48,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--time", default="24:00:00", help="limit of one turn of the job")
     parser.add_argument("--python", default=sys.executable, help="interpreter on the nodes")
     parser.add_argument("--sbatch", action="append", default=[], help="one more option, as --sbatch=--partition=gpu")
-    arguments = parser.parse_args(given)
+    arguments = remote.parse(parser, given)
     return remote.execute([["sbatch"]], dry_run=arguments.dry_run, text=script(arguments))
 
 

@@ -68,7 +68,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--claim", required=True, help="persistent volume claim (ReadWriteMany) that holds --workdir")
     parser.add_argument("--mount", default="/work", help="where the claim is mounted")
     parser.add_argument("--restarts", type=int, default=100)
-    arguments = parser.parse_args(given)
+    arguments = remote.parse(parser, given)
     kind, _, topology = arguments.topology.partition(":")
     sizes = topology.split("x")
     if kind not in ACCELERATORS or len(sizes) not in (2, 3) or not all(size.isdigit() and int(size) for size in sizes):

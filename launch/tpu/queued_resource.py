@@ -53,7 +53,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--runtime", default="", help="version of the TPU VM's software; default: by the type")
     parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--spot", action="store_true", help="cheaper, and taken back at any time")
-    arguments = parser.parse_args(given)
+    arguments = remote.parse(parser, given)
     generation = arguments.type.partition("-")[0]
     arguments.runtime = arguments.runtime or RUNTIMES.get(generation, "")
     if not arguments.runtime:
