@@ -46,7 +46,7 @@ TRAIN = {
 }
 STEPS = {"teacher": 8}
 PREPARED = {"vae": "data", "teacher": "latents", "init": "trajectories"}
-LOSSES = {"vae": ["loss", "psnr"], "distill": ["generator_loss", "critic_loss", "generator_gradient_norm"]}
+LOSSES = {"distill": ["generator_loss", "critic_loss"]}
 
 
 def make_recipe(**parallel) -> Recipe:
@@ -134,10 +134,10 @@ def run(count, arguments, timeout=900):
 
 
 def losses(workdir, stage):
-    """Every number of ``metrics.jsonl`` that the networks decide, by step."""
-    names = LOSSES.get(stage, ["loss", "gradient_norm"])
+    """[steps, 1 + losses]: every step of ``metrics.jsonl`` and its losses."""
+    names = LOSSES.get(stage, ["loss"])
     records = [r for r in read_metrics(workdir / stage) if names[0] in r]
-    return np.array([[r["step"], *(r[name] for name in names if name in r)] for r in records])
+    return np.array([[r["step"], *(r[name] for name in names)] for r in records])
 
 
 def check_all_stages(road, folder, count, **parallel):
