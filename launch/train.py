@@ -2,18 +2,22 @@
 
 Stages: vae, teacher, init, distill. Started again with the same arguments it goes on where it stopped. Under
 ``WORKDIR/STAGE``: ``metrics.jsonl`` and ``tensorboard/``, ``samples/``, ``checkpoints/`` and, at the end,
-``weights.safetensors``.
+``weights.safetensors``. Ctrl-C (status 130) and SIGTERM (status 0) save a checkpoint first. On many hosts the same
+command is given on each (docs/hosts.md).
 """
+
+import dataclasses
 
 from absl import flags
 
 from causvid_jax.config import require
 from causvid_jax.training import loop, stages
-from launch import common
+from launch import common, processes
 
 _CONFIG = common.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the recipe keeps its data, weights and logs.")
 _STAGE = flags.DEFINE_string("stage", None, "What to train: vae, teacher, init or distill.")
+processes.define_flags()
 
 
 def main() -> None:
@@ -23,6 +27,8 @@ def main() -> None:
     require(workdir != "", "no --workdir is given; it must be a directory for data and weights")
     require(name in stages.STAGES, f"--stage is {name!r}; accepted: {', '.join(stages.STAGES)}")
     folder = common.writable_workdir(workdir)
+    processes.join()
+    processes.check({"stage": name, "config": dataclasses.asdict(recipe)}, folder)
     common.enable_compilation_cache()
     common.log_start(recipe)
     loop.train(stages.make_stage(name, recipe, folder), folder)

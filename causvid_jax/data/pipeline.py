@@ -1,11 +1,12 @@
 """The input pipeline: Grain over random-access sources, in threads, with exact resume.
 
 Every iterator here is a pure function of its arguments and its position: the global example order depends on the seed
-alone, process p of n takes examples p, p + n, p + 2n, ... of that one order, and random crops are seeded by the
-example's place in it. So an epoch loses and repeats no example on any number of processes, and
-``iterator.set_state(other.get_state())`` continues ``other`` exactly.
+alone, a process takes the rows of each batch that its devices hold (or examples p, p + n, p + 2n, ... of that one
+order), and random crops are seeded by the example's place in it. So an epoch loses and repeats no example on any number
+of processes, and ``iterator.set_state(other.get_state())`` continues ``other`` exactly.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -33,6 +34,7 @@ def batches(
     shuffle: bool = True,
     process_id: int = 0,
     process_count: int = 1,
+    rows: Sequence[int] | None = None,
     threads: int = 2,
 ) -> grain.DatasetIterator:
     """An endless iterator of batches of ``transform(example, rng)``, shuffled anew every epoch.
@@ -45,6 +47,9 @@ def batches(
         shuffle: False reads the source in order.
         process_id: of this process, usually ``jax.process_index()``.
         process_count: usually ``jax.process_count()``.
+        rows: for training over processes: which rows of a batch of all processes together this one reads
+            (``Placement.rows``); ``batch_size`` then counts all of them. The iterator's state counts batches, so it
+            is the same on every process and holds for any number of them.
         threads: that read and transform ahead.
 
     Returns:
@@ -60,9 +65,30 @@ def batches(
     if shuffle:
         examples = examples.shuffle()
     # The transform stands before the slice, so that its randomness does not depend on the number of processes.
-    examples = examples.repeat().random_map(transform).slice(slice(process_id, None, process_count))
+    examples = examples.repeat().random_map(transform)
+    if rows is not None:
+        require(process_count == 1, "rows and process_count are two ways to say the same; give one of them")
+        mine = grain.MapDataset.source(_Share(examples, batch_size, tuple(rows))).batch(len(rows), drop_remainder=True)
+        return iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(4, threads))))
+    examples = examples.slice(slice(process_id, None, process_count))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(16, 2 * batch_size))
     return iter(examples.to_iter_dataset(options).batch(batch_size, drop_remainder=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """Of an endless row of examples in batches of ``size``, the ``rows`` of every batch, one after another."""
+
+    examples: grain.MapDataset
+    size: int
+    rows: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.examples) // self.size * len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        batch, row = divmod(int(index), len(self.rows))
+        return self.examples[batch * self.size + self.rows[row]]
 
 
 def this_process() -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from causvid_jax.config import ParallelConfig, ShardingRules
+from causvid_jax.config import ParallelConfig, ShardingRules, require
 from causvid_jax.models import partition
 from causvid_jax.models.params import ParamSpec, abstract_tree
 from causvid_jax.parallel.mesh import make_mesh
@@ -45,6 +46,11 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules, leading: int = 0) -> NamedS
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, axes or None))
 
 
+def _cut(x: Any, sharding: NamedSharding) -> jax.Array:
+    """The parts of ``x`` that belong on this process's devices, as a global array."""
+    return jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.asarray(x)[index])
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """Puts a stage's arrays on its mesh; with ``mesh = None`` (one device) everything stays as it is.
@@ -76,8 +82,38 @@ class Placement:
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
     def put(self, tree: Any, shardings: Any) -> Any:
-        """``tree`` laid out as ``shardings``; unchanged without a mesh."""
-        return tree if self.mesh is None else jax.device_put(tree, shardings)
+        """``tree`` laid out as ``shardings``; unchanged without a mesh. Every process gives the whole tree."""
+        if self.mesh is None:
+            return tree
+        if jax.process_count() == 1:
+            return jax.device_put(tree, shardings)
+        # device_put would first send every array around, to see that all processes hold the same.
+        return jax.tree.map(_cut, tree, jax.tree.broadcast(shardings, tree))
+
+    def everywhere(self, function: Callable[..., Any]) -> Any:
+        """``function`` jitted, its results whole on every device, so that any process can read them."""
+        return jax.jit(function, out_shardings=self.whole())
+
+    def rows(self, size: int) -> list[int]:
+        """Which examples of a batch of ``size`` lie on this process's devices, in order; without a mesh all do.
+
+        Processes over which the batch is not split (by ``context`` or ``tensor``) share theirs.
+
+        Raises:
+            ConfigError: the mesh does not divide the batch.
+        """
+        if self.mesh is None:
+            return list(range(size))
+        sharding = batch_sharding(self.mesh, self.rules)
+        axes: tuple[str, ...] = sharding.spec[0] or ()  # type: ignore[assignment]
+        ways = math.prod(self.mesh.shape[axis] for axis in axes)
+        require(
+            size % ways == 0,
+            f"a batch of {size} cannot be split over {ways} parts of the mesh (data x fsdp); the nearest that can be "
+            f"are {f'{size - size % ways} and ' if size > ways else ''}{size - size % ways + ways}",
+        )
+        shares = sharding.addressable_devices_indices_map((size,)).values()
+        return sorted({row for (share,) in shares for row in range(size)[share]})
 
     def init(self, make: Callable[..., Any], shardings: Any, *args: Any) -> Any:
         """``make(*args)`` computed straight into ``shardings``, so that no device ever holds the whole."""
@@ -86,7 +122,7 @@ class Placement:
     def batch(self, tree: Any, leading: int = 0) -> Any:
         """Host arrays ``[..., B, ...]``, the batch after ``leading`` axes, as global arrays split over the batch.
 
-        Every process gives its own examples, in the order of the processes.
+        Every process gives the examples of its :meth:`rows`.
         """
         if self.mesh is None:
             return tree
@@ -95,7 +131,8 @@ class Placement:
 
 
 def place(config: ParallelConfig, rules: ShardingRules) -> Placement:
-    """The placement that ``config`` asks for, over all devices; one device needs no mesh."""
-    if (config.slices, config.data, config.fsdp, config.context, config.tensor) == (1, 1, 1, 1, 1):
+    """The placement that ``config`` asks for, over all devices of all processes; one device needs no mesh."""
+    sizes = (config.slices, config.data, config.fsdp, config.context, config.tensor)
+    if jax.process_count() == 1 and sizes == (1, 1, 1, 1, 1):
         return Placement(None, rules)
     return Placement(make_mesh(config), rules)

@@ -5,16 +5,17 @@ import dataclasses
 import functools
 import json
 import pathlib
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from causvid_jax.config import StageConfig
+from causvid_jax.parallel import hosts
+from causvid_jax.training import stopping
 from causvid_jax.training.checkpoint import Checkpoints
-from causvid_jax.training.metrics import MetricsWriter
+from causvid_jax.training.metrics import open_writer
 from causvid_jax.training.progress import Progress
 
 
@@ -53,29 +54,12 @@ class Stage:
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
-@contextlib.contextmanager
-def _stop_request() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C or SIGTERM into a flag that the loop reads; a second Ctrl-C stops at once."""
-    asked: list[int] = []
-
-    def handler(number, frame):
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
 def train(stage: Stage, workdir: pathlib.Path) -> None:
     """Run ``stage`` to its last step from where ``workdir`` left it, then export its weights.
 
-    Ctrl-C or SIGTERM finishes the step under way, saves a checkpoint and raises KeyboardInterrupt; started again, the
-    run goes on from there and ends with the parameters an uninterrupted run would have (bit for bit on CPU).
+    Ctrl-C or SIGTERM, to any one of the processes of the run, makes all of them finish the same step, save a checkpoint
+    and raise KeyboardInterrupt or :class:`stopping.Terminated`; started again, the run goes on from there and ends with
+    the parameters an uninterrupted run would have (bit for bit on CPU).
     """
     with stage.context():
         _train(stage, workdir)
@@ -93,10 +77,11 @@ def _train(stage: Stage, workdir: pathlib.Path) -> None:
         state, saved = restored
         step, seconds, place = saved["step"], saved["seconds"], saved["iterator"]
 
-    progress = Progress(stage.name, total=config.steps, start=step)
+    progress = Progress(stage.name, total=config.steps, start=step, stream=hosts.log_stream())
     if step:
         progress.note(f"{stage.name}: going on from step {step}")
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    if hosts.first():
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
 
     metrics: dict[str, jax.Array] = {}
     started = time.monotonic()
@@ -106,7 +91,7 @@ def _train(stage: Stage, workdir: pathlib.Path) -> None:
         elapsed = seconds + time.monotonic() - started
         checkpoints.save(step, state, {"step": step, "seconds": elapsed, "iterator": position})
 
-    with MetricsWriter(folder, step=step) as writer, _stop_request() as stop:
+    with open_writer(folder, step=step) as writer, stopping.requests() as asked:
         for phase in stage.phases:
             if step >= phase.end:
                 continue
@@ -116,16 +101,18 @@ def _train(stage: Stage, workdir: pathlib.Path) -> None:
             while step < phase.end:
                 state, metrics = stage.step(state, stage.ready(next(iterator)))
                 step += 1
+                signal = asked(step)
                 progress.update(step, functools.partial(_losses, metrics))
                 if step % config.log_every == 0 or step == config.steps:
                     elapsed = seconds + time.monotonic() - started
                     writer.write(step, {**metrics, "hours": elapsed / 3600})
-                if step % config.save_every == 0 or step == config.steps or stop():
+                if step % config.save_every == 0 or step == config.steps or signal:
                     save()
-                if stop():
+                if signal:
                     checkpoints.close()
-                    progress.note(f"{stage.name}: stopped at step {step}; the same command goes on from here")
-                    raise KeyboardInterrupt
+                    name = stopping.NAMES[signal]
+                    progress.note(f"{stage.name}: stopped by {name} at step {step}; the same command goes on from here")
+                    stopping.stop(signal)
                 if step % config.sample_every == 0 or step == config.steps:
                     scores = stage.sample(state, folder / "samples", step)
                     if scores:

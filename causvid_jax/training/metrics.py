@@ -12,6 +12,7 @@ from typing import Any
 import tensorboardX
 
 from causvid_jax.config import ConfigError
+from causvid_jax.parallel import hosts
 
 JSONL = "metrics.jsonl"
 
@@ -28,6 +29,23 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def open_writer(workdir: str | os.PathLike, step: int = 0) -> "MetricsWriter | NoWriter":
+    """The :class:`MetricsWriter` of a run in its first process; in the others one that writes nothing."""
+    return MetricsWriter(workdir, step) if hosts.first() else NoWriter()
+
+
+class NoWriter:
+    """Takes records and forgets them."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Nothing: a JAX array is not even waited for."""
+
+    def __enter__(self) -> "NoWriter":
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
 
 
 class MetricsWriter:

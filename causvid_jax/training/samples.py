@@ -1,4 +1,4 @@
-"""What a stage shows as it goes: sample videos, a picture of them, and the judge's reading."""
+"""What a stage shows as it goes, in its first process: sample videos, a picture of them, the judge's reading."""
 
 import pathlib
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from einops import rearrange
 from causvid_jax.config import ConfigError, Recipe
 from causvid_jax.data import digits
 from causvid_jax.evaluation import judge, metrics
+from causvid_jax.parallel import hosts
 from causvid_jax.video import write_video
 
 
@@ -21,6 +22,8 @@ def prompts(recipe: Recipe, count: int) -> list[str]:
 
 def show(video: np.ndarray, folder: pathlib.Path, step: int, recipe: Recipe, columns: int = 4) -> None:
     """Write the first clips side by side as ``folder/STEP.mp4``; video uint8 ``[B, T, H, W, 3]``."""
+    if not hosts.first():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     columns = min(columns, len(video))
     rows = min(2, len(video) // columns)
@@ -30,11 +33,12 @@ def show(video: np.ndarray, folder: pathlib.Path, step: int, recipe: Recipe, col
 
 def scores(video: np.ndarray, captions: Sequence[str], recipe: Recipe) -> dict[str, float]:
     """The judge's agreement with ``captions``; empty where the recipe has no judge (other data, two digits)."""
-    if recipe.data.digits_per_clip != 1:
+    if recipe.data.digits_per_clip != 1 or not hosts.first():
         return {}
     try:
         reader = judge.load(recipe.data)
     except ConfigError:
         return {}
-    reading = judge.read(reader, video, speed=recipe.data.speed)
+    with hosts.alone():
+        reading = judge.read(reader, video, speed=recipe.data.speed)
     return metrics.accuracies(reading.triples, [judge.wanted(caption) for caption in captions])

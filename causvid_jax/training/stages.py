@@ -17,7 +17,7 @@ from causvid_jax.data import arrays, derived, moving_digits, pipeline
 from causvid_jax.distill import cycle
 from causvid_jax.evaluation import samplers
 from causvid_jax.models import text, transformer, vae
-from causvid_jax.parallel import shardings
+from causvid_jax.parallel import hosts, shardings
 from causvid_jax.streaming import stream
 from causvid_jax.training import samples, steps
 from causvid_jax.training.loop import Phase, Stage
@@ -34,8 +34,11 @@ def make_stage(name: str, recipe: Recipe, workdir: pathlib.Path) -> Stage:
 
 def _export(name: str, recipe: Recipe, params: Callable[[Any], Any]) -> Callable[[Any, pathlib.Path], None]:
     def export(state, path: pathlib.Path) -> None:
-        metadata = {"recipe": recipe.name, "stage": name, "config": to_json(recipe)}
-        store.save_params(path, params(state), metadata)
+        whole = hosts.gather(params(state))
+        if hosts.first():
+            metadata = {"recipe": recipe.name, "stage": name, "config": to_json(recipe)}
+            store.save_params(path, whole, metadata)
+        hosts.sync(f"{name} written")
 
     return export
 
@@ -52,6 +55,11 @@ def _phases(config: StageConfig, make: Callable[..., Any]) -> tuple[Phase, ...]:
     )
 
 
+def _share(place: shardings.Placement, make: Callable[..., Any]) -> Callable[..., Any]:
+    """``make`` reading only what this process's devices hold of every batch."""
+    return lambda *, batch_size, **options: make(batch_size=batch_size, rows=place.rows(batch_size), **options)
+
+
 def _load_network(
     recipe: Recipe, stage: str, workdir: pathlib.Path, config: TransformerConfig, place: shardings.Placement
 ) -> Any:
@@ -64,9 +72,16 @@ def _load_network(
 
 
 def with_vae(recipe: Recipe, workdir: pathlib.Path) -> tuple[Any, Recipe]:
-    """The trained VAE, and the recipe with its latent statistics filled in."""
+    """The trained VAE, on the host, and the recipe with its latent statistics filled in."""
     params, config = weight_files.load_vae(weight_files.find(recipe.name, "vae", workdir), recipe.vae)
-    return jax.tree.map(jnp.asarray, params), dataclasses.replace(recipe, vae=config)
+    return params, dataclasses.replace(recipe, vae=config)
+
+
+def _on_devices(vae_params: Any, place: shardings.Placement) -> Any:
+    """The VAE for samples: it is small, so every device holds it whole."""
+    if place.mesh is None:
+        return jax.tree.map(jnp.asarray, vae_params)
+    return place.put(vae_params, place.whole())
 
 
 def _text_rows(batch: dict[str, Any], recipe: Recipe) -> np.ndarray:
@@ -143,7 +158,7 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         train_encoder=config.train_encoder,
         clips=config.stream,
     )
-    reconstruct = jax.jit(
+    reconstruct = place.everywhere(
         lambda params, video: vae.decode(params, vae.encode(params, video, config=recipe.vae), config=recipe.vae)
     )
 
@@ -156,10 +171,14 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         return {"psnr": float(psnr)} | samples.scores(files.to_uint8(output), list(batch["caption"]), recipe)
 
     def export(state: TrainState, path: pathlib.Path) -> None:
-        mean, std = latent_statistics(state.ema, sources["train"], recipe.vae)
-        measured = dataclasses.replace(recipe.vae, latent_mean=mean, latent_std=std)
-        metadata = {"recipe": recipe.name, "stage": "vae", "config": to_json(recipe)}
-        store.save_params(path, state.ema, metadata | weight_files.vae_metadata(measured))
+        params = hosts.gather(state.ema)
+        if hosts.first():
+            with hosts.alone():
+                mean, std = latent_statistics(params, sources["train"], recipe.vae)
+            measured = dataclasses.replace(recipe.vae, latent_mean=mean, latent_std=std)
+            metadata = {"recipe": recipe.name, "stage": "vae", "config": to_json(recipe)}
+            store.save_params(path, params, metadata | weight_files.vae_metadata(measured))
+        hosts.sync("vae written")
 
     return Stage(
         name="vae",
@@ -169,7 +188,7 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         ),
         # The VAE is small: every device holds it whole, the batch alone is split.
         step=make_step(loss, optimizer, config, place.whole()),
-        phases=_phases(config, functools.partial(pipeline.clip_batches, sources["train"], **pipeline.this_process())),
+        phases=_phases(config, _share(place, functools.partial(pipeline.clip_batches, sources["train"]))),
         ready=lambda batch: place.batch(batch["video"]),
         sample=sample,
         export=export,
@@ -199,10 +218,16 @@ def teacher_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     config, place = recipe.train_teacher, shardings.place(recipe.parallel, recipe.teacher.rules)
     step = steps.teacher_step(recipe, place)
     captions = samples.prompts(recipe, config.samples)
+    rows, empty = text.encode_prompts(captions, recipe.text), text.encode_prompts([""], recipe.text)[0]
+    seeds = np.arange(len(captions), dtype=np.uint32)
+
+    @place.everywhere
+    def clips(params, vae_params):
+        latents = samplers.teacher_latents(params, rows, empty, seeds, config=recipe)
+        return vae.decode(vae_params, latents, config=recipe.vae)
 
     def sample(state: TrainState, folder: pathlib.Path, step: int) -> dict[str, float]:
-        tools = samplers.make_samplers({"teacher": state.ema, "vae": vae_params, "student": None}, recipe)
-        video = tools.teacher(captions, 0)
+        video = files.to_uint8(np.asarray(clips(state.ema, _on_devices(vae_params, place))))
         samples.show(video, folder, step, recipe)
         return samples.scores(video, captions, recipe)
 
@@ -211,10 +236,7 @@ def teacher_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         config=config,
         init=lambda: _start(step, place),
         step=step.update,
-        phases=_phases(
-            config,
-            functools.partial(pipeline.latent_batches, _latent_source(workdir), **pipeline.this_process()),
-        ),
+        phases=_phases(config, _share(place, functools.partial(pipeline.latent_batches, _latent_source(workdir)))),
         ready=lambda batch: place.batch(_ready_latents(recipe, batch)),
         sample=sample,
         export=_export("teacher", recipe, lambda state: state.ema),
@@ -242,12 +264,11 @@ def causal_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         config=config,
         init=lambda: _start(step, place, _load_network(recipe, "teacher", workdir, recipe.teacher, place)),
         step=step.update,
-        phases=_phases(
-            config,
-            functools.partial(pipeline.latent_batches, _latent_source(workdir), **pipeline.this_process()),
-        ),
+        phases=_phases(config, _share(place, functools.partial(pipeline.latent_batches, _latent_source(workdir)))),
         ready=lambda batch: place.batch(_ready_latents(recipe, batch)),
-        sample=_sample_student(look, vae_params, samples.prompts(recipe, config.samples), lambda state: state.ema),
+        sample=_sample_student(
+            look, place, vae_params, samples.prompts(recipe, config.samples), lambda state: state.ema
+        ),
         export=_export("causal", recipe, lambda state: state.ema),
         context=place.current,
     )
@@ -256,12 +277,13 @@ def causal_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
 # ---- init -----------------------------------------------------------------------------------------------------------
 
 
-def _sample_student(recipe: Recipe, vae_params, captions, params_of: Callable[[Any], Any]):
+def _sample_student(recipe: Recipe, place: shardings.Placement, vae_params, captions, params_of: Callable[[Any], Any]):
     """Streams the prompts for one trained length."""
+    rows = text.encode_prompts(captions, recipe.text)
+    streamed = place.everywhere(lambda params: stream.generate(params, jnp.asarray(rows), config=recipe)[1])
 
     def sample(state, folder: pathlib.Path, step: int) -> dict[str, float]:
-        rows = jnp.asarray(text.encode_prompts(captions, recipe.text))
-        _, video = stream.generate({"student": params_of(state), "vae": vae_params}, rows, config=recipe)
+        video = streamed({"student": params_of(state), "vae": _on_devices(vae_params, place)})
         clips = files.to_uint8(np.asarray(video))
         samples.show(clips, folder, step, recipe)
         return samples.scores(clips, captions, recipe)
@@ -288,19 +310,21 @@ def init_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         start = [_load_network(recipe, "teacher", workdir, recipe.teacher, place)] if step.starts else []
         return _start(step, place, *start)
 
-    def batches(*, batch_size: int, frames: int, seed: int):
-        return pipeline.trajectory_batches(sources[frames], batch_size=batch_size, seed=seed, **pipeline.this_process())
+    def batches(*, batch_size: int, frames: int, seed: int, rows: list[int]):
+        return pipeline.trajectory_batches(sources[frames], batch_size=batch_size, seed=seed, rows=rows)
 
     return Stage(
         name="init",
         config=config,
         init=init,
         step=step.update,
-        phases=_phases(config, batches),
+        phases=_phases(config, _share(place, batches)),
         ready=lambda batch: place.batch(
             {"text": _text_rows(batch, recipe)} | {key: batch[key] for key in step.batch if key != "text"}
         ),
-        sample=_sample_student(recipe, vae_params, samples.prompts(recipe, config.samples), lambda state: state.ema),
+        sample=_sample_student(
+            recipe, place, vae_params, samples.prompts(recipe, config.samples), lambda state: state.ema
+        ),
         export=_export("init", recipe, lambda state: state.ema),
         context=place.current,
     )
@@ -313,7 +337,7 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     """DMD (paper, section 4.2): student and fake score in turns, both judged by the frozen teacher."""
     vae_params, recipe = with_vae(recipe, workdir)
     config, place = recipe.train_distill, shardings.place(recipe.parallel, recipe.student.rules)
-    step = steps.distill_step(recipe, place, jnp.asarray(text.encode_prompts([""], recipe.text)[0]))
+    step = steps.distill_step(recipe, place, text.encode_prompts([""], recipe.text)[0])
     teacher = _load_network(recipe, "teacher", workdir, recipe.teacher, place)
 
     def init() -> cycle.DistillState:
@@ -322,13 +346,14 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         # A donated state must not share the teacher's buffers.
         return _start(step, place, student, jax.tree.map(jnp.copy, teacher))
 
-    def batches(*, batch_size: int, frames: int, seed: int):
+    def batches(*, batch_size: int, frames: int, seed: int, rows: list[int]):
         # One batch for every fake-score update and one for the student, drawn together.
+        parts = range(config.critic_updates + 1)
         return pipeline.latent_batches(
             _latent_source(workdir),
-            batch_size=batch_size * (config.critic_updates + 1),
+            batch_size=batch_size * len(parts),
             seed=seed,
-            **pipeline.this_process(),
+            rows=[part * batch_size + row for part in parts for row in rows],
         )
 
     def ready(batch: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -344,9 +369,9 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         config=config,
         init=init,
         step=lambda state, batch: step.update(state, teacher, batch),
-        phases=_phases(config, batches),
+        phases=_phases(config, _share(place, batches)),
         ready=ready,
-        sample=_sample_student(recipe, vae_params, samples.prompts(recipe, config.samples), params_of),
+        sample=_sample_student(recipe, place, vae_params, samples.prompts(recipe, config.samples), params_of),
         export=_export("distill", recipe, params_of),
         context=place.current,
     )

@@ -1,0 +1,68 @@
+"""What the programs share that start training elsewhere: their arguments, the command there, the dry run.
+
+They are for login nodes and laptops: nothing here imports JAX.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+
+STAGES = ("vae", "teacher", "init", "distill")
+Command = list[str]
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The arguments that say what to train; flags of ``launch.train`` beyond them follow after ``--``."""
+    usage = "%(prog)s [options] [-- flags of launch.train]"
+    made = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
+    made.add_argument("--config", required=True, help="recipe file, as for launch.train")
+    made.add_argument("--stage", required=True, choices=STAGES, help="what to train")
+    made.add_argument("--workdir", required=True, help="on a file system that all hosts share")
+    made.add_argument("--name", default="causvid", help="of the job or resource")
+    made.add_argument("--dry_run", action="store_true", help="print what would be run, run nothing")
+    return made
+
+
+def parse(made: argparse.ArgumentParser, given: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of ``given`` (None: the command line); ``flags`` holds what stands after ``--``."""
+    words = list(sys.argv[1:] if given is None else given)
+    end = words.index("--") if "--" in words else len(words)
+    arguments = made.parse_args(words[:end])
+    arguments.flags = words[end + 1 :]
+    return arguments
+
+
+def train_command(arguments: argparse.Namespace, python: str = "python3", *extra: str) -> str:
+    """``launch.train`` as a line of shell."""
+    flags = [f"--config={arguments.config}", f"--stage={arguments.stage}", f"--workdir={arguments.workdir}"]
+    return shlex.join([python, "-m", "launch.train", *flags, *extra, *arguments.flags])
+
+
+def finished(arguments: argparse.Namespace) -> str:
+    """A shell test of whether the stage is trained to its end. SIGTERM ends a run with status 0 too."""
+    return f"test -e {shlex.quote(f'{arguments.workdir}/{arguments.stage}/weights.safetensors')}"
+
+
+def execute(commands: Sequence[Command], *, dry_run: bool, text: str = "") -> int:
+    """Run ``commands`` side by side, each given ``text`` on its standard input; the first status that is not 0.
+
+    The dry run prints them, and the text, as they could be typed.
+    """
+    if dry_run:
+        for command in commands:
+            print(f"{shlex.join(command)} <<'END'\n{text.rstrip()}\nEND" if text else shlex.join(command))
+        return 0
+    try:
+        running = [subprocess.Popen(command, stdin=subprocess.PIPE if text else None) for command in commands]
+    except FileNotFoundError as error:
+        print(
+            f"error: {error.filename} is not installed here; --dry_run prints what it would be given", file=sys.stderr
+        )
+        return 2
+    for process in running:
+        if process.stdin:
+            process.stdin.write(text.encode())
+            process.stdin.close()
+    return next((status for status in [process.wait() for process in running] if status), 0)

@@ -1,0 +1,1 @@
+"""Training on Cloud TPU: queued resources, and JobSets on Google Kubernetes Engine."""
