@@ -241,7 +241,9 @@ def workdir(folder, tmp_path_factory):
     command += [f"--videos={folder}", f"--captions={folder / 'captions.jsonl'}", "--batch=2"]
     output = []
     for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env={**os.environ, "XLA_FLAGS": ""})
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=1800, env={**os.environ, "XLA_FLAGS": ""}
+        )
         assert done.returncode == 0, done.stderr
         output.append(done.stdout.strip())
     (workdir / "output.json").write_text(json.dumps(output))
