@@ -6,8 +6,11 @@ half a file. Arrays are uint8 ``[T, H, W, 3]``; :func:`to_uint8` and :func:`to_f
 float32 in [-1, 1].
 """
 
+import itertools
 import math
 import pathlib
+import re
+from collections.abc import Iterator
 from fractions import Fraction
 from types import TracebackType
 from typing import Any
@@ -148,25 +151,51 @@ def read_video(
     """
     path = pathlib.Path(path)
     require(path.is_file(), f"video {str(path)!r} does not exist")
-    result: list[np.ndarray] = []
-    shown, start, time = None, 0.0, 0.0
     try:
-        with av.open(str(path)) as container:
-            for picture in container.decode(video=0):
-                start = (picture.time or 0.0) if shown is None else start
-                time = (picture.time or 0.0) - start
-                if shown is not None:  # it is on screen until this picture comes
-                    due = 1 if fps is None else math.ceil(time * fps - CLOCK) - len(result)
-                    result += [shown] * due
-                if frames is not None and len(result) >= frames:
-                    break
-                shown = _cover(picture.to_image(), height, width)
-        if shown is not None and (fps is None or len(result) <= time * fps + CLOCK):
-            result.append(shown)
+        result = list(itertools.islice(iterate_frames(path, height, width, fps), frames))
     except (OSError, ValueError, IndexError, av.FFmpegError) as error:
         raise ConfigError(f"cannot read video {str(path)!r}: it is not a video or it is damaged") from error
     require(bool(result), f"cannot read video {str(path)!r}: it holds no frames")
-    return np.stack(result[:frames])
+    return np.stack(result)
+
+
+def iterate_frames(
+    path: str | pathlib.Path, height: int, width: int, fps: int | None = None, *, whole: bool = False
+) -> Iterator[np.ndarray]:
+    """The frames of :func:`read_video`, uint8 ``[height, width, 3]``, one by one as they are decoded.
+
+    Frame k is what a player shows at k / fps seconds, turned upright and with square pixels as the file asks for.
+
+    Args:
+        whole: raise ValueError at a picture that the decoder marks as damaged, and at the end if more than a second and
+            a tenth of the length that the file declares is missing.
+
+    Raises:
+        OSError, ValueError, IndexError, av.FFmpegError: the file cannot be decoded.
+    """
+    count, start, time, last = 0, 0.0, 0.0, None
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise ValueError("no decoder for its codec")
+        stream.thread_type = "AUTO"
+        aspect = float(stream.sample_aspect_ratio or 1)
+        for picture in container.decode(stream):
+            if whole and picture.is_corrupt:
+                raise ValueError(f"the picture at {time:.2f} s is damaged")
+            start = (picture.time or 0.0) if last is None else start
+            time = (picture.time or 0.0) - start
+            if last is not None:  # it is on screen until this picture comes
+                due = 1 if fps is None else math.ceil(time * fps - CLOCK) - count
+                if due > 0:
+                    count += due
+                    yield from [_upright(last, height, width, aspect)] * due
+            last = picture
+        declared = _declared_seconds(container, stream)
+        if whole and last is not None and declared - time > 1.0 + 0.1 * declared:
+            raise ValueError(f"it ends after {time:.2f} of the {declared:.2f} s that it declares")
+        if last is not None and (fps is None or count <= time * fps + CLOCK):
+            yield _upright(last, height, width, aspect)
 
 
 def read_image(path: str | pathlib.Path, height: int, width: int) -> np.ndarray:
@@ -195,9 +224,30 @@ def _palette_frame(frame: np.ndarray) -> av.VideoFrame:
     return av.VideoFrame.from_ndarray(indexed, "pal8")
 
 
-def _cover(image: Image.Image, height: int, width: int) -> np.ndarray:
-    scale = max(height / image.height, width / image.width)
-    size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+def _declared_seconds(container: Any, stream: av.VideoStream) -> float:
+    """How long the file says that its video is; 0 where it does not say, or says it of its sound as well."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if tag:
+        return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3])
+    alone = len(container.streams) == 1
+    return container.duration / av.time_base if alone and container.duration else 0.0
+
+
+def _upright(picture: av.VideoFrame, height: int, width: int, aspect: float) -> np.ndarray:
+    image = picture.to_image()
+    turn = picture.rotation % 360  # anti-clockwise, for display
+    if turn in (90, 180, 270):
+        image = image.rotate(turn, expand=True)
+        aspect = aspect if turn == 180 else 1 / aspect
+    return _cover(image, height, width, aspect)
+
+
+def _cover(image: Image.Image, height: int, width: int, aspect: float = 1.0) -> np.ndarray:
+    """``aspect`` is a pixel's width over its height."""
+    scale = max(height / image.height, width / (image.width * aspect))
+    size = max(width, round(image.width * aspect * scale)), max(height, round(image.height * scale))
     # Area averaging inverts ``upscale`` exactly.
     image = image.resize(size, Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC)
     left, top = (size[0] - width) // 2, (size[1] - height) // 2

@@ -39,6 +39,7 @@ def recipe(name: str, sizes: dict[str, int], guidance: float) -> ml_collections.
             "name": name,
             "video": {"height": 480, "width": 832, "frames": 81, "fps": 16},
             "text": {"kind": "umt5", "length": 512, "dim": 4096},
+            "data": {"name": "videos"},
             "vae": {"latent_mean": WAN_LATENT_MEAN, "latent_std": WAN_LATENT_STD, "dtype": "bfloat16"},
             "teacher": network,
             "student": network,

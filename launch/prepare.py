@@ -1,30 +1,45 @@
 """Make the data of a recipe: ``python -m launch.prepare --config=configs/digits.py --workdir=DIR --stage=data``.
 
-Stages, in the order of the road: ``data`` writes the clips, ``latents`` encodes them with the trained VAE,
-``trajectories`` runs the trained teacher's ODE. Each writes a tfds dataset under ``WORKDIR/data``, keeps what is there
-already, and after an interruption goes on where it stopped. ``assets``, when all is trained, makes the weights of
-``WORKDIR`` those that come with the package.
+Stages, in the order of the road: ``data`` writes the clips of moving digits and ``latents`` encodes them with the
+trained VAE; ``videos`` does both for a folder of videos (``--videos=DIR --captions=FILE``); ``prompts`` embeds a list
+of prompts (``--prompts=FILE``); ``trajectories`` runs the trained teacher's ODE. Each writes a tfds dataset under
+``WORKDIR/data``, keeps what is there already, and after an interruption goes on where it stopped. Several machines
+share a stage with ``--host_index=I --host_count=N``. ``assets``, when all is trained, makes the weights of ``WORKDIR``
+those that come with the package. Formats and rules: docs/data.md.
 """
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 from absl import flags, logging
 
-from causvid_jax.config import Recipe, require
-from causvid_jax.data import arrays, derived, digits, moving_digits, pipeline
+from causvid_jax.config import ConfigError, Recipe, require
+from causvid_jax.data import arrays, captions, derived, moving_digits, pipeline, videos
+from causvid_jax.data import recipe as recipe_data
 from causvid_jax.weights import stages
 from launch import common
 
 _CONFIG = common.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the recipe keeps its data, weights and logs.")
-_STAGE = flags.DEFINE_string("stage", None, "What to make: data, latents, trajectories or assets.")
+_STAGE = flags.DEFINE_string("stage", None, "What to make: data, latents, videos, prompts, trajectories or assets.")
 _COUNT = flags.DEFINE_integer("count", 0, "How many examples to make; 0 takes the number the recipe names.")
+_VIDEOS = flags.DEFINE_string("videos", None, "videos: the folder that holds them.")
+_CAPTIONS = flags.DEFINE_string("captions", None, "videos: .csv or .jsonl with file and caption; none: a.txt by a.mp4.")
+_PROMPTS = flags.DEFINE_string("prompts", None, "prompts, trajectories: the list; none: the recipe's data.prompt_file.")
+_NAME = flags.DEFINE_string("name", "latents", "videos: the dataset's folder under WORKDIR/data.")
+_CLIPS_PER_VIDEO = flags.DEFINE_integer("clips_per_video", 0, "videos: the most that a video gives; 0: all there are.")
+_SHARD_VIDEOS = flags.DEFINE_integer("shard_videos", 64, "videos: how many go into a shard, what a crash can cost.")
+_BATCH = flags.DEFINE_integer("batch", 1, "videos: clips per device and call of the VAE.")
+_WORKERS = flags.DEFINE_integer("workers", 2, "videos: how many are decoded at a time.")
+_HOST_INDEX = flags.DEFINE_integer("host_index", None, "This machine's number from 0; none: JAX's process index.")
+_HOST_COUNT = flags.DEFINE_integer("host_count", None, "How many machines share the stage; none: JAX's process count.")
 
 
 def data(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     """Write the clips; ``count`` replaces the number of training clips."""
+    _require_digits(recipe, "data")
     config = dataclasses.replace(recipe.data, train_clips=count or recipe.data.train_clips)
     builder = moving_digits.prepare(workdir / "data", config, recipe.video)
     return f"{builder.data_path}: {config.train_clips} training and {config.test_clips} test clips"
@@ -32,12 +47,52 @@ def data(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
 
 def latents(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     """Encode the first ``count`` training clips (0: all)."""
+    _require_digits(recipe, "latents")
     clips = moving_digits.source(workdir / "data", recipe.data, recipe.video, "train")
     params, config = stages.load_vae(stages.find(recipe.name, "vae", workdir), recipe.vae)
     name = moving_digits.MovingDigitsConfig.of(recipe.data, recipe.video).name
-    folder = workdir / "data" / "latents"
-    derived.write_latents(folder, clips, params, config, clips=name, count=count, **pipeline.this_process())
-    return _summary(folder)
+    folder = recipe_data.folder(workdir, recipe_data.LATENTS)
+    before = arrays.is_complete(folder)
+    derived.write_latents(folder, clips, params, config, clips=name, count=count, **_host())
+    return _summary(folder, before)
+
+
+def encode_videos(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
+    """Cut and encode the first ``count`` (0: all) videos of ``--videos``."""
+    root = _flag(_VIDEOS)
+    require(root, "no --videos is given; --stage=videos needs the folder that holds them")
+    options = {flag.name: _flag(flag) for flag in (_CLIPS_PER_VIDEO, _SHARD_VIDEOS, _BATCH, _WORKERS)}
+    for name, value in options.items():
+        least = 0 if name == _CLIPS_PER_VIDEO.name else 1
+        require(value >= least, f"--{name} is {value}; it must be at least {least}")
+    listed = captions.list_videos(root, _flag(_CAPTIONS))
+    params, config = stages.load_vae(stages.find(recipe.name, "vae", workdir), recipe.vae)
+    folder = recipe_data.folder(workdir, _flag(_NAME))
+    before = arrays.is_complete(folder)
+    videos.write_latents(
+        folder,
+        root,
+        listed[: count or len(listed)],
+        params,
+        dataclasses.replace(recipe, vae=config),
+        **{**options, **_host()},
+    )
+    used, skipped = videos.used(folder), videos.skipped(folder)
+    closing = f"{_summary(folder, before)}; {sum(line['clips'] for line in used)} clips of {len(used)} videos"
+    if not skipped:
+        return closing
+    return f"{closing}, {len(skipped)} videos skipped: the reasons are in {folder / videos.SKIPPED}"
+
+
+def prompts(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
+    """Embed the first ``count`` (0: all) prompts of the list."""
+    folder = recipe_data.folder(workdir, recipe_data.PROMPTS)
+    chosen = _prompt_list(recipe)
+    if chosen is None:
+        raise ConfigError("no --prompts is given and data.prompt_file is empty; --stage=prompts needs a list of them")
+    before = arrays.is_complete(folder)
+    derived.write_prompts(folder, recipe, chosen[: count or len(chosen)], **_host())
+    return _summary(folder, before)
 
 
 def trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
@@ -45,32 +100,35 @@ def trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     if recipe.train_init.teacher == "causal":
         return _causal_trajectories(recipe, workdir, count)
     params = stages.load_transformer(stages.find(recipe.name, "teacher", workdir), recipe.teacher, "teacher")
-    captions = digits.captions(recipe.data, "train")
-    prompts = derived.prompt_sequence(captions, count or recipe.train_init.trajectories, recipe.data.seed)
-    folder = workdir / "data" / "trajectories"
-    derived.write_trajectories(folder, params, recipe, prompts, seed=recipe.train_init.seed, **pipeline.this_process())
-    return _summary(folder)
+    known = _prompt_list(recipe) or recipe_data.prompts(recipe, workdir)
+    chosen = derived.prompt_sequence(known, count or recipe.train_init.trajectories, recipe.data.seed)
+    folder = recipe_data.folder(workdir, recipe_data.TRAJECTORIES)
+    before = arrays.is_complete(folder)
+    derived.write_trajectories(folder, params, recipe, chosen, seed=recipe.train_init.seed, **_host())
+    return _summary(folder, before)
 
 
 def _causal_trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     params = stages.load_transformer(stages.find(recipe.name, "causal", workdir), recipe.teacher, "causal teacher")
     _, coder = stages.load_vae(stages.find(recipe.name, "vae", workdir), recipe.vae)
-    clips = arrays.source(workdir / "data" / "latents")
-    written = []
+    given = recipe_data.folder(workdir, recipe_data.LATENTS)
+    clips, lines = arrays.source(given), []
     for frames, number in ((0, recipe.train_init.trajectories), *recipe.train_init.short):
-        written.append(derived.causal_folder(workdir, frames))
+        folder = derived.causal_folder(workdir, frames)
+        before = arrays.is_complete(folder)
         derived.write_causal_trajectories(
-            written[-1],
+            folder,
             params,
             dataclasses.replace(recipe, vae=coder),
             clips,
             count=count or number,
-            identity=(workdir / "data" / "latents" / arrays.IDENTITY).read_text(),
+            identity=(given / arrays.IDENTITY).read_text(),
             frames=frames,
             seed=recipe.train_init.seed,
-            **pipeline.this_process(),
+            **_host(),
         )
-    return "\n".join(_summary(folder) for folder in written)
+        lines.append(_summary(folder, before))
+    return "\n".join(lines)
 
 
 def assets(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
@@ -78,13 +136,51 @@ def assets(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     return "\n".join(f"{path}: {path.stat().st_size / 1e6:.1f} MB" for path in stages.publish(recipe.name, workdir))
 
 
-def _summary(folder: pathlib.Path) -> str:
+def _require_digits(recipe: Recipe, stage: str) -> None:
+    require(
+        recipe.data.name == "moving_digits",
+        f"--stage={stage} makes moving digits and data.name is {recipe.data.name!r}; accepted: --stage=videos",
+    )
+
+
+def _flag(flag: flags.FlagHolder) -> Any:
+    """The value of a flag; its default where ``main`` did not run."""
+    return flag.value if flags.FLAGS.is_parsed() else flag.default
+
+
+def _prompt_list(recipe: Recipe) -> list[str] | None:
+    path = _flag(_PROMPTS) or recipe.data.prompt_file
+    return captions.read_prompts(path) if path else None
+
+
+def _host() -> dict[str, int]:
+    """Which machine of how many this is: by the flags, else by JAX."""
+    index, count = _flag(_HOST_INDEX), _flag(_HOST_COUNT)
+    if index is None and count is None:
+        return pipeline.this_process()
+    require(
+        index is not None and count is not None,
+        f"--host_index is {index} and --host_count is {count}; give both or neither",
+    )
+    require(0 <= index < count, f"--host_index is {index} of --host_count {count}; accepted: 0 to {count - 1}")
+    return {"process_id": index, "process_count": count}
+
+
+def _summary(folder: pathlib.Path, before: bool) -> str:
     if not arrays.is_complete(folder):
-        return f"{folder}: this process is done, others are not; run the stage once more to finish the dataset"
-    return f"{folder}: {len(arrays.source(folder))} examples"
+        return f"{folder}: this process is done, others are not; the last one to end finishes the dataset"
+    done = "was complete already, nothing to do: " if before else ""
+    return f"{folder}: {done}{len(arrays.source(folder))} examples"
 
 
-STAGES = {"data": data, "latents": latents, "trajectories": trajectories, "assets": assets}
+STAGES = {
+    "data": data,
+    "latents": latents,
+    "videos": encode_videos,
+    "prompts": prompts,
+    "trajectories": trajectories,
+    "assets": assets,
+}
 
 
 def main() -> None:

@@ -33,7 +33,13 @@ class DiffusionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The ``moving_digits`` dataset. ``digit_size`` and ``speed`` are in pixels and pixels per frame."""
+    """Where clips come from: ``name`` is ``"moving_digits"`` (made by us) or ``"videos"`` (a folder of them).
+
+    ``mixture`` are the latents that training reads, ``(dataset, weight)`` each: a folder below ``WORKDIR/data`` or an
+    absolute path, and its share; empty: ``latents`` alone. ``prompt_file`` lists prompts (``data.captions``) for all
+    that needs no video: ODE trajectories, self rollouts, samples. The rest is about digits: ``digit_size`` and
+    ``speed`` are in pixels and pixels per frame.
+    """
 
     name: str = "moving_digits"
     train_clips: int = 4096
@@ -45,6 +51,18 @@ class DataConfig:
     held_out_fraction: float = 0.1
     seed: int = 0
     prompts: int = 0
+    mixture: tuple[tuple[str, float], ...] = ()
+    prompt_file: str = ""
+
+    def __post_init__(self):
+        accepted = ("moving_digits", "videos")
+        require(
+            self.name in accepted, f"data.name is {self.name!r}; accepted: {', '.join(repr(name) for name in accepted)}"
+        )
+        for name, weight in self.mixture:
+            require(weight > 0, f"data.mixture gives {name!r} the weight {weight}; it must be positive")
+        names = [name for name, _ in self.mixture]
+        require(len(set(names)) == len(names), f"data.mixture names a dataset twice: {', '.join(names)}")
 
 
 @dataclasses.dataclass(frozen=True)

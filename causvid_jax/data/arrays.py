@@ -9,7 +9,7 @@ marker file that says so.
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,28 @@ IDENTITY = "identity.json"
 _FINISHED = "FINISHED"
 
 
-def array_features(**shapes: Sequence[int]) -> tfds.features.FeaturesDict:
-    """Features of float16 arrays, name to shape, and of their caption."""
+class EmptyDataset(ConfigError):
+    """All chunks are there, and there is no example in them."""
+
+
+def array_features(more: Mapping[str, Any] | None = None, **shapes: Sequence[int | None]) -> tfds.features.FeaturesDict:
+    """Features of float16 arrays, name to shape, of their caption, and ``more`` features."""
     tensors = {
         name: tfds.features.Tensor(shape=tuple(shape), dtype=np.float16, encoding="bytes")
         for name, shape in shapes.items()
     }
-    return tfds.features.FeaturesDict(tensors | {"caption": tfds.features.Text()})
+    return tfds.features.FeaturesDict(tensors | {"caption": tfds.features.Text()} | dict(more or {}))
+
+
+def trim_text(rows: np.ndarray) -> np.ndarray:
+    """Text rows ``[length, dim]`` as float16 without the zero rows at their end, which a reader puts back."""
+    used = np.flatnonzero(np.any(rows != 0, axis=1))
+    return rows[: used[-1] + 1 if len(used) else 0].astype(np.float16)
+
+
+def shard_path(folder: str | os.PathLike, name: str, index: int, chunks: int, split: str = "train") -> pathlib.Path:
+    """The file of chunk ``index``; it exists once the chunk is whole."""
+    return pathlib.Path(folder) / f"{name}-{split}.array_record-{index:05d}-of-{chunks:05d}"
 
 
 def is_complete(folder: str | os.PathLike) -> bool:
@@ -84,13 +99,14 @@ def write_dataset(
 
     Raises:
         ConfigError: the folder holds a dataset of another identity.
+        EmptyDataset: every chunk is there and none has an example.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _check_identity(folder, {"name": name, "split": split, "chunks": chunks, **identity})
     if is_complete(folder):
         return True
-    shards = [folder / f"{name}-{split}.array_record-{i:05d}-of-{chunks:05d}" for i in range(chunks)]
+    shards = [shard_path(folder, name, i, chunks, split) for i in range(chunks)]
     mine = range(process_id, chunks, process_count)
     missing = [i for i in mine if not shards[i].is_file()]
     bar = tqdm(total=len(mine), initial=len(mine) - len(missing), desc=name, unit="chunk", disable=not progress)
@@ -108,7 +124,7 @@ def _check_identity(folder: pathlib.Path, identity: dict[str, Any]) -> None:
     wanted = json.loads(json.dumps(identity))
     path = folder / IDENTITY
     if not path.is_file():
-        _replace(path, json.dumps(wanted, indent=1).encode())
+        replace_file(path, json.dumps(wanted, indent=1).encode())
         return
     found = json.loads(path.read_text())
     different = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
@@ -117,7 +133,8 @@ def _check_identity(folder: pathlib.Path, identity: dict[str, Any]) -> None:
         raise ConfigError(f"{folder} holds another dataset ({changes}); remove it or choose another workdir")
 
 
-def _replace(path: pathlib.Path, content: bytes) -> None:
+def replace_file(path: pathlib.Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` so that a reader finds the whole old or the whole new file."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
@@ -143,6 +160,8 @@ def _finish(folder, name, split, features, shards) -> None:
         lengths.append(reader.num_records())
         reader.close()
         size += shard.stat().st_size
+    if not sum(lengths):
+        raise EmptyDataset(f"{folder} would be a dataset without any example")
     template = tfds.core.ShardedFileTemplate(
         data_dir=folder, dataset_name=name, split=split, filetype_suffix="array_record"
     )
@@ -155,4 +174,4 @@ def _finish(folder, name, split, features, shards) -> None:
         filename_template=template,
         check_data=False,
     )
-    _replace(folder / _FINISHED, b"")
+    replace_file(folder / _FINISHED, b"")

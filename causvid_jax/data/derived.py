@@ -1,6 +1,6 @@
-"""Datasets that networks make: latents of the clips (by the VAE) and ODE trajectories (by the teacher).
+"""Datasets that networks make: latents of clips (by the VAE), ODE trajectories (by the teacher), embedded prompts.
 
-Both are written chunk by chunk and resume (:mod:`causvid_jax.data.arrays`). An example depends on its index alone: how
+All are written chunk by chunk and resume (:mod:`causvid_jax.data.arrays`). An example depends on its index alone: how
 many are made, on how many devices and after how many interruptions changes nothing but rounding.
 """
 
@@ -19,7 +19,7 @@ from einops import rearrange
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from causvid_jax.config import Recipe, VAEConfig, to_json
-from causvid_jax.data import arrays, pipeline
+from causvid_jax.data import arrays, captions, pipeline
 from causvid_jax.diffusion.guidance import guided_velocity
 from causvid_jax.distill.ode_regression import splice
 from causvid_jax.distill.trajectories import teacher_trajectory
@@ -71,7 +71,7 @@ def write_latents(
     encode = functools.partial(vae.encode, config=config)
     one = jax.ShapeDtypeStruct((1, *source[0]["video"].shape), jnp.float32)
     shape = jax.eval_shape(encode, params, one).shape[1:]
-    run, size = _over_local_devices(encode, params, batch, chunk)
+    run, size = over_local_devices(encode, params, batch, chunk)
 
     def make_chunk(index: int) -> Iterator[dict[str, Any]]:
         for numbers in _groups(index, chunk, size, count):
@@ -120,6 +120,8 @@ def write_trajectories(
     """
     shape, diffusion, key = latent_shape(recipe), recipe.diffusion, jax.random.key(seed)
     null = jnp.asarray(text.encode_prompts([""], recipe.text))
+    # Words are encoded in no time; rows of a network are kept.
+    embedded = recipe.text.kind != "words"
 
     def trajectories(p, numbers, rows):
         noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(numbers)
@@ -129,19 +131,24 @@ def write_trajectories(
         )
         return rearrange(states, "q b ... -> b q ...")
 
-    run, size = _over_local_devices(trajectories, params, batch, chunk)
+    run, size = over_local_devices(trajectories, params, batch, chunk)
 
     def make_chunk(index: int) -> Iterator[dict[str, Any]]:
         for numbers in _groups(index, chunk, size, len(prompts)):
             chosen = [prompts[i] for i in numbers]
-            states = run(np.asarray(numbers, np.uint32), text.encode_prompts(chosen, recipe.text))
-            for prompt, trajectory in zip(chosen, states, strict=True):
-                yield {"trajectory": trajectory.astype(np.float16), "caption": prompt}
+            rows = text.encode_prompts(chosen, recipe.text)
+            states = run(np.asarray(numbers, np.uint32), rows)
+            for prompt, trajectory, row in zip(chosen, states, rows, strict=True):
+                kept = {"text": arrays.trim_text(row)} if embedded else {}
+                yield {"trajectory": trajectory.astype(np.float16), "caption": prompt, **kept}
 
     return arrays.write_dataset(
         folder,
         name="trajectories",
-        features=arrays.array_features(trajectory=(len(diffusion.student_steps) + 1, *shape)),
+        features=arrays.array_features(
+            trajectory=(len(diffusion.student_steps) + 1, *shape),
+            **({"text": (None, recipe.text.dim)} if embedded else {}),
+        ),
         chunks=math.ceil(len(prompts) / chunk),
         make_chunk=make_chunk,
         identity={
@@ -150,6 +157,7 @@ def write_trajectories(
             "seed": seed,
             "teacher": weights_digest(params),
             "diffusion": to_json(diffusion),
+            **({"text": to_json(recipe.text)} if embedded else {}),
         },
         **options,
     )
@@ -222,21 +230,21 @@ def write_causal_trajectories(
         )
         return rearrange([*states, context], "q b ... -> b q ...")
 
-    run, size = _over_local_devices(trajectories, params, batch, chunk)
+    run, size = over_local_devices(trajectories, params, batch, chunk)
 
     def latents(numbers: Iterable[int]) -> np.ndarray:
         return np.stack([clips[i % len(clips)]["latents"][: shape[0]] for i in numbers]).astype(np.float32)
 
     def make_chunk(index: int) -> Iterator[dict[str, Any]]:
         for numbers in _groups(index, chunk, size, count):
-            captions = [pipeline.as_text(clips[i % len(clips)]["caption"]) for i in numbers]
+            given = [pipeline.as_text(clips[i % len(clips)]["caption"]) for i in numbers]
             states = run(
                 np.asarray(numbers, np.uint32),
-                text.encode_prompts(captions, recipe.text),
+                text.encode_prompts(given, recipe.text),
                 latents(numbers),
                 latents(i + 1 for i in numbers),
             )
-            for caption, state in zip(captions, states.astype(np.float16), strict=True):
+            for caption, state in zip(given, states.astype(np.float16), strict=True):
                 yield {"trajectory": state[:-1], "context": state[-1], "caption": caption}
 
     return arrays.write_dataset(
@@ -259,6 +267,40 @@ def write_causal_trajectories(
     )
 
 
+def write_prompts(
+    folder: str | os.PathLike, recipe: Recipe, prompts: Sequence[str], *, chunk: int = 1024, batch: int = 64, **options
+) -> bool:
+    """Embed ``prompts`` for training that needs no video: ``text`` float16 [tokens, dim] and ``caption``.
+
+    Args:
+        folder: of the dataset.
+        recipe: its text encoder.
+        prompts: one per example.
+        chunk: prompts per shard.
+        batch: prompts per call of the encoder.
+        options: ``process_id``, ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
+
+    Returns:
+        whether the dataset is finished.
+    """
+
+    def make_chunk(index: int) -> Iterator[dict[str, Any]]:
+        for numbers in _groups(index, chunk, batch, len(prompts)):
+            chosen = [prompts[i] for i in numbers]
+            for prompt, row in zip(chosen, text.encode_prompts(chosen, recipe.text), strict=True):
+                yield {"text": arrays.trim_text(row), "caption": prompt}
+
+    return arrays.write_dataset(
+        folder,
+        name="prompts",
+        features=arrays.array_features(text=(None, recipe.text.dim)),
+        chunks=math.ceil(len(prompts) / chunk),
+        make_chunk=make_chunk,
+        identity={"count": len(prompts), "prompts": captions.digest(prompts), "text": to_json(recipe.text)},
+        **options,
+    )
+
+
 def prompt_sequence(captions: Sequence[str], count: int, seed: int) -> list[str]:
     """``count`` prompts that run through ``captions`` in a new random order each time; a longer list only adds."""
     rounds = math.ceil(count / len(captions))
@@ -273,7 +315,7 @@ def _groups(index: int, chunk: int, size: int, count: int) -> Iterator[range]:
         yield range(start, min(start + size, stop))
 
 
-def _over_local_devices(function: Callable, params: dict[str, Any], batch: int, chunk: int) -> tuple[Callable, int]:
+def over_local_devices(function: Callable, params: dict[str, Any], batch: int, chunk: int) -> tuple[Callable, int]:
     """``function(params, *inputs)`` jitted for one shape, with its inputs split over this process's devices.
 
     Returns:

@@ -1,12 +1,12 @@
 """The input pipeline: Grain over random-access sources, in threads, with exact resume.
 
-Every iterator here is a pure function of its arguments and its position: the global example order depends on the seed
-alone, a process takes the rows of each batch that its devices hold (or examples p, p + n, p + 2n, ... of that one
-order), and random crops are seeded by the example's place in it. So an epoch loses and repeats no example on any number
-of processes, and ``iterator.set_state(other.get_state())`` continues ``other`` exactly.
+There is one global order of examples, a function of the sources, their weights and the seed alone. Step k takes the
+next global batch of it, and of every global batch each process reads only its own rows. So an epoch loses and repeats
+no example on any number of processes, and a position is a number of examples of the global order: what one number of
+processes has begun another goes on with.
 """
 
-import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ import grain
 import jax
 import numpy as np
 
-from causvid_jax.config import require
+from causvid_jax.config import nearest_divisors, require
 
 
 class Source(Protocol):
@@ -25,9 +25,91 @@ class Source(Protocol):
     def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
+Transform = Callable[[dict[str, Any], np.random.Generator], dict[str, Any]]
+Examples = Source | Sequence[dict[str, Any]]
+
+
+class Mixture:
+    """Several sources read as one; each is shuffled by itself and read again and again, whole, in its own epochs.
+
+    Attributes:
+        sources: of examples with the same keys and shapes.
+        weights: how often each is read, in any unit: of every long enough stretch of the global order source i makes up
+            ``weights[i] / sum(weights)``.
+    """
+
+    def __init__(self, sources: Sequence[Examples], weights: Sequence[float]):
+        require(len(sources) == len(weights) > 0, f"a mixture has {len(sources)} datasets and {len(weights)} weights")
+        require(all(w > 0 for w in weights), f"weights of a mixture are {tuple(weights)}; they must be positive")
+        self.sources, self.weights = tuple(sources), tuple(weights)
+
+    def __len__(self) -> int:
+        return sum(len(source) for source in self.sources)
+
+
+class _Numbered:
+    """A source whose examples come with their number, counted on through the sources of a mixture."""
+
+    def __init__(self, source: Examples, first: int):
+        self._source, self._first = source, first
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
+        return self._first + int(index), self._source[index]
+
+
+class _Rows(grain.MapDataset):
+    """Of the batches of ``size`` examples that follow on example ``start``, some ``rows`` of each, one by one."""
+
+    def __init__(self, order: grain.MapDataset, start: int, size: int, rows: tuple[int, ...]):
+        super().__init__(order)
+        self._order, self._start, self._size, self._rows = order, start, size, rows
+
+    def __len__(self) -> int:
+        return (len(self._order) - self._start) // self._size * len(self._rows)
+
+    def __getitem__(self, index):
+        batch, row = divmod(int(index), len(self._rows))
+        return self._order[self._start + batch * self._size + self._rows[row]]
+
+
+class Batches:
+    """An endless iterator of batches of a global order; the position is ``{"examples": n}``, n of that order read.
+
+    A state of any number of processes can be set on an iterator of any other.
+    """
+
+    def __init__(self, order: grain.MapDataset, size: int, rows: tuple[int, ...], options: grain.ReadOptions):
+        self._order, self._size, self._rows, self._options = order, size, rows, options
+        self._begin(0)
+
+    def _begin(self, start: int) -> None:
+        self._examples = start
+        rows = _Rows(self._order, start, self._size, self._rows)
+        self._iterator = iter(rows.batch(len(self._rows), drop_remainder=True).to_iter_dataset(self._options))
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        batch = next(self._iterator)
+        self._examples += self._size
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """The place in the global order, as JSON values; the same on every process."""
+        return {"examples": self._examples}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Go on at ``state``; one of an earlier version, ``{"next_index": n}`` of one process, is understood."""
+        self._begin(int(state["examples"] if "examples" in state else state["next_index"]))
+
+
 def batches(
-    source: Source | Sequence[dict[str, Any]],
-    transform: Callable[[dict[str, Any], np.random.Generator], dict[str, Any]],
+    source: Examples | Mixture,
+    transform: Transform,
     *,
     batch_size: int,
     seed: int,
@@ -36,24 +118,28 @@ def batches(
     process_count: int = 1,
     rows: Sequence[int] | None = None,
     threads: int = 2,
-) -> grain.DatasetIterator:
+) -> Batches:
     """An endless iterator of batches of ``transform(example, rng)``, shuffled anew every epoch.
 
     Args:
-        source: the examples.
+        source: the examples; a :class:`Mixture` of several.
         transform: makes one example ready; its generator is seeded by (seed, position in the global order).
-        batch_size: examples per batch of this process; batches run across the ends of epochs, none is dropped.
+        batch_size: examples per batch of all processes together; batches run across the ends of epochs, none is
+            dropped.
         seed: of the order and of every transform.
-        shuffle: False reads the source in order.
+        shuffle: False reads every source in order.
         process_id: of this process, usually ``jax.process_index()``.
-        process_count: usually ``jax.process_count()``.
-        rows: for training over processes: which rows of a batch of all processes together this one reads
-            (``Placement.rows``); ``batch_size`` then counts all of them. The iterator's state counts batches, so it
-            is the same on every process and holds for any number of them.
+        process_count: usually ``jax.process_count()``; process p reads the p-th equal part of every batch, so that the
+            parts in the order of the processes are the batch of one process.
+        rows: instead of the two: which rows of every batch this process reads, 0 to batch_size - 1.
         threads: that read and transform ahead.
 
     Returns:
-        an iterator of dicts of stacked numpy arrays, with ``get_state()`` and ``set_state(state)``.
+        an iterator of dicts of stacked numpy arrays; ``index`` in each are the numbers of its examples in ``source``
+        (in a mixture counted on from source to source).
+
+    Raises:
+        ConfigError: an empty source, or sizes that do not divide.
     """
     require(len(source) > 0, "the dataset is empty; it must have at least one example")
     require(batch_size > 0, f"batch_size is {batch_size}; it must be positive")
@@ -61,34 +147,38 @@ def batches(
         0 <= process_id < process_count,
         f"process_id is {process_id} of {process_count} processes; accepted: 0 to {process_count - 1}",
     )
-    examples = grain.MapDataset.source(source).seed(seed)
-    if shuffle:
-        examples = examples.shuffle()
-    # The transform stands before the slice, so that its randomness does not depend on the number of processes.
-    examples = examples.repeat().random_map(transform)
-    if rows is not None:
-        require(process_count == 1, "rows and process_count are two ways to say the same; give one of them")
-        mine = grain.MapDataset.source(_Share(examples, batch_size, tuple(rows))).batch(len(rows), drop_remainder=True)
-        return iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(4, threads))))
-    examples = examples.slice(slice(process_id, None, process_count))
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(16, 2 * batch_size))
-    return iter(examples.to_iter_dataset(options).batch(batch_size, drop_remainder=True))
+    require(
+        batch_size % process_count == 0,
+        f"a batch of {batch_size} cannot be shared by {process_count} processes; the nearest numbers of processes that "
+        f"can are {nearest_divisors(batch_size, process_count)}",
+    )
+    require(
+        rows is None or (process_count == 1 and len(rows) > 0 and all(0 <= row < batch_size for row in rows)),
+        f"rows are {rows} of a batch of {batch_size}, for process {process_id} of {process_count}; accepted: some rows "
+        "of the batch, without a number of processes",
+    )
+    part = batch_size // process_count
+    mine = tuple(range(process_id * part, (process_id + 1) * part) if rows is None else rows)
+
+    def numbered(example: tuple[int, dict[str, Any]], rng: np.random.Generator) -> dict[str, Any]:
+        return {**transform(example[1], rng), "index": np.int64(example[0])}
+
+    # The transform stands before the rows are chosen, so that its randomness does not depend on the processes.
+    order = _endless(source, seed, shuffle).random_map(numbered)
+    # Elements of the iterator are whole batches: each thread makes one, and as many wait.
+    return Batches(order, batch_size, mine, grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Share:
-    """Of an endless row of examples in batches of ``size``, the ``rows`` of every batch, one after another."""
-
-    examples: grain.MapDataset
-    size: int
-    rows: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.examples) // self.size * len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:
-        batch, row = divmod(int(index), len(self.rows))
-        return self.examples[batch * self.size + self.rows[row]]
+def _endless(source: Examples | Mixture, seed: int, shuffle: bool, first: int = 0) -> grain.MapDataset:
+    """The global order: epoch after epoch of a source, or the interleaved orders of several."""
+    if isinstance(source, Mixture):
+        firsts = itertools.accumulate((len(one) for one in source.sources), initial=0)
+        orders = [
+            _endless(one, seed + i, shuffle, n) for (i, one), n in zip(enumerate(source.sources), firsts, strict=False)
+        ]
+        return grain.MapDataset.mix(orders, source.weights).seed(seed)
+    examples = grain.MapDataset.source(_Numbered(source, first)).seed(seed)
+    return (examples.shuffle() if shuffle else examples).repeat()
 
 
 def this_process() -> dict[str, int]:
@@ -106,7 +196,21 @@ def as_text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def clip_batches(source, *, batch_size: int, seed: int, frames: int = 0, **options) -> grain.DatasetIterator:
+def _prompt(example: dict[str, Any], text_length: int) -> dict[str, Any]:
+    """The caption and, where the dataset has them and a length is asked for, its text rows padded to that length."""
+    prompt: dict[str, Any] = {"caption": as_text(example["caption"])}
+    if text_length and "text" in example:
+        rows = example["text"]
+        require(
+            len(rows) <= text_length,
+            f"a caption has {len(rows)} text rows; text.length is {text_length}: prepare again",
+        )
+        prompt["text"] = np.zeros((text_length, rows.shape[1]), np.float32)
+        prompt["text"][: len(rows)] = rows
+    return prompt
+
+
+def clip_batches(source, *, batch_size: int, seed: int, frames: int = 0, **options) -> Batches:
     """Batches of pixel clips, with a random contiguous crop of ``frames`` frames (0: whole clips).
 
     Returns:
@@ -124,34 +228,45 @@ def clip_batches(source, *, batch_size: int, seed: int, frames: int = 0, **optio
     return batches(source, transform, batch_size=batch_size, seed=seed, **options)
 
 
-def latent_batches(source, *, batch_size: int, seed: int, frames: int = 0, **options) -> grain.DatasetIterator:
+def latent_batches(source, *, batch_size: int, seed: int, frames: int = 0, text_length: int = 0, **options) -> Batches:
     """Batches of latents, cut to their first ``frames`` frames (0: all).
 
     The cut always starts at frame 0: the causal VAE's first latent frame holds one pixel frame, the others four.
 
     Returns:
-        iterator of ``{"latents": float32 [B, F, h, w, C], "caption": str [B]}``; ``options`` as :func:`batches`.
+        iterator of ``{"latents": float32 [B, F, h, w, C], "caption": str [B]}`` and, from a dataset with embedded
+        captions and with ``text_length``, ``"text": float32 [B, text_length, dim]``; ``options`` as :func:`batches`.
     """
 
     def transform(example, rng):
         latents = example["latents"]
         total = len(latents)
         require(0 <= frames <= total, f"frames is {frames}; the latents have {total}, so accepted: 0 to {total}")
-        return {"latents": latents[: frames or total].astype(np.float32), "caption": as_text(example["caption"])}
+        return {"latents": latents[: frames or total].astype(np.float32), **_prompt(example, text_length)}
 
     return batches(source, transform, batch_size=batch_size, seed=seed, **options)
 
 
-def trajectory_batches(source, *, batch_size: int, seed: int, **options) -> grain.DatasetIterator:
+def trajectory_batches(source, *, batch_size: int, seed: int, text_length: int = 0, **options) -> Batches:
     """Batches of ODE trajectories: the Q states at the student's timesteps, then the clean end.
 
     Returns:
         iterator of ``{"trajectory": float32 [B, Q + 1, F, h, w, C], "caption": str [B]}``, with the ``context``
-        ``[B, F, h, w, C]`` of a causal teacher's; ``options`` as :func:`batches`.
+        ``[B, F, h, w, C]`` of a causal teacher's, and ``"text"`` as :func:`latent_batches`; ``options`` as
+        :func:`batches`.
     """
 
     def transform(example, rng):
         states = {key: example[key].astype(np.float32) for key in ("trajectory", "context") if key in example}
-        return states | {"caption": as_text(example["caption"])}
+        return states | _prompt(example, text_length)
+
+    return batches(source, transform, batch_size=batch_size, seed=seed, **options)
+
+
+def prompt_batches(source, *, batch_size: int, seed: int, text_length: int = 0, **options) -> Batches:
+    """Batches of prompts alone: ``{"caption": str [B]}`` and ``"text"`` as :func:`latent_batches`."""
+
+    def transform(example, rng):
+        return _prompt(example, text_length)
 
     return batches(source, transform, batch_size=batch_size, seed=seed, **options)

@@ -17,6 +17,7 @@ from causvid_jax.training import stopping
 from causvid_jax.training.checkpoint import Checkpoints
 from causvid_jax.training.metrics import open_writer
 from causvid_jax.training.progress import Progress
+from causvid_jax.training.waiting import InputWait
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,7 @@ def _train(stage: Stage, workdir: pathlib.Path) -> None:
 
     metrics: dict[str, jax.Array] = {}
     started = time.monotonic()
+    wait = InputWait()
 
     def save() -> None:
         position = {"phase_end": phase.end, "iterator": iterator.get_state()}
@@ -99,13 +101,14 @@ def _train(stage: Stage, workdir: pathlib.Path) -> None:
             if place is not None and place["phase_end"] == phase.end:
                 iterator.set_state(place["iterator"])
             while step < phase.end:
-                state, metrics = stage.step(state, stage.ready(next(iterator)))
+                batch = wait(lambda: stage.ready(next(iterator)), metrics)  # noqa: B023 (called at once)
+                state, metrics = stage.step(state, batch)
                 step += 1
                 signal = asked(step)
                 progress.update(step, functools.partial(_losses, metrics))
                 if step % config.log_every == 0 or step == config.steps:
                     elapsed = seconds + time.monotonic() - started
-                    writer.write(step, {**metrics, "hours": elapsed / 3600})
+                    writer.write(step, {**metrics, "input_wait": wait.share(), "hours": elapsed / 3600})
                 if step % config.save_every == 0 or step == config.steps or signal:
                     save()
                 if signal:

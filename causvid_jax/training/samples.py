@@ -7,15 +7,15 @@ import numpy as np
 from einops import rearrange
 
 from causvid_jax.config import ConfigError, Recipe
-from causvid_jax.data import digits
+from causvid_jax.data import recipe as recipe_data
 from causvid_jax.evaluation import judge, metrics
 from causvid_jax.parallel import hosts
 from causvid_jax.video import write_video
 
 
-def prompts(recipe: Recipe, count: int) -> list[str]:
+def prompts(recipe: Recipe, workdir: pathlib.Path, count: int) -> list[str]:
     """``count`` training captions, the same ones at every step of a run."""
-    captions = digits.captions(recipe.data, "train")
+    captions = recipe_data.prompts(recipe, workdir)
     order = np.random.default_rng(0).permutation(len(captions))
     return [captions[order[i % len(captions)]] for i in range(count)]
 
@@ -33,7 +33,7 @@ def show(video: np.ndarray, folder: pathlib.Path, step: int, recipe: Recipe, col
 
 def scores(video: np.ndarray, captions: Sequence[str], recipe: Recipe) -> dict[str, float]:
     """The judge's agreement with ``captions``; empty where the recipe has no judge (other data, two digits)."""
-    if recipe.data.digits_per_clip != 1 or not hosts.first():
+    if recipe.data.name != "moving_digits" or recipe.data.digits_per_clip != 1 or not hosts.first():
         return {}
     try:
         reader = judge.load(recipe.data)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from causvid_jax import video as files
-from causvid_jax.config import Recipe, StageConfig, TransformerConfig, to_json
+from causvid_jax.config import Recipe, StageConfig, TransformerConfig, require, to_json
 from causvid_jax.data import arrays, derived, moving_digits, pipeline
+from causvid_jax.data import recipe as recipe_data
 from causvid_jax.distill import cycle
 from causvid_jax.evaluation import samplers
 from causvid_jax.models import text, transformer, vae
@@ -85,6 +86,9 @@ def _on_devices(vae_params: Any, place: shardings.Placement) -> Any:
 
 
 def _text_rows(batch: dict[str, Any], recipe: Recipe) -> np.ndarray:
+    """The rows that were embedded when the dataset was made, else those of its captions."""
+    if "text" in batch:
+        return batch["text"]
     return text.encode_prompts(list(batch["caption"]), recipe.text)
 
 
@@ -143,6 +147,11 @@ def latent_statistics(params, source, config, *, clips: int = 256) -> tuple[tupl
 
 def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     """Train the VAE on pixel clips; exports it with the statistics of its latents."""
+    require(
+        recipe.data.name == "moving_digits",
+        f"data.name is {recipe.data.name!r}; a VAE is trained on 'moving_digits' only, published ones come through "
+        "launch.convert",
+    )
     config = recipe.train_vae
     optimizer = make_optimizer(config.optimizer, config.steps)
     if not config.train_encoder:
@@ -199,8 +208,9 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
 # ---- teacher --------------------------------------------------------------------------------------------------------
 
 
-def _latent_source(workdir: pathlib.Path):
-    return arrays.source(workdir / "data" / "latents")
+def _latent_batches(recipe: Recipe, workdir: pathlib.Path) -> Callable[..., Any]:
+    source = recipe_data.latents(recipe, workdir)
+    return functools.partial(pipeline.latent_batches, source, text_length=recipe.text.length)
 
 
 def _ready_latents(recipe: Recipe, batch: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -217,7 +227,7 @@ def teacher_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     vae_params, recipe = with_vae(recipe, workdir)
     config, place = recipe.train_teacher, shardings.place(recipe.parallel, recipe.teacher.rules)
     step = steps.teacher_step(recipe, place)
-    captions = samples.prompts(recipe, config.samples)
+    captions = samples.prompts(recipe, workdir, config.samples)
     rows, empty = text.encode_prompts(captions, recipe.text), text.encode_prompts([""], recipe.text)[0]
     seeds = np.arange(len(captions), dtype=np.uint32)
 
@@ -236,7 +246,7 @@ def teacher_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         config=config,
         init=lambda: _start(step, place),
         step=step.update,
-        phases=_phases(config, _share(place, functools.partial(pipeline.latent_batches, _latent_source(workdir)))),
+        phases=_phases(config, _share(place, _latent_batches(recipe, workdir))),
         ready=lambda batch: place.batch(_ready_latents(recipe, batch)),
         sample=sample,
         export=_export("teacher", recipe, lambda state: state.ema),
@@ -264,10 +274,10 @@ def causal_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         config=config,
         init=lambda: _start(step, place, _load_network(recipe, "teacher", workdir, recipe.teacher, place)),
         step=step.update,
-        phases=_phases(config, _share(place, functools.partial(pipeline.latent_batches, _latent_source(workdir)))),
+        phases=_phases(config, _share(place, _latent_batches(recipe, workdir))),
         ready=lambda batch: place.batch(_ready_latents(recipe, batch)),
         sample=_sample_student(
-            look, place, vae_params, samples.prompts(recipe, config.samples), lambda state: state.ema
+            look, place, vae_params, samples.prompts(recipe, workdir, config.samples), lambda state: state.ema
         ),
         export=_export("causal", recipe, lambda state: state.ema),
         context=place.current,
@@ -298,7 +308,7 @@ def init_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     config, place = recipe.train_init, shardings.place(recipe.parallel, recipe.student.rules)
     step = steps.init_step(recipe, place)
     sources = (
-        {0: arrays.source(workdir / "data" / "trajectories")}
+        {0: arrays.source(recipe_data.folder(workdir, recipe_data.TRAJECTORIES))}
         if config.teacher == "bidirectional"
         else {
             frames: arrays.source(derived.causal_folder(workdir, frames))
@@ -311,7 +321,9 @@ def init_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         return _start(step, place, *start)
 
     def batches(*, batch_size: int, frames: int, seed: int, rows: list[int]):
-        return pipeline.trajectory_batches(sources[frames], batch_size=batch_size, seed=seed, rows=rows)
+        return pipeline.trajectory_batches(
+            sources[frames], batch_size=batch_size, seed=seed, text_length=recipe.text.length, rows=rows
+        )
 
     return Stage(
         name="init",
@@ -323,7 +335,7 @@ def init_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
             {"text": _text_rows(batch, recipe)} | {key: batch[key] for key in step.batch if key != "text"}
         ),
         sample=_sample_student(
-            recipe, place, vae_params, samples.prompts(recipe, config.samples), lambda state: state.ema
+            recipe, place, vae_params, samples.prompts(recipe, workdir, config.samples), lambda state: state.ema
         ),
         export=_export("init", recipe, lambda state: state.ema),
         context=place.current,
@@ -346,18 +358,25 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         # A donated state must not share the teacher's buffers.
         return _start(step, place, student, jax.tree.map(jnp.copy, teacher))
 
+    make: Callable[..., Any]
+    # A rollout from the student itself needs prompts alone.
+    if "latents" not in step.batch and recipe.data.prompt_file:
+        source = arrays.source(recipe_data.folder(workdir, recipe_data.PROMPTS))
+        make = functools.partial(pipeline.prompt_batches, source, text_length=recipe.text.length)
+    else:
+        make = _latent_batches(recipe, workdir)
+
     def batches(*, batch_size: int, frames: int, seed: int, rows: list[int]):
         # One batch for every fake-score update and one for the student, drawn together.
         parts = range(config.critic_updates + 1)
-        return pipeline.latent_batches(
-            _latent_source(workdir),
+        return make(
             batch_size=batch_size * len(parts),
             seed=seed,
             rows=[part * batch_size + row for part in parts for row in rows],
         )
 
     def ready(batch: dict[str, Any]) -> dict[str, np.ndarray]:
-        given = _ready_latents(recipe, batch)
+        given = {**batch, "text": _text_rows(batch, recipe)}
         split = {k: given[k].reshape(config.critic_updates + 1, -1, *given[k].shape[1:]) for k in step.batch}
         return place.batch(split, step.leading)
 
@@ -371,7 +390,7 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         step=lambda state, batch: step.update(state, teacher, batch),
         phases=_phases(config, _share(place, batches)),
         ready=ready,
-        sample=_sample_student(recipe, place, vae_params, samples.prompts(recipe, config.samples), params_of),
+        sample=_sample_student(recipe, place, vae_params, samples.prompts(recipe, workdir, config.samples), params_of),
         export=_export("distill", recipe, params_of),
         context=place.current,
     )

@@ -99,6 +99,30 @@ def test_trajectories_follow_the_guided_teacher(written, teacher):
     assert [source[i]["caption"].decode() for i in range(5)] == PROMPTS
 
 
+def test_hosts_share_the_trajectories_and_go_on_where_they_stopped(written, teacher, tmp_path):
+    options = {"chunk": 3, "batch": 1, "progress": False, "process_count": 2}
+    shards = sorted(path.name for path in written.glob("*.array_record*"))
+    # What host 0 had done before it was stopped is kept; host 1 makes the rest.
+    (tmp_path / shards[0]).write_bytes((written / shards[0]).read_bytes())
+    assert derived.write_trajectories(tmp_path, teacher, RECIPE, PROMPTS, process_id=1, **options)
+    assert [path.name for path in sorted(tmp_path.glob("*.array_record*"))] == shards
+    for name in shards:
+        assert (tmp_path / name).read_bytes() == (written / name).read_bytes()
+
+
+def test_prompts_are_embedded_once_and_read_back(tmp_path):
+    prompts = [*PROMPTS[:3], PROMPTS[0]]
+    for _ in range(2):
+        assert derived.write_prompts(tmp_path, RECIPE, prompts, chunk=3, batch=2, progress=False)
+    source = arrays.source(tmp_path)
+    assert [source[i]["caption"].decode() for i in range(len(source))] == prompts
+    for i, rows in enumerate(text.encode_prompts(prompts, RECIPE.text)):
+        words = len(prompts[i].split())
+        np.testing.assert_array_equal(source[i]["text"], rows[:words])
+    with pytest.raises(ConfigError, match="prompts was"):
+        derived.write_prompts(tmp_path, RECIPE, [*prompts[1:], PROMPTS[4]], chunk=3, progress=False)
+
+
 def test_another_teacher_is_refused(written, teacher):
     other = jax.tree.map(lambda x: x + 1, teacher)
     with pytest.raises(ConfigError, match="teacher was"):

@@ -73,6 +73,33 @@ def test_latents_and_trajectories_from_the_weights_of_their_stages(tmp_path):
     assert not digits.is_held_out(trajectories[4]["caption"].decode(), recipe.data)
 
 
+def test_prompts_of_a_file_replace_the_captions(tmp_path):
+    words = digits.vocabulary(DataConfig())
+    net = {"dim": 16, "num_heads": 2, "in_channels": 16, "text_length": 8, "text_dim": len(words) + 8}
+    listed = tmp_path / "prompts.txt"
+    listed.write_text("a red 3\na blue 4\n")
+    values = SMALL | {
+        "text": {"kind": "words", "vocabulary": words, "length": 8, "dim": len(words) + 8},
+        "teacher": net,
+        "student": net,
+        "causal": {"frames_per_block": 1},
+    }
+    recipe = from_config_dict(values | {"data": SMALL["data"] | {"prompt_file": str(listed)}})
+    assert prepare.prompts(recipe, tmp_path, 0).endswith("prompts: 2 examples")
+    assert prepare.prompts(recipe, tmp_path, 0).endswith("was complete already, nothing to do: 2 examples")
+    source = arrays.source(tmp_path / "data" / "prompts")
+    assert [source[i]["caption"] for i in range(2)] == [b"a red 3", b"a blue 4"]
+    assert source[0]["text"].shape == (3, len(words) + 8)
+    with pytest.raises(ConfigError, match="no --prompts is given and data.prompt_file is empty"):
+        prepare.prompts(from_config_dict(values), tmp_path, 0)
+    films = from_config_dict(values | {"data": {"name": "videos"}})
+    for stage in (prepare.data, prepare.latents):
+        with pytest.raises(ConfigError, match="data.name is 'videos'; accepted: --stage=videos"):
+            stage(films, tmp_path, 0)
+    with pytest.raises(ConfigError, match="no --videos is given"):
+        prepare.encode_videos(films, tmp_path, 0)
+
+
 def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file/w cannot be made: Not a directory"):
@@ -91,6 +118,6 @@ def test_an_unknown_stage_ends_with_status_2_and_one_sentence(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == (
-        "error: --stage is 'date'; accepted: data, latents, trajectories, assets"
+        "error: --stage is 'date'; accepted: data, latents, videos, prompts, trajectories, assets"
     )
     assert not (tmp_path / "data").exists()

@@ -30,7 +30,10 @@ class MovingDigitsConfig(tfds.core.BuilderConfig):
         The number of clips is no part of the name: clip i is the same in a small and in a large dataset.
         """
         fixed = dataclasses.replace(data, train_clips=0, test_clips=0, prompts=0)
-        values = [dataclasses.asdict(fixed), video.height, video.width, video.frames]
+        fields = dataclasses.asdict(fixed)
+        for name in ("mixture", "prompt_file"):  # what is read later decides no pixel
+            del fields[name]
+        values = [fields, video.height, video.width, video.frames]
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
         return cls(name=f"{video.frames}x{video.height}x{video.width}_{digest}", data=data, video=video)
 

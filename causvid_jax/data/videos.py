@@ -1,0 +1,283 @@
+"""A folder of videos to a dataset of latents and text rows, and what became of every video.
+
+A chunk is a number of videos, whatever number of clips they give, so that a video's clips stand or fall together and an
+interruption loses or doubles none. Beside the shards lie ``videos.jsonl`` (file, caption and clips of every video that
+gave some) and ``skipped.jsonl`` (file and reason of every other one).
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from causvid_jax.config import ConfigError, Recipe, VideoConfig, require, to_json
+from causvid_jax.data import arrays, captions, clips, derived
+from causvid_jax.data.captions import Video
+from causvid_jax.models import text, vae
+
+USED, SKIPPED = "videos.jsonl", "skipped.jsonl"
+_PARTS = "report"
+_NAME = "latents"
+
+
+def write_latents(
+    folder: str | os.PathLike,
+    root: str | os.PathLike,
+    videos: Sequence[Video],
+    params: dict[str, Any],
+    recipe: Recipe,
+    *,
+    shard_videos: int = 64,
+    batch: int = 1,
+    clips_per_video: int = 0,
+    workers: int = 2,
+    **options,
+) -> bool:
+    """Cut ``videos`` into clips of the recipe's size, length and rate, and encode them.
+
+    An example is ``latents`` float16 [F, h, w, C], ``caption``, its rows ``text`` float16 [tokens, dim], and where it
+    comes from: ``file`` and ``start`` in seconds.
+
+    Args:
+        folder: of the dataset.
+        root: the folder that file names are relative to.
+        videos: of :func:`captions.list_videos`; the same on every process.
+        params: of the VAE.
+        recipe: its video, text and VAE (with latent statistics).
+        shard_videos: videos per shard.
+        batch: clips per device and call of the VAE.
+        clips_per_video: at most (0: all there are).
+        workers: videos decoded at a time.
+        options: ``process_id``, ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
+
+    Returns:
+        whether the dataset is finished (False: another process still has videos to encode).
+
+    Raises:
+        ConfigError: the folder holds a dataset of other videos or settings, or no video gave any clip.
+    """
+    encode, size = derived.over_local_devices(
+        lambda p, video: vae.encode(p, video.astype(jnp.float32) / 127.5 - 1.0, config=recipe.vae), params, batch, 2**16
+    )
+    identity = {
+        "videos": captions.digest([(v.file, v.caption, v.size) for v in videos]),
+        "count": len(videos),
+        "shard_videos": shard_videos,
+        "clips_per_video": clips_per_video,
+        "video": to_json(recipe.video),
+        "vae": derived.weights_digest(params),
+        "config": to_json(recipe.vae),
+        "text": to_json(recipe.text),
+    }
+    return write_clips(
+        folder,
+        root,
+        videos,
+        encode,
+        lambda given: text.encode_prompts(given, recipe.text),
+        config=recipe.video,
+        shape=derived.latent_shape(recipe),
+        text_dim=recipe.text.dim,
+        identity=identity,
+        size=size,
+        chunk=shard_videos,
+        limit=clips_per_video,
+        workers=workers,
+        **options,
+    )
+
+
+def write_clips(
+    folder: str | os.PathLike,
+    root: str | os.PathLike,
+    videos: Sequence[Video],
+    encode: Callable[[np.ndarray], np.ndarray],
+    encode_text: Callable[[list[str]], np.ndarray],
+    *,
+    config: VideoConfig,
+    shape: Sequence[int],
+    text_dim: int,
+    identity: dict[str, Any],
+    size: int,
+    chunk: int = 64,
+    limit: int = 0,
+    workers: int = 2,
+    process_id: int = 0,
+    process_count: int = 1,
+    progress: bool = True,
+) -> bool:
+    """:func:`write_latents` with any encoders: up to ``size`` clips uint8 [B, T, H, W, 3] to latents [B, ``*shape``],
+    captions to text rows [B, length, text_dim]."""
+    folder, root = pathlib.Path(folder), pathlib.Path(root)
+    require(chunk > 0 and workers > 0, f"chunk is {chunk} and workers is {workers}; both must be at least 1")
+    groups = [videos[i : i + chunk] for i in range(0, len(videos), chunk)]
+    mine = range(process_id, len(groups), process_count)
+    done = [i for i in mine if arrays.shard_path(folder, _NAME, i, len(groups)).is_file()]
+    bar = tqdm(
+        total=sum(len(groups[i]) for i in mine),
+        initial=sum(len(groups[i]) for i in done),
+        desc="videos",
+        unit="video",
+        disable=not progress,
+    )
+
+    def make_chunk(index: int) -> Iterator[dict[str, Any]]:
+        group, report = groups[index], _Report(bar)
+        rows = _text_rows(group, encode_text, report)
+        good = [video for video in group if video.file in rows]
+        pieces = clips.cut_ahead([root / video.file for video in good], config, limit=limit, workers=workers)
+        for video, latents in _encoded(good, pieces, encode, size, report):
+            for n, one in enumerate(latents):
+                start = np.float32(n * config.frames / config.fps)
+                place = {"file": video.file, "start": start}
+                yield {"latents": one, "caption": video.caption, "text": rows[video.file], **place}
+        # Before the shard gets its name: a shard without its report cannot be.
+        _write_lines(folder / _PARTS / f"{index:05d}.jsonl", report.lines)
+
+    try:
+        with bar:
+            return arrays.write_dataset(
+                folder,
+                name=_NAME,
+                features=arrays.array_features(
+                    {"file": tfds.features.Text(), "start": tfds.features.Scalar(dtype=np.float32)},
+                    latents=shape,
+                    text=(None, text_dim),
+                ),
+                chunks=len(groups),
+                make_chunk=make_chunk,
+                identity=identity,
+                process_id=process_id,
+                process_count=process_count,
+                progress=False,
+            )
+    except arrays.EmptyDataset as error:
+        _collect(folder)
+        reasons = "; ".join(f"{line['file']} {line['reason']}" for line in skipped(folder)[:3])
+        raise ConfigError(
+            f"none of the {len(videos)} videos in {root} gave a clip ({reasons}); all reasons are in {folder / SKIPPED}"
+        ) from error
+    finally:
+        _collect(folder)
+
+
+def used(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """``{"file", "caption", "clips"}`` of every video in the dataset so far; empty for a dataset of another kind."""
+    return _read_lines(pathlib.Path(folder) / USED)
+
+
+def skipped(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """``{"file", "reason"}`` of every video that gave no clip."""
+    return _read_lines(pathlib.Path(folder) / SKIPPED)
+
+
+class _Report:
+    """One line per video of a chunk, and the progress bar that counts them."""
+
+    def __init__(self, bar: tqdm):
+        self.lines: list[dict[str, Any]] = []
+        self._bar = bar
+
+    def used(self, video: Video, clips: int) -> None:
+        self.lines.append({"file": video.file, "caption": video.caption, "clips": clips})
+        self._bar.update()
+
+    def skipped(self, video: Video, reason: str) -> None:
+        self.lines.append({"file": video.file, "reason": reason})
+        self._bar.update()
+
+
+def _text_rows(
+    videos: Sequence[Video], encode: Callable[[list[str]], np.ndarray], report: _Report
+) -> dict[str, np.ndarray]:
+    """File to trimmed text rows of every video that can be tried; the others go to the report."""
+    possible = []
+    for video in videos:
+        if video.size <= 0:
+            report.skipped(video, "does not exist" if video.size < 0 else "is empty (0 bytes)")
+        elif not video.caption:
+            report.skipped(video, "has no caption")
+        else:
+            possible.append(video)
+    if not possible:
+        return {}
+    try:
+        made = encode([video.caption for video in possible])
+        return {video.file: arrays.trim_text(rows) for video, rows in zip(possible, made, strict=True)}
+    except ConfigError:
+        encode([""])  # an encoder that cannot work at all is no caption's fault
+    kept = {}
+    for video in possible:
+        try:
+            kept[video.file] = arrays.trim_text(encode([video.caption])[0])
+        except ConfigError as error:
+            report.skipped(video, f"has a caption that cannot be encoded: {error}")
+    return kept
+
+
+def _encoded(
+    videos: Sequence[Video],
+    pieces: Iterator[tuple[int, np.ndarray | clips.Unusable | None]],
+    encode: Callable[[np.ndarray], np.ndarray],
+    size: int,
+    report: _Report,
+) -> Iterator[tuple[Video, list[np.ndarray]]]:
+    """Every usable video with its latents. Batches of ``size`` clips run across videos; what a damaged video gave
+    before its damage is dropped, so its latents wait until its end is known to be sound."""
+    waiting: list[tuple[int, np.ndarray]] = []
+    latents: dict[int, list[np.ndarray]] = {}
+    whole: list[int] = []
+
+    def run() -> None:
+        if waiting:
+            for (i, _), one in zip(waiting, encode(np.stack([clip for _, clip in waiting])), strict=True):
+                latents[i].append(np.asarray(one, np.float16))
+            waiting.clear()
+
+    def ready(last: bool) -> Iterator[tuple[Video, list[np.ndarray]]]:
+        if last:
+            run()
+        unfinished = {i for i, _ in waiting}
+        while whole and whole[0] not in unfinished:
+            i = whole.pop(0)
+            report.used(videos[i], len(latents[i]))
+            yield videos[i], latents.pop(i)
+
+    for i, piece in pieces:
+        if isinstance(piece, np.ndarray):
+            latents.setdefault(i, [])
+            waiting.append((i, piece))
+            if len(waiting) == size:
+                run()
+        elif piece is None:
+            whole.append(i)
+        else:
+            waiting[:] = [entry for entry in waiting if entry[0] != i]
+            latents.pop(i, None)
+            report.skipped(videos[i], str(piece))
+        yield from ready(last=False)
+    yield from ready(last=True)
+
+
+def _write_lines(path: pathlib.Path, lines: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays.replace_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+
+
+def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.is_file() else []
+
+
+def _collect(folder: pathlib.Path) -> None:
+    """Put the reports of all chunks so far, by file name, into the two files that people read."""
+    lines = [line for path in sorted((folder / _PARTS).glob("*.jsonl")) for line in _read_lines(path)]
+    lines.sort(key=lambda line: line["file"])
+    if lines:
+        _write_lines(folder / USED, [line for line in lines if "clips" in line])
+        _write_lines(folder / SKIPPED, [line for line in lines if "reason" in line])

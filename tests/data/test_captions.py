@@ -1,0 +1,101 @@
+import json
+
+import pytest
+
+from causvid_jax.config import ConfigError, DataConfig
+from causvid_jax.data import captions
+from causvid_jax.data.captions import Video
+
+
+def test_prompts_come_one_per_line_or_as_jsonl(tmp_path):
+    lines, objects = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    lines.write_text("\ufeffa cat \n\n  a dog\r\na cat\n", encoding="utf-8")
+    objects.write_text('"a cat"\n\n{"prompt": "a dog", "id": 3}\n"a cat"\n')
+    assert captions.read_prompts(lines) == captions.read_prompts(objects) == ["a cat", "a dog", "a cat"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", " \n", "holds no prompt"),
+        ("a.jsonl", '"a"\n{"text": "b"}\n', "line 2: accepted: a JSON string or"),
+        ("a.jsonl", '"a\n', "line 1 is no JSON"),
+    ],
+)
+def test_prompt_lists_that_cannot_be_read(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        captions.read_prompts(tmp_path / name)
+    with pytest.raises(ConfigError, match="prompt file .*none.txt does not exist"):
+        captions.read_prompts(tmp_path / "none.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ConfigError, match=r"latin.txt is not UTF-8 text \(byte 3\)"):
+        captions.read_prompts(tmp_path / "latin.txt")
+
+
+def test_an_unusual_line_separator_ends_no_line(tmp_path):
+    for name, content in (("a.txt", "one\u2028two\n"), ("a.jsonl", '"one\u2028two"')):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert captions.read_prompts(tmp_path / name) == ["one\u2028two"]
+
+
+def test_captions_come_as_csv_or_jsonl(tmp_path):
+    table, objects = tmp_path / "c.csv", tmp_path / "c.jsonl"
+    table.write_text('id,file,caption\n1,b/x.mp4,"one, two\nthree"\n2,a.webm,\n')
+    rows = [{"file": "b/x.mp4", "caption": "one, two\nthree"}, {"file": "a.webm"}]
+    objects.write_text("\n".join(map(json.dumps, rows)))
+    expected = {"b/x.mp4": "one, two\nthree", "a.webm": ""}
+    assert captions.read_captions(table) == captions.read_captions(objects) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.txt", "", "neither of the accepted kinds: .csv, .jsonl"),
+        ("c.csv", "name,caption\nx,y\n", r"has the columns \['name', 'caption'\]; it needs file and caption"),
+        ("c.csv", "file,caption\na.mp4,x\na.mp4,y\n", "line 3: 'a.mp4' comes a second time"),
+        ("c.jsonl", '{"file": "a.mp4", "caption": 3}', "the caption is 3, no text"),
+        ("c.jsonl", '["a.mp4"]', "line 1: no file is named"),
+        ("c.csv", "file,caption\n", "names no video"),
+    ],
+)
+def test_captions_that_cannot_be_read(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        captions.read_captions(tmp_path / name)
+
+
+def test_videos_are_found_by_suffix_and_captioned_by_their_sidecars_or_the_file(tmp_path):
+    for name in ("b.MP4", "sub/a.webm", "readme.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"123")
+    (tmp_path / "sub" / "a.txt").write_text("a\ncat\n")
+    assert captions.list_videos(tmp_path) == [Video("b.MP4", "", 3), Video("sub/a.webm", "a cat", 3)]
+    (tmp_path / "c.csv").write_text("file,caption\n./b.MP4,a dog\nz.mp4,gone\n")
+    assert captions.list_videos(tmp_path, tmp_path / "c.csv") == [
+        Video("b.MP4", "a dog", 3),
+        Video("sub/a.webm", "", 3),
+        Video("z.mp4", "gone", -1),
+    ]
+    with pytest.raises(ConfigError, match="holds no video; accepted: files .avi"):
+        (tmp_path / "empty").mkdir()
+        captions.list_videos(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="none does not exist"):
+        captions.list_videos(tmp_path / "none")
+
+
+def test_a_digest_tells_lists_apart():
+    assert captions.digest(["ab", "c"]) == captions.digest(["ab", "c"]) != captions.digest(["a", "bc"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "films"}, "data.name is 'films'; accepted: 'moving_digits', 'videos'"),
+        ({"mixture": (("a", 0.0),)}, "gives 'a' the weight 0.0"),
+        ({"mixture": (("a", 1.0), ("a", 2.0))}, "names a dataset twice: a, a"),
+    ],
+)
+def test_impossible_data_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        DataConfig(**fields)

@@ -1,0 +1,295 @@
+"""Real encoded videos, good and broken, all the way to a training step."""
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import real_videos
+
+from causvid_jax.config import ConfigError, VideoConfig, from_config_dict
+from causvid_jax.data import arrays, captions, clips, pipeline, videos
+from causvid_jax.data import recipe as recipe_data
+from causvid_jax.models import text, vae
+from causvid_jax.training import stages as training
+from causvid_jax.video import read_video, to_float
+from causvid_jax.weights import stages, store
+
+VIDEO = VideoConfig(height=16, width=16, frames=9, fps=8)
+CLIPS = {"china.mp4": 1, "slow.mkv": 3, "tall.webm": 1, "wide/flower.avi": 2}
+REASONS = {
+    "empty.mp4": "is empty",
+    "missing.mp4": "does not exist",
+    "no_end.mkv": r"is damaged: it ends after \d\.\d\d of the 6\.00 s that it declares",
+    "no_index.mp4": "is damaged: Invalid data",
+    "short.mp4": r"is too short: 4 frames at 8 a second \(0.50 s\); a clip has 9 \(1.12 s\)",
+    "silent.mp4": "has no caption",
+    "text.mp4": "is damaged: Invalid data",
+}
+WORDS = ("roofs", "in", "china", "a", "flower", "tall", "slow")
+NET = {"dim": 16, "ffn_dim": 16, "num_heads": 2, "num_layers": 1, "in_channels": 4, "out_channels": 4}
+NET |= {"text_length": 8, "text_dim": len(WORDS) + 8, "freq_dim": 8}
+VALUES = {
+    "name": "small",
+    "video": dataclasses.asdict(VIDEO),
+    "data": {"name": "videos"},
+    "text": {"kind": "words", "vocabulary": WORDS, "length": 8, "dim": len(WORDS) + 8},
+    "vae": {"base_dim": 2, "dim_mult": (1, 1, 1), "temporal_downsample": (True, True), "num_res_blocks": 1, "z_dim": 4},
+    "teacher": NET,
+    "student": NET,
+    "causal": {"frames_per_block": 1},
+    "diffusion": {"teacher_steps": 2, "student_steps": (1000.0, 500.0)},
+    "train_teacher": {"steps": 2, "batch_size": 4, "samples": 2, "optimizer": {"learning_rate": 1e-3}},
+}
+RECIPE = from_config_dict(VALUES)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("videos")
+    real_videos.write_folder(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def listed(folder):
+    return captions.list_videos(folder, folder / "captions.jsonl")
+
+
+def stub(video):
+    """Latents that tell clips apart: the mean colour of the first frame and of the last."""
+    return np.stack([video[:, 0], video[:, -1]], 1).mean(axis=(2, 3), dtype=np.float32)[:, :, None, None]
+
+
+def write(folder, root, listed, encode=stub, **options):
+    return videos.write_clips(
+        folder,
+        root,
+        listed,
+        encode,
+        lambda given: text.encode_prompts(given, RECIPE.text),
+        **{
+            "config": VIDEO, "shape": (2, 1, 1, 3), "text_dim": RECIPE.text.dim, "identity": {}, "size": 3, "chunk": 3,
+            "progress": False, **options,
+        },
+    )  # fmt: skip
+
+
+def shards(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.array_record*")}
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "fps", "seconds", "size"),
+    [
+        ("china.mp4", real_videos.CHINA, 24, 1.5, (32, 64)),
+        ("wide/flower.avi", real_videos.FLOWER, 30, 2.5, (48, 96)),
+        ("tall.webm", real_videos.FLOWER, 12, 1.2, (64, 32)),
+        ("slow.mkv", real_videos.CHINA, 5, 4.0, (32, 32)),
+    ],
+)
+def test_clips_show_the_frames_of_their_time_scaled_and_cropped(folder, name, image, fps, seconds, size):
+    made = list(clips.cut(folder / name, VIDEO))
+    assert len(made) == CLIPS[name] and {(c.shape, c.dtype) for c in made} == {((9, 16, 16, 3), np.dtype(np.uint8))}
+    height, width = size
+    side = min(size)
+    source = real_videos.shot(image, fps, seconds, *size).astype(float)
+    top, left, step = (height - side) // 2, (width - side) // 2, side // 16
+    source = source[:, top : top + side, left : left + side].reshape(-1, 16, step, 16, step, 3).mean(axis=(2, 4))
+    for k, frame in enumerate(np.concatenate(made)):
+        # What is on the screen at k / 8 s; a time within a quarter of a frame of the next picture may show that one.
+        shown = {min(len(source) - 1, int(k / 8 * fps + early)) for early in (1e-6, 0.25 * fps / 8)}
+        errors = np.abs(source - frame).mean(axis=(1, 2, 3))
+        assert min(errors[i] for i in shown) < 5 and min(shown) - 1 <= errors.argmin() <= max(shown) + 1
+    assert len(list(clips.cut(folder / name, VIDEO, limit=1))) == 1
+    np.testing.assert_array_equal(made[0], read_video(folder / name, 16, 16, 9, 8))
+
+
+def test_a_phone_video_is_turned_upright(folder, tmp_path):
+    """The display matrix in an mp4's track header asks for a quarter turn clockwise."""
+    path = tmp_path / "turned.mp4"
+    data = bytearray((folder / "china.mp4").read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40
+    turn = [0, 1, 0, -1, 0, 0, 0, 0, 1]
+    units = [2**16, 2**16, 2**30] * 3
+    data[matrix : matrix + 36] = b"".join(
+        (a * b).to_bytes(4, "big", signed=True) for a, b in zip(turn, units, strict=True)
+    )
+    path.write_bytes(data)
+    plain, turned = read_video(folder / "china.mp4", 32, 64, 1)[0], read_video(path, 64, 32, 1)[0]
+    np.testing.assert_array_equal(turned, np.rot90(plain, -1))
+
+
+def test_every_video_gives_its_clips_or_a_reason(folder, listed, tmp_path):
+    assert write(tmp_path, folder, listed)
+    source = arrays.source(tmp_path)
+    got = [source[i] for i in range(len(source))]
+    counts = collections.Counter(e["file"].decode() for e in got)
+    assert counts == CLIPS
+    assert videos.used(tmp_path) == [
+        {"file": v.file, "caption": v.caption, "clips": CLIPS[v.file]} for v in listed if v.file in CLIPS
+    ]
+    skipped = {line["file"]: line["reason"] for line in videos.skipped(tmp_path)}
+    assert skipped.keys() == REASONS.keys()
+    for name, reason in REASONS.items():
+        assert re.match(reason, skipped[name]), (name, skipped[name])
+    for name in CLIPS:
+        of_video = [e for e in got if e["file"].decode() == name]
+        assert [float(e["start"]) for e in of_video] == [9 / 8 * n for n in range(CLIPS[name])]
+        expected = stub(np.stack(list(clips.cut(folder / name, VIDEO))))
+        np.testing.assert_allclose([e["latents"] for e in of_video], expected, atol=0.1)
+        row = of_video[0]["text"]
+        caption = of_video[0]["caption"].decode()
+        assert row.shape == (len(caption.split()), RECIPE.text.dim) and row.dtype == np.float16
+        np.testing.assert_array_equal(row, text.encode_prompts([caption], RECIPE.text)[0, : len(row)])
+
+
+def test_hosts_and_interruptions_change_no_byte(folder, listed, tmp_path):
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    write(whole, folder, listed, size=1)
+    calls = []
+
+    def breaks(video):
+        calls.append(len(video))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return stub(video)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(shared, folder, listed, breaks, size=1, process_id=0, process_count=2)
+    assert 0 < len([n for n in shards(shared) if n.endswith("of-00004")]) < 4
+    assert not write(shared, folder, listed, size=1, process_id=0, process_count=2)
+    assert write(shared, folder, listed, size=1, process_id=1, process_count=2)
+    assert shards(shared) == shards(whole)
+    for name in (videos.USED, videos.SKIPPED):
+        assert (shared / name).read_bytes() == (whole / name).read_bytes()
+
+    def never(video):
+        raise AssertionError("a finished dataset was made again")
+
+    assert write(shared, folder, listed, never, size=1)
+
+
+KILLED = """
+import os, pathlib, signal, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import test_videos
+from causvid_jax.data import captions
+folder = pathlib.Path({folder!r})
+calls = []
+def encode(video):
+    calls.append(1)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return test_videos.stub(video)
+listed = captions.list_videos(folder, folder / "captions.jsonl")
+test_videos.write(pathlib.Path({out!r}), folder, listed, encode, size=1)
+"""
+
+
+def test_a_killed_process_loses_and_doubles_no_clip(folder, listed, tmp_path):
+    root, tests = str(pathlib.Path.cwd()), str(pathlib.Path(__file__).parent)
+    code = KILLED.format(tests=tests, root=root, folder=str(folder), out=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=1800)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    left = shards(tmp_path)
+    assert 1 <= len([name for name in left if not name.endswith("tmp")]) < 4
+    encoded = []
+    assert write(tmp_path, folder, listed, lambda video: (encoded.append(len(video)), stub(video))[1], size=1)
+    assert 0 < sum(encoded) < sum(CLIPS.values())
+    source = arrays.source(tmp_path)
+    assert collections.Counter(source[i]["file"].decode() for i in range(len(source))) == CLIPS
+    assert {line["file"] for line in videos.skipped(tmp_path)} == REASONS.keys()
+
+
+def test_a_word_that_the_text_encoder_does_not_know_costs_one_video(folder, listed, tmp_path):
+    odd = [dataclasses.replace(v, caption="a red roof") if v.file == "tall.webm" else v for v in listed]
+    assert write(tmp_path, folder, odd)
+    reasons = {line["file"]: line["reason"] for line in videos.skipped(tmp_path)}
+    assert reasons["tall.webm"].startswith("has a caption that cannot be encoded: unknown word 'red'")
+    assert len(arrays.source(tmp_path)) == 6
+
+
+def test_a_folder_without_any_usable_video_is_refused(folder, listed, tmp_path):
+    bad = [v for v in listed if v.file in ("short.mp4", "empty.mp4")]
+    for _ in range(2):
+        with pytest.raises(
+            ConfigError, match=r"none of the 2 videos in .* gave a clip \(empty.mp4 is empty .*short.mp4"
+        ):
+            write(tmp_path, folder, bad)
+    assert not arrays.is_complete(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def workdir(folder, tmp_path_factory):
+    """The whole way by the command, twice, with a VAE of random weights."""
+    workdir = tmp_path_factory.mktemp("run")
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape).astype(np.float32), vae.abstract(RECIPE.vae))
+    store.save_params(stages.stage_path(workdir, "vae"), params, stages.vae_metadata(RECIPE.vae))
+    config = workdir / "small.py"
+    config.write_text(f"def get_config():\n    return {VALUES!r}\n")
+    command = [sys.executable, "-m", "launch.prepare", f"--config={config}", f"--workdir={workdir}", "--stage=videos"]
+    command += [f"--videos={folder}", f"--captions={folder / 'captions.jsonl'}", "--batch=2"]
+    output = []
+    for _ in range(2):
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=1800, env={**os.environ, "XLA_FLAGS": ""}
+        )
+        assert done.returncode == 0, done.stderr
+        output.append(done.stdout.strip())
+    (workdir / "output.json").write_text(json.dumps(output))
+    return workdir
+
+
+def test_the_command_says_what_it_did_and_the_second_time_that_nothing_is_to_do(workdir):
+    first, second = json.loads((workdir / "output.json").read_text())
+    where = workdir / "data" / "latents"
+    tail = f"7 clips of 4 videos, 7 videos skipped: the reasons are in {where / 'skipped.jsonl'}"
+    assert first == f"{where}: 7 examples; {tail}"
+    assert second == f"{where}: was complete already, nothing to do: 7 examples; {tail}"
+
+
+def test_real_videos_become_latents_and_train_a_teacher(folder, workdir):
+    params, _ = stages.load_vae(stages.stage_path(workdir, "vae"), RECIPE.vae)
+    source = arrays.source(workdir / "data" / "latents")
+    first = source[0]
+    assert first["file"] == b"china.mp4"
+    pixels = to_float(next(clips.cut(folder / "china.mp4", VIDEO)))[None]
+    expected = jax.jit(lambda v: vae.encode(params, v, config=RECIPE.vae))(pixels)[0]
+    np.testing.assert_allclose(first["latents"], expected, atol=4e-3)
+
+    stage = training.make_stage("teacher", RECIPE, workdir)
+    batch = next(stage.phases[0].batches())
+    assert batch["text"].shape == (4, 8, RECIPE.text.dim) and batch["latents"].shape == (4, 3, 4, 4, 4)
+    np.testing.assert_array_equal(batch["text"], text.encode_prompts(list(batch["caption"]), RECIPE.text))
+    with stage.context():
+        state = stage.init()
+        before = jax.device_get(state.ema)
+        state, metrics = stage.step(state, stage.ready(batch))
+    assert np.isfinite(metrics["loss"]) and metrics["gradient_norm"] > 0
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, jax.device_get(state.ema))
+    assert max(jax.tree.leaves(moved)) > 0
+
+
+def test_the_recipe_reads_a_mixture_and_knows_its_captions(workdir):
+    assert set(recipe_data.prompts(RECIPE, workdir)) == {"roofs in china", "slow roofs", "a tall flower", "a flower"}
+    other = str(workdir / "data" / "latents")
+    recipe = dataclasses.replace(
+        RECIPE, data=dataclasses.replace(RECIPE.data, mixture=(("latents", 3.0), (other, 1.0)))
+    )
+    source = recipe_data.latents(recipe, workdir)
+    assert isinstance(source, pipeline.Mixture) and source.weights == (3.0, 1.0) and len(source) == 14
+    missing = dataclasses.replace(RECIPE, data=dataclasses.replace(RECIPE.data, mixture=(("cats", 1.0),)))
+    with pytest.raises(ConfigError, match="no finished dataset at .*cats"):
+        recipe_data.latents(missing, workdir)
+    with pytest.raises(ConfigError, match="no captions of videos .*--stage=videos or name a list"):
+        recipe_data.prompts(missing, workdir)

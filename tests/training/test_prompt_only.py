@@ -1,0 +1,36 @@
+"""Self rollouts read prompts alone: no video is needed."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from test_stages import RECIPE
+
+from causvid_jax.data import arrays, digits
+from causvid_jax.models import text, transformer, vae
+from causvid_jax.training import stages
+from causvid_jax.weights import stages as weight_files
+from causvid_jax.weights import store
+from launch import prepare
+
+
+def test_distillation_by_self_rollout_reads_the_prompt_list(tmp_path):
+    listed = digits.captions(RECIPE.data, "train")[:6]
+    (tmp_path / "prompts.txt").write_text("\n".join(listed))
+    recipe = dataclasses.replace(
+        RECIPE, data=dataclasses.replace(RECIPE.data, prompt_file=str(tmp_path / "prompts.txt"))
+    )
+    prepare.prompts(recipe, tmp_path, 0)
+    trees = {"vae": vae.abstract(recipe.vae), "teacher": transformer.abstract(recipe.teacher)}
+    for name, tree in trees.items():
+        values = jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), tree)
+        store.save_params(weight_files.stage_path(tmp_path, name), values, {})
+
+    assert not arrays.is_complete(tmp_path / "data" / "latents")
+    stage = stages.make_stage("distill", recipe, tmp_path)
+    batch = next(stage.phases[0].batches())
+    assert set(batch) == {"caption", "text", "index"} and sorted(batch["caption"]) == sorted(listed)
+    ready = stage.ready(batch)
+    assert set(ready) == {"text"}
+    rows = text.encode_prompts(list(batch["caption"]), recipe.text)
+    np.testing.assert_array_equal(ready["text"], rows.reshape(3, 2, *rows.shape[1:]))
