@@ -2,7 +2,7 @@
 
 Stages: vae, teacher, init, distill. Started again with the same arguments it goes on where it stopped. Under
 ``WORKDIR/STAGE``: ``metrics.jsonl`` and ``tensorboard/``, ``samples/``, ``checkpoints/`` and, at the end,
-``weights.safetensors``.
+``weights.safetensors``. ``docs/runs.md`` tells what becomes of a run when something fails.
 """
 
 from absl import flags
@@ -14,6 +14,9 @@ from launch import common
 _CONFIG = common.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the recipe keeps its data, weights and logs.")
 _STAGE = flags.DEFINE_string("stage", None, "What to train: vae, teacher, init or distill.")
+_INIT_FROM = flags.DEFINE_string(
+    "init_from", None, "Weights to start with: a file, or another recipe's --workdir (the same stage's weights)."
+)
 
 
 def main() -> None:
@@ -25,7 +28,7 @@ def main() -> None:
     folder = common.writable_workdir(workdir)
     common.enable_compilation_cache()
     common.log_start(recipe)
-    loop.train(stages.make_stage(name, recipe, folder), folder)
+    loop.train(stages.make_stage(name, recipe, folder, _INIT_FROM.value), folder)
 
 
 if __name__ == "__main__":

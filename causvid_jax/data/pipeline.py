@@ -24,6 +24,19 @@ class Source(Protocol):
     def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
+class _Numbered:
+    """A source whose examples come with their number."""
+
+    def __init__(self, source: Source | Sequence[dict[str, Any]]):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
+        return int(index), self._source[index]
+
+
 def batches(
     source: Source | Sequence[dict[str, Any]],
     transform: Callable[[dict[str, Any], np.random.Generator], dict[str, Any]],
@@ -48,7 +61,8 @@ def batches(
         threads: that read and transform ahead.
 
     Returns:
-        an iterator of dicts of stacked numpy arrays, with ``get_state()`` and ``set_state(state)``.
+        an iterator of dicts of stacked numpy arrays, with ``get_state()`` and ``set_state(state)``. ``index`` ``[B]``
+        in each are the numbers of its examples in ``source``.
     """
     require(len(source) > 0, "the dataset is empty; it must have at least one example")
     require(batch_size > 0, f"batch_size is {batch_size}; it must be positive")
@@ -56,11 +70,15 @@ def batches(
         0 <= process_id < process_count,
         f"process_id is {process_id} of {process_count} processes; accepted: 0 to {process_count - 1}",
     )
-    examples = grain.MapDataset.source(source).seed(seed)
+
+    def numbered(example: tuple[int, dict[str, Any]], rng: np.random.Generator) -> dict[str, Any]:
+        return {**transform(example[1], rng), "index": np.int64(example[0])}
+
+    examples = grain.MapDataset.source(_Numbered(source)).seed(seed)
     if shuffle:
         examples = examples.shuffle()
     # The transform stands before the slice, so that its randomness does not depend on the number of processes.
-    examples = examples.repeat().random_map(transform).slice(slice(process_id, None, process_count))
+    examples = examples.repeat().random_map(numbered).slice(slice(process_id, None, process_count))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(16, 2 * batch_size))
     return iter(examples.to_iter_dataset(options).batch(batch_size, drop_remainder=True))
 

@@ -1,7 +1,9 @@
 """The training loop, the same for every stage: batches in, checkpoints, metrics and samples out."""
 
+import collections
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import pathlib
@@ -11,8 +13,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
-from causvid_jax.config import StageConfig
+from causvid_jax.config import Recipe, RunError, StageConfig, to_json
+from causvid_jax.distill import guard
 from causvid_jax.training.checkpoint import Checkpoints
 from causvid_jax.training.metrics import MetricsWriter
 from causvid_jax.training.progress import Progress
@@ -34,12 +39,14 @@ class Stage:
       name: of the stage and of its folder under the working directory.
       config: steps, batch size, intervals.
       init: ``() -> state``, a pytree of arrays.
-      step: ``(state, batch) -> (state, metrics)``, jitted, donating the state.
+      step: ``(state, batch) -> (state, metrics)``, jitted, donating the state. Where the metric ``skipped`` is not 0,
+        updates were not taken; where ``taken`` is 0 the state is as before.
       phases: in order; the last one ends at ``config.steps``.
       ready: host batch -> what ``step`` takes (prompts become text rows here).
       sample: ``(state, folder, step) -> metrics``; writes pictures and videos to ``folder``.
       export: ``(state, path)``; writes the weights file.
       context: what all of it runs in: the mesh.
+      recipe: what the stage was made from; kept in every checkpoint.
     """
 
     name: str
@@ -51,6 +58,7 @@ class Stage:
     sample: Callable[[Any, pathlib.Path, int], dict[str, float]]
     export: Callable[[Any, pathlib.Path], None]
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    recipe: Recipe | None = None
 
 
 @contextlib.contextmanager
@@ -76,35 +84,91 @@ def train(stage: Stage, workdir: pathlib.Path) -> None:
 
     Ctrl-C or SIGTERM finishes the step under way, saves a checkpoint and raises KeyboardInterrupt; started again, the
     run goes on from there and ends with the parameters an uninterrupted run would have (bit for bit on CPU).
+
+    Raises:
+        RunError: a loss that stops the run (``StageConfig.on_bad_loss``), or a disk that is full; it names the last
+            good checkpoint.
     """
     with stage.context():
-        _train(stage, workdir)
+        try:
+            _train(stage, workdir)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise RunError(
+                f"{stage.name}: {workdir} cannot be written: {error.strerror}; make room, and the same command goes on "
+                "from the last checkpoint"
+            ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Taken:
+    """A step that was handed to the device and not looked at yet."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    before: dict[str, Any]  # where the data stood before it
+    examples: Any  # their numbers in the dataset, as far as this process read them
 
 
 def _train(stage: Stage, workdir: pathlib.Path) -> None:
     folder = workdir / stage.name
     folder.mkdir(parents=True, exist_ok=True)
     config = stage.config
-    checkpoints = Checkpoints(folder / "checkpoints", config.keep)
+    checkpoints = Checkpoints(folder / "checkpoints", config.keep, config.keep_every)
     state = stage.init()
     restored = checkpoints.restore(state)
     step, seconds, place = 0, 0.0, None
+    described = to_json(stage.recipe) if stage.recipe is not None else None
+
+    progress = Progress(stage.name, total=config.steps)
     if restored is not None:
         state, saved = restored
         step, seconds, place = saved["step"], saved["seconds"], saved["iterator"]
+        progress = Progress(stage.name, total=config.steps, start=step)
+        for change in _changes(saved.get("config"), described):
+            progress.note(f"{stage.name}: the checkpoint was made with {change}")
 
-    progress = Progress(stage.name, total=config.steps, start=step)
+    def tell() -> None:
+        for report in checkpoints.reports():
+            progress.note(f"{stage.name}: {report}")
+
+    tell()
     if step:
         progress.note(f"{stage.name}: going on from step {step}")
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
 
     metrics: dict[str, jax.Array] = {}
     started = time.monotonic()
+    unseen: collections.deque[_Taken] = collections.deque()
 
-    def save() -> None:
-        position = {"phase_end": phase.end, "iterator": iterator.get_state()}
+    def position() -> dict[str, Any]:
+        return {"phase_end": phase.end, "iterator": iterator.get_state(), "processes": jax.process_count()}
+
+    def save(step: int, position: dict[str, Any]) -> None:
         elapsed = seconds + time.monotonic() - started
-        checkpoints.save(step, state, {"step": step, "seconds": elapsed, "iterator": position})
+        checkpoints.save(step, state, {"step": step, "seconds": elapsed, "iterator": position, "config": described})
+
+    def look(done: _Taken) -> None:
+        """Raises RunError, the state before it saved, if the step's loss was bad and the run is to stop."""
+        nonlocal state
+        if not int(done.metrics.get("skipped", 0)):
+            return
+        what = f"{stage.name}: step {done.step}: {_bad(done.metrics, config)}, {_examples(done.examples)}"
+        if config.on_bad_loss == "skip":
+            progress.note(f"{what}; its update is left out")
+            return
+        state = guard.forgive(state)
+        # With part of the step's updates taken the state is that of no step; what is on disk has to do.
+        if not int(done.metrics["taken"]) and checkpoints.last != done.step - 1:
+            save(done.step - 1, done.before)
+        checkpoints.close()
+        tell()
+        left = "there is no checkpoint" if checkpoints.last is None else f"the checkpoint is of step {checkpoints.last}"
+        raise RunError(
+            f"{what}; {left} in {folder / 'checkpoints'}; with --config.train_{stage.name}.on_bad_loss=skip the same "
+            "command goes on without such updates"
+        )
 
     with MetricsWriter(folder, step=step) as writer, _stop_request() as stop:
         for phase in stage.phases:
@@ -112,21 +176,34 @@ def _train(stage: Stage, workdir: pathlib.Path) -> None:
                 continue
             iterator = phase.batches()
             if place is not None and place["phase_end"] == phase.end:
-                iterator.set_state(place["iterator"])
+                iterator.set_state(_shared_out(place))
             while step < phase.end:
-                state, metrics = stage.step(state, stage.ready(next(iterator)))
+                before, batch = position(), next(iterator)
+                state, metrics = stage.step(state, stage.ready(batch))
                 step += 1
+                unseen.append(_Taken(step, metrics, before, batch.get("index")))
+                stopping = stop()
+                log = step % config.log_every == 0 or step == config.steps
+                keep = step % config.save_every == 0 or step == config.steps or stopping
+                show = step % config.sample_every == 0 or step == config.steps
+                # To look at a step is to wait for it: one stays unseen, so that the device always has the next.
+                while len(unseen) > (0 if log or keep or show else 1):
+                    look(unseen.popleft())
+                tell()
                 progress.update(step, functools.partial(_losses, metrics))
-                if step % config.log_every == 0 or step == config.steps:
+                if log:
                     elapsed = seconds + time.monotonic() - started
                     writer.write(step, {**metrics, "hours": elapsed / 3600})
-                if step % config.save_every == 0 or step == config.steps or stop():
-                    save()
-                if stop():
+                if keep:
+                    save(step, position())
+                if stopping:
                     checkpoints.close()
+                    tell()
+                    if checkpoints.failed:
+                        raise RunError(f"{stage.name}: stopped at step {step} without a checkpoint of it")
                     progress.note(f"{stage.name}: stopped at step {step}; the same command goes on from here")
                     raise KeyboardInterrupt
-                if step % config.sample_every == 0 or step == config.steps:
+                if show:
                     scores = stage.sample(state, folder / "samples", step)
                     if scores:
                         writer.write(step, {f"sample_{k}": v for k, v in scores.items()})
@@ -135,9 +212,54 @@ def _train(stage: Stage, workdir: pathlib.Path) -> None:
                         )
     progress.close()
     checkpoints.close()
+    tell()
     stage.export(state, folder / "weights.safetensors")
 
 
 def _losses(metrics: dict[str, Any]) -> dict[str, float]:
     """What the progress line shows; reading the values waits for the device."""
     return {name: float(value) for name, value in metrics.items() if "loss" in name}
+
+
+def _bad(metrics: dict[str, Any], config: StageConfig) -> str:
+    """What is wrong with the metrics of a step that was left out, in words."""
+    names = [*(k for k in metrics if k.endswith("loss")), *(k for k in metrics if k.endswith("gradient_norm"))]
+    seen = {name: float(metrics[name]) for name in names}
+    wrong = [f"{name} is {value}" for name, value in seen.items() if not np.isfinite(value)]
+    if wrong:
+        return " and ".join(wrong)
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in seen.items() if name.endswith("loss"))
+    return f"a loss ({losses}) is more than {config.bad_loss_factor:g} times the median of the last"
+
+
+def _examples(numbers: Any) -> str:
+    """The examples of a batch, of all processes."""
+    if numbers is None:
+        return "examples unknown"
+    if jax.process_count() > 1:
+        numbers = multihost_utils.process_allgather(np.asarray(numbers))
+    return f"examples {', '.join(str(int(number)) for number in np.ravel(numbers))}"
+
+
+def _shared_out(place: dict[str, Any]) -> dict[str, Any]:
+    """The position of this process's iterator, of a run that may have been saved by another number of processes."""
+    given, now = place.get("processes", jax.process_count()), jax.process_count()
+    state = dict(place["iterator"])
+    if given != now:
+        # Process p of n reads the examples p, p + n, ... of one order: together n times as many as each.
+        state["next_index"] = state["next_index"] * given // now
+    return state
+
+
+def _changes(before: str | None, now: str | None) -> list[str]:
+    """The fields that differ between two recipes in JSON: "train_teacher.steps 100, now 200"."""
+    if before is None or now is None:
+        return []
+
+    def flat(tree: Any, path: str = "") -> dict[str, Any]:
+        if not isinstance(tree, dict):
+            return {path: tree}
+        return {k: v for name, sub in tree.items() for k, v in flat(sub, f"{path}.{name}" if path else name).items()}
+
+    old, new = flat(json.loads(before)), flat(json.loads(now))
+    return [f"{name} {old[name]!r}, now {new[name]!r}" for name in old if name in new and old[name] != new[name]]

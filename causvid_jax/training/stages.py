@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from causvid_jax import video as files
-from causvid_jax.config import Recipe, StageConfig, TransformerConfig, to_json
+from causvid_jax.config import Recipe, StageConfig, TransformerConfig, require, to_json
 from causvid_jax.data import arrays, moving_digits, pipeline
 from causvid_jax.distill import cycle
 from causvid_jax.evaluation import samplers
@@ -27,9 +28,25 @@ from causvid_jax.weights import stages as weight_files
 from causvid_jax.weights import store
 
 
-def make_stage(name: str, recipe: Recipe, workdir: pathlib.Path) -> Stage:
-    """The stage ``name`` of ``recipe``, reading what earlier stages left in ``workdir``."""
-    return STAGES[name](recipe, workdir)
+def make_stage(name: str, recipe: Recipe, workdir: pathlib.Path, init_from: str | os.PathLike | None = None) -> Stage:
+    """The stage ``name`` of ``recipe``, reading what earlier stages left in ``workdir``.
+
+    ``init_from`` is a file of weights that the trained network starts with instead of its usual ones, or the working
+    directory of another recipe, of which it takes the weights of the same stage.
+
+    Raises:
+        ConfigError: weights that are missing, unreadable or of other shapes.
+    """
+    if init_from is None:
+        return dataclasses.replace(STAGES[name](recipe, workdir), recipe=recipe)
+    require(
+        name != "vae", f"--init_from is {str(init_from)!r}; the vae stage starts afresh, the others can"
+    )
+    path = pathlib.Path(init_from)
+    path = weight_files.stage_path(path, name) if path.is_dir() else path
+    # Refused before any data is looked for.
+    weight_files.load_transformer(path, recipe.teacher if name in ("teacher", "causal") else recipe.student, "initial")
+    return dataclasses.replace(STAGES[name](recipe, workdir, init_from=path), recipe=recipe)
 
 
 def _export(name: str, recipe: Recipe, params: Callable[[Any], Any]) -> Callable[[Any, pathlib.Path], None]:
@@ -53,10 +70,15 @@ def _phases(config: StageConfig, make: Callable[..., Any]) -> tuple[Phase, ...]:
 
 
 def _load_network(
-    recipe: Recipe, stage: str, workdir: pathlib.Path, config: TransformerConfig, place: shardings.Placement
+    recipe: Recipe,
+    stage: str,
+    workdir: pathlib.Path,
+    config: TransformerConfig,
+    place: shardings.Placement,
+    path: pathlib.Path | None = None,
 ) -> Any:
-    """The weights that ``stage`` left, on the mesh."""
-    path = weight_files.find(recipe.name, stage, workdir)
+    """The weights that ``stage`` left, or those of ``path``, on the mesh."""
+    path = path or weight_files.find(recipe.name, stage, workdir)
     params = weight_files.load_transformer(path, config, stage)
     if place.mesh is None:
         return jax.tree.map(jnp.asarray, params)
@@ -154,7 +176,8 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         name="vae",
         config=config,
         init=lambda: place.init(
-            lambda: init_state(init_vae(jax.random.key(config.seed), recipe.vae), optimizer), place.whole()
+            lambda: init_state(init_vae(jax.random.key(config.seed), recipe.vae), optimizer, config.bad_loss_window),
+            place.whole(),
         ),
         # The VAE is small: every device holds it whole, the batch alone is split.
         step=make_step(loss, optimizer, config, place.whole()),
@@ -182,12 +205,16 @@ def _start(step: steps.Step, place: shardings.Placement, *networks: Any) -> Any:
     return place.init(step.init, step.layout, *networks)
 
 
-def teacher_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
+def teacher_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path | None = None) -> Stage:
     """Train the bidirectional teacher by flow matching on latents."""
     vae_params, recipe = with_vae(recipe, workdir)
     config, place = recipe.train_teacher, shardings.place(recipe.parallel, recipe.teacher.rules)
     step = steps.teacher_step(recipe, place)
     captions = samples.prompts(recipe, config.samples)
+
+    def init() -> TrainState:
+        start = [_load_network(recipe, "teacher", workdir, recipe.teacher, place, init_from)] if init_from else []
+        return _start(step, place, *start)
 
     def sample(state: TrainState, folder: pathlib.Path, step: int) -> dict[str, float]:
         tools = samplers.make_samplers({"teacher": state.ema, "vae": vae_params, "student": None}, recipe)
@@ -198,7 +225,7 @@ def teacher_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     return Stage(
         name="teacher",
         config=config,
-        init=lambda: _start(step, place),
+        init=init,
         step=step.update,
         phases=_phases(
             config,
@@ -217,7 +244,7 @@ LOOK_STEPS = 16
 """Steps of a causal teacher's samples: a stream without guidance, to look at."""
 
 
-def causal_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
+def causal_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path | None = None) -> Stage:
     """Make a causal teacher of the bidirectional one, by teacher forcing on latents."""
     vae_params, recipe = with_vae(recipe, workdir)
     config, place = recipe.train_causal, shardings.place(recipe.parallel, recipe.teacher.rules)
@@ -229,7 +256,7 @@ def causal_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     return Stage(
         name="causal",
         config=config,
-        init=lambda: _start(step, place, _load_network(recipe, "teacher", workdir, recipe.teacher, place)),
+        init=lambda: _start(step, place, _load_network(recipe, "teacher", workdir, recipe.teacher, place, init_from)),
         step=step.update,
         phases=_phases(
             config,
@@ -261,7 +288,7 @@ def _sample_student(recipe: Recipe, vae_params, captions, params_of: Callable[[A
 TRAJECTORIES = {"bidirectional": "trajectories", "causal": "causal_trajectories"}
 
 
-def init_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
+def init_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path | None = None) -> Stage:
     """ODE regression (paper, section 4.3): the causal student, started from the teacher's weights, learns to jump to
     the end of the teacher's trajectories."""
     vae_params, recipe = with_vae(recipe, workdir)
@@ -270,7 +297,9 @@ def init_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     source = arrays.source(workdir / "data" / TRAJECTORIES[config.teacher])
 
     def init() -> TrainState:
-        start = [_load_network(recipe, "teacher", workdir, recipe.teacher, place)] if step.starts else []
+        start = []
+        if init_from or step.starts:
+            start = [_load_network(recipe, "teacher", workdir, recipe.student, place, init_from)]
         return _start(step, place, *start)
 
     def batches(*, batch_size: int, frames: int, seed: int):
@@ -294,7 +323,7 @@ def init_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
 # ---- distill --------------------------------------------------------------------------------------------------------
 
 
-def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
+def distill_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path | None = None) -> Stage:
     """DMD (paper, section 4.2): student and fake score in turns, both judged by the frozen teacher."""
     vae_params, recipe = with_vae(recipe, workdir)
     config, place = recipe.train_distill, shardings.place(recipe.parallel, recipe.student.rules)
@@ -303,7 +332,7 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
 
     def init() -> cycle.DistillState:
         start = "init" if config.init == "ode" else "teacher"
-        student = _load_network(recipe, start, workdir, recipe.student, place)
+        student = _load_network(recipe, start, workdir, recipe.student, place, init_from)
         # A donated state must not share the teacher's buffers.
         return _start(step, place, student, jax.tree.map(jnp.copy, teacher))
 
@@ -337,7 +366,7 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     )
 
 
-STAGES: dict[str, Callable[[Recipe, pathlib.Path], Stage]] = {
+STAGES: dict[str, Callable[..., Stage]] = {
     "vae": vae_stage,
     "teacher": teacher_stage,
     "causal": causal_stage,
