@@ -159,6 +159,7 @@ def _train(stage: Stage, workdir: pathlib.Path) -> None:
             progress.note(f"{what}; its update is left out")
             return
         state = guard.forgive(state)
+        checkpoints.wait()
         # With part of the step's updates taken the state is that of no step; what is on disk has to do.
         if not int(done.metrics["taken"]) and checkpoints.last != done.step - 1:
             save(done.step - 1, done.before)
