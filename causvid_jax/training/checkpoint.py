@@ -7,6 +7,7 @@ v1 interface still moves.
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -103,7 +104,7 @@ class Checkpoints:
         return step
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The last good checkpoint in the shapes, types and shardings of ``state``, or None when there is none.
+        """The last good checkpoint in the shapes, types and shardings of ``state`` (a dataclass), or None.
 
         The arrays of ``state`` are given up, so that there is room for those that are read.
 
@@ -112,8 +113,12 @@ class Checkpoints:
         """
         if self.last is None:
             return None
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        jax.tree.map(lambda x: x.delete(), state)
+        fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+        described: Any = ocp.checkpointables_metadata(self._folder / str(self.last)).metadata["state"]
+        if "watch" not in described:
+            fields.pop("watch", None)  # made before there was one: nothing has been seen yet
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fields)
+        jax.tree.map(lambda x: x.delete(), fields)
         try:
             loaded = self._checkpointer.load_checkpointables(self.last, {"state": abstract, "progress": None})
         except (ValueError, KeyError) as error:
@@ -121,7 +126,7 @@ class Checkpoints:
                 f"checkpoint {self.last} in {self._folder} does not fit this configuration; use another --workdir or "
                 f"the configuration it was made with ({str(error).splitlines()[0]})"
             ) from error
-        return loaded["state"], json.loads(loaded["progress"]["json"])
+        return dataclasses.replace(state, **loaded["state"]), json.loads(loaded["progress"]["json"])
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Save ``state`` (arrays) and ``progress`` (JSON values) as ``step``; returns while it is written.

@@ -123,8 +123,19 @@ def test_checkpoints_of_older_versions_have_no_checksums_and_are_taken(finished,
     assert checkpoints.last == 6 and "no checksums; it is taken as it is" in checkpoints.reports()[0]
     state = make_stage().init()
     state, progress = checkpoints.restore(state)
-    assert progress["step"] == 6 and int(state.step) == 6
+    assert progress["step"] == 6 and int(state.step) == 6 and np.isfinite(state.watch.recent).sum() == 6
     checkpoints.close()
+
+
+def test_checkpoints_from_before_there_was_a_watch(tmp_path):
+    state = make_stage().init()
+    older = jax.tree_util.register_dataclass(dataclasses.make_dataclass("TrainState", ["params", "ema", "opt", "step"]))
+    checkpoints = checkpoint.Checkpoints(tmp_path, 1)
+    checkpoints.save(3, older(state.params, state.ema, state.opt, state.step + 3), {"step": 3})
+    checkpoints.wait()
+    restored, _ = checkpoints.restore(state)
+    checkpoints.close()
+    assert int(restored.step) == 3 and np.isnan(restored.watch.recent).all()
 
 
 def test_a_state_that_is_trained_on_does_not_change_what_is_being_saved(tmp_path):

@@ -195,7 +195,7 @@ def test_any_checkpoint_exports_what_a_run_that_ended_there_would_have(road, tmp
     assert export.export_checkpoint(road, "distill", tmp_path / "earlier.safetensors", 4) == 4
     earlier, later = (store.load_params(tmp_path / f"{name}.safetensors")[0] for name in ("earlier", "distill"))
     assert store.flatten(earlier).keys() == store.flatten(later).keys()
-    assert (earlier["head"]["head"]["kernel"] != later["head"]["head"]["kernel"]).any()
+    assert (earlier["head"]["proj"]["kernel"] != later["head"]["proj"]["kernel"]).any()
     with pytest.raises(ConfigError, match="there is no checkpoint 3 in .*; accepted: 4, 5"):
         export.export_checkpoint(road, "distill", tmp_path / "none.safetensors", 3)
 
