@@ -143,7 +143,7 @@ def _train(stage: Stage, workdir: pathlib.Path) -> None:
     unseen: collections.deque[_Taken] = collections.deque()
 
     def position() -> dict[str, Any]:
-        return {"phase_end": phase.end, "iterator": iterator.get_state(), "processes": jax.process_count()}
+        return {"phase_end": phase.end, "iterator": iterator.get_state()}
 
     def save(step: int, position: dict[str, Any]) -> None:
         elapsed = seconds + time.monotonic() - started
@@ -177,7 +177,7 @@ def _train(stage: Stage, workdir: pathlib.Path) -> None:
                 continue
             iterator = phase.batches()
             if place is not None and place["phase_end"] == phase.end:
-                iterator.set_state(_shared_out(place))
+                iterator.set_state(place["iterator"])
             while step < phase.end:
                 before, batch = position(), next(iterator)
                 state, metrics = stage.step(state, stage.ready(batch))
@@ -240,16 +240,6 @@ def _examples(numbers: Any) -> str:
     if jax.process_count() > 1:
         numbers = multihost_utils.process_allgather(np.asarray(numbers))
     return f"examples {', '.join(str(int(number)) for number in np.ravel(numbers))}"
-
-
-def _shared_out(place: dict[str, Any]) -> dict[str, Any]:
-    """The position of this process's iterator, of a run that may have been saved by another number of processes."""
-    given, now = place.get("processes", jax.process_count()), jax.process_count()
-    state = dict(place["iterator"])
-    if given != now:
-        # Process p of n reads the examples p, p + n, ... of one order: together n times as many as each.
-        state["next_index"] = state["next_index"] * given // now
-    return state
 
 
 def _changes(before: str | None, now: str | None) -> list[str]:
