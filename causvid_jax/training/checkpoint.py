@@ -52,7 +52,7 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, keep: int, keep_every: int = 0):
         self._folder = pathlib.Path(folder).resolve()
         policies = ocp.training.preservation_policies
-        self._policy = policies.LatestN(keep)
+        self._policy: Any = policies.LatestN(keep)
         if keep_every:
             self._policy = policies.AnyPreservationPolicy([self._policy, policies.EveryNSteps(keep_every)])
         self._reports: list[str] = []
@@ -76,23 +76,20 @@ class Checkpoints:
         made them. If there are only such, the newest is taken as it is.
         """
         found = _steps(self._folder)
+        chosen: int | None = None
         aside: dict[int, str] = {}
         for step in reversed(found):
             why = _problem(self._folder / str(step))
             if why is None:
+                chosen = step
                 break
             aside[step] = why
-        else:
-            plain = [step for step in found if not checksums.present(self._folder / str(step))]
-            if not plain:
-                step = None
-            else:
-                step = plain[-1]
-                aside = {other: why for other, why in aside.items() if other > step}
-                self._reports.append(f"checkpoint {step} in {self._folder} has no checksums; it is taken as it is")
-        if not found:
-            return None
-        use = f"the one of step {step} is used" if step is not None else "there is none before it"
+        plain = [step for step in found if not checksums.present(self._folder / str(step))]
+        if chosen is None and plain:
+            chosen = plain[-1]
+            aside = {step: why for step, why in aside.items() if step > chosen}
+            self._reports.append(f"checkpoint {chosen} in {self._folder} has no checksums; it is taken as it is")
+        use = f"the one of step {chosen} is used" if chosen is not None else "there is none before it"
         for other, why in aside.items():
             self._reports.append(f"checkpoint {other} in {self._folder} is damaged: {why}; {use}")
         if jax.process_index() == 0:
@@ -101,7 +98,7 @@ class Checkpoints:
                 shutil.rmtree(target, ignore_errors=True)
                 (self._folder / str(other)).rename(target)
         _together("set aside")
-        return step
+        return chosen
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]] | None:
         """The last good checkpoint in the shapes, types and shardings of ``state`` (a dataclass), or None.
@@ -204,7 +201,8 @@ def read(folder: str | os.PathLike, part: str, step: int | None = None) -> tuple
     folder = pathlib.Path(folder).resolve()
     found = _steps(folder)
     if step is None:
-        step = next((s for s in reversed(found) if _problem(folder / str(s)) is None), found[-1] if found else 0)
+        whole = (number for number in reversed(found) if _problem(folder / str(number)) is None)
+        step = next(whole, found[-1] if found else 0)
     require(
         step in found, f"there is no checkpoint {step} in {folder}; accepted: {', '.join(map(str, found)) or 'none'}"
     )

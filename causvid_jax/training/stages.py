@@ -39,9 +39,7 @@ def make_stage(name: str, recipe: Recipe, workdir: pathlib.Path, init_from: str 
     """
     if init_from is None:
         return dataclasses.replace(STAGES[name](recipe, workdir), recipe=recipe)
-    require(
-        name != "vae", f"--init_from is {str(init_from)!r}; the vae stage starts afresh, the others can"
-    )
+    require(name != "vae", f"--init_from is {str(init_from)!r}; the vae stage starts afresh, the others can")
     path = pathlib.Path(init_from)
     path = weight_files.stage_path(path, name) if path.is_dir() else path
     # Refused before any data is looked for.
