@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from causvid_jax.config import ConfigError, require
+from causvid_jax.config import ConfigError, RunError, require
 from causvid_jax.training import checksums
 
 # Orbax reports every stage of every save at INFO, warns of each save of a few strings that there is nothing to merge,
@@ -74,6 +74,9 @@ class Checkpoints:
 
         Checkpoints without checksums come last: a save was cut short just before they were written, or an older version
         made them. If there are only such, the newest is taken as it is.
+
+        Raises:
+            RunError: there are checkpoints, and all of them are damaged.
         """
         found = _steps(self._folder)
         chosen: int | None = None
@@ -89,9 +92,16 @@ class Checkpoints:
             chosen = plain[-1]
             aside = {step: why for step, why in aside.items() if step > chosen}
             self._reports.append(f"checkpoint {chosen} in {self._folder} has no checksums; it is taken as it is")
-        use = f"the one of step {chosen} is used" if chosen is not None else "there is none before it"
+        if found and chosen is None:
+            each = "; ".join(f"{step}: {why}" for step, why in sorted(aside.items()))
+            raise RunError(
+                f"every checkpoint in {self._folder} is damaged ({each}); bring one back, or move the folder away to "
+                "start again"
+            )
         for other, why in aside.items():
-            self._reports.append(f"checkpoint {other} in {self._folder} is damaged: {why}; {use}")
+            self._reports.append(
+                f"checkpoint {other} in {self._folder} is damaged: {why}; the one of step {chosen} is used"
+            )
         if jax.process_index() == 0:
             for other in aside:
                 target = self._folder / f"{other}.damaged"

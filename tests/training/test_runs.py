@@ -112,6 +112,10 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_step_before_is_used(finished,
     checkpoints = checkpoint.Checkpoints(newest.parent, 3)
     assert checkpoints.last == 2 and len(checkpoints.reports()) == 2
     checkpoints.close()
+    (newest.with_name("2") / "_CHECKPOINT_METADATA").write_text("{}")
+    with pytest.raises(RunError, match="every checkpoint in .* is damaged .2: _CHECKPOINT_METADATA is 2 bytes"):
+        checkpoint.Checkpoints(newest.parent, 3)
+    assert newest.with_name("2").is_dir()
 
 
 def test_checkpoints_of_older_versions_have_no_checksums_and_are_taken(finished, tmp_path):
