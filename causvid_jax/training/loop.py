@@ -125,6 +125,8 @@ def _train(stage: Stage, workdir: pathlib.Path) -> None:
     if restored is not None:
         state, saved = restored
         step, seconds, place = saved["step"], saved["seconds"], saved["iterator"]
+        if config.on_bad_loss == "stop":
+            state = guard.forgive(state)  # updates that were left out while it was to skip
         progress = Progress(stage.name, total=config.steps, start=step)
         for change in _changes(saved.get("config"), described):
             progress.note(f"{stage.name}: the checkpoint was made with {change}")

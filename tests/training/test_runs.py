@@ -227,6 +227,8 @@ def test_a_skipped_batch_leaves_the_parameters_of_a_run_without_it(tmp_path, cap
     assert f"tiny: step {bad}: loss is nan and gradient_norm is nan, {examples(bad)}; its update is left out" in told
     totals = [record["skipped_total"] for record in read_metrics(tmp_path / "a" / "tiny")]
     assert totals == [int(step >= bad) for step in range(1, 7)]
+    # What was skipped once is no reason to stop later.
+    run(tmp_path / "a", make_stage(dataclasses.replace(config, steps=8, on_bad_loss="stop")))
 
 
 @pytest.mark.parametrize("bad", [3, 4])
