@@ -18,9 +18,10 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from causvid_jax.config import ConfigError, Recipe, from_config_dict, require
+from causvid_jax.config import ConfigError, Recipe, RunError, from_config_dict, require
 from causvid_jax.models import attention
 
+FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 
@@ -120,8 +121,9 @@ def _parse_flags(arguments: Sequence[str]) -> list[str]:
 def run(main: Callable[[], None]) -> None:
     """Run ``main`` under absl: flags, logging, exit status.
 
-    A :class:`ConfigError`, from a flag or from inside ``main``, becomes one sentence on stderr and status 2; Ctrl-C
-    becomes one line and status 130. Anything else is a defect and keeps its traceback.
+    A :class:`ConfigError`, from a flag or from inside ``main``, becomes one sentence on stderr and status 2, a
+    :class:`RunError` one and status 1; Ctrl-C becomes one line and status 130. Anything else is a defect and keeps its
+    traceback.
     """
 
     def guarded(call: Callable[[], Any]) -> Any:
@@ -129,6 +131,8 @@ def run(main: Callable[[], None]) -> None:
             return call()
         except ConfigError as error:
             _finish(f"error: {_line(error)}", BAD_INPUT)
+        except RunError as error:
+            _finish(f"error: {_line(error)}", FAILED)
         except KeyboardInterrupt:
             _finish("stopped by Ctrl-C", INTERRUPTED)
 

@@ -2,8 +2,8 @@
 
 Stages: vae, teacher, init, distill. Started again with the same arguments it goes on where it stopped. Under
 ``WORKDIR/STAGE``: ``metrics.jsonl`` and ``tensorboard/``, ``samples/``, ``checkpoints/`` and, at the end,
-``weights.safetensors``. Ctrl-C (status 130) and SIGTERM (status 0) save a checkpoint first. On many hosts the same
-command is given on each (docs/hosts.md).
+``weights.safetensors``. Ctrl-C (status 130) and SIGTERM (status 0) save a checkpoint first; ``docs/runs.md`` tells what
+becomes of a run when something fails. On many hosts the same command is given on each (``docs/hosts.md``).
 """
 
 import dataclasses
@@ -17,6 +17,9 @@ from launch import common, processes
 _CONFIG = common.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the recipe keeps its data, weights and logs.")
 _STAGE = flags.DEFINE_string("stage", None, "What to train: vae, teacher, init or distill.")
+_INIT_FROM = flags.DEFINE_string(
+    "init_from", None, "Weights to start with: a file, or another recipe's --workdir (the same stage's weights)."
+)
 processes.define_flags()
 
 
@@ -31,7 +34,7 @@ def main() -> None:
     processes.check({"stage": name, "config": dataclasses.asdict(recipe)}, folder)
     common.enable_compilation_cache()
     common.log_start(recipe)
-    loop.train(stages.make_stage(name, recipe, folder), folder)
+    loop.train(stages.make_stage(name, recipe, folder, _INIT_FROM.value), folder)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ a static argument. A field that does not exist, a value of the wrong type and a 
 refused here, in one sentence, before any compute is spent.
 """
 
-from causvid_jax.config.errors import ConfigError, require
+from causvid_jax.config.errors import ConfigError, RunError, require
 from causvid_jax.config.networks import (
     MESH_AXES,
     CausalConfig,
@@ -33,6 +33,7 @@ from causvid_jax.config.stages import (
 
 __all__ = [
     "ConfigError",
+    "RunError",
     "require",
     "MESH_AXES",
     "VideoConfig",

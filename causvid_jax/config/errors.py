@@ -5,6 +5,10 @@ class ConfigError(ValueError):
     """A configuration or an input that cannot work; the message names the value and what would be accepted."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on; the message says why, where it stopped and what would make it go on."""
+
+
 def require(condition: object, message: str) -> None:
     """Raise :class:`ConfigError` with ``message`` unless ``condition`` holds."""
     if not condition:

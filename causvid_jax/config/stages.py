@@ -93,6 +93,11 @@ class StageConfig:
     ``curriculum`` puts stretches of other clips in front: each ``(until_step, frames, batch_size)``. What short clips
     can teach is learnt there at a fraction of the cost. ``accumulate`` takes every batch in that many parts, one after
     another, for the memory of one.
+
+    A checkpoint is saved every ``save_every`` steps; the last ``keep`` stay, and those of every ``keep_every`` steps
+    (0: none). An update whose loss or gradient is not finite, or whose loss is above ``bad_loss_factor`` (0: no limit)
+    times the median of the last ``bad_loss_window``, is never taken: ``on_bad_loss`` is ``"stop"`` (the run ends with a
+    checkpoint of the step before) or ``"skip"`` (it goes on with the next batch). The batch's examples are in the log.
     """
 
     steps: int = 1000
@@ -107,8 +112,23 @@ class StageConfig:
     samples: int = 16
     save_every: int = 500
     keep: int = 2
+    keep_every: int = 0
+    on_bad_loss: str = "stop"
+    bad_loss_factor: float = 100.0
+    bad_loss_window: int = 64
 
     def __post_init__(self):
+        require(self.keep >= 1, f"keep is {self.keep}; at least 1 checkpoint must stay")
+        require(
+            self.keep_every >= 0 and self.keep_every % max(self.save_every, 1) == 0,
+            f"keep_every is {self.keep_every}; it must be 0 or a multiple of save_every, which is {self.save_every}",
+        )
+        require(self.on_bad_loss in ("stop", "skip"), f"on_bad_loss is {self.on_bad_loss!r}; accepted: 'stop', 'skip'")
+        require(
+            self.bad_loss_factor == 0 or self.bad_loss_factor > 1,
+            f"bad_loss_factor is {self.bad_loss_factor}; it must be above 1, or 0 for no limit",
+        )
+        require(self.bad_loss_window >= 1, f"bad_loss_window is {self.bad_loss_window}; it must be at least 1")
         require(self.accumulate >= 1, f"accumulate is {self.accumulate}; it must be at least 1")
         ends = [end for end, _, _ in self.curriculum]
         require(

@@ -133,6 +133,10 @@ def write_trajectories(
 
     run, size = over_local_devices(trajectories, params, batch, chunk)
 
+    shapes: dict[str, Any] = {"trajectory": (len(diffusion.student_steps) + 1, *shape)}
+    if embedded:
+        shapes["text"] = (None, recipe.text.dim)
+
     def make_chunk(index: int) -> Iterator[dict[str, Any]]:
         for numbers in _groups(index, chunk, size, len(prompts)):
             chosen = [prompts[i] for i in numbers]
@@ -145,10 +149,7 @@ def write_trajectories(
     return arrays.write_dataset(
         folder,
         name="trajectories",
-        features=arrays.array_features(
-            trajectory=(len(diffusion.student_steps) + 1, *shape),
-            **({"text": (None, recipe.text.dim)} if embedded else {}),
-        ),
+        features=arrays.array_features(**shapes),
         chunks=math.ceil(len(prompts) / chunk),
         make_chunk=make_chunk,
         identity={

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from causvid_jax.config import DiffusionConfig, DistillStageConfig, require
-from causvid_jax.distill import dmd
+from causvid_jax.distill import dmd, guard
 from causvid_jax.distill.gradients import accumulated_gradient
 
 
@@ -29,6 +29,7 @@ class DistillState:
       student_opt: optax state of the student.
       fake_opt: optax state of the fake score.
       step: int32 scalar, cycles done (generator updates).
+      watch: of the losses of fake score (row 0) and student (row 1).
     """
 
     student: Any
@@ -37,6 +38,7 @@ class DistillState:
     student_opt: optax.OptState
     fake_opt: optax.OptState
     step: jax.Array
+    watch: guard.Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,7 @@ def init_state(
     fake: Any,
     student_optimizer: optax.GradientTransformation,
     fake_optimizer: optax.GradientTransformation,
+    window: int = guard.WINDOW,
 ) -> DistillState:
     """The state before the first cycle; the EMA starts as a copy of the student, so that both can be donated."""
     return DistillState(
@@ -71,6 +74,7 @@ def init_state(
         student_opt=student_optimizer.init(student),
         fake_opt=fake_optimizer.init(fake),
         step=jnp.zeros((), jnp.int32),
+        watch=guard.init_watch(window, losses=2),
     )
 
 
@@ -115,16 +119,19 @@ def dmd_cycle(
       student_optimizer: optax optimizer that made ``state.student_opt``.
       fake_optimizer: optax optimizer that made ``state.fake_opt``.
       diffusion: the grid.
-      distill: critic updates, guidance, timestep range, EMA decay (``optimizer.ema_decay``; 0: EMA is the student).
+      distill: critic updates, guidance, timestep range, EMA decay (``optimizer.ema_decay``; 0: EMA is the student),
+        and which updates are not taken (``guard.judge``, each on its own; none of them if an input is not finite).
 
     Returns:
-      The next state and scalar metrics: ``generator_*``, and ``critic_*`` as means over the K updates.
+      The next state and scalar metrics: ``generator_*``, ``critic_*`` as means over the K updates, and how many of the
+      K + 1 updates were ``taken`` and ``skipped``.
     """
     updates = distill.critic_updates
     require(updates >= 1, f"distill.critic_updates is {updates}; it must be at least 1")
     given = len(batches["text"])
     require(given == updates + 1, f"{given} batches for {updates} critic updates and one student update")
     critic_key, generator_key = jax.random.split(jax.random.fold_in(key, state.step))
+    sound = guard.all_finite(batches)
 
     def following(batch, end, key):
         if functions.past_shape is None:
@@ -133,7 +140,7 @@ def dmd_cycle(
         return follow(batch, end, follow_key, distill), key
 
     def critic_step(carry, inputs):
-        fake, opt, end = carry
+        fake, opt, watch, end = carry
         batch, step_key = following(inputs[0], end, inputs[1])
 
         def loss_fn(fake, batch, key):
@@ -151,10 +158,15 @@ def dmd_cycle(
             return loss, metrics
 
         gradient, metrics = accumulated_gradient(loss_fn, fake, batch, step_key, distill.accumulate)
-        change, opt = fake_optimizer.update(gradient, opt, fake)
+        ended = end
         if functions.past_shape is not None:
-            end = {"latents": metrics.pop("end"), "text": batch["text"], "exists": jnp.array(True)}
-        return (optax.apply_updates(fake, change), opt, end), metrics | {"gradient_norm": optax.global_norm(gradient)}
+            ended = {"latents": metrics.pop("end"), "text": batch["text"], "exists": jnp.array(True)}
+        norm = optax.global_norm(gradient)
+        taken, watch = guard.judge(watch, metrics["loss"], norm, distill, row=0, sound=sound)
+        change, new_opt = fake_optimizer.update(gradient, opt, fake)
+        new = optax.apply_updates(fake, change), new_opt, ended
+        fake, opt, end = guard.choose(taken, new, (fake, opt, end))
+        return (fake, opt, watch, end), metrics | {"gradient_norm": norm}
 
     critic_batches = jax.tree.map(lambda a: a[:updates], batches)
     end = None
@@ -162,8 +174,10 @@ def dmd_cycle(
         first = batches["text"][0]
         none = jnp.zeros((len(first), *functions.past_shape))
         end = {"latents": none, "text": first, "exists": jnp.array(False)}
-    (fake, fake_opt, end), critic_metrics = jax.lax.scan(
-        critic_step, (state.fake, state.fake_opt, end), (critic_batches, jax.random.split(critic_key, updates))
+    (fake, fake_opt, watch, end), critic_metrics = jax.lax.scan(
+        critic_step,
+        (state.fake, state.fake_opt, state.watch, end),
+        (critic_batches, jax.random.split(critic_key, updates)),
     )
 
     def loss_fn(student, batch, key):
@@ -183,14 +197,22 @@ def dmd_cycle(
 
     batch, generator_key = following(jax.tree.map(lambda a: a[updates], batches), end, generator_key)
     gradient, metrics = accumulated_gradient(loss_fn, state.student, batch, generator_key, distill.accumulate)
+    norm = optax.global_norm(gradient)
+    taken, watch = guard.judge(watch, metrics["loss"], norm, distill, row=1, sound=sound)
     change, student_opt = student_optimizer.update(gradient, state.student_opt, state.student)
     student = optax.apply_updates(state.student, change)
 
     decay = distill.optimizer.ema_decay
     student_ema = jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, state.student_ema, student)
+    student, student_ema, student_opt, step = guard.choose(
+        taken,
+        (student, student_ema, student_opt, state.step + 1),
+        (state.student, state.student_ema, state.student_opt, state.step),
+    )
 
-    metrics = metrics | {"gradient_norm": optax.global_norm(gradient)}
+    metrics = metrics | {"gradient_norm": norm}
     metrics = {f"generator_{k}": v for k, v in metrics.items()}
     metrics |= {f"critic_{k}": jnp.mean(v) for k, v in critic_metrics.items()}
-    state = DistillState(student, fake, student_ema, student_opt, fake_opt, state.step + 1)
-    return state, metrics
+    skipped = watch.skipped - state.watch.skipped
+    metrics |= {"skipped": skipped, "taken": updates + 1 - skipped, "skipped_total": watch.skipped}
+    return DistillState(student, fake, student_ema, student_opt, fake_opt, step, watch), metrics

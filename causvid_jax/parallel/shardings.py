@@ -112,8 +112,8 @@ class Placement:
             f"a batch of {size} cannot be split over {ways} parts of the mesh (data x fsdp); the nearest that can be "
             f"are {f'{size - size % ways} and ' if size > ways else ''}{size - size % ways + ways}",
         )
-        shares = sharding.addressable_devices_indices_map((size,)).values()
-        return sorted({row for (share,) in shares for row in range(size)[share]})
+        shares = [indices[0] for indices in sharding.addressable_devices_indices_map((size,)).values() if indices]
+        return sorted({row for share in shares for row in range(size)[share]})
 
     def init(self, make: Callable[..., Any], shardings: Any, *args: Any) -> Any:
         """``make(*args)`` computed straight into ``shardings``, so that no device ever holds the whole."""

@@ -1,61 +1,264 @@
-"""Checkpoints of a training run: Orbax v1, one folder a step, holding the state and the input iterator's place.
+"""Checkpoints of a training run: Orbax v1, one folder a step, holding the state and the run's place.
 
-All use of Orbax is in this file, because its v1 interface still moves.
+A checkpoint counts when its checksums are there and hold (:mod:`causvid_jax.training.checksums`); what came out
+otherwise is set aside as ``STEP.damaged``, and the step before is used. All use of Orbax is in this file, because its
+v1 interface still moves.
 """
 
+import concurrent.futures
+import contextlib
+import dataclasses
 import json
 import logging
 import os
 import pathlib
+import shutil
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from causvid_jax.config import ConfigError
+from causvid_jax.config import ConfigError, RunError, require
+from causvid_jax.training import checksums
 
-# Orbax reports every stage of every save at INFO.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno >= logging.WARNING)
+# Orbax reports every stage of every save at INFO, warns of each save of a few strings that there is nothing to merge,
+# and repeats an error of the disk, which is raised and reported in one sentence, with a traceback from each thread.
+_SAID_ELSEWHERE = (
+    "Skipping merge of OCDBT",
+    "_SignalingThread.run() raised",
+    "Handler Commit operations",
+    "save_finalize",
+)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    if "orbax" not in record.pathname:
+        return True
+    return record.levelno >= logging.WARNING and not any(text in record.getMessage() for text in _SAID_ELSEWHERE)
+
+
+logging.getLogger("absl").addFilter(_worth_saying)
 
 
 class Checkpoints:
-    """The checkpoints of one run, the newest ``keep`` of them; saving goes on in the background."""
+    """The checkpoints of one run: the newest ``keep``, and those of every ``keep_every`` steps (0: none).
 
-    def __init__(self, folder: str | os.PathLike, keep: int):
-        path = pathlib.Path(folder).resolve()
-        policy = ocp.training.preservation_policies.LatestN(keep)
-        self._checkpointer = ocp.training.Checkpointer(path, preservation_policy=policy, cleanup_tmp_directories=True)
+    Saving goes on in the background. What is to be told (a damaged checkpoint, a full disk) comes from :meth:`reports`.
+    """
 
-    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
-        """Save ``state`` (arrays) and ``progress`` (JSON values) as ``step``; returns while it is written."""
-        # The state's buffers are donated to the next step, and jax arrays on CPU may be read in place: finish first.
-        self.wait()
-        place = {"json": json.dumps(progress)}
-        self._checkpointer.save_checkpointables(step, {"state": state, "progress": place})
+    def __init__(self, folder: str | os.PathLike, keep: int, keep_every: int = 0):
+        self._folder = pathlib.Path(folder).resolve()
+        policies = ocp.training.preservation_policies
+        self._policy: Any = policies.LatestN(keep)
+        if keep_every:
+            self._policy = policies.AnyPreservationPolicy([self._policy, policies.EveryNSteps(keep_every)])
+        self._reports: list[str] = []
+        self._worker = concurrent.futures.ThreadPoolExecutor(1)
+        self._saving: tuple[int, concurrent.futures.Future] | None = None
+        self.last: int | None = self._choose()
+        """The step of the last good checkpoint."""
+        self.failed = False
+        """Whether the last save came to nothing."""
+        self._open()
+
+    def _open(self) -> None:
+        self._checkpointer = ocp.training.Checkpointer(
+            self._folder, preservation_policy=self._policy, cleanup_tmp_directories=True
+        )
+
+    def _choose(self) -> int | None:
+        """The newest step whose checksums hold. What is newer is set aside; older ones are not looked at.
+
+        Checkpoints without checksums come last: a save was cut short just before they were written, or an older version
+        made them. If there are only such, the newest is taken as it is.
+
+        Raises:
+            RunError: there are checkpoints, and all of them are damaged.
+        """
+        found = _steps(self._folder)
+        chosen: int | None = None
+        aside: dict[int, str] = {}
+        for step in reversed(found):
+            why = _problem(self._folder / str(step))
+            if why is None:
+                chosen = step
+                break
+            aside[step] = why
+        plain = [step for step in found if not checksums.present(self._folder / str(step))]
+        if chosen is None and plain:
+            chosen = plain[-1]
+            aside = {step: why for step, why in aside.items() if step > chosen}
+            self._reports.append(f"checkpoint {chosen} in {self._folder} has no checksums; it is taken as it is")
+        if found and chosen is None:
+            each = "; ".join(f"{step}: {why}" for step, why in sorted(aside.items()))
+            raise RunError(
+                f"every checkpoint in {self._folder} is damaged ({each}); bring one back, or move the folder away to "
+                "start again"
+            )
+        for other, why in aside.items():
+            self._reports.append(
+                f"checkpoint {other} in {self._folder} is damaged: {why}; the one of step {chosen} is used"
+            )
+        if jax.process_index() == 0:
+            for other in aside:
+                target = self._folder / f"{other}.damaged"
+                shutil.rmtree(target, ignore_errors=True)
+                (self._folder / str(other)).rename(target)
+        _together("set aside")
+        return chosen
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest checkpoint in the shapes, types and shardings of ``state``, or None when there is none.
+        """The last good checkpoint in the shapes, types and shardings of ``state`` (a dataclass), or None.
+
+        The arrays of ``state`` are given up, so that there is room for those that are read.
 
         Raises:
             ConfigError: the checkpoint does not fit ``state``, as after a change of the configuration.
         """
-        latest = self._checkpointer.latest
-        if latest is None:
+        if self.last is None:
             return None
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+        described: Any = ocp.checkpointables_metadata(self._folder / str(self.last)).metadata["state"]
+        if "watch" not in described:
+            fields.pop("watch", None)  # made before there was one: nothing has been seen yet
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fields)
+        jax.tree.map(lambda x: x.delete(), fields)
         try:
-            loaded = self._checkpointer.load_checkpointables(latest.step, {"state": abstract, "progress": None})
+            loaded = self._checkpointer.load_checkpointables(self.last, {"state": abstract, "progress": None})
         except (ValueError, KeyError) as error:
             raise ConfigError(
-                f"checkpoint {latest.step} in {self._checkpointer.directory} does not fit this configuration; use "
-                f"another --workdir or the configuration it was made with ({str(error).splitlines()[0]})"
+                f"checkpoint {self.last} in {self._folder} does not fit this configuration; use another --workdir or "
+                f"the configuration it was made with ({str(error).splitlines()[0]})"
             ) from error
-        return loaded["state"], json.loads(loaded["progress"]["json"])
+        return dataclasses.replace(state, **loaded["state"]), json.loads(loaded["progress"]["json"])
+
+    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
+        """Save ``state`` (arrays) and ``progress`` (JSON values) as ``step``; returns while it is written.
+
+        A disk that is full or fails is no exception but a report: the run goes on, the last good checkpoint stays.
+        """
+        self.wait()
+        if jax.default_backend() == "cpu":
+            # There the arrays would be written from where they are, while the next step, to which they are donated,
+            # changes them. From an accelerator they are copied to the host before this returns.
+            state = jax.tree.map(jnp.copy, state)
+        items = {"state": state, "progress": {"json": json.dumps(progress)}}
+        try:
+            response = self._checkpointer.save_checkpointables_async(step, items, force=True)
+        except Exception as error:
+            self._give_up(step, error)
+        else:
+            self._saving = step, self._worker.submit(self._finish, step, response)
+
+    def _finish(self, step: int, response: Any) -> None:
+        response.result()
+        checksums.write(self._folder / str(step), jax.process_index(), jax.process_count())
+
+    def _give_up(self, step: int, error: Exception) -> None:
+        reason = storage_failure(error)
+        if reason is None:
+            raise error
+        self.failed = True
+        kept = f"the last good one is of step {self.last}" if self.last is not None else "there is none before it"
+        self._reports.append(f"checkpoint {step} could not be written to {self._folder}: {reason}; {kept}")
+        # What is half written would only fill the disk: a new checkpointer clears it away.
+        with contextlib.suppress(Exception):
+            self._checkpointer.close()
+        self._open()
 
     def wait(self) -> None:
-        """Until everything asked to be saved is on disk."""
-        self._checkpointer.wait()
+        """Until what was asked to be saved is on disk, checksums included."""
+        if self._saving is None:
+            return
+        (step, future), self._saving = self._saving, None
+        try:
+            future.result()
+        except Exception as error:
+            self._give_up(step, error)
+        else:
+            self.last, self.failed = step, False
+
+    def reports(self) -> list[str]:
+        """What there is to tell since the last call, in sentences."""
+        if self._saving is not None and self._saving[1].done():
+            self.wait()
+        told, self._reports = self._reports, []
+        return told
 
     def close(self) -> None:
         """Wait, then release."""
+        self.wait()
+        self._worker.shutdown()
         self._checkpointer.close()
+
+
+def read(folder: str | os.PathLike, part: str, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
+    """One field of the state of a checkpoint, on the host, and nothing else of it: ``(step, tree, progress)``.
+
+    The folder may be that of a run under way; nothing in it is touched.
+
+    Args:
+        folder: of the run's checkpoints.
+        part: the field's name, for example ``"ema"``.
+        step: of the checkpoint; None takes the newest that is whole.
+
+    Raises:
+        ConfigError: no such checkpoint, or a damaged one.
+    """
+    folder = pathlib.Path(folder).resolve()
+    found = _steps(folder)
+    if step is None:
+        whole = (number for number in reversed(found) if _problem(folder / str(number)) is None)
+        step = next(whole, found[-1] if found else 0)
+    require(
+        step in found, f"there is no checkpoint {step} in {folder}; accepted: {', '.join(map(str, found)) or 'none'}"
+    )
+    path = folder / str(step)
+    if checksums.present(path):
+        why = checksums.problem(path)
+        require(why is None, f"checkpoint {step} in {folder} is damaged: {why}")
+    described: Any = ocp.checkpointables_metadata(path).metadata["state"]
+    require(part in described, f"checkpoint {step} in {folder} has no {part}; it has {', '.join(described)}")
+    wanted = {name: jax.tree.map(lambda _: ocp.PLACEHOLDER, tree) for name, tree in described.items()}
+    wanted[part] = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), described[part])
+    loaded: Any = ocp.load_checkpointables(path, {"state": wanted, "progress": None})
+    return step, loaded["state"][part], json.loads(loaded["progress"]["json"])
+
+
+def storage_failure(error: BaseException) -> str | None:
+    """What the disk had to say, if it was the disk that failed; None for any other error."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text = " ".join(str(error).split())
+    for sign in ("No space left on device", "Disk quota exceeded", "Input/output error", "Read-only file system"):
+        if sign in text:
+            return sign
+    return None
+
+
+def _steps(folder: pathlib.Path) -> list[int]:
+    """The steps of the checkpoints that Orbax finished, ascending."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+
+
+def _problem(path: pathlib.Path) -> str | None:
+    """What is wrong with a checkpoint, every process having looked at its share; None if nothing is."""
+    if not checksums.present(path):
+        return "it has no checksums, its saving was cut short"
+    process, processes = jax.process_index(), jax.process_count()
+    own = checksums.problem(path, process, processes)
+    if processes == 1:
+        return own
+    sound = np.asarray(multihost_utils.process_allgather(np.array(own is None)))
+    return own if own is not None or sound.all() else f"as process {int(np.argmin(sound))} found"
+
+
+def _together(what: str) -> None:
+    """No process goes on before all have come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)

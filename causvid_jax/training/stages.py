@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -28,9 +29,23 @@ from causvid_jax.weights import stages as weight_files
 from causvid_jax.weights import store
 
 
-def make_stage(name: str, recipe: Recipe, workdir: pathlib.Path) -> Stage:
-    """The stage ``name`` of ``recipe``, reading what earlier stages left in ``workdir``."""
-    return STAGES[name](recipe, workdir)
+def make_stage(name: str, recipe: Recipe, workdir: pathlib.Path, init_from: str | os.PathLike | None = None) -> Stage:
+    """The stage ``name`` of ``recipe``, reading what earlier stages left in ``workdir``.
+
+    ``init_from`` is a file of weights that the trained network starts with instead of its usual ones, or the working
+    directory of another recipe, of which it takes the weights of the same stage.
+
+    Raises:
+        ConfigError: weights that are missing, unreadable or of other shapes.
+    """
+    if init_from is None:
+        return dataclasses.replace(STAGES[name](recipe, workdir), recipe=recipe)
+    require(name != "vae", f"--init_from is {str(init_from)!r}; the vae stage starts afresh, the others can")
+    path = pathlib.Path(init_from)
+    path = weight_files.stage_path(path, name) if path.is_dir() else path
+    # Refused before any data is looked for.
+    weight_files.load_transformer(path, recipe.teacher if name in ("teacher", "causal") else recipe.student, "initial")
+    return dataclasses.replace(STAGES[name](recipe, workdir, init_from=path), recipe=recipe)
 
 
 def _export(name: str, recipe: Recipe, params: Callable[[Any], Any]) -> Callable[[Any, pathlib.Path], None]:
@@ -62,10 +77,15 @@ def _share(place: shardings.Placement, make: Callable[..., Any]) -> Callable[...
 
 
 def _load_network(
-    recipe: Recipe, stage: str, workdir: pathlib.Path, config: TransformerConfig, place: shardings.Placement
+    recipe: Recipe,
+    stage: str,
+    workdir: pathlib.Path,
+    config: TransformerConfig,
+    place: shardings.Placement,
+    path: pathlib.Path | None = None,
 ) -> Any:
-    """The weights that ``stage`` left, on the mesh."""
-    path = weight_files.find(recipe.name, stage, workdir)
+    """The weights that ``stage`` left, or those of ``path``, on the mesh."""
+    path = path or weight_files.find(recipe.name, stage, workdir)
     params = weight_files.load_transformer(path, config, stage)
     if place.mesh is None:
         return jax.tree.map(jnp.asarray, params)
@@ -193,7 +213,8 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         name="vae",
         config=config,
         init=lambda: place.init(
-            lambda: init_state(init_vae(jax.random.key(config.seed), recipe.vae), optimizer), place.whole()
+            lambda: init_state(init_vae(jax.random.key(config.seed), recipe.vae), optimizer, config.bad_loss_window),
+            place.whole(),
         ),
         # The VAE is small: every device holds it whole, the batch alone is split.
         step=make_step(loss, optimizer, config, place.whole()),
@@ -222,7 +243,7 @@ def _start(step: steps.Step, place: shardings.Placement, *networks: Any) -> Any:
     return place.init(step.init, step.layout, *networks)
 
 
-def teacher_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
+def teacher_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path | None = None) -> Stage:
     """Train the bidirectional teacher by flow matching on latents."""
     vae_params, recipe = with_vae(recipe, workdir)
     config, place = recipe.train_teacher, shardings.place(recipe.parallel, recipe.teacher.rules)
@@ -236,6 +257,10 @@ def teacher_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         latents = samplers.teacher_latents(params, rows, empty, seeds, config=recipe)
         return vae.decode(vae_params, latents, config=recipe.vae)
 
+    def init() -> TrainState:
+        start = [_load_network(recipe, "teacher", workdir, recipe.teacher, place, init_from)] if init_from else []
+        return _start(step, place, *start)
+
     def sample(state: TrainState, folder: pathlib.Path, step: int) -> dict[str, float]:
         video = files.to_uint8(np.asarray(clips(state.ema, _on_devices(vae_params, place))))
         samples.show(video, folder, step, recipe)
@@ -244,7 +269,7 @@ def teacher_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     return Stage(
         name="teacher",
         config=config,
-        init=lambda: _start(step, place),
+        init=init,
         step=step.update,
         phases=_phases(config, _share(place, _latent_batches(recipe, workdir))),
         ready=lambda batch: place.batch(_ready_latents(recipe, batch)),
@@ -260,7 +285,7 @@ LOOK_STEPS = 16
 """Steps of a causal teacher's samples: a stream without guidance, to look at."""
 
 
-def causal_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
+def causal_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path | None = None) -> Stage:
     """Make a causal teacher of the bidirectional one, by teacher forcing on latents."""
     vae_params, recipe = with_vae(recipe, workdir)
     config, place = recipe.train_causal, shardings.place(recipe.parallel, recipe.teacher.rules)
@@ -272,7 +297,7 @@ def causal_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     return Stage(
         name="causal",
         config=config,
-        init=lambda: _start(step, place, _load_network(recipe, "teacher", workdir, recipe.teacher, place)),
+        init=lambda: _start(step, place, _load_network(recipe, "teacher", workdir, recipe.teacher, place, init_from)),
         step=step.update,
         phases=_phases(config, _share(place, _latent_batches(recipe, workdir))),
         ready=lambda batch: place.batch(_ready_latents(recipe, batch)),
@@ -301,7 +326,7 @@ def _sample_student(recipe: Recipe, place: shardings.Placement, vae_params, capt
     return sample
 
 
-def init_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
+def init_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path | None = None) -> Stage:
     """ODE regression (paper, section 4.3): the causal student, started from the teacher's weights, learns to jump to
     the end of the teacher's trajectories."""
     vae_params, recipe = with_vae(recipe, workdir)
@@ -317,7 +342,9 @@ def init_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     )
 
     def init() -> TrainState:
-        start = [_load_network(recipe, "teacher", workdir, recipe.teacher, place)] if step.starts else []
+        start = []
+        if init_from or step.starts:
+            start = [_load_network(recipe, "teacher", workdir, recipe.student, place, init_from)]
         return _start(step, place, *start)
 
     def batches(*, batch_size: int, frames: int, seed: int, rows: list[int]):
@@ -345,7 +372,7 @@ def init_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
 # ---- distill --------------------------------------------------------------------------------------------------------
 
 
-def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
+def distill_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path | None = None) -> Stage:
     """DMD (paper, section 4.2): student and fake score in turns, both judged by the frozen teacher."""
     vae_params, recipe = with_vae(recipe, workdir)
     config, place = recipe.train_distill, shardings.place(recipe.parallel, recipe.student.rules)
@@ -354,7 +381,7 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
 
     def init() -> cycle.DistillState:
         start = "init" if config.init == "ode" else "teacher"
-        student = _load_network(recipe, start, workdir, recipe.student, place)
+        student = _load_network(recipe, start, workdir, recipe.student, place, init_from)
         # A donated state must not share the teacher's buffers.
         return _start(step, place, student, jax.tree.map(jnp.copy, teacher))
 
@@ -396,7 +423,7 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     )
 
 
-STAGES: dict[str, Callable[[Recipe, pathlib.Path], Stage]] = {
+STAGES: dict[str, Callable[..., Stage]] = {
     "vae": vae_stage,
     "teacher": teacher_stage,
     "causal": causal_stage,

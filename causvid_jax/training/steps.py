@@ -15,7 +15,7 @@ import numpy as np
 
 from causvid_jax.config import Recipe
 from causvid_jax.diffusion import flow
-from causvid_jax.distill import cycle, ode_regression, rollout
+from causvid_jax.distill import cycle, guard, ode_regression, rollout
 from causvid_jax.models import transformer
 from causvid_jax.parallel.shardings import Placement
 from causvid_jax.streaming.stream import latent_size
@@ -51,7 +51,7 @@ def _arrays(recipe: Recipe, size: int, **shapes: tuple[int, ...]) -> dict[str, j
     return {name: jax.ShapeDtypeStruct((size, *shape), np.float32) for name, shape in shapes.items()}
 
 
-def _clip_shape(recipe: Recipe) -> tuple[int, ...]:
+def _clip_shape(recipe: Recipe) -> tuple[int, int, int, int]:
     return (recipe.video.latent_frames, *latent_size(recipe), recipe.vae.z_dim)
 
 
@@ -81,9 +81,14 @@ def teacher_step(recipe: Recipe, place: Placement) -> Step:
     config, spec = recipe.train_teacher, transformer.spec(recipe.teacher)
     optimizer = make_optimizer(config.optimizer, config.steps)
     layout = state_shardings(place, spec, recipe.teacher.rules, optimizer)
+
+    def init(*start) -> TrainState:
+        params = start[0] if start else transformer.init(jax.random.key(config.seed), recipe.teacher)
+        return init_state(params, optimizer, config.bad_loss_window)
+
     return Step(
         starts=(),
-        init=lambda: init_state(transformer.init(jax.random.key(config.seed), recipe.teacher), optimizer),
+        init=init,
         frozen=(),
         update=make_step(functools.partial(teacher_loss, recipe=recipe), optimizer, config, layout),
         layout=layout,
@@ -128,7 +133,7 @@ def causal_step(recipe: Recipe, place: Placement) -> Step:
     layout = state_shardings(place, spec, recipe.teacher.rules, optimizer)
     return Step(
         starts=(spec,),
-        init=lambda params: init_state(params, optimizer),
+        init=lambda params: init_state(params, optimizer, config.bad_loss_window),
         frozen=(),
         update=make_step(functools.partial(causal_loss, recipe=recipe), optimizer, config, layout),
         layout=layout,
@@ -181,9 +186,9 @@ def init_step(recipe: Recipe, place: Placement) -> Step:
 
     def init(*start) -> TrainState:
         params = start[0] if start else transformer.init(jax.random.key(config.seed), recipe.student)
-        return init_state(params, optimizer)
+        return init_state(params, optimizer, config.bad_loss_window)
 
-    shapes = {"trajectory": (len(timesteps) + 1, *_clip_shape(recipe))}
+    shapes: dict[str, tuple[int, ...]] = {"trajectory": (len(timesteps) + 1, *_clip_shape(recipe))}
     if config.teacher == "causal":
         shapes["context"] = _clip_shape(recipe)
     return Step(
@@ -255,6 +260,7 @@ def _distill_layout(recipe, place: Placement, student_optimizer, fake_optimizer)
         student_opt=place.optimizer(student_optimizer, specs[0], student),
         fake_opt=place.optimizer(fake_optimizer, specs[1], fake),
         step=cast(Any, place.whole()),
+        watch=guard.Watch(recent=cast(Any, place.whole()), skipped=cast(Any, place.whole())),
     )
 
 
@@ -277,11 +283,12 @@ def distill_step(recipe: Recipe, place: Placement, null_text: Any) -> Step:
         return transformer.block_causal(params, x, timestep, rows, config=recipe.teacher, causal=recipe.causal)
 
     goes_on = config.rollout == "self" and config.continue_fraction > 0
+    _, height, width, channels = _clip_shape(recipe)
     functions = cycle.DistillFunctions(
         rollout=student_rollout(recipe),
         teacher=causal_teacher if config.teacher == "causal" else bidirectional,
         fake=bidirectional,
-        past_shape=(recipe.causal.past_frames(), *_clip_shape(recipe)[1:]) if goes_on else None,
+        past_shape=(recipe.causal.past_frames(), height, width, channels) if goes_on else None,
     )
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=None if layout is None else (layout, None))
@@ -304,7 +311,7 @@ def distill_step(recipe: Recipe, place: Placement, null_text: Any) -> Step:
     teacher = transformer.spec(recipe.teacher)
     return Step(
         starts=(transformer.spec(recipe.student), teacher),
-        init=functools.partial(cycle.init_state, **optimizers),
+        init=functools.partial(cycle.init_state, **optimizers, window=config.bad_loss_window),
         frozen=(teacher,),
         update=update,
         layout=layout,

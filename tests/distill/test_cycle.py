@@ -1,5 +1,6 @@
 """The DMD cycle against an unrolled one, and end to end on Gaussian data with a learnt fake score."""
 
+import dataclasses
 import functools
 
 import jax
@@ -190,3 +191,40 @@ def test_rollouts_go_on_where_the_one_before_them_ended():
     anew = ends[1:, 0] == 3
     assert 0 < anew.sum() < 3  # with this key
     np.testing.assert_array_equal(ends[1:, 0], np.where(anew, 3, ends[:-1, 0] + 3))
+
+
+@pytest.mark.parametrize("spoilt", [0, 1, 3])
+def test_a_batch_that_is_not_finite_leaves_the_state_as_it_was(spoilt):
+    distill = DistillStageConfig(critic_updates=3, guidance=2.0, on_bad_loss="skip")
+    optimizers = optax.sgd(0.3), optax.adam(0.1)
+    run = jax.jit(cycle_fn(distill, *optimizers))
+    state = cycle.init_state(gaussian(-0.5, 1.2), gaussian(-0.2, 1.0), *optimizers)
+    state, metrics = run(state, TEACHER, batches(3), NULL, jax.random.key(9))
+    assert (int(metrics["taken"]), int(metrics["skipped"])) == (4, 0)
+    data = {"text": batches(3)["text"].at[spoilt, 5].set(jnp.nan)}
+    after, metrics = run(state, TEACHER, data, NULL, jax.random.key(9))
+    assert (int(metrics["taken"]), int(metrics["skipped"]), int(metrics["skipped_total"])) == (0, 4, 4)
+    after = dataclasses.replace(after, watch=state.watch)
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+def test_a_student_update_that_explodes_leaves_the_fake_scores_in_place():
+    distill = DistillStageConfig(critic_updates=2, guidance=2.0, on_bad_loss="skip", bad_loss_factor=2.0)
+    optimizers = optax.sgd(0.3), optax.adam(0.1)
+    run = jax.jit(cycle_fn(distill, *optimizers))
+    state = cycle.init_state(gaussian(-0.5, 1.2), gaussian(-0.2, 1.0), *optimizers, window=4)
+    # So low a median of the student's losses that the next is far above it; the fake score's is unknown.
+    recent = state.watch.recent.at[1].set(1e-6)
+    watched = dataclasses.replace(state, watch=dataclasses.replace(state.watch, recent=recent))
+    after, metrics = run(watched, TEACHER, batches(2), NULL, jax.random.key(9))
+    assert (int(metrics["taken"]), int(metrics["skipped"])) == (2, 1)
+    free, _ = run(state, TEACHER, batches(2), NULL, jax.random.key(9))
+    jax.tree.map(np.testing.assert_array_equal, after.fake, free.fake)
+    for name in ("student", "student_ema", "student_opt", "step"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
+    assert np.isfinite(np.asarray(after.watch.recent[0])).sum() == 2
+    # With "stop" nothing more is taken, of either network, until the host has seen it.
+    stopping = jax.jit(cycle_fn(dataclasses.replace(distill, on_bad_loss="stop"), *optimizers))
+    last, metrics = stopping(after, TEACHER, batches(2), NULL, jax.random.key(9))
+    assert (int(metrics["taken"]), int(metrics["skipped"])) == (0, 3)
+    jax.tree.map(np.testing.assert_array_equal, last.fake, after.fake)

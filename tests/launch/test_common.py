@@ -15,6 +15,7 @@ CACHE_DIR, CACHE_SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_mi
 ROOT = pathlib.Path(__file__).parents[2]
 PROGRAM = """
 from absl import flags
+from causvid_jax.config import RunError
 from launch import common
 
 CONFIG = common.define_config_flag()
@@ -27,6 +28,8 @@ def main():
         raise KeyboardInterrupt
     if MODE.value == 2:
         raise ZeroDivisionError("a defect")
+    if MODE.value == 3:
+        raise RunError("the loss is nan; the checkpoint is of step 2")
     print(recipe.name, recipe.video.frames, recipe.diffusion.student_steps, recipe.causal.clean_write)
 
 
@@ -93,6 +96,14 @@ def test_bad_input_is_one_sentence_and_status_2(place, arguments, sentence):
 
 def test_ctrl_c_is_one_line_and_status_130(place):
     assert call(place, "--config=recipe.py", "--mode=1") == (130, "", "stopped by Ctrl-C")
+
+
+def test_a_run_that_cannot_go_on_is_one_sentence_and_status_1(place):
+    assert call(place, "--config=recipe.py", "--mode=3") == (
+        1,
+        "",
+        "error: the loss is nan; the checkpoint is of step 2",
+    )
 
 
 def test_a_defect_keeps_its_traceback(place):

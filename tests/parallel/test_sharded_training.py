@@ -9,7 +9,7 @@ import pytest
 from causvid_jax.config import ParallelConfig, from_config_dict
 from causvid_jax.data import arrays, digits
 from causvid_jax.models import transformer, vae
-from causvid_jax.training import stages
+from causvid_jax.training import checkpoint, stages
 from causvid_jax.weights import stages as weight_files
 from causvid_jax.weights import store
 
@@ -143,3 +143,36 @@ def test_parameters_moments_and_ema_lie_where_the_rules_say(workdir):
         assert kernel.addressable_shards[0].data.shape == (2, 12, 16)
         assert tree["blocks"]["self_attn"]["o"]["kernel"].addressable_shards[0].data.shape == (2, 12, 12)
         assert tree["blocks"]["modulation"].addressable_shards[0].data.shape == (2, 6, 24)
+
+
+def test_a_checkpoint_of_one_mesh_goes_on_on_another(workdir, tmp_path):
+    def begin(mesh):
+        stage = stages.make_stage("distill", dataclasses.replace(RECIPE, parallel=mesh), workdir)
+        return stage, stage.phases[0].batches()
+
+    def advance(stage, batches, state):
+        losses = []
+        for _ in range(2):
+            state, metrics = stage.step(state, stage.ready(next(batches)))
+            losses += [float(metrics[name]) for name in ("generator_loss", "critic_loss")]
+        return losses
+
+    stage, batches = begin(ParallelConfig(data=2, fsdp=4))
+    with stage.context():
+        state, _ = stage.step(stage.init(), stage.ready(next(batches)))
+        checkpoints = checkpoint.Checkpoints(tmp_path, 1)
+        checkpoints.save(1, state, {"iterator": batches.get_state()})
+        checkpoints.close()
+        saved = jax.tree.map(np.asarray, state)
+        expected = advance(stage, batches, state)
+
+    stage, batches = begin(ParallelConfig(data=4, tensor=2))
+    with stage.context():
+        checkpoints = checkpoint.Checkpoints(tmp_path, 1)
+        restored, progress = checkpoints.restore(stage.init())
+        checkpoints.close()
+        batches.set_state(progress["iterator"])
+        jax.tree.map(np.testing.assert_array_equal, restored, saved)
+        kernel = restored.fake["blocks"]["ffn"]["fc1"]["kernel"]  # [L, 24, 32]
+        assert kernel.addressable_shards[0].data.shape == (2, 24, 16)
+        np.testing.assert_allclose(advance(stage, batches, restored), expected, rtol=1e-6)

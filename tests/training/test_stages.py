@@ -12,7 +12,7 @@ import pytest
 
 from causvid_jax.config import ConfigError, DataConfig, Recipe, from_config_dict
 from causvid_jax.data import digits
-from causvid_jax.training import loop, stages
+from causvid_jax.training import checkpoint, export, loop, stages
 from causvid_jax.training.metrics import read_metrics
 from causvid_jax.weights import store
 from launch import prepare
@@ -189,3 +189,52 @@ def test_a_student_of_another_size_than_the_teacher(road, tmp_path):
         loop.train(stages.make_stage(name, recipe, tmp_path), tmp_path)
     kernel = store.load_params(tmp_path / "distill" / "weights.safetensors")[0]["blocks"]["ffn"]["fc1"]["kernel"]
     assert kernel.shape == (2, 24, 16)
+
+
+def test_any_checkpoint_exports_what_a_run_that_ended_there_would_have(road, tmp_path):
+    for name in stages.STAGES:
+        output = tmp_path / f"{name}.safetensors"
+        assert export.export_checkpoint(road, name, output) == 5
+        assert output.read_bytes() == (road / name / "weights.safetensors").read_bytes()
+    assert export.export_checkpoint(road, "distill", tmp_path / "earlier.safetensors", 4) == 4
+    earlier, later = (store.load_params(tmp_path / f"{name}.safetensors")[0] for name in ("earlier", "distill"))
+    assert store.flatten(earlier).keys() == store.flatten(later).keys()
+    assert (earlier["head"]["proj"]["kernel"] != later["head"]["proj"]["kernel"]).any()
+    with pytest.raises(ConfigError, match="there is no checkpoint 3 in .*; accepted: 4, 5"):
+        export.export_checkpoint(road, "distill", tmp_path / "none.safetensors", 3)
+
+
+def test_a_checkpoint_holds_networks_optimizers_averages_and_recipe(road):
+    folder = road / "distill" / "checkpoints"
+    for part in ("student", "fake", "student_ema", "student_opt", "fake_opt", "step", "watch"):
+        assert jax.tree.leaves(checkpoint.read(folder, part)[1])
+    _, _, progress = checkpoint.read(folder, "step")
+    assert progress["step"] == 5 and progress["iterator"]["phase_end"] == 5
+    assert progress["iterator"]["iterator"]["next_index"] > 0
+    assert json.loads(progress["config"])["train_distill"]["seed"] == 0
+
+
+def test_a_stage_starts_with_the_weights_of_another_recipe(road, tmp_path):
+    for other in ("data", "vae"):
+        (tmp_path / other).symlink_to(road / other)
+    for name, given in (("teacher", road), ("init", road / "distill" / "weights.safetensors")):
+        state = stages.make_stage(name, RECIPE, tmp_path, given).init()
+        path = road / "teacher" / "weights.safetensors" if given is road else given
+        expected = store.load_params(path)[0]
+        for tree in (state.params, state.ema):
+            jax.tree.map(np.testing.assert_array_equal, tree, expected)
+    (tmp_path / "teacher").symlink_to(road / "teacher")
+    state = stages.make_stage("distill", RECIPE, tmp_path, road).init()
+    jax.tree.map(
+        np.testing.assert_array_equal, state.student, store.load_params(road / "distill" / "weights.safetensors")[0]
+    )
+
+
+def test_weights_to_start_with_that_do_not_fit_are_refused_by_name(road, tmp_path):
+    recipe = make_recipe(teacher=NET | {"ffn_dim": 24})
+    with pytest.raises(ConfigError, match=r"initial weights .* misshapen: blocks/ffn/fc1/bias \(1, 16\) instead of"):
+        stages.make_stage("teacher", recipe, road, road)
+    with pytest.raises(ConfigError, match="weights.safetensors does not exist"):
+        stages.make_stage("teacher", RECIPE, road, tmp_path)
+    with pytest.raises(ConfigError, match="the vae stage starts afresh"):
+        stages.make_stage("vae", RECIPE, road, road)

@@ -1,0 +1,72 @@
+"""A run that is killed with -9 again and again, saves included, ends with the parameters of one that never was.
+
+Every step saves, so that most kills fall into a save. ``CAUSVID_JAX_KILLS=30`` for more than the few of every day.
+"""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+from tiny_run import weights
+
+KILLS = int(os.environ.get("CAUSVID_JAX_KILLS", "2"))
+STEPS = 6 + 4 * KILLS
+SIZE = 200_000  # 3 MB a checkpoint
+PROGRAM = pathlib.Path(__file__).with_name("tiny_run.py")
+
+
+def start(workdir):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(PROGRAM.parents[2]),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
+    command = [sys.executable, str(PROGRAM), str(workdir), str(STEPS), str(SIZE)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def committed(workdir):
+    """The newest step whose checksums were complete when the process died."""
+    folder = workdir / "tiny" / "checkpoints"
+    whole = [int(path.parent.name) for path in folder.glob("*/checksums.0-of-1.json") if path.parent.name.isdecimal()]
+    return max(whole, default=0)
+
+
+def test_killed_again_and_again_it_ends_like_a_run_that_never_was(tmp_path):
+    whole = start(tmp_path / "whole")
+    began = None
+    for line in whole.stdout:
+        began = time.monotonic() if began is None and line == "step\n" else began
+    pace = (time.monotonic() - began) / STEPS
+    assert whole.wait() == 0
+    whole.stderr.close()
+
+    rng = random.Random(0)
+    kills, in_a_save, reached = 0, 0, 0
+    while True:
+        process = start(tmp_path / "killed")
+        if kills < KILLS:
+            assert process.stdout.readline() == "step\n", process.stderr.read()
+            time.sleep(rng.uniform(0, 6 * pace))
+            process.send_signal(signal.SIGKILL)
+        told = process.communicate(timeout=600)[1]
+        if reached:
+            assert f"going on from step {reached}\n" in told
+        assert "Traceback" not in told, told
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL and kills < KILLS
+        kills, reached = kills + 1, committed(tmp_path / "killed")
+        names = os.listdir(tmp_path / "killed" / "tiny" / "checkpoints")
+        in_a_save += any("tmp" in name for name in names) or str(reached + 1) in names
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    for name in first:
+        np.testing.assert_array_equal(second[name], first[name], err_msg=name)
+    print(json.dumps({"kills": kills, "in a save": in_a_save, "seconds a step": round(pace, 2)}))

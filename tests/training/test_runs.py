@@ -1,0 +1,314 @@
+"""What becomes of a run whose loss, disk or checkpoints go bad; oracles are runs to which nothing happened."""
+
+import dataclasses
+import errno
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+from tiny_run import CONFIG, make_stage, weights
+
+from causvid_jax.config import ConfigError, RunError, StageConfig
+from causvid_jax.training import checkpoint, checksums, loop
+from causvid_jax.training.metrics import read_metrics
+
+
+def run(workdir, stage=None):
+    loop.train(stage or make_stage(), workdir)
+    return weights(workdir)
+
+
+def equal(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def steps_of(workdir):
+    folder = workdir / "tiny" / "checkpoints"
+    return sorted((path.name for path in folder.iterdir()), key=lambda name: (len(name), name))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run of 6 steps, checkpoints at 2, 4 and 6."""
+    workdir = tmp_path_factory.mktemp("finished")
+    run(workdir)
+    return workdir
+
+
+# ---- damaged checkpoints --------------------------------------------------------------------------------------------
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {"truncate": truncate, "flip": flip, "delete": pathlib.Path.unlink}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_to_any_file_of_a_checkpoint_is_seen_and_named(finished, tmp_path, kind):
+    whole = finished / "tiny" / "checkpoints" / "6"
+    assert checksums.present(whole) and checksums.problem(whole) is None
+    files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and "checksums" not in path.name]
+    assert len(files) > 8
+    for name in files:
+        if kind == "truncate" and not (whole / name).stat().st_size:
+            continue
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(whole, copy)
+        if kind == "flip" and not (copy / name).stat().st_size:
+            (copy / name).write_bytes(b"x")
+        else:
+            DAMAGE[kind](copy / name)
+        assert str(name) in checksums.problem(copy)
+
+
+def test_every_process_reads_its_share_and_all_of_them_everything(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(checksums, "PIECE", 1000)
+    copy = tmp_path / "6"
+    shutil.copytree(finished / "tiny" / "checkpoints" / "6", copy)
+    for part in copy.glob("checksums.*"):
+        part.unlink()
+    for process in range(3):
+        assert not checksums.present(copy)
+        checksums.write(copy, process, 3)
+    assert checksums.present(copy)
+    # Another number of processes may read it.
+    assert [checksums.problem(copy, p, 2) for p in range(2)] == [None, None]
+    flip(max((path for path in copy.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
+    assert sum(checksums.problem(copy, p, 2) is not None for p in range(2)) == 1
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_step_before_is_used(finished, tmp_path, capfd):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    newest, before = (tmp_path / "tiny" / "checkpoints" / step for step in ("6", "4"))
+    flip(max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
+    (tmp_path / "tiny" / "weights.safetensors").unlink()
+    equal(run(tmp_path), weights(finished))
+    told = capfd.readouterr().err
+    assert f"checkpoint 6 in {newest.parent} is damaged: state/" in told
+    assert "has changed; the one of step 4 is used" in told and "going on from step 4" in told
+    assert steps_of(tmp_path) == ["2", "4", "6", "6.damaged"]
+    assert [record["step"] for record in read_metrics(tmp_path / "tiny")] == [1, 2, 3, 4, 5, 6]
+    # Both bad, the manifest itself among them: the one before those.
+    flip(newest / "checksums.0-of-1.json")
+    (before / "checksums.0-of-1.json").unlink()
+    checkpoints = checkpoint.Checkpoints(newest.parent, 3)
+    assert checkpoints.last == 2 and len(checkpoints.reports()) == 2
+    checkpoints.close()
+    (newest.with_name("2") / "_CHECKPOINT_METADATA").write_text("{}")
+    with pytest.raises(RunError, match="every checkpoint in .* is damaged .2: _CHECKPOINT_METADATA is 2 bytes"):
+        checkpoint.Checkpoints(newest.parent, 3)
+    assert newest.with_name("2").is_dir()
+
+
+def test_checkpoints_of_older_versions_have_no_checksums_and_are_taken(finished, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(finished / "tiny" / "checkpoints", folder)
+    for part in folder.rglob("checksums.*"):
+        part.unlink()
+    checkpoints = checkpoint.Checkpoints(folder, 3)
+    assert checkpoints.last == 6 and "no checksums; it is taken as it is" in checkpoints.reports()[0]
+    state = make_stage().init()
+    state, progress = checkpoints.restore(state)
+    assert progress["step"] == 6 and int(state.step) == 6 and np.isfinite(state.watch.recent).sum() == 6
+    checkpoints.close()
+
+
+def test_checkpoints_from_before_there_was_a_watch(tmp_path):
+    state = make_stage().init()
+    older = jax.tree_util.register_dataclass(dataclasses.make_dataclass("TrainState", ["params", "ema", "opt", "step"]))
+    checkpoints = checkpoint.Checkpoints(tmp_path, 1)
+    checkpoints.save(3, older(state.params, state.ema, state.opt, state.step + 3), {"step": 3})
+    checkpoints.wait()
+    restored, _ = checkpoints.restore(state)
+    checkpoints.close()
+    assert int(restored.step) == 3 and np.isnan(restored.watch.recent).all()
+
+
+def test_a_state_that_is_trained_on_does_not_change_what_is_being_saved(tmp_path):
+    stage = make_stage(size=200_000)
+    state, checkpoints = stage.init(), checkpoint.Checkpoints(tmp_path, 1)
+    batch = jnp.ones((4, 4))
+    state, _ = stage.step(state, batch)
+    expected = jax.tree.map(np.array, state)
+    checkpoints.save(1, state, {"step": 1})
+    for _ in range(30):
+        state, _ = stage.step(state, batch)
+    checkpoints.wait()
+    restored, _ = checkpoints.restore(state)
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+    checkpoints.close()
+
+
+# ---- what stays -----------------------------------------------------------------------------------------------------
+
+
+def test_the_last_n_and_every_mth_checkpoint_stay(tmp_path):
+    run(tmp_path, make_stage(dataclasses.replace(CONFIG, steps=9, save_every=1, keep=2, keep_every=3)))
+    assert steps_of(tmp_path) == ["3", "6", "8", "9"]
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"keep": 0}, "keep is 0"),
+        ({"keep_every": 3}, "keep_every is 3; it must be 0 or a multiple of save_every, which is 2"),
+        ({"on_bad_loss": "pray"}, "on_bad_loss is 'pray'; accepted: 'stop', 'skip'"),
+        ({"bad_loss_factor": 0.5}, "bad_loss_factor is 0.5; it must be above 1, or 0"),
+        ({"bad_loss_window": 0}, "bad_loss_window is 0"),
+    ],
+)
+def test_impossible_settings(change, message):
+    with pytest.raises(ConfigError, match=message):
+        StageConfig(**{"save_every": 2, **change})
+
+
+# ---- bad losses -----------------------------------------------------------------------------------------------------
+
+
+def spoil(at, factor=np.nan):
+    return lambda number, x: factor * x if number == at else x
+
+
+def without(number):
+    """A stage one step shorter, that never sees batch ``number``."""
+    stage = make_stage(dataclasses.replace(CONFIG, steps=CONFIG.steps - 1))
+    phase = stage.phases[0]
+
+    class Shortened:
+        def __init__(self):
+            self.inner, self.count = phase.batches(), 0
+
+        def __next__(self):
+            self.count += 1
+            if self.count == number:
+                next(self.inner)
+            return next(self.inner)
+
+        def get_state(self):
+            return self.inner.get_state()
+
+    return dataclasses.replace(stage, phases=(loop.Phase(phase.end, Shortened),))
+
+
+def examples(number):
+    """Numbers of the examples of a batch, as the log writes them."""
+    batches = make_stage().phases[0].batches()
+    for _ in range(number):
+        batch = next(batches)
+    for index, x in zip(batch["index"], batch["x"], strict=True):
+        np.testing.assert_array_equal(tiny_run.Examples()[index]["x"], x)
+    return "examples " + ", ".join(str(i) for i in batch["index"])
+
+
+@pytest.mark.parametrize("bad", [3, 4])  # followed by an unseen step, and by a checkpoint
+def test_a_skipped_batch_leaves_the_parameters_of_a_run_without_it(tmp_path, capfd, bad):
+    config = dataclasses.replace(CONFIG, on_bad_loss="skip")
+    skipped = run(tmp_path / "a", make_stage(config, change=spoil(bad)))
+    equal(skipped, run(tmp_path / "b", without(bad)))
+    told = capfd.readouterr().err
+    assert f"tiny: step {bad}: loss is nan and gradient_norm is nan, {examples(bad)}; its update is left out" in told
+    totals = [record["skipped_total"] for record in read_metrics(tmp_path / "a" / "tiny")]
+    assert totals == [int(step >= bad) for step in range(1, 7)]
+    # What was skipped once is no reason to stop later.
+    run(tmp_path / "a", make_stage(dataclasses.replace(config, steps=8, on_bad_loss="stop")))
+
+
+@pytest.mark.parametrize("bad", [3, 4])
+def test_a_run_that_stops_leaves_the_step_before_and_can_go_on_without_the_batch(tmp_path, bad):
+    config = dataclasses.replace(CONFIG, log_every=10)
+    with pytest.raises(RunError) as stopped:
+        run(tmp_path / "a", make_stage(config, change=spoil(bad)))
+    sentence = str(stopped.value)
+    assert f"step {bad}: loss is nan" in sentence and examples(bad) in sentence
+    assert f"the checkpoint is of step {bad - 1} in" in sentence and "on_bad_loss=skip" in sentence
+    folder = tmp_path / "a" / "tiny" / "checkpoints"
+    run(tmp_path / "b", make_stage(dataclasses.replace(config, steps=bad - 1)))
+    for name in ("params", "ema", "opt"):
+        _, got, progress = checkpoint.read(folder, name)
+        _, expected, _ = checkpoint.read(tmp_path / "b" / "tiny" / "checkpoints", name)
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+        assert progress["step"] == bad - 1
+    # The batch comes again and is bad again, so the next one is batch 2 of the new process.
+    again = run(tmp_path / "a", make_stage(dataclasses.replace(config, on_bad_loss="skip"), change=spoil(1)))
+    equal(again, run(tmp_path / "c", without(bad)))
+
+
+def test_an_exploding_loss_is_measured_by_the_median_of_those_before(tmp_path, capfd):
+    config = dataclasses.replace(CONFIG, on_bad_loss="skip", bad_loss_factor=50.0, bad_loss_window=3)
+    # Before three losses are known anything goes; then 100 times the input is too much.
+    early = run(tmp_path / "early", make_stage(config, change=spoil(2, 100.0)))
+    assert "left out" not in capfd.readouterr().err
+    assert np.isfinite(early["params/w"]).all()
+    late = run(tmp_path / "late", make_stage(config, change=spoil(5, 100.0)))
+    assert "is more than 50 times the median of the last" in capfd.readouterr().err
+    equal(late, run(tmp_path / "without", without(5)))
+
+
+# ---- full disks -----------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on(finished, tmp_path, monkeypatch, capfd):
+    whole = checksums.write
+
+    def full(folder, *share):
+        if pathlib.Path(folder).name == "4":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        whole(folder, *share)
+
+    monkeypatch.setattr(checksums, "write", full)
+    equal(run(tmp_path), weights(finished))
+    told = capfd.readouterr().err
+    assert f"checkpoint 4 could not be written to {tmp_path / 'tiny' / 'checkpoints'}: No space left on device" in told
+    assert "the last good one is of step 2" in told
+    assert {"2", "6"} <= set(steps_of(tmp_path))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 4 MB, where this user may make one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("a small disk needs the right to mount one")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk, tmp_path, capfd):
+    config = dataclasses.replace(CONFIG, steps=10, log_every=100)
+    filler = small_disk / "filler"
+
+    def fill(number, x):
+        if number == 6:  # checkpoint 2 is on disk, 4 perhaps
+            with pytest.raises(OSError), open(filler, "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        return x
+
+    with pytest.raises((RunError, ConfigError), match="No space left on device"):
+        run(small_disk, make_stage(config, change=fill))
+    told = capfd.readouterr().err
+    assert "could not be written" in told and "No space left on device" in told and "Traceback" not in told
+    filler.unlink()
+    again = run(small_disk, make_stage(config))
+    assert re.search("going on from step [24]\n", capfd.readouterr().err)
+    equal(again, run(tmp_path / "other", make_stage(config)))
