@@ -2,8 +2,9 @@
 
 Stages, in the order of the road: ``data`` writes the clips, ``latents`` encodes them with the trained VAE,
 ``trajectories`` runs the trained teacher's ODE. Each writes a tfds dataset under ``WORKDIR/data``, keeps what is there
-already, and after an interruption goes on where it stopped. ``assets``, when all is trained, makes the weights of
-``WORKDIR`` those that come with the package.
+already, and after an interruption goes on where it stopped. ``prompts``, of recipes with a UMT5 encoder, encodes the
+captions into ``WORKDIR/prompts``, where trajectories and training find them: neither has room for the encoder.
+``assets``, when all is trained, makes the weights of ``WORKDIR`` those that come with the package.
 """
 
 import dataclasses
@@ -13,14 +14,17 @@ import jax
 from absl import flags, logging
 
 from causvid_jax.config import Recipe, require
-from causvid_jax.data import arrays, derived, digits, moving_digits, pipeline
+from causvid_jax.data import arrays, derived, digits, encoder, moving_digits, pipeline
 from causvid_jax.weights import stages
 from launch import common
 
 _CONFIG = common.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the recipe keeps its data, weights and logs.")
-_STAGE = flags.DEFINE_string("stage", None, "What to make: data, latents, trajectories or assets.")
+_STAGE = flags.DEFINE_string("stage", None, "What to make: data, latents, prompts, trajectories or assets.")
 _COUNT = flags.DEFINE_integer("count", 0, "How many examples to make; 0 takes the number the recipe names.")
+
+PROMPTS_AT_ONCE = 512
+"""Rows of so many prompts are held at once (8 MB each for Wan); the encoder is read anew for each lot."""
 
 
 def data(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
@@ -40,13 +44,32 @@ def latents(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     return _summary(folder)
 
 
+def prompts(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
+    """Encode the first ``count`` (0: all) training captions, and the negative prompt."""
+    require(recipe.text.kind == "umt5", f"text.kind is {recipe.text.kind!r}, whose prompts need no encoding")
+    reader = encoder.open_encoder(recipe, workdir)
+    captions = digits.captions(recipe.data, "train")[: count or None]
+    wanted = encoder.missing(reader, [recipe.text.negative, *captions])
+    for start in range(0, len(wanted), PROMPTS_AT_ONCE):
+        encoder.encode(reader, wanted[start : start + PROMPTS_AT_ONCE])
+    return f"{workdir / 'prompts'}: {len(captions)} captions and the negative prompt, {len(wanted)} of them new"
+
+
 def trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     """Run the teacher's ODE for ``count`` (0: as many as the init stage asks for) training captions."""
     params = stages.load_transformer(stages.find(recipe.name, "teacher", workdir), recipe.teacher, "teacher")
     captions = digits.captions(recipe.data, "train")
-    prompts = derived.prompt_sequence(captions, count or recipe.train_init.trajectories, recipe.data.seed)
+    chosen = derived.prompt_sequence(captions, count or recipe.train_init.trajectories, recipe.data.seed)
     folder = workdir / "data" / "trajectories"
-    derived.write_trajectories(folder, params, recipe, prompts, seed=recipe.train_init.seed, **pipeline.this_process())
+    derived.write_trajectories(
+        folder,
+        params,
+        recipe,
+        chosen,
+        seed=recipe.train_init.seed,
+        prompt_encoder=encoder.open_encoder(recipe, workdir, compute=False),
+        **pipeline.this_process(),
+    )
     return _summary(folder)
 
 
@@ -61,7 +84,7 @@ def _summary(folder: pathlib.Path) -> str:
     return f"{folder}: {len(arrays.source(folder))} examples"
 
 
-STAGES = {"data": data, "latents": latents, "trajectories": trajectories, "assets": assets}
+STAGES = {"data": data, "latents": latents, "prompts": prompts, "trajectories": trajectories, "assets": assets}
 
 
 def main() -> None:

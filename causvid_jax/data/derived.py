@@ -18,10 +18,10 @@ from einops import rearrange
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from causvid_jax.config import Recipe, VAEConfig, to_json
-from causvid_jax.data import arrays, pipeline
+from causvid_jax.data import arrays, encoder, pipeline
 from causvid_jax.diffusion.guidance import guided_velocity
 from causvid_jax.distill.trajectories import teacher_trajectory
-from causvid_jax.models import text, transformer, vae
+from causvid_jax.models import transformer, vae
 from causvid_jax.weights import store
 
 
@@ -98,6 +98,7 @@ def write_trajectories(
     seed: int = 0,
     chunk: int = 64,
     batch: int = 16,
+    prompt_encoder: encoder.Encoder | None = None,
     **options,
 ) -> bool:
     """Run the teacher's guided ODE once per prompt and keep its states at the student's timesteps.
@@ -111,13 +112,15 @@ def write_trajectories(
         seed: of the noise; trajectory i starts from ``fold_in(key(seed), i)``.
         chunk: trajectories per shard.
         batch: trajectories per device and call.
+        prompt_encoder: of the prompts; a recipe of words needs none.
         options: ``process_id``, ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
 
     Returns:
         whether the dataset is finished.
     """
     shape, diffusion, key = latent_shape(recipe), recipe.diffusion, jax.random.key(seed)
-    null = jnp.asarray(text.encode_prompts([""], recipe.text))
+    reader = prompt_encoder or encoder.open_encoder(recipe)
+    null = jnp.asarray(encoder.null_rows(reader))
 
     def trajectories(p, numbers, rows):
         noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(numbers)
@@ -132,7 +135,7 @@ def write_trajectories(
     def make_chunk(index: int) -> Iterator[dict[str, Any]]:
         for numbers in _groups(index, chunk, size, len(prompts)):
             chosen = [prompts[i] for i in numbers]
-            states = run(np.asarray(numbers, np.uint32), text.encode_prompts(chosen, recipe.text))
+            states = run(np.asarray(numbers, np.uint32), encoder.encode(reader, chosen))
             for prompt, trajectory in zip(chosen, states, strict=True):
                 yield {"trajectory": trajectory.astype(np.float16), "caption": prompt}
 

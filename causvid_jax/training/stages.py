@@ -12,10 +12,10 @@ import numpy as np
 
 from causvid_jax import video as files
 from causvid_jax.config import Recipe, StageConfig, TransformerConfig, to_json
-from causvid_jax.data import arrays, moving_digits, pipeline
+from causvid_jax.data import arrays, encoder, moving_digits, pipeline
 from causvid_jax.distill import cycle
 from causvid_jax.evaluation import samplers
-from causvid_jax.models import text, transformer, vae
+from causvid_jax.models import transformer, vae
 from causvid_jax.parallel import shardings
 from causvid_jax.streaming import stream
 from causvid_jax.training import samples, steps
@@ -68,8 +68,13 @@ def with_vae(recipe: Recipe, workdir: pathlib.Path) -> tuple[Any, Recipe]:
     return jax.tree.map(jnp.asarray, params), dataclasses.replace(recipe, vae=config)
 
 
-def _text_rows(batch: dict[str, Any], recipe: Recipe) -> np.ndarray:
-    return text.encode_prompts(list(batch["caption"]), recipe.text)
+def _open_encoder(recipe: Recipe, workdir: pathlib.Path) -> encoder.Encoder:
+    """What reads captions while a stage trains: never a network, whose place on the device is the stage's."""
+    return encoder.open_encoder(recipe, workdir, compute=False)
+
+
+def _text_rows(batch: dict[str, Any], reader: encoder.Encoder) -> np.ndarray:
+    return encoder.encode(reader, list(batch["caption"]))
 
 
 # ---- vae ------------------------------------------------------------------------------------------------------------
@@ -172,8 +177,8 @@ def _latent_source(workdir: pathlib.Path):
     return arrays.source(workdir / "data" / "latents")
 
 
-def _ready_latents(recipe: Recipe, batch: dict[str, Any]) -> dict[str, np.ndarray]:
-    return {"latents": batch["latents"], "text": _text_rows(batch, recipe)}
+def _ready_latents(reader: encoder.Encoder, batch: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {"latents": batch["latents"], "text": _text_rows(batch, reader)}
 
 
 def _start(step: steps.Step, place: shardings.Placement, *networks: Any) -> Any:
@@ -186,10 +191,11 @@ def teacher_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     vae_params, recipe = with_vae(recipe, workdir)
     config, place = recipe.train_teacher, shardings.place(recipe.parallel, recipe.teacher.rules)
     step = steps.teacher_step(recipe, place)
-    captions = samples.prompts(recipe, config.samples)
+    captions, reader = samples.prompts(recipe, config.samples), _open_encoder(recipe, workdir)
 
     def sample(state: TrainState, folder: pathlib.Path, step: int) -> dict[str, float]:
-        tools = samplers.make_samplers({"teacher": state.ema, "vae": vae_params, "student": None}, recipe)
+        networks = {"teacher": state.ema, "vae": vae_params, "student": None}
+        tools = samplers.make_samplers(networks, recipe, prompt_encoder=reader)
         video = tools.teacher(captions, 0)
         samples.show(video, folder, step, recipe)
         return samples.scores(video, captions, recipe)
@@ -203,7 +209,7 @@ def teacher_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
             config,
             functools.partial(pipeline.latent_batches, _latent_source(workdir), **pipeline.this_process()),
         ),
-        ready=lambda batch: place.batch(_ready_latents(recipe, batch)),
+        ready=lambda batch: place.batch(_ready_latents(reader, batch)),
         sample=sample,
         export=_export("teacher", recipe, lambda state: state.ema),
         context=place.current,
@@ -213,11 +219,11 @@ def teacher_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
 # ---- init -----------------------------------------------------------------------------------------------------------
 
 
-def _sample_student(recipe: Recipe, vae_params, captions, params_of: Callable[[Any], Any]):
+def _sample_student(recipe: Recipe, vae_params, captions, reader: encoder.Encoder, params_of: Callable[[Any], Any]):
     """Streams the prompts for one trained length."""
 
     def sample(state, folder: pathlib.Path, step: int) -> dict[str, float]:
-        rows = jnp.asarray(text.encode_prompts(captions, recipe.text))
+        rows = jnp.asarray(encoder.encode(reader, captions))
         _, video = stream.generate({"student": params_of(state), "vae": vae_params}, rows, config=recipe)
         clips = files.to_uint8(np.asarray(video))
         samples.show(clips, folder, step, recipe)
@@ -232,7 +238,7 @@ def init_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     vae_params, recipe = with_vae(recipe, workdir)
     config, place = recipe.train_init, shardings.place(recipe.parallel, recipe.student.rules)
     step = steps.init_step(recipe, place)
-    source = arrays.source(workdir / "data" / "trajectories")
+    source, reader = arrays.source(workdir / "data" / "trajectories"), _open_encoder(recipe, workdir)
 
     def init() -> TrainState:
         start = [_load_network(recipe, "teacher", workdir, recipe.teacher, place)] if step.starts else []
@@ -247,8 +253,10 @@ def init_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         init=init,
         step=step.update,
         phases=_phases(config, batches),
-        ready=lambda batch: place.batch({"trajectory": batch["trajectory"], "text": _text_rows(batch, recipe)}),
-        sample=_sample_student(recipe, vae_params, samples.prompts(recipe, config.samples), lambda state: state.ema),
+        ready=lambda batch: place.batch({"trajectory": batch["trajectory"], "text": _text_rows(batch, reader)}),
+        sample=_sample_student(
+            recipe, vae_params, samples.prompts(recipe, config.samples), reader, lambda state: state.ema
+        ),
         export=_export("init", recipe, lambda state: state.ema),
         context=place.current,
     )
@@ -261,7 +269,8 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     """DMD (paper, section 4.2): student and fake score in turns, both judged by the frozen teacher."""
     vae_params, recipe = with_vae(recipe, workdir)
     config, place = recipe.train_distill, shardings.place(recipe.parallel, recipe.student.rules)
-    step = steps.distill_step(recipe, place, jnp.asarray(text.encode_prompts([""], recipe.text)[0]))
+    reader = _open_encoder(recipe, workdir)
+    step = steps.distill_step(recipe, place, jnp.asarray(encoder.null_rows(reader)))
     teacher = _load_network(recipe, "teacher", workdir, recipe.teacher, place)
 
     def init() -> cycle.DistillState:
@@ -280,7 +289,7 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         )
 
     def ready(batch: dict[str, Any]) -> dict[str, np.ndarray]:
-        given = _ready_latents(recipe, batch)
+        given = _ready_latents(reader, batch)
         split = {k: given[k].reshape(config.critic_updates + 1, -1, *given[k].shape[1:]) for k in step.batch}
         return place.batch(split, step.leading)
 
@@ -294,7 +303,7 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         step=lambda state, batch: step.update(state, teacher, batch),
         phases=_phases(config, batches),
         ready=ready,
-        sample=_sample_student(recipe, vae_params, samples.prompts(recipe, config.samples), params_of),
+        sample=_sample_student(recipe, vae_params, samples.prompts(recipe, config.samples), reader, params_of),
         export=_export("distill", recipe, params_of),
         context=place.current,
     )
