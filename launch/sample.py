@@ -33,7 +33,7 @@ from causvid_jax import video as files
 from causvid_jax.config import ConfigError, Recipe, VideoConfig, require
 from causvid_jax.data import encoder
 from causvid_jax.evaluation import samplers
-from causvid_jax.models import transformer, vae
+from causvid_jax.models import numerics, transformer, vae
 from causvid_jax.streaming import codec, memory, play, stream
 from causvid_jax.weights import stages, store
 from launch import common
@@ -110,6 +110,7 @@ def find_weights(
     store.check_file(found[role], transformer.abstract(getattr(recipe, role)), f"{role} weights {found[role]}")
     if recipe.decoder == "taehv":
         found["taehv"] = stages.find_taehv(workdir or ".")
+        stages.load_taehv(found["taehv"], recipe.taehv)  # small enough to read it twice
         if not encodes:
             return found, recipe
     found["vae"] = stages.find(recipe.name, "vae", workdir)
@@ -132,17 +133,6 @@ def load(request: "Request", shapes: Mapping[str, Any]) -> stream.Params:
 def free(tree: Any) -> None:
     """Give an array's memory back now, whoever still holds a name for it."""
     jax.tree.map(lambda leaf: leaf.delete(), tree)
-
-
-def exact(recipe: Recipe, teacher: bool) -> Recipe:
-    """``recipe`` with the numerics of the published code: Wan2.1's for the teacher, whose VAE runs in float32, and
-    CausVid's for the student."""
-    return dataclasses.replace(
-        recipe,
-        teacher=dataclasses.replace(recipe.teacher, numerics="wan"),
-        student=dataclasses.replace(recipe.student, numerics="causvid"),
-        vae=dataclasses.replace(recipe.vae, dtype="float32") if teacher else recipe.vae,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +166,7 @@ def read_request() -> Request:
     require(_FRAMES.value is None or _FRAMES.value >= 1, f"--frames is {_FRAMES.value}; it must be at least 1")
     frames = _FRAMES.value or recipe.video.frames
     if _EXACT.value:
-        recipe = exact(recipe, _TEACHER.value)
+        recipe = numerics.exact(recipe, _TEACHER.value)
     place = _TEXT_ENCODER.value or _CHECKPOINT.value
     reader = encoder.open_encoder(recipe, place, cache=_PROMPT_CACHE.value, tokenizer=_TOKENIZER.value)
     encoder.check(reader, prompts)

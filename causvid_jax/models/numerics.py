@@ -16,12 +16,13 @@ to compare frames with that code takes its column. What stays different: rotary 
 there (4e-6 rad at worst), and flash attention divides by the softmax's sum after the last product, not before.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from causvid_jax.config import TransformerConfig
+from causvid_jax.config import Recipe, TransformerConfig
 from causvid_jax.models import layers
 from causvid_jax.models.layers import Params
 
@@ -97,3 +98,18 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, config: Transform
 def add(x: jax.Array, y: jax.Array, config: TransformerConfig, gate: jax.Array | None = None) -> jax.Array:
     """The residual stream: ``x + y``, or ``x + y gate`` with ``gate [B, F, M]``."""
     return everywhere(x + (y if gate is None else everywhere(y * gate[:, :, None], config)), config)
+
+
+def exact(recipe: Recipe, teacher: bool) -> Recipe:
+    """``recipe`` with the numerics of the published code: of Wan2.1 for the teacher, whose VAE then runs in float32, of
+    CausVid for the student.
+
+    Beside the roundings above, the student's latents are rounded between its steps and its noise levels come from the
+    published table (``flow.table_sigma``), and the teacher's UniPC is told whole timesteps.
+    """
+    return dataclasses.replace(
+        recipe,
+        teacher=dataclasses.replace(recipe.teacher, numerics="wan"),
+        student=dataclasses.replace(recipe.student, numerics="causvid"),
+        vae=dataclasses.replace(recipe.vae, dtype="float32") if teacher else recipe.vae,
+    )

@@ -10,9 +10,9 @@ from causvid_jax.streaming import memory
 from launch.common import load_recipe_file
 
 WAN = load_recipe_file(str(pathlib.Path(__file__).parents[2] / "configs" / "wan_1_3b.py"))
-# Of 1,418,996,800 parameters: what is no kernel of a rounded matmul. By layer: 6 D modulation, 4 attentions' biases twice
-# (8 D), q and k norms twice (4 D), norm3 (2 D), the MLP's biases. Outside: patch and text biases, the time embedding and
-# projection in whole, the head's modulation and bias.
+# Of 1,418,996,800 parameters: what is no kernel of a rounded matmul. A layer has 6 D of modulation, 8 D of attention's
+# biases, 4 D of q and k norms, 2 D of norm3 and the MLP's biases. Outside: biases of patch and text embedding, the time
+# embedding and projection in whole, the head's modulation and bias.
 D, FFN, LAYERS = 1536, 8960, 30
 FLOAT32 = (
     LAYERS * (6 * D + 8 * D + 4 * D + 2 * D + FFN + D)
@@ -70,9 +70,13 @@ def test_in_words_and_against_a_limit():
     said = memory.describe(plan)
     for words in ("1. encode the prompts: ", "2. stream: ", "text encoder", "11.36 GB bfloat16", "6.04 GB bfloat16"):
         assert words in said
-    assert "does not say how much it has" in said and "80.00 GB that the device has" in memory.describe(plan, 80 * 10**9)
+    assert "does not say how much it has" in said and "80.00 GB that the device has" in memory.describe(
+        plan, 80 * 10**9
+    )
     memory.check(plan, None)
     memory.check(plan, 80 * 10**9)
-    with pytest.raises(ConfigError, match=r"to encode the prompts takes about 1\d\.\d\d GB, and the device has 8.00 GB"):
+    with pytest.raises(
+        ConfigError, match=r"to encode the prompts takes about 1\d\.\d\d GB, and the device has 8.00 GB"
+    ):
         memory.check(plan, 8 * 10**9)
     assert memory.device_limit() is None  # a CPU
