@@ -62,6 +62,7 @@ def make_samplers(
       recache: after a prompt switch, write the blocks in sight to the cache again under the new prompt.
       prompt_encoder: of the prompts; a recipe of words needs none.
     """
+    require(config.decoder == "vae", f"decoder is {config.decoder!r}; a report shows what the VAE shows: 'vae'")
     reader = prompt_encoder or encoder.open_encoder(config)
     streamed = {"student": params["student"], "vae": params["vae"]}
     null = jnp.asarray(encoder.null_rows(reader))

@@ -63,9 +63,9 @@ def _load_network(
 
 
 def with_vae(recipe: Recipe, workdir: pathlib.Path) -> tuple[Any, Recipe]:
-    """The trained VAE, and the recipe with its latent statistics filled in."""
+    """The trained VAE, and the recipe with its latent statistics filled in; it also shows what a stage samples."""
     params, config = weight_files.load_vae(weight_files.find(recipe.name, "vae", workdir), recipe.vae)
-    return jax.tree.map(jnp.asarray, params), dataclasses.replace(recipe, vae=config)
+    return jax.tree.map(jnp.asarray, params), dataclasses.replace(recipe, vae=config, decoder="vae")
 
 
 def _open_encoder(recipe: Recipe, workdir: pathlib.Path) -> encoder.Encoder:
