@@ -10,10 +10,11 @@
 | time embedding, modulation, LayerNorm, residual stream | float32 | float32 | rounded after every operation |
 | head | operands rounded | float32 | rounded |
 | rotary positions in a stream | relative to the block | absolute | absolute |
+| division by the softmax's sum, without a kernel | before the last product | after it | after it |
 
 Ours keeps more than either. The published weights have only ever seen the roundings of their own code, so whoever wants
 to compare frames with that code takes its column. What stays different: rotary angles are float32 here and float64
-there (4e-6 rad at worst), and flash attention divides by the softmax's sum after the last product, not before.
+there (4e-6 rad at worst), and flash attention rescales its sums from one stretch of keys to the next.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from causvid_jax.config import Recipe, TransformerConfig
-from causvid_jax.models import layers
+from causvid_jax.models import attention, layers
 from causvid_jax.models.layers import Params
 
 
@@ -65,6 +66,12 @@ def head_linear(p: Params, x: jax.Array, config: TransformerConfig) -> jax.Array
 def float32_kernels(config: TransformerConfig) -> tuple[str, ...]:
     """Top-level names of the parameters whose kernels are used unrounded."""
     return ("time_embedding", "time_projection", *(("head",) if config.numerics == "wan" else ()))
+
+
+def attention_backend(config: TransformerConfig) -> str:
+    """``config.attention``; where that is XLA's own, the variant that rounds as flash attention does."""
+    plain = config.numerics == "own" or attention.resolve(config.attention, config.dtype) != "xla"
+    return config.attention if plain else "late"
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, config: TransformerConfig) -> jax.Array:

@@ -215,7 +215,7 @@ def block(
         text = text if isinstance(text, TextCache) else cross_keys_values(ca, text, config)
         # All text slots are attended, padding included: that is what the published weights were trained with.
         attend_text = functools.partial(
-            attention.attend_text, q, dtype=config.dtype, backend=config.attention, rules=config.rules
+            attention.attend_text, q, dtype=config.dtype, backend=numerics.attention_backend(config), rules=config.rules
         )
         out = attend_text(text.k, text.v)
         if text.image_k is not None and text.image_v is not None:
@@ -336,7 +336,9 @@ def _grid(x: jax.Array, config: TransformerConfig) -> dict[str, Any]:
 def _attend_plan(plan: attention.Plan, angle: jax.Array, config: TransformerConfig) -> Attend:
     def attend(q, k, v, _):
         q, k = rope.rotate(q, angle), rope.rotate(k, angle)
-        out = attention.attend(plan, q, k, v, dtype=config.dtype, backend=config.attention, rules=config.rules)
+        out = attention.attend(
+            plan, q, k, v, dtype=config.dtype, backend=numerics.attention_backend(config), rules=config.rules
+        )
         return out, None
 
     return attend
@@ -445,7 +447,7 @@ def cached(
         )
         q, rotated = rope.rotate(q, query_angle), rope.rotate(keys, key_angle)
         flat = [attention.flatten_frames(z) for z in (q, rotated, values)]
-        out = attention.dense(*flat, dtype=config.dtype, backend=config.attention, mask=mask)
+        out = attention.dense(*flat, dtype=config.dtype, backend=numerics.attention_backend(config), mask=mask)
         return out.reshape(q.shape), (keys, values)
 
     def attend(q, k, v, layer_cache):

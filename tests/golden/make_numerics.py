@@ -18,7 +18,7 @@ SIZES = {
     "dim": 48,
     "ffn_dim": 80,
     "num_heads": 2,
-    "num_layers": 3,
+    "num_layers": 1,
     "in_channels": 4,
     "out_channels": 4,
     "text_dim": 12,
