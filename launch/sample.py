@@ -120,7 +120,8 @@ def find_weights(
 
 def load(request: "Request", shapes: Mapping[str, Any]) -> stream.Params:
     """The weights of ``shapes`` on the device, in its types."""
-    params, found = {}, request.weights
+    params: stream.Params = {}
+    found = request.weights
     for name, expected in shapes.items():
         if name == "taehv":
             held = stages.load_taehv(found[name], request.recipe.taehv)

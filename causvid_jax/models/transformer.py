@@ -230,8 +230,8 @@ def block(
 
 def _embed_time(p: Params, timestep: jax.Array, config: TransformerConfig) -> tuple[jax.Array, jax.Array]:
     """Timesteps ``[B, F]`` as the head reads them, ``[B, F, M]``, and as the layers do, ``[B, F, 6, M]``."""
-    island, mlp = functools.partial(numerics.island_linear, config=config), p["time_embedding"]
-    e = island(mlp["fc2"], nn.silu(island(mlp["fc1"], timestep_sinusoid(timestep, config.freq_dim))))
+    island, net = functools.partial(numerics.island_linear, config=config), p["time_embedding"]
+    e = island(net["fc2"], nn.silu(island(net["fc1"], timestep_sinusoid(timestep, config.freq_dim))))
     return e, rearrange(island(p["time_projection"], nn.silu(e)), "b f (s M) -> b f s M", s=6)
 
 

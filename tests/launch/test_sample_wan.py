@@ -99,7 +99,9 @@ def test_student_and_teacher_from_a_checkpoint_folder(place):
     params = jax.tree.map(jnp.asarray, params)
     made = play.play(params, rows["warm neon"], config=recipe, frames=13, switches={1: rows["neon"]})
     video.write_video(place / "expected.gif", np.concatenate(list(made), axis=1)[0], 16)
-    assert (place / "expected.gif").read_bytes() == (place / "student.gif").read_bytes()
+    a, b, other = (video.read_video(place / f"{x}.gif", 32, 32).astype(int) for x in ("student", "expected", "tiny"))
+    # Rounding may move a pixel to its neighbour in the file's palette.
+    assert a.shape == b.shape and np.abs(a - b).mean() <= 1 < np.abs(a - other).mean()
 
 
 def test_what_is_missing_is_named(place, tmp_path):
