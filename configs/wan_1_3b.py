@@ -7,6 +7,7 @@ on 5 beside a teacher on 8). ``launch.convert`` brings the teacher, the VAE and 
 
 import ml_collections
 
+from causvid_jax.data.prompts import NEGATIVE_PROMPT
 from causvid_jax.models.vae import WAN_LATENT_MEAN, WAN_LATENT_STD
 
 SIZES = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}
@@ -38,7 +39,7 @@ def recipe(name: str, sizes: dict[str, int], guidance: float) -> ml_collections.
         {
             "name": name,
             "video": {"height": 480, "width": 832, "frames": 81, "fps": 16},
-            "text": {"kind": "umt5", "length": 512, "dim": 4096},
+            "text": {"kind": "umt5", "length": 512, "dim": 4096, "negative": NEGATIVE_PROMPT},
             "data": {"name": "videos"},
             "vae": {"latent_mean": WAN_LATENT_MEAN, "latent_std": WAN_LATENT_STD, "dtype": "bfloat16"},
             "teacher": network,

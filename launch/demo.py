@@ -18,8 +18,9 @@ from absl import flags
 
 from causvid_jax import video
 from causvid_jax.config import Recipe, require
+from causvid_jax.data import encoder
 from causvid_jax.evaluation import samplers, show
-from causvid_jax.models import text, vae
+from causvid_jax.models import vae
 from causvid_jax.streaming import stream
 from causvid_jax.weights import stages
 from launch import common
@@ -51,7 +52,7 @@ def load(recipe: Recipe, workdir: str | None) -> tuple[Params, Recipe]:
 
 def rows_of(prompts: Sequence[str], recipe: Recipe) -> jax.Array:
     """Text rows ``[B, S, E]``."""
-    return jnp.asarray(text.encode_prompts(prompts, recipe.text))
+    return jnp.asarray(encoder.encode(encoder.open_encoder(recipe, _WORKDIR.value), prompts))
 
 
 def blocks_of(params: Params, recipe: Recipe, prompts: Sequence[str], seed: int, blocks: int) -> Iterator[np.ndarray]:
@@ -93,13 +94,13 @@ def show_stream(params: Params, recipe: Recipe, prompts: Sequence[str], blocks: 
 
 def compare(params: Params, recipe: Recipe, prompts: Sequence[str], output: pathlib.Path) -> None:
     """Teacher above student: the same prompts, one clip each, timed without compilation."""
-    empty = jnp.asarray(text.encode_prompts([""], recipe.text)[0])
+    null = jnp.asarray(encoder.null_rows(encoder.open_encoder(recipe, _WORKDIR.value)))
     decode = jax.jit(vae.decode, static_argnames=("config",))
     blocks = len(recipe.causal.block_sizes(recipe.video.latent_frames))
 
     def teacher(prompt: str, seed: int) -> np.ndarray:
         latents = samplers.teacher_latents(
-            params["teacher"], rows_of([prompt], recipe), empty, jnp.asarray([seed], jnp.uint32), config=recipe
+            params["teacher"], rows_of([prompt], recipe), null, jnp.asarray([seed], jnp.uint32), config=recipe
         )
         return video.to_uint8(decode(params["vae"], latents, config=recipe.vae))[0]
 
@@ -128,7 +129,7 @@ def main() -> None:
     recipe = common.load_recipe(_CONFIG)
     prompts, output = _PROMPT.value, pathlib.Path(_OUTPUT.value)
     require(_SECONDS.value > 0, f"--seconds is {_SECONDS.value:g}; it must be positive")
-    text.encode_prompts(prompts, recipe.text)
+    rows_of(prompts, recipe)
     for suffix in video.SUFFIXES:
         video.check_output(output / f"stream{suffix}")
     params, recipe = load(recipe, _WORKDIR.value)

@@ -12,6 +12,7 @@ import jax
 from absl import flags, logging
 
 from causvid_jax.config import Recipe
+from causvid_jax.data import encoder
 from causvid_jax.evaluation import judge as judging
 from causvid_jax.evaluation import judge_training, report, samplers, show
 from causvid_jax.training.progress import Progress
@@ -74,7 +75,12 @@ def evaluate(recipe: Recipe) -> None:
         path = given or stages.find(recipe.name, stage, _WORKDIR.value)
         params[role] = stages.load_transformer(path, getattr(recipe, role), role)
         logging.info("%s: %s", role, path)
-    made = samplers.make_samplers(jax.tree.map(jax.numpy.asarray, params), recipe, recache=_RECACHE.value)
+    made = samplers.make_samplers(
+        jax.tree.map(jax.numpy.asarray, params),
+        recipe,
+        recache=_RECACHE.value,
+        prompt_encoder=encoder.open_encoder(recipe, _WORKDIR.value),
+    )
     result = report.evaluate(recipe, trained, made, plan)
     output.write_text(json.dumps(result.report, indent=1) + "\n", encoding="utf-8")
     output.with_suffix(".md").write_text(show.markdown(result.report), encoding="utf-8")

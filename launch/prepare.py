@@ -2,10 +2,12 @@
 
 Stages, in the order of the road: ``data`` writes the clips of moving digits and ``latents`` encodes them with the
 trained VAE; ``videos`` does both for a folder of videos (``--videos=DIR --captions=FILE``); ``prompts`` embeds a list
-of prompts (``--prompts=FILE``); ``trajectories`` runs the trained teacher's ODE. Each writes a tfds dataset under
-``WORKDIR/data``, keeps what is there already, and after an interruption goes on where it stopped. Several machines
-share a stage with ``--host_index=I --host_count=N``. ``assets``, when all is trained, makes the weights of ``WORKDIR``
-those that come with the package. Formats and rules: docs/data.md.
+of prompts (``--prompts=FILE``), and leaves the rows of a UMT5 encoder, the negative prompt's among them, in
+``WORKDIR/prompts``, where trajectories and training find them: neither has room for the encoder; ``trajectories`` runs
+the trained teacher's ODE. Each writes a tfds dataset under ``WORKDIR/data``, keeps what is there already, and after an
+interruption goes on where it stopped. Several machines share a stage with ``--host_index=I --host_count=N``.
+``assets``, when all is trained, makes the weights of ``WORKDIR`` those that come with the package. Formats and rules:
+docs/data.md.
 """
 
 import dataclasses
@@ -16,7 +18,7 @@ import jax
 from absl import flags, logging
 
 from causvid_jax.config import ConfigError, Recipe, require
-from causvid_jax.data import arrays, captions, derived, moving_digits, pipeline, videos
+from causvid_jax.data import arrays, captions, derived, encoder, moving_digits, pipeline, videos
 from causvid_jax.data import recipe as recipe_data
 from causvid_jax.weights import stages
 from launch import common
@@ -35,6 +37,9 @@ _BATCH = flags.DEFINE_integer("batch", 1, "videos: clips per device and call of 
 _WORKERS = flags.DEFINE_integer("workers", 2, "videos: how many are decoded at a time.")
 _HOST_INDEX = flags.DEFINE_integer("host_index", None, "This machine's number from 0; none: JAX's process index.")
 _HOST_COUNT = flags.DEFINE_integer("host_count", None, "How many machines share the stage; none: JAX's process count.")
+
+PROMPTS_AT_ONCE = 512
+"""Rows of so many prompts are held at once (8 MB each for Wan); the encoder is read anew for each lot."""
 
 
 def data(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
@@ -75,6 +80,7 @@ def encode_videos(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
         listed[: count or len(listed)],
         params,
         dataclasses.replace(recipe, vae=config),
+        prompt_encoder=encoder.open_encoder(recipe, workdir),
         **{**options, **_host()},
     )
     used, skipped = videos.used(folder), videos.skipped(folder)
@@ -85,13 +91,20 @@ def encode_videos(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
 
 
 def prompts(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
-    """Embed the first ``count`` (0: all) prompts of the list."""
-    folder = recipe_data.folder(workdir, recipe_data.PROMPTS)
-    chosen = _prompt_list(recipe)
+    """Embed the first ``count`` (0: all) prompts of the list; without one, only encode the data's captions."""
+    reader, chosen = encoder.open_encoder(recipe, workdir), _prompt_list(recipe)
+    if recipe.text.kind != "words":
+        known = chosen if chosen is not None else recipe_data.prompts(recipe, workdir)
+        wanted = encoder.missing(reader, [recipe.text.negative, *known[: count or len(known)]])
+        for start in range(0, len(wanted), PROMPTS_AT_ONCE):
+            encoder.encode(reader, wanted[start : start + PROMPTS_AT_ONCE])
+        if chosen is None:
+            return f"{workdir / 'prompts'}: {len(known)} captions and the negative prompt, {len(wanted)} of them new"
     if chosen is None:
         raise ConfigError("no --prompts is given and data.prompt_file is empty; --stage=prompts needs a list of them")
+    folder = recipe_data.folder(workdir, recipe_data.PROMPTS)
     before = arrays.is_complete(folder)
-    derived.write_prompts(folder, recipe, chosen[: count or len(chosen)], **_host())
+    derived.write_prompts(folder, recipe, chosen[: count or len(chosen)], prompt_encoder=reader, **_host())
     return _summary(folder, before)
 
 
@@ -104,7 +117,10 @@ def trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     chosen = derived.prompt_sequence(known, count or recipe.train_init.trajectories, recipe.data.seed)
     folder = recipe_data.folder(workdir, recipe_data.TRAJECTORIES)
     before = arrays.is_complete(folder)
-    derived.write_trajectories(folder, params, recipe, chosen, seed=recipe.train_init.seed, **_host())
+    reader = encoder.open_encoder(recipe, workdir, compute=False)
+    derived.write_trajectories(
+        folder, params, recipe, chosen, seed=recipe.train_init.seed, prompt_encoder=reader, **_host()
+    )
     return _summary(folder, before)
 
 
@@ -125,6 +141,7 @@ def _causal_trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> s
             identity=(given / arrays.IDENTITY).read_text(),
             frames=frames,
             seed=recipe.train_init.seed,
+            prompt_encoder=encoder.open_encoder(recipe, workdir, compute=False),
             **_host(),
         )
         lines.append(_summary(folder, before))

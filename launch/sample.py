@@ -4,13 +4,25 @@ Streams with the four-step student, of any length, and writes while it generates
 into ``out_0.mp4``, ``out_1.mp4``, .... ``--image`` starts from a picture, ``--video`` follows a video, and
 ``--switch "405:a blue 7 moving up"`` changes the prompt at the block that holds frame 405. ``--teacher`` samples the
 many-step bidirectional model instead, on one clip. Default weights are those of the package.
+
+With published weights: ``--config=configs/wan_1_3b.py --checkpoint=DIR``, DIR being what ``launch.convert`` makes::
+
+    DIR/distill/weights.safetensors          the student, or with --teacher DIR/teacher/weights.safetensors
+    DIR/vae/weights.safetensors
+    DIR/text_encoder/weights.safetensors     UMT5; beside it tokenizer.json, of google/umt5-xxl
+    DIR/taehv/weights.safetensors            with --config.decoder=taehv; or DIR/taew2_1.safetensors as published
+    DIR/prompts/                             encoded prompts, kept from run to run
+
+What the device has to hold, and when, is printed before anything is loaded. ``--exact`` follows the published code's
+numerics (``causvid_jax.models.numerics``).
 """
 
 import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +31,11 @@ from absl import flags
 
 from causvid_jax import video as files
 from causvid_jax.config import ConfigError, Recipe, VideoConfig, require
+from causvid_jax.data import encoder
 from causvid_jax.evaluation import samplers
-from causvid_jax.models import text, vae
-from causvid_jax.streaming import play, stream
-from causvid_jax.weights import stages
+from causvid_jax.models import numerics, transformer, vae
+from causvid_jax.streaming import codec, memory, play, stream
+from causvid_jax.weights import stages, store
 from launch import common
 
 _CONFIG = common.define_config_flag()
@@ -36,10 +49,20 @@ _STRENGTH = flags.DEFINE_float("strength", 0.5, "With --video: how far from it, 
 _SWITCH = flags.DEFINE_multi_string("switch", [], "FRAME:PROMPT, another prompt from the block with that frame on.")
 _RECACHE = flags.DEFINE_bool("recache", True, "At a switch, rewrite the cache under the new prompt.")
 _TEACHER = flags.DEFINE_bool("teacher", False, "Sample the many-step teacher instead of the student.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training's --workdir, or one .safetensors file of the model.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    None,
+    "A training's --workdir or what launch.convert made: a folder with distill/weights.safetensors (with --teacher "
+    "teacher/weights.safetensors), vae/weights.safetensors and, for UMT5 prompts, text_encoder/weights.safetensors and "
+    "text_encoder/tokenizer.json. Or one .safetensors file of the model.",
+)
+_TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Another folder with text_encoder/; default: --checkpoint.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer.json of google/umt5-xxl, if it lies elsewhere.")
+_PROMPT_CACHE = flags.DEFINE_string(
+    "prompt_cache", None, "Where encoded prompts are kept; default: prompts/ beside text_encoder/; empty: nowhere."
+)
+_EXACT = flags.DEFINE_bool("exact", False, "Round as the published code does, and read its tables.")
 _UPSCALE = flags.DEFINE_integer("upscale", 0, "Size of a pixel in the file; 0: such that tiny videos can be seen.")
-
-_decode = jax.jit(vae.decode, static_argnames=("config",))
 
 VISIBLE = 256
 """Videos less high than this are enlarged unless --upscale is given."""
@@ -72,16 +95,45 @@ def output_paths(output: str, count: int) -> list[pathlib.Path]:
     return [files.check_output(p) for p in paths]
 
 
-def load(recipe: Recipe, role: str, checkpoint: str | None) -> tuple[stream.Params, Recipe]:
-    """``{role, "vae"}`` parameters, and the recipe with the statistics of the VAE's latents."""
+def find_weights(
+    recipe: Recipe, role: str, checkpoint: str | None, encodes: bool
+) -> tuple[dict[str, pathlib.Path], Recipe]:
+    """The files of ``role`` and of the codecs it needs, whose headers fit; and the recipe with the latents' statistics.
+
+    ``encodes``: whether pixels have to become latents, which only the VAE does.
+    """
     stage = "distill" if role == "student" else "teacher"
     given = pathlib.Path(checkpoint) if checkpoint else None
     require(given is None or given.exists(), f"--checkpoint {checkpoint} does not exist")
     workdir = given if given and given.is_dir() else None
-    path = given if given and not workdir else stages.find(recipe.name, stage, workdir)
-    params = {role: stages.load_transformer(path, getattr(recipe, role), role)}
-    params["vae"], coder = stages.load_vae(stages.find(recipe.name, "vae", workdir), recipe.vae)
-    return params, dataclasses.replace(recipe, vae=coder)
+    found = {role: given if given and not workdir else stages.find(recipe.name, stage, workdir)}
+    store.check_file(found[role], transformer.abstract(getattr(recipe, role)), f"{role} weights {found[role]}")
+    if recipe.decoder == "taehv":
+        found["taehv"] = stages.find_taehv(workdir or ".")
+        stages.load_taehv(found["taehv"], recipe.taehv)  # small enough to read it twice
+        if not encodes:
+            return found, recipe
+    found["vae"] = stages.find(recipe.name, "vae", workdir)
+    statistics = store.check_file(found["vae"], vae.abstract(recipe.vae), f"VAE weights {found['vae']}")
+    return found, dataclasses.replace(recipe, vae=stages.latent_statistics(recipe.vae, statistics))
+
+
+def load(request: "Request", shapes: Mapping[str, Any]) -> stream.Params:
+    """The weights of ``shapes`` on the device, in its types."""
+    params: stream.Params = {}
+    found = request.weights
+    for name, expected in shapes.items():
+        if name == "taehv":
+            held = stages.load_taehv(found[name], request.recipe.taehv)
+            params[name] = jax.tree.map(lambda x, e: jnp.asarray(x, e.dtype), held, expected)
+        else:
+            params[name], _ = store.load_arrays(found[name], expected, f"{name} weights {found[name]}")
+    return params
+
+
+def free(tree: Any) -> None:
+    """Give an array's memory back now, whoever still holds a name for it."""
+    jax.tree.map(lambda leaf: leaf.delete(), tree)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +142,19 @@ class Request:
 
     recipe: Recipe
     frames: int
-    rows: np.ndarray  # [B, S, E]
+    prompts: list[str]
     outputs: list[pathlib.Path]
     switches: dict[int, tuple[int, str]]
     image: np.ndarray | None
     video: np.ndarray | None
-    params: stream.Params
+    encoder: encoder.Encoder
+    weights: dict[str, pathlib.Path]
+
+    @property
+    def texts(self) -> list[str]:
+        """Every prompt that will be needed; the teacher has an unconditional branch."""
+        negative = [self.recipe.text.negative] if "teacher" in self.weights else []
+        return [*self.prompts, *(prompt for _, prompt in self.switches.values()), *negative]
 
 
 def read_request() -> Request:
@@ -107,7 +166,11 @@ def read_request() -> Request:
     require(0 <= _SEED.value < 2**32, f"--seed is {_SEED.value}; accepted: 0 to {2**32 - 1}")
     require(_FRAMES.value is None or _FRAMES.value >= 1, f"--frames is {_FRAMES.value}; it must be at least 1")
     frames = _FRAMES.value or recipe.video.frames
-    rows = text.encode_prompts(prompts, recipe.text)
+    if _EXACT.value:
+        recipe = numerics.exact(recipe, _TEACHER.value)
+    place = _TEXT_ENCODER.value or _CHECKPOINT.value
+    reader = encoder.open_encoder(recipe, place, cache=_PROMPT_CACHE.value, tokenizer=_TOKENIZER.value)
+    encoder.check(reader, prompts)
     size = recipe.video.height, recipe.video.width
     image = files.read_image(_IMAGE.value, *size) if _IMAGE.value else None
     video = None
@@ -121,10 +184,11 @@ def read_request() -> Request:
             require(not value, f"--{name} is given with --teacher, which cannot stream; leave one of them out")
         recipe = dataclasses.replace(recipe, video=teacher_video(frames, recipe))
     switches = parse_switches(_SWITCH.value, frames, recipe)
-    text.encode_prompts([prompt for _, prompt in switches.values()], recipe.text)
+    encoder.check(reader, [prompt for _, prompt in switches.values()])
     outputs = output_paths(_OUTPUT.value, len(prompts))
-    params, recipe = load(recipe, "teacher" if _TEACHER.value else "student", _CHECKPOINT.value)
-    return Request(recipe, frames, rows, outputs, switches, image, video, params)
+    role, encodes = "teacher" if _TEACHER.value else "student", image is not None or video is not None
+    weights, recipe = find_weights(recipe, role, _CHECKPOINT.value, encodes)
+    return Request(recipe, frames, prompts, outputs, switches, image, video, reader, weights)
 
 
 def teacher_video(frames: int, recipe: Recipe) -> VideoConfig:
@@ -143,34 +207,63 @@ def teacher_video(frames: int, recipe: Recipe) -> VideoConfig:
     return clip
 
 
-def teacher_clips(request: Request, timing: play.Timing) -> Iterator[np.ndarray]:
-    """The teacher's clips, uint8 ``[B, T, H, W, 3]``, all at once."""
-    recipe, params = request.recipe, jax.tree.map(jnp.asarray, request.params)
-    rows, empty = jnp.asarray(request.rows), jnp.asarray(text.encode_prompts([""], recipe.text)[0])
+def memory_plan(request: Request) -> tuple[memory.Phase, ...]:
+    """What the device will hold, phase by phase."""
+    recipe, teacher = request.recipe, _TEACHER.value
+    latents = recipe.video.latent_frames if teacher else play.covering_latents(request.frames, recipe)
+    return memory.plan(
+        recipe,
+        "teacher" if teacher else "student",
+        batch=len(request.prompts),
+        latents=latents,
+        prompts=len(encoder.missing(request.encoder, request.texts)),
+        image=request.image is not None,
+        video=request.video is not None,
+    )
+
+
+Texts = Mapping[str, np.ndarray]  # prompt to rows [S, E]
+
+
+def encode_texts(request: Request) -> Texts:
+    """Rows of every prompt, by an encoder that is gone afterwards."""
+    return dict(zip(request.texts, encoder.encode(request.encoder, request.texts), strict=True))
+
+
+def teacher_clips(request: Request, texts: Texts, timing: play.Timing) -> Iterator[np.ndarray]:
+    """The teacher's clips, uint8 ``[B, n, H, W, 3]``: denoised all at once, decoded piece by piece."""
+    recipe = request.recipe
+    rows, null = (jnp.asarray(x) for x in (np.stack([texts[p] for p in request.prompts]), texts[recipe.text.negative]))
     seeds = jnp.asarray(_SEED.value + np.arange(len(rows)), jnp.uint32)
+    params = load(request, {"teacher": transformer.inference(recipe.teacher)})
     begin = time.perf_counter()
-    sample = samplers.teacher_latents.lower(params["teacher"], rows, empty, seeds, config=recipe).compile()
-    shape = (len(rows), recipe.video.latent_frames, *stream.latent_size(recipe), recipe.vae.z_dim)
-    latents = jax.ShapeDtypeStruct(shape, jnp.float32)
-    decode = _decode.lower(params["vae"], latents, config=recipe.vae).compile()
+    sample = samplers.teacher_latents.lower(params["teacher"], rows, null, seeds, config=recipe).compile()
     timing.compile, begin = time.perf_counter() - begin, time.perf_counter()
-    clips = files.to_uint8(decode(params["vae"], sample(params["teacher"], rows, empty, seeds)))
-    timing.first = timing.total = time.perf_counter() - begin
-    timing.frames = timing.first_frames = clips.shape[1]
-    yield clips
+    latents = jax.block_until_ready(sample(params["teacher"], rows, null, seeds))
+    timing.total = time.perf_counter() - begin
+    free(params)
+    params, begin = load(request, memory.codec_shapes(recipe, encodes=False)), time.perf_counter() - timing.total
+    for shown in codec.decode_clip(params, latents, config=recipe):
+        clips = files.to_uint8(np.asarray(shown))
+        timing.frames += clips.shape[1]
+        timing.total = time.perf_counter() - begin
+        if not timing.first:
+            timing.first = timing.total
+        yield clips
 
 
-def student_blocks(request: Request, timing: play.Timing) -> Iterator[np.ndarray]:
+def student_blocks(request: Request, texts: Texts, timing: play.Timing) -> Iterator[np.ndarray]:
     """The student's streams, uint8 ``[B, n, H, W, 3]`` block by block."""
-    recipe, count = request.recipe, len(request.rows)
-    rows = {block: text.encode_prompts([p] * count, recipe.text) for block, (_, p) in request.switches.items()}
+    recipe, count = request.recipe, len(request.prompts)
+    encodes = request.image is not None or request.video is not None
+    shapes = {"student": transformer.inference(recipe.student), **memory.codec_shapes(recipe, encodes=encodes)}
     return play.play(
-        request.params,
-        request.rows,
+        load(request, shapes),
+        np.stack([texts[p] for p in request.prompts]),
         config=recipe,
         frames=request.frames,
         seed=_SEED.value,
-        switches=rows,
+        switches={block: np.stack([texts[p]] * count) for block, (_, p) in request.switches.items()},
         recache=_RECACHE.value,
         image=request.image,
         video=request.video,
@@ -180,16 +273,21 @@ def student_blocks(request: Request, timing: play.Timing) -> Iterator[np.ndarray
 
 
 def main() -> None:
-    """Check everything, then generate and write."""
+    """Check everything, say what it takes, then generate and write."""
     request, timing = read_request(), play.Timing()
+    phases, limit = memory_plan(request), memory.device_limit()
+    print(memory.describe(phases, limit), flush=True)
+    memory.check(phases, limit)
     common.enable_compilation_cache()
+    common.log_start(request.recipe)
+    texts = encode_texts(request)
     for block, (frame, prompt) in sorted(request.switches.items()):
         print(f"From frame {frame} on (block {block}): {prompt}", flush=True)
     fps = request.recipe.video.fps
     upscale = _UPSCALE.value or max(1, VISIBLE // request.recipe.video.height)
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(files.VideoWriter(path, fps, upscale)) for path in request.outputs]
-        for clips in (teacher_clips if _TEACHER.value else student_blocks)(request, timing):
+        for clips in (teacher_clips if _TEACHER.value else student_blocks)(request, texts, timing):
             if timing.frames == clips.shape[1]:
                 print(f"First frame after {timing.first:.2f} s, and {timing.compile:.1f} s of compilation.", flush=True)
             for writer, clip in zip(writers, clips, strict=True):

@@ -37,12 +37,14 @@ class TextConfig:
     """What a prompt becomes: ``length`` rows of width ``dim``, zero beyond the prompt.
 
     ``kind="words"`` encodes a closed vocabulary as one-hot word plus one-hot position (the digits recipe).
+    ``negative`` is the prompt of the unconditional branch: with words none, with Wan the published one.
     """
 
     kind: str = "umt5"
     vocabulary: tuple[str, ...] = ()
     length: int = 512
     dim: int = 4096
+    negative: str = ""
 
     def __post_init__(self):
         require(self.kind in ("words", "umt5"), f"text.kind is {self.kind!r}; accepted: 'words', 'umt5'")
@@ -177,6 +179,9 @@ class TAEHVConfig:
 class TransformerConfig:
     """One Wan DiT. Defaults are Wan2.1-T2V-1.3B; ``dtype`` is the compute type of matmuls (parameters are float32).
 
+    ``numerics`` says what else is rounded to ``dtype`` on the way (``models.numerics``): ``"own"``, nothing; ``"wan"``
+    and ``"causvid"``, what Wan2.1's code and that of CausVid and Self-Forcing round.
+
     ``image_dim > 0`` adds the image branch of Wan2.1-I2V (``models.image_branch``): ``image_tokens`` rows of that
     width are attended beside the text. The published one is ``image_dim=1280, in_channels=36``.
     """
@@ -196,6 +201,7 @@ class TransformerConfig:
     image_dim: int = 0
     image_tokens: int = 257
     dtype: str = "float32"
+    numerics: str = "own"
     attention: str = "xla"
     remat: bool = False
     rules: ShardingRules = ShardingRules()
@@ -215,6 +221,10 @@ class TransformerConfig:
         require(
             self.attention in ("auto", "xla", "cudnn", "splash"),
             f"transformer.attention is {self.attention!r}; accepted: 'auto', 'xla', 'cudnn', 'splash'",
+        )
+        require(
+            self.numerics in ("own", "wan", "causvid"),
+            f"transformer.numerics is {self.numerics!r}; accepted: 'own', 'wan', 'causvid'",
         )
         require(
             self.image_dim >= 0 and self.image_tokens > 0,

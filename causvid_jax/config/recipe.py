@@ -10,7 +10,15 @@ from typing import Any
 import ml_collections
 
 from causvid_jax.config.errors import ConfigError, require
-from causvid_jax.config.networks import CausalConfig, TextConfig, TransformerConfig, VAEConfig, VideoConfig
+from causvid_jax.config.networks import (
+    CausalConfig,
+    TAEHVConfig,
+    TextConfig,
+    TransformerConfig,
+    UMT5Config,
+    VAEConfig,
+    VideoConfig,
+)
 from causvid_jax.config.stages import (
     CausalStageConfig,
     DataConfig,
@@ -57,7 +65,11 @@ def nearest_divisors(number: int, wanted: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The whole road of one model: data, networks, method and every training stage."""
+    """The whole road of one model: data, networks, method and every training stage.
+
+    ``umt5`` is the encoder of ``text.kind="umt5"``. ``decoder`` is what shows latents as pixels when sampling:
+    ``"vae"``, or ``"taehv"``, the tiny one.
+    """
 
     name: str
     video: VideoConfig = VideoConfig()
@@ -74,6 +86,9 @@ class Recipe:
     train_init: InitStageConfig = InitStageConfig()
     train_distill: DistillStageConfig = DistillStageConfig()
     parallel: ParallelConfig = ParallelConfig()
+    umt5: UMT5Config = UMT5Config()
+    decoder: str = "vae"
+    taehv: TAEHVConfig = TAEHVConfig()
 
     def __post_init__(self):
         for role in ("teacher", "student"):
@@ -95,7 +110,23 @@ class Recipe:
             f"train_distill.continue_fraction is {self.train_distill.continue_fraction}; rollouts that go on from a "
             "past need a causal.window of more than one block and no independent first frame",
         )
+        require(
+            self.text.kind != "umt5" or self.umt5.dim == self.text.dim,
+            f"umt5.dim is {self.umt5.dim}; the text rows are text.dim = {self.text.dim} wide",
+        )
+        self._check_decoder()
         self._check_mesh()
+
+    def _check_decoder(self) -> None:
+        require(self.decoder in ("vae", "taehv"), f"decoder is {self.decoder!r}; accepted: 'vae', 'taehv'")
+        if self.decoder == "taehv":
+            tiny = self.taehv.z_dim, len(self.taehv.temporal_upsample), sum(self.taehv.temporal_upsample)
+            large = self.vae.z_dim, len(self.vae.temporal_downsample), sum(self.vae.temporal_downsample)
+            require(
+                tiny == large,
+                f"taehv decodes {tiny[0]} channels, {tiny[1]} doublings of space and {tiny[2]} of time; "
+                f"the VAE's latents have {large[0]}, {large[1]} and {large[2]}",
+            )
 
     def _check_mesh(self) -> None:
         mesh = self.parallel

@@ -12,7 +12,8 @@ class DiffusionConfig:
     Every network of a recipe (teacher, fake score, student) uses this one grid,
     ``sigma(u) = shift u / (1 + (shift - 1) u)``. ``guidance`` is the weight g of
     ``v = v_uncond + g (v_cond - v_uncond)``; g = 1 is no guidance.
-    ``student_steps`` are nominal timesteps ``1000 u`` before the shift, descending, without the final 0.
+    ``student_steps`` are nominal timesteps ``1000 u`` before the shift, descending, without the final 0; with ``warp``
+    off they are the timesteps themselves (the 1000, 757, 522 of CausVid's three-step checkpoints).
     """
 
     shift: float = 8.0
@@ -20,6 +21,7 @@ class DiffusionConfig:
     solver: str = "euler"
     guidance: float = 6.0
     student_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
+    warp: bool = True
 
     def __post_init__(self):
         require(self.shift > 0, f"diffusion.shift is {self.shift}; it must be positive")

@@ -19,11 +19,11 @@ from einops import rearrange
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from causvid_jax.config import Recipe, VAEConfig, to_json
-from causvid_jax.data import arrays, captions, pipeline
+from causvid_jax.data import arrays, captions, encoder, pipeline
 from causvid_jax.diffusion.guidance import guided_velocity
 from causvid_jax.distill.ode_regression import splice
 from causvid_jax.distill.trajectories import teacher_trajectory
-from causvid_jax.models import text, transformer, vae
+from causvid_jax.models import transformer, vae
 from causvid_jax.weights import store
 
 
@@ -100,6 +100,7 @@ def write_trajectories(
     seed: int = 0,
     chunk: int = 64,
     batch: int = 16,
+    prompt_encoder: encoder.Encoder | None = None,
     **options,
 ) -> bool:
     """Run the teacher's guided ODE once per prompt and keep its states at the student's timesteps.
@@ -113,13 +114,15 @@ def write_trajectories(
         seed: of the noise; trajectory i starts from ``fold_in(key(seed), i)``.
         chunk: trajectories per shard.
         batch: trajectories per device and call.
+        prompt_encoder: of the prompts; a recipe of words needs none.
         options: ``process_id``, ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
 
     Returns:
         whether the dataset is finished.
     """
     shape, diffusion, key = latent_shape(recipe), recipe.diffusion, jax.random.key(seed)
-    null = jnp.asarray(text.encode_prompts([""], recipe.text))
+    reader = prompt_encoder or encoder.open_encoder(recipe)
+    null = jnp.asarray(encoder.null_rows(reader))
     # Words are encoded in no time; rows of a network are kept.
     embedded = recipe.text.kind != "words"
 
@@ -140,7 +143,7 @@ def write_trajectories(
     def make_chunk(index: int) -> Iterator[dict[str, Any]]:
         for numbers in _groups(index, chunk, size, len(prompts)):
             chosen = [prompts[i] for i in numbers]
-            rows = text.encode_prompts(chosen, recipe.text)
+            rows = encoder.encode(reader, chosen)
             states = run(np.asarray(numbers, np.uint32), rows)
             for prompt, trajectory, row in zip(chosen, states, rows, strict=True):
                 kept = {"text": arrays.trim_text(row)} if embedded else {}
@@ -181,6 +184,7 @@ def write_causal_trajectories(
     seed: int = 0,
     chunk: int = 64,
     batch: int = 16,
+    prompt_encoder: encoder.Encoder | None = None,
     **options,
 ) -> bool:
     """Run the causal teacher's guided ODE on every block of ``count`` clips, each block given its clean past.
@@ -205,7 +209,8 @@ def write_causal_trajectories(
     whole, diffusion, key = latent_shape(recipe), recipe.diffusion, jax.random.key(seed)
     shape = (frames or whole[0], *whole[1:])
     sizes, switched = recipe.causal.block_sizes(shape[0]), recipe.train_init.switch_fraction
-    null = jnp.asarray(text.encode_prompts([""], recipe.text))
+    reader = prompt_encoder or encoder.open_encoder(recipe)
+    null = jnp.asarray(encoder.null_rows(reader))
 
     def trajectories(p, numbers, rows, own, other):
         keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(numbers)
@@ -241,7 +246,7 @@ def write_causal_trajectories(
             given = [pipeline.as_text(clips[i % len(clips)]["caption"]) for i in numbers]
             states = run(
                 np.asarray(numbers, np.uint32),
-                text.encode_prompts(given, recipe.text),
+                encoder.encode(reader, given),
                 latents(numbers),
                 latents(i + 1 for i in numbers),
             )
@@ -269,7 +274,14 @@ def write_causal_trajectories(
 
 
 def write_prompts(
-    folder: str | os.PathLike, recipe: Recipe, prompts: Sequence[str], *, chunk: int = 1024, batch: int = 64, **options
+    folder: str | os.PathLike,
+    recipe: Recipe,
+    prompts: Sequence[str],
+    *,
+    chunk: int = 1024,
+    batch: int = 64,
+    prompt_encoder: encoder.Encoder | None = None,
+    **options,
 ) -> bool:
     """Embed ``prompts`` for training that needs no video: ``text`` float16 [tokens, dim] and ``caption``.
 
@@ -279,16 +291,19 @@ def write_prompts(
         prompts: one per example.
         chunk: prompts per shard.
         batch: prompts per call of the encoder.
+        prompt_encoder: of the prompts; a recipe of words needs none.
         options: ``process_id``, ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
 
     Returns:
         whether the dataset is finished.
     """
 
+    reader = prompt_encoder or encoder.open_encoder(recipe)
+
     def make_chunk(index: int) -> Iterator[dict[str, Any]]:
         for numbers in _groups(index, chunk, batch, len(prompts)):
             chosen = [prompts[i] for i in numbers]
-            for prompt, row in zip(chosen, text.encode_prompts(chosen, recipe.text), strict=True):
+            for prompt, row in zip(chosen, encoder.encode(reader, chosen), strict=True):
                 yield {"text": arrays.trim_text(row), "caption": prompt}
 
     return arrays.write_dataset(

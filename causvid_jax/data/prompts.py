@@ -151,6 +151,16 @@ def encode_prompts(
     return out
 
 
+def not_cached(
+    prompts: Sequence[str], tokenizer: Tokenizer, config: UMT5Config, cache: PromptCache | None, length: int = LENGTH
+) -> list[str]:
+    """The ``prompts`` that :func:`encode_prompts` would have to compute."""
+    if cache is None:
+        return list(prompts)
+    named = {p: prompt_cache.identity(cache, clean_prompt(p), tokenizer.digest, length, config) for p in prompts}
+    return [p for p, who in named.items() if prompt_cache.read(cache, who) is None]
+
+
 def _encode(
     prompts: list[str], tokenizer: Tokenizer, params: Any, config: UMT5Config, length: int, batch: int
 ) -> Iterator[tuple[str, np.ndarray]]:

@@ -5,6 +5,7 @@ interruption loses or doubles none. Beside the shards lie ``videos.jsonl`` (file
 gave some) and ``skipped.jsonl`` (file and reason of every other one).
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -17,9 +18,9 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from causvid_jax.config import ConfigError, Recipe, VideoConfig, require, to_json
-from causvid_jax.data import arrays, captions, clips, derived
+from causvid_jax.data import arrays, captions, clips, derived, encoder
 from causvid_jax.data.captions import Video
-from causvid_jax.models import text, vae
+from causvid_jax.models import vae
 
 USED, SKIPPED = "videos.jsonl", "skipped.jsonl"
 _PARTS = "report"
@@ -37,6 +38,7 @@ def write_latents(
     batch: int = 1,
     clips_per_video: int = 0,
     workers: int = 2,
+    prompt_encoder: encoder.Encoder | None = None,
     **options,
 ) -> bool:
     """Cut ``videos`` into clips of the recipe's size, length and rate, and encode them.
@@ -52,6 +54,7 @@ def write_latents(
         recipe: its video, text and VAE (with latent statistics).
         shard_videos: videos per shard.
         batch: clips per device and call of the VAE.
+        prompt_encoder: of the captions; a recipe of words needs none.
         clips_per_video: at most (0: all there are).
         workers: videos decoded at a time.
         options: ``process_id``, ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
@@ -80,7 +83,7 @@ def write_latents(
         root,
         videos,
         encode,
-        lambda given: text.encode_prompts(given, recipe.text),
+        functools.partial(encoder.encode, prompt_encoder or encoder.open_encoder(recipe)),
         config=recipe.video,
         shape=derived.latent_shape(recipe),
         text_dim=recipe.text.dim,

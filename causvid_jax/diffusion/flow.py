@@ -66,7 +66,24 @@ def velocity_from_x0(x_t: jax.Array, x0: jax.Array, sigma: jax.Array) -> jax.Arr
 
 def student_timesteps(config: DiffusionConfig) -> tuple[float, ...]:
     """The student's shifted timesteps, descending, without a final 0: (1000, 960, 888.9, 727.3) at shift 8."""
+    if not config.warp:
+        return config.student_steps
     return tuple(1000.0 * float(sigma_from_u(step / 1000.0, config.shift)) for step in config.student_steps)
+
+
+def nominal_steps(config: DiffusionConfig) -> tuple[float, ...]:
+    """The student's timesteps before the shift, ``1000 u``."""
+    if config.warp:
+        return config.student_steps
+    sigmas = (step / 1000.0 for step in config.student_steps)
+    return tuple(1000.0 * sigma / (config.shift - (config.shift - 1) * sigma) for sigma in sigmas)
+
+
+def table_sigma(timestep: float, shift: float) -> float:
+    """The noise level that published samplers take for ``timestep``: the nearest of a grid of 1000, ``sigma(i / 1000)``
+    with i from 1 to 1000. Equal to ``timestep / 1000`` on the grid, where all warped timesteps are; 757 is 756.757."""
+    grid = sigma_from_u(np.arange(1, 1001) / 1000, shift)
+    return float(grid[np.abs(1000 * grid - timestep).argmin()])
 
 
 def teacher_sigmas(config: DiffusionConfig) -> np.ndarray:

@@ -10,9 +10,10 @@ import numpy as np
 
 from causvid_jax import video as files
 from causvid_jax.config import Recipe, require
+from causvid_jax.data import encoder
 from causvid_jax.diffusion import guidance, solvers
 from causvid_jax.evaluation.report import Samplers, Switch
-from causvid_jax.models import text, transformer, vae
+from causvid_jax.models import transformer, vae
 from causvid_jax.streaming import stream
 
 
@@ -22,7 +23,7 @@ def teacher_latents(params: Any, rows: jax.Array, null_rows: jax.Array, seeds: j
 
     Args:
       params: of the teacher.
-      rows, null_rows: text ``[B, S, E]`` of the prompts, and of the empty prompt ``[S, E]``.
+      rows, null_rows: text ``[B, S, E]`` of the prompts, and ``[S, E]`` of the unconditional branch.
       seeds: uint32 ``[B]``, one per clip.
       config: the recipe.
 
@@ -38,26 +39,36 @@ def teacher_latents(params: Any, rows: jax.Array, null_rows: jax.Array, seeds: j
     def guided(x, timestep):
         return guidance.guided_velocity(velocity, x, timestep, rows, null_rows, config.diffusion.guidance)
 
-    return solvers.solve(config.diffusion, guided, noise)
+    exact = config.teacher.numerics == "wan"
+    return solvers.solve(config.diffusion, guided, noise, integer_timesteps=exact)
 
 
 _encode = jax.jit(vae.encode, static_argnames=("config",))
 _decode = jax.jit(vae.decode, static_argnames=("config",))
 
 
-def make_samplers(params: Mapping[str, Any], config: Recipe, *, recache: bool = True) -> Samplers:
+def make_samplers(
+    params: Mapping[str, Any],
+    config: Recipe,
+    *,
+    recache: bool = True,
+    prompt_encoder: encoder.Encoder | None = None,
+) -> Samplers:
     """Samplers of trained networks.
 
     Args:
       params: ``{"vae", "teacher", "student"}``.
       config: the recipe, with the statistics of the VAE's latents.
       recache: after a prompt switch, write the blocks in sight to the cache again under the new prompt.
+      prompt_encoder: of the prompts; a recipe of words needs none.
     """
+    require(config.decoder == "vae", f"decoder is {config.decoder!r}; a report shows what the VAE shows: 'vae'")
+    reader = prompt_encoder or encoder.open_encoder(config)
     streamed = {"student": params["student"], "vae": params["vae"]}
-    empty = jnp.asarray(text.encode_prompts([""], config.text)[0])
+    null = jnp.asarray(encoder.null_rows(reader))
 
     def rows_of(prompts: Sequence[str]) -> jax.Array:
-        return jnp.asarray(text.encode_prompts(prompts, config.text))
+        return jnp.asarray(encoder.encode(reader, prompts))
 
     def reconstruct(video: np.ndarray) -> np.ndarray:
         latents = _encode(params["vae"], jnp.asarray(files.to_float(video)), config=config.vae)
@@ -65,7 +76,7 @@ def make_samplers(params: Mapping[str, Any], config: Recipe, *, recache: bool = 
 
     def teacher(prompts: Sequence[str], seed: int, *, decode: bool = True) -> np.ndarray:
         seeds = jnp.asarray(seed + np.arange(len(prompts)), jnp.uint32)
-        latents = teacher_latents(params["teacher"], rows_of(prompts), empty, seeds, config=config)
+        latents = teacher_latents(params["teacher"], rows_of(prompts), null, seeds, config=config)
         if not decode:
             return np.asarray(latents)
         return files.to_uint8(np.asarray(_decode(params["vae"], latents, config=config.vae)))

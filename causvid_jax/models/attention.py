@@ -43,8 +43,9 @@ def dense(
     """``softmax(q k^T / sqrt(D)) v`` over all keys, or over those where ``mask [S]`` (shared by all queries) is true.
 
     ``q [B, T, N, D]``, ``k, v [B, S, N, D]``; returns float32 ``[B, T, N, D]``. ``backend`` is ``"xla"`` (any device;
-    holds all T x S scores), ``"cudnn"`` (``jax.nn.dot_product_attention``, bfloat16 on GPU), ``"splash"`` (TPU) or
-    ``"auto"`` (:func:`resolve`).
+    holds all T x S scores), ``"late"`` (the same, divided by the softmax's sum after the last product, as flash
+    attention does, which shows in bfloat16), ``"cudnn"`` (``jax.nn.dot_product_attention``, bfloat16 on GPU),
+    ``"splash"`` (TPU) or ``"auto"`` (:func:`resolve`).
     """
     q, k, v = (x.astype(dtype) for x in (q, k, v))
     backend = resolve(backend, dtype)
@@ -56,8 +57,10 @@ def dense(
     scores = jnp.einsum("btnd,bsnd->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1)
-    return jnp.einsum("bnts,bsnd->btnd", weights.astype(dtype), v, preferred_element_type=jnp.float32)
+    late = backend == "late"
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True)) if late else jax.nn.softmax(scores, axis=-1)
+    out = jnp.einsum("bnts,bsnd->btnd", weights.astype(dtype), v, preferred_element_type=jnp.float32)
+    return out / jnp.swapaxes(weights.sum(-1), 1, 2)[..., None] if late else out
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -6,7 +6,7 @@ derive from that one tree, so they cannot disagree.
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -69,6 +69,20 @@ def init_tree(key: jax.Array, spec: Any) -> Any:
 def abstract_tree(spec: Any) -> Any:
     """The ``jax.ShapeDtypeStruct`` tree of ``spec``."""
     return map_spec(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), spec)
+
+
+def inference_tree(abstract: Any, dtype: str, islands: Container[str] = ()) -> Any:
+    """``abstract`` with every ``kernel`` of type ``dtype``, but for those under the top-level names ``islands``.
+
+    A kernel is rounded to the compute type wherever it is used, so parameters kept like this compute the same bits as
+    float32 ones, at half the memory. What is no kernel (norms, biases, modulation) stays float32.
+    """
+
+    def narrow(path, leaf):
+        keeps = path[-1].key != "kernel" or path[0].key in islands
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if keeps else jnp.dtype(dtype))
+
+    return jax.tree_util.tree_map_with_path(narrow, abstract)
 
 
 def declare(module: nn.Module, spec: Mapping[str, Any]) -> dict[str, Any]:

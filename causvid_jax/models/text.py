@@ -31,9 +31,3 @@ def encode_words(prompts: Sequence[str], config: TextConfig) -> np.ndarray:
             rows[b, i, index[word]] = 1.0
             rows[b, i, len(index) + i] = 1.0
     return rows
-
-
-def encode_prompts(prompts: Sequence[str], config: TextConfig) -> np.ndarray:
-    """Text rows of ``prompts`` by the recipe's text encoder."""
-    require(config.kind == "words", f"text.kind {config.kind!r} has no encoder in this version; accepted: 'words'")
-    return encode_words(prompts, config)

@@ -24,7 +24,7 @@ from einops import rearrange
 from jax.sharding import Mesh, PartitionSpec
 
 from causvid_jax.config import CausalConfig, TransformerConfig, require
-from causvid_jax.models import attention, image_branch, partition, rope
+from causvid_jax.models import attention, image_branch, numerics, partition, rope
 from causvid_jax.models.cache import (
     KVCache,
     TextCache,
@@ -34,17 +34,17 @@ from causvid_jax.models.cache import (
     read_positions,
     visible_slots,
 )
-from causvid_jax.models.layers import (
-    Params,
-    gelu_tanh,
-    layer_norm,
-    linear,
-    mlp,
-    modulate,
-    rms_norm,
-    timestep_sinusoid,
+from causvid_jax.models.layers import Params, gelu_tanh, timestep_sinusoid
+from causvid_jax.models.numerics import layer_norm, linear, mlp, modulate, rms_norm
+from causvid_jax.models.params import (
+    ParamSpec,
+    abstract_tree,
+    declare,
+    inference_tree,
+    init_tree,
+    linear_spec,
+    stack_spec,
 )
-from causvid_jax.models.params import ParamSpec, abstract_tree, declare, init_tree, linear_spec, stack_spec
 
 __all__ = [
     "KVCache",
@@ -55,6 +55,7 @@ __all__ = [
     "block_causal",
     "cached",
     "encode_text",
+    "inference",
     "init",
     "init_cache",
     "spec",
@@ -139,6 +140,11 @@ def abstract(config: TransformerConfig) -> Params:
     return abstract_tree(spec(config))
 
 
+def inference(config: TransformerConfig) -> Params:
+    """:func:`abstract` in the types that a sampler holds: what is rounded wherever it is used, is rounded for good."""
+    return inference_tree(abstract(config), config.dtype, numerics.float32_kernels(config))
+
+
 # ---- one layer ------------------------------------------------------------------------------------------------------
 
 Attend = Callable[..., Any]
@@ -156,7 +162,7 @@ def embed_context(p: Params, text: jax.Array, image: jax.Array | None, config: T
     Zero text rows become a constant, not zero.
     """
     image_branch.check(image, config)
-    embedded = mlp(p["text_embedding"], text, gelu_tanh, config.dtype)
+    embedded = mlp(p["text_embedding"], text, gelu_tanh, config)
     return embedded, None if image is None else image_branch.embed(p["image_embedding"], image, config)
 
 
@@ -164,8 +170,8 @@ def cross_keys_values(p: Params, context: Context, config: TransformerConfig) ->
     """Keys (RMS-normalised over the full width) and values ``[B, S, N, D]`` of one layer from embedded context."""
 
     def keys_values(x, suffix):
-        k = rms_norm(linear(p[f"k{suffix}"], x, config.dtype), p[f"norm_k{suffix}"]["scale"], config.eps)
-        v = linear(p[f"v{suffix}"], x, config.dtype)
+        k = rms_norm(linear(p[f"k{suffix}"], x, config), p[f"norm_k{suffix}"]["scale"], config)
+        v = linear(p[f"v{suffix}"], x, config)
         return _heads(k, config.num_heads), _heads(v, config.num_heads)
 
     text, image = context
@@ -191,35 +197,42 @@ def block(
     projection. ``x [B, F, n, M]``; ``text`` is the embedded context or this layer's ready keys and values;
     ``attend(q, k, v, layer_cache) -> (output, layer_cache)`` decides what a token sees.
     """
-    dtype, eps = config.dtype, config.eps
-    shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = jnp.moveaxis(p["modulation"] + time, -2, 0)
+    parts = jnp.moveaxis(numerics.modulation(p["modulation"], time, config), -2, 0)
+    shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = parts
 
     with jax.named_scope("self_attention"):
-        sa, y = p["self_attn"], modulate(layer_norm(x, eps), shift_sa, scale_sa)
-        q = _heads(rms_norm(linear(sa["q"], y, dtype), sa["norm_q"]["scale"], eps), config.num_heads)
-        k = _heads(rms_norm(linear(sa["k"], y, dtype), sa["norm_k"]["scale"], eps), config.num_heads)
-        v = _heads(linear(sa["v"], y, dtype), config.num_heads)  # [B, F, n, N, D]
+        sa, y = p["self_attn"], modulate(layer_norm(x, config), shift_sa, scale_sa, config)
+        q = _heads(rms_norm(linear(sa["q"], y, config), sa["norm_q"]["scale"], config), config.num_heads)
+        k = _heads(rms_norm(linear(sa["k"], y, config), sa["norm_k"]["scale"], config), config.num_heads)
+        v = _heads(linear(sa["v"], y, config), config.num_heads)  # [B, F, n, N, D]
         out, layer_cache = attend(q, k, v, layer_cache)
-        out = linear(sa["o"], rearrange(out, "b f n N D -> b f n (N D)"), dtype)
-        x = x + out * gate_sa[:, :, None]
+        out = linear(sa["o"], rearrange(out, "b f n N D -> b f n (N D)"), config)
+        x = numerics.add(x, out, config, gate_sa)
 
     with jax.named_scope("cross_attention"):
-        ca, y = p["cross_attn"], layer_norm(x, eps, p["norm3"])
-        q = _heads(rms_norm(linear(ca["q"], y, dtype), ca["norm_q"]["scale"], eps), config.num_heads)
+        ca, y = p["cross_attn"], layer_norm(x, config, p["norm3"])
+        q = _heads(rms_norm(linear(ca["q"], y, config), ca["norm_q"]["scale"], config), config.num_heads)
         text = text if isinstance(text, TextCache) else cross_keys_values(ca, text, config)
         # All text slots are attended, padding included: that is what the published weights were trained with.
         attend_text = functools.partial(
-            attention.attend_text, q, dtype=dtype, backend=config.attention, rules=config.rules
+            attention.attend_text, q, dtype=config.dtype, backend=numerics.attention_backend(config), rules=config.rules
         )
         out = attend_text(text.k, text.v)
         if text.image_k is not None and text.image_v is not None:
             out += attend_text(text.image_k, text.image_v)
-        x = x + linear(ca["o"], rearrange(out, "b f n N D -> b f n (N D)"), dtype)
+        x = numerics.add(x, linear(ca["o"], rearrange(out, "b f n N D -> b f n (N D)"), config), config)
 
     with jax.named_scope("ffn"):
-        y = modulate(layer_norm(x, eps), shift_ffn, scale_ffn)
-        x = x + mlp(p["ffn"], y, gelu_tanh, dtype) * gate_ffn[:, :, None]
+        y = modulate(layer_norm(x, config), shift_ffn, scale_ffn, config)
+        x = numerics.add(x, mlp(p["ffn"], y, gelu_tanh, config), config, gate_ffn)
     return partition.constrain(x, TOKEN_AXES, config.rules), layer_cache
+
+
+def _embed_time(p: Params, timestep: jax.Array, config: TransformerConfig) -> tuple[jax.Array, jax.Array]:
+    """Timesteps ``[B, F]`` as the head reads them, ``[B, F, M]``, and as the layers do, ``[B, F, 6, M]``."""
+    island, net = functools.partial(numerics.island_linear, config=config), p["time_embedding"]
+    e = island(net["fc2"], nn.silu(island(net["fc1"], timestep_sinusoid(timestep, config.freq_dim))))
+    return e, rearrange(island(p["time_projection"], nn.silu(e)), "b f (s M) -> b f s M", s=6)
 
 
 def gather(p: Params, layer_spec: Any, config: TransformerConfig) -> Params:
@@ -255,19 +268,16 @@ class _Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x, timestep, text, image, text_cache, layer_caches, keep_frames: int):
-        config, dtype = self.config, self.config.dtype
+        config = self.config
         p = gather(declare(self, _outer_spec(config)), _outer_spec(config), config)
 
         with jax.named_scope("embed"):
             _, patch_h, patch_w = config.patch_size
             rows, columns = x.shape[2] // patch_h, x.shape[3] // patch_w
             tokens = rearrange(x, "b f (r p) (c q) C -> b f (r c) (p q C)", p=patch_h, q=patch_w)
-            tokens = linear(p["patch_embedding"], tokens, dtype)  # [B, F, n, M]
+            tokens = linear(p["patch_embedding"], tokens, config)  # [B, F, n, M]
             tokens = partition.constrain(tokens, TOKEN_AXES, config.rules)
-            # Time embedding is a float32 island: bfloat16 would round timesteps near 1000 together.
-            sinusoid = timestep_sinusoid(timestep, config.freq_dim)
-            e = mlp(p["time_embedding"], sinusoid, nn.silu, "float32")  # [B, F, M]
-            time = rearrange(linear(p["time_projection"], nn.silu(e)), "b f (s M) -> b f s M", s=6)
+            e, time = _embed_time(p, timestep, config)
             context = None if text is None else embed_context(p, text, image, config)
 
         layer = nn.remat(_Layer, prevent_cse=False) if config.remat else _Layer
@@ -284,8 +294,10 @@ class _Transformer(nn.Module):
 
         with jax.named_scope("head"):
             tokens, e = tokens[:, -keep_frames:], e[:, -keep_frames:]
-            shift, scale = jnp.moveaxis(p["head"]["modulation"] + e[:, :, None], -2, 0)
-            out = linear(p["head"]["proj"], modulate(layer_norm(tokens, config.eps), shift, scale), dtype)
+            parts = numerics.modulation(p["head"]["modulation"], e[:, :, None], config)
+            shift, scale = jnp.moveaxis(parts, -2, 0)
+            y = modulate(layer_norm(tokens, config), shift, scale, config)
+            out = numerics.head_linear(p["head"]["proj"], y, config)
             out = rearrange(out, "b f (r c) (p q C) -> b f (r p) (c q) C", r=rows, c=columns, p=patch_h, q=patch_w)
         return out, layer_caches
 
@@ -324,7 +336,9 @@ def _grid(x: jax.Array, config: TransformerConfig) -> dict[str, Any]:
 def _attend_plan(plan: attention.Plan, angle: jax.Array, config: TransformerConfig) -> Attend:
     def attend(q, k, v, _):
         q, k = rope.rotate(q, angle), rope.rotate(k, angle)
-        out = attention.attend(plan, q, k, v, dtype=config.dtype, backend=config.attention, rules=config.rules)
+        out = attention.attend(
+            plan, q, k, v, dtype=config.dtype, backend=numerics.attention_backend(config), rules=config.rules
+        )
         return out, None
 
     return attend
@@ -421,8 +435,10 @@ def cached(
     held = cache.frame.at[slots].set(cache.position + jnp.arange(frames, dtype=jnp.int32))
     mask = visible_slots(held, cache.position, frames, causal)
     grid = _grid(x, config)
-    query_angle = rope.angles(jnp.arange(frames), **grid)
-    key_angle = rope.angles(read_positions(held, cache.position, frames, causal), **grid)
+    # Attention knows differences of positions only; the published code's rounding knows absolute ones.
+    origin = 0 if config.numerics == "own" else cache.position
+    query_angle = rope.angles(origin + jnp.arange(frames), **grid)
+    key_angle = rope.angles(origin + read_positions(held, cache.position, frames, causal), **grid)
     mask = jnp.repeat(mask, query_angle.shape[1])  # [S n]
 
     def kernel(q, k, v, layer_cache, slots, mask, query_angle, key_angle):
@@ -431,7 +447,7 @@ def cached(
         )
         q, rotated = rope.rotate(q, query_angle), rope.rotate(keys, key_angle)
         flat = [attention.flatten_frames(z) for z in (q, rotated, values)]
-        out = attention.dense(*flat, dtype=config.dtype, backend=config.attention, mask=mask)
+        out = attention.dense(*flat, dtype=config.dtype, backend=numerics.attention_backend(config), mask=mask)
         return out.reshape(q.shape), (keys, values)
 
     def attend(q, k, v, layer_cache):

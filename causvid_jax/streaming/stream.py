@@ -4,7 +4,8 @@
     while True:
         latents, frames, state = next_frames(params, state, config=recipe)
 
-``params`` is ``{"student": ..., "vae": ...}``; ``config`` is the :class:`~causvid_jax.config.Recipe`, static. Every
+``params`` is ``{"student": ..., "vae": ...}``, with ``"taehv"`` where that is the recipe's decoder (which then needs
+``"vae"`` for images and videos only); ``config`` is the :class:`~causvid_jax.config.Recipe`, static. Every
 function is pure and jitted, and donates ``state``: use the state that comes back, or copy one that is to be kept
 (:func:`copy_stream`). One compilation serves every block. Only with ``causal.independent_first_frame`` has the first
 block, one frame long, a program of its own.
@@ -25,14 +26,12 @@ from einops import rearrange, repeat
 
 from causvid_jax.config import DiffusionConfig, Recipe, require
 from causvid_jax.diffusion import flow
-from causvid_jax.models import transformer, vae
+from causvid_jax.models import numerics, transformer, vae
 from causvid_jax.models.cache import KVCache, TextCache
-from causvid_jax.models.vae import DecodeCache
+from causvid_jax.streaming import codec
+from causvid_jax.streaming.codec import LEAD, DecodeCache
 
 Params = dict[str, Any]
-
-LEAD = 3
-"""Frames of a stream's first decoded block that do not exist: its first latent frame holds one frame, not four."""
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +41,7 @@ class StreamState:
 
     cache: KVCache  # self-attention keys and values of the frames still in sight
     text: TextCache  # the prompt
-    decode: DecodeCache  # the VAE decoder's past
+    decode: DecodeCache  # the decoder's past
     recent: jax.Array  # [B, R, h, w, C] float32, the last latent frames, newest at the end: what recache() replays
     seed: jax.Array  # [B] uint32
     block: jax.Array  # [] int32: blocks finished
@@ -76,7 +75,7 @@ def init_stream(
     """The state before the first block.
 
     Args:
-        params: ``{"student", "vae"}``.
+        params: ``{"student"}`` is read.
         text: prompt rows ``[B, S, E]``; B streams run side by side.
         config: the recipe.
         seed: one integer s, or B of them. Stream b of one s has seed s + b, and is the same video as a single stream
@@ -104,13 +103,19 @@ def _init_stream(params, text, seeds, *, config: Recipe, capacity: int | None) -
         kept -= kept % causal.frames_per_block
     return StreamState(
         cache=transformer.init_cache(config.student, causal, frames=capacity, **size),
-        text=transformer.encode_text(params["student"], text, config=config.student),
-        decode=vae.init_decode_cache(config.vae, **size),
+        text=_prompt(params, text, config),
+        decode=codec.init_decode_cache(config, **size),
         recent=jnp.zeros((batch, kept, height, width, config.vae.z_dim), jnp.float32),
         seed=seeds,
         block=jnp.zeros((), jnp.int32),
         started=not causal.independent_first_frame,
     )
+
+
+def _prompt(params: Params, text: jax.Array, config: Recipe) -> TextCache:
+    """Keys and values in the type that attention reads them in: the same bits, at half of float32's memory."""
+    cache = transformer.encode_text(params["student"], text, config=config.student)
+    return jax.tree.map(lambda x: x.astype(config.student.dtype), cache)
 
 
 def copy_stream(state: StreamState) -> StreamState:
@@ -133,7 +138,13 @@ def block_noise(seed: jax.Array, block: jax.Array, step: jax.Array | int, shape:
 
 def _noise(state: StreamState, step: jax.Array | int, config: Recipe) -> jax.Array:
     shape = (block_frames(state, config), *latent_size(config), config.vae.z_dim)
-    return block_noise(state.seed, state.block, step, shape)
+    return numerics.everywhere(block_noise(state.seed, state.block, step, shape), config.student)
+
+
+def _sigma(timestep: float, config: Recipe) -> float:
+    """The noise level of a timestep: what it says, or what the published sampler reads from its table."""
+    exact = config.student.numerics == "causvid" and timestep > 0
+    return flow.table_sigma(timestep, config.diffusion.shift) if exact else timestep / 1000.0
 
 
 def _pass(params, state, cache, x, timestep, config):
@@ -150,7 +161,7 @@ def _denoise(params, state: StreamState, x: jax.Array, start: int, config: Recip
     more turn of the same loop, on x0 itself (sigma 0, ``context_timestep``), so the network is compiled once.
     """
     timesteps = flow.student_timesteps(config.diffusion)[start:]
-    sigmas = [t / 1000.0 for t in timesteps] + [0.0]
+    sigmas = [_sigma(t, config) for t in timesteps] + [0.0]
     write = [config.causal.context_timestep] if config.causal.clean_write else []
     turns = len(timesteps) + len(write)
     table = (
@@ -164,8 +175,9 @@ def _denoise(params, state: StreamState, x: jax.Array, start: int, config: Recip
         x, cache = carry
         timestep, sigma, next_sigma, step = inputs
         velocity, cache = _pass(params, state, cache, x, timestep, config)
-        x0 = flow.x0_from_velocity(x, velocity, sigma)
-        return (flow.add_noise(x0, _noise(state, step, config), next_sigma), cache), None
+        x0 = numerics.everywhere(flow.x0_from_velocity(x, velocity, sigma), config.student)
+        x = flow.add_noise(x0, _noise(state, step, config), next_sigma)
+        return (numerics.everywhere(x, config.student), cache), None
 
     with jax.named_scope("denoise"):
         (x, cache), _ = jax.lax.scan(turn, (x, state.cache), table)
@@ -189,7 +201,7 @@ def _next_block(params, state, config):
 
 def _decode(params, state, latents, config):
     with jax.named_scope("decode"):
-        frames, decode = vae.decode_chunk(params["vae"], latents, state.decode, config=config.vae)
+        frames, decode = codec.decode_chunk(params, latents, state.decode, config=config)
     return frames, dataclasses.replace(state, decode=decode)
 
 
@@ -239,8 +251,8 @@ def next_block_from(
     that remain, under the prompt and everything the stream has shown so far (paper, section 5.3).
     """
     _check_block(state, latents, config)
-    sigma = jnp.float32(flow.student_timesteps(config.diffusion)[start] / 1000.0)
-    x = flow.add_noise(latents, _noise(state, start, config), sigma)
+    sigma = jnp.float32(_sigma(flow.student_timesteps(config.diffusion)[start], config))
+    x = numerics.everywhere(flow.add_noise(latents, _noise(state, start, config), sigma), config.student)
     x0, cache = _denoise(params, state, x, start, config)
     return x0, _finish(state, x0, cache)
 
@@ -251,9 +263,10 @@ def strength_step(config: DiffusionConfig, strength: float) -> int:
     Strength 1 keeps nothing of the input. Nominal means before the shift, so that four evenly spaced steps answer to
     1, 0.75, 0.5 and 0.25 whatever the shift is.
     """
-    lowest = config.student_steps[-1] / 1000.0
+    nominal = flow.nominal_steps(config)
+    lowest = nominal[-1] / 1000.0
     require(lowest <= strength <= 1.0, f"strength is {strength:g}; accepted: {lowest:g} (faithful) to 1 (free)")
-    return next(i for i, step in enumerate(config.student_steps) if step <= 1000.0 * strength + 1e-6)
+    return next(i for i, step in enumerate(nominal) if step <= 1000.0 * strength + 1e-6)
 
 
 def _check_block(state: StreamState, latents: jax.Array, config: Recipe) -> None:
@@ -279,7 +292,7 @@ def encode_image(params: Params, image: jax.Array, *, config: Recipe) -> jax.Arr
 @_step
 def switch_prompt(params: Params, state: StreamState, text: jax.Array, *, config: Recipe) -> StreamState:
     """The stream under another prompt ``text [B, S, E]`` from its next block on. What it has shown stays as it is."""
-    return dataclasses.replace(state, text=transformer.encode_text(params["student"], text, config=config.student))
+    return dataclasses.replace(state, text=_prompt(params, text, config))
 
 
 @_step

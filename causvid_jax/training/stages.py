@@ -14,11 +14,11 @@ import numpy as np
 
 from causvid_jax import video as files
 from causvid_jax.config import Recipe, StageConfig, TransformerConfig, require, to_json
-from causvid_jax.data import arrays, derived, moving_digits, pipeline
+from causvid_jax.data import arrays, derived, encoder, moving_digits, pipeline
 from causvid_jax.data import recipe as recipe_data
 from causvid_jax.distill import cycle
 from causvid_jax.evaluation import samplers
-from causvid_jax.models import text, transformer, vae
+from causvid_jax.models import transformer, vae
 from causvid_jax.parallel import hosts, shardings
 from causvid_jax.streaming import stream
 from causvid_jax.training import samples, steps
@@ -93,9 +93,9 @@ def _load_network(
 
 
 def with_vae(recipe: Recipe, workdir: pathlib.Path) -> tuple[Any, Recipe]:
-    """The trained VAE, on the host, and the recipe with its latent statistics filled in."""
+    """The trained VAE, on the host, and the recipe with its latent statistics; it also shows what a stage samples."""
     params, config = weight_files.load_vae(weight_files.find(recipe.name, "vae", workdir), recipe.vae)
-    return params, dataclasses.replace(recipe, vae=config)
+    return params, dataclasses.replace(recipe, vae=config, decoder="vae")
 
 
 def _on_devices(vae_params: Any, place: shardings.Placement) -> Any:
@@ -105,11 +105,14 @@ def _on_devices(vae_params: Any, place: shardings.Placement) -> Any:
     return place.put(vae_params, place.whole())
 
 
-def _text_rows(batch: dict[str, Any], recipe: Recipe) -> np.ndarray:
+def _open_encoder(recipe: Recipe, workdir: pathlib.Path) -> encoder.Encoder:
+    """What reads captions while a stage trains: never a network, whose place on the device is the stage's."""
+    return encoder.open_encoder(recipe, workdir, compute=False)
+
+
+def _text_rows(batch: dict[str, Any], reader: encoder.Encoder) -> np.ndarray:
     """The rows that were embedded when the dataset was made, else those of its captions."""
-    if "text" in batch:
-        return batch["text"]
-    return text.encode_prompts(list(batch["caption"]), recipe.text)
+    return batch["text"] if "text" in batch else encoder.encode(reader, list(batch["caption"]))
 
 
 # ---- vae ------------------------------------------------------------------------------------------------------------
@@ -234,8 +237,8 @@ def _latent_batches(recipe: Recipe, workdir: pathlib.Path) -> Callable[..., Any]
     return functools.partial(pipeline.latent_batches, source, text_length=recipe.text.length)
 
 
-def _ready_latents(recipe: Recipe, batch: dict[str, Any]) -> dict[str, np.ndarray]:
-    return {"latents": batch["latents"], "text": _text_rows(batch, recipe)}
+def _ready_latents(reader: encoder.Encoder, batch: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {"latents": batch["latents"], "text": _text_rows(batch, reader)}
 
 
 def _start(step: steps.Step, place: shardings.Placement, *networks: Any) -> Any:
@@ -248,8 +251,8 @@ def teacher_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path
     vae_params, recipe = with_vae(recipe, workdir)
     config, place = recipe.train_teacher, shardings.place(recipe.parallel, recipe.teacher.rules)
     step = steps.teacher_step(recipe, place)
-    captions = samples.prompts(recipe, workdir, config.samples)
-    rows, empty = text.encode_prompts(captions, recipe.text), text.encode_prompts([""], recipe.text)[0]
+    captions, reader = samples.prompts(recipe, workdir, config.samples), _open_encoder(recipe, workdir)
+    rows, empty = encoder.encode(reader, captions), encoder.null_rows(reader)
     seeds = np.arange(len(captions), dtype=np.uint32)
 
     @place.everywhere
@@ -272,7 +275,7 @@ def teacher_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path
         init=init,
         step=step.update,
         phases=_phases(config, _share(place, _latent_batches(recipe, workdir))),
-        ready=lambda batch: place.batch(_ready_latents(recipe, batch)),
+        ready=lambda batch: place.batch(_ready_latents(reader, batch)),
         sample=sample,
         export=_export("teacher", recipe, lambda state: state.ema),
         context=place.current,
@@ -289,7 +292,7 @@ def causal_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path 
     """Make a causal teacher of the bidirectional one, by teacher forcing on latents."""
     vae_params, recipe = with_vae(recipe, workdir)
     config, place = recipe.train_causal, shardings.place(recipe.parallel, recipe.teacher.rules)
-    step = steps.causal_step(recipe, place)
+    step, reader = steps.causal_step(recipe, place), _open_encoder(recipe, workdir)
     levels = tuple(1000.0 * (1 - i / LOOK_STEPS) for i in range(LOOK_STEPS))
     look = dataclasses.replace(
         recipe, student=recipe.teacher, diffusion=dataclasses.replace(recipe.diffusion, student_steps=levels)
@@ -300,9 +303,9 @@ def causal_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path 
         init=lambda: _start(step, place, _load_network(recipe, "teacher", workdir, recipe.teacher, place, init_from)),
         step=step.update,
         phases=_phases(config, _share(place, _latent_batches(recipe, workdir))),
-        ready=lambda batch: place.batch(_ready_latents(recipe, batch)),
+        ready=lambda batch: place.batch(_ready_latents(reader, batch)),
         sample=_sample_student(
-            look, place, vae_params, samples.prompts(recipe, workdir, config.samples), lambda state: state.ema
+            look, place, vae_params, samples.prompts(recipe, workdir, config.samples), reader, lambda state: state.ema
         ),
         export=_export("causal", recipe, lambda state: state.ema),
         context=place.current,
@@ -312,9 +315,16 @@ def causal_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path 
 # ---- init -----------------------------------------------------------------------------------------------------------
 
 
-def _sample_student(recipe: Recipe, place: shardings.Placement, vae_params, captions, params_of: Callable[[Any], Any]):
+def _sample_student(
+    recipe: Recipe,
+    place: shardings.Placement,
+    vae_params,
+    captions,
+    reader: encoder.Encoder,
+    params_of: Callable[[Any], Any],
+):
     """Streams the prompts for one trained length."""
-    rows = text.encode_prompts(captions, recipe.text)
+    rows = encoder.encode(reader, captions)
     streamed = place.everywhere(lambda params: stream.generate(params, jnp.asarray(rows), config=recipe)[1])
 
     def sample(state, folder: pathlib.Path, step: int) -> dict[str, float]:
@@ -340,6 +350,7 @@ def init_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path | 
             for frames in {0, *(frames for _, frames, _ in config.curriculum)}
         }
     )
+    reader = _open_encoder(recipe, workdir)
 
     def init() -> TrainState:
         start = []
@@ -359,10 +370,10 @@ def init_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path | 
         step=step.update,
         phases=_phases(config, _share(place, batches)),
         ready=lambda batch: place.batch(
-            {"text": _text_rows(batch, recipe)} | {key: batch[key] for key in step.batch if key != "text"}
+            {"text": _text_rows(batch, reader)} | {key: batch[key] for key in step.batch if key != "text"}
         ),
         sample=_sample_student(
-            recipe, place, vae_params, samples.prompts(recipe, workdir, config.samples), lambda state: state.ema
+            recipe, place, vae_params, samples.prompts(recipe, workdir, config.samples), reader, lambda state: state.ema
         ),
         export=_export("init", recipe, lambda state: state.ema),
         context=place.current,
@@ -376,7 +387,8 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path
     """DMD (paper, section 4.2): student and fake score in turns, both judged by the frozen teacher."""
     vae_params, recipe = with_vae(recipe, workdir)
     config, place = recipe.train_distill, shardings.place(recipe.parallel, recipe.student.rules)
-    step = steps.distill_step(recipe, place, text.encode_prompts([""], recipe.text)[0])
+    reader = _open_encoder(recipe, workdir)
+    step = steps.distill_step(recipe, place, encoder.null_rows(reader))
     teacher = _load_network(recipe, "teacher", workdir, recipe.teacher, place)
 
     def init() -> cycle.DistillState:
@@ -403,7 +415,7 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path
         )
 
     def ready(batch: dict[str, Any]) -> dict[str, np.ndarray]:
-        given = {**batch, "text": _text_rows(batch, recipe)}
+        given = {**batch, "text": _text_rows(batch, reader)}
         split = {k: given[k].reshape(config.critic_updates + 1, -1, *given[k].shape[1:]) for k in step.batch}
         return place.batch(split, step.leading)
 
@@ -417,7 +429,9 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path
         step=lambda state, batch: step.update(state, teacher, batch),
         phases=_phases(config, _share(place, batches)),
         ready=ready,
-        sample=_sample_student(recipe, place, vae_params, samples.prompts(recipe, workdir, config.samples), params_of),
+        sample=_sample_student(
+            recipe, place, vae_params, samples.prompts(recipe, workdir, config.samples), reader, params_of
+        ),
         export=_export("distill", recipe, params_of),
         context=place.current,
     )

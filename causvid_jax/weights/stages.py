@@ -1,18 +1,23 @@
 """Where the weights of each stage lie, and the VAE's with the latent statistics measured after its training.
 
-A stage leaves ``WORKDIR/<stage>/weights.safetensors``. A recipe whose trained weights come with the package has them in
-``causvid_jax/assets/<recipe>/<stage>.safetensors``; what a working directory holds goes first.
+A stage leaves ``WORKDIR/<stage>/weights.safetensors``, and ``launch.convert`` writes published weights to the same
+places, with the text encoder under ``text_encoder`` and TAEHV under ``taehv``. A recipe whose trained weights come with
+the package has them in ``causvid_jax/assets/<recipe>/<stage>.safetensors``; what a working directory holds goes first.
 """
 
 import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
-from causvid_jax.config import ConfigError, TransformerConfig, VAEConfig
-from causvid_jax.models import transformer, vae
-from causvid_jax.weights import store
+import numpy as np
+
+from causvid_jax.config import ConfigError, TAEHVConfig, TransformerConfig, VAEConfig
+from causvid_jax.models import taehv, transformer, vae
+from causvid_jax.weights import files, sources, store
+from causvid_jax.weights import taehv as published_taehv
 
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
 _STATISTICS = ("latent_mean", "latent_std")
@@ -53,8 +58,7 @@ def load_vae(path: str | os.PathLike, config: VAEConfig) -> tuple[dict[str, Any]
     """
     params, metadata = store.load_params(path)
     store.check_tree(params, vae.abstract(config), f"VAE weights {path}")
-    saved: dict[str, Any] = {name: tuple(json.loads(metadata[name])) for name in _STATISTICS if name in metadata}
-    return params, dataclasses.replace(config, **saved)
+    return params, latent_statistics(config, metadata)
 
 
 def load_transformer(path: str | os.PathLike, config: TransformerConfig, role: str) -> dict[str, Any]:
@@ -66,6 +70,47 @@ def load_transformer(path: str | os.PathLike, config: TransformerConfig, role: s
     params, _ = store.load_params(path)
     store.check_tree(params, transformer.abstract(config), f"{role} weights {path}")
     return params
+
+
+def latent_statistics(config: VAEConfig, metadata: Mapping[str, str]) -> VAEConfig:
+    """``config`` with the statistics of :func:`vae_metadata` (its own where there are none)."""
+    saved: dict[str, Any] = {name: tuple(json.loads(metadata[name])) for name in _STATISTICS if name in metadata}
+    return dataclasses.replace(config, **saved)
+
+
+def find_taehv(workdir: str | os.PathLike) -> pathlib.Path:
+    """TAEHV's weights under ``workdir``: ours (``taehv/weights.safetensors``) or published (``taew2_1.*``).
+
+    Raises:
+        ConfigError: there are none.
+    """
+    places = [
+        stage_path(workdir, "taehv"),
+        *(pathlib.Path(workdir) / f"taew2_1{end}" for end in (".safetensors", ".pth")),
+    ]
+    for path in places:
+        if path.is_file():
+            return path
+    raise ConfigError(
+        f"{workdir} holds no weights of TAEHV; accepted: {', '.join(str(p.relative_to(workdir)) for p in places)}"
+    )
+
+
+def load_taehv(path: str | os.PathLike, config: TAEHVConfig) -> dict[str, Any]:
+    """TAEHV's parameters (numpy), of a file of ours or a published one.
+
+    Raises:
+        ConfigError: an unreadable file, or one of another network.
+    """
+    if pathlib.Path(path).suffix == ".safetensors" and files.CHECKSUM in files.open_safetensors(path)[1]:
+        params, _ = store.load_params(path)
+        store.check_tree(params, taehv.abstract(config), f"TAEHV weights {path}")
+        return params
+    state = {}
+    for name, tensor in sources.open_source(path).tensors.items():
+        with tensor.view() as array:
+            state[name] = np.array(array, np.float32)
+    return published_taehv.from_published(state, config)
 
 
 def publish(recipe: str, workdir: str | os.PathLike, folder: str | os.PathLike = ASSETS) -> list[pathlib.Path]:

@@ -148,6 +148,77 @@ def load_params(path: str | os.PathLike, dtype: Any = np.float32) -> tuple[dict[
     return unflatten(flat), header
 
 
+def stored_checksum(path: str | os.PathLike) -> str:
+    """The checksum that a file of :func:`save_params` carries, as it stands there: who the weights are.
+
+    Raises:
+        ConfigError: an unreadable file, or one that carries no checksum of ours.
+    """
+    return _open_own(path)[1]
+
+
+def check_file(path: str | os.PathLike, expected: Mapping[str, Any], what: str) -> dict[str, str]:
+    """Refuse a file of :func:`save_params` whose names and shapes are not those of ``expected``; its metadata.
+
+    Nothing but the header is read. ``what`` as in :func:`check_tree`.
+    """
+    tensors, _, metadata = _open_own(path)
+    check_tree(unflatten(tensors), expected, what)
+    return metadata
+
+
+def load_arrays(
+    path: str | os.PathLike, expected: Mapping[str, Any], what: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read what :func:`save_params` wrote straight onto the default device, in the types asked for.
+
+    The host holds one array at a time, so that a tree of 11 GB needs 11 GB in all.
+
+    Args:
+        path: the safetensors file.
+        expected: nested dict of leaves with ``shape`` and ``dtype``: what the file must hold, and what floating arrays
+            become.
+        what: as in :func:`check_tree`.
+
+    Returns:
+        (nested dict of ``jax.Array``, metadata).
+
+    Raises:
+        ConfigError: an unreadable or changed file, one of other names or shapes, or a value beyond its type.
+    """
+    tensors, stored, metadata = _open_own(path)
+    check_tree(unflatten(tensors), expected, what)
+    want, digest, flat = flatten(expected), files.Digest(metadata), {}
+    for name in sorted(tensors):
+        digest.begin(name, tensors[name].dtype, tensors[name].shape)
+        flat[name] = jax.device_put(_read(name, tensors[name], want[name].dtype, digest))
+        flat[name].block_until_ready()
+    require(stored == digest.hexdigest(), f"weights file {path} is corrupt: its checksum does not match")
+    return unflatten(flat), metadata
+
+
+def _open_own(path: str | os.PathLike) -> tuple[dict[str, files.Tensor], str, dict[str, str]]:
+    """(tensors, checksum, the other metadata) of a file of ours."""
+    tensors, metadata = files.open_safetensors(path)
+    stored = metadata.pop(CHECKSUM, None)
+    if stored is None:
+        raise ConfigError(f"weights file {path} carries no checksum; it was not written by causvid_jax")
+    return tensors, stored, metadata
+
+
+def _read(name: str, tensor: files.Tensor, dtype: Any, digest: files.Digest) -> np.ndarray:
+    """The tensor as ``dtype``, piece by piece through the digest."""
+    out = np.empty(tensor.shape, dtype)
+    flat, step = out.reshape(-1), files.BUFFER // tensor.dtype.itemsize
+    with tensor.view() as array:
+        raw = array.reshape(-1)
+        for start in range(0, raw.size, step):
+            piece = raw[start : start + step]
+            digest.update(piece)
+            flat[start : start + step] = cast(name, piece, out.dtype)
+    return out
+
+
 def check_tree(params: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
     """Refuse ``params`` unless its names and shapes are those of ``expected`` (leaves with a ``shape``).
 

@@ -85,7 +85,7 @@ def test_trajectories_follow_the_guided_teacher(written, teacher):
     def velocity(x, timestep, rows):
         return transformer.bidirectional(teacher, x, timestep, rows, config=NET)
 
-    rows, null = (jnp.asarray(text.encode_prompts([p], RECIPE.text)) for p in (PROMPTS[4], ""))
+    rows, null = (jnp.asarray(text.encode_words([p], RECIPE.text)) for p in (PROMPTS[4], ""))
     x = jax.random.normal(jax.random.fold_in(jax.random.key(0), 4), (1, 2, 4, 4, 4))
     states = [x]
     for i in range(4):

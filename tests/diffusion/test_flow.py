@@ -71,3 +71,15 @@ def test_guided_velocity_is_one_call_on_both_branches():
         guidance.guided_velocity(network, x, timestep, text, null, 1.0), cond, rtol=1e-5, atol=1e-4
     )
     assert batches == [4, 2]
+
+
+def test_steps_that_are_timesteps_and_the_published_table():
+    """CausVid's three-step list: 757 and 522 stand beside points 280 and 120 of the grid of shift 8."""
+    config = DiffusionConfig(shift=8.0, student_steps=(1000.0, 757.0, 522.0), warp=False)
+    assert flow.student_timesteps(config) == (1000.0, 757.0, 522.0)
+    np.testing.assert_allclose(flow.nominal_steps(config), [1000, 280.24, 120.11], atol=0.1)
+    assert flow.nominal_steps(DiffusionConfig()) == (1000.0, 750.0, 500.0, 250.0)
+    sigmas = [flow.table_sigma(t, 8.0) for t in (1000.0, 757.0, 522.0, 0.0)]
+    np.testing.assert_allclose(sigmas, [1.0, 0.756757, 0.521739, 0.007944], atol=1e-6)
+    for timestep in flow.student_timesteps(DiffusionConfig()):
+        assert flow.table_sigma(timestep, 8.0) == pytest.approx(timestep / 1000)

@@ -147,3 +147,31 @@ def test_publishing_copies_three_stages_in_half_precision_and_needs_all_of_them(
     params, metadata = store.load_params(written[0], dtype=None)
     assert params["a"].dtype == np.float16 and metadata["stage"] == "vae"
     np.testing.assert_array_equal(params["a"], np.float16([0.1, 2.0]))
+
+
+def test_arrays_come_straight_in_the_types_asked_for(tmp_path):
+    rng = np.random.default_rng(0)
+    tree = {"a": {"kernel": rng.normal(size=(3, 5)), "bias": rng.normal(size=5)}, "scalar": np.float64(2.0)}
+    tree = jax.tree.map(np.float32, tree)
+    path = tmp_path / "w.safetensors"
+    store.save_params(path, tree, {"who": "me"})
+    expected = {
+        "a": {"kernel": jax.ShapeDtypeStruct((3, 5), jnp.bfloat16), "bias": jax.ShapeDtypeStruct((5,), jnp.float32)},
+        "scalar": jax.ShapeDtypeStruct((), jnp.float32),
+    }
+    arrays, metadata = store.load_arrays(path, expected, "weights")
+    assert metadata == {"who": "me"} == store.check_file(path, expected, "weights")
+    for got, given, leaf in zip(*map(jax.tree.leaves, (arrays, tree, expected)), strict=True):
+        assert isinstance(got, jax.Array) and got.dtype == leaf.dtype
+        np.testing.assert_array_equal(got, jnp.asarray(given).astype(leaf.dtype))
+    assert store.stored_checksum(path) == store.checksum(store.flatten(tree), {"who": "me"})
+    expected["a"]["bias"] = jax.ShapeDtypeStruct((6,), jnp.float32)
+    for refuse in (store.check_file, store.load_arrays):
+        with pytest.raises(ConfigError, match="weights do not fit the configuration .misshapen: a/bias"):
+            refuse(path, expected, "weights")
+    expected["a"]["bias"] = jax.ShapeDtypeStruct((5,), jnp.float32)
+    damaged = bytearray(path.read_bytes())
+    damaged[-3] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(ConfigError, match="is corrupt: its checksum does not match"):
+        store.load_arrays(path, expected, "weights")

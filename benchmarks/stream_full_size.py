@@ -1,0 +1,88 @@
+"""Wan2.1-T2V-1.3B's student at full size without an accelerator: seconds and peak memory of a short stream.
+
+``python benchmarks/stream_full_size.py`` gives the network of ``configs/wan_1_3b.py`` random weights in the types that
+sampling holds (kernels bfloat16), 512 rows of random text, and streams two blocks of three latents at 64 x 64 pixels
+through the VAE. It says what the memory plan said and what the process took, and fails beyond ``--limit`` GiB.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import resource
+import sys
+import time
+import zlib
+
+import jax
+import numpy as np
+
+from causvid_jax.models import transformer
+from causvid_jax.streaming import memory, play
+from launch.common import load_recipe_file
+
+GIB = 2**30
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def random_arrays(shapes):
+    """Arrays of ``shapes`` on the device, one at a time: kernels keep the variance, what else there is lies around 1 or
+    0. The same noise from another place in each: random enough to stream, and fast."""
+    noise = np.random.default_rng(0).standard_normal(1 << 22, np.float32)
+
+    def one(path, leaf):
+        kind, name = path[-1].key, "/".join(str(p.key) for p in path)
+        # A convolution adds up over all axes but the last; layers are stacked in front of a matrix.
+        fan_in = leaf.shape[-2] if path[0].key == "blocks" else int(np.prod(leaf.shape[:-1]))
+        scale, centre = {"kernel": (fan_in**-0.5, 0.0), "scale": (0.1, 1.0), "gamma": (0.1, 1.0)}.get(kind, (0.1, 0.0))
+        rolled = np.roll(noise, zlib.crc32(name.encode()) % len(noise))
+        return jax.device_put(np.resize((centre + scale * rolled).astype(leaf.dtype), leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def peak() -> int:
+    """Peak resident bytes of this process. Linux counts in KiB, macOS in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> None:
+    """Plan, fill, stream, report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default=str(ROOT / "configs" / "wan_1_3b.py"))
+    parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=0, help="fewer layers, for a look in less time")
+    parser.add_argument("--limit", type=float, default=20.0, help="GiB")
+    given = parser.parse_args()
+    recipe = load_recipe_file(given.config)
+    student = dataclasses.replace(recipe.student, num_layers=given.layers or recipe.student.num_layers, attention="xla")
+    video = dataclasses.replace(recipe.video, height=given.size, width=given.size)
+    recipe = dataclasses.replace(recipe, student=student, video=video)
+    k = recipe.causal.frames_per_block
+    latents = k * given.blocks
+    frames = 1 + 4 * (latents - 1)
+    print(memory.describe(memory.plan(recipe, "student", batch=1, latents=latents, prompts=0)), flush=True)
+    begin, idle = time.perf_counter(), peak()
+    coder = memory.codec_shapes(recipe, encodes=False)
+    params = random_arrays({"student": transformer.inference(recipe.student)}["student"])
+    params = {"student": params, **{name: random_arrays(shapes) for name, shapes in coder.items()}}
+    count = sum(leaf.size for leaf in jax.tree.leaves(params["student"]))
+    print(f"{count:,} random parameters in {time.perf_counter() - begin:.0f} s", flush=True)
+    text = np.random.default_rng(1).standard_normal((1, recipe.text.length, recipe.text.dim), np.float32)
+    timing, shown = play.Timing(), []
+    for block, clip in enumerate(play.play(params, text, config=recipe, frames=frames, timing=timing)):
+        shown.append(clip)
+        print(f"block {block}: {clip.shape[1]} frames, {timing.total:.1f} s; peak {peak() / GIB:.2f} GiB", flush=True)
+    made = np.concatenate(shown, axis=1)
+    took = peak()
+    print(
+        f"{made.shape[1]} frames of {given.size} x {given.size} (standard deviation {made.std():.0f} of 255): "
+        f"compiled in {timing.compile:.0f} s, first block after {timing.first:.1f} s, all after {timing.total:.1f} s; "
+        f"peak {took / GIB:.2f} GiB, of which {idle / GIB:.2f} before weights"
+    )
+    if took > given.limit * GIB:
+        raise SystemExit(f"more than {given.limit:g} GiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""A recipe's text encoder: prompts to rows ``[B, length, dim]``, whatever ``text.kind`` is.
+
+``words`` needs nothing (:mod:`causvid_jax.models.text`). ``umt5`` reads, under the folder of a checkpoint,
+
+    text_encoder/weights.safetensors     the encoder, as ``launch.convert`` writes it
+    text_encoder/tokenizer.json          the tokenizer of google/umt5-xxl, or where it lies in published folders:
+                                         tokenizer/tokenizer.json, google/umt5-xxl/tokenizer.json
+    prompts/                             prompts already encoded, made as they come
+
+The weights are read when a prompt has to be computed, and given up when it is.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from causvid_jax.config import ConfigError, Recipe, TextConfig, UMT5Config, require
+from causvid_jax.data import prompts as umt5_prompts
+from causvid_jax.data.prompt_cache import PromptCache
+from causvid_jax.models import text, umt5
+from causvid_jax.models.params import inference_tree
+from causvid_jax.weights import stages, store
+
+TOKENIZERS = ("text_encoder", "tokenizer", "google/umt5-xxl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """What encoding a prompt takes; of :func:`open_encoder`. All but ``config`` is of UMT5.
+
+    ``compute`` False: only what ``cache`` holds is given, for programs whose memory is not the encoder's to take.
+    """
+
+    config: TextConfig
+    umt5: UMT5Config | None = None
+    weights: pathlib.Path | None = None
+    tokenizer: umt5_prompts.Tokenizer | None = None
+    cache: PromptCache | None = None
+    compute: bool = True
+
+
+def open_encoder(
+    recipe: Recipe,
+    folder: str | os.PathLike | None = None,
+    *,
+    cache: str | os.PathLike | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    compute: bool = True,
+) -> Encoder:
+    """The encoder of ``recipe``, checked; its weights are not read yet.
+
+    Args:
+        recipe: ``text`` and, for UMT5, ``umt5`` are read.
+        folder: the checkpoint or working directory; words need none.
+        cache: where encoded prompts are kept; None: ``prompts`` under ``folder``, an empty text: nowhere.
+        tokenizer: the tokenizer's file or folder; None: looked for under ``folder``.
+        compute: as in :class:`Encoder`.
+
+    Raises:
+        ConfigError: a file that is missing or does not fit the recipe.
+    """
+    if recipe.text.kind == "words":
+        return Encoder(recipe.text)
+    if folder is None:
+        raise ConfigError("text.kind is 'umt5', whose weights come with no package; give the folder of a checkpoint")
+    weights = stages.stage_path(folder, "text_encoder")
+    require(
+        weights.is_file(),
+        f"{weights} does not exist: the UMT5 encoder of the published folder, converted by launch.convert",
+    )
+    store.check_file(weights, umt5.abstract(recipe.umt5), f"text encoder weights {weights}")
+    file = pathlib.Path(tokenizer) if tokenizer is not None else _find_tokenizer(pathlib.Path(folder))
+    # Rows are rounded to the transformer's compute type before anything reads them, so nothing finer is kept.
+    kept = "float32" if "float32" in (recipe.student.dtype, recipe.teacher.dtype) else "bfloat16"
+    place = pathlib.Path(folder) / "prompts" if cache is None else cache
+    return Encoder(
+        config=recipe.text,
+        umt5=recipe.umt5,
+        weights=weights,
+        tokenizer=umt5_prompts.load_tokenizer(file),
+        cache=PromptCache(place, store.stored_checksum(weights), kept) if place else None,
+        compute=compute,
+    )
+
+
+def _find_tokenizer(folder: pathlib.Path) -> pathlib.Path:
+    places = [folder / inner / "tokenizer.json" for inner in TOKENIZERS]
+    for place in places:
+        if place.is_file():
+            return place
+    listed = ", ".join(f"{inner}/tokenizer.json" for inner in TOKENIZERS)
+    raise ConfigError(f"{folder} holds no tokenizer of google/umt5-xxl; accepted: {listed} in it, or --tokenizer=FILE")
+
+
+def inference_shapes(config: UMT5Config) -> Any:
+    """Shape and type of every parameter as it is held: kernels and the table of tokens in the compute type."""
+    shapes = inference_tree(umt5.abstract(config), config.dtype)
+    return shapes | {"token_embedding": jax.ShapeDtypeStruct(shapes["token_embedding"].shape, config.dtype)}
+
+
+def encode(encoder: Encoder, prompts: Sequence[str]) -> np.ndarray:
+    """Text rows float32 ``[B, length, dim]``, zero beyond each prompt's last token.
+
+    Raises:
+        ConfigError: a word outside the vocabulary; a prompt that is not in the cache of an encoder that computes none.
+    """
+    config = encoder.config
+    if encoder.umt5 is None or encoder.tokenizer is None:
+        return text.encode_words(prompts, config)
+    if not encoder.compute:
+        absent = missing(encoder, prompts)
+        require(
+            not absent,
+            f"{len(absent)} prompt(s) are not encoded yet, first {next(iter(absent), '')!r}; encode them with "
+            "launch.prepare --stage=prompts",
+        )
+    loaded: list[Any] = []
+
+    def load() -> Any:
+        loaded.append(_load(encoder))
+        return loaded[-1]
+
+    try:
+        return umt5_prompts.encode_prompts(
+            prompts, encoder.tokenizer, load, encoder.umt5, length=config.length, cache=encoder.cache
+        )
+    finally:
+        for params in loaded:
+            jax.tree.map(lambda leaf: leaf.delete(), params)
+
+
+def check(encoder: Encoder, prompts: Sequence[str]) -> None:
+    """Refuse ``prompts`` that cannot be encoded, without encoding them: a ConfigError names the word."""
+    if encoder.umt5 is None:
+        text.encode_words(prompts, encoder.config)
+
+
+def missing(encoder: Encoder, prompts: Sequence[str]) -> list[str]:
+    """The ``prompts`` for which the encoder's weights would have to be read."""
+    if encoder.umt5 is None or encoder.tokenizer is None:
+        return []
+    return umt5_prompts.not_cached(prompts, encoder.tokenizer, encoder.umt5, encoder.cache, encoder.config.length)
+
+
+def null_rows(encoder: Encoder) -> np.ndarray:
+    """Text rows ``[length, dim]`` of the unconditional branch: ``text.negative``, empty for words."""
+    return encode(encoder, [encoder.config.negative])[0]
+
+
+def _load(encoder: Encoder) -> Any:
+    assert encoder.umt5 is not None and encoder.weights is not None
+    params, _ = store.load_arrays(
+        encoder.weights, inference_shapes(encoder.umt5), f"text encoder weights {encoder.weights}"
+    )
+    return params
