@@ -210,7 +210,7 @@ def test_a_checkpoint_holds_networks_optimizers_averages_and_recipe(road):
         assert jax.tree.leaves(checkpoint.read(folder, part)[1])
     _, _, progress = checkpoint.read(folder, "step")
     assert progress["step"] == 5 and progress["iterator"]["phase_end"] == 5
-    assert progress["iterator"]["iterator"]["next_index"] > 0
+    assert min(progress["iterator"]["iterator"].values()) > 0
     assert json.loads(progress["config"])["train_distill"]["seed"] == 0
 
 
