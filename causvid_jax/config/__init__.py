@@ -10,6 +10,7 @@ from causvid_jax.config.errors import ConfigError, require
 from causvid_jax.config.networks import (
     MESH_AXES,
     CausalConfig,
+    CLIPConfig,
     ShardingRules,
     TAEHVConfig,
     TextConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "VideoConfig",
     "TextConfig",
     "UMT5Config",
+    "CLIPConfig",
     "VAEConfig",
     "ShardingRules",
     "TAEHVConfig",
