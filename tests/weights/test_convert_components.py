@@ -127,7 +127,7 @@ def test_the_tied_embedding_is_dropped_or_taken_and_must_be_equal(tmp_path, save
 
 def test_what_nothing_reads_is_left_out_and_said(tmp_path, save):
     tree, states = published("clip")
-    extra = {"log_scale": np.float32(1).reshape(()), "textual.head.0.weight": np.ones((2, 3), np.float32)}
+    extra = {"log_scale": np.array(1, np.float32), "textual.head.0.weight": np.ones((2, 3), np.float32)}
     path = save(tmp_path / "in.safetensors", states["original"] | extra)
     plan = run(path, tmp_path / "out.safetensors", "causvid_jax")
     assert ", without 2 tensors that nothing reads: CLIP image encoder of 3 layers" in str(plan)
