@@ -1,13 +1,24 @@
-"""Wan2.1-T2V-14B: as ``wan_1_3b``, with the large network as teacher and student."""
+"""Wan2.1-T2V-14B: as ``wan_1_3b``, with the large network as teacher and student.
+
+``configs/wan_14b.py:i2v`` is Wan2.1-I2V-14B at 480p: the same network with the image branch, and the published sampler
+(UniPC, 40 steps, shift 3). It is sampled with ``--teacher --image``; no stage trains a student with an image branch.
+"""
 
 import ml_collections
 
+from causvid_jax.config import require
 from configs import wan_1_3b
 
 SIZES = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
+IMAGE = {"in_channels": 16 + 4 + 16, "image_dim": 1280}  # noisy latents, mask, latents of the picture; rows of CLIP
 GUIDANCE = 5.0
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """The recipe as an ``ml_collections.ConfigDict``."""
-    return wan_1_3b.recipe("wan_14b", SIZES, GUIDANCE)
+def get_config(variant: str = "t2v") -> ml_collections.ConfigDict:
+    """The recipe of ``variant`` (t2v or i2v) as an ``ml_collections.ConfigDict``."""
+    require(variant in ("t2v", "i2v"), f"wan_14b has no variant {variant!r}; accepted: 't2v', 'i2v'")
+    if variant == "t2v":
+        return wan_1_3b.recipe("wan_14b", SIZES, GUIDANCE)
+    config = wan_1_3b.recipe("wan_14b_i2v", SIZES | IMAGE, GUIDANCE)
+    config.diffusion.update({"shift": 3.0, "teacher_steps": 40, "solver": "unipc"})
+    return config

@@ -20,9 +20,8 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def recipe(name: str, sizes: dict[str, int], guidance: float) -> ml_collections.ConfigDict:
-    """The recipe of a Wan2.1 text-to-video transformer of ``sizes``; ``guidance`` is the teacher's when it samples."""
+    """The recipe of a Wan2.1 transformer of ``sizes``; ``guidance`` is the teacher's when it samples."""
     network = {
-        **sizes,
         "in_channels": 16,
         "out_channels": 16,
         "patch_size": (1, 2, 2),
@@ -32,6 +31,7 @@ def recipe(name: str, sizes: dict[str, int], guidance: float) -> ml_collections.
         "dtype": "bfloat16",
         "attention": "auto",
         "remat": True,
+        **sizes,
     }
     # Published rates; b1 = 0 and the critic's smaller rate are Self-Forcing's.
     adamw = {"learning_rate": 2e-6, "warmup_steps": 0, "weight_decay": 0.01, "clip_norm": 10.0}

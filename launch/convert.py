@@ -1,26 +1,37 @@
 """Published weights in and out: ``python -m launch.convert --input=Wan2.1-T2V-1.3B --output=runs/wan``.
 
 Reads original Wan folders, diffusers folders, the checkpoints of CausVid, Self-Forcing, Causal-Forcing, LongLive and
-Krea, and our own files; writes our own (default), or with ``--to`` the original or diffusers' names.
-``--lora=FILE:0.8`` merges a LoRA. ``--dry_run`` only says what would be done. A folder with several components becomes
-a folder of them: for our own format a working directory that ``launch.sample`` and ``launch.train`` read.
+Krea, and our own files and working directories; writes our own (default), or with ``--to`` the original or diffusers'
+names. ``--lora=FILE:0.8`` merges a LoRA. ``--dry_run`` only says what would be done. A folder with several components
+becomes a folder of them: for our own format a working directory that ``launch.sample`` and ``launch.train`` read:
+
+| in OUTPUT | from an original folder | from a diffusers folder |
+|---|---|---|
+| ``teacher/weights.safetensors`` (``--stage``) | ``diffusion_pytorch_model*.safetensors`` | ``transformer/`` |
+| ``vae/weights.safetensors`` | ``Wan2.1_VAE.pth`` | ``vae/`` |
+| ``text_encoder.safetensors`` | ``models_t5_umt5-xxl-enc-bf16.pth`` | ``text_encoder/`` |
+| ``tokenizer.json``, copied | ``google/umt5-xxl/`` | ``tokenizer/`` |
+| ``image_encoder.safetensors``, of image to video | ``models_clip_*.pth`` | ``image_encoder/`` |
+| ``taehv.safetensors``, if it was put there | ``taew2_1.pth`` or ``.safetensors`` | the same |
+
+The tiny codec comes by itself: ``--input=taew2_1.pth --output=runs/wan/taehv.safetensors`` adds it to a directory.
 """
 
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from absl import flags
 
 from causvid_jax.config import ConfigError, require
-from causvid_jax.weights import convert, files, layouts, lora, pickles, sources
+from causvid_jax.weights import convert, exports, files, layouts, lora, pickles, sources, stages
 from launch import common
 
 _INPUT = flags.DEFINE_string("input", None, "The checkpoint: a file or a folder.")
 _OUTPUT = flags.DEFINE_string("output", None, "A .safetensors file, or a folder that does not exist yet.")
 _TO = flags.DEFINE_string("to", "causvid_jax", "Names to write: causvid_jax, original or diffusers.")
 _PART = flags.DEFINE_string("part", None, "Of a checkpoint with several, for example generator_ema (preferred).")
-_COMPONENT = flags.DEFINE_string("component", None, "Of a folder with several, only this: transformer or vae.")
+_COMPONENT = flags.DEFINE_list("component", None, "Of a folder with several, only these: transformer,vae for example.")
 _STAGE = flags.DEFINE_string("stage", None, "The transformer's place in a working directory: teacher, init or distill.")
 _LORA = flags.DEFINE_multi_string("lora", [], "FILE or FILE:STRENGTH, a LoRA to merge; several are added.")
 _LORA_LAYERS = flags.DEFINE_string("lora_layers", None, "Only these layers change, for example 0-9,20.")
@@ -57,20 +68,37 @@ def parse_layers(value: str | None) -> frozenset[int] | None:
     return frozenset(layers)
 
 
-def choose(path: str, component: str | None) -> dict[str, pathlib.Path]:
+def choose(path: str, components: Sequence[str] | None) -> dict[str, pathlib.Path]:
     """The components to convert, {"": path} for a checkpoint of one."""
     found = sources.components(path)
     known = [network.component for network in layouts.NETWORKS]
-    require(component is None or component in known, f"--component is {component!r}; accepted: {', '.join(known)}")
+    for component in components or ():
+        require(component in known, f"--component is {component!r}; accepted: {', '.join(known)}")
+        require(
+            not found or component in found,
+            f"{path} has no {component} that could be converted, but {', '.join(found)}",
+        )
     if not found:
         return {"": pathlib.Path(path)}
-    chosen = {name: place for name, place in found.items() if component in (None, name) and name in known}
-    require(
-        chosen, f"{path} holds {', '.join(found)}, and no {component or ' or '.join(known)} that could be converted"
-    )
+    chosen = {name: place for name, place in found.items() if not components or name in components}
     for name in found.keys() - chosen.keys():
         print(f"Left out: {name} ({found[name]}).")
     return chosen
+
+
+def tokenizer(plans: Collection[convert.Plan], path: str, output: str, naming: str) -> dict[str, pathlib.Path]:
+    """What to copy beside a text encoder: places under ``output`` to files."""
+    ours = naming == "causvid_jax"
+    whole = pathlib.Path(output).suffix != ".safetensors" and (ours or len(plans) > 1)
+    if not whole or not any(plan.match.network is layouts.UMT5 for plan in plans):
+        return {}
+    folder = pathlib.Path(path)
+    found = sources.tokenizer_files(folder if folder.is_dir() and sources.components(folder) else folder.parent)
+    if not found:
+        print(f"No tokenizer.json is near {path}: put the one of google/umt5-xxl beside the text encoder.")
+    if ours:
+        return {stages.TOKENIZER: found["tokenizer.json"]} if found else {}
+    return {f"{exports.TOKENIZERS[naming]}/{name}": file for name, file in found.items()}
 
 
 def places(plans: Mapping[str, convert.Plan], output: str, naming: str, stage: str | None) -> dict[str, convert.Plan]:
@@ -90,13 +118,15 @@ def places(plans: Mapping[str, convert.Plan], output: str, naming: str, stage: s
     placed = {}
     for plan in plans.values():
         component = plan.match.network.component
-        where = {"diffusers": component, "original": "."}.get(naming)
-        if where is None:
+        if naming == "diffusers":
+            where = component
+        elif naming == "original":
+            where = "." if component == "transformer" else f"{exports.file_stem(component, naming)}.safetensors"
+        elif component == "transformer":
             student = plan.source.part.split(".")[-1].startswith("generator")
-            own = stage or ("distill" if student else "teacher")
-            where = f"{own if component == 'transformer' else component}/weights.safetensors"
-        elif naming == "original" and component == "vae":
-            where = "Wan2.1_VAE.safetensors"
+            where = f"{stage or ('distill' if student else 'teacher')}/weights.safetensors"
+        else:
+            where = stages.FILES[component]
         placed[where] = plan
     return placed
 
@@ -135,12 +165,15 @@ def main() -> None:
         source = sources.open_source(place, part)
         plans[name] = convert.plan(source, _TO.value, _DTYPE.value, use, _HEADS.value)
     placed = places(plans, output, _TO.value, _STAGE.value)
+    copies = tokenizer(placed.values(), given, output, _TO.value)
     for plan in placed.values():
         print(plan, flush=True)
+    for copy, file in copies.items():
+        print(f"{file}: copied to {copy}")
     if _DRY_RUN.value:
         print("Nothing is written (--dry_run).")
         return
-    convert.run(placed, output, Progress(sum(plan.bytes_written for plan in placed.values())))
+    convert.run(placed, output, Progress(sum(plan.bytes_written for plan in placed.values())), copies=copies)
     print(f"Wrote {output}")
 
 

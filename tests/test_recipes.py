@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from causvid_jax.config import CLIPConfig, ConfigError
 from causvid_jax.diffusion import flow
-from causvid_jax.models import transformer, vae
+from causvid_jax.models import clip, transformer, vae
+from causvid_jax.streaming import image_to_video
 from launch.common import load_recipe_file
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -42,3 +44,33 @@ def test_published_recipes(name, parameters):
     video = jax.ShapeDtypeStruct((1, 81, 480, 832, 3), jnp.float32)
     encoded = jax.eval_shape(lambda p, v: vae.encode(p, v, config=recipe.vae), vae.abstract(recipe.vae), video)
     assert encoded.shape == latents.shape
+
+
+def test_image_to_video():
+    """The I2V-14B variant: published count, sampler and shapes, by ``eval_shape``."""
+    recipe = load_recipe_file(f"{CONFIGS / 'wan_14b.py'}:i2v")
+    assert recipe.name == "wan_14b_i2v" and recipe.teacher == recipe.student
+    assert count(transformer.abstract(recipe.teacher)) == 16_394_878_784
+    sampler = recipe.diffusion
+    assert (sampler.shift, sampler.teacher_steps, sampler.solver, sampler.guidance) == (3.0, 40, "unipc", 5.0)
+    clip_config, shape = CLIPConfig(), jax.ShapeDtypeStruct
+    picture, text = shape((1, 480, 832, 3), jnp.float32), shape((1, 512, 4096), jnp.float32)
+    image = jax.eval_shape(
+        lambda p, x: image_to_video.image_rows(p, x, config=clip_config), clip.abstract(clip_config), picture
+    )
+    given = jax.eval_shape(
+        lambda p, x: image_to_video.condition(p, x, config=recipe), vae.abstract(recipe.vae), picture
+    )
+    assert image.shape == (1, 257, 1280) and given.shape == (1, 21, 60, 104, 20)
+    latents = jax.eval_shape(
+        lambda *arrays: image_to_video.teacher_latents(*arrays, config=recipe),
+        transformer.abstract(recipe.teacher),
+        text,
+        shape((512, 4096), jnp.float32),
+        image,
+        given,
+        shape((1,), jnp.uint32),
+    )
+    assert latents.shape == (1, 21, 60, 104, 16)
+    with pytest.raises(ConfigError, match="wan_14b has no variant 'ti2v'; accepted: 't2v', 'i2v'"):
+        load_recipe_file(f"{CONFIGS / 'wan_14b.py'}:ti2v")

@@ -10,6 +10,7 @@ from causvid_jax.config.errors import ConfigError, RunError, require
 from causvid_jax.config.networks import (
     MESH_AXES,
     CausalConfig,
+    CLIPConfig,
     ShardingRules,
     TAEHVConfig,
     TextConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "VideoConfig",
     "TextConfig",
     "UMT5Config",
+    "CLIPConfig",
     "VAEConfig",
     "ShardingRules",
     "TAEHVConfig",

@@ -88,6 +88,44 @@ class UMT5Config:
 
 
 @dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    """CLIP's image encoder (``causvid_jax.models.clip``); defaults are ViT-H/14 as Wan2.1-I2V has it.
+
+    ``projection_dim`` is the width of the embedding shared with text, which no network here reads but files have
+    (0: a file without it). ``dtype`` is the compute type of matmuls.
+    """
+
+    image_size: int = 224
+    patch_size: int = 14
+    dim: int = 1280
+    ffn_dim: int = 5120
+    num_heads: int = 16
+    num_layers: int = 32
+    projection_dim: int = 1024
+    activation: str = "gelu"
+    eps: float = 1e-5
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        require(
+            self.image_size % self.patch_size == 0,
+            f"clip.image_size is {self.image_size}; it must be a multiple of patch_size = {self.patch_size}",
+        )
+        require(self.dim % self.num_heads == 0, f"clip.dim is {self.dim}, which {self.num_heads} heads do not divide")
+        require(self.num_layers >= 2, f"clip.num_layers is {self.num_layers}; it must be at least 2")
+        require(
+            self.activation in ("gelu", "quick_gelu"),
+            f"clip.activation is {self.activation!r}; accepted: 'gelu', 'quick_gelu'",
+        )
+        check_dtype("clip", self.dtype)
+
+    @property
+    def tokens(self) -> int:
+        """Rows of an image: the class token and one per patch."""
+        return 1 + (self.image_size // self.patch_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
 class VAEConfig:
     """The Wan causal video VAE (``causvid_jax.models.vae``); defaults are the published Wan2.1 sizes.
 

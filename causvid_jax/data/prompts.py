@@ -30,6 +30,8 @@ NEGATIVE_PROMPT = (
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
     "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
+NEGATIVE_PROMPT_IMAGE = "镜头晃动，" + NEGATIVE_PROMPT
+"""The one of image to video, which also avoids a shaking camera."""
 LENGTH = 512
 _SHORTEST = 32
 

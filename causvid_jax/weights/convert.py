@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import shutil
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ from causvid_jax.weights.lora import Lora
 
 SHARD_BYTES = 10_000_000_000
 """What diffusers cuts its shards at."""
+PART_BYTES = 1 << 26
+"""A larger tensor is moved and cast in parts of about this size."""
 _HOW_TO_RUN = ("dtype", "attention", "remat", "rules")  # Fields of a configuration that are not of the weights.
 
 
@@ -51,19 +54,23 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Bytes at most needed beyond the program itself: a tensor as stored, moved and cast, in float32 with LoRA."""
+        """Bytes at most needed beyond the program itself: a tensor as stored, a part of it moved and cast, and with
+        LoRA three times the tensor in float32."""
         elements = max(int(np.prod(shape)) for shape in self.match.network.pieces(self.match.config).values())
-        widths = {t.dtype.itemsize for t in self.source.tensors.values()} | {
-            d.itemsize for _, d in self.written.values()
-        }
-        copies = 3 * max(widths) + (12 if self.loras else 0)
-        return copies * elements + 2 * files.BUFFER
+        stored = max(tensor.nbytes for tensor in self.source.tensors.values())
+        widest = max(
+            *(tensor.dtype.itemsize for tensor in self.source.tensors.values()),
+            *(dtype.itemsize for _, dtype in self.written.values()),
+        )
+        parts = 2 * min(PART_BYTES, elements * widest)
+        return stored + parts + (12 * elements if self.loras else 0) + 2 * files.BUFFER
 
     def __str__(self) -> str:
         types = sorted({t.dtype.name for t in self.source.tensors.values()})
         into = sorted({dtype.name for _, dtype in self.written.values()})
         chosen = f", part {self.source.part} of {', '.join(self.source.parts)}" if len(self.source.parts) > 1 else ""
         prefixes = f", without {' '.join(self.source.prefixes)}" if self.source.prefixes else ""
+        prefixes += f", without {self.source.unread} tensors that nothing reads" if self.source.unread else ""
         theta = getattr(self.match.config, "rope_theta", 10_000.0)
         foreign = (
             ""
@@ -102,6 +109,10 @@ def plan(
     require(naming in layouts.NAMINGS, f"--to is {naming!r}; accepted: {accepted}")
     kept = store.storage_type(dtype)
     match = layouts.detect(source, num_heads=num_heads)
+    source, accepted = match.source, ", ".join(match.network.namings)
+    require(
+        naming in match.network.namings, f"--to is {naming!r}, but {source.path} is a {match}; accepted: {accepted}"
+    )
     opened: tuple[Lora, ...] = ()
     if loras:
         require(
@@ -109,16 +120,15 @@ def plan(
             f"a LoRA changes a transformer, but {source.path} is a {match.network.component}",
         )
         opened = tuple(lora(match.config) for lora in loras)
-    types = _types(source, match, naming, kept)
-    shapes = match.network.shapes(match.config, naming)
-    return Plan(source, match, naming, kept, opened, {name: (shapes[name], types[name]) for name in shapes})
+    kinds, shapes = _types(source, match, naming, kept), match.network.shapes(match.config, naming)
+    return Plan(source, match, naming, kept, opened, {name: (shapes[name], kinds[name]) for name in shapes})
 
 
 def _types(source: sources.Source, match: Match, naming: str, dtype: np.dtype | None) -> dict[str, np.dtype]:
     """The type of every tensor to write; layers that are stacked must agree."""
     have = match.network.names(match.config, match.naming)
     want = match.network.names(match.config, naming)
-    types: dict[str, np.dtype] = {}
+    kinds: dict[str, np.dtype] = {}
     for piece, name in want.items():
         stored = source.tensors[have[piece]].dtype
         where = f"tensor {have[piece]} of {source.path} is {stored.name}"
@@ -129,11 +139,11 @@ def _types(source: sources.Source, match: Match, naming: str, dtype: np.dtype | 
         )
         kind = stored if dtype is None else dtype
         require(
-            types.setdefault(name, kind) == kind,
-            f"the layers of {name} are stored as {types[name].name} and {kind.name} in {source.path}; "
+            kinds.setdefault(name, kind) == kind,
+            f"the layers of {name} are stored as {kinds[name].name} and {kind.name} in {source.path}; "
             "stacked they must agree: give --dtype=float32",
         )
-    return types
+    return kinds
 
 
 def run(
@@ -141,6 +151,7 @@ def run(
     output: str | os.PathLike,
     progress: Callable[[int], None] = lambda _: None,
     shard_bytes: int = SHARD_BYTES,
+    copies: Mapping[str, pathlib.Path] = types.MappingProxyType({}),
 ) -> None:
     """Write what was planned: all of it, or nothing.
 
@@ -150,15 +161,18 @@ def run(
         output: the file, which is replaced, or the folder, which must not exist or be empty.
         progress: called with the bytes written since the last call.
         shard_bytes: at most this many in one file of a published folder.
+        copies: files to copy into the folder, by place.
 
     Raises:
-        ConfigError: the place cannot be written, a type cannot hold a value, or our file does not match its checksum.
+        ConfigError: the place cannot be written, a type cannot hold a value, our file does not match its checksum, or
+            two tensors that should be one differ.
     """
     target = pathlib.Path(output)
     _check_space(target, sum(one.bytes_written for one in plans.values()))
     for one in plans.values():
         if one.match.naming == "causvid_jax" and one.source.path.is_file():
             store.verify(one.source.path)
+        _check_twins(one.source)
     if list(plans) == [""] and target.suffix == ".safetensors":
         _write(plans[""], target, progress)
         return
@@ -169,6 +183,22 @@ def run(
                 _write(one, temporary / place, progress)
             else:
                 _write_folder(one, temporary / place, progress, shard_bytes)
+        for place, file in copies.items():
+            (temporary / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, temporary / place)
+
+
+def _check_twins(source: sources.Source) -> None:
+    """Refuse a file that holds a tensor twice with different values: one of the two was never loaded by anyone."""
+    for name, twin in source.twins.items():
+        first = source.tensors[name]
+        equal = first.shape == twin.shape and first.dtype == twin.dtype
+        step = files.BUFFER // first.dtype.itemsize
+        for start in range(0, int(np.prod(first.shape, dtype=np.int64)) if equal else 0, step):
+            with first.view() as a, twin.view() as b:
+                part = slice(start, start + step)
+                equal &= a.reshape(-1)[part].tobytes() == b.reshape(-1)[part].tobytes()
+        require(equal, f"{source.path} holds two different tensors {name}, one under another name; they must be equal")
 
 
 def _check_space(target: pathlib.Path, needed: int) -> None:
@@ -210,18 +240,21 @@ def _write(one: Plan, path: pathlib.Path, progress: Callable[[int], None], names
     pieces: dict[str, list[Piece]] = {}
     for piece, name in one.match.network.names(one.match.config, one.naming).items():
         pieces.setdefault(name, []).append(piece)
-    reader = _Reader(one.source, one.match, one.loras)
+    reader, network = _Reader(one.match, one.loras), one.match.network
 
     def arrays(name: str) -> Iterator[np.ndarray]:
-        for piece in pieces[name]:
+        for piece in sorted(pieces[name], key=lambda piece: network.place(piece.path)):
             with reader.look(piece) as value:
                 if one.naming != "causvid_jax":
-                    value = one.match.network.to_published(piece.path, value, one.match.config)
-                # A scalar stays one: ascontiguousarray makes it a vector.
-                array = store.cast(name, np.ascontiguousarray(value), one.written[name][1])
+                    value = network.to_published(piece.path, value, one.match.config, one.naming)
+                for part in _parts(value):
+                    # A scalar stays one: ascontiguousarray makes it a vector.
+                    array = store.cast(name, np.ascontiguousarray(part), one.written[name][1])
+                    del part
+                    yield array
+                    progress(array.nbytes)
+                    del array
                 del value
-                yield array
-            progress(array.nbytes)
 
     ours = one.naming == "causvid_jax"
     files.write_safetensors(
@@ -231,6 +264,16 @@ def _write(one: Plan, path: pathlib.Path, progress: Callable[[int], None], names
         _metadata(one),
         checksum=ours,
     )
+
+
+def _parts(value: np.ndarray) -> Iterator[np.ndarray]:
+    """``value`` in slices of at most ``PART_BYTES`` along its first axis."""
+    if value.ndim == 0 or value.nbytes <= PART_BYTES:
+        yield value
+        return
+    step = max(1, PART_BYTES // (value.nbytes // value.shape[0]))
+    for start in range(0, value.shape[0], step):
+        yield value[start : start + step]
 
 
 def _metadata(one: Plan) -> dict[str, str]:
@@ -251,19 +294,19 @@ def _metadata(one: Plan) -> dict[str, str]:
 class _Reader:
     """The pieces of a checkpoint in our orientation, updates added."""
 
-    def __init__(self, source: sources.Source, match: Match, loras: Sequence[Lora] = ()):
-        self._source, self._match, self._loras = source, match, loras
+    def __init__(self, match: Match, loras: Sequence[Lora] = ()):
+        self._match, self._loras = match, loras
         self._names = match.network.names(match.config, match.naming)
 
     @contextlib.contextmanager
     def look(self, piece: Piece) -> Iterator[np.ndarray]:
         """The piece as a view of the file where nothing is added."""
-        tensor: Tensor = self._source.tensors[self._names[piece]]
+        tensor: Tensor = self._match.source.tensors[self._names[piece]]
         with tensor.view() as stored:
             if self._match.naming == "causvid_jax":
                 value = stored if piece.layer is None else stored[piece.layer]
             else:
-                value = self._match.network.to_ours(piece.path, stored)
+                value = self._match.network.to_ours(piece.path, stored, self._match.naming)
             del stored
             for lora in self._loras:
                 delta = lora.delta(piece, self._match.config)
@@ -276,7 +319,7 @@ class _Reader:
 
 def load_published(
     source: str | os.PathLike | sources.Source,
-    config: TransformerConfig | VAEConfig,
+    config: layouts.Config,
     sharding: Any = None,
     dtype: Any = jnp.float32,
     loras: Sequence[Lora] = (),
@@ -299,7 +342,8 @@ def load_published(
     if not isinstance(source, sources.Source):
         source = sources.open_source(source)
     match = layouts.detect(source, config)
-    reader, kind = _Reader(source, match, loras), None if dtype is None else jnp.dtype(dtype)
+    _check_twins(match.source)
+    reader, kind = _Reader(match, loras), None if dtype is None else jnp.dtype(dtype)
     shapes = {path: tuple(leaf.shape) for path, leaf in store.flatten(match.network.abstract(config)).items()}
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -308,20 +352,20 @@ def load_published(
         each.keys() == shapes.keys(),
         f"the shardings do not fit the parameters ({store.misfit(_no(each), _no(shapes))})",
     )
-    types = _types(source, match, "causvid_jax", kind)
+    kinds = _types(match.source, match, "causvid_jax", kind)
     stacked = {piece.path for piece in match.network.pieces(config) if piece.layer is not None}
 
     def shard(path: str, index: tuple[slice, ...]) -> np.ndarray:
         if path not in stacked:
             with reader.look(Piece(path)) as value:
-                return store.cast(path, np.array(value[index]), types[path])
+                return store.cast(path, np.array(value[index]), kinds[path])
         layers = range(shapes[path][0])[index[0]]
         out: np.ndarray | None = None
         for i, layer in enumerate(layers):
             with reader.look(Piece(path, layer)) as value:
                 part = value[index[1:]]
-                out = np.empty((len(layers), *part.shape), types[path]) if out is None else out
-                out[i] = store.cast(path, part, types[path])
+                out = np.empty((len(layers), *part.shape), kinds[path]) if out is None else out
+                out[i] = store.cast(path, part, kinds[path])
         assert out is not None
         return out
 

@@ -8,24 +8,29 @@ one parameter of one layer, in our orientation.
 import dataclasses
 import functools
 import json
-import re
 import types
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from einops import EinopsError
 
-from causvid_jax.config import ConfigError, TransformerConfig, VAEConfig, require
-from causvid_jax.models import transformer, vae
-from causvid_jax.weights import sources, store, wan_transformer, wan_vae
+from causvid_jax.config import (
+    CLIPConfig,
+    ConfigError,
+    TAEHVConfig,
+    TransformerConfig,
+    UMT5Config,
+    VAEConfig,
+    require,
+)
+from causvid_jax.models import clip, taehv, transformer, umt5, vae
+from causvid_jax.weights import clip as clip_weights
+from causvid_jax.weights import guesses, sources, store, wan_transformer, wan_vae
+from causvid_jax.weights import taehv as taehv_weights
+from causvid_jax.weights import umt5 as umt5_weights
+from causvid_jax.weights.guesses import NAMINGS, Shape, Shapes, nothing
 
-NAMINGS = ("original", "diffusers", "causvid_jax")
-Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]
-Config = TransformerConfig | VAEConfig
-HEAD_DIM = 128  # of every published Wan transformer
+Config = TransformerConfig | VAEConfig | UMT5Config | TAEHVConfig | CLIPConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,18 +45,26 @@ class Piece:
 class Network:
     """What a conversion needs to know of one of our networks; ``path`` is one of our tree.
 
-    ``guess(shapes, naming, described)`` is the configuration that fits a file's shapes best and never fails;
-    ``described`` is what stands beside the weights: a ``config.json``, or our own metadata.
+    ``to_ours(path, value, naming)`` and ``to_published(path, value, config, naming)`` move one tensor between layouts.
+    ``guess(shapes, naming, described)`` is the configuration that fits a file's shapes best
+    (``causvid_jax.weights.guesses``). ``unread(name)`` says which tensors of a published file are no part of the
+    network, ``twins`` which are copies of others. Where one published tensor holds several of ours, along its first
+    axis, ``place(path)`` orders them.
     """
 
     component: str
     config: type
     abstract: Callable[[Any], Any]
     name: Callable[[Piece, str, Any], str]
-    to_ours: Callable[[str, np.ndarray], np.ndarray]
-    to_published: Callable[[str, np.ndarray, Any], np.ndarray]
+    to_ours: Callable[[str, np.ndarray, str], np.ndarray]
+    to_published: Callable[[str, np.ndarray, Any, str], np.ndarray]
     guess: Callable[[Shapes, str, Mapping[str, Any]], Any]
+    describe: Callable[[Any], str]
     stacked: str | None = None
+    namings: tuple[str, ...] = NAMINGS
+    unread: Callable[[str], bool] = lambda name: False
+    twins: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    place: Callable[[str], int] = lambda path: 0
 
     def pieces(self, config: Config) -> Mapping[Piece, Shape]:
         """Every piece and its shape in our orientation."""
@@ -64,6 +77,19 @@ class Network:
     def shapes(self, config: Config, naming: str) -> Mapping[str, Shape]:
         """Name and shape of every tensor of a checkpoint."""
         return _tables(self, config, naming)[2]
+
+    def tree(self, state: Mapping[str, np.ndarray], config: Config, naming: str) -> dict[str, Any]:
+        """Our parameter tree (numpy) from a published state dict in memory; ConfigError if it does not fit."""
+        problems = store.misfit({name: value.shape for name, value in state.items()}, self.shapes(config, naming))
+        require(not problems, f"{naming} weights do not fit the configuration ({problems})")
+        flat: dict[str, Any] = {}
+        for piece, name in self.names(config, naming).items():
+            value = self.to_ours(piece.path, state[name], naming)
+            if piece.layer is None:
+                flat[piece.path] = np.array(value)
+            else:
+                flat.setdefault(piece.path, []).append(value)
+        return store.unflatten({path: np.stack(v) if isinstance(v, list) else v for path, v in flat.items()})
 
 
 @functools.lru_cache(maxsize=64)
@@ -78,22 +104,27 @@ def _tables(
         stacked = bool(network.stacked) and path.startswith(str(network.stacked))
         inner = tuple(leaf.shape[1:] if stacked else leaf.shape)
         ours = naming == "causvid_jax"
-        shape = tuple(leaf.shape) if ours else network.to_published(path, _nothing(inner), config).shape
+        shape = tuple(leaf.shape) if ours else network.to_published(path, nothing(inner), config, naming).shape
         for layer in range(leaf.shape[0]) if stacked else (None,):
             piece = Piece(path, layer)
             pieces[piece], names[piece] = inner, path if ours else network.name(piece, naming, config)
-            shapes[names[piece]] = shape
+            before = 0 if ours or names[piece] not in shapes else shapes[names[piece]][0]
+            shapes[names[piece]] = (before + shape[0], *shape[1:]) if before else shape
     return types.MappingProxyType(pieces), types.MappingProxyType(names), types.MappingProxyType(shapes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """A file read as one layout: the network, the naming, the sizes, and what does not fit ("" if all does)."""
+    """A file read as one layout: the network, the naming, the sizes, and what does not fit ("" if all does).
+
+    ``source`` is the file as that network reads it (:func:`adapted`).
+    """
 
     network: Network
     naming: str
     config: Any
     misfit: str
+    source: sources.Source
 
     @property
     def parameters(self) -> int:
@@ -105,19 +136,31 @@ class Match:
 
 def describe(config: Config) -> str:
     """The sizes of a network in a few words."""
-    if isinstance(config, TransformerConfig):
-        return (
-            f"transformer of {config.num_layers} layers, width {config.dim}, {config.num_heads} heads, "
-            f"{config.in_channels} channels"
-        )
-    return f"VAE of width {config.base_dim} x {config.dim_mult}, {config.z_dim} latent channels"
+    return network_of(config).describe(config)
+
+
+def adapted(source: sources.Source, network: Network) -> sources.Source:
+    """``source`` without what ``network`` does not read, and with every tensor under its first name."""
+    tensors = {name: tensor for name, tensor in source.tensors.items() if not network.unread(name)}
+    twins = {}
+    for copy, name in network.twins.items():
+        if copy in tensors:
+            tensor = tensors.pop(copy)
+            if name in tensors:
+                twins[name] = tensor
+            else:
+                tensors[name] = tensor
+    unread = sum(map(network.unread, source.tensors))
+    return dataclasses.replace(source, tensors=tensors, twins=twins, unread=unread)
 
 
 def match(source: sources.Source, network: Network, naming: str, config: Config | None = None) -> Match:
     """``source`` read as a ``naming`` checkpoint of ``network``, of the given sizes or those its shapes tell."""
+    source = adapted(source, network)
     if config is None:
         config = network.guess(source.shapes, naming, _described(source))
-    return Match(network, naming, config, store.misfit(source.shapes, network.shapes(config, naming), most=5))
+    misfit = store.misfit(source.shapes, network.shapes(config, naming), most=5)
+    return Match(network, naming, config, misfit, source)
 
 
 def detect(source: sources.Source, config: Config | None = None, num_heads: int = 0) -> Match:
@@ -129,11 +172,11 @@ def detect(source: sources.Source, config: Config | None = None, num_heads: int 
         ConfigError: none fits; the sentence names the closest and what is missing, unexpected or misshapen.
     """
     networks = [n for n in NETWORKS if config is None or isinstance(config, n.config)]
-    matches = [match(source, network, naming, config) for network in networks for naming in NAMINGS]
+    matches = [match(source, network, naming, config) for network in networks for naming in network.namings]
 
     def alike(candidate: Match) -> int:
-        shapes = candidate.network.shapes(candidate.config, candidate.naming)
-        return sum(2 if shapes[name] == shape else 1 for name, shape in source.shapes.items() if name in shapes)
+        shapes, have = candidate.network.shapes(candidate.config, candidate.naming), candidate.source.shapes
+        return sum(2 if shapes[name] == shape else 1 for name, shape in have.items() if name in shapes)
 
     best = max(matches, key=alike)
     if best.misfit:
@@ -142,178 +185,29 @@ def detect(source: sources.Source, config: Config | None = None, num_heads: int 
         needed = "is no checkpoint that can be read" if config is None else "does not fit the configuration"
         closest = f"the closest layout is {best}: " if alike(best) else "no tensor of it is known: "
         raise ConfigError(f"{where} {needed}{foreign and f', but {foreign}'}; {closest}{best.misfit}")
-    if config is None and isinstance(best.config, TransformerConfig):
-        described = _described(source)
-        told = described.get("num_heads") or described.get("num_attention_heads") or best.config.dim % HEAD_DIM == 0
+    if config is None and isinstance(best.config, (TransformerConfig, CLIPConfig)):
+        described, transforms = _described(source), isinstance(best.config, TransformerConfig)
+        width = guesses.HEAD_DIM if transforms else guesses.CLIP_HEAD_DIM
+        told = described.get("num_heads") or described.get("num_attention_heads") or best.config.dim % width == 0
         require(
-            num_heads or told,
+            (num_heads and transforms) or told,
             f"the width {best.config.dim} of {source.path} does not tell the number of heads (published ones have "
-            f"{HEAD_DIM} each); give --num_heads",
+            f"{width} each); give {'--num_heads' if transforms else 'it in a config.json beside the file'}",
         )
-        if num_heads:
+        if num_heads and transforms:
             best = dataclasses.replace(best, config=dataclasses.replace(best.config, num_heads=num_heads))
     return best
 
 
 # What known files of others have in their names, and what those files are.
 FOREIGN = {
-    "img_emb.": "an image-to-video transformer, which this version does not have",
-    "image_embedder.": "an image-to-video transformer, which this version does not have",
+    "img_emb.emb_pos": "a transformer between a first and a last frame, which this version does not have",
+    "image_embedder.pos_embed": "a transformer between a first and a last frame, which this version does not have",
     "vace_": "a VACE transformer, which this version does not have",
     "lora_A": "a LoRA, which is given with --lora beside the transformer it changes",
     "lora_down": "a LoRA, which is given with --lora beside the transformer it changes",
     "scale_weight": "weights quantised to 8 bits with scales; give the unquantised file",
-    "pos_embedding.embedding": "a umT5 text encoder, which this version does not convert",
-    "relative_attention_bias": "a umT5 text encoder, which this version does not convert",
 }
-
-
-# ---- the transformer ------------------------------------------------------------------------------------------------
-
-_BLOCKS = "blocks/"
-
-# Where a size can be read: field -> (path, axis in our orientation). Several, so that one bad tensor is outvoted.
-_SIZES = {
-    "dim": (
-        ("patch_embedding/bias", 0),
-        ("text_embedding/fc2/bias", 0),
-        ("time_embedding/fc2/bias", 0),
-        ("head/modulation", 1),
-        ("blocks/norm3/scale", 0),
-        ("blocks/self_attn/q/bias", 0),
-    ),
-    "ffn_dim": (("blocks/ffn/fc1/bias", 0), ("blocks/ffn/fc2/kernel", 0)),
-    "text_dim": (("text_embedding/fc1/kernel", 0),),
-    "freq_dim": (("time_embedding/fc1/kernel", 0),),
-    "head": (("head/proj/bias", 0), ("head/proj/kernel", 1)),
-    "patch": (("patch_embedding/kernel", 0),),
-}
-
-
-def _guess_transformer(shapes: Shapes, naming: str, described: Mapping[str, Any]) -> TransformerConfig:
-    published = naming != "causvid_jax"
-    layers = (
-        _count_layers(shapes) if published else _vote(s[0] for n, s in shapes.items() if s and n.startswith(_BLOCKS))
-    )
-    sizes: dict[str, int] = {}
-    for field, places in _SIZES.items():
-        votes = []
-        for path, axis in places:
-            stacked = path.startswith(_BLOCKS)
-            for layer in range(layers or 0) if stacked and published else (None,):
-                name = _transformer_name(Piece(path, layer), naming) if published else path
-                shape = _ours(path, shapes.get(name), published, stacked)
-                if shape is not None and axis < len(shape):
-                    votes.append(shape[axis])
-        sizes[field] = _vote(votes) or 0
-    default = TransformerConfig()
-    patch = default.patch_size
-    kernel = shapes.get("patch_embedding.weight", ())
-    if published and len(kernel) == 5 and kernel[2] == 1:
-        patch = (kernel[2], kernel[3], kernel[4])
-    area = max(1, int(np.prod(patch)))
-    dim = sizes["dim"] or default.dim
-    heads = described.get("num_heads") or described.get("num_attention_heads")
-    if not isinstance(heads, int) or heads < 1 or dim % heads:
-        heads = max(1, dim // HEAD_DIM) if dim % HEAD_DIM == 0 else 1
-    if (dim // heads) % 2 or dim // heads < 6:
-        dim, heads = default.dim, default.num_heads
-    freq_dim = sizes["freq_dim"] or default.freq_dim
-    return TransformerConfig(
-        dim=dim,
-        ffn_dim=sizes["ffn_dim"] or default.ffn_dim,
-        num_heads=heads,
-        num_layers=layers or default.num_layers,
-        in_channels=(sizes["patch"] // area) or default.in_channels,
-        out_channels=(sizes["head"] // area) or default.out_channels,
-        patch_size=patch,
-        text_dim=sizes["text_dim"] or default.text_dim,
-        text_length=_whole(described.get("text_length", described.get("text_len")), default.text_length),
-        freq_dim=freq_dim if freq_dim % 2 == 0 else default.freq_dim,
-        eps=_number(described.get("eps"), default.eps),
-        rope_theta=_number(described.get("rope_theta"), default.rope_theta),
-    )
-
-
-def _count_layers(shapes: Shapes) -> int:
-    numbers = [int(found.group(1)) for name in shapes if (found := re.match(r"blocks\.(\d{1,4})\.", name))]
-    return max(numbers) + 1 if numbers else 0
-
-
-def _ours(path: str, shape: Shape | None, published: bool, stacked: bool) -> Shape | None:
-    """A stored tensor's shape in our orientation, without the layers' axis; None if it cannot be such a tensor."""
-    if shape is None:
-        return None
-    if not published:
-        return shape[1:] if stacked else shape
-    try:
-        return wan_transformer.tensor_to_ours(path.removeprefix(_BLOCKS), _nothing(shape)).shape
-    except (EinopsError, ValueError, IndexError):
-        return None
-
-
-def _transformer_name(piece: Piece, naming: str, config: Config | None = None) -> str:
-    return wan_transformer.published_name(piece.path.removeprefix(_BLOCKS), piece.layer, naming)
-
-
-# ---- the VAE --------------------------------------------------------------------------------------------------------
-
-# By naming: the tensors of the width and of the latent channels, an encoder layer, its last bias, its resampling.
-_VAE_NAMES = {
-    "original": (
-        *("encoder.conv1.bias", "conv2.bias"),
-        *(r"encoder\.downsamples\.(\d+)\.", "residual.6.bias", "resample.1"),
-    ),
-    "diffusers": (
-        *("encoder.conv_in.bias", "post_quant_conv.bias"),
-        *(r"encoder\.down_blocks\.(\d+)\.", "conv2.bias", "resample.1"),
-    ),
-    "causvid_jax": (
-        *("encoder/conv1/bias", "conv2/bias"),
-        *(r"encoder/downsamples/(\d+)/", "conv2/bias", "conv/"),
-    ),
-}
-
-
-def _guess_vae(shapes: Shapes, naming: str, described: Mapping[str, Any]) -> VAEConfig:
-    width, latent, layer, residual, resample = _VAE_NAMES[naming]
-    base, z_dim = _first(shapes.get(width)), _first(shapes.get(latent))
-    default = VAEConfig()
-    plan: dict[int, tuple[str, int]] = {}
-    for name, shape in shapes.items():
-        if found := re.match(layer, name):
-            index, rest = int(found.group(1)), name[found.end() :]
-            if rest == residual:
-                plan[index] = ("residual", shape[0] if shape else 0)
-            elif rest.startswith("time_conv"):
-                plan[index] = ("resample3d", 0)
-            elif rest.startswith(resample):
-                plan.setdefault(index, ("resample2d", 0))
-    levels: list[list[int]] = [[]]
-    temporal = []
-    for _, (kind, channels) in sorted(plan.items()):
-        if kind == "residual":
-            levels[-1].append(channels)
-        else:
-            temporal.append(kind == "resample3d")
-            levels.append([])
-    sizes: dict[str, Any] = {"base_dim": base or default.base_dim, "z_dim": z_dim or default.z_dim}
-    if base and all(level and level[-1] >= base for level in levels) and len(levels) > 1:
-        sizes |= {
-            "dim_mult": tuple(level[-1] // base for level in levels),
-            "num_res_blocks": _vote(len(level) for level in levels),
-            "temporal_downsample": tuple(temporal),
-        }
-    mean, std = (described.get(f"latent{s}") or described.get(f"latents{s}") for s in ("_mean", "_std"))
-    if not (isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == sizes["z_dim"]):
-        published = naming != "causvid_jax" and sizes["z_dim"] == len(vae.WAN_LATENT_MEAN)
-        mean, std = (vae.WAN_LATENT_MEAN, vae.WAN_LATENT_STD) if published else ((), ())
-    return VAEConfig(**sizes, latent_mean=tuple(mean), latent_std=tuple(std))
-
-
-def _vae_name(piece: Piece, naming: str, config: VAEConfig) -> str:
-    name = wan_vae.original_name if naming == "original" else wan_vae.diffusers_name
-    return name(tuple(piece.path.split("/")), config)
 
 
 # ---- helpers --------------------------------------------------------------------------------------------------------
@@ -334,51 +228,92 @@ def _described(source: sources.Source) -> dict[str, Any]:
     return described
 
 
-def _nothing(shape: Shape) -> np.ndarray:
-    """An array of a shape that takes no memory."""
-    return np.broadcast_to(np.int8(0), shape)
+def _inner(path: str) -> str:
+    return path.removeprefix(guesses.BLOCKS)
 
 
-def _vote(values: Iterable[int]) -> int | None:
-    counted = Counter(values).most_common(1)
-    return counted[0][0] if counted else None
+def _vae_name(piece: Piece, naming: str, config: VAEConfig) -> str:
+    name = wan_vae.original_name if naming == "original" else wan_vae.diffusers_name
+    return name(tuple(piece.path.split("/")), config)
 
 
-def _first(shape: Shape | None) -> int:
-    return shape[0] if shape else 0
-
-
-def _number(value: Any, default: float) -> float:
-    return float(value) if isinstance(value, (int, float)) and value > 0 else default
-
-
-def _whole(value: Any, default: int) -> int:
-    return value if isinstance(value, int) and value > 0 else default
-
+# ---- the networks ---------------------------------------------------------------------------------------------------
 
 TRANSFORMER = Network(
     component="transformer",
     config=TransformerConfig,
     abstract=transformer.abstract,
-    name=_transformer_name,
-    to_ours=lambda path, value: wan_transformer.tensor_to_ours(path.removeprefix(_BLOCKS), value),
-    to_published=lambda path, value, config: wan_transformer.tensor_to_published(
-        path.removeprefix(_BLOCKS), value, config
+    name=lambda piece, naming, _: wan_transformer.published_name(_inner(piece.path), piece.layer, naming),
+    to_ours=lambda path, value, _: wan_transformer.tensor_to_ours(_inner(path), value),
+    to_published=lambda path, value, config, _: wan_transformer.tensor_to_published(_inner(path), value, config),
+    guess=guesses.transformer,
+    describe=lambda config: (
+        f"transformer of {config.num_layers} layers, width {config.dim}, {config.num_heads} heads, "
+        f"{config.in_channels} channels{', image branch' if config.image_dim else ''}"
     ),
-    guess=_guess_transformer,
-    stacked=_BLOCKS,
+    stacked=guesses.BLOCKS,
+    unread=wan_transformer.unread,
 )
 VAE = Network(
     component="vae",
     config=VAEConfig,
     abstract=vae.abstract,
     name=_vae_name,
-    to_ours=lambda path, value: wan_vae.tensor_to_ours(tuple(path.split("/")), value),
-    to_published=lambda path, value, _: wan_vae.tensor_to_published(tuple(path.split("/")), value),
-    guess=_guess_vae,
+    to_ours=lambda path, value, _: wan_vae.tensor_to_ours(tuple(path.split("/")), value),
+    to_published=lambda path, value, *_: wan_vae.tensor_to_published(tuple(path.split("/")), value),
+    guess=guesses.vae,
+    describe=lambda config: f"VAE of width {config.base_dim} x {config.dim_mult}, {config.z_dim} latent channels",
 )
-NETWORKS: tuple[Network, ...] = (TRANSFORMER, VAE)
-"""The networks that files are compared with; a text encoder joins here."""
+UMT5 = Network(
+    component="text_encoder",
+    config=UMT5Config,
+    abstract=umt5.abstract,
+    name=lambda piece, naming, _: umt5_weights.published_name(
+        _inner(piece.path), piece.layer, guesses.own_names(naming)
+    ),
+    to_ours=lambda path, value, _: umt5_weights.tensor_to_ours(path, value),
+    to_published=lambda path, value, *_: umt5_weights.tensor_to_published(path, value),
+    guess=guesses.umt5,
+    describe=lambda config: (
+        f"umT5 text encoder of {config.num_layers} layers, width {config.dim}, {config.vocab_size} tokens"
+    ),
+    stacked=guesses.BLOCKS,
+    twins=umt5_weights.TWINS,
+)
+CLIP = Network(
+    component="image_encoder",
+    config=CLIPConfig,
+    abstract=clip.abstract,
+    name=lambda piece, naming, _: clip_weights.published_name(
+        _inner(piece.path), piece.layer, guesses.own_names(naming)
+    ),
+    to_ours=lambda path, value, naming: clip_weights.tensor_to_ours(_inner(path), value, guesses.own_names(naming)),
+    to_published=lambda path, value, config, naming: clip_weights.tensor_to_published(
+        _inner(path), value, config, guesses.own_names(naming)
+    ),
+    guess=guesses.clip,
+    describe=lambda config: (
+        f"CLIP image encoder of {config.num_layers} layers, width {config.dim}, {config.num_heads} heads"
+    ),
+    stacked=guesses.BLOCKS,
+    unread=clip_weights.unread,
+    place=lambda path: clip_weights.place(_inner(path)),
+)
+TAEHV = Network(
+    component="taehv",
+    config=TAEHVConfig,
+    abstract=taehv.abstract,
+    name=lambda piece, _, config: taehv_weights.published_name(piece.path, config),
+    to_ours=lambda path, value, _: taehv_weights.tensor_to_ours(path, value),
+    to_published=lambda path, value, *_: taehv_weights.tensor_to_published(path, value),
+    guess=guesses.taehv,
+    describe=lambda config: (
+        f"TAEHV of widths {config.encoder_dim} and {config.decoder_dims}, {config.z_dim} latent channels"
+    ),
+    namings=("original", "causvid_jax"),
+)
+NETWORKS: tuple[Network, ...] = (TRANSFORMER, VAE, UMT5, CLIP, TAEHV)
+"""The networks that files are compared with."""
 
 
 def network_of(config: Config) -> Network:

@@ -72,7 +72,7 @@ class Lora:
         if not terms:
             return None
         total = sum(term.reshape(self.shapes[name]) for term in terms)
-        return layouts.TRANSFORMER.to_ours(piece.path, np.float32(self.strength) * total)
+        return layouts.TRANSFORMER.to_ours(piece.path, np.float32(self.strength) * total, "original")
 
     def _scale(self, update: _Update) -> np.float32:
         assert update.down is not None

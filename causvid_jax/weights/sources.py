@@ -31,8 +31,21 @@ PARTS = ("generator_ema", "generator", "ema", "state_dict", "model", "module")
 LORA_PARTS = ("generator_lora", "lora", "state_dict")
 
 _SUFFIXES = (".safetensors", *pickles.SUFFIXES)
-_FOLDERS = {"transformer": "transformer", "vae": "vae", "text_encoder": "text_encoder"}
-_FILES = {"vae": ("Wan2.1_VAE.*",), "text_encoder": ("models_t5_*",)}
+# By component: the folders it may lie in (of our own working directories the last stage), or its files' names.
+_FOLDERS = {
+    "transformer": ("transformer", "distill", "init", "teacher"),
+    "vae": ("vae",),
+    "text_encoder": ("text_encoder",),
+    "image_encoder": ("image_encoder",),
+}
+_FILES = {
+    "vae": ("Wan2.1_VAE.*",),
+    "text_encoder": ("models_t5_*", "text_encoder.safetensors"),
+    "image_encoder": ("models_clip_*", "image_encoder.safetensors"),
+    "taehv": ("taew2_1*", "taehv*"),
+}
+_TOKENIZERS = ("tokenizer", "google/umt5-xxl", ".")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +54,9 @@ class Source:
 
     ``tensors``: names without wrappers' prefixes. ``part`` of ``parts``: the dict of a pickle that was chosen ("" for
     the top level). ``prefixes``: what was taken off the names. ``metadata``: of a safetensors file. ``config``: the
-    ``config.json`` beside the weights.
+    ``config.json`` beside the weights. Where a network is known that the file is of (:func:`layouts.adapted`):
+    ``twins``, second copies of tensors under the names of the first ones, and ``unread``, how many tensors are left
+    out because no network of ours reads them.
     """
 
     path: pathlib.Path
@@ -51,6 +66,8 @@ class Source:
     prefixes: tuple[str, ...] = ()
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    twins: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    unread: int = 0
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -58,24 +75,40 @@ class Source:
 
 
 def components(path: str | os.PathLike) -> dict[str, pathlib.Path]:
-    """The components (transformer, vae, text_encoder) of an original Wan folder or a diffusers pipeline.
+    """The components (transformer, vae, text_encoder, image_encoder, taehv) of a folder of several.
 
-    Empty for anything else: a file, or the folder of one component.
+    That is an original Wan folder, a diffusers pipeline, or a working directory of ours. Empty for anything else: a
+    file, or the folder of one component.
     """
     folder = pathlib.Path(path)
     if not folder.is_dir():
         return {}
-    found = {name: folder / inner for name, inner in _FOLDERS.items() if _weights(folder / inner)}
-    if found:
-        return found
+    found: dict[str, pathlib.Path] = {}
+    for name, places in _FOLDERS.items():
+        place = next((folder / inner for inner in places if _weights(folder / inner)), None)
+        if place is not None:
+            found[name] = place
+    named = {}
     for name, patterns in _FILES.items():
         matches = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.suffix in _SUFFIXES)
         if matches:
             # Both kinds beside each other are the same weights twice; one needs no PyTorch.
-            found[name] = min(matches, key=lambda file: _SUFFIXES.index(file.suffix))
-    if found and any(file not in found.values() for file in _weights(folder)):
-        found = {"transformer": folder, **found}
-    return found
+            named[name] = min(matches, key=lambda file: _SUFFIXES.index(file.suffix))
+    if named and "transformer" not in found and any(file not in named.values() for file in _weights(folder)):
+        found["transformer"] = folder
+    found = {**named, **found}
+    return {name: found[name] for name in ("transformer", *_FILES) if name in found}
+
+
+def tokenizer_files(path: str | os.PathLike) -> dict[str, pathlib.Path]:
+    """The text encoder's tokenizer in a published folder, or one of ours: names to files; ``tokenizer.json`` is the
+    one that is needed. Empty if there is none."""
+    for inner in _TOKENIZERS:
+        found = {name: pathlib.Path(path) / inner / name for name in _TOKENIZER_FILES}
+        found = {name: file for name, file in found.items() if file.is_file()}
+        if "tokenizer.json" in found:
+            return found
+    return {}
 
 
 def open_source(path: str | os.PathLike, part: str | None = None, preferred: Sequence[str] = PARTS) -> Source:

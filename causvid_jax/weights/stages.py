@@ -22,6 +22,16 @@ from causvid_jax.weights import taehv as published_taehv
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
 _STATISTICS = ("latent_mean", "latent_std")
 
+FILES = {
+    "vae": "vae/weights.safetensors",
+    "text_encoder": "text_encoder.safetensors",
+    "image_encoder": "image_encoder.safetensors",
+    "taehv": "taehv.safetensors",
+}
+"""Where a working directory has what is converted and not trained; the transformer lies under its stage."""
+TOKENIZER = "tokenizer.json"
+"""The text encoder's, beside it."""
+
 
 def stage_path(workdir: str | os.PathLike, stage: str) -> pathlib.Path:
     """Where ``stage`` (``vae``, ``teacher``, ``init``, ``distill``) exports its weights."""

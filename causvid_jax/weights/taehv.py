@@ -49,6 +49,16 @@ def published_name(path: str, config: TAEHVConfig) -> str:
     return f"{net}.{place}.{_LEAF[leaf]}"
 
 
+def tensor_to_ours(path: str, value: np.ndarray) -> np.ndarray:
+    """One published tensor in our layout, a view."""
+    return rearrange(value, "o i h w -> h w i o") if path.endswith("/kernel") else value
+
+
+def tensor_to_published(path: str, value: np.ndarray) -> np.ndarray:
+    """The inverse of :func:`tensor_to_ours`."""
+    return rearrange(value, "h w i o -> o i h w") if path.endswith("/kernel") else value
+
+
 def published_shapes(config: TAEHVConfig = PUBLISHED) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a published checkpoint of ``config``'s size."""
     return {
@@ -82,8 +92,7 @@ def from_published(state: State, config: TAEHVConfig = PUBLISHED) -> dict[str, A
     flat = {}
     for path in store.flatten(taehv.abstract(config)):
         value = np.asarray(state[published_name(path, config)], np.float32)
-        value = rearrange(value, "o i h w -> h w i o") if path.endswith("/kernel") else value
-        flat[path] = np.ascontiguousarray(value)
+        flat[path] = np.ascontiguousarray(tensor_to_ours(path, value))
     return store.unflatten(flat)
 
 
@@ -91,9 +100,7 @@ def to_published(params: Mapping[str, Any], config: TAEHVConfig = PUBLISHED) -> 
     """A published state dict from our parameter tree; :func:`from_published` of it is ``params`` bit for bit."""
     state = {}
     for path, leaf in store.flatten(params).items():
-        value = np.asarray(leaf)
-        value = rearrange(value, "h w i o -> o i h w") if path.endswith("/kernel") else value
-        state[published_name(path, config)] = np.ascontiguousarray(value)
+        state[published_name(path, config)] = np.ascontiguousarray(tensor_to_published(path, np.asarray(leaf)))
     return state
 
 

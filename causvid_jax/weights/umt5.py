@@ -41,6 +41,8 @@ _LAYER = {
 }
 # transformers ties the encoder's embedding to the shared one: a state dict holds both names, a file only the first.
 _EMBEDDING, _TIED = _OUTER["token_embedding"][1], "encoder.embed_tokens.weight"
+TWINS = {_TIED: _EMBEDDING}
+"""A tensor that a file may hold instead of, or beside, the other."""
 
 
 def published_name(path: str, layer: int | None, naming: str) -> str:
@@ -48,6 +50,16 @@ def published_name(path: str, layer: int | None, naming: str) -> str:
     require(naming in NAMINGS, f"naming is {naming!r}; accepted: {', '.join(NAMINGS)}")
     column = NAMINGS.index(naming)
     return _OUTER[path][column] if layer is None else _LAYER_PREFIX[column].format(layer) + _LAYER[path][column]
+
+
+def tensor_to_ours(path: str, value: np.ndarray) -> np.ndarray:
+    """One published tensor in our layout, a view."""
+    return value.T if _is_kernel(path) else value
+
+
+def tensor_to_published(path: str, value: np.ndarray) -> np.ndarray:
+    """The inverse of :func:`tensor_to_ours`."""
+    return value.T if _is_kernel(path) else value
 
 
 def published_shapes(config: UMT5Config, naming: str) -> dict[str, tuple[int, ...]]:

@@ -72,6 +72,11 @@ def _split(path: str) -> tuple[str, str]:
     return (path, "") if leaf == "modulation" else (module, leaf)
 
 
+def unread(name: str) -> bool:
+    """Whether a tensor of a published file is read by no network."""
+    return name.endswith(_UNREAD)
+
+
 def published_name(path: str, layer: int | None, naming: str) -> str:
     """The published name of the parameter at ``path`` of our tree (``blocks/`` left out, ``layer`` given there)."""
     require(naming in NAMINGS, f"naming is {naming!r}; accepted: {', '.join(NAMINGS)}")
@@ -120,7 +125,7 @@ def from_published(state: State, config: TransformerConfig, naming: str = "origi
     """
     expected = published_shapes(config, naming)
     if naming == "diffusers" and config.image_dim:
-        state = {name: value for name, value in state.items() if not name.endswith(_UNREAD)}
+        state = {name: value for name, value in state.items() if not unread(name)}
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     misshapen = [name for name in expected.keys() & state.keys() if tuple(state[name].shape) != expected[name]]
     for problem, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", sorted(misshapen))):

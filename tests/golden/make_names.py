@@ -6,13 +6,15 @@ conversion: it must turn them into its names.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import re
 import tempfile
 
 GOLDEN = pathlib.Path(__file__).with_name("names.json")
-SIZES = {"1.3B": (12, 8960, 30), "14B": (40, 13824, 40)}
+SIZES = {"1.3B": (12, 8960, 30), "14B": (40, 13824, 40), "I2V-14B": (40, 13824, 40)}
+LAYER = re.compile(r"(^|.*?\.)(blocks|block|layers)\.\d+\.")
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -20,8 +22,8 @@ def collapse(shapes: Shapes) -> dict[str, list]:
     """{name with {}: [shape, number of layers, 0 outside of them]}; refuses layers that differ."""
     collapsed: dict[str, list] = {}
     for name, shape in shapes.items():
-        found = re.match(r"blocks\.(\d+)\.", name)
-        key = re.sub(r"^blocks\.\d+\.", "blocks.{}.", name)
+        found = LAYER.match(name)
+        key = f"{found[1]}{found[2]}.{{}}.{name[found.end() :]}" if found else name
         entry = collapsed.setdefault(key, [list(shape), 0])
         assert entry[0] == list(shape), f"layers differ in {key}"
         entry[1] += 1 if found else 0
@@ -33,9 +35,11 @@ def reference() -> dict[str, dict]:
     import torch
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, UMT5Config, UMT5EncoderModel
 
-    from causvid_jax.config import TransformerConfig, VAEConfig
-    from causvid_jax.weights import layouts
+    from causvid_jax.config import CLIPConfig, TransformerConfig, VAEConfig
+    from causvid_jax.config import UMT5Config as TextEncoder
+    from causvid_jax.weights import exports, layouts
 
     def shapes_of(state) -> Shapes:
         return {name: tuple(value.shape) for name, value in state.items()}
@@ -46,13 +50,33 @@ def reference() -> dict[str, dict]:
     golden = {}
     with torch.device("meta"):
         for size, (heads, ffn, layers) in SIZES.items():
-            model = WanTransformer3DModel(num_attention_heads=heads, ffn_dim=ffn, num_layers=layers)
-            config = TransformerConfig(dim=128 * heads, ffn_dim=ffn, num_heads=heads, num_layers=layers)
+            image = size.startswith("I2V")
+            model = WanTransformer3DModel(
+                num_attention_heads=heads,
+                ffn_dim=ffn,
+                num_layers=layers,
+                **({"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 128 * heads} if image else {}),
+            )
+            config = TransformerConfig(
+                dim=128 * heads,
+                ffn_dim=ffn,
+                num_heads=heads,
+                num_layers=layers,
+                **({"in_channels": 36, "image_dim": 1280} if image else {}),
+            )
             original = layouts.TRANSFORMER.shapes(config, "original")
             assert shapes_of(convert_wan_transformer_to_diffusers(meta(original))) == shapes_of(model.state_dict())
             golden[f"{size} diffusers"] = collapse(shapes_of(model.state_dict()))
             golden[f"{size} original"] = collapse(original)
         coder = shapes_of(AutoencoderKLWan().state_dict())
+        described = {"dense_act_fn": "gelu_new", **exports.describe(TextEncoder(), "diffusers")}
+        text = shapes_of(UMT5EncoderModel(UMT5Config(**described)).state_dict())
+        image = shapes_of(
+            CLIPVisionModelWithProjection(CLIPVisionConfig(**exports.describe(CLIPConfig(), "diffusers"))).state_dict()
+        )
+    # A file holds the shared embedding once.
+    golden["umT5-XXL diffusers"] = collapse({n: s for n, s in text.items() if n != "encoder.embed_tokens.weight"})
+    golden["CLIP ViT-H/14 diffusers"] = collapse({n: s for n, s in image.items() if not n.endswith("position_ids")})
     original = layouts.VAE.shapes(VAEConfig(), "original")
     assert shapes_of(convert_wan_vae_to_diffusers(meta(original))) == coder
     golden["VAE diffusers"], golden["VAE original"] = collapse(coder), collapse(original)
@@ -64,13 +88,18 @@ def check_loading() -> None:
     import jax
     import numpy as np
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import CLIPVisionModelWithProjection, UMT5EncoderModel
 
-    from causvid_jax.config import TransformerConfig, VAEConfig
-    from causvid_jax.models import transformer, vae
-    from causvid_jax.weights import convert, sources, store, wan_transformer, wan_vae
+    from causvid_jax.config import CLIPConfig, TransformerConfig, UMT5Config, VAEConfig
+    from causvid_jax.models import clip, transformer, umt5, vae
+    from causvid_jax.weights import convert, layouts, sources, store, wan_transformer, wan_vae
+    from causvid_jax.weights import umt5 as umt5_weights
 
     sizes = {"dim": 24, "ffn_dim": 40, "num_heads": 2, "num_layers": 3, "in_channels": 4, "out_channels": 4}
     config, coder = TransformerConfig(**sizes, text_dim=10, freq_dim=8), VAEConfig(base_dim=4, z_dim=2)
+    video = dataclasses.replace(config, image_dim=6, in_channels=12)
+    text = UMT5Config(vocab_size=11, dim=6, ffn_dim=10, num_heads=2, head_dim=4, num_layers=3)
+    image = CLIPConfig(image_size=8, patch_size=4, dim=80, ffn_dim=6, num_heads=1, num_layers=2, projection_dim=3)
     rng = np.random.default_rng(0)
     for model, tree, export in (
         (
@@ -78,6 +107,13 @@ def check_loading() -> None:
             transformer.abstract(config),
             lambda p: wan_transformer.to_published(p, config, "diffusers"),
         ),
+        (
+            WanTransformer3DModel,
+            transformer.abstract(video),
+            lambda p: wan_transformer.to_published(p, video, "diffusers"),
+        ),
+        (UMT5EncoderModel, umt5.abstract(text), lambda p: umt5_weights.to_published(p, text, "transformers")),
+        (CLIPVisionModelWithProjection, clip.abstract(image), None),
         (AutoencoderKLWan, vae.abstract(coder), lambda p: wan_vae.to_diffusers(p, coder)),
     ):
         params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), tree)
@@ -90,8 +126,13 @@ def check_loading() -> None:
             convert.run({"": plan}, place / "out", shard_bytes=60_000)
             loaded, info = model.from_pretrained(place / "out", output_loading_info=True)
         assert not any(info.values()), info
-        state, expected = loaded.state_dict(), export(params)
-        assert state.keys() == expected.keys()
+        state = {name: value for name, value in loaded.state_dict().items() if name != "encoder.embed_tokens.weight"}
+        if export is None:
+            back = layouts.CLIP.tree({name: value.numpy() for name, value in state.items()}, image, "diffusers")
+            jax.tree.map(np.testing.assert_array_equal, back, params)
+            continue
+        expected = export(params)
+        assert state.keys() == expected.keys(), state.keys() ^ expected.keys()
         assert all(np.array_equal(state[name].numpy(), value) for name, value in expected.items())
     assert (loaded.config.latents_mean, loaded.config.latents_std) == ([1.0, 2.0], [3.0, 4.0])
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from causvid_jax.config import TransformerConfig, VAEConfig
+from causvid_jax.config import CLIPConfig, TAEHVConfig, TransformerConfig, UMT5Config, VAEConfig
 from causvid_jax.models import transformer, vae
 from causvid_jax.weights import layouts, sources, stages, store, wan_transformer, wan_vae
 
@@ -20,6 +20,14 @@ CONFIG = TransformerConfig(
     dim=24, ffn_dim=40, num_heads=2, num_layers=3, in_channels=4, out_channels=4, text_dim=10, freq_dim=8
 )
 CODER = VAEConfig(base_dim=4, z_dim=2)
+T5, VISION = "models_t5_umt5-xxl-enc-bf16", "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
+OTHERS = {
+    T5: UMT5Config(vocab_size=11, dim=6, ffn_dim=10, num_heads=2, head_dim=4, num_layers=3),
+    VISION: CLIPConfig(image_size=8, patch_size=4, dim=80, ffn_dim=6, num_heads=1, num_layers=2, projection_dim=3),
+    "taew2_1": TAEHVConfig(z_dim=2, encoder_dim=10, decoder_dims=(14, 12, 8, 6)),
+}
+TOKENIZER = {"tokenizer.json": '{"model": 1}', "spiece.model": "pieces"}
+ENCODERS = "--component=transformer,vae,text_encoder,image_encoder"
 # Another test process may have imported another program, whose flags have the same names.
 DRIVER = """
 import contextlib, io, json, sys
@@ -51,7 +59,10 @@ GOOD = {
     "dry": ["--input=wan", "--output=never", "--dry_run"],
     "run": ["--input=wan", "--output=run"],
     "original": ["--input=wan", "--output=original", "--to=original"],
-    "diffusers": ["--input=wan", "--output=diffusers", "--to=diffusers"],
+    "diffusers": ["--input=wan", "--output=diffusers", "--to=diffusers", ENCODERS],
+    "back": ["--input=run", "--output=back", "--to=original"],
+    "again": ["--input=diffusers", "--output=again"],
+    "text": [f"--input=wan/{T5}.safetensors", "--output=text", "--dtype=bfloat16"],
     "vae": ["--input=diffusers", "--output=coder.safetensors", "--component=vae"],
     "student": ["--input=student.safetensors", "--output=student", "--lora=lora.safetensors:0.5", "--num_heads=2"],
     "layers": [
@@ -72,7 +83,15 @@ BAD = [
     ([W, "--output=y", "--lora=no.safetensors:2"], "no.safetensors does not exist; accepted: FILE or FILE:STRENGTH"),
     ([W, "--output=y", "--lora_layers=1-x"], "--lora_layers is '1-x'; accepted: numbers and ranges, as 0-9,20"),
     ([W, "--output=y", "--stage=vae"], "--stage is 'vae'; accepted: teacher, init, distill"),
-    ([W, "--output=y", "--component=clip"], "--component is 'clip'; accepted: transformer, vae"),
+    ([W, "--output=y", "--component=clip"], "--component is 'clip'; accepted: transformer, vae, text_encoder, image"),
+    (
+        ["--input=diffusers", "--output=y", "--component=taehv"],
+        "no taehv that could be converted, but transformer, vae",
+    ),
+    (
+        ["--input=wan", "--output=y", "--to=diffusers"],
+        "TAEHV of widths 10 and (14, 12, 8, 6), 2 latent channels, origi",
+    ),
     ([W, "--output=wan", "--num_heads=2"], "wan exists and is not empty"),
     (["--input=student.safetensors", "--output=y", "--part=critic"], "has no part 'critic'; accepted: 'generator'"),
 ]
@@ -90,7 +109,13 @@ def done(tmp_path_factory):
     save = safetensors.numpy.save_file
     save(state, folder / "wan" / "diffusion_pytorch_model.safetensors")
     save(wan_vae.to_original(coder, CODER), folder / "wan" / "Wan2.1_VAE.safetensors")
-    (folder / "wan" / "models_t5_umt5-xxl-enc-bf16.pth").write_bytes(b"")
+    for name, config in OTHERS.items():
+        shapes = layouts.network_of(config).shapes(config, "original")
+        state_of = {n: rng.standard_normal(shape).astype(np.float32) for n, shape in shapes.items()}
+        save(state_of, folder / "wan" / f"{name}.safetensors")
+    (folder / "wan" / "google" / "umt5-xxl").mkdir(parents=True)
+    for name, content in TOKENIZER.items():
+        (folder / "wan" / "google" / "umt5-xxl" / name).write_text(content)
     (folder / "wan" / "config.json").write_text('{"num_heads": 2, "dim": 24}')
     save(state, folder / "w.safetensors")
     save({f"generator.model.{name}": value for name, value in state.items()}, folder / "student.safetensors")
@@ -128,7 +153,10 @@ def test_an_original_folder_becomes_a_working_directory(done):
     folder, params, coder, results, _ = done
     assert [r["error"] for r in results.values()] == [None] * len(GOOD)
     said = results["dry"]["printed"]
-    assert "Left out: text_encoder" in said and said.endswith("Nothing is written (--dry_run).\n")
+    assert f"wan/{T5}.safetensors: umT5 text encoder of 3 layers, width 6, 11 tokens, original names; " in said
+    assert f"wan/{VISION}.safetensors: CLIP image encoder of 2 layers, width 80, 1 heads, original names; " in said
+    assert "wan/google/umt5-xxl/tokenizer.json: copied to tokenizer.json\n" in said
+    assert said.endswith("Nothing is written (--dry_run).\n")
     assert "wan/diffusion_pytorch_model.safetensors: transformer of 3 layers, width 24, 2 heads, 4 channels, " in said
     assert "27,352 parameters, float32, 109.41 kB -> causvid_jax names, float32, 109.41 kB; about 32 MiB" in said
     assert not (folder / "never").exists()
@@ -137,6 +165,40 @@ def test_an_original_folder_becomes_a_working_directory(done):
     loaded, _ = stages.load_vae(stages.stage_path(folder / "run", "vae"), CODER)
     jax.tree.map(np.testing.assert_array_equal, loaded, coder)
     assert "100 %" in results["run"]["printed"] and results["run"]["printed"].endswith("Wrote run\n")
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_working_directory_holds_everything_under_its_name(done):
+    folder = done[0]
+    own = {"text_encoder.safetensors": T5, "image_encoder.safetensors": VISION, "taehv.safetensors": "taew2_1"}
+    everything = {"teacher/weights.safetensors", "vae/weights.safetensors", *own, "tokenizer.json"}
+    assert files_of(folder / "run") == everything
+    assert files_of(folder / "again") == everything - {"taehv.safetensors"}
+    assert (folder / "run" / "tokenizer.json").read_text() == TOKENIZER["tokenizer.json"]
+    for name, published in own.items():
+        config = OTHERS[published]
+        state = states_of(folder / "wan" / f"{published}.safetensors")
+        expected = layouts.network_of(config).tree(state, config, "original")
+        for place in ("run", "again"):
+            if name in files_of(folder / place):
+                jax.tree.map(np.testing.assert_array_equal, store.load_params(folder / place / name)[0], expected)
+    assert files_of(folder / "text") == {"text_encoder.safetensors", "tokenizer.json"}
+
+
+def test_a_working_directory_goes_back_to_the_published_one(done):
+    folder = done[0]
+    tokenizer = {"google/umt5-xxl/tokenizer.json"}
+    assert files_of(folder / "back") == files_of(folder / "wan") - {"google/umt5-xxl/spiece.model"}
+    for name in files_of(folder / "back") - tokenizer - {"config.json"}:
+        same(states_of(folder / "back" / name), states_of(folder / "wan" / name))
+    weights = {f"{name}/diffusion_pytorch_model.safetensors" for name in ("transformer", "vae")}
+    weights |= {f"{name}/model.safetensors" for name in ("text_encoder", "image_encoder")}
+    described = {f"{name.partition('/')[0]}/config.json" for name in weights}
+    assert files_of(folder / "diffusers") == weights | described | {f"tokenizer/{name}" for name in TOKENIZER}
+    assert "Left out: taehv (wan/taew2_1.safetensors).\n" in done[3]["diffusers"]["printed"]
 
 
 def test_published_folders(done):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from causvid_jax.config import ConfigError, TransformerConfig, VAEConfig
+from causvid_jax.config import CLIPConfig, ConfigError, TAEHVConfig, TransformerConfig, UMT5Config, VAEConfig
 from causvid_jax.models import vae
 from causvid_jax.weights import files, layouts, sources, store
 
@@ -15,12 +15,23 @@ GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "names.json"
 SIZES = {
     "1.3B": TransformerConfig(),
     "14B": TransformerConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "I2V-14B": TransformerConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_channels=36, image_dim=1280),
 }
 
 
 def source_of(shapes, metadata=None, config=None):
     tensors = {name: files.Tensor(shape, np.dtype(np.float32), None) for name, shape in shapes.items()}
     return sources.Source(pathlib.Path("x.safetensors"), tensors, metadata=metadata or {}, config=config or {})
+
+
+def every(tiny, tiny_vae):
+    """(network, small sizes) of each network."""
+    others = (
+        UMT5Config(vocab_size=11, dim=6, ffn_dim=10, num_heads=2, head_dim=4, num_layers=3),
+        CLIPConfig(image_size=8, patch_size=4, dim=80, ffn_dim=6, num_heads=1, num_layers=2, projection_dim=3),
+        TAEHVConfig(z_dim=4, encoder_dim=10, decoder_dims=(14, 12, 8, 6)),
+    )
+    return [(layouts.network_of(config), config) for config in (tiny, tiny_vae, *others)]
 
 
 def expand(collapsed):
@@ -32,7 +43,7 @@ def expand(collapsed):
     return shapes
 
 
-@pytest.mark.parametrize("size,count", [("1.3B", 1_418_996_800), ("14B", 14_288_491_584)])
+@pytest.mark.parametrize("size,count", [("1.3B", 1_418_996_800), ("14B", 14_288_491_584), ("I2V-14B", 16_394_878_784)])
 @pytest.mark.parametrize("naming", ["original", "diffusers"])
 def test_published_transformers(size, count, naming):
     """Names and shapes of diffusers' own full-size models, and of the original names it converts from."""
@@ -41,6 +52,71 @@ def test_published_transformers(size, count, naming):
     assert layouts.TRANSFORMER.shapes(SIZES[size], naming) == published
     match = layouts.detect(source_of(published))
     assert (match.naming, match.config, match.misfit, match.parameters) == (naming, SIZES[size], "", count)
+
+
+@pytest.mark.parametrize(
+    "model,network,config,count",
+    [
+        ("umT5-XXL", layouts.UMT5, UMT5Config(), 5_680_910_336),
+        ("CLIP ViT-H/14", layouts.CLIP, CLIPConfig(), 632_076_800),
+    ],
+    ids=("umT5", "CLIP"),
+)
+def test_published_encoders(model, network, config, count):
+    """Names and shapes of transformers' own full-size models; the original names have the same sizes."""
+    published = expand(GOLDEN[f"{model} diffusers"])
+    assert network.shapes(config, "diffusers") == published
+    for naming in layouts.NAMINGS:
+        shapes = network.shapes(config, naming)
+        assert sum(int(np.prod(shape)) for shape in shapes.values()) == count
+        match = layouts.detect(source_of(shapes))
+        assert (match.network, match.naming, match.config, match.misfit) == (network, naming, config, "")
+
+
+def test_the_original_image_encoder_stands_beside_a_text_half():
+    shapes = dict(layouts.CLIP.shapes(CLIPConfig(), "original"))
+    assert shapes["visual.transformer.31.attn.to_qkv.weight"] == (3840, 1280)
+    assert shapes["visual.transformer.0.attn.to_qkv.bias"] == (3840,)
+    assert (shapes["visual.cls_embedding"], shapes["visual.pos_embedding"]) == ((1, 1, 1280), (1, 257, 1280))
+    assert (shapes["visual.head"], shapes["visual.patch_embedding.weight"]) == ((1280, 1024), (1280, 3, 14, 14))
+    assert len(shapes) == 392
+    shapes |= {"log_scale": (), "textual.token_embedding.weight": (250002, 1024)}
+    match = layouts.detect(source_of(shapes))
+    assert (match.config, match.source.unread, len(match.source.tensors)) == (CLIPConfig(), 2, 392)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        UMT5Config(vocab_size=11, dim=6, ffn_dim=10, num_heads=2, head_dim=4, num_layers=3, num_buckets=8),
+        CLIPConfig(image_size=12, patch_size=4, dim=160, ffn_dim=6, num_heads=2, num_layers=3, projection_dim=5),
+        CLIPConfig(image_size=8, patch_size=8, dim=80, ffn_dim=6, num_heads=1, num_layers=2, projection_dim=0),
+        TAEHVConfig(),
+        TAEHVConfig(
+            z_dim=4,
+            encoder_dim=10,
+            decoder_dims=(14, 12, 8, 6),
+            temporal_downsample=(False, True, True),
+            temporal_upsample=(True, False, True),
+        ),
+    ],
+    ids=str,
+)
+def test_sizes_from_shapes(config):
+    network = layouts.network_of(config)
+    for naming in network.namings:
+        match = layouts.detect(source_of(network.shapes(config, naming)))
+        assert (match.naming, match.config) == (naming, config), naming
+
+
+def test_heads_of_an_image_encoder_come_from_beside_it_or_are_80_wide():
+    config = CLIPConfig(image_size=8, patch_size=4, dim=24, ffn_dim=6, num_heads=3, num_layers=2)
+    shapes = layouts.CLIP.shapes(config, "diffusers")
+    assert layouts.detect(source_of(shapes, config={"num_attention_heads": 3})).config == config
+    with pytest.raises(ConfigError, match="width 24 .* 80 each.; give it in a config.json"):
+        layouts.detect(source_of(shapes), num_heads=3)
+    quick = layouts.detect(source_of(shapes, config={"num_attention_heads": 3, "hidden_act": "quick_gelu"}))
+    assert quick.config.activation == "quick_gelu"
 
 
 @pytest.mark.parametrize("naming", ["original", "diffusers"])
@@ -129,7 +205,7 @@ def test_one_bad_tensor_is_outvoted():
 @pytest.mark.parametrize(
     "extra,sentence",
     [
-        ({"img_emb.proj.0.weight": (1280,)}, "an image-to-video transformer"),
+        ({"img_emb.emb_pos": (1, 514, 1280)}, "a transformer between a first and a last frame"),
         ({"vace_blocks.0.before_proj.weight": (3, 3)}, "a VACE transformer"),
         ({"blocks.0.ffn.0.scale_weight": ()}, "quantised to 8 bits"),
     ],
@@ -141,14 +217,16 @@ def test_relatives_are_called_by_their_name(extra, sentence):
 
 def test_strangers(tiny, tiny_vae):
     umt5 = {"token_embedding.weight": (256384, 4096), "blocks.0.pos_embedding.embedding.weight": (32, 64)}
-    with pytest.raises(ConfigError, match="a umT5 text encoder, which this version does not convert"):
+    with pytest.raises(ConfigError, match="closest layout is umT5 text encoder of 1 layers, width 4096, .* missing: "):
         layouts.detect(source_of(umt5))
     with pytest.raises(ConfigError, match="no tensor of it is known: missing: .* unexpected: w"):
         layouts.detect(source_of({"w": (3,)}))
     # Names that fit with shapes that make no sense must be an error of the same kind, and no crash.
     for shape in ((), (1,), (0, 0), (2, 3, 4, 5, 6, 7)):
         for naming in layouts.NAMINGS:
-            for network, config in ((layouts.TRANSFORMER, tiny), (layouts.VAE, tiny_vae)):
+            for network, config in every(tiny, tiny_vae):
+                if naming not in network.namings:
+                    continue
                 with pytest.raises(ConfigError, match="is no checkpoint that can be read"):
                     layouts.detect(source_of(dict.fromkeys(network.shapes(config, naming), shape)))
 
@@ -162,7 +240,9 @@ def test_a_given_configuration_must_be_that_of_the_file(tiny):
 
 @pytest.mark.parametrize("naming", layouts.NAMINGS)
 def test_names_and_shapes_agree(tiny, tiny_vae, naming):
-    for network, config in ((layouts.TRANSFORMER, tiny), (layouts.VAE, tiny_vae)):
+    for network, config in every(tiny, tiny_vae):
+        if naming not in network.namings:
+            continue
         names, shapes = network.names(config, naming), network.shapes(config, naming)
         assert set(names.values()) == set(shapes)
         tree = store.flatten(jax.tree.map(lambda leaf: leaf.shape, network.abstract(config)))
