@@ -167,6 +167,8 @@ class DistillStageConfig(StageConfig):
     ``rollout`` is ``"data"`` (the paper: real latents noised per block) or ``"self"`` (the student's own rollout).
     ``guidance`` is the g of ``r = r_uncond + g (r_cond - r_uncond)``; the published code writes it as ``1 + g``.
     ``teacher`` is ``"bidirectional"`` or ``"causal"``, ``init`` is ``"ode"`` or ``"teacher"`` (Tab. 4 of the paper).
+    ``fake`` is the network whose sizes the fake score has, ``"teacher"`` or ``"student"``, and whose weights it starts
+    from: Self-Forcing distils a 14B teacher with a fake score of 1.3B.
     ``switch_fraction`` of the self rollouts go on from real latents of another prompt, as a stream does whose prompt
     has just changed; it needs a window. ``first_block_weight`` is how much more a frame of a self rollout's first block
     counts than one from the fourth block on (in between it falls linearly): it has no context to follow, and all that
@@ -178,6 +180,7 @@ class DistillStageConfig(StageConfig):
     guidance: float = 4.5
     teacher: str = "bidirectional"
     init: str = "ode"
+    fake: str = "teacher"
     critic_optimizer: OptimizerConfig = OptimizerConfig()
     score_timestep_min: float = 20.0
     score_timestep_max: float = 980.0
@@ -196,6 +199,7 @@ class DistillStageConfig(StageConfig):
             ("rollout", ("data", "self")),
             ("teacher", ("bidirectional", "causal")),
             ("init", ("ode", "teacher")),
+            ("fake", ("teacher", "student")),
         ):
             value = getattr(self, name)
             require(value in accepted, f"distill.{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}")

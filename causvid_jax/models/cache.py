@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from causvid_jax.config import CausalConfig, TransformerConfig, require
+from causvid_jax.models import partition
+
+CACHE_AXES = (None, "batch", None, None, "attention_heads", None)  # of [L, B, S, n, N, D]
 
 
 @jax.tree_util.register_dataclass
@@ -52,10 +55,10 @@ def init_cache(
     slots = causal.sink + causal.window if causal.window else frames
     tokens = (height // patch_h) * (width // patch_w)
     shape = (config.num_layers, batch, slots, tokens, config.num_heads, config.head_dim)
-    # Two separate buffers: a donated cache must not alias itself.
+    # Two separate buffers: a donated cache must not alias itself. On a mesh no device ever holds all heads.
     return KVCache(
-        k=jnp.zeros(shape, config.dtype),
-        v=jnp.zeros(shape, config.dtype),
+        k=partition.constrain(jnp.zeros(shape, config.dtype), CACHE_AXES, config.rules),
+        v=partition.constrain(jnp.zeros(shape, config.dtype), CACHE_AXES, config.rules),
         frame=jnp.full((slots,), -1, jnp.int32),
         position=jnp.zeros((), jnp.int32),
     )

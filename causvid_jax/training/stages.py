@@ -304,8 +304,8 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     def init() -> cycle.DistillState:
         start = "init" if config.init == "ode" else "teacher"
         student = _load_network(recipe, start, workdir, recipe.student, place)
-        # A donated state must not share the teacher's buffers.
-        return _start(step, place, student, jax.tree.map(jnp.copy, teacher))
+        # A donated state must share buffers neither with the teacher nor within itself.
+        return _start(step, place, student, jax.tree.map(jnp.copy, student if config.fake == "student" else teacher))
 
     def batches(*, batch_size: int, frames: int, seed: int):
         # One batch for every fake-score update and one for the student, drawn together.
