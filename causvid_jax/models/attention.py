@@ -309,9 +309,13 @@ def attend_cache(
         f"{q.shape[3]} attention heads cannot be split over tensor x context in a stream; the product must divide them",
     )
 
+    dtype = cache[0].dtype
+
     def local(q, k, v, cache, *whole):
-        out, cache = kernel(*(_to_heads(x, layout) for x in (q, k, v)), cache, *whole)
-        return _to_tokens(out, layout), cache
+        # Keys and values travel as they will lie; queries are rotated first and rounded after.
+        k, v = (_to_heads(x.astype(dtype), layout) for x in (k, v))
+        out, cache = kernel(_to_heads(q, layout), k, v, cache, *whole)
+        return _to_tokens(out.astype(dtype), layout).astype(jnp.float32), cache
 
     inside = (layout.inside, layout.inside)
     return jax.shard_map(

@@ -245,6 +245,8 @@ def rematerialised(layer: Any, remat: str | bool) -> Any:
     keep_attention = policies.save_only_these_names(attention.RESULT)
     if remat == "none":
         return layer
+    if remat == "offload" and partition.platform() == "cpu":
+        remat = "full"  # the layers' inputs lie in the host's memory already
     policy = {
         "full": policies.nothing_saveable,
         "attention": keep_attention,

@@ -1,13 +1,17 @@
-"""Which mesh a recipe should have on a machine: all legal ones, estimated; the fastest that fits."""
+"""Which mesh a recipe should have on a machine: legal ones, estimated; the fastest that fits."""
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Iterator
 
 from causvid_jax.config import ConfigError, ParallelConfig, Recipe
 from causvid_jax.parallel import estimate as estimates
+from causvid_jax.parallel import flops
 from causvid_jax.parallel.topology import Machine
 
 TRAIN = {"teacher": "train_teacher", "init": "train_init", "distill": "train_distill"}
+STAGES = ("train_vae", "train_causal", *TRAIN.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +21,7 @@ class Plan:
     recipe: Recipe
     estimate: estimates.Estimate
     limit: float  # bytes of a device's memory
+    given: Recipe  # before the plan
 
     @property
     def fits(self) -> bool:
@@ -25,8 +30,13 @@ class Plan:
     def settings(self, stage: str) -> str:
         """The flags that make this plan of the recipe's file."""
         mesh = self.recipe.parallel
-        flags = [f"parallel.{n}={getattr(mesh, n)}" for n in ("slices", "fsdp", "context", "tensor")]
-        flags = [flag for flag in flags if not flag.endswith("=1")] + ["parallel.data=0"]
+        flags = [f"parallel.{n}={getattr(mesh, n)}" for n in ("slices", "data", "fsdp", "context", "tensor")]
+        flags = [flag for flag in flags if not flag.endswith("=1")]
+        ways = mesh.slices * mesh.data * mesh.fsdp
+        for name in STAGES:  # every stage's batch must be divided, the others' too
+            config = getattr(self.given, name)
+            if name != TRAIN.get(stage) and config.batch_size % (ways * config.accumulate):
+                flags += [f"{name}.batch_size={ways}"]
         if stage in TRAIN:
             accumulate = getattr(self.recipe, TRAIN[stage]).accumulate
             flags += [f"{TRAIN[stage]}.accumulate={accumulate}"] if accumulate > 1 else []
@@ -42,41 +52,51 @@ def _divisors(number: int) -> list[int]:
 
 
 def _meshes(recipe: Recipe, stage: str, machine: Machine) -> Iterator[Recipe]:
-    """Every legal mesh, with as much accumulation as leaves at least one example a device, or none."""
+    """Legal meshes: no, little or all fsdp beside what context and tensor take, a batch whole or in its smallest parts."""
     per_slice = machine.size // machine.slices
-    for tensor in _divisors(min(per_slice, 8)):
-        for context in _divisors(per_slice // tensor):
-            # Exchanging tokens for heads, or sums over tensor, on anything but the fast links is not worth a thought.
-            if context > 16 or tensor * context > machine.near:
-                continue
-            for fsdp in [1] if stage == "stream" else _divisors(per_slice // tensor // context):
-                data = per_slice // (fsdp * context * tensor)
-                mesh = dataclasses.replace(
-                    recipe.parallel, slices=machine.slices, data=data, fsdp=fsdp, context=context, tensor=tensor
-                )
-                for one in _accumulated(recipe, stage, machine.slices * data * fsdp):
-                    try:
-                        yield dataclasses.replace(one, parallel=mesh)
-                    except ConfigError:  # heads, tokens or batch that the mesh does not divide
-                        continue
+    nets = (recipe.teacher, recipe.student) if stage in TRAIN else (recipe.student,)
+    for tensor, context in itertools.product(_divisors(min(per_slice, 8)), _divisors(min(per_slice, 16))):
+        inner = tensor * context
+        # Exchanging tokens for heads, or sums over tensor, on anything but the fast links is not worth a thought.
+        if per_slice % inner or inner > machine.near:
+            continue
+        if any(n.num_heads % inner or flops.tokens_per_frame(recipe, n) % context for n in nets):
+            continue
+        rest = per_slice // inner
+        fsdps = {1} if stage == "stream" else {1, rest, math.gcd(rest, max(1, machine.near // inner))}
+        for fsdp in sorted(fsdps):
+            mesh = dataclasses.replace(
+                recipe.parallel,
+                slices=machine.slices,
+                data=rest // fsdp,
+                fsdp=fsdp,
+                context=context,
+                tensor=tensor,
+            )
+            for one in _accumulated(recipe, stage, machine.slices * rest):
+                try:
+                    yield dataclasses.replace(one, parallel=mesh)
+                except ConfigError:  # a stage of another batch that the mesh does not divide, or the like
+                    continue
 
 
 def _accumulated(recipe: Recipe, stage: str, ways: int) -> Iterator[Recipe]:
     # Stages that are not asked about must not stand in a mesh's way.
     quiet = {
         name: dataclasses.replace(getattr(recipe, name), batch_size=ways, accumulate=1, curriculum=())
-        for name in ("train_vae", "train_causal", *TRAIN.values())
+        for name in STAGES
         if name != TRAIN.get(stage)
     }
     if stage == "stream":
         yield dataclasses.replace(recipe, **quiet)
         return
     config = getattr(recipe, TRAIN[stage])
-    local = config.batch_size // ways
-    for accumulate in _divisors(local) if local and config.batch_size % ways == 0 else []:
-        yield dataclasses.replace(
-            recipe, **quiet, **{TRAIN[stage]: dataclasses.replace(config, accumulate=accumulate)}
-        )
+    local, left = divmod(config.batch_size, ways)
+    if not local or left:
+        return
+    for accumulate in sorted({1, max(d for d in _divisors(local) if d <= max(1, local // 2)), local}):
+        stages = quiet | {TRAIN[stage]: dataclasses.replace(config, accumulate=accumulate)}
+        yield dataclasses.replace(recipe, **stages)
 
 
 def _policies(recipe: Recipe) -> Iterator[Recipe]:
@@ -103,7 +123,7 @@ def plan(recipe: Recipe, stage: str, machine: Machine, *, policies: bool = True)
     for base in _policies(alone) if policies and stage != "stream" else [alone]:
         best = None
         for one in _meshes(base, stage, machine):
-            found = Plan(one, estimates.estimate(one, stage, machine), machine.chip.memory)
+            found = Plan(one, estimates.estimate(one, stage, machine), machine.chip.memory, recipe)
             if least is None or found.estimate.memory < least.estimate.memory:
                 least = found
             if found.fits and (best is None or sum(found.estimate.seconds) < sum(best.estimate.seconds)):

@@ -64,13 +64,13 @@ def test_a_training_state_by_hand():
     recipe = dataclasses.replace(SMALL, parallel=ParallelConfig(fsdp=8))
     found = estimate.estimate(recipe, "init", topology.parse("h100:8"))
     count = 1_418_996_800
-    # Modulations and the biases along them stay whole: a part in a thousand.
-    assert found.parts["parameters"] == pytest.approx(4 * count / 8, rel=2e-3)
+    # Modulations and biases stay whole: less than a part in a hundred.
+    assert found.parts["parameters"] == pytest.approx(4 * count / 8, rel=1e-2)
     assert found.parts["moments"] == 2 * found.parts["parameters"] and found.host == 0
     assert found.parts["kept for the backward pass"] == 16 * 30 * 32760 * 1536 * 4
     offloaded = dataclasses.replace(recipe, parallel=ParallelConfig(fsdp=8, offload_optimizer=True))
     found = estimate.estimate(offloaded, "init", topology.parse("h100:8"))
-    assert "moments" not in found.parts and found.host == pytest.approx(8 * count / 8, rel=2e-3)
+    assert "moments" not in found.parts and found.host == pytest.approx(8 * count / 8, rel=1e-2)
 
 
 def test_self_forcings_published_cost():
