@@ -33,7 +33,9 @@ from causvid_jax.models.cache import (
     advance,
     block_slots,
     init_cache,
+    overwritten,
     read_positions,
+    undo,
     visible_slots,
 )
 from causvid_jax.models.layers import (
@@ -59,7 +61,9 @@ __all__ = [
     "encode_text",
     "init",
     "init_cache",
+    "overwritten",
     "spec",
+    "undo",
 ]
 
 

@@ -279,8 +279,8 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
     return Estimate(parts, on_host, work, gathered + exchanged, _times(mesh, work, seconds))
 
 
-CACHES = 10
-"""Caches alive while a student learns from its own rollout: one a block of seven, and three in the loops."""
+CACHES = 4
+"""Caches alive while a student learns from its own rollout: the one that is kept, and three in the loops."""
 
 
 def _stream(recipe: Recipe, mesh: _Mesh) -> Estimate:

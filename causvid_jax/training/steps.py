@@ -248,6 +248,8 @@ def student_rollout(recipe: Recipe) -> Callable[[Any, Any, jax.Array], tuple[jax
         ),
         cached=functools.partial(transformer.cached, config=student, causal=causal),
         advance=transformer.advance,
+        overwritten=functools.partial(transformer.overwritten, causal=causal),
+        undo=functools.partial(transformer.undo, causal=causal),
         encode_text=functools.partial(transformer.encode_text, config=student),
     )
 
