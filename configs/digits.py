@@ -27,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
         "rope_theta": 50.0,
         "dtype": "bfloat16",
         # On CPU writing activations for the backward pass costs more than computing them again (2x, measured).
-        "remat": True,
+        "remat": "full",
     }
     return ml_collections.ConfigDict(
         {

@@ -13,10 +13,21 @@ from causvid_jax.models.vae import WAN_LATENT_MEAN, WAN_LATENT_STD
 SIZES = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}
 GUIDANCE = 6.0
 
+LARGE = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
 
-def get_config() -> ml_collections.ConfigDict:
-    """The recipe as an ``ml_collections.ConfigDict``."""
-    return recipe("wan_1_3b", SIZES, GUIDANCE)
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """The recipe as an ``ml_collections.ConfigDict``; ``teacher_14b``: judged by the 14B network, as Self-Forcing's is,
+    beside a fake score of the student's size."""
+    if variant not in ("", "teacher_14b"):
+        raise ValueError(f"the variant is {variant!r}; accepted: none, 'teacher_14b'")
+    config = recipe("wan_1_3b", SIZES, GUIDANCE)
+    if variant:
+        config.name = "wan_1_3b_teacher_14b"
+        config.teacher.update(LARGE)
+        config.diffusion.guidance = 5.0
+        config.train_distill.fake = "student"
+    return config
 
 
 def recipe(name: str, sizes: dict[str, int], guidance: float) -> ml_collections.ConfigDict:
@@ -30,7 +41,7 @@ def recipe(name: str, sizes: dict[str, int], guidance: float) -> ml_collections.
         "freq_dim": 256,
         "dtype": "bfloat16",
         "attention": "auto",
-        "remat": True,
+        "remat": "full",
         **sizes,
     }
     # Published rates; b1 = 0 and the critic's smaller rate are Self-Forcing's.
@@ -42,8 +53,8 @@ def recipe(name: str, sizes: dict[str, int], guidance: float) -> ml_collections.
             "text": {"kind": "umt5", "length": 512, "dim": 4096, "negative": NEGATIVE_PROMPT},
             "data": {"name": "videos"},
             "vae": {"latent_mean": WAN_LATENT_MEAN, "latent_std": WAN_LATENT_STD, "dtype": "bfloat16"},
-            "teacher": network,
-            "student": network,
+            "teacher": dict(network),
+            "student": dict(network),
             "causal": {"frames_per_block": 3},
             "diffusion": {
                 "shift": 8.0,

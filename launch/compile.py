@@ -2,8 +2,9 @@
 
 ``python -m launch.compile --config=configs/wan_14b.py --stage=distill --topology=v5p:4x4x4``
 
-The mesh is ``--config.parallel.*``. Nothing of the machine is needed but the extra ``tpu``; the status is 1 if the
-program does not fit.
+The mesh is ``--config.parallel.*``. Nothing of the machine is needed but a compiler for it: the extra ``tpu``, or for
+GPUs ``cuda12``. ``--estimate`` needs neither: it computes memory and time from shapes. The status is 1 if the program
+does not fit; then the machine's nearest mesh that should is said.
 """
 
 import dataclasses
@@ -17,7 +18,10 @@ from launch import common
 
 _CONFIG = common.define_config_flag()
 _STAGE = flags.DEFINE_string("stage", None, "What to compile: teacher, init, distill or stream.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "KIND:AxB or KIND:AxBxC, *N for N slices; for example v5p:4x4x4.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "TPU KIND:AxB[xC], *N for N slices; GPU KIND:N or KIND:NODESxN; for example v5p:4x4x4, h200:8x8."
+)
+_ESTIMATE = flags.DEFINE_bool("estimate", False, "Compute the figures from shapes; nothing is compiled.")
 _OUTPUT = flags.DEFINE_string("output", None, "Also write the report as JSON to this file.")
 
 TOO_LARGE = 1
@@ -33,34 +37,40 @@ def main() -> None:
     require(stage in aot.STAGES, f"--stage is {stage!r}; accepted: {', '.join(aot.STAGES)}")
     require(name != "", "no --topology is given; for example --topology=v5p:4x4x4")
     output = common.check_output(_OUTPUT.value, (".json",)) if _OUTPUT.value else None
-    machine = topology.describe(name)
+    machine = topology.parse(name)
     try:
-        report = aot.compile_for(recipe, stage, machine)
+        if _ESTIMATE.value:
+            report = aot.estimate_for(recipe, stage, machine)
+        else:
+            report = aot.compile_for(recipe, stage, topology.describe(name))
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = " ".join(str(error).split())
-        print(f"does not fit {machine.name}: {reason[:400]}\n{advice(recipe)}", file=sys.stderr)
+        print(f"does not fit {name}: {reason[:400]}\n{advice(recipe, stage, machine)}", file=sys.stderr)
         sys.exit(TOO_LARGE)
     print(aot.table(report))
     if output:
         output.write_text(json.dumps(dataclasses.asdict(report), indent=1))
     if not report.fits:
-        print(advice(recipe), file=sys.stderr)
+        print(advice(recipe, stage, machine), file=sys.stderr)
         sys.exit(TOO_LARGE)
 
 
-def advice(recipe) -> str:
-    """What would make a program smaller, in the order of what it costs."""
+def advice(recipe, stage, machine) -> str:
+    """What would make a program fit: the settings that should, by computation, or what else there is to change."""
+    from causvid_jax.parallel import aot, plans
+
+    best = plans.plan(recipe, stage, machine)
+    needs = f"{aot.readable_bytes(best.estimate.memory)} of {aot.readable_bytes(best.limit)} a device, computed"
+    if best.fits:
+        return f"what should make it fit ({needs}): {best.settings(stage)}"
     mesh = recipe.parallel
-    hints = [] if recipe.student.remat and recipe.teacher.remat else ["teacher.remat=True and student.remat=True"]
-    hints += [
-        f"a larger fsdp (now {mesh.fsdp}) for parameters and optimizer states",
-        f"a larger context (now {mesh.context}) or tensor (now {mesh.tensor}) for activations",
-        "accumulate in the stage's settings for smaller parts of a batch",
-        "more devices",
-    ]
-    return "what would make it smaller: " + "; ".join(hints)
+    return (
+        f"no mesh, remat policy or offload should make it fit {machine.name} (the least: {needs}, with "
+        f"{best.settings(stage)}); what is left: more devices, devices with more memory, shorter clips. The mesh was "
+        f"fsdp {mesh.fsdp}, context {mesh.context}, tensor {mesh.tensor}"
+    )
 
 
 if __name__ == "__main__":

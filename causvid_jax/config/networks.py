@@ -6,6 +6,7 @@ from causvid_jax.config.errors import ConfigError, check_dtype, require
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 MeshAxes = tuple[str, ...]
+REMAT = ("none", "attention", "dots", "full", "offload")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +223,12 @@ class TransformerConfig:
 
     ``image_dim > 0`` adds the image branch of Wan2.1-I2V (``models.image_branch``): ``image_tokens`` rows of that
     width are attended beside the text. The published one is ``image_dim=1280, in_channels=36``.
+
+    ``remat`` says what a layer keeps for the backward pass, beside its input; the rest is computed again. From the most
+    memory to the least: ``"none"`` keeps everything, ``"dots"`` the products with weights and the attention,
+    ``"attention"`` the result of self-attention (most of the work of a long clip, two bytes a feature and token),
+    ``"full"`` nothing, and ``"offload"`` nothing, its input lying in the host's memory until the backward pass.
+    True and False mean "full" and "none".
     """
 
     dim: int = 1536
@@ -241,7 +248,7 @@ class TransformerConfig:
     dtype: str = "float32"
     numerics: str = "own"
     attention: str = "xla"
-    remat: bool = False
+    remat: str | bool = "none"
     rules: ShardingRules = ShardingRules()
 
     def __post_init__(self):
@@ -270,6 +277,9 @@ class TransformerConfig:
             "(0: no image branch) and at least 1",
         )
         check_dtype("transformer", self.dtype)
+        if isinstance(self.remat, bool):
+            object.__setattr__(self, "remat", "full" if self.remat else "none")
+        require(self.remat in REMAT, f"transformer.remat is {self.remat!r}; accepted: {', '.join(map(repr, REMAT))}")
 
     @property
     def head_dim(self) -> int:

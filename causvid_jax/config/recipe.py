@@ -37,6 +37,8 @@ class ParallelConfig:
     ``data`` holds copies of everything, ``fsdp`` splits batch and parameters, ``context`` the tokens of a frame,
     ``tensor`` heads and MLP. ``data = 0`` takes all devices that the others leave. Attention exchanges tokens for
     heads, so tensor x context must divide the heads; with ``ring`` (training only) tensor alone has to.
+    ``offload_optimizer`` keeps the optimizers' moments in the host's memory (``pinned_host``) between updates; on CPU,
+    where that is the memory there is, it changes nothing.
     """
 
     slices: int = 1
@@ -45,6 +47,7 @@ class ParallelConfig:
     context: int = 1
     tensor: int = 1
     ring: bool = False
+    offload_optimizer: bool = False
 
     def __post_init__(self):
         for name in ("slices", "fsdp", "context", "tensor"):
@@ -127,6 +130,11 @@ class Recipe:
                 f"taehv decodes {tiny[0]} channels, {tiny[1]} doublings of space and {tiny[2]} of time; "
                 f"the VAE's latents have {large[0]}, {large[1]} and {large[2]}",
             )
+
+    @property
+    def fake_score(self) -> TransformerConfig:
+        """The network of DMD's fake score."""
+        return self.student if self.train_distill.fake == "student" else self.teacher
 
     def _check_mesh(self) -> None:
         mesh = self.parallel

@@ -236,6 +236,8 @@ class DistillStageConfig(StageConfig):
     ``rollout`` is ``"data"`` (the paper: real latents noised per block) or ``"self"`` (the student's own rollout).
     ``guidance`` is the g of ``r = r_uncond + g (r_cond - r_uncond)``; the published code writes it as ``1 + g``.
     ``teacher`` is ``"bidirectional"`` or ``"causal"``, ``init`` is ``"ode"`` or ``"teacher"`` (Tab. 4 of the paper).
+    ``fake`` is the network whose sizes the fake score has, ``"teacher"`` or ``"student"``, and whose weights it starts
+    from: Self-Forcing distils a 14B teacher with a fake score of 1.3B.
     ``continue_fraction`` of the self rollouts go on where the rollout before them in the same cycle ended, so that the
     student is judged on what it does far into a stream; ``switch_fraction`` of the clips in those get a new prompt
     there. Both need a window.
@@ -246,6 +248,7 @@ class DistillStageConfig(StageConfig):
     guidance: float = 4.5
     teacher: str = "bidirectional"
     init: str = "ode"
+    fake: str = "teacher"
     critic_optimizer: OptimizerConfig = OptimizerConfig()
     score_timestep_min: float = 20.0
     score_timestep_max: float = 980.0
@@ -261,6 +264,7 @@ class DistillStageConfig(StageConfig):
             ("rollout", ("data", "self")),
             ("teacher", ("bidirectional", "causal")),
             ("init", ("ode", "teacher")),
+            ("fake", ("teacher", "student")),
         ):
             value = getattr(self, name)
             require(value in accepted, f"distill.{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}")

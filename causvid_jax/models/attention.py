@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from causvid_jax.config import CausalConfig, ShardingRules, require
@@ -25,6 +26,7 @@ from causvid_jax.models import partition
 
 Range = tuple[int, int]  # half-open, in frames
 Plan = list[tuple[Range, list[Range]]]  # for each run of queries, in order, the keys they see
+RESULT = "attention"  # what the results of self-attention are called where rematerialisation chooses what to keep
 
 
 def resolve(backend: str, dtype: str) -> str:
@@ -38,32 +40,48 @@ def resolve(backend: str, dtype: str) -> str:
 
 
 def dense(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, dtype: str, backend: str = "xla", mask: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    dtype: str,
+    backend: str = "xla",
+    mask: jax.Array | None = None,
+    name: str | None = None,
 ) -> jax.Array:
     """``softmax(q k^T / sqrt(D)) v`` over all keys, or over those where ``mask [S]`` (shared by all queries) is true.
 
     ``q [B, T, N, D]``, ``k, v [B, S, N, D]``; returns float32 ``[B, T, N, D]``. ``backend`` is ``"xla"`` (any device;
     holds all T x S scores), ``"late"`` (the same, divided by the softmax's sum after the last product, as flash
     attention does, which shows in bfloat16), ``"cudnn"`` (``jax.nn.dot_product_attention``, bfloat16 on GPU),
-    ``"splash"`` (TPU) or ``"auto"`` (:func:`resolve`).
+    ``"splash"`` (TPU) or ``"auto"`` (:func:`resolve`). The result is called ``name`` in rematerialisation, rounded to
+    ``dtype``; of splash the softmax's sums are too, so that its backward pass needs nothing computed again.
     """
     q, k, v = (x.astype(dtype) for x in (q, k, v))
     backend = resolve(backend, dtype)
     if backend == "splash":
-        return _splash(q, k, v, mask)
+        return _splash(q, k, v, mask, name)
     if backend == "cudnn":
         full = None if mask is None else jnp.broadcast_to(mask, (1, 1, q.shape[1], k.shape[1]))
-        return jax.nn.dot_product_attention(q, k, v, mask=full, implementation="cudnn").astype(jnp.float32)
+        out = jax.nn.dot_product_attention(q, k, v, mask=full, implementation="cudnn")
+        return _named(out, dtype, name)
     scores = jnp.einsum("btnd,bsnd->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     late = backend == "late"
     weights = jnp.exp(scores - scores.max(-1, keepdims=True)) if late else jax.nn.softmax(scores, axis=-1)
     out = jnp.einsum("bnts,bsnd->btnd", weights.astype(dtype), v, preferred_element_type=jnp.float32)
-    return out / jnp.swapaxes(weights.sum(-1), 1, 2)[..., None] if late else out
+    out = out / jnp.swapaxes(weights.sum(-1), 1, 2)[..., None] if late else out
+    return _named(out, dtype, name)
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _named(x: jax.Array, dtype: str, name: str | None) -> jax.Array:
+    """``x`` in float32; with a name, the array of ``dtype`` that rematerialisation may keep under it."""
+    # The output projection rounds its input to this type anyway.
+    return (x if name is None else checkpoint_name(x.astype(dtype), name)).astype(jnp.float32)
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, name: str | None = None) -> jax.Array:
     """:func:`dense` by JAX's splash kernel for TPU; interpreted, slowly, elsewhere.
 
     The kernel takes lengths that its blocks divide and heads of whole 128 lanes. Everything is padded with zeros;
@@ -95,6 +113,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) ->
             block_kv_dkv_compute=block_kv,
             use_fused_bwd_kernel=True,
         ),
+        residual_checkpoint_name=name,
         interpret=partition.platform() == "cpu",
     )
     scaled = ready(q * q.shape[-1] ** -0.5, padded_t)
@@ -160,7 +179,8 @@ def run(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, *, dtype: str, bac
     """The plan on arrays of one device; float32 ``[B, F, n, N, D]``."""
     outputs = []
     for queries, keys in plan:
-        out = dense(_take(q, [queries]), _take(k, keys), _take(v, keys), dtype=dtype, backend=backend)
+        seen = (_take(k, keys), _take(v, keys))
+        out = dense(_take(q, [queries]), *seen, dtype=dtype, backend=backend, name=RESULT)
         outputs.append(out.reshape(q.shape[0], queries[1] - queries[0], *q.shape[2:]))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
@@ -204,7 +224,7 @@ def run_ring(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, *, axis: str,
         (out / total[..., None]).reshape(q.shape[0], b - a, *q.shape[2:])
         for (out, _, total), ((a, b), _) in zip(results, plan, strict=True)
     ]
-    return jnp.concatenate(outputs, axis=1)
+    return _named(jnp.concatenate(outputs, axis=1), dtype, RESULT)
 
 
 # ---- on a mesh ------------------------------------------------------------------------------------------------------
@@ -263,7 +283,9 @@ def attend(
     def local(q, k, v):
         if layout.ring:
             return run_ring(plan, q, k, v, axis=layout.context[0], size=layout.context_size, dtype=dtype)
-        return _to_tokens(kernel(*(_to_heads(x, layout) for x in (q, k, v))), layout)
+        # Rounded to the type of the kernel before they travel: the kernel would do it after, at twice the traffic.
+        out = kernel(*(_to_heads(x.astype(dtype), layout) for x in (q, k, v)))
+        return _to_tokens(out.astype(dtype), layout).astype(jnp.float32)
 
     return jax.shard_map(local, in_specs=(layout.outside,) * 3, out_specs=layout.outside, check_vma=False)(q, k, v)
 
@@ -290,9 +312,13 @@ def attend_cache(
         f"{q.shape[3]} attention heads cannot be split over tensor x context in a stream; the product must divide them",
     )
 
+    dtype = cache[0].dtype
+
     def local(q, k, v, cache, *whole):
-        out, cache = kernel(*(_to_heads(x, layout) for x in (q, k, v)), cache, *whole)
-        return _to_tokens(out, layout), cache
+        # Keys and values travel as they will lie; queries are rotated first and rounded after.
+        k, v = (_to_heads(x.astype(dtype), layout) for x in (k, v))
+        out, cache = kernel(_to_heads(q, layout), k, v, cache, *whole)
+        return _to_tokens(out.astype(dtype), layout).astype(jnp.float32), cache
 
     inside = (layout.inside, layout.inside)
     return jax.shard_map(

@@ -6,11 +6,15 @@ position. Slots are a fixed array: the first ``sink`` frames keep their own slot
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from causvid_jax.config import CausalConfig, TransformerConfig, require
+from causvid_jax.models import partition
+
+CACHE_AXES = (None, "batch", None, None, "attention_heads", None)  # of [L, B, S, n, N, D]
 
 
 @jax.tree_util.register_dataclass
@@ -52,10 +56,10 @@ def init_cache(
     slots = causal.sink + causal.window if causal.window else frames
     tokens = (height // patch_h) * (width // patch_w)
     shape = (config.num_layers, batch, slots, tokens, config.num_heads, config.head_dim)
-    # Two separate buffers: a donated cache must not alias itself.
+    # Two separate buffers: a donated cache must not alias itself. On a mesh no device ever holds all heads.
     return KVCache(
-        k=jnp.zeros(shape, config.dtype),
-        v=jnp.zeros(shape, config.dtype),
+        k=partition.constrain(jnp.zeros(shape, config.dtype), CACHE_AXES, config.rules),
+        v=partition.constrain(jnp.zeros(shape, config.dtype), CACHE_AXES, config.rules),
         frame=jnp.full((slots,), -1, jnp.int32),
         position=jnp.zeros((), jnp.int32),
     )
@@ -64,6 +68,26 @@ def init_cache(
 def advance(cache: KVCache, frames: int) -> KVCache:
     """The current block of ``frames`` frames is finished; the next pass writes the slots after it."""
     return dataclasses.replace(cache, position=cache.position + frames)
+
+
+def overwritten(cache: KVCache, frames: int, causal: CausalConfig) -> tuple[jax.Array, Any]:
+    """What the block of ``frames`` frames that comes next replaces: for :func:`undo`."""
+    slots = block_slots(cache.position, frames, causal)
+    # Without a window a slot is written by one block only; until then it holds nothing.
+    old = (cache.k[:, :, slots], cache.v[:, :, slots]) if causal.window else None
+    return cache.frame[slots], old
+
+
+def undo(cache: KVCache, replaced: tuple[jax.Array, Any], frames: int, causal: CausalConfig) -> KVCache:
+    """The cache before its last block, of ``frames`` frames, which had replaced ``replaced`` (:func:`overwritten`)."""
+    position = cache.position - frames
+    slots = block_slots(position, frames, causal)
+    frame, old = replaced
+    cache = dataclasses.replace(cache, frame=cache.frame.at[slots].set(frame), position=position)
+    if old is None:
+        return cache
+    k, v = (now.at[:, :, slots].set(then) for now, then in zip((cache.k, cache.v), old, strict=True))
+    return dataclasses.replace(cache, k=k, v=v)
 
 
 def block_slots(position: jax.Array, frames: int, causal: CausalConfig) -> jax.Array:

@@ -21,17 +21,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from causvid_jax.config import CausalConfig, TransformerConfig, require
 from causvid_jax.models import attention, image_branch, numerics, partition, rope
 from causvid_jax.models.cache import (
+    CACHE_AXES,
     KVCache,
     TextCache,
     advance,
     block_slots,
     init_cache,
+    overwritten,
     read_positions,
+    undo,
     visible_slots,
 )
 from causvid_jax.models.layers import Params, gelu_tanh, timestep_sinusoid
@@ -58,7 +62,9 @@ __all__ = [
     "inference",
     "init",
     "init_cache",
+    "overwritten",
     "spec",
+    "undo",
 ]
 
 
@@ -247,6 +253,31 @@ def gather(p: Params, layer_spec: Any, config: TransformerConfig) -> Params:
     return jax.tree.map(whole, layer_spec, p, is_leaf=lambda x: isinstance(x, ParamSpec))
 
 
+LAYER_INPUT = "layer_input"
+
+
+def rematerialised(layer: Any, remat: str | bool) -> Any:
+    """The linen module ``layer``, whose backward pass finds what ``remat`` (:class:`TransformerConfig`) says kept."""
+    policies = jax.checkpoint_policies
+    keep_attention = policies.save_only_these_names(attention.RESULT)
+    if remat == "none":
+        return layer
+    if remat == "offload" and partition.platform() == "cpu":
+        remat = "full"  # the layers' inputs lie in the host's memory already
+    policy = {
+        "full": policies.nothing_saveable,
+        "attention": keep_attention,
+        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, keep_attention),
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[str(remat)]
+    return nn.remat(layer, prevent_cse=False, policy=policy)
+
+
 class _Layer(nn.Module):
     """Declares one layer's parameters to linen, for :func:`flax.linen.scan`."""
 
@@ -257,6 +288,7 @@ class _Layer(nn.Module):
     def __call__(self, x, time, context, layer_inputs):
         p = gather(declare(self, _block_spec(self.config)), _block_spec(self.config), self.config)
         text, layer_cache = layer_inputs
+        x = checkpoint_name(x, LAYER_INPUT)
         return block(p, x, time, context if text is None else text, layer_cache, self.attend, self.config)
 
 
@@ -280,9 +312,8 @@ class _Transformer(nn.Module):
             e, time = _embed_time(p, timestep, config)
             context = None if text is None else embed_context(p, text, image, config)
 
-        layer = nn.remat(_Layer, prevent_cse=False) if config.remat else _Layer
         scanned = nn.scan(
-            layer,
+            rematerialised(_Layer, config.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),
@@ -398,9 +429,8 @@ def block_causal(
 
 def cache_spec(config: TransformerConfig, batch: int, mesh: Mesh) -> PartitionSpec:
     """How the keys and values ``[L, B, S, n, N, D]`` of a :class:`KVCache` lie on ``mesh``: split by heads."""
-    axes = (None, "batch", None, None, "attention_heads", None)
     shape = (1, batch, 1, 1, config.num_heads, 1)
-    return partition.spec_for(axes, shape, partition.axis_sizes(mesh), config.rules)
+    return partition.spec_for(CACHE_AXES, shape, partition.axis_sizes(mesh), config.rules)
 
 
 def encode_text(

@@ -1,13 +1,13 @@
 """Compile a recipe's real sharded programs for a machine that is not at hand, and say whether they fit.
 
 What the compiler knows exactly is reported as it is: memory per device and the collectives in the program. It does not
-know speed; the step time is a roofline from analytic FLOPs (:mod:`causvid_jax.parallel.flops`) and published peaks.
+know speed; the step time is a roofline from analytic FLOPs and traffic (:mod:`causvid_jax.parallel.estimate`).
 """
 
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,50 +18,59 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from causvid_jax.config import Recipe, require
 from causvid_jax.models import transformer
 from causvid_jax.models.params import abstract_tree
-from causvid_jax.parallel import flops, hlo
-from causvid_jax.parallel.mesh import make_mesh
+from causvid_jax.parallel import estimate, hlo
+from causvid_jax.parallel.mesh import make_mesh, mesh_sizes
 from causvid_jax.parallel.shardings import Placement, batch_sharding
-from causvid_jax.parallel.topology import GIB, Topology
+from causvid_jax.parallel.topology import Machine, Topology
 from causvid_jax.streaming.stream import latent_size
 from causvid_jax.training import steps
 
 STAGES = ("teacher", "init", "distill", "stream")
-EFFICIENCY = (0.35, 0.6)
-"""Share of peak FLOP/s that well-sharded transformers of these sizes reach: pessimistic, optimistic."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one compilation says.
+    """What is known of one stage on one machine.
 
     Attributes:
-      topology: its name.
+      topology: the machine's name.
       devices: how many.
       mesh: axis sizes.
-      compile_seconds: on this host.
+      compiled: whether the memory is the compiler's, or computed from shapes (:mod:`estimate`).
+      compile_seconds: of this process's processor time; 0 where nothing was compiled.
       arguments, temporaries, peak, limit: bytes per device; ``peak`` is the compiler's own figure.
+      host: bytes of the host's memory per device.
       collectives: :func:`hlo.totals`.
-      model_flops: of one step over all devices.
+      model_flops: of one step over all devices; of one block of ``streams`` streams.
       step_seconds: pessimistic and optimistic.
       mfu: model FLOPs over peak in these times.
+      traffic: computed bytes that one device receives in a step.
+      parts: the computed memory by what it is.
+      streams: side by side; 0 in training.
     """
 
     topology: str
     devices: int
     mesh: Mapping[str, int]
+    compiled: bool
     compile_seconds: float
     arguments: int
     temporaries: int
     peak: int
     limit: float
+    host: int
     collectives: Mapping[str, Mapping[str, int]]
     model_flops: float
     step_seconds: tuple[float, float]
     mfu: tuple[float, float]
+    traffic: float
+    parts: Mapping[str, float]
+    streams: int = 0
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.limit
+        """Whether the program fits a device; a computed one has to leave a margin."""
+        return self.peak <= self.limit * (1.0 if self.compiled else estimate.MARGIN)
 
 
 def _placed(tree: Any, shardings: Any) -> Any:
@@ -134,8 +143,38 @@ def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, 
 def program(recipe: Recipe, stage: str, mesh: Mesh, *, batch: int = 1) -> tuple[Any, tuple[Any, ...]]:
     """The jitted function of ``stage`` and abstract arguments that lie on ``mesh``; ``batch`` streams for "stream"."""
     require(stage in STAGES, f"stage is {stage!r}; accepted: {', '.join(STAGES)}")
-    place = Placement(mesh, recipe.student.rules)
+    place = Placement(mesh, recipe.student.rules, recipe.parallel.offload_optimizer)
     return _stream_program(recipe, place, batch) if stage == "stream" else _training_program(recipe, stage, place)
+
+
+def estimate_for(recipe: Recipe, stage: str, machine: Machine) -> Report:
+    """What can be said of ``stage`` on ``machine`` without any compiler.
+
+    Raises:
+        ConfigError: a mesh that does not fit the devices.
+    """
+    found = estimate.estimate(recipe, stage, machine)
+    peak_rate, seconds = machine.chip.flops * machine.size, found.seconds
+    data, fsdp, context, tensor = mesh_sizes(recipe.parallel, machine.size)
+    return Report(
+        topology=machine.name,
+        devices=machine.size,
+        mesh={"data": data * recipe.parallel.slices, "fsdp": fsdp, "context": context, "tensor": tensor},
+        compiled=False,
+        compile_seconds=0.0,
+        arguments=0,
+        temporaries=0,
+        peak=round(found.memory),
+        limit=machine.chip.memory,
+        host=round(found.host),
+        collectives={},
+        model_flops=found.work.model,
+        step_seconds=seconds,
+        mfu=(found.work.model / (peak_rate * seconds[0]), found.work.model / (peak_rate * seconds[1])),
+        traffic=found.traffic,
+        parts={name: size for name, size in found.parts.items() if size},
+        streams=found.streams,
+    )
 
 
 def compile_for(recipe: Recipe, stage: str, topology: Topology) -> Report:
@@ -146,51 +185,85 @@ def compile_for(recipe: Recipe, stage: str, topology: Topology) -> Report:
         RuntimeError: the compiler's own refusal; a program that is too large for the device is one
             ("RESOURCE_EXHAUSTED").
     """
+    known = estimate_for(recipe, stage, topology.machine)
     mesh = make_mesh(recipe.parallel, topology.devices)
-    function, arguments = program(recipe, stage, mesh)
-    start = time.perf_counter()
+    function, arguments = program(recipe, stage, mesh, batch=max(known.streams, 1))
+    start = time.process_time()
     # The abstract mesh only: with the mesh itself, constants would be made on devices that are not there.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = function.lower(*arguments)
     compiled = lowered.compile()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    work = flops.StepFlops(flops.stream_block(recipe)) if stage == "stream" else flops.training_step(recipe, stage)
-    peak_rate = topology.chip.flops * len(topology.devices)
-    times = tuple((work.model + work.recomputed) / (peak_rate * share) for share in EFFICIENCY)
-    return Report(
-        topology=topology.name,
-        devices=len(topology.devices),
-        mesh=dict(mesh.shape),
+    # XLA for GPU reports no peak that holds its arguments.
+    used = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    return dataclasses.replace(
+        known,
+        compiled=True,
         compile_seconds=seconds,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        peak=memory.peak_memory_in_bytes,
-        limit=topology.chip.memory,
+        peak=used if topology.chip.platform == "cuda" else memory.peak_memory_in_bytes,
+        host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         collectives=hlo.totals(text),
-        model_flops=work.model,
-        step_seconds=(times[0], times[1]),
-        mfu=(work.model / (peak_rate * times[0]), work.model / (peak_rate * times[1])),
     )
+
+
+_BYTES = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "bytes"))
+_FLOPS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1.0, "FLOP"))
+_SECONDS = ((86400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
+
+
+def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
+    """``value`` to three digits in the largest unit of which it holds one, else the smallest."""
+    size, unit = next((u for u in units if abs(value) >= u[0]), units[-1])
+    return f"{float(f'{value / size:.3g}'):g} {unit}"
+
+
+def readable_bytes(value: float) -> str:
+    """``12.3 GiB``."""
+    return _scaled(value, _BYTES)
+
+
+def readable_seconds(value: float) -> str:
+    """``1.2 s``, ``35 ms``, ``3.5 h``."""
+    return _scaled(value, _SECONDS)
 
 
 def table(report: Report) -> str:
     """The report in lines to read."""
     per = {name: size for name, size in report.mesh.items() if size > 1}
     mesh = " x ".join(f"{n} {s}" for n, s in per.items()) or "one device"
-    lines = [
-        f"{report.topology}: {report.devices} devices, mesh {mesh}, compiled in {report.compile_seconds:.0f} s",
-        f"memory per device: arguments {report.arguments / GIB:.2f} GiB, temporaries {report.temporaries / GIB:.2f}, "
-        f"peak {report.peak / GIB:.2f} of {report.limit / GIB:.2f}: {'fits' if report.fits else 'does NOT fit'}",
-    ]
+    size, fits = readable_bytes, "fits" if report.fits else "does NOT fit"
+    how = (
+        f"compiled in {readable_seconds(report.compile_seconds)} of processor time"
+        if report.compiled
+        else ("computed from shapes, NOT compiled")
+    )
+    lines = [f"{report.topology}: {report.devices} devices, mesh {mesh}, {how}"]
+    if report.compiled:
+        parts = f"arguments {size(report.arguments)}, temporaries {size(report.temporaries)}"
+    else:
+        parts = ", ".join(f"{name} {size(value)}" for name, value in report.parts.items())
+    lines.append(f"memory per device: {parts}; peak {size(report.peak)} of {size(report.limit)}: {fits}")
+    if report.host:
+        lines.append(f"memory of the host, per device: {size(report.host)}")
     for kind, entry in sorted(report.collectives.items()):
         lines.append(
-            f"{kind}: {entry['count']} in loops, {entry['bytes'] / 2**20:.1f} MiB a turn; "
-            f"{entry['count_once']} outside, {entry['bytes_once'] / 2**20:.1f} MiB"
+            f"{kind}: {entry['count']} in loops, {size(entry['bytes'])} a turn; "
+            f"{entry['count_once']} outside, {size(entry['bytes_once'])}"
         )
+    what = f"a block of {report.streams} streams" if report.streams else "a step"
     slow, fast = report.step_seconds
+    low, high = estimate.EFFICIENCY
     lines.append(
-        f"{report.model_flops / 1e12:.3g} TFLOP of model work a step; at {EFFICIENCY[0]:.0%} to {EFFICIENCY[1]:.0%} of "
-        f"peak (an assumption) {fast:.3g} to {slow:.3g} s, MFU {report.mfu[0]:.0%} to {report.mfu[1]:.0%}"
+        f"{_scaled(report.model_flops, _FLOPS)} of model work {what}; by roofline, an assumption and no measurement, "
+        f"{readable_seconds(fast)} (work at {high:.0%} of peak, {size(report.traffic)} of traffic a device behind it) "
+        f"to {readable_seconds(slow)} ({low:.0%}, traffic on top): MFU {report.mfu[0]:.0%} to {report.mfu[1]:.0%}"
     )
     return "\n".join(lines)

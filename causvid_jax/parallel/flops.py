@@ -69,6 +69,18 @@ def stream_block(recipe: Recipe, *, frames_cached: int | None = None) -> float:
     return passes * forward(net, k, tokens_per_frame(recipe, net), k * (past + k), text=False)
 
 
+def recomputed(net: TransformerConfig, one_pass: float, frames: int, tokens: int, pairs: int) -> float:
+    """FLOPs of ``one_pass`` (as counted by :func:`forward`) that ``net.remat`` does again in the backward pass."""
+    attention_work = float(net.num_layers * 4 * pairs * tokens**2 * net.dim)
+    return {
+        "none": 0.0,
+        "dots": 0.0,
+        "attention": one_pass - attention_work,
+        "full": one_pass,
+        "offload": one_pass,
+    }[str(net.remat)]
+
+
 def training_step(recipe: Recipe, stage: str) -> StepFlops:
     """FLOPs of one step of ``teacher``, ``init`` or ``distill`` over its whole batch.
 
@@ -83,13 +95,13 @@ def training_step(recipe: Recipe, stage: str) -> StepFlops:
     causal_pairs = seen(attention.block_causal(frames, recipe.causal))
     causal = forward(student, frames, n_student, causal_pairs)
 
-    def trained(one: float, net: TransformerConfig) -> StepFlops:
-        return StepFlops(3 * one, one if net.remat else 0.0)
+    def trained(one: float, net: TransformerConfig, pairs: int) -> StepFlops:
+        return StepFlops(3 * one, recomputed(net, one, frames, tokens_per_frame(recipe, net), pairs))
 
     if stage == "teacher":
-        parts = [(recipe.train_teacher.batch_size, trained(full, teacher))]
+        parts = [(recipe.train_teacher.batch_size, trained(full, teacher, frames**2))]
     elif stage == "init":
-        parts = [(recipe.train_init.batch_size, trained(causal, student))]
+        parts = [(recipe.train_init.batch_size, trained(causal, student, causal_pairs))]
     else:
         config, batch = recipe.train_distill, recipe.train_distill.batch_size
         one_pass = forward(student, frames, n_student, causal_pairs, text=False)
@@ -98,9 +110,14 @@ def training_step(recipe: Recipe, stage: str) -> StepFlops:
             clip = one_pass * ((steps + 1) / 2 + recipe.causal.clean_write)
         else:
             clip = causal
-        critic = trained(full, teacher)
-        # The exit step is rematerialised whatever the network's own setting.
-        generator = StepFlops(clip + 2 * one_pass + 3 * full, one_pass if config.rollout == "self" else 0.0)
+        fake_score = recipe.fake_score
+        fake = forward(fake_score, frames, tokens_per_frame(recipe, fake_score), frames**2)
+        critic = trained(fake, fake_score, frames**2)
+        # The exit step is rematerialised whatever the network's own setting, and its layers once more by that.
+        again = recomputed(student, one_pass, frames, n_student, causal_pairs)
+        generator = StepFlops(
+            clip + 2 * one_pass + 2 * full + fake, again + (one_pass if config.rollout == "self" else 0.0)
+        )
         parts = [
             (batch * config.critic_updates, StepFlops(clip + critic.model, critic.recomputed)),
             (batch, generator),

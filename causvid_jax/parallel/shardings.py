@@ -11,8 +11,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from causvid_jax.config import ParallelConfig, ShardingRules, require
-from causvid_jax.models import partition
+from causvid_jax.config import ParallelConfig, Recipe, ShardingRules, require
+from causvid_jax.models import partition, transformer
 from causvid_jax.models.params import ParamSpec, abstract_tree
 from causvid_jax.parallel.mesh import make_mesh
 
@@ -27,11 +27,19 @@ def param_shardings(spec: Any, mesh: Mesh, rules: ShardingRules) -> Any:
     return jax.tree.map(place, spec, is_leaf=lambda x: isinstance(x, ParamSpec))
 
 
-def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh) -> Any:
+HOST = "pinned_host"
+
+
+def optimizer_shardings(
+    optimizer: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh, *, on_host: bool = False
+) -> Any:
     """The shardings of ``optimizer.init(params)``: moments lie as their parameters, the rest is whole.
 
-    ``params`` may be abstract; ``shardings`` is :func:`param_shardings` of it.
+    ``params`` may be abstract; ``shardings`` is :func:`param_shardings` of it. With ``on_host`` the moments lie in the
+    memory of the hosts, split in the same way.
     """
+    if on_host:
+        shardings = jax.tree.map(lambda s: s.with_memory_kind(HOST), shardings)
     whole = NamedSharding(mesh, PartitionSpec())
     state = jax.eval_shape(optimizer.init, params)
     return optax.tree_map_params(
@@ -58,10 +66,17 @@ class Placement:
     Attributes:
       mesh: of the run.
       rules: of the batch axis; a network's parameters follow the rules of its own configuration.
+      offload_optimizer: whether optimizers keep their moments in the hosts' memory (:meth:`hosted`).
     """
 
     mesh: Mesh | None = None
     rules: ShardingRules = ShardingRules()
+    offload_optimizer: bool = False
+
+    @property
+    def offloads(self) -> bool:
+        """Whether moments really move: on CPU the host's memory is the device's."""
+        return self.offload_optimizer and self.mesh is not None and self.mesh.devices.flat[0].platform != "cpu"
 
     def current(self) -> contextlib.AbstractContextManager:
         """Makes the mesh the current one, which constraints and attention ask for."""
@@ -75,7 +90,25 @@ class Placement:
         """Shardings of an optimizer's state for the parameters ``spec``; None without a mesh."""
         if self.mesh is None:
             return None
-        return optimizer_shardings(optimizer, abstract_tree(spec), shardings, self.mesh)
+        return optimizer_shardings(optimizer, abstract_tree(spec), shardings, self.mesh, on_host=self.offloads)
+
+    def hosted(
+        self, optimizer: optax.GradientTransformation, spec: Any, rules: ShardingRules
+    ) -> optax.GradientTransformation:
+        """``optimizer`` of the parameters ``spec`` that fetches its state from the hosts for an update and leaves the
+        new one there; unchanged unless this placement offloads. The state lies as :meth:`optimizer` says."""
+        if not self.offloads or self.mesh is None:
+            return optimizer
+        params, shardings = abstract_tree(spec), self.params(spec, rules)
+        here, there = (
+            optimizer_shardings(optimizer, params, shardings, self.mesh, on_host=on_host) for on_host in (False, True)
+        )
+
+        def update(gradient, state, params=None):
+            change, state = optimizer.update(gradient, jax.device_put(state, here), params)
+            return change, jax.device_put(state, there)
+
+        return optax.GradientTransformation(optimizer.init, update)
 
     def whole(self) -> NamedSharding | None:
         """A copy on every device."""
@@ -130,9 +163,22 @@ class Placement:
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
 
 
+def stream_params(params: dict[str, Any], recipe: Recipe, placement: Placement) -> dict[str, Any]:
+    """The parameters of a stream (``streaming.stream``) on the mesh: the student by its rules, the rest whole.
+
+    Under ``placement.current()`` every function of ``streaming.stream`` then runs sharded; the cache is split by heads.
+    """
+    spec = transformer.spec(recipe.student)
+    student = placement.params(spec, recipe.student.rules)
+    whole = {name: jax.tree.map(lambda _: placement.whole(), tree) for name, tree in params.items()}
+    return placement.put(params, whole | {"student": student})
+
+
 def place(config: ParallelConfig, rules: ShardingRules) -> Placement:
-    """The placement that ``config`` asks for, over all devices of all processes; one device needs no mesh."""
+    """The placement that ``config`` asks for, over all devices of all processes; one device needs no mesh, unless it
+    offloads."""
     sizes = (config.slices, config.data, config.fsdp, config.context, config.tensor)
     if jax.process_count() == 1 and sizes == (1, 1, 1, 1, 1):
-        return Placement(None, rules)
-    return Placement(make_mesh(config), rules)
+        mesh = make_mesh(config, jax.devices()[:1]) if config.offload_optimizer else None
+        return Placement(mesh, rules, config.offload_optimizer)
+    return Placement(make_mesh(config), rules, config.offload_optimizer)

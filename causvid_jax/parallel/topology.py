@@ -1,6 +1,11 @@
-"""Machines by name: ``v5p:4x4x4``, ``v6e:16x16``, two slices as ``v5p:4x4x8*2``. Described, they need not be there."""
+"""Machines by name, described: they need not be there.
+
+TPU ``v5p:4x4x4``, ``v6e:16x16``, two slices as ``v5p:4x4x8*2``; GPU ``h100:8`` (one node), ``h200:8x8`` (eight nodes of
+eight). Sizes are chips: what is sold as v5p-64 counts cores and has 32 of them, ``v5p:2x4x4``; v5e and v6e count chips.
+"""
 
 import dataclasses
+import math
 import os
 import re
 from typing import Any
@@ -14,56 +19,173 @@ class Chip:
 
     Attributes:
       memory: bytes of device memory that a program may use.
-      flops: peak bfloat16 FLOP/s.
+      flops: peak bfloat16 FLOP/s, dense.
+      bandwidth: of its memory, bytes a second.
+      link: to the devices of its slice or node, bytes a second in one direction, all links together.
+      network: to other slices or nodes, bytes a second and device.
+      platform: of XLA.
     """
 
     memory: float
     flops: float
+    bandwidth: float
+    link: float
+    network: float
+    platform: str = "tpu"
 
 
 GIB = 2.0**30
-# Google Cloud's TPU documentation; the limit is what XLA reports as available.
+# TPU: Google Cloud's documentation; memory is what XLA reports as available, the network between slices an assumption
+# (100 Gbit/s a chip at best). GPU: NVIDIA's data sheets (SXM5), NVLink in one direction, one 400 Gbit/s port a device;
+# of the memory 92%, as the rest is the driver's, NCCL's and the allocator's.
 CHIPS = {
-    "v5e": Chip(15.75 * GIB, 197e12),
-    "v5p": Chip(95.74 * GIB, 459e12),
-    "v6e": Chip(31.25 * GIB, 918e12),
+    "v5e": Chip(15.75 * GIB, 197e12, 0.819e12, 200e9, 12.5e9),
+    "v5p": Chip(95.74 * GIB, 459e12, 2.765e12, 600e9, 12.5e9),
+    "v6e": Chip(31.25 * GIB, 918e12, 1.64e12, 448e9, 12.5e9),
+    "h100": Chip(0.92 * 84942979072, 989e12, 3.35e12, 450e9, 50e9, "cuda"),
+    "h200": Chip(0.92 * 151397597184, 989e12, 4.8e12, 450e9, 50e9, "cuda"),
 }
+GPU_EXTRA = "jax-cuda12-plugin, jax-cuda12-pjrt, nvidia-cuda-nvcc-cu12 and nvidia-cudnn-cu12"
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a name says, without any compiler.
+
+    Attributes:
+      name: as given.
+      kind: key of :data:`CHIPS`.
+      shape: of one slice, or (nodes, devices a node).
+      slices: copies of it.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.kind]
+
+    @property
+    def size(self) -> int:
+        """Devices in all."""
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def near(self) -> int:
+        """Devices that the fast links join: a slice, or a node."""
+        return self.shape[-1] if self.chip.platform == "cuda" else math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A described machine and its devices."""
+    """A described machine and its devices, which a compiler takes for real."""
 
-    name: str
-    chip: Chip
+    machine: Machine
     devices: list[Any]
+
+    @property
+    def name(self) -> str:
+        return self.machine.name
+
+    @property
+    def chip(self) -> Chip:
+        return self.machine.chip
+
+
+def parse(name: str) -> Machine:
+    """The machine ``name``: KIND:AxB[xC][*SLICES] for TPU, KIND:N or KIND:NODESxN for GPU.
+
+    Raises:
+        ConfigError: an unknown kind or shape.
+    """
+    tpus, gpus = ([k for k, c in CHIPS.items() if c.platform == p] for p in ("tpu", "cuda"))
+    match = re.fullmatch(rf"({'|'.join(tpus)}):(\d+(?:x\d+)+)(?:\*(\d+))?", name) or re.fullmatch(
+        rf"({'|'.join(gpus)}):(\d+(?:x\d+)?)()", name
+    )
+    require(
+        match is not None,
+        f"topology is {name!r}; accepted: KIND:AxB or KIND:AxBxC, *N for N slices, with KIND one of {', '.join(tpus)}, "
+        f"and KIND:N or KIND:NODESxN with KIND one of {', '.join(gpus)}",
+    )
+    assert match is not None
+    shape = tuple(int(size) for size in match.group(2).split("x"))
+    if match.group(1) in gpus and len(shape) == 1:
+        shape = (1, *shape)
+    require(math.prod(shape) > 0, f"topology is {name!r}; its sizes must be at least 1")
+    return Machine(name, match.group(1), shape, int(match.group(3) or 1))
 
 
 def describe(name: str) -> Topology:
-    """The machine ``name``, KIND:AxB[xC][*SLICES], without one being there; needs the extra ``tpu`` (libtpu).
+    """The machine ``name`` with devices to compile for, without one being there.
+
+    TPU needs libtpu (extra ``tpu``). GPU needs XLA's CUDA compiler (extra ``cuda12``, no driver).
 
     Raises:
-        ConfigError: an unknown kind or shape, or no libtpu.
+        ConfigError: an unknown kind or shape, or no compiler for it.
     """
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)(?:\*(\d+))?", name)
-    require(
-        match is not None and match.group(1) in CHIPS,
-        f"topology is {name!r}; accepted: KIND:AxB or KIND:AxBxC, *N for N slices; KIND is one of {', '.join(CHIPS)}",
-    )
-    assert match is not None
-    kind, shape, slices = match.group(1), match.group(2), int(match.group(3) or 1)
+    machine = parse(name)
     # libtpu takes a lock file and looks for a metadata server unless told that this is no TPU host.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     from jax.experimental import topologies
 
-    options = {"num_slices": slices} if slices > 1 else {}
+    shape = "x".join(map(str, machine.shape))
+    options: dict[str, Any]
+    if machine.chip.platform == "cuda":
+        options = {"topology_name": "", "topology": f"1x{shape}", "target_config": _gpu_target(machine.chip)}
+        extra = f"pip install 'causvid_jax[cuda12]', or of it no more than {GPU_EXTRA}"
+    else:
+        options = {"topology_name": f"{machine.kind}:{shape}"}
+        options |= {"num_slices": machine.slices} if machine.slices > 1 else {}
+        extra = "pip install 'causvid_jax[tpu]'"
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **options)
-    except Exception as error:  # libtpu raises many kinds
+        described = topologies.get_topology_desc(platform=machine.chip.platform, **options)
+    except Exception as error:  # the plugins raise many kinds
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"topology {name!r} cannot be described; it needs pip install 'causvid_jax[tpu]' and a shape that exists "
-            f"({reason})"
+            f"topology {name!r} cannot be described; it needs {extra} and a shape that exists ({reason}); "
+            "--estimate computes the figures from shapes instead"
         ) from error
-    return Topology(name, CHIPS[kind], list(described.devices))
+    return Topology(machine, list(described.devices))
+
+
+def _gpu_target(chip: Chip) -> str:
+    """XLA's description of a Hopper GPU with the memory of ``chip``, as the text of its GpuTargetConfigProto."""
+    memory = round(chip.memory / 0.92)
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  memory_bandwidth: {round(chip.bandwidth)}
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: {memory}
+  device_address_bits: 64
+  device_vendor: "NVIDIA Corporation"
+  cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
+  driver_version: "13.0.0"
+  runtime_version: "12.8.0"
+  compile_time_toolkit_version: "12.8.0"
+  dnn_version: "9.10.0"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "Hopper, {memory} bytes"
+"""

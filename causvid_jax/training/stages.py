@@ -394,8 +394,8 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path
     def init() -> cycle.DistillState:
         start = "init" if config.init == "ode" else "teacher"
         student = _load_network(recipe, start, workdir, recipe.student, place, init_from)
-        # A donated state must not share the teacher's buffers.
-        return _start(step, place, student, jax.tree.map(jnp.copy, teacher))
+        # A donated state must share buffers neither with the teacher nor within itself.
+        return _start(step, place, student, jax.tree.map(jnp.copy, student if config.fake == "student" else teacher))
 
     make: Callable[..., Any]
     # A rollout from the student itself needs prompts alone.

@@ -90,7 +90,12 @@ def teacher_step(recipe: Recipe, place: Placement) -> Step:
         starts=(),
         init=init,
         frozen=(),
-        update=make_step(functools.partial(teacher_loss, recipe=recipe), optimizer, config, layout),
+        update=make_step(
+            functools.partial(teacher_loss, recipe=recipe),
+            place.hosted(optimizer, spec, recipe.teacher.rules),
+            config,
+            layout,
+        ),
         layout=layout,
         batch=_arrays(recipe, config.batch_size, latents=_clip_shape(recipe)),
     )
@@ -135,7 +140,12 @@ def causal_step(recipe: Recipe, place: Placement) -> Step:
         starts=(spec,),
         init=lambda params: init_state(params, optimizer, config.bad_loss_window),
         frozen=(),
-        update=make_step(functools.partial(causal_loss, recipe=recipe), optimizer, config, layout),
+        update=make_step(
+            functools.partial(causal_loss, recipe=recipe),
+            place.hosted(optimizer, spec, recipe.teacher.rules),
+            config,
+            layout,
+        ),
         layout=layout,
         batch=_arrays(recipe, config.batch_size, latents=_clip_shape(recipe)),
     )
@@ -195,7 +205,7 @@ def init_step(recipe: Recipe, place: Placement) -> Step:
         starts=(spec,) if recipe.student == recipe.teacher else (),
         init=init,
         frozen=(),
-        update=make_step(loss, optimizer, config, layout),
+        update=make_step(loss, place.hosted(optimizer, spec, recipe.student.rules), config, layout),
         layout=layout,
         batch=_arrays(recipe, config.batch_size, **shapes),
     )
@@ -229,6 +239,8 @@ def student_rollout(recipe: Recipe) -> Callable[[Any, Any, jax.Array], tuple[jax
         ),
         cached=functools.partial(transformer.cached, config=student, causal=causal),
         advance=transformer.advance,
+        overwritten=functools.partial(transformer.overwritten, causal=causal),
+        undo=functools.partial(transformer.undo, causal=causal),
         encode_text=functools.partial(transformer.encode_text, config=student),
     )
 
@@ -251,8 +263,8 @@ def _distill_layout(recipe, place: Placement, student_optimizer, fake_optimizer)
     """Where a :class:`cycle.DistillState` lies; None without a mesh."""
     if place.mesh is None:
         return None
-    specs = transformer.spec(recipe.student), transformer.spec(recipe.teacher)
-    student, fake = place.params(specs[0], recipe.student.rules), place.params(specs[1], recipe.teacher.rules)
+    specs = transformer.spec(recipe.student), transformer.spec(recipe.fake_score)
+    student, fake = place.params(specs[0], recipe.student.rules), place.params(specs[1], recipe.fake_score.rules)
     return cycle.DistillState(
         student=student,
         fake=fake,
@@ -275,9 +287,11 @@ def distill_step(recipe: Recipe, place: Placement, null_text: Any) -> Step:
         "fake_optimizer": make_optimizer(config.critic_optimizer, config.steps * config.critic_updates),
     }
     layout = _distill_layout(recipe, place, **optimizers)
+    nets = {"student_optimizer": recipe.student, "fake_optimizer": recipe.fake_score}
+    hosted = {name: place.hosted(o, transformer.spec(nets[name]), nets[name].rules) for name, o in optimizers.items()}
 
-    def bidirectional(params, x, timestep, rows):
-        return transformer.bidirectional(params, x, timestep, rows, config=recipe.teacher)
+    def bidirectional(params, x, timestep, rows, net=recipe.teacher):
+        return transformer.bidirectional(params, x, timestep, rows, config=net)
 
     def causal_teacher(params, x, timestep, rows):
         return transformer.block_causal(params, x, timestep, rows, config=recipe.teacher, causal=recipe.causal)
@@ -287,7 +301,7 @@ def distill_step(recipe: Recipe, place: Placement, null_text: Any) -> Step:
     functions = cycle.DistillFunctions(
         rollout=student_rollout(recipe),
         teacher=causal_teacher if config.teacher == "causal" else bidirectional,
-        fake=bidirectional,
+        fake=functools.partial(bidirectional, net=recipe.fake_score),
         past_shape=(recipe.causal.past_frames(), height, width, channels) if goes_on else None,
     )
 
@@ -302,7 +316,7 @@ def distill_step(recipe: Recipe, place: Placement, null_text: Any) -> Step:
             functions=functions,
             diffusion=recipe.diffusion,
             distill=config,
-            **optimizers,
+            **hosted,
         )
 
     latents = {"latents": _clip_shape(recipe)} if config.rollout == "data" else {}
@@ -310,7 +324,7 @@ def distill_step(recipe: Recipe, place: Placement, null_text: Any) -> Step:
     cycles = config.critic_updates + 1
     teacher = transformer.spec(recipe.teacher)
     return Step(
-        starts=(transformer.spec(recipe.student), teacher),
+        starts=(transformer.spec(recipe.student), transformer.spec(recipe.fake_score)),
         init=functools.partial(cycle.init_state, **optimizers, window=config.bad_loss_window),
         frozen=(teacher,),
         update=update,

@@ -1,5 +1,6 @@
 """Rollouts against a numpy loop over a toy student whose cache can be differentiated by hand."""
 
+import dataclasses
 import functools
 
 import jax
@@ -29,6 +30,8 @@ STUDENT = rollout.StudentFunctions(
     cached=cached,
     advance=lambda cache, frames: cache | {"memory": cache["memory"] + frames * cache["block"]},
     encode_text=lambda params, text: params["text"] * text[:, :, None, None],
+    overwritten=lambda cache, frames: cache,
+    undo=lambda cache, replaced, frames: replaced,
 )
 
 
@@ -160,7 +163,7 @@ def test_exit_step_is_uniform_and_no_pass_is_wasted():
         jax.debug.callback(lambda t: calls.append(float(t)), timestep[0, 0])
         return cached(params, x, timestep, text_cache, cache)
 
-    student = rollout.StudentFunctions(STUDENT.init_cache, counted, STUDENT.advance, STUDENT.encode_text)
+    student = dataclasses.replace(STUDENT, cached=counted)
     run = jax.jit(
         lambda key: rollout.self_rollout(student, PARAMS, TEXT, key, shape=SHAPE, timesteps=TIMESTEPS, causal=CAUSAL)
     )

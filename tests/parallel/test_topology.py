@@ -6,9 +6,9 @@ from causvid_jax.config import ConfigError, ParallelConfig
 from causvid_jax.parallel import mesh, topology
 
 
-@pytest.mark.parametrize("name", ["h100:8", "v5p", "v5p:4", "v5p:4x", "v9:2x2"])
+@pytest.mark.parametrize("name", ["h100:8*2", "h100", "h100:8x8x8", "v5p", "v5p:4", "v5p:4x", "v9:2x2", "v5p:0x4"])
 def test_unknown_machines_are_refused(name):
-    with pytest.raises(ConfigError, match="topology is .*; accepted: KIND:AxB"):
+    with pytest.raises(ConfigError, match="topology is .*; (accepted: KIND:AxB|its sizes)"):
         topology.describe(name)
 
 
@@ -28,3 +28,12 @@ def test_left_over_devices_go_to_data():
 def test_meshes_that_do_not_fit_are_refused(config, devices, message):
     with pytest.raises(ConfigError, match=message):
         mesh.mesh_sizes(config, devices)
+
+
+@pytest.mark.parametrize(
+    "name,size,near",
+    [("v5p:2x4x4", 32, 32), ("v5p:2x4x4*2", 64, 32), ("v6e:16x16", 256, 256), ("h100:8", 8, 8), ("h200:8x8", 64, 8)],
+)
+def test_sizes_of_machines(name, size, near):
+    machine = topology.parse(name)
+    assert (machine.size, machine.near) == (size, near)

@@ -1,0 +1,300 @@
+"""docs/scaling.md: what every stage needs on every machine, how long it should take, and what a schedule should cost.
+
+``python benchmarks/scaling.py`` writes the file from shapes and published peaks (:mod:`causvid_jax.parallel.plans`) and
+from docs/scaling.json, which holds what was compiled. ``--compile ROW...`` compiles rows, named as the file names them
+(``1.3B/distill/v5e-16``), one at a time in processes of their own, and adds them to that json; without names it goes
+through :data:`COMPILED`. That needs the compiler of the machine (extras ``tpu``, ``cuda12``).
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import tempfile
+
+from causvid_jax.config import Recipe
+from causvid_jax.parallel import aot, flops, plans, topology
+from launch.common import load_recipe_file
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RECIPES = {
+    "1.3B": "configs/wan_1_3b.py",
+    "1.3B by 14B": "configs/wan_1_3b.py:teacher_14b",
+    "14B": "configs/wan_14b.py",
+}
+WHAT = {
+    "1.3B": "1.3B student, 1.3B teacher",
+    "1.3B by 14B": "1.3B student, 14B teacher",
+    "14B": "14B student, 14B teacher",
+}
+MACHINES = {
+    "v5e-16": "v5e:4x4",
+    "v5e-256": "v5e:16x16",
+    "v5p-64": "v5p:2x4x4",
+    "v5p-512": "v5p:4x8x8",
+    "v6e-256": "v6e:16x16",
+    "2 slices of v5p-64": "v5p:2x4x4*2",
+    "1 H100": "h100:1",
+    "4 H100": "h100:4",
+    "8 H100": "h100:8",
+    "64 H100": "h100:8x8",
+    "1 H200": "h200:1",
+    "4 H200": "h200:4",
+    "8 H200": "h200:8",
+    "64 H200": "h200:8x8",
+}
+FEW = {1: ("1 H100", "1 H200"), 4: ("4 H100", "4 H200"), 8: ("8 H100", "8 H200"), 64: ("64 H100", "64 H200")}
+COMPILED = ("1.3B/stream/v5e-16", "1.3B/teacher/v5p-64", "1.3B/distill/v5p-64", "14B/teacher/v5p-64")
+TEACHER_BATCH = 64  # the published recipes train no teacher; as large a batch as distillation's
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One cell of the table."""
+
+    recipe: str
+    stage: str
+    machine: str
+    plan: plans.Plan
+    report: aot.Report  # computed, or compiled where that was done
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe}/{self.stage}/{self.machine}"
+
+
+def load(name: str) -> Recipe:
+    """A recipe of :data:`RECIPES`, with a batch for the stage that the published ones do not have."""
+    recipe = load_recipe_file(str(ROOT / RECIPES[name]))
+    return dataclasses.replace(
+        recipe, train_teacher=dataclasses.replace(recipe.train_teacher, batch_size=TEACHER_BATCH)
+    )
+
+
+def rows(compiled: dict[str, dict]) -> list[Row]:
+    """Every cell, planned; with the compiler's figures where a row of the same settings was compiled."""
+    made = []
+    for recipe in RECIPES:
+        given = load(recipe)
+        for stage in aot.STAGES:
+            for name, address in MACHINES.items():
+                machine = topology.parse(address)
+                plan = plans.plan(given, stage, machine)
+                row = Row(recipe, stage, name, plan, aot.estimate_for(plan.recipe, stage, machine))
+                known = compiled.get(row.name)
+                if known and known["settings"] == plan.settings(stage):
+                    row = dataclasses.replace(row, report=aot.Report(**known["report"]))
+                made.append(row)
+    return made
+
+
+# ---- the file -------------------------------------------------------------------------------------------------------
+
+
+def _mesh(report: aot.Report) -> str:
+    return " x ".join(f"{n} {s}" for n, s in report.mesh.items() if s > 1) or "-"
+
+
+def _settings(row: Row) -> str:
+    recipe = row.plan.recipe
+    if row.stage == "stream":
+        return f"{row.report.streams} streams" if row.report.streams > 1 else "1 stream"
+    net = recipe.teacher if row.stage == "teacher" else recipe.student
+    parts = [f"remat {net.remat}"]
+    accumulate = getattr(recipe, plans.TRAIN[row.stage]).accumulate
+    parts += [f"accumulate {accumulate}"] if accumulate > 1 else []
+    parts += ["moments on host"] if recipe.parallel.offload_optimizer else []
+    return ", ".join(parts)
+
+
+def _range(row: Row) -> tuple[str, str]:
+    slow, fast = row.report.step_seconds
+    return (
+        f"{aot.readable_seconds(fast)} - {aot.readable_seconds(slow)}",
+        f"{row.report.mfu[0]:.0%} - {row.report.mfu[1]:.0%}",
+    )
+
+
+def stage_table(made: list[Row], recipe: str, stage: str) -> list[str]:
+    """One table: a stage of a recipe on all machines."""
+    per = "frames/s a stream" if stage == "stream" else "time of a step"
+    lines = [
+        f"| machine | mesh | settings | memory of a device | fits | {per} | MFU | source |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in made:
+        if (row.recipe, row.stage) != (recipe, stage):
+            continue
+        report, (seconds, mfu) = row.report, _range(row)
+        memory = f"{report.peak / topology.GIB:.1f} of {report.limit / topology.GIB:.1f} GiB"
+        if report.host:
+            memory += f", host {report.host / topology.GIB:.0f}"
+        if stage == "stream":
+            shown = 4 * row.plan.recipe.causal.frames_per_block
+            seconds = " - ".join(f"{shown / s:.3g}" for s in report.step_seconds)
+        if not report.fits:
+            seconds = mfu = "-"
+        source = f"compiled ({report.compile_seconds:.0f} s)" if report.compiled else "computed"
+        lines.append(
+            f"| {row.machine} | {_mesh(report)} | {_settings(row)} | {memory} | {'yes' if report.fits else '**no**'} | "
+            f"{seconds} | {mfu} | {source} |"
+        )
+    return lines
+
+
+def _hours(seconds: tuple[float, float], steps: int, devices: int) -> tuple[float, float]:
+    return tuple(sorted(s * steps * devices / 3600 for s in seconds))  # type: ignore[return-value]
+
+
+def _pairs(recipe: Recipe, machine: topology.Machine, pairs: int, steps: int) -> tuple[float, float]:
+    """Device hours of ODE trajectories: ``steps`` guided passes of the teacher each."""
+    frames = recipe.video.latent_frames
+    one = flops.forward(recipe.teacher, frames, flops.tokens_per_frame(recipe, recipe.teacher), frames**2)
+    ideal = pairs * steps * 2 * one / machine.chip.flops / 3600
+    low, high = aot.estimate.EFFICIENCY
+    return ideal / high, ideal / low
+
+
+def cost_table(made: list[Row], recipe: str) -> list[str]:
+    """Device hours of the paper's and of Self-Forcing's schedule."""
+    found = {(row.stage, row.machine): row for row in made if row.recipe == recipe}
+    lines = [
+        "| machine | 1,000 trajectories | 16,000 trajectories | init, 3,000 steps of 128 "
+        "| DMD, 1,200 cycles (the paper) | DMD, 120 cycles (Self-Forcing) | the latter takes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, address in MACHINES.items():
+        machine = topology.parse(address)
+        cells = [
+            "{:,.0f} - {:,.0f}".format(*_pairs(load(recipe), machine, *count)) for count in ((1000, 50), (16000, 48))
+        ]
+        for stage, steps in (("init", 3000), ("distill", 1200), ("distill", 120)):
+            row = found[stage, name]
+            hours = _hours(row.report.step_seconds, steps, machine.size)
+            cells.append("{:,.0f} - {:,.0f}".format(*hours) if row.report.fits else "does not fit")
+        row = found["distill", name]
+        slow, fast = (aot.readable_seconds(120 * s) for s in row.report.step_seconds)
+        cells.append(f"{fast} - {slow}" if row.report.fits else "-")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def few_devices(made: list[Row]) -> list[str]:
+    """What 1, 4, 8 and 64 devices can train, and with which settings."""
+    lines = []
+    for count, names in FEW.items():
+        lines += ["", f"### {count} device{'s' if count > 1 else ''}", ""]
+        for name in names:
+            for recipe, what in WHAT.items():
+                here = [row for row in made if row.machine == name and row.recipe == recipe]
+                fits = [row for row in here if row.report.fits]
+                verdict = ", ".join(row.stage for row in fits) or "nothing"
+                missing = ", ".join(row.stage for row in here if not row.report.fits)
+                lines.append(f"- **{name}, {what}**: {verdict}{f'; not {missing}' if missing else ''}.")
+                for row in fits:
+                    lines.append(f"  - {row.stage}: `{row.plan.settings(row.stage) or 'as it is'}`")
+    return lines
+
+
+HEAD = """# What fits where, and how long it takes
+
+Written by `python benchmarks/scaling.py`. **Nothing here was measured on an accelerator.**
+
+- *compiled*: XLA's own compiler for that machine compiled the real sharded step; the memory is its figure, and in
+  brackets is the processor time that it took. *computed*: memory from shapes (`causvid_jax/parallel/estimate.py`):
+  parameters, moments, mean, gradients, caches and what layers keep are exact, the working set of the layer at work is a
+  formula meant to err on the large side; such a row is said to fit if it leaves a tenth of the memory free.
+- *time* is a roofline. Work (FLOPs of the formulas in `causvid_jax/parallel/flops.py`, recomputation added) at 60% and
+  at 35% of the published bfloat16 peak; traffic between devices at the links' full rate, behind the work at the fast
+  end and on top of it at the slow end. Traffic between a host and its devices is not counted. MFU counts model FLOPs
+  only.
+- Clips are 81 frames of 480 x 832, batches the published ones: 128 for init, 64 for DMD (one step is one *cycle*: five
+  updates of the fake score and one of the student); 64 for the teacher, which the published recipes do not train.
+  "1.3B by 14B" has a fake score of 1.3B, as Self-Forcing's.
+- Meshes and settings are what `causvid_jax/parallel/plans.py` finds fastest among those that fit; moments go to the
+  host only where nothing else fits. v5p-64 counts cores: it has 32 chips.
+- Streams run one on each `context x tensor` group; a block of three latent frames shows 12 frames.
+"""
+
+
+def document(made: list[Row]) -> str:
+    """docs/scaling.md."""
+    compiled = sum(row.report.compiled for row in made)
+    lines = [HEAD, f"Of the {len(made)} rows {compiled} were compiled, {len(made) - compiled} computed.", ""]
+    lines += [
+        "## What 1, 4, 8 and 64 devices can train",
+        "",
+        "Settings are flags of `launch.train` and `launch.compile`.",
+    ]
+    lines += few_devices(made)
+    for recipe, what in WHAT.items():
+        lines += ["", f"## {what}"]
+        for stage in aot.STAGES:
+            lines += ["", f"### {what}: {stage}", "", *stage_table(made, recipe, stage)]
+        lines += [
+            "",
+            f"### {what}: cost",
+            "",
+            "Device hours by the same roofline. Trajectories are 50 (the paper) and 48 (Self-Forcing) guided steps of "
+            "this row's teacher. The paper trained 6,000 fake-score updates, 1,200 cycles, on a model of its own; "
+            "Self-Forcing "
+            "600, 120 cycles, which it reports as under 2 h on 64 H100 (128 device hours). Its ODE initialisation's "
+            "length is not published. No prices: they differ by provider and month.",
+            "",
+            *cost_table(made, recipe),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+# ---- compiling ------------------------------------------------------------------------------------------------------
+
+
+def compile_row(row: Row) -> dict:
+    """The row's entry for docs/scaling.json, from a process of its own.
+
+    Raises:
+        RuntimeError: the program failed otherwise than by not fitting.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        output = pathlib.Path(folder) / "report.json"
+        command = [
+            *(sys.executable, "-m", "launch.compile", f"--config={RECIPES[row.recipe]}", f"--stage={row.stage}"),
+            *(f"--topology={MACHINES[row.machine]}", f"--output={output}"),
+            *(f"--config.train_teacher.batch_size={TEACHER_BATCH}", *row.plan.settings(row.stage).split()),
+        ]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        print(
+            result.stdout, result.stderr[-2000:], f"{used.ru_utime:.0f} s, {used.ru_maxrss / 2**20:.1f} GiB", flush=True
+        )
+        if not output.exists():
+            raise RuntimeError(f"{row.name} was not compiled")
+        return {"settings": row.plan.settings(row.stage), "report": json.loads(output.read_text())}
+
+
+def main() -> None:
+    """Compile rows if asked to; write the file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--compile", nargs="*", default=None, metavar="ROW", help="compile these rows first")
+    chosen = parser.parse_args()
+    store = ROOT / "docs" / "scaling.json"
+    compiled = json.loads(store.read_text()) if store.exists() else {}
+    made = rows(compiled)
+    if chosen.compile is not None:
+        by_name = {row.name: row for row in made}
+        for name in chosen.compile or COMPILED:
+            if name not in by_name:
+                parser.error(f"there is no row {name!r}; for example {next(iter(by_name))!r}")
+            compiled[name] = compile_row(by_name[name])
+            store.write_text(json.dumps(compiled, indent=1) + "\n")
+        made = rows(compiled)
+    (ROOT / "docs" / "scaling.md").write_text(document(made))
+
+
+if __name__ == "__main__":
+    main()
