@@ -200,7 +200,7 @@ def test_structures_are_named_in_the_refusal():
         ({"train_init": {"curriculum": ((3, 6, 1),)}}, "train_init.curriculum has a phase of 6 latent frames"),
         ({"train_init": {"switch_fraction": 1.5}}, "train_init.switch_fraction is 1.5; accepted: 0 to 1"),
     ],
-    ids=["heads", "tokens", "batch", "window", "fraction"],
+    ids=["heads", "tokens", "batch", "window", "short", "phase", "fraction"],
 )
 def test_recipes_that_cannot_work(changes, expected):
     with pytest.raises(c.ConfigError) as error:

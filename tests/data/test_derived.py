@@ -116,7 +116,7 @@ def test_prompts_are_embedded_once_and_read_back(tmp_path):
         assert derived.write_prompts(tmp_path, RECIPE, prompts, chunk=3, batch=2, progress=False)
     source = arrays.source(tmp_path)
     assert [source[i]["caption"].decode() for i in range(len(source))] == prompts
-    for i, rows in enumerate(text.encode_prompts(prompts, RECIPE.text)):
+    for i, rows in enumerate(text.encode_words(prompts, RECIPE.text)):
         words = len(prompts[i].split())
         np.testing.assert_array_equal(source[i]["text"], rows[:words])
     with pytest.raises(ConfigError, match="prompts was"):
@@ -187,7 +187,7 @@ def test_causal_trajectories_are_those_of_a_stream_over_the_clean_past(tmp_path,
     )
     source = arrays.source(tmp_path)
     assert [pipeline.as_text(example["caption"]) for example in source] == [*PROMPTS[:3], PROMPTS[0]]
-    null = text.encode_prompts([""], recipe.text)
+    null = text.encode_words([""], recipe.text)
     run = jax.jit(block_states, static_argnums=1)
     pasts = set()
     for i, example in enumerate(source):
@@ -196,7 +196,7 @@ def test_causal_trajectories_are_those_of_a_stream_over_the_clean_past(tmp_path,
                 for f, context in enumerate(example["context"])]  # fmt: skip
         assert past == sorted(past) and past[-1] == "own"  # another clip's first, then its own
         pasts.add(past.count("other"))
-        rows = text.encode_prompts([pipeline.as_text(example["caption"])], recipe.text)
+        rows = text.encode_words([pipeline.as_text(example["caption"])], recipe.text)
         for block in range(0, shape[0], 3):
             begin = example["trajectory"][:1, block][:, None].astype(np.float32)
             states = run(teacher, recipe, rows, null, example["context"][:block].astype(np.float32), begin)

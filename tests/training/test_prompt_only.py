@@ -32,5 +32,5 @@ def test_distillation_by_self_rollout_reads_the_prompt_list(tmp_path):
     assert set(batch) == {"caption", "text", "index"} and sorted(batch["caption"]) == sorted(listed)
     ready = stage.ready(batch)
     assert set(ready) == {"text"}
-    rows = text.encode_prompts(list(batch["caption"]), recipe.text)
+    rows = text.encode_words(list(batch["caption"]), recipe.text)
     np.testing.assert_array_equal(ready["text"], rows.reshape(3, 2, *rows.shape[1:]))
