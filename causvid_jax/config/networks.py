@@ -184,8 +184,8 @@ class TransformerConfig:
     ``remat`` says what a layer keeps for the backward pass, beside its input; the rest is computed again. From the most
     memory to the least: ``"none"`` keeps everything, ``"dots"`` the products with weights and the attention,
     ``"attention"`` the result of self-attention (most of the work of a long clip, two bytes a feature and token),
-    ``"full"`` nothing, and ``"offload"`` nothing, its input lying in the host's memory until the backward pass wants it.
-    True and False mean "full" and "none".
+    ``"full"`` nothing, and ``"offload"`` nothing, its input lying in the host's memory until the backward pass wants
+    it (on CPU that is "full"). True and False mean "full" and "none".
     """
 
     dim: int = 1536
@@ -231,9 +231,7 @@ class TransformerConfig:
         check_dtype("transformer", self.dtype)
         if isinstance(self.remat, bool):
             object.__setattr__(self, "remat", "full" if self.remat else "none")
-        require(
-            self.remat in REMAT, f"transformer.remat is {self.remat!r}; accepted: {', '.join(map(repr, REMAT))}"
-        )
+        require(self.remat in REMAT, f"transformer.remat is {self.remat!r}; accepted: {', '.join(map(repr, REMAT))}")
 
     @property
     def head_dim(self) -> int:

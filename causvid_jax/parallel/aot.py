@@ -240,8 +240,10 @@ def table(report: Report) -> str:
     per = {name: size for name, size in report.mesh.items() if size > 1}
     mesh = " x ".join(f"{n} {s}" for n, s in per.items()) or "one device"
     size, fits = readable_bytes, "fits" if report.fits else "does NOT fit"
-    how = f"compiled in {readable_seconds(report.compile_seconds)} of processor time" if report.compiled else (
-        "computed from shapes, NOT compiled"
+    how = (
+        f"compiled in {readable_seconds(report.compile_seconds)} of processor time"
+        if report.compiled
+        else ("computed from shapes, NOT compiled")
     )
     lines = [f"{report.topology}: {report.devices} devices, mesh {mesh}, {how}"]
     if report.compiled:
@@ -261,7 +263,7 @@ def table(report: Report) -> str:
     low, high = estimate.EFFICIENCY
     lines.append(
         f"{_scaled(report.model_flops, _FLOPS)} of model work {what}; by roofline, an assumption and no measurement, "
-        f"{readable_seconds(fast)} (work at {high:.0%} of peak, {size(report.traffic)} of traffic per device behind it) "
+        f"{readable_seconds(fast)} (work at {high:.0%} of peak, {size(report.traffic)} of traffic a device behind it) "
         f"to {readable_seconds(slow)} ({low:.0%}, traffic on top): MFU {report.mfu[0]:.0%} to {report.mfu[1]:.0%}"
     )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Memory, traffic and time of a stage on a described machine, computed from shapes. No compiler is asked, nothing measured.
+"""Memory, traffic and time of a stage on a described machine, from shapes: no compiler is asked, nothing measured.
 
 Memory of one device is the sum of what must be there at once: parameters, moments, mean and gradients as the sharding
 rules split them (exact), what the layers keep for the backward pass by ``remat`` (exact for "full", "attention" and
@@ -105,7 +105,7 @@ def param_bytes(spec: Any, mesh: Mapping[str, int], rules: ShardingRules, size: 
     return sum(one(leaf) for leaf in jax.tree.leaves(spec, is_leaf=lambda x: isinstance(x, ParamSpec)))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _sizes(net: TransformerConfig, axes: tuple[tuple[str, int], ...]) -> tuple[float, float, float]:
     """Bytes on one device: all parameters, all layers whole along fsdp, the largest array."""
     spec, mesh = transformer.spec(net), dict(axes)
@@ -141,13 +141,16 @@ class Network:
         # Beside these: norms, rotations, modulations, activations, roughly.
         rest = F32 * (14 * m + 2 * p / tensor)
         own = F32 * m
-        return tokens * {
-            "offload": 0.0,
-            "full": own,
-            "attention": own + attention,
-            "dots": own + attention + products,
-            "none": own + attention + products + rest,
-        }[remat]
+        return (
+            tokens
+            * {
+                "offload": 0.0,
+                "full": own,
+                "attention": own + attention,
+                "dots": own + attention + products,
+                "none": own + attention + products + rest,
+            }[remat]
+        )
 
     def saved(self, frames: float) -> float:
         """Bytes that all layers keep."""
@@ -209,9 +212,7 @@ def _gradient_seconds(mesh: _Mesh, params: float) -> float:
 
 
 def _one_network(recipe: Recipe, stage: str, mesh: _Mesh) -> Estimate:
-    role, config = (
-        (recipe.teacher, recipe.train_teacher) if stage == "teacher" else (recipe.student, recipe.train_init)
-    )
+    role, config = (recipe.teacher, recipe.train_teacher) if stage == "teacher" else (recipe.student, recipe.train_init)
     net, frames = Network(role, recipe, mesh), recipe.video.latent_frames
     local = config.batch_size / mesh.ways / config.accumulate
     moments, host = _moments([net], recipe)
@@ -228,9 +229,7 @@ def _one_network(recipe: Recipe, stage: str, mesh: _Mesh) -> Estimate:
     gathered, exchanged = config.accumulate * gathered, config.accumulate * exchanged
     seconds = gathered / mesh.gather_rate + exchanged / mesh.machine.chip.link + _gradient_seconds(mesh, net.params)
     work = flops.training_step(recipe, stage)
-    return Estimate(
-        parts, host + local * net.on_host(frames), work, gathered + exchanged, _times(mesh, work, seconds)
-    )
+    return Estimate(parts, host + local * net.on_host(frames), work, gathered + exchanged, _times(mesh, work, seconds))
 
 
 def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
@@ -247,7 +246,8 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
         generator = local * (student.saved(block) + student.working(block))
     else:
         caches, generator = 0.0, local * (student.saved(frames) + student.working(frames))
-    scores = local * max(fake.working(frames) / 2, teacher.working(frames))  # of two clips (with the prompt and without), forward only
+    # Forward only; the teacher reads two clips, with the prompt and without.
+    scores = local * max(fake.working(frames) / 2, teacher.working(frames))
     parts = {
         "student": student.params,
         "running mean": student.params,

@@ -89,8 +89,8 @@ class Placement:
     def hosted(
         self, optimizer: optax.GradientTransformation, spec: Any, rules: ShardingRules
     ) -> optax.GradientTransformation:
-        """``optimizer`` of the parameters ``spec`` that fetches its state from the hosts for an update and leaves the new one there; unchanged
-        unless this placement offloads. The state lies as :meth:`optimizer` says."""
+        """``optimizer`` of the parameters ``spec`` that fetches its state from the hosts for an update and leaves the
+        new one there; unchanged unless this placement offloads. The state lies as :meth:`optimizer` says."""
         if not self.offloads or self.mesh is None:
             return optimizer
         params, shardings = abstract_tree(spec), self.params(spec, rules)
