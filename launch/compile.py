@@ -68,8 +68,8 @@ def advice(recipe, stage, machine) -> str:
     mesh = recipe.parallel
     return (
         f"no mesh, remat policy or offload should make it fit {machine.name} (the least: {needs}, with "
-        f"{best.settings(stage)}); what is left: more devices, devices with more memory, shorter clips. The mesh was "
-        f"fsdp {mesh.fsdp}, context {mesh.context}, tensor {mesh.tensor}"
+        f"{best.settings(stage)}); what is left: more devices, devices with more memory, or shorter clips. The mesh "
+        f"was fsdp {mesh.fsdp}, context {mesh.context}, tensor {mesh.tensor}"
     )
 
 

@@ -227,8 +227,8 @@ class TransformerConfig:
     ``remat`` says what a layer keeps for the backward pass, beside its input; the rest is computed again. From the most
     memory to the least: ``"none"`` keeps everything, ``"dots"`` the products with weights and the attention,
     ``"attention"`` the result of self-attention (most of the work of a long clip, two bytes a feature and token),
-    ``"full"`` nothing, and ``"offload"`` nothing, its input lying in the host's memory until the backward pass.
-    True and False mean "full" and "none".
+    ``"full"`` nothing, and ``"offload"`` nothing, its input lying in the host's memory until the backward pass wants
+    it (on CPU that is "full"). True and False mean "full" and "none".
     """
 
     dim: int = 1536

@@ -124,7 +124,7 @@ def self_rollout(
     """
     batch, frames, *spatial = shape
     sizes = causal.block_sizes(frames)
-    levels = np.asarray(timesteps, np.float32)  # no jax array: the backward pass may close over constants only
+    table = np.asarray(timesteps, np.float32)  # a constant: what differentiates by hand must not close over arrays
     exit_key, noise_key = jax.random.split(key)
     if exit_step is None:
         exit_step = jax.random.randint(exit_key, (), 0, len(timesteps))
@@ -132,7 +132,7 @@ def self_rollout(
     text_cache = functions.encode_text(params, text)
 
     def predict(params, text_cache, x, step, cache):
-        level = jnp.asarray(levels)[step]
+        level = jnp.asarray(table)[step]
         velocity, cache = functions.cached(params, x, jnp.full(x.shape[:2], level), text_cache, cache)
         return flow.x0_from_velocity(x, velocity.astype(jnp.float32), flow.sigma_from_timestep(level)), cache
 
@@ -151,9 +151,8 @@ def self_rollout(
                 def denoise(step, carry):
                     x, cache = carry
                     x0, cache = predict(params, text_cache, x, step, cache)
-                    return flow.add_noise(
-                        x0, noise(step + 1), flow.sigma_from_timestep(jnp.asarray(levels)[step + 1])
-                    ), cache
+                    sigma = flow.sigma_from_timestep(jnp.asarray(table)[step + 1])
+                    return flow.add_noise(x0, noise(step + 1), sigma), cache
 
                 x, cache = jax.lax.fori_loop(0, exit_step, denoise, (noise(0), cache))
                 x0, cache = predict(params, text_cache, x, exit_step, cache)

@@ -9,11 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from causvid_jax.models import partition
 
 Params = dict[str, Any]
+PRODUCT = "product"  # what products with weights are called where rematerialisation chooses what to keep
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -55,7 +57,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 def linear(p: Params, x: jax.Array, dtype: str = "float32") -> jax.Array:
     """``x W + b``; ``x [..., in]`` -> float32 ``[..., out]``."""
-    return matmul(x, p["kernel"], dtype) + p["bias"]
+    return checkpoint_name(matmul(x, p["kernel"], dtype), PRODUCT) + p["bias"]
 
 
 def layer_norm(x: jax.Array, eps: float, p: Params | None = None) -> jax.Array:

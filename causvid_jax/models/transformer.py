@@ -38,7 +38,7 @@ from causvid_jax.models.cache import (
     undo,
     visible_slots,
 )
-from causvid_jax.models.layers import Params, gelu_tanh, timestep_sinusoid
+from causvid_jax.models.layers import PRODUCT, Params, gelu_tanh, timestep_sinusoid
 from causvid_jax.models.numerics import layer_norm, linear, mlp, modulate, rms_norm
 from causvid_jax.models.params import (
     ParamSpec,
@@ -259,15 +259,15 @@ LAYER_INPUT = "layer_input"
 def rematerialised(layer: Any, remat: str | bool) -> Any:
     """The linen module ``layer``, whose backward pass finds what ``remat`` (:class:`TransformerConfig`) says kept."""
     policies = jax.checkpoint_policies
-    keep_attention = policies.save_only_these_names(attention.RESULT)
     if remat == "none":
         return layer
     if remat == "offload" and partition.platform() == "cpu":
         remat = "full"  # the layers' inputs lie in the host's memory already
     policy = {
         "full": policies.nothing_saveable,
-        "attention": keep_attention,
-        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, keep_attention),
+        "attention": policies.save_only_these_names(attention.RESULT),
+        # By name: jax's own policies for products do not see into a function with a derivative of its own (matmul).
+        "dots": policies.save_only_these_names(attention.RESULT, PRODUCT),
         "offload": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=[LAYER_INPUT],

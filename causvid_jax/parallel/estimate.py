@@ -1,4 +1,4 @@
-"""Memory, traffic and time of a stage on a described machine, computed from shapes. Nothing is compiled or measured.
+"""Memory, traffic and time of a stage on a described machine, from shapes: no compiler is asked, nothing measured.
 
 Memory of one device is the sum of what must be there at once: parameters, moments, mean and gradients as the sharding
 rules split them (exact), what the layers keep for the backward pass by ``remat`` (exact for "full", "attention" and
@@ -246,9 +246,8 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
         generator = local * (student.saved(block) + student.working(block))
     else:
         caches, generator = 0.0, local * (student.saved(frames) + student.working(frames))
-    scores = local * max(
-        fake.working(frames) / 2, teacher.working(frames)
-    )  # of two clips (with the prompt and without), forward only
+    # Forward only; the teacher reads two clips, with the prompt and without.
+    scores = local * max(fake.working(frames) / 2, teacher.working(frames))
     parts = {
         "student": student.params,
         "running mean": student.params,

@@ -115,9 +115,8 @@ def training_step(recipe: Recipe, stage: str) -> StepFlops:
         critic = trained(fake, fake_score, frames**2)
         # The exit step is rematerialised whatever the network's own setting, and its layers once more by that.
         again = recomputed(student, one_pass, frames, n_student, causal_pairs)
-        generator = StepFlops(
-            clip + 2 * one_pass + 2 * full + fake, again + (one_pass if config.rollout == "self" else 0.0)
-        )
+        again += one_pass if config.rollout == "self" else 0.0
+        generator = StepFlops(clip + 2 * one_pass + 2 * full + fake, again)
         parts = [
             (batch * config.critic_updates, StepFlops(clip + critic.model, critic.recomputed)),
             (batch, generator),

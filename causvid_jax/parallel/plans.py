@@ -41,12 +41,7 @@ class Plan:
             accumulate = getattr(self.recipe, TRAIN[stage]).accumulate
             flags += [f"{TRAIN[stage]}.accumulate={accumulate}"] if accumulate > 1 else []
             flags += ["parallel.offload_optimizer=True"] if mesh.offload_optimizer else []
-            flags += sorted(
-                {
-                    f"{r}.remat={n.remat}"
-                    for r, n in (("teacher", self.recipe.teacher), ("student", self.recipe.student))
-                }
-            )
+            flags += [f"{role}.remat={getattr(self.recipe, role).remat}" for role in ("student", "teacher")]
         return " ".join(f"--config.{flag}" for flag in flags)
 
 
@@ -55,7 +50,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _meshes(recipe: Recipe, stage: str, machine: Machine) -> Iterator[Recipe]:
-    """Legal meshes: no, little or all fsdp beside what context and tensor take, whole batches or smallest parts."""
+    """Legal meshes: no, little or all fsdp beside context and tensor; a batch whole or in its smallest parts."""
     per_slice = machine.size // machine.slices
     nets = (recipe.teacher, recipe.student) if stage in TRAIN else (recipe.student,)
     for tensor, context in itertools.product(_divisors(min(per_slice, 8)), _divisors(min(per_slice, 16))):

@@ -20,9 +20,9 @@ CAUSAL = CausalConfig(frames_per_block=1)
 
 def gradient(remat, mesh=None):
     config = dataclasses.replace(NET, remat=remat)
-    seeds = iter(range(99))
+    rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda x: 0.2 * jax.random.normal(jax.random.key(next(seeds)), x.shape), transformer.abstract(config)
+        lambda x: jnp.asarray(0.2 * rng.standard_normal(x.shape), x.dtype), transformer.abstract(config)
     )
     x = jax.random.normal(jax.random.key(100), (2, 2, 4, 4, 4))
     text = jax.random.normal(jax.random.key(101), (2, 3, 5))

@@ -1,4 +1,4 @@
-"""Stages compiled for machines that are not there: on pretended CPU devices always, for TPU and GPU where compilers
+"""Stages compiled for machines that are not there: on pretended CPU devices always, for TPU and GPU where the compilers
 are installed (extras ``tpu``, ``cuda12``)."""
 
 import dataclasses

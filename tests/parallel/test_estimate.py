@@ -32,7 +32,7 @@ def test_parameter_bytes_are_those_of_placed_arrays(mesh):
 
 
 def test_what_layers_keep_is_what_jax_keeps():
-    """The residuals of one layer's backward pass, counted by jax, beside weights and inputs that all layers share."""
+    """The residuals of the backward pass, counted by jax; policies differ in what every layer adds to them."""
     net = dataclasses.replace(RECIPE.teacher, dtype="bfloat16")
     x = np.zeros((1, 3, 8, 16, 4), np.float32)
     known = {}
