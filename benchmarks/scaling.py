@@ -250,8 +250,8 @@ def document(made: list[Row]) -> str:
             "",
             "Device hours by the same roofline. Trajectories are 50 (the paper) and 48 (Self-Forcing) guided steps "
             "of the teacher. The paper trained 6,000 fake-score updates, 1,200 cycles, on a model of its own; "
-            "Self-Forcing 600, 120 cycles, which it reports as under 2 h on 64 H100 (128 device hours). Its ODE initialisation's "
-            "length is not published. No prices: they differ by provider and month.",
+            "Self-Forcing 600, 120 cycles, which it reports as under 2 h on 64 H100 (128 device hours). Its ODE "
+            "initialisation's length is not published. No prices: they differ by provider and month.",
             "",
             *cost_table(made, recipe),
         ]
