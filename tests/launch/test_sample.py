@@ -44,6 +44,7 @@ if sys.argv[1] == "0":
     sample.student_blocks = sample.teacher_clips = compute
 results = []
 for arguments in json.load(sys.stdin):
+    sys.argv = ["sample", *arguments]  # where --config looks for the fields that are set beside it
     flags.FLAGS.unparse_flags()
     for flag in flags.FLAGS.flags_by_module_dict()["launch.sample"]:
         flag.unparse()
