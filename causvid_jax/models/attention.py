@@ -47,6 +47,7 @@ def dense(
     dtype: str,
     backend: str = "xla",
     mask: jax.Array | None = None,
+    used: jax.Array | None = None,
     name: str | None = None,
 ) -> jax.Array:
     """``softmax(q k^T / sqrt(D)) v`` over all keys, or over those where ``mask [S]`` (shared by all queries) is true.
@@ -56,14 +57,21 @@ def dense(
     attention does, which shows in bfloat16), ``"cudnn"`` (``jax.nn.dot_product_attention``, bfloat16 on GPU),
     ``"splash"`` (TPU) or ``"auto"`` (:func:`resolve`). The result is called ``name`` in rematerialisation, rounded to
     ``dtype``; of splash the softmax's sums are too, so that its backward pass needs nothing computed again.
+
+    ``used``, a scalar, may be given beside a mask that holds for the first ``used`` keys and no others. cuDNN then
+    stops there; any other mask it reads as a T x S array of biases.
     """
     q, k, v = (x.astype(dtype) for x in (q, k, v))
     backend = resolve(backend, dtype)
     if backend == "splash":
         return _splash(q, k, v, mask, name)
     if backend == "cudnn":
-        full = None if mask is None else jnp.broadcast_to(mask, (1, 1, q.shape[1], k.shape[1]))
-        out = jax.nn.dot_product_attention(q, k, v, mask=full, implementation="cudnn")
+        seen: dict[str, Any] = {}
+        if used is not None:
+            seen["key_value_seq_lengths"] = jnp.full((q.shape[0],), used, jnp.int32)
+        elif mask is not None:
+            seen["mask"] = jnp.broadcast_to(mask, (1, 1, q.shape[1], k.shape[1]))
+        out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **seen)
         return _named(out, dtype, name)
     scores = jnp.einsum("btnd,bsnd->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if mask is not None:

@@ -114,7 +114,11 @@ def read_positions(frame: jax.Array, position: jax.Array, block: int, causal: Ca
 
 
 def visible_slots(frame: jax.Array, position: jax.Array, block: int, causal: CausalConfig) -> jax.Array:
-    """Which slots the current block sees, bool ``[S]``: written, not in the future, in the window or the sink."""
+    """Which slots the current block sees, bool ``[S]``: written, not in the future, in the window or the sink.
+
+    While a stream goes on these are the first ``min(position + block, S)``: a ring of exactly ``window`` slots holds
+    nothing else. Only where the position has been moved back does it hold later frames.
+    """
     end = position + block
     seen = (frame >= 0) & (frame < end)
     if causal.window:

@@ -453,12 +453,14 @@ def cached(
     *,
     config: TransformerConfig,
     causal: CausalConfig,
+    rewrites: bool = False,
 ) -> tuple[jax.Array, KVCache]:
     """Velocity of one block ``x [B, K, h, w, C]`` given the cache, and the cache with the block's keys and values.
 
     The block is written at ``cache.position`` and the position does not move, so denoising steps of one block
     overwrite each other; :func:`advance` ends the block. Without a window, a block beyond the cache's capacity is the
-    caller's error (the sampler refuses it before it starts).
+    caller's error (the sampler refuses it before it starts). ``rewrites``, static, allows for a cache that holds later
+    frames than the block, because its position has been moved back.
     """
     frames = x.shape[1]
     slots = block_slots(cache.position, frames, causal)
@@ -469,19 +471,22 @@ def cached(
     origin = 0 if config.numerics == "own" else cache.position
     query_angle = rope.angles(origin + jnp.arange(frames), **grid)
     key_angle = rope.angles(origin + read_positions(held, cache.position, frames, causal), **grid)
-    mask = jnp.repeat(mask, query_angle.shape[1])  # [S n]
+    tokens = query_angle.shape[1]
+    mask = jnp.repeat(mask, tokens)  # [S n]
+    in_use = tokens * jnp.minimum(cache.position + frames, held.shape[0])
 
-    def kernel(q, k, v, layer_cache, slots, mask, query_angle, key_angle):
+    def kernel(q, k, v, layer_cache, slots, mask, in_use, query_angle, key_angle):
         keys, values = (
             old.at[:, slots].set(new.astype(old.dtype)) for old, new in zip(layer_cache, (k, v), strict=True)
         )
         q, rotated = rope.rotate(q, query_angle), rope.rotate(keys, key_angle)
         flat = [attention.flatten_frames(z) for z in (q, rotated, values)]
-        out = attention.dense(*flat, dtype=config.dtype, backend=numerics.attention_backend(config), mask=mask)
+        backend, used = numerics.attention_backend(config), None if rewrites else in_use
+        out = attention.dense(*flat, dtype=config.dtype, backend=backend, mask=mask, used=used)
         return out.reshape(q.shape), (keys, values)
 
     def attend(q, k, v, layer_cache):
-        whole = (slots, mask, query_angle, key_angle)
+        whole = (slots, mask, in_use, query_angle, key_angle)
         return attention.attend_cache(kernel, q, k, v, layer_cache, *whole, rules=config.rules)
 
     layer_caches = (cache.k, cache.v)

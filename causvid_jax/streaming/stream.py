@@ -147,11 +147,13 @@ def _sigma(timestep: float, config: Recipe) -> float:
     return flow.table_sigma(timestep, config.diffusion.shift) if exact else timestep / 1000.0
 
 
-def _pass(params, state, cache, x, timestep, config):
+def _pass(params, state, cache, x, timestep, config, rewrites=False):
     """One network pass on the current block, all of whose frames are told ``timestep``."""
     timesteps = jnp.full(x.shape[:2], timestep, jnp.float32)
     student, causal = config.student, config.causal
-    return transformer.cached(params["student"], x, timesteps, state.text, cache, config=student, causal=causal)
+    return transformer.cached(
+        params["student"], x, timesteps, state.text, cache, config=student, causal=causal, rewrites=rewrites
+    )
 
 
 def _denoise(params, state: StreamState, x: jax.Array, start: int, config: Recipe) -> tuple[jax.Array, KVCache]:
@@ -311,7 +313,7 @@ def recache(params: Params, state: StreamState, *, config: Recipe) -> StreamStat
 
     def rewrite(i, cache):
         latents = jax.lax.dynamic_slice_in_dim(state.recent, kept - (blocks - i) * k, k, axis=1)
-        _, cache = _pass(params, state, cache, latents, config.causal.context_timestep, config)
+        _, cache = _pass(params, state, cache, latents, config.causal.context_timestep, config, rewrites=True)
         return transformer.advance(cache, k)
 
     # Slots tell which frame they hold, so moving the position back is all it takes to hide the later ones.

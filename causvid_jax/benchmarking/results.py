@@ -1,0 +1,137 @@
+"""What a benchmark says: lines that each stand alone, as JSON and as a Markdown table, and two of them side by side.
+
+``benchmarks/torch_sampler.py`` writes the same JSON, so this module imports nothing that it does not have.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+NAMES = ("resolution", "streams", "window", "steps", "precision")
+"""The settings that every line repeats."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One measurement.
+
+    Attributes:
+      what: what a call is.
+      seen: latent frames that the block sees, itself included; None where lengths mix.
+      codec: what made pixels, "none" where nothing did.
+      p50_ms, p99_ms: of ``calls`` calls, each waited for.
+      tflop: model TFLOP of one call, over all streams; None where it is not counted.
+      fps: pixel frames per second of each stream; None where a call makes none.
+    """
+
+    what: str
+    seen: int | None
+    codec: str
+    p50_ms: float
+    p99_ms: float
+    calls: int
+    tflop: float | None = None
+    fps: float | None = None
+
+
+def line(item: Line, settings: Mapping[str, Any], peak: float | None) -> dict[str, Any]:
+    """``item`` with the settings it was measured under, achieved TFLOP/s and their share of ``peak`` FLOP/s."""
+    rate = None if item.tflop is None else item.tflop / item.p50_ms * 1e3
+    share = None if rate is None or peak is None else rate * 1e12 / peak
+    return {**dataclasses.asdict(item), "tflops": rate, "share_of_peak": share, **{n: settings[n] for n in NAMES}}
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    """``value`` with so many digits that count, never in powers of ten."""
+    if value is None:
+        return "-"
+    if value == 0 or abs(value) >= 10 ** (digits - 1):
+        return f"{value:.0f}"
+    text = f"{value:.{digits}g}"
+    return text if "e" not in text else f"{value:.{digits + 4}f}"
+
+
+def _cells(row: Sequence[str]) -> str:
+    return "| " + " | ".join(row) + " |"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join([_cells(header), _cells(["---"] * len(header)), *map(_cells, rows)])
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as text to read: what was measured on what, the table, memory, and what the words mean."""
+    device, settings, memory = report["device"], report["settings"], report["memory"]
+    header = ["what", "frames seen", *NAMES, "codec", "p50 ms", "p99 ms", "TFLOP", "TFLOP/s", "of peak", "frames/s"]
+    rows = []
+    for item in report["lines"]:
+        share = item["share_of_peak"]
+        rows.append(
+            [
+                item["what"],
+                "-" if item["seen"] is None else str(item["seen"]),
+                *(str(item[name]) for name in NAMES),
+                item["codec"],
+                _number(item["p50_ms"]),
+                _number(item["p99_ms"]),
+                _number(item["tflop"]),
+                _number(item["tflops"]),
+                "-" if share is None else f"{share:.1%}",
+                _number(item["fps"]),
+            ]
+        )
+    known = ", ".join(f"{name} {value}" for name, value in device.items())
+    held = "; ".join(f"{name} {_number(size / 2**20)} MiB" for name, size in memory["bytes"].items())
+    return "\n\n".join(
+        [
+            f"## {report['program']}: {settings['recipe']} on {device['kind']}",
+            f"{report['date']}; {known}.",
+            f"Weights: {report['weights']}. Attention: {settings['attention']}. Peak: {report['peak']}. Compiled in "
+            f"{report['compile_seconds']:.0f} s, not part of any time below.",
+            _table(header, rows),
+            f"Memory ({memory['of']}): {held}.",
+            *report["notes"],
+        ]
+    ) + "\n"  # fmt: skip
+
+
+def comparison(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Both reports' common lines in one table, with the ratio of their medians (above 1: the first is faster).
+
+    Raises:
+        ValueError: reports of different devices or settings, or without a common line.
+    """
+    for name in ("kind", "platform"):
+        if ours["device"][name] != theirs["device"][name]:
+            raise ValueError(
+                f"device {name} is {ours['device'][name]!r} and {theirs['device'][name]!r}: not comparable"
+            )
+    for name in NAMES:
+        if ours["settings"][name] != theirs["settings"][name]:
+            raise ValueError(f"{name} is {ours['settings'][name]} and {theirs['settings'][name]}: not comparable")
+
+    def key(item):
+        return item["what"], item["seen"], item["codec"]
+
+    other = {key(item): item for item in theirs["lines"]}
+    names = [f"{report['device']['framework']}, {report['settings']['attention']}" for report in (ours, theirs)]
+    rows = []
+    for item in ours["lines"]:
+        if key(item) not in other:
+            continue
+        match = other[key(item)]
+        rows.append(
+            [
+                item["what"],
+                "-" if item["seen"] is None else str(item["seen"]),
+                *(str(item[name]) for name in NAMES),
+                item["codec"],
+                *(_number(value) for x in (item, match) for value in (x["p50_ms"], x["p99_ms"], x["tflops"])),
+                f"{match['p50_ms'] / item['p50_ms']:.2f}",
+            ]
+        )
+    if not rows:
+        raise ValueError("the two reports have no line in common")
+    header = ["what", "frames seen", *NAMES, "codec"]
+    header += [f"{name}: {column}" for name in names for column in ("p50 ms", "p99 ms", "TFLOP/s")]
+    return _table([*header, "ratio"], rows) + "\n"
