@@ -2,7 +2,8 @@
 
 ``python tests/golden/make_image_to_video.py`` writes the file; ``--check`` draws new weights and inputs and compares
 the JAX sampler with diffusers there and then. The file holds a picture, noise, rows, the pipeline's condition and its
-latents after every UniPC step; ``random_weights`` draws the weights again.
+latents after every UniPC step; ``random_weights`` draws the weights again. The grid is recorded too, since diffusers'
+begins elsewhere than the published one (as in ``make_unipc.py``).
 """
 
 import argparse
@@ -135,7 +136,11 @@ def reference(seed: int) -> dict[str, np.ndarray]:
         )
     last = (0, 2, 3, 4, 1)
     arrays = {"picture": picture, "text": text, "null": null, "image": image, "noise": noise.transpose(last)}
-    return arrays | {"condition": condition.numpy().transpose(last), "latents": np.stack(steps)}
+    return arrays | {
+        "condition": condition.numpy().transpose(last),
+        "latents": np.stack(steps),
+        "sigmas": scheduler.sigmas.numpy(),
+    }
 
 
 def errors_of(arrays: dict[str, np.ndarray], seed: int) -> tuple[float, float]:
@@ -155,7 +160,7 @@ def errors_of(arrays: dict[str, np.ndarray], seed: int) -> tuple[float, float]:
     def sample(params, noise, condition):
         texts = arrays["text"], arrays["null"]
         guided = image_to_video.guided_velocity(params, *texts, arrays["image"], condition, config=config)
-        return solvers.unipc(guided, noise, solvers.unipc_sigmas(STEPS, SHIFT), integer_timesteps=True)
+        return solvers.unipc(guided, noise, arrays["sigmas"], integer_timesteps=True)
 
     latents = sample(teacher, arrays["noise"], condition)
     pairs = (condition, arrays["condition"]), (latents, arrays["latents"][-1])
