@@ -138,7 +138,8 @@ class Placement:
         if self.mesh is None:
             return list(range(size))
         sharding = batch_sharding(self.mesh, self.rules)
-        axes: tuple[str, ...] = sharding.spec[0] or ()  # type: ignore[assignment]
+        named: Any = sharding.spec[0]  # one name, several, or None
+        axes = (named,) if isinstance(named, str) else tuple(named or ())
         ways = math.prod(self.mesh.shape[axis] for axis in axes)
         require(
             size % ways == 0,

@@ -43,6 +43,7 @@ def recipe():
             "name": "golden",
             "video": VIDEO,
             "text": {"kind": "umt5", "length": TEACHER["text_length"], "dim": TEACHER["text_dim"]},
+            "umt5": {"dim": TEACHER["text_dim"]},
             "vae": CODER,
             "teacher": TEACHER,
             "student": TEACHER,
