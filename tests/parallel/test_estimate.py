@@ -55,6 +55,7 @@ def test_what_layers_keep_is_what_jax_keeps():
     counted = {
         remat: estimate.Network(dataclasses.replace(net, remat=remat), RECIPE, whole).saved(3) for remat in known
     }
+    tokens = 3 * 8  # of the recipe's own frames
     sums = layers * tokens * 4 * net.num_heads  # kept where the kernel is splash or cuDNN
     assert counted["attention"] - counted["full"] == layers * tokens * 2 * net.dim + sums
     assert counted["full"] == layers * tokens * 4 * net.dim
