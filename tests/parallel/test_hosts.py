@@ -170,6 +170,7 @@ def check_all_stages(road, folder, count, **parallel):
     assert "distill 3/3" in results[0][2] and all("distill 3/3" not in r[2] for r in results[1:])
 
 
+@pytest.mark.slow
 def test_two_processes_train_every_stage_as_one_does(road, tmp_path):
     check_all_stages(road, tmp_path, 2, data=1, fsdp=2)
 
@@ -179,6 +180,7 @@ def test_four_processes_train_every_stage_as_one_does(road, tmp_path):
     check_all_stages(road, tmp_path, 4, data=2, fsdp=2)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_both_after_the_same_step(road, tmp_path):
     folder = tmp_path / "stopped"
     folder.mkdir()
