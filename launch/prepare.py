@@ -38,9 +38,6 @@ _WORKERS = flags.DEFINE_integer("workers", 2, "videos: how many are decoded at a
 _HOST_INDEX = flags.DEFINE_integer("host_index", None, "This machine's number from 0; none: JAX's process index.")
 _HOST_COUNT = flags.DEFINE_integer("host_count", None, "How many machines share the stage; none: JAX's process count.")
 
-PROMPTS_AT_ONCE = 512
-"""Rows of so many prompts are held at once (8 MB each for Wan); the encoder is read anew for each lot."""
-
 
 def data(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     """Write the clips; ``count`` replaces the number of training clips."""
@@ -71,16 +68,19 @@ def encode_videos(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
         least = 0 if name == _CLIPS_PER_VIDEO.name else 1
         require(value >= least, f"--{name} is {value}; it must be at least {least}")
     listed = captions.list_videos(root, _flag(_CAPTIONS))
+    chosen, reader = listed[: count or len(listed)], encoder.open_encoder(recipe, workdir)
+    # Once, and before the VAE is there: a chunk alone would have the encoder's weights read for each.
+    encoder.fill(reader, [video.caption for video in chosen])
     params, config = stages.load_vae(stages.find(recipe.name, "vae", workdir), recipe.vae)
     folder = recipe_data.folder(workdir, _flag(_NAME))
     before = arrays.is_complete(folder)
     videos.write_latents(
         folder,
         root,
-        listed[: count or len(listed)],
+        chosen,
         params,
         dataclasses.replace(recipe, vae=config),
-        prompt_encoder=encoder.open_encoder(recipe, workdir),
+        prompt_encoder=reader,
         **{**options, **_host()},
     )
     used, skipped = videos.used(folder), videos.skipped(folder)
@@ -96,8 +96,7 @@ def prompts(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     if recipe.text.kind != "words":
         known = chosen if chosen is not None else recipe_data.prompts(recipe, workdir)
         wanted = encoder.missing(reader, [recipe.text.negative, *known[: count or len(known)]])
-        for start in range(0, len(wanted), PROMPTS_AT_ONCE):
-            encoder.encode(reader, wanted[start : start + PROMPTS_AT_ONCE])
+        encoder.fill(reader, wanted)
         if chosen is None:
             return f"{workdir / 'prompts'}: {len(known)} captions and the negative prompt, {len(wanted)} of them new"
     if chosen is None:

@@ -26,6 +26,8 @@ from causvid_jax.models import text, umt5
 from causvid_jax.models.params import inference_tree
 from causvid_jax.weights import stages, store
 
+AT_ONCE = 256
+"""Prompts whose rows :func:`fill` holds at once: 2 GB of Wan's."""
 TOKENIZERS = ("text_encoder", "tokenizer", "google/umt5-xxl")
 
 
@@ -138,6 +140,25 @@ def check(encoder: Encoder, prompts: Sequence[str]) -> None:
     """Refuse ``prompts`` that cannot be encoded, without encoding them: a ConfigError names the word."""
     if encoder.umt5 is None:
         text.encode_words(prompts, encoder.config)
+
+
+def fill(encoder: Encoder, prompts: Sequence[str]) -> None:
+    """Encode what the cache lacks of ``prompts``, reading the weights once, so that :func:`encode` will need none.
+
+    Raises:
+        ConfigError: there is no cache to fill, or it cannot be written.
+    """
+    absent = missing(encoder, prompts)
+    if not absent or encoder.umt5 is None or encoder.tokenizer is None:
+        return
+    require(encoder.cache is not None, "prompts are to be encoded for later, but there is no prompt cache")
+    params = _load(encoder)
+    for start in range(0, len(absent), AT_ONCE):
+        lot = absent[start : start + AT_ONCE]
+        umt5_prompts.encode_prompts(
+            lot, encoder.tokenizer, params, encoder.umt5, length=encoder.config.length, cache=encoder.cache
+        )
+    jax.tree.map(lambda leaf: leaf.delete(), params)
 
 
 def missing(encoder: Encoder, prompts: Sequence[str]) -> list[str]:

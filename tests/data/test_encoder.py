@@ -55,6 +55,19 @@ def test_rows_are_the_networks_and_are_kept(folder, tmp_path, monkeypatch):
         encoder.encode(again, ["neon", "cold"])
 
 
+def test_filling_reads_the_weights_once(folder, tmp_path, monkeypatch):
+    reader = encoder.open_encoder(RECIPE, folder, cache=tmp_path / "kept")
+    loads, load = [], encoder._load
+    monkeypatch.setattr(encoder, "_load", lambda e: loads.append(e) or load(e))
+    monkeypatch.setattr(encoder, "AT_ONCE", 2)
+    encoder.fill(reader, ["warm", "neon", "warm neon"])
+    assert len(loads) == 1 and encoder.missing(reader, ["warm", "neon", "warm neon"]) == []
+    encoder.fill(reader, ["neon"])
+    assert len(loads) == 1
+    with pytest.raises(ConfigError, match="there is no prompt cache"):
+        encoder.fill(encoder.open_encoder(RECIPE, folder, cache=""), ["neon"])
+
+
 def test_the_files_it_looks_for(folder, tmp_path):
     with pytest.raises(ConfigError, match="give the folder of a checkpoint"):
         encoder.open_encoder(RECIPE)
