@@ -28,7 +28,7 @@ from causvid_jax.weights import stages, store
 
 AT_ONCE = 256
 """Prompts whose rows :func:`fill` holds at once: 2 GB of Wan's."""
-TOKENIZERS = ("text_encoder", "tokenizer", "google/umt5-xxl")
+TOKENIZERS = (".", "text_encoder", "tokenizer", "google/umt5-xxl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,8 @@ def open_encoder(
     if folder is None:
         raise ConfigError("text.kind is 'umt5', whose weights come with no package; give the folder of a checkpoint")
     weights = stages.stage_path(folder, "text_encoder")
+    converted = pathlib.Path(folder) / stages.FILES["text_encoder"]
+    weights = converted if converted.is_file() else weights
     require(
         weights.is_file(),
         f"{weights} does not exist: the UMT5 encoder of the published folder, converted by launch.convert",
