@@ -1,9 +1,19 @@
 """Tests run on the CPU, on eight pretended devices, with matmuls in full float32. Set before JAX starts.
 
-Compilation takes most of their time, and tiny networks gain nothing from optimised code: optimisation is off.
+Compilation takes most of their time, and tiny networks gain nothing from optimised code: optimisation is off, and
+what one test has compiled is kept for the others of the same run, in other processes too.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # The first process of a run makes the folder and takes it away; workers and programs under test inherit its name.
+    cache = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="causvid_jax_tests_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 FLAGS = (

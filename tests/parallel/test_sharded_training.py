@@ -116,9 +116,16 @@ def trained(state):
     return {"params": state.params} if hasattr(state, "params") else {"student": state.student, "fake": state.fake}
 
 
+@pytest.fixture(autouse=True)
+def no_involuntary_rematerialization(capfd):
+    """XLA says it when it compiles, and a program is compiled in whichever of these tests comes first."""
+    yield
+    assert "rematerialization" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("name", ["teacher", "init", "distill"])
-def test_sharded_step_equals_the_single_device_step(workdir, alone, name, mesh, capfd):
+def test_sharded_step_equals_the_single_device_step(workdir, alone, name, mesh):
     recipe = dataclasses.replace(RECIPE, parallel=MESHES[mesh])
     losses, state = take_steps(name, recipe, workdir)
     expected, single = alone[name]
@@ -129,7 +136,6 @@ def test_sharded_step_equals_the_single_device_step(workdir, alone, name, mesh, 
         if path.endswith("k/bias"):
             continue
         np.testing.assert_allclose(np.asarray(sharded), np.asarray(value), rtol=1e-5, atol=2e-5, err_msg=path)
-    assert "rematerialization" not in capfd.readouterr().err
 
 
 def test_parameters_moments_and_ema_lie_where_the_rules_say(workdir):
@@ -157,7 +163,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(workdir, tmp_path):
             losses += [float(metrics[name]) for name in ("generator_loss", "critic_loss")]
         return losses
 
-    stage, batches = begin(ParallelConfig(data=2, fsdp=4))
+    stage, batches = begin(MESHES["fsdp"])
     with stage.context():
         state, _ = stage.step(stage.init(), stage.ready(next(batches)))
         checkpoints = checkpoint.Checkpoints(tmp_path, 1)
@@ -166,7 +172,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(workdir, tmp_path):
         saved = jax.tree.map(np.asarray, state)
         expected = advance(stage, batches, state)
 
-    stage, batches = begin(ParallelConfig(data=4, tensor=2))
+    stage, batches = begin(MESHES["tensor"])
     with stage.context():
         checkpoints = checkpoint.Checkpoints(tmp_path, 1)
         restored, progress = checkpoints.restore(stage.init())
@@ -174,5 +180,5 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(workdir, tmp_path):
         batches.set_state(progress["iterator"])
         jax.tree.map(np.testing.assert_array_equal, restored, saved)
         kernel = restored.fake["blocks"]["ffn"]["fc1"]["kernel"]  # [L, 24, 32]
-        assert kernel.addressable_shards[0].data.shape == (2, 24, 16)
+        assert kernel.addressable_shards[0].data.shape == (2, 24, 8)
         np.testing.assert_allclose(advance(stage, batches, restored), expected, rtol=1e-6)

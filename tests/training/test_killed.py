@@ -16,7 +16,7 @@ import numpy as np
 from tiny_run import weights
 
 KILLS = int(os.environ.get("CAUSVID_JAX_KILLS", "2"))
-STEPS = 6 + 4 * KILLS
+STEPS = 6 + 6 * KILLS
 SIZE = 200_000  # 3 MB a checkpoint
 PROGRAM = pathlib.Path(__file__).with_name("tiny_run.py")
 
@@ -41,20 +41,20 @@ def committed(workdir):
 
 def test_killed_again_and_again_it_ends_like_a_run_that_never_was(tmp_path):
     whole = start(tmp_path / "whole")
-    began = None
-    for line in whole.stdout:
-        began = time.monotonic() if began is None and line == "step\n" else began
-    pace = (time.monotonic() - began) / STEPS
-    assert whole.wait() == 0
-    whole.stderr.close()
+    whole.communicate(timeout=600)
+    assert whole.returncode == 0
 
     rng = random.Random(0)
     kills, in_a_save, reached = 0, 0, 0
     while True:
         process = start(tmp_path / "killed")
         if kills < KILLS:
+            # At a random moment of one of its first steps, the pace of which is measured: cores may be busier than before.
             assert process.stdout.readline() == "step\n", process.stderr.read()
-            time.sleep(rng.uniform(0, 6 * pace))
+            began, steps = time.monotonic(), rng.randint(1, 3)
+            for _ in range(steps):
+                process.stdout.readline()
+            time.sleep(rng.uniform(0, (time.monotonic() - began) / steps))
             process.send_signal(signal.SIGKILL)
         told = process.communicate(timeout=600)[1]
         if reached:
@@ -69,4 +69,5 @@ def test_killed_again_and_again_it_ends_like_a_run_that_never_was(tmp_path):
     first, second = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     for name in first:
         np.testing.assert_array_equal(second[name], first[name], err_msg=name)
-    print(json.dumps({"kills": kills, "in a save": in_a_save, "seconds a step": round(pace, 2)}))
+    assert kills == KILLS
+    print(json.dumps({"kills": kills, "in a save": in_a_save}))
