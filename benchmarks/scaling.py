@@ -1,17 +1,18 @@
 """docs/scaling.md: what every stage needs on every machine, how long it should take, and what a schedule should cost.
 
 ``python benchmarks/scaling.py`` writes the file from shapes and published peaks (:mod:`causvid_jax.parallel.plans`) and
-from docs/scaling.json, which holds what was compiled. ``--compile ROW...`` compiles rows, named as the file names them
-(``1.3B/distill/v5e-16``), one at a time in processes of their own, and adds them to that json; without names it goes
-through :data:`COMPILED`. That needs the compiler of the machine (extras ``tpu``, ``cuda12``).
+from docs/scaling.json, which holds what was compiled. ``--compile ROW...`` compiles rows, one at a time in processes of
+their own, and adds each to that json as soon as it is done; a row that is there with the same settings is not compiled
+again. A row is named as the file names it (``1.3B/distill/v5e-16``) or by a pattern (``"1.3B/*/64 H100"``). That needs
+the compiler of the machine (extras ``tpu``, ``cuda12``).
 """
 
 import argparse
 import dataclasses
+import fnmatch
 import json
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
@@ -48,7 +49,6 @@ MACHINES = {
     "64 H200": "h200:8x8",
 }
 FEW = {1: ("1 H100", "1 H200"), 4: ("4 H100", "4 H200"), 8: ("8 H100", "8 H200"), 64: ("64 H100", "64 H200")}
-COMPILED = ("1.3B/stream/v5e-16", "1.3B/teacher/v5p-64", "1.3B/distill/v5p-64", "14B/teacher/v5p-64")
 TEACHER_BATCH = 64  # the published recipes train no teacher; as large a batch as distillation's
 
 
@@ -261,47 +261,47 @@ def document(made: list[Row]) -> str:
 # ---- compiling ------------------------------------------------------------------------------------------------------
 
 
-def compile_row(row: Row) -> dict:
-    """The row's entry for docs/scaling.json, from a process of its own.
-
-    Raises:
-        RuntimeError: the program failed otherwise than by not fitting.
-    """
+def compile_row(row: Row) -> dict | None:
+    """The row's entry for docs/scaling.json, from a process of its own; none if the compiler gave no figures."""
     with tempfile.TemporaryDirectory() as folder:
-        output = pathlib.Path(folder) / "report.json"
+        output, log = pathlib.Path(folder) / "report.json", pathlib.Path(folder) / "log"
         command = [
             *(sys.executable, "-m", "launch.compile", f"--config={RECIPES[row.recipe]}", f"--stage={row.stage}"),
             *(f"--topology={MACHINES[row.machine]}", f"--output={output}"),
             *(f"--config.train_teacher.batch_size={TEACHER_BATCH}", *row.plan.settings(row.stage).split()),
         ]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        print(
-            result.stdout, result.stderr[-2000:], f"{used.ru_utime:.0f} s, {used.ru_maxrss / 2**20:.1f} GiB", flush=True
-        )
+        with log.open("w") as told:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=told, stderr=subprocess.STDOUT)
+            _, status, used = os.wait4(process.pid, 0)
+        memory = used.ru_maxrss / 2**20
+        print(f"== {row.name}: {used.ru_utime:.0f} s, {memory:.1f} GiB\n{log.read_text()[-2500:]}", flush=True)
         if not output.exists():
-            raise RuntimeError(f"{row.name} was not compiled")
-        return {"settings": row.plan.settings(row.stage), "report": json.loads(output.read_text())}
+            return None
+        report = json.loads(output.read_text())
+        return {"settings": row.plan.settings(row.stage), "compiler_memory": round(memory, 1), "report": report}
 
 
 def main() -> None:
     """Compile rows if asked to; write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--compile", nargs="*", default=None, metavar="ROW", help="compile these rows first")
+    parser.add_argument("--compile", nargs="+", default=(), metavar="ROW", help="compile these rows first")
     chosen = parser.parse_args()
     store = ROOT / "docs" / "scaling.json"
     compiled = json.loads(store.read_text()) if store.exists() else {}
     made = rows(compiled)
-    if chosen.compile is not None:
-        by_name = {row.name: row for row in made}
-        for name in chosen.compile or COMPILED:
-            if name not in by_name:
-                parser.error(f"there is no row {name!r}; for example {next(iter(by_name))!r}")
-            compiled[name] = compile_row(by_name[name])
-            store.write_text(json.dumps(compiled, indent=1) + "\n")
-        made = rows(compiled)
-    (ROOT / "docs" / "scaling.md").write_text(document(made))
+    for pattern in chosen.compile:
+        matching = [row for row in made if fnmatch.fnmatchcase(row.name, pattern)]
+        if not matching:
+            parser.error(f"there is no row {pattern!r}; for example {made[0].name!r}")
+        for row in matching:
+            if compiled.get(row.name, {}).get("settings") == row.plan.settings(row.stage):
+                continue
+            entry = compile_row(row)
+            if entry:
+                compiled[row.name] = entry
+                store.write_text(json.dumps(compiled, indent=1) + "\n")
+    (ROOT / "docs" / "scaling.md").write_text(document(rows(compiled)))
 
 
 if __name__ == "__main__":
