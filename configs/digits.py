@@ -65,6 +65,22 @@ def get_config() -> ml_collections.ConfigDict:
                 "sample_every": 500,
                 "save_every": 250,
             },
+            "taehv": {"z_dim": 16, "encoder_dim": 16, "decoder_dims": (64, 48, 24, 16), "blocks": 1},
+            "train_taehv": {
+                "steps": 4000,
+                "batch_size": 2,
+                "curriculum": ((2500, 17, 8),),
+                "optimizer": {
+                    "learning_rate": 2e-3,
+                    "warmup_steps": 100,
+                    "schedule": "cosine",
+                    "b2": 0.99,
+                    "clip_norm": 1.0,
+                    "ema_decay": 0.99,
+                },
+                "sample_every": 500,
+                "save_every": 250,
+            },
             "train_teacher": {
                 "steps": 9000,
                 "batch_size": 32,

@@ -28,6 +28,7 @@ from causvid_jax.config.stages import (
     InitStageConfig,
     OptimizerConfig,
     StageConfig,
+    TAEHVStageConfig,
     TeacherStageConfig,
     VAEStageConfig,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "OptimizerConfig",
     "StageConfig",
     "TeacherStageConfig",
+    "TAEHVStageConfig",
     "VAEStageConfig",
     "ParallelConfig",
     "Recipe",

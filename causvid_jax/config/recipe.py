@@ -25,6 +25,7 @@ from causvid_jax.config.stages import (
     DiffusionConfig,
     DistillStageConfig,
     InitStageConfig,
+    TAEHVStageConfig,
     TeacherStageConfig,
     VAEStageConfig,
 )
@@ -71,7 +72,7 @@ class Recipe:
     """The whole road of one model: data, networks, method and every training stage.
 
     ``umt5`` is the encoder of ``text.kind="umt5"``. ``decoder`` is what shows latents as pixels when sampling:
-    ``"vae"``, or ``"taehv"``, the tiny one.
+    ``"vae"``, or ``"taehv"``, the tiny one. The teacher's whole clips of a report are always shown by the VAE.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Recipe:
     causal: CausalConfig = CausalConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     train_vae: VAEStageConfig = VAEStageConfig()
+    train_taehv: TAEHVStageConfig = TAEHVStageConfig()
     train_teacher: TeacherStageConfig = TeacherStageConfig()
     train_causal: CausalStageConfig = CausalStageConfig()
     train_init: InitStageConfig = InitStageConfig()
@@ -155,7 +157,7 @@ class Recipe:
                 f"not divide them; the nearest that do are {nearest_divisors(tokens, mesh.context)}",
             )
         ways = mesh.slices * max(mesh.data, 1) * mesh.fsdp
-        for stage in ("train_vae", "train_teacher", "train_causal", "train_init", "train_distill"):
+        for stage in ("train_vae", "train_taehv", "train_teacher", "train_causal", "train_init", "train_distill"):
             config = getattr(self, stage)
             parts = ways * config.accumulate
             for size in (config.batch_size, *(batch for _, _, batch in config.curriculum)):

@@ -164,6 +164,21 @@ class VAEStageConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class TAEHVStageConfig(StageConfig):
+    """The tiny codec learns the trained VAE's latents (``training.stages.taehv_loss``), on clips of ``frames`` frames.
+
+    ``noise`` is the standard deviation of what is added to the latents that its decoder reads, which a student will not
+    hit exactly either; latents are of unit order.
+    """
+
+    noise: float = 0.05
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.noise >= 0, f"train_taehv.noise is {self.noise}; it must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
 class TeacherStageConfig(StageConfig):
     """Flow matching on latents; captions are dropped with probability ``caption_dropout``."""
 

@@ -11,7 +11,7 @@ from causvid_jax.parallel import flops
 from causvid_jax.parallel.topology import Machine
 
 TRAIN = {"teacher": "train_teacher", "init": "train_init", "distill": "train_distill"}
-STAGES = ("train_vae", "train_causal", *TRAIN.values())
+STAGES = ("train_vae", "train_taehv", "train_causal", *TRAIN.values())
 
 
 @dataclasses.dataclass(frozen=True)

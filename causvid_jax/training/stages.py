@@ -1,5 +1,5 @@
-"""The stages of the road: vae, teacher, causal (an optional teacher of the init stage), init (ODE regression), distill
-(DMD). Each function here composes one."""
+"""The stages of the road: vae, taehv (optional: a fast decoder of the VAE's latents), teacher, causal (optional: a teacher
+of the init stage), init (ODE regression), distill (DMD). Each function here composes one."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from causvid_jax.data import arrays, derived, encoder, moving_digits, pipeline
 from causvid_jax.data import recipe as recipe_data
 from causvid_jax.distill import cycle
 from causvid_jax.evaluation import samplers
-from causvid_jax.models import transformer, vae
+from causvid_jax.models import taehv, transformer, vae
 from causvid_jax.parallel import hosts, shardings
 from causvid_jax.streaming import stream
 from causvid_jax.training import samples, steps
@@ -40,7 +40,7 @@ def make_stage(name: str, recipe: Recipe, workdir: pathlib.Path, init_from: str 
     """
     if init_from is None:
         return dataclasses.replace(STAGES[name](recipe, workdir), recipe=recipe)
-    require(name != "vae", f"--init_from is {str(init_from)!r}; the vae stage starts afresh, the others can")
+    require(name not in CODECS, f"--init_from is {str(init_from)!r}; the {name} stage starts afresh, networks need not")
     path = pathlib.Path(init_from)
     path = weight_files.stage_path(path, name) if path.is_dir() else path
     # Refused before any data is looked for.
@@ -118,6 +118,30 @@ def _text_rows(batch: dict[str, Any], reader: encoder.Encoder) -> np.ndarray:
 # ---- vae ------------------------------------------------------------------------------------------------------------
 
 
+def _require_clips(recipe: Recipe, what: str) -> None:
+    require(
+        recipe.data.name == "moving_digits",
+        f"data.name is {recipe.data.name!r}; {what} is trained on 'moving_digits' only, published ones come through "
+        "launch.convert",
+    )
+
+
+def _clips(recipe: Recipe, workdir: pathlib.Path) -> dict[str, Any]:
+    """Pixel clips to train on and to test on."""
+    return {
+        split: moving_digits.source(workdir / "data", recipe.data, recipe.video, split) for split in ("train", "test")
+    }
+
+
+def _show_reconstruction(
+    batch: dict[str, Any], output: np.ndarray, folder: pathlib.Path, step: int, recipe: Recipe
+) -> dict[str, float]:
+    """Clips beside what a codec makes of them, its PSNR and what the judge reads in them."""
+    samples.show(files.to_uint8(np.concatenate([batch["video"], output], axis=3)), folder, step, recipe)
+    psnr = -10 * np.log10(np.mean((output - batch["video"]) ** 2) / 4)
+    return {"psnr": float(psnr)} | samples.scores(files.to_uint8(output), list(batch["caption"]), recipe)
+
+
 ENCODER = ("encoder", "conv1")  # what makes latents of pixels, among the VAE's parameters
 
 
@@ -170,19 +194,13 @@ def latent_statistics(params, source, config, *, clips: int = 256) -> tuple[tupl
 
 def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     """Train the VAE on pixel clips; exports it with the statistics of its latents."""
-    require(
-        recipe.data.name == "moving_digits",
-        f"data.name is {recipe.data.name!r}; a VAE is trained on 'moving_digits' only, published ones come through "
-        "launch.convert",
-    )
+    _require_clips(recipe, "a VAE")
     config = recipe.train_vae
     optimizer = make_optimizer(config.optimizer, config.steps)
     if not config.train_encoder:
         optimizer = frozen(optimizer, ENCODER)
     place = shardings.place(recipe.parallel, recipe.student.rules)
-    sources = {
-        split: moving_digits.source(workdir / "data", recipe.data, recipe.video, split) for split in ("train", "test")
-    }
+    sources = _clips(recipe, workdir)
     loss = functools.partial(
         vae_loss,
         config=recipe.vae,
@@ -196,11 +214,7 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
 
     def sample(state: TrainState, folder: pathlib.Path, step: int) -> dict[str, float]:
         batch = next(pipeline.clip_batches(sources["test"], batch_size=config.samples, seed=0))
-        output = np.asarray(reconstruct(state.ema, batch["video"]))
-        pair = np.concatenate([batch["video"], output], axis=3)
-        samples.show(files.to_uint8(pair), folder, step, recipe)
-        psnr = -10 * np.log10(np.mean((output - batch["video"]) ** 2) / 4)
-        return {"psnr": float(psnr)} | samples.scores(files.to_uint8(output), list(batch["caption"]), recipe)
+        return _show_reconstruction(batch, np.asarray(reconstruct(state.ema, batch["video"])), folder, step, recipe)
 
     def export(state: TrainState, path: pathlib.Path) -> None:
         params = hosts.gather(state.ema)
@@ -225,6 +239,63 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         ready=lambda batch: place.batch(batch["video"]),
         sample=sample,
         export=export,
+        context=place.current,
+    )
+
+
+# ---- taehv ----------------------------------------------------------------------------------------------------------
+
+
+def taehv_loss(params, batch, key, *, config, noise: float):
+    """``mean d^2 + 0.1 mean |d| + mean e^2``: d the error of decoded pixels, e that of encoded latents.
+
+    ``batch`` has ``video [B, T, H, W, 3]`` and the VAE's own ``latents [B, F, h, w, C]`` of it; the decoder reads them
+    with noise of standard deviation ``noise``.
+    """
+    seen = batch["latents"] + noise * jax.random.normal(key, batch["latents"].shape)
+    error = taehv.decode(params, seen, config=config, clamp=False) - batch["video"]
+    apart = taehv.encode(params, batch["video"], config=config) - batch["latents"]
+    l1, l2, encoded = jnp.mean(jnp.abs(error)), jnp.mean(error**2), jnp.mean(apart**2)
+    loss = l2 + 0.1 * l1 + encoded
+    return loss, {"loss": loss, "l1": l1, "l2": l2, "encoded": encoded}
+
+
+def taehv_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
+    """Train the tiny codec to show, and to make, the latents of the trained VAE."""
+    _require_clips(recipe, "the tiny codec")
+    vae_params, recipe = with_vae(recipe, workdir)
+    dataclasses.replace(recipe, decoder="taehv")  # refused unless the two codecs' latents have one shape
+    config, tiny = recipe.train_taehv, recipe.taehv
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    place = shardings.place(recipe.parallel, recipe.student.rules)
+    sources = _clips(recipe, workdir)
+    vae_params = _on_devices(vae_params, place)
+    encode = place.everywhere(functools.partial(vae.encode, config=recipe.vae))
+    decode = place.everywhere(functools.partial(taehv.decode, config=tiny))
+
+    def ready(batch: dict[str, Any]) -> dict[str, jax.Array]:
+        video = place.batch(batch["video"])
+        return {"video": video, "latents": place.batch(encode(vae_params, video))}
+
+    def sample(state: TrainState, folder: pathlib.Path, step: int) -> dict[str, float]:
+        batch = next(pipeline.clip_batches(sources["test"], batch_size=config.samples, seed=0))
+        output = np.asarray(decode(state.ema, encode(vae_params, batch["video"])))
+        return _show_reconstruction(batch, output, folder, step, recipe)
+
+    return Stage(
+        name="taehv",
+        config=config,
+        init=lambda: place.init(
+            lambda: init_state(taehv.init(jax.random.key(config.seed), tiny), optimizer, config.bad_loss_window),
+            place.whole(),
+        ),
+        step=make_step(
+            functools.partial(taehv_loss, config=tiny, noise=config.noise), optimizer, config, place.whole()
+        ),
+        phases=_phases(config, _share(place, functools.partial(pipeline.clip_batches, sources["train"]))),
+        ready=ready,
+        sample=sample,
+        export=_export("taehv", recipe, lambda state: state.ema),
         context=place.current,
     )
 
@@ -437,8 +508,10 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path
     )
 
 
+CODECS = ("vae", "taehv")
 STAGES: dict[str, Callable[..., Stage]] = {
     "vae": vae_stage,
+    "taehv": taehv_stage,
     "teacher": teacher_stage,
     "causal": causal_stage,
     "init": init_stage,
