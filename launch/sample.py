@@ -109,7 +109,7 @@ def find_weights(
     found = {role: given if given and not workdir else stages.find(recipe.name, stage, workdir)}
     store.check_file(found[role], transformer.abstract(getattr(recipe, role)), f"{role} weights {found[role]}")
     if recipe.decoder == "taehv":
-        found["taehv"] = stages.find_taehv(workdir or ".")
+        found["taehv"] = stages.find_taehv(recipe.name, workdir)
         stages.load_taehv(found["taehv"], recipe.taehv)  # small enough to read it twice
         if not encodes:
             return found, recipe

@@ -1,5 +1,5 @@
-"""The stages of the road: vae, taehv (optional: a fast decoder of the VAE's latents), teacher, causal (optional: a teacher
-of the init stage), init (ODE regression), distill (DMD). Each function here composes one."""
+"""The stages of the road: vae, taehv (optional: a fast decoder of the VAE's latents), teacher, causal (optional: a
+teacher of the init stage), init (ODE regression), distill (DMD). Each function here composes one."""
 
 import dataclasses
 import functools
@@ -150,10 +150,25 @@ def in_a_row(x: jax.Array, clips: int) -> jax.Array:
     return jnp.concatenate([x, *(jnp.roll(x, -i, axis=0)[:, 1:] for i in range(1, clips))], axis=1)
 
 
-def vae_loss(params, batch, key, *, config, kl_weight: float, train_encoder: bool = True, clips: int = 1):
+def cut_out(latents: jax.Array, video: jax.Array, key: jax.Array, length: int, factor: int):
+    """``length`` latent frames from a random one on, and the frames they decode to as the start of a video.
+
+    The first latent frame of a video gives one frame, so latent frame s, which holds frames 4s - 3 to 4s, gives 4s.
+    """
+    length = min(length, latents.shape[1])
+    start = jax.random.randint(key, (), 0, latents.shape[1] - length + 1)
+    frames = 1 + factor * (length - 1)
+    return (
+        jax.lax.dynamic_slice_in_dim(latents, start, length, axis=1),
+        jax.lax.dynamic_slice_in_dim(video, factor * start, frames, axis=1),
+    )
+
+
+def vae_loss(params, batch, key, *, config, kl_weight: float, train_encoder: bool = True, clips: int = 1, cut: int = 0):
     """``mean d^2 + 0.1 mean |d| + kl_weight KL``: d the reconstruction error of a sampled latent, KL per element.
 
-    With ``clips`` above 1 the decoder is given streams of that many clips (:func:`in_a_row`).
+    With ``clips`` above 1 the decoder is given streams of that many clips (:func:`in_a_row`), with ``cut`` above 0 that
+    many latent frames of each clip (:func:`cut_out`).
 
     The squared term leads: L1's optimum on frames that are mostly black is all black, and training sits there.
     """
@@ -161,9 +176,12 @@ def vae_loss(params, batch, key, *, config, kl_weight: float, train_encoder: boo
     if not train_encoder:
         mean, logvar = jax.lax.stop_gradient((mean, logvar))
     logvar = jnp.clip(logvar, -20.0, 10.0)
+    key, start_key = jax.random.split(key) if cut else (key, key)
     latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-    latents = in_a_row(vae.normalize(latents, config), clips)
-    error = vae.decode(params, latents, config=config, clamp=False) - in_a_row(batch, clips)
+    latents, video = in_a_row(vae.normalize(latents, config), clips), in_a_row(batch, clips)
+    if cut:
+        latents, video = cut_out(latents, video, start_key, cut, vae.time_factor(config))
+    error = vae.decode(params, latents, config=config, clamp=False) - video
     kl = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1.0 - logvar)
     l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
     loss = l2 + 0.1 * l1 + kl_weight * kl
@@ -207,6 +225,7 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         kl_weight=config.kl_weight,
         train_encoder=config.train_encoder,
         clips=config.stream,
+        cut=config.cut,
     )
     reconstruct = place.everywhere(
         lambda params, video: vae.decode(params, vae.encode(params, video, config=recipe.vae), config=recipe.vae)

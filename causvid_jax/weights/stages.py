@@ -88,22 +88,20 @@ def latent_statistics(config: VAEConfig, metadata: Mapping[str, str]) -> VAEConf
     return dataclasses.replace(config, **saved)
 
 
-def find_taehv(workdir: str | os.PathLike) -> pathlib.Path:
-    """TAEHV's weights under ``workdir``: ours (``taehv/weights.safetensors``) or published (``taew2_1.*``).
+def find_taehv(recipe: str, workdir: str | os.PathLike | None = None) -> pathlib.Path:
+    """TAEHV's weights: under ``workdir`` ours (``taehv/weights.safetensors``) or published (``taew2_1.*``), else those
+    that come with the package.
 
     Raises:
         ConfigError: there are none.
     """
-    places = [
-        stage_path(workdir, "taehv"),
-        *(pathlib.Path(workdir) / f"taew2_1{end}" for end in (".safetensors", ".pth")),
-    ]
-    for path in places:
+    folder = pathlib.Path(workdir or ".")
+    places = [stage_path(folder, "taehv"), *(folder / f"taew2_1{end}" for end in (".safetensors", ".pth"))]
+    for path in (*places, ASSETS / recipe / "taehv.safetensors"):
         if path.is_file():
             return path
-    raise ConfigError(
-        f"{workdir} holds no weights of TAEHV; accepted: {', '.join(str(p.relative_to(workdir)) for p in places)}"
-    )
+    accepted = ", ".join(str(path.relative_to(folder)) for path in places)
+    raise ConfigError(f"{folder} holds no weights of TAEHV; accepted: {accepted}")
 
 
 def load_taehv(path: str | os.PathLike, config: TAEHVConfig) -> dict[str, Any]:
@@ -124,13 +122,15 @@ def load_taehv(path: str | os.PathLike, config: TAEHVConfig) -> dict[str, Any]:
 
 
 def publish(recipe: str, workdir: str | os.PathLike, folder: str | os.PathLike = ASSETS) -> list[pathlib.Path]:
-    """Copy the VAE, teacher and student of ``workdir`` to the package's own weights, in half precision.
+    """Copy the VAE, teacher and student of ``workdir``, and the tiny codec if there is one, to the package's own
+    weights, in half precision.
 
     Raises:
         ConfigError: a stage that is not trained yet.
     """
     written = []
-    for stage in ("vae", "teacher", "distill"):
+    tiny = ("taehv",) if stage_path(workdir, "taehv").is_file() else ()
+    for stage in ("vae", *tiny, "teacher", "distill"):
         params, metadata = store.load_params(stage_path(workdir, stage))
         written.append(pathlib.Path(folder) / recipe / f"{stage}.safetensors")
         store.save_params(written[-1], params, metadata, dtype="float16")

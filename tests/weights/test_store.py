@@ -132,7 +132,7 @@ def test_check_tree_names_what_does_not_fit():
     )
 
 
-def test_publishing_copies_three_stages_in_half_precision_and_needs_all_of_them(tmp_path):
+def test_publishing_copies_three_stages_in_half_precision_and_needs_all_of_them(tmp_path, monkeypatch):
     for stage in ("vae", "teacher"):
         store.save_params(stages.stage_path(tmp_path / "run", stage), {"a": np.float32([0.1, 2.0])}, {"stage": stage})
     with pytest.raises(ConfigError, match="distill/weights.safetensors does not exist"):
@@ -144,6 +144,16 @@ def test_publishing_copies_three_stages_in_half_precision_and_needs_all_of_them(
         "mine/teacher.safetensors",
         "mine/distill.safetensors",
     ]
+    # The tiny codec goes along where it was trained, and is found among the package's weights.
+    store.save_params(stages.stage_path(tmp_path / "run", "taehv"), {"a": np.float32([0.5])}, {"stage": "taehv"})
+    assert [path.stem for path in stages.publish("mine", tmp_path / "run", tmp_path / "assets")] == [
+        "vae", "taehv", "teacher", "distill",
+    ]  # fmt: skip
+    monkeypatch.setattr(stages, "ASSETS", tmp_path / "assets")
+    assert stages.find_taehv("mine", tmp_path) == tmp_path / "assets" / "mine" / "taehv.safetensors"
+    assert stages.find_taehv("mine", tmp_path / "run") == stages.stage_path(tmp_path / "run", "taehv")
+    with pytest.raises(ConfigError, match="holds no weights of TAEHV; accepted: taehv/weights.safetensors, taew2_1"):
+        stages.find_taehv("yours", tmp_path)
     params, metadata = store.load_params(written[0], dtype=None)
     assert params["a"].dtype == np.float16 and metadata["stage"] == "vae"
     np.testing.assert_array_equal(params["a"], np.float16([0.1, 2.0]))
