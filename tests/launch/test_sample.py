@@ -88,7 +88,11 @@ def place(tmp_path_factory):
 
 def call_all(place, cases, compute=True):
     """What the program prints and how it fails, for each list of flags, all in one process of its own."""
-    given = [[f"--config={place}/tiny.py", f"--checkpoint={place}", *arguments] for arguments in cases]
+    usual = {"--config": f"{place}/tiny.py", "--checkpoint": place}
+    given = [
+        [*(f"{k}={v}" for k, v in usual.items() if not any(a.startswith(f"{k}=") for a in arguments)), *arguments]
+        for arguments in cases
+    ]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(int(compute))],
         input=json.dumps(given),
