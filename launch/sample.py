@@ -15,7 +15,8 @@ With published weights: ``--config=configs/wan_1_3b.py --checkpoint=DIR``, DIR b
     DIR/taehv/weights.safetensors            with --config.decoder=taehv; or DIR/taew2_1.safetensors as published
     DIR/prompts/                             encoded prompts, kept from run to run
 
-What the device has to hold, and when, is printed before anything is loaded. ``--exact`` follows the published code's
+``--program=FILE`` runs what ``launch.compile --platform`` built of the same recipe instead of tracing the model. What
+the device has to hold, and when, is printed before anything is loaded. ``--exact`` follows the published code's
 numerics (``causvid_jax.models.numerics``).
 """
 
@@ -36,7 +37,7 @@ from causvid_jax.config import CLIPConfig, ConfigError, Recipe, VideoConfig, req
 from causvid_jax.data import encoder
 from causvid_jax.evaluation import samplers
 from causvid_jax.models import numerics, transformer, vae
-from causvid_jax.streaming import codec, image_to_video, memory, play, stream
+from causvid_jax.streaming import codec, image_to_video, memory, play, programs, stream
 from causvid_jax.weights import stages, store
 from launch import common
 
@@ -64,6 +65,7 @@ _PROMPT_CACHE = flags.DEFINE_string(
     "prompt_cache", None, "Where encoded prompts are kept; default: prompts/ beside text_encoder/; empty: nowhere."
 )
 _EXACT = flags.DEFINE_bool("exact", False, "Round as the published code does, and read its tables.")
+_PROGRAM = flags.DEFINE_string("program", None, "Run this program of launch.compile instead of tracing the model.")
 _UPSCALE = flags.DEFINE_integer("upscale", 0, "Size of a pixel in the file; 0: such that tiny videos can be seen.")
 
 VISIBLE = 256
@@ -154,6 +156,7 @@ class Request:
     video: np.ndarray | None
     encoder: encoder.Encoder
     weights: dict[str, pathlib.Path]
+    program: programs.Programs | None = None
 
     @property
     def clip(self) -> CLIPConfig | None:
@@ -173,6 +176,11 @@ def read_request() -> Request:
     recipe, prompts = common.load_recipe(_CONFIG), _PROMPT.value
     require(bool(prompts), 'no --prompt is given; for example --prompt="a red 3 moving left"')
     require(not (_IMAGE.value and _VIDEO.value), "--image and --video are both given; accepted: one of them")
+    for name, given in (("teacher", _TEACHER.value), ("image", _IMAGE.value), ("video", _VIDEO.value)):
+        require(
+            not (given and _PROGRAM.value),
+            f"--{name} is given with --program, which holds text to video only; leave one of them out",
+        )
     require(_UPSCALE.value >= 0, f"--upscale is {_UPSCALE.value}; it must not be negative")
     require(0 <= _SEED.value < 2**32, f"--seed is {_SEED.value}; accepted: 0 to {2**32 - 1}")
     require(_FRAMES.value is None or _FRAMES.value >= 1, f"--frames is {_FRAMES.value}; it must be at least 1")
@@ -206,7 +214,11 @@ def read_request() -> Request:
     outputs = output_paths(_OUTPUT.value, len(prompts))
     role, encodes = "teacher" if _TEACHER.value else "student", image is not None or video is not None
     weights, recipe = find_weights(recipe, role, _CHECKPOINT.value, encodes)
-    return Request(recipe, frames, prompts, outputs, switches, image, picture, video, reader, weights)
+    loaded = None
+    if _PROGRAM.value:
+        latents = play.covering_latents(frames, recipe)
+        loaded = programs.load(_PROGRAM.value, recipe, batch=len(prompts), latents=latents)
+    return Request(recipe, frames, prompts, outputs, switches, image, picture, video, reader, weights, loaded)
 
 
 def teacher_video(frames: int, recipe: Recipe) -> VideoConfig:
@@ -238,6 +250,7 @@ def memory_plan(request: Request) -> tuple[memory.Phase, ...]:
         image=request.image is not None,
         video=request.video is not None,
         clip=request.clip,
+        state=request.program.shapes() if request.program else None,
     )
 
 
@@ -309,6 +322,7 @@ def student_blocks(request: Request, texts: Texts, timing: play.Timing) -> Itera
         video=request.video,
         strength=_STRENGTH.value,
         timing=timing,
+        loaded=request.program,
     )
 
 
@@ -320,6 +334,8 @@ def main() -> None:
     memory.check(phases, limit)
     common.enable_compilation_cache()
     common.log_start(request.recipe)
+    if request.program:
+        print(f"Runs {request.program.path}, attention by {request.program.header['attention']}.", flush=True)
     texts = encode_texts(request)
     for block, (frame, prompt) in sorted(request.switches.items()):
         print(f"From frame {frame} on (block {block}): {prompt}", flush=True)

@@ -76,6 +76,7 @@ def plan(
     image: bool = False,
     video: bool = False,
     clip: CLIPConfig | None = None,
+    state: stream.StreamState | None = None,
 ) -> tuple[Phase, ...]:
     """The phases of a run.
 
@@ -87,6 +88,7 @@ def plan(
         prompts: how many have to be encoded by a network; with none that phase is left out.
         image, video: whether something is shown to the stream, which needs the VAE's encoder.
         clip: the image encoder of a teacher with an image branch, to which a picture is shown.
+        state: shapes of the stream's state, where something else knows them than the model.
     """
     phases = []
     if prompts and recipe.text.kind == "umt5":
@@ -100,9 +102,10 @@ def plan(
     weights = transformer.inference(net)
     decoding = _decoder_work(recipe, batch, k)
     if role == "student":
-        rows = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
-        start = functools.partial(stream.init_stream, config=recipe, frames=latents)
-        state = jax.eval_shape(start, {"student": weights}, rows)
+        if state is None:
+            rows = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
+            start = functools.partial(stream.init_stream, config=recipe, frames=latents)
+            state = jax.eval_shape(start, {"student": weights}, rows)
         seen = state.cache.k.shape[2]
         items = {
             "transformer": sizes(weights),

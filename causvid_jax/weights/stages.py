@@ -88,6 +88,20 @@ def latent_statistics(config: VAEConfig, metadata: Mapping[str, str]) -> VAEConf
     return dataclasses.replace(config, **saved)
 
 
+def find_statistics(recipe: str, config: VAEConfig, workdir: str | os.PathLike | None = None) -> VAEConfig:
+    """``config`` as it will be when its weights are loaded: with the statistics beside them, of which nothing but the
+    header is read; without any weights as it is.
+
+    Raises:
+        ConfigError: ``workdir`` is given and has no VAE, or one of other sizes.
+    """
+    packaged = ASSETS / recipe / "vae.safetensors"
+    if workdir is None and not packaged.is_file():
+        return config
+    path = find(recipe, "vae", workdir)
+    return latent_statistics(config, store.check_file(path, vae.abstract(config), f"VAE weights {path}"))
+
+
 def find_taehv(workdir: str | os.PathLike) -> pathlib.Path:
     """TAEHV's weights under ``workdir``: ours (``taehv/weights.safetensors``) or published (``taew2_1.*``).
 

@@ -122,11 +122,17 @@ def place(tmp_path_factory):
     return place
 
 
-def test_student_and_teacher_from_a_checkpoint_folder(place):
+@pytest.fixture(scope="module")
+def made(place):
+    """What was said while the student's stream, the teacher's clip and a stream through TAEHV were made."""
     student = [PROMPT, "--switch=6:neon", f"--output={place}/student.gif", "--upscale=1"]
     teacher = [PROMPT, "--teacher", "--exact", "--config.diffusion.solver=unipc", f"--output={place}/teacher.mp4"]
     tiny = [PROMPT, "--frames=13", "--exact", "--config.decoder=taehv", f"--output={place}/tiny.gif"]
-    first, second, third = call(place, student, teacher, tiny)
+    return call(place, student, teacher, tiny)
+
+
+def test_student_and_teacher_from_a_checkpoint_folder(place, made):
+    first, second, third = made
     assert "1. encode the prompts" in first and "2. stream" in first and "13 frames in" in first
     # The teacher's unconditional branch is the recipe's negative prompt, which no one has encoded before.
     assert "1. encode the prompts" in second and "3. decode" in second
@@ -183,6 +189,49 @@ def test_an_image_becomes_a_video(place):
         video.write_video(place / f"expected_{i}.gif", frames[i], 16)
         a, b = (video.read_video(place / f"{name}_{i}.gif", 32, 32) for name in ("shown", "expected"))
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.usefixtures("made")
+def test_a_program_is_built_once_and_runs_without_the_model(place):
+    """The flags of student.gif, which was made by tracing: the same file, bit for bit."""
+    flags_of = ["--stage=stream", "--platform=cpu", f"--checkpoint={place}", f"--output={place}/stream.program"]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.compile", f"--config={place}/tiny.py", *flags_of],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tiny_wan for cpu, 1 video(s) at once, attention by xla" in done.stdout
+    program, switch = f"--program={place}/stream.program", "--switch=6:neon"
+    cases = [
+        [PROMPT, switch, "--upscale=1", program, f"--output={place}/loaded.gif"],
+        [PROMPT, PROMPT, program],
+        [PROMPT, "--config.video.width=48", program],
+        [PROMPT, "--frames=14", program],
+        [PROMPT, "--exact", program],
+        [PROMPT, "--teacher", program],
+        [PROMPT, f"--program={place}/tiny.py"],
+    ]
+    results = call_all(place, cases, mode="untraced")
+    assert results[0]["error"] is None and "stream.program, attention by xla" in results[0]["printed"]
+    assert "2. stream" in results[0]["printed"] or "1. stream" in results[0]["printed"]
+    assert (place / "loaded.gif").read_bytes() == (place / "student.gif").read_bytes()
+    built = "stream.program was built for"
+    for result, words in zip(
+        results[1:],
+        (
+            f"{built} 1 video(s) at once, and 2 prompt(s) are given",
+            f"{built} video.width = 32, and the recipe has 48",
+            f"{built} at most 4 latent frames, and 6 are asked for; accepted: fewer --frames",
+            f"{built} student.numerics = 'own', and the recipe has 'causvid'",
+            "--teacher is given with --program, which holds text to video only",
+            "tiny.py is not a readable program of launch.compile",
+        ),
+        strict=True,
+    ):
+        assert result["error"] is not None and words in result["error"], result
 
 
 def test_what_is_missing_is_named(place, tmp_path):
