@@ -16,7 +16,6 @@ program. XLA still compiles what is loaded, once; ``launch`` keeps the result in
 Reference: JAX's export documentation; an artifact can be read by later versions of JAX for six months at least.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -32,16 +31,14 @@ import numpy as np
 from jax import export
 
 from causvid_jax.config import ConfigError, Recipe, require
-from causvid_jax.models import attention, cache, taehv, transformer, vae
+from causvid_jax.models import attention, cache, partition, taehv, transformer, vae
 from causvid_jax.streaming import memory, stream
 from causvid_jax.weights import files
 
 FORMAT = 1
 PLATFORMS = ("cpu", "cuda", "tpu")
 SUFFIX = ".program"
-KINDS = {"cpu": "cpu", "cuda": "NVIDIA H100", "tpu": "TPU v5"}
-"""Devices that are lowered for where the platform is not at hand; nothing but the layout of TPU kernels asks."""
-_CUSTOM_CALLS = ("__cudnn$fmhaSoftmax", "tpu_custom_call")
+_CUSTOM_CALLS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaScaleBiasSoftmax", "tpu_custom_call")
 _ELSEWHERE = {
     "student": ("remat", "rules"),  # of training, of meshes
     "diffusion": ("teacher_steps", "solver", "guidance"),
@@ -120,17 +117,6 @@ def this_platform() -> str:
 # ---- building -------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _lowering_for(platform: str):
-    """Inside, the network chooses its kernels as on a device of ``platform``, which need not be there."""
-    kind = jax.devices()[0].device_kind if platform == this_platform() else KINDS[platform]
-    name = "gpu" if platform == "cuda" else platform
-    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform=name)
-    mesh = jax.sharding.AbstractMesh((1,), ("data",), (jax.sharding.AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        yield
-
-
 def build(recipe: Recipe, platform: str, *, batch: int = 1) -> tuple[dict[str, Any], dict[str, export.Exported]]:
     """(header, programs by name) of ``recipe``'s stream on one device of ``platform``.
 
@@ -162,7 +148,7 @@ def build(recipe: Recipe, platform: str, *, batch: int = 1) -> tuple[dict[str, A
             made[name].out_tree, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in made[name].out_avals]
         )
 
-    with _lowering_for(platform):
+    with partition.lowering_for(platform):
         kernel = attention.resolve(recipe.student.attention, recipe.student.dtype)
         try:
             state = add("start", functools.partial(stream.first_state, capacity=capacity), rows, seeds)

@@ -84,3 +84,22 @@ def test_an_independent_first_frame_and_two_streams(params, tmp_path, monkeypatc
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ConfigError, match="accepted: no image and no video"):
         next(play.play(params, text, config=FIRST, frames=5, image=np.zeros((32, 32, 3), np.uint8), loaded=loaded))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform,kernel", [("cuda", "__cudnn$fmhaSoftmax"), ("tpu", "tpu_custom_call")])
+def test_programs_for_platforms_that_are_not_here(platform, kernel, monkeypatch, tmp_path):
+    from jax._src.cudnn import fused_attention_stablehlo as kernels
+
+    recipe = with_group(PLAIN, "student", dtype="bfloat16", attention="auto")
+    if kernels.cuda_versions is None:
+        if platform == "cuda":
+            with pytest.raises(ConfigError, match="can be lowered only where cuDNN is installed"):
+                programs.build(recipe, platform)
+        monkeypatch.setattr(kernels, "check_cudnn_version", lambda: 91000)  # all that lowering asks of it
+    header, made = programs.build(recipe, platform)
+    assert header["attention"] == {"cuda": "cudnn", "tpu": "splash"}[platform]
+    assert all(kernel in str(made[name].mlir_module()) for name in ("next_frames", "recache"))
+    programs.save(tmp_path / "x.program", header, made)
+    with pytest.raises(ConfigError, match=f"was built for {platform}; this machine is cpu"):
+        programs.load(tmp_path / "x.program", recipe, batch=1, latents=6)
