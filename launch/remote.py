@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-STAGES = ("vae", "teacher", "init", "distill")
+STAGES = ("vae", "teacher", "causal", "init", "distill")
 Command = list[str]
 
 

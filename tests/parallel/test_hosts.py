@@ -69,6 +69,7 @@ def make_recipe(**parallel) -> Recipe:
             "diffusion": {"shift": 3.0, "teacher_steps": 2, "student_steps": (1000.0, 500.0)},
             "train_vae": TRAIN | {"frames": 9},
             "train_teacher": TRAIN | {"steps": STEPS["teacher"]},
+            "train_causal": TRAIN,
             "train_init": TRAIN | {"trajectories": 4},
             "train_distill": TRAIN | {"critic_updates": 2},
             "parallel": parallel,
@@ -153,7 +154,7 @@ def check_all_stages(road, folder, count, **parallel):
         others = ", ".join(map(str, range(1, count)))
         assert one["not shared"].startswith(f"process(es) {others} do not see in ")
         # Each reads its share of every batch of 4; K + 1 = 3 batches at once in the distillation.
-        shares = [4] * (3 + STEPS["teacher"] + 3) + [12] * 3
+        shares = [4] * (3 + STEPS["teacher"] + 3 + 3) + [12] * 3
         assert one["read"] == [share // count for share in shares]
     for stage in stages.STAGES:
         np.testing.assert_allclose(losses(folder, stage), losses(road, stage), rtol=1e-6, err_msg=stage)
