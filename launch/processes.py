@@ -25,8 +25,8 @@ def define_flags() -> None:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
-    """Join the other processes, before anything touches a device, for what is done together with them.
+def joined() -> Iterator[bool]:
+    """Join the other processes, before anything touches a device, for what is done together; whether there are any.
 
     Raises:
         ConfigError: see :mod:`causvid_jax.parallel.start`.
@@ -40,7 +40,7 @@ def joined() -> Iterator[None]:
         if not hosts.first():
             logging.set_verbosity(logging.WARNING)
     with start.together(watch):
-        yield
+        yield watch is not None
 
 
 def check(arguments: dict[str, Any], workdir: pathlib.Path) -> None:

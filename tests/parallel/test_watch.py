@@ -1,4 +1,7 @@
-"""A process that is gone is named on all the others. Threads stand for processes here, real ones in ``test_hosts.py``."""
+"""A process that is gone is named on all the others.
+
+Threads stand for processes here, real ones are killed in ``test_hosts.py``.
+"""
 
 import concurrent.futures
 import contextlib
