@@ -204,8 +204,11 @@ def check_stage(road, folder, stage, steps=3):
     assert once.keys() == many.keys()
     for key in once:
         # A key's bias moves no softmax: its gradient is rounding noise, which Adam blows up.
-        if not key.endswith(("k/bias", "to_qkv/bias")):
-            np.testing.assert_allclose(many[key], once[key], rtol=1e-4, atol=2e-5, err_msg=f"{stage} {key}")
+        still = slice(None) if key.endswith("k/bias") else slice(0)
+        if key.endswith("to_qkv/bias"):
+            still = slice(once[key].size // 3, 2 * once[key].size // 3)
+        once[key][still] = many[key][still] = 0
+        np.testing.assert_allclose(many[key], once[key], rtol=1e-4, atol=2e-5, err_msg=f"{stage} {key}")
 
 
 def check_all_stages(road, folder, count, **parallel):
