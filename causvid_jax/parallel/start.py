@@ -202,8 +202,9 @@ def together(watch: Watch | None) -> Iterator[None]:
     except Stopped:
         watch.bye()
         raise
-    except BaseException:
-        watch.wait(LOSS_SECONDS)
+    except BaseException as error:
+        if isinstance(error, Exception):
+            watch.wait(LOSS_SECONDS)
         watch.failed()
         raise
     watch.bye()

@@ -2,8 +2,8 @@
 
 ``hosts_program.py stages WORKDIR PROCESS COUNT PORT NAMES`` trains the stages NAMES of ``WORKDIR/recipe.json`` in
 ``WORKDIR`` and prints as JSON what it was refused on the way, and how much it read.
-``hosts_program.py train SIGNAL STEP FLAGS...`` is ``launch.train`` with FLAGS that gets a SIGNAL (TERM, INT, KILL)
-before step STEP (0: never).
+``hosts_program.py train EVENT STEP FLAGS...`` is ``launch.train`` with FLAGS to which the EVENT happens before step
+STEP (0: never): a signal (TERM, INT, KILL), INT+INT or ERROR.
 """
 
 import dataclasses
@@ -71,8 +71,16 @@ def _joined(workdir, number, names):
     print("RESULT", json.dumps(said | {"first": hosts.first(), "read": read, "weights": weights}))
 
 
-def _train(number, signal_at):
-    """The program, its steps slow once the signal is under way: hosts agree in a fraction of a second."""
+def _happen(event):
+    if event == "ERROR":
+        raise ZeroDivisionError("spoilt")
+    for name in event.split("+"):
+        os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
+        time.sleep(0.1)
+
+
+def _train(event, event_at):
+    """The program, its steps slow once a signal is under way: hosts agree in a fraction of a second."""
     from launch import common, train
 
     original, done = loop.train, 0
@@ -81,9 +89,9 @@ def _train(number, signal_at):
         def step(state, batch):
             nonlocal done
             done += 1
-            if done == signal_at:
-                os.kill(os.getpid(), number)
-            if signal_at and done >= signal_at:
+            if done == event_at:
+                _happen(event)
+            if event_at and done >= event_at:
                 time.sleep(1.0)
             return stage.step(state, batch)
 
@@ -102,4 +110,4 @@ if __name__ == "__main__":
         from launch import train  # noqa: F401 (defines the flags)
 
         sys.argv = ["launch.train", *arguments[2:]]
-        _train(getattr(signal, f"SIG{arguments[0]}"), int(arguments[1]))
+        _train(arguments[0], int(arguments[1]))
