@@ -44,7 +44,8 @@ def make_stage(name: str, recipe: Recipe, workdir: pathlib.Path, init_from: str 
     path = pathlib.Path(init_from)
     path = weight_files.stage_path(path, name) if path.is_dir() else path
     # Refused before any data is looked for.
-    weight_files.load_transformer(path, recipe.teacher if name in ("teacher", "causal") else recipe.student, "initial")
+    network = recipe.teacher if name in ("teacher", "causal") else recipe.student
+    store.check_file(path, transformer.abstract(network), f"initial weights {path}")
     return dataclasses.replace(STAGES[name](recipe, workdir, init_from=path), recipe=recipe)
 
 
@@ -84,12 +85,14 @@ def _load_network(
     place: shardings.Placement,
     path: pathlib.Path | None = None,
 ) -> Any:
-    """The weights that ``stage`` left, or those of ``path``, on the mesh."""
+    """The weights that ``stage`` left, or those of ``path``, on the mesh; of many hosts each reads what it holds."""
     path = path or weight_files.find(recipe.name, stage, workdir)
-    params = weight_files.load_transformer(path, config, stage)
+    expected, what = transformer.abstract(config), f"{stage} weights {path}"
     if place.mesh is None:
-        return jax.tree.map(jnp.asarray, params)
-    return place.put(params, place.params(transformer.spec(config), config.rules))
+        return store.load_arrays(path, expected, what)[0]
+    # A whole file has one checksum, so one process reads all of it, through a buffer.
+    hosts.ask_first(lambda: store.verify(path))
+    return store.load_sharded(path, expected, place.params(transformer.spec(config), config.rules), what)[0]
 
 
 def with_vae(recipe: Recipe, workdir: pathlib.Path) -> tuple[Any, Recipe]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from causvid_jax.config import ConfigError
 from causvid_jax.weights import stages, store
@@ -185,3 +186,37 @@ def test_arrays_come_straight_in_the_types_asked_for(tmp_path):
     path.write_bytes(damaged)
     with pytest.raises(ConfigError, match="is corrupt: its checksum does not match"):
         store.load_arrays(path, expected, "weights")
+
+
+def test_onto_a_mesh_every_part_is_read_once(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    tree = {"a": {"kernel": rng.normal(size=(8, 6, 4)), "bias": rng.normal(size=4)}, "scalar": np.float64(2.0)}
+    tree = jax.tree.map(np.float32, tree)
+    path = tmp_path / "w.safetensors"
+    store.save_params(path, tree, {"who": "me"})
+    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), tree)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    places = {
+        "a": {
+            "kernel": NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor")),
+            "bias": NamedSharding(mesh, PartitionSpec("tensor")),
+        },
+        "scalar": NamedSharding(mesh, PartitionSpec()),
+    }
+    read, bytes_read = store._read_part, []
+
+    def counted(name, tensor, index, dtype):
+        part = read(name, tensor, index, dtype)
+        bytes_read.append(part.size * tensor.dtype.itemsize)
+        return part
+
+    monkeypatch.setattr(store, "_read_part", counted)
+    arrays, metadata = store.load_sharded(path, expected, places, "weights")
+    assert metadata == {"who": "me"}
+    for got, given, place in zip(*map(jax.tree.leaves, (arrays, tree, places)), strict=True):
+        assert got.sharding == place and got.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(got, jnp.asarray(given).astype(jnp.bfloat16))
+    # Two devices hold every part of the kernel, four every half of the bias, all the scalar.
+    assert sum(bytes_read) == 4 * (8 * 6 * 4 + 4 + 1) and len(bytes_read) == 4 + 2 + 1
+    with pytest.raises(ConfigError, match="weights do not fit the configuration"):
+        store.load_sharded(path, {"a": expected["a"]}, places, "weights")

@@ -79,9 +79,9 @@ def test_refusals(params):
 
 def test_a_working_directory_may_have_the_published_file(params, tmp_path):
     with pytest.raises(ConfigError, match="holds no weights of TAEHV; accepted: taehv/weights.safetensors, taew2_1.sa"):
-        stages.find_taehv(tmp_path)
+        stages.find_taehv("tiny", tmp_path)
     state = {name: np.ascontiguousarray(value) for name, value in taehv.to_published(params, CONFIG).items()}
     safetensors.numpy.save_file(state, tmp_path / "taew2_1.safetensors", {"format": "pt"})
-    jax.tree.map(np.testing.assert_array_equal, stages.load_taehv(stages.find_taehv(tmp_path), CONFIG), params)
+    jax.tree.map(np.testing.assert_array_equal, stages.load_taehv(stages.find_taehv("tiny", tmp_path), CONFIG), params)
     store.save_params(stages.stage_path(tmp_path, "taehv"), params, {})
-    assert stages.find_taehv(tmp_path) == tmp_path / "taehv" / "weights.safetensors"
+    assert stages.find_taehv("tiny", tmp_path) == tmp_path / "taehv" / "weights.safetensors"
