@@ -203,8 +203,9 @@ def together(watch: Watch | None) -> Iterator[None]:
         watch.bye()
         raise
     except BaseException as error:
-        if isinstance(error, Exception):
-            watch.wait(LOSS_SECONDS)
+        # What a collective says when a process is missing is no use to anyone.
+        if isinstance(error, jax.errors.JaxRuntimeError) and watch.wait(LOSS_SECONDS):
+            watch.end()
         watch.failed()
         raise
     watch.bye()

@@ -71,7 +71,8 @@ class Watch:
         self._say(_BYE)
 
     def failed(self) -> None:
-        """Tell the others that this process has met an error."""
+        """Tell the others that this process has met an error; it is about to end by itself."""
+        self._done = True
         self._say(_FAILED)
 
     def wait(self, seconds: float) -> str | None:
@@ -101,18 +102,20 @@ class Watch:
                     self._hear(peer, line)
                 if not piece and peer.number in self._peers:
                     self._drop(peer)
-                    self._stop(self._gone(peer, "is gone: it was killed, or its host does not answer"), 0.0)
+                    self._stop(self._gone(peer, "is gone: it was killed, or its host does not answer"))
 
     def _hear(self, peer: Peer, line: str) -> None:
         if line == _BYE:
             self._drop(peer)
         elif line == _FAILED:
             self._drop(peer)
-            sentence = self._gone(peer, "has failed: its own log says why")
-            threading.Thread(target=self._stop, args=(sentence, GRACE), daemon=True).start()
+            self.lost = self.lost or self._gone(peer, "has failed: its own log says why")
+            timer = threading.Timer(GRACE, self.end)
+            timer.daemon = True
+            timer.start()
         elif line.startswith(_LOST):
             self._drop(peer)
-            self._stop(line.removeprefix(_LOST), 0.0)
+            self._stop(line.removeprefix(_LOST))
 
     def _gone(self, peer: Peer, how: str) -> str:
         return (
@@ -125,13 +128,19 @@ class Watch:
             if self._peers.pop(peer.number, None) is not None:
                 self._selector.unregister(peer.connection)
 
-    def _stop(self, sentence: str, grace: float) -> None:
-        time.sleep(grace)
-        if self._done:
-            return
-        self.lost = sentence
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
-        self._say(f"{_LOST}{sentence}")
+    def _stop(self, sentence: str) -> None:
+        if not self._done:
+            self.lost = self.lost or sentence
+            self.end()
+
+    def end(self) -> None:
+        """End this process, saying which one is :attr:`lost`; unless it has done all there was to do."""
+        with self._lock:
+            if self._done:
+                return
+            self._done = True
+        print(f"error: {self.lost}", file=sys.stderr, flush=True)
+        self._say(f"{_LOST}{self.lost}")
         # What was sent must leave before the connections close.
         time.sleep(RELAY if self._peers else 0.0)
         self._end(STATUS)

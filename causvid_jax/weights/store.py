@@ -225,7 +225,7 @@ def load_sharded(
     def place(name: str) -> jax.Array:
         seen: dict[str, np.ndarray] = {}
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             if str(index) not in seen:
                 seen[str(index)] = _read_part(name, tensors[name], index, want[name].dtype)
             return seen[str(index)]

@@ -169,4 +169,4 @@ def test_processes_that_know_each_other_share_a_stage(tmp_path):
     one, many = (arrays.source(folder / "data" / "trajectories") for folder in (alone, together))
     for i in (0, 63, 64, 65):
         assert one[i]["caption"] == many[i]["caption"]
-        np.testing.assert_allclose(many[i]["trajectory"], one[i]["trajectory"], atol=2e-3)
+        np.testing.assert_allclose(many[i]["trajectory"], one[i]["trajectory"], atol=0.03)  # bfloat16

@@ -80,9 +80,9 @@ def make_recipe(quick: bool = False, **parallel) -> Recipe:
             "teacher": NET,
             "student": NET,
             "causal": {"frames_per_block": 1, "window": 2},
-            "diffusion": {"shift": 3.0, "teacher_steps": 2, "student_steps": (1000.0, 500.0)},
+            "diffusion": {"shift": 3.0, "teacher_steps": 2, "student_steps": (1000.0,) if quick else (1000.0, 500.0)},
             "train_vae": TRAIN | {"frames": 9, "optimizer": TRAIN["optimizer"] | {"learning_rate": 1e-4}},
-            "train_teacher": TRAIN | FAST | ({} if quick else {"steps": STEPS["teacher"]}),
+            "train_teacher": TRAIN | FAST | {"steps": STEPS["teacher"]},
             "train_causal": TRAIN,
             "train_init": TRAIN | {"trajectories": 4},
             "train_distill": TRAIN
@@ -107,10 +107,10 @@ def road(tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
-@pytest.fixture
-def quick(tmp_path) -> pathlib.Path:
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> pathlib.Path:
     """A working directory in which one process trained two stages, with a VAE and on latents that mean nothing."""
-    folder, recipe = tmp_path / "alone", make_recipe(quick=True)
+    folder, recipe = tmp_path_factory.mktemp("quick"), make_recipe(quick=True)
     store.save_params(stage_path(folder, "vae"), vae.init(jax.random.key(0), recipe.vae), {})
     rng = np.random.default_rng(0)
     arrays.write_dataset(
@@ -204,10 +204,10 @@ def trained(folder, count, names):
     return said, [r[2] for r in results]
 
 
-def check_stage(road, folder, stage, steps=3):
+def check_stage(road, folder, stage):
     """The stage in ``folder`` was trained as that in ``road``."""
     np.testing.assert_allclose(losses(folder, stage), losses(road, stage), rtol=1e-6, err_msg=stage)
-    assert len(losses(folder, stage)) == steps
+    assert len(losses(folder, stage)) == STEPS.get(stage, 3)
     once, many = (store.flatten(store.load_params(f / stage / "weights.safetensors")[0]) for f in (road, folder))
     assert once.keys() == many.keys()
     for key in once:
@@ -227,8 +227,8 @@ def check_all_stages(road, folder, count, **parallel):
     shares = [4] * (3 + STEPS["teacher"] + 3 + 3) + [12] * 3
     assert all(one["read"] == [share // count for share in shares] for one in said)
     for stage in stages.STAGES:
-        check_stage(road, folder, stage, STEPS.get(stage, 3))
-        assert len(list((folder / stage / "samples").iterdir())) == 1
+        check_stage(road, folder, stage)
+        assert count > 2 or len(list((folder / stage / "samples").iterdir())) == 1
         assert len(list((folder / stage / "tensorboard").iterdir())) == 1
     # The progress of one process is shown, not that of all.
     assert "distill 3/3" in errors[0] and all("distill 3/3" not in error for error in errors[1:])
@@ -241,9 +241,9 @@ def test_two_processes_train_teacher_and_student_as_one_does(quick, tmp_path):
     said, _ = trained(folder, 2, QUICK)
     for stage in QUICK:
         check_stage(quick, folder, stage)
-    # Three networks start from the teacher's weights; each process reads its half of what is split, and the rest.
-    whole = 3 * sum(x.nbytes for x in store.flatten(store.load_params(stage_path(quick, "teacher"))[0]).values())
-    assert all(0.5 * whole <= one["weights"] < 0.75 * whole for one in said)
+    # The teacher is read, and once more as the student; each process reads its half of what is split, and the rest.
+    whole = 2 * sum(x.nbytes for x in store.flatten(store.load_params(stage_path(quick, "teacher"))[0]).values())
+    assert all(0.5 * whole <= one["weights"] < 0.6 * whole for one in said), (whole, said)
 
 
 @pytest.mark.slow
@@ -275,10 +275,10 @@ def saved(folder, stage):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("signal", "statuses"), [("TERM", [0, 0]), ("INT", [0, 130])])
-def test_a_signal_to_one_process_stops_both_after_the_same_step(road, tmp_path, signal, statuses):
+def test_a_signal_to_one_process_stops_both_after_the_same_step(quick, tmp_path, signal, statuses):
     folder = tmp_path / "stopped"
     folder.mkdir()
-    beginning(road, folder, make_recipe(data=2), "vae")
+    beginning(quick, folder, make_recipe(quick=True, data=2), "vae")
     results = run(2, program(folder, "teacher", {1: (signal, 2)}))
     assert [r[0] for r in results] == statuses, "\n".join(r[2][-3000:] for r in results)
     step = losses(folder, "teacher")[-1, 0]
@@ -292,12 +292,13 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(road, tmp_path, 
     # One process goes on from the checkpoint of two; so do two.
     single = tmp_path / "single"
     shutil.copytree(folder, single, symlinks=True)
-    loop.train(stages.make_stage("teacher", make_recipe(), single), single)
+    stage = stages.make_stage("teacher", make_recipe(quick=True), single)
+    loop.train(dataclasses.replace(stage, sample=lambda *_: {}), single)
     results = run(2, program(folder, "teacher"))
     assert [r[0] for r in results] == [0, 0], "\n".join(r[2][-3000:] for r in results)
     assert f"going on from step {step:.0f}" in results[0][2]
     for finished in (single, folder):
-        np.testing.assert_allclose(losses(finished, "teacher"), losses(road, "teacher"), rtol=1e-6)
+        np.testing.assert_allclose(losses(finished, "teacher"), losses(quick, "teacher"), rtol=1e-6)
 
 
 @pytest.mark.slow
