@@ -292,16 +292,20 @@ def taehv_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     place = shardings.place(recipe.parallel, recipe.student.rules)
     sources = _clips(recipe, workdir)
     vae_params = _on_devices(vae_params, place)
-    encode = place.everywhere(functools.partial(vae.encode, config=recipe.vae))
-    decode = place.everywhere(functools.partial(taehv.decode, config=tiny))
+    split = None if place.mesh is None else shardings.batch_sharding(place.mesh, place.rules)
+    encode = jax.jit(functools.partial(vae.encode, config=recipe.vae), out_shardings=split)
+
+    @place.everywhere
+    def reconstruct(params, vae_params, video):
+        return taehv.decode(params, vae.encode(vae_params, video, config=recipe.vae), config=tiny)
 
     def ready(batch: dict[str, Any]) -> dict[str, jax.Array]:
         video = place.batch(batch["video"])
-        return {"video": video, "latents": place.batch(encode(vae_params, video))}
+        return {"video": video, "latents": encode(vae_params, video)}
 
     def sample(state: TrainState, folder: pathlib.Path, step: int) -> dict[str, float]:
         batch = next(pipeline.clip_batches(sources["test"], batch_size=config.samples, seed=0))
-        output = np.asarray(decode(state.ema, encode(vae_params, batch["video"])))
+        output = np.asarray(reconstruct(state.ema, vae_params, batch["video"]))
         return _show_reconstruction(batch, output, folder, step, recipe)
 
     return Stage(
