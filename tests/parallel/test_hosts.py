@@ -81,7 +81,7 @@ def make_recipe(quick: bool = False, **parallel) -> Recipe:
             "student": NET,
             "causal": {"frames_per_block": 1, "window": 2},
             "diffusion": {"shift": 3.0, "teacher_steps": 2, "student_steps": (1000.0,) if quick else (1000.0, 500.0)},
-            "train_vae": TRAIN | {"frames": 9, "optimizer": TRAIN["optimizer"] | {"learning_rate": 1e-4}},
+            "train_vae": TRAIN | {"frames": 9, "optimizer": TRAIN["optimizer"] | {"learning_rate": 2e-5}},
             "train_teacher": TRAIN | FAST | {"steps": STEPS["teacher"]},
             "train_causal": TRAIN,
             "train_init": TRAIN | {"trajectories": 4},
