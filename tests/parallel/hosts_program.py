@@ -1,7 +1,7 @@
 """One of the processes of ``test_hosts.py``; it does what ``launch.train`` does, so that one start serves many checks.
 
 ``hosts_program.py stages WORKDIR PROCESS COUNT PORT NAMES`` trains the stages NAMES of ``WORKDIR/recipe.json`` in
-``WORKDIR`` and prints as JSON what it was refused on the way, and how much it read.
+``WORKDIR/NAME`` each and prints as JSON what it was refused on the way, and how much it read.
 ``hosts_program.py train EVENT STEP FLAGS...`` is ``launch.train`` with FLAGS to which the EVENT happens before step
 STEP (0: never): a signal (TERM, INT, KILL), INT+INT or ERROR.
 """
@@ -58,7 +58,7 @@ def _joined(workdir, number, names):
 
     store._read_part = counted
     for name in names:
-        stage = stages.make_stage(name, recipe, folder)
+        stage = stages.make_stage(name, recipe, folder / name)
 
         def ready(batch, stage=stage):
             read.append(len(batch["caption"]))
@@ -66,7 +66,7 @@ def _joined(workdir, number, names):
 
         # Only the test of all stages in two processes looks at samples.
         sample = stage.sample if len(names) > 2 and jax.process_count() == 2 else lambda *_: {}
-        loop.train(dataclasses.replace(stage, ready=ready, sample=sample), folder)
+        loop.train(dataclasses.replace(stage, ready=ready, sample=sample), folder / name)
     weights = sum(part.nbytes for part in parts)
     print("RESULT", json.dumps(said | {"first": hosts.first(), "read": read, "weights": weights}))
 

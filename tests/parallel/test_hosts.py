@@ -82,7 +82,7 @@ def make_recipe(quick: bool = False, **parallel) -> Recipe:
             "student": NET,
             "causal": {"frames_per_block": 1, "window": 2},
             "diffusion": {"shift": 3.0, "teacher_steps": 2, "student_steps": (1000.0,) if quick else (1000.0, 500.0)},
-            "train_vae": TRAIN | {"frames": 9, "optimizer": TRAIN["optimizer"] | {"learning_rate": 1e-4}},
+            "train_vae": TRAIN | {"frames": 9, "optimizer": TRAIN["optimizer"] | {"learning_rate": 2e-5}},
             "train_taehv": TRAIN | {"optimizer": TRAIN["optimizer"] | {"learning_rate": 1e-4}},
             "train_teacher": TRAIN | FAST | {"steps": STEPS["teacher"]},
             "train_causal": TRAIN,
@@ -192,8 +192,15 @@ def losses(workdir, stage):
     return np.array([[r["step"], *(r[name] for name in names)] for r in records])
 
 
-def trained(folder, count, names):
-    """``count`` processes train the stages ``names`` in ``folder``; what each said, and its standard error."""
+def trained(road, folder, count, names, **parallel):
+    """``count`` processes train the stages ``names``, each from what ``road`` has and each in a directory of its name
+    under ``folder``; what each process said, and its standard error."""
+    beginning(road, folder, make_recipe(quick=names == QUICK, **parallel))
+    for name in names:
+        (folder / name).mkdir()
+        for other in ("data", *stages.STAGES):
+            if other != name and (road / other).exists():
+                (folder / name / other).symlink_to(road / other)
     results = run(count, lambda i, port: ("stages", folder, i, count, port, ",".join(names)))
     assert [r[0] for r in results] == [0] * count, "\n".join(r[2][-3000:] for r in results)
     said = [json.loads(r[1].split("RESULT ")[1].splitlines()[0]) for r in results]
@@ -223,15 +230,14 @@ def check_stage(road, folder, stage):
 
 def check_all_stages(road, folder, count, **parallel):
     """``count`` processes train every stage; the answers are compared with those of one process."""
-    beginning(road, folder, make_recipe(**parallel))
-    said, errors = trained(folder, count, stages.STAGES)
+    said, errors = trained(road, folder, count, tuple(stages.STAGES), **parallel)
     # Each reads its share of every batch of 4; K + 1 = 3 batches at once in the distillation.
     shares = [4] * (3 + STEPS["teacher"] + 3 + 3) + [12] * 3
     assert all(one["read"] == [share // count for share in shares] for one in said)
     for stage in stages.STAGES:
-        check_stage(road, folder, stage)
-        assert count > 2 or len(list((folder / stage / "samples").iterdir())) == 1
-        assert len(list((folder / stage / "tensorboard").iterdir())) == 1
+        check_stage(road, folder / stage, stage)
+        assert count > 2 or len(list((folder / stage / stage / "samples").iterdir())) == 1
+        assert len(list((folder / stage / stage / "tensorboard").iterdir())) == 1
     # The progress of one process is shown, not that of all.
     assert "distill 3/3" in errors[0] and all("distill 3/3" not in error for error in errors[1:])
 
@@ -239,10 +245,9 @@ def check_all_stages(road, folder, count, **parallel):
 def test_two_processes_train_teacher_and_student_as_one_does(quick, tmp_path):
     folder = tmp_path / "together"
     folder.mkdir()
-    beginning(quick, folder, make_recipe(quick=True, data=1, fsdp=2), "vae")
-    said, _ = trained(folder, 2, QUICK)
+    said, _ = trained(quick, folder, 2, QUICK, data=1, fsdp=2)
     for stage in QUICK:
-        check_stage(quick, folder, stage)
+        check_stage(quick, folder / stage, stage)
     # The teacher is read, and once more as the student; each process reads its half of what is split, and the rest.
     whole = 2 * sum(x.nbytes for x in store.flatten(store.load_params(stage_path(quick, "teacher"))[0]).values())
     assert all(0.5 * whole <= one["weights"] < 0.6 * whole for one in said), (whole, said)
