@@ -28,6 +28,8 @@ setup(
         "orbax-checkpoint>=0.12.2",
         "einops>=0.8",
         "ml-collections>=1.1",
+        # jax.export, which writes and reads programs, imports it but does not declare it.
+        "flatbuffers",
         "tensorflow-datasets>=4.9.9",
         # tensorflow-datasets imports it while preparing a dataset but does not declare it.
         "importlib_resources",

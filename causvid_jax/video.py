@@ -10,7 +10,7 @@ import itertools
 import math
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from types import TracebackType
 from typing import Any
@@ -200,11 +200,20 @@ def iterate_frames(
 
 def read_image(path: str | pathlib.Path, height: int, width: int) -> np.ndarray:
     """uint8 ``[height, width, 3]``: the image scaled to cover the size, then cropped at the centre."""
+    return _read_image(path, lambda image: _cover(image, height, width))
+
+
+def read_picture(path: str | pathlib.Path) -> np.ndarray:
+    """uint8 ``[h, w, 3]``: the image at its own size, whole."""
+    return _read_image(path, lambda image: np.asarray(image, np.uint8))
+
+
+def _read_image(path: str | pathlib.Path, use: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     path = pathlib.Path(path)
     require(path.is_file(), f"image {str(path)!r} does not exist")
     try:
         with Image.open(path) as image:
-            return _cover(image.convert("RGB"), height, width)
+            return use(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError) as error:
         raise ConfigError(f"cannot read image {str(path)!r}: it is not an image or it is damaged") from error
 

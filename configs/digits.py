@@ -51,9 +51,11 @@ def get_config() -> ml_collections.ConfigDict:
                 "steps": 7500,
                 "batch_size": 2,
                 "frames": 49,
-                # (until step, frames, clips): short clips teach the pixels, long ones keep colours from drifting.
+                # (until step, frames, clips): short clips teach the pixels, long ones how to stay as they are.
                 "curriculum": ((2838, 5, 8), (5000, 17, 4)),
                 "kl_weight": 1e-5,
+                # Whole clips would let the latents of later frames leave out the colour, which does not change.
+                "cut": 4,
                 "optimizer": {
                     "learning_rate": 3e-3,
                     "warmup_steps": 100,

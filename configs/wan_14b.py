@@ -1,12 +1,14 @@
 """Wan2.1-T2V-14B: as ``wan_1_3b``, with the large network as teacher and student.
 
 ``configs/wan_14b.py:i2v`` is Wan2.1-I2V-14B at 480p: the same network with the image branch, and the published sampler
-(UniPC, 40 steps, shift 3). It is sampled with ``--teacher --image``; no stage trains a student with an image branch.
+(UniPC, 40 steps, shift 3) and null prompt. It is sampled with ``--teacher --image``; no stage trains a student with an
+image branch.
 """
 
 import ml_collections
 
 from causvid_jax.config import require
+from causvid_jax.data.prompts import NEGATIVE_PROMPT_IMAGE
 from configs import wan_1_3b
 
 SIZES = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
@@ -20,5 +22,6 @@ def get_config(variant: str = "t2v") -> ml_collections.ConfigDict:
     if variant == "t2v":
         return wan_1_3b.recipe("wan_14b", SIZES, GUIDANCE)
     config = wan_1_3b.recipe("wan_14b_i2v", SIZES | IMAGE, GUIDANCE)
+    config.text.negative = NEGATIVE_PROMPT_IMAGE
     config.diffusion.update({"shift": 3.0, "teacher_steps": 40, "solver": "unipc"})
     return config

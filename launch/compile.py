@@ -1,10 +1,16 @@
-"""Compile for a machine that is not at hand, and say whether the program fits and roughly how fast it is.
+"""Compile ahead of time: to say whether a program fits a machine that is not at hand, or to keep the sampler as a file.
 
 ``python -m launch.compile --config=configs/wan_14b.py --stage=distill --topology=v5p:4x4x4``
 
 The mesh is ``--config.parallel.*``. Nothing of the machine is needed but a compiler for it: the extra ``tpu``, or for
 GPUs ``cuda12``. ``--estimate`` needs neither: it computes memory and time from shapes. The status is 1 if the program
 does not fit; then the machine's nearest mesh that should is said.
+
+``python -m launch.compile --config=configs/wan_1_3b.py --stage=stream --platform=cuda --output=stream.program``
+
+lowers the streaming sampler for one device of a platform (cpu, cuda, tpu), at the recipe's size and ``--batch`` videos
+at once, and writes it to a file that ``launch.sample --program`` loads without tracing the model
+(``causvid_jax.streaming.programs``). The device need not be there, but cuDNN has to be, if it is the attention.
 """
 
 import dataclasses
@@ -22,7 +28,13 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "TPU KIND:AxB[xC], *N for N slices; GPU KIND:N or KIND:NODESxN; for example v5p:4x4x4, h200:8x8."
 )
 _ESTIMATE = flags.DEFINE_bool("estimate", False, "Compute the figures from shapes; nothing is compiled.")
-_OUTPUT = flags.DEFINE_string("output", None, "Also write the report as JSON to this file.")
+_OUTPUT = flags.DEFINE_string("output", None, "Write the report as JSON to this file, too; the program's file.")
+_PLATFORM = flags.DEFINE_string("platform", None, "Write the stream's program for cpu, cuda or tpu to --output.")
+_BATCH = flags.DEFINE_integer("batch", 1, "With --platform: videos at once.")
+_EXACT = flags.DEFINE_bool("exact", False, "With --platform: as launch.sample --exact.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "With --platform: the folder whose VAE says how latents are normalised, if the recipe does not."
+)
 
 TOO_LARGE = 1
 
@@ -35,7 +47,11 @@ def main() -> None:
 
     stage, name = _STAGE.value or "", _TOPOLOGY.value or ""
     require(stage in aot.STAGES, f"--stage is {stage!r}; accepted: {', '.join(aot.STAGES)}")
-    require(name != "", "no --topology is given; for example --topology=v5p:4x4x4")
+    if _PLATFORM.value is not None:
+        require(name == "", "--platform and --topology are both given; accepted: one of them")
+        build(recipe, stage, _PLATFORM.value)
+        return
+    require(name != "", "no --topology is given; for example --topology=v5p:4x4x4 (or --platform=cuda)")
     output = common.check_output(_OUTPUT.value, (".json",)) if _OUTPUT.value else None
     machine = topology.parse(name)
     try:
@@ -55,6 +71,24 @@ def main() -> None:
     if not report.fits:
         print(advice(recipe, stage, machine), file=sys.stderr)
         sys.exit(TOO_LARGE)
+
+
+def build(recipe, stage, platform) -> None:
+    """Lower the stream's programs and write them."""
+    from causvid_jax.models import numerics
+    from causvid_jax.streaming import programs
+    from causvid_jax.weights import stages
+
+    require(stage == "stream", f"--stage is {stage!r}; accepted with --platform: 'stream'")
+    output = common.check_output(_OUTPUT.value, (programs.SUFFIX,))
+    if _EXACT.value:
+        recipe = numerics.exact(recipe, teacher=False)
+    if recipe.decoder == "vae":
+        recipe = dataclasses.replace(recipe, vae=stages.find_statistics(recipe.name, recipe.vae, _CHECKPOINT.value))
+    header, made = programs.build(recipe, platform, batch=_BATCH.value)
+    programs.save(output, header, made)
+    print(programs.describe(header, made))
+    print(f"Wrote {output}, {programs.files.in_words(output.stat().st_size)}")
 
 
 def advice(recipe, stage, machine) -> str:

@@ -9,12 +9,13 @@ becomes a folder of them: for our own format a working directory that ``launch.s
 |---|---|---|
 | ``teacher/weights.safetensors`` (``--stage``) | ``diffusion_pytorch_model*.safetensors`` | ``transformer/`` |
 | ``vae/weights.safetensors`` | ``Wan2.1_VAE.pth`` | ``vae/`` |
-| ``text_encoder.safetensors`` | ``models_t5_umt5-xxl-enc-bf16.pth`` | ``text_encoder/`` |
-| ``tokenizer.json``, copied | ``google/umt5-xxl/`` | ``tokenizer/`` |
-| ``image_encoder.safetensors``, of image to video | ``models_clip_*.pth`` | ``image_encoder/`` |
-| ``taehv.safetensors``, if it was put there | ``taew2_1.pth`` or ``.safetensors`` | the same |
+| ``text_encoder/weights.safetensors`` | ``models_t5_umt5-xxl-enc-bf16.pth`` | ``text_encoder/`` |
+| ``text_encoder/tokenizer.json``, copied | ``google/umt5-xxl/`` | ``tokenizer/`` |
+| ``image_encoder/weights.safetensors``, of image to video | ``models_clip_*.pth`` | ``image_encoder/`` |
+| ``taehv/weights.safetensors``, if it was put there | ``taew2_1.pth`` or ``.safetensors`` | the same |
 
-The tiny codec comes by itself: ``--input=taew2_1.pth --output=runs/wan/taehv.safetensors`` adds it to a directory.
+The tiny codec comes by itself: ``--input=taew2_1.pth --output=runs/wan/taehv/weights.safetensors``
+adds it to a directory.
 """
 
 import functools
@@ -124,9 +125,9 @@ def places(plans: Mapping[str, convert.Plan], output: str, naming: str, stage: s
             where = "." if component == "transformer" else f"{exports.file_stem(component, naming)}.safetensors"
         elif component == "transformer":
             student = plan.source.part.split(".")[-1].startswith("generator")
-            where = f"{stage or ('distill' if student else 'teacher')}/weights.safetensors"
+            where = stages.place(stage or ("distill" if student else "teacher"))
         else:
-            where = stages.FILES[component]
+            where = stages.place(component)
         placed[where] = plan
     return placed
 

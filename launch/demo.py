@@ -41,12 +41,15 @@ Params = dict[str, Any]
 
 
 def load(recipe: Recipe, workdir: str | None) -> tuple[Params, Recipe]:
-    """``{"vae", "teacher", "student"}`` and the recipe with the statistics of the VAE's latents."""
+    """``{"vae", "teacher", "student"}``, the tiny decoder if the recipe names it, and the recipe with the statistics of
+    the VAE's latents."""
     params = {}
     params["vae"], config = stages.load_vae(stages.find(recipe.name, "vae", workdir), recipe.vae)
     for role, stage, net in (("teacher", "teacher", recipe.teacher), ("student", "distill", recipe.student)):
         path = stages.find(recipe.name, stage, workdir)
         params[role] = stages.load_transformer(path, net, role)
+    if recipe.decoder == "taehv":
+        params["taehv"] = stages.load_taehv(stages.find_taehv(recipe.name, workdir), recipe.taehv)
     return jax.device_put(params), dataclasses.replace(recipe, vae=config)
 
 

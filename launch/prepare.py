@@ -5,7 +5,8 @@ trained VAE; ``videos`` does both for a folder of videos (``--videos=DIR --capti
 of prompts (``--prompts=FILE``), and leaves the rows of a UMT5 encoder, the negative prompt's among them, in
 ``WORKDIR/prompts``, where trajectories and training find them: neither has room for the encoder; ``trajectories`` runs
 the trained teacher's ODE. Each writes a tfds dataset under ``WORKDIR/data``, keeps what is there already, and after an
-interruption goes on where it stopped. Several machines share a stage with ``--host_index=I --host_count=N``.
+interruption goes on where it stopped. Several machines share a stage as they share a training (docs/hosts.md), or each
+by itself with ``--host_index=I --host_count=N``.
 ``assets``, when all is trained, makes the weights of ``WORKDIR`` those that come with the package. Formats and rules:
 docs/data.md.
 """
@@ -20,8 +21,9 @@ from absl import flags, logging
 from causvid_jax.config import ConfigError, Recipe, require
 from causvid_jax.data import arrays, captions, derived, encoder, moving_digits, pipeline, videos
 from causvid_jax.data import recipe as recipe_data
+from causvid_jax.parallel import hosts
 from causvid_jax.weights import stages
-from launch import common
+from launch import common, processes
 
 _CONFIG = common.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the recipe keeps its data, weights and logs.")
@@ -37,6 +39,7 @@ _BATCH = flags.DEFINE_integer("batch", 1, "videos: clips per device and call of 
 _WORKERS = flags.DEFINE_integer("workers", 2, "videos: how many are decoded at a time.")
 _HOST_INDEX = flags.DEFINE_integer("host_index", None, "This machine's number from 0; none: JAX's process index.")
 _HOST_COUNT = flags.DEFINE_integer("host_count", None, "How many machines share the stage; none: JAX's process count.")
+processes.define_flags()
 
 
 def data(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
@@ -70,7 +73,7 @@ def encode_videos(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     listed = captions.list_videos(root, _flag(_CAPTIONS))
     chosen, reader = listed[: count or len(listed)], encoder.open_encoder(recipe, workdir)
     # Once, and before the VAE is there: a chunk alone would have the encoder's weights read for each.
-    encoder.fill(reader, [video.caption for video in chosen])
+    _fill(reader, [video.caption for video in chosen])
     params, config = stages.load_vae(stages.find(recipe.name, "vae", workdir), recipe.vae)
     folder = recipe_data.folder(workdir, _flag(_NAME))
     before = arrays.is_complete(folder)
@@ -96,7 +99,7 @@ def prompts(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     if recipe.text.kind != "words":
         known = chosen if chosen is not None else recipe_data.prompts(recipe, workdir)
         wanted = encoder.missing(reader, [recipe.text.negative, *known[: count or len(known)]])
-        encoder.fill(reader, wanted)
+        _fill(reader, wanted)
         if chosen is None:
             return f"{workdir / 'prompts'}: {len(known)} captions and the negative prompt, {len(wanted)} of them new"
     if chosen is None:
@@ -169,11 +172,22 @@ def _prompt_list(recipe: Recipe) -> list[str] | None:
     return captions.read_prompts(path) if path else None
 
 
+def _fill(reader: encoder.Encoder, wanted: list[str]) -> None:
+    """Encode the captions that are ``wanted``, each process its share; machines that do not know each other, all."""
+    encoder.fill(reader, wanted[jax.process_index() :: jax.process_count()])
+    hosts.sync("captions encoded")
+
+
 def _host() -> dict[str, int]:
     """Which machine of how many this is: by the flags, else by JAX."""
     index, count = _flag(_HOST_INDEX), _flag(_HOST_COUNT)
     if index is None and count is None:
         return pipeline.this_process()
+    require(
+        jax.process_count() == 1,
+        f"--host_index is {index}, but this is process {jax.process_index()} of {jax.process_count()} that know each "
+        "other; they share the stage without it",
+    )
     require(
         index is not None and count is not None,
         f"--host_index is {index} and --host_count is {count}; give both or neither",
@@ -183,6 +197,7 @@ def _host() -> dict[str, int]:
 
 
 def _summary(folder: pathlib.Path, before: bool) -> str:
+    hosts.sync(f"{folder.name} written")
     if not arrays.is_complete(folder):
         return f"{folder}: this process is done, others are not; the last one to end finishes the dataset"
     done = "was complete already, nothing to do: " if before else ""
@@ -207,10 +222,24 @@ def main() -> None:
     require(stage in STAGES, f"--stage is {stage!r}; accepted: {', '.join(STAGES)}")
     require(count >= 0, f"--count is {count}; it must not be negative")
     folder = common.writable_workdir(workdir)
-    if stage != "data":
-        common.enable_compilation_cache()
-        logging.info("%d process(es), %d device(s) here", jax.process_count(), jax.local_device_count())
-    print(STAGES[stage](recipe, folder, count))
+    with processes.joined() as many:
+        if many:
+            given = {flag.name: flag.value for flag in (_VIDEOS, _CAPTIONS, _PROMPTS, _NAME, _SHARD_VIDEOS)}
+            given |= {"clips_per_video": _CLIPS_PER_VIDEO.value, "stage": stage, "count": count}
+            processes.check(given | {"config": dataclasses.asdict(recipe)}, folder)
+        if stage != "data":
+            common.enable_compilation_cache()
+            logging.info("%d process(es), %d device(s) here", jax.process_count(), jax.local_device_count())
+        # These two are no work to share: one process does it, the others find it done.
+        others_wait = many and stage in ("data", "assets")
+        if others_wait and not hosts.first():
+            hosts.sync(stage)
+            return
+        said = STAGES[stage](recipe, folder, count)
+        if others_wait:
+            hosts.sync(stage)
+        if not many or hosts.first():
+            print(said)
 
 
 if __name__ == "__main__":

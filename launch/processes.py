@@ -3,8 +3,10 @@
 None is needed on one host, under SLURM, under Open MPI or on a TPU pod (docs/hosts.md).
 """
 
+import contextlib
 import importlib.metadata
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,15 +17,16 @@ from causvid_jax.parallel import hosts, start
 
 
 def define_flags() -> None:
-    """Define them; :func:`join` reads them."""
+    """Define them; :func:`joined` reads them."""
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, if the processes cannot find each other.")
     flags.DEFINE_integer("processes", 0, "How many processes there are, with --coordinator.")
     flags.DEFINE_integer("process", -1, "The number of this one, from 0, with --coordinator.")
     flags.DEFINE_float("wait", start.WAIT, "Seconds for which the other processes are waited for.")
 
 
-def join() -> None:
-    """Join the other processes; to be called before anything touches a device.
+@contextlib.contextmanager
+def joined() -> Iterator[bool]:
+    """Join the other processes, before anything touches a device, for what is done together; whether there are any.
 
     Raises:
         ConfigError: see :mod:`causvid_jax.parallel.start`.
@@ -31,11 +34,13 @@ def join() -> None:
     given = flags.FLAGS
     require(given.wait > 0, f"--wait is {given.wait:g} seconds; it must be positive")
     address = start.find(given.coordinator, given.processes, given.process, wait=given.wait)
-    start.join(address, wait=given.wait)
+    watch = start.join(address, wait=given.wait)
     if address is not None:
         logging.info("Process %d of %d, coordinator %s.", address.process_id, address.processes, address.coordinator)
         if not hosts.first():
             logging.set_verbosity(logging.WARNING)
+    with start.together(watch):
+        yield watch is not None
 
 
 def check(arguments: dict[str, Any], workdir: pathlib.Path) -> None:

@@ -3,17 +3,20 @@
 Streams with the four-step student, of any length, and writes while it generates. Several ``--prompt`` run side by side
 into ``out_0.mp4``, ``out_1.mp4``, .... ``--image`` starts from a picture, ``--video`` follows a video, and
 ``--switch "405:a blue 7 moving up"`` changes the prompt at the block that holds frame 405. ``--teacher`` samples the
-many-step bidirectional model instead, on one clip. Default weights are those of the package.
+many-step bidirectional model instead, on one clip; one with an image branch (``configs/wan_14b.py:i2v``) starts from
+``--image``. Default weights are those of the package.
 
 With published weights: ``--config=configs/wan_1_3b.py --checkpoint=DIR``, DIR being what ``launch.convert`` makes::
 
     DIR/distill/weights.safetensors          the student, or with --teacher DIR/teacher/weights.safetensors
     DIR/vae/weights.safetensors
     DIR/text_encoder/weights.safetensors     UMT5; beside it tokenizer.json, of google/umt5-xxl
+    DIR/image_encoder/weights.safetensors    CLIP, for a teacher with an image branch
     DIR/taehv/weights.safetensors            with --config.decoder=taehv; or DIR/taew2_1.safetensors as published
     DIR/prompts/                             encoded prompts, kept from run to run
 
-What the device has to hold, and when, is printed before anything is loaded. ``--exact`` follows the published code's
+``--program=FILE`` runs what ``launch.compile --platform`` built of the same recipe instead of tracing the model. What
+the device has to hold, and when, is printed before anything is loaded. ``--exact`` follows the published code's
 numerics (``causvid_jax.models.numerics``).
 """
 
@@ -30,11 +33,11 @@ import numpy as np
 from absl import flags
 
 from causvid_jax import video as files
-from causvid_jax.config import ConfigError, Recipe, VideoConfig, require
+from causvid_jax.config import CLIPConfig, ConfigError, Recipe, VideoConfig, require
 from causvid_jax.data import encoder
 from causvid_jax.evaluation import samplers
 from causvid_jax.models import numerics, transformer, vae
-from causvid_jax.streaming import codec, memory, play, stream
+from causvid_jax.streaming import codec, image_to_video, memory, play, programs, stream
 from causvid_jax.weights import stages, store
 from launch import common
 
@@ -62,6 +65,7 @@ _PROMPT_CACHE = flags.DEFINE_string(
     "prompt_cache", None, "Where encoded prompts are kept; default: prompts/ beside text_encoder/; empty: nowhere."
 )
 _EXACT = flags.DEFINE_bool("exact", False, "Round as the published code does, and read its tables.")
+_PROGRAM = flags.DEFINE_string("program", None, "Run this program of launch.compile instead of tracing the model.")
 _UPSCALE = flags.DEFINE_integer("upscale", 0, "Size of a pixel in the file; 0: such that tiny videos can be seen.")
 
 VISIBLE = 256
@@ -100,7 +104,7 @@ def find_weights(
 ) -> tuple[dict[str, pathlib.Path], Recipe]:
     """The files of ``role`` and of the codecs it needs, whose headers fit; and the recipe with the latents' statistics.
 
-    ``encodes``: whether pixels have to become latents, which only the VAE does.
+    ``encodes``: whether pixels have to become latents, which only the VAE does; the teacher also reads them by CLIP.
     """
     stage = "distill" if role == "student" else "teacher"
     given = pathlib.Path(checkpoint) if checkpoint else None
@@ -109,10 +113,12 @@ def find_weights(
     found = {role: given if given and not workdir else stages.find(recipe.name, stage, workdir)}
     store.check_file(found[role], transformer.abstract(getattr(recipe, role)), f"{role} weights {found[role]}")
     if recipe.decoder == "taehv":
-        found["taehv"] = stages.find_taehv(workdir or ".")
+        found["taehv"] = stages.find_taehv(recipe.name, workdir)
         stages.load_taehv(found["taehv"], recipe.taehv)  # small enough to read it twice
         if not encodes:
             return found, recipe
+    if role == "teacher" and encodes:
+        found["image_encoder"], _ = stages.find_image_encoder(workdir or ".", recipe.teacher)
     found["vae"] = stages.find(recipe.name, "vae", workdir)
     statistics = store.check_file(found["vae"], vae.abstract(recipe.vae), f"VAE weights {found['vae']}")
     return found, dataclasses.replace(recipe, vae=stages.latent_statistics(recipe.vae, statistics))
@@ -145,10 +151,18 @@ class Request:
     prompts: list[str]
     outputs: list[pathlib.Path]
     switches: dict[int, tuple[int, str]]
-    image: np.ndarray | None
+    image: np.ndarray | None  # [H, W, 3], of the video's size
+    picture: np.ndarray | None  # the same, whole: what CLIP reads
     video: np.ndarray | None
     encoder: encoder.Encoder
     weights: dict[str, pathlib.Path]
+    program: programs.Programs | None = None
+
+    @property
+    def clip(self) -> CLIPConfig | None:
+        """Sizes of the image encoder, if one is needed."""
+        path = self.weights.get("image_encoder")
+        return stages.image_encoder_config(path) if path else None
 
     @property
     def texts(self) -> list[str]:
@@ -162,6 +176,11 @@ def read_request() -> Request:
     recipe, prompts = common.load_recipe(_CONFIG), _PROMPT.value
     require(bool(prompts), 'no --prompt is given; for example --prompt="a red 3 moving left"')
     require(not (_IMAGE.value and _VIDEO.value), "--image and --video are both given; accepted: one of them")
+    for name, given in (("teacher", _TEACHER.value), ("image", _IMAGE.value), ("video", _VIDEO.value)):
+        require(
+            not (given and _PROGRAM.value),
+            f"--{name} is given with --program, which holds text to video only; leave one of them out",
+        )
     require(_UPSCALE.value >= 0, f"--upscale is {_UPSCALE.value}; it must not be negative")
     require(0 <= _SEED.value < 2**32, f"--seed is {_SEED.value}; accepted: 0 to {2**32 - 1}")
     require(_FRAMES.value is None or _FRAMES.value >= 1, f"--frames is {_FRAMES.value}; it must be at least 1")
@@ -173,6 +192,12 @@ def read_request() -> Request:
     encoder.check(reader, prompts)
     size = recipe.video.height, recipe.video.width
     image = files.read_image(_IMAGE.value, *size) if _IMAGE.value else None
+    branch = (recipe.teacher if _TEACHER.value else recipe.student).image_dim > 0
+    picture = files.read_picture(_IMAGE.value) if _IMAGE.value and branch else None
+    require(
+        not branch or (_TEACHER.value and _IMAGE.value),
+        f"recipe {recipe.name!r} has an image branch; accepted: --teacher and --image, both",
+    )
     video = None
     if _VIDEO.value:
         stream.strength_step(recipe.diffusion, _STRENGTH.value)
@@ -180,7 +205,8 @@ def read_request() -> Request:
         frames = _FRAMES.value or len(video)
         require(len(video) >= frames, f"--frames is {frames}, but --video has only {len(video)} to follow")
     if _TEACHER.value:
-        for name, value in (("image", _IMAGE.value), ("video", _VIDEO.value), ("switch", _SWITCH.value)):
+        shown = "" if branch else _IMAGE.value
+        for name, value in (("image", shown), ("video", _VIDEO.value), ("switch", _SWITCH.value)):
             require(not value, f"--{name} is given with --teacher, which cannot stream; leave one of them out")
         recipe = dataclasses.replace(recipe, video=teacher_video(frames, recipe))
     switches = parse_switches(_SWITCH.value, frames, recipe)
@@ -188,7 +214,11 @@ def read_request() -> Request:
     outputs = output_paths(_OUTPUT.value, len(prompts))
     role, encodes = "teacher" if _TEACHER.value else "student", image is not None or video is not None
     weights, recipe = find_weights(recipe, role, _CHECKPOINT.value, encodes)
-    return Request(recipe, frames, prompts, outputs, switches, image, video, reader, weights)
+    loaded = None
+    if _PROGRAM.value:
+        latents = play.covering_latents(frames, recipe)
+        loaded = programs.load(_PROGRAM.value, recipe, batch=len(prompts), latents=latents)
+    return Request(recipe, frames, prompts, outputs, switches, image, picture, video, reader, weights, loaded)
 
 
 def teacher_video(frames: int, recipe: Recipe) -> VideoConfig:
@@ -219,6 +249,8 @@ def memory_plan(request: Request) -> tuple[memory.Phase, ...]:
         prompts=len(encoder.missing(request.encoder, request.texts)),
         image=request.image is not None,
         video=request.video is not None,
+        clip=request.clip,
+        state=request.program.shapes() if request.program else None,
     )
 
 
@@ -230,16 +262,37 @@ def encode_texts(request: Request) -> Texts:
     return dict(zip(request.texts, encoder.encode(request.encoder, request.texts), strict=True))
 
 
+def encode_picture(request: Request) -> tuple[jax.Array, ...]:
+    """What a teacher with an image branch is given of the picture: image rows ``[B, S, E]`` and condition
+    ``[B, F, h, w, 4 + C]``, by encoders that are gone afterwards; nothing without a picture.
+
+    As in the published code CLIP sees the whole picture, squeezed to its square, and the VAE what fits the video.
+    """
+    recipe, sizes = request.recipe, request.clip
+    if request.image is None or request.picture is None or sizes is None:
+        return ()
+    whole, cropped = (jnp.asarray(files.to_float(x))[None] for x in (request.picture, request.image))
+    params = load(request, {"image_encoder": memory.image_encoder_shapes(sizes)})
+    rows = jax.block_until_ready(image_to_video.image_rows(params["image_encoder"], whole, config=sizes))
+    free(params)
+    params = load(request, memory.vae_shapes(recipe))
+    condition = jax.block_until_ready(image_to_video.condition(params["vae"], cropped, config=recipe))
+    free(params)
+    return tuple(jnp.repeat(x, len(request.prompts), axis=0) for x in (rows, condition))
+
+
 def teacher_clips(request: Request, texts: Texts, timing: play.Timing) -> Iterator[np.ndarray]:
     """The teacher's clips, uint8 ``[B, n, H, W, 3]``: denoised all at once, decoded piece by piece."""
     recipe = request.recipe
     rows, null = (jnp.asarray(x) for x in (np.stack([texts[p] for p in request.prompts]), texts[recipe.text.negative]))
     seeds = jnp.asarray(_SEED.value + np.arange(len(rows)), jnp.uint32)
+    given = rows, null, *encode_picture(request), seeds
     params = load(request, {"teacher": transformer.inference(recipe.teacher)})
     begin = time.perf_counter()
-    sample = samplers.teacher_latents.lower(params["teacher"], rows, null, seeds, config=recipe).compile()
+    sampler = samplers.teacher_latents if request.image is None else image_to_video.teacher_latents
+    sample = sampler.lower(params["teacher"], *given, config=recipe).compile()
     timing.compile, begin = time.perf_counter() - begin, time.perf_counter()
-    latents = jax.block_until_ready(sample(params["teacher"], rows, null, seeds))
+    latents = jax.block_until_ready(sample(params["teacher"], *given))
     timing.total = time.perf_counter() - begin
     free(params)
     params, begin = load(request, memory.codec_shapes(recipe, encodes=False)), time.perf_counter() - timing.total
@@ -269,6 +322,7 @@ def student_blocks(request: Request, texts: Texts, timing: play.Timing) -> Itera
         video=request.video,
         strength=_STRENGTH.value,
         timing=timing,
+        loaded=request.program,
     )
 
 
@@ -280,6 +334,8 @@ def main() -> None:
     memory.check(phases, limit)
     common.enable_compilation_cache()
     common.log_start(request.recipe)
+    if request.program:
+        print(f"Runs {request.program.path}, attention by {request.program.header['attention']}.", flush=True)
     texts = encode_texts(request)
     for block, (frame, prompt) in sorted(request.switches.items()):
         print(f"From frame {frame} on (block {block}): {prompt}", flush=True)

@@ -148,11 +148,17 @@ class VAEStageConfig(StageConfig):
 
     ``stream`` clips of the batch follow one another in what the decoder decodes. Its convolutions see far back (about
     24 latent frames), and what they do with a past longer than any they were trained on is anyone's guess.
+
+    With ``cut`` above 0 only that many latent frames are decoded, from a random one on and as if the video began there:
+    so every latent has to hold all of its frames. Without it the decoder's memory is a place to keep what never changes
+    in a clip, a colour for instance; the encoder leaves that out of later latents, and it is gone for good where the
+    memory ends.
     """
 
     kl_weight: float = 1e-5
     train_encoder: bool = True
     stream: int = 1
+    cut: int = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -160,6 +166,11 @@ class VAEStageConfig(StageConfig):
         require(
             1 <= self.stream <= smallest,
             f"train_vae.stream is {self.stream}; accepted: 1 to the smallest batch, {smallest}",
+        )
+        require(
+            self.cut >= 0 and not (self.cut and self.stream > 1),
+            f"train_vae.cut is {self.cut} and train_vae.stream {self.stream}; accepted: 0, for whole clips, or with "
+            "stream 1 at least 1",
         )
 
 

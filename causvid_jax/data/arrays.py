@@ -9,6 +9,7 @@ marker file that says so.
 import json
 import os
 import pathlib
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -135,7 +136,8 @@ def _check_identity(folder: pathlib.Path, identity: dict[str, Any]) -> None:
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:
     """Write ``content`` to ``path`` so that a reader finds the whole old or the whole new file."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Hosts that share the folder may share the process number, as containers do.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
 

@@ -2,9 +2,9 @@
 
 ``words`` needs nothing (:mod:`causvid_jax.models.text`). ``umt5`` reads, under the folder of a checkpoint,
 
-    text_encoder/weights.safetensors     the encoder, as ``launch.convert`` writes it
-    text_encoder/tokenizer.json          the tokenizer of google/umt5-xxl, or where it lies in published folders:
-                                         tokenizer/tokenizer.json, google/umt5-xxl/tokenizer.json
+    text_encoder/weights.safetensors     the encoder, where ``launch.convert`` puts it
+    text_encoder/tokenizer.json          the tokenizer of google/umt5-xxl, as ``launch.convert`` copies it, or where it
+                                         lies in published folders (``weights.sources.TOKENIZERS``)
     prompts/                             prompts already encoded, made as they come
 
 The weights are read when a prompt has to be computed, and given up when it is.
@@ -24,11 +24,10 @@ from causvid_jax.data import prompts as umt5_prompts
 from causvid_jax.data.prompt_cache import PromptCache
 from causvid_jax.models import text, umt5
 from causvid_jax.models.params import inference_tree
-from causvid_jax.weights import stages, store
+from causvid_jax.weights import sources, stages, store
 
 AT_ONCE = 256
 """Prompts whose rows :func:`fill` holds at once: 2 GB of Wan's."""
-TOKENIZERS = (".", "text_encoder", "tokenizer", "google/umt5-xxl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +70,6 @@ def open_encoder(
     if folder is None:
         raise ConfigError("text.kind is 'umt5', whose weights come with no package; give the folder of a checkpoint")
     weights = stages.stage_path(folder, "text_encoder")
-    converted = pathlib.Path(folder) / stages.FILES["text_encoder"]
-    weights = converted if converted.is_file() else weights
     require(
         weights.is_file(),
         f"{weights} does not exist: the UMT5 encoder of the published folder, converted by launch.convert",
@@ -93,12 +90,13 @@ def open_encoder(
 
 
 def _find_tokenizer(folder: pathlib.Path) -> pathlib.Path:
-    places = [folder / inner / "tokenizer.json" for inner in TOKENIZERS]
-    for place in places:
-        if place.is_file():
-            return place
-    listed = ", ".join(f"{inner}/tokenizer.json" for inner in TOKENIZERS)
-    raise ConfigError(f"{folder} holds no tokenizer of google/umt5-xxl; accepted: {listed} in it, or --tokenizer=FILE")
+    found = sources.tokenizer_files(folder)
+    listed = ", ".join(f"{inner}/tokenizer.json" for inner in sources.TOKENIZERS)
+    require(
+        "tokenizer.json" in found,
+        f"{folder} holds no tokenizer of google/umt5-xxl; accepted: {listed} in it, or --tokenizer=FILE",
+    )
+    return found["tokenizer.json"]
 
 
 def inference_shapes(config: UMT5Config) -> Any:

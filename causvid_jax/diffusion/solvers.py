@@ -17,7 +17,8 @@ from causvid_jax.diffusion import flow
 
 VelocityFn = Callable[[jax.Array, jax.Array], jax.Array]  # (x [B, F, h, w, C], timestep [B, F]) -> velocity
 
-UNIPC_FIRST_U = 0.999  # as published: at sigma = 1 the log-SNR would be infinite
+UNIPC_FIRST_U = float(np.float32(0.999))
+"""As published, in float32 there: at sigma = 1 the log-SNR would be infinite."""
 
 
 def _check(sigmas: np.ndarray) -> np.ndarray:

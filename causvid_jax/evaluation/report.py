@@ -40,11 +40,13 @@ class Student(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Samplers:
-    """What makes clips. ``reconstruct`` passes uint8 clips ``[B, T, H, W, 3]`` through the VAE and back."""
+    """What makes clips. ``reconstruct`` passes uint8 clips ``[B, T, H, W, 3]`` through the VAE and back;
+    ``reconstruct_tiny`` back through the tiny decoder, where the student's streams are shown by that."""
 
     reconstruct: Callable[[np.ndarray], np.ndarray]
     teacher: Teacher
     student: Student
+    reconstruct_tiny: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +239,10 @@ def evaluate(
     clips: dict[str, tuple[list[str], np.ndarray]] = {}
     real = real_clips(recipe, own, plan.seed)
     clips["real"] = own, real
-    clips["vae"] = own, batches("VAE", 0.0, own, lambda full, i: samplers.reconstruct(_slice(real, i, len(full))))
+    for name, reconstruct in (("vae", samplers.reconstruct), ("taehv", samplers.reconstruct_tiny)):
+        if reconstruct:
+            through = functools.partial(lambda make, full, i: make(_slice(real, i, len(full))), reconstruct)
+            clips[name] = own, batches(name, 0.0, own, through)
     clips["teacher"] = own, batches("teacher", cost["teacher"], own, lambda p, i: samplers.teacher(p, plan.seed + i))
     clips["student"] = (
         own,
@@ -269,9 +274,10 @@ def evaluate(
             ),
         ),
     )
-    scores = {
+    scores: dict[str, dict[str, float]] = {
         name: _score(recipe, judge, clips[name][1], own, starts, reference)
-        for name in ("real", "vae", "teacher", "student")
+        for name in ("real", "vae", "taehv", "teacher", "student")
+        if name in clips
     }
     tail = long_starts - (long_starts[-1] - frames)  # borders before the tail become negative
     scores["long"] = _score(recipe, judge, clips["long"][1], long_prompts, tail, reference)
@@ -287,6 +293,7 @@ def evaluate(
         "switch": switch,
         "passes": passes,
         "seconds_per_clip": timing,
+        "decoders": {"teacher": "vae", "student": recipe.decoder},
     }
     return Result(report | {"targets": targets(report)}, clips)
 
@@ -380,7 +387,7 @@ def targets(report: dict[str, Any]) -> list[dict[str, Any]]:
     add("network passes per frame, teacher / student", ratio, 20)
     for key, words in (("with_decode", "with"), ("without_decode", "without")):
         ratio = share(seconds["teacher"][key], seconds["student"][key])
-        add(f"seconds {words} VAE decoding, teacher / student", ratio, 8)
+        add(f"seconds {words} decoding, teacher / student", ratio, 8)
     for attribute in metrics.ATTRIBUTES:
         lost = scores["student"][attribute] - scores["long"][attribute]
         add(f"{attribute} lost at {report['plan']['long_factor']}x the length", lost, 0.05, at_least=False)

@@ -1,4 +1,7 @@
-"""What the report measures: the recipe's VAE, teacher and student as functions from prompts to uint8 clips."""
+"""What the report measures: the recipe's VAE, teacher and student as functions from prompts to uint8 clips.
+
+The teacher's clips are shown by the VAE; the student's stream by the decoder that the recipe names.
+"""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -13,7 +16,7 @@ from causvid_jax.config import Recipe, require
 from causvid_jax.data import encoder
 from causvid_jax.diffusion import guidance, solvers
 from causvid_jax.evaluation.report import Samplers, Switch
-from causvid_jax.models import transformer, vae
+from causvid_jax.models import taehv, transformer, vae
 from causvid_jax.streaming import stream
 
 
@@ -45,6 +48,7 @@ def teacher_latents(params: Any, rows: jax.Array, null_rows: jax.Array, seeds: j
 
 _encode = jax.jit(vae.encode, static_argnames=("config",))
 _decode = jax.jit(vae.decode, static_argnames=("config",))
+_decode_tiny = jax.jit(taehv.decode, static_argnames=("config",))
 
 
 def make_samplers(
@@ -57,14 +61,13 @@ def make_samplers(
     """Samplers of trained networks.
 
     Args:
-      params: ``{"vae", "teacher", "student"}``.
+      params: ``{"vae", "teacher", "student"}``, and ``"taehv"`` if that is the recipe's decoder.
       config: the recipe, with the statistics of the VAE's latents.
       recache: after a prompt switch, write the blocks in sight to the cache again under the new prompt.
       prompt_encoder: of the prompts; a recipe of words needs none.
     """
-    require(config.decoder == "vae", f"decoder is {config.decoder!r}; a report shows what the VAE shows: 'vae'")
     reader = prompt_encoder or encoder.open_encoder(config)
-    streamed = {"student": params["student"], "vae": params["vae"]}
+    streamed = {name: params[name] for name in ("student", config.decoder)}
     null = jnp.asarray(encoder.null_rows(reader))
 
     def rows_of(prompts: Sequence[str]) -> jax.Array:
@@ -73,6 +76,10 @@ def make_samplers(
     def reconstruct(video: np.ndarray) -> np.ndarray:
         latents = _encode(params["vae"], jnp.asarray(files.to_float(video)), config=config.vae)
         return files.to_uint8(np.asarray(_decode(params["vae"], latents, config=config.vae)))
+
+    def reconstruct_tiny(video: np.ndarray) -> np.ndarray:
+        latents = _encode(params["vae"], jnp.asarray(files.to_float(video)), config=config.vae)
+        return files.to_uint8(np.asarray(_decode_tiny(params["taehv"], latents, config=config.taehv)))
 
     def teacher(prompts: Sequence[str], seed: int, *, decode: bool = True) -> np.ndarray:
         seeds = jnp.asarray(seed + np.arange(len(prompts)), jnp.uint32)
@@ -109,4 +116,5 @@ def make_samplers(
             shown += parts[-1].shape[1]
         return np.concatenate(parts, axis=1)
 
-    return Samplers(reconstruct=reconstruct, teacher=teacher, student=student)
+    tiny = reconstruct_tiny if config.decoder == "taehv" else None
+    return Samplers(reconstruct=reconstruct, teacher=teacher, student=student, reconstruct_tiny=tiny)

@@ -11,6 +11,7 @@ from causvid_jax.evaluation import metrics
 ROWS = {
     "real": "real test clips",
     "vae": "real, through the VAE",
+    "taehv": "real, through the VAE and the tiny decoder",
     "teacher": "teacher",
     "student": "student",
     "long": "student, last frames of a long stream",
@@ -25,6 +26,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def markdown(report: Mapping[str, Any]) -> str:
     """The report of ``report.evaluate`` as Markdown."""
     scores, passes, seconds = report["scores"], report["passes"], report["seconds_per_clip"]
+    decoders = {role: {"vae": "VAE", "taehv": "tiny"}[name] for role, name in report["decoders"].items()}
     names = {**ROWS, "long": f"student, end of {report['plan']['long_factor']}x the length"}
     rows = []
     for key, row in scores.items():
@@ -40,11 +42,11 @@ def markdown(report: Mapping[str, Any]) -> str:
             str(passes[name]["calls"]),
             str(passes[name]["passes_per_frame"]),
             f"{seconds[name]['without_decode']:.3f}",
-            f"{seconds[name]['with_decode']:.3f}",
+            f"{seconds[name]['with_decode']:.3f} ({decoders[name]})",
         ]
         for name in ("teacher", "student")
     ]
-    header = ["cost of a clip", "network calls", "passes per frame", "seconds, latents", "seconds, frames"]
+    header = ["cost of a clip", "network calls", "passes per frame", "seconds, latents", "seconds, frames (decoder)"]
     lines += _table(header, rows)
     switch = report["switch"]
     lines += _table(

@@ -8,7 +8,7 @@
 * **Image tokens.** Rows of CLIP's vision tower (ViT-H/14: the class token and 256 patches, before the last layer, width
   1280) are embedded here and attended in every layer beside the text (``transformer.block``).
 
-The vision tower itself is not part of this package yet: image rows come from outside.
+The vision tower is ``models.clip``.
 
 Source: Wan2.1, ``wan/modules/model.py`` (``img_emb``) and ``wan/image2video.py`` (mask).
 """

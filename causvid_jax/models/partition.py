@@ -4,8 +4,9 @@ The mesh is the one that ``jax.set_mesh`` has made current. Without one nothing 
 the single-device one.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
@@ -13,6 +14,8 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from causvid_jax.config import ShardingRules
 
 Axes = Sequence[str | None]
+KINDS = {"cpu": "cpu", "cuda": "NVIDIA H100", "tpu": "TPU v5"}
+"""Devices to lower for where the platform is not at hand; only the layout of TPU kernels asks."""
 
 
 def axis_sizes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
@@ -48,6 +51,20 @@ def platform() -> str:
     """Of the current mesh's devices, which may be described only (ahead-of-time compilation); else of this process."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return device.platform if device is not None else jax.default_backend()
+
+
+@contextlib.contextmanager
+def lowering_for(platform: str) -> Iterator[None]:
+    """Inside, networks choose their kernels as on one device of ``platform`` (``cpu``, ``cuda``, ``tpu``), which need
+    not be there."""
+    here = jax.devices()[0]
+    name = {"cuda": "gpu"}.get(platform, platform)
+    device = jax.sharding.AbstractDevice(
+        device_kind=here.device_kind if here.platform == name else KINDS[platform], num_cores=1, platform=name
+    )
+    mesh = AbstractMesh((1,), ("data",), (jax.sharding.AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
 
 
 def spec_for(axes: Axes, shape: Sequence[int], mesh: Mapping[str, int], rules: ShardingRules) -> PartitionSpec:

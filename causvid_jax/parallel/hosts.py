@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 import jax
@@ -11,9 +11,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from causvid_jax.config import MESH_AXES
+from causvid_jax.config import MESH_AXES, ConfigError, require
 
 _PIECE_BYTES = 2**28
+_SENTENCE_BYTES = 1024
 
 
 def first() -> bool:
@@ -25,6 +26,26 @@ def sync(name: str) -> None:
     """Wait until every process has come to the point ``name``."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def ask_first(check: Callable[[], Any]) -> None:
+    """Run ``check`` in the first process; what it refuses is refused in all.
+
+    Raises:
+        ConfigError: that of ``check``.
+    """
+    if jax.process_count() == 1:
+        check()
+        return
+    said = b""
+    if first():
+        try:
+            check()
+        except ConfigError as error:
+            said = str(error).encode()[:_SENTENCE_BYTES]
+    row = np.frombuffer(said.ljust(_SENTENCE_BYTES, b"\0"), np.uint8)
+    heard = np.asarray(multihost_utils.broadcast_one_to_all(row)).astype(np.uint8).tobytes().rstrip(b"\0")
+    require(not heard, heard.decode(errors="replace"))
 
 
 def log_stream() -> TextIO | None:

@@ -24,10 +24,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from causvid_jax.config import ConfigError, require
+from causvid_jax.parallel.watch import Peer, Watch
 
 WAIT = 50
 """Seconds for which the others are waited for, so that the answer is there within a minute."""
 SHUTDOWN_SECONDS = 30
+LOSS_SECONDS = 5
+"""How long after a failure it may become known that another process is gone."""
 _JOBS = (
     "JOB_COMPLETION_INDEX",
     "TPU_WORKER_HOSTNAMES",
@@ -36,6 +39,10 @@ _JOBS = (
     "OMPI_MCA_orte_hnp_uri",
 )
 _PORTS_OF_SLURM = 61440  # jax gives SLURM jobs the ports from here on, neighbours to neighbouring jobs
+
+
+class Stopped(BaseException):
+    """An end that all processes take after the same step, everything saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +153,10 @@ def _detect(wait: float, environment: Mapping[str, str]) -> Address | None:
     return Address(str(coordinator), int(processes), int(process_id), devices)
 
 
-def join(address: Address | None, *, wait: float = WAIT) -> None:
+def join(address: Address | None, *, wait: float = WAIT) -> Watch | None:
     """Join the other processes, before anything else touches a device; nothing to do for None.
+
+    From then on this process ends when another one is gone; the returned watch is there to say that it ends itself.
 
     Args:
         address: of :func:`find`.
@@ -157,8 +166,8 @@ def join(address: Address | None, *, wait: float = WAIT) -> None:
         ConfigError: a process that is missing, twice there, or told of another number; on all that are there.
     """
     if address is None:
-        return
-    greet(address, wait=wait)
+        return None
+    peers = greet(address, wait=wait)
     # All are there, so what fails now is a blocked port. The C++ client would abort without a sentence: be first.
     with _deadline(wait, f"no answer from the coordinator at {address.coordinator} within {wait:g} s; see that every "
                          "host can reach this port of process 0"):  # fmt: skip
@@ -176,6 +185,30 @@ def join(address: Address | None, *, wait: float = WAIT) -> None:
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"the processes cannot be joined at {address.coordinator} ({reason})") from error
+    return Watch(peers, address.processes)
+
+
+@contextlib.contextmanager
+def together(watch: Watch | None) -> Iterator[None]:
+    """What the joined processes do together: the others are told how it ended here.
+
+    A failure that another process caused by being gone is left to the watch, which names it and ends this one.
+    """
+    if watch is None:
+        yield
+        return
+    try:
+        yield
+    except Stopped:
+        watch.bye()
+        raise
+    except BaseException as error:
+        # What a collective says when a process is missing is no use to anyone.
+        if isinstance(error, jax.errors.JaxRuntimeError) and watch.wait(LOSS_SECONDS):
+            watch.end()
+        watch.failed()
+        raise
+    watch.bye()
 
 
 @contextlib.contextmanager
@@ -198,8 +231,10 @@ def _deadline(seconds: float, sentence: str) -> Iterator[None]:
 # ---- greeting -------------------------------------------------------------------------------------------------------
 
 
-def greet(address: Address, *, wait: float = WAIT) -> None:
-    """Return when every process of the run has said hello to process 0.
+def greet(address: Address, *, wait: float = WAIT) -> list[Peer]:
+    """Return when every process of the run has said hello to process 0: the peers, their connections open.
+
+    Process 0 has all others for peers, they have process 0.
 
     A hello is a line ``{"process": i, "processes": n, "host": name}``; the answer, to all at once, is a line that holds
     the sentence on what is wrong, or nothing.
@@ -207,12 +242,13 @@ def greet(address: Address, *, wait: float = WAIT) -> None:
     Raises:
         ConfigError: that sentence.
     """
-    verdict = _hear(address, wait) if address.process_id == 0 else _say(address, wait)
+    verdict, peers = _hear(address, wait) if address.process_id == 0 else _say(address, wait)
     require(not verdict, verdict)
+    return peers
 
 
-def _hear(address: Address, wait: float) -> str:
-    """Process 0: collect the hellos, answer them all; the verdict."""
+def _hear(address: Address, wait: float) -> tuple[str, list[Peer]]:
+    """Process 0: collect the hellos, answer them all; the verdict, and the others if it is good."""
     host, port = address.greeting
     try:
         server = _listen(port, backlog=max(16, address.processes))
@@ -222,7 +258,7 @@ def _hear(address: Address, wait: float) -> str:
             f"({error.strerror}); choose another --coordinator port"
         ) from error
     there: dict[int, str] = {}  # process to host
-    heard: list[socket.socket] = []
+    heard: list[Peer] = []
     verdict, end = "", time.monotonic() + wait
     with server, contextlib.ExitStack() as connections:
         while len(there) < address.processes - 1 and not verdict:
@@ -251,11 +287,14 @@ def _hear(address: Address, wait: float) -> str:
                 other = there[number] if number else socket.gethostname()
                 verdict = f"both {other} and {name} say that they are process {number}; number them 0 to {count - 1}"
             there[number] = name
-            heard.append(connection)
-        for connection in heard:
+            heard.append(Peer(number, name, connection))
+        for peer in heard:
             with contextlib.suppress(OSError):
-                connection.sendall(f"{verdict}\n".encode())
-    return verdict
+                peer.connection.sendall(f"{verdict}\n".encode())
+        if verdict:
+            return verdict, []
+        connections.pop_all()
+    return verdict, heard
 
 
 def _listen(port: int, backlog: int) -> socket.socket:
@@ -266,23 +305,28 @@ def _listen(port: int, backlog: int) -> socket.socket:
     return socket.create_server(("", port), backlog=backlog)
 
 
-def _say(address: Address, wait: float) -> str:
-    """Any other process: say hello as soon as process 0 listens; its verdict."""
+def _say(address: Address, wait: float) -> tuple[str, list[Peer]]:
+    """Any other process: say hello as soon as process 0 listens; its verdict, and process 0 if it is good."""
     host, port = address.greeting
     start, reason = time.monotonic(), "no answer"
     hello = {"process": address.process_id, "processes": address.processes, "host": socket.gethostname()}
     while (left := start + wait - time.monotonic()) > 0:
         try:
-            with socket.create_connection((host, port), timeout=min(5.0, left)) as connection:
+            with contextlib.ExitStack() as connections:
+                connection = connections.enter_context(socket.create_connection((host, port), timeout=min(5.0, left)))
                 connection.sendall(f"{json.dumps(hello)}\n".encode())
                 # Process 0 may have begun to wait later than this one.
-                return _read_line(connection, wait + 5.0)
+                verdict = _read_line(connection, wait + 5.0)
+                if not verdict:
+                    connections.pop_all()
+                return verdict, [Peer(0, host, connection)]
         except OSError as error:
             reason = error.strerror or str(error)
             time.sleep(min(0.25, max(0.0, left)))
     return (
         f"process 0 of {address.processes} did not come within {wait:g} s: process {address.process_id} cannot reach "
-        f"it at {host}, port {port} ({reason})"
+        f"it at {host}, port {port} ({reason})",
+        [],
     )
 
 

@@ -115,7 +115,8 @@ def teacher_latents(
     shape = (config.video.latent_frames, *stream.latent_size(config), config.vae.z_dim)
     noise = stream.block_noise(seeds, jnp.int32(0), jnp.int32(0), shape)
     guided = guided_velocity(params, rows, null_rows, image, given, config=config)
-    return solvers.solve(config.diffusion, guided, noise)
+    exact = config.teacher.numerics == "wan"
+    return solvers.solve(config.diffusion, guided, noise, integer_timesteps=exact)
 
 
 def _check_pictures(pictures: jax.Array, size: tuple[int, int]) -> None:

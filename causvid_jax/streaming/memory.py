@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from causvid_jax.config import Recipe, TransformerConfig, require
+from causvid_jax.config import CLIPConfig, Recipe, TransformerConfig, require
 from causvid_jax.data import encoder
 from causvid_jax.models import attention, taehv, transformer, vae
+from causvid_jax.models import clip as clip_model
 from causvid_jax.models.params import inference_tree
 from causvid_jax.streaming import codec, stream
 from causvid_jax.weights.files import in_words
@@ -49,16 +50,33 @@ def sizes(tree: Any) -> dict[str, int]:
 
 def codec_shapes(recipe: Recipe, *, encodes: bool) -> dict[str, Any]:
     """Shapes and types of the decoder's parameters, and with ``encodes`` of the VAE, which alone encodes."""
-    shapes = {}
-    if recipe.decoder == "vae" or encodes:
-        shapes["vae"] = inference_tree(vae.abstract(recipe.vae), recipe.vae.dtype)
+    shapes = vae_shapes(recipe) if recipe.decoder == "vae" or encodes else {}
     if recipe.decoder == "taehv":
         shapes["taehv"] = inference_tree(taehv.abstract(recipe.taehv), recipe.taehv.dtype)
     return shapes
 
 
+def vae_shapes(recipe: Recipe) -> dict[str, Any]:
+    """Shapes and types of the VAE's parameters, whatever decodes."""
+    return {"vae": inference_tree(vae.abstract(recipe.vae), recipe.vae.dtype)}
+
+
+def image_encoder_shapes(config: CLIPConfig) -> Any:
+    """Shapes and types of the image encoder's parameters."""
+    return inference_tree(clip_model.abstract(config), config.dtype)
+
+
 def plan(
-    recipe: Recipe, role: str, *, batch: int, latents: int, prompts: int = 1, image: bool = False, video: bool = False
+    recipe: Recipe,
+    role: str,
+    *,
+    batch: int,
+    latents: int,
+    prompts: int = 1,
+    image: bool = False,
+    video: bool = False,
+    clip: CLIPConfig | None = None,
+    state: stream.StreamState | None = None,
 ) -> tuple[Phase, ...]:
     """The phases of a run.
 
@@ -69,22 +87,25 @@ def plan(
         latents: latent frames of each.
         prompts: how many have to be encoded by a network; with none that phase is left out.
         image, video: whether something is shown to the stream, which needs the VAE's encoder.
+        clip: the image encoder of a teacher with an image branch, to which a picture is shown.
+        state: shapes of the stream's state, where something else knows them than the model.
     """
     phases = []
     if prompts and recipe.text.kind == "umt5":
         weights = encoder.inference_shapes(recipe.umt5)
         work = _encoder_work(recipe, min(prompts, PROMPTS))
         phases.append(Phase("encode the prompts", {"text encoder": sizes(weights), "work, about": work}))
-    coder = codec_shapes(recipe, encodes=image or video)
+    coder = codec_shapes(recipe, encodes=role == "student" and (image or video))
     height, width = stream.latent_size(recipe)
     k = recipe.causal.frames_per_block
     net = getattr(recipe, role)
     weights = transformer.inference(net)
     decoding = _decoder_work(recipe, batch, k)
     if role == "student":
-        rows = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
-        start = functools.partial(stream.init_stream, config=recipe, frames=latents)
-        state = jax.eval_shape(start, {"student": weights}, rows)
+        if state is None:
+            rows = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
+            start = functools.partial(stream.init_stream, config=recipe, frames=latents)
+            state = jax.eval_shape(start, {"student": weights}, rows)
         seen = state.cache.k.shape[2]
         items = {
             "transformer": sizes(weights),
@@ -99,16 +120,23 @@ def plan(
             past = jax.eval_shape(functools.partial(vae.init_encode_cache, recipe.vae, **size))
             items["encoder's past"] = sizes(past)
         return (*phases, Phase("stream", items))
-    clip = jax.ShapeDtypeStruct((batch, latents, height, width, recipe.vae.z_dim), jnp.float32)
+    shown = jax.ShapeDtypeStruct((batch, latents, height, width, recipe.vae.z_dim), jnp.float32)
     both = batch * (1 if recipe.diffusion.guidance == 1.0 else 2)
     past = jax.eval_shape(functools.partial(codec.init_decode_cache, recipe, batch=batch, height=height, width=width))
     denoise = {
         "transformer": sizes(weights),
-        "latents": sizes([clip] * (4 if recipe.diffusion.solver == "unipc" else 2)),
+        "latents": sizes([shown] * (4 if recipe.diffusion.solver == "unipc" else 2)),
         "work, about": _transformer_work(net, both, latents, latents, height, width),
     }
+    if clip is not None:
+        given = [
+            jax.ShapeDtypeStruct((batch, clip.tokens, clip.dim), jnp.float32),
+            jax.ShapeDtypeStruct((*shown.shape[:-1], net.in_channels - recipe.vae.z_dim), jnp.float32),
+        ]
+        phases += _picture_phases(recipe, clip)
+        denoise["picture's rows and latents"] = sizes(given)
     decode = {
-        "latents": sizes(clip),
+        "latents": sizes(shown),
         _codec_name(coder): sizes(coder),
         "decoder's past": sizes(past),
         "work, about": decoding,
@@ -148,6 +176,30 @@ def device_limit() -> int | None:
     except (RuntimeError, NotImplementedError):
         return None
     return int(reported["bytes_limit"]) if reported and reported.get("bytes_limit") else None
+
+
+def _picture_phases(recipe: Recipe, encoder: CLIPConfig) -> tuple[Phase, Phase]:
+    """A picture through CLIP, then through the VAE."""
+    hidden = encoder.tokens * max(encoder.ffn_dim, 4 * encoder.dim) * 4
+    scores = encoder.num_heads * encoder.tokens**2 * 2 * 4
+    size = {"batch": 1, "height": recipe.video.height, "width": recipe.video.width}
+    past = jax.eval_shape(functools.partial(vae.init_encode_cache, recipe.vae, **size))
+    pixels = vae.time_factor(recipe.vae) * recipe.video.height * recipe.video.width
+    work = pixels * (5 * recipe.vae.base_dim * _width(recipe.vae.dtype) + 3 * 4)
+    return (
+        Phase(
+            "read the picture",
+            {"image encoder": sizes(image_encoder_shapes(encoder)), "work, about": {"float32": hidden + scores}},
+        ),
+        Phase(
+            "encode the picture",
+            {
+                "VAE": sizes(vae_shapes(recipe)),
+                "encoder's past": sizes(past),
+                "work, about": {"float32 and less": work},
+            },
+        ),
+    )
 
 
 def _codec_name(coder: Mapping[str, Any]) -> str:

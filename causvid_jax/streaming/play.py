@@ -16,6 +16,7 @@ import numpy as np
 from causvid_jax import video as files
 from causvid_jax.config import Recipe, require
 from causvid_jax.models import vae
+from causvid_jax.streaming import programs as exported
 from causvid_jax.streaming import stream
 
 
@@ -68,22 +69,46 @@ def _first_latent_after(block: int, config: Recipe) -> int:
 
 
 class _Programs:
-    """Compiles a jitted function once per (function, whether the stream has started) and keeps count of the time."""
+    """Compiles a jitted function once per (function, whether the stream has started) and keeps count of the time.
 
-    def __init__(self, timing: Timing):
-        self.timing = timing
+    With ``loaded`` programs those stand in for the stream's functions, which then are never traced.
+    """
+
+    def __init__(self, timing: Timing, loaded: exported.Programs | None):
+        self.timing, self.loaded = timing, loaded
         self.compiled: dict[Any, Any] = {}
 
     def prepare(self, function: Any, started: bool, *args, **static) -> Callable[..., Any]:
         key = function, started
         if key not in self.compiled:
             begin = time.perf_counter()
-            self.compiled[key] = function.lower(*args, **static).compile()
+            jitted = self.jitted(function, started, static)
+            self.compiled[key] = jitted.lower(*args).compile()
             self.timing.compile += time.perf_counter() - begin
         return self.compiled[key]
 
+    def jitted(self, function: Any, started: bool, static: Mapping[str, Any]) -> Any:
+        """The function of its arrays alone: our own, or the one that was loaded in its place."""
+        if self.loaded is not None:
+            return self.loaded.jitted(exported.name_of(function, started))
+        return _Bound(function, static)
+
     def __call__(self, function: Any, started: bool, *args, **static) -> Any:
         return self.prepare(function, started, *args, **static)(*args)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bound:
+    """A jitted function with its static arguments."""
+
+    function: Any
+    static: Mapping[str, Any]
+
+    def lower(self, *args):
+        return self.function.lower(*args, **self.static)
+
+    def __call__(self, *args):
+        return self.function(*args, **self.static)
 
 
 _encode_chunk = jax.jit(vae.encode_chunk, static_argnames=("config", "first"))
@@ -102,6 +127,7 @@ def play(
     video: np.ndarray | None = None,
     strength: float = 0.5,
     timing: Timing | None = None,
+    loaded: exported.Programs | None = None,
 ) -> Iterator[np.ndarray]:
     """Frames uint8 ``[B, n, H, W, 3]``, block by block, ``frames`` of them in all.
 
@@ -116,6 +142,7 @@ def play(
         image: uint8 ``[H, W, 3]`` that the streams start from.
         video: uint8 ``[T, H, W, 3]``, T >= frames, that the streams follow, at ``strength``.
         timing: filled in as the stream goes.
+        loaded: programs to run instead of tracing the model; they know text and switches only.
     """
     timing = Timing() if timing is None else timing
     batch, k = text.shape[0], config.causal.frames_per_block
@@ -123,11 +150,18 @@ def play(
     latents = covering_latents(frames, config)
     blocks = len(config.causal.block_sizes(latents))
     start = stream.strength_step(config.diffusion, strength) if video is not None else 0
-    programs = _Programs(timing)
+    require(
+        loaded is None or (image is None and video is None),
+        "a stream of loaded programs starts from text; accepted: no image and no video",
+    )
+    programs = _Programs(timing, loaded)
 
     begin = time.perf_counter()
     params = jax.tree.map(jnp.asarray, params)
-    state = stream.init_stream(params, jnp.asarray(text), config=config, seed=seed, frames=latents)
+    if loaded is None:
+        state = stream.init_stream(params, jnp.asarray(text), config=config, seed=seed, frames=latents)
+    else:
+        state = loaded.start(params, jnp.asarray(text), seed)
     timing.compile += time.perf_counter() - begin
     size = {"batch": batch, "height": config.video.height, "width": config.video.width}
     coder = None if video is None else vae.init_encode_cache(config.vae, **size)
@@ -159,7 +193,7 @@ def play(
 
     def prepare(function: Any, started: bool, *args, **static) -> Any:
         programs.prepare(function, started, *args, **static)
-        return jax.eval_shape(lambda *a: function(*a, **static), *args)
+        return jax.eval_shape(programs.jitted(function, started, static), *args)
 
     # A dry run over shapes. From the third block on, and from the second switch on, all programs are known.
     dry, dry_coder = jax.eval_shape(lambda x: x, (state, coder))

@@ -83,16 +83,23 @@ def init_stream(
         frames: the most latent frames the stream will have. Only a recipe without ``causal.window`` needs to know
             (default: the length it was trained on); with a window a stream has no end.
     """
-    batch = text.shape[0]
-    seeds = np.asarray(seed, np.int64)
-    seeds = seeds + np.arange(batch) if seeds.ndim == 0 else seeds
-    require(seeds.shape == (batch,), f"{seeds.size} seeds are given for {batch} prompts; accepted: 1 or {batch}")
     capacity = None if config.causal.window else frames or config.video.latent_frames
-    return _init_stream(params, text, jnp.asarray(seeds.astype(np.uint32)), config=config, capacity=capacity)
+    return first_state(params, text, seeds_of(seed, text.shape[0]), config=config, capacity=capacity)
+
+
+def seeds_of(seed: int | Sequence[int], batch: int) -> jax.Array:
+    """uint32 ``[batch]``: the seeds that :func:`init_stream` makes of ``seed``."""
+    each = np.asarray(seed, np.int64)
+    each = each + np.arange(batch) if each.ndim == 0 else each
+    require(each.shape == (batch,), f"{each.size} seeds are given for {batch} prompts; accepted: 1 or {batch}")
+    return jnp.asarray(each.astype(np.uint32))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity"))
-def _init_stream(params, text, seeds, *, config: Recipe, capacity: int | None) -> StreamState:
+def first_state(
+    params: Params, text: jax.Array, seeds: jax.Array, *, config: Recipe, capacity: int | None = None
+) -> StreamState:
+    """:func:`init_stream` of uint32 ``seeds [B]``; ``capacity`` latent frames at most, None with a window."""
     batch, (height, width), causal = text.shape[0], latent_size(config), config.causal
     size = {"batch": batch, "height": height, "width": width}
     # With a window, exactly the earlier blocks of which the next one sees a frame.

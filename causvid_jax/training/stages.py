@@ -1,5 +1,5 @@
-"""The stages of the road: vae, taehv (optional: a fast decoder of the VAE's latents), teacher, causal (optional: a teacher
-of the init stage), init (ODE regression), distill (DMD). Each function here composes one."""
+"""The stages of the road: vae, taehv (optional: a fast decoder of the VAE's latents), teacher, causal (optional: a
+teacher of the init stage), init (ODE regression), distill (DMD). Each function here composes one."""
 
 import dataclasses
 import functools
@@ -44,7 +44,8 @@ def make_stage(name: str, recipe: Recipe, workdir: pathlib.Path, init_from: str 
     path = pathlib.Path(init_from)
     path = weight_files.stage_path(path, name) if path.is_dir() else path
     # Refused before any data is looked for.
-    weight_files.load_transformer(path, recipe.teacher if name in ("teacher", "causal") else recipe.student, "initial")
+    network = recipe.teacher if name in ("teacher", "causal") else recipe.student
+    store.check_file(path, transformer.abstract(network), f"initial weights {path}")
     return dataclasses.replace(STAGES[name](recipe, workdir, init_from=path), recipe=recipe)
 
 
@@ -84,12 +85,14 @@ def _load_network(
     place: shardings.Placement,
     path: pathlib.Path | None = None,
 ) -> Any:
-    """The weights that ``stage`` left, or those of ``path``, on the mesh."""
+    """The weights that ``stage`` left, or those of ``path``, on the mesh; of many hosts each reads what it holds."""
     path = path or weight_files.find(recipe.name, stage, workdir)
-    params = weight_files.load_transformer(path, config, stage)
+    expected, what = transformer.abstract(config), f"{stage} weights {path}"
     if place.mesh is None:
-        return jax.tree.map(jnp.asarray, params)
-    return place.put(params, place.params(transformer.spec(config), config.rules))
+        return store.load_arrays(path, expected, what)[0]
+    # A whole file has one checksum, so one process reads all of it, through a buffer.
+    hosts.ask_first(lambda: store.verify(path))
+    return store.load_sharded(path, expected, place.params(transformer.spec(config), config.rules), what)[0]
 
 
 def with_vae(recipe: Recipe, workdir: pathlib.Path) -> tuple[Any, Recipe]:
@@ -150,10 +153,25 @@ def in_a_row(x: jax.Array, clips: int) -> jax.Array:
     return jnp.concatenate([x, *(jnp.roll(x, -i, axis=0)[:, 1:] for i in range(1, clips))], axis=1)
 
 
-def vae_loss(params, batch, key, *, config, kl_weight: float, train_encoder: bool = True, clips: int = 1):
+def cut_out(latents: jax.Array, video: jax.Array, key: jax.Array, length: int, factor: int):
+    """``length`` latent frames from a random one on, and the frames they decode to as the start of a video.
+
+    The first latent frame of a video gives one frame, so latent frame s, which holds frames 4s - 3 to 4s, gives 4s.
+    """
+    length = min(length, latents.shape[1])
+    start = jax.random.randint(key, (), 0, latents.shape[1] - length + 1)
+    frames = 1 + factor * (length - 1)
+    return (
+        jax.lax.dynamic_slice_in_dim(latents, start, length, axis=1),
+        jax.lax.dynamic_slice_in_dim(video, factor * start, frames, axis=1),
+    )
+
+
+def vae_loss(params, batch, key, *, config, kl_weight: float, train_encoder: bool = True, clips: int = 1, cut: int = 0):
     """``mean d^2 + 0.1 mean |d| + kl_weight KL``: d the reconstruction error of a sampled latent, KL per element.
 
-    With ``clips`` above 1 the decoder is given streams of that many clips (:func:`in_a_row`).
+    With ``clips`` above 1 the decoder is given streams of that many clips (:func:`in_a_row`), with ``cut`` above 0 that
+    many latent frames of each clip (:func:`cut_out`).
 
     The squared term leads: L1's optimum on frames that are mostly black is all black, and training sits there.
     """
@@ -161,9 +179,12 @@ def vae_loss(params, batch, key, *, config, kl_weight: float, train_encoder: boo
     if not train_encoder:
         mean, logvar = jax.lax.stop_gradient((mean, logvar))
     logvar = jnp.clip(logvar, -20.0, 10.0)
+    key, start_key = jax.random.split(key) if cut else (key, key)
     latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-    latents = in_a_row(vae.normalize(latents, config), clips)
-    error = vae.decode(params, latents, config=config, clamp=False) - in_a_row(batch, clips)
+    latents, video = in_a_row(vae.normalize(latents, config), clips), in_a_row(batch, clips)
+    if cut:
+        latents, video = cut_out(latents, video, start_key, cut, vae.time_factor(config))
+    error = vae.decode(params, latents, config=config, clamp=False) - video
     kl = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1.0 - logvar)
     l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
     loss = l2 + 0.1 * l1 + kl_weight * kl
@@ -207,6 +228,7 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         kl_weight=config.kl_weight,
         train_encoder=config.train_encoder,
         clips=config.stream,
+        cut=config.cut,
     )
     reconstruct = place.everywhere(
         lambda params, video: vae.decode(params, vae.encode(params, video, config=recipe.vae), config=recipe.vae)
@@ -270,16 +292,20 @@ def taehv_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     place = shardings.place(recipe.parallel, recipe.student.rules)
     sources = _clips(recipe, workdir)
     vae_params = _on_devices(vae_params, place)
-    encode = place.everywhere(functools.partial(vae.encode, config=recipe.vae))
-    decode = place.everywhere(functools.partial(taehv.decode, config=tiny))
+    split = None if place.mesh is None else shardings.batch_sharding(place.mesh, place.rules)
+    encode = jax.jit(functools.partial(vae.encode, config=recipe.vae), out_shardings=split)
+
+    @place.everywhere
+    def reconstruct(params, vae_params, video):
+        return taehv.decode(params, vae.encode(vae_params, video, config=recipe.vae), config=tiny)
 
     def ready(batch: dict[str, Any]) -> dict[str, jax.Array]:
         video = place.batch(batch["video"])
-        return {"video": video, "latents": place.batch(encode(vae_params, video))}
+        return {"video": video, "latents": encode(vae_params, video)}
 
     def sample(state: TrainState, folder: pathlib.Path, step: int) -> dict[str, float]:
         batch = next(pipeline.clip_batches(sources["test"], batch_size=config.samples, seed=0))
-        output = np.asarray(decode(state.ema, encode(vae_params, batch["video"])))
+        output = np.asarray(reconstruct(state.ema, vae_params, batch["video"]))
         return _show_reconstruction(batch, output, folder, step, recipe)
 
     return Stage(

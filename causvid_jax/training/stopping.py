@@ -8,10 +8,16 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
+from causvid_jax.parallel.start import Stopped
+
 NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
-class Terminated(SystemExit):
+class Interrupted(KeyboardInterrupt, Stopped):
+    """Ctrl-C, obeyed: everything is saved, the program ends with status 130."""
+
+
+class Terminated(SystemExit, Stopped):
     """SIGTERM, obeyed: everything is saved, the program ends with status 0."""
 
     def __init__(self) -> None:
@@ -19,8 +25,8 @@ class Terminated(SystemExit):
 
 
 def stop(number: int) -> None:
-    """Leave after signal ``number`` once all is saved: KeyboardInterrupt (status 130) or :class:`Terminated`."""
-    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+    """Leave after signal ``number`` once all is saved: :class:`Interrupted` (status 130) or :class:`Terminated` (0)."""
+    raise Interrupted if number == signal.SIGINT else Terminated
 
 
 @contextlib.contextmanager

@@ -30,7 +30,13 @@ SHARD_BYTES = 10_000_000_000
 """What diffusers cuts its shards at."""
 PART_BYTES = 1 << 26
 """A larger tensor is moved and cast in parts of about this size."""
-_HOW_TO_RUN = ("dtype", "attention", "remat", "rules")  # Fields of a configuration that are not of the weights.
+_HOW_TO_RUN = (
+    "dtype",
+    "attention",
+    "numerics",
+    "remat",
+    "rules",
+)  # Fields of a configuration that are not of the weights.
 
 
 @dataclasses.dataclass(frozen=True)

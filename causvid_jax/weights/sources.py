@@ -37,14 +37,16 @@ _FOLDERS = {
     "vae": ("vae",),
     "text_encoder": ("text_encoder",),
     "image_encoder": ("image_encoder",),
+    "taehv": ("taehv",),
 }
 _FILES = {
     "vae": ("Wan2.1_VAE.*",),
-    "text_encoder": ("models_t5_*", "text_encoder.safetensors"),
-    "image_encoder": ("models_clip_*", "image_encoder.safetensors"),
+    "text_encoder": ("models_t5_*",),
+    "image_encoder": ("models_clip_*",),
     "taehv": ("taew2_1*", "taehv*"),
 }
-_TOKENIZERS = ("tokenizer", "google/umt5-xxl", ".")
+TOKENIZERS = ("text_encoder", "tokenizer", "google/umt5-xxl", ".")
+"""Where a folder may have the text encoder's tokenizer, ours first."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
 
 
@@ -103,7 +105,7 @@ def components(path: str | os.PathLike) -> dict[str, pathlib.Path]:
 def tokenizer_files(path: str | os.PathLike) -> dict[str, pathlib.Path]:
     """The text encoder's tokenizer in a published folder, or one of ours: names to files; ``tokenizer.json`` is the
     one that is needed. Empty if there is none."""
-    for inner in _TOKENIZERS:
+    for inner in TOKENIZERS:
         found = {name: pathlib.Path(path) / inner / name for name in _TOKENIZER_FILES}
         found = {name: file for name, file in found.items() if file.is_file()}
         if "tokenizer.json" in found:

@@ -1,7 +1,8 @@
 """Where the weights of each stage lie, and the VAE's with the latent statistics measured after its training.
 
-A stage leaves ``WORKDIR/<stage>/weights.safetensors``, and ``launch.convert`` writes published weights to the same
-places, with the text encoder under ``text_encoder`` and TAEHV under ``taehv``. A recipe whose trained weights come with
+A stage leaves ``WORKDIR/<stage>/weights.safetensors``. What is converted and not trained (``text_encoder``,
+``image_encoder``, ``taehv``) lies likewise under its own name: ``launch.convert`` writes to :func:`place` and every
+reader looks there. A recipe whose trained weights come with
 the package has them in ``causvid_jax/assets/<recipe>/<stage>.safetensors``; what a working directory holds goes first.
 """
 
@@ -14,28 +15,27 @@ from typing import Any
 
 import numpy as np
 
-from causvid_jax.config import ConfigError, TAEHVConfig, TransformerConfig, VAEConfig
+from causvid_jax.config import CLIPConfig, ConfigError, TAEHVConfig, TransformerConfig, VAEConfig, require
 from causvid_jax.models import taehv, transformer, vae
-from causvid_jax.weights import files, sources, store
+from causvid_jax.weights import files, layouts, sources, store
 from causvid_jax.weights import taehv as published_taehv
 
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
 _STATISTICS = ("latent_mean", "latent_std")
 
-FILES = {
-    "vae": "vae/weights.safetensors",
-    "text_encoder": "text_encoder.safetensors",
-    "image_encoder": "image_encoder.safetensors",
-    "taehv": "taehv.safetensors",
-}
-"""Where a working directory has what is converted and not trained; the transformer lies under its stage."""
-TOKENIZER = "tokenizer.json"
-"""The text encoder's, beside it."""
+TOKENIZER = "text_encoder/tokenizer.json"
+"""Where a working directory has the text encoder's tokenizer."""
 
 
-def stage_path(workdir: str | os.PathLike, stage: str) -> pathlib.Path:
-    """Where ``stage`` (``vae``, ``teacher``, ``init``, ``distill``) exports its weights."""
-    return pathlib.Path(workdir) / stage / "weights.safetensors"
+def place(name: str) -> str:
+    """Where a working directory has the weights of ``name``: a stage that is trained (``vae``, ``teacher``, ``init``,
+    ``distill``), or a network that is not (``text_encoder``, ``image_encoder``, ``taehv``)."""
+    return f"{name}/weights.safetensors"
+
+
+def stage_path(workdir: str | os.PathLike, name: str) -> pathlib.Path:
+    """:func:`place` under ``workdir``."""
+    return pathlib.Path(workdir) / place(name)
 
 
 def find(recipe: str, stage: str, workdir: str | os.PathLike | None = None) -> pathlib.Path:
@@ -88,22 +88,62 @@ def latent_statistics(config: VAEConfig, metadata: Mapping[str, str]) -> VAEConf
     return dataclasses.replace(config, **saved)
 
 
-def find_taehv(workdir: str | os.PathLike) -> pathlib.Path:
-    """TAEHV's weights under ``workdir``: ours (``taehv/weights.safetensors``) or published (``taew2_1.*``).
+def find_statistics(recipe: str, config: VAEConfig, workdir: str | os.PathLike | None = None) -> VAEConfig:
+    """``config`` as it will be when its weights are loaded: with the statistics beside them, of which nothing but the
+    header is read; without any weights as it is.
+
+    Raises:
+        ConfigError: ``workdir`` is given and has no VAE, or one of other sizes.
+    """
+    packaged = ASSETS / recipe / "vae.safetensors"
+    if workdir is None and not packaged.is_file():
+        return config
+    path = find(recipe, "vae", workdir)
+    return latent_statistics(config, store.check_file(path, vae.abstract(config), f"VAE weights {path}"))
+
+
+def find_taehv(recipe: str, workdir: str | os.PathLike | None = None) -> pathlib.Path:
+    """TAEHV's weights: under ``workdir`` ours (``taehv/weights.safetensors``) or published (``taew2_1.*``), else those
+    that come with the package.
 
     Raises:
         ConfigError: there are none.
     """
-    places = [
-        stage_path(workdir, "taehv"),
-        *(pathlib.Path(workdir) / f"taew2_1{end}" for end in (".safetensors", ".pth")),
-    ]
-    for path in places:
+    folder = pathlib.Path(workdir or ".")
+    places = [stage_path(folder, "taehv"), *(folder / f"taew2_1{end}" for end in (".safetensors", ".pth"))]
+    for path in (*places, ASSETS / recipe / "taehv.safetensors"):
         if path.is_file():
             return path
-    raise ConfigError(
-        f"{workdir} holds no weights of TAEHV; accepted: {', '.join(str(p.relative_to(workdir)) for p in places)}"
+    accepted = ", ".join(str(path.relative_to(folder)) for path in places)
+    raise ConfigError(f"{folder} holds no weights of TAEHV; accepted: {accepted}")
+
+
+def find_image_encoder(workdir: str | os.PathLike, teacher: TransformerConfig) -> tuple[pathlib.Path, CLIPConfig]:
+    """CLIP's weights under ``workdir``, and its sizes, which its file tells and the rows of ``teacher`` must have.
+
+    Raises:
+        ConfigError: there are none, or they are not those of an image encoder that ``teacher`` reads.
+    """
+    path = stage_path(workdir, "image_encoder")
+    require(
+        path.is_file(),
+        f"{path} does not exist: CLIP's image encoder of the published folder, converted by launch.convert",
     )
+    config = image_encoder_config(path)
+    rows, wanted = (config.tokens, config.dim), (teacher.image_tokens, teacher.image_dim)
+    require(
+        rows == wanted,
+        f"image encoder {path} gives {rows[0]} rows of width {rows[1]}; the teacher reads {wanted[0]} of {wanted[1]}",
+    )
+    return path, config
+
+
+def image_encoder_config(path: str | os.PathLike) -> CLIPConfig:
+    """The sizes of CLIP's image encoder in ``path``; ConfigError if it is no such file."""
+    config = layouts.detect(sources.open_source(path)).config
+    if not isinstance(config, CLIPConfig):
+        raise ConfigError(f"{path} holds a {layouts.describe(config)}; it must be CLIP's image encoder")
+    return config
 
 
 def load_taehv(path: str | os.PathLike, config: TAEHVConfig) -> dict[str, Any]:
@@ -124,13 +164,15 @@ def load_taehv(path: str | os.PathLike, config: TAEHVConfig) -> dict[str, Any]:
 
 
 def publish(recipe: str, workdir: str | os.PathLike, folder: str | os.PathLike = ASSETS) -> list[pathlib.Path]:
-    """Copy the VAE, teacher and student of ``workdir`` to the package's own weights, in half precision.
+    """Copy the VAE, teacher and student of ``workdir``, and the tiny codec if there is one, to the package's own
+    weights, in half precision.
 
     Raises:
         ConfigError: a stage that is not trained yet.
     """
     written = []
-    for stage in ("vae", "teacher", "distill"):
+    tiny = ("taehv",) if stage_path(workdir, "taehv").is_file() else ()
+    for stage in ("vae", *tiny, "teacher", "distill"):
         params, metadata = store.load_params(stage_path(workdir, stage))
         written.append(pathlib.Path(folder) / recipe / f"{stage}.safetensors")
         store.save_params(written[-1], params, metadata, dtype="float16")

@@ -197,6 +197,49 @@ def load_arrays(
     return unflatten(flat), metadata
 
 
+def load_sharded(
+    path: str | os.PathLike, expected: Mapping[str, Any], shardings: Mapping[str, Any], what: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read what :func:`save_params` wrote onto a mesh: each process the parts of its own devices, array by array.
+
+    A part is looked at through a memory map, once, however many devices of the process hold it. What is split along its
+    last axis lies scattered in the file, so all pages of it pass, but none stays. The checksum is that of the whole
+    file: :func:`verify` it first, in one process.
+
+    Args:
+        path: the safetensors file.
+        expected: as in :func:`load_arrays`.
+        shardings: nested dict of a ``jax.sharding.Sharding`` for each of them.
+        what: as in :func:`check_tree`.
+
+    Returns:
+        (nested dict of global ``jax.Array``, metadata).
+
+    Raises:
+        ConfigError: an unreadable file, one of other names or shapes, or a value beyond its type.
+    """
+    tensors, _, metadata = _open_own(path)
+    check_tree(unflatten(tensors), expected, what)
+    want, places = flatten(expected), flatten(shardings)
+
+    def place(name: str) -> jax.Array:
+        seen: dict[str, np.ndarray] = {}
+
+        def part(index: Any) -> np.ndarray:
+            if str(index) not in seen:
+                seen[str(index)] = _read_part(name, tensors[name], index, want[name].dtype)
+            return seen[str(index)]
+
+        return jax.make_array_from_callback(tensors[name].shape, places[name], part).block_until_ready()
+
+    return unflatten({name: place(name) for name in sorted(tensors)}), metadata
+
+
+def _read_part(name: str, tensor: files.Tensor, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+    with tensor.view() as array:
+        return np.array(cast(name, array[index], np.dtype(dtype)))
+
+
 def _open_own(path: str | os.PathLike) -> tuple[dict[str, files.Tensor], str, dict[str, str]]:
     """(tensors, checksum, the other metadata) of a file of ours."""
     tensors, metadata = files.open_safetensors(path)

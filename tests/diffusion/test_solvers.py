@@ -75,7 +75,7 @@ def test_unipc_equals_diffusers(shift):
 
 def test_unipc_grid_and_timesteps_as_published():
     sigmas = solvers.unipc_sigmas(50, 8.0)
-    u = np.linspace(0.999, 0, 51)
+    u = np.linspace(float(np.float32(0.999)), 0, 51)
     np.testing.assert_allclose(sigmas, 8 * u / (1 + 7 * u), atol=1e-12)
     seen = []
 
@@ -86,6 +86,16 @@ def test_unipc_grid_and_timesteps_as_published():
     jax.block_until_ready(solvers.unipc(velocity, jnp.asarray(NOISE), sigmas, integer_timesteps=True))
     jax.effects_barrier()
     assert seen == [float(int(1000 * s)) for s in sigmas[:-1]]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.0])
+def test_whole_timesteps_are_the_published_ones(shift):
+    """In the published order of operations; at a shift of 1 some lie on the edge between two whole numbers."""
+    for steps in (9, 18, 37, 40, 50):
+        u = np.linspace(float(np.float32(1.0 - 1 / 1000)), 0.0, steps + 1)[:-1]
+        published = (shift * u / (1 + (shift - 1) * u) * 1000).astype(np.int64)
+        ours = np.floor(flow.timestep_from_sigma(solvers.unipc_sigmas(steps, shift)[:-1]))
+        np.testing.assert_array_equal(ours, published)
 
 
 def test_euler_records_states():

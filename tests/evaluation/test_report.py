@@ -47,7 +47,12 @@ class Fake:
 @pytest.fixture(scope="module")
 def result():
     fake = Fake()
-    samplers = report.Samplers(reconstruct=lambda video: video, teacher=fake.teacher, student=fake.student)
+    samplers = report.Samplers(
+        reconstruct=lambda video: video,
+        teacher=fake.teacher,
+        student=fake.student,
+        reconstruct_tiny=lambda video: video[:, ::-1],
+    )
     return report.evaluate(RECIPE, judge.load(RECIPE.data), samplers, PLAN, progress=False), fake
 
 
@@ -56,11 +61,13 @@ def test_scores_of_every_row(result):
     assert {name: row["clips"] for name, row in scores.items()} == {
         "real": 6,
         "vae": 6,
+        "taehv": 6,
         "teacher": 6,
         "student": 6,
         "long": 4,
     }
     assert scores["vae"] == scores["real"]
+    assert scores["taehv"]["color"] == 1.0 and scores["taehv"]["direction"] == 0.0
     for name in ("real", "student", "long"):
         assert scores[name]["all"] == 1.0
         assert 0.9 < scores[name]["discontinuity"] < 1.1

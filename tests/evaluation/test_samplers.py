@@ -1,13 +1,17 @@
 """The samplers that the report measures, on small networks with random weights."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
+from causvid_jax import video as files
 from causvid_jax.config import (
     CausalConfig,
     DiffusionConfig,
     Recipe,
+    TAEHVConfig,
     TextConfig,
     TransformerConfig,
     VAEConfig,
@@ -15,7 +19,7 @@ from causvid_jax.config import (
 )
 from causvid_jax.data import digits
 from causvid_jax.evaluation import samplers
-from causvid_jax.models import transformer, vae
+from causvid_jax.models import taehv, transformer, vae
 
 VOCABULARY = ("a", "red", "blue", "3", "7", "moving", "left", "up")
 NET = TransformerConfig(
@@ -42,8 +46,7 @@ RECIPE = Recipe(
 PROMPTS = ["a red 3 moving left", "a blue 7 moving up"]
 
 
-@pytest.fixture(scope="module")
-def made():
+def random_params():
     rng = np.random.default_rng(0)
     shapes = {
         "vae": vae.abstract(RECIPE.vae),
@@ -51,8 +54,12 @@ def made():
         "student": transformer.abstract(NET),
     }
     # Noise in every parameter, also where a fresh network holds zeros: the prompt and the past must matter.
-    params = jax.tree.map(lambda leaf: rng.normal(0.0, 0.3, leaf.shape).astype(np.float32), shapes)
-    return samplers.make_samplers(params, RECIPE)
+    return jax.tree.map(lambda leaf: rng.normal(0.0, 0.3, leaf.shape).astype(np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def made():
+    return samplers.make_samplers(random_params(), RECIPE)
 
 
 def test_teacher_clip_depends_on_prompt_and_seed_but_not_on_its_batch(made):
@@ -75,6 +82,23 @@ def test_student_before_a_switch_is_the_student_without_one(made):
     assert apart[:, :13].max() <= 1
     assert apart[:, 13:].max() > 1
     assert made.student(PROMPTS, 0, frames=29, decode=False).shape == (2, 8, 2, 2, 4)
+
+
+def test_a_stream_is_shown_by_the_decoder_that_the_recipe_names(made):
+    tiny = TAEHVConfig(z_dim=4, encoder_dim=4, decoder_dims=(8, 8, 8, 8), blocks=1)
+    recipe = dataclasses.replace(RECIPE, decoder="taehv", taehv=tiny)
+    params = random_params() | {"taehv": taehv.init(jax.random.key(0), tiny)}
+    other = samplers.make_samplers(params, recipe)
+    np.testing.assert_array_equal(other.teacher(PROMPTS, 5), made.teacher(PROMPTS, 5))
+    latents = other.student(PROMPTS, 0, frames=13, decode=False)
+    np.testing.assert_array_equal(latents, made.student(PROMPTS, 0, frames=13, decode=False))
+    shown = files.to_uint8(np.asarray(taehv.decode(params["taehv"], latents, config=tiny)))
+    assert np.abs(other.student(PROMPTS, 0, frames=13).astype(int) - shown).max() <= 1
+    assert made.reconstruct_tiny is None
+    again = other.reconstruct_tiny(shown)
+    encoded = vae.encode(params["vae"], files.to_float(shown), config=recipe.vae)
+    expected = files.to_uint8(np.asarray(taehv.decode(params["taehv"], encoded, config=tiny)))
+    assert np.abs(again.astype(int) - expected).max() <= 1
 
 
 def test_reconstruction_keeps_shape_and_range(made):

@@ -155,7 +155,7 @@ def test_an_original_folder_becomes_a_working_directory(done):
     said = results["dry"]["printed"]
     assert f"wan/{T5}.safetensors: umT5 text encoder of 3 layers, width 6, 11 tokens, original names; " in said
     assert f"wan/{VISION}.safetensors: CLIP image encoder of 2 layers, width 80, 1 heads, original names; " in said
-    assert "wan/google/umt5-xxl/tokenizer.json: copied to tokenizer.json\n" in said
+    assert "wan/google/umt5-xxl/tokenizer.json: copied to text_encoder/tokenizer.json\n" in said
     assert said.endswith("Nothing is written (--dry_run).\n")
     assert "wan/diffusion_pytorch_model.safetensors: transformer of 3 layers, width 24, 2 heads, 4 channels, " in said
     assert "27,352 parameters, float32, 109.41 kB -> causvid_jax names, float32, 109.41 kB; about 32 MiB" in said
@@ -173,11 +173,13 @@ def files_of(folder):
 
 def test_a_working_directory_holds_everything_under_its_name(done):
     folder = done[0]
-    own = {"text_encoder.safetensors": T5, "image_encoder.safetensors": VISION, "taehv.safetensors": "taew2_1"}
-    everything = {"teacher/weights.safetensors", "vae/weights.safetensors", *own, "tokenizer.json"}
+    own = {
+        stages.place(name): file for name, file in zip(("text_encoder", "image_encoder", "taehv"), OTHERS, strict=True)
+    }
+    everything = {"teacher/weights.safetensors", "vae/weights.safetensors", *own, stages.TOKENIZER}
     assert files_of(folder / "run") == everything
-    assert files_of(folder / "again") == everything - {"taehv.safetensors"}
-    assert (folder / "run" / "tokenizer.json").read_text() == TOKENIZER["tokenizer.json"]
+    assert files_of(folder / "again") == everything - {"taehv/weights.safetensors"}
+    assert (folder / "run" / stages.TOKENIZER).read_text() == TOKENIZER["tokenizer.json"]
     for name, published in own.items():
         config = OTHERS[published]
         state = states_of(folder / "wan" / f"{published}.safetensors")
@@ -185,7 +187,7 @@ def test_a_working_directory_holds_everything_under_its_name(done):
         for place in ("run", "again"):
             if name in files_of(folder / place):
                 jax.tree.map(np.testing.assert_array_equal, store.load_params(folder / place / name)[0], expected)
-    assert files_of(folder / "text") == {"text_encoder.safetensors", "tokenizer.json"}
+    assert files_of(folder / "text") == {"text_encoder/weights.safetensors", stages.TOKENIZER}
 
 
 def test_a_working_directory_goes_back_to_the_published_one(done):

@@ -1,3 +1,6 @@
+import os
+import shutil
+import socket
 import subprocess
 import sys
 
@@ -5,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from causvid_jax.config import ConfigError, DataConfig, from_config_dict
+from causvid_jax.config import ConfigError, DataConfig, from_config_dict, to_json
 from causvid_jax.data import arrays, digits, moving_digits
 from causvid_jax.models import transformer, vae
 from causvid_jax.weights import stages, store
@@ -38,7 +41,8 @@ def test_later_stages_name_what_is_missing(tmp_path):
         prepare.trajectories(recipe, tmp_path, 0)
 
 
-def test_latents_and_trajectories_from_the_weights_of_their_stages(tmp_path):
+def with_weights(folder):
+    """A recipe with tiny networks, and weights of its VAE and teacher in ``folder``."""
     words = digits.vocabulary(DataConfig())
     net = {"dim": 16, "ffn_dim": 16, "num_heads": 2, "num_layers": 1, "in_channels": 4, "out_channels": 4}
     net |= {"text_length": 8, "text_dim": len(words) + 8, "freq_dim": 8}
@@ -63,8 +67,13 @@ def test_latents_and_trajectories_from_the_weights_of_their_stages(tmp_path):
         ("teacher", transformer.abstract(recipe.teacher), {}),
     ):
         store.save_params(
-            stages.stage_path(tmp_path, stage), jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), tree), metadata
+            stages.stage_path(folder, stage), jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), tree), metadata
         )
+    return recipe
+
+
+def test_latents_and_trajectories_from_the_weights_of_their_stages(tmp_path):
+    recipe = with_weights(tmp_path)
     prepare.data(recipe, tmp_path, 0)
     assert "latents: 3 examples" in prepare.latents(recipe, tmp_path, 3)
     assert "trajectories: 5 examples" in prepare.trajectories(recipe, tmp_path, 5)
@@ -121,3 +130,43 @@ def test_an_unknown_stage_ends_with_status_2_and_one_sentence(tmp_path):
         "error: --stage is 'date'; accepted: data, latents, videos, prompts, trajectories, assets"
     )
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_know_each_other_share_a_stage(tmp_path):
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    recipe = with_weights(alone)
+    shutil.copytree(alone, together)
+    (tmp_path / "recipe.json").write_text(to_json(recipe))
+    (tmp_path / "recipe.py").write_text(
+        "import json, pathlib, ml_collections\n"
+        "def get_config():\n"
+        "    text = pathlib.Path(__file__).with_name('recipe.json').read_text()\n"
+        "    return ml_collections.ConfigDict(json.loads(text))\n"
+    )
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    flags = [f"--config={tmp_path}/recipe.py", f"--workdir={together}", "--stage=trajectories", "--count=66"]
+    flags += [f"--coordinator=127.0.0.1:{port}", "--processes=2"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "launch.prepare", *flags, f"--process={i}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    # One of two shards each; one line for all.
+    assert all("1/1" in error for _, error in said)
+    assert "trajectories: 66 examples" in said[0][0] and "examples" not in said[1][0]
+
+    assert "66 examples" in prepare.trajectories(recipe, alone, 66)
+    one, many = (arrays.source(folder / "data" / "trajectories") for folder in (alone, together))
+    for i in (0, 63, 64, 65):
+        assert one[i]["caption"] == many[i]["caption"]
+        np.testing.assert_allclose(many[i]["trajectory"], one[i]["trajectory"], atol=0.03)  # bfloat16

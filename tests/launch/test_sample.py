@@ -42,6 +42,18 @@ if sys.argv[1] == "0":
     def compute(*_):
         raise AssertionError("computed")
     sample.student_blocks = sample.teacher_clips = compute
+if sys.argv[1] == "untraced":
+    from causvid_jax.models import transformer, vae
+    from causvid_jax.streaming import codec, stream
+
+    def traced(*_, **__):
+        raise AssertionError("the model was traced")
+    for module, names in (
+        (transformer, ("cached", "encode_text", "init_cache")), (vae, ("decode_chunk", "init_decode_cache")),
+        (codec, ("decode_chunk", "init_decode_cache")), (stream, ("_next_block", "_prompt", "_decode")),
+    ):
+        for name in names:
+            setattr(module, name, traced)
 results = []
 for arguments in json.load(sys.stdin):
     sys.argv = ["sample", *arguments]  # where --config looks for the fields that are set beside it
@@ -86,11 +98,17 @@ def place(tmp_path_factory):
     return folder
 
 
-def call_all(place, cases, compute=True):
-    """What the program prints and how it fails, for each list of flags, all in one process of its own."""
-    given = [[f"--config={place}/tiny.py", f"--checkpoint={place}", *arguments] for arguments in cases]
+def call_all(place, cases, compute=True, mode=None):
+    """What the program prints and how it fails, for each list of flags, all in one process of its own.
+
+    Without ``compute`` none is allowed; in the mode "untraced" nothing of the model may be traced."""
+    usual = {"--config": f"{place}/tiny.py", "--checkpoint": place}
+    given = [
+        [*(f"{k}={v}" for k, v in usual.items() if not any(a.startswith(f"{k}=") for a in arguments)), *arguments]
+        for arguments in cases
+    ]
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(int(compute))],
+        [sys.executable, "-c", DRIVER, mode or str(int(compute))],
         input=json.dumps(given),
         cwd=ROOT,
         capture_output=True,

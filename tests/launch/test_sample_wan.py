@@ -1,21 +1,30 @@
-"""The sampling program on a checkpoint folder with a UMT5 encoder, as launch.convert writes it: student and teacher."""
+"""From published files to video: launch.convert on tiny random ones, then the sampling program on the folders it made.
 
+An original Wan folder with a student added, and a diffusers folder of the model with an image branch.
+"""
+
+import dataclasses
+import json
+import os
 import pathlib
+import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_sample import call, call_all
+import safetensors.numpy
+from test_convert_program import DRIVER as CONVERT
+from test_sample import ROOT, call, call_all
 
 from causvid_jax import video
+from causvid_jax.config import CLIPConfig
 from causvid_jax.data import encoder
 from causvid_jax.data.prompts import NEGATIVE_PROMPT
-from causvid_jax.models import numerics, taehv, transformer, umt5, vae
-from causvid_jax.streaming import play
-from causvid_jax.weights import stages, store
-from causvid_jax.weights import taehv as published
+from causvid_jax.models import numerics, transformer, umt5
+from causvid_jax.streaming import codec, image_to_video, memory, play
+from causvid_jax.weights import layouts, stages, store
 from launch import common
 
 sys.path.append("tests/golden")
@@ -27,17 +36,19 @@ pytest.importorskip("ftfy", reason="the extra 'text' is not installed")
 RECIPE = f"""
 NETWORK = dict(dim=32, ffn_dim=48, num_heads=2, num_layers=1, in_channels=4, out_channels=4, text_dim=16,
                text_length=32, freq_dim=16, dtype="bfloat16")
+IMAGE = dict(in_channels=12, image_dim=80, image_tokens=5)
 
 
-def get_config():
+def get_config(variant="t2v"):
+    network = NETWORK | IMAGE if variant == "i2v" else NETWORK
     return dict(
         name="tiny_wan",
         video=dict(height=32, width=32, frames=13, fps=16),
         text=dict(kind="umt5", length=32, dim=16, negative="word word"),
         umt5=dict(**{make_umt5.SIZES!r}, dtype="bfloat16"),
         vae=dict(base_dim=4, dim_mult=(1, 2, 2, 2), num_res_blocks=1, z_dim=4),
-        taehv=dict(z_dim=4, encoder_dim=4, decoder_dims=(8, 6, 4, 4), blocks=1),
-        teacher=NETWORK, student=NETWORK,
+        taehv=dict(z_dim=4, encoder_dim=4, decoder_dims=(8, 6, 4, 4)),
+        teacher=network, student=network,
         causal=dict(frames_per_block=2),
         diffusion=dict(shift=8.0, teacher_steps=3, guidance=5.0),
     )
@@ -45,43 +56,83 @@ def get_config():
 PROMPT = "--prompt=warm neon"
 
 
+CLIP = CLIPConfig(image_size=8, patch_size=4, dim=80, ffn_dim=24, num_heads=1, num_layers=2, projection_dim=3)
+
+
 def random_tree(abstract, seed):
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape, scale=0.2).astype(np.float32), abstract)
 
 
+def publish(path, config, naming, seed, *, prefix="", tree=None):
+    """A safetensors file of random weights, named and laid out as others write it."""
+    network, state = layouts.network_of(config), {}
+    flat = store.flatten(random_tree(network.abstract(config), seed) if tree is None else tree)
+    for piece, name in network.names(config, naming).items():
+        value = np.asarray(flat[piece.path] if piece.layer is None else flat[piece.path][piece.layer])
+        part = network.place(piece.path), network.to_published(piece.path, value, config, naming)
+        state.setdefault(prefix + name, []).append(part)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {
+        name: np.concatenate([x for _, x in sorted(p, key=lambda y: y[0])]) if len(p) > 1 else p[0][1]
+        for name, p in state.items()
+    }
+    safetensors.numpy.save_file({name: np.ascontiguousarray(x) for name, x in whole.items()}, path, {"format": "pt"})
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A checkpoint folder: every component, TAEHV as published."""
+    """The converted folder: ``place``; that of image to video: ``place / "i2v"``."""
     folder = tmp_path_factory.mktemp("wan")
+    inputs, place = folder / "published", folder / "run"
     (folder / "tiny.py").write_text(RECIPE)
-    recipe = common.load_recipe_file(str(folder / "tiny.py"))
-    trees = {
-        "text_encoder": umt5.init(jax.random.key(0), recipe.umt5),
-        "teacher": random_tree(transformer.abstract(recipe.teacher), 1),
-        "distill": random_tree(transformer.abstract(recipe.student), 2),
-        "vae": random_tree(vae.abstract(recipe.vae), 3),
-    }
-    for stage, tree in trees.items():
-        metadata = stages.vae_metadata(recipe.vae) if stage == "vae" else {}
-        store.save_params(stages.stage_path(folder, stage), tree, metadata, dtype="bfloat16")
-    tiny = published.to_published(random_tree(taehv.abstract(recipe.taehv), 4), recipe.taehv)
-    store.files.write_safetensors(
-        folder / "taew2_1.safetensors",
-        {name: (value.shape, value.dtype) for name, value in tiny.items()},
-        lambda name: (tiny[name],),
-        {"format": "pt"},
-        checksum=False,
+    recipe, branch = (common.load_recipe_file(f"{folder}/tiny.py{v}") for v in ("", ":i2v"))
+    text, tokenizer = umt5.init(jax.random.key(0), recipe.umt5), make_umt5.small_tokenizer()
+    wan, other = inputs / "wan", inputs / "diffusers"
+    publish(wan / "diffusion_pytorch_model.safetensors", recipe.teacher, "original", 1)
+    publish(wan / "Wan2.1_VAE.safetensors", recipe.vae, "original", 3)
+    publish(wan / "models_t5_umt5-xxl-enc-bf16.safetensors", recipe.umt5, "original", 0, tree=text)
+    publish(wan / "taew2_1.safetensors", recipe.taehv, "original", 4)
+    publish(inputs / "student.safetensors", recipe.student, "original", 2, prefix="generator_ema.model.")
+    publish(other / "transformer" / "diffusion_pytorch_model.safetensors", branch.teacher, "diffusers", 5)
+    publish(other / "vae" / "diffusion_pytorch_model.safetensors", recipe.vae, "diffusers", 3)
+    publish(other / "text_encoder" / "model.safetensors", recipe.umt5, "diffusers", 0, tree=text)
+    publish(other / "image_encoder" / "model.safetensors", CLIP, "diffusers", 6)
+    (wan / "config.json").write_text(json.dumps({"num_heads": 2}))
+    (other / "transformer" / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
+    for where in (wan / "google" / "umt5-xxl", other / "tokenizer"):
+        where.mkdir(parents=True)
+        (where / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    requests = [
+        [f"--input={wan}", f"--output={place}"],
+        [f"--input={inputs}/student.safetensors", f"--output={place}/distill/weights.safetensors", "--num_heads=2"],
+        [f"--input={other}", f"--output={place}/i2v"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", CONVERT],
+        input=json.dumps([[*request, "--dtype=bfloat16"] for request in requests]),
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
-    (folder / "text_encoder" / "tokenizer.json").write_text(make_umt5.small_tokenizer(), encoding="utf-8")
-    return folder
+    assert done.returncode == 0, done.stderr
+    assert [result["error"] for result in json.loads(done.stdout)] == [None] * len(requests)
+    (folder / "tiny.py").rename(place / "tiny.py")
+    return place
 
 
-def test_student_and_teacher_from_a_checkpoint_folder(place):
+@pytest.fixture(scope="module")
+def made(place):
+    """What was said while the student's stream, the teacher's clip and a stream through TAEHV were made."""
     student = [PROMPT, "--switch=6:neon", f"--output={place}/student.gif", "--upscale=1"]
     teacher = [PROMPT, "--teacher", "--exact", "--config.diffusion.solver=unipc", f"--output={place}/teacher.mp4"]
     tiny = [PROMPT, "--frames=13", "--exact", "--config.decoder=taehv", f"--output={place}/tiny.gif"]
-    first, second, third = call(place, student, teacher, tiny)
+    return call(place, student, teacher, tiny)
+
+
+def test_student_and_teacher_from_a_checkpoint_folder(place, made):
+    first, second, third = made
     assert "1. encode the prompts" in first and "2. stream" in first and "13 frames in" in first
     # The teacher's unconditional branch is the recipe's negative prompt, which no one has encoded before.
     assert "1. encode the prompts" in second and "3. decode" in second
@@ -104,13 +155,106 @@ def test_student_and_teacher_from_a_checkpoint_folder(place):
     assert a.shape == b.shape and np.abs(a - b).mean() <= 1 < np.abs(a - other).mean()
 
 
+def test_an_image_becomes_a_video(place):
+    """The program's frames against the same steps by hand, from a picture of another shape than the video."""
+    rng = np.random.default_rng(7)
+    video.write_video(place / "wide.gif", rng.integers(0, 256, (1, 20, 60, 3), np.uint8), 16)
+    common_flags = [f"--config={place}/tiny.py:i2v", f"--checkpoint={place}/i2v", "--teacher", "--upscale=1"]
+    image = [f"--image={place}/wide.gif", f"--prompt_cache={place}/prompts"]
+    many = ["--prompt=neon", PROMPT, "--config.diffusion.solver=unipc", "--seed=3"]
+    (said,) = call(place, [*common_flags, *image, *many, f"--output={place}/shown.gif"])
+    for words in ("read the picture", "image encoder", "encode the picture", "denoise", "picture's rows and latents"):
+        assert words in said, said
+    recipe = common.load_recipe_file(f"{place}/tiny.py:i2v")
+    recipe = dataclasses.replace(recipe, diffusion=dataclasses.replace(recipe.diffusion, solver="unipc"))
+    reader = encoder.open_encoder(recipe, place / "i2v", cache=place / "prompts", compute=False)
+    rows = encoder.encode(reader, ["neon", "warm neon"])
+    shapes = {
+        "teacher": transformer.inference(recipe.teacher),
+        "vae": memory.vae_shapes(recipe)["vae"],
+        "image_encoder": memory.image_encoder_shapes(CLIP),
+    }
+    params = {k: store.load_arrays(stages.stage_path(place / "i2v", k), v, k)[0] for k, v in shapes.items()}
+    whole = video.to_float(video.read_picture(place / "wide.gif"))[None]
+    assert whole.shape == (1, 20, 60, 3)
+    square = video.to_float(video.read_image(place / "wide.gif", 32, 32))[None]
+    sees = image_to_video.image_rows(params["image_encoder"], whole, config=CLIP)
+    given = image_to_video.condition(params["vae"], square, config=recipe)
+    null, seeds = encoder.null_rows(reader), np.array([3, 4], np.uint32)
+    twice = [np.repeat(x, 2, axis=0) for x in (sees, given)]
+    latents = image_to_video.teacher_latents(params["teacher"], rows, null, *twice, seeds, config=recipe)
+    frames = np.concatenate([video.to_uint8(x) for x in codec.decode_clip(params, latents, config=recipe)], axis=1)
+    assert frames.shape == (2, 13, 32, 32, 3) and frames.std() > 1
+    for i in range(2):
+        video.write_video(place / f"expected_{i}.gif", frames[i], 16)
+        a, b = (video.read_video(place / f"{name}_{i}.gif", 32, 32) for name in ("shown", "expected"))
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.usefixtures("made")
+def test_a_program_is_built_once_and_runs_without_the_model(place):
+    """The flags of student.gif, which was made by tracing: the same file, bit for bit."""
+    flags_of = ["--stage=stream", "--platform=cpu", f"--checkpoint={place}", f"--output={place}/stream.program"]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.compile", f"--config={place}/tiny.py", *flags_of],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tiny_wan for cpu, 1 video(s) at once, attention by xla" in done.stdout
+    program, switch = f"--program={place}/stream.program", "--switch=6:neon"
+    cases = [
+        [PROMPT, switch, "--upscale=1", program, f"--output={place}/loaded.gif"],
+        [PROMPT, PROMPT, program],
+        [PROMPT, "--config.video.width=48", program],
+        [PROMPT, "--frames=14", program],
+        [PROMPT, "--exact", program],
+        [PROMPT, "--teacher", program],
+        [PROMPT, f"--program={place}/tiny.py"],
+    ]
+    results = call_all(place, cases, mode="untraced")
+    assert results[0]["error"] is None and "stream.program, attention by xla" in results[0]["printed"]
+    assert "2. stream" in results[0]["printed"] or "1. stream" in results[0]["printed"]
+    assert (place / "loaded.gif").read_bytes() == (place / "student.gif").read_bytes()
+    built = "stream.program was built for"
+    for result, words in zip(
+        results[1:],
+        (
+            f"{built} 1 video(s) at once, and 2 prompt(s) are given",
+            f"{built} video.width = 32, and the recipe has 48",
+            f"{built} at most 4 latent frames, and 6 are asked for; accepted: fewer --frames",
+            f"{built} student.numerics = 'own', and the recipe has 'causvid'",
+            "--teacher is given with --program, which holds text to video only",
+            "tiny.py is not a readable program of launch.compile",
+        ),
+        strict=True,
+    ):
+        assert result["error"] is not None and words in result["error"], result
+
+
 def test_what_is_missing_is_named(place, tmp_path):
+    for name in ("teacher", "vae", "text_encoder"):
+        (tmp_path / "half" / name).mkdir(parents=True)
+        (tmp_path / "half" / name / "weights.safetensors").symlink_to(stages.stage_path(place / "i2v", name))
+    (tmp_path / "half" / stages.TOKENIZER).symlink_to(place / stages.TOKENIZER)
+    image = np.zeros((1, 8, 8, 3), np.uint8)
+    video.write_video(place / "wide.gif", image, 16)
+    picture = [PROMPT, f"--config={place}/tiny.py:i2v", f"--checkpoint={tmp_path}/half", "--teacher"]
+    picture.append(f"--image={place}/wide.gif")
     cases = [
         ([PROMPT, f"--checkpoint={tmp_path}"], "text_encoder/weights.safetensors does not exist"),
+        (picture, "image_encoder/weights.safetensors does not exist: CLIP's image encoder"),
+        ([*picture[:3], "--teacher"], "recipe 'tiny_wan' has an image branch; accepted: --teacher and --image, both"),
+        ([PROMPT, "--teacher", f"--image={place}/wide.gif"], "--image is given with --teacher, which cannot stream"),
         ([PROMPT, f"--checkpoint={tmp_path}", f"--text_encoder={place}"], "distill/weights.safetensors does not exist"),
         ([PROMPT, f"--tokenizer={tmp_path}/none.json"], "tokenizer file"),
         ([PROMPT, "--config.umt5.num_layers=9"], "text encoder weights"),
-        ([PROMPT, "--config.decoder=taehv", "--config.taehv.blocks=3"], "TAEHV weights do not fit"),
+        (
+            [PROMPT, "--config.decoder=taehv", "--config.taehv.blocks=2"],
+            "do not fit the configuration (unexpected: decoder/levels/0/blocks/2",
+        ),
     ]
     results = call_all(place, [given for given, _ in cases], compute=False)
     for (given, words), result in zip(cases, results, strict=True):

@@ -1,8 +1,9 @@
 """One of the processes of ``test_hosts.py``; it does what ``launch.train`` does, so that one start serves many checks.
 
-``hosts_program.py stages WORKDIR PROCESS COUNT PORT`` trains every stage of ``WORKDIR/recipe.json`` in ``WORKDIR`` and
-prints as JSON what it was refused on the way. ``hosts_program.py train SIGNAL_AT FLAGS...`` is ``launch.train`` with
-FLAGS that gets a SIGTERM during step SIGNAL_AT (0: never).
+``hosts_program.py stages WORKDIR PROCESS COUNT PORT NAMES`` trains the stages NAMES of ``WORKDIR/recipe.json`` in
+``WORKDIR/NAME`` each and prints as JSON what it was refused on the way, and how much it read.
+``hosts_program.py train EVENT STEP FLAGS...`` is ``launch.train`` with FLAGS to which the EVENT happens before step
+STEP (0: never): a signal (TERM, INT, KILL), INT+INT or ERROR.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import jax
 from causvid_jax.config import ConfigError, from_json
 from causvid_jax.parallel import hosts, start
 from causvid_jax.training import loop, stages
+from causvid_jax.weights import store
 
 
 def _refusal(call, *arguments):
@@ -28,9 +30,13 @@ def _refusal(call, *arguments):
     return None
 
 
-def _stages(workdir, number, count, port):
-    """Every stage, in these processes; what the checks of arguments and folders say."""
-    start.join(start.find(f"127.0.0.1:{port}", int(count), int(number)))
+def _stages(workdir, number, count, port, names):
+    """These stages, in these processes; what the checks of arguments and folders say."""
+    with start.together(start.join(start.find(f"127.0.0.1:{port}", int(count), int(number)))):
+        _joined(workdir, number, names.split(","))
+
+
+def _joined(workdir, number, names):
     jax.config.update("jax_default_matmul_precision", "highest")
     folder = pathlib.Path(workdir)
     own = folder / f"own{number}"
@@ -44,20 +50,37 @@ def _stages(workdir, number, count, port):
         "not shared": _refusal(start.check_shared, own),
     }
     recipe = from_json((folder / "recipe.json").read_text())
-    read = []
-    for name in stages.STAGES:
-        stage = stages.make_stage(name, recipe, folder)
+    read, parts, read_part = [], [], store._read_part
+
+    def counted(*arguments):
+        parts.append(read_part(*arguments))
+        return parts[-1]
+
+    store._read_part = counted
+    for name in names:
+        stage = stages.make_stage(name, recipe, folder / name)
 
         def ready(batch, stage=stage):
             read.append(len(batch["caption"]))
             return stage.ready(batch)
 
-        loop.train(dataclasses.replace(stage, ready=ready), folder)
-    print("RESULT", json.dumps(said | {"first": hosts.first(), "read": read}))
+        # Only the test of all stages in two processes looks at samples.
+        sample = stage.sample if len(names) > 2 and jax.process_count() == 2 else lambda *_: {}
+        loop.train(dataclasses.replace(stage, ready=ready, sample=sample), folder / name)
+    weights = sum(part.nbytes for part in parts)
+    print("RESULT", json.dumps(said | {"first": hosts.first(), "read": read, "weights": weights}))
 
 
-def _train(signal_at):
-    """The program, its steps slow once the signal is under way: hosts agree in a fraction of a second."""
+def _happen(event):
+    if event == "ERROR":
+        raise ZeroDivisionError("spoilt")
+    for name in event.split("+"):
+        os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
+        time.sleep(0.1)
+
+
+def _train(event, event_at):
+    """The program, its steps slow once a signal is under way: hosts agree in a fraction of a second."""
     from launch import common, train
 
     original, done = loop.train, 0
@@ -66,13 +89,13 @@ def _train(signal_at):
         def step(state, batch):
             nonlocal done
             done += 1
-            if done == signal_at:
-                os.kill(os.getpid(), signal.SIGTERM)
-            if signal_at and done >= signal_at:
+            if done == event_at:
+                _happen(event)
+            if event_at and done >= event_at:
                 time.sleep(1.0)
             return stage.step(state, batch)
 
-        original(dataclasses.replace(stage, step=step), workdir)
+        original(dataclasses.replace(stage, step=step, sample=lambda *_: {}), workdir)
 
     loop.train = patched
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -86,5 +109,5 @@ if __name__ == "__main__":
     else:
         from launch import train  # noqa: F401 (defines the flags)
 
-        sys.argv = ["launch.train", *arguments[1:]]
-        _train(int(arguments[0]))
+        sys.argv = ["launch.train", *arguments[2:]]
+        _train(arguments[0], int(arguments[1]))

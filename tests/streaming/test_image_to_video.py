@@ -1,5 +1,6 @@
 """Image to video with the bidirectional model: parity with diffusers' pipeline, and what it refuses."""
 
+import dataclasses
 import sys
 
 import jax
@@ -40,6 +41,21 @@ def test_a_clip_is_a_function_of_its_own_picture_and_seed():
     assert both.shape == (2, 3, 4, 2, 4)
     np.testing.assert_allclose(swapped, both[::-1], atol=2e-5)
     assert np.abs(both[0] - both[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("column", ["own", "wan"])
+def test_only_the_published_numerics_tell_whole_timesteps(column, monkeypatch):
+    config, told = golden.recipe(), {}
+    config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, numerics=column))
+
+    def solve(diffusion, velocity, noise, *, integer_timesteps):
+        told["whole"] = integer_timesteps
+        return noise
+
+    monkeypatch.setattr(image_to_video.solvers, "solve", solve)
+    seeds = jnp.zeros((1,), jnp.uint32)
+    image_to_video.teacher_latents.__wrapped__(None, None, None, None, None, seeds, config=config)
+    assert told == {"whole": column == "wan"}
 
 
 def test_refusals():

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from causvid_jax.config import ConfigError
+from causvid_jax.config import CLIPConfig, ConfigError
 from causvid_jax.streaming import memory
 from launch.common import load_recipe_file
 
@@ -34,6 +34,18 @@ def test_published_text_encoder():
     small = (24 * (2 * 4096 + 32 * 64) + 4096) * 4  # norms and tables of distances
     assert items["float32"] == small
     assert items["bfloat16"] == 2 * (5_680_910_336 - small // 4)
+
+
+def test_a_picture_is_read_before_the_transformer_comes():
+    recipe = load_recipe_file(str(pathlib.Path(__file__).parents[2] / "configs" / "wan_14b.py:i2v"))
+    given = {"batch": 2, "latents": 21, "prompts": 0, "image": True, "clip": CLIPConfig()}
+    phases = {p.name: p for p in memory.plan(recipe, "teacher", **given)}
+    assert list(phases) == ["read the picture", "encode the picture", "denoise", "decode"]
+    # ViT-H/14: the tower and its projection.
+    assert phases["read the picture"].items["image encoder"] == {"float32": 4 * 632_076_800}
+    assert "VAE" in phases["encode the picture"].items
+    rows, condition = 2 * 257 * 1280, 2 * 21 * 60 * 104 * 20
+    assert phases["denoise"].items["picture's rows and latents"] == {"float32": 4 * (rows + condition)}
 
 
 def test_published_student():

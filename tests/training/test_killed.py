@@ -49,7 +49,7 @@ def test_killed_again_and_again_it_ends_like_a_run_that_never_was(tmp_path):
     while True:
         process = start(tmp_path / "killed")
         if kills < KILLS:
-            # At a random moment of one of its first steps, whose pace is measured: it differs from run to run.
+            # At a random moment of one of its first steps; the pace is measured, cores may be busier than before.
             assert process.stdout.readline() == "step\n", process.stderr.read()
             began, steps = time.monotonic(), rng.randint(1, 3)
             for _ in range(steps):

@@ -12,6 +12,7 @@ import pytest
 
 from causvid_jax.config import ConfigError, DataConfig, Recipe, from_config_dict
 from causvid_jax.data import digits
+from causvid_jax.models import vae
 from causvid_jax.training import checkpoint, export, loop, stages
 from causvid_jax.training.metrics import read_metrics
 from causvid_jax.weights import store
@@ -28,6 +29,14 @@ NET = {
     "text_length": 8,
     "text_dim": len(WORDS) + 8,
     "freq_dim": 8,
+}
+TINY = {
+    "z_dim": 4,
+    "encoder_dim": 8,
+    "decoder_dims": (8, 8, 8),
+    "blocks": 1,
+    "temporal_downsample": (True, True),
+    "temporal_upsample": (True, True),
 }
 TRAIN = {
     "steps": 5,
@@ -54,11 +63,13 @@ def make_recipe(**changes) -> Recipe:
                 "num_res_blocks": 1,
                 "z_dim": 4,
             },
+            "taehv": TINY,
             "teacher": NET,
             "student": NET,
             "causal": {"frames_per_block": 1, "window": 2},
             "diffusion": {"shift": 3.0, "teacher_steps": 2, "student_steps": (1000.0, 500.0)},
             "train_vae": TRAIN | {"frames": 9, "curriculum": ((3, 5, 3),)},
+            "train_taehv": TRAIN,
             "train_teacher": TRAIN,
             "train_causal": TRAIN | {"switch_fraction": 0.5},
             "train_init": TRAIN | {"trajectories": 4},
@@ -134,6 +145,35 @@ def test_what_a_stage_leaves_behind(road):
         assert json.loads((folder / "config.json").read_text())["steps"] == 5
         assert list((folder / "tensorboard").iterdir())
         assert store.load_params(folder / "weights.safetensors")[1]["stage"] == name
+
+
+def test_what_is_cut_out_of_latents_and_frames_shows_the_same_moments():
+    latents, frames = np.arange(7.0)[None], np.arange(25.0)[None]
+    starts = set()
+    for seed in range(40):
+        z, video = stages.cut_out(latents, frames, jax.random.key(seed), 3, 4)
+        start = int(z[0, 0])
+        starts.add(start)
+        np.testing.assert_array_equal(z[0], start + np.arange(3))
+        # Latent s > 0 holds frames 4s - 3 to 4s; as the first of a video it gives one frame, the last of them.
+        np.testing.assert_array_equal(video[0], 4 * start + np.arange(9))
+    assert starts == {0, 1, 2, 3, 4}
+    z, video = stages.cut_out(latents, frames, jax.random.key(0), 9, 4)
+    assert z.shape == (1, 7) and video.shape == (1, 25)
+
+
+def test_the_loss_of_a_cut_is_that_of_the_cut_alone(road):
+    params, recipe = stages.with_vae(RECIPE, road)
+    mean, _ = np.split(params["conv1"]["bias"], 2)
+    params["conv1"]["bias"] = np.concatenate([mean, np.full_like(mean, -100.0)])  # no noise on the latents
+    video = np.random.default_rng(0).uniform(-1, 1, (2, 9, 16, 16, 3)).astype(np.float32)
+    key = jax.random.key(3)
+    _, metrics = stages.vae_loss(params, video, key, config=recipe.vae, kl_weight=0.0, cut=2)
+    latents, shown = stages.cut_out(vae.encode(params, video, config=recipe.vae), video, jax.random.split(key)[1], 2, 4)
+    error = np.asarray(vae.decode(params, latents, config=recipe.vae, clamp=False) - shown)
+    assert error.shape == (2, 5, 16, 16, 3)
+    np.testing.assert_allclose(metrics["l2"], np.mean(error**2), rtol=1e-3)
+    np.testing.assert_allclose(metrics["l1"], np.mean(np.abs(error)), rtol=1e-3)
 
 
 def test_the_vae_file_carries_the_statistics_of_its_latents(road):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from causvid_jax.config import ConfigError
 from causvid_jax.weights import stages, store
@@ -132,7 +133,7 @@ def test_check_tree_names_what_does_not_fit():
     )
 
 
-def test_publishing_copies_three_stages_in_half_precision_and_needs_all_of_them(tmp_path):
+def test_publishing_copies_three_stages_in_half_precision_and_needs_all_of_them(tmp_path, monkeypatch):
     for stage in ("vae", "teacher"):
         store.save_params(stages.stage_path(tmp_path / "run", stage), {"a": np.float32([0.1, 2.0])}, {"stage": stage})
     with pytest.raises(ConfigError, match="distill/weights.safetensors does not exist"):
@@ -144,6 +145,16 @@ def test_publishing_copies_three_stages_in_half_precision_and_needs_all_of_them(
         "mine/teacher.safetensors",
         "mine/distill.safetensors",
     ]
+    # The tiny codec goes along where it was trained, and is found among the package's weights.
+    store.save_params(stages.stage_path(tmp_path / "run", "taehv"), {"a": np.float32([0.5])}, {"stage": "taehv"})
+    assert [path.stem for path in stages.publish("mine", tmp_path / "run", tmp_path / "assets")] == [
+        "vae", "taehv", "teacher", "distill",
+    ]  # fmt: skip
+    monkeypatch.setattr(stages, "ASSETS", tmp_path / "assets")
+    assert stages.find_taehv("mine", tmp_path) == tmp_path / "assets" / "mine" / "taehv.safetensors"
+    assert stages.find_taehv("mine", tmp_path / "run") == stages.stage_path(tmp_path / "run", "taehv")
+    with pytest.raises(ConfigError, match="holds no weights of TAEHV; accepted: taehv/weights.safetensors, taew2_1"):
+        stages.find_taehv("yours", tmp_path)
     params, metadata = store.load_params(written[0], dtype=None)
     assert params["a"].dtype == np.float16 and metadata["stage"] == "vae"
     np.testing.assert_array_equal(params["a"], np.float16([0.1, 2.0]))
@@ -175,3 +186,37 @@ def test_arrays_come_straight_in_the_types_asked_for(tmp_path):
     path.write_bytes(damaged)
     with pytest.raises(ConfigError, match="is corrupt: its checksum does not match"):
         store.load_arrays(path, expected, "weights")
+
+
+def test_onto_a_mesh_every_part_is_read_once(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    tree = {"a": {"kernel": rng.normal(size=(8, 6, 4)), "bias": rng.normal(size=4)}, "scalar": np.float64(2.0)}
+    tree = jax.tree.map(np.float32, tree)
+    path = tmp_path / "w.safetensors"
+    store.save_params(path, tree, {"who": "me"})
+    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), tree)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    places = {
+        "a": {
+            "kernel": NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor")),
+            "bias": NamedSharding(mesh, PartitionSpec("tensor")),
+        },
+        "scalar": NamedSharding(mesh, PartitionSpec()),
+    }
+    read, bytes_read = store._read_part, []
+
+    def counted(name, tensor, index, dtype):
+        part = read(name, tensor, index, dtype)
+        bytes_read.append(part.size * tensor.dtype.itemsize)
+        return part
+
+    monkeypatch.setattr(store, "_read_part", counted)
+    arrays, metadata = store.load_sharded(path, expected, places, "weights")
+    assert metadata == {"who": "me"}
+    for got, given, place in zip(*map(jax.tree.leaves, (arrays, tree, places)), strict=True):
+        assert got.sharding == place and got.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(got, jnp.asarray(given).astype(jnp.bfloat16))
+    # Two devices hold every part of the kernel, four every half of the bias, all the scalar.
+    assert sum(bytes_read) == 4 * (8 * 6 * 4 + 4 + 1) and len(bytes_read) == 4 + 2 + 1
+    with pytest.raises(ConfigError, match="weights do not fit the configuration"):
+        store.load_sharded(path, {"a": expected["a"]}, places, "weights")

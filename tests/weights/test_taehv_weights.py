@@ -3,10 +3,11 @@
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from causvid_jax.config import ConfigError, TAEHVConfig
 from causvid_jax.models import taehv as model
-from causvid_jax.weights import taehv
+from causvid_jax.weights import stages, store, taehv
 
 CONFIG = TAEHVConfig(z_dim=2, encoder_dim=3, decoder_dims=(5, 4, 3, 2))
 
@@ -74,3 +75,13 @@ def test_refusals(params):
         taehv.from_published({**state, "extra": np.zeros(1)}, CONFIG)
     with pytest.raises(ConfigError, match="decoder.22.bias \\(3, 1\\) instead of \\(3,\\)"):
         taehv.from_published({**state, "decoder.22.bias": np.zeros((3, 1))}, CONFIG)
+
+
+def test_a_working_directory_may_have_the_published_file(params, tmp_path):
+    with pytest.raises(ConfigError, match="holds no weights of TAEHV; accepted: taehv/weights.safetensors, taew2_1.sa"):
+        stages.find_taehv("tiny", tmp_path)
+    state = {name: np.ascontiguousarray(value) for name, value in taehv.to_published(params, CONFIG).items()}
+    safetensors.numpy.save_file(state, tmp_path / "taew2_1.safetensors", {"format": "pt"})
+    jax.tree.map(np.testing.assert_array_equal, stages.load_taehv(stages.find_taehv("tiny", tmp_path), CONFIG), params)
+    store.save_params(stages.stage_path(tmp_path, "taehv"), params, {})
+    assert stages.find_taehv("tiny", tmp_path) == tmp_path / "taehv" / "weights.safetensors"

@@ -1,0 +1,112 @@
+"""Which kernels the readings of the network call on a GPU and a TPU, in programs lowered for them here.
+
+Lowering asks cuDNN for nothing but its version, which is stated (9.10) where it is not installed. That the kernels
+compute what they should is another matter: numerically they are compared where such a device is at hand.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from causvid_jax.config import CausalConfig, TransformerConfig
+from causvid_jax.models import partition, transformer
+
+CONFIG = TransformerConfig(
+    dim=32,
+    ffn_dim=16,
+    num_heads=2,
+    num_layers=2,
+    in_channels=4,
+    out_channels=4,
+    text_dim=5,
+    text_length=8,
+    freq_dim=8,
+    dtype="bfloat16",
+    attention="auto",
+    remat="none",
+)
+CAUSAL = CausalConfig(frames_per_block=2, window=4)
+HEIGHT, WIDTH, BATCH = 8, 8, 3
+TOKENS = (HEIGHT // 2) * (WIDTH // 2)  # of a frame
+CALL = re.compile(r"custom_call @(__cudnn\$\w+)\(.*?mask_type\\22: \\22(\w+)\\22.* : \((.*?)\) -> ")
+
+
+def lowered(reading: str, platform: str) -> str:
+    """StableHLO of a reading, every array's shape as in a run."""
+    spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    params = transformer.inference(CONFIG)
+    frames = 4 if reading == "bidirectional" else 2
+    x, timestep, text = spec(BATCH, frames, HEIGHT, WIDTH, 4), spec(BATCH, frames), spec(BATCH, 8, 5)
+    with partition.lowering_for(platform):
+        if reading == "bidirectional":
+            function = lambda p, x, t, text: transformer.bidirectional(p, x, t, text, config=CONFIG)  # noqa: E731
+            given = (params, x, timestep, text)
+        else:
+            cache = jax.eval_shape(
+                lambda: transformer.init_cache(CONFIG, CAUSAL, batch=BATCH, height=HEIGHT, width=WIDTH)
+            )
+            known = jax.eval_shape(lambda p, text: transformer.encode_text(p, text, config=CONFIG), params, text)
+
+            def function(p, x, t, text, cache):
+                rewrites = reading == "rewriting"
+                return transformer.cached(p, x, t, text, cache, config=CONFIG, causal=CAUSAL, rewrites=rewrites)
+
+            given = (params, x, timestep, known, cache)
+        return jax.jit(function).trace(*given).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo as kernels
+
+    if kernels.cuda_versions is None:
+        monkeypatch.setattr(kernels, "check_cudnn_version", lambda: 91000)
+
+
+QUERY, KEYS = f"tensor<3x{2 * TOKENS}x2x16xbf16>", f"tensor<3x{4 * TOKENS}x2x16xbf16>"
+TEXT, LENGTHS = "tensor<3x8x2x16xbf16>", "tensor<3xi32>"
+CROSS = ("__cudnn$fmhaSoftmax", "NO_MASK", [QUERY, TEXT, TEXT])
+
+
+@pytest.mark.usefixtures("cudnn")
+@pytest.mark.parametrize(
+    "reading,expected",
+    [
+        # The keys in use are told as a length for each row; nothing of size T x S exists.
+        ("streaming", [("__cudnn$fmhaSoftmax", "PADDING", [QUERY, KEYS, KEYS, LENGTHS, LENGTHS]), CROSS]),
+        (
+            "rewriting",
+            [
+                (
+                    "__cudnn$fmhaScaleBiasSoftmax",
+                    "NO_MASK",
+                    [QUERY, KEYS, KEYS, f"tensor<1x1x{2 * TOKENS}x{4 * TOKENS}xbf16>"],
+                ),
+                CROSS,
+            ],
+        ),
+        (
+            "bidirectional",
+            [("__cudnn$fmhaSoftmax", "NO_MASK", [KEYS] * 3), ("__cudnn$fmhaSoftmax", "NO_MASK", [KEYS, TEXT, TEXT])],
+        ),
+    ],
+)
+def test_cudnn(reading, expected):
+    text = lowered(reading, "cuda")
+    calls = [(name, mask, operands.split(", ")) for name, mask, operands in CALL.findall(text)]
+    assert calls == expected
+    # Nowhere else does a softmax's maximum run over keys.
+    assert not re.search(rf"tensor<3x2x\d+x{4 * TOKENS}xf32>", text)
+
+
+def test_splash():
+    text = lowered("streaming", "tpu")
+    assert text.count("stablehlo.custom_call @tpu_custom_call") >= 1 and "__cudnn" not in text
+
+
+def test_on_the_cpu_there_is_no_kernel():
+    text = lowered("streaming", "cpu")
+    assert "__cudnn" not in text and "tpu_custom_call" not in text
+    assert re.search(rf"tensor<3x2x{2 * TOKENS}x{4 * TOKENS}xf32>", text)
