@@ -178,8 +178,8 @@ def estimate_for(recipe: Recipe, stage: str, machine: Machine) -> Report:
 
 
 _OPTIONS = {
-    # Tiles of Triton's matrix products are chosen by timing them; with no device to do that, XLA takes some that fit, and
-    # gives up on operands of odd shapes (42 timesteps). cuBLAS has no such trouble.
+    # Tiles of Triton's matrix products are chosen by timing them; with no device to do that, XLA takes some that fit,
+    # and gives up on operands of odd shapes (42 timesteps). cuBLAS has no such trouble.
     "cuda": {"xla_gpu_enable_triton_gemm": False},
 }
 """Compiler options by platform."""
