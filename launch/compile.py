@@ -77,7 +77,7 @@ def build(recipe, stage, platform) -> None:
     """Lower the stream's programs and write them."""
     from causvid_jax.models import numerics
     from causvid_jax.streaming import programs
-    from causvid_jax.weights import stages
+    from causvid_jax.weights import files, stages
 
     require(stage == "stream", f"--stage is {stage!r}; accepted with --platform: 'stream'")
     output = common.check_output(_OUTPUT.value, (programs.SUFFIX,))
@@ -88,7 +88,7 @@ def build(recipe, stage, platform) -> None:
     header, made = programs.build(recipe, platform, batch=_BATCH.value)
     programs.save(output, header, made)
     print(programs.describe(header, made))
-    print(f"Wrote {output}, {programs.files.in_words(output.stat().st_size)}")
+    print(f"Wrote {output}, {files.in_words(output.stat().st_size)}")
 
 
 def advice(recipe, stage, machine) -> str:

@@ -14,8 +14,8 @@ becomes a folder of them: for our own format a working directory that ``launch.s
 | ``image_encoder/weights.safetensors``, of image to video | ``models_clip_*.pth`` | ``image_encoder/`` |
 | ``taehv/weights.safetensors``, if it was put there | ``taew2_1.pth`` or ``.safetensors`` | the same |
 
-The tiny codec comes by itself: ``--input=taew2_1.pth --output=runs/wan/taehv/weights.safetensors``
-adds it to a directory.
+The tiny codec comes by itself: ``--input=taew2_1.pth --output=runs/wan/taehv/weights.safetensors`` adds it to a
+directory.
 """
 
 import functools

@@ -5,7 +5,6 @@ prompts. Writes ``stream.mp4``, ``stream.gif``, ``comparison.mp4``, ``comparison
 """
 
 import contextlib
-import dataclasses
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -43,14 +42,11 @@ Params = dict[str, Any]
 def load(recipe: Recipe, workdir: str | None) -> tuple[Params, Recipe]:
     """``{"vae", "teacher", "student"}``, the tiny decoder if the recipe names it, and the recipe with the statistics of
     the VAE's latents."""
-    params = {}
-    params["vae"], config = stages.load_vae(stages.find(recipe.name, "vae", workdir), recipe.vae)
+    params, measured = stages.load_decoders(recipe, workdir)
     for role, stage, net in (("teacher", "teacher", recipe.teacher), ("student", "distill", recipe.student)):
         path = stages.find(recipe.name, stage, workdir)
         params[role] = stages.load_transformer(path, net, role)
-    if recipe.decoder == "taehv":
-        params["taehv"] = stages.load_taehv(stages.find_taehv(recipe.name, workdir), recipe.taehv)
-    return jax.device_put(params), dataclasses.replace(recipe, vae=config)
+    return jax.device_put(params), measured
 
 
 def rows_of(prompts: Sequence[str], recipe: Recipe) -> jax.Array:

@@ -68,11 +68,7 @@ def evaluate(recipe: Recipe) -> None:
     output = common.check_output(_OUTPUT.value, (".json",))
     plan = report.Plan(**{name: holder.value for name, holder in _PLAN.items()})
     trained = judging.load(recipe.data, _JUDGE.value)
-    params = {}
-    params["vae"], vae = stages.load_vae(stages.find(recipe.name, "vae", _WORKDIR.value), recipe.vae)
-    recipe = dataclasses.replace(recipe, vae=vae)
-    if recipe.decoder == "taehv":
-        params["taehv"] = stages.load_taehv(stages.find_taehv(recipe.name, _WORKDIR.value), recipe.taehv)
+    params, recipe = stages.load_decoders(recipe, _WORKDIR.value)
     for role, stage, given in (("teacher", "teacher", _TEACHER.value), ("student", "distill", _STUDENT.value)):
         path = given or stages.find(recipe.name, stage, _WORKDIR.value)
         params[role] = stages.load_transformer(path, getattr(recipe, role), role)

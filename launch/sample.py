@@ -22,6 +22,7 @@ numerics (``causvid_jax.models.numerics``).
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -118,7 +119,7 @@ def find_weights(
         if not encodes:
             return found, recipe
     if role == "teacher" and encodes:
-        found["image_encoder"], _ = stages.find_image_encoder(workdir or ".", recipe.teacher)
+        found["image_encoder"] = stages.find_image_encoder(workdir or ".", recipe.teacher)
     found["vae"] = stages.find(recipe.name, "vae", workdir)
     statistics = store.check_file(found["vae"], vae.abstract(recipe.vae), f"VAE weights {found['vae']}")
     return found, dataclasses.replace(recipe, vae=stages.latent_statistics(recipe.vae, statistics))
@@ -158,7 +159,7 @@ class Request:
     weights: dict[str, pathlib.Path]
     program: programs.Programs | None = None
 
-    @property
+    @functools.cached_property
     def clip(self) -> CLIPConfig | None:
         """Sizes of the image encoder, if one is needed."""
         path = self.weights.get("image_encoder")

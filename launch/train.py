@@ -1,7 +1,7 @@
 """Train one stage: ``python -m launch.train --config=configs/digits.py --stage=STAGE --workdir=DIR``.
 
-Stages: vae, teacher, causal, init, distill. Started again with the same arguments it goes on where it stopped. Under
-``WORKDIR/STAGE``: ``metrics.jsonl`` and ``tensorboard/``, ``samples/``, ``checkpoints/`` and, at the end,
+Stages: vae, taehv, teacher, causal, init, distill. Started again with the same arguments it goes on where it stopped.
+Under ``WORKDIR/STAGE``: ``metrics.jsonl`` and ``tensorboard/``, ``samples/``, ``checkpoints/`` and, at the end,
 ``weights.safetensors``. Ctrl-C (status 130) and SIGTERM (status 0) save a checkpoint first; ``docs/runs.md`` tells what
 becomes of a run when something fails. On many hosts the same command is given on each (``docs/hosts.md``).
 """
@@ -16,7 +16,7 @@ from launch import common, processes
 
 _CONFIG = common.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the recipe keeps its data, weights and logs.")
-_STAGE = flags.DEFINE_string("stage", None, "What to train: vae, teacher, causal, init or distill.")
+_STAGE = flags.DEFINE_string("stage", None, "What to train: vae, taehv, teacher, causal, init or distill.")
 _INIT_FROM = flags.DEFINE_string(
     "init_from", None, "Weights to start with: a file, or another recipe's --workdir (the same stage's weights)."
 )

@@ -239,10 +239,13 @@ def evaluate(
     clips: dict[str, tuple[list[str], np.ndarray]] = {}
     real = real_clips(recipe, own, plan.seed)
     clips["real"] = own, real
-    for name, reconstruct in (("vae", samplers.reconstruct), ("taehv", samplers.reconstruct_tiny)):
-        if reconstruct:
-            through = functools.partial(lambda make, full, i: make(_slice(real, i, len(full))), reconstruct)
-            clips[name] = own, batches(name, 0.0, own, through)
+
+    def through(codec, what):
+        return own, batches(what, 0.0, own, lambda full, i: codec(_slice(real, i, len(full))))
+
+    clips["vae"] = through(samplers.reconstruct, "VAE")
+    if samplers.reconstruct_tiny:
+        clips["taehv"] = through(samplers.reconstruct_tiny, "tiny decoder")
     clips["teacher"] = own, batches("teacher", cost["teacher"], own, lambda p, i: samplers.teacher(p, plan.seed + i))
     clips["student"] = (
         own,

@@ -14,10 +14,11 @@ import numpy as np
 from causvid_jax import video as files
 from causvid_jax.config import Recipe, require
 from causvid_jax.data import encoder
-from causvid_jax.diffusion import guidance, solvers
+from causvid_jax.diffusion import guidance
 from causvid_jax.evaluation.report import Samplers, Switch
 from causvid_jax.models import taehv, transformer, vae
 from causvid_jax.streaming import stream
+from causvid_jax.streaming.teacher import solve_clip
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -33,8 +34,6 @@ def teacher_latents(params: Any, rows: jax.Array, null_rows: jax.Array, seeds: j
     Returns:
       latents ``[B, F, h, w, C]``.
     """
-    shape = (config.video.latent_frames, *stream.latent_size(config), config.vae.z_dim)
-    noise = stream.block_noise(seeds, jnp.int32(0), jnp.int32(0), shape)
 
     def velocity(x, timestep, rows):
         return transformer.bidirectional(params, x, timestep, rows, config=config.teacher)
@@ -42,13 +41,11 @@ def teacher_latents(params: Any, rows: jax.Array, null_rows: jax.Array, seeds: j
     def guided(x, timestep):
         return guidance.guided_velocity(velocity, x, timestep, rows, null_rows, config.diffusion.guidance)
 
-    exact = config.teacher.numerics == "wan"
-    return solvers.solve(config.diffusion, guided, noise, integer_timesteps=exact)
+    return solve_clip(guided, seeds, config=config)
 
 
 _encode = jax.jit(vae.encode, static_argnames=("config",))
-_decode = jax.jit(vae.decode, static_argnames=("config",))
-_decode_tiny = jax.jit(taehv.decode, static_argnames=("config",))
+_DECODE = {name: jax.jit(model.decode, static_argnames=("config",)) for name, model in (("vae", vae), ("taehv", taehv))}
 
 
 def make_samplers(
@@ -73,20 +70,18 @@ def make_samplers(
     def rows_of(prompts: Sequence[str]) -> jax.Array:
         return jnp.asarray(encoder.encode(reader, prompts))
 
-    def reconstruct(video: np.ndarray) -> np.ndarray:
-        latents = _encode(params["vae"], jnp.asarray(files.to_float(video)), config=config.vae)
-        return files.to_uint8(np.asarray(_decode(params["vae"], latents, config=config.vae)))
+    def pixels(latents: jax.Array, name: str = "vae") -> np.ndarray:
+        return files.to_uint8(np.asarray(_DECODE[name](params[name], latents, config=getattr(config, name))))
 
-    def reconstruct_tiny(video: np.ndarray) -> np.ndarray:
-        latents = _encode(params["vae"], jnp.asarray(files.to_float(video)), config=config.vae)
-        return files.to_uint8(np.asarray(_decode_tiny(params["taehv"], latents, config=config.taehv)))
+    def reconstruct(video: np.ndarray, name: str = "vae") -> np.ndarray:
+        return pixels(_encode(params["vae"], jnp.asarray(files.to_float(video)), config=config.vae), name)
 
     def teacher(prompts: Sequence[str], seed: int, *, decode: bool = True) -> np.ndarray:
         seeds = jnp.asarray(seed + np.arange(len(prompts)), jnp.uint32)
         latents = teacher_latents(params["teacher"], rows_of(prompts), null, seeds, config=config)
         if not decode:
             return np.asarray(latents)
-        return files.to_uint8(np.asarray(_decode(params["vae"], latents, config=config.vae)))
+        return pixels(latents)
 
     def student(
         prompts: Sequence[str], seed: int, *, frames: int, switch: Switch | None = None, decode: bool = True
@@ -116,5 +111,5 @@ def make_samplers(
             shown += parts[-1].shape[1]
         return np.concatenate(parts, axis=1)
 
-    tiny = reconstruct_tiny if config.decoder == "taehv" else None
+    tiny = functools.partial(reconstruct, name="taehv") if config.decoder == "taehv" else None
     return Samplers(reconstruct=reconstruct, teacher=teacher, student=student, reconstruct_tiny=tiny)

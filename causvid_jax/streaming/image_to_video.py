@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from causvid_jax.config import CLIPConfig, Recipe, require
 from causvid_jax.diffusion import guidance, solvers
 from causvid_jax.models import clip, image_branch, transformer, vae
-from causvid_jax.streaming import stream
+from causvid_jax.streaming import teacher
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -112,11 +112,8 @@ def teacher_latents(
     Returns:
         latents ``[B, F, h, w, C]``.
     """
-    shape = (config.video.latent_frames, *stream.latent_size(config), config.vae.z_dim)
-    noise = stream.block_noise(seeds, jnp.int32(0), jnp.int32(0), shape)
     guided = guided_velocity(params, rows, null_rows, image, given, config=config)
-    exact = config.teacher.numerics == "wan"
-    return solvers.solve(config.diffusion, guided, noise, integer_timesteps=exact)
+    return teacher.solve_clip(guided, seeds, config=config)
 
 
 def _check_pictures(pictures: jax.Array, size: tuple[int, int]) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from causvid_jax import video as files
 from causvid_jax.config import Recipe, StageConfig, TransformerConfig, require, to_json
 from causvid_jax.data import arrays, derived, encoder, moving_digits, pipeline
 from causvid_jax.data import recipe as recipe_data
 from causvid_jax.distill import cycle
+from causvid_jax.distill.gradients import LossFn
 from causvid_jax.evaluation import samplers
 from causvid_jax.models import taehv, transformer, vae
 from causvid_jax.parallel import hosts, shardings
@@ -136,13 +138,46 @@ def _clips(recipe: Recipe, workdir: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def _show_reconstruction(
-    batch: dict[str, Any], output: np.ndarray, folder: pathlib.Path, step: int, recipe: Recipe
-) -> dict[str, float]:
-    """Clips beside what a codec makes of them, its PSNR and what the judge reads in them."""
-    samples.show(files.to_uint8(np.concatenate([batch["video"], output], axis=3)), folder, step, recipe)
-    psnr = -10 * np.log10(np.mean((output - batch["video"]) ** 2) / 4)
-    return {"psnr": float(psnr)} | samples.scores(files.to_uint8(output), list(batch["caption"]), recipe)
+def _codec_stage(
+    name: str,
+    recipe: Recipe,
+    config: StageConfig,
+    place: shardings.Placement,
+    sources: dict[str, Any],
+    *,
+    start: Callable[[jax.Array], Any],
+    loss: LossFn,
+    optimizer: optax.GradientTransformation,
+    ready: Callable[[dict[str, Any]], Any],
+    reconstruct: Callable[[Any, Any], jax.Array],
+    export: Callable[[TrainState, pathlib.Path], None],
+) -> Stage:
+    """A stage on pixel clips, whose samples are clips beside what the codec makes of them, with its PSNR.
+
+    ``start(key)`` makes the parameters, ``reconstruct(params, video)`` passes clips through the codec and back.
+    """
+
+    def sample(state: TrainState, folder: pathlib.Path, step: int) -> dict[str, float]:
+        batch = next(pipeline.clip_batches(sources["test"], batch_size=config.samples, seed=0))
+        output = np.asarray(reconstruct(state.ema, batch["video"]))
+        samples.show(files.to_uint8(np.concatenate([batch["video"], output], axis=3)), folder, step, recipe)
+        psnr = -10 * np.log10(np.mean((output - batch["video"]) ** 2) / 4)
+        return {"psnr": float(psnr)} | samples.scores(files.to_uint8(output), list(batch["caption"]), recipe)
+
+    return Stage(
+        name=name,
+        config=config,
+        # A codec is small: every device holds it whole, the batch alone is split.
+        init=lambda: place.init(
+            lambda: init_state(start(jax.random.key(config.seed)), optimizer, config.bad_loss_window), place.whole()
+        ),
+        step=make_step(loss, optimizer, config, place.whole()),
+        phases=_phases(config, _share(place, functools.partial(pipeline.clip_batches, sources["train"]))),
+        ready=ready,
+        sample=sample,
+        export=export,
+        context=place.current,
+    )
 
 
 ENCODER = ("encoder", "conv1")  # what makes latents of pixels, among the VAE's parameters
@@ -234,10 +269,6 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         lambda params, video: vae.decode(params, vae.encode(params, video, config=recipe.vae), config=recipe.vae)
     )
 
-    def sample(state: TrainState, folder: pathlib.Path, step: int) -> dict[str, float]:
-        batch = next(pipeline.clip_batches(sources["test"], batch_size=config.samples, seed=0))
-        return _show_reconstruction(batch, np.asarray(reconstruct(state.ema, batch["video"])), folder, step, recipe)
-
     def export(state: TrainState, path: pathlib.Path) -> None:
         params = hosts.gather(state.ema)
         if hosts.first():
@@ -248,20 +279,18 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
             store.save_params(path, params, metadata | weight_files.vae_metadata(measured))
         hosts.sync("vae written")
 
-    return Stage(
-        name="vae",
-        config=config,
-        init=lambda: place.init(
-            lambda: init_state(init_vae(jax.random.key(config.seed), recipe.vae), optimizer, config.bad_loss_window),
-            place.whole(),
-        ),
-        # The VAE is small: every device holds it whole, the batch alone is split.
-        step=make_step(loss, optimizer, config, place.whole()),
-        phases=_phases(config, _share(place, functools.partial(pipeline.clip_batches, sources["train"]))),
+    return _codec_stage(
+        "vae",
+        recipe,
+        config,
+        place,
+        sources,
+        start=functools.partial(init_vae, config=recipe.vae),
+        loss=loss,
+        optimizer=optimizer,
         ready=lambda batch: place.batch(batch["video"]),
-        sample=sample,
+        reconstruct=reconstruct,
         export=export,
-        context=place.current,
     )
 
 
@@ -288,7 +317,6 @@ def taehv_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
     vae_params, recipe = with_vae(recipe, workdir)
     dataclasses.replace(recipe, decoder="taehv")  # refused unless the two codecs' latents have one shape
     config, tiny = recipe.train_taehv, recipe.taehv
-    optimizer = make_optimizer(config.optimizer, config.steps)
     place = shardings.place(recipe.parallel, recipe.student.rules)
     sources = _clips(recipe, workdir)
     vae_params = _on_devices(vae_params, place)
@@ -303,26 +331,18 @@ def taehv_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         video = place.batch(batch["video"])
         return {"video": video, "latents": encode(vae_params, video)}
 
-    def sample(state: TrainState, folder: pathlib.Path, step: int) -> dict[str, float]:
-        batch = next(pipeline.clip_batches(sources["test"], batch_size=config.samples, seed=0))
-        output = np.asarray(reconstruct(state.ema, vae_params, batch["video"]))
-        return _show_reconstruction(batch, output, folder, step, recipe)
-
-    return Stage(
-        name="taehv",
-        config=config,
-        init=lambda: place.init(
-            lambda: init_state(taehv.init(jax.random.key(config.seed), tiny), optimizer, config.bad_loss_window),
-            place.whole(),
-        ),
-        step=make_step(
-            functools.partial(taehv_loss, config=tiny, noise=config.noise), optimizer, config, place.whole()
-        ),
-        phases=_phases(config, _share(place, functools.partial(pipeline.clip_batches, sources["train"]))),
+    return _codec_stage(
+        "taehv",
+        recipe,
+        config,
+        place,
+        sources,
+        start=functools.partial(taehv.init, config=tiny),
+        loss=functools.partial(taehv_loss, config=tiny, noise=config.noise),
+        optimizer=make_optimizer(config.optimizer, config.steps),
         ready=ready,
-        sample=sample,
+        reconstruct=lambda params, video: reconstruct(params, vae_params, video),
         export=_export("taehv", recipe, lambda state: state.ema),
-        context=place.current,
     )
 
 

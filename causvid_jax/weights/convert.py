@@ -30,13 +30,8 @@ SHARD_BYTES = 10_000_000_000
 """What diffusers cuts its shards at."""
 PART_BYTES = 1 << 26
 """A larger tensor is moved and cast in parts of about this size."""
-_HOW_TO_RUN = (
-    "dtype",
-    "attention",
-    "numerics",
-    "remat",
-    "rules",
-)  # Fields of a configuration that are not of the weights.
+# Fields of a configuration that are not of the weights.
+_HOW_TO_RUN = ("dtype", "attention", "numerics", "remat", "rules")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 A stage leaves ``WORKDIR/<stage>/weights.safetensors``. What is converted and not trained (``text_encoder``,
 ``image_encoder``, ``taehv``) lies likewise under its own name: ``launch.convert`` writes to :func:`place` and every
-reader looks there. A recipe whose trained weights come with
-the package has them in ``causvid_jax/assets/<recipe>/<stage>.safetensors``; what a working directory holds goes first.
+reader looks there. A recipe whose trained weights come with the package has them in
+``causvid_jax/assets/<recipe>/<stage>.safetensors``; what a working directory holds goes first.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from causvid_jax.config import CLIPConfig, ConfigError, TAEHVConfig, TransformerConfig, VAEConfig, require
+from causvid_jax.config import CLIPConfig, ConfigError, Recipe, TAEHVConfig, TransformerConfig, VAEConfig, require
 from causvid_jax.models import taehv, transformer, vae
 from causvid_jax.weights import files, layouts, sources, store
 from causvid_jax.weights import taehv as published_taehv
@@ -71,6 +71,19 @@ def load_vae(path: str | os.PathLike, config: VAEConfig) -> tuple[dict[str, Any]
     return params, latent_statistics(config, metadata)
 
 
+def load_decoders(recipe: Recipe, workdir: str | os.PathLike | None = None) -> tuple[dict[str, Any], Recipe]:
+    """``{"vae"}``, and ``"taehv"`` if ``recipe`` names it as its decoder; and the recipe with the latents' statistics.
+
+    Raises:
+        ConfigError: weights that are missing, unreadable or of other sizes.
+    """
+    params = {}
+    params["vae"], config = load_vae(find(recipe.name, "vae", workdir), recipe.vae)
+    if recipe.decoder == "taehv":
+        params["taehv"] = load_taehv(find_taehv(recipe.name, workdir), recipe.taehv)
+    return params, dataclasses.replace(recipe, vae=config)
+
+
 def load_transformer(path: str | os.PathLike, config: TransformerConfig, role: str) -> dict[str, Any]:
     """Transformer parameters (numpy); ``role`` (teacher, student, ...) is what an error calls them.
 
@@ -118,8 +131,8 @@ def find_taehv(recipe: str, workdir: str | os.PathLike | None = None) -> pathlib
     raise ConfigError(f"{folder} holds no weights of TAEHV; accepted: {accepted}")
 
 
-def find_image_encoder(workdir: str | os.PathLike, teacher: TransformerConfig) -> tuple[pathlib.Path, CLIPConfig]:
-    """CLIP's weights under ``workdir``, and its sizes, which its file tells and the rows of ``teacher`` must have.
+def find_image_encoder(workdir: str | os.PathLike, teacher: TransformerConfig) -> pathlib.Path:
+    """CLIP's weights under ``workdir``, whose rows ``teacher`` reads.
 
     Raises:
         ConfigError: there are none, or they are not those of an image encoder that ``teacher`` reads.
@@ -135,7 +148,7 @@ def find_image_encoder(workdir: str | os.PathLike, teacher: TransformerConfig) -
         rows == wanted,
         f"image encoder {path} gives {rows[0]} rows of width {rows[1]}; the teacher reads {wanted[0]} of {wanted[1]}",
     )
-    return path, config
+    return path
 
 
 def image_encoder_config(path: str | os.PathLike) -> CLIPConfig:

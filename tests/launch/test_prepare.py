@@ -1,6 +1,5 @@
 import os
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -8,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from causvid_jax.config import ConfigError, DataConfig, from_config_dict, to_json
+from causvid_jax.config import ConfigError, DataConfig, from_config_dict
 from causvid_jax.data import arrays, digits, moving_digits
 from causvid_jax.models import transformer, vae
 from causvid_jax.weights import stages, store
 from launch import common, prepare
+from tests.programs import free_port, write_recipe
 
 SMALL = {
     "name": "small",
@@ -137,18 +137,9 @@ def test_processes_that_know_each_other_share_a_stage(tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
     recipe = with_weights(alone)
     shutil.copytree(alone, together)
-    (tmp_path / "recipe.json").write_text(to_json(recipe))
-    (tmp_path / "recipe.py").write_text(
-        "import json, pathlib, ml_collections\n"
-        "def get_config():\n"
-        "    text = pathlib.Path(__file__).with_name('recipe.json').read_text()\n"
-        "    return ml_collections.ConfigDict(json.loads(text))\n"
-    )
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    flags = [f"--config={tmp_path}/recipe.py", f"--workdir={together}", "--stage=trajectories", "--count=66"]
-    flags += [f"--coordinator=127.0.0.1:{port}", "--processes=2"]
+    path = write_recipe(tmp_path, recipe)
+    flags = [f"--config={path}", f"--workdir={together}", "--stage=trajectories", "--count=66"]
+    flags += [f"--coordinator=127.0.0.1:{free_port()}", "--processes=2"]
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "launch.prepare", *flags, f"--process={i}"],

@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 
-from causvid_jax.config import DataConfig, Recipe, from_config_dict, to_json
+from causvid_jax.config import DataConfig, Recipe, from_config_dict
 from causvid_jax.data import arrays, digits
 from causvid_jax.models import vae
 from causvid_jax.training import loop, stages
@@ -27,6 +26,7 @@ from causvid_jax.training.metrics import read_metrics
 from causvid_jax.weights import store
 from causvid_jax.weights.stages import stage_path
 from launch import prepare
+from tests.programs import free_port, write_recipe
 
 PROGRAM = pathlib.Path(__file__).with_name("hosts_program.py")
 ROOT = PROGRAM.parents[2]
@@ -137,19 +137,7 @@ def beginning(road, folder, recipe, *link) -> None:
     """A working directory with the data of ``road`` and the stages ``link`` of it."""
     for name in ("data", *link):
         (folder / name).symlink_to(road / name)
-    (folder / "recipe.json").write_text(to_json(recipe))
-    (folder / "recipe.py").write_text(
-        "import json, pathlib, ml_collections\n"
-        "def get_config():\n"
-        "    text = pathlib.Path(__file__).with_name('recipe.json').read_text()\n"
-        "    return ml_collections.ConfigDict(json.loads(text))\n"
-    )
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    write_recipe(folder, recipe)
 
 
 def run(count, arguments, timeout=900):

@@ -16,14 +16,9 @@ import pytest
 from causvid_jax.config import ConfigError
 from causvid_jax.parallel import start
 from causvid_jax.parallel.start import Address
+from tests.programs import free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def greet_all(addresses, wait):

@@ -13,15 +13,14 @@ import pytest
 
 from causvid_jax.parallel import start, watch
 from causvid_jax.parallel.start import Address
+from tests.programs import free_port
 
 
 class Run:
     """``count`` processes that have greeted one another; ``ends`` gets (process, status) of each that is ended."""
 
     def __init__(self, count):
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            port = server.getsockname()[1]
+        port = free_port()
         everyone = [Address(f"127.0.0.1:{port}", count, i) for i in range(count)]
         with concurrent.futures.ThreadPoolExecutor(count) as pool:
             self.peers = list(pool.map(lambda address: start.greet(address, wait=30), everyone))

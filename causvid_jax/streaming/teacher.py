@@ -1,0 +1,21 @@
+"""The teacher's way to a video: the whole clip at once, by a many-step solver."""
+
+import jax
+import jax.numpy as jnp
+
+from causvid_jax.config import Recipe
+from causvid_jax.diffusion import solvers
+from causvid_jax.streaming import stream
+
+
+def solve_clip(velocity: solvers.VelocityFn, seeds: jax.Array, *, config: Recipe) -> jax.Array:
+    """Latents ``[B, F, h, w, C]`` at the end of the recipe's ODE under ``velocity``, guidance included.
+
+    Args:
+        velocity: of the whole clip.
+        seeds: uint32 ``[B]``, one per clip; the noise is that of a stream's first block, F frames long.
+        config: the recipe. With the published code's numerics the network is told whole timesteps.
+    """
+    shape = (config.video.latent_frames, *stream.latent_size(config), config.vae.z_dim)
+    noise = stream.block_noise(seeds, jnp.int32(0), jnp.int32(0), shape)
+    return solvers.solve(config.diffusion, velocity, noise, integer_timesteps=config.teacher.numerics == "wan")
