@@ -20,10 +20,28 @@ FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
+    # Pretended devices share the cores; by default XLA ends a process whose devices wait 40 s for each other.
+    "--xla_cpu_collective_call_terminate_timeout_seconds=900",
 )
 given = os.environ.get("XLA_FLAGS", "").split()
 os.environ["XLA_FLAGS"] = " ".join([*given, *(flag for flag in FLAGS if flag not in given)])
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def _switch_cache(on: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", on)
+    compilation_cache.reset_cache()  # JAX asks whether it is on once
+
+
+@pytest.fixture(scope="module")
+def compiled_anew():
+    """Tests of several devices in one process compile what they need: a process has died of a program of theirs that
+    another one had compiled, and it is not known why."""
+    _switch_cache(False)
+    yield
+    _switch_cache(True)

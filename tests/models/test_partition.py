@@ -12,6 +12,8 @@ from causvid_jax.config import MESH_AXES, CausalConfig, TransformerConfig
 from causvid_jax.models import transformer
 from causvid_jax.parallel import shardings
 
+pytestmark = pytest.mark.usefixtures("compiled_anew")
+
 CONFIG = TransformerConfig(
     dim=32, ffn_dim=64, num_heads=4, num_layers=2, in_channels=4, out_channels=4, text_dim=6, text_length=5, freq_dim=8
 )

@@ -12,6 +12,8 @@ from causvid_jax.config.networks import REMAT
 from causvid_jax.models import transformer
 from causvid_jax.parallel.mesh import make_mesh
 
+pytestmark = pytest.mark.usefixtures("compiled_anew")
+
 NET = TransformerConfig(
     dim=24, ffn_dim=32, num_heads=4, num_layers=2, in_channels=4, out_channels=4, text_dim=5, text_length=3, freq_dim=8
 )

@@ -13,6 +13,8 @@ from causvid_jax.training import checkpoint, stages
 from causvid_jax.weights import stages as weight_files
 from causvid_jax.weights import store
 
+pytestmark = pytest.mark.usefixtures("compiled_anew")
+
 WORDS = digits.vocabulary(digits.DataConfig())
 NET = {
     "dim": 24,

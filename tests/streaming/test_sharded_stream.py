@@ -13,6 +13,8 @@ from causvid_jax.parallel import shardings
 from causvid_jax.parallel.mesh import make_mesh
 from causvid_jax.streaming import stream
 
+pytestmark = pytest.mark.usefixtures("compiled_anew")
+
 NET = TransformerConfig(
     dim=32, ffn_dim=48, num_heads=4, num_layers=2, in_channels=4, out_channels=4, text_dim=11, text_length=4,
     freq_dim=16,

@@ -297,15 +297,23 @@ def test_a_disk_that_is_really_full(small_disk, tmp_path, capfd):
     config = dataclasses.replace(CONFIG, steps=10, log_every=100)
     filler = small_disk / "filler"
 
-    def fill(number, x):
+    def fill():
+        with pytest.raises(OSError), open(filler, "ab", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    def change(number, x):
         if number == 6:  # checkpoint 2 is on disk, 4 perhaps
-            with pytest.raises(OSError), open(filler, "wb", buffering=0) as file:
-                while True:
-                    file.write(bytes(4096))
+            fill()
         return x
 
+    def export(state, path):
+        fill()  # what a checkpoint that failed had taken is free again
+        stage.export(state, path)
+
+    stage = make_stage(config, change=change)
     with pytest.raises((RunError, ConfigError), match="No space left on device"):
-        run(small_disk, make_stage(config, change=fill))
+        run(small_disk, dataclasses.replace(stage, export=export))
     told = capfd.readouterr().err
     assert "could not be written" in told and "No space left on device" in told and "Traceback" not in told
     filler.unlink()
