@@ -27,7 +27,6 @@ from causvid_jax.benchmarking import devices, plan, results
 from causvid_jax.config import CausalConfig, ConfigError, Recipe, TransformerConfig, require
 from causvid_jax.diffusion import flow
 from causvid_jax.parallel import flops
-from causvid_jax.streaming.stream import latent_size
 from launch import common
 
 BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
@@ -72,7 +71,7 @@ class Sampler:
                     torch.nn.init.normal_(parameter, std=0.02)
             student = student.cast(dtype).eval()
             rows = torch.randn(1, recipe.text.length, recipe.text.dim)
-        height, width = latent_size(recipe)
+        height, width = recipe.latent_size
         _, p, q = net.patch_size
         self.grid = (height // p, width // q)
         slots = causal.window or recipe.video.latent_frames

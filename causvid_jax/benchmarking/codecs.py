@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from causvid_jax.benchmarking import work
 from causvid_jax.config import Recipe, require
 from causvid_jax.streaming import codec, memory
-from causvid_jax.streaming.stream import latent_size
 
 NAMES = ("wan", "taehv")
 
@@ -36,7 +35,7 @@ class Codec:
 
     def programs(self) -> tuple[Any, Any]:
         """Jitted ``start() -> cache`` and ``decode(params, latents, cache) -> (frames, cache)``, the cache donated."""
-        height, width = latent_size(self.recipe)
+        height, width = self.recipe.latent_size
         size = {"batch": self.streams, "height": height, "width": width}
         start = functools.partial(codec.init_decode_cache, self.recipe, **size)
         return jax.jit(start), jax.jit(functools.partial(codec.decode_chunk, config=self.recipe), donate_argnums=2)
@@ -44,7 +43,7 @@ class Codec:
     def flops(self, frames: int) -> float:
         """FLOPs of decoding ``frames`` latent frames of every stream."""
         start, decode = self.programs()
-        shape = (self.streams, frames, *latent_size(self.recipe), self.recipe.vae.z_dim)
+        shape = (self.streams, frames, *self.recipe.latent_size, self.recipe.vae.z_dim)
         return work.traced(decode, self.shapes(), jax.ShapeDtypeStruct(shape, jnp.float32), jax.eval_shape(start))
 
 

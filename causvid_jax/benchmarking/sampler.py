@@ -44,7 +44,7 @@ class _Bench:
         self.params = {"student": random_weights(abstract_weights(recipe, plan))}
         rows = (plan.streams, recipe.text.length, recipe.text.dim)
         self.text = jax.random.normal(jax.random.key(1), rows)
-        shape = (plan.streams, self.k, *stream.latent_size(recipe), recipe.vae.z_dim)
+        shape = (plan.streams, self.k, *recipe.latent_size, recipe.vae.z_dim)
         self.latents = jax.random.normal(jax.random.key(2), shape)
 
         begin = time.perf_counter()

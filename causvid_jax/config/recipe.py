@@ -138,6 +138,17 @@ class Recipe:
         """The network of DMD's fake score."""
         return self.student if self.train_distill.fake == "student" else self.teacher
 
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """``(h, w)`` of the latent grid."""
+        factor = 2 ** (len(self.vae.dim_mult) - 1)
+        return self.video.height // factor, self.video.width // factor
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """``(F, h, w, C)`` of the latents of a clip."""
+        return (self.video.latent_frames, *self.latent_size, self.vae.z_dim)
+
     def _check_mesh(self) -> None:
         mesh = self.parallel
         for role in ("teacher", "student"):
@@ -148,8 +159,7 @@ class Recipe:
                 f"{role} has {net.num_heads} heads; parallel.{name} is {split}, which does not divide them; the "
                 f"nearest that do are {nearest_divisors(net.num_heads, split)}",
             )
-            factor = 2 ** (len(self.vae.dim_mult) - 1)
-            rows, columns = (size // factor for size in (self.video.height, self.video.width))
+            rows, columns = self.latent_size
             tokens = (rows // net.patch_size[1]) * (columns // net.patch_size[2])
             require(
                 tokens % mesh.context == 0,

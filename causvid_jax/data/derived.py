@@ -32,13 +32,6 @@ def weights_digest(params: dict[str, Any]) -> str:
     return store.checksum(store.flatten(params), {})[:16]
 
 
-def latent_shape(recipe: Recipe) -> tuple[int, int, int, int]:
-    """``(F, h, w, C)`` of the recipe's clips."""
-    factor = vae.space_factor(recipe.vae)
-    video = recipe.video
-    return video.latent_frames, video.height // factor, video.width // factor, recipe.vae.z_dim
-
-
 def write_latents(
     folder: str | os.PathLike,
     source: pipeline.Source,
@@ -120,7 +113,7 @@ def write_trajectories(
     Returns:
         whether the dataset is finished.
     """
-    shape, diffusion, key = latent_shape(recipe), recipe.diffusion, jax.random.key(seed)
+    shape, diffusion, key = recipe.latent_shape, recipe.diffusion, jax.random.key(seed)
     reader = prompt_encoder or encoder.open_encoder(recipe)
     null = jnp.asarray(encoder.null_rows(reader))
     # Words are encoded in no time; rows of a network are kept.
@@ -206,7 +199,7 @@ def write_causal_trajectories(
     Returns:
         whether the dataset is finished.
     """
-    whole, diffusion, key = latent_shape(recipe), recipe.diffusion, jax.random.key(seed)
+    whole, diffusion, key = recipe.latent_shape, recipe.diffusion, jax.random.key(seed)
     shape = (frames or whole[0], *whole[1:])
     sizes, switched = recipe.causal.block_sizes(shape[0]), recipe.train_init.switch_fraction
     reader = prompt_encoder or encoder.open_encoder(recipe)

@@ -85,7 +85,7 @@ def write_latents(
         encode,
         functools.partial(encoder.encode, prompt_encoder or encoder.open_encoder(recipe)),
         config=recipe.video,
-        shape=derived.latent_shape(recipe),
+        shape=recipe.latent_shape,
         text_dim=recipe.text.dim,
         identity=identity,
         size=size,

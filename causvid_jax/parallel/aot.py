@@ -22,7 +22,6 @@ from causvid_jax.parallel import estimate, hlo
 from causvid_jax.parallel.mesh import make_mesh, mesh_sizes
 from causvid_jax.parallel.shardings import Placement, batch_sharding
 from causvid_jax.parallel.topology import Machine, Topology
-from causvid_jax.streaming.stream import latent_size
 from causvid_jax.training import steps
 
 STAGES = ("teacher", "init", "distill", "stream")
@@ -102,7 +101,7 @@ def _training_program(recipe: Recipe, stage: str, place: Placement) -> tuple[Any
 def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, tuple[Any, ...]]:
     """One denoising pass of the streaming student at a full window, with bfloat16 weights, and its arguments."""
     net, causal = recipe.student, recipe.causal
-    height, width = latent_size(recipe)
+    height, width = recipe.latent_size
     spec = transformer.spec(net)
     params = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(net.dtype), sharding=x.sharding),

@@ -15,12 +15,11 @@ import dataclasses
 
 from causvid_jax.config import Recipe, TransformerConfig
 from causvid_jax.models import attention
-from causvid_jax.streaming.stream import latent_size
 
 
 def tokens_per_frame(recipe: Recipe, net: TransformerConfig) -> int:
     """Tokens of one latent frame."""
-    height, width = latent_size(recipe)
+    height, width = recipe.latent_size
     return (height // net.patch_size[1]) * (width // net.patch_size[2])
 
 

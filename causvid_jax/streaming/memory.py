@@ -96,7 +96,7 @@ def plan(
         work = _encoder_work(recipe, min(prompts, PROMPTS))
         phases.append(Phase("encode the prompts", {"text encoder": sizes(weights), "work, about": work}))
     coder = codec_shapes(recipe, encodes=role == "student" and (image or video))
-    height, width = stream.latent_size(recipe)
+    height, width = recipe.latent_size
     k = recipe.causal.frames_per_block
     net = getattr(recipe, role)
     weights = transformer.inference(net)

@@ -48,12 +48,6 @@ class StreamState:
     started: bool = dataclasses.field(default=True, metadata={"static": True})  # False: an independent frame is next
 
 
-def latent_size(config: Recipe) -> tuple[int, int]:
-    """Height and width of the latent grid."""
-    factor = vae.space_factor(config.vae)
-    return config.video.height // factor, config.video.width // factor
-
-
 def block_frames(state: StreamState, config: Recipe) -> int:
     """Latent frames of the block that comes next."""
     return config.causal.frames_per_block if state.started else 1
@@ -100,7 +94,7 @@ def first_state(
     params: Params, text: jax.Array, seeds: jax.Array, *, config: Recipe, capacity: int | None = None
 ) -> StreamState:
     """:func:`init_stream` of uint32 ``seeds [B]``; ``capacity`` latent frames at most, None with a window."""
-    batch, (height, width), causal = text.shape[0], latent_size(config), config.causal
+    batch, (height, width), causal = text.shape[0], config.latent_size, config.causal
     size = {"batch": batch, "height": height, "width": width}
     # With a window, exactly the earlier blocks of which the next one sees a frame.
     if capacity is None:
@@ -144,7 +138,7 @@ def block_noise(seed: jax.Array, block: jax.Array, step: jax.Array | int, shape:
 
 
 def _noise(state: StreamState, step: jax.Array | int, config: Recipe) -> jax.Array:
-    shape = (block_frames(state, config), *latent_size(config), config.vae.z_dim)
+    shape = (block_frames(state, config), *config.latent_size, config.vae.z_dim)
     return numerics.everywhere(block_noise(state.seed, state.block, step, shape), config.student)
 
 
@@ -279,7 +273,7 @@ def strength_step(config: DiffusionConfig, strength: float) -> int:
 
 
 def _check_block(state: StreamState, latents: jax.Array, config: Recipe) -> None:
-    expected = (state.seed.shape[0], block_frames(state, config), *latent_size(config), config.vae.z_dim)
+    expected = (state.seed.shape[0], block_frames(state, config), *config.latent_size, config.vae.z_dim)
     require(latents.shape == expected, f"latents of the next block are {latents.shape}; they must be {expected}")
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from causvid_jax.config import OptimizerConfig
@@ -25,11 +26,15 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def frozen(optimizer: optax.GradientTransformation, groups: Collection[str]) -> optax.GradientTransformation:
     """``optimizer`` that leaves the top-level ``groups`` of a parameter dict as they are, weight decay included.
 
-    Its state has the structure of ``optimizer``'s, so that a run can go on with part of its parameters frozen.
+    Their gradients count for nothing, in the norm that is clipped neither. Its state has the structure of
+    ``optimizer``'s, so that a run can go on with part of its parameters frozen.
     """
 
+    def without(tree):
+        return {k: jax.tree.map(jnp.zeros_like, v) if k in groups else v for k, v in tree.items()}
+
     def update(gradient, state, params=None):
-        change, state = optimizer.update(gradient, state, params)
-        return {k: jax.tree.map(lambda x: 0 * x, v) if k in groups else v for k, v in change.items()}, state
+        change, state = optimizer.update(without(gradient), state, params)
+        return without(change), state
 
     return optax.GradientTransformation(optimizer.init, update)

@@ -18,7 +18,6 @@ from causvid_jax.diffusion import flow
 from causvid_jax.distill import cycle, guard, ode_regression, rollout
 from causvid_jax.models import transformer
 from causvid_jax.parallel.shardings import Placement
-from causvid_jax.streaming.stream import latent_size
 from causvid_jax.training.optimizers import make_optimizer
 from causvid_jax.training.state import TrainState, init_state, make_step, state_shardings
 
@@ -49,10 +48,6 @@ class Step:
 def _arrays(recipe: Recipe, size: int, **shapes: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
     shapes["text"] = (recipe.text.length, recipe.text.dim)
     return {name: jax.ShapeDtypeStruct((size, *shape), np.float32) for name, shape in shapes.items()}
-
-
-def _clip_shape(recipe: Recipe) -> tuple[int, int, int, int]:
-    return (recipe.video.latent_frames, *latent_size(recipe), recipe.vae.z_dim)
 
 
 # ---- teacher --------------------------------------------------------------------------------------------------------
@@ -97,7 +92,7 @@ def teacher_step(recipe: Recipe, place: Placement) -> Step:
             layout,
         ),
         layout=layout,
-        batch=_arrays(recipe, config.batch_size, latents=_clip_shape(recipe)),
+        batch=_arrays(recipe, config.batch_size, latents=recipe.latent_shape),
     )
 
 
@@ -147,7 +142,7 @@ def causal_step(recipe: Recipe, place: Placement) -> Step:
             layout,
         ),
         layout=layout,
-        batch=_arrays(recipe, config.batch_size, latents=_clip_shape(recipe)),
+        batch=_arrays(recipe, config.batch_size, latents=recipe.latent_shape),
     )
 
 
@@ -198,9 +193,9 @@ def init_step(recipe: Recipe, place: Placement) -> Step:
         params = start[0] if start else transformer.init(jax.random.key(config.seed), recipe.student)
         return init_state(params, optimizer, config.bad_loss_window)
 
-    shapes: dict[str, tuple[int, ...]] = {"trajectory": (len(timesteps) + 1, *_clip_shape(recipe))}
+    shapes: dict[str, tuple[int, ...]] = {"trajectory": (len(timesteps) + 1, *recipe.latent_shape)}
     if config.teacher == "causal":
-        shapes["context"] = _clip_shape(recipe)
+        shapes["context"] = recipe.latent_shape
     return Step(
         starts=(spec,) if recipe.student == recipe.teacher else (),
         init=init,
@@ -218,7 +213,7 @@ def student_rollout(recipe: Recipe) -> Callable[[Any, Any, jax.Array], tuple[jax
     """The rollout that ``train_distill.rollout`` names, as the DMD cycle takes it."""
     config, student, causal = recipe.train_distill, recipe.student, recipe.causal
     timesteps = flow.student_timesteps(recipe.diffusion)
-    frames, height, width, _ = _clip_shape(recipe)
+    frames, height, width, _ = recipe.latent_shape
 
     def from_data(params, batch, key):
         x0, timestep = rollout.data_rollout(
@@ -297,7 +292,7 @@ def distill_step(recipe: Recipe, place: Placement, null_text: Any) -> Step:
         return transformer.block_causal(params, x, timestep, rows, config=recipe.teacher, causal=recipe.causal)
 
     goes_on = config.rollout == "self" and config.continue_fraction > 0
-    _, height, width, channels = _clip_shape(recipe)
+    _, height, width, channels = recipe.latent_shape
     functions = cycle.DistillFunctions(
         rollout=student_rollout(recipe),
         teacher=causal_teacher if config.teacher == "causal" else bidirectional,
@@ -319,7 +314,7 @@ def distill_step(recipe: Recipe, place: Placement, null_text: Any) -> Step:
             **hosted,
         )
 
-    latents = {"latents": _clip_shape(recipe)} if config.rollout == "data" else {}
+    latents = {"latents": recipe.latent_shape} if config.rollout == "data" else {}
     arrays = _arrays(recipe, config.batch_size, **latents)
     cycles = config.critic_updates + 1
     teacher = transformer.spec(recipe.teacher)

@@ -68,7 +68,7 @@ def test_latents_are_the_encoded_clips(tmp_path, autoencoder):
     config = dataclasses.replace(RECIPE.vae, latent_mean=(0.1,) * 4, latent_std=(0.5,) * 4)
     assert derived.write_latents(tmp_path / "l", source, params, config, clips="x", chunk=3, batch=1, progress=False)
     latents = arrays.source(tmp_path / "l")
-    assert len(latents) == 5 and latents[0]["latents"].shape == derived.latent_shape(RECIPE) == (2, 4, 4, 4)
+    assert len(latents) == 5 and latents[0]["latents"].shape == RECIPE.latent_shape == (2, 4, 4, 4)
     encode = jax.jit(lambda v: vae.encode(params, v, config=config))
     for i in (0, 2, 4):
         video = source[i]["video"].astype(np.float32) / 127.5 - 1
@@ -180,7 +180,7 @@ def test_causal_trajectories_are_those_of_a_stream_over_the_clean_past(tmp_path,
         causal=CausalConfig(frames_per_block=1, window=3),
         train_init=dataclasses.replace(RECIPE.train_init, switch_fraction=0.4),
     )
-    shape, rng = derived.latent_shape(recipe), np.random.default_rng(3)
+    shape, rng = recipe.latent_shape, np.random.default_rng(3)
     clips = [{"latents": rng.normal(size=shape).astype(np.float16), "caption": p} for p in PROMPTS[:3]]
     assert derived.write_causal_trajectories(
         tmp_path, teacher, recipe, clips, count=4, identity="x", chunk=2, batch=2, progress=False
