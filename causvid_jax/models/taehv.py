@@ -74,31 +74,36 @@ def spec(config: TAEHVConfig) -> Tree:
             "conv_in": _conv_spec(3, 3, width),
             "levels": {
                 str(i): {
-                    "pool": _conv_spec(1, _slots(in_time) * width, width, bias=False),
+                    "pool": _conv_spec(1, _slots(in_time) * width, width, bias=False, gain=2.0),
                     "conv": _conv_spec(3, width, width, bias=False),
                     "blocks": _blocks_spec(width, config.blocks),
                 }
                 for i, in_time in enumerate(config.temporal_downsample)
             },
-            "conv_out": _conv_spec(3, width, config.z_dim),
+            "conv_out": _conv_spec(3, width, config.z_dim, gain=2.0),
         },
         "decoder": {
             "conv_in": _conv_spec(3, config.z_dim, dims[0]),
             "levels": {
                 str(i): {
                     "blocks": _blocks_spec(dims[i], config.blocks),
-                    "grow": _conv_spec(1, dims[i], _slots(in_time) * dims[i], bias=False),
+                    "grow": _conv_spec(1, dims[i], _slots(in_time) * dims[i], bias=False, gain=2.0),
                     "conv": _conv_spec(3, dims[i], dims[i + 1], bias=False),
                 }
                 for i, in_time in enumerate(config.temporal_upsample)
             },
-            "conv_out": _conv_spec(3, dims[-1], 3),
+            "conv_out": _conv_spec(3, dims[-1], 3, gain=2.0),
         },
     }
 
 
 def init(key: jax.Array, config: TAEHVConfig) -> Tree:
-    """Fresh parameters: kernels of variance 2 / fan_in, which a ReLU network keeps its scale with; biases zero."""
+    """Fresh parameters: kernels of variance gain / fan_in, biases zero.
+
+    The gain is 2 behind a ReLU, 0.1 where a block adds to its input, else 1: the scale stays that of the input. Where
+    blocks double it, the first updates shrink the far too bright output by killing its ReLUs, and a narrow decoder
+    then shows black for good.
+    """
     return init_tree(key, spec(config))
 
 
@@ -111,17 +116,18 @@ def _slots(in_time: bool) -> int:
     return 2 if in_time else 1
 
 
-def _conv_spec(size: int, inputs: int, outputs: int, *, bias: bool = True) -> Tree:
-    kernel = ParamSpec((size, size, inputs, outputs), (None, None, None, None), nn.initializers.he_normal())
+def _conv_spec(size: int, inputs: int, outputs: int, *, bias: bool = True, gain: float = 1.0) -> Tree:
+    normal = nn.initializers.variance_scaling(gain, "fan_in", "truncated_normal")
+    kernel = ParamSpec((size, size, inputs, outputs), (None, None, None, None), normal)
     return {"kernel": kernel} | ({"bias": ParamSpec((outputs,), (None,), nn.initializers.zeros)} if bias else {})
 
 
 def _blocks_spec(width: int, count: int) -> Tree:
     def block():
         return {
-            "conv1": _conv_spec(3, 2 * width, width),
-            "conv2": _conv_spec(3, width, width),
-            "conv3": _conv_spec(3, width, width),
+            "conv1": _conv_spec(3, 2 * width, width, gain=2.0),
+            "conv2": _conv_spec(3, width, width, gain=2.0),
+            "conv3": _conv_spec(3, width, width, gain=0.1),
         }
 
     return {str(i): block() for i in range(count)}
