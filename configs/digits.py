@@ -10,8 +10,6 @@ import ml_collections
 COLORS = ("red", "green", "blue", "yellow", "cyan", "magenta", "white")
 VOCABULARY = (*"0123456789", *COLORS, "a", "and", "moving", "up", "down", "left", "right")
 TEXT_LENGTH = 16
-# (until step, latent frames, clips) of the ODE regression's later steps.
-TURNS = tuple(turn for s in (800, 900, 1000, 1100) for turn in ((s + 50, 3, 192), (s + 80, 9, 48), (s + 100, 0, 16)))
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -67,13 +65,13 @@ def get_config() -> ml_collections.ConfigDict:
                 "sample_every": 500,
                 "save_every": 250,
             },
-            "taehv": {"z_dim": 16, "encoder_dim": 16, "decoder_dims": (64, 48, 24, 16), "blocks": 1},
+            "taehv": {"z_dim": 16, "encoder_dim": 16, "decoder_dims": (64, 32, 16, 8), "blocks": 1},
             "train_taehv": {
-                "steps": 4000,
+                "steps": 2200,
                 "batch_size": 2,
-                "curriculum": ((2500, 17, 8),),
+                "curriculum": ((1900, 17, 8),),
                 "optimizer": {
-                    "learning_rate": 2e-3,
+                    "learning_rate": 1.5e-3,
                     "warmup_steps": 100,
                     "schedule": "cosine",
                     "b2": 0.99,
@@ -100,7 +98,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "save_every": 250,
             },
             "train_causal": {
-                "steps": 850,
+                "steps": 700,
                 "batch_size": 32,
                 "switch_fraction": 0.2,
                 "optimizer": {
@@ -117,12 +115,13 @@ def get_config() -> ml_collections.ConfigDict:
             },
             "train_init": {
                 "teacher": "causal",
-                "steps": 1200,
+                "steps": 700,
                 "batch_size": 16,
                 "trajectories": 512,
-                "short": ((3, 6144), (9, 1536)),
-                # Whole clips, then in turns first blocks alone, short clips with their cuts, and whole clips again.
-                "curriculum": ((800, 0, 16), *TURNS[:-1]),
+                "short": ((3, 4096), (9, 1024)),
+                # (until step, latent frames, clips): whole clips, then in turns first blocks alone, short clips with
+                # their cuts, and whole clips again.
+                "curriculum": ((400, 0, 16), (480, 3, 192), (520, 9, 48), (600, 0, 16), (650, 3, 192), (680, 9, 48)),
                 "switch_fraction": 0.4,
                 "optimizer": {
                     "learning_rate": 3e-4,

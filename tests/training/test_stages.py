@@ -7,6 +7,7 @@ import pathlib
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -158,6 +159,9 @@ def test_what_is_cut_out_of_latents_and_frames_shows_the_same_moments():
         # Latent s > 0 holds frames 4s - 3 to 4s; as the first of a video it gives one frame, the last of them.
         np.testing.assert_array_equal(video[0], 4 * start + np.arange(9))
     assert starts == {0, 1, 2, 3, 4}
+    cuts = jax.vmap(lambda key: stages.cut_out(jnp.arange(21.0)[None], jnp.arange(81.0)[None], key, 4, 4)[0][0, 0])
+    starts = np.bincount(np.asarray(cuts(jax.random.split(jax.random.key(0), 4800)), int))
+    np.testing.assert_allclose(starts, [1400, *[200] * 17], rtol=0.3)  # 6 + 1 and 17 shares of 24
     z, video = stages.cut_out(latents, frames, jax.random.key(0), 9, 4)
     assert z.shape == (1, 7) and video.shape == (1, 25)
 
