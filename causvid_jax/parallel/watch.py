@@ -71,9 +71,14 @@ class Watch:
         self._say(_BYE)
 
     def failed(self) -> None:
-        """Tell the others that this process has met an error; it is about to end by itself."""
+        """Tell the others that this process has met an error; it is about to end by itself.
+
+        Where its end waits for theirs, as JAX's farewell does (80 s, and then a C++ trace), it is ended after
+        :data:`GRACE`.
+        """
         self._done = True
         self._say(_FAILED)
+        self._later(GRACE + RELAY, lambda: self._end(STATUS))
 
     def wait(self, seconds: float) -> str | None:
         """:attr:`lost`, given time to become known: a collective may fail a moment before."""
@@ -110,9 +115,7 @@ class Watch:
         elif line == _FAILED:
             self._drop(peer)
             self.lost = self.lost or self._gone(peer, "has failed: its own log says why")
-            timer = threading.Timer(GRACE, self.end)
-            timer.daemon = True
-            timer.start()
+            self._later(GRACE, self.end)
         elif line.startswith(_LOST):
             self._drop(peer)
             self._stop(line.removeprefix(_LOST))
@@ -127,6 +130,12 @@ class Watch:
         with self._lock:
             if self._peers.pop(peer.number, None) is not None:
                 self._selector.unregister(peer.connection)
+
+    @staticmethod
+    def _later(seconds: float, call: Callable[[], None]) -> None:
+        timer = threading.Timer(seconds, call)
+        timer.daemon = True
+        timer.start()
 
     def _stop(self, sentence: str) -> None:
         if not self._done:
