@@ -156,6 +156,11 @@ class VAEConfig:
             )
         check_dtype("vae", self.dtype)
 
+    @property
+    def space_factor(self) -> int:
+        """Pixels per latent position along height and width: 8 in Wan."""
+        return 2 ** len(self.temporal_downsample)
+
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:

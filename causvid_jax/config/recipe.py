@@ -141,7 +141,7 @@ class Recipe:
     @property
     def latent_size(self) -> tuple[int, int]:
         """``(h, w)`` of the latent grid."""
-        factor = 2 ** (len(self.vae.dim_mult) - 1)
+        factor = self.vae.space_factor
         return self.video.height // factor, self.video.width // factor
 
     @property

@@ -92,7 +92,7 @@ def spec(config: TAEHVConfig) -> Tree:
                 }
                 for i, in_time in enumerate(config.temporal_upsample)
             },
-            "conv_out": _conv_spec(3, dims[-1], 3, gain=0.02),
+            "conv_out": _conv_spec(3, dims[-1], 3, gain=0.5),
         },
     }
 
@@ -101,8 +101,8 @@ def init(key: jax.Array, config: TAEHVConfig) -> Tree:
     """Fresh parameters: kernels of variance gain / fan_in, biases zero.
 
     The gain is 2 behind a ReLU, 0.1 where a block adds to its input, else 1: the scale stays that of the input. The
-    decoder's last kernel is all but zero, so that a fresh one shows nearly black. Showing noise, its first updates
-    take the noise away by killing its ReLUs, and a narrow decoder then shows black for good.
+    decoder's last kernel has 0.5, so that a fresh one shows nearly black. Where it shows loud noise, the first updates
+    take that away by killing its ReLUs, and a narrow decoder then shows black for good.
     """
     return init_tree(key, spec(config))
 

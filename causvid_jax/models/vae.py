@@ -65,7 +65,7 @@ def time_factor(config: VAEConfig) -> int:
 
 def space_factor(config: VAEConfig) -> int:
     """Pixels per latent position along height and width: 8 in Wan."""
-    return 2 ** len(config.temporal_downsample)
+    return config.space_factor
 
 
 def encoder_layers(config: VAEConfig) -> tuple[tuple[str, int, int], ...]:

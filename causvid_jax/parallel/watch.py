@@ -73,8 +73,8 @@ class Watch:
     def failed(self) -> None:
         """Tell the others that this process has met an error; it is about to end by itself.
 
-        Where its end waits for theirs, as JAX's farewell does (80 s, and then a C++ trace), it is ended after
-        :data:`GRACE`.
+        Where its end waits for theirs, as JAX's farewell does (80 s, and then a C++ trace), it is ended when they have
+        had :data:`GRACE` and :data:`RELAY`.
         """
         self._done = True
         self._say(_FAILED)

@@ -16,6 +16,5 @@ def solve_clip(velocity: solvers.VelocityFn, seeds: jax.Array, *, config: Recipe
         seeds: uint32 ``[B]``, one per clip; the noise is that of a stream's first block, F frames long.
         config: the recipe. With the published code's numerics the network is told whole timesteps.
     """
-    shape = config.latent_shape
-    noise = stream.block_noise(seeds, jnp.int32(0), jnp.int32(0), shape)
+    noise = stream.block_noise(seeds, jnp.int32(0), jnp.int32(0), config.latent_shape)
     return solvers.solve(config.diffusion, velocity, noise, integer_timesteps=config.teacher.numerics == "wan")

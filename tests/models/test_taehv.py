@@ -135,7 +135,7 @@ def test_fresh_parameters_carry_signal_and_gradients_reach_all_of_them():
         return jnp.square(out).mean(), out
 
     gradient, out = jax.jit(jax.grad(loss, has_aux=True))(params)
-    assert out.shape == (1, 5, 8, 16, 3) and 0.01 < out.std() < 20
+    assert out.shape == (1, 5, 8, 16, 3) and 0.05 < out.std() < 20
     silent = [path for path, g in jax.tree_util.tree_flatten_with_path(gradient)[0] if not np.any(g)]
     assert not silent and all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
 
