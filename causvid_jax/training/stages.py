@@ -42,13 +42,18 @@ def make_stage(name: str, recipe: Recipe, workdir: pathlib.Path, init_from: str 
     """
     if init_from is None:
         return dataclasses.replace(STAGES[name](recipe, workdir), recipe=recipe)
-    require(name not in CODECS, f"--init_from is {str(init_from)!r}; the {name} stage starts afresh, networks need not")
     path = pathlib.Path(init_from)
     path = weight_files.stage_path(path, name) if path.is_dir() else path
     # Refused before any data is looked for.
-    network = recipe.teacher if name in ("teacher", "causal") else recipe.student
-    store.check_file(path, transformer.abstract(network), f"initial weights {path}")
+    store.check_file(path, _trained(name, recipe), f"initial weights {path}")
     return dataclasses.replace(STAGES[name](recipe, workdir, init_from=path), recipe=recipe)
+
+
+def _trained(name: str, recipe: Recipe) -> Any:
+    """Shapes of the parameters that the stage ``name`` trains."""
+    if name in CODECS:
+        return vae.abstract(recipe.vae) if name == "vae" else taehv.abstract(recipe.taehv)
+    return transformer.abstract(recipe.teacher if name in ("teacher", "causal") else recipe.student)
 
 
 def _export(name: str, recipe: Recipe, params: Callable[[Any], Any]) -> Callable[[Any, pathlib.Path], None]:
@@ -146,6 +151,7 @@ def _codec_stage(
     sources: dict[str, Any],
     *,
     start: Callable[[jax.Array], Any],
+    init_from: pathlib.Path | None,
     loss: LossFn,
     optimizer: optax.GradientTransformation,
     ready: Callable[[dict[str, Any]], Any],
@@ -154,7 +160,8 @@ def _codec_stage(
 ) -> Stage:
     """A stage on pixel clips, whose samples are clips beside what the codec makes of them, with its PSNR.
 
-    ``start(key)`` makes the parameters, ``reconstruct(params, video)`` passes clips through the codec and back.
+    ``start(key)`` makes the parameters, unless ``init_from`` names a file of them; ``reconstruct(params, video)``
+    passes clips through the codec and back.
     """
 
     def sample(state: TrainState, folder: pathlib.Path, step: int) -> dict[str, float]:
@@ -164,13 +171,19 @@ def _codec_stage(
         psnr = -10 * np.log10(np.mean((output - batch["video"]) ** 2) / 4)
         return {"psnr": float(psnr)} | samples.scores(files.to_uint8(output), list(batch["caption"]), recipe)
 
+    def init() -> TrainState:
+        def state(params=None) -> TrainState:
+            params = start(jax.random.key(config.seed)) if params is None else params
+            return init_state(params, optimizer, config.bad_loss_window)
+
+        # A codec is small: every device holds it whole, the batch alone is split.
+        loaded = [jax.tree.map(jnp.asarray, store.load_params(init_from)[0])] if init_from else []
+        return place.init(state, place.whole(), *loaded)
+
     return Stage(
         name=name,
         config=config,
-        # A codec is small: every device holds it whole, the batch alone is split.
-        init=lambda: place.init(
-            lambda: init_state(start(jax.random.key(config.seed)), optimizer, config.bad_loss_window), place.whole()
-        ),
+        init=init,
         step=make_step(loss, optimizer, config, place.whole()),
         phases=_phases(config, _share(place, functools.partial(pipeline.clip_batches, sources["train"]))),
         ready=ready,
@@ -251,7 +264,7 @@ def latent_statistics(params, source, config, *, clips: int = 256) -> tuple[tupl
     return tuple(float(m) for m in mean), (std,) * config.z_dim
 
 
-def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
+def vae_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path | None = None) -> Stage:
     """Train the VAE on pixel clips; exports it with the statistics of its latents."""
     _require_clips(recipe, "a VAE")
     config = recipe.train_vae
@@ -289,6 +302,7 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         place,
         sources,
         start=functools.partial(init_vae, config=recipe.vae),
+        init_from=init_from,
         loss=loss,
         optimizer=optimizer,
         ready=lambda batch: place.batch(batch["video"]),
@@ -314,7 +328,7 @@ def taehv_loss(params, batch, key, *, config, noise: float):
     return loss, {"loss": loss, "l1": l1, "l2": l2, "encoded": encoded}
 
 
-def taehv_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
+def taehv_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path | None = None) -> Stage:
     """Train the tiny codec to show, and to make, the latents of the trained VAE."""
     _require_clips(recipe, "the tiny codec")
     vae_params, recipe = with_vae(recipe, workdir)
@@ -341,6 +355,7 @@ def taehv_stage(recipe: Recipe, workdir: pathlib.Path) -> Stage:
         place,
         sources,
         start=functools.partial(taehv.init, config=tiny),
+        init_from=init_from,
         loss=functools.partial(taehv_loss, config=tiny, noise=config.noise),
         optimizer=make_optimizer(config.optimizer, config.steps),
         ready=ready,

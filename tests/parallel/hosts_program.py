@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 import time
 
@@ -75,6 +76,9 @@ def _happen(event):
     if event == "ERROR":
         raise ZeroDivisionError("spoilt")
     for name in event.split("+"):
+        if name == "UNPLUG":
+            subprocess.run(["ip", "link", "set", "cable", "down"], check=True)
+            continue
         os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
         time.sleep(0.1)
 

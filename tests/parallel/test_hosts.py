@@ -55,6 +55,7 @@ TRAIN = {
 FAST = {"optimizer": TRAIN["optimizer"] | {"learning_rate": 1e-2}}
 STEPS = {"teacher": 8}
 QUICK = ("teacher", "distill")
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
 SHAPE = (2, 2, 2, 4)
 PREPARED = {"vae": "data", "teacher": "latents", "init": "trajectories"}
 LOSSES = {"distill": ["generator_loss", "critic_loss"]}
@@ -140,8 +141,9 @@ def beginning(road, folder, recipe, *link) -> None:
     write_recipe(folder, recipe)
 
 
-def run(count, arguments, timeout=900):
-    """Start ``count`` processes, process i with ``arguments(i, port)``; their (status, stdout, stderr, time of end)."""
+def run(count, arguments, timeout=900, before=lambda i: []):
+    """Start ``count`` processes, process i with ``arguments(i, port)`` behind the words ``before(i)``; their (status,
+    stdout, stderr, time of end)."""
     port = free_port()
     keep = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
     environment = os.environ | {
@@ -152,7 +154,7 @@ def run(count, arguments, timeout=900):
     command = [sys.executable, str(PROGRAM)]
     processes = [
         subprocess.Popen(
-            command + [str(argument) for argument in arguments(i, port)],
+            before(i) + command + [str(argument) for argument in arguments(i, port)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -252,12 +254,12 @@ def test_four_processes_train_every_stage_as_one_does(road, tmp_path):
     check_all_stages(road, tmp_path, 4, data=2, fsdp=2)
 
 
-def program(folder, stage, events=None):
+def program(folder, stage, events=None, address="127.0.0.1"):
     """The arguments of :func:`run` for ``launch.train`` in two processes; ``events[i]``: (what, step) of process i."""
 
     def arguments(i, port):
         flags = [f"--config={folder}/recipe.py", f"--stage={stage}", f"--workdir={folder}"]
-        flags += [f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={i}"]
+        flags += [f"--coordinator={address}:{port}", "--processes=2", f"--process={i}"]
         return ("train", *(events or {}).get(i, ("TERM", 0)), *flags)
 
     return arguments
@@ -337,3 +339,49 @@ def test_a_process_that_fails_alone_is_named_by_the_other(quick, tmp_path, where
     assert said in failed[2]
     assert f"error: process {where} of 2 on " in other[2] and "has failed: its own log says why" in other[2]
     assert saved(folder, "teacher") in ([], [2]) and not (folder / "teacher" / "weights.safetensors").exists()
+
+
+@pytest.fixture
+def two_hosts(tmp_path):
+    """Two network namespaces joined by one cable, each with a name of its own: ``before`` of :func:`run`."""
+    names = [f"causvid-{os.getpid()}-{i}" for i in range(2)]
+
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+        for i, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"{ADDRESSES[i]}/24", "dev", "cable")
+            ip("-n", name, "link", "set", "cable", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        for name in names:
+            subprocess.run(f"ip netns del {name}", shell=True, stderr=subprocess.DEVNULL)
+        pytest.skip(f"network namespaces cannot be made here: {error}")
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{ADDRESSES[i]} host{i}\n" for i in range(2)))
+    inside = f'mount --bind {hosts} /etc/hosts && hostname "$0" && exec "$@"'
+    yield lambda i: ["ip", "netns", "exec", names[i], "unshare", "--uts", "--mount", "sh", "-c", inside, f"host{i}"]
+    for name in names:
+        ip("netns", "del", name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("victim", "event"), [(1, "UNPLUG+KILL"), (0, "UNPLUG+KILL"), (1, "UNPLUG")])
+def test_a_host_that_does_not_answer_is_named_and_the_run_goes_on(quick, tmp_path, two_hosts, victim, event):
+    folder = tmp_path / "unplugged"
+    folder.mkdir()
+    beginning(quick, folder, make_recipe(quick=True, data=2), "vae")
+    began = time.monotonic()
+    results = run(2, program(folder, "teacher", {victim: (event, 3)}, ADDRESSES[0]), before=two_hosts)
+    dead, other = results[victim], results[1 - victim]
+    print(f"process {victim}: {event}; dead {dead[3] - began:.1f} s, other {other[3] - began:.1f} s, {other[0]}")
+    print(f"{other[2][-2000:]}\n---\n{dead[2][-2000:]}")
+    assert dead[0] not in (0, None) and other[0] != 0
+    assert "is gone: it was killed, or its host" in other[2] or (victim == 0 and "another task died" in other[2])
+    results = run(2, program(folder, "teacher"))
+    assert [r[0] for r in results] == [0, 0], "\n".join(r[2][-3000:] for r in results)
+    check_stage(quick, folder, "teacher")
