@@ -98,8 +98,10 @@ def get_config() -> ml_collections.ConfigDict:
                 "save_every": 250,
             },
             "train_causal": {
-                "steps": 700,
+                "steps": 1500,
                 "batch_size": 32,
+                # In turns first blocks alone, which are a seventh of a clip and the hardest part, and whole clips.
+                "curriculum": ((200, 3, 256), (500, 0, 32), (700, 3, 256), (1000, 0, 32), (1150, 3, 256)),
                 "switch_fraction": 0.2,
                 "optimizer": {
                     "learning_rate": 4e-4,

@@ -84,7 +84,9 @@ def discontinuity(video: np.ndarray, starts: Sequence[int] | np.ndarray) -> floa
 
 
 def blocks_until(holds: Sequence[bool]) -> int | None:
-    """How many blocks after a switch the new caption holds, from then on to the end: 1 if at once, None if never.
+    """How many blocks after a switch the new caption holds, every block read alone: 1 if at once, None if never.
+
+    The strictest count: one block before the end that is misread, and the caption has not held until after it.
 
     Args:
       holds: for every block from the switch on, whether all attributes of the new caption are read in it.
@@ -94,18 +96,27 @@ def blocks_until(holds: Sequence[bool]) -> int | None:
     return first + 1 if first < len(holds) else None
 
 
-def switch_scores(holds: np.ndarray, within: int = 3) -> dict[str, float]:
-    """Summary of :func:`blocks_until` over clips.
+def first_block(begins: Sequence[bool]) -> int | None:
+    """The number, from 1, of the first block from which on the new caption holds, None if there is none.
 
     Args:
-      holds: bool ``[B, blocks]``.
+      begins: for every block from the switch on, whether the new caption is read in it and in all that follows it.
+    """
+    right = np.flatnonzero(begins)
+    return int(right[0]) + 1 if len(right) else None
+
+
+def switch_scores(counts: Sequence[int | None], within: int = 3) -> dict[str, float]:
+    """Summary of :func:`first_block` or :func:`blocks_until` over clips.
+
+    Args:
+      counts: blocks until the new caption holds, of each clip.
       within: the number of blocks that counts as prompt.
 
     Returns:
       share of clips that hold within 1, ..., ``within`` blocks, share that ever hold, and the median number of blocks
       of those that do (NaN if none does).
     """
-    counts = [blocks_until(row) for row in holds]
     reached = [c for c in counts if c is not None]
     scores = {f"within_{n}": sum(c <= n for c in reached) / len(counts) for n in range(1, within + 1)}
     return scores | {

@@ -325,19 +325,23 @@ def switch_report(
       at: index of the first block under the new caption.
 
     Returns:
-      ``metrics.switch_scores`` of the blocks from ``at`` on, share of clips that obeyed the old caption in the block
-      before, and how many read the new caption in each block after the switch.
+      ``metrics.switch_scores`` of how many blocks it takes until the new caption holds: until a block is read as it,
+      and the video from that block to the end, too, in the way every clip is read. ``every_block``: the same of the
+      strictest count (``metrics.blocks_until``), for which every single block to the end must be read right. Share of
+      clips that obeyed the old caption in the block before, and of those that read the new one in each block after.
     """
 
-    def holds(captions, block):
-        part = video[:, starts[block] : starts[block + 1]]
-        reading = judging.read(judge, part, speed=recipe.data.speed)
+    def reads(captions, first, last):
+        reading = judging.read(judge, video[:, starts[first] : starts[last]], speed=recipe.data.speed)
         return metrics.agreement(reading.triples, [judging.wanted(c) for c in captions]).all(axis=1)
 
-    new = np.stack([holds(after, block) for block in range(at, len(starts) - 1)], axis=1)  # [B, blocks]
-    return metrics.switch_scores(new) | {
-        "old_caption_before": float(holds(before, at - 1).mean()),
-        "new_caption_by_block": new.mean(axis=0).tolist(),
+    end = len(starts) - 1
+    single = np.stack([reads(after, block, block + 1) for block in range(at, end)], axis=1)  # [B, blocks]
+    rest = np.stack([reads(after, block, end) for block in range(at, end)], axis=1)
+    return metrics.switch_scores([metrics.first_block(row) for row in single & rest]) | {
+        "every_block": metrics.switch_scores([metrics.blocks_until(row) for row in single]),
+        "old_caption_before": float(reads(before, at - 1, at).mean()),
+        "new_caption_by_block": single.mean(axis=0).tolist(),
         "clips": len(video),
     }
 

@@ -49,10 +49,10 @@ def markdown(report: Mapping[str, Any]) -> str:
     header = ["cost of a clip", "network calls", "passes per frame", "seconds, latents", "seconds, frames (decoder)"]
     lines += _table(header, rows)
     switch = report["switch"]
+    names = {f"within_{n}": f"within {n} block{'s' if n > 1 else ''}" for n in (1, 2, 3)} | {"ever": "ever"}
     lines += _table(
-        ["prompt switch: the new caption holds", "share"],
-        [[f"within {n} block{'s' if n > 1 else ''}", f"{switch[f'within_{n}']:.3f}"] for n in (1, 2, 3)]
-        + [["ever", f"{switch['ever']:.3f}"]],
+        ["prompt switch: the new caption holds", "share", "every block read alone"],
+        [[words, f"{switch[key]:.3f}", f"{switch['every_block'][key]:.3f}"] for key, words in names.items()],
     )
     rows = [
         [t["name"], f"{t['value']:.3f}", t["bound"].replace(">=", "≥").replace("<=", "≤"), "yes" if t["met"] else "no"]

@@ -63,9 +63,14 @@ def test_blocks_until_a_new_caption_holds():
     assert metrics.blocks_until([True, True, False]) is None
 
 
+def test_first_block_from_which_a_new_caption_holds():
+    assert metrics.first_block([True, False, True]) == 1
+    assert metrics.first_block(np.array([False, False, True])) == 3
+    assert metrics.first_block([False, False]) is None
+
+
 def test_switch_scores():
-    holds = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 0]], bool)
-    scores = metrics.switch_scores(holds)
+    scores = metrics.switch_scores([1, 2, 4, None])
     expected = {"within_1": 0.25, "within_2": 0.5, "within_3": 0.5, "ever": 0.75, "median_blocks": 2.0}
     assert scores == expected
 

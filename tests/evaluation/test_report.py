@@ -78,7 +78,8 @@ def test_scores_of_every_row(result):
 
 def test_switch_that_takes_one_block_more(result):
     switch = result[0].report["switch"]
-    assert (switch["within_1"], switch["within_2"], switch["within_3"], switch["median_blocks"]) == (0, 1, 1, 2)
+    for scores in (switch, switch["every_block"]):
+        assert (scores["within_1"], scores["within_2"], scores["within_3"], scores["median_blocks"]) == (0, 1, 1, 2)
     assert switch["old_caption_before"] == 1.0
     assert switch["new_caption_by_block"] == [0.0] + [1.0] * 6
     assert switch["clips"] == 3
@@ -104,6 +105,20 @@ def test_streams_of_whole_blocks():
     single = dataclasses.replace(RECIPE, causal=causal)  # blocks 1, 4, 4, 4, 4, 4
     assert report.stream_starts(single, 1).tolist() == [0, 1, 17, 33, 49, 65, 81]
     assert report.stream_starts(single, 2)[5:].tolist() == [65 + 16 * n for n in range(8)]
+
+
+def test_one_misread_block_does_not_undo_a_switch_but_a_caption_that_is_lost_does():
+    prompts = report.held_out_prompts(RECIPE, 3, 0)
+    after = report.switched_prompts(RECIPE, prompts, 0)
+    starts = report.stream_starts(RECIPE, 2)
+    at = (len(starts) - 1) // 2
+    video = Fake(0).student(prompts, 0, frames=int(starts[-1]), switch=(int(starts[at]), after))
+    video[1, starts[at + 3] + 4 : starts[at + 3] + 8] = 0  # a third of one block of the second clip is black
+    video[2, starts[at + 3] :] = video[2, starts[at + 3]]  # the third stands still from its fourth block on
+    switch = report.switch_report(RECIPE, judge.load(RECIPE.data), video, prompts, after, starts, at)
+    assert (switch["within_1"], switch["within_3"], switch["ever"]) == pytest.approx((2 / 3, 2 / 3, 2 / 3))
+    strict = switch["every_block"]
+    assert (strict["within_1"], strict["within_3"], strict["ever"]) == pytest.approx((1 / 3, 1 / 3, 2 / 3))
 
 
 def test_prompts_are_held_out_and_switches_change_everything():
