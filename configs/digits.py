@@ -98,10 +98,10 @@ def get_config() -> ml_collections.ConfigDict:
                 "save_every": 250,
             },
             "train_causal": {
-                "steps": 1500,
+                "steps": 900,
                 "batch_size": 32,
                 # In turns first blocks alone, which are a seventh of a clip and the hardest part, and whole clips.
-                "curriculum": ((200, 3, 256), (500, 0, 32), (700, 3, 256), (1000, 0, 32), (1150, 3, 256)),
+                "curriculum": ((120, 3, 128), (350, 0, 32), (450, 3, 128), (650, 0, 32), (720, 3, 128)),
                 "switch_fraction": 0.2,
                 "optimizer": {
                     "learning_rate": 4e-4,
@@ -117,13 +117,13 @@ def get_config() -> ml_collections.ConfigDict:
             },
             "train_init": {
                 "teacher": "causal",
-                "steps": 700,
+                "steps": 630,
                 "batch_size": 16,
-                "trajectories": 512,
-                "short": ((3, 4096), (9, 1024)),
+                "trajectories": 384,
+                "short": ((3, 2560), (9, 640)),
                 # (until step, latent frames, clips): whole clips, then in turns first blocks alone, short clips with
                 # their cuts, and whole clips again.
-                "curriculum": ((400, 0, 16), (480, 3, 192), (520, 9, 48), (600, 0, 16), (650, 3, 192), (680, 9, 48)),
+                "curriculum": ((330, 0, 16), (430, 3, 192), (465, 9, 48), (525, 0, 16), (585, 3, 192), (610, 9, 48)),
                 "switch_fraction": 0.4,
                 "optimizer": {
                     "learning_rate": 3e-4,
