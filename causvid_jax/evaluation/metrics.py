@@ -91,12 +91,10 @@ def blocks_until(holds: Sequence[bool]) -> int | None:
     Args:
       holds: for every block from the switch on, whether all attributes of the new caption are read in it.
     """
-    wrong = np.flatnonzero(~np.asarray(holds, bool))
-    first = int(wrong[-1]) + 1 if len(wrong) else 0
-    return first + 1 if first < len(holds) else None
+    return first_block(np.logical_and.accumulate(np.asarray(holds, bool)[::-1])[::-1])
 
 
-def first_block(begins: Sequence[bool]) -> int | None:
+def first_block(begins: Sequence[bool] | np.ndarray) -> int | None:
     """The number, from 1, of the first block from which on the new caption holds, None if there is none.
 
     Args:

@@ -108,11 +108,11 @@ def with_vae(recipe: Recipe, workdir: pathlib.Path) -> tuple[Any, Recipe]:
     return params, dataclasses.replace(recipe, vae=config, decoder="vae")
 
 
-def _on_devices(vae_params: Any, place: shardings.Placement) -> Any:
-    """The VAE for samples: it is small, so every device holds it whole."""
+def _on_devices(codec_params: Any, place: shardings.Placement) -> Any:
+    """A codec on the devices: it is small, so every one holds it whole."""
     if place.mesh is None:
-        return jax.tree.map(jnp.asarray, vae_params)
-    return place.put(vae_params, place.whole())
+        return jax.tree.map(jnp.asarray, codec_params)
+    return place.put(codec_params, place.whole())
 
 
 def _open_encoder(recipe: Recipe, workdir: pathlib.Path) -> encoder.Encoder:
@@ -176,9 +176,8 @@ def _codec_stage(
             params = start(jax.random.key(config.seed)) if params is None else params
             return init_state(params, optimizer, config.bad_loss_window)
 
-        # A codec is small: every device holds it whole, the batch alone is split.
-        loaded = [jax.tree.map(jnp.asarray, store.load_params(init_from)[0])] if init_from else []
-        return place.init(state, place.whole(), *loaded)
+        given = [_on_devices(store.load_params(init_from)[0], place)] if init_from else []
+        return place.init(state, place.whole(), *given)  # the batch alone is split
 
     return Stage(
         name=name,

@@ -70,7 +70,8 @@ def test_first_block_from_which_a_new_caption_holds():
 
 
 def test_switch_scores():
-    scores = metrics.switch_scores([1, 2, 4, None])
+    holds = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 0]], bool)
+    scores = metrics.switch_scores([metrics.blocks_until(row) for row in holds])
     expected = {"within_1": 0.25, "within_2": 0.5, "within_3": 0.5, "ever": 0.75, "median_blocks": 2.0}
     assert scores == expected
 

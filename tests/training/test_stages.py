@@ -13,7 +13,7 @@ import pytest
 
 from causvid_jax.config import ConfigError, DataConfig, Recipe, from_config_dict
 from causvid_jax.data import digits
-from causvid_jax.models import taehv, vae
+from causvid_jax.models import vae
 from causvid_jax.training import checkpoint, export, loop, stages
 from causvid_jax.training.metrics import read_metrics
 from causvid_jax.weights import store
@@ -286,14 +286,9 @@ def test_weights_to_start_with_that_do_not_fit_are_refused_by_name(road, tmp_pat
 
 @pytest.mark.parametrize("name", ["vae", "taehv"])
 def test_a_codec_starts_with_the_weights_it_is_given(road, tmp_path, name):
-    if name == "taehv":
-        (tmp_path / "vae").symlink_to(road / "vae")
-    (tmp_path / "data").symlink_to(road / "data")
-    given = store.load_params(road / "vae" / "weights.safetensors")[0]
-    if name == "taehv":
-        given = taehv.init(jax.random.key(7), RECIPE.taehv)
-        store.save_params(tmp_path / "given.safetensors", given, {})
-    path = road if name == "vae" else tmp_path / "given.safetensors"
-    state = stages.make_stage(name, RECIPE, tmp_path, path).init()
+    for other in ("vae", "data"):
+        (tmp_path / other).symlink_to(road / other)
+    given = store.load_params(road / name / "weights.safetensors")[0]
+    state = stages.make_stage(name, RECIPE, tmp_path, road).init()
     jax.tree.map(np.testing.assert_array_equal, state.params, given)
     jax.tree.map(np.testing.assert_array_equal, state.ema, given)
