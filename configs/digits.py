@@ -12,6 +12,20 @@ VOCABULARY = (*"0123456789", *COLORS, "a", "and", "moving", "up", "down", "left"
 TEXT_LENGTH = 16
 
 
+def in_turns(rounds: int, *stretches: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:
+    """A curriculum of ``rounds`` times the same ``(steps, latent frames, clips)`` one after the other.
+
+    What a network has learnt of first blocks it forgets over whole clips, so the turns are to be short. The last turn
+    is the stage's own, to its last step, and not part of the curriculum.
+    """
+    result, step = [], 0
+    for _ in range(rounds):
+        for steps, frames, clips in stretches:
+            step += steps
+            result.append((step, frames, clips))
+    return tuple(result[:-1])
+
+
 def get_config() -> ml_collections.ConfigDict:
     """The recipe as an ``ml_collections.ConfigDict``."""
     network = {
@@ -98,22 +112,22 @@ def get_config() -> ml_collections.ConfigDict:
                 "save_every": 250,
             },
             "train_causal": {
-                "steps": 900,
+                "steps": 2300,
                 "batch_size": 32,
-                # In turns first blocks alone, which are a seventh of a clip and the hardest part, and whole clips.
-                "curriculum": ((120, 3, 128), (350, 0, 32), (450, 3, 128), (650, 0, 32), (720, 3, 128)),
-                "switch_fraction": 0.2,
+                # First blocks alone, a seventh of a clip and the hardest part; cuts between captions; whole clips.
+                "curriculum": in_turns(20, (60, 3, 128), (40, 9, 48), (15, 0, 32)),
+                "switch_fraction": 0.5,
                 "optimizer": {
                     "learning_rate": 4e-4,
                     "warmup_steps": 50,
                     "schedule": "cosine",
                     "b2": 0.99,
                     "clip_norm": 1.0,
-                    "ema_decay": 0.99,
+                    "ema_decay": 0.995,
                 },
-                "sample_every": 400,
+                "sample_every": 575,
                 "samples": 32,
-                "save_every": 200,
+                "save_every": 115,
             },
             "train_init": {
                 "teacher": "causal",

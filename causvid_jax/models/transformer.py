@@ -418,7 +418,8 @@ def block_causal(
     frames = x.shape[1]
     positions = jnp.arange(frames)
     plan = attention.block_causal(frames, causal)
-    if clean is not None:
+    # A clip of one block has no past: its clean copy would cost as much as itself and be seen by nobody.
+    if clean is not None and len(causal.block_sizes(frames)) > 1:
         x = jnp.concatenate([clean, x], axis=1)
         timestep = jnp.concatenate([jnp.full_like(timestep, clean_timestep), timestep], axis=1)
         positions = jnp.concatenate([positions, positions])

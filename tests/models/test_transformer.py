@@ -205,6 +205,20 @@ def test_teacher_forcing_equals_streaming_over_a_clean_cache(params, causal):
     np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), forced, atol=1e-5)
 
 
+def test_teacher_forcing_of_one_block_costs_no_clean_copy(params):
+    """The first block has no past: the same bits, and the same work, as without a clean copy."""
+    x, t, text = inputs(3)
+    clean = inputs(3, seed=7)[0]
+    causal = CausalConfig(3, window=9)
+    plain = block_causal(params, x, t, text, causal=causal)
+    np.testing.assert_array_equal(block_causal(params, x, t, text, clean, causal=causal), plain)
+    flops = [
+        block_causal.lower(params, x, t, text, copy, causal=causal).compile().cost_analysis()["flops"]
+        for copy in (None, clean)
+    ]
+    assert flops[0] == flops[1]
+
+
 def test_a_rewritten_block_leaves_no_trace(params):
     """Denoising steps of one block overwrite each other: the last one counts, whatever came before."""
     x, t, text = inputs(6)
