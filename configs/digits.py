@@ -57,7 +57,8 @@ def get_config() -> ml_collections.ConfigDict:
             "vae": {"base_dim": 8, "dim_mult": (1, 2, 4, 4), "num_res_blocks": 1, "z_dim": 16},
             "teacher": network,
             "student": network,
-            "causal": {"frames_per_block": 3, "window": 9},
+            # Old colours and motion stay in a cache for blocks, even written again under the new prompt: a switch is a cut.
+            "causal": {"frames_per_block": 3, "window": 9, "at_switch": "forget"},
             "diffusion": {"shift": 3.0, "teacher_steps": 50, "solver": "euler", "guidance": 4.0},
             "train_vae": {
                 "steps": 7500,
@@ -131,14 +132,12 @@ def get_config() -> ml_collections.ConfigDict:
             },
             "train_init": {
                 "teacher": "causal",
-                "steps": 630,
+                "steps": 672,
                 "batch_size": 16,
                 "trajectories": 384,
-                "short": ((3, 2560), (9, 640)),
-                # (until step, latent frames, clips): whole clips, then in turns first blocks alone, short clips with
-                # their cuts, and whole clips again.
-                "curriculum": ((330, 0, 16), (430, 3, 192), (465, 9, 48), (525, 0, 16), (585, 3, 192), (610, 9, 48)),
-                "switch_fraction": 0.4,
+                "short": ((3, 5120), (9, 1152)),
+                "curriculum": in_turns(14, (18, 3, 192), (18, 9, 48), (12, 0, 16)),
+                "switch_fraction": 0.7,
                 "optimizer": {
                     "learning_rate": 3e-4,
                     "warmup_steps": 50,
@@ -147,19 +146,19 @@ def get_config() -> ml_collections.ConfigDict:
                     "clip_norm": 1.0,
                     "ema_decay": 0.99,
                 },
-                "sample_every": 200,
+                "sample_every": 168,
                 "samples": 32,
-                "save_every": 100,
+                "save_every": 84,
             },
             "train_distill": {
-                "steps": 60,
+                "steps": 80,
                 "batch_size": 16,
                 "rollout": "self",
                 "critic_updates": 5,
-                # The student starts where guidance 4 has brought it; more guidance here costs its colours.
+                # The student starts where the guidance of its trajectories has brought it; more here costs its colours.
                 "guidance": 1.5,
                 "continue_fraction": 0.5,
-                "switch_fraction": 0.4,
+                "switch_fraction": 0.7,
                 "optimizer": {
                     "learning_rate": 5e-5,
                     "warmup_steps": 10,

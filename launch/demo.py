@@ -62,8 +62,7 @@ def blocks_of(params: Params, recipe: Recipe, prompts: Sequence[str], seed: int,
     for i in range(blocks):
         turn = i * len(prompts) // blocks
         if i and turn != (i - 1) * len(prompts) // blocks:
-            state = stream.switch_prompt(params, state, rows_of(prompts[turn : turn + 1], recipe), **config)
-            state = stream.recache(params, state, **config)
+            state = stream.change_prompt(params, state, rows_of(prompts[turn : turn + 1], recipe), **config)
         _, frames, state = stream.next_frames(params, state, **config)
         yield video.to_uint8(frames)[0, stream.LEAD if i == 0 else 0 :]
 

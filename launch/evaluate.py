@@ -26,7 +26,6 @@ _STUDENT = flags.DEFINE_string(
     "student", None, "Student weights to judge instead of the recipe's, a .safetensors file."
 )
 _TEACHER = flags.DEFINE_string("teacher", None, "Teacher weights to judge instead of the recipe's.")
-_RECACHE = flags.DEFINE_bool("recache", True, "At a switch, rewrite the cache under the new prompt.")
 _TRAIN_JUDGE = flags.DEFINE_bool("train_judge", False, "Train the judge and write it to --judge.")
 _JUDGE = flags.DEFINE_string("judge", str(judging.DEFAULT_PATH), "The judge's weights.")
 _PLAN = {
@@ -76,7 +75,6 @@ def evaluate(recipe: Recipe) -> None:
     made = samplers.make_samplers(
         jax.tree.map(jax.numpy.asarray, params),
         recipe,
-        recache=_RECACHE.value,
         prompt_encoder=encoder.open_encoder(recipe, _WORKDIR.value),
     )
     result = report.evaluate(recipe, trained, made, plan)

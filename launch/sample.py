@@ -51,7 +51,6 @@ _IMAGE = flags.DEFINE_string("image", None, "Start from this picture.")
 _VIDEO = flags.DEFINE_string("video", None, "Follow this video.")
 _STRENGTH = flags.DEFINE_float("strength", 0.5, "With --video: how far from it, up to 1 (free).")
 _SWITCH = flags.DEFINE_multi_string("switch", [], "FRAME:PROMPT, another prompt from the block with that frame on.")
-_RECACHE = flags.DEFINE_bool("recache", True, "At a switch, rewrite the cache under the new prompt.")
 _TEACHER = flags.DEFINE_bool("teacher", False, "Sample the many-step teacher instead of the student.")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -318,7 +317,6 @@ def student_blocks(request: Request, texts: Texts, timing: play.Timing) -> Itera
         frames=request.frames,
         seed=_SEED.value,
         switches={block: np.stack([texts[p]] * count) for block, (_, p) in request.switches.items()},
-        recache=_RECACHE.value,
         image=request.image,
         video=request.video,
         strength=_STRENGTH.value,

@@ -304,6 +304,10 @@ class CausalConfig:
     stream of any length stays in the trained range). Without a sink the two are the same function, since rotary
     attention depends on differences only. ``clean_write`` runs one extra pass at ``context_timestep`` to write the
     finished block to the cache; without it the last denoising step's keys and values stay.
+
+    ``at_switch`` says what a stream does with its cache when its prompt changes: ``"keep"`` leaves it (as published),
+    ``"recache"`` writes the blocks in sight again under the new prompt, ``"forget"`` empties it, and the
+    decoder's, so that the next block begins as a clip begins: a cut.
     """
 
     frames_per_block: int = 3
@@ -313,8 +317,13 @@ class CausalConfig:
     positions: str = "absolute"
     clean_write: bool = True
     context_timestep: float = 0.0
+    at_switch: str = "recache"
 
     def __post_init__(self):
+        require(
+            self.at_switch in ("keep", "recache", "forget"),
+            f"causal.at_switch is {self.at_switch!r}; accepted: 'keep', 'recache', 'forget'",
+        )
         require(
             self.frames_per_block >= 1, f"causal.frames_per_block is {self.frames_per_block}; it must be at least 1"
         )

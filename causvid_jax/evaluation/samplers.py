@@ -52,7 +52,6 @@ def make_samplers(
     params: Mapping[str, Any],
     config: Recipe,
     *,
-    recache: bool = True,
     prompt_encoder: encoder.Encoder | None = None,
 ) -> Samplers:
     """Samplers of trained networks.
@@ -60,7 +59,6 @@ def make_samplers(
     Args:
       params: ``{"vae", "teacher", "student"}``, and ``"taehv"`` if that is the recipe's decoder.
       config: the recipe, with the statistics of the VAE's latents.
-      recache: after a prompt switch, write the blocks in sight to the cache again under the new prompt.
       prompt_encoder: of the prompts; a recipe of words needs none.
     """
     reader = prompt_encoder or encoder.open_encoder(config)
@@ -102,9 +100,7 @@ def make_samplers(
         shown = 0
         for _ in config.causal.block_sizes(latent_frames):
             if shown == at:
-                state = stream.switch_prompt(streamed, state, rows_of(after), config=config)
-                if recache:
-                    state = stream.recache(streamed, state, config=config)
+                state = stream.change_prompt(streamed, state, rows_of(after), config=config)
             _, frames, state = stream.next_frames(streamed, state, config=config)
             lead = 0 if parts else stream.LEAD
             parts.append(files.to_uint8(np.asarray(frames))[:, lead:])

@@ -122,7 +122,6 @@ def play(
     frames: int,
     seed: int = 0,
     switches: Mapping[int, np.ndarray] | None = None,
-    recache: bool = True,
     image: np.ndarray | None = None,
     video: np.ndarray | None = None,
     strength: float = 0.5,
@@ -138,7 +137,6 @@ def play(
         frames: how many; the last block is cut to fit.
         seed: of the noise.
         switches: block to the text rows ``[B, S, E]`` that hold from that block on (:func:`block_of` of a frame).
-        recache: bring the cache up to date at each switch (:func:`causvid_jax.streaming.stream.recache`).
         image: uint8 ``[H, W, 3]`` that the streams start from.
         video: uint8 ``[T, H, W, 3]``, T >= frames, that the streams follow, at ``strength``.
         timing: filled in as the stream goes.
@@ -188,8 +186,7 @@ def play(
         return shown, state, coder
 
     def switch(run: Callable, state: stream.StreamState, rows: np.ndarray) -> stream.StreamState:
-        state = run(stream.switch_prompt, state.started, params, state, jnp.asarray(rows), config=config)
-        return run(stream.recache, state.started, params, state, config=config) if recache else state
+        return run(stream.change_prompt, state.started, params, state, jnp.asarray(rows), config=config)
 
     def prepare(function: Any, started: bool, *args, **static) -> Any:
         programs.prepare(function, started, *args, **static)

@@ -10,8 +10,7 @@ program. XLA still compiles what is loaded, once; ``launch`` keeps the result in
 | ``start`` | params, text ``[B, S, E]``, seeds ``[B]`` | state |
 | ``next_frames`` | params, state | latents ``[B, K, h, w, C]``, frames ``[B, 4K, H, W, 3]``, state |
 | ``first_frames``, where the first frame is independent | the same | the same of one latent frame |
-| ``switch_prompt`` | params, state, text | state |
-| ``recache`` | params, state | state |
+| ``change_prompt`` | params, state, text | state |
 
 Reference: JAX's export documentation; an artifact can be read by later versions of JAX for six months at least.
 """
@@ -35,7 +34,7 @@ from causvid_jax.models import attention, cache, partition, taehv, transformer, 
 from causvid_jax.streaming import memory, stream
 from causvid_jax.weights import files
 
-FORMAT = 1
+FORMAT = 2
 PLATFORMS = ("cpu", "cuda", "tpu")
 SUFFIX = ".program"
 _CUSTOM_CALLS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaScaleBiasSoftmax", "tpu_custom_call")
@@ -73,8 +72,7 @@ def name_of(function: Any, started: bool) -> str:
     """What the program of one of the stream's functions is called."""
     names = {
         stream.next_frames: "next_frames" if started else "first_frames",
-        stream.switch_prompt: "switch_prompt",
-        stream.recache: "recache",
+        stream.change_prompt: "change_prompt",
     }
     return names[function]
 
@@ -155,8 +153,7 @@ def build(recipe: Recipe, platform: str, *, batch: int = 1) -> tuple[dict[str, A
             if not state.started:
                 _, _, state = add("first_frames", stream.next_frames, state)
             add("next_frames", stream.next_frames, state)
-            add("switch_prompt", stream.switch_prompt, state, rows)
-            add("recache", stream.recache, state)
+            add("change_prompt", stream.change_prompt, state, rows)
         except RuntimeError as error:
             if "cuDNN" not in str(error):
                 raise

@@ -205,6 +205,9 @@ def _next_block(params, state, config):
 def _decode(params, state, latents, config):
     with jax.named_scope("decode"):
         frames, decode = codec.decode_chunk(params, latents, state.decode, config=config)
+        # Of a stream's first block nobody sees the lead; after forget() everybody does.
+        lead = (jnp.arange(frames.shape[1]) < LEAD) & (state.cache.position == latents.shape[1])
+        frames = jnp.where(lead[:, None, None, None], frames[:, LEAD : LEAD + 1], frames)
     return frames, dataclasses.replace(state, decode=decode)
 
 
@@ -293,9 +296,34 @@ def encode_image(params: Params, image: jax.Array, *, config: Recipe) -> jax.Arr
 
 
 @_step
+def change_prompt(params: Params, state: StreamState, text: jax.Array, *, config: Recipe) -> StreamState:
+    """:func:`switch_prompt`, and of the cache what ``config.causal.at_switch`` says: it is kept, written again under
+    the new prompt (:func:`recache`), or emptied (:func:`forget`)."""
+    state = switch_prompt(params, state, text, config=config)
+    if config.causal.at_switch == "recache":
+        return recache(params, state, config=config)
+    return forget(state, config=config) if config.causal.at_switch == "forget" else state
+
+
+@_step
 def switch_prompt(params: Params, state: StreamState, text: jax.Array, *, config: Recipe) -> StreamState:
     """The stream under another prompt ``text [B, S, E]`` from its next block on. What it has shown stays as it is."""
     return dataclasses.replace(state, text=_prompt(params, text, config))
+
+
+def forget(state: StreamState, *, config: Recipe) -> StreamState:
+    """The stream with nothing in sight: its next block begins as a clip begins, for network and decoder alike.
+
+    What it shows is a cut. The first latent frame of a clip has one frame and a stream's block has four for each, so
+    the three before it show the same.
+    """
+    height, width = config.latent_size
+    cache = state.cache
+    return dataclasses.replace(
+        state,
+        cache=dataclasses.replace(cache, frame=jnp.full_like(cache.frame, -1), position=jnp.zeros_like(cache.position)),
+        decode=codec.init_decode_cache(config, batch=state.seed.shape[0], height=height, width=width),
+    )
 
 
 @_step
@@ -310,7 +338,7 @@ def recache(params: Params, state: StreamState, *, config: Recipe) -> StreamStat
     kept = state.recent.shape[1]
     if not kept:  # a window of one block: nothing earlier is in sight
         return state
-    blocks = jnp.minimum(kept // k, (state.cache.position - independent) // k)
+    blocks = jnp.minimum(kept // k, jnp.maximum(state.cache.position - independent, 0) // k)
 
     def rewrite(i, cache):
         latents = jax.lax.dynamic_slice_in_dim(state.recent, kept - (blocks - i) * k, k, axis=1)

@@ -71,7 +71,7 @@ def test_settings_of_training_do_not_matter():
 @pytest.mark.slow
 def test_an_independent_first_frame_and_two_streams(params, tmp_path, monkeypatch):  # noqa: F811
     header, made = programs.build(FIRST, "cpu", batch=2)
-    assert list(made) == ["start", "first_frames", "next_frames", "switch_prompt", "recache"]
+    assert list(made) == ["start", "first_frames", "next_frames", "change_prompt"]
     programs.save(tmp_path / "x.program", header, made)
     text, other = np.asarray(prompt(0, 2)), np.asarray(prompt(1, 2))
     given = {"config": FIRST, "frames": 17, "seed": 5, "switches": {2: other}}
@@ -99,7 +99,7 @@ def test_programs_for_platforms_that_are_not_here(platform, kernel, monkeypatch,
         monkeypatch.setattr(kernels, "check_cudnn_version", lambda: 91000)  # all that lowering asks of it
     header, made = programs.build(recipe, platform)
     assert header["attention"] == {"cuda": "cudnn", "tpu": "splash"}[platform]
-    assert all(kernel in str(made[name].mlir_module()) for name in ("next_frames", "recache"))
+    assert all(kernel in str(made[name].mlir_module()) for name in ("next_frames", "change_prompt"))
     programs.save(tmp_path / "x.program", header, made)
     with pytest.raises(ConfigError, match=f"was built for {platform}; this machine is cpu"):
         programs.load(tmp_path / "x.program", recipe, batch=1, latents=6)

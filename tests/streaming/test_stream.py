@@ -291,6 +291,50 @@ def test_recache_after_a_switch_equals_a_past_under_the_new_prompt(params, confi
     np.testing.assert_allclose(state.cache.v, expected.cache.v, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", [PLAIN, WINDOW], ids=["plain", "window"])
+def test_a_stream_that_forgets_at_a_switch_is_a_new_one_of_the_new_prompt(params, config):
+    """The same frames, from the same noise, as a stream that has shown nothing; past the ring's wrap-around too."""
+    config = with_causal(config, at_switch="forget")
+    blocks = 2 if config.causal.window == 0 else 4
+
+    def show(state):
+        shown = []
+        for _ in range(blocks):
+            _, frames, state = stream.next_frames(params, state, config=config)
+            shown.append(np.asarray(frames))
+        return np.concatenate(shown, axis=1), state
+
+    old, state = show(stream.init_stream(params, prompt(0), config=config))
+    cut, _ = show(stream.change_prompt(params, state, prompt(1), config=config))
+    new = stream.init_stream(params, prompt(1), config=config)
+    expected, _ = show(dataclasses.replace(new, block=jnp.int32(blocks)))  # the noise of a block is its number's
+    np.testing.assert_allclose(cut, expected, atol=1e-5)
+    # A new clip's first latent frame has one frame; the block's three before it show the same.
+    for early in range(stream.LEAD):
+        np.testing.assert_array_equal(cut[:, early], cut[:, stream.LEAD])
+    assert np.abs(cut[:, stream.LEAD] - cut[:, stream.LEAD + 1]).max() > 1e-3
+    latents, _ = run(params, config, blocks)
+    whole = vae.decode(params["vae"], np.concatenate(latents, axis=1), config=config.vae)
+    np.testing.assert_allclose(old[:, stream.LEAD :], whole, atol=1e-4)
+
+
+def test_what_happens_to_the_cache_at_a_switch_is_a_setting(params):
+    caches = {}
+    for name in ("keep", "recache", "forget"):
+        _, state = run(params, PLAIN, 2)
+        config = with_causal(PLAIN, at_switch=name)
+        caches[name] = stream.change_prompt(params, state, prompt(1), config=config).cache
+    _, state = run(params, PLAIN, 2)
+    jax.tree.map(np.testing.assert_array_equal, caches["keep"], state.cache)
+    state = stream.switch_prompt(params, state, prompt(1), config=PLAIN)
+    again = stream.recache(params, state, config=PLAIN).cache
+    np.testing.assert_allclose(caches["recache"].k, again.k, atol=1e-5)
+    assert np.abs(caches["recache"].k - caches["keep"].k).max() > 1e-3
+    assert int(caches["forget"].position) == 0 and (np.asarray(caches["forget"].frame) == -1).all()
+    with pytest.raises(ConfigError, match="causal.at_switch is 'cut'; accepted: 'keep', 'recache', 'forget'"):
+        with_causal(PLAIN, at_switch="cut")
+
+
 @pytest.mark.parametrize("config", [PLAIN, FIRST], ids=["block", "frame"])
 def test_image_becomes_the_first_latents_and_is_remembered(params, config):
     image = jax.random.uniform(jax.random.key(4), (1, 32, 32, 3), minval=-1)
