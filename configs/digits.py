@@ -57,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
             "vae": {"base_dim": 8, "dim_mult": (1, 2, 4, 4), "num_res_blocks": 1, "z_dim": 16},
             "teacher": network,
             "student": network,
-            # Old colours and motion stay in a cache for blocks, even written again under the new prompt: a switch is a cut.
+            # Even written again under the new prompt, a cache keeps old colours and motion for blocks: we cut.
             "causal": {"frames_per_block": 3, "window": 9, "at_switch": "forget"},
             "diffusion": {"shift": 3.0, "teacher_steps": 50, "solver": "euler", "guidance": 4.0},
             "train_vae": {
