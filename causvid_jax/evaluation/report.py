@@ -327,8 +327,9 @@ def switch_report(
     Returns:
       ``metrics.switch_scores`` of how many blocks it takes until the new caption holds: until a block is read as it,
       and the video from that block to the end, too, in the way every clip is read. ``every_block``: the same of the
-      strictest count (``metrics.blocks_until``), for which every single block to the end must be read right. Share of
-      clips that obeyed the old caption in the block before, and of those that read the new one in each block after.
+      strictest count (``metrics.blocks_until``), for which every single block to the end must be read right.
+      ``cache``: what the stream does with it (``CausalConfig.at_switch``). Share of clips that obeyed the old caption in
+      the block before, and of those that read the new one in each block after.
     """
 
     def reads(captions, first, last):
@@ -339,6 +340,7 @@ def switch_report(
     single = np.stack([reads(after, block, block + 1) for block in range(at, end)], axis=1)  # [B, blocks]
     rest = np.stack([reads(after, block, end) for block in range(at, end)], axis=1)
     return metrics.switch_scores([metrics.first_block(row) for row in single & rest]) | {
+        "cache": recipe.causal.at_switch,
         "every_block": metrics.switch_scores([metrics.blocks_until(row) for row in single]),
         "old_caption_before": float(reads(before, at - 1, at).mean()),
         "new_caption_by_block": single.mean(axis=0).tolist(),

@@ -51,7 +51,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     switch = report["switch"]
     names = {f"within_{n}": f"within {n} block{'s' if n > 1 else ''}" for n in (1, 2, 3)} | {"ever": "ever"}
     lines += _table(
-        ["prompt switch: the new caption holds", "share", "every block read alone"],
+        [f"prompt switch (cache: {switch['cache']}): the new caption holds", "share", "every block read alone"],
         [[words, f"{switch[key]:.3f}", f"{switch['every_block'][key]:.3f}"] for key, words in names.items()],
     )
     rows = [
