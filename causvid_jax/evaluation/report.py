@@ -328,8 +328,8 @@ def switch_report(
       ``metrics.switch_scores`` of how many blocks it takes until the new caption holds: until a block is read as it,
       and the video from that block to the end, too, in the way every clip is read. ``every_block``: the same of the
       strictest count (``metrics.blocks_until``), for which every single block to the end must be read right.
-      ``cache``: what the stream does with it (``CausalConfig.at_switch``). Share of clips that obeyed the old caption in
-      the block before, and of those that read the new one in each block after.
+      ``cache``: what the stream does with it (``CausalConfig.at_switch``). Share of clips that obeyed the old caption
+      in the block before, and of those that read the new one in each block after.
     """
 
     def reads(captions, first, last):
