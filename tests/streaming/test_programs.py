@@ -12,7 +12,7 @@ from test_stream import FIRST, PLAIN, params, prompt  # noqa: F401
 from causvid_jax.config import ConfigError
 from causvid_jax.streaming import play, programs, stream
 
-HEADER = {"format": 1, "platform": "cpu", "streams": 1, "frames": 6, "jax": "0.1", "recipe": programs.identity(PLAIN)}
+HEADER = {"format": programs.FORMAT, "platform": "cpu", "streams": 1, "frames": 6, "jax": "0.1", "recipe": programs.identity(PLAIN)}
 
 
 TINY = dataclasses.replace(PLAIN, decoder="taehv", taehv=dataclasses.replace(PLAIN.taehv, z_dim=4))
@@ -32,7 +32,7 @@ def write(path, **changes):
 @pytest.mark.parametrize(
     "changes,recipe,given,words",
     [
-        ({"format": 2}, PLAIN, {}, "is of format 2; accepted: 1"),
+        ({"format": 1}, PLAIN, {}, "is of format 1; accepted: 2"),
         ({"platform": "tpu"}, PLAIN, {}, "was built for tpu; this machine is cpu"),
         ({}, with_group(PLAIN, "student", num_layers=3), {}, "student.num_layers = 2, and the recipe has 3"),
         ({}, with_group(PLAIN, "causal", sink=2), {}, "causal.sink = 0, and the recipe has 2"),
