@@ -15,6 +15,7 @@ from causvid_jax.config import CausalConfig, TransformerConfig, require
 from causvid_jax.models import partition
 
 CACHE_AXES = (None, "batch", None, None, "attention_heads", None)  # of [L, B, S, n, N, D]
+TEXT_AXES = (None, "batch", None, "heads", None)  # of [L, B, text_length, N, D]
 
 
 @jax.tree_util.register_dataclass

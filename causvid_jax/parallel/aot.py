@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from causvid_jax.config import Recipe, require
-from causvid_jax.models import transformer
+from causvid_jax.models import partition, transformer
+from causvid_jax.models.cache import TEXT_AXES
 from causvid_jax.models.params import abstract_tree
 from causvid_jax.parallel import estimate, hlo
 from causvid_jax.parallel.mesh import make_mesh, mesh_sizes
@@ -117,7 +118,7 @@ def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, 
         frames=None if causal.window else recipe.video.latent_frames,
     )
     assert place.mesh is not None
-    whole = NamedSharding(place.mesh, PartitionSpec())
+    whole, streams = NamedSharding(place.mesh, PartitionSpec()), batch_sharding(place.mesh, place.rules)
     split = NamedSharding(place.mesh, transformer.cache_spec(net, batch, place.mesh))
     cache = jax.eval_shape(make_cache)
     cache = dataclasses.replace(
@@ -125,14 +126,19 @@ def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, 
         k=jax.ShapeDtypeStruct(cache.k.shape, cache.k.dtype, sharding=split),
         v=jax.ShapeDtypeStruct(cache.v.shape, cache.v.dtype, sharding=split),
     )
-    rows = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32, sharding=whole)
+    rows = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
     encoded = jax.eval_shape(functools.partial(transformer.encode_text, config=net), params, rows)
-    text = _placed(encoded, jax.tree.map(lambda _: whole, encoded))
+    by_stream = partition.spec_for(TEXT_AXES, encoded.k.shape, partition.axis_sizes(place.mesh), net.rules)
+    text = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(net.dtype), sharding=NamedSharding(place.mesh, by_stream)),
+        encoded,
+    )
     k = causal.frames_per_block
-    x = jax.ShapeDtypeStruct((batch, k, height, width, recipe.vae.z_dim), jnp.float32, sharding=whole)
-    timestep = jax.ShapeDtypeStruct((batch, k), jnp.float32, sharding=whole)
+    x = jax.ShapeDtypeStruct((batch, k, height, width, recipe.vae.z_dim), jnp.float32, sharding=streams)
+    timestep = jax.ShapeDtypeStruct((batch, k), jnp.float32, sharding=streams)
 
-    @functools.partial(jax.jit, donate_argnums=4)
+    # What embeds a prompt is not read by a pass, and lies on the devices all the same.
+    @functools.partial(jax.jit, donate_argnums=4, keep_unused=True)
     def one_pass(params, x, timestep, text, cache):
         return transformer.cached(params, x, timestep, text, cache, config=net, causal=causal)
 

@@ -26,8 +26,8 @@ from einops import rearrange, repeat
 
 from causvid_jax.config import DiffusionConfig, Recipe, require
 from causvid_jax.diffusion import flow
-from causvid_jax.models import numerics, transformer, vae
-from causvid_jax.models.cache import KVCache, TextCache
+from causvid_jax.models import numerics, partition, transformer, vae
+from causvid_jax.models.cache import TEXT_AXES, KVCache, TextCache
 from causvid_jax.streaming import codec
 from causvid_jax.streaming.codec import LEAD, DecodeCache
 
@@ -114,9 +114,11 @@ def first_state(
 
 
 def _prompt(params: Params, text: jax.Array, config: Recipe) -> TextCache:
-    """Keys and values in the type that attention reads them in: the same bits, at half of float32's memory."""
-    cache = transformer.encode_text(params["student"], text, config=config.student)
-    return jax.tree.map(lambda x: x.astype(config.student.dtype), cache)
+    """Keys and values in the type that attention reads them in: the same bits, at half of float32's memory. On a mesh
+    no device holds those of other devices' streams."""
+    net = config.student
+    cache = transformer.encode_text(params["student"], text, config=net)
+    return jax.tree.map(lambda x: partition.constrain(x.astype(net.dtype), TEXT_AXES, net.rules), cache)
 
 
 def copy_stream(state: StreamState) -> StreamState:

@@ -12,7 +12,14 @@ from test_stream import FIRST, PLAIN, params, prompt  # noqa: F401
 from causvid_jax.config import ConfigError
 from causvid_jax.streaming import play, programs, stream
 
-HEADER = {"format": programs.FORMAT, "platform": "cpu", "streams": 1, "frames": 6, "jax": "0.1", "recipe": programs.identity(PLAIN)}
+HEADER = {
+    "format": programs.FORMAT,
+    "platform": "cpu",
+    "streams": 1,
+    "frames": 6,
+    "jax": "0.1",
+    "recipe": programs.identity(PLAIN),
+}
 
 
 TINY = dataclasses.replace(PLAIN, decoder="taehv", taehv=dataclasses.replace(PLAIN.taehv, z_dim=4))

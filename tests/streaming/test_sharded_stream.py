@@ -74,3 +74,25 @@ def test_a_sharded_stream_shows_the_same(alone, mesh, capfd):
     held = (NET.num_layers, 1, 7, 4, 1, NET.head_dim)
     assert start == held and state.cache.k.addressable_shards[0].data.shape == held
     assert "rematerialization" not in capfd.readouterr().err
+
+
+def test_a_device_holds_its_own_streams_only(alone):
+    """Prompts and caches of two streams over data 2, and the same latents as without a mesh."""
+    params, _ = alone
+    recipe = dataclasses.replace(RECIPE, parallel=ParallelConfig(data=2, context=2))
+    place = shardings.Placement(make_mesh(recipe.parallel, jax.devices()[:4]), NET.rules)
+    rows = jax.random.normal(jax.random.key(0), (2, 4, 11))
+
+    def two_blocks(params, recipe):
+        state = stream.init_stream(params, rows, config=recipe)
+        sizes = [x.addressable_shards[0].data.shape[1] for x in (state.text.k, state.text.v, state.cache.k)]
+        first, state = stream.next_block(params, state, config=recipe)
+        second, state = stream.next_block(params, state, config=recipe)
+        sizes += [x.addressable_shards[0].data.shape[1] for x in (state.text.k, state.cache.k)]
+        return np.concatenate([first, second], axis=1), sizes
+
+    expected, _ = two_blocks(params, RECIPE)
+    with place.current():
+        latents, sizes = two_blocks(shardings.stream_params(params, recipe, place), recipe)
+    assert sizes == [1] * 5
+    np.testing.assert_allclose(latents, expected, atol=1e-5 * np.abs(expected).max())
