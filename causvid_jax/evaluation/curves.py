@@ -15,7 +15,9 @@ import matplotlib.pyplot as plt
 # What is drawn of each stage: losses on a logarithmic axis, the judge's scores on a linear one.
 LOSSES = {
     "vae": ("l2", "l1"),
+    "taehv": ("l2", "encoded"),
     "teacher": ("loss",),
+    "causal": ("loss",),
     "init": ("loss",),
     "distill": ("critic_loss", "generator_loss"),
 }

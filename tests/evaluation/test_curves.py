@@ -5,6 +5,7 @@ from PIL import Image
 from causvid_jax.config import ConfigError
 from causvid_jax.evaluation import curves
 from causvid_jax.training.metrics import MetricsWriter
+from causvid_jax.training.stages import STAGES
 
 
 def test_draws_the_stages_that_have_metrics(tmp_path):
@@ -15,6 +16,10 @@ def test_draws_the_stages_that_have_metrics(tmp_path):
     assert curves.draw(tmp_path, tmp_path / "curves.png") == ["teacher"]
     picture = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"))
     assert picture.shape[:2] == (480, 320) and picture.std() > 10
+
+
+def test_every_stage_has_a_curve():
+    assert list(curves.LOSSES) == list(STAGES)
 
 
 def test_smoothing_keeps_a_constant_and_means_the_middle():
