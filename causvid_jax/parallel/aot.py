@@ -128,11 +128,10 @@ def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, 
     )
     rows = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
     encoded = jax.eval_shape(functools.partial(transformer.encode_text, config=net), params, rows)
-    by_stream = partition.spec_for(TEXT_AXES, encoded.k.shape, partition.axis_sizes(place.mesh), net.rules)
-    text = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(net.dtype), sharding=NamedSharding(place.mesh, by_stream)),
-        encoded,
+    by_stream = NamedSharding(
+        place.mesh, partition.spec_for(TEXT_AXES, encoded.k.shape, partition.axis_sizes(place.mesh), net.rules)
     )
+    text = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(net.dtype), sharding=by_stream), encoded)
     k = causal.frames_per_block
     x = jax.ShapeDtypeStruct((batch, k, height, width, recipe.vae.z_dim), jnp.float32, sharding=streams)
     timestep = jax.ShapeDtypeStruct((batch, k), jnp.float32, sharding=streams)
