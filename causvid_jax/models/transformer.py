@@ -22,12 +22,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, PartitionSpec
 
 from causvid_jax.config import CausalConfig, TransformerConfig, require
 from causvid_jax.models import attention, image_branch, numerics, partition, rope
 from causvid_jax.models.cache import (
-    CACHE_AXES,
     KVCache,
     TextCache,
     advance,
@@ -426,12 +424,6 @@ def block_causal(
         plan = attention.teacher_forcing(frames, causal)
     attend = _attend_plan(plan, rope.angles(positions, **_grid(x, config)), config)
     return _apply(params, config, attend, x, timestep, text, image, keep_frames=frames)[0]
-
-
-def cache_spec(config: TransformerConfig, batch: int, mesh: Mesh) -> PartitionSpec:
-    """How the keys and values ``[L, B, S, n, N, D]`` of a :class:`KVCache` lie on ``mesh``: split by heads."""
-    shape = (1, batch, 1, 1, config.num_heads, 1)
-    return partition.spec_for(CACHE_AXES, shape, partition.axis_sizes(mesh), config.rules)
 
 
 def encode_text(

@@ -17,12 +17,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from causvid_jax.config import Recipe, require
 from causvid_jax.models import partition, transformer
-from causvid_jax.models.cache import TEXT_AXES
+from causvid_jax.models.cache import CACHE_AXES, TEXT_AXES
 from causvid_jax.models.params import abstract_tree
 from causvid_jax.parallel import estimate, hlo
 from causvid_jax.parallel.mesh import make_mesh, mesh_sizes
 from causvid_jax.parallel.shardings import Placement, batch_sharding
 from causvid_jax.parallel.topology import Machine, Topology
+from causvid_jax.streaming import stream
 from causvid_jax.training import steps
 
 STAGES = ("teacher", "init", "distill", "stream")
@@ -108,30 +109,22 @@ def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, 
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(net.dtype), sharding=x.sharding),
         _network(spec, place.params(spec, net.rules)),
     )
-    make_cache = functools.partial(
-        transformer.init_cache,
-        net,
-        causal,
-        batch=batch,
-        height=height,
-        width=width,
-        frames=None if causal.window else recipe.video.latent_frames,
-    )
-    assert place.mesh is not None
-    whole, streams = NamedSharding(place.mesh, PartitionSpec()), batch_sharding(place.mesh, place.rules)
-    split = NamedSharding(place.mesh, transformer.cache_spec(net, batch, place.mesh))
-    cache = jax.eval_shape(make_cache)
-    cache = dataclasses.replace(
-        _placed(cache, jax.tree.map(lambda _: whole, cache)),
-        k=jax.ShapeDtypeStruct(cache.k.shape, cache.k.dtype, sharding=split),
-        v=jax.ShapeDtypeStruct(cache.v.shape, cache.v.dtype, sharding=split),
-    )
+    mesh = place.mesh
+    assert mesh is not None
+    whole, streams = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh, place.rules)
+
+    def split(x: Any, axes: partition.Axes) -> NamedSharding:
+        return NamedSharding(mesh, partition.spec_for(axes, x.shape, partition.axis_sizes(mesh), net.rules))
+
     rows = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
-    encoded = jax.eval_shape(functools.partial(transformer.encode_text, config=net), params, rows)
-    by_stream = NamedSharding(
-        place.mesh, partition.spec_for(TEXT_AXES, encoded.k.shape, partition.axis_sizes(place.mesh), net.rules)
-    )
-    text = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(net.dtype), sharding=by_stream), encoded)
+    seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)
+    capacity = None if causal.window else recipe.video.latent_frames
+    begin = functools.partial(stream.first_state, config=recipe, capacity=capacity)
+    state = jax.eval_shape(begin, {"student": params}, rows, seeds)
+    text = _placed(state.text, jax.tree.map(lambda x: split(x, TEXT_AXES), state.text))
+    where = jax.tree.map(lambda _: whole, state.cache)
+    where = dataclasses.replace(where, k=split(state.cache.k, CACHE_AXES), v=split(state.cache.v, CACHE_AXES))
+    cache = _placed(state.cache, where)
     k = causal.frames_per_block
     x = jax.ShapeDtypeStruct((batch, k, height, width, recipe.vae.z_dim), jnp.float32, sharding=streams)
     timestep = jax.ShapeDtypeStruct((batch, k), jnp.float32, sharding=streams)
