@@ -325,6 +325,11 @@ class CausalConfig:
             f"causal.at_switch is {self.at_switch!r}; accepted: 'keep', 'recache', 'forget'",
         )
         require(
+            not (self.independent_first_frame and self.at_switch == "forget"),
+            "causal.at_switch is 'forget' with causal.independent_first_frame: a clip would begin with one frame, and "
+            "the blocks of a stream have one length; accepted: 'keep', 'recache'",
+        )
+        require(
             self.frames_per_block >= 1, f"causal.frames_per_block is {self.frames_per_block}; it must be at least 1"
         )
         require(

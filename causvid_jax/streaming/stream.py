@@ -207,9 +207,10 @@ def _next_block(params, state, config):
 def _decode(params, state, latents, config):
     with jax.named_scope("decode"):
         frames, decode = codec.decode_chunk(params, latents, state.decode, config=config)
-        # Of a stream's first block nobody sees the lead; after forget() everybody does.
-        lead = (jnp.arange(frames.shape[1]) < LEAD) & (state.cache.position == latents.shape[1])
-        frames = jnp.where(lead[:, None, None, None], frames[:, LEAD : LEAD + 1], frames)
+        if config.causal.at_switch == "forget":
+            # Of a stream's first block nobody sees the lead; where a clip begins after a switch everybody does.
+            lead = (jnp.arange(frames.shape[1]) < LEAD) & (state.cache.position == latents.shape[1])
+            frames = jnp.where(lead[:, None, None, None], frames[:, LEAD : LEAD + 1], frames)
     return frames, dataclasses.replace(state, decode=decode)
 
 
@@ -300,11 +301,11 @@ def encode_image(params: Params, image: jax.Array, *, config: Recipe) -> jax.Arr
 @_step
 def change_prompt(params: Params, state: StreamState, text: jax.Array, *, config: Recipe) -> StreamState:
     """:func:`switch_prompt`, and of the cache what ``config.causal.at_switch`` says: it is kept, written again under
-    the new prompt (:func:`recache`), or emptied (:func:`forget`)."""
+    the new prompt (:func:`recache`), or emptied, for a cut."""
     state = switch_prompt(params, state, text, config=config)
     if config.causal.at_switch == "recache":
         return recache(params, state, config=config)
-    return forget(state, config=config) if config.causal.at_switch == "forget" else state
+    return _forget(state, config) if config.causal.at_switch == "forget" else state
 
 
 @_step
@@ -313,7 +314,7 @@ def switch_prompt(params: Params, state: StreamState, text: jax.Array, *, config
     return dataclasses.replace(state, text=_prompt(params, text, config))
 
 
-def forget(state: StreamState, *, config: Recipe) -> StreamState:
+def _forget(state: StreamState, config: Recipe) -> StreamState:
     """The stream with nothing in sight: its next block begins as a clip begins, for network and decoder alike.
 
     What it shows is a cut. The first latent frame of a clip has one frame and a stream's block has four for each, so
@@ -340,7 +341,7 @@ def recache(params: Params, state: StreamState, *, config: Recipe) -> StreamStat
     kept = state.recent.shape[1]
     if not kept:  # a window of one block: nothing earlier is in sight
         return state
-    blocks = jnp.minimum(kept // k, jnp.maximum(state.cache.position - independent, 0) // k)
+    blocks = jnp.minimum(kept // k, (state.cache.position - independent) // k)
 
     def rewrite(i, cache):
         latents = jax.lax.dynamic_slice_in_dim(state.recent, kept - (blocks - i) * k, k, axis=1)

@@ -333,6 +333,8 @@ def test_what_happens_to_the_cache_at_a_switch_is_a_setting(params):
     assert int(caches["forget"].position) == 0 and (np.asarray(caches["forget"].frame) == -1).all()
     with pytest.raises(ConfigError, match="causal.at_switch is 'cut'; accepted: 'keep', 'recache', 'forget'"):
         with_causal(PLAIN, at_switch="cut")
+    with pytest.raises(ConfigError, match="a clip would begin with one frame.*accepted: 'keep', 'recache'"):
+        with_causal(FIRST, at_switch="forget")
 
 
 @pytest.mark.parametrize("config", [PLAIN, FIRST], ids=["block", "frame"])
