@@ -3,8 +3,8 @@
 ``python benchmarks/scaling.py`` writes the file from shapes and published peaks (:mod:`causvid_jax.parallel.plans`) and
 from docs/scaling.json, which holds what was compiled. ``--compile ROW...`` compiles rows, one at a time in processes of
 their own, and adds each to that json as soon as it is done; a row that is there with the same settings is not compiled
-again. A row is named as the file names it (``1.3B/distill/v5e-16``) or by a pattern (``"1.3B/*/64 H100"``). That needs
-the compiler of the machine (extras ``tpu``, ``cuda12``).
+again. ``--quick`` is that of ``launch.compile``. A row is named as the file names it (``1.3B/distill/v5e-16``) or by a
+pattern (``"1.3B/*/64 H100"``). That needs the compiler of the machine (extras ``tpu``, ``cuda12``).
 """
 
 import argparse
@@ -138,7 +138,8 @@ def stage_table(made: list[Row], recipe: str, stage: str) -> list[str]:
             seconds = " - ".join(f"{shown / s:.3g}" for s in report.step_seconds)
         if not report.fits:
             seconds = mfu = "-"
-        source = f"compiled ({report.compile_seconds:.0f} s)" if report.compiled else "computed"
+        how = "compiled quickly" if report.quick else "compiled"
+        source = f"{how} ({report.compile_seconds:.0f} s)" if report.compiled else "computed"
         lines.append(
             f"| {row.machine} | {_mesh(report)} | {_settings(row)} | {memory} | {'yes' if report.fits else '**no**'} | "
             f"{seconds} | {mfu} | {source} |"
@@ -261,13 +262,13 @@ def document(made: list[Row]) -> str:
 # ---- compiling ------------------------------------------------------------------------------------------------------
 
 
-def compile_row(row: Row) -> dict | None:
+def compile_row(row: Row, quick: bool) -> dict | None:
     """The row's entry for docs/scaling.json, from a process of its own; none if the compiler gave no figures."""
     with tempfile.TemporaryDirectory() as folder:
         output, log = pathlib.Path(folder) / "report.json", pathlib.Path(folder) / "log"
         command = [
             *(sys.executable, "-m", "launch.compile", f"--config={RECIPES[row.recipe]}", f"--stage={row.stage}"),
-            *(f"--topology={MACHINES[row.machine]}", f"--output={output}"),
+            *(f"--topology={MACHINES[row.machine]}", f"--output={output}", f"--quick={quick}"),
             *(f"--config.train_teacher.batch_size={TEACHER_BATCH}", *row.plan.settings(row.stage).split()),
         ]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -286,6 +287,7 @@ def main() -> None:
     """Compile rows if asked to; write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compile", nargs="+", default=(), metavar="ROW", help="compile these rows first")
+    parser.add_argument("--quick", action="store_true", help="the compiler is to make the least effort")
     chosen = parser.parse_args()
     store = ROOT / "docs" / "scaling.json"
     compiled = json.loads(store.read_text()) if store.exists() else {}
@@ -297,7 +299,7 @@ def main() -> None:
         for row in matching:
             if compiled.get(row.name, {}).get("settings") == row.plan.settings(row.stage):
                 continue
-            entry = compile_row(row)
+            entry = compile_row(row, chosen.quick)
             if entry:
                 compiled[row.name] = entry
                 store.write_text(json.dumps(compiled, indent=1) + "\n")

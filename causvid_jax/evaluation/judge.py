@@ -3,7 +3,8 @@
 The digit is read by a small convolutional classifier that has seen handwriting of the split ``"judge"`` only, never
 what the generators or the real test clips show; colour is measured on the brightest pixels and direction by circular
 cross-correlation, both without learning, since a formula that can be audited beats a network where it suffices. The
-world is a torus, hence so are the convolutions.
+world is a torus, hence so are the convolutions. Two digits of a clip are taken apart by colour first (``layers``); each
+is then read as if it were alone.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from einops import rearrange, reduce
 
 from causvid_jax.config import DataConfig, require
 from causvid_jax.data import digits
+from causvid_jax.evaluation import layers
 from causvid_jax.weights import store
 
 DEFAULT_PATH = pathlib.Path(__file__).resolve().parent.parent / "assets" / "judge.safetensors"
@@ -83,26 +85,34 @@ class Judge:
     digit_size: int
 
 
+Triple = tuple[int, str, str]
+"""A digit, its colour, its direction."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reading:
-    """What the judge reads in B clips: ``features`` ``[B, FEATURES]`` and ``log_probs`` ``[B, 10]`` are frame means."""
+    """What the judge reads in B clips of n digits, one row for each digit, those of a clip beside each other.
+
+    ``features`` ``[B n, FEATURES]`` and ``log_probs`` ``[B n, 10]`` are frame means.
+    """
 
     digits: np.ndarray
     colors: tuple[str, ...]
     directions: tuple[str, ...]
     features: np.ndarray
     log_probs: np.ndarray
+    count: int
 
     @property
-    def triples(self) -> list[tuple[int, str, str]]:
-        return list(zip(self.digits.tolist(), self.colors, self.directions, strict=True))
+    def triples(self) -> list[tuple[Triple, ...]]:
+        """For each clip its n triples."""
+        flat = list(zip(self.digits.tolist(), self.colors, self.directions, strict=True))
+        return [tuple(flat[i : i + self.count]) for i in range(0, len(flat), self.count)]
 
 
-def wanted(caption: str) -> tuple[int, str, str]:
-    """The triple that a clip of ``caption`` must be read as; the judge reads clips of one digit."""
-    specs = digits.parse_caption(caption)
-    require(len(specs) == 1, f"the judge reads clips of one digit; the caption {caption!r} names {len(specs)}")
-    return specs[0].digit, specs[0].color, specs[0].direction
+def wanted(caption: str) -> tuple[Triple, ...]:
+    """The triples that a clip of ``caption`` must be read as, in the order of the caption."""
+    return tuple((spec.digit, spec.color, spec.direction) for spec in digits.parse_caption(caption))
 
 
 def save(path: str | pathlib.Path, judge: Judge) -> None:
@@ -201,19 +211,28 @@ def read_directions(video: np.ndarray, speed: int) -> tuple[str, ...]:
     return tuple(result)
 
 
-def read(judge: Judge, video: np.ndarray, *, speed: int) -> Reading:
+def read(judge: Judge, video: np.ndarray, *, data: DataConfig) -> Reading:
     """Read clips.
 
     Args:
       judge: as from :func:`load`.
       video: uint8 ``[B, T, H, W, 3]``.
-      speed: pixels per frame (``DataConfig.speed``).
+      data: gives ``speed`` in pixels per frame, and ``digits_per_clip``.
     """
+    count = data.digits_per_clip
+    require(count in (1, 2), f"the judge reads clips of one or two digits; data.digits_per_clip is {count}")
+    if count == 1:
+        colors = read_colors(video, judge.colors)
+    else:
+        apart = [layers.separate(clip, judge.colors) for clip in video]
+        colors = tuple(name for names, _ in apart for name in names)
+        video = np.concatenate([alone for _, alone in apart])
     log_probs, features = read_digits(judge, video)
     return Reading(
         digits=log_probs.argmax(axis=-1),
-        colors=read_colors(video, judge.colors),
-        directions=read_directions(video, speed),
+        colors=colors,
+        directions=read_directions(video, data.speed),
         features=features,
         log_probs=log_probs,
+        count=count,
     )

@@ -1,5 +1,6 @@
 """Training of the judge's classifier on single frames of the handwriting split ``"judge"``, about a minute on a CPU."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -113,10 +114,11 @@ def accuracy(judge: judging.Judge, data: DataConfig, video: VideoConfig, split: 
     """Accuracies of a judge on one clip of every handwritten digit of ``split``, in random colours and directions."""
     images, labels, _ = digits.handwriting(split)
     rng = np.random.default_rng(0)
+    data = dataclasses.replace(data, digits_per_clip=1)
     clips, wanted = [], []
     for image, label in zip(images, labels, strict=True):
         spec = digits.Digit(int(label), str(rng.choice(data.colors)), str(rng.choice(list(digits.DIRECTIONS))))
         start = (int(rng.integers(video.height)), int(rng.integers(video.width)))
         clips.append(digits.render([image], [spec], [start], data, video.frames, video.height, video.width))
-        wanted.append((spec.digit, spec.color, spec.direction))
-    return metrics.accuracies(judging.read(judge, np.stack(clips), speed=data.speed).triples, wanted)
+        wanted.append([(spec.digit, spec.color, spec.direction)])
+    return metrics.accuracies(judging.read(judge, np.stack(clips), data=data).triples, wanted)

@@ -4,6 +4,7 @@ Clips are uint8 ``[B, T, H, W, 3]``. A stream's blocks are K latent frames; the 
 pixel frame and every later one into four, so the first block shows ``1 + 4 (K - 1)`` frames and the others ``4 K``.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,22 +14,34 @@ from causvid_jax.config import require
 ATTRIBUTES = ("digit", "color", "direction")
 
 
-def agreement(read: Sequence[tuple], wanted: Sequence[tuple]) -> np.ndarray:
-    """Which attributes of each clip are as wanted: bool ``[B, 3]`` in the order of :data:`ATTRIBUTES`.
+def agreement(read: Sequence[Sequence[tuple]], wanted: Sequence[Sequence[tuple]]) -> np.ndarray:
+    """Which attributes are as wanted: bool ``[B, n, 3]``, the last in the order of :data:`ATTRIBUTES`.
+
+    The judge does not know which of a clip's digits the caption names first: of all ways to assign what was read to
+    what was wanted, that with the most attributes right counts.
 
     Args:
-      read: B triples (digit, color, direction) as the judge reads them.
-      wanted: B triples as the captions want them.
+      read: of each of B clips n triples (digit, color, direction) as the judge reads them.
+      wanted: of each clip n triples as the caption wants them.
     """
     require(len(read) == len(wanted), f"{len(read)} clips were read but {len(wanted)} captions are given")
-    return np.array([[r == w for r, w in zip(a, b, strict=True)] for a, b in zip(read, wanted, strict=True)], bool)
+
+    def best(seen: Sequence[tuple], asked: Sequence[tuple]) -> np.ndarray:
+        require(len(seen) == len(asked), f"{len(seen)} digits were read in a clip whose caption names {len(asked)}")
+        ways = [
+            np.array([[r == w for r, w in zip(a, b, strict=True)] for a, b in zip(order, asked, strict=True)])
+            for order in itertools.permutations(seen)
+        ]
+        return max(ways, key=np.sum)
+
+    return np.stack([best(*pair) for pair in zip(read, wanted, strict=True)])
 
 
-def accuracies(read: Sequence[tuple], wanted: Sequence[tuple]) -> dict[str, float]:
-    """Share of clips right in each attribute, and in all three at once (``"all"``)."""
+def accuracies(read: Sequence[Sequence[tuple]], wanted: Sequence[Sequence[tuple]]) -> dict[str, float]:
+    """Share of digits right in each attribute, and of clips right in all attributes of all digits (``"all"``)."""
     right = agreement(read, wanted)
-    scores = {name: float(right[:, i].mean()) for i, name in enumerate(ATTRIBUTES)}
-    return scores | {"all": float(right.all(axis=1).mean())}
+    scores = {name: float(right[..., i].mean()) for i, name in enumerate(ATTRIBUTES)}
+    return scores | {"all": float(right.all(axis=(1, 2)).mean())}
 
 
 def _sqrt(matrix: np.ndarray) -> np.ndarray:

@@ -100,13 +100,18 @@ def held_out_prompts(recipe: Recipe, count: int, seed: int) -> list[str]:
 
 
 def switched_prompts(recipe: Recipe, prompts: Sequence[str], seed: int) -> list[str]:
-    """For each prompt a held-out one that differs from it in digit, colour and direction."""
-    captions = digits.captions(recipe.data, "test")
+    """For each prompt a held-out one that differs from it in digit, colour and direction.
+
+    With two digits none of the new ones has anything of any of the old ones.
+    """
+    captions = {caption: judging.wanted(caption) for caption in digits.captions(recipe.data, "test")}
     rng = np.random.default_rng([seed, 3])
     result = []
     for prompt in prompts:
-        old = judging.wanted(prompt)
-        other = [c for c in captions if not any(x == y for x, y in zip(judging.wanted(c), old, strict=True))]
+        old = [set(values) for values in zip(*judging.wanted(prompt), strict=True)]
+        other = [
+            c for c, new in captions.items() if not any(x in y for one in new for x, y in zip(one, old, strict=True))
+        ]
         require(len(other) > 0, f"no held-out caption differs from {prompt!r} in digit, colour and direction")
         result.append(other[rng.integers(len(other))])
     return result
@@ -165,7 +170,7 @@ def _score(
     starts: np.ndarray,
     reference: np.ndarray,
 ) -> dict[str, float]:
-    reading = judging.read(judge, video, speed=recipe.data.speed)
+    reading = judging.read(judge, video, data=recipe.data)
     return {
         **metrics.accuracies(reading.triples, [judging.wanted(p) for p in prompts]),
         "frechet": metrics.frechet_distance(reading.features, reference),
@@ -333,8 +338,8 @@ def switch_report(
     """
 
     def reads(captions, first, last):
-        reading = judging.read(judge, video[:, starts[first] : starts[last]], speed=recipe.data.speed)
-        return metrics.agreement(reading.triples, [judging.wanted(c) for c in captions]).all(axis=1)
+        reading = judging.read(judge, video[:, starts[first] : starts[last]], data=recipe.data)
+        return metrics.agreement(reading.triples, [judging.wanted(c) for c in captions]).all(axis=(1, 2))
 
     end = len(starts) - 1
     single = np.stack([reads(after, block, block + 1) for block in range(at, end)], axis=1)  # [B, blocks]

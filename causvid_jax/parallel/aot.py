@@ -39,6 +39,7 @@ class Report:
       mesh: axis sizes.
       compiled: whether the memory is the compiler's, or computed from shapes (:mod:`estimate`).
       compile_seconds: of this process's processor time; 0 where nothing was compiled.
+      quick: whether the compiler was told to make the least effort (:func:`compile_for`).
       arguments, temporaries, peak, limit: bytes per device; ``peak`` is the compiler's own figure.
       host: bytes of the host's memory per device.
       collectives: :func:`hlo.totals`.
@@ -67,6 +68,7 @@ class Report:
     traffic: float
     parts: Mapping[str, float]
     streams: int = 0
+    quick: bool = False
 
     @property
     def fits(self) -> bool:
@@ -182,8 +184,15 @@ _OPTIONS = {
 """Compiler options by platform."""
 
 
-def compile_for(recipe: Recipe, stage: str, topology: Topology) -> Report:
+_QUICK = {"optimization_level": 9}
+"""XLA's level O0. On TPU, where most of the time goes into ordering and merging, a seventh of the time."""
+
+
+def compile_for(recipe: Recipe, stage: str, topology: Topology, *, quick: bool = False) -> Report:
     """Compile ``stage`` of ``recipe`` on the mesh of ``recipe.parallel`` over ``topology``.
+
+    With ``quick`` the compiler makes the least effort for speed. What a program needs hardly changes (docs/scaling.md
+    says by how much); collectives are then not merged: there are more of them, and more small ones.
 
     Raises:
         ConfigError: a mesh that does not fit the devices.
@@ -197,7 +206,8 @@ def compile_for(recipe: Recipe, stage: str, topology: Topology) -> Report:
     # The abstract mesh only: with the mesh itself, constants would be made on devices that are not there.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = function.lower(*arguments)
-    compiled = lowered.compile(_OPTIONS.get(topology.chip.platform))
+    options = _OPTIONS.get(topology.chip.platform, {}) | (_QUICK if quick else {})
+    compiled = lowered.compile(options)  # type: ignore[arg-type]  # numbers are accepted as well
     seconds = time.process_time() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
     # XLA for GPU reports no peak that holds its arguments.
@@ -211,6 +221,7 @@ def compile_for(recipe: Recipe, stage: str, topology: Topology) -> Report:
         known,
         compiled=True,
         compile_seconds=seconds,
+        quick=quick,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         peak=used if topology.chip.platform == "cuda" else memory.peak_memory_in_bytes,
@@ -246,7 +257,7 @@ def table(report: Report) -> str:
     mesh = " x ".join(f"{n} {s}" for n, s in per.items()) or "one device"
     size, fits = readable_bytes, "fits" if report.fits else "does NOT fit"
     how = (
-        f"compiled in {readable_seconds(report.compile_seconds)} of processor time"
+        f"compiled {'quickly ' if report.quick else ''}in {readable_seconds(report.compile_seconds)} of processor time"
         if report.compiled
         else ("computed from shapes, NOT compiled")
     )

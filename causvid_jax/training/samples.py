@@ -32,13 +32,13 @@ def show(video: np.ndarray, folder: pathlib.Path, step: int, recipe: Recipe, col
 
 
 def scores(video: np.ndarray, captions: Sequence[str], recipe: Recipe) -> dict[str, float]:
-    """The judge's agreement with ``captions``; empty where the recipe has no judge (other data, two digits)."""
-    if recipe.data.name != "moving_digits" or recipe.data.digits_per_clip != 1 or not hosts.first():
+    """The judge's agreement with ``captions``; empty where the recipe has no judge (other data)."""
+    if recipe.data.name != "moving_digits" or not hosts.first():
         return {}
     try:
         reader = judge.load(recipe.data)
     except ConfigError:
         return {}
     with hosts.alone():
-        reading = judge.read(reader, video, speed=recipe.data.speed)
+        reading = judge.read(reader, video, data=recipe.data)
     return metrics.accuracies(reading.triples, [judge.wanted(caption) for caption in captions])

@@ -10,7 +10,8 @@ from causvid_jax.evaluation import metrics
 def test_accuracies():
     read = [(3, "red", "up"), (3, "red", "none"), (4, "blue", "left"), (1, "cyan", "down")]
     want = [(3, "red", "up"), (3, "red", "up"), (9, "red", "left"), (1, "cyan", "down")]
-    assert metrics.accuracies(read, want) == {"digit": 0.75, "color": 0.75, "direction": 0.75, "all": 0.5}
+    expected = {"digit": 0.75, "color": 0.75, "direction": 0.75, "all": 0.5}
+    assert metrics.accuracies([(x,) for x in read], [(x,) for x in want]) == expected
 
 
 def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():

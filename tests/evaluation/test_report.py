@@ -121,12 +121,16 @@ def test_one_misread_block_does_not_undo_a_switch_but_a_caption_that_is_lost_doe
     assert (strict["within_1"], strict["within_3"], strict["ever"]) == pytest.approx((1 / 3, 1 / 3, 2 / 3))
 
 
-def test_prompts_are_held_out_and_switches_change_everything():
-    prompts = report.held_out_prompts(RECIPE, 70, seed=0)
-    assert len(set(prompts[:56])) == 56 and all(digits.is_held_out(p, RECIPE.data) for p in prompts)
-    for old, new in zip(prompts, report.switched_prompts(RECIPE, prompts, seed=0), strict=True):
-        assert digits.is_held_out(new, RECIPE.data)
-        assert not any(a == b for a, b in zip(judge.wanted(old), judge.wanted(new), strict=True))
+@pytest.mark.parametrize("count", [1, 2])
+def test_prompts_are_held_out_and_switches_change_everything(count):
+    recipe = dataclasses.replace(RECIPE, data=dataclasses.replace(RECIPE.data, digits_per_clip=count))
+    prompts = report.held_out_prompts(recipe, 70, seed=0)
+    assert len(set(prompts[:56])) == 56 and all(digits.is_held_out(p, recipe.data) for p in prompts)
+    for old, new in zip(prompts, report.switched_prompts(recipe, prompts, seed=0), strict=True):
+        assert digits.is_held_out(new, recipe.data)
+        before, after = judge.wanted(old), judge.wanted(new)
+        assert len(after) == count
+        assert not any(a == b for x in before for y in after for a, b in zip(x, y, strict=True))
 
 
 def test_report_is_json_and_markdown_and_a_picture(result):

@@ -19,11 +19,11 @@ def with_mesh(**changes):
     return dataclasses.replace(RECIPE, parallel=dataclasses.replace(MESH, **changes))
 
 
-@pytest.mark.parametrize("stage", ["teacher", "stream"])
-def test_a_compiled_program_holds_what_is_computed(stage):
+@pytest.mark.parametrize("stage,quick", [("teacher", False), ("teacher", True), ("stream", False)])
+def test_a_compiled_program_holds_what_is_computed(stage, quick):
     """The pretended machine has the figures of eight GPUs and the CPU devices of this process."""
     machine = topology.Topology(topology.parse("h100:8"), jax.devices())
-    report = aot.compile_for(with_mesh(), stage, machine)
+    report = aot.compile_for(with_mesh(), stage, machine, quick=quick)
     known = aot.estimate_for(with_mesh(), stage, machine.machine)
     assert report.compiled and report.fits and report.mesh == {"data": 2, "fsdp": 2, "context": 2, "tensor": 1}
     state = sum(known.parts[name] for name in ("parameters", "running mean", "moments") if name in known.parts)
@@ -32,7 +32,7 @@ def test_a_compiled_program_holds_what_is_computed(stage):
     assert state <= report.arguments <= state + 200_000
     kinds = {"all-gather", "all-to-all"}
     assert kinds <= {kind for kind, entry in report.collectives.items() if entry["count"]}  # in every layer
-    assert "compiled in" in aot.table(report)
+    assert report.quick == quick and ("compiled quickly in" if quick else "compiled in") in aot.table(report)
 
 
 @pytest.mark.parametrize("name", INSTALLED)

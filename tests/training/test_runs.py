@@ -291,7 +291,8 @@ def small_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = shutil.which("mount")
-    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(disk)], check=False).returncode:
+    command = [mount or "", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(disk)]
+    if not mount or subprocess.run(command, check=False).returncode:
         pytest.skip("a small disk needs the right to mount one")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
