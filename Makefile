@@ -47,7 +47,7 @@ clean:
 	@touch $@
 
 %/.installed-dev: setup.py pyproject.toml | %/bin/python
-	@echo "installing causvid_jax with its development tools into $* (about a minute, 1 GB)"
+	@echo "installing causvid_jax with its development tools into $* (about a minute, 2 GB)"
 	$*/bin/python $(PIP_INSTALL) -e .[dev]
 	@touch $@ $*/.installed
 

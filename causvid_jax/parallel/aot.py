@@ -41,7 +41,7 @@ class Report:
       compile_seconds: of this process's processor time; 0 where nothing was compiled.
       quick: whether the compiler was told to make the least effort (:func:`compile_for`).
       arguments, temporaries, peak, limit: bytes per device; ``peak`` is the compiler's own figure.
-      host: bytes of the host's memory per device.
+      host: bytes of the host's memory per device; offloaded moments of a described GPU are computed.
       collectives: :func:`hlo.totals`.
       model_flops: of one step over all devices; of one block of ``streams`` streams.
       step_seconds: pessimistic and optimistic.
@@ -210,22 +210,33 @@ def compile_for(recipe: Recipe, stage: str, topology: Topology, *, quick: bool =
     compiled = lowered.compile(options)  # type: ignore[arg-type]  # numbers are accepted as well
     seconds = time.process_time() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
+    moved = on_way = 0
+    if topology.chip.platform == "cuda" and recipe.parallel.offload_optimizer and stage != "stream":
+        # A GPU that is only described has no host memory that JAX knows of: the moments are compiled as lying on the
+        # device. They are taken off by their shapes, and what is on its way is added.
+        here = dataclasses.replace(recipe.parallel, offload_optimizer=False)
+        moments = estimate.estimate(dataclasses.replace(recipe, parallel=here), stage, topology.machine).parts[
+            "moments"
+        ]
+        moved, on_way = round(moments), round(known.parts["moments on their way"])
     # XLA for GPU reports no peak that holds its arguments.
     used = (
         memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
+        - moved
+        + on_way
     )
     return dataclasses.replace(
         known,
         compiled=True,
         compile_seconds=seconds,
         quick=quick,
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
+        arguments=memory.argument_size_in_bytes - moved,
+        temporaries=memory.temp_size_in_bytes + on_way,
         peak=used if topology.chip.platform == "cuda" else memory.peak_memory_in_bytes,
-        host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+        host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes + moved,
         collectives=hlo.totals(text),
     )
 

@@ -130,6 +130,8 @@ def describe(name: str) -> Topology:
     # libtpu takes a lock file and looks for a metadata server unless told that this is no TPU host.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")  # any that exists; what is compiled for is said below
     from jax.experimental import topologies
 
     shape = "x".join(map(str, machine.shape))
