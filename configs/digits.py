@@ -3,6 +3,8 @@
 32 x 32 pixels, because at 64 x 64 the four times as many tokens would not train in hours on a CPU. Digits of 16 pixels
 (twice the 8 x 8 handwriting) move 1 pixel a frame: half their size per second, once round the frame in two seconds,
 2.5 times in a clip of 81 frames, so that motion shows and wrap-around happens in every clip.
+
+``configs/digits.py:two`` has two digits in every clip, of two colours, in front of each other as they meet.
 """
 
 import ml_collections
@@ -26,8 +28,19 @@ def in_turns(rounds: int, *stretches: tuple[int, int, int]) -> tuple[tuple[int, 
     return tuple(result[:-1])
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """The recipe as an ``ml_collections.ConfigDict``."""
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """The recipe as an ``ml_collections.ConfigDict``; ``two``: clips of two digits."""
+    if variant not in ("", "two"):
+        raise ValueError(f"the variant is {variant!r}; accepted: none, 'two'")
+    config = one_digit()
+    if variant:
+        config.name = "two_digits"
+        config.data.digits_per_clip = 2
+    return config
+
+
+def one_digit() -> ml_collections.ConfigDict:
+    """The recipe of one digit."""
     network = {
         "dim": 192,
         "ffn_dim": 768,
@@ -80,11 +93,12 @@ def get_config() -> ml_collections.ConfigDict:
                 "sample_every": 500,
                 "save_every": 250,
             },
-            "taehv": {"z_dim": 16, "encoder_dim": 16, "decoder_dims": (64, 32, 16, 8), "blocks": 1},
+            "taehv": {"z_dim": 16, "encoder_dim": 16, "decoder_dims": (128, 64, 16, 8), "blocks": 2},
             "train_taehv": {
-                "steps": 2200,
+                "steps": 6000,
                 "batch_size": 2,
-                "curriculum": ((1900, 17, 8),),
+                # Latents further into a clip are other ones than the first few: whole clips at the end.
+                "curriculum": ((4000, 17, 8),),
                 "optimizer": {
                     "learning_rate": 1.5e-3,
                     "warmup_steps": 100,

@@ -5,11 +5,10 @@ encoder with transformers there and then. The file holds pictures, pixels as PyT
 ``random_weights`` draws the weights again. :func:`as_original` writes the same weights as the original file has them.
 """
 
-import argparse
 import pathlib
-import secrets
 
 import numpy as np
+import script
 from make_transformer import random_weights
 
 GOLDEN = pathlib.Path(__file__).with_name("clip.npz")
@@ -80,8 +79,8 @@ def reference(seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
             hidden_act="gelu",
         )
     ).eval()
-    state = random_weights({name: tuple(value.shape) for name, value in model.state_dict().items()}, seed)
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    state = random_weights(script.shapes_of(model), seed)
+    script.load(model, state)
     rng = np.random.default_rng(seed)
     arrays, pixels = {}, []
     for index, size in enumerate(PICTURES):
@@ -127,10 +126,4 @@ def check(seed: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare live instead of writing the file")
-    if parser.parse_args().check:
-        check(secrets.randbelow(2**31))
-    else:
-        np.savez_compressed(GOLDEN, **reference(SEED)[1])
-        print(f"wrote {GOLDEN} ({GOLDEN.stat().st_size} bytes)")
+    script.main(__doc__, GOLDEN, lambda: reference(SEED)[1], check)

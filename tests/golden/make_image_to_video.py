@@ -6,13 +6,12 @@ latents after every UniPC step; ``random_weights`` draws the weights again. The 
 begins elsewhere than the published one (as in ``make_unipc.py``).
 """
 
-import argparse
 import pathlib
-import secrets
 
 import make_transformer
 import make_vae
 import numpy as np
+import script
 
 GOLDEN = pathlib.Path(__file__).with_name("image_to_video.npz")
 SEED = 9
@@ -70,25 +69,9 @@ def reference(seed: int) -> dict[str, np.ndarray]:
         AutoencoderKLWan,
         UniPCMultistepScheduler,
         WanImageToVideoPipeline,
-        WanTransformer3DModel,
     )
 
-    model = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=TEACHER["num_heads"],
-        attention_head_dim=TEACHER["dim"] // TEACHER["num_heads"],
-        in_channels=TEACHER["in_channels"],
-        out_channels=TEACHER["out_channels"],
-        text_dim=TEACHER["text_dim"],
-        freq_dim=256,
-        ffn_dim=TEACHER["ffn_dim"],
-        num_layers=TEACHER["num_layers"],
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        eps=1e-6,
-        image_dim=TEACHER["image_dim"],
-        added_kv_proj_dim=TEACHER["dim"],
-    ).eval()
+    model = script.diffusers_transformer(TEACHER)
     coder = AutoencoderKLWan(
         base_dim=CODER["base_dim"],
         z_dim=CODER["z_dim"],
@@ -96,7 +79,7 @@ def reference(seed: int) -> dict[str, np.ndarray]:
         latents_std=list(CODER["latent_std"]),
     ).eval()
     for module, state in ((model, weights(seed)["transformer"]), (coder, weights(seed)["vae"])):
-        module.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+        script.load(module, state)
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT, num_train_timesteps=1000
     )
@@ -183,10 +166,4 @@ def check(seed: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare live instead of writing the file")
-    if parser.parse_args().check:
-        check(secrets.randbelow(2**31))
-    else:
-        np.savez_compressed(GOLDEN, **reference(SEED))
-        print(f"wrote {GOLDEN} ({GOLDEN.stat().st_size} bytes)")
+    script.main(__doc__, GOLDEN, lambda: reference(SEED), check)

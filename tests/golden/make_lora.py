@@ -5,12 +5,11 @@ diffusers translate the original names of a LoRA. The file holds the LoRA under 
 merged weights (``merged/...``); :func:`make_transformer.random_weights` draws the transformer again.
 """
 
-import argparse
 import pathlib
-import secrets
 import tempfile
 
 import numpy as np
+import script
 from make_transformer import random_weights
 
 GOLDEN = pathlib.Path(__file__).with_name("lora.npz")
@@ -31,18 +30,12 @@ TARGETS = ("attn1.to_q", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2", "time_
 def reference(seed: int) -> dict[str, np.ndarray]:
     """The LoRA under peft's names, and every weight that it changed, under diffusers'."""
     import torch
-    from diffusers import WanTransformer3DModel
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    model = WanTransformer3DModel(
-        num_attention_heads=SIZES["num_heads"],
-        attention_head_dim=SIZES["dim"] // SIZES["num_heads"],
-        **{name: SIZES[name] for name in ("in_channels", "out_channels", "text_dim", "freq_dim", "ffn_dim")},
-        num_layers=SIZES["num_layers"],
-    )
-    state = random_weights({name: tuple(value.shape) for name, value in model.state_dict().items()}, seed)
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    model = script.diffusers_transformer(SIZES)
+    state = random_weights(script.shapes_of(model), seed)
+    script.load(model, state)
     model.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS)))
     rng = np.random.default_rng(seed)
     for name, parameter in model.named_parameters():
@@ -110,10 +103,4 @@ def check(seed: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare live instead of writing the file")
-    if parser.parse_args().check:
-        check(secrets.randbelow(2**31))
-    else:
-        np.savez_compressed(GOLDEN, **reference(SEED))
-        print(f"wrote {GOLDEN} ({GOLDEN.stat().st_size} bytes)")
+    script.main(__doc__, GOLDEN, lambda: reference(SEED), check)

@@ -8,12 +8,11 @@ published parameter names, as a list of frames that every layer maps to a list o
 does not clamp them.
 """
 
-import argparse
 import pathlib
-import secrets
 import zlib
 
 import numpy as np
+import script
 
 GOLDEN = pathlib.Path(__file__).with_name("taehv.npz")
 SEED = 11
@@ -94,8 +93,8 @@ def reference(seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     import torch
 
     model, run = networks()
-    state = random_weights({name: tuple(value.shape) for name, value in model.state_dict().items()}, seed)
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    state = random_weights(script.shapes_of(model), seed)
+    script.load(model, state)
     rng = np.random.default_rng(seed)
     video = rng.uniform(0, 1, (1, 13, 16, 8, 3)).astype(np.float32)
     # Wide enough for the soft clamp to matter.
@@ -159,10 +158,4 @@ def check(seed: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare live instead of writing the file")
-    if parser.parse_args().check:
-        check(secrets.randbelow(2**31))
-    else:
-        np.savez_compressed(GOLDEN, **reference(SEED)[1])
-        print(f"wrote {GOLDEN} ({GOLDEN.stat().st_size} bytes)")
+    script.main(__doc__, GOLDEN, lambda: reference(SEED)[1], check)

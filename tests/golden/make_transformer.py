@@ -5,12 +5,11 @@ JAX transformer with diffusers there and then. The file holds inputs and outputs
 weights again.
 """
 
-import argparse
 import pathlib
-import secrets
 import zlib
 
 import numpy as np
+import script
 
 GOLDEN = pathlib.Path(__file__).with_name("transformer.npz")
 SEED = 5
@@ -45,24 +44,10 @@ def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, n
 def reference(seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(state dict, inputs and output, channels last) of diffusers."""
     import torch
-    from diffusers import WanTransformer3DModel
 
-    model = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=SIZES["num_heads"],
-        attention_head_dim=SIZES["dim"] // SIZES["num_heads"],
-        in_channels=SIZES["in_channels"],
-        out_channels=SIZES["out_channels"],
-        text_dim=SIZES["text_dim"],
-        freq_dim=256,
-        ffn_dim=SIZES["ffn_dim"],
-        num_layers=SIZES["num_layers"],
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        eps=1e-6,
-    ).eval()
-    state = random_weights({name: tuple(value.shape) for name, value in model.state_dict().items()}, seed)
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    model = script.diffusers_transformer(SIZES)
+    state = random_weights(script.shapes_of(model), seed)
+    script.load(model, state)
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((2, 5, 6, 8, SIZES["in_channels"])).astype(np.float32)
     text = rng.standard_normal((2, SIZES["text_length"], SIZES["text_dim"])).astype(np.float32)
@@ -114,10 +99,4 @@ def check(seed: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare live instead of writing the file")
-    if parser.parse_args().check:
-        check(secrets.randbelow(2**31))
-    else:
-        np.savez_compressed(GOLDEN, **reference(SEED)[1])
-        print(f"wrote {GOLDEN} ({GOLDEN.stat().st_size} bytes)")
+    script.main(__doc__, GOLDEN, lambda: reference(SEED)[1], check)

@@ -5,14 +5,13 @@ encoder with transformers there and then, and the whole way from prompt to text 
 file holds inputs and outputs; :func:`random_weights` draws the weights again.
 """
 
-import argparse
 import pathlib
-import secrets
 import tempfile
 import types
 import zlib
 
 import numpy as np
+import script
 
 GOLDEN = pathlib.Path(__file__).with_name("umt5.npz")
 SEED = 7
@@ -44,7 +43,6 @@ def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, n
 
 def build(seed: int):
     """(transformers' encoder, its state dict as a file holds it)."""
-    import torch
     from transformers import UMT5Config, UMT5EncoderModel
 
     config = UMT5Config(
@@ -59,7 +57,7 @@ def build(seed: int):
     # named_parameters leaves out the second name of the tied embedding, as a safetensors file does.
     state = random_weights({name: tuple(value.shape) for name, value in model.named_parameters()}, seed)
     tied = state | {"encoder.embed_tokens.weight": state["shared.weight"]}
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in tied.items()})
+    script.load(model, tied)
     return model, state
 
 
@@ -169,10 +167,4 @@ def check(seed: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare live instead of writing the file")
-    if parser.parse_args().check:
-        check(secrets.randbelow(2**31))
-    else:
-        np.savez_compressed(GOLDEN, **reference(SEED)[1])
-        print(f"wrote {GOLDEN} ({GOLDEN.stat().st_size} bytes)")
+    script.main(__doc__, GOLDEN, lambda: reference(SEED)[1], check)

@@ -5,11 +5,10 @@ diffusers there and then. The velocity is ``tanh(x) cos(t / 300) + 0.3 x - 0.1``
 scheduler hands out; the file holds its sigmas, so that only the solver is compared.
 """
 
-import argparse
 import pathlib
-import secrets
 
 import numpy as np
+import script
 
 GOLDEN = pathlib.Path(__file__).with_name("unipc.npz")
 STEPS = 8
@@ -61,10 +60,4 @@ def check(seed: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare live instead of writing the file")
-    if parser.parse_args().check:
-        check(secrets.randbelow(2**31))
-    else:
-        np.savez(GOLDEN, **reference(0))
-        print(f"wrote {GOLDEN} ({GOLDEN.stat().st_size} bytes)")
+    script.main(__doc__, GOLDEN, lambda: reference(0), check)

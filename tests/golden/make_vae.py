@@ -4,12 +4,11 @@
 with diffusers there and then. The file holds inputs and outputs; :func:`random_weights` draws the weights again.
 """
 
-import argparse
 import pathlib
-import secrets
 import zlib
 
 import numpy as np
+import script
 
 GOLDEN = pathlib.Path(__file__).with_name("vae.npz")
 SEED = 3
@@ -40,8 +39,8 @@ def reference(seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     from diffusers import AutoencoderKLWan
 
     model = AutoencoderKLWan(base_dim=SIZES["base_dim"], z_dim=SIZES["z_dim"]).eval()
-    state = random_weights({name: tuple(value.shape) for name, value in model.state_dict().items()}, seed)
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    state = random_weights(script.shapes_of(model), seed)
+    script.load(model, state)
     rng = np.random.default_rng(seed)
     video = rng.uniform(-1, 1, (1, 13, 32, 24, 3)).astype(np.float32)
     latents = rng.standard_normal((1, 4, 4, 3, 4)).astype(np.float32)
@@ -78,15 +77,10 @@ def check(seed: int) -> None:
         assert value.shape == expected[name].shape and error <= 1e-4, name
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare live on a new random seed")
-    if parser.parse_args().check:
-        check(secrets.randbelow(2**31))
-    else:
-        state, arrays = reference(SEED)
-        np.savez_compressed(GOLDEN, names=np.array(sorted(state)), **arrays)
+def written() -> dict[str, np.ndarray]:
+    state, arrays = reference(SEED)
+    return {"names": np.array(sorted(state))} | arrays
 
 
 if __name__ == "__main__":
-    main()
+    script.main(__doc__, GOLDEN, written, check)
