@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from causvid_jax.config import CLIPConfig, ConfigError
+from causvid_jax.data import digits, encoder
 from causvid_jax.diffusion import flow
 from causvid_jax.models import clip, transformer, vae
 from causvid_jax.streaming import image_to_video
@@ -74,3 +75,17 @@ def test_image_to_video():
     assert latents.shape == (1, 21, 60, 104, 16)
     with pytest.raises(ConfigError, match="wan_14b has no variant 'ti2v'; accepted: 't2v', 'i2v'"):
         load_recipe_file(f"{CONFIGS / 'wan_14b.py'}:ti2v")
+
+
+def test_digits_recipes():
+    """One digit or two: every word has a row, and the longest caption fits."""
+    one, two = (load_recipe_file(str(CONFIGS / "digits.py") + variant) for variant in ("", ":two"))
+    assert (one.name, two.name) == ("digits", "two_digits")
+    assert (one.data.digits_per_clip, two.data.digits_per_clip) == (1, 2)
+    for recipe in (one, two):
+        captions = digits.captions(recipe.data, "all")
+        longest = max(captions, key=lambda caption: len(caption.split()))
+        rows = encoder.encode(encoder.open_encoder(recipe), [longest])
+        assert np.abs(rows).any(axis=-1).sum() == len(longest.split()) <= recipe.text.length
+    with pytest.raises(ConfigError, match="the variant is 'three'; accepted: none, 'two'"):
+        load_recipe_file(f"{CONFIGS / 'digits.py'}:three")
