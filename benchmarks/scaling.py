@@ -210,10 +210,10 @@ Written by `python benchmarks/scaling.py`. **Nothing here was measured on an acc
   rows were compiled in both ways: 12.78 GiB in 178 s and 12.70 in 26 (1.3B teacher, v5e-16), 4.64 in 126 s and 4.66 in
   24 (v5e-256). Moments on the host of a GPU are taken off by their shapes.
 - *computed*: memory from shapes (`causvid_jax/parallel/estimate.py`): parameters, moments, mean, gradients, caches and
-  what layers keep are exact, the working set of the layer at work is a formula meant to err on the large side; such a row
-  is said to fit if it leaves a tenth of the memory free. One check: the 1.3B teacher on 4 chips of v5p (fsdp 4, 2 clips a
-  device, remat full) was compiled at 33.1 GiB, 195 s of processor time on a loaded machine and 1.9 GiB of its memory;
-  computed it is CHECK GiB.
+  what layers keep are exact, the working set of the layer at work is a formula meant to err on the large side; such a
+  row is said to fit if it leaves a tenth of the memory free. One check: the 1.3B teacher on 4 chips of v5p (fsdp 4, 2
+  clips a device, remat full) was compiled at 33.1 GiB, 195 s of processor time on a loaded machine and 1.9 GiB of its
+  memory; computed it is CHECK GiB.
 - *time* is a roofline. Work (FLOPs of the formulas in `causvid_jax/parallel/flops.py`, recomputation added) at 60% and
   at 35% of the published bfloat16 peak; traffic between devices at the links' full rate, behind the work at the fast
   end and on top of it at the slow end. Traffic between a host and its devices is not counted. MFU is of model FLOPs.
