@@ -4,11 +4,11 @@ Stages, in the order of the road: ``data`` writes the clips of moving digits and
 trained VAE; ``videos`` does both for a folder of videos (``--videos=DIR --captions=FILE``); ``prompts`` embeds a list
 of prompts (``--prompts=FILE``), and leaves the rows of a UMT5 encoder, the negative prompt's among them, in
 ``WORKDIR/prompts``, where trajectories and training find them: neither has room for the encoder; ``trajectories`` runs
-the trained teacher's ODE. Each writes a tfds dataset under ``WORKDIR/data``, keeps what is there already, and after an
-interruption goes on where it stopped. Several machines share a stage as they share a training (docs/hosts.md), or each
-by itself with ``--host_index=I --host_count=N``.
-``assets``, when all is trained, makes the weights of ``WORKDIR`` those that come with the package. Formats and rules:
-docs/data.md.
+the trained teacher's ODE; ``streams`` lets the trained student stream, for the tiny decoder to learn from. Each writes
+a tfds dataset under ``WORKDIR/data``, keeps what is there already, and after an interruption goes on where it stopped.
+Several machines share a stage as they share a training (docs/hosts.md), or each by itself with ``--host_index=I
+--host_count=N``. ``assets``, when all is trained, makes the weights of ``WORKDIR`` those that come with the package.
+Formats and rules: docs/data.md.
 """
 
 import dataclasses
@@ -27,7 +27,9 @@ from launch import common, processes
 
 _CONFIG = common.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the recipe keeps its data, weights and logs.")
-_STAGE = flags.DEFINE_string("stage", None, "What to make: data, latents, videos, prompts, trajectories or assets.")
+_STAGE = flags.DEFINE_string(
+    "stage", None, "What to make: data, latents, videos, prompts, trajectories, streams or assets."
+)
 _COUNT = flags.DEFINE_integer("count", 0, "How many examples to make; 0 takes the number the recipe names.")
 _VIDEOS = flags.DEFINE_string("videos", None, "videos: the folder that holds them.")
 _CAPTIONS = flags.DEFINE_string("captions", None, "videos: .csv or .jsonl with file and caption; none: a.txt by a.mp4.")
@@ -150,6 +152,28 @@ def _causal_trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> s
     return "\n".join(lines)
 
 
+def streams(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
+    """The student's streams that ``train_taehv.streams`` names; ``count`` replaces every number of them."""
+    require(
+        bool(recipe.train_taehv.streams),
+        "train_taehv.streams is empty; accepted: (clips, number) pairs, for example ((1, 640), (10, 96))",
+    )
+    params, recipe = stages.load_decoders(dataclasses.replace(recipe, decoder="vae"), workdir)
+    path = stages.find(recipe.name, "distill", workdir)
+    params["student"] = stages.load_transformer(path, recipe.student, "student")
+    known = _prompt_list(recipe) or recipe_data.prompts(recipe, workdir)
+    lines, first = [], 0
+    for clips, number in recipe.train_taehv.streams:
+        chosen = derived.prompt_sequence(known, count or number, recipe.data.seed + clips)
+        folder = derived.streams_folder(workdir, clips)
+        before = arrays.is_complete(folder)
+        reader = encoder.open_encoder(recipe, workdir, compute=False)
+        derived.write_streams(folder, params, recipe, chosen, clips=clips, seed=first, prompt_encoder=reader, **_host())
+        lines.append(_summary(folder, before))
+        first += number
+    return "\n".join(lines)
+
+
 def assets(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     """Publish the trained weights; ``count`` means nothing here."""
     return "\n".join(f"{path}: {path.stat().st_size / 1e6:.1f} MB" for path in stages.publish(recipe.name, workdir))
@@ -210,6 +234,7 @@ STAGES = {
     "videos": encode_videos,
     "prompts": prompts,
     "trajectories": trajectories,
+    "streams": streams,
     "assets": assets,
 }
 

@@ -201,8 +201,10 @@ def test_structures_are_named_in_the_refusal():
         ({"train_init": {"switch_fraction": 1.5}}, "train_init.switch_fraction is 1.5; accepted: 0 to 1"),
         ({"train_vae": {"cut": 3, "stream": 2}}, "train_vae.cut is 3 and train_vae.stream 2; accepted: 0, for whole"),
         ({"train_taehv": {"noise": -0.1}}, "train_taehv.noise is -0.1; it must not be negative"),
+        ({"train_taehv": {"streams": ((0, 4),)}}, "train_taehv.streams has (0, 4); accepted: (clips, number), both"),
+        ({"train_taehv": {"streams": ((2, 4), (2, 1))}}, "train_taehv.streams names a length twice"),
     ],
-    ids=["heads", "tokens", "batch", "window", "short", "phase", "fraction", "cut", "noise"],
+    ids=["heads", "tokens", "batch", "window", "short", "phase", "fraction", "cut", "noise", "streams", "twice"],
 )
 def test_recipes_that_cannot_work(changes, expected):
     with pytest.raises(c.ConfigError) as error:

@@ -180,13 +180,27 @@ class TAEHVStageConfig(StageConfig):
 
     ``noise`` is the standard deviation of what is added to the latents that its decoder reads, which a student will not
     hit exactly either; latents are of unit order.
+
+    ``streams`` names streams of the student, ``(clips, number)`` each: so many, each so many clips long
+    (``launch.prepare --stage=streams``). Given them, the stage learns their latents, as the VAE shows them, instead of
+    real clips and what the VAE makes of them. A student's latents are a little beside those of real clips, and ever
+    further beside in a long stream; where the VAE still shows a clear picture, a small decoder that has only seen real
+    ones may not. It is meant for a second run, from the weights of the first (``--init_from``).
     """
 
     noise: float = 0.05
+    streams: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
         super().__post_init__()
         require(self.noise >= 0, f"train_taehv.noise is {self.noise}; it must not be negative")
+        for clips, number in self.streams:
+            require(
+                clips >= 1 and number >= 1,
+                f"train_taehv.streams has {(clips, number)}; accepted: (clips, number), both at least 1",
+            )
+        lengths = [clips for clips, _ in self.streams]
+        require(len(set(lengths)) == len(lengths), f"train_taehv.streams names a length twice: {lengths}")
 
 
 @dataclasses.dataclass(frozen=True)

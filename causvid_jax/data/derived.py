@@ -1,9 +1,11 @@
-"""Datasets that networks make: latents of clips (by the VAE), ODE trajectories (by the teacher), embedded prompts.
+"""Datasets that networks make: latents of clips (by the VAE), ODE trajectories (by the teacher), streams (by the
+student), embedded prompts.
 
 All are written chunk by chunk and resume (:mod:`causvid_jax.data.arrays`). An example depends on its index alone: how
 many are made, on how many devices and after how many interruptions changes nothing but rounding.
 """
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -15,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorflow_datasets as tfds
 from einops import rearrange
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -24,6 +27,8 @@ from causvid_jax.diffusion.guidance import guided_velocity
 from causvid_jax.distill.ode_regression import splice
 from causvid_jax.distill.trajectories import teacher_trajectory
 from causvid_jax.models import transformer, vae
+from causvid_jax.streaming import stream
+from causvid_jax.video import to_uint8
 from causvid_jax.weights import store
 
 
@@ -261,6 +266,100 @@ def write_causal_trajectories(
             "diffusion": to_json(diffusion),
             "causal": to_json(recipe.causal),
             "switch_fraction": switched,
+        },
+        **options,
+    )
+
+
+def streams_folder(workdir: str | os.PathLike, clips: int) -> pathlib.Path:
+    """Where the student's streams of ``clips`` clips are."""
+    return pathlib.Path(workdir) / "data" / f"streams_{clips}"
+
+
+def write_streams(
+    folder: str | os.PathLike,
+    params: dict[str, Any],
+    recipe: Recipe,
+    prompts: Sequence[str],
+    *,
+    clips: int,
+    seed: int = 0,
+    chunk: int = 32,
+    batch: int = 16,
+    prompt_encoder: encoder.Encoder | None = None,
+    **options,
+) -> bool:
+    """Let the student stream ``clips`` clips for every prompt, and cut each stream into clips, as the VAE shows them.
+
+    Clip k of a stream has its latent frames from k F on. But for the first, the three frames that begin its first
+    latent frame are left out: a decoder that starts with this clip does not show them either.
+
+    Args:
+        folder: of the dataset; examples are ``latents`` float16 [F, h, w, C], ``video`` uint8 [T, H, W, 3] and
+            ``caption``, those of a stream one after the other.
+        params: ``{"student", "vae"}``.
+        recipe: its networks, blocks and diffusion.
+        prompts: one per stream; stream i has seed ``seed + i``.
+        clips: length of a stream, in clips of the recipe.
+        seed: of the first stream.
+        chunk: streams per shard.
+        batch: streams side by side.
+        prompt_encoder: of the prompts; a recipe of words needs none.
+        options: ``process_id``, ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
+
+    Returns:
+        whether the dataset is finished.
+
+    Raises:
+        ConfigError: no blocks make up so many clips.
+    """
+    recipe = dataclasses.replace(recipe, decoder="vae")
+    length, shown = recipe.video.latent_frames, recipe.video.frames
+    sizes, factor = recipe.causal.block_sizes(clips * length), vae.time_factor(recipe.vae)
+    reader, batch = prompt_encoder or encoder.open_encoder(recipe), min(batch, chunk)
+    params = jax.tree.map(jnp.asarray, params)
+
+    def run(numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        # One batch size, hence one compilation: a short last batch is filled up.
+        full = [*numbers, *([numbers[-1]] * (batch - len(numbers)))]
+        rows = jnp.asarray(encoder.encode(reader, [prompts[i] for i in full]))
+        seeds = [seed + i for i in full]
+        state = stream.init_stream(params, rows, config=recipe, seed=seeds, frames=clips * length)
+        parts = []
+        for _ in sizes:
+            latents, frames, state = stream.next_frames(params, state, config=recipe)
+            parts.append((np.asarray(latents), to_uint8(np.asarray(frames))))
+        latents, video = (np.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+        return latents, video[:, stream.LEAD :]
+
+    def make_chunk(index: int) -> Iterator[dict[str, Any]]:
+        for numbers in _groups(index, chunk, batch, len(prompts)):
+            for number, latents, video in zip(numbers, *run(numbers), strict=False):
+                for first in range(0, clips * length, length):
+                    start = factor * first
+                    yield {
+                        "latents": latents[first : first + length].astype(np.float16),
+                        "video": video[start : start + shown],
+                        "caption": prompts[number],
+                    }
+
+    shape = (shown, recipe.video.height, recipe.video.width, 3)
+    pixels = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding="zlib")
+    return arrays.write_dataset(
+        folder,
+        name="streams",
+        features=arrays.array_features({"video": pixels}, latents=recipe.latent_shape),
+        chunks=math.ceil(len(prompts) / chunk),
+        make_chunk=make_chunk,
+        identity={
+            "count": len(prompts),
+            "clips": clips,
+            "prompts": captions.digest(prompts),
+            "seed": seed,
+            "student": weights_digest(params["student"]),
+            "vae": weights_digest(params["vae"]),
+            "causal": to_json(recipe.causal),
+            "diffusion": to_json(recipe.diffusion),
         },
         **options,
     )

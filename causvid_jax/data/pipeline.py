@@ -228,6 +228,27 @@ def clip_batches(source, *, batch_size: int, seed: int, frames: int = 0, **optio
     return batches(source, transform, batch_size=batch_size, seed=seed, **options)
 
 
+def stream_batches(source, *, batch_size: int, seed: int, frames: int = 0, **options) -> Batches:
+    """Batches of the student's clips: latents and what the VAE shows of them, cut to the first ``frames`` pixel frames.
+
+    Returns:
+        iterator of ``{"video": float32 [B, T, H, W, 3] in [-1, 1], "latents": float32 [B, F, h, w, C], "caption":
+        str [B]}``; ``frames`` 0: all; ``options`` as :func:`batches`.
+    """
+
+    def transform(example, rng):
+        video, latents = example["video"], example["latents"]
+        shown, factor = frames or len(video), (len(video) - 1) // (len(latents) - 1)
+        require(
+            0 < shown <= len(video) and (shown - 1) % factor == 0,
+            f"frames is {frames}; the clips have {len(video)}, so accepted: 0, or 1 + {factor}n to {len(video)}",
+        )
+        kept = latents[: 1 + (shown - 1) // factor].astype(np.float32)
+        return {"video": to_float(video[:shown]), "latents": kept, "caption": as_text(example["caption"])}
+
+    return batches(source, transform, batch_size=batch_size, seed=seed, **options)
+
+
 def latent_batches(source, *, batch_size: int, seed: int, frames: int = 0, text_length: int = 0, **options) -> Batches:
     """Batches of latents, cut to their first ``frames`` frames (0: all).
 

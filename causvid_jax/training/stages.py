@@ -157,6 +157,7 @@ def _codec_stage(
     ready: Callable[[dict[str, Any]], Any],
     reconstruct: Callable[[Any, Any], jax.Array],
     export: Callable[[TrainState, pathlib.Path], None],
+    batches: Callable[..., Any] = pipeline.clip_batches,
 ) -> Stage:
     """A stage on pixel clips, whose samples are clips beside what the codec makes of them, with its PSNR.
 
@@ -184,7 +185,7 @@ def _codec_stage(
         config=config,
         init=init,
         step=make_step(loss, optimizer, config, place.whole()),
-        phases=_phases(config, _share(place, functools.partial(pipeline.clip_batches, sources["train"]))),
+        phases=_phases(config, _share(place, functools.partial(batches, sources["train"]))),
         ready=ready,
         sample=sample,
         export=export,
@@ -328,13 +329,16 @@ def taehv_loss(params, batch, key, *, config, noise: float):
 
 
 def taehv_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path | None = None) -> Stage:
-    """Train the tiny codec to show, and to make, the latents of the trained VAE."""
+    """Train the tiny codec to show, and to make, the latents of the trained VAE, or of a student's streams."""
     _require_clips(recipe, "the tiny codec")
     vae_params, recipe = with_vae(recipe, workdir)
     dataclasses.replace(recipe, decoder="taehv")  # refused unless the two codecs' latents have one shape
     config, tiny = recipe.train_taehv, recipe.taehv
     place = shardings.place(recipe.parallel, recipe.student.rules)
     sources = _clips(recipe, workdir)
+    if config.streams:
+        each = [arrays.source(derived.streams_folder(workdir, clips)) for clips, _ in config.streams]
+        sources["train"] = pipeline.Mixture(each, [len(source) for source in each])
     vae_params = _on_devices(vae_params, place)
     split = None if place.mesh is None else shardings.batch_sharding(place.mesh, place.rules)
     encode = jax.jit(functools.partial(vae.encode, config=recipe.vae), out_shardings=split)
@@ -345,7 +349,8 @@ def taehv_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path |
 
     def ready(batch: dict[str, Any]) -> dict[str, jax.Array]:
         video = place.batch(batch["video"])
-        return {"video": video, "latents": encode(vae_params, video)}
+        given = "latents" in batch
+        return {"video": video, "latents": place.batch(batch["latents"]) if given else encode(vae_params, video)}
 
     return _codec_stage(
         "taehv",
@@ -360,6 +365,7 @@ def taehv_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path |
         ready=ready,
         reconstruct=lambda params, video: reconstruct(params, vae_params, video),
         export=_export("taehv", recipe, lambda state: state.ema),
+        batches=pipeline.stream_batches if config.streams else pipeline.clip_batches,
     )
 
 

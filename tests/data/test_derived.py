@@ -11,6 +11,7 @@ from causvid_jax.config import (
     DataConfig,
     DiffusionConfig,
     Recipe,
+    TAEHVConfig,
     TextConfig,
     TransformerConfig,
     VAEConfig,
@@ -20,6 +21,8 @@ from causvid_jax.data import arrays, derived, digits, moving_digits, pipeline
 from causvid_jax.diffusion import flow
 from causvid_jax.distill.trajectories import teacher_trajectory
 from causvid_jax.models import text, transformer, vae
+from causvid_jax.streaming import stream
+from causvid_jax.video import to_uint8
 from causvid_jax.weights import stages, store
 
 DATA = DataConfig(train_clips=5, test_clips=1, digit_size=8)
@@ -202,3 +205,38 @@ def test_causal_trajectories_are_those_of_a_stream_over_the_clean_past(tmp_path,
             states = run(teacher, recipe, rows, null, example["context"][:block].astype(np.float32), begin)
             np.testing.assert_allclose(example["trajectory"][:, block], states[:, 0, 0], atol=6e-3, rtol=6e-3)
     assert 0 in pasts and len(pasts) > 1
+
+
+def test_streams_are_cut_into_clips_of_what_the_sampler_shows(tmp_path, teacher, autoencoder):
+    """Against the sampler's scan over whole streams; the same examples whatever the batches."""
+    recipe = dataclasses.replace(RECIPE, causal=CausalConfig(frames_per_block=1, window=2), decoder="taehv",
+                                 taehv=TAEHVConfig(z_dim=4, decoder_dims=(4, 4, 4), temporal_downsample=(True, True),
+                                                   temporal_upsample=(True, True)))  # fmt: skip
+    params = {"student": teacher, "vae": autoencoder}
+    for name, sizes in (("a", {"chunk": 3, "batch": 2}), ("b", {"chunk": 2, "batch": 4})):
+        assert derived.write_streams(
+            tmp_path / name, params, recipe, PROMPTS[:3], clips=3, seed=7, progress=False, **sizes
+        )
+    first, second = arrays.source(tmp_path / "a"), arrays.source(tmp_path / "b")
+    assert len(first) == len(second) == 9
+    assert [pipeline.as_text(example["caption"]) for example in first] == [p for p in PROMPTS[:3] for _ in range(3)]
+    shown = dataclasses.replace(recipe, decoder="vae")
+    rows = jnp.asarray(text.encode_words(PROMPTS[:3], recipe.text))
+    latents, video = stream.generate(params, rows, config=shown, frames=6, seed=7)
+    latents, video = np.asarray(latents), to_uint8(np.asarray(video))
+    decode = jax.jit(vae.decode, static_argnames="config")
+    for i, (one, other) in enumerate(zip(first, second, strict=True)):
+        number, clip = divmod(i, 3)
+        expected = latents[number, 2 * clip : 2 * clip + 2]
+        np.testing.assert_allclose(one["latents"], expected, atol=4e-3, rtol=2e-3)
+        assert one["video"].shape == (5, 16, 16, 3)
+        part = video[number, 8 * clip : 8 * clip + 5]
+        assert np.abs(one["video"].astype(int) - part).max() <= 1
+        np.testing.assert_array_equal(one["latents"], other["latents"])
+        if clip == 0:  # the first clip is what a decoder makes of these latents alone
+            alone = to_uint8(np.asarray(decode(autoencoder, expected[None], config=recipe.vae)))[0]
+            assert np.abs(one["video"].astype(int) - alone).max() <= 1
+    batch = next(pipeline.stream_batches(first, batch_size=4, seed=0, frames=1))
+    assert batch["video"].shape == (4, 1, 16, 16, 3) and batch["latents"].shape == (4, 1, 4, 4, 4)
+    with pytest.raises(ConfigError, match=r"frames is 3; the clips have 5, so accepted: 0, or 1 \+ 4n to 5"):
+        next(pipeline.stream_batches(first, batch_size=4, seed=0, frames=3))

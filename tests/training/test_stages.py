@@ -13,7 +13,7 @@ import pytest
 
 from causvid_jax.config import ConfigError, DataConfig, Recipe, from_config_dict
 from causvid_jax.data import digits
-from causvid_jax.models import vae
+from causvid_jax.models import taehv, vae
 from causvid_jax.training import checkpoint, export, loop, stages
 from causvid_jax.training.metrics import read_metrics
 from causvid_jax.weights import store
@@ -282,6 +282,31 @@ def test_weights_to_start_with_that_do_not_fit_are_refused_by_name(road, tmp_pat
         stages.make_stage("teacher", RECIPE, road, tmp_path)
     with pytest.raises(ConfigError, match="initial weights .*missing"):
         stages.make_stage("vae", RECIPE, road, road / "teacher" / "weights.safetensors")
+
+
+def test_the_tiny_decoder_learns_from_streams_of_the_student(road, tmp_path):
+    """What it is given is what was written: the loss of its first step, computed by hand."""
+    for other in ("vae", "data", "distill"):
+        (tmp_path / other).mkdir() if other == "data" else (tmp_path / other).symlink_to(road / other)
+    (tmp_path / "data" / "moving_digits").symlink_to(road / "data" / "moving_digits")
+    recipe = make_recipe(train_taehv=TRAIN | {"streams": ((1, 3), (2, 2)), "noise": 0.0})
+    with pytest.raises(ConfigError, match=r"no finished dataset at .*streams_1"):
+        stages.make_stage("taehv", recipe, tmp_path)
+    with pytest.raises(ConfigError, match="train_taehv.streams is empty"):
+        prepare.STAGES["streams"](RECIPE, tmp_path, 0)
+    said = prepare.STAGES["streams"](recipe, tmp_path, 0).splitlines()
+    assert [line.split("data/")[1] for line in said] == ["streams_1: 3 examples", "streams_2: 4 examples"]
+    loop.train(stages.make_stage("taehv", recipe, tmp_path, road / "taehv" / "weights.safetensors"), tmp_path)
+    records = [record for record in read_metrics(tmp_path / "taehv") if "loss" in record]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
+    stage = stages.make_stage("taehv", recipe, tmp_path, road / "taehv" / "weights.safetensors")
+    batch = next(stage.phases[0].batches())
+    assert batch["video"].shape == (2, 9, 16, 16, 3) and batch["latents"].shape == (2, 3, 4, 4, 4)
+    params = store.load_params(road / "taehv" / "weights.safetensors")[0]
+    shown = taehv.decode(params, batch["latents"], config=recipe.taehv, clamp=False) - batch["video"]
+    read = taehv.encode(params, batch["video"], config=recipe.taehv) - batch["latents"]
+    expected = np.mean(shown**2) + 0.1 * np.mean(np.abs(shown)) + np.mean(read**2)
+    assert records[0]["loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["vae", "taehv"])
