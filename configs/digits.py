@@ -36,6 +36,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant:
         config.name = "two_digits"
         config.data.digits_per_clip = 2
+        config.decoder = "vae"
     return config
 
 
@@ -60,6 +61,8 @@ def one_digit() -> ml_collections.ConfigDict:
         {
             "name": "digits",
             "video": {"height": 32, "width": 32, "frames": 81, "fps": 16},
+            # Streams are shown by the tiny decoder: the VAE's would take longer than the student.
+            "decoder": "taehv",
             "text": {
                 "kind": "words",
                 "vocabulary": VOCABULARY,
