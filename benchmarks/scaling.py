@@ -61,6 +61,11 @@ class Row:
     machine: str
     plan: plans.Plan
     report: aot.Report  # computed, or compiled where that was done
+    refused: bool = False  # the compiler found no room for it, and gave no figures
+
+    @property
+    def fits(self) -> bool:
+        return self.report.fits and not self.refused
 
     @property
     def name(self) -> str:
@@ -87,7 +92,12 @@ def rows(compiled: dict[str, dict]) -> list[Row]:
                 row = Row(recipe, stage, name, plan, aot.estimate_for(plan.recipe, stage, machine))
                 known = compiled.get(row.name)
                 if known and known["settings"] == plan.settings(stage):
-                    row = dataclasses.replace(row, report=aot.Report(**known["report"]))
+                    found = known["report"]
+                    row = (
+                        dataclasses.replace(row, report=aot.Report(**found))
+                        if found
+                        else dataclasses.replace(row, refused=True)
+                    )
                 made.append(row)
     return made
 
@@ -136,12 +146,13 @@ def stage_table(made: list[Row], recipe: str, stage: str) -> list[str]:
         if stage == "stream":
             shown = 4 * row.plan.recipe.causal.frames_per_block
             seconds = " - ".join(f"{shown / s:.3g}" for s in report.step_seconds)
-        if not report.fits:
+        if not row.fits:
             seconds = mfu = "-"
         how = "compiled quickly" if report.quick else "compiled"
         source = f"{how} ({report.compile_seconds:.0f} s)" if report.compiled else "computed"
+        source += ", refused by the compiler" if row.refused else ""
         lines.append(
-            f"| {row.machine} | {_mesh(report)} | {_settings(row)} | {memory} | {'yes' if report.fits else '**no**'} | "
+            f"| {row.machine} | {_mesh(report)} | {_settings(row)} | {memory} | {'yes' if row.fits else '**no**'} | "
             f"{seconds} | {mfu} | {source} |"
         )
     return lines
@@ -176,10 +187,10 @@ def cost_table(made: list[Row], recipe: str) -> list[str]:
         for stage, steps in (("init", 3000), ("distill", 1200), ("distill", 120)):
             row = found[stage, name]
             hours = _hours(row.report.step_seconds, steps, machine.size)
-            cells.append("{:,.0f} - {:,.0f}".format(*hours) if row.report.fits else "does not fit")
+            cells.append("{:,.0f} - {:,.0f}".format(*hours) if row.fits else "does not fit")
         row = found["distill", name]
         slow, fast = (aot.readable_seconds(120 * s) for s in row.report.step_seconds)
-        cells.append(f"{fast} - {slow}" if row.report.fits else "-")
+        cells.append(f"{fast} - {slow}" if row.fits else "-")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
@@ -192,9 +203,9 @@ def few_devices(made: list[Row]) -> list[str]:
         for name in names:
             for recipe, what in WHAT.items():
                 here = [row for row in made if row.machine == name and row.recipe == recipe]
-                fits = [row for row in here if row.report.fits]
+                fits = [row for row in here if row.fits]
                 verdict = ", ".join(row.stage for row in fits) or "nothing"
-                missing = ", ".join(row.stage for row in here if not row.report.fits)
+                missing = ", ".join(row.stage for row in here if not row.fits)
                 lines.append(f"- **{name}, {what}**: {verdict}{f'; not {missing}' if missing else ''}.")
                 for row in fits:
                     lines.append(f"  - {row.stage}: `{row.plan.settings(row.stage) or 'as it is'}`")
@@ -214,7 +225,8 @@ Written by `python benchmarks/scaling.py`. **Nothing here was measured on an acc
   what layers keep are exact, the working set of the layer at work is a formula meant to err on the large side; such a
   row is said to fit if it leaves a tenth of the memory free. One check: the 1.3B teacher on 4 chips of v5p (fsdp 4, 2
   clips a device, remat full) was compiled at 33.1 GiB, 195 s of processor time on a loaded machine and 1.9 GiB of its
-  memory; computed it is CHECK GiB.
+  memory; computed it is CHECK GiB. *refused by the compiler*: it said that the program does not fit, without figures;
+  those shown are computed.
 - *time* is a roofline. Work (FLOPs of the formulas in `causvid_jax/parallel/flops.py`, recomputation added) at 60% and
   at 35% of the published bfloat16 peak; traffic between devices at the links' full rate, behind the work at the fast
   end and on top of it at the slow end. Traffic between a host and its devices is not counted. MFU is of model FLOPs.
@@ -229,14 +241,15 @@ Written by `python benchmarks/scaling.py`. **Nothing here was measured on an acc
 
 def document(made: list[Row]) -> str:
     """docs/scaling.md."""
-    compiled = sum(row.report.compiled for row in made)
+    compiled, refused = sum(row.report.compiled for row in made), sum(row.refused for row in made)
     known = dataclasses.replace(
         load_recipe_file(str(ROOT / RECIPES["1.3B"])), parallel=ParallelConfig(fsdp=4)
     )  # batch 8
     check = aot.estimate_for(known, "teacher", topology.parse("v5p:2x2x1")).peak / topology.GIB
     lines = [
         HEAD.replace("CHECK", f"{check:.1f}"),
-        f"Of the {len(made)} rows {compiled} were compiled, {len(made) - compiled} computed.",
+        f"Of the {len(made)} rows {compiled} were compiled, {refused} the compiler refused for want of memory, "
+        f"{len(made) - compiled - refused} were computed alone.",
         "",
     ]
     lines += [
@@ -267,7 +280,8 @@ def document(made: list[Row]) -> str:
 
 
 def compile_row(row: Row, quick: bool) -> dict | None:
-    """The row's entry for docs/scaling.json, from a process of its own; none if the compiler gave no figures."""
+    """The row's entry for docs/scaling.json, from a process of its own; without a report if the compiler refused a
+    program that is too large, none if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         output, log = pathlib.Path(folder) / "report.json", pathlib.Path(folder) / "log"
         command = [
@@ -281,9 +295,9 @@ def compile_row(row: Row, quick: bool) -> dict | None:
             _, status, used = os.wait4(process.pid, 0)
         memory = used.ru_maxrss / 2**20
         print(f"== {row.name}: {used.ru_utime:.0f} s, {memory:.1f} GiB\n{log.read_text()[-2500:]}", flush=True)
-        if not output.exists():
+        if not output.exists() and "RESOURCE_EXHAUSTED" not in log.read_text():
             return None
-        report = json.loads(output.read_text())
+        report = json.loads(output.read_text()) if output.exists() else None
         return {"settings": row.plan.settings(row.stage), "compiler_memory": round(memory, 1), "report": report}
 
 
