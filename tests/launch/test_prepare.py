@@ -127,7 +127,7 @@ def test_an_unknown_stage_ends_with_status_2_and_one_sentence(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == (
-        "error: --stage is 'date'; accepted: data, latents, videos, prompts, trajectories, assets"
+        "error: --stage is 'date'; accepted: data, latents, videos, prompts, trajectories, streams, assets"
     )
     assert not (tmp_path / "data").exists()
 
