@@ -169,11 +169,14 @@ def test_what_is_cut_out_of_latents_and_frames_shows_the_same_moments():
 def test_the_loss_of_a_cut_is_that_of_the_cut_alone(road):
     params, recipe = stages.with_vae(RECIPE, road)
     mean, _ = np.split(params["conv1"]["bias"], 2)
-    params["conv1"]["bias"] = np.concatenate([mean, np.full_like(mean, -100.0)])  # no noise on the latents
+    params["conv1"]["bias"] = np.concatenate([mean, np.full_like(mean, -100.0)])  # the least noise there is, exp(-10)
     video = np.random.default_rng(0).uniform(-1, 1, (2, 9, 16, 16, 3)).astype(np.float32)
     key = jax.random.key(3)
     _, metrics = stages.vae_loss(params, video, key, config=recipe.vae, kl_weight=0.0, cut=2)
-    latents, shown = stages.cut_out(vae.encode(params, video, config=recipe.vae), video, jax.random.split(key)[1], 2, 4)
+    noise_key, start_key = jax.random.split(key)
+    posterior = vae.encode_moments(params, video, config=recipe.vae)[0]
+    drawn = posterior + np.exp(-10) * jax.random.normal(noise_key, posterior.shape)
+    latents, shown = stages.cut_out(vae.normalize(drawn, recipe.vae), video, start_key, 2, 4)
     error = np.asarray(vae.decode(params, latents, config=recipe.vae, clamp=False) - shown)
     assert error.shape == (2, 5, 16, 16, 3)
     np.testing.assert_allclose(metrics["l2"], np.mean(error**2), rtol=1e-3)
