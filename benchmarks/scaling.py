@@ -93,11 +93,7 @@ def rows(compiled: dict[str, dict]) -> list[Row]:
                 known = compiled.get(row.name)
                 if known and known["settings"] == plan.settings(stage):
                     found = known["report"]
-                    row = (
-                        dataclasses.replace(row, report=aot.Report(**found))
-                        if found
-                        else dataclasses.replace(row, refused=True)
-                    )
+                    row = dataclasses.replace(row, **{"report": aot.Report(**found)} if found else {"refused": True})
                 made.append(row)
     return made
 

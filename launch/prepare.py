@@ -162,12 +162,12 @@ def streams(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     path = stages.find(recipe.name, "distill", workdir)
     params["student"] = stages.load_transformer(path, recipe.student, "student")
     known = _prompt_list(recipe) or recipe_data.prompts(recipe, workdir)
+    reader = encoder.open_encoder(recipe, workdir, compute=False)
     lines, first = [], 0
     for clips, number in recipe.train_taehv.streams:
         chosen = derived.prompt_sequence(known, count or number, recipe.data.seed + clips)
         folder = derived.streams_folder(workdir, clips)
         before = arrays.is_complete(folder)
-        reader = encoder.open_encoder(recipe, workdir, compute=False)
         derived.write_streams(folder, params, recipe, chosen, clips=clips, seed=first, prompt_encoder=reader, **_host())
         lines.append(_summary(folder, before))
         first += number

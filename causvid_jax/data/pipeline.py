@@ -238,13 +238,18 @@ def stream_batches(source, *, batch_size: int, seed: int, frames: int = 0, **opt
 
     def transform(example, rng):
         video, latents = example["video"], example["latents"]
-        shown, factor = frames or len(video), (len(video) - 1) // (len(latents) - 1)
-        require(
-            0 < shown <= len(video) and (shown - 1) % factor == 0,
-            f"frames is {frames}; the clips have {len(video)}, so accepted: 0, or 1 + {factor}n to {len(video)}",
-        )
-        kept = latents[: 1 + (shown - 1) // factor].astype(np.float32)
-        return {"video": to_float(video[:shown]), "latents": kept, "caption": as_text(example["caption"])}
+        if frames:
+            factor = (len(video) - 1) // (len(latents) - 1)
+            require(
+                0 < frames <= len(video) and (frames - 1) % factor == 0,
+                f"frames is {frames}; the clips have {len(video)}, so accepted: 0, or 1 + {factor}n to {len(video)}",
+            )
+            video, latents = video[:frames], latents[: 1 + (frames - 1) // factor]
+        return {
+            "video": to_float(video),
+            "latents": latents.astype(np.float32),
+            "caption": as_text(example["caption"]),
+        }
 
     return batches(source, transform, batch_size=batch_size, seed=seed, **options)
 

@@ -26,7 +26,6 @@ DEFAULT_PATH = pathlib.Path(__file__).resolve().parent.parent / "assets" / "judg
 # (name, output channels, stride); the input is 2x2 pixels folded into channels, so strides 1, 2, 1, 1 end at H / 4.
 LAYERS = (("conv0", 32, 1), ("conv1", 64, 2), ("conv2", 64, 1), ("conv3", 64, 1))
 FEATURES = 32
-FRAMES_READ = 8
 # Direction is read between frames this far apart, and at least this share of the pairs must agree.
 GAP = 4
 AGREE = 0.85
@@ -141,11 +140,11 @@ _classify = jax.jit(classify)
 
 def read_digits(judge: Judge, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean log-probabilities ``[B, 10]`` and mean features ``[B, FEATURES]`` over frames spread over each clip."""
-    steps = np.round(np.linspace(0, video.shape[1] - 1, FRAMES_READ)).astype(int)
-    frames = rearrange(video[:, steps].astype(np.float32) / 255.0, "b t h w c -> (b t) h w c")
+    frames = rearrange(video[:, layers.spread(video.shape[1])].astype(np.float32) / 255.0, "b t h w c -> (b t) h w c")
     logits, _, features = _classify(judge.params, frames)
     log_probs, features = (
-        np.asarray(reduce(x, "(b t) d -> b d", "mean", t=FRAMES_READ)) for x in (jax.nn.log_softmax(logits), features)
+        np.asarray(reduce(x, "(b t) d -> b d", "mean", t=layers.FRAMES_READ))
+        for x in (jax.nn.log_softmax(logits), features)
     )
     return log_probs, features
 
@@ -159,8 +158,7 @@ def read_colors(video: np.ndarray, colors: tuple[str, ...]) -> tuple[str, ...]:
       video: uint8 ``[B, T, H, W, 3]``.
       colors: names in ``digits.COLORS``.
     """
-    steps = np.round(np.linspace(0, video.shape[1] - 1, FRAMES_READ)).astype(int)
-    frames = video[:, steps].astype(np.float32)
+    frames = video[:, layers.spread(video.shape[1])].astype(np.float32)
     value = frames.max(axis=-1, keepdims=True)  # [B, t, H, W, 1]
     bright = value >= np.maximum(0.5 * value.max(axis=(2, 3), keepdims=True), 1.0)
     mean = (frames * bright).sum(axis=(1, 2, 3)) / np.maximum(bright.sum(axis=(1, 2, 3)), 1)  # [B, 3]

@@ -21,17 +21,20 @@ FAINT = 0.1
 NO_COLOR = "none"
 
 
+def spread(total: int, count: int = FRAMES_READ) -> np.ndarray:
+    """Numbers of ``count`` frames spread over a clip of ``total``, its first and its last among them."""
+    return np.round(np.linspace(0, total - 1, count)).astype(int)
+
+
 def unmix(video: np.ndarray, first: str, second: str) -> np.ndarray:
     """Pictures of the digits of two colours: ``[..., 3]`` in [0, 1] -> ``[..., 2]`` in [0, 1]."""
     require(first != second, f"two digits of one colour ({first}) cannot be told apart")
     a, b = (np.array(digits.COLORS[name]) > 0 for name in (first, second))
     own_a, own_b = a & ~b, b & ~a
     if not own_a.any():
-        v = video[..., own_b].mean(axis=-1)
-        u = np.maximum(video[..., a].mean(axis=-1) - v, 0.0)
-    else:
-        u = video[..., own_a].mean(axis=-1)
-        v = video[..., own_b].mean(axis=-1) if own_b.any() else np.maximum(video[..., b].mean(axis=-1) - u, 0.0)
+        return unmix(video, second, first)[..., ::-1]
+    u = video[..., own_a].mean(axis=-1)
+    v = video[..., own_b].mean(axis=-1) if own_b.any() else np.maximum(video[..., b].mean(axis=-1) - u, 0.0)
     return np.stack([u, v], axis=-1)
 
 
@@ -46,7 +49,7 @@ def find_colors(clip: np.ndarray, colors: tuple[str, ...]) -> tuple[str, str]:
       colors: names in ``digits.COLORS``, at least two.
     """
     require(len(colors) > 1, f"two digits need two colours; the judge knows {', '.join(colors)}")
-    frames = clip[np.round(np.linspace(0, len(clip) - 1, FRAMES_READ)).astype(int)]
+    frames = clip[spread(len(clip))]
     value = frames.max(axis=-1)
     bright = frames[value >= np.maximum(0.5 * value.max(axis=(1, 2), keepdims=True), 1.0 / 255.0)]  # [N, 3]
     costs = {}

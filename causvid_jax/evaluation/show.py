@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from causvid_jax.evaluation import metrics
+from causvid_jax.evaluation import layers, metrics
 
 ROWS = {
     "real": "real test clips",
@@ -88,7 +88,7 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     for r, name in enumerate(rows):
         captions, video = clips[name]
-        steps = np.round(np.linspace(0, video.shape[1] - 1, columns)).astype(int)
+        steps = layers.spread(video.shape[1], columns)
         for e in range(examples):
             x, y = e * (strip + 8), r * (cell_h + label + 4)
             words = "switch to" if name == "switch" else name

@@ -188,6 +188,19 @@ _QUICK = {"optimization_level": 9}
 """XLA's level O0. On TPU, where most of the time goes into ordering and merging, a seventh of the time."""
 
 
+def _offloaded(recipe: Recipe, stage: str, machine: Machine) -> tuple[int, int]:
+    """Bytes of a described GPU's moments that lie on the host, and of those on their way; 0 where none are offloaded.
+
+    A GPU that is only described has no host memory that JAX knows of: offloaded moments are compiled as lying on the
+    device. They have to be taken off by their shapes, and what is on its way added.
+    """
+    on_way = estimate.estimate(recipe, stage, machine).parts.get("moments on their way", 0)
+    if not on_way:
+        return 0, 0
+    here = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, offload_optimizer=False))
+    return round(estimate.estimate(here, stage, machine).parts["moments"]), round(on_way)
+
+
 def compile_for(recipe: Recipe, stage: str, topology: Topology, *, quick: bool = False) -> Report:
     """Compile ``stage`` of ``recipe`` on the mesh of ``recipe.parallel`` over ``topology``.
 
@@ -210,15 +223,7 @@ def compile_for(recipe: Recipe, stage: str, topology: Topology, *, quick: bool =
     compiled = lowered.compile(options)  # type: ignore[arg-type]  # numbers are accepted as well
     seconds = time.process_time() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    moved = on_way = 0
-    if topology.chip.platform == "cuda" and recipe.parallel.offload_optimizer and stage != "stream":
-        # A GPU that is only described has no host memory that JAX knows of: the moments are compiled as lying on the
-        # device. They are taken off by their shapes, and what is on its way is added.
-        here = dataclasses.replace(recipe.parallel, offload_optimizer=False)
-        moments = estimate.estimate(dataclasses.replace(recipe, parallel=here), stage, topology.machine).parts[
-            "moments"
-        ]
-        moved, on_way = round(moments), round(known.parts["moments on their way"])
+    moved, on_way = _offloaded(recipe, stage, topology.machine) if topology.chip.platform == "cuda" else (0, 0)
     # XLA for GPU reports no peak that holds its arguments.
     used = (
         memory.argument_size_in_bytes

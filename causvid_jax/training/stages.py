@@ -335,8 +335,9 @@ def taehv_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path |
     dataclasses.replace(recipe, decoder="taehv")  # refused unless the two codecs' latents have one shape
     config, tiny = recipe.train_taehv, recipe.taehv
     place = shardings.place(recipe.parallel, recipe.student.rules)
-    sources = _clips(recipe, workdir)
+    sources, batches = _clips(recipe, workdir), pipeline.clip_batches
     if config.streams:
+        batches = pipeline.stream_batches
         each = [arrays.source(derived.streams_folder(workdir, clips)) for clips, _ in config.streams]
         sources["train"] = pipeline.Mixture(each, [len(source) for source in each])
     vae_params = _on_devices(vae_params, place)
@@ -349,8 +350,8 @@ def taehv_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path |
 
     def ready(batch: dict[str, Any]) -> dict[str, jax.Array]:
         video = place.batch(batch["video"])
-        given = "latents" in batch
-        return {"video": video, "latents": place.batch(batch["latents"]) if given else encode(vae_params, video)}
+        latents = place.batch(batch["latents"]) if config.streams else encode(vae_params, video)
+        return {"video": video, "latents": latents}
 
     return _codec_stage(
         "taehv",
@@ -365,7 +366,7 @@ def taehv_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path |
         ready=ready,
         reconstruct=lambda params, video: reconstruct(params, vae_params, video),
         export=_export("taehv", recipe, lambda state: state.ema),
-        batches=pipeline.stream_batches if config.streams else pipeline.clip_batches,
+        batches=batches,
     )
 
 
