@@ -24,7 +24,10 @@ def guided_velocity(
     null_text: jax.Array,
     guidance: float,
 ) -> jax.Array:
-    """The guided velocity, from one call of the network on a batch of 2B: first unconditional, then conditional.
+    """The guided velocity, from one call of the network on a batch of 2B: each clip's two prompts side by side.
+
+    Side by side, and not all unconditional ones first: over a batch sharded in B both then lie on the device of their
+    clip, and nothing is sent.
 
     Args:
       velocity_fn: ``(x, timestep, text) -> velocity``.
@@ -36,7 +39,11 @@ def guided_velocity(
     """
     if guidance == 1.0:
         return velocity_fn(x, timestep, text)
-    texts = jnp.concatenate([jnp.broadcast_to(null_text, text.shape).astype(text.dtype), text])
-    both = velocity_fn(jnp.concatenate([x, x]), jnp.concatenate([timestep, timestep]), texts)
-    unconditional, conditional = jnp.split(both, 2)
+
+    def pairs(first, second):
+        return jnp.stack([first, second], axis=1).reshape(2 * len(first), *first.shape[1:])
+
+    texts = pairs(jnp.broadcast_to(null_text, text.shape).astype(text.dtype), text)
+    both = velocity_fn(pairs(x, x), pairs(timestep, timestep), texts)
+    unconditional, conditional = jnp.moveaxis(both.reshape(len(x), 2, *both.shape[1:]), 1, 0)
     return guide(unconditional, conditional, guidance)

@@ -79,10 +79,10 @@ def guided_velocity(
     )
 
     def velocity(x, timestep, text):
-        copies = x.shape[0] // given.shape[0]  # both branches of guidance are one batch
-        x = jnp.concatenate([x, jnp.tile(given, (copies, 1, 1, 1, 1)).astype(x.dtype)], axis=-1)
+        copies = x.shape[0] // given.shape[0]  # both branches of guidance are one batch, side by side
+        x = jnp.concatenate([x, jnp.repeat(given, copies, axis=0).astype(x.dtype)], axis=-1)
         return transformer.bidirectional(
-            params, x, timestep, text, jnp.tile(image, (copies, 1, 1)), config=config.teacher
+            params, x, timestep, text, jnp.repeat(image, copies, axis=0), config=config.teacher
         )
 
     def guided(x, timestep):

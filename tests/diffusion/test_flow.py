@@ -1,17 +1,20 @@
 """Flow matching conversions, grids and guidance against numpy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from causvid_jax.config import ConfigError, DiffusionConfig
 from causvid_jax.diffusion import flow, guidance
+from causvid_jax.parallel import hlo
 
 SHAPE = (2, 3, 2, 2, 4)
 
 
-def draws(*seeds):
-    return [np.random.default_rng(s).standard_normal(SHAPE).astype(np.float32) for s in seeds]
+def draws(*seeds, shape=SHAPE):
+    return [np.random.default_rng(s).standard_normal(shape).astype(np.float32) for s in seeds]
 
 
 def test_conversions_match_numpy_per_frame():
@@ -71,6 +74,24 @@ def test_guided_velocity_is_one_call_on_both_branches():
         guidance.guided_velocity(network, x, timestep, text, null, 1.0), cond, rtol=1e-5, atol=1e-4
     )
     assert batches == [4, 2]
+
+
+def test_guidance_of_a_sharded_batch_sends_nothing():
+    """Both prompts of a clip lie on its device: a network of single rows needs no collective at all."""
+    mesh = Mesh(np.asarray(jax.devices()).reshape(8), ("data",), axis_types=(AxisType.Auto,))
+    arrays = *draws(0, shape=(8, 3, 4, 4, 2)), np.full((8, 3), 400.0, np.float32), np.ones((8, 5, 6), np.float32)
+    null = np.full((5, 6), 0.5, np.float32)
+
+    def guided(x, timestep, text):
+        def network(x, timestep, text):
+            return x * flow.expand(timestep / 1000, x) + flow.expand(jnp.tanh(text).sum((1, 2)), x)
+
+        return guidance.guided_velocity(network, x, timestep, text, null, 3.5)
+
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    program = jax.jit(guided, in_shardings=(rows,) * 3, out_shardings=rows).lower(*arrays).compile()
+    assert hlo.totals(program.as_text()) == {}
+    np.testing.assert_allclose(program(*jax.device_put(arrays, rows)), guided(*arrays), rtol=1e-5, atol=1e-5)
 
 
 def test_steps_that_are_timesteps_and_the_published_table():
