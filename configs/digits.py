@@ -4,7 +4,8 @@
 (twice the 8 x 8 handwriting) move 1 pixel a frame: half their size per second, once round the frame in two seconds,
 2.5 times in a clip of 81 frames, so that motion shows and wrap-around happens in every clip.
 
-``configs/digits.py:two`` has two digits in every clip, of two colours, in front of each other as they meet.
+``configs/digits.py:two`` has two digits in every clip, of two colours, in front of each other as they meet. Its frames
+are twice as wide: on 32 x 32 pixels two digits of 16 would be in each other's way all the time, on 32 x 64 half of it.
 """
 
 import ml_collections
@@ -36,6 +37,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant:
         config.name = "two_digits"
         config.data.digits_per_clip = 2
+        config.video.width = 64
         config.decoder = "vae"
     return config
 
