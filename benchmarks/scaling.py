@@ -3,13 +3,15 @@
 ``python benchmarks/scaling.py`` writes the file from shapes and published peaks (:mod:`causvid_jax.parallel.plans`) and
 from docs/scaling.json, which holds what was compiled. ``--compile ROW...`` compiles rows, one at a time in processes of
 their own, and adds each to that json as soon as it is done; a row that is there with the same settings is not compiled
-again. ``--quick`` is that of ``launch.compile``. A row is named as the file names it (``1.3B/distill/v5e-16``) or by a
-pattern (``"1.3B/*/64 H100"``). That needs the compiler of the machine (extras ``tpu``, ``cuda12``).
+again. Where a plan that should fit does not, the next one is compiled. ``--quick`` is that of ``launch.compile``. A row
+is named as the file names it (``1.3B/distill/v5e-16``) or by a pattern (``"1.3B/*/64 H100"``). That needs the compiler
+of the machine (extras ``tpu``, ``cuda12``).
 """
 
 import argparse
 import dataclasses
 import fnmatch
+import itertools
 import json
 import os
 import pathlib
@@ -80,22 +82,20 @@ def load(name: str) -> Recipe:
     )
 
 
+def row_of(recipe: str, stage: str, name: str, compiled: dict[str, dict]) -> Row:
+    """A cell, planned past what was found too large; with the compiler's figures of this plan where there are any."""
+    machine, known = topology.parse(MACHINES[name]), compiled.get(f"{recipe}/{stage}/{name}", {})
+    plan = plans.plan(load(recipe), stage, machine, too_large=known.get("too_large", ()))
+    row = Row(recipe, stage, name, plan, aot.estimate_for(plan.recipe, stage, machine))
+    if known.get("settings") != plan.settings(stage):
+        return row
+    found = known["report"]
+    return dataclasses.replace(row, **{"report": aot.Report(**found)} if found else {"refused": True})
+
+
 def rows(compiled: dict[str, dict]) -> list[Row]:
-    """Every cell, planned; with the compiler's figures where a row of the same settings was compiled."""
-    made = []
-    for recipe in RECIPES:
-        given = load(recipe)
-        for stage in aot.STAGES:
-            for name, address in MACHINES.items():
-                machine = topology.parse(address)
-                plan = plans.plan(given, stage, machine)
-                row = Row(recipe, stage, name, plan, aot.estimate_for(plan.recipe, stage, machine))
-                known = compiled.get(row.name)
-                if known and known["settings"] == plan.settings(stage):
-                    found = known["report"]
-                    row = dataclasses.replace(row, **{"report": aot.Report(**found)} if found else {"refused": True})
-                made.append(row)
-    return made
+    """Every cell."""
+    return [row_of(*cell, compiled) for cell in itertools.product(RECIPES, aot.STAGES, MACHINES)]
 
 
 # ---- the file -------------------------------------------------------------------------------------------------------
@@ -229,8 +229,9 @@ Written by `python benchmarks/scaling.py`. **Nothing here was measured on an acc
 - Clips are 81 frames of 480 x 832, batches the published ones: 128 for init, 64 for DMD (one step is one *cycle*: five
   updates of the fake score and one of the student); 64 for the teacher, which the published recipes do not train.
   "1.3B by 14B" has a fake score of 1.3B, as Self-Forcing's.
-- Meshes and settings are what `causvid_jax/parallel/plans.py` finds fastest among those that fit; moments go to the
-  host only where nothing else fits. v5p-64 counts cores: it has 32 chips.
+- Meshes and settings are what `causvid_jax/parallel/plans.py` finds fastest among those that fit by computation; where
+  one did not when it was compiled, the next. Moments go to the host only where nothing else fits. v5p-64 counts cores:
+  it has 32 chips.
 - Streams run one on each `context x tensor` group; a block of three latent frames shows 12 frames.
 """
 
@@ -242,10 +243,11 @@ def document(made: list[Row]) -> str:
         load_recipe_file(str(ROOT / RECIPES["1.3B"])), parallel=ParallelConfig(fsdp=4)
     )  # batch 8
     check = aot.estimate_for(known, "teacher", topology.parse("v5p:2x2x1")).peak / topology.GIB
+    left = len(made) - compiled - refused
     lines = [
         HEAD.replace("CHECK", f"{check:.1f}"),
-        f"Of the {len(made)} rows {compiled} were compiled, {refused} the compiler refused for want of memory, "
-        f"{len(made) - compiled - refused} were computed alone.",
+        f"Of the {len(made)} rows {compiled} were compiled, {refused} the compiler refused for want of memory"
+        + (f", {left} were computed alone." if left else "."),
         "",
     ]
     lines += [
@@ -297,6 +299,20 @@ def compile_row(row: Row, quick: bool) -> dict | None:
         return {"settings": row.plan.settings(row.stage), "compiler_memory": round(memory, 1), "report": report}
 
 
+def compile_plan(row: Row, compiled: dict[str, dict], quick: bool) -> bool:
+    """Add the row's plan to ``compiled``, or that it is too large if it was to fit; whether something was added."""
+    settings, known = row.plan.settings(row.stage), compiled.get(row.name, {})
+    if known.get("settings") != settings:
+        entry = compile_row(row, quick)
+        if entry is not None:
+            compiled[row.name] = known | entry
+        return entry is not None
+    if row.fits or not row.plan.fits:
+        return False
+    compiled[row.name] = known | {"too_large": [*known.get("too_large", ()), settings]}
+    return True
+
+
 def main() -> None:
     """Compile rows if asked to; write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -311,11 +327,7 @@ def main() -> None:
         if not matching:
             parser.error(f"there is no row {pattern!r}; for example {made[0].name!r}")
         for row in matching:
-            if compiled.get(row.name, {}).get("settings") == row.plan.settings(row.stage):
-                continue
-            entry = compile_row(row, chosen.quick)
-            if entry:
-                compiled[row.name] = entry
+            while compile_plan(row_of(row.recipe, row.stage, row.machine, compiled), compiled, chosen.quick):
                 store.write_text(json.dumps(compiled, indent=1) + "\n")
     (ROOT / "docs" / "scaling.md").write_text(document(rows(compiled)))
 

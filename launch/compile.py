@@ -95,10 +95,11 @@ def build(recipe, stage, platform) -> None:
 
 
 def advice(recipe, stage, machine) -> str:
-    """What would make a program fit: the settings that should, by computation, or what else there is to change."""
+    """What would make a program fit: other settings that should, by computation, or what else there is to change."""
     from causvid_jax.parallel import aot, plans
 
-    best = plans.plan(recipe, stage, machine)
+    tried = plans.settings(recipe, recipe, stage)
+    best = plans.plan(recipe, stage, machine, too_large=(tried,))
     needs = f"{aot.readable_bytes(best.estimate.memory)} of {aot.readable_bytes(best.limit)} a device, computed"
     if best.fits:
         return f"what should make it fit ({needs}): {best.settings(stage)}"

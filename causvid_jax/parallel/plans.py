@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from causvid_jax.config import ConfigError, ParallelConfig, Recipe
 from causvid_jax.parallel import estimate as estimates
@@ -29,20 +29,25 @@ class Plan:
 
     def settings(self, stage: str) -> str:
         """The flags that make this plan of the recipe's file."""
-        mesh = self.recipe.parallel
-        flags = [f"parallel.{n}={getattr(mesh, n)}" for n in ("slices", "data", "fsdp", "context", "tensor")]
-        flags = [flag for flag in flags if not flag.endswith("=1")]
-        ways = mesh.slices * mesh.data * mesh.fsdp
-        for name in STAGES:  # every stage's batch must be divided, the others' too
-            config = getattr(self.given, name)
-            if name != TRAIN.get(stage) and config.batch_size % (ways * config.accumulate):
-                flags += [f"{name}.batch_size={ways}"]
-        if stage in TRAIN:
-            accumulate = getattr(self.recipe, TRAIN[stage]).accumulate
-            flags += [f"{TRAIN[stage]}.accumulate={accumulate}"] if accumulate > 1 else []
-            flags += ["parallel.offload_optimizer=True"] if mesh.offload_optimizer else []
-            flags += [f"{role}.remat={getattr(self.recipe, role).remat}" for role in ("student", "teacher")]
-        return " ".join(f"--config.{flag}" for flag in flags)
+        return settings(self.recipe, self.given, stage)
+
+
+def settings(recipe: Recipe, given: Recipe, stage: str) -> str:
+    """The flags that give ``given`` the mesh of ``recipe``, and to ``stage`` what of its memory can be chosen."""
+    mesh = recipe.parallel
+    flags = [f"parallel.{n}={getattr(mesh, n)}" for n in ("slices", "data", "fsdp", "context", "tensor")]
+    flags = [flag for flag in flags if not flag.endswith("=1")]
+    ways = mesh.slices * mesh.data * mesh.fsdp
+    for name in STAGES:  # every stage's batch must be divided, the others' too
+        config = getattr(given, name)
+        if name != TRAIN.get(stage) and config.batch_size % (ways * config.accumulate):
+            flags += [f"{name}.batch_size={ways}"]
+    if stage in TRAIN:
+        accumulate = getattr(recipe, TRAIN[stage]).accumulate
+        flags += [f"{TRAIN[stage]}.accumulate={accumulate}"] if accumulate > 1 else []
+        flags += ["parallel.offload_optimizer=True"] if mesh.offload_optimizer else []
+        flags += [f"{role}.remat={getattr(recipe, role).remat}" for role in ("student", "teacher")]
+    return " ".join(f"--config.{flag}" for flag in flags)
 
 
 def _divisors(number: int) -> list[int]:
@@ -109,10 +114,13 @@ def _policies(recipe: Recipe) -> Iterator[Recipe]:
             )
 
 
-def plan(recipe: Recipe, stage: str, machine: Machine, *, policies: bool = True) -> Plan:
+def plan(
+    recipe: Recipe, stage: str, machine: Machine, *, policies: bool = True, too_large: Container[str] = ()
+) -> Plan:
     """The fastest plan of ``stage`` that fits ``machine``, or, where none does, the one of the least memory.
 
     ``policies``: also choose ``remat`` and ``offload_optimizer``, moving moments only where nothing else fits.
+    ``too_large``: settings (:meth:`Plan.settings`) that a compiler has found not to fit, whatever is estimated.
     """
     least = None
     alone = dataclasses.replace(
@@ -124,7 +132,8 @@ def plan(recipe: Recipe, stage: str, machine: Machine, *, policies: bool = True)
             found = Plan(one, estimates.estimate(one, stage, machine), machine.chip.memory, recipe)
             if least is None or found.estimate.memory < least.estimate.memory:
                 least = found
-            if found.fits and (best is None or sum(found.estimate.seconds) < sum(best.estimate.seconds)):
+            faster = best is None or sum(found.estimate.seconds) < sum(best.estimate.seconds)
+            if found.fits and faster and found.settings(stage) not in too_large:
                 best = found
         if best is not None:
             return best

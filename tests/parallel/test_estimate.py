@@ -97,6 +97,21 @@ def test_plans():
     assert mesh.data * mesh.fsdp * mesh.context * mesh.tensor == 64
 
 
+def test_a_plan_that_was_found_too_large_gives_way_to_the_next():
+    machine = topology.parse("h200:8")
+    tried = []
+    for _ in range(3):
+        best = plans.plan(LARGE, "distill", machine, too_large=tried)
+        assert best.fits and best.settings("distill") not in tried
+        tried.append(best.settings("distill"))
+    # A recipe that has the plan already is known by its settings.
+    flags = plans.settings(best.recipe, best.given, "distill")
+    assert flags == tried[-1] == plans.settings(best.recipe, best.recipe, "distill")
+    machine = topology.parse("h100:1")
+    least = plans.plan(LARGE, "distill", machine)
+    assert plans.plan(LARGE, "distill", machine, too_large=[least.settings("distill")]) == least
+
+
 @pytest.mark.parametrize("stage", aot.STAGES)
 def test_reports_without_a_compiler(stage):
     recipe = dataclasses.replace(RECIPE, parallel=ParallelConfig(data=8))
