@@ -74,8 +74,8 @@ def separate(clip: np.ndarray, colors: tuple[str, ...]) -> tuple[tuple[str, str]
     video = clip.astype(np.float32) / 255.0
     pair = find_colors(video, colors)
     layers = unmix(video, *pair)
-    ink = layers.mean(axis=(0, 1, 2))
-    names = tuple(name if own >= FAINT * ink.max() > 0 else NO_COLOR for name, own in zip(pair, ink, strict=True))
+    ink = layers.mean(axis=(0, 1, 2)).tolist()
+    names = tuple(name if own >= FAINT * max(ink) > 0 else NO_COLOR for name, own in zip(pair, ink, strict=True))
     palette = np.array([digits.COLORS[name] for name in pair], np.float32)
     alone = np.stack([np.round(layers[..., i, None] * palette[i]) for i in range(2)]).astype(np.uint8)
     return (names[0], names[1]), alone

@@ -27,7 +27,7 @@ CHECKSUM = "sha256"
 BUFFER = 1 << 24
 
 # safetensors' own names of types.
-TYPES = {
+TYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),

@@ -14,7 +14,11 @@ from causvid_jax.config import ConfigError, require
 from causvid_jax.weights import files
 from causvid_jax.weights.files import CHECKSUM
 
-STORAGE = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": jnp.dtype(jnp.bfloat16)}
+STORAGE: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": jnp.dtype(jnp.bfloat16),
+}
 
 
 def _walk(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
