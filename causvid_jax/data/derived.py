@@ -23,7 +23,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from causvid_jax.config import Recipe, VAEConfig, to_json
 from causvid_jax.data import arrays, captions, encoder, pipeline
-from causvid_jax.diffusion.guidance import guided_velocity
+from causvid_jax.diffusion.guidance import guided_velocity, per_branch
 from causvid_jax.distill.ode_regression import splice
 from causvid_jax.distill.trajectories import teacher_trajectory
 from causvid_jax.models import transformer, vae
@@ -214,10 +214,9 @@ def write_causal_trajectories(
         keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(numbers)
         noise = jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 0])
         past = jax.vmap(lambda k: splice(k, 1, sizes, switched)[0])(keys[:, 1])
-        context, batch_size = jnp.where(past[:, :, None, None, None], other, own), len(own)
+        context = jnp.where(past[:, :, None, None, None], other, own)
 
         def network(x, timestep, rows):
-            # Guidance asks for both branches in one call.
             return transformer.block_causal(
                 p,
                 x,
@@ -225,7 +224,7 @@ def write_causal_trajectories(
                 rows,
                 config=recipe.teacher,
                 causal=recipe.causal,
-                clean=jnp.tile(context, (len(x) // batch_size, 1, 1, 1, 1)),
+                clean=per_branch(context, x),
                 clean_timestep=recipe.causal.context_timestep,
             )
 

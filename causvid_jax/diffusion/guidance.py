@@ -16,6 +16,14 @@ def guide(unconditional: jax.Array, conditional: jax.Array, guidance: float) -> 
     return unconditional + guidance * (conditional - unconditional)
 
 
+def per_branch(value: jax.Array, x: jax.Array) -> jax.Array:
+    """What belongs to the clips, ``[B, ...]``, for the rows of ``x``, which are B or in a guided call 2B: clip by clip.
+
+    A network that reads more than :func:`guided_velocity` hands on (clean frames, a picture) takes it through this.
+    """
+    return jnp.repeat(value, len(x) // len(value), axis=0)
+
+
 def guided_velocity(
     velocity_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     x: jax.Array,

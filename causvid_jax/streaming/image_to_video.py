@@ -79,11 +79,9 @@ def guided_velocity(
     )
 
     def velocity(x, timestep, text):
-        copies = x.shape[0] // given.shape[0]  # both branches of guidance are one batch, side by side
-        x = jnp.concatenate([x, jnp.repeat(given, copies, axis=0).astype(x.dtype)], axis=-1)
-        return transformer.bidirectional(
-            params, x, timestep, text, jnp.repeat(image, copies, axis=0), config=config.teacher
-        )
+        picture = guidance.per_branch(image, x)
+        x = jnp.concatenate([x, guidance.per_branch(given, x).astype(x.dtype)], axis=-1)
+        return transformer.bidirectional(params, x, timestep, text, picture, config=config.teacher)
 
     def guided(x, timestep):
         return guidance.guided_velocity(velocity, x, timestep, rows, null_rows, config.diffusion.guidance)
