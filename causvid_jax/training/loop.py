@@ -20,6 +20,7 @@ from causvid_jax.distill import guard
 from causvid_jax.parallel import hosts
 from causvid_jax.training import stopping
 from causvid_jax.training.checkpoint import Checkpoints
+from causvid_jax.training.claim import claimed
 from causvid_jax.training.metrics import open_writer
 from causvid_jax.training.progress import Progress
 from causvid_jax.training.waiting import InputWait
@@ -71,12 +72,16 @@ def train(stage: Stage, workdir: pathlib.Path) -> None:
     the parameters an uninterrupted run would have (bit for bit on CPU).
 
     Raises:
+        ConfigError: another run is training there.
         RunError: a loss that stops the run (``StageConfig.on_bad_loss``), or a disk that is full; it names the last
             good checkpoint.
     """
+    folder = workdir / stage.name
     with stage.context():
         try:
-            _train(stage, workdir)
+            folder.mkdir(parents=True, exist_ok=True)
+            with claimed(folder):
+                _train(stage, folder)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -96,9 +101,7 @@ class _Taken:
     examples: Any  # their numbers in the dataset, as far as this process read them
 
 
-def _train(stage: Stage, workdir: pathlib.Path) -> None:
-    folder = workdir / stage.name
-    folder.mkdir(parents=True, exist_ok=True)
+def _train(stage: Stage, folder: pathlib.Path) -> None:
     config = stage.config
     checkpoints = Checkpoints(folder / "checkpoints", config.keep, config.keep_every)
     state = stage.init()

@@ -8,6 +8,7 @@ import os
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,14 +22,14 @@ SIZE = 200_000  # 3 MB a checkpoint
 PROGRAM = pathlib.Path(__file__).with_name("tiny_run.py")
 
 
-def start(workdir):
+def start(workdir, steps=STEPS):
     environment = {
         **os.environ,
         "PYTHONPATH": str(PROGRAM.parents[2]),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
-    command = [sys.executable, str(PROGRAM), str(workdir), str(STEPS), str(SIZE)]
+    command = [sys.executable, str(PROGRAM), str(workdir), str(steps), str(SIZE)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -71,3 +72,19 @@ def test_killed_again_and_again_it_ends_like_a_run_that_never_was(tmp_path):
         np.testing.assert_array_equal(second[name], first[name], err_msg=name)
     assert kills == KILLS
     print(json.dumps({"kills": kills, "in a save": in_a_save}))
+
+
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(tmp_path):
+    """It would remove the checkpoint that the first is writing."""
+    first = start(tmp_path, steps=10**6)
+    assert first.stdout.readline() == "step\n", first.stderr.read()
+    second = start(tmp_path, steps=10**6)
+    told = second.communicate(timeout=600)[1]
+    name = f"process {first.pid} on {socket.gethostname()}"
+    assert f"{tmp_path / 'tiny'} is in use: {name} is training there; let it end" in told
+    assert second.returncode != 0 and first.poll() is None and first.stdout.readline() == "step\n"
+    first.send_signal(signal.SIGKILL)
+    first.communicate(timeout=600)
+    third = start(tmp_path, steps=committed(tmp_path) + 2)
+    assert third.communicate(timeout=600)[0].endswith("done\n")
+    assert third.returncode == 0
