@@ -216,7 +216,8 @@ Written by `python benchmarks/scaling.py`. **Nothing here was measured on an acc
   brackets is the processor time that it took. *compiled quickly*: with the least effort (`launch.compile --quick`).
   Three rows were compiled in both ways: 12.78 GiB in 178 s and 12.70 in 26 (1.3B teacher, v5e-16), 4.64 in 126 s and
   4.66 in 24 (v5e-256), 29.5 in 81 s and 29.5 in 52 (1.3B distillation, 64 H100). Moments on the host of a GPU are taken
-  off by their shapes.
+  off by their shapes. Of a TPU, arguments and temporaries may come to more than the peak and, in some rows, than the
+  memory there is: the compiler, which refuses what does not fit, takes those.
 - *computed*: memory from shapes (`causvid_jax/parallel/estimate.py`): parameters, moments, mean, gradients, caches and
   what layers keep are exact, the working set of the layer at work is a formula meant to err on the large side; such a
   row is said to fit if it leaves a tenth of the memory free. One check: the 1.3B teacher on 4 chips of v5p (fsdp 4, 2

@@ -2,11 +2,12 @@
 
 ``python -m launch.compile --config=configs/wan_14b.py --stage=distill --topology=v5p:4x4x4``
 
-The mesh is ``--config.parallel.*``. Nothing of the machine is needed but a compiler for it: the extra ``tpu``, or for
-GPUs ``cuda12``. ``--quick`` has it make the least effort: for a TPU that takes a seventh of the time and gives much the
-same memory, but more and smaller collectives than those of the program that would run. ``--estimate`` needs no
-compiler: it computes memory and time from shapes. The status is 1 if the program does not fit; then the machine's
-nearest mesh that should is said.
+The mesh is ``--config.parallel.*``. Where none is given for several devices, it is the one that is computed to be the
+fastest of those that fit, with what it needs of rematerialisation, accumulation and offload; its flags are printed.
+Nothing of the machine is needed but a compiler for it: the extra ``tpu``, or for GPUs ``cuda12``. ``--quick`` has it
+make the least effort: for a TPU that takes a seventh of the time and gives much the same memory, but more and smaller
+collectives than those of the program that would run. ``--estimate`` needs no compiler: it computes memory and time from
+shapes. The status is 1 if the program does not fit; then it is said what should make it fit.
 
 ``python -m launch.compile --config=configs/wan_1_3b.py --stage=stream --platform=cuda --output=stream.program``
 
@@ -57,6 +58,7 @@ def main() -> None:
     require(name != "", "no --topology is given; for example --topology=v5p:4x4x4 (or --platform=cuda)")
     output = common.check_output(_OUTPUT.value, (".json",)) if _OUTPUT.value else None
     machine = topology.parse(name)
+    recipe = with_mesh(recipe, stage, machine)
     try:
         if _ESTIMATE.value:
             report = aot.estimate_for(recipe, stage, machine)
@@ -74,6 +76,21 @@ def main() -> None:
     if not report.fits:
         print(advice(recipe, stage, machine), file=sys.stderr)
         sys.exit(TOO_LARGE)
+
+
+def with_mesh(recipe, stage, machine):
+    """The recipe as it is if it has a mesh, or the machine needs none; else as it should be fastest there."""
+    from causvid_jax.parallel import aot, plans
+
+    axes = dataclasses.replace(recipe.parallel, **dict.fromkeys(("slices", "data", "fsdp", "context", "tensor"), 1))
+    if recipe.parallel != axes or machine.size == 1:
+        return recipe
+    best = plans.plan(recipe, stage, machine)
+    how = "the fastest that should fit" if best.fits else "the one that needs least memory"
+    print(f"no mesh was given; of those of {machine.name} {how}, computed: {best.settings(stage)}")
+    if not best.fits:
+        print(f"it should need {aot.readable_bytes(best.estimate.memory)} of {aot.readable_bytes(best.limit)} a device")
+    return best.recipe
 
 
 def build(recipe, stage, platform) -> None:

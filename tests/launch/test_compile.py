@@ -1,0 +1,47 @@
+"""launch.compile as a program: what it says and its status, by computation (the compilers: parallel/test_aot.py)."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def compile_for(config, topology, *options):
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.compile", f"--config=configs/{config}.py", f"--topology={topology}", *options],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_without_a_mesh_the_machine_gets_one_and_its_flags_give_the_same(tmp_path):
+    status, told, _ = compile_for("wan_14b", "v5p:4x4x4", "--stage=distill", "--estimate")
+    assert status == 0 and "v5p:4x4x4: 64 devices, mesh " in told and ": fits" in told
+    first, *rest = told.splitlines()
+    said, flags = first.split(": ", 1)[0], first.split(", computed: ")[1].split()
+    assert said.startswith("no mesh was given; of those of v5p") and flags
+    status, again, _ = compile_for("wan_14b", "v5p:4x4x4", "--stage=distill", "--estimate", *flags)
+    assert status == 0 and again.splitlines() == rest
+
+
+@pytest.mark.parametrize(
+    "topology,flags,advice",
+    [
+        ("h200:8", ("--config.parallel.fsdp=8",), "what should make it fit ("),
+        ("h100:1", (), "no mesh, remat policy or offload should make it fit"),
+        ("h100:2", (), "no mesh, remat policy or offload should make it fit"),
+    ],
+)
+def test_what_does_not_fit_has_status_1_and_advice(topology, flags, advice):
+    status, _, told = compile_for("wan_14b", topology, "--stage=distill", "--estimate", *flags)
+    assert status == 1 and advice in told
+
+
+def test_a_mesh_that_is_not_the_machines_is_refused():
+    status, _, told = compile_for("wan_14b", "v5p:4x4x4", "--stage=distill", "--estimate", "--config.parallel.fsdp=8")
+    assert status == 2 and "64 devices per slice need a product of 64 (data 8 fits)" in told
