@@ -14,7 +14,11 @@ import sys
 import time
 
 import numpy as np
+import pytest
 from tiny_run import weights
+
+from causvid_jax.config import ConfigError
+from causvid_jax.training import claim
 
 KILLS = int(os.environ.get("CAUSVID_JAX_KILLS", "2"))
 STEPS = 6 + 6 * KILLS
@@ -74,17 +78,21 @@ def test_killed_again_and_again_it_ends_like_a_run_that_never_was(tmp_path):
     print(json.dumps({"kills": kills, "in a save": in_a_save}))
 
 
-def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(tmp_path):
+def test_a_second_run_in_the_same_folder_waits_and_is_refused_until_the_first_is_gone(tmp_path):
     """It would remove the checkpoint that the first is writing."""
     first = start(tmp_path, steps=10**6)
     assert first.stdout.readline() == "step\n", first.stderr.read()
-    second = start(tmp_path, steps=10**6)
-    told = second.communicate(timeout=600)[1]
     name = f"process {first.pid} on {socket.gethostname()}"
-    assert f"{tmp_path / 'tiny'} is in use: {name} is training there; let it end" in told
-    assert second.returncode != 0 and first.poll() is None and first.stdout.readline() == "step\n"
+    in_use = f"tiny is in use: {name} is training there; let it end, or use another --workdir"
+    with pytest.raises(ConfigError, match=in_use), claim.claimed(tmp_path / "tiny", wait=0.5):
+        pytest.fail("the folder of a run that goes on was given away")
+    second = start(tmp_path, steps=committed(tmp_path) + 2)
+    for line in second.stderr:
+        if f"{name} is training in {tmp_path / 'tiny'}; waiting up to 30 s for its end" in line:
+            break
+    assert first.poll() is None and first.stdout.readline() == "step\n"
     first.send_signal(signal.SIGKILL)
     first.communicate(timeout=600)
-    third = start(tmp_path, steps=committed(tmp_path) + 2)
-    assert third.communicate(timeout=600)[0].endswith("done\n")
-    assert third.returncode == 0
+    # It may have come further than the second run wanted to go.
+    told = second.communicate(timeout=600)[0]
+    assert second.returncode == 0 and told.endswith("done\n")
