@@ -11,6 +11,7 @@ of the machine (extras ``tpu``, ``cuda12``).
 import argparse
 import dataclasses
 import fnmatch
+import functools
 import itertools
 import json
 import os
@@ -74,6 +75,7 @@ class Row:
         return f"{self.recipe}/{self.stage}/{self.machine}"
 
 
+@functools.cache
 def load(name: str) -> Recipe:
     """A recipe of :data:`RECIPES`, with a batch for the stage that the published ones do not have."""
     recipe = load_recipe_file(str(ROOT / RECIPES[name]))

@@ -80,16 +80,13 @@ def main() -> None:
 
 def with_mesh(recipe, stage, machine):
     """The recipe as it is if it has a mesh, or the machine needs none; else as it should be fastest there."""
-    from causvid_jax.parallel import aot, plans
+    from causvid_jax.parallel import plans
 
-    axes = dataclasses.replace(recipe.parallel, **dict.fromkeys(("slices", "data", "fsdp", "context", "tensor"), 1))
-    if recipe.parallel != axes or machine.size == 1:
+    if recipe.parallel != plans.without_mesh(recipe.parallel) or machine.size == 1:
         return recipe
     best = plans.plan(recipe, stage, machine)
     how = "the fastest that should fit" if best.fits else "the one that needs least memory"
     print(f"no mesh was given; of those of {machine.name} {how}, computed: {best.settings(stage)}")
-    if not best.fits:
-        print(f"it should need {aot.readable_bytes(best.estimate.memory)} of {aot.readable_bytes(best.limit)} a device")
     return best.recipe
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 
 def guide(unconditional: jax.Array, conditional: jax.Array, guidance: float) -> jax.Array:
@@ -47,11 +48,8 @@ def guided_velocity(
     """
     if guidance == 1.0:
         return velocity_fn(x, timestep, text)
-
-    def pairs(first, second):
-        return jnp.stack([first, second], axis=1).reshape(2 * len(first), *first.shape[1:])
-
-    texts = pairs(jnp.broadcast_to(null_text, text.shape).astype(text.dtype), text)
-    both = velocity_fn(pairs(x, x), pairs(timestep, timestep), texts)
-    unconditional, conditional = jnp.moveaxis(both.reshape(len(x), 2, *both.shape[1:]), 1, 0)
+    null_rows = jnp.broadcast_to(null_text, text.shape).astype(text.dtype)
+    texts = rearrange([null_rows, text], "two b ... -> (b two) ...")
+    both = velocity_fn(jnp.repeat(x, 2, axis=0), jnp.repeat(timestep, 2, axis=0), texts)
+    unconditional, conditional = rearrange(both, "(b two) ... -> two b ...", two=2)
     return guide(unconditional, conditional, guidance)

@@ -50,6 +50,11 @@ def settings(recipe: Recipe, given: Recipe, stage: str) -> str:
     return " ".join(f"--config.{flag}" for flag in flags)
 
 
+def without_mesh(parallel: ParallelConfig) -> ParallelConfig:
+    """``parallel`` for one device: what is no axis stays."""
+    return ParallelConfig(offload_optimizer=parallel.offload_optimizer, ring=parallel.ring)
+
+
 def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
@@ -123,9 +128,7 @@ def plan(
     ``too_large``: settings (:meth:`Plan.settings`) that a compiler has found not to fit, whatever is estimated.
     """
     least = None
-    alone = dataclasses.replace(
-        recipe, parallel=ParallelConfig(offload_optimizer=recipe.parallel.offload_optimizer, ring=recipe.parallel.ring)
-    )
+    alone = dataclasses.replace(recipe, parallel=without_mesh(recipe.parallel))
     for base in _policies(alone) if policies and stage != "stream" else [alone]:
         best = None
         for one in _meshes(base, stage, machine):

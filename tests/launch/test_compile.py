@@ -19,7 +19,7 @@ def compile_for(config, topology, *options):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_without_a_mesh_the_machine_gets_one_and_its_flags_give_the_same(tmp_path):
+def test_without_a_mesh_the_machine_gets_one_and_its_flags_give_the_same():
     status, told, _ = compile_for("wan_14b", "v5p:4x4x4", "--stage=distill", "--estimate")
     assert status == 0 and "v5p:4x4x4: 64 devices, mesh " in told and ": fits" in told
     first, *rest = told.splitlines()
