@@ -39,6 +39,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.data.digits_per_clip = 2
         config.video.width = 64
         config.decoder = "vae"
+        # Which colour goes with which digit: without it, cross-attention has to go by colour, position and neighbour.
+        config.text.separator = "and"
+        config.text.dim = config.teacher.text_dim = config.student.text_dim = 2 * len(VOCABULARY) + TEXT_LENGTH
     return config
 
 

@@ -104,6 +104,16 @@ def test_unknown_fields_and_wrong_types(groups, expected):
             {"kind": "words", "vocabulary": ("a", "b"), "length": 4, "dim": 5},
             "text.dim is 5; a word vocabulary needs len(vocabulary) + length = 6",
         ),
+        (
+            c.TextConfig,
+            {"kind": "words", "vocabulary": ("a", "b"), "length": 4, "dim": 6, "separator": "b"},
+            "text.dim is 6; a word vocabulary needs 2 len(vocabulary) + length = 8",
+        ),
+        (
+            c.TextConfig,
+            {"kind": "words", "vocabulary": ("a", "b"), "length": 4, "dim": 6, "separator": "and"},
+            "text.separator is 'and'; accepted: none, or a word of text.vocabulary",
+        ),
         (c.VAEConfig, {"temporal_downsample": (True,)}, "vae.temporal_downsample has 1 entries; dim_mult of length 4"),
         (c.VAEConfig, {"latent_std": (1.0,)}, "vae.latent_std has 1 entries; accepted: 0 or 16"),
         (c.VAEConfig, {"dtype": "float16"}, "vae.dtype is 'float16'; accepted: 'float32', 'bfloat16'"),

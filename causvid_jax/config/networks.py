@@ -37,7 +37,10 @@ class VideoConfig:
 class TextConfig:
     """What a prompt becomes: ``length`` rows of width ``dim``, zero beyond the prompt.
 
-    ``kind="words"`` encodes a closed vocabulary as one-hot word plus one-hot position (the digits recipe).
+    ``kind="words"`` encodes a closed vocabulary as one-hot word plus one-hot position (the digits recipe). With a
+    ``separator``, a word of the vocabulary that stands between phrases ("and"), the rows of a phrase also count the
+    words of that phrase: a transformer's text encoder would tell every word what it goes with, and cross-attention
+    alone has to find that out in several hops.
     ``negative`` is the prompt of the unconditional branch: with words none, with Wan the published one.
     """
 
@@ -46,15 +49,18 @@ class TextConfig:
     length: int = 512
     dim: int = 4096
     negative: str = ""
+    separator: str = ""
 
     def __post_init__(self):
         require(self.kind in ("words", "umt5"), f"text.kind is {self.kind!r}; accepted: 'words', 'umt5'")
+        require(
+            not self.separator or self.separator in self.vocabulary,
+            f"text.separator is {self.separator!r}; accepted: none, or a word of text.vocabulary",
+        )
         if self.kind == "words":
-            needed = len(self.vocabulary) + self.length
-            require(
-                self.dim == needed,
-                f"text.dim is {self.dim}; a word vocabulary needs len(vocabulary) + length = {needed}",
-            )
+            needed = (2 if self.separator else 1) * len(self.vocabulary) + self.length
+            formula = f"{'2 ' if self.separator else ''}len(vocabulary) + length"
+            require(self.dim == needed, f"text.dim is {self.dim}; a word vocabulary needs {formula} = {needed}")
 
 
 @dataclasses.dataclass(frozen=True)

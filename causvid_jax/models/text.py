@@ -11,9 +11,10 @@ from causvid_jax.config import ConfigError, TextConfig, require
 def encode_words(prompts: Sequence[str], config: TextConfig) -> np.ndarray:
     """Closed-vocabulary encoding: row i is the one-hot of word i beside the one-hot of position i.
 
-    The position is part of the row because cross-attention has no other way to tell word order. An empty prompt is
-    all zeros: the unconditional branch. Returns float32 ``[B, length, dim]``; a word outside the vocabulary or a
-    prompt that is too long is a ConfigError.
+    The position is part of the row because cross-attention has no other way to tell word order. With
+    ``config.separator`` a row goes on with how often each word of the vocabulary is in its phrase, from one separator
+    to the next; the separator's own row has zeros there. An empty prompt is all zeros: the unconditional branch.
+    Returns float32 ``[B, length, dim]``; a word outside the vocabulary or a prompt that is too long is a ConfigError.
     """
     index = {word: i for i, word in enumerate(config.vocabulary)}
     rows = np.zeros((len(prompts), config.length, config.dim), np.float32)
@@ -30,4 +31,9 @@ def encode_words(prompts: Sequence[str], config: TextConfig) -> np.ndarray:
                 raise ConfigError(f"unknown word {word!r} in prompt {prompt!r}; {hint}accepted: {' '.join(index)}")
             rows[b, i, index[word]] = 1.0
             rows[b, i, len(index) + i] = 1.0
+        if config.separator and words:
+            apart = np.array(words) == config.separator
+            phrase = np.cumsum(apart)
+            together = (phrase[:, None] == phrase) & ~apart[:, None] & ~apart
+            rows[b, : len(words), -len(index) :] = together @ rows[b, : len(words), : len(index)]
     return rows
