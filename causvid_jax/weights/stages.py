@@ -181,12 +181,12 @@ def publish(recipe: str, workdir: str | os.PathLike, folder: str | os.PathLike =
     weights, in half precision.
 
     Raises:
-        ConfigError: a stage that is not trained yet.
+        ConfigError: a stage that is not trained yet; nothing is written then.
     """
     written = []
     tiny = ("taehv",) if stage_path(workdir, "taehv").is_file() else ()
-    for stage in ("vae", *tiny, "teacher", "distill"):
-        params, metadata = store.load_params(stage_path(workdir, stage))
+    trained = {stage: store.load_params(stage_path(workdir, stage)) for stage in ("vae", *tiny, "teacher", "distill")}
+    for stage, (params, metadata) in trained.items():
         written.append(pathlib.Path(folder) / recipe / f"{stage}.safetensors")
         store.save_params(written[-1], params, metadata, dtype="float16")
     return written

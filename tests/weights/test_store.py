@@ -138,6 +138,7 @@ def test_publishing_copies_three_stages_in_half_precision_and_needs_all_of_them(
         store.save_params(stages.stage_path(tmp_path / "run", stage), {"a": np.float32([0.1, 2.0])}, {"stage": stage})
     with pytest.raises(ConfigError, match="distill/weights.safetensors does not exist"):
         stages.publish("mine", tmp_path / "run", tmp_path / "assets")
+    assert not (tmp_path / "assets").exists()
     store.save_params(stages.stage_path(tmp_path / "run", "distill"), {"a": np.float32([0.3])}, {"stage": "distill"})
     written = stages.publish("mine", tmp_path / "run", tmp_path / "assets")
     assert [path.relative_to(tmp_path / "assets").as_posix() for path in written] == [
