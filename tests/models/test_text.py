@@ -20,8 +20,9 @@ def test_a_row_is_the_word_and_its_place():
 
 
 def test_a_phrase_counts_its_own_words_only():
-    rows = encode_words(["red 1 and 1 1", "blue", "", "red and and blue"], PHRASES)
-    np.testing.assert_array_equal(rows[..., :9], encode_words(["red 1 and 1 1", "blue", "", "red and and blue"], PLAIN))
+    prompts = ["red 1 and 1 1", "blue", "", "red and and blue"]
+    rows = encode_words(prompts, PHRASES)
+    np.testing.assert_array_equal(rows[..., :9], encode_words(prompts, PLAIN))
     expected = [
         [[1, 0, 1, 0], [1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 2, 0], [0, 0, 2, 0]],
         [[0, 1, 0, 0], *[[0, 0, 0, 0]] * 4],
