@@ -38,9 +38,12 @@ class Run:
         return watch.Watch(self.peers[i], count, end)
 
     def kill(self, i):
-        for peer in self.peers[i]:
-            with contextlib.suppress(OSError):  # the other one was first
-                peer.connection.shutdown(socket.SHUT_RDWR)
+        # A killed process loses all of its connections at once. Without the lock its watch, which lives on in this
+        # one, would see the first of them end before the last, and tell the last one that it misses the first.
+        with self.watches[i]._lock:
+            for peer in self.peers[i]:
+                with contextlib.suppress(OSError):  # the other one was first
+                    peer.connection.shutdown(socket.SHUT_RDWR)
 
     def ended(self, *numbers, within=10.0):
         with self._changed:
