@@ -69,8 +69,13 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and a cosine (or constant) schedule, global-norm clipping and an EMA."""
+    """A linear warm-up and a cosine (or constant) schedule, global-norm clipping and an EMA.
 
+    ``kind`` is ``"adamw"`` or, of transformers, ``"muon"``: the kernels of the layers then take orthogonalised steps
+    (``training.optimizers.make_optimizer``), everything else AdamW's, at one ``learning_rate`` for both.
+    """
+
+    kind: str = "adamw"
     learning_rate: float = 1e-4
     warmup_steps: int = 100
     schedule: str = "constant"
@@ -81,6 +86,7 @@ class OptimizerConfig:
     ema_decay: float = 0.0
 
     def __post_init__(self):
+        require(self.kind in ("adamw", "muon"), f"optimizer.kind is {self.kind!r}; accepted: 'adamw', 'muon'")
         require(
             self.schedule in ("constant", "cosine"),
             f"optimizer.schedule is {self.schedule!r}; accepted: 'constant', 'cosine'",
@@ -139,6 +145,13 @@ class StageConfig:
         )
 
 
+def _check_codec_optimizer(stage: str, optimizer: OptimizerConfig) -> None:
+    require(
+        optimizer.kind == "adamw",
+        f"{stage}.optimizer.kind is {optimizer.kind!r}, which is for the layers of transformers; accepted: 'adamw'",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class VAEStageConfig(StageConfig):
     """VAE training (``training.stages.vae_loss``) on clips of ``frames`` pixel frames.
@@ -162,6 +175,7 @@ class VAEStageConfig(StageConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        _check_codec_optimizer("train_vae", self.optimizer)
         smallest = min(self.batch_size, *(size for _, _, size in self.curriculum), self.batch_size)
         require(
             1 <= self.stream <= smallest,
@@ -193,6 +207,7 @@ class TAEHVStageConfig(StageConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        _check_codec_optimizer("train_taehv", self.optimizer)
         require(self.noise >= 0, f"train_taehv.noise is {self.noise}; it must not be negative")
         for clips, number in self.streams:
             require(

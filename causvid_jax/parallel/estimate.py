@@ -17,13 +17,14 @@ from typing import Any
 
 import jax
 
-from causvid_jax.config import ParallelConfig, Recipe, ShardingRules, TransformerConfig
+from causvid_jax.config import OptimizerConfig, ParallelConfig, Recipe, ShardingRules, TransformerConfig
 from causvid_jax.models import partition, transformer
 from causvid_jax.models.params import ParamSpec
 from causvid_jax.parallel import flops
 from causvid_jax.parallel.mesh import mesh_sizes
 from causvid_jax.parallel.topology import Machine
 from causvid_jax.streaming.stream import passes_per_block
+from causvid_jax.training import optimizers
 
 EFFICIENCY = (0.35, 0.6)
 """Share of peak FLOP/s that well-sharded transformers of these sizes reach: pessimistic, optimistic."""
@@ -106,14 +107,15 @@ def param_bytes(spec: Any, mesh: Mapping[str, int], rules: ShardingRules, size: 
 
 
 @functools.cache
-def _sizes(net: TransformerConfig, axes: tuple[tuple[str, int], ...]) -> tuple[float, float, float]:
-    """Bytes on one device: all parameters, all layers whole along fsdp, the largest array."""
+def _sizes(net: TransformerConfig, axes: tuple[tuple[str, int], ...]) -> tuple[float, float, float, float]:
+    """Bytes on one device: all parameters, all layers whole along fsdp, the largest array, the layers' kernels."""
     spec, mesh = transformer.spec(net), dict(axes)
-    leaves = jax.tree.leaves(spec, is_leaf=lambda x: isinstance(x, ParamSpec))
+    leaves = jax.tree_util.tree_leaves_with_path(spec, is_leaf=lambda x: isinstance(x, ParamSpec))
     return (
         param_bytes(spec, mesh, net.rules),
         param_bytes(spec["blocks"], mesh | {"fsdp": 1}, net.rules),
-        max(param_bytes(leaf, mesh, net.rules) for leaf in leaves),
+        max(param_bytes(leaf, mesh, net.rules) for _, leaf in leaves),
+        param_bytes([leaf for path, leaf in leaves if optimizers.is_layer_kernel(path)], mesh, net.rules),
     )
 
 
@@ -127,7 +129,7 @@ class Network:
     def __init__(self, net: TransformerConfig, recipe: Recipe, mesh: _Mesh):
         self.net, self.mesh, self.recipe = net, mesh, recipe
         sizes = _sizes(dataclasses.replace(net, remat="none"), tuple(mesh.axes.items()))
-        self.params, self.layers_whole, self.largest = sizes
+        self.params, self.layers_whole, self.largest, self.kernels = sizes
         # The layer at work and the next one, in float32 as gathered and in the type of the matmuls.
         self.gathered = 2 * self.layers_whole / net.num_layers * (F32 + _item(net)) / F32
         self.frame = flops.tokens_per_frame(recipe, net) / mesh.context
@@ -190,13 +192,13 @@ class Network:
         return 3 * self.gather(), again * examples * self.exchanged(frames)
 
 
-def _moments(networks: list[Network], recipe: Recipe) -> tuple[dict[str, float], float]:
-    """Optimizer states: in the device's memory by part, and in the host's."""
-    moments = sum(2 * n.params for n in networks)
+def _moments(networks: list[tuple[Network, OptimizerConfig]], recipe: Recipe) -> tuple[dict[str, float], float]:
+    """Optimizer states: in the device's memory by part, and in the host's. Of the layers' kernels Muon keeps one."""
+    moments = sum(2 * n.params - (n.kernels if config.kind == "muon" else 0.0) for n, config in networks)
     if not recipe.parallel.offload_optimizer:
         return {"moments": moments}, 0.0
     # Fetched, renewed and sent back array by array: the old and the new one of both kinds.
-    return {"moments on their way": 4 * max(n.largest for n in networks)}, moments
+    return {"moments on their way": 4 * max(n.largest for n, _ in networks)}, moments
 
 
 def _times(mesh: _Mesh, work: flops.StepFlops, traffic_seconds: float, floor: float = 0.0) -> tuple[float, float]:
@@ -215,7 +217,7 @@ def _one_network(recipe: Recipe, stage: str, mesh: _Mesh) -> Estimate:
     role, config = (recipe.teacher, recipe.train_teacher) if stage == "teacher" else (recipe.student, recipe.train_init)
     net, frames = Network(role, recipe, mesh), recipe.video.latent_frames
     local = config.batch_size / mesh.ways / config.accumulate
-    moments, host = _moments([net], recipe)
+    moments, host = _moments([(net, config.optimizer)], recipe)
     parts = {
         "parameters": net.params,
         "running mean": net.params,
@@ -238,7 +240,7 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
     local = config.batch_size / mesh.ways / config.accumulate
     self_rollout = config.rollout == "self"
     blocks = len(recipe.causal.block_sizes(frames))
-    moments, host = _moments([student, fake], recipe)
+    moments, host = _moments([(student, config.optimizer), (fake, config.critic_optimizer)], recipe)
     critic = local * (fake.saved(frames) + fake.working(frames))
     if self_rollout:
         block = recipe.causal.frames_per_block

@@ -42,8 +42,17 @@ def optimizer_shardings(
         shardings = jax.tree.map(lambda s: s.with_memory_kind(HOST), shardings)
     whole = NamedSharding(mesh, PartitionSpec())
     state = jax.eval_shape(optimizer.init, params)
+
+    def masked(leaf: Any) -> bool:  # a parameter that another of an optimizer's parts takes care of
+        return isinstance(leaf, optax.MaskedNode)
+
     return optax.tree_map_params(
-        optimizer, lambda _, sharding: sharding, state, shardings, transform_non_params=lambda _: whole
+        optimizer,
+        lambda leaf, sharding: leaf if masked(leaf) else sharding,
+        state,
+        shardings,
+        transform_non_params=lambda _: whole,
+        is_leaf=masked,
     )
 
 

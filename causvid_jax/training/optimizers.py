@@ -1,26 +1,59 @@
 """optax optimizers from configuration."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from causvid_jax.config import OptimizerConfig
 
+MUON_MOMENTUM = 0.95
+MUON_RMS = 0.2
+"""Root mean square of an orthogonalised step of rate 1: about that of AdamW's, whose learning rates carry over."""
+
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW after global-norm clipping; linear warm-up, then constant or cosine to zero at ``steps``."""
+    """``config.kind`` after global-norm clipping; linear warm-up, then constant or cosine to zero at ``steps``.
+
+    ``"muon"`` (Jordan 2024; scaled as in arXiv 2502.16982, section 2.2) moves every kernel ``W [in, out]`` of the
+    layers, each layer's by itself, by ``-rate (0.2 sqrt(max(in, out)) O + weight_decay W)``: O is the Nesterov momentum
+    of its gradient with all singular values brought near 1, by five Newton-Schulz steps. Embeddings, head, norms,
+    biases and modulation take AdamW steps, whose mean looks ahead too (Nadam).
+    """
     if config.schedule == "cosine":
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, config.learning_rate, config.warmup_steps, max(steps, config.warmup_steps + 1)
         )
     else:
         schedule = optax.linear_schedule(0.0, config.learning_rate, max(config.warmup_steps, 1))
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
-    )
+    if config.kind == "muon":
+        method = optax.contrib.muon(
+            schedule,
+            beta=MUON_MOMENTUM,
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_weight_decay=config.weight_decay,
+            consistent_rms=MUON_RMS,
+            muon_weight_dimension_numbers=_layer_kernels,
+        )
+    else:
+        method = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), method)
+
+
+def is_layer_kernel(path: Sequence[Any]) -> bool:
+    """Whether the parameter at ``path`` (of JAX's tree keys) is a matrix of the layers of a transformer."""
+    return path[0].key == "blocks" and path[-1].key == "kernel"
+
+
+def _layer_kernels(params: Any) -> Any:
+    """For each parameter the axes of the matrix that it is, if it is a kernel of the layers; else None."""
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    return jax.tree_util.tree_map_with_path(lambda path, _: matrix if is_layer_kernel(path) else None, params)
 
 
 def frozen(optimizer: optax.GradientTransformation, groups: Collection[str]) -> optax.GradientTransformation:

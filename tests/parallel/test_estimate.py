@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from causvid_jax.config import ParallelConfig
+from causvid_jax.config import OptimizerConfig, ParallelConfig
 from causvid_jax.models import transformer
 from causvid_jax.parallel import aot, estimate, plans, shardings, topology
 from causvid_jax.parallel.mesh import make_mesh
@@ -72,6 +72,10 @@ def test_a_training_state_by_hand():
     offloaded = dataclasses.replace(recipe, parallel=ParallelConfig(fsdp=8, offload_optimizer=True))
     found = estimate.estimate(offloaded, "init", topology.parse("h100:8"))
     assert "moments" not in found.parts and found.host == pytest.approx(8 * count / 8, rel=1e-2)
+    muon = dataclasses.replace(recipe.train_init, optimizer=OptimizerConfig(kind="muon"))
+    less = estimate.estimate(dataclasses.replace(recipe, train_init=muon), "init", topology.parse("h100:8"))
+    kernels = 30 * (8 * 1536**2 + 2 * 1536 * 8960)  # q, k, v, o twice, and the MLP
+    assert less.parts["moments"] == pytest.approx((8 * count - 4 * kernels) / 8, rel=1e-2)
 
 
 def test_self_forcings_published_cost():

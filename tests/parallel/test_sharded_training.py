@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from causvid_jax.config import ParallelConfig, from_config_dict
+from causvid_jax.config import OptimizerConfig, ParallelConfig, from_config_dict
 from causvid_jax.data import arrays, digits
 from causvid_jax.models import transformer, vae
 from causvid_jax.training import checkpoint, stages
@@ -138,6 +138,19 @@ def test_sharded_step_equals_the_single_device_step(workdir, alone, name, mesh):
         if path.endswith("k/bias"):
             continue
         np.testing.assert_allclose(np.asarray(sharded), np.asarray(value), rtol=1e-5, atol=2e-5, err_msg=path)
+
+
+def test_muons_steps_on_matrices_that_are_split(workdir):
+    config = dataclasses.replace(RECIPE.train_teacher, optimizer=OptimizerConfig(kind="muon", warmup_steps=1))
+    recipe = dataclasses.replace(RECIPE, train_teacher=config)
+    expected, single = take_steps("teacher", recipe, workdir)
+    losses, state = take_steps("teacher", dataclasses.replace(recipe, parallel=MESHES["all"]), workdir)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    for path, value in store.flatten(state.params).items():
+        whole = np.asarray(store.flatten(single.params)[path])
+        np.testing.assert_allclose(np.asarray(value), whole, rtol=1e-5, atol=2e-5, err_msg=path)
+    layers = state.opt[1].inner_states["muon"].inner_state[0].mu["blocks"]
+    assert layers["ffn"]["fc1"]["kernel"].addressable_shards[0].data.shape == (2, 12, 16)
 
 
 def test_parameters_moments_and_ema_lie_where_the_rules_say(workdir):

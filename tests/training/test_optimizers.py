@@ -2,12 +2,13 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from causvid_jax.config import OptimizerConfig
-from causvid_jax.training.optimizers import frozen, make_optimizer
+from causvid_jax.training.optimizers import MUON_MOMENTUM, MUON_RMS, frozen, make_optimizer
 
 CONFIG = OptimizerConfig(learning_rate=0.1, warmup_steps=2, b1=0.9, b2=0.99, weight_decay=0.5, clip_norm=1.5)
 
@@ -50,3 +51,75 @@ def test_frozen_groups_stay_and_the_others_move_by_the_formulas(schedule):
         params = {name: {"w": params[name]["w"] + change[name]["w"]} for name in params}
     np.testing.assert_array_equal(params["encoder"]["w"], start["encoder"])
     np.testing.assert_allclose(params["decoder"]["w"], adamw(start["decoder"], gradients, config), rtol=2e-5)
+
+
+def nadamw(weights, gradients, config):
+    """AdamW whose mean looks a step ahead (Dozat 2016), which is what goes with Muon."""
+    mean = square = np.zeros_like(weights)
+    for step, (gradient, rate) in enumerate(zip(gradients, rates(config, len(gradients)), strict=True), 1):
+        mean = config.b1 * mean + (1 - config.b1) * gradient
+        square = config.b2 * square + (1 - config.b2) * gradient**2
+        ahead = config.b1 * mean / (1 - config.b1 ** (step + 1)) + (1 - config.b1) * gradient / (1 - config.b1**step)
+        change = ahead / (np.sqrt(square / (1 - config.b2**step)) + 1e-8)
+        weights = weights - rate * (change + config.weight_decay * weights)
+    return weights
+
+
+def toward_orthogonal(matrix):
+    """Five quintic Newton-Schulz steps, from the norm of Frobenius 1, by their formula (Jordan 2024)."""
+    x = matrix / (np.linalg.norm(matrix) + 1e-8)
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+    return x
+
+
+def muon(weights, gradients, config):
+    """Muon by its formulas, each matrix of ``weights [L, in, out]`` by itself; the clip counts all there is."""
+    mean, beta = np.zeros_like(weights), MUON_MOMENTUM
+    for step, (gradient, rate) in enumerate(zip(gradients, rates(config, len(gradients)), strict=True), 1):
+        mean = beta * mean + (1 - beta) * gradient
+        ahead = beta * mean / (1 - beta ** (step + 1)) + (1 - beta) * gradient / (1 - beta**step)
+        change = MUON_RMS * np.sqrt(max(weights.shape[1:])) * np.stack([toward_orthogonal(m) for m in ahead])
+        weights = weights - rate * (change + config.weight_decay * weights)
+    return weights
+
+
+def test_muon_turns_the_layers_kernels_and_leaves_the_rest_to_adamw():
+    config = dataclasses.replace(CONFIG, kind="muon", clip_norm=1e9)
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (2, 6, 4), "bias": (2, 4)}
+
+    def network(draw):
+        return {"blocks": {"ffn": {k: draw(s) for k, s in shapes.items()}}, "head": {"kernel": draw((4, 3))}}
+
+    def normal(shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    start, gradients = network(normal), [network(normal) for _ in range(5)]
+    optimizer = make_optimizer(config, len(gradients))
+    params, state = start, optimizer.init(start)
+    for gradient in gradients:
+        change, state = optimizer.update(gradient, state, params)
+        params = jax.tree.map(jnp.add, params, change)
+    expected = muon(
+        np.asarray(start["blocks"]["ffn"]["kernel"], np.float64),
+        [np.asarray(g["blocks"]["ffn"]["kernel"], np.float64) for g in gradients],
+        config,
+    )
+    np.testing.assert_allclose(params["blocks"]["ffn"]["kernel"], expected, rtol=1e-4, atol=1e-5)
+    for get in (lambda tree: tree["blocks"]["ffn"]["bias"], lambda tree: tree["head"]["kernel"]):
+        given = np.stack([np.asarray(get(g)) for g in gradients])
+        np.testing.assert_allclose(get(params), nadamw(np.asarray(get(start)), given, config), rtol=1e-4, atol=1e-5)
+
+
+def test_muon_steps_are_nearly_orthogonal_and_as_long_as_adamws():
+    config = OptimizerConfig(kind="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0, clip_norm=1e9)
+    gradient = jnp.asarray(np.random.default_rng(1).standard_normal((3, 64, 32)) * [[[5.0]], [[1.0]], [[1e-3]]])
+    params = {"blocks": {"q": {"kernel": jnp.zeros((3, 64, 32))}}}
+    optimizer = make_optimizer(config, 1)
+    _, state = optimizer.update({"blocks": {"q": {"kernel": gradient}}}, optimizer.init(params), params)
+    change, _ = optimizer.update({"blocks": {"q": {"kernel": gradient}}}, state, params)
+    change = np.asarray(change["blocks"]["q"]["kernel"])
+    assert np.sqrt((change**2).mean((1, 2))) == pytest.approx(MUON_RMS, rel=0.2)
+    lengths = np.linalg.svd(change, compute_uv=False) / (MUON_RMS * np.sqrt(64))
+    assert lengths.min() > 0.5 and lengths.max() < 1.3
