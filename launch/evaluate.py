@@ -1,6 +1,7 @@
 """Judge a recipe's clips: ``python -m launch.evaluate --config=configs/digits.py --output=report.json``.
 
 Writes the report as JSON, the same as Markdown tables (``.md``) and a contact sheet (``.png``) beside it.
+``--student_only`` leaves the teacher out, whose weights need not be at hand then.
 ``--train_judge`` trains the judge instead, on handwriting that neither the generators nor the real test clips show,
 and writes it to ``--judge``.
 """
@@ -11,7 +12,7 @@ import json
 import jax
 from absl import flags, logging
 
-from causvid_jax.config import Recipe
+from causvid_jax.config import ConfigError, Recipe, require
 from causvid_jax.data import encoder
 from causvid_jax.evaluation import judge as judging
 from causvid_jax.evaluation import judge_training, report, samplers, show
@@ -26,6 +27,9 @@ _STUDENT = flags.DEFINE_string(
     "student", None, "Student weights to judge instead of the recipe's, a .safetensors file."
 )
 _TEACHER = flags.DEFINE_string("teacher", None, "Teacher weights to judge instead of the recipe's.")
+_STUDENT_ONLY = flags.DEFINE_bool(
+    "student_only", False, "Leave the teacher out, and all that is measured against it; it takes most of the time."
+)
 _TRAIN_JUDGE = flags.DEFINE_bool("train_judge", False, "Train the judge and write it to --judge.")
 _JUDGE = flags.DEFINE_string("judge", str(judging.DEFAULT_PATH), "The judge's weights.")
 _PLAN = {
@@ -68,8 +72,17 @@ def evaluate(recipe: Recipe) -> None:
     plan = report.Plan(**{name: holder.value for name, holder in _PLAN.items()})
     trained = judging.load(recipe.data, _JUDGE.value)
     params, recipe = stages.load_decoders(recipe, _WORKDIR.value)
-    for role, stage, given in (("teacher", "teacher", _TEACHER.value), ("student", "distill", _STUDENT.value)):
-        path = given or stages.find(recipe.name, stage, _WORKDIR.value)
+    networks = [("student", "distill", _STUDENT.value)]
+    if _STUDENT_ONLY.value:
+        require(not _TEACHER.value, f"--teacher={_TEACHER.value} and --student_only are both given; leave one out")
+    else:
+        networks.append(("teacher", "teacher", _TEACHER.value))
+    for role, stage, given in networks:
+        try:
+            path = given or stages.find(recipe.name, stage, _WORKDIR.value)
+        except ConfigError as missing:
+            advice = "; --student_only needs none" if role == "teacher" else ""
+            raise ConfigError(f"{missing}{advice}") from None
         params[role] = stages.load_transformer(path, getattr(recipe, role), role)
         logging.info("%s: %s", role, path)
     made = samplers.make_samplers(

@@ -41,10 +41,11 @@ class Student(Protocol):
 @dataclasses.dataclass(frozen=True)
 class Samplers:
     """What makes clips. ``reconstruct`` passes uint8 clips ``[B, T, H, W, 3]`` through the VAE and back;
-    ``reconstruct_tiny`` back through the tiny decoder, where the student's streams are shown by that."""
+    ``reconstruct_tiny`` back through the tiny decoder, where the student's streams are shown by that. Without a
+    ``teacher`` the report has no row, no seconds and no ratio of one."""
 
     reconstruct: Callable[[np.ndarray], np.ndarray]
-    teacher: Teacher
+    teacher: Teacher | None
     student: Student
     reconstruct_tiny: Callable[[np.ndarray], np.ndarray] | None = None
 
@@ -213,6 +214,8 @@ def evaluate(
     """
     frames, latent = recipe.video.frames, recipe.video.latent_frames
     passes = _passes(recipe)
+    if samplers.teacher is None:
+        del passes["teacher"]
     cost = {name: float(latent * p["passes_per_frame"]) for name, p in passes.items()}
     starts = stream_starts(recipe, 1)
     require(len(starts) > 2, f"a clip of {latent} latent frames is a single block; there is no border to judge")
@@ -221,10 +224,10 @@ def evaluate(
     n_long, n_switch = plan.long_samples or plan.samples, plan.switch_samples or plan.samples
     prompts = held_out_prompts(recipe, max(plan.samples, n_long, n_switch), plan.seed)
     own = prompts[: plan.samples]
-    total = plan.samples * (cost["teacher"] + cost["student"])
+    total = plan.samples * sum(cost.values())
     total += cost["student"] * (plan.long_factor * n_long + 2 * n_switch)
     timing_work = 2 * plan.batch * (plan.repeats + 1)
-    total += timing_work * (cost["teacher"] + cost["student"])
+    total += timing_work * sum(cost.values())
     work = _Work(total, progress)
     work.add(0.0)
 
@@ -251,7 +254,8 @@ def evaluate(
     clips["vae"] = through(samplers.reconstruct, "VAE")
     if samplers.reconstruct_tiny:
         clips["taehv"] = through(samplers.reconstruct_tiny, "tiny decoder")
-    clips["teacher"] = own, batches("teacher", cost["teacher"], own, lambda p, i: samplers.teacher(p, plan.seed + i))
+    if teacher := samplers.teacher:
+        clips["teacher"] = own, batches("teacher", cost["teacher"], own, lambda p, i: teacher(p, plan.seed + i))
     clips["student"] = (
         own,
         batches("student", cost["student"], own, lambda p, i: samplers.student(p, plan.seed + i, frames=frames)),
@@ -356,9 +360,10 @@ def switch_report(
 def _timing(recipe, samplers, plan, prompts, done) -> dict[str, dict[str, float]]:
     batch = _slice(list(prompts), 0, plan.batch)
     calls = {
-        "teacher": lambda decode: samplers.teacher(batch, plan.seed, decode=decode),
         "student": lambda decode: samplers.student(batch, plan.seed, frames=recipe.video.frames, decode=decode),
     }
+    if samplers.teacher:
+        calls = {"teacher": lambda decode: samplers.teacher(batch, plan.seed, decode=decode)} | calls
     result: dict[str, dict[str, float]] = {}
     for name, call in calls.items():
         result[name] = {}
@@ -381,7 +386,8 @@ def machine() -> dict[str, Any]:
 
 
 def targets(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the digits recipe is to reach, each with the figure measured and whether it is met."""
+    """What the digits recipe is to reach, each with the figure measured and whether it is met; nothing that is
+    measured against the teacher where ``report`` has none."""
     scores, seconds, passes = report["scores"], report["seconds_per_clip"], report["passes"]
     result = []
 
@@ -393,15 +399,15 @@ def targets(report: dict[str, Any]) -> list[dict[str, Any]]:
     def share(part, whole):
         return part / whole if whole else float("nan")
 
-    for attribute in metrics.ATTRIBUTES:
-        add(f"teacher / real, {attribute}", share(scores["teacher"][attribute], scores["real"][attribute]), 0.95)
-    for attribute in metrics.ATTRIBUTES:
-        add(f"student / teacher, {attribute}", share(scores["student"][attribute], scores["teacher"][attribute]), 0.95)
-    ratio = passes["teacher"]["passes_per_frame"] / passes["student"]["passes_per_frame"]
-    add("network passes per frame, teacher / student", ratio, 20)
-    for key, words in (("with_decode", "with"), ("without_decode", "without")):
-        ratio = share(seconds["teacher"][key], seconds["student"][key])
-        add(f"seconds {words} decoding, teacher / student", ratio, 8)
+    if "teacher" in scores:
+        for part, whole in (("teacher", "real"), ("student", "teacher")):
+            for attribute in metrics.ATTRIBUTES:
+                add(f"{part} / {whole}, {attribute}", share(scores[part][attribute], scores[whole][attribute]), 0.95)
+        ratio = passes["teacher"]["passes_per_frame"] / passes["student"]["passes_per_frame"]
+        add("network passes per frame, teacher / student", ratio, 20)
+        for key, words in (("with_decode", "with"), ("without_decode", "without")):
+            ratio = share(seconds["teacher"][key], seconds["student"][key])
+            add(f"seconds {words} decoding, teacher / student", ratio, 8)
     for attribute in metrics.ATTRIBUTES:
         lost = scores["student"][attribute] - scores["long"][attribute]
         add(f"{attribute} lost at {report['plan']['long_factor']}x the length", lost, 0.05, at_least=False)

@@ -57,7 +57,7 @@ def make_samplers(
     """Samplers of trained networks.
 
     Args:
-      params: ``{"vae", "teacher", "student"}``, and ``"taehv"`` if that is the recipe's decoder.
+      params: ``{"vae", "student"}``, ``"teacher"`` if it is to be judged, ``"taehv"`` if that is the recipe's decoder.
       config: the recipe, with the statistics of the VAE's latents.
       prompt_encoder: of the prompts; a recipe of words needs none.
     """
@@ -108,4 +108,5 @@ def make_samplers(
         return np.concatenate(parts, axis=1)
 
     tiny = functools.partial(reconstruct, name="taehv") if config.decoder == "taehv" else None
-    return Samplers(reconstruct=reconstruct, teacher=teacher, student=student, reconstruct_tiny=tiny)
+    judged = teacher if "teacher" in params else None
+    return Samplers(reconstruct=reconstruct, teacher=judged, student=student, reconstruct_tiny=tiny)

@@ -45,6 +45,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             f"{seconds[name]['with_decode']:.3f} ({decoders[name]})",
         ]
         for name in ("teacher", "student")
+        if name in seconds
     ]
     header = ["cost of a clip", "network calls", "passes per frame", "seconds, latents", "seconds, frames (decoder)"]
     lines += _table(header, rows)

@@ -96,6 +96,20 @@ def test_targets_and_timing(result):
     assert {size for _, size, _ in result[1].calls} == {PLAN.batch}  # one batch size: one compilation
 
 
+def test_a_student_without_a_teacher(result):
+    """The same figures, and nothing of the teacher."""
+    fake = Fake()
+    samplers = report.Samplers(reconstruct=lambda video: video, teacher=None, student=fake.student)
+    alone = report.evaluate(RECIPE, judge.load(RECIPE.data), samplers, PLAN, progress=False)
+    scores, both = alone.report["scores"], result[0].report
+    assert scores == {name: row for name, row in both["scores"].items() if name not in ("teacher", "taehv")}
+    assert alone.report["switch"] == both["switch"]
+    assert list(alone.report["passes"]) == list(alone.report["seconds_per_clip"]) == ["student"]
+    assert alone.report["targets"] == [t for t in both["targets"] if "teacher" not in t["name"]]
+    assert {name for name, *_ in fake.calls} == {"student"} and "teacher" not in show.markdown(alone.report)
+    assert show.contact_sheet(alone.clips, examples=2, columns=5, scale=2).size[1] == 4 * (64 + 18)
+
+
 def test_streams_of_whole_blocks():
     """Ten clips of the prescribed geometry are 837 frames, and their last 81 have the borders of a clip."""
     starts = report.stream_starts(RECIPE, 10)

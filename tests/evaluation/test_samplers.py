@@ -101,6 +101,14 @@ def test_a_stream_is_shown_by_the_decoder_that_the_recipe_names(made):
     assert np.abs(again.astype(int) - expected).max() <= 1
 
 
+def test_without_a_teachers_weights_there_is_none_to_judge(made):
+    params = random_params()
+    del params["teacher"]
+    alone = samplers.make_samplers(params, RECIPE)
+    assert alone.teacher is None
+    np.testing.assert_array_equal(alone.student(PROMPTS, 0, frames=13), made.student(PROMPTS, 0, frames=13))
+
+
 def test_reconstruction_keeps_shape_and_range(made):
     video, _ = digits.sample_clip(np.random.default_rng(0), "test", RECIPE.data, RECIPE.video)
     again = made.reconstruct(np.stack([video, video[::-1]]))
