@@ -13,7 +13,7 @@ from causvid_jax.training import export
 from launch import common
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the recipe keeps its data, weights and logs.")
-_STAGE = flags.DEFINE_string("stage", None, "Whose checkpoint: vae, teacher, init or distill.")
+_STAGE = flags.DEFINE_string("stage", None, f"Whose checkpoint: {', '.join(export.AVERAGED)}.")
 _STEP = flags.DEFINE_integer("step", None, "Of which step; the newest by default.")
 _OUTPUT = flags.DEFINE_string("output", None, "The file to write, .safetensors.")
 
