@@ -69,14 +69,14 @@ def train_judge(recipe: Recipe) -> None:
 def evaluate(recipe: Recipe) -> None:
     """Measure, then write the report, its tables and the contact sheet."""
     output = common.check_output(_OUTPUT.value, (".json",))
-    plan = report.Plan(**{name: holder.value for name, holder in _PLAN.items()})
-    trained = judging.load(recipe.data, _JUDGE.value)
-    params, recipe = stages.load_decoders(recipe, _WORKDIR.value)
     networks = [("student", "distill", _STUDENT.value)]
     if _STUDENT_ONLY.value:
         require(not _TEACHER.value, f"--teacher={_TEACHER.value} and --student_only are both given; leave one out")
     else:
         networks.append(("teacher", "teacher", _TEACHER.value))
+    plan = report.Plan(**{name: holder.value for name, holder in _PLAN.items()})
+    trained = judging.load(recipe.data, _JUDGE.value)
+    params, recipe = stages.load_decoders(recipe, _WORKDIR.value)
     for role, stage, given in networks:
         try:
             path = given or stages.find(recipe.name, stage, _WORKDIR.value)

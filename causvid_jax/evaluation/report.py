@@ -359,11 +359,10 @@ def switch_report(
 
 def _timing(recipe, samplers, plan, prompts, done) -> dict[str, dict[str, float]]:
     batch = _slice(list(prompts), 0, plan.batch)
-    calls = {
-        "student": lambda decode: samplers.student(batch, plan.seed, frames=recipe.video.frames, decode=decode),
-    }
+    calls = {}
     if samplers.teacher:
-        calls = {"teacher": lambda decode: samplers.teacher(batch, plan.seed, decode=decode)} | calls
+        calls["teacher"] = lambda decode: samplers.teacher(batch, plan.seed, decode=decode)
+    calls["student"] = lambda decode: samplers.student(batch, plan.seed, frames=recipe.video.frames, decode=decode)
     result: dict[str, dict[str, float]] = {}
     for name, call in calls.items():
         result[name] = {}
