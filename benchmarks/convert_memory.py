@@ -20,8 +20,8 @@ import time
 import jax.numpy as jnp
 import numpy as np
 
+from causvid_jax.checkpoints import convert, files, layouts
 from causvid_jax.config import TransformerConfig
-from causvid_jax.weights import convert, files, layouts
 
 SIZES = {"1.3B": TransformerConfig(), "14B": TransformerConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)}
 GIB = 2**30

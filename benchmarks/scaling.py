@@ -1,8 +1,9 @@
 """docs/scaling.md: what every stage needs on every machine, how long it should take, and what a schedule should cost.
 
-``python benchmarks/scaling.py`` writes the file from shapes and published peaks (:mod:`causvid_jax.parallel.plans`) and
-from docs/scaling.json, which holds what was compiled. ``--compile ROW...`` compiles rows, one at a time in processes of
-their own, and adds each to that json as soon as it is done; a row that is there with the same settings is not compiled
+``python benchmarks/scaling.py`` writes the file from shapes and published peaks
+(:mod:`causvid_jax.analysis.mesh_search`) and from docs/scaling.json, which holds what was compiled.
+``--compile ROW...`` compiles rows, one at a time in processes of their own,
+and adds each to that json as soon as it is done; a row that is there with the same settings is not compiled
 again. Where a plan that should fit does not, the next one is compiled. ``--quick`` is that of ``launch.compile``. A row
 is named as the file names it (``1.3B/distill/v5e-16``) or by a pattern (``"1.3B/*/64 H100"``). That needs the compiler
 of the machine (extras ``tpu``, ``cuda12``).
@@ -20,8 +21,8 @@ import subprocess
 import sys
 import tempfile
 
+from causvid_jax.analysis import compile_report, flops, mesh_search, topology
 from causvid_jax.config import ParallelConfig, Recipe
-from causvid_jax.parallel import aot, flops, plans, topology
 from launch.common import load_recipe_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -62,8 +63,8 @@ class Row:
     recipe: str
     stage: str
     machine: str
-    plan: plans.Plan
-    report: aot.Report  # computed, or compiled where that was done
+    plan: mesh_search.Plan
+    report: compile_report.Report  # computed, or compiled where that was done
     refused: bool = False  # the compiler found no room for it, and gave no figures
 
     @property
@@ -87,23 +88,23 @@ def load(name: str) -> Recipe:
 def row_of(recipe: str, stage: str, name: str, compiled: dict[str, dict]) -> Row:
     """A cell, planned past what was found too large; with the compiler's figures of this plan where there are any."""
     machine, known = topology.parse(MACHINES[name]), compiled.get(f"{recipe}/{stage}/{name}", {})
-    plan = plans.plan(load(recipe), stage, machine, too_large=known.get("too_large", ()))
-    row = Row(recipe, stage, name, plan, aot.estimate_for(plan.recipe, stage, machine))
+    plan = mesh_search.plan(load(recipe), stage, machine, too_large=known.get("too_large", ()))
+    row = Row(recipe, stage, name, plan, compile_report.estimate_for(plan.recipe, stage, machine))
     if known.get("settings") != plan.settings(stage):
         return row
     found = known["report"]
-    return dataclasses.replace(row, **{"report": aot.Report(**found)} if found else {"refused": True})
+    return dataclasses.replace(row, **{"report": compile_report.Report(**found)} if found else {"refused": True})
 
 
 def rows(compiled: dict[str, dict]) -> list[Row]:
     """Every cell."""
-    return [row_of(*cell, compiled) for cell in itertools.product(RECIPES, aot.STAGES, MACHINES)]
+    return [row_of(*cell, compiled) for cell in itertools.product(RECIPES, compile_report.STAGES, MACHINES)]
 
 
 # ---- the file -------------------------------------------------------------------------------------------------------
 
 
-def _mesh(report: aot.Report) -> str:
+def _mesh(report: compile_report.Report) -> str:
     return " x ".join(f"{n} {s}" for n, s in report.mesh.items() if s > 1) or "-"
 
 
@@ -113,7 +114,7 @@ def _settings(row: Row) -> str:
         return f"{row.report.streams} streams" if row.report.streams > 1 else "1 stream"
     net = recipe.teacher if row.stage == "teacher" else recipe.student
     parts = [f"remat {net.remat}"]
-    accumulate = getattr(recipe, plans.TRAIN[row.stage]).accumulate
+    accumulate = getattr(recipe, mesh_search.TRAIN[row.stage]).accumulate
     parts += [f"accumulate {accumulate}"] if accumulate > 1 else []
     parts += ["moments on host"] if recipe.parallel.offload_optimizer else []
     return ", ".join(parts)
@@ -122,7 +123,7 @@ def _settings(row: Row) -> str:
 def _range(row: Row) -> tuple[str, str]:
     slow, fast = row.report.step_seconds
     return (
-        f"{aot.readable_seconds(fast)} - {aot.readable_seconds(slow)}",
+        f"{compile_report.readable_seconds(fast)} - {compile_report.readable_seconds(slow)}",
         f"{row.report.mfu[0]:.0%} - {row.report.mfu[1]:.0%}",
     )
 
@@ -165,7 +166,7 @@ def _pairs(recipe: Recipe, machine: topology.Machine, pairs: int, steps: int) ->
     frames = recipe.video.latent_frames
     one = flops.forward(recipe.teacher, frames, flops.tokens_per_frame(recipe, recipe.teacher), frames**2)
     ideal = pairs * steps * 2 * one / machine.chip.flops / 3600
-    low, high = aot.estimate.EFFICIENCY
+    low, high = compile_report.estimate.EFFICIENCY
     return ideal / high, ideal / low
 
 
@@ -187,7 +188,7 @@ def cost_table(made: list[Row], recipe: str) -> list[str]:
             hours = _hours(row.report.step_seconds, steps, machine.size)
             cells.append("{:,.0f} - {:,.0f}".format(*hours) if row.fits else "does not fit")
         row = found["distill", name]
-        slow, fast = (aot.readable_seconds(120 * s) for s in row.report.step_seconds)
+        slow, fast = (compile_report.readable_seconds(120 * s) for s in row.report.step_seconds)
         cells.append(f"{fast} - {slow}" if row.fits else "-")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
@@ -220,21 +221,21 @@ Written by `python benchmarks/scaling.py`. **Nothing here was measured on an acc
   4.66 in 24 (v5e-256), 29.5 in 81 s and 29.5 in 52 (1.3B distillation, 64 H100). Moments on the host of a GPU are taken
   off by their shapes. Of a TPU, arguments and temporaries may come to more than the peak and, in some rows, than the
   memory there is: the compiler, which refuses what does not fit, takes those.
-- *computed*: memory from shapes (`causvid_jax/parallel/estimate.py`): parameters, moments, mean, gradients, caches and
-  what layers keep are exact, the working set of the layer at work is a formula meant to err on the large side; such a
-  row is said to fit if it leaves a tenth of the memory free. One check: the 1.3B teacher on 4 chips of v5p (fsdp 4, 2
+- *computed*: memory from shapes (`causvid_jax/analysis/training_memory.py`): parameters, moments, mean, gradients,
+  caches and what layers keep are exact, the working set of the layer at work is a formula meant to err on the large
+  side; such a row is said to fit if it leaves a tenth of the memory free. One check: the 1.3B teacher on 4 chips of v5p (fsdp 4, 2
   clips a device, remat full) was compiled at 33.1 GiB, 195 s of processor time on a loaded machine and 1.9 GiB of its
   memory; computed it is CHECK GiB. *refused by the compiler*: it said that the program does not fit, without figures;
   those shown are computed.
-- *time* is a roofline. Work (FLOPs of the formulas in `causvid_jax/parallel/flops.py`, recomputation added) at 60% and
+- *time* is a roofline. Work (FLOPs of the formulas in `causvid_jax/analysis/flops.py`, recomputation added) at 60% and
   at 35% of the published bfloat16 peak; traffic between devices at the links' full rate, behind the work at the fast
   end and on top of it at the slow end. Traffic between a host and its devices is not counted. MFU is of model FLOPs.
 - Clips are 81 frames of 480 x 832, batches the published ones: 128 for init, 64 for DMD (one step is one *cycle*: five
   updates of the fake score and one of the student); 64 for the teacher, which the published recipes do not train.
   "1.3B by 14B" has a fake score of 1.3B, as Self-Forcing's.
-- Meshes and settings are what `causvid_jax/parallel/plans.py` finds fastest among those that fit by computation; where
-  one did not when it was compiled, the next. Moments go to the host only where nothing else fits. v5p-64 counts cores:
-  it has 32 chips.
+- Meshes and settings are what `causvid_jax/analysis/mesh_search.py` finds fastest among those that fit by computation;
+  where one did not when it was compiled, the next. Moments go to the host only where nothing else fits. v5p-64 counts
+  cores: it has 32 chips.
 - Streams run one on each `context x tensor` group; a block of three latent frames shows 12 frames.
 """
 
@@ -245,7 +246,7 @@ def document(made: list[Row]) -> str:
     known = dataclasses.replace(
         load_recipe_file(str(ROOT / RECIPES["1.3B"])), parallel=ParallelConfig(fsdp=4)
     )  # batch 8
-    check = aot.estimate_for(known, "teacher", topology.parse("v5p:2x2x1")).peak / topology.GIB
+    check = compile_report.estimate_for(known, "teacher", topology.parse("v5p:2x2x1")).peak / topology.GIB
     left = len(made) - compiled - refused
     lines = [
         HEAD.replace("CHECK", f"{check:.1f}"),
@@ -261,7 +262,7 @@ def document(made: list[Row]) -> str:
     lines += few_devices(made)
     for recipe, what in WHAT.items():
         lines += ["", f"## {what}"]
-        for stage in aot.STAGES:
+        for stage in compile_report.STAGES:
             lines += ["", f"### {what}: {stage}", "", *stage_table(made, recipe, stage)]
         lines += [
             "",

@@ -16,8 +16,9 @@ import zlib
 import jax
 import numpy as np
 
+from causvid_jax.analysis import sampling_memory
 from causvid_jax.models import transformer
-from causvid_jax.streaming import memory, play
+from causvid_jax.sampling import player
 from launch.common import load_recipe_file
 
 GIB = 2**30
@@ -61,16 +62,19 @@ def main() -> None:
     k = recipe.causal.frames_per_block
     latents = k * given.blocks
     frames = 1 + 4 * (latents - 1)
-    print(memory.describe(memory.plan(recipe, "student", batch=1, latents=latents, prompts=0)), flush=True)
+    print(
+        sampling_memory.describe(sampling_memory.plan(recipe, "student", batch=1, latents=latents, prompts=0)),
+        flush=True,
+    )
     begin, idle = time.perf_counter(), peak()
-    coder = memory.codec_shapes(recipe, encodes=False)
+    coder = sampling_memory.codec_shapes(recipe, encodes=False)
     params = random_arrays({"student": transformer.inference(recipe.student)}["student"])
     params = {"student": params, **{name: random_arrays(shapes) for name, shapes in coder.items()}}
     count = sum(leaf.size for leaf in jax.tree.leaves(params["student"]))
     print(f"{count:,} random parameters in {time.perf_counter() - begin:.0f} s", flush=True)
     text = np.random.default_rng(1).standard_normal((1, recipe.text.length, recipe.text.dim), np.float32)
-    timing, shown = play.Timing(), []
-    for block, clip in enumerate(play.play(params, text, config=recipe, frames=frames, timing=timing)):
+    timing, shown = player.Timing(), []
+    for block, clip in enumerate(player.play(params, text, config=recipe, frames=frames, timing=timing)):
         shown.append(clip)
         print(f"block {block}: {clip.shape[1]} frames, {timing.total:.1f} s; peak {peak() / GIB:.2f} GiB", flush=True)
     made = np.concatenate(shown, axis=1)

@@ -23,10 +23,9 @@ import numpy as np
 import torch
 from torch_network import Student, load_ours, rotary
 
-from causvid_jax.benchmarking import devices, plan, results
+from causvid_jax.analysis import bench_plan, bench_results, devices, flops
 from causvid_jax.config import CausalConfig, ConfigError, Recipe, TransformerConfig, require
 from causvid_jax.diffusion import flow
-from causvid_jax.parallel import flops
 from launch import common
 
 BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
@@ -115,12 +114,12 @@ def measure(recipe: Recipe, given: argparse.Namespace, device: torch.device) -> 
     stream, lines = sampler.stream, []
     tokens, k = flops.tokens_per_frame(recipe, recipe.student), recipe.causal.frames_per_block
     latents = torch.randn(sampler.shape, device=device)
-    steps, found = len(sampler.table), plan.lengths(recipe)
+    steps, found = len(sampler.table), bench_plan.lengths(recipe)
 
     def add(what, seen, seconds, passes, parts=1, fps=None):
         p50, p99 = (float(np.percentile(seconds, p)) * 1e3 / parts for p in (50, 99))
         one = flops.forward(recipe.student, k, tokens, k * seen, text=False) / 1e12
-        lines.append(results.Line(what, seen, "none", p50, p99, len(seconds), passes * one, fps))
+        lines.append(bench_results.Line(what, seen, "none", p50, p99, len(seconds), passes * one, fps))
 
     for start, seen in found if given.lengths else found[-1:]:
         stream.position = start
@@ -140,7 +139,7 @@ def measure(recipe: Recipe, given: argparse.Namespace, device: torch.device) -> 
     add(
         "block, steady", found[-1][1], seconds, steps + recipe.causal.clean_write, fps=4 * k / float(np.median(seconds))
     )
-    words = plan.settings(recipe, plan.Plan())
+    words = bench_plan.settings(recipe, bench_plan.Plan())
     how = f"torch.compile {given.mode}" if given.compile else "eager"
     words["attention"] = f"SDPA {given.attention}, {how}"
     on_gpu = device.type == "cuda"
@@ -163,7 +162,7 @@ def measure(recipe: Recipe, given: argparse.Namespace, device: torch.device) -> 
         "peak": why,
         "compile_seconds": time.perf_counter() - begin - sum(x.p50_ms * x.calls for x in lines) / 1e3,
         "memory": {"of": "device" if on_gpu else "process", "bytes": {"student": int(held)}},
-        "lines": [results.line(item, words, peak) for item in lines],
+        "lines": [bench_results.line(item, words, peak) for item in lines],
         "notes": ["Keys are stored rotated, attention runs over the slots in use, the residual stream is in bfloat16."],
     }
 
@@ -252,12 +251,12 @@ def main() -> None:
                 "this sampler knows neither a sink nor an independent first frame; set causal.sink=0 and "
                 "causal.independent_first_frame=False",
             )
-            plan.Plan(given.repeats)
+            bench_plan.Plan(given.repeats)
         except ConfigError as error:
             raise SystemExit(f"error: {error}") from None
         with kernels(given.attention):
             report = measure(recipe, given, torch.device(given.device))
-    text = results.markdown(report)
+    text = bench_results.markdown(report)
     output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     output.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

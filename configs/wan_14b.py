@@ -8,7 +8,7 @@ image branch.
 import ml_collections
 
 from causvid_jax.config import require
-from causvid_jax.data.prompts import NEGATIVE_PROMPT_IMAGE
+from causvid_jax.text.tokenizer import NEGATIVE_PROMPT_IMAGE
 from configs import wan_1_3b
 
 SIZES = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}

@@ -7,8 +7,8 @@ on 5 beside a teacher on 8). ``launch.convert`` brings the teacher, the VAE and 
 
 import ml_collections
 
-from causvid_jax.data.prompts import NEGATIVE_PROMPT
 from causvid_jax.models.vae import WAN_LATENT_MEAN, WAN_LATENT_STD
+from causvid_jax.text.tokenizer import NEGATIVE_PROMPT
 
 SIZES = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}
 GUIDANCE = 6.0

@@ -13,7 +13,7 @@ shapes. The status is 1 if the program does not fit; then it is said what should
 
 lowers the streaming sampler for one device of a platform (cpu, cuda, tpu), at the recipe's size and ``--batch`` videos
 at once, and writes it to a file that ``launch.sample --program`` loads without tracing the model
-(``causvid_jax.streaming.programs``). The device need not be there, but cuDNN has to be, if it is the attention.
+(``causvid_jax.sampling.exported``). The device need not be there, but cuDNN has to be, if it is the attention.
 """
 
 import dataclasses
@@ -47,10 +47,10 @@ def main() -> None:
     """Check the flags, compile, report."""
     recipe = common.load_recipe(_CONFIG)
     # After the flags: whoever mistypes one should not wait for libtpu.
-    from causvid_jax.parallel import aot, topology
+    from causvid_jax.analysis import compile_report, topology
 
     stage, name = _STAGE.value or "", _TOPOLOGY.value or ""
-    require(stage in aot.STAGES, f"--stage is {stage!r}; accepted: {', '.join(aot.STAGES)}")
+    require(stage in compile_report.STAGES, f"--stage is {stage!r}; accepted: {', '.join(compile_report.STAGES)}")
     if _PLATFORM.value is not None:
         require(name == "", "--platform and --topology are both given; accepted: one of them")
         build(recipe, stage, _PLATFORM.value)
@@ -61,16 +61,16 @@ def main() -> None:
     recipe = with_mesh(recipe, stage, machine)
     try:
         if _ESTIMATE.value:
-            report = aot.estimate_for(recipe, stage, machine)
+            report = compile_report.estimate_for(recipe, stage, machine)
         else:
-            report = aot.compile_for(recipe, stage, topology.describe(name), quick=_QUICK.value)
+            report = compile_report.compile_for(recipe, stage, topology.describe(name), quick=_QUICK.value)
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = " ".join(str(error).split())
         print(f"does not fit {name}: {reason[:400]}\n{advice(recipe, stage, machine)}", file=sys.stderr)
         sys.exit(TOO_LARGE)
-    print(aot.table(report))
+    print(compile_report.table(report))
     if output:
         output.write_text(json.dumps(dataclasses.asdict(report), indent=1))
     if not report.fits:
@@ -80,11 +80,11 @@ def main() -> None:
 
 def with_mesh(recipe, stage, machine):
     """The recipe as it is if it has a mesh, or the machine needs none; else as it should be fastest there."""
-    from causvid_jax.parallel import plans
+    from causvid_jax.analysis import mesh_search
 
-    if recipe.parallel != plans.without_mesh(recipe.parallel) or machine.size == 1:
+    if recipe.parallel != mesh_search.without_mesh(recipe.parallel) or machine.size == 1:
         return recipe
-    best = plans.plan(recipe, stage, machine)
+    best = mesh_search.plan(recipe, stage, machine)
     how = "the fastest that should fit" if best.fits else "the one that needs least memory"
     print(f"no mesh was given; of those of {machine.name} {how}, computed: {best.settings(stage)}")
     return best.recipe
@@ -92,29 +92,30 @@ def with_mesh(recipe, stage, machine):
 
 def build(recipe, stage, platform) -> None:
     """Lower the stream's programs and write them."""
-    from causvid_jax.models import numerics
-    from causvid_jax.streaming import programs
-    from causvid_jax.weights import files, stages
+    from causvid_jax.checkpoints import files, workdir
+    from causvid_jax.models import precision
+    from causvid_jax.sampling import exported
 
     require(stage == "stream", f"--stage is {stage!r}; accepted with --platform: 'stream'")
-    output = common.check_output(_OUTPUT.value, (programs.SUFFIX,))
+    output = common.check_output(_OUTPUT.value, (exported.SUFFIX,))
     if _EXACT.value:
-        recipe = numerics.exact(recipe, teacher=False)
+        recipe = precision.exact(recipe, teacher=False)
     if recipe.decoder == "vae":
-        recipe = dataclasses.replace(recipe, vae=stages.find_statistics(recipe.name, recipe.vae, _CHECKPOINT.value))
-    header, made = programs.build(recipe, platform, batch=_BATCH.value)
-    programs.save(output, header, made)
-    print(programs.describe(header, made))
+        recipe = dataclasses.replace(recipe, vae=workdir.find_statistics(recipe.name, recipe.vae, _CHECKPOINT.value))
+    header, made = exported.build(recipe, platform, batch=_BATCH.value)
+    exported.save(output, header, made)
+    print(exported.describe(header, made))
     print(f"Wrote {output}, {files.in_words(output.stat().st_size)}")
 
 
 def advice(recipe, stage, machine) -> str:
     """What would make a program fit: other settings that should, by computation, or what else there is to change."""
-    from causvid_jax.parallel import aot, plans
+    from causvid_jax.analysis import compile_report, mesh_search
 
-    tried = plans.settings(recipe, recipe, stage)
-    best = plans.plan(recipe, stage, machine, too_large=(tried,))
-    needs = f"{aot.readable_bytes(best.estimate.memory)} of {aot.readable_bytes(best.limit)} a device, computed"
+    tried = mesh_search.settings(recipe, recipe, stage)
+    best = mesh_search.plan(recipe, stage, machine, too_large=(tried,))
+    size = compile_report.readable_bytes
+    needs = f"{size(best.estimate.memory)} of {size(best.limit)} a device, computed"
     if best.fits:
         return f"what should make it fit ({needs}): {best.settings(stage)}"
     mesh = recipe.parallel

@@ -24,8 +24,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from absl import flags
 
+from causvid_jax.checkpoints import convert, exports, files, layouts, lora, pickles, sources, workdir
 from causvid_jax.config import ConfigError, require
-from causvid_jax.weights import convert, exports, files, layouts, lora, pickles, sources, stages
 from launch import common
 
 _INPUT = flags.DEFINE_string("input", None, "The checkpoint: a file or a folder.")
@@ -98,12 +98,12 @@ def tokenizer(plans: Collection[convert.Plan], path: str, output: str, naming: s
     if not found:
         print(f"No tokenizer.json is near {path}: put the one of google/umt5-xxl beside the text encoder.")
     if ours:
-        return {stages.TOKENIZER: found["tokenizer.json"]} if found else {}
+        return {workdir.TOKENIZER: found["tokenizer.json"]} if found else {}
     return {f"{exports.TOKENIZERS[naming]}/{name}": file for name, file in found.items()}
 
 
 def places(plans: Mapping[str, convert.Plan], output: str, naming: str, stage: str | None) -> dict[str, convert.Plan]:
-    """Each plan's place under ``output``, as :func:`causvid_jax.weights.convert.run` takes them."""
+    """Each plan's place under ``output``, as :func:`causvid_jax.checkpoints.convert.run` takes them."""
     suffix = pathlib.Path(output).suffix
     require(
         suffix not in pickles.SUFFIXES, f"--output is {output!r}, a pickle; accepted: a .safetensors file, a folder"
@@ -125,9 +125,9 @@ def places(plans: Mapping[str, convert.Plan], output: str, naming: str, stage: s
             where = "." if component == "transformer" else f"{exports.file_stem(component, naming)}.safetensors"
         elif component == "transformer":
             student = plan.source.part.split(".")[-1].startswith("generator")
-            where = stages.place(stage or ("distill" if student else "teacher"))
+            where = workdir.place(stage or ("distill" if student else "teacher"))
         else:
-            where = stages.place(component)
+            where = workdir.place(component)
         placed[where] = plan
     return placed
 

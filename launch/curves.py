@@ -3,7 +3,7 @@
 from absl import flags
 
 from causvid_jax.config import require
-from causvid_jax.evaluation import curves
+from causvid_jax.training import curves
 from launch import common
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the stages were trained.")

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from causvid_jax import video
+from causvid_jax import media
+from causvid_jax.checkpoints import workdir as stages
 from causvid_jax.config import Recipe, require
-from causvid_jax.data import encoder
-from causvid_jax.evaluation import samplers, show
+from causvid_jax.evaluation import contact_sheet
 from causvid_jax.models import vae
-from causvid_jax.streaming import stream
-from causvid_jax.weights import stages
+from causvid_jax.sampling import batch, stream
+from causvid_jax.text import encoder
 from launch import common
 
 _CONFIG = common.define_config_flag()
@@ -64,7 +64,7 @@ def blocks_of(params: Params, recipe: Recipe, prompts: Sequence[str], seed: int,
         if i and turn != (i - 1) * len(prompts) // blocks:
             state = stream.change_prompt(params, state, rows_of(prompts[turn : turn + 1], recipe), **config)
         _, frames, state = stream.next_frames(params, state, **config)
-        yield video.to_uint8(frames)[0, stream.LEAD if i == 0 else 0 :]
+        yield media.to_uint8(frames)[0, stream.LEAD if i == 0 else 0 :]
 
 
 def show_stream(params: Params, recipe: Recipe, prompts: Sequence[str], blocks: int, output: pathlib.Path) -> None:
@@ -73,8 +73,8 @@ def show_stream(params: Params, recipe: Recipe, prompts: Sequence[str], blocks: 
     start, times, frames = time.perf_counter(), [], 0
     with contextlib.ExitStack() as files:
         out = [
-            files.enter_context(video.VideoWriter(output / f"stream{suffix}", recipe.video.fps, _UPSCALE.value))
-            for suffix in video.SUFFIXES
+            files.enter_context(media.VideoWriter(output / f"stream{suffix}", recipe.video.fps, _UPSCALE.value))
+            for suffix in media.SUFFIXES
         ]
         for part in blocks_of(params, recipe, prompts, _SEED.value, blocks):
             times.append(time.perf_counter() - start)
@@ -97,10 +97,10 @@ def compare(params: Params, recipe: Recipe, prompts: Sequence[str], output: path
     blocks = len(recipe.causal.block_sizes(recipe.video.latent_frames))
 
     def teacher(prompt: str, seed: int) -> np.ndarray:
-        latents = samplers.teacher_latents(
+        latents = batch.teacher_latents(
             params["teacher"], rows_of([prompt], recipe), null, jnp.asarray([seed], jnp.uint32), config=recipe
         )
-        return video.to_uint8(decode(params["vae"], latents, config=recipe.vae))[0]
+        return media.to_uint8(decode(params["vae"], latents, config=recipe.vae))[0]
 
     def student(prompt: str, seed: int) -> np.ndarray:
         return np.concatenate(list(blocks_of(params, recipe, [prompt], seed, blocks)))
@@ -114,11 +114,11 @@ def compare(params: Params, recipe: Recipe, prompts: Sequence[str], output: path
         seconds[name] = (time.perf_counter() - start) / len(prompts)
         print(f"  {seconds[name]:.2f} s per clip", flush=True)
     print(f"The student takes {seconds['teacher'] / seconds['student']:.1f} times less time.", flush=True)
-    sheet = show.contact_sheet(clips, examples=len(prompts), columns=7)
+    sheet = contact_sheet.contact_sheet(clips, examples=len(prompts), columns=7)
     sheet.save(output / "comparison.png")
     grid = np.concatenate([np.concatenate(list(clips[name][1]), axis=2) for name in clips], axis=1)
-    for suffix in video.SUFFIXES:
-        video.write_video(output / f"comparison{suffix}", grid, recipe.video.fps, _UPSCALE.value)
+    for suffix in media.SUFFIXES:
+        media.write_video(output / f"comparison{suffix}", grid, recipe.video.fps, _UPSCALE.value)
 
 
 def main() -> None:
@@ -128,8 +128,8 @@ def main() -> None:
     prompts, output = _PROMPT.value, pathlib.Path(_OUTPUT.value)
     require(_SECONDS.value > 0, f"--seconds is {_SECONDS.value:g}; it must be positive")
     rows_of(prompts, recipe)
-    for suffix in video.SUFFIXES:
-        video.check_output(output / f"stream{suffix}")
+    for suffix in media.SUFFIXES:
+        media.check_output(output / f"stream{suffix}")
     params, recipe = load(recipe, _WORKDIR.value)
     common.enable_compilation_cache()
     per_block = recipe.causal.frames_per_block * vae.time_factor(recipe.vae)

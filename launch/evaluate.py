@@ -12,12 +12,13 @@ import json
 import jax
 from absl import flags, logging
 
+from causvid_jax.checkpoints import workdir
 from causvid_jax.config import ConfigError, Recipe, require
-from causvid_jax.data import encoder
-from causvid_jax.evaluation import judge as judging
-from causvid_jax.evaluation import judge_training, report, samplers, show
+from causvid_jax.evaluation import classifier as judging
+from causvid_jax.evaluation import contact_sheet, report, train_classifier
+from causvid_jax.sampling import batch
+from causvid_jax.text import encoder
 from causvid_jax.training.progress import Progress
-from causvid_jax.weights import stages
 from launch import common
 
 _CONFIG = common.define_config_flag()
@@ -54,15 +55,15 @@ _PLAN = {
 def train_judge(recipe: Recipe) -> None:
     """Train and write the judge, and say how well it reads every split of the handwriting."""
     path = common.check_output(_JUDGE.value, (".safetensors",), "judge")
-    progress = Progress("judge", judge_training.STEPS)
-    trained = judge_training.train(
+    progress = Progress("judge", train_classifier.STEPS)
+    trained = train_classifier.train(
         recipe.data, recipe.video, log=lambda step, loss: progress.update(step, {"loss": loss})
     )
     progress.close()
     judging.save(path, trained)
     trained = judging.load(recipe.data, path)
     for split in ("test", "train", "judge"):
-        scores = judge_training.accuracy(trained, recipe.data, recipe.video, split)
+        scores = train_classifier.accuracy(trained, recipe.data, recipe.video, split)
         print(f"{split} handwriting: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
 
 
@@ -76,25 +77,25 @@ def evaluate(recipe: Recipe) -> None:
         networks.append(("teacher", "teacher", _TEACHER.value))
     plan = report.Plan(**{name: holder.value for name, holder in _PLAN.items()})
     trained = judging.load(recipe.data, _JUDGE.value)
-    params, recipe = stages.load_decoders(recipe, _WORKDIR.value)
+    params, recipe = workdir.load_decoders(recipe, _WORKDIR.value)
     for role, stage, given in networks:
         try:
-            path = given or stages.find(recipe.name, stage, _WORKDIR.value)
+            path = given or workdir.find(recipe.name, stage, _WORKDIR.value)
         except ConfigError as missing:
             advice = "; --student_only needs none" if role == "teacher" else ""
             raise ConfigError(f"{missing}{advice}") from None
-        params[role] = stages.load_transformer(path, getattr(recipe, role), role)
+        params[role] = workdir.load_transformer(path, getattr(recipe, role), role)
         logging.info("%s: %s", role, path)
-    made = samplers.make_samplers(
+    made = batch.make_samplers(
         jax.tree.map(jax.numpy.asarray, params),
         recipe,
         prompt_encoder=encoder.open_encoder(recipe, _WORKDIR.value),
     )
     result = report.evaluate(recipe, trained, made, plan)
     output.write_text(json.dumps(result.report, indent=1) + "\n", encoding="utf-8")
-    output.with_suffix(".md").write_text(show.markdown(result.report), encoding="utf-8")
-    show.contact_sheet(result.clips).save(output.with_suffix(".png"), optimize=True)
-    print(show.markdown(result.report))
+    output.with_suffix(".md").write_text(contact_sheet.markdown(result.report), encoding="utf-8")
+    contact_sheet.contact_sheet(result.clips).save(output.with_suffix(".png"), optimize=True)
+    print(contact_sheet.markdown(result.report))
 
 
 def main() -> None:

@@ -18,11 +18,12 @@ from typing import Any
 import jax
 from absl import flags, logging
 
+from causvid_jax.checkpoints import workdir as stages
 from causvid_jax.config import ConfigError, Recipe, require
-from causvid_jax.data import arrays, captions, derived, encoder, moving_digits, pipeline, videos
-from causvid_jax.data import recipe as recipe_data
-from causvid_jax.parallel import hosts
-from causvid_jax.weights import stages
+from causvid_jax.data import arrays, captions, generate, moving_digits, pipeline, videos
+from causvid_jax.data import sources as recipe_data
+from causvid_jax.distributed import collectives
+from causvid_jax.text import encoder
 from launch import common, processes
 
 _CONFIG = common.define_config_flag()
@@ -60,7 +61,7 @@ def latents(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     name = moving_digits.MovingDigitsConfig.of(recipe.data, recipe.video).name
     folder = recipe_data.folder(workdir, recipe_data.LATENTS)
     before = arrays.is_complete(folder)
-    derived.write_latents(folder, clips, params, config, clips=name, count=count, **_host())
+    generate.write_latents(folder, clips, params, config, clips=name, count=count, **_host())
     return _summary(folder, before)
 
 
@@ -108,7 +109,7 @@ def prompts(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
         raise ConfigError("no --prompts is given and data.prompt_file is empty; --stage=prompts needs a list of them")
     folder = recipe_data.folder(workdir, recipe_data.PROMPTS)
     before = arrays.is_complete(folder)
-    derived.write_prompts(folder, recipe, chosen[: count or len(chosen)], prompt_encoder=reader, **_host())
+    generate.write_prompts(folder, recipe, chosen[: count or len(chosen)], prompt_encoder=reader, **_host())
     return _summary(folder, before)
 
 
@@ -118,11 +119,11 @@ def trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
         return _causal_trajectories(recipe, workdir, count)
     params = stages.load_transformer(stages.find(recipe.name, "teacher", workdir), recipe.teacher, "teacher")
     known = _prompt_list(recipe) or recipe_data.prompts(recipe, workdir)
-    chosen = derived.prompt_sequence(known, count or recipe.train_init.trajectories, recipe.data.seed)
+    chosen = generate.prompt_sequence(known, count or recipe.train_init.trajectories, recipe.data.seed)
     folder = recipe_data.folder(workdir, recipe_data.TRAJECTORIES)
     before = arrays.is_complete(folder)
     reader = encoder.open_encoder(recipe, workdir, compute=False)
-    derived.write_trajectories(
+    generate.write_trajectories(
         folder, params, recipe, chosen, seed=recipe.train_init.seed, prompt_encoder=reader, **_host()
     )
     return _summary(folder, before)
@@ -134,9 +135,9 @@ def _causal_trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> s
     given = recipe_data.folder(workdir, recipe_data.LATENTS)
     clips, lines = arrays.source(given), []
     for frames, number in ((0, recipe.train_init.trajectories), *recipe.train_init.short):
-        folder = derived.causal_folder(workdir, frames)
+        folder = generate.causal_folder(workdir, frames)
         before = arrays.is_complete(folder)
-        derived.write_causal_trajectories(
+        generate.write_causal_trajectories(
             folder,
             params,
             dataclasses.replace(recipe, vae=coder),
@@ -165,10 +166,12 @@ def streams(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     reader = encoder.open_encoder(recipe, workdir, compute=False)
     lines, first = [], 0
     for clips, number in recipe.train_taehv.streams:
-        chosen = derived.prompt_sequence(known, count or number, recipe.data.seed + clips)
-        folder = derived.streams_folder(workdir, clips)
+        chosen = generate.prompt_sequence(known, count or number, recipe.data.seed + clips)
+        folder = generate.streams_folder(workdir, clips)
         before = arrays.is_complete(folder)
-        derived.write_streams(folder, params, recipe, chosen, clips=clips, seed=first, prompt_encoder=reader, **_host())
+        generate.write_streams(
+            folder, params, recipe, chosen, clips=clips, seed=first, prompt_encoder=reader, **_host()
+        )
         lines.append(_summary(folder, before))
         first += number
     return "\n".join(lines)
@@ -199,7 +202,7 @@ def _prompt_list(recipe: Recipe) -> list[str] | None:
 def _fill(reader: encoder.Encoder, wanted: list[str]) -> None:
     """Encode the captions that are ``wanted``, each process its share; machines that do not know each other, all."""
     encoder.fill(reader, wanted[jax.process_index() :: jax.process_count()])
-    hosts.sync("captions encoded")
+    collectives.sync("captions encoded")
 
 
 def _host() -> dict[str, int]:
@@ -221,7 +224,7 @@ def _host() -> dict[str, int]:
 
 
 def _summary(folder: pathlib.Path, before: bool) -> str:
-    hosts.sync(f"{folder.name} written")
+    collectives.sync(f"{folder.name} written")
     if not arrays.is_complete(folder):
         return f"{folder}: this process is done, others are not; the last one to end finishes the dataset"
     done = "was complete already, nothing to do: " if before else ""
@@ -257,13 +260,13 @@ def main() -> None:
             logging.info("%d process(es), %d device(s) here", jax.process_count(), jax.local_device_count())
         # These two are no work to share: one process does it, the others find it done.
         others_wait = many and stage in ("data", "assets")
-        if others_wait and not hosts.first():
-            hosts.sync(stage)
+        if others_wait and not collectives.first():
+            collectives.sync(stage)
             return
         said = STAGES[stage](recipe, folder, count)
         if others_wait:
-            hosts.sync(stage)
-        if not many or hosts.first():
+            collectives.sync(stage)
+        if not many or collectives.first():
             print(said)
 
 

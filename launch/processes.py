@@ -13,7 +13,7 @@ import jax
 from absl import flags, logging
 
 from causvid_jax.config import require
-from causvid_jax.parallel import hosts, start
+from causvid_jax.distributed import collectives, initialize
 
 
 def define_flags() -> None:
@@ -21,7 +21,7 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, if the processes cannot find each other.")
     flags.DEFINE_integer("processes", 0, "How many processes there are, with --coordinator.")
     flags.DEFINE_integer("process", -1, "The number of this one, from 0, with --coordinator.")
-    flags.DEFINE_float("wait", start.WAIT, "Seconds for which the other processes are waited for.")
+    flags.DEFINE_float("wait", initialize.WAIT, "Seconds for which the other processes are waited for.")
 
 
 @contextlib.contextmanager
@@ -29,17 +29,17 @@ def joined() -> Iterator[bool]:
     """Join the other processes, before anything touches a device, for what is done together; whether there are any.
 
     Raises:
-        ConfigError: see :mod:`causvid_jax.parallel.start`.
+        ConfigError: see :mod:`causvid_jax.distributed.initialize`.
     """
     given = flags.FLAGS
     require(given.wait > 0, f"--wait is {given.wait:g} seconds; it must be positive")
-    address = start.find(given.coordinator, given.processes, given.process, wait=given.wait)
-    watch = start.join(address, wait=given.wait)
+    address = initialize.find(given.coordinator, given.processes, given.process, wait=given.wait)
+    watch = initialize.join(address, wait=given.wait)
     if address is not None:
         logging.info("Process %d of %d, coordinator %s.", address.process_id, address.processes, address.coordinator)
-        if not hosts.first():
+        if not collectives.first():
             logging.set_verbosity(logging.WARNING)
-    with start.together(watch):
+    with initialize.together(watch):
         yield watch is not None
 
 
@@ -50,8 +50,8 @@ def check(arguments: dict[str, Any], workdir: pathlib.Path) -> None:
         ConfigError: naming what differs.
     """
     versions = {"jax": jax.__version__, "causvid_jax": _version()}
-    start.check_same({**arguments, "versions": versions})
-    start.check_shared(workdir)
+    initialize.check_same({**arguments, "versions": versions})
+    initialize.check_shared(workdir)
 
 
 def _version() -> str:

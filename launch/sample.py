@@ -17,7 +17,7 @@ With published weights: ``--config=configs/wan_1_3b.py --checkpoint=DIR``, DIR b
 
 ``--program=FILE`` runs what ``launch.compile --platform`` built of the same recipe instead of tracing the model. What
 the device has to hold, and when, is printed before anything is loaded. ``--exact`` follows the published code's
-numerics (``causvid_jax.models.numerics``).
+numerics (``causvid_jax.models.precision``).
 """
 
 import contextlib
@@ -33,13 +33,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from causvid_jax import video as files
+from causvid_jax import media as files
+from causvid_jax.analysis import sampling_memory
+from causvid_jax.checkpoints import store
+from causvid_jax.checkpoints import workdir as stages
 from causvid_jax.config import CLIPConfig, ConfigError, Recipe, VideoConfig, require
-from causvid_jax.data import encoder
-from causvid_jax.evaluation import samplers
-from causvid_jax.models import numerics, transformer, vae
-from causvid_jax.streaming import codec, image_to_video, memory, play, programs, stream
-from causvid_jax.weights import stages, store
+from causvid_jax.models import decoder, precision, transformer, vae
+from causvid_jax.sampling import batch, exported, image_to_video, player, stream
+from causvid_jax.text import encoder
 from launch import common
 
 _CONFIG = common.define_config_flag()
@@ -82,13 +83,14 @@ def parse_switches(values: Sequence[str], frames: int, recipe: Recipe) -> dict[i
         )
         frame = int(number)
         require(0 < frame < frames, f"--switch is at frame {frame}; accepted: 1 to {frames - 1}")
-        block = play.block_of(frame, recipe)
+        block = player.block_of(frame, recipe)
         require(
             block > 0,
-            f"--switch is at frame {frame}, in the first block; accepted: from frame {play.first_frame(1, recipe)} on",
+            f"--switch is at frame {frame}, in the first block; accepted: from frame "
+            f"{player.first_frame(1, recipe)} on",
         )
         require(block not in switches, f"two --switch fall into the block that holds frame {frame}; give one")
-        switches[block] = play.first_frame(block, recipe), prompt.strip()
+        switches[block] = player.first_frame(block, recipe), prompt.strip()
     return switches
 
 
@@ -156,7 +158,7 @@ class Request:
     video: np.ndarray | None
     encoder: encoder.Encoder
     weights: dict[str, pathlib.Path]
-    program: programs.Programs | None = None
+    program: exported.Programs | None = None
 
     @functools.cached_property
     def clip(self) -> CLIPConfig | None:
@@ -186,7 +188,7 @@ def read_request() -> Request:
     require(_FRAMES.value is None or _FRAMES.value >= 1, f"--frames is {_FRAMES.value}; it must be at least 1")
     frames = _FRAMES.value or recipe.video.frames
     if _EXACT.value:
-        recipe = numerics.exact(recipe, _TEACHER.value)
+        recipe = precision.exact(recipe, _TEACHER.value)
     place = _TEXT_ENCODER.value or _CHECKPOINT.value
     reader = encoder.open_encoder(recipe, place, cache=_PROMPT_CACHE.value, tokenizer=_TOKENIZER.value)
     encoder.check(reader, prompts)
@@ -216,8 +218,8 @@ def read_request() -> Request:
     weights, recipe = find_weights(recipe, role, _CHECKPOINT.value, encodes)
     loaded = None
     if _PROGRAM.value:
-        latents = play.covering_latents(frames, recipe)
-        loaded = programs.load(_PROGRAM.value, recipe, batch=len(prompts), latents=latents)
+        latents = player.covering_latents(frames, recipe)
+        loaded = exported.load(_PROGRAM.value, recipe, batch=len(prompts), latents=latents)
     return Request(recipe, frames, prompts, outputs, switches, image, picture, video, reader, weights, loaded)
 
 
@@ -229,7 +231,7 @@ def teacher_video(frames: int, recipe: Recipe) -> VideoConfig:
         recipe.causal.block_sizes(clip.latent_frames)
     except ConfigError as error:
         block = time_factor * recipe.causal.frames_per_block
-        near = {1 + time_factor * (play.covering_latents(max(1, n), recipe) - 1) for n in (frames - block, frames)}
+        near = {1 + time_factor * (player.covering_latents(max(1, n), recipe) - 1) for n in (frames - block, frames)}
         raise ConfigError(
             f"--frames is {frames}, which no block structure of the teacher fits; nearest: "
             f"{' and '.join(map(str, sorted(near)))}"
@@ -237,11 +239,11 @@ def teacher_video(frames: int, recipe: Recipe) -> VideoConfig:
     return clip
 
 
-def memory_plan(request: Request) -> tuple[memory.Phase, ...]:
+def memory_plan(request: Request) -> tuple[sampling_memory.Phase, ...]:
     """What the device will hold, phase by phase."""
     recipe, teacher = request.recipe, _TEACHER.value
-    latents = recipe.video.latent_frames if teacher else play.covering_latents(request.frames, recipe)
-    return memory.plan(
+    latents = recipe.video.latent_frames if teacher else player.covering_latents(request.frames, recipe)
+    return sampling_memory.plan(
         recipe,
         "teacher" if teacher else "student",
         batch=len(request.prompts),
@@ -272,16 +274,16 @@ def encode_picture(request: Request) -> tuple[jax.Array, ...]:
     if request.image is None or request.picture is None or sizes is None:
         return ()
     whole, cropped = (jnp.asarray(files.to_float(x))[None] for x in (request.picture, request.image))
-    params = load(request, {"image_encoder": memory.image_encoder_shapes(sizes)})
+    params = load(request, {"image_encoder": sampling_memory.image_encoder_shapes(sizes)})
     rows = jax.block_until_ready(image_to_video.image_rows(params["image_encoder"], whole, config=sizes))
     free(params)
-    params = load(request, memory.vae_shapes(recipe))
+    params = load(request, sampling_memory.vae_shapes(recipe))
     condition = jax.block_until_ready(image_to_video.condition(params["vae"], cropped, config=recipe))
     free(params)
     return tuple(jnp.repeat(x, len(request.prompts), axis=0) for x in (rows, condition))
 
 
-def teacher_clips(request: Request, texts: Texts, timing: play.Timing) -> Iterator[np.ndarray]:
+def teacher_clips(request: Request, texts: Texts, timing: player.Timing) -> Iterator[np.ndarray]:
     """The teacher's clips, uint8 ``[B, n, H, W, 3]``: denoised all at once, decoded piece by piece."""
     recipe = request.recipe
     rows, null = (jnp.asarray(x) for x in (np.stack([texts[p] for p in request.prompts]), texts[recipe.text.negative]))
@@ -289,14 +291,17 @@ def teacher_clips(request: Request, texts: Texts, timing: play.Timing) -> Iterat
     given = rows, null, *encode_picture(request), seeds
     params = load(request, {"teacher": transformer.inference(recipe.teacher)})
     begin = time.perf_counter()
-    sampler = samplers.teacher_latents if request.image is None else image_to_video.teacher_latents
+    sampler = batch.teacher_latents if request.image is None else image_to_video.teacher_latents
     sample = sampler.lower(params["teacher"], *given, config=recipe).compile()
     timing.compile, begin = time.perf_counter() - begin, time.perf_counter()
     latents = jax.block_until_ready(sample(params["teacher"], *given))
     timing.total = time.perf_counter() - begin
     free(params)
-    params, begin = load(request, memory.codec_shapes(recipe, encodes=False)), time.perf_counter() - timing.total
-    for shown in codec.decode_clip(params, latents, config=recipe):
+    params, begin = (
+        load(request, sampling_memory.codec_shapes(recipe, encodes=False)),
+        time.perf_counter() - timing.total,
+    )
+    for shown in decoder.decode_clip(params, latents, config=recipe):
         clips = files.to_uint8(np.asarray(shown))
         timing.frames += clips.shape[1]
         timing.total = time.perf_counter() - begin
@@ -305,12 +310,12 @@ def teacher_clips(request: Request, texts: Texts, timing: play.Timing) -> Iterat
         yield clips
 
 
-def student_blocks(request: Request, texts: Texts, timing: play.Timing) -> Iterator[np.ndarray]:
+def student_blocks(request: Request, texts: Texts, timing: player.Timing) -> Iterator[np.ndarray]:
     """The student's streams, uint8 ``[B, n, H, W, 3]`` block by block."""
     recipe, count = request.recipe, len(request.prompts)
     encodes = request.image is not None or request.video is not None
-    shapes = {"student": transformer.inference(recipe.student), **memory.codec_shapes(recipe, encodes=encodes)}
-    return play.play(
+    shapes = {"student": transformer.inference(recipe.student), **sampling_memory.codec_shapes(recipe, encodes=encodes)}
+    return player.play(
         load(request, shapes),
         np.stack([texts[p] for p in request.prompts]),
         config=recipe,
@@ -327,10 +332,10 @@ def student_blocks(request: Request, texts: Texts, timing: play.Timing) -> Itera
 
 def main() -> None:
     """Check everything, say what it takes, then generate and write."""
-    request, timing = read_request(), play.Timing()
-    phases, limit = memory_plan(request), memory.device_limit()
-    print(memory.describe(phases, limit), flush=True)
-    memory.check(phases, limit)
+    request, timing = read_request(), player.Timing()
+    phases, limit = memory_plan(request), sampling_memory.device_limit()
+    print(sampling_memory.describe(phases, limit), flush=True)
+    sampling_memory.check(phases, limit)
     common.enable_compilation_cache()
     common.log_start(request.recipe)
     if request.program:

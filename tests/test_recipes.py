@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from causvid_jax.config import CLIPConfig, ConfigError
-from causvid_jax.data import digits, encoder
+from causvid_jax.data import digits
 from causvid_jax.diffusion import flow
-from causvid_jax.models import clip, transformer, vae
-from causvid_jax.streaming import image_to_video
+from causvid_jax.models import clip_vision, transformer, vae
+from causvid_jax.sampling import image_to_video
+from causvid_jax.text import encoder
 from launch.common import load_recipe_file
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -57,7 +58,7 @@ def test_image_to_video():
     clip_config, shape = CLIPConfig(), jax.ShapeDtypeStruct
     picture, text = shape((1, 480, 832, 3), jnp.float32), shape((1, 512, 4096), jnp.float32)
     image = jax.eval_shape(
-        lambda p, x: image_to_video.image_rows(p, x, config=clip_config), clip.abstract(clip_config), picture
+        lambda p, x: image_to_video.image_rows(p, x, config=clip_config), clip_vision.abstract(clip_config), picture
     )
     given = jax.eval_shape(
         lambda p, x: image_to_video.condition(p, x, config=recipe), vae.abstract(recipe.vae), picture

@@ -7,7 +7,7 @@ refused here, in one sentence, before any compute is spent.
 """
 
 from causvid_jax.config.errors import ConfigError, RunError, require
-from causvid_jax.config.networks import (
+from causvid_jax.config.model import (
     MESH_AXES,
     CausalConfig,
     CLIPConfig,
@@ -20,7 +20,7 @@ from causvid_jax.config.networks import (
     VideoConfig,
 )
 from causvid_jax.config.recipe import ParallelConfig, Recipe, from_config_dict, from_json, nearest_divisors, to_json
-from causvid_jax.config.stages import (
+from causvid_jax.config.train import (
     CausalStageConfig,
     DataConfig,
     DiffusionConfig,

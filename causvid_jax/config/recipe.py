@@ -10,7 +10,7 @@ from typing import Any
 import ml_collections
 
 from causvid_jax.config.errors import ConfigError, require
-from causvid_jax.config.networks import (
+from causvid_jax.config.model import (
     CausalConfig,
     TAEHVConfig,
     TextConfig,
@@ -19,7 +19,7 @@ from causvid_jax.config.networks import (
     VAEConfig,
     VideoConfig,
 )
-from causvid_jax.config.stages import (
+from causvid_jax.config.train import (
     CausalStageConfig,
     DataConfig,
     DiffusionConfig,

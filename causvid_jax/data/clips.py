@@ -9,7 +9,7 @@ import av
 import numpy as np
 
 from causvid_jax.config import VideoConfig
-from causvid_jax.video import iterate_frames
+from causvid_jax.media import iterate_frames
 
 
 class Unusable(Exception):

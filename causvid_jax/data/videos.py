@@ -18,9 +18,10 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from causvid_jax.config import ConfigError, Recipe, VideoConfig, require, to_json
-from causvid_jax.data import arrays, captions, clips, derived, encoder
+from causvid_jax.data import arrays, captions, clips, generate
 from causvid_jax.data.captions import Video
 from causvid_jax.models import vae
+from causvid_jax.text import encoder
 
 USED, SKIPPED = "videos.jsonl", "skipped.jsonl"
 _PARTS = "report"
@@ -65,7 +66,7 @@ def write_latents(
     Raises:
         ConfigError: the folder holds a dataset of other videos or settings, or no video gave any clip.
     """
-    encode, size = derived.over_local_devices(
+    encode, size = generate.over_local_devices(
         lambda p, video: vae.encode(p, video.astype(jnp.float32) / 127.5 - 1.0, config=recipe.vae), params, batch, 2**16
     )
     identity = {
@@ -74,7 +75,7 @@ def write_latents(
         "shard_videos": shard_videos,
         "clips_per_video": clips_per_video,
         "video": to_json(recipe.video),
-        "vae": derived.weights_digest(params),
+        "vae": generate.weights_digest(params),
         "config": to_json(recipe.vae),
         "text": to_json(recipe.text),
     }

@@ -34,7 +34,7 @@ def splice(key: jax.Array, batch: int, block_sizes: Sequence[int], fraction: flo
 
     A clip is spliced with probability ``fraction``: its blocks before s, s uniform over all but the first one, are then
     the past. They are shown clean under the clip's own prompt, which is what a stream's cache holds after
-    ``streaming.stream.recache``, and count nothing.
+    ``sampling.stream.recache``, and count nothing.
     """
     if len(block_sizes) < 2:
         return jnp.zeros((batch, sum(block_sizes)), bool)

@@ -116,7 +116,7 @@ def self_rollout(
       causal: the block structure, which must fit F.
       exit_step: index into ``timesteps`` instead of a drawn one; Q - 1 is the whole chain.
       past: clean latents ``[B, P, h, w, C]``, P whole blocks, that the rollout goes on from: they are written to the
-        cache first, under ``text``, as a stream does after a prompt switch (``streaming.stream.recache``).
+        cache first, under ``text``, as a stream does after a prompt switch (``sampling.stream.recache``).
       past_shown: bool scalar; False starts from nothing in spite of ``past``, in the same program.
 
     Returns:

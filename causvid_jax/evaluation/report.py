@@ -17,7 +17,7 @@ import numpy as np
 
 from causvid_jax.config import Recipe, require
 from causvid_jax.data import digits
-from causvid_jax.evaluation import judge as judging
+from causvid_jax.evaluation import classifier as judging
 from causvid_jax.evaluation import metrics
 from causvid_jax.training.progress import Progress
 

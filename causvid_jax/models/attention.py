@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from causvid_jax.config import CausalConfig, ShardingRules, require
-from causvid_jax.models import partition
+from causvid_jax.sharding import constraints
 
 Range = tuple[int, int]  # half-open, in frames
 Plan = list[tuple[Range, list[Range]]]  # for each run of queries, in order, the keys they see
@@ -33,7 +33,7 @@ def resolve(backend: str, dtype: str) -> str:
     """The kernel that ``"auto"`` stands for: splash on TPU, cuDNN on GPU in bfloat16, else XLA's own."""
     if backend != "auto":
         return backend
-    platform = partition.platform()
+    platform = constraints.platform()
     if platform == "tpu":
         return "splash"
     return "cudnn" if platform in ("gpu", "cuda") and dtype == "bfloat16" else "xla"
@@ -122,7 +122,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, na
             use_fused_bwd_kernel=True,
         ),
         residual_checkpoint_name=name,
-        interpret=partition.platform() == "cpu",
+        interpret=constraints.platform() == "cpu",
     )
     scaled = ready(q * q.shape[-1] ** -0.5, padded_t)
     out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(scaled, ready(k, padded_s), ready(v, padded_s), segments)
@@ -260,11 +260,11 @@ class _Layout:
 
 def _layout(shape: Sequence[int], rules: ShardingRules) -> _Layout | None:
     """Of an array of ``shape`` on the current mesh; None without a mesh."""
-    mesh = partition.mesh_shape()
+    mesh = constraints.mesh_shape()
     if not mesh:
         return None
     axes = ("batch", None, "tokens", "heads", None)
-    batch, _, context, heads, _ = partition.mesh_axes(axes, shape, mesh, rules)
+    batch, _, context, heads, _ = constraints.mesh_axes(axes, shape, mesh, rules)
     size = math.prod(mesh[a] for a in context)
     local_heads = shape[3] // math.prod(mesh[a] for a in heads)
     return _Layout(batch, context, heads, size, ring=local_heads % size != 0)

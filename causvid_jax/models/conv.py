@@ -12,14 +12,14 @@ from einops import rearrange
 from jax import lax
 
 from causvid_jax.config import require
-from causvid_jax.models import partition
+from causvid_jax.sharding import constraints
 
 Params = dict[str, jax.Array]
 
 
 def default_method() -> str:
     """``"taps"`` on CPU, ``"volume"`` elsewhere."""
-    return "taps" if partition.platform() == "cpu" else "volume"
+    return "taps" if constraints.platform() == "cpu" else "volume"
 
 
 def conv2d(params: Params, x: jax.Array, *, stride: int = 1, padding: tuple[int, int] = (1, 1)) -> jax.Array:

@@ -8,7 +8,7 @@
 * **Image tokens.** Rows of CLIP's vision tower (ViT-H/14: the class token and 256 patches, before the last layer, width
   1280) are embedded here and attended in every layer beside the text (``transformer.block``).
 
-The vision tower is ``models.clip``.
+The vision tower is ``models.clip_vision``.
 
 Source: Wan2.1, ``wan/modules/model.py`` (``img_emb``) and ``wan/image2video.py`` (mask).
 """
@@ -23,7 +23,7 @@ import numpy as np
 
 from causvid_jax.config import TransformerConfig, require
 from causvid_jax.models.layers import Params, gelu_exact, layer_norm, mlp
-from causvid_jax.models.params import ParamSpec, linear_spec
+from causvid_jax.sharding.params import ParamSpec, linear_spec
 
 EPS = 1e-5
 """Of the two norms here. The transformer's own is ``config.eps``."""

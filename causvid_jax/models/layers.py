@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from causvid_jax.models import partition
+from causvid_jax.sharding import constraints
 
 Params = dict[str, Any]
 PRODUCT = "product"  # what products with weights are called where rematerialisation chooses what to keep
@@ -38,7 +38,7 @@ def _matmul_forward(x, kernel, dtype):
 def _transposed(x: jax.Array) -> jax.Array:
     """``x.T``, on CPU really moved in memory: XLA's fast CPU matmul takes row-major operands only, and a transpose
     that is left to the layout of the product falls back to one that is 5 to 15 times slower."""
-    if partition.platform() != "cpu":
+    if constraints.platform() != "cpu":
         return x.T
     return with_layout_constraint(x.T, Layout(major_to_minor=(0, 1)))
 

@@ -15,8 +15,8 @@ The decoder gives four frames for every latent. The first latent of a Wan video 
 three frames of a video are surplus, as they are in ``vae.decode_chunk``. The encoder does not mirror that: latent i
 reads the video up to frame 4i + 3, and a last group that is not full is filled with copies of its last frame.
 
-Source: https://github.com/madebyollin/taehv (``causvid_jax.weights.taehv`` reads its files). Parameters are float32;
-``config.dtype`` is the compute type.
+Source: https://github.com/madebyollin/taehv (``causvid_jax.checkpoints.taehv`` reads its files). Parameters are
+float32; ``config.dtype`` is the compute type.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from einops import rearrange, repeat
 
 from causvid_jax.config import TAEHVConfig, require
 from causvid_jax.models import conv
-from causvid_jax.models.params import ParamSpec, abstract_tree, init_tree
+from causvid_jax.sharding.params import ParamSpec, abstract_tree, init_tree
 
 Tree = dict[str, Any]
 

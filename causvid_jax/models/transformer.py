@@ -24,8 +24,8 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
 from causvid_jax.config import CausalConfig, TransformerConfig, require
-from causvid_jax.models import attention, image_branch, numerics, partition, rope
-from causvid_jax.models.cache import (
+from causvid_jax.models import attention, image_branch, precision, rope
+from causvid_jax.models.kv_cache import (
     KVCache,
     TextCache,
     advance,
@@ -37,8 +37,9 @@ from causvid_jax.models.cache import (
     visible_slots,
 )
 from causvid_jax.models.layers import PRODUCT, Params, gelu_tanh, timestep_sinusoid
-from causvid_jax.models.numerics import layer_norm, linear, mlp, modulate, rms_norm
-from causvid_jax.models.params import (
+from causvid_jax.models.precision import layer_norm, linear, mlp, modulate, rms_norm
+from causvid_jax.sharding import constraints
+from causvid_jax.sharding.params import (
     ParamSpec,
     abstract_tree,
     declare,
@@ -146,7 +147,7 @@ def abstract(config: TransformerConfig) -> Params:
 
 def inference(config: TransformerConfig) -> Params:
     """:func:`abstract` in the types that a sampler holds: what is rounded wherever it is used, is rounded for good."""
-    return inference_tree(abstract(config), config.dtype, numerics.float32_kernels(config))
+    return inference_tree(abstract(config), config.dtype, precision.float32_kernels(config))
 
 
 # ---- one layer ------------------------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ def block(
     projection. ``x [B, F, n, M]``; ``text`` is the embedded context or this layer's ready keys and values;
     ``attend(q, k, v, layer_cache) -> (output, layer_cache)`` decides what a token sees.
     """
-    parts = jnp.moveaxis(numerics.modulation(p["modulation"], time, config), -2, 0)
+    parts = jnp.moveaxis(precision.modulation(p["modulation"], time, config), -2, 0)
     shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = parts
 
     with jax.named_scope("self_attention"):
@@ -211,7 +212,7 @@ def block(
         v = _heads(linear(sa["v"], y, config), config.num_heads)  # [B, F, n, N, D]
         out, layer_cache = attend(q, k, v, layer_cache)
         out = linear(sa["o"], rearrange(out, "b f n N D -> b f n (N D)"), config)
-        x = numerics.add(x, out, config, gate_sa)
+        x = precision.add(x, out, config, gate_sa)
 
     with jax.named_scope("cross_attention"):
         ca, y = p["cross_attn"], layer_norm(x, config, p["norm3"])
@@ -219,34 +220,38 @@ def block(
         text = text if isinstance(text, TextCache) else cross_keys_values(ca, text, config)
         # All text slots are attended, padding included: that is what the published weights were trained with.
         attend_text = functools.partial(
-            attention.attend_text, q, dtype=config.dtype, backend=numerics.attention_backend(config), rules=config.rules
+            attention.attend_text,
+            q,
+            dtype=config.dtype,
+            backend=precision.attention_backend(config),
+            rules=config.rules,
         )
         out = attend_text(text.k, text.v)
         if text.image_k is not None and text.image_v is not None:
             out += attend_text(text.image_k, text.image_v)
-        x = numerics.add(x, linear(ca["o"], rearrange(out, "b f n N D -> b f n (N D)"), config), config)
+        x = precision.add(x, linear(ca["o"], rearrange(out, "b f n N D -> b f n (N D)"), config), config)
 
     with jax.named_scope("ffn"):
         y = modulate(layer_norm(x, config), shift_ffn, scale_ffn, config)
-        x = numerics.add(x, mlp(p["ffn"], y, gelu_tanh, config), config, gate_ffn)
-    return partition.constrain(x, TOKEN_AXES, config.rules), layer_cache
+        x = precision.add(x, mlp(p["ffn"], y, gelu_tanh, config), config, gate_ffn)
+    return constraints.constrain(x, TOKEN_AXES, config.rules), layer_cache
 
 
 def _embed_time(p: Params, timestep: jax.Array, config: TransformerConfig) -> tuple[jax.Array, jax.Array]:
     """Timesteps ``[B, F]`` as the head reads them, ``[B, F, M]``, and as the layers do, ``[B, F, 6, M]``."""
-    island, net = functools.partial(numerics.island_linear, config=config), p["time_embedding"]
+    island, net = functools.partial(precision.island_linear, config=config), p["time_embedding"]
     e = island(net["fc2"], nn.silu(island(net["fc1"], timestep_sinusoid(timestep, config.freq_dim))))
     return e, rearrange(island(p["time_projection"], nn.silu(e)), "b f (s M) -> b f s M", s=6)
 
 
 def gather(p: Params, layer_spec: Any, config: TransformerConfig) -> Params:
     """The parameters of one layer, whole along ``embed`` on every device: FSDP's all-gather, one layer at a time."""
-    if not partition.mesh_shape():
+    if not constraints.mesh_shape():
         return p
 
     def whole(leaf: ParamSpec, value: jax.Array) -> jax.Array:
         axes = [None if axis == "embed" else axis for axis in leaf.axes]
-        return partition.constrain(value, axes, config.rules)
+        return constraints.constrain(value, axes, config.rules)
 
     return jax.tree.map(whole, layer_spec, p, is_leaf=lambda x: isinstance(x, ParamSpec))
 
@@ -259,7 +264,7 @@ def rematerialised(layer: Any, remat: str | bool) -> Any:
     policies = jax.checkpoint_policies
     if remat == "none":
         return layer
-    if remat == "offload" and partition.platform() == "cpu":
+    if remat == "offload" and constraints.platform() == "cpu":
         remat = "full"  # the layers' inputs lie in the host's memory already
     policy = {
         "full": policies.nothing_saveable,
@@ -306,7 +311,7 @@ class _Transformer(nn.Module):
             rows, columns = x.shape[2] // patch_h, x.shape[3] // patch_w
             tokens = rearrange(x, "b f (r p) (c q) C -> b f (r c) (p q C)", p=patch_h, q=patch_w)
             tokens = linear(p["patch_embedding"], tokens, config)  # [B, F, n, M]
-            tokens = partition.constrain(tokens, TOKEN_AXES, config.rules)
+            tokens = constraints.constrain(tokens, TOKEN_AXES, config.rules)
             e, time = _embed_time(p, timestep, config)
             context = None if text is None else embed_context(p, text, image, config)
 
@@ -323,10 +328,10 @@ class _Transformer(nn.Module):
 
         with jax.named_scope("head"):
             tokens, e = tokens[:, -keep_frames:], e[:, -keep_frames:]
-            parts = numerics.modulation(p["head"]["modulation"], e[:, :, None], config)
+            parts = precision.modulation(p["head"]["modulation"], e[:, :, None], config)
             shift, scale = jnp.moveaxis(parts, -2, 0)
             y = modulate(layer_norm(tokens, config), shift, scale, config)
-            out = numerics.head_linear(p["head"]["proj"], y, config)
+            out = precision.head_linear(p["head"]["proj"], y, config)
             out = rearrange(out, "b f (r c) (p q C) -> b f (r p) (c q) C", r=rows, c=columns, p=patch_h, q=patch_w)
         return out, layer_caches
 
@@ -366,7 +371,7 @@ def _attend_plan(plan: attention.Plan, angle: jax.Array, config: TransformerConf
     def attend(q, k, v, _):
         q, k = rope.rotate(q, angle), rope.rotate(k, angle)
         out = attention.attend(
-            plan, q, k, v, dtype=config.dtype, backend=numerics.attention_backend(config), rules=config.rules
+            plan, q, k, v, dtype=config.dtype, backend=precision.attention_backend(config), rules=config.rules
         )
         return out, None
 
@@ -474,7 +479,7 @@ def cached(
         )
         q, rotated = rope.rotate(q, query_angle), rope.rotate(keys, key_angle)
         flat = [attention.flatten_frames(z) for z in (q, rotated, values)]
-        backend, used = numerics.attention_backend(config), None if rewrites else in_use
+        backend, used = precision.attention_backend(config), None if rewrites else in_use
         out = attention.dense(*flat, dtype=config.dtype, backend=backend, mask=mask, used=used)
         return out.reshape(q.shape), (keys, values)
 

@@ -18,9 +18,9 @@ import numpy as np
 from einops import rearrange
 
 from causvid_jax.config import UMT5Config
-from causvid_jax.models import partition
 from causvid_jax.models.layers import Params, gelu_tanh, matmul, rms_norm
-from causvid_jax.models.params import Init, ParamSpec, abstract_tree, init_tree, stack_spec
+from causvid_jax.sharding import constraints
+from causvid_jax.sharding.params import Init, ParamSpec, abstract_tree, init_tree, stack_spec
 
 # ---- parameters -----------------------------------------------------------------------------------------------------
 
@@ -138,7 +138,7 @@ def _layer_params(blocks: Params, index: jax.Array) -> Params:
     XLA's CPU backend takes a bfloat16 slice by way of float32 and would move that conversion of all layers out of the
     loop: 19 GB at full size. The barrier ties it to the iteration, where it fuses with the slice.
     """
-    if partition.platform() == "cpu":
+    if constraints.platform() == "cpu":
         blocks, index = jax.lax.optimization_barrier((blocks, index))
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), blocks)
 

@@ -6,7 +6,7 @@ bounded cache and gives exactly what the whole clip gives.
 
 Video [B, T, H, W, 3] in [-1, 1]; latents [B, F, H/8, W/8, C], T = 1 + 4 (F - 1), normalised per channel with
 ``config.latent_mean`` and ``config.latent_std``. Parameters are float32; ``config.dtype`` is the compute type.
-The parameter tree mirrors the published one (``causvid_jax.weights.wan_vae`` converts).
+The parameter tree mirrors the published one (``causvid_jax.checkpoints.wan_vae`` converts).
 """
 
 import dataclasses

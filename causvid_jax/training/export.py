@@ -3,9 +3,9 @@
 import pathlib
 from typing import Any
 
+from causvid_jax.checkpoints import store
 from causvid_jax.config import ConfigError, Recipe, from_json, require, to_json
 from causvid_jax.training import checkpoint, stages
-from causvid_jax.weights import store
 
 AVERAGED = {"vae": "ema", "taehv": "ema", "teacher": "ema", "causal": "ema", "init": "ema", "distill": "student_ema"}
 """Of every stage the field of its state that is exported: the running mean of what it trains."""

@@ -16,14 +16,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from causvid_jax.config import Recipe, RunError, StageConfig, to_json
-from causvid_jax.distill import guard
-from causvid_jax.parallel import hosts
-from causvid_jax.training import stopping
+from causvid_jax.distributed import collectives
+from causvid_jax.training import guard, preemption
 from causvid_jax.training.checkpoint import Checkpoints
-from causvid_jax.training.claim import claimed
+from causvid_jax.training.input_wait import InputWait
 from causvid_jax.training.metrics import open_writer
 from causvid_jax.training.progress import Progress
-from causvid_jax.training.waiting import InputWait
+from causvid_jax.training.run_lock import claimed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +108,13 @@ def _train(stage: Stage, folder: pathlib.Path) -> None:
     step, seconds, place = 0, 0.0, None
     described = to_json(stage.recipe) if stage.recipe is not None else None
 
-    progress = Progress(stage.name, total=config.steps, stream=hosts.log_stream())
+    progress = Progress(stage.name, total=config.steps, stream=collectives.log_stream())
     if restored is not None:
         state, saved = restored
         step, seconds, place = saved["step"], saved["seconds"], saved["iterator"]
         if config.on_bad_loss == "stop":
             state = guard.forgive(state)  # updates that were left out while it was to skip
-        progress = Progress(stage.name, total=config.steps, start=step, stream=hosts.log_stream())
+        progress = Progress(stage.name, total=config.steps, start=step, stream=collectives.log_stream())
         for change in _changes(saved.get("config"), described):
             progress.note(f"{stage.name}: the checkpoint was made with {change}")
 
@@ -126,7 +125,7 @@ def _train(stage: Stage, folder: pathlib.Path) -> None:
     tell()
     if step:
         progress.note(f"{stage.name}: going on from step {step}")
-    if hosts.first():
+    if collectives.first():
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
 
     metrics: dict[str, jax.Array] = {}
@@ -167,7 +166,7 @@ def _train(stage: Stage, folder: pathlib.Path) -> None:
             "command goes on without such updates"
         )
 
-    with open_writer(folder, step=step) as writer, stopping.requests() as asked:
+    with open_writer(folder, step=step) as writer, preemption.requests() as asked:
         for phase in stage.phases:
             if step >= phase.end:
                 continue
@@ -199,9 +198,9 @@ def _train(stage: Stage, folder: pathlib.Path) -> None:
                     tell()
                     if checkpoints.failed:
                         raise RunError(f"{stage.name}: stopped at step {step} without a checkpoint of it")
-                    name = stopping.NAMES[signal]
+                    name = preemption.NAMES[signal]
                     progress.note(f"{stage.name}: stopped by {name} at step {step}; the same command goes on from here")
-                    stopping.stop(signal)
+                    preemption.stop(signal)
                 if show:
                     scores = stage.sample(state, folder / "samples", step)
                     if scores:

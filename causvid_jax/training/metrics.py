@@ -12,7 +12,7 @@ from typing import Any
 import tensorboardX
 
 from causvid_jax.config import ConfigError
-from causvid_jax.parallel import hosts
+from causvid_jax.distributed import collectives
 
 JSONL = "metrics.jsonl"
 
@@ -33,7 +33,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 def open_writer(workdir: str | os.PathLike, step: int = 0) -> "MetricsWriter | NoWriter":
     """The :class:`MetricsWriter` of a run in its first process; in the others one that writes nothing."""
-    return MetricsWriter(workdir, step) if hosts.first() else NoWriter()
+    return MetricsWriter(workdir, step) if collectives.first() else NoWriter()
 
 
 class NoWriter:

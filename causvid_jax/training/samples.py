@@ -7,10 +7,10 @@ import numpy as np
 from einops import rearrange
 
 from causvid_jax.config import ConfigError, Recipe
-from causvid_jax.data import recipe as recipe_data
-from causvid_jax.evaluation import judge, metrics
-from causvid_jax.parallel import hosts
-from causvid_jax.video import write_video
+from causvid_jax.data import sources as recipe_data
+from causvid_jax.distributed import collectives
+from causvid_jax.evaluation import classifier, metrics
+from causvid_jax.media import write_video
 
 
 def prompts(recipe: Recipe, workdir: pathlib.Path, count: int) -> list[str]:
@@ -22,7 +22,7 @@ def prompts(recipe: Recipe, workdir: pathlib.Path, count: int) -> list[str]:
 
 def show(video: np.ndarray, folder: pathlib.Path, step: int, recipe: Recipe, columns: int = 4) -> None:
     """Write the first clips side by side as ``folder/STEP.mp4``; video uint8 ``[B, T, H, W, 3]``."""
-    if not hosts.first():
+    if not collectives.first():
         return
     folder.mkdir(parents=True, exist_ok=True)
     columns = min(columns, len(video))
@@ -33,12 +33,12 @@ def show(video: np.ndarray, folder: pathlib.Path, step: int, recipe: Recipe, col
 
 def scores(video: np.ndarray, captions: Sequence[str], recipe: Recipe) -> dict[str, float]:
     """The judge's agreement with ``captions``; empty where the recipe has no judge (other data)."""
-    if recipe.data.name != "moving_digits" or not hosts.first():
+    if recipe.data.name != "moving_digits" or not collectives.first():
         return {}
     try:
-        reader = judge.load(recipe.data)
+        reader = classifier.load(recipe.data)
     except ConfigError:
         return {}
-    with hosts.alone():
-        reading = judge.read(reader, video, data=recipe.data)
-    return metrics.accuracies(reading.triples, [judge.wanted(caption) for caption in captions])
+    with collectives.alone():
+        reading = classifier.read(reader, video, data=recipe.data)
+    return metrics.accuracies(reading.triples, [classifier.wanted(caption) for caption in captions])

@@ -13,22 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from causvid_jax import video as files
+from causvid_jax import media as files
+from causvid_jax.checkpoints import store
+from causvid_jax.checkpoints import workdir as weight_files
 from causvid_jax.config import Recipe, StageConfig, TransformerConfig, require, to_json
-from causvid_jax.data import arrays, derived, encoder, moving_digits, pipeline
-from causvid_jax.data import recipe as recipe_data
-from causvid_jax.distill import cycle
-from causvid_jax.distill.gradients import LossFn
-from causvid_jax.evaluation import samplers
+from causvid_jax.data import arrays, generate, moving_digits, pipeline
+from causvid_jax.data import sources as recipe_data
+from causvid_jax.distributed import collectives
 from causvid_jax.models import taehv, transformer, vae
-from causvid_jax.parallel import hosts, shardings
-from causvid_jax.streaming import stream
-from causvid_jax.training import samples, steps
+from causvid_jax.sampling import batch as samplers
+from causvid_jax.sampling import stream
+from causvid_jax.sharding import placement
+from causvid_jax.text import encoder
+from causvid_jax.training import dmd, samples, steps
+from causvid_jax.training.gradients import LossFn
 from causvid_jax.training.loop import Phase, Stage
 from causvid_jax.training.optimizers import frozen, make_optimizer
 from causvid_jax.training.state import TrainState, init_state, make_step
-from causvid_jax.weights import stages as weight_files
-from causvid_jax.weights import store
 
 
 def make_stage(name: str, recipe: Recipe, workdir: pathlib.Path, init_from: str | os.PathLike | None = None) -> Stage:
@@ -58,11 +59,11 @@ def _trained(name: str, recipe: Recipe) -> Any:
 
 def _export(name: str, recipe: Recipe, params: Callable[[Any], Any]) -> Callable[[Any, pathlib.Path], None]:
     def export(state, path: pathlib.Path) -> None:
-        whole = hosts.gather(params(state))
-        if hosts.first():
+        whole = collectives.gather(params(state))
+        if collectives.first():
             metadata = {"recipe": recipe.name, "stage": name, "config": to_json(recipe)}
             store.save_params(path, whole, metadata)
-        hosts.sync(f"{name} written")
+        collectives.sync(f"{name} written")
 
     return export
 
@@ -79,7 +80,7 @@ def _phases(config: StageConfig, make: Callable[..., Any]) -> tuple[Phase, ...]:
     )
 
 
-def _share(place: shardings.Placement, make: Callable[..., Any]) -> Callable[..., Any]:
+def _share(place: placement.Placement, make: Callable[..., Any]) -> Callable[..., Any]:
     """``make`` reading only what this process's devices hold of every batch."""
     return lambda *, batch_size, **options: make(batch_size=batch_size, rows=place.rows(batch_size), **options)
 
@@ -89,7 +90,7 @@ def _load_network(
     stage: str,
     workdir: pathlib.Path,
     config: TransformerConfig,
-    place: shardings.Placement,
+    place: placement.Placement,
     path: pathlib.Path | None = None,
 ) -> Any:
     """The weights that ``stage`` left, or those of ``path``, on the mesh; of many hosts each reads what it holds."""
@@ -98,7 +99,7 @@ def _load_network(
     if place.mesh is None:
         return store.load_arrays(path, expected, what)[0]
     # A whole file has one checksum, so one process reads all of it, through a buffer.
-    hosts.ask_first(lambda: store.verify(path))
+    collectives.ask_first(lambda: store.verify(path))
     return store.load_sharded(path, expected, place.params(transformer.spec(config), config.rules), what)[0]
 
 
@@ -108,7 +109,7 @@ def with_vae(recipe: Recipe, workdir: pathlib.Path) -> tuple[Any, Recipe]:
     return params, dataclasses.replace(recipe, vae=config, decoder="vae")
 
 
-def _on_devices(codec_params: Any, place: shardings.Placement) -> Any:
+def _on_devices(codec_params: Any, place: placement.Placement) -> Any:
     """A codec on the devices: it is small, so every one holds it whole."""
     if place.mesh is None:
         return jax.tree.map(jnp.asarray, codec_params)
@@ -147,7 +148,7 @@ def _codec_stage(
     name: str,
     recipe: Recipe,
     config: StageConfig,
-    place: shardings.Placement,
+    place: placement.Placement,
     sources: dict[str, Any],
     *,
     start: Callable[[jax.Array], Any],
@@ -271,7 +272,7 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path | N
     optimizer = make_optimizer(config.optimizer, config.steps)
     if not config.train_encoder:
         optimizer = frozen(optimizer, ENCODER)
-    place = shardings.place(recipe.parallel, recipe.student.rules)
+    place = placement.place(recipe.parallel, recipe.student.rules)
     sources = _clips(recipe, workdir)
     loss = functools.partial(
         vae_loss,
@@ -286,14 +287,14 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path | N
     )
 
     def export(state: TrainState, path: pathlib.Path) -> None:
-        params = hosts.gather(state.ema)
-        if hosts.first():
-            with hosts.alone():
+        params = collectives.gather(state.ema)
+        if collectives.first():
+            with collectives.alone():
                 mean, std = latent_statistics(params, sources["train"], recipe.vae)
             measured = dataclasses.replace(recipe.vae, latent_mean=mean, latent_std=std)
             metadata = {"recipe": recipe.name, "stage": "vae", "config": to_json(recipe)}
             store.save_params(path, params, metadata | weight_files.vae_metadata(measured))
-        hosts.sync("vae written")
+        collectives.sync("vae written")
 
     return _codec_stage(
         "vae",
@@ -334,14 +335,14 @@ def taehv_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path |
     vae_params, recipe = with_vae(recipe, workdir)
     dataclasses.replace(recipe, decoder="taehv")  # refused unless the two codecs' latents have one shape
     config, tiny = recipe.train_taehv, recipe.taehv
-    place = shardings.place(recipe.parallel, recipe.student.rules)
+    place = placement.place(recipe.parallel, recipe.student.rules)
     sources, batches = _clips(recipe, workdir), pipeline.clip_batches
     if config.streams:
         batches = pipeline.stream_batches
-        each = [arrays.source(derived.streams_folder(workdir, clips)) for clips, _ in config.streams]
+        each = [arrays.source(generate.streams_folder(workdir, clips)) for clips, _ in config.streams]
         sources["train"] = pipeline.Mixture(each, [len(source) for source in each])
     vae_params = _on_devices(vae_params, place)
-    split = None if place.mesh is None else shardings.batch_sharding(place.mesh, place.rules)
+    split = None if place.mesh is None else placement.batch_sharding(place.mesh, place.rules)
     encode = jax.jit(functools.partial(vae.encode, config=recipe.vae), out_shardings=split)
 
     @place.everywhere
@@ -382,7 +383,7 @@ def _ready_latents(reader: encoder.Encoder, batch: dict[str, Any]) -> dict[str, 
     return {"latents": batch["latents"], "text": _text_rows(batch, reader)}
 
 
-def _start(step: steps.Step, place: shardings.Placement, *networks: Any) -> Any:
+def _start(step: steps.Step, place: placement.Placement, *networks: Any) -> Any:
     """The state that a stage begins with."""
     return place.init(step.init, step.layout, *networks)
 
@@ -390,7 +391,7 @@ def _start(step: steps.Step, place: shardings.Placement, *networks: Any) -> Any:
 def teacher_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path | None = None) -> Stage:
     """Train the bidirectional teacher by flow matching on latents."""
     vae_params, recipe = with_vae(recipe, workdir)
-    config, place = recipe.train_teacher, shardings.place(recipe.parallel, recipe.teacher.rules)
+    config, place = recipe.train_teacher, placement.place(recipe.parallel, recipe.teacher.rules)
     step = steps.teacher_step(recipe, place)
     captions, reader = samples.prompts(recipe, workdir, config.samples), _open_encoder(recipe, workdir)
     rows, empty = encoder.encode(reader, captions), encoder.null_rows(reader)
@@ -432,7 +433,7 @@ LOOK_STEPS = 16
 def causal_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path | None = None) -> Stage:
     """Make a causal teacher of the bidirectional one, by teacher forcing on latents."""
     vae_params, recipe = with_vae(recipe, workdir)
-    config, place = recipe.train_causal, shardings.place(recipe.parallel, recipe.teacher.rules)
+    config, place = recipe.train_causal, placement.place(recipe.parallel, recipe.teacher.rules)
     step, reader = steps.causal_step(recipe, place), _open_encoder(recipe, workdir)
     levels = tuple(1000.0 * (1 - i / LOOK_STEPS) for i in range(LOOK_STEPS))
     look = dataclasses.replace(
@@ -458,7 +459,7 @@ def causal_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path 
 
 def _sample_student(
     recipe: Recipe,
-    place: shardings.Placement,
+    place: placement.Placement,
     vae_params,
     captions,
     reader: encoder.Encoder,
@@ -481,13 +482,13 @@ def init_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path | 
     """ODE regression (paper, section 4.3): the causal student, started from the teacher's weights, learns to jump to
     the end of the teacher's trajectories."""
     vae_params, recipe = with_vae(recipe, workdir)
-    config, place = recipe.train_init, shardings.place(recipe.parallel, recipe.student.rules)
+    config, place = recipe.train_init, placement.place(recipe.parallel, recipe.student.rules)
     step = steps.init_step(recipe, place)
     sources = (
         {0: arrays.source(recipe_data.folder(workdir, recipe_data.TRAJECTORIES))}
         if config.teacher == "bidirectional"
         else {
-            frames: arrays.source(derived.causal_folder(workdir, frames))
+            frames: arrays.source(generate.causal_folder(workdir, frames))
             for frames in {0, *(frames for _, frames, _ in config.curriculum)}
         }
     )
@@ -527,12 +528,12 @@ def init_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path | 
 def distill_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path | None = None) -> Stage:
     """DMD (paper, section 4.2): student and fake score in turns, both judged by the frozen teacher."""
     vae_params, recipe = with_vae(recipe, workdir)
-    config, place = recipe.train_distill, shardings.place(recipe.parallel, recipe.student.rules)
+    config, place = recipe.train_distill, placement.place(recipe.parallel, recipe.student.rules)
     reader = _open_encoder(recipe, workdir)
     step = steps.distill_step(recipe, place, encoder.null_rows(reader))
     teacher = _load_network(recipe, "teacher", workdir, recipe.teacher, place)
 
-    def init() -> cycle.DistillState:
+    def init() -> dmd.DistillState:
         start = "init" if config.init == "ode" else "teacher"
         student = _load_network(recipe, start, workdir, recipe.student, place, init_from)
         # A donated state must share buffers neither with the teacher nor within itself.
@@ -560,7 +561,7 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path
         split = {k: given[k].reshape(config.critic_updates + 1, -1, *given[k].shape[1:]) for k in step.batch}
         return place.batch(split, step.leading)
 
-    def params_of(state: cycle.DistillState):
+    def params_of(state: dmd.DistillState):
         return state.student_ema
 
     return Stage(

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from causvid_jax.config import ShardingRules, StageConfig
-from causvid_jax.distill import guard
-from causvid_jax.distill.gradients import LossFn, accumulated_gradient
-from causvid_jax.parallel.shardings import Placement
+from causvid_jax.sharding.placement import Placement
+from causvid_jax.training import guard
+from causvid_jax.training.gradients import LossFn, accumulated_gradient
 
 
 @jax.tree_util.register_dataclass

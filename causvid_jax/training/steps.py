@@ -1,7 +1,7 @@
 """What one training step of each transformer stage computes: jitted functions of arrays, made from a recipe alone.
 
 Nothing here reads a file, so the same step is trained (``training.stages``) and compiled ahead of time for machines
-that are not at hand (``parallel.aot``).
+that are not at hand (``analysis.compile_report``).
 """
 
 import dataclasses
@@ -15,9 +15,10 @@ import numpy as np
 
 from causvid_jax.config import Recipe
 from causvid_jax.diffusion import flow
-from causvid_jax.distill import cycle, guard, ode_regression, rollout
+from causvid_jax.distill import ode_regression, rollout
 from causvid_jax.models import transformer
-from causvid_jax.parallel.shardings import Placement
+from causvid_jax.sharding.placement import Placement
+from causvid_jax.training import dmd, guard
 from causvid_jax.training.optimizers import make_optimizer
 from causvid_jax.training.state import TrainState, init_state, make_step, state_shardings
 
@@ -254,13 +255,13 @@ def student_rollout(recipe: Recipe) -> Callable[[Any, Any, jax.Array], tuple[jax
     return from_data if config.rollout == "data" else from_self
 
 
-def _distill_layout(recipe, place: Placement, student_optimizer, fake_optimizer) -> cycle.DistillState | None:
+def _distill_layout(recipe, place: Placement, student_optimizer, fake_optimizer) -> dmd.DistillState | None:
     """Where a :class:`cycle.DistillState` lies; None without a mesh."""
     if place.mesh is None:
         return None
     specs = transformer.spec(recipe.student), transformer.spec(recipe.fake_score)
     student, fake = place.params(specs[0], recipe.student.rules), place.params(specs[1], recipe.fake_score.rules)
-    return cycle.DistillState(
+    return dmd.DistillState(
         student=student,
         fake=fake,
         student_ema=student,
@@ -293,7 +294,7 @@ def distill_step(recipe: Recipe, place: Placement, null_text: Any) -> Step:
 
     goes_on = config.rollout == "self" and config.continue_fraction > 0
     _, height, width, channels = recipe.latent_shape
-    functions = cycle.DistillFunctions(
+    functions = dmd.DistillFunctions(
         rollout=student_rollout(recipe),
         teacher=causal_teacher if config.teacher == "causal" else bidirectional,
         fake=functools.partial(bidirectional, net=recipe.fake_score),
@@ -302,7 +303,7 @@ def distill_step(recipe: Recipe, place: Placement, null_text: Any) -> Step:
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=None if layout is None else (layout, None))
     def update(state, teacher, batches):
-        return cycle.dmd_cycle(
+        return dmd.dmd_cycle(
             state,
             teacher,
             batches,
@@ -320,7 +321,7 @@ def distill_step(recipe: Recipe, place: Placement, null_text: Any) -> Step:
     teacher = transformer.spec(recipe.teacher)
     return Step(
         starts=(transformer.spec(recipe.student), transformer.spec(recipe.fake_score)),
-        init=functools.partial(cycle.init_state, **optimizers, window=config.bad_loss_window),
+        init=functools.partial(dmd.init_state, **optimizers, window=config.bad_loss_window),
         frozen=(teacher,),
         update=update,
         layout=layout,

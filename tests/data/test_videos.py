@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 import real_videos
 
+from causvid_jax.checkpoints import store
+from causvid_jax.checkpoints import workdir as stages
 from causvid_jax.config import ConfigError, VideoConfig, from_config_dict
 from causvid_jax.data import arrays, captions, clips, pipeline, videos
-from causvid_jax.data import recipe as recipe_data
-from causvid_jax.models import text, vae
+from causvid_jax.data import sources as recipe_data
+from causvid_jax.media import read_video, to_float
+from causvid_jax.models import vae
+from causvid_jax.text import words
 from causvid_jax.training import stages as training
-from causvid_jax.video import read_video, to_float
-from causvid_jax.weights import stages, store
 
 VIDEO = VideoConfig(height=16, width=16, frames=9, fps=8)
 CLIPS = {"china.mp4": 1, "slow.mkv": 3, "tall.webm": 1, "wide/flower.avi": 2}
@@ -75,7 +77,7 @@ def write(folder, root, listed, encode=stub, **options):
         root,
         listed,
         encode,
-        lambda given: text.encode_words(given, RECIPE.text),
+        lambda given: words.encode_words(given, RECIPE.text),
         **{
             "config": VIDEO, "shape": (2, 1, 1, 3), "text_dim": RECIPE.text.dim, "identity": {}, "size": 3, "chunk": 3,
             "progress": False, **options,
@@ -149,7 +151,7 @@ def test_every_video_gives_its_clips_or_a_reason(folder, listed, tmp_path):
         row = of_video[0]["text"]
         caption = of_video[0]["caption"].decode()
         assert row.shape == (len(caption.split()), RECIPE.text.dim) and row.dtype == np.float16
-        np.testing.assert_array_equal(row, text.encode_words([caption], RECIPE.text)[0, : len(row)])
+        np.testing.assert_array_equal(row, words.encode_words([caption], RECIPE.text)[0, : len(row)])
 
 
 def test_hosts_and_interruptions_change_no_byte(folder, listed, tmp_path):
@@ -275,7 +277,7 @@ def test_real_videos_become_latents_and_train_a_teacher(folder, workdir):
     stage = training.make_stage("teacher", RECIPE, workdir)
     batch = next(stage.phases[0].batches())
     assert batch["text"].shape == (4, 8, RECIPE.text.dim) and batch["latents"].shape == (4, 3, 4, 4, 4)
-    np.testing.assert_array_equal(batch["text"], text.encode_words(list(batch["caption"]), RECIPE.text))
+    np.testing.assert_array_equal(batch["text"], words.encode_words(list(batch["caption"]), RECIPE.text))
     with stage.context():
         state = stage.init()
         before = jax.device_get(state.ema)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from causvid_jax.analysis import hlo
 from causvid_jax.config import ConfigError, DiffusionConfig
 from causvid_jax.diffusion import flow, guidance
-from causvid_jax.parallel import hlo
 
 SHAPE = (2, 3, 2, 2, 4)
 

@@ -9,7 +9,7 @@ import pytest
 
 from causvid_jax.config import CausalConfig, ConfigError, Recipe, VideoConfig
 from causvid_jax.data import digits
-from causvid_jax.evaluation import judge, report, show
+from causvid_jax.evaluation import classifier, contact_sheet, report
 
 RECIPE = Recipe(name="fake", video=VideoConfig(height=32, width=32, frames=81))
 PLAN = report.Plan(samples=6, switch_samples=3, long_samples=4, reference=24, batch=4, long_factor=2, repeats=1, seed=1)
@@ -53,7 +53,7 @@ def result():
         student=fake.student,
         reconstruct_tiny=lambda video: video[:, ::-1],
     )
-    return report.evaluate(RECIPE, judge.load(RECIPE.data), samplers, PLAN, progress=False), fake
+    return report.evaluate(RECIPE, classifier.load(RECIPE.data), samplers, PLAN, progress=False), fake
 
 
 def test_scores_of_every_row(result):
@@ -100,14 +100,14 @@ def test_a_student_without_a_teacher(result):
     """The same figures, and nothing of the teacher."""
     fake = Fake()
     samplers = report.Samplers(reconstruct=lambda video: video, teacher=None, student=fake.student)
-    alone = report.evaluate(RECIPE, judge.load(RECIPE.data), samplers, PLAN, progress=False)
+    alone = report.evaluate(RECIPE, classifier.load(RECIPE.data), samplers, PLAN, progress=False)
     scores, both = alone.report["scores"], result[0].report
     assert scores == {name: row for name, row in both["scores"].items() if name not in ("teacher", "taehv")}
     assert alone.report["switch"] == both["switch"]
     assert list(alone.report["passes"]) == list(alone.report["seconds_per_clip"]) == ["student"]
     assert alone.report["targets"] == [t for t in both["targets"] if "teacher" not in t["name"]]
-    assert {name for name, *_ in fake.calls} == {"student"} and "teacher" not in show.markdown(alone.report)
-    assert show.contact_sheet(alone.clips, examples=2, columns=5, scale=2).size[1] == 4 * (64 + 18)
+    assert {name for name, *_ in fake.calls} == {"student"} and "teacher" not in contact_sheet.markdown(alone.report)
+    assert contact_sheet.contact_sheet(alone.clips, examples=2, columns=5, scale=2).size[1] == 4 * (64 + 18)
 
 
 def test_streams_of_whole_blocks():
@@ -129,7 +129,7 @@ def test_one_misread_block_does_not_undo_a_switch_but_a_caption_that_is_lost_doe
     video = Fake(0).student(prompts, 0, frames=int(starts[-1]), switch=(int(starts[at]), after))
     video[1, starts[at + 3] + 4 : starts[at + 3] + 8] = 0  # a third of one block of the second clip is black
     video[2, starts[at + 3] :] = video[2, starts[at + 3]]  # the third stands still from its fourth block on
-    switch = report.switch_report(RECIPE, judge.load(RECIPE.data), video, prompts, after, starts, at)
+    switch = report.switch_report(RECIPE, classifier.load(RECIPE.data), video, prompts, after, starts, at)
     assert (switch["within_1"], switch["within_3"], switch["ever"]) == pytest.approx((2 / 3, 2 / 3, 2 / 3))
     strict = switch["every_block"]
     assert (strict["within_1"], strict["within_3"], strict["ever"]) == pytest.approx((1 / 3, 1 / 3, 2 / 3))
@@ -142,18 +142,18 @@ def test_prompts_are_held_out_and_switches_change_everything(count):
     assert len(set(prompts[:56])) == 56 and all(digits.is_held_out(p, recipe.data) for p in prompts)
     for old, new in zip(prompts, report.switched_prompts(recipe, prompts, seed=0), strict=True):
         assert digits.is_held_out(new, recipe.data)
-        before, after = judge.wanted(old), judge.wanted(new)
+        before, after = classifier.wanted(old), classifier.wanted(new)
         assert len(after) == count
         assert not any(a == b for x in before for y in after for a, b in zip(x, y, strict=True))
 
 
 def test_report_is_json_and_markdown_and_a_picture(result):
     data = json.loads(json.dumps(result[0].report))
-    text = show.markdown(data)
+    text = contact_sheet.markdown(data)
     assert "| real test clips | 1.000 | 1.000 | 1.000 | 1.000 |" in text
     assert "| teacher | 100 | 100 |" in text and "| student | 35 | 5 |" in text
     assert "| within 2 blocks | 1.000 |" in text
-    sheet = show.contact_sheet(result[0].clips, examples=2, columns=5, scale=2)
+    sheet = contact_sheet.contact_sheet(result[0].clips, examples=2, columns=5, scale=2)
     assert sheet.size == (2 * (5 * 66 + 8) - 8, 5 * (64 + 18))
     # The first tile of the first row is the first frame of the first real clip.
     tile = np.asarray(sheet)[14 : 14 + 64 : 2, 0:64:2]

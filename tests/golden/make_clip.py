@@ -54,8 +54,8 @@ def as_original(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def shapes() -> dict[str, tuple[int, ...]]:
     """Of transformers' state dict."""
+    from causvid_jax.checkpoints import layouts
     from causvid_jax.config import CLIPConfig
-    from causvid_jax.weights import layouts
 
     return dict(layouts.CLIP.shapes(CLIPConfig(**SIZES), "diffusers"))
 
@@ -65,7 +65,7 @@ def reference(seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    from causvid_jax.models.clip import MEAN, STD
+    from causvid_jax.models.clip_vision import MEAN, STD
 
     model = CLIPVisionModelWithProjection(
         CLIPVisionConfig(
@@ -100,15 +100,15 @@ def errors_of(state: dict[str, np.ndarray], arrays: dict[str, np.ndarray], namin
     import jax
     import jax.numpy as jnp
 
+    from causvid_jax.checkpoints import layouts
     from causvid_jax.config import CLIPConfig
-    from causvid_jax.models import clip
-    from causvid_jax.weights import layouts
+    from causvid_jax.models import clip_vision
 
     config = CLIPConfig(**SIZES)
     params = layouts.CLIP.tree(state, config, naming)
-    scale = jax.jit(lambda x: clip.preprocess(x, config=config))
+    scale = jax.jit(lambda x: clip_vision.preprocess(x, config=config))
     pixels = jnp.concatenate([scale(arrays[f"picture{i}"]) for i in range(len(PICTURES))])
-    rows = jax.jit(lambda p, x: clip.encode(p, x, config=config))(params, arrays["pixels"])
+    rows = jax.jit(lambda p, x: clip_vision.encode(p, x, config=config))(params, arrays["pixels"])
     return tuple(float(np.abs(a - b).max()) for a, b in ((pixels, arrays["pixels"]), (rows, arrays["rows"])))
 
 

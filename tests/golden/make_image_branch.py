@@ -76,9 +76,9 @@ def error_of(state: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> flo
     import jax
     import jax.numpy as jnp
 
+    from causvid_jax.checkpoints import wan_transformer
     from causvid_jax.config import TransformerConfig
     from causvid_jax.models import transformer
-    from causvid_jax.weights import wan_transformer
 
     config = TransformerConfig(**SIZES)
     params = wan_transformer.from_published(state, config, "diffusers")
@@ -103,8 +103,8 @@ def check(seed: int) -> None:
     import jax
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
+    from causvid_jax.checkpoints import wan_transformer
     from causvid_jax.config import TransformerConfig
-    from causvid_jax.weights import wan_transformer
 
     jax.config.update("jax_default_matmul_precision", "highest")
     config = TransformerConfig(**SIZES)

@@ -53,7 +53,7 @@ def recipe():
 
 def weights(seed: int) -> dict[str, dict[str, np.ndarray]]:
     """Random state dicts in diffusers' names."""
-    from causvid_jax.weights import layouts
+    from causvid_jax.checkpoints import layouts
 
     config = recipe()
     return {
@@ -131,9 +131,9 @@ def errors_of(arrays: dict[str, np.ndarray], seed: int) -> tuple[float, float]:
     """Largest absolute differences of our condition and of our last latents from the recorded ones."""
     import jax
 
+    from causvid_jax.checkpoints import layouts
     from causvid_jax.diffusion import solvers
-    from causvid_jax.streaming import image_to_video
-    from causvid_jax.weights import layouts
+    from causvid_jax.sampling import image_to_video
 
     config, states = recipe(), weights(seed)
     teacher = layouts.TRANSFORMER.tree(states["transformer"], config.teacher, "diffusers")

@@ -54,8 +54,8 @@ def error_of(arrays: dict[str, np.ndarray], seed: int) -> float:
     import jax
     import safetensors.numpy
 
+    from causvid_jax.checkpoints import convert, layouts, lora, wan_transformer
     from causvid_jax.config import TransformerConfig
-    from causvid_jax.weights import convert, layouts, lora, wan_transformer
 
     config = TransformerConfig(**SIZES)
     state = random_weights(layouts.TRANSFORMER.shapes(config, "diffusers"), seed)
@@ -79,8 +79,8 @@ def check(seed: int) -> None:
     import torch
     from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
 
+    from causvid_jax.checkpoints import layouts, lora
     from causvid_jax.config import TransformerConfig
-    from causvid_jax.weights import layouts, lora
 
     config = TransformerConfig(**SIZES)
     state, names = {}, []

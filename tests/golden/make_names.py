@@ -37,9 +37,9 @@ def reference() -> dict[str, dict]:
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, UMT5Config, UMT5EncoderModel
 
+    from causvid_jax.checkpoints import exports, layouts
     from causvid_jax.config import CLIPConfig, TransformerConfig, VAEConfig
     from causvid_jax.config import UMT5Config as TextEncoder
-    from causvid_jax.weights import exports, layouts
 
     def shapes_of(state) -> Shapes:
         return {name: tuple(value.shape) for name, value in state.items()}
@@ -90,10 +90,10 @@ def check_loading() -> None:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import CLIPVisionModelWithProjection, UMT5EncoderModel
 
+    from causvid_jax.checkpoints import convert, layouts, sources, store, wan_transformer, wan_vae
+    from causvid_jax.checkpoints import umt5 as umt5_weights
     from causvid_jax.config import CLIPConfig, TransformerConfig, UMT5Config, VAEConfig
-    from causvid_jax.models import clip, transformer, umt5, vae
-    from causvid_jax.weights import convert, layouts, sources, store, wan_transformer, wan_vae
-    from causvid_jax.weights import umt5 as umt5_weights
+    from causvid_jax.models import clip_vision, transformer, umt5, vae
 
     sizes = {"dim": 24, "ffn_dim": 40, "num_heads": 2, "num_layers": 3, "in_channels": 4, "out_channels": 4}
     config, coder = TransformerConfig(**sizes, text_dim=10, freq_dim=8), VAEConfig(base_dim=4, z_dim=2)
@@ -113,7 +113,7 @@ def check_loading() -> None:
             lambda p: wan_transformer.to_published(p, video, "diffusers"),
         ),
         (UMT5EncoderModel, umt5.abstract(text), lambda p: umt5_weights.to_published(p, text, "transformers")),
-        (CLIPVisionModelWithProjection, clip.abstract(image), None),
+        (CLIPVisionModelWithProjection, clip_vision.abstract(image), None),
         (AutoencoderKLWan, vae.abstract(coder), lambda p: wan_vae.to_diffusers(p, coder)),
     ):
         params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), tree)

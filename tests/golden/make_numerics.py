@@ -30,9 +30,9 @@ SHAPE = (2, 3, 4, 6, 4)  # B, F, h, w, C
 
 def draw(seed: int):
     """(flat parameters by our names, inputs): every branch of the network speaks."""
+    from causvid_jax.checkpoints import store
     from causvid_jax.config import TransformerConfig
     from causvid_jax.models import transformer
-    from causvid_jax.weights import store
 
     rng = np.random.default_rng(seed)
     flat = {}
@@ -144,9 +144,9 @@ def deviation(flat, inputs, numerics: str, expected: np.ndarray) -> float:
     """Root mean square of the JAX network's difference from ``expected``, in units of expected's."""
     import jax
 
+    from causvid_jax.checkpoints import store
     from causvid_jax.config import TransformerConfig
     from causvid_jax.models import transformer
-    from causvid_jax.weights import store
 
     config = TransformerConfig(**SIZES, dtype="bfloat16", numerics=numerics)
     velocity = jax.jit(transformer.bidirectional, static_argnames="config")

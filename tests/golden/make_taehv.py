@@ -119,9 +119,9 @@ def errors_of(state: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> di
 
     import jax
 
+    from causvid_jax.checkpoints import taehv as weights
     from causvid_jax.config import TAEHVConfig
     from causvid_jax.models import taehv
-    from causvid_jax.weights import taehv as weights
 
     config = TAEHVConfig(**SIZES)
     params = weights.from_published(state, config)

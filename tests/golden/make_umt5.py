@@ -88,9 +88,9 @@ def error_of(state: dict[str, np.ndarray], arrays: dict[str, np.ndarray], name: 
 
     import jax
 
+    from causvid_jax.checkpoints import umt5 as umt5_weights
     from causvid_jax.config import UMT5Config
     from causvid_jax.models import umt5
-    from causvid_jax.weights import umt5 as umt5_weights
 
     config = UMT5Config(**SIZES, dtype="float32")
     params = umt5_weights.from_published(state, config, "transformers")
@@ -125,9 +125,9 @@ def check_pipeline(seed: int) -> None:
     from diffusers.pipelines.wan import pipeline_wan
     from transformers import PreTrainedTokenizerFast
 
+    from causvid_jax.checkpoints import umt5 as umt5_weights
     from causvid_jax.config import UMT5Config
-    from causvid_jax.data import prompts
-    from causvid_jax.weights import umt5 as umt5_weights
+    from causvid_jax.text import tokenizer as prompts
 
     length = 40
     config = UMT5Config(**SIZES, dtype="float32")

@@ -58,9 +58,9 @@ def check(seed: int) -> None:
     import jax
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
+    from causvid_jax.checkpoints import wan_vae
     from causvid_jax.config import VAEConfig
     from causvid_jax.models import vae
-    from causvid_jax.weights import wan_vae
 
     jax.config.update("jax_default_matmul_precision", "highest")
     config = VAEConfig(**SIZES)

@@ -10,12 +10,12 @@ DRIVER = """
 import json, sys
 from absl import flags
 from causvid_jax.config import ConfigError
-from causvid_jax.benchmarking import sampler
+from causvid_jax.analysis import bench_sampler
 from launch import bench, common
 
 def compute(*_, **__):
     raise AssertionError("computed")
-sampler.run = compute
+bench_sampler.run = compute
 errors = []
 for arguments in json.load(sys.stdin):
     flags.FLAGS.unparse_flags()

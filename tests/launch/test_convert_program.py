@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from causvid_jax.checkpoints import layouts, sources, store, wan_transformer, wan_vae, workdir
 from causvid_jax.config import CLIPConfig, TAEHVConfig, TransformerConfig, UMT5Config, VAEConfig
 from causvid_jax.models import transformer, vae
-from causvid_jax.weights import layouts, sources, stages, store, wan_transformer, wan_vae
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = TransformerConfig(
@@ -160,9 +160,9 @@ def test_an_original_folder_becomes_a_working_directory(done):
     assert "wan/diffusion_pytorch_model.safetensors: transformer of 3 layers, width 24, 2 heads, 4 channels, " in said
     assert "27,352 parameters, float32, 109.41 kB -> causvid_jax names, float32, 109.41 kB; about 32 MiB" in said
     assert not (folder / "never").exists()
-    teacher = stages.load_transformer(stages.stage_path(folder / "run", "teacher"), CONFIG, "teacher")
+    teacher = workdir.load_transformer(workdir.stage_path(folder / "run", "teacher"), CONFIG, "teacher")
     jax.tree.map(np.testing.assert_array_equal, teacher, params)
-    loaded, _ = stages.load_vae(stages.stage_path(folder / "run", "vae"), CODER)
+    loaded, _ = workdir.load_vae(workdir.stage_path(folder / "run", "vae"), CODER)
     jax.tree.map(np.testing.assert_array_equal, loaded, coder)
     assert "100 %" in results["run"]["printed"] and results["run"]["printed"].endswith("Wrote run\n")
 
@@ -174,12 +174,12 @@ def files_of(folder):
 def test_a_working_directory_holds_everything_under_its_name(done):
     folder = done[0]
     own = {
-        stages.place(name): file for name, file in zip(("text_encoder", "image_encoder", "taehv"), OTHERS, strict=True)
+        workdir.place(name): file for name, file in zip(("text_encoder", "image_encoder", "taehv"), OTHERS, strict=True)
     }
-    everything = {"teacher/weights.safetensors", "vae/weights.safetensors", *own, stages.TOKENIZER}
+    everything = {"teacher/weights.safetensors", "vae/weights.safetensors", *own, workdir.TOKENIZER}
     assert files_of(folder / "run") == everything
     assert files_of(folder / "again") == everything - {"taehv/weights.safetensors"}
-    assert (folder / "run" / stages.TOKENIZER).read_text() == TOKENIZER["tokenizer.json"]
+    assert (folder / "run" / workdir.TOKENIZER).read_text() == TOKENIZER["tokenizer.json"]
     for name, published in own.items():
         config = OTHERS[published]
         state = states_of(folder / "wan" / f"{published}.safetensors")
@@ -187,7 +187,7 @@ def test_a_working_directory_holds_everything_under_its_name(done):
         for place in ("run", "again"):
             if name in files_of(folder / place):
                 jax.tree.map(np.testing.assert_array_equal, store.load_params(folder / place / name)[0], expected)
-    assert files_of(folder / "text") == {"text_encoder/weights.safetensors", stages.TOKENIZER}
+    assert files_of(folder / "text") == {"text_encoder/weights.safetensors", workdir.TOKENIZER}
 
 
 def test_a_working_directory_goes_back_to_the_published_one(done):
@@ -221,7 +221,7 @@ def test_a_student_with_a_lora(done):
     folder, params, _, results, _ = done
     assert ", without model.: " in results["student"]["printed"]
     assert ", plus 0.5 x lora.safetensors" in results["student"]["printed"]
-    student = stages.load_transformer(stages.stage_path(folder / "student", "distill"), CONFIG, "student")
+    student = workdir.load_transformer(workdir.stage_path(folder / "student", "distill"), CONFIG, "student")
     kernel = params["blocks"]["ffn"]["fc2"]["kernel"]
     np.testing.assert_allclose(student["blocks"]["ffn"]["fc2"]["kernel"][0], kernel[0] + 0.5, atol=1e-6)
     # Layer 0, the only one the LoRA has, is not among the chosen ones.

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from causvid_jax.checkpoints import store, workdir
 from causvid_jax.config import ConfigError, DataConfig, from_config_dict
 from causvid_jax.data import arrays, digits, moving_digits
 from causvid_jax.models import transformer, vae
-from causvid_jax.weights import stages, store
 from launch import common, prepare
 from tests.programs import free_port, write_recipe
 
@@ -63,11 +63,11 @@ def with_weights(folder):
         }
     )
     for stage, tree, metadata in (
-        ("vae", vae.abstract(recipe.vae), stages.vae_metadata(recipe.vae)),
+        ("vae", vae.abstract(recipe.vae), workdir.vae_metadata(recipe.vae)),
         ("teacher", transformer.abstract(recipe.teacher), {}),
     ):
         store.save_params(
-            stages.stage_path(folder, stage), jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), tree), metadata
+            workdir.stage_path(folder, stage), jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), tree), metadata
         )
     return recipe
 

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from causvid_jax import video
+from causvid_jax import media
+from causvid_jax.checkpoints import store, workdir
 from causvid_jax.models import transformer, vae
-from causvid_jax.weights import stages, store
 from launch import common
 
 RECIPE = """
@@ -44,13 +44,14 @@ if sys.argv[1] == "0":
     sample.student_blocks = sample.teacher_clips = compute
 if sys.argv[1] == "untraced":
     from causvid_jax.models import transformer, vae
-    from causvid_jax.streaming import codec, stream
+    from causvid_jax.models import decoder
+    from causvid_jax.sampling import stream
 
     def traced(*_, **__):
         raise AssertionError("the model was traced")
     for module, names in (
         (transformer, ("cached", "encode_text", "init_cache")), (vae, ("decode_chunk", "init_decode_cache")),
-        (codec, ("decode_chunk", "init_decode_cache")), (stream, ("_next_block", "_prompt", "_decode")),
+        (decoder, ("decode_chunk", "init_decode_cache")), (stream, ("_next_block", "_prompt", "_decode")),
     ):
         for name in names:
             setattr(module, name, traced)
@@ -90,10 +91,10 @@ def place(tmp_path_factory):
             name: rng.normal(size=leaf.shape, scale=0.15).astype(np.float32)
             for name, leaf in store.flatten(abstract).items()
         }
-        store.save_params(stages.stage_path(folder, stage), store.unflatten(flat), {})
+        store.save_params(workdir.stage_path(folder, stage), store.unflatten(flat), {})
     clip = rng.integers(0, 256, (11, 32, 32, 3), np.uint8)
-    video.write_video(folder / "clip.gif", clip, 16)
-    (folder / "broken.safetensors").write_bytes(stages.stage_path(folder, "distill").read_bytes()[:500])
+    media.write_video(folder / "clip.gif", clip, 16)
+    (folder / "broken.safetensors").write_bytes(workdir.stage_path(folder, "distill").read_bytes()[:500])
     (folder / "broken.png").write_text("no picture")
     return folder
 
@@ -142,7 +143,7 @@ def made(place):
 
 
 def test_a_switch_leaves_the_frames_before_it(place, made):
-    a, b = (video.read_video(place / name, 32, 32) for name in ("switched.gif", "plain.gif"))
+    a, b = (media.read_video(place / name, 32, 32) for name in ("switched.gif", "plain.gif"))
     assert a.shape == (30, 32, 32, 3)
     # Frame 14 is in latent 4, block 2, which starts at frame 13.
     np.testing.assert_array_equal(a[:13], b[:13])
@@ -155,14 +156,14 @@ def test_a_switch_leaves_the_frames_before_it(place, made):
 
 def test_several_prompts_are_numbered_and_each_has_its_own_seed(place, made):
     assert "many_0.gif" in made["many.gif"] and (place / "many_0.gif").is_file() and not (place / "many.gif").exists()
-    a, b = (video.read_video(place / name, 32, 32).astype(int) for name in ("many_1.gif", "alone.gif"))
+    a, b = (media.read_video(place / name, 32, 32).astype(int) for name in ("many_1.gif", "alone.gif"))
     assert len(a) == 9 and np.abs(a - b).mean() <= 1
 
 
 def test_other_ways_to_start(place, made):
-    assert len(video.read_video(place / "follows.mp4", 32, 32)) == 11
-    assert video.read_video(place / "starts.mp4", 256, 256).shape == (6, 256, 256, 3)
-    assert len(video.read_video(place / "teacher.mp4", 32, 32)) == 21 and "21 frames in" in made["teacher.mp4"]
+    assert len(media.read_video(place / "follows.mp4", 32, 32)) == 11
+    assert media.read_video(place / "starts.mp4", 256, 256).shape == (6, 256, 256, 3)
+    assert len(media.read_video(place / "teacher.mp4", 32, 32)) == 21 and "21 frames in" in made["teacher.mp4"]
 
 
 REFUSED = [

@@ -18,13 +18,14 @@ import safetensors.numpy
 from test_convert_program import DRIVER as CONVERT
 from test_sample import ROOT, call, call_all
 
-from causvid_jax import video
+from causvid_jax import media
+from causvid_jax.analysis import sampling_memory
+from causvid_jax.checkpoints import layouts, store, workdir
 from causvid_jax.config import CLIPConfig
-from causvid_jax.data import encoder
-from causvid_jax.data.prompts import NEGATIVE_PROMPT
-from causvid_jax.models import numerics, transformer, umt5
-from causvid_jax.streaming import codec, image_to_video, memory, play
-from causvid_jax.weights import layouts, stages, store
+from causvid_jax.models import decoder, precision, transformer, umt5
+from causvid_jax.sampling import image_to_video, player
+from causvid_jax.text import encoder
+from causvid_jax.text.tokenizer import NEGATIVE_PROMPT
 from launch import common
 
 sys.path.append("tests/golden")
@@ -138,19 +139,19 @@ def test_student_and_teacher_from_a_checkpoint_folder(place, made):
     assert "1. encode the prompts" in second and "3. decode" in second
     assert "1. stream" in third and "TAEHV" in third and "VAE " not in third
     assert len(list((place / "prompts").rglob("*.safetensors"))) == 3
-    assert len(video.read_video(place / "teacher.mp4", 32, 32)) == 13
-    assert video.read_video(place / "tiny.gif", 32, 32).std() > 1
+    assert len(media.read_video(place / "teacher.mp4", 32, 32)) == 13
+    assert media.read_video(place / "tiny.gif", 32, 32).std() > 1
 
     # The same stream by hand, on float32 parameters.
     recipe = common.load_recipe_file(str(place / "tiny.py"))
     reader = encoder.open_encoder(recipe, place, compute=False)
     rows = {p: encoder.encode(reader, [p]) for p in ("warm neon", "neon")}
-    params = {"student": stages.load_transformer(stages.stage_path(place, "distill"), recipe.student, "student")}
-    params["vae"], _ = stages.load_vae(stages.stage_path(place, "vae"), recipe.vae)
+    params = {"student": workdir.load_transformer(workdir.stage_path(place, "distill"), recipe.student, "student")}
+    params["vae"], _ = workdir.load_vae(workdir.stage_path(place, "vae"), recipe.vae)
     params = jax.tree.map(jnp.asarray, params)
-    made = play.play(params, rows["warm neon"], config=recipe, frames=13, switches={1: rows["neon"]})
-    video.write_video(place / "expected.gif", np.concatenate(list(made), axis=1)[0], 16)
-    a, b, other = (video.read_video(place / f"{x}.gif", 32, 32).astype(int) for x in ("student", "expected", "tiny"))
+    made = player.play(params, rows["warm neon"], config=recipe, frames=13, switches={1: rows["neon"]})
+    media.write_video(place / "expected.gif", np.concatenate(list(made), axis=1)[0], 16)
+    a, b, other = (media.read_video(place / f"{x}.gif", 32, 32).astype(int) for x in ("student", "expected", "tiny"))
     # Rounding may move a pixel to its neighbour in the file's palette.
     assert a.shape == b.shape and np.abs(a - b).mean() <= 1 < np.abs(a - other).mean()
 
@@ -158,7 +159,7 @@ def test_student_and_teacher_from_a_checkpoint_folder(place, made):
 def test_an_image_becomes_a_video(place):
     """The program's frames against the same steps by hand, from a picture of another shape than the video."""
     rng = np.random.default_rng(7)
-    video.write_video(place / "wide.gif", rng.integers(0, 256, (1, 20, 60, 3), np.uint8), 16)
+    media.write_video(place / "wide.gif", rng.integers(0, 256, (1, 20, 60, 3), np.uint8), 16)
     common_flags = [f"--config={place}/tiny.py:i2v", f"--checkpoint={place}/i2v", "--teacher", "--upscale=1"]
     image = [f"--image={place}/wide.gif", f"--prompt_cache={place}/prompts"]
     many = ["--prompt=neon", PROMPT, "--config.diffusion.solver=unipc", "--seed=3"]
@@ -171,23 +172,23 @@ def test_an_image_becomes_a_video(place):
     rows = encoder.encode(reader, ["neon", "warm neon"])
     shapes = {
         "teacher": transformer.inference(recipe.teacher),
-        "vae": memory.vae_shapes(recipe)["vae"],
-        "image_encoder": memory.image_encoder_shapes(CLIP),
+        "vae": sampling_memory.vae_shapes(recipe)["vae"],
+        "image_encoder": sampling_memory.image_encoder_shapes(CLIP),
     }
-    params = {k: store.load_arrays(stages.stage_path(place / "i2v", k), v, k)[0] for k, v in shapes.items()}
-    whole = video.to_float(video.read_picture(place / "wide.gif"))[None]
+    params = {k: store.load_arrays(workdir.stage_path(place / "i2v", k), v, k)[0] for k, v in shapes.items()}
+    whole = media.to_float(media.read_picture(place / "wide.gif"))[None]
     assert whole.shape == (1, 20, 60, 3)
-    square = video.to_float(video.read_image(place / "wide.gif", 32, 32))[None]
+    square = media.to_float(media.read_image(place / "wide.gif", 32, 32))[None]
     sees = image_to_video.image_rows(params["image_encoder"], whole, config=CLIP)
     given = image_to_video.condition(params["vae"], square, config=recipe)
     null, seeds = encoder.null_rows(reader), np.array([3, 4], np.uint32)
     twice = [np.repeat(x, 2, axis=0) for x in (sees, given)]
     latents = image_to_video.teacher_latents(params["teacher"], rows, null, *twice, seeds, config=recipe)
-    frames = np.concatenate([video.to_uint8(x) for x in codec.decode_clip(params, latents, config=recipe)], axis=1)
+    frames = np.concatenate([media.to_uint8(x) for x in decoder.decode_clip(params, latents, config=recipe)], axis=1)
     assert frames.shape == (2, 13, 32, 32, 3) and frames.std() > 1
     for i in range(2):
-        video.write_video(place / f"expected_{i}.gif", frames[i], 16)
-        a, b = (video.read_video(place / f"{name}_{i}.gif", 32, 32) for name in ("shown", "expected"))
+        media.write_video(place / f"expected_{i}.gif", frames[i], 16)
+        a, b = (media.read_video(place / f"{name}_{i}.gif", 32, 32) for name in ("shown", "expected"))
         np.testing.assert_array_equal(a, b)
 
 
@@ -237,10 +238,10 @@ def test_a_program_is_built_once_and_runs_without_the_model(place):
 def test_what_is_missing_is_named(place, tmp_path):
     for name in ("teacher", "vae", "text_encoder"):
         (tmp_path / "half" / name).mkdir(parents=True)
-        (tmp_path / "half" / name / "weights.safetensors").symlink_to(stages.stage_path(place / "i2v", name))
-    (tmp_path / "half" / stages.TOKENIZER).symlink_to(place / stages.TOKENIZER)
+        (tmp_path / "half" / name / "weights.safetensors").symlink_to(workdir.stage_path(place / "i2v", name))
+    (tmp_path / "half" / workdir.TOKENIZER).symlink_to(place / workdir.TOKENIZER)
     image = np.zeros((1, 8, 8, 3), np.uint8)
-    video.write_video(place / "wide.gif", image, 16)
+    media.write_video(place / "wide.gif", image, 16)
     picture = [PROMPT, f"--config={place}/tiny.py:i2v", f"--checkpoint={tmp_path}/half", "--teacher"]
     picture.append(f"--image={place}/wide.gif")
     cases = [
@@ -264,6 +265,6 @@ def test_what_is_missing_is_named(place, tmp_path):
 def test_the_published_recipe_has_the_published_negative_prompt_and_columns():
     recipe = common.load_recipe_file(str(pathlib.Path(__file__).parents[2] / "configs" / "wan_1_3b.py"))
     assert recipe.text.negative == NEGATIVE_PROMPT
-    teacher, student = numerics.exact(recipe, True), numerics.exact(recipe, False)
+    teacher, student = precision.exact(recipe, True), precision.exact(recipe, False)
     assert (teacher.teacher.numerics, student.student.numerics) == ("wan", "causvid")
     assert (teacher.vae.dtype, student.vae.dtype) == ("float32", "bfloat16")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from causvid_jax.config import CausalConfig, TransformerConfig
-from causvid_jax.models import cache as caches
+from causvid_jax.models import kv_cache as caches
 
 NET = TransformerConfig(dim=12, num_heads=2, num_layers=2)
 CAUSAL = {

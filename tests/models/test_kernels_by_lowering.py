@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from causvid_jax.config import CausalConfig, TransformerConfig
-from causvid_jax.models import partition, transformer
+from causvid_jax.models import transformer
+from causvid_jax.sharding import constraints
 
 CONFIG = TransformerConfig(
     dim=32,
@@ -39,7 +40,7 @@ def lowered(reading: str, platform: str) -> str:
     params = transformer.inference(CONFIG)
     frames = 4 if reading == "bidirectional" else 2
     x, timestep, text = spec(BATCH, frames, HEIGHT, WIDTH, 4), spec(BATCH, frames), spec(BATCH, 8, 5)
-    with partition.lowering_for(platform):
+    with constraints.lowering_for(platform):
         if reading == "bidirectional":
             function = lambda p, x, t, text: transformer.bidirectional(p, x, t, text, config=CONFIG)  # noqa: E731
             given = (params, x, timestep, text)

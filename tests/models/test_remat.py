@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from causvid_jax.config import CausalConfig, ConfigError, ParallelConfig, TransformerConfig
-from causvid_jax.config.networks import REMAT
+from causvid_jax.config.model import REMAT
 from causvid_jax.models import transformer
-from causvid_jax.parallel.mesh import make_mesh
+from causvid_jax.sharding.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("compiled_anew")
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from causvid_jax.checkpoints import taehv as weights
 from causvid_jax.config import ConfigError, TAEHVConfig, VAEConfig
 from causvid_jax.models import taehv, vae
-from causvid_jax.weights import taehv as weights
 
 sys.path.append("tests/golden")
 import make_taehv as golden

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from causvid_jax.checkpoints import wan_transformer
 from causvid_jax.config import CausalConfig, ConfigError, TransformerConfig
 from causvid_jax.models import attention, rope, transformer
-from causvid_jax.weights import wan_transformer
 
 sys.path.append("tests/golden")
 import make_transformer as golden

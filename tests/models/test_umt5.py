@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from causvid_jax.checkpoints import umt5 as umt5_weights
 from causvid_jax.config import ConfigError, UMT5Config
 from causvid_jax.models import umt5
-from causvid_jax.weights import umt5 as umt5_weights
 
 sys.path.append("tests/golden")
 import make_umt5 as golden

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from causvid_jax.config import CausalConfig
-from causvid_jax.models import attention, cache
+from causvid_jax.models import attention, kv_cache
 
 
 @pytest.mark.parametrize("k,window,sink,first", itertools.product((1, 2, 3), (0, 3, 5, 6), (0, 2, 3), (False, True)))
@@ -20,8 +20,8 @@ def test_a_stream_sees_the_first_slots(k, window, sink, first):
     held, position = np.full(slots, -1), 0
     for block in range(10):
         size = 1 if first and block == 0 else k
-        held[np.asarray(cache.block_slots(position, size, causal))] = position + np.arange(size)
-        seen = np.asarray(cache.visible_slots(held, position, size, causal))
+        held[np.asarray(kv_cache.block_slots(position, size, causal))] = position + np.arange(size)
+        seen = np.asarray(kv_cache.visible_slots(held, position, size, causal))
         np.testing.assert_array_equal(seen, np.arange(slots) < min(position + size, slots))
         position += size
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from causvid_jax.checkpoints import wan_vae
 from causvid_jax.config import ConfigError, VAEConfig
 from causvid_jax.models import conv, vae
-from causvid_jax.weights import wan_vae
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 # Two levels, both in time as well: every kind of layer except the spatial-only resampling, which the golden has.

@@ -18,7 +18,7 @@ import pytest
 from tiny_run import weights
 
 from causvid_jax.config import ConfigError
-from causvid_jax.training import claim
+from causvid_jax.training import run_lock
 
 KILLS = int(os.environ.get("CAUSVID_JAX_KILLS", "2"))
 STEPS = 6 + 6 * KILLS
@@ -84,7 +84,7 @@ def test_a_second_run_in_the_same_folder_waits_and_is_refused_until_the_first_is
     assert first.stdout.readline() == "step\n", first.stderr.read()
     name = f"process {first.pid} on {socket.gethostname()}"
     in_use = f"tiny is in use: {name} is training there; let it end, or use another --workdir"
-    with pytest.raises(ConfigError, match=in_use), claim.claimed(tmp_path / "tiny", wait=0.5):
+    with pytest.raises(ConfigError, match=in_use), run_lock.claimed(tmp_path / "tiny", wait=0.5):
         pytest.fail("the folder of a run that goes on was given away")
     second = start(tmp_path, steps=committed(tmp_path) + 2)
     for line in second.stderr:

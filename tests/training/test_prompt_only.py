@@ -6,11 +6,12 @@ import jax
 import numpy as np
 from test_stages import RECIPE
 
+from causvid_jax.checkpoints import store
+from causvid_jax.checkpoints import workdir as weight_files
 from causvid_jax.data import arrays, digits
-from causvid_jax.models import text, transformer, vae
+from causvid_jax.models import transformer, vae
+from causvid_jax.text import words
 from causvid_jax.training import stages
-from causvid_jax.weights import stages as weight_files
-from causvid_jax.weights import store
 from launch import prepare
 
 
@@ -32,5 +33,5 @@ def test_distillation_by_self_rollout_reads_the_prompt_list(tmp_path):
     assert set(batch) == {"caption", "text", "index"} and sorted(batch["caption"]) == sorted(listed)
     ready = stage.ready(batch)
     assert set(ready) == {"text"}
-    rows = text.encode_words(list(batch["caption"]), recipe.text)
+    rows = words.encode_words(list(batch["caption"]), recipe.text)
     np.testing.assert_array_equal(ready["text"], rows.reshape(3, 2, *rows.shape[1:]))

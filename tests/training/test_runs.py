@@ -15,10 +15,10 @@ import pytest
 import tiny_run
 from tiny_run import CONFIG, make_stage, weights
 
+from causvid_jax.checkpoints import store
 from causvid_jax.config import ConfigError, RunError, StageConfig
 from causvid_jax.training import checkpoint, checksums, loop
 from causvid_jax.training.metrics import read_metrics
-from causvid_jax.weights import store
 
 
 def run(workdir, stage=None):

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from causvid_jax.checkpoints import store
 from causvid_jax.config import OptimizerConfig, StageConfig
 from causvid_jax.data import pipeline
 from causvid_jax.training import loop
 from causvid_jax.training.optimizers import make_optimizer
 from causvid_jax.training.state import TrainState, init_state, make_step
-from causvid_jax.weights import store
 
 CONFIG = StageConfig(
     steps=6,

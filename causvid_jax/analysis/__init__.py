@@ -1,0 +1,1 @@
+"""Will it fit, how fast is it: memory, FLOPs, compiled programs, benchmarks."""

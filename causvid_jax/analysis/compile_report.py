@@ -1,0 +1,302 @@
+"""Compile a recipe's real sharded programs for a machine that is not at hand, and say whether they fit.
+
+What the compiler knows exactly is reported as it is: memory per device and the collectives in the program. It does not
+know speed; the step time is a roofline from analytic FLOPs and traffic (:mod:`causvid_jax.analysis.training_memory`).
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from causvid_jax.analysis import hlo, training_memory
+from causvid_jax.analysis.topology import Machine, Topology
+from causvid_jax.config import Recipe, require
+from causvid_jax.models import transformer
+from causvid_jax.models.kv_cache import CACHE_AXES, TEXT_AXES
+from causvid_jax.sampling import stream
+from causvid_jax.sharding import constraints
+from causvid_jax.sharding.mesh import make_mesh, mesh_sizes
+from causvid_jax.sharding.params import abstract_tree
+from causvid_jax.sharding.placement import Placement, batch_sharding
+from causvid_jax.training import steps
+
+STAGES = ("teacher", "init", "distill", "stream")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What is known of one stage on one machine.
+
+    Attributes:
+      topology: the machine's name.
+      devices: how many.
+      mesh: axis sizes.
+      compiled: whether the memory is the compiler's, or computed from shapes (:mod:`estimate`).
+      compile_seconds: of this process's processor time; 0 where nothing was compiled.
+      quick: whether the compiler was told to make the least effort (:func:`compile_for`).
+      arguments, temporaries, peak, limit: bytes per device; ``peak`` is the compiler's own figure.
+      host: bytes of the host's memory per device; offloaded moments of a described GPU are computed.
+      collectives: :func:`hlo.totals`.
+      model_flops: of one step over all devices; of one block of ``streams`` streams.
+      step_seconds: pessimistic and optimistic.
+      mfu: model FLOPs over peak in these times.
+      traffic: computed bytes that one device receives in a step.
+      parts: the computed memory by what it is.
+      streams: side by side; 0 in training.
+    """
+
+    topology: str
+    devices: int
+    mesh: Mapping[str, int]
+    compiled: bool
+    compile_seconds: float
+    arguments: int
+    temporaries: int
+    peak: int
+    limit: float
+    host: int
+    collectives: Mapping[str, Mapping[str, int]]
+    model_flops: float
+    step_seconds: tuple[float, float]
+    mfu: tuple[float, float]
+    traffic: float
+    parts: Mapping[str, float]
+    streams: int = 0
+    quick: bool = False
+
+    @property
+    def fits(self) -> bool:
+        """Whether the program fits a device; a computed one has to leave a margin."""
+        return self.peak <= self.limit * (1.0 if self.compiled else training_memory.MARGIN)
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    """Shapes of ``tree`` that say where they lie."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def _network(spec: Any, shardings: Any) -> Any:
+    return _placed(abstract_tree(spec), shardings)
+
+
+def _training_program(recipe: Recipe, stage: str, place: Placement) -> tuple[Any, tuple[Any, ...]]:
+    """The jitted step and abstract arguments of a training stage."""
+    if stage == "distill":
+        null_text = np.zeros((recipe.text.length, recipe.text.dim), np.float32)
+        step = steps.distill_step(recipe, place, null_text)
+    else:
+        step = (steps.teacher_step if stage == "teacher" else steps.init_step)(recipe, place)
+    rules = recipe.student.rules
+    starts = [_network(spec, place.params(spec, rules)) for spec in step.starts]
+    state = _placed(jax.eval_shape(step.init, *starts), step.layout)
+    frozen = [_network(spec, place.params(spec, recipe.teacher.rules)) for spec in step.frozen]
+    assert place.mesh is not None
+    split = batch_sharding(place.mesh, place.rules, step.leading)
+    batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=split) for k, v in step.batch.items()}
+    return step.update, (state, *frozen, batch)
+
+
+def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, tuple[Any, ...]]:
+    """One denoising pass of the streaming student at a full window, with bfloat16 weights, and its arguments."""
+    net, causal = recipe.student, recipe.causal
+    height, width = recipe.latent_size
+    spec = transformer.spec(net)
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(net.dtype), sharding=x.sharding),
+        _network(spec, place.params(spec, net.rules)),
+    )
+    mesh = place.mesh
+    assert mesh is not None
+    whole, streams = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh, place.rules)
+
+    def split(x: Any, axes: constraints.Axes) -> NamedSharding:
+        return NamedSharding(mesh, constraints.spec_for(axes, x.shape, constraints.axis_sizes(mesh), net.rules))
+
+    rows = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
+    seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)
+    capacity = None if causal.window else recipe.video.latent_frames
+    begin = functools.partial(stream.first_state, config=recipe, capacity=capacity)
+    state = jax.eval_shape(begin, {"student": params}, rows, seeds)
+    text = _placed(state.text, jax.tree.map(lambda x: split(x, TEXT_AXES), state.text))
+    where = jax.tree.map(lambda _: whole, state.cache)
+    where = dataclasses.replace(where, k=split(state.cache.k, CACHE_AXES), v=split(state.cache.v, CACHE_AXES))
+    cache = _placed(state.cache, where)
+    k = causal.frames_per_block
+    x = jax.ShapeDtypeStruct((batch, k, height, width, recipe.vae.z_dim), jnp.float32, sharding=streams)
+    timestep = jax.ShapeDtypeStruct((batch, k), jnp.float32, sharding=streams)
+
+    # What embeds a prompt is not read by a pass, and lies on the devices all the same.
+    @functools.partial(jax.jit, donate_argnums=4, keep_unused=True)
+    def one_pass(params, x, timestep, text, cache):
+        return transformer.cached(params, x, timestep, text, cache, config=net, causal=causal)
+
+    return one_pass, (params, x, timestep, text, cache)
+
+
+def program(recipe: Recipe, stage: str, mesh: Mesh, *, batch: int = 1) -> tuple[Any, tuple[Any, ...]]:
+    """The jitted function of ``stage`` and abstract arguments that lie on ``mesh``; ``batch`` streams for "stream"."""
+    require(stage in STAGES, f"stage is {stage!r}; accepted: {', '.join(STAGES)}")
+    place = Placement(mesh, recipe.student.rules, recipe.parallel.offload_optimizer)
+    return _stream_program(recipe, place, batch) if stage == "stream" else _training_program(recipe, stage, place)
+
+
+def estimate_for(recipe: Recipe, stage: str, machine: Machine) -> Report:
+    """What can be said of ``stage`` on ``machine`` without any compiler.
+
+    Raises:
+        ConfigError: a mesh that does not fit the devices.
+    """
+    found = training_memory.estimate(recipe, stage, machine)
+    peak_rate, seconds = machine.chip.flops * machine.size, found.seconds
+    data, fsdp, context, tensor = mesh_sizes(recipe.parallel, machine.size)
+    return Report(
+        topology=machine.name,
+        devices=machine.size,
+        mesh={"data": data * recipe.parallel.slices, "fsdp": fsdp, "context": context, "tensor": tensor},
+        compiled=False,
+        compile_seconds=0.0,
+        arguments=0,
+        temporaries=0,
+        peak=round(found.memory),
+        limit=machine.chip.memory,
+        host=round(found.host),
+        collectives={},
+        model_flops=found.work.model,
+        step_seconds=seconds,
+        mfu=(found.work.model / (peak_rate * seconds[0]), found.work.model / (peak_rate * seconds[1])),
+        traffic=found.traffic,
+        parts={name: size for name, size in found.parts.items() if size},
+        streams=found.streams,
+    )
+
+
+_OPTIONS = {
+    # Tiles of Triton's matrix products are chosen by timing them; with no device to do that, XLA takes some that fit,
+    # and gives up on operands of odd shapes (42 timesteps). cuBLAS has no such trouble.
+    "cuda": {"xla_gpu_enable_triton_gemm": False},
+}
+"""Compiler options by platform."""
+
+
+_QUICK = {"optimization_level": 9}
+"""XLA's level O0. On TPU, where most of the time goes into ordering and merging, a seventh of the time."""
+
+
+def _offloaded(recipe: Recipe, stage: str, machine: Machine) -> tuple[int, int]:
+    """Bytes of a described GPU's moments that lie on the host, and of those on their way; 0 where none are offloaded.
+
+    A GPU that is only described has no host memory that JAX knows of: offloaded moments are compiled as lying on the
+    device. They have to be taken off by their shapes, and what is on its way added.
+    """
+    on_way = training_memory.estimate(recipe, stage, machine).parts.get("moments on their way", 0)
+    if not on_way:
+        return 0, 0
+    here = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, offload_optimizer=False))
+    return round(training_memory.estimate(here, stage, machine).parts["moments"]), round(on_way)
+
+
+def compile_for(recipe: Recipe, stage: str, topology: Topology, *, quick: bool = False) -> Report:
+    """Compile ``stage`` of ``recipe`` on the mesh of ``recipe.parallel`` over ``topology``.
+
+    With ``quick`` the compiler makes the least effort for speed. What a program needs hardly changes (docs/scaling.md
+    says by how much); collectives are then not merged: there are more of them, and more small ones.
+
+    Raises:
+        ConfigError: a mesh that does not fit the devices.
+        RuntimeError: the compiler's own refusal; a program that is too large for the device is one
+            ("RESOURCE_EXHAUSTED").
+    """
+    known = estimate_for(recipe, stage, topology.machine)
+    mesh = make_mesh(recipe.parallel, topology.devices)
+    function, arguments = program(recipe, stage, mesh, batch=max(known.streams, 1))
+    start = time.process_time()
+    # The abstract mesh only: with the mesh itself, constants would be made on devices that are not there.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = function.lower(*arguments)
+    options = _OPTIONS.get(topology.chip.platform, {}) | (_QUICK if quick else {})
+    compiled = lowered.compile(options)  # type: ignore[arg-type]  # numbers are accepted as well
+    seconds = time.process_time() - start
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    moved, on_way = _offloaded(recipe, stage, topology.machine) if topology.chip.platform == "cuda" else (0, 0)
+    # XLA for GPU reports no peak that holds its arguments.
+    used = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        - moved
+        + on_way
+    )
+    return dataclasses.replace(
+        known,
+        compiled=True,
+        compile_seconds=seconds,
+        quick=quick,
+        arguments=memory.argument_size_in_bytes - moved,
+        temporaries=memory.temp_size_in_bytes + on_way,
+        peak=used if topology.chip.platform == "cuda" else memory.peak_memory_in_bytes,
+        host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes + moved,
+        collectives=hlo.totals(text),
+    )
+
+
+_BYTES = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "bytes"))
+_FLOPS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1.0, "FLOP"))
+_SECONDS = ((86400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
+
+
+def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
+    """``value`` to three digits in the largest unit of which it holds one, else the smallest."""
+    size, unit = next((u for u in units if abs(value) >= u[0]), units[-1])
+    return f"{float(f'{value / size:.3g}'):g} {unit}"
+
+
+def readable_bytes(value: float) -> str:
+    """``12.3 GiB``."""
+    return _scaled(value, _BYTES)
+
+
+def readable_seconds(value: float) -> str:
+    """``1.2 s``, ``35 ms``, ``3.5 h``."""
+    return _scaled(value, _SECONDS)
+
+
+def table(report: Report) -> str:
+    """The report in lines to read."""
+    per = {name: size for name, size in report.mesh.items() if size > 1}
+    mesh = " x ".join(f"{n} {s}" for n, s in per.items()) or "one device"
+    size, fits = readable_bytes, "fits" if report.fits else "does NOT fit"
+    how = (
+        f"compiled {'quickly ' if report.quick else ''}in {readable_seconds(report.compile_seconds)} of processor time"
+        if report.compiled
+        else ("computed from shapes, NOT compiled")
+    )
+    lines = [f"{report.topology}: {report.devices} devices, mesh {mesh}, {how}"]
+    if report.compiled:
+        parts = f"arguments {size(report.arguments)}, temporaries {size(report.temporaries)}"
+    else:
+        parts = ", ".join(f"{name} {size(value)}" for name, value in report.parts.items())
+    lines.append(f"memory per device: {parts}; peak {size(report.peak)} of {size(report.limit)}: {fits}")
+    if report.host:
+        lines.append(f"memory of the host, per device: {size(report.host)}")
+    for kind, entry in sorted(report.collectives.items()):
+        lines.append(
+            f"{kind}: {entry['count']} in loops, {size(entry['bytes'])} a turn; "
+            f"{entry['count_once']} outside, {size(entry['bytes_once'])}"
+        )
+    what = f"a block of {report.streams} streams" if report.streams else "a step"
+    slow, fast = report.step_seconds
+    low, high = training_memory.EFFICIENCY
+    lines.append(
+        f"{_scaled(report.model_flops, _FLOPS)} of model work {what}; by roofline, an assumption and no measurement, "
+        f"{readable_seconds(fast)} (work at {high:.0%} of peak, {size(report.traffic)} of traffic a device behind it) "
+        f"to {readable_seconds(slow)} ({low:.0%}, traffic on top): MFU {report.mfu[0]:.0%} to {report.mfu[1]:.0%}"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,246 @@
+"""What sampling will hold on the device, from shapes alone, before anything is loaded.
+
+Sampling has phases, and what is done is freed before the next begins: the text encoder never stands beside the
+transformer, and the teacher, which makes a whole clip at once, not beside the decoder. Parameters and caches are
+counted to the byte by ``jax.eval_shape``. ``work`` is what a layer computes with at its widest: an estimate, since the
+compiler decides what it keeps.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from causvid_jax.checkpoints.files import in_words
+from causvid_jax.config import CLIPConfig, Recipe, TransformerConfig, require
+from causvid_jax.models import attention, decoder, taehv, transformer, vae
+from causvid_jax.models import clip_vision as clip_model
+from causvid_jax.sampling import stream
+from causvid_jax.sharding.params import inference_tree
+from causvid_jax.text import encoder
+
+Sizes = Mapping[str, int]  # bytes by type of element
+PROMPTS = 4  # that the encoder computes at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """What is on the device together: bytes by type of element, for each of ``items``."""
+
+    name: str
+    items: Mapping[str, Sizes]
+
+    @property
+    def total(self) -> int:
+        return sum(sum(sizes.values()) for sizes in self.items.values())
+
+
+def sizes(tree: Any) -> dict[str, int]:
+    """Bytes of all arrays (or shapes) of ``tree``, by type."""
+    out: dict[str, int] = {}
+    for leaf in jax.tree.leaves(tree):
+        kind = jnp.dtype(leaf.dtype)
+        out[kind.name] = out.get(kind.name, 0) + int(np.prod(leaf.shape, dtype=np.int64)) * kind.itemsize
+    return out
+
+
+def codec_shapes(recipe: Recipe, *, encodes: bool) -> dict[str, Any]:
+    """Shapes and types of the decoder's parameters, and with ``encodes`` of the VAE, which alone encodes."""
+    shapes = vae_shapes(recipe) if recipe.decoder == "vae" or encodes else {}
+    if recipe.decoder == "taehv":
+        shapes["taehv"] = inference_tree(taehv.abstract(recipe.taehv), recipe.taehv.dtype)
+    return shapes
+
+
+def vae_shapes(recipe: Recipe) -> dict[str, Any]:
+    """Shapes and types of the VAE's parameters, whatever decodes."""
+    return {"vae": inference_tree(vae.abstract(recipe.vae), recipe.vae.dtype)}
+
+
+def image_encoder_shapes(config: CLIPConfig) -> Any:
+    """Shapes and types of the image encoder's parameters."""
+    return inference_tree(clip_model.abstract(config), config.dtype)
+
+
+def plan(
+    recipe: Recipe,
+    role: str,
+    *,
+    batch: int,
+    latents: int,
+    prompts: int = 1,
+    image: bool = False,
+    video: bool = False,
+    clip: CLIPConfig | None = None,
+    state: stream.StreamState | None = None,
+) -> tuple[Phase, ...]:
+    """The phases of a run.
+
+    Args:
+        recipe: of the networks.
+        role: ``"student"`` streams, ``"teacher"`` makes a clip.
+        batch: videos side by side.
+        latents: latent frames of each.
+        prompts: how many have to be encoded by a network; with none that phase is left out.
+        image, video: whether something is shown to the stream, which needs the VAE's encoder.
+        clip: the image encoder of a teacher with an image branch, to which a picture is shown.
+        state: shapes of the stream's state, where something else knows them than the model.
+    """
+    phases = []
+    if prompts and recipe.text.kind == "umt5":
+        weights = encoder.inference_shapes(recipe.umt5)
+        work = _encoder_work(recipe, min(prompts, PROMPTS))
+        phases.append(Phase("encode the prompts", {"text encoder": sizes(weights), "work, about": work}))
+    coder = codec_shapes(recipe, encodes=role == "student" and (image or video))
+    height, width = recipe.latent_size
+    k = recipe.causal.frames_per_block
+    net = getattr(recipe, role)
+    weights = transformer.inference(net)
+    decoding = _decoder_work(recipe, batch, k)
+    if role == "student":
+        if state is None:
+            rows = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
+            start = functools.partial(stream.init_stream, config=recipe, frames=latents)
+            state = jax.eval_shape(start, {"student": weights}, rows)
+        seen = state.cache.k.shape[2]
+        items = {
+            "transformer": sizes(weights),
+            "keys and values": sizes((state.cache.k, state.cache.v)),
+            "prompt's keys and values": sizes(state.text),
+            _codec_name(coder): sizes(coder),
+            "decoder's past": sizes(state.decode),
+            "work, about": _largest(_transformer_work(net, batch, k, seen, height, width), decoding),
+        }
+        if video:
+            size = {"batch": batch, "height": recipe.video.height, "width": recipe.video.width}
+            past = jax.eval_shape(functools.partial(vae.init_encode_cache, recipe.vae, **size))
+            items["encoder's past"] = sizes(past)
+        return (*phases, Phase("stream", items))
+    shown = jax.ShapeDtypeStruct((batch, latents, height, width, recipe.vae.z_dim), jnp.float32)
+    both = batch * (1 if recipe.diffusion.guidance == 1.0 else 2)
+    past = jax.eval_shape(functools.partial(decoder.init_decode_cache, recipe, batch=batch, height=height, width=width))
+    denoise = {
+        "transformer": sizes(weights),
+        "latents": sizes([shown] * (4 if recipe.diffusion.solver == "unipc" else 2)),
+        "work, about": _transformer_work(net, both, latents, latents, height, width),
+    }
+    if clip is not None:
+        given = [
+            jax.ShapeDtypeStruct((batch, clip.tokens, clip.dim), jnp.float32),
+            jax.ShapeDtypeStruct((*shown.shape[:-1], net.in_channels - recipe.vae.z_dim), jnp.float32),
+        ]
+        phases += _picture_phases(recipe, clip)
+        denoise["picture's rows and latents"] = sizes(given)
+    decode = {
+        "latents": sizes(shown),
+        _codec_name(coder): sizes(coder),
+        "decoder's past": sizes(past),
+        "work, about": decoding,
+    }
+    return (*phases, Phase("denoise", denoise), Phase("decode", decode))
+
+
+def describe(phases: tuple[Phase, ...], limit: int | None = None) -> str:
+    """The plan as lines of text: what stands together, and what of it is freed when."""
+    lines = ["Memory on the device; what a phase holds is freed before the next."]
+    for number, phase in enumerate(phases, 1):
+        lines.append(f"  {number}. {phase.name}: {in_words(phase.total)}")
+        for name, types in phase.items.items():
+            parts = ", ".join(f"{in_words(count)} {kind}" for kind, count in sorted(types.items()) if count)
+            lines.append(f"       {name:<26}{parts or 'nothing'}")
+    peak = max(phases, key=lambda phase: phase.total)
+    known = f" of {in_words(limit)} that the device has" if limit else "; the device does not say how much it has"
+    lines.append(f"  Most: {in_words(peak.total)} ({peak.name}){known}.")
+    return "\n".join(lines)
+
+
+def check(phases: tuple[Phase, ...], limit: int | None) -> None:
+    """Refuse a plan of which some phase is larger than the device (``limit`` bytes; None: unknown)."""
+    for phase in phases:
+        require(
+            limit is None or phase.total <= limit,
+            f"to {phase.name} takes about {in_words(phase.total)}, and the device has {in_words(limit or 0)}; what "
+            "makes it less: a smaller video.height and video.width, fewer --frames or prompts at once, a "
+            "causal.window, decoder=taehv",
+        )
+
+
+def device_limit() -> int | None:
+    """Bytes that the default device has for arrays, if it says so (CPUs do not)."""
+    try:
+        reported = jax.local_devices()[0].memory_stats()
+    except (RuntimeError, NotImplementedError):
+        return None
+    return int(reported["bytes_limit"]) if reported and reported.get("bytes_limit") else None
+
+
+def _picture_phases(recipe: Recipe, encoder: CLIPConfig) -> tuple[Phase, Phase]:
+    """A picture through CLIP, then through the VAE."""
+    hidden = encoder.tokens * max(encoder.ffn_dim, 4 * encoder.dim) * 4
+    scores = encoder.num_heads * encoder.tokens**2 * 2 * 4
+    size = {"batch": 1, "height": recipe.video.height, "width": recipe.video.width}
+    past = jax.eval_shape(functools.partial(vae.init_encode_cache, recipe.vae, **size))
+    pixels = vae.time_factor(recipe.vae) * recipe.video.height * recipe.video.width
+    work = pixels * (5 * recipe.vae.base_dim * _width(recipe.vae.dtype) + 3 * 4)
+    return (
+        Phase(
+            "read the picture",
+            {"image encoder": sizes(image_encoder_shapes(encoder)), "work, about": {"float32": hidden + scores}},
+        ),
+        Phase(
+            "encode the picture",
+            {
+                "VAE": sizes(vae_shapes(recipe)),
+                "encoder's past": sizes(past),
+                "work, about": {"float32 and less": work},
+            },
+        ),
+    )
+
+
+def _codec_name(coder: Mapping[str, Any]) -> str:
+    return " and ".join({"vae": "VAE", "taehv": "TAEHV"}[name] for name in coder)
+
+
+def _largest(*works: dict[str, int]) -> dict[str, int]:
+    return max(works, key=lambda work: sum(work.values()))
+
+
+def _width(dtype: str) -> int:
+    return jnp.dtype(dtype).itemsize
+
+
+def _transformer_work(
+    net: TransformerConfig, batch: int, frames: int, seen: int, height: int, width: int
+) -> dict[str, int]:
+    """One layer at its widest: the residual stream, and its MLP's hidden layer or its attention, each in float32 and in
+    the compute type; with XLA's attention all scores too."""
+    n = (height // net.patch_size[1]) * (width // net.patch_size[2])
+    tokens, keys, size = batch * frames * n, batch * seen * n, 4 + _width(net.dtype)
+    hidden = tokens * net.ffn_dim * size
+    attended = (3 * tokens + 2 * keys) * net.dim * size
+    if attention.resolve(net.attention, net.dtype) == "xla":
+        attended += tokens * seen * n * net.num_heads * size
+    return {"float32 and less": 2 * tokens * net.dim * 4 + max(hidden, attended)}
+
+
+def _decoder_work(recipe: Recipe, batch: int, latents: int) -> dict[str, int]:
+    """The last level of the decoder: a few arrays of all frames of a block at full size."""
+    channels = recipe.vae.base_dim if recipe.decoder == "vae" else recipe.taehv.decoder_dims[-1]
+    dtype = (recipe.vae if recipe.decoder == "vae" else recipe.taehv).dtype
+    frames = vae.time_factor(recipe.vae) * latents
+    pixels = batch * frames * recipe.video.height * recipe.video.width
+    return {"float32 and less": pixels * (5 * channels * _width(dtype) + 3 * 4)}
+
+
+def _encoder_work(recipe: Recipe, batch: int) -> dict[str, int]:
+    """One layer: scores and weights of attention, the gated MLP."""
+    config, length = recipe.umt5, recipe.text.length
+    size = 4 + _width(config.dtype)
+    scores = batch * config.num_heads * length * length * size
+    hidden = batch * length * config.ffn_dim * 2 * size
+    return {"float32 and less": batch * length * config.dim * 4 * 2 + max(scores, hidden)}

@@ -1,0 +1,317 @@
+"""Memory, traffic and time of a stage on a described machine, from shapes: no compiler is asked, nothing measured.
+
+Memory of one device is the sum of what must be there at once: parameters, moments, mean and gradients as the sharding
+rules split them (exact), what the layers keep for the backward pass by ``remat`` (exact for "full", "attention" and
+"offload"), caches (exact), and the working set of one layer (a formula, :func:`_working`, meant to err on the large
+side). A compiled figure, where there is one, is the better one.
+
+Time is a roofline. Work goes at 35% to 60% of the peak; traffic between devices at the full rate of its links; the fast
+end hides all traffic behind work, the slow end none.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from causvid_jax.analysis import flops
+from causvid_jax.analysis.topology import Machine
+from causvid_jax.config import OptimizerConfig, ParallelConfig, Recipe, ShardingRules, TransformerConfig
+from causvid_jax.models import transformer
+from causvid_jax.sampling.stream import passes_per_block
+from causvid_jax.sharding import constraints
+from causvid_jax.sharding.mesh import mesh_sizes
+from causvid_jax.sharding.params import ParamSpec
+from causvid_jax.training import optimizers
+
+EFFICIENCY = (0.35, 0.6)
+"""Share of peak FLOP/s that well-sharded transformers of these sizes reach: pessimistic, optimistic."""
+MARGIN = 0.9
+"""Share of a device's memory up to which a computed program is said to fit; the rest is for what is not counted."""
+F32 = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What one device holds and how long a step takes.
+
+    Attributes:
+      parts: bytes in the device's memory, by what they are.
+      host: bytes in the host's memory, per device.
+      work: FLOPs over all devices.
+      traffic: bytes that one device receives from others.
+      seconds: of one step (of one block, for a stream): pessimistic, optimistic.
+      streams: how many streams run side by side; 0 in training.
+    """
+
+    parts: Mapping[str, float]
+    host: float
+    work: flops.StepFlops
+    traffic: float
+    seconds: tuple[float, float]
+    streams: int = 0
+
+    @property
+    def memory(self) -> float:
+        """Bytes in the device's memory."""
+        return sum(self.parts.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mesh:
+    """Sizes of the mesh axes, slices counted in ``data``, and the machine they lie on."""
+
+    data: int
+    fsdp: int
+    context: int
+    tensor: int
+    machine: Machine
+
+    @property
+    def axes(self) -> dict[str, int]:
+        return {"data": self.data, "fsdp": self.fsdp, "context": self.context, "tensor": self.tensor}
+
+    @property
+    def ways(self) -> int:
+        return self.data * self.fsdp
+
+    @property
+    def gather_rate(self) -> float:
+        """Bytes a second at which a device receives what its fsdp group holds."""
+        chip, near = self.machine.chip, self.machine.near
+        spread = self.fsdp * self.context * self.tensor > near
+        # Every node or slice receives the whole once, through the ports of all its devices.
+        return min(chip.link, chip.network * near) if spread else chip.link
+
+
+def make_mesh(config: ParallelConfig, machine: Machine) -> _Mesh:
+    """The mesh of ``config`` on ``machine``.
+
+    Raises:
+        ConfigError: a mesh that does not fit the devices.
+    """
+    data, fsdp, context, tensor = mesh_sizes(config, machine.size)
+    return _Mesh(data * config.slices, fsdp, context, tensor, machine)
+
+
+def param_bytes(spec: Any, mesh: Mapping[str, int], rules: ShardingRules, size: int = F32) -> float:
+    """Bytes of the parameters ``spec`` on one device of ``mesh``."""
+
+    def one(leaf: ParamSpec) -> float:
+        split = constraints.mesh_axes(leaf.axes, leaf.shape, mesh, rules)
+        return math.prod(leaf.shape) * size / math.prod(mesh[a] for part in split for a in part)
+
+    return sum(one(leaf) for leaf in jax.tree.leaves(spec, is_leaf=lambda x: isinstance(x, ParamSpec)))
+
+
+@functools.cache
+def _sizes(net: TransformerConfig, axes: tuple[tuple[str, int], ...]) -> tuple[float, float, float, float]:
+    """Bytes on one device: all parameters, all layers whole along fsdp, the largest array, the layers' kernels."""
+    spec, mesh = transformer.spec(net), dict(axes)
+    leaves = jax.tree_util.tree_leaves_with_path(spec, is_leaf=lambda x: isinstance(x, ParamSpec))
+    return (
+        param_bytes(spec, mesh, net.rules),
+        param_bytes(spec["blocks"], mesh | {"fsdp": 1}, net.rules),
+        max(param_bytes(leaf, mesh, net.rules) for _, leaf in leaves),
+        param_bytes([leaf for path, leaf in leaves if optimizers.is_layer_kernel(path)], mesh, net.rules),
+    )
+
+
+def _item(net: TransformerConfig) -> int:
+    return 2 if net.dtype == "bfloat16" else F32
+
+
+class Network:
+    """Bytes of one network on one device of a mesh, per local example."""
+
+    def __init__(self, net: TransformerConfig, recipe: Recipe, mesh: _Mesh):
+        self.net, self.mesh, self.recipe = net, mesh, recipe
+        sizes = _sizes(dataclasses.replace(net, remat="none"), tuple(mesh.axes.items()))
+        self.params, self.layers_whole, self.largest, self.kernels = sizes
+        # The layer at work and the next one, in float32 as gathered and in the type of the matmuls.
+        self.gathered = 2 * self.layers_whole / net.num_layers * (F32 + _item(net)) / F32
+        self.frame = flops.tokens_per_frame(recipe, net) / mesh.context
+
+    def _kept(self, frames: float, remat: str) -> float:
+        """Bytes that one layer keeps for its backward pass, for one example."""
+        net, tensor, tokens = self.net, self.mesh.tensor, frames * self.frame
+        m, p = net.dim, net.ffn_dim
+        attention = (_item(net) * m + F32 * net.num_heads) / tensor
+        products = F32 * (4 * m / tensor + 3 * m + p / tensor)  # q, k, v, q; o, o, fc2; fc1
+        # Beside these: norms, rotations, modulations, activations, roughly.
+        rest = F32 * (14 * m + 2 * p / tensor)
+        own = F32 * m
+        return (
+            tokens
+            * {
+                "offload": 0.0,
+                "full": own,
+                "attention": own + attention,
+                "dots": own + attention + products,
+                "none": own + attention + products + rest,
+            }[remat]
+        )
+
+    def saved(self, frames: float) -> float:
+        """Bytes that all layers keep."""
+        return self.net.num_layers * self._kept(frames, str(self.net.remat))
+
+    def on_host(self, frames: float) -> float:
+        return self.net.num_layers * self._kept(frames, "full") if self.net.remat == "offload" else 0.0
+
+    def working(self, frames: float) -> float:
+        """Bytes of one layer computed again and differentiated: all that it would keep, and its widest gradient."""
+        return self._kept(frames, "none") + F32 * frames * self.frame * self.net.ffn_dim / self.mesh.tensor
+
+    def cache(self) -> float:
+        """Bytes of a key-value cache of one example."""
+        causal, net = self.recipe.causal, self.net
+        slots = causal.window + causal.sink if causal.window else self.recipe.video.latent_frames
+        split = self.mesh.tensor * self.mesh.context
+        tokens = flops.tokens_per_frame(self.recipe, net)
+        return 2 * net.num_layers * slots * tokens * net.dim * _item(net) / split
+
+    # ---- traffic ----
+
+    def gather(self) -> float:
+        """Bytes received to have every layer whole once."""
+        return self.layers_whole * (1 - 1 / self.mesh.fsdp)
+
+    def exchanged(self, frames: float) -> float:
+        """Bytes received in one forward pass over one example: tokens for heads, and sums over tensor."""
+        net, mesh, tokens = self.net, self.mesh, frames * self.frame
+        heads = 4 * tokens * net.dim / mesh.tensor * _item(net) * (1 - 1 / mesh.context)
+        sums = 3 * tokens * net.dim * F32 * 2 * (1 - 1 / mesh.tensor)
+        return net.num_layers * (heads + sums)
+
+    def trained(self, frames: float, examples: float) -> tuple[float, float]:
+        """(gathered, exchanged) bytes of a forward and backward pass: gathered twice, gradients scattered once."""
+        again = 2 if self.net.remat in ("none", "dots") else 3
+        return 3 * self.gather(), again * examples * self.exchanged(frames)
+
+
+def _moments(networks: list[tuple[Network, OptimizerConfig]], recipe: Recipe) -> tuple[dict[str, float], float]:
+    """Optimizer states: in the device's memory by part, and in the host's. Of the layers' kernels Muon keeps one."""
+    moments = sum(2 * n.params - (n.kernels if config.kind == "muon" else 0.0) for n, config in networks)
+    if not recipe.parallel.offload_optimizer:
+        return {"moments": moments}, 0.0
+    # Fetched, renewed and sent back array by array: the old and the new one of both kinds.
+    return {"moments on their way": 4 * max(n.largest for n, _ in networks)}, moments
+
+
+def _times(mesh: _Mesh, work: flops.StepFlops, traffic_seconds: float, floor: float = 0.0) -> tuple[float, float]:
+    compute = (work.model + work.recomputed) / (mesh.machine.size * mesh.machine.chip.flops)
+    return compute / EFFICIENCY[0] + traffic_seconds, max(compute / EFFICIENCY[1], traffic_seconds, floor)
+
+
+def _gradient_seconds(mesh: _Mesh, params: float) -> float:
+    """Of summing gradients over the data axis, which lies outermost."""
+    copies, chip = mesh.data, mesh.machine.chip
+    far = mesh.machine.size > mesh.machine.near
+    return 2 * params * (1 - 1 / copies) / (chip.network if far else chip.link)
+
+
+def _one_network(recipe: Recipe, stage: str, mesh: _Mesh) -> Estimate:
+    role, config = (recipe.teacher, recipe.train_teacher) if stage == "teacher" else (recipe.student, recipe.train_init)
+    net, frames = Network(role, recipe, mesh), recipe.video.latent_frames
+    local = config.batch_size / mesh.ways / config.accumulate
+    moments, host = _moments([(net, config.optimizer)], recipe)
+    parts = {
+        "parameters": net.params,
+        "running mean": net.params,
+        **moments,
+        "gradients": net.params * (2 if config.accumulate > 1 else 1),
+        "kept for the backward pass": local * net.saved(frames),
+        "layer at work": local * net.working(frames),
+        "gathered layers": net.gathered if mesh.fsdp > 1 else 0.0,
+    }
+    gathered, exchanged = net.trained(frames, local)
+    gathered, exchanged = config.accumulate * gathered, config.accumulate * exchanged
+    seconds = gathered / mesh.gather_rate + exchanged / mesh.machine.chip.link + _gradient_seconds(mesh, net.params)
+    work = flops.training_step(recipe, stage)
+    return Estimate(parts, host + local * net.on_host(frames), work, gathered + exchanged, _times(mesh, work, seconds))
+
+
+def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
+    config, frames = recipe.train_distill, recipe.video.latent_frames
+    student, fake, teacher = (Network(n, recipe, mesh) for n in (recipe.student, recipe.fake_score, recipe.teacher))
+    local = config.batch_size / mesh.ways / config.accumulate
+    self_rollout = config.rollout == "self"
+    blocks = len(recipe.causal.block_sizes(frames))
+    moments, host = _moments([(student, config.optimizer), (fake, config.critic_optimizer)], recipe)
+    critic = local * (fake.saved(frames) + fake.working(frames))
+    if self_rollout:
+        block = recipe.causal.frames_per_block
+        caches = local * student.cache() * CACHES
+        generator = local * (student.saved(block) + student.working(block))
+    else:
+        caches, generator = 0.0, local * (student.saved(frames) + student.working(frames))
+    # Forward only; the teacher reads two clips, with the prompt and without.
+    scores = local * max(fake.working(frames) / 2, teacher.working(frames))
+    parts = {
+        "student": student.params,
+        "running mean": student.params,
+        "fake score": fake.params,
+        "teacher": teacher.params,
+        **moments,
+        "gradients": max(student.params, fake.params) * (2 if config.accumulate > 1 else 1),
+        "caches and activations": max(critic, caches + generator, caches + scores),
+        "gathered layers": max(student.gathered, fake.gathered, teacher.gathered) if mesh.fsdp > 1 else 0.0,
+    }
+    if self_rollout:
+        passes = blocks * ((len(recipe.diffusion.student_steps) + 1) / 2 + recipe.causal.clean_write)
+        sent = local * student.exchanged(frames) * passes / blocks
+        roll = passes * student.gather(), sent
+        back = blocks * 2 * student.gather(), 2 * local * student.exchanged(frames)
+    else:
+        roll = student.gather(), local * student.exchanged(frames)
+        back = 2 * student.gather(), 2 * local * student.exchanged(frames)
+    trained = fake.trained(frames, local)
+    scored = fake.gather() + teacher.gather(), local * (fake.exchanged(frames) + 2 * teacher.exchanged(frames))
+    updates, parts_of_batch = config.critic_updates, config.accumulate
+    gathered, exchanged = (
+        parts_of_batch * (updates * (roll[i] + trained[i]) + roll[i] + back[i] + scored[i]) for i in (0, 1)
+    )
+    seconds = gathered / mesh.gather_rate + exchanged / mesh.machine.chip.link
+    seconds += updates * _gradient_seconds(mesh, fake.params) + _gradient_seconds(mesh, student.params)
+    work = flops.training_step(recipe, "distill")
+    on_host = host + local * max(fake.on_host(frames), student.on_host(recipe.causal.frames_per_block))
+    return Estimate(parts, on_host, work, gathered + exchanged, _times(mesh, work, seconds))
+
+
+CACHES = 4
+"""Caches alive while a student learns from its own rollout: the one that is kept, and three in the loops."""
+
+
+def _stream(recipe: Recipe, mesh: _Mesh) -> Estimate:
+    """One block of as many streams as data x fsdp: each has a stream of its own."""
+    net, block = Network(recipe.student, recipe, mesh), recipe.causal.frames_per_block
+    item, passes = _item(net.net), passes_per_block(recipe)
+    weights, cache = net.params * item / F32, net.cache()
+    parts = {
+        "parameters": weights,
+        "caches": 2 * cache,
+        "layer at work": net.working(block) / 2,
+        "gathered layers": net.gathered if mesh.fsdp > 1 else 0.0,
+    }
+    work = flops.StepFlops(flops.stream_block(recipe) * mesh.ways)
+    gathered, exchanged = passes * net.gather() * item / F32, passes * net.exchanged(block)
+    seconds = gathered / mesh.gather_rate + exchanged / mesh.machine.chip.link
+    read = passes * (weights + cache) / mesh.machine.chip.bandwidth
+    return Estimate(parts, 0.0, work, gathered + exchanged, _times(mesh, work, seconds, read), streams=mesh.ways)
+
+
+def estimate(recipe: Recipe, stage: str, machine: Machine) -> Estimate:
+    """One step of ``stage`` ("teacher", "init", "distill"), or one block of "stream", on the mesh of
+    ``recipe.parallel`` over ``machine``.
+
+    Raises:
+        ConfigError: a mesh that does not fit the devices.
+    """
+    mesh = make_mesh(recipe.parallel, machine)
+    if stage == "stream":
+        return _stream(recipe, mesh)
+    return _distill(recipe, mesh) if stage == "distill" else _one_network(recipe, stage, mesh)

@@ -1,0 +1,1 @@
+"""Read and write the weights of every network."""

@@ -1,0 +1,1 @@
+"""Start, join and watch many processes."""

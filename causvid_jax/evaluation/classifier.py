@@ -1,0 +1,238 @@
+"""The judge of moving-digits clips: which digit, in what colour, moving where.
+
+The digit is read by a small convolutional classifier that has seen handwriting of the split ``"judge"`` only, never
+what the generators or the real test clips show; colour is measured on the brightest pixels and direction by circular
+cross-correlation, both without learning, since a formula that can be audited beats a network where it suffices. The
+world is a torus, hence so are the convolutions. Two digits of a clip are taken apart by colour first (``layers``); each
+is then read as if it were alone.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, reduce
+
+from causvid_jax.checkpoints import store
+from causvid_jax.config import DataConfig, require
+from causvid_jax.data import digits
+from causvid_jax.evaluation import color_separation
+
+DEFAULT_PATH = pathlib.Path(__file__).resolve().parent.parent / "assets" / "judge.safetensors"
+
+# (name, output channels, stride); the input is 2x2 pixels folded into channels, so strides 1, 2, 1, 1 end at H / 4.
+LAYERS = (("conv0", 32, 1), ("conv1", 64, 2), ("conv2", 64, 1), ("conv3", 64, 1))
+FEATURES = 32
+# Direction is read between frames this far apart, and at least this share of the pairs must agree.
+GAP = 4
+AGREE = 0.85
+NO_DIRECTION = "none"
+
+
+def init(seed: int, colors: int) -> dict[str, dict[str, np.ndarray]]:
+    """He-normal weights of the classifier for 10 digits and ``colors`` colours."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    width = 12
+    for name, channels, _ in LAYERS:
+        shapes[name], width = (3, 3, width, channels), channels
+    shapes |= {"features": (2 * width, FEATURES), "digit": (FEATURES, 10), "color": (FEATURES, colors)}
+    rng = np.random.default_rng(seed)
+    return {
+        name: {
+            "kernel": (rng.normal(size=shape) * np.sqrt(2.0 / np.prod(shape[:-1]))).astype(np.float32),
+            "bias": np.zeros(shape[-1], np.float32),
+        }
+        for name, shape in shapes.items()
+    }
+
+
+def classify(params: dict[str, Any], frames: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logits and features of single frames.
+
+    Args:
+      params: as from :func:`init`.
+      frames: ``[N, H, W, 3]`` in [0, 1]; H and W are multiples of 4.
+
+    Returns:
+      digit logits ``[N, 10]``, colour logits ``[N, colors]``, features ``[N, FEATURES]`` (the penultimate layer).
+    """
+    x = rearrange(frames, "n (h p) (w q) c -> n h w (p q c)", p=2, q=2)
+    for name, _, stride in LAYERS:
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="wrap")
+        x = jax.lax.conv_general_dilated(
+            x, params[name]["kernel"], (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = jax.nn.relu(x + params[name]["bias"])
+    pooled = jnp.concatenate([reduce(x, "n h w c -> n c", "max"), reduce(x, "n h w c -> n c", "mean")], axis=-1)
+
+    def dense(name, x):
+        return x @ params[name]["kernel"] + params[name]["bias"]
+
+    features = jax.nn.relu(dense("features", pooled))
+    return dense("digit", features), dense("color", features), features
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Judge:
+    """A trained classifier and the world it knows. ``params`` as in :func:`init`."""
+
+    params: dict[str, Any]
+    colors: tuple[str, ...]
+    digit_size: int
+
+
+Triple = tuple[int, str, str]
+"""A digit, its colour, its direction."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reading:
+    """What the judge reads in B clips of n digits, one row for each digit, those of a clip beside each other.
+
+    ``features`` ``[B n, FEATURES]`` and ``log_probs`` ``[B n, 10]`` are frame means.
+    """
+
+    digits: np.ndarray
+    colors: tuple[str, ...]
+    directions: tuple[str, ...]
+    features: np.ndarray
+    log_probs: np.ndarray
+    count: int
+
+    @property
+    def triples(self) -> list[tuple[Triple, ...]]:
+        """For each clip its n triples."""
+        flat = list(zip(self.digits.tolist(), self.colors, self.directions, strict=True))
+        return [tuple(flat[i : i + self.count]) for i in range(0, len(flat), self.count)]
+
+
+def wanted(caption: str) -> tuple[Triple, ...]:
+    """The triples that a clip of ``caption`` must be read as, in the order of the caption."""
+    return tuple((spec.digit, spec.color, spec.direction) for spec in digits.parse_caption(caption))
+
+
+def save(path: str | pathlib.Path, judge: Judge) -> None:
+    """Write a judge as safetensors, in half precision."""
+    metadata = {"colors": " ".join(judge.colors), "digit_size": str(judge.digit_size)}
+    store.save_params(path, judge.params, metadata, dtype="float16")
+
+
+def load(data: DataConfig, path: str | pathlib.Path = DEFAULT_PATH) -> Judge:
+    """Read a judge and make sure that it knows the digits and colours of ``data``."""
+    params, metadata = store.load_params(path)
+    require({"colors", "digit_size"} <= set(metadata), f"weights file {path} is not a judge")
+    judge = Judge(params, tuple(metadata["colors"].split()), int(metadata["digit_size"]))
+    require(
+        judge.digit_size == data.digit_size,
+        f"the judge {path} reads digits of {judge.digit_size} pixels, the recipe has {data.digit_size}; train one with "
+        "python -m launch.evaluate --train_judge",
+    )
+    unknown = [name for name in data.colors if name not in judge.colors]
+    require(not unknown, f"the judge {path} knows the colours {', '.join(judge.colors)}; the recipe also has {unknown}")
+    return judge
+
+
+_classify = jax.jit(classify)
+
+
+def read_digits(judge: Judge, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean log-probabilities ``[B, 10]`` and mean features ``[B, FEATURES]`` over frames spread over each clip."""
+    frames = rearrange(
+        video[:, color_separation.spread(video.shape[1])].astype(np.float32) / 255.0, "b t h w c -> (b t) h w c"
+    )
+    logits, _, features = _classify(judge.params, frames)
+    log_probs, features = (
+        np.asarray(reduce(x, "(b t) d -> b d", "mean", t=color_separation.FRAMES_READ))
+        for x in (jax.nn.log_softmax(logits), features)
+    )
+    return log_probs, features
+
+
+def read_colors(video: np.ndarray, colors: tuple[str, ...]) -> tuple[str, ...]:
+    """The colour of each clip's digit: of ``colors``, the one at the smallest angle to the mean bright pixel.
+
+    Bright is at least half of the frame's brightest value. Angles ignore brightness, so a dim digit keeps its colour.
+
+    Args:
+      video: uint8 ``[B, T, H, W, 3]``.
+      colors: names in ``digits.COLORS``.
+    """
+    frames = video[:, color_separation.spread(video.shape[1])].astype(np.float32)
+    value = frames.max(axis=-1, keepdims=True)  # [B, t, H, W, 1]
+    bright = value >= np.maximum(0.5 * value.max(axis=(2, 3), keepdims=True), 1.0)
+    mean = (frames * bright).sum(axis=(1, 2, 3)) / np.maximum(bright.sum(axis=(1, 2, 3)), 1)  # [B, 3]
+    palette = np.array([digits.COLORS[name] for name in colors], np.float32)
+    palette /= np.linalg.norm(palette, axis=-1, keepdims=True)
+    return tuple(colors[i] for i in np.argmax(mean @ palette.T, axis=-1))
+
+
+def _peak(surface: np.ndarray) -> np.ndarray:
+    """Displacement ``[..., 2]`` (dy, dx) of the highest point of circular correlations ``[..., H, W]``."""
+    height, width = surface.shape[-2:]
+    flat = np.argmax(surface.reshape(*surface.shape[:-2], height * width), axis=-1)
+    shift = np.stack(np.unravel_index(flat, (height, width)), axis=-1)
+    size = np.array([height, width])
+    return (shift + size // 2) % size - size // 2
+
+
+def read_directions(video: np.ndarray, speed: int) -> tuple[str, ...]:
+    """The direction of each clip's motion, or ``"none"`` where it does not move as a caption can say.
+
+    The circular cross-correlation of two frames ``GAP`` apart peaks at the displacement between them. A direction is
+    read where the peak of the mean over all such pairs lies near ``GAP * speed`` pixels along it, and where at least
+    ``AGREE`` of the pairs have their own peak there: a digit that stands still, or jumps, is read as ``"none"``.
+
+    Args:
+      video: uint8 ``[B, T, H, W, 3]``, T > GAP.
+      speed: pixels per frame along each moving axis.
+    """
+    reach = GAP * speed
+    require(video.shape[1] > GAP, f"direction needs more than {GAP} frames; the clip has {video.shape[1]}")
+    require(
+        2 * reach < min(video.shape[2:4]),
+        f"a digit of speed {speed} moves {reach} pixels in {GAP} frames, too far to tell its direction on a torus of "
+        f"{video.shape[2]}x{video.shape[3]}",
+    )
+    names = list(digits.DIRECTIONS)
+    targets = reach * np.array([digits.DIRECTIONS[name] for name in names])  # [8, 2]
+    result = []
+    for clip in video:  # one clip at a time: the spectra of a long clip are large
+        gray = clip.astype(np.float32).mean(axis=-1)
+        spectra = np.fft.rfft2(gray - gray.mean(axis=(1, 2), keepdims=True))
+        surfaces = np.fft.irfft2(spectra[GAP:] * spectra[:-GAP].conj(), s=gray.shape[1:])  # [T - GAP, H, W]
+        distance = np.abs(_peak(surfaces.mean(axis=0)) - targets).max(axis=-1)
+        best = int(np.argmin(distance))
+        near = np.abs(_peak(surfaces) - targets[best]).max(axis=-1) <= reach / 4
+        moves = distance[best] <= reach / 4 and near.mean() >= AGREE
+        result.append(names[best] if moves else NO_DIRECTION)
+    return tuple(result)
+
+
+def read(judge: Judge, video: np.ndarray, *, data: DataConfig) -> Reading:
+    """Read clips.
+
+    Args:
+      judge: as from :func:`load`.
+      video: uint8 ``[B, T, H, W, 3]``.
+      data: gives ``speed`` in pixels per frame, and ``digits_per_clip``.
+    """
+    count = data.digits_per_clip
+    require(count in (1, 2), f"the judge reads clips of one or two digits; data.digits_per_clip is {count}")
+    if count == 1:
+        colors = read_colors(video, judge.colors)
+    else:
+        apart = [color_separation.separate(clip, judge.colors) for clip in video]
+        colors = tuple(name for names, _ in apart for name in names)
+        video = np.concatenate([alone for _, alone in apart])
+    log_probs, features = read_digits(judge, video)
+    return Reading(
+        digits=log_probs.argmax(axis=-1),
+        colors=colors,
+        directions=read_directions(video, data.speed),
+        features=features,
+        log_probs=log_probs,
+        count=count,
+    )

@@ -1,0 +1,100 @@
+"""The report for readers: a Markdown table and a contact sheet."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from causvid_jax.evaluation import color_separation, metrics
+
+ROWS = {
+    "real": "real test clips",
+    "vae": "real, through the VAE",
+    "taehv": "real, through the VAE and the tiny decoder",
+    "teacher": "teacher",
+    "student": "student",
+    "long": "student, last frames of a long stream",
+}
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report of ``report.evaluate`` as Markdown."""
+    scores, passes, seconds = report["scores"], report["passes"], report["seconds_per_clip"]
+    decoders = {role: {"vae": "VAE", "taehv": "tiny"}[name] for role, name in report["decoders"].items()}
+    names = {**ROWS, "long": f"student, end of {report['plan']['long_factor']}x the length"}
+    rows = []
+    for key, row in scores.items():
+        cells = [f"{row[name]:.3f}" for name in (*metrics.ATTRIBUTES, "all")]
+        cells += [f"{row['frechet']:.2f}", f"{row['discontinuity']:.2f}"]
+        rows.append([names[key], *cells, str(row["clips"])])
+    lines = [f"# {report['recipe']}: evaluation", ""]
+    header = ["clips of held-out prompts", *metrics.ATTRIBUTES, "all three", "Frechet", "border / inside", "clips"]
+    lines += _table(header, rows)
+    rows = [
+        [
+            name,
+            str(passes[name]["calls"]),
+            str(passes[name]["passes_per_frame"]),
+            f"{seconds[name]['without_decode']:.3f}",
+            f"{seconds[name]['with_decode']:.3f} ({decoders[name]})",
+        ]
+        for name in ("teacher", "student")
+        if name in seconds
+    ]
+    header = ["cost of a clip", "network calls", "passes per frame", "seconds, latents", "seconds, frames (decoder)"]
+    lines += _table(header, rows)
+    switch = report["switch"]
+    names = {f"within_{n}": f"within {n} block{'s' if n > 1 else ''}" for n in (1, 2, 3)} | {"ever": "ever"}
+    lines += _table(
+        [f"prompt switch (cache: {switch['cache']}): the new caption holds", "share", "every block read alone"],
+        [[words, f"{switch[key]:.3f}", f"{switch['every_block'][key]:.3f}"] for key, words in names.items()],
+    )
+    rows = [
+        [t["name"], f"{t['value']:.3f}", t["bound"].replace(">=", "≥").replace("<=", "≤"), "yes" if t["met"] else "no"]
+        for t in report["targets"]
+    ]
+    lines += _table(["target", "measured", "bound", "met"], rows)
+    machine = report["machine"]
+    batch = report["plan"]["batch"]
+    lines.append(
+        f"{machine['devices']}, {machine['cpu_cores']} CPU cores, JAX {machine['jax']}, Python {machine['python']}; "
+        f"seconds are per clip in batches of {batch}, without compilation."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def contact_sheet(
+    clips: Mapping[str, tuple[Sequence[str], np.ndarray]], *, examples: int = 2, columns: int = 9, scale: int = 2
+) -> Image.Image:
+    """Frames spread over clips: for each of ``examples`` clips a column of rows real, teacher, student, long, switch.
+
+    Args:
+      clips: row name to (captions, uint8 ``[B, T, H, W, 3]``), as in ``report.Result``.
+      examples: clips shown of each row, side by side.
+      columns: frames shown of each clip.
+      scale: whole-number enlargement.
+    """
+    rows = [name for name in ("real", "teacher", "student", "long", "switch") if name in clips]
+    examples = min(examples, *(len(clips[name][1]) for name in rows))
+    height, width = clips[rows[0]][1].shape[2:4]
+    cell_h, cell_w, label, gap = height * scale, width * scale, 14, 2
+    strip = columns * (cell_w + gap)
+    sheet = Image.new("RGB", (examples * (strip + 8) - 8, len(rows) * (cell_h + label + 4)), (40, 40, 40))
+    draw = ImageDraw.Draw(sheet)
+    for r, name in enumerate(rows):
+        captions, video = clips[name]
+        steps = color_separation.spread(video.shape[1], columns)
+        for e in range(examples):
+            x, y = e * (strip + 8), r * (cell_h + label + 4)
+            words = "switch to" if name == "switch" else name
+            draw.text((x + 2, y + 1), f"{words}: {captions[e]}", fill=(255, 255, 255))
+            for c, step in enumerate(steps):
+                tile = Image.fromarray(video[e, step]).resize((cell_w, cell_h), Image.Resampling.NEAREST)
+                sheet.paste(tile, (x + c * (cell_w + gap), y + label))
+    return sheet

@@ -1,0 +1,1 @@
+"""Samplers of the student and the teacher."""

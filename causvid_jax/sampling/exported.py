@@ -1,0 +1,269 @@
+"""A stream's programs as one file: traced and lowered once, for a platform and a shape, then run without the model.
+
+A file holds what :mod:`causvid_jax.sampling.player` needs for text to video and changes of prompt, each as versioned
+StableHLO (``jax.export``), and a header that says what it was built for: every setting of the recipe that the programs
+depend on, the number of streams side by side, the platform. It is a zip archive of ``header.json`` and one entry per
+program. XLA still compiles what is loaded, once; ``launch`` keeps the result in the compilation cache.
+
+| program | reads | gives |
+|---|---|---|
+| ``start`` | params, text ``[B, S, E]``, seeds ``[B]`` | state |
+| ``next_frames`` | params, state | latents ``[B, K, h, w, C]``, frames ``[B, 4K, H, W, 3]``, state |
+| ``first_frames``, where the first frame is independent | the same | the same of one latent frame |
+| ``change_prompt`` | params, state, text | state |
+
+Reference: JAX's export documentation; an artifact can be read by later versions of JAX for six months at least.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from causvid_jax.analysis import sampling_memory
+from causvid_jax.checkpoints import files
+from causvid_jax.config import ConfigError, Recipe, require
+from causvid_jax.models import attention, kv_cache, taehv, transformer, vae
+from causvid_jax.sampling import stream
+from causvid_jax.sharding import constraints
+
+FORMAT = 2
+PLATFORMS = ("cpu", "cuda", "tpu")
+SUFFIX = ".program"
+_CUSTOM_CALLS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaScaleBiasSoftmax", "tpu_custom_call")
+_ELSEWHERE = {
+    "student": ("remat", "rules"),  # of training, of meshes
+    "diffusion": ("teacher_steps", "solver", "guidance"),
+    "video": ("fps",),
+    "text": ("kind", "vocabulary", "negative"),
+}
+"""Settings of a recipe's groups on which no program depends."""
+
+
+def _register() -> None:
+    """Let the state of a stream stand in an exported signature; its static field is its name for it."""
+    nodes = {
+        "KVCache": kv_cache.KVCache,
+        "TextCache": kv_cache.TextCache,
+        "VAEDecodeCache": vae.DecodeCache,
+        "TAEHVDecodeCache": taehv.DecodeCache,
+        "StreamState": stream.StreamState,
+    }
+    for name, node in nodes.items():
+        export.register_pytree_node_serialization(
+            node,
+            serialized_name=f"causvid_jax.{name}",
+            serialize_auxdata=lambda static: json.dumps(static).encode(),
+            deserialize_auxdata=lambda data: tuple(json.loads(bytes(data))),
+        )
+
+
+_register()
+
+
+def name_of(function: Any, started: bool) -> str:
+    """What the program of one of the stream's functions is called."""
+    names = {
+        stream.next_frames: "next_frames" if started else "first_frames",
+        stream.change_prompt: "change_prompt",
+    }
+    return names[function]
+
+
+# ---- what a program is built for ------------------------------------------------------------------------------------
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """Every setting of ``recipe`` that a stream's programs depend on, as JSON has it."""
+    groups = ["video", "text", "vae", "student", "causal", "diffusion"]
+    groups += ["taehv"] if recipe.decoder == "taehv" else []
+    kept: dict[str, Any] = {"decoder": recipe.decoder}
+    for group in groups:
+        values = dataclasses.asdict(getattr(recipe, group))
+        kept[group] = {name: value for name, value in values.items() if name not in _ELSEWHERE.get(group, ())}
+    if recipe.decoder == "taehv":  # of the VAE, the shape of its latents is all that is left
+        kept["vae"] = {name: kept["vae"][name] for name in ("z_dim", "temporal_downsample")}
+    return json.loads(json.dumps(kept))
+
+
+def _difference(have: Mapping[str, Any], want: Mapping[str, Any], path: str = "") -> str:
+    """The first setting in which two identities differ, in words; empty if none does."""
+    for name in [*want, *(name for name in have if name not in want)]:
+        a, b, where = have.get(name), want.get(name), f"{path}{name}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            inner = _difference(a, b, f"{where}.")
+            if inner:
+                return inner
+        elif a != b:
+            return f"{where} = {a!r}, and the recipe has {b!r}"
+    return ""
+
+
+def this_platform() -> str:
+    """Of this process's default device, in the words of :data:`PLATFORMS`."""
+    name = jax.default_backend()
+    return "cuda" if name == "gpu" else name
+
+
+# ---- building -------------------------------------------------------------------------------------------------------
+
+
+def build(recipe: Recipe, platform: str, *, batch: int = 1) -> tuple[dict[str, Any], dict[str, export.Exported]]:
+    """(header, programs by name) of ``recipe``'s stream on one device of ``platform``.
+
+    The vectors that normalise latents are constants of the programs: ``recipe.vae`` must have those of the VAE.
+
+    Args:
+        recipe: with a window, or of the length that streams will have at most.
+        platform: one of :data:`PLATFORMS`; cuDNN's kernels can be lowered only where cuDNN is installed.
+        batch: streams side by side.
+
+    Raises:
+        ConfigError: an unknown platform, fewer than one stream, or a kernel that cannot be lowered here.
+    """
+    require(platform in PLATFORMS, f"platform is {platform!r}; accepted: {', '.join(PLATFORMS)}")
+    require(batch >= 1, f"batch is {batch}; it must be at least 1")
+    capacity = None if recipe.causal.window else recipe.video.latent_frames
+    params: dict[str, Any] = {"student": transformer.inference(recipe.student)}
+    params |= sampling_memory.codec_shapes(recipe, encodes=False)
+    rows = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
+    seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in _CUSTOM_CALLS]
+    made: dict[str, export.Exported] = {}
+
+    def add(name: str, function: Callable[..., Any], *given: Any) -> Any:
+        """Export ``function`` and return the shapes that it gives."""
+        jitted = jax.jit(functools.partial(function, config=recipe))
+        made[name] = export.export(jitted, platforms=[platform], disabled_checks=checks)(params, *given)
+        return jax.tree.unflatten(
+            made[name].out_tree, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in made[name].out_avals]
+        )
+
+    with constraints.lowering_for(platform):
+        kernel = attention.resolve(recipe.student.attention, recipe.student.dtype)
+        try:
+            state = add("start", functools.partial(stream.first_state, capacity=capacity), rows, seeds)
+            if not state.started:
+                _, _, state = add("first_frames", stream.next_frames, state)
+            add("next_frames", stream.next_frames, state)
+            add("change_prompt", stream.change_prompt, state, rows)
+        except RuntimeError as error:
+            if "cuDNN" not in str(error):
+                raise
+            raise ConfigError(
+                "attention by cuDNN can be lowered only where cuDNN is installed (extra cuda12 or cuda13), which is "
+                "not here; accepted: to build where it is, or --config.student.attention=xla"
+            ) from error
+    header = {
+        "format": FORMAT,
+        "name": recipe.name,
+        "platform": platform,
+        "streams": batch,
+        "frames": capacity,  # latent frames of a stream at most; null: no end
+        "attention": kernel,
+        "jax": jax.__version__,
+        "calling_convention": made["start"].calling_convention_version,
+        "recipe": identity(recipe),
+    }
+    return header, made
+
+
+def save(path: str | os.PathLike, header: Mapping[str, Any], made: Mapping[str, export.Exported]) -> None:
+    """Write what :func:`build` gave; the file appears whole or not at all."""
+    with files.staged(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("header.json", json.dumps(header, indent=1))
+        for name, exported in made.items():
+            archive.writestr(f"{name}.stablehlo", bytes(exported.serialize()))
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The programs of a file, checked: of :func:`load`."""
+
+    path: pathlib.Path
+    header: Mapping[str, Any]
+    exported: Mapping[str, export.Exported]
+
+    @property
+    def capacity(self) -> int | None:
+        """Latent frames of a stream at most; None: it has no end."""
+        return self.header["frames"]
+
+    def jitted(self, name: str) -> Any:
+        """A program as a jitted function of (params, ...), which donates the state as the sampler's own does."""
+        require(name in self.exported, f"{self.path} has no program {name!r}; it has {', '.join(self.exported)}")
+        return jax.jit(self.exported[name].call, donate_argnums=() if name == "start" else (1,))
+
+    def shapes(self) -> stream.StreamState:
+        """Shape and type of everything in the first state."""
+        first = self.exported["start"]
+        leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in first.out_avals]
+        return jax.tree.unflatten(first.out_tree, leaves)
+
+    def start(self, params: stream.Params, text: jax.Array, seed: int | Sequence[int]) -> stream.StreamState:
+        """The state before the first block, as :func:`causvid_jax.sampling.stream.init_stream`."""
+        return self.jitted("start")(params, text, stream.seeds_of(seed, text.shape[0]))
+
+
+def load(path: str | os.PathLike, recipe: Recipe, *, batch: int, latents: int) -> Programs:
+    """The programs in ``path`` for ``batch`` streams of ``recipe`` of ``latents`` latent frames, on this platform.
+
+    Raises:
+        ConfigError: no such file, a damaged one, or one that was built for something else, which is named.
+    """
+    place = pathlib.Path(path)
+    require(place.is_file(), f"program {place} does not exist; launch.compile --platform builds one")
+    try:
+        with zipfile.ZipFile(place) as archive:
+            header = json.loads(archive.read("header.json"))
+            entries = {name: archive.read(name) for name in archive.namelist() if name.endswith(".stablehlo")}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{place} is not a readable program of launch.compile: {files.reason(error)}") from error
+    _check(place, header, recipe, batch=batch, latents=latents)
+    try:
+        exported = {name.removesuffix(".stablehlo"): export.deserialize(bytearray(x)) for name, x in entries.items()}
+    except Exception as error:  # whatever flatbuffers and MLIR make of another version's bytes
+        raise ConfigError(
+            f"program {place} cannot be read by JAX {jax.__version__}; it was built by {header['jax']}"
+        ) from error
+    return Programs(place, header, exported)
+
+
+def _check(path: pathlib.Path, header: Mapping[str, Any], recipe: Recipe, *, batch: int, latents: int) -> None:
+    version, built = header.get("format"), f"program {path} was built for"
+    require(version == FORMAT, f"program {path} is of format {version}; accepted: {FORMAT}")
+    platform = this_platform()
+    require(header["platform"] == platform, f"{built} {header['platform']}; this machine is {platform}")
+    difference = _difference(header["recipe"], identity(recipe))
+    require(not difference, f"{built} {difference}")
+    streams, most = header["streams"], header["frames"]
+    require(streams == batch, f"{built} {streams} video(s) at once, and {batch} prompt(s) are given")
+    require(
+        most is None or latents <= most,
+        f"{built} at most {most} latent frames, and {latents} are asked for; accepted: fewer --frames, or a program "
+        "built with more --config.video.frames",
+    )
+
+
+def describe(header: Mapping[str, Any], made: Mapping[str, export.Exported]) -> str:
+    """What was built, in lines."""
+    lines = [
+        f"{header['name']} for {header['platform']}, {header['streams']} video(s) at once, attention by "
+        f"{header['attention']}, JAX {header['jax']}"
+    ]
+    for name, exported in made.items():
+        inputs = sum(int(np.prod(x.shape, dtype=np.int64)) * x.dtype.itemsize for x in exported.in_avals)
+        lines.append(f"  {name}: {len(exported.in_avals)} arrays in ({files.in_words(inputs)})")
+    return "\n".join(lines)

@@ -1,0 +1,42 @@
+"""A stream on disk: stop it anywhere and go on later, bit for bit."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from causvid_jax.checkpoints.store import flatten, load_params, save_params
+from causvid_jax.config import require
+from causvid_jax.sampling.stream import StreamState
+
+
+def save_stream(path: str | pathlib.Path, state: StreamState) -> None:
+    """Write the state as one safetensors file: the path of every array in the state is its name."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    save_params(path, {_name(where): leaf for where, leaf in leaves}, {"started": str(state.started)})
+
+
+def load_stream(path: str | pathlib.Path, like: StreamState) -> StreamState:
+    """The state in ``path``; ``like`` is any state of the same recipe and batch, for example a new stream's.
+
+    Raises:
+        ConfigError: the file is missing or damaged, or holds the state of another recipe.
+    """
+    params, metadata = load_params(path, dtype=None)
+    held = flatten(params)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+    for where, leaf in leaves:
+        found = held.get(_name(where))
+        described = "nothing" if found is None else f"{found.dtype}{list(found.shape)}"
+        wanted = f"{leaf.dtype}{list(leaf.shape)}"
+        require(
+            described == wanted,
+            f"stream state {path} does not fit this recipe: {_name(where)} is {described}, not {wanted}",
+        )
+    state = jax.tree.unflatten(structure, [jnp.asarray(held[_name(where)]) for where, _ in leaves])
+    return dataclasses.replace(state, started=metadata["started"] == "True")
+
+
+def _name(where: tuple) -> str:
+    return jax.tree_util.keystr(where, simple=True, separator=".")

@@ -1,0 +1,394 @@
+"""The streaming sampler (paper, Algorithm 2): K latent frames in, K latent frames out, for ever.
+
+    state = init_stream(params, text, config=recipe, seed=0)
+    while True:
+        latents, frames, state = next_frames(params, state, config=recipe)
+
+``params`` is ``{"student": ..., "vae": ...}``, with ``"taehv"`` where that is the recipe's decoder (which then needs
+``"vae"`` for images and videos only); ``config`` is the :class:`~causvid_jax.config.Recipe`, static. Every
+function is pure and jitted, and donates ``state``: use the state that comes back, or copy one that is to be kept
+(:func:`copy_stream`). One compilation serves every block. Only with ``causal.independent_first_frame`` has the first
+block, one frame long, a program of its own.
+
+The VAE gives one frame for the first latent frame of a stream and four for every other. Decoded blocks have a fixed
+shape, four frames per latent, so of a stream's first block the caller drops :data:`LEAD` frames.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
+
+from causvid_jax.config import DiffusionConfig, Recipe, require
+from causvid_jax.diffusion import flow
+from causvid_jax.models import decoder, precision, transformer, vae
+from causvid_jax.models.decoder import LEAD, DecodeCache
+from causvid_jax.models.kv_cache import TEXT_AXES, KVCache, TextCache
+from causvid_jax.sharding import constraints
+
+Params = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StreamState:
+    """All that a stream remembers. Its size never changes."""
+
+    cache: KVCache  # self-attention keys and values of the frames still in sight
+    text: TextCache  # the prompt
+    decode: DecodeCache  # the decoder's past
+    recent: jax.Array  # [B, R, h, w, C] float32, the last latent frames, newest at the end: what recache() replays
+    seed: jax.Array  # [B] uint32
+    block: jax.Array  # [] int32: blocks finished
+    started: bool = dataclasses.field(default=True, metadata={"static": True})  # False: an independent frame is next
+
+
+def block_frames(state: StreamState, config: Recipe) -> int:
+    """Latent frames of the block that comes next."""
+    return config.causal.frames_per_block if state.started else 1
+
+
+def passes_per_block(config: Recipe) -> int:
+    """Network passes that one block costs: the denoising steps and, with ``causal.clean_write``, the cache write."""
+    return len(config.diffusion.student_steps) + config.causal.clean_write
+
+
+def init_stream(
+    params: Params,
+    text: jax.Array,
+    *,
+    config: Recipe,
+    seed: int | Sequence[int] = 0,
+    frames: int | None = None,
+) -> StreamState:
+    """The state before the first block.
+
+    Args:
+        params: ``{"student"}`` is read.
+        text: prompt rows ``[B, S, E]``; B streams run side by side.
+        config: the recipe.
+        seed: one integer s, or B of them. Stream b of one s has seed s + b, and is the same video as a single stream
+            of seed s + b.
+        frames: the most latent frames the stream will have. Only a recipe without ``causal.window`` needs to know
+            (default: the length it was trained on); with a window a stream has no end.
+    """
+    capacity = None if config.causal.window else frames or config.video.latent_frames
+    return first_state(params, text, seeds_of(seed, text.shape[0]), config=config, capacity=capacity)
+
+
+def seeds_of(seed: int | Sequence[int], batch: int) -> jax.Array:
+    """uint32 ``[batch]``: the seeds that :func:`init_stream` makes of ``seed``."""
+    each = np.asarray(seed, np.int64)
+    each = each + np.arange(batch) if each.ndim == 0 else each
+    require(each.shape == (batch,), f"{each.size} seeds are given for {batch} prompts; accepted: 1 or {batch}")
+    return jnp.asarray(each.astype(np.uint32))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "capacity"))
+def first_state(
+    params: Params, text: jax.Array, seeds: jax.Array, *, config: Recipe, capacity: int | None = None
+) -> StreamState:
+    """:func:`init_stream` of uint32 ``seeds [B]``; ``capacity`` latent frames at most, None with a window."""
+    batch, (height, width), causal = text.shape[0], config.latent_size, config.causal
+    size = {"batch": batch, "height": height, "width": width}
+    # With a window, exactly the earlier blocks of which the next one sees a frame.
+    if capacity is None:
+        kept = causal.past_frames()
+    else:
+        kept = capacity - int(causal.independent_first_frame)
+        kept -= kept % causal.frames_per_block
+    return StreamState(
+        cache=transformer.init_cache(config.student, causal, frames=capacity, **size),
+        text=_prompt(params, text, config),
+        decode=decoder.init_decode_cache(config, **size),
+        recent=jnp.zeros((batch, kept, height, width, config.vae.z_dim), jnp.float32),
+        seed=seeds,
+        block=jnp.zeros((), jnp.int32),
+        started=not causal.independent_first_frame,
+    )
+
+
+def _prompt(params: Params, text: jax.Array, config: Recipe) -> TextCache:
+    """Keys and values in the type that attention reads them in: the same bits, at half of float32's memory. On a mesh
+    no device holds those of other devices' streams."""
+    net = config.student
+    cache = transformer.encode_text(params["student"], text, config=net)
+    return jax.tree.map(lambda x: constraints.constrain(x.astype(net.dtype), TEXT_AXES, net.rules), cache)
+
+
+def copy_stream(state: StreamState) -> StreamState:
+    """A state with buffers of its own, so that one stream can be continued in two ways."""
+    return jax.tree.map(jnp.copy, state)
+
+
+# ---- one block ------------------------------------------------------------------------------------------------------
+
+
+def block_noise(seed: jax.Array, block: jax.Array, step: jax.Array | int, shape: Sequence[int]) -> jax.Array:
+    """N(0, 1) of ``shape`` (one stream's) for each seed: ``[B, *shape]``, a function of (seed, block, step) only."""
+
+    def one(s):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(s), block), step)
+        return jax.random.normal(key, tuple(shape), jnp.float32)
+
+    return jax.vmap(one)(seed)
+
+
+def _noise(state: StreamState, step: jax.Array | int, config: Recipe) -> jax.Array:
+    shape = (block_frames(state, config), *config.latent_size, config.vae.z_dim)
+    return precision.everywhere(block_noise(state.seed, state.block, step, shape), config.student)
+
+
+def _sigma(timestep: float, config: Recipe) -> float:
+    """The noise level of a timestep: what it says, or what the published sampler reads from its table."""
+    exact = config.student.numerics == "causvid" and timestep > 0
+    return flow.table_sigma(timestep, config.diffusion.shift) if exact else timestep / 1000.0
+
+
+def _pass(params, state, cache, x, timestep, config, rewrites=False):
+    """One network pass on the current block, all of whose frames are told ``timestep``."""
+    timesteps = jnp.full(x.shape[:2], timestep, jnp.float32)
+    student, causal = config.student, config.causal
+    return transformer.cached(
+        params["student"], x, timesteps, state.text, cache, config=student, causal=causal, rewrites=rewrites
+    )
+
+
+def _denoise(params, state: StreamState, x: jax.Array, start: int, config: Recipe) -> tuple[jax.Array, KVCache]:
+    """x0 of the block ``x``, noisy at student step ``start``, and the cache with the block written.
+
+    At step j: ``x0 = x_t - sigma_j v``; then fresh noise takes x0 to the next step's sigma. The cache write is one
+    more turn of the same loop, on x0 itself (sigma 0, ``context_timestep``), so the network is compiled once.
+    """
+    timesteps = flow.student_timesteps(config.diffusion)[start:]
+    sigmas = [_sigma(t, config) for t in timesteps] + [0.0]
+    write = [config.causal.context_timestep] if config.causal.clean_write else []
+    turns = len(timesteps) + len(write)
+    table = (
+        jnp.asarray([*timesteps, *write], jnp.float32),
+        jnp.asarray(sigmas[:turns], jnp.float32),
+        jnp.asarray([*sigmas[1:], 0.0][:turns], jnp.float32),
+        start + 1 + jnp.arange(turns, dtype=jnp.int32),  # noise j is the one that leads to step j
+    )
+
+    def turn(carry, inputs):
+        x, cache = carry
+        timestep, sigma, next_sigma, step = inputs
+        velocity, cache = _pass(params, state, cache, x, timestep, config)
+        x0 = precision.everywhere(flow.x0_from_velocity(x, velocity, sigma), config.student)
+        x = flow.add_noise(x0, _noise(state, step, config), next_sigma)
+        return (precision.everywhere(x, config.student), cache), None
+
+    with jax.named_scope("denoise"):
+        (x, cache), _ = jax.lax.scan(turn, (x, state.cache), table)
+    return x, cache
+
+
+def _finish(state: StreamState, latents: jax.Array, cache: KVCache) -> StreamState:
+    return dataclasses.replace(
+        state,
+        cache=transformer.advance(cache, latents.shape[1]),
+        recent=jnp.concatenate([state.recent, latents], axis=1)[:, latents.shape[1] :],
+        block=state.block + 1,
+        started=True,
+    )
+
+
+def _next_block(params, state, config):
+    x0, cache = _denoise(params, state, _noise(state, 0, config), 0, config)
+    return x0, _finish(state, x0, cache)
+
+
+def _decode(params, state, latents, config):
+    with jax.named_scope("decode"):
+        frames, decode = decoder.decode_chunk(params, latents, state.decode, config=config)
+        if config.causal.at_switch == "forget":
+            # Of a stream's first block nobody sees the lead; where a clip begins after a switch everybody does.
+            lead = (jnp.arange(frames.shape[1]) < LEAD) & (state.cache.position == latents.shape[1])
+            frames = jnp.where(lead[:, None, None, None], frames[:, LEAD : LEAD + 1], frames)
+    return frames, dataclasses.replace(state, decode=decode)
+
+
+_step = functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+
+
+@_step
+def next_block(params: Params, state: StreamState, *, config: Recipe) -> tuple[jax.Array, StreamState]:
+    """Generate the next block: clean latents ``[B, K, h, w, C]`` and the next state. Nothing is decoded."""
+    return _next_block(params, state, config)
+
+
+@_step
+def next_frames(params: Params, state: StreamState, *, config: Recipe) -> tuple[jax.Array, jax.Array, StreamState]:
+    """Generate and decode the next block: latents ``[B, K, h, w, C]``, frames ``[B, 4K, H, W, 3]``, the next state."""
+    latents, state = _next_block(params, state, config)
+    frames, state = _decode(params, state, latents, config)
+    return latents, frames, state
+
+
+@_step
+def decode_block(
+    params: Params, state: StreamState, latents: jax.Array, *, config: Recipe
+) -> tuple[jax.Array, StreamState]:
+    """Frames ``[B, 4K, H, W, 3]`` of the block just finished; call it once per block, or never."""
+    return _decode(params, state, latents, config)
+
+
+@_step
+def append(params: Params, state: StreamState, latents: jax.Array, *, config: Recipe) -> StreamState:
+    """Let given clean latents ``[B, K, h, w, C]`` be the next block: one pass writes them to the cache.
+
+    This is how an image (:func:`encode_image`) or the latents of a video become the past that a stream goes on from.
+    """
+    _check_block(state, latents, config)
+    _, cache = _pass(params, state, state.cache, latents, config.causal.context_timestep, config)
+    return _finish(state, latents, cache)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "start"), donate_argnames=("state",))
+def next_block_from(
+    params: Params, state: StreamState, latents: jax.Array, *, config: Recipe, start: int
+) -> tuple[jax.Array, StreamState]:
+    """Video to video: the next block from an incoming one, ``latents [B, K, h, w, C]``.
+
+    The incoming block is noised to student step ``start`` (static; :func:`strength_step`) and denoised by the steps
+    that remain, under the prompt and everything the stream has shown so far (paper, section 5.3).
+    """
+    _check_block(state, latents, config)
+    sigma = jnp.float32(_sigma(flow.student_timesteps(config.diffusion)[start], config))
+    x = precision.everywhere(flow.add_noise(latents, _noise(state, start, config), sigma), config.student)
+    x0, cache = _denoise(params, state, x, start, config)
+    return x0, _finish(state, x0, cache)
+
+
+def strength_step(config: DiffusionConfig, strength: float) -> int:
+    """The student step that video to video starts from: the first whose nominal timestep is at most 1000 strength.
+
+    Strength 1 keeps nothing of the input. Nominal means before the shift, so that four evenly spaced steps answer to
+    1, 0.75, 0.5 and 0.25 whatever the shift is.
+    """
+    nominal = flow.nominal_steps(config)
+    lowest = nominal[-1] / 1000.0
+    require(lowest <= strength <= 1.0, f"strength is {strength:g}; accepted: {lowest:g} (faithful) to 1 (free)")
+    return next(i for i, step in enumerate(nominal) if step <= 1000.0 * strength + 1e-6)
+
+
+def _check_block(state: StreamState, latents: jax.Array, config: Recipe) -> None:
+    expected = (state.seed.shape[0], block_frames(state, config), *config.latent_size, config.vae.z_dim)
+    require(latents.shape == expected, f"latents of the next block are {latents.shape}; they must be {expected}")
+
+
+# ---- image, prompt switch, whole clip -------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def encode_image(params: Params, image: jax.Array, *, config: Recipe) -> jax.Array:
+    """Latents of a first block that shows ``image [B, H, W, 3]`` (float, [-1, 1]), ready for :func:`append`.
+
+    With an independent first frame that is the image as a video of one frame, ``[B, 1, h, w, C]``; else a still of
+    1 + 4 (K - 1) frames, ``[B, K, h, w, C]`` (paper, section 5.3).
+    """
+    latents = 1 if config.causal.independent_first_frame else config.causal.frames_per_block
+    still = repeat(image, "b h w c -> b t h w c", t=1 + vae.time_factor(config.vae) * (latents - 1))
+    return vae.encode(params["vae"], still, config=config.vae)
+
+
+@_step
+def change_prompt(params: Params, state: StreamState, text: jax.Array, *, config: Recipe) -> StreamState:
+    """:func:`switch_prompt`, and of the cache what ``config.causal.at_switch`` says: it is kept, written again under
+    the new prompt (:func:`recache`), or emptied, for a cut."""
+    state = switch_prompt(params, state, text, config=config)
+    if config.causal.at_switch == "recache":
+        return recache(params, state, config=config)
+    return _forget(state, config) if config.causal.at_switch == "forget" else state
+
+
+@_step
+def switch_prompt(params: Params, state: StreamState, text: jax.Array, *, config: Recipe) -> StreamState:
+    """The stream under another prompt ``text [B, S, E]`` from its next block on. What it has shown stays as it is."""
+    return dataclasses.replace(state, text=_prompt(params, text, config))
+
+
+def _forget(state: StreamState, config: Recipe) -> StreamState:
+    """The stream with nothing in sight: its next block begins as a clip begins, for network and decoder alike.
+
+    What it shows is a cut. The first latent frame of a clip has one frame and a stream's block has four for each, so
+    the three before it show the same.
+    """
+    height, width = config.latent_size
+    cache = state.cache
+    return dataclasses.replace(
+        state,
+        cache=dataclasses.replace(cache, frame=jnp.full_like(cache.frame, -1), position=jnp.zeros_like(cache.position)),
+        decode=decoder.init_decode_cache(config, batch=state.seed.shape[0], height=height, width=width),
+    )
+
+
+@_step
+def recache(params: Params, state: StreamState, *, config: Recipe) -> StreamState:
+    """Write the blocks still in sight to the cache again, under the stream's present prompt.
+
+    Cached keys and values have seen the prompt of their time. After :func:`switch_prompt` this brings them up to date
+    at the cost of one pass per block in sight; the sink and an independent first frame keep what they have. What has
+    left a window is gone, so the oldest of these blocks are written with less context than they had.
+    """
+    k, independent = config.causal.frames_per_block, int(config.causal.independent_first_frame)
+    kept = state.recent.shape[1]
+    if not kept:  # a window of one block: nothing earlier is in sight
+        return state
+    blocks = jnp.minimum(kept // k, (state.cache.position - independent) // k)
+
+    def rewrite(i, cache):
+        latents = jax.lax.dynamic_slice_in_dim(state.recent, kept - (blocks - i) * k, k, axis=1)
+        _, cache = _pass(params, state, cache, latents, config.causal.context_timestep, config, rewrites=True)
+        return transformer.advance(cache, k)
+
+    # Slots tell which frame they hold, so moving the position back is all it takes to hide the later ones.
+    rewound = dataclasses.replace(state.cache, position=state.cache.position - blocks * k)
+    return dataclasses.replace(state, cache=jax.lax.fori_loop(0, blocks, rewrite, rewound))
+
+
+def generate(
+    params: Params,
+    text: jax.Array,
+    *,
+    config: Recipe,
+    frames: int | None = None,
+    seed: int | Sequence[int] = 0,
+    decode: bool = True,
+) -> tuple[jax.Array, jax.Array | None]:
+    """A whole clip in one jitted scan over its blocks: the same clip that the blocks give one by one.
+
+    Args:
+        frames: latent frames F, which must fit the blocks; default: the recipe's clip.
+        decode: static; without it the second result is None.
+        params, text, config, seed: as in :func:`init_stream`.
+
+    Returns:
+        latents ``[B, F, h, w, C]`` and video ``[B, 1 + 4 (F - 1), H, W, 3]`` in [-1, 1].
+    """
+    frames = frames or config.video.latent_frames
+    state = init_stream(params, text, config=config, seed=seed, frames=frames)
+    return _scan_blocks(params, state, config=config, sizes=config.causal.block_sizes(frames), decode=decode)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sizes", "decode"))
+def _scan_blocks(params, state, *, config: Recipe, sizes: tuple[int, ...], decode: bool):
+    def one(state, _):
+        latents, state = _next_block(params, state, config)
+        frames, state = _decode(params, state, latents, config) if decode else (None, state)
+        return state, (latents, frames)
+
+    parts = []
+    if not state.started:
+        state, part = one(state, None)
+        parts.append(part)
+    state, scanned = jax.lax.scan(one, state, length=len(sizes) - len(parts))
+    parts.append(jax.tree.map(lambda x: rearrange(x, "n b f ... -> b (n f) ..."), scanned))
+    latents, video = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
+    return latents, video[:, LEAD:] if decode else None

@@ -1,0 +1,1 @@
+"""Text encoders: words, tokenizer, UMT5 with its cache."""

@@ -1,0 +1,182 @@
+"""A recipe's text encoder: prompts to rows ``[B, length, dim]``, whatever ``text.kind`` is.
+
+``words`` needs nothing (:mod:`causvid_jax.text.words`). ``umt5`` reads, under the folder of a checkpoint,
+
+    text_encoder/weights.safetensors     the encoder, where ``launch.convert`` puts it
+    text_encoder/tokenizer.json          the tokenizer of google/umt5-xxl, as ``launch.convert`` copies it, or where it
+                                         lies in published folders (``checkpoints.sources.TOKENIZERS``)
+    prompts/                             prompts already encoded, made as they come
+
+The weights are read when a prompt has to be computed, and given up when it is.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from causvid_jax.checkpoints import sources, store, workdir
+from causvid_jax.config import ConfigError, Recipe, TextConfig, UMT5Config, require
+from causvid_jax.models import umt5
+from causvid_jax.sharding.params import inference_tree
+from causvid_jax.text import tokenizer as umt5_prompts
+from causvid_jax.text import words
+from causvid_jax.text.prompt_cache import PromptCache
+
+AT_ONCE = 256
+"""Prompts whose rows :func:`fill` holds at once: 2 GB of Wan's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """What encoding a prompt takes; of :func:`open_encoder`. All but ``config`` is of UMT5.
+
+    ``compute`` False: only what ``cache`` holds is given, for programs whose memory is not the encoder's to take.
+    """
+
+    config: TextConfig
+    umt5: UMT5Config | None = None
+    weights: pathlib.Path | None = None
+    tokenizer: umt5_prompts.Tokenizer | None = None
+    cache: PromptCache | None = None
+    compute: bool = True
+
+
+def open_encoder(
+    recipe: Recipe,
+    folder: str | os.PathLike | None = None,
+    *,
+    cache: str | os.PathLike | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    compute: bool = True,
+) -> Encoder:
+    """The encoder of ``recipe``, checked; its weights are not read yet.
+
+    Args:
+        recipe: ``text`` and, for UMT5, ``umt5`` are read.
+        folder: the checkpoint or working directory; words need none.
+        cache: where encoded prompts are kept; None: ``prompts`` under ``folder``, an empty text: nowhere.
+        tokenizer: the tokenizer's file or folder; None: looked for under ``folder``.
+        compute: as in :class:`Encoder`.
+
+    Raises:
+        ConfigError: a file that is missing or does not fit the recipe.
+    """
+    if recipe.text.kind == "words":
+        return Encoder(recipe.text)
+    if folder is None:
+        raise ConfigError("text.kind is 'umt5', whose weights come with no package; give the folder of a checkpoint")
+    weights = workdir.stage_path(folder, "text_encoder")
+    require(
+        weights.is_file(),
+        f"{weights} does not exist: the UMT5 encoder of the published folder, converted by launch.convert",
+    )
+    store.check_file(weights, umt5.abstract(recipe.umt5), f"text encoder weights {weights}")
+    file = pathlib.Path(tokenizer) if tokenizer is not None else _find_tokenizer(pathlib.Path(folder))
+    # Rows are rounded to the transformer's compute type before anything reads them, so nothing finer is kept.
+    kept = "float32" if "float32" in (recipe.student.dtype, recipe.teacher.dtype) else "bfloat16"
+    place = pathlib.Path(folder) / "prompts" if cache is None else cache
+    return Encoder(
+        config=recipe.text,
+        umt5=recipe.umt5,
+        weights=weights,
+        tokenizer=umt5_prompts.load_tokenizer(file),
+        cache=PromptCache(place, store.stored_checksum(weights), kept) if place else None,
+        compute=compute,
+    )
+
+
+def _find_tokenizer(folder: pathlib.Path) -> pathlib.Path:
+    found = sources.tokenizer_files(folder)
+    listed = ", ".join(f"{inner}/tokenizer.json" for inner in sources.TOKENIZERS)
+    require(
+        "tokenizer.json" in found,
+        f"{folder} holds no tokenizer of google/umt5-xxl; accepted: {listed} in it, or --tokenizer=FILE",
+    )
+    return found["tokenizer.json"]
+
+
+def inference_shapes(config: UMT5Config) -> Any:
+    """Shape and type of every parameter as it is held: kernels and the table of tokens in the compute type."""
+    shapes = inference_tree(umt5.abstract(config), config.dtype)
+    return shapes | {"token_embedding": jax.ShapeDtypeStruct(shapes["token_embedding"].shape, config.dtype)}
+
+
+def encode(encoder: Encoder, prompts: Sequence[str]) -> np.ndarray:
+    """Text rows float32 ``[B, length, dim]``, zero beyond each prompt's last token.
+
+    Raises:
+        ConfigError: a word outside the vocabulary; a prompt that is not in the cache of an encoder that computes none.
+    """
+    config = encoder.config
+    if encoder.umt5 is None or encoder.tokenizer is None:
+        return words.encode_words(prompts, config)
+    if not encoder.compute:
+        absent = missing(encoder, prompts)
+        require(
+            not absent,
+            f"{len(absent)} prompt(s) are not encoded yet, first {next(iter(absent), '')!r}; encode them with "
+            "launch.prepare --stage=prompts",
+        )
+    loaded: list[Any] = []
+
+    def load() -> Any:
+        loaded.append(_load(encoder))
+        return loaded[-1]
+
+    try:
+        return umt5_prompts.encode_prompts(
+            prompts, encoder.tokenizer, load, encoder.umt5, length=config.length, cache=encoder.cache
+        )
+    finally:
+        for params in loaded:
+            jax.tree.map(lambda leaf: leaf.delete(), params)
+
+
+def check(encoder: Encoder, prompts: Sequence[str]) -> None:
+    """Refuse ``prompts`` that cannot be encoded, without encoding them: a ConfigError names the word."""
+    if encoder.umt5 is None:
+        words.encode_words(prompts, encoder.config)
+
+
+def fill(encoder: Encoder, prompts: Sequence[str]) -> None:
+    """Encode what the cache lacks of ``prompts``, reading the weights once, so that :func:`encode` will need none.
+
+    Raises:
+        ConfigError: there is no cache to fill, or it cannot be written.
+    """
+    absent = missing(encoder, prompts)
+    if not absent or encoder.umt5 is None or encoder.tokenizer is None:
+        return
+    require(encoder.cache is not None, "prompts are to be encoded for later, but there is no prompt cache")
+    params = _load(encoder)
+    for start in range(0, len(absent), AT_ONCE):
+        lot = absent[start : start + AT_ONCE]
+        umt5_prompts.encode_prompts(
+            lot, encoder.tokenizer, params, encoder.umt5, length=encoder.config.length, cache=encoder.cache
+        )
+    jax.tree.map(lambda leaf: leaf.delete(), params)
+
+
+def missing(encoder: Encoder, prompts: Sequence[str]) -> list[str]:
+    """The ``prompts`` for which the encoder's weights would have to be read."""
+    if encoder.umt5 is None or encoder.tokenizer is None:
+        return []
+    return umt5_prompts.not_cached(prompts, encoder.tokenizer, encoder.umt5, encoder.cache, encoder.config.length)
+
+
+def null_rows(encoder: Encoder) -> np.ndarray:
+    """Text rows ``[length, dim]`` of the unconditional branch: ``text.negative``, empty for words."""
+    return encode(encoder, [encoder.config.negative])[0]
+
+
+def _load(encoder: Encoder) -> Any:
+    assert encoder.umt5 is not None and encoder.weights is not None
+    params, _ = store.load_arrays(
+        encoder.weights, inference_shapes(encoder.umt5), f"text encoder weights {encoder.weights}"
+    )
+    return params

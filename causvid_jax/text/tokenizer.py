@@ -1,0 +1,194 @@
+"""Prompts to Wan2.1's text rows: cleaning, the UMT5 tokenizer, encoding, and what is already on disk.
+
+Reading a tokenizer file and a cache is no arithmetic, so it lives with the data; the network is
+:mod:`causvid_jax.models.umt5`. The tokenizer is the published ``tokenizer.json`` of google/umt5-xxl, read by the
+``tokenizers`` library: the one that produced the ids Wan was trained on. It and ``ftfy`` are the extra ``text``.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import html
+import importlib
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from causvid_jax.config import ConfigError, UMT5Config, require
+from causvid_jax.models import umt5
+from causvid_jax.text import prompt_cache
+from causvid_jax.text.prompt_cache import PromptCache
+
+# What Wan2.1 is told not to make, also by CausVid and Self-Forcing: their unconditional branch.
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+NEGATIVE_PROMPT_IMAGE = "镜头晃动，" + NEGATIVE_PROMPT
+"""The one of image to video, which also avoids a shaking camera."""
+LENGTH = 512
+_SHORTEST = 32
+
+
+def clean_prompt(prompt: str) -> str:
+    """``prompt`` as Wan cleans it: mojibake repaired, HTML entities (even doubly escaped) resolved, white space single.
+
+    Raises:
+        ConfigError: the package ``ftfy`` is not installed.
+    """
+    text = _extra("ftfy").fix_text(prompt)
+    text = html.unescape(html.unescape(text)).strip()
+    return re.sub(r"\s+", " ", text).strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer file, read. ``digest`` is its SHA-256; ``pad_id`` and ``end_id`` are ``<pad>`` and ``</s>``."""
+
+    library: Any
+    digest: str
+    pad_id: int
+    end_id: int
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer in ``path``, a ``tokenizer.json`` or a folder that holds one.
+
+    Raises:
+        ConfigError: the package ``tokenizers`` is not installed, no such file, another kind of file, or a tokenizer
+            without ``<pad>`` or ``</s>``.
+    """
+    source = pathlib.Path(path)
+    if source.is_dir():
+        source = source / "tokenizer.json"
+    require(source.is_file(), f"tokenizer file {source} does not exist; it is the tokenizer.json of google/umt5-xxl")
+    require(
+        source.suffix == ".json",
+        f"tokenizer file {source} is not a tokenizer.json; the one published beside it is accepted",
+    )
+    library = _extra("tokenizers")
+    data = source.read_bytes()
+    try:
+        tokenizer = library.Tokenizer.from_buffer(data)
+    except Exception as error:  # the library raises bare Exception
+        raise ConfigError(f"tokenizer file {source} cannot be read: {' '.join(str(error).split())}") from error
+    # A file may carry its last user's settings; length is decided here.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    special = {name: tokenizer.token_to_id(name) for name in ("<pad>", "</s>")}
+    for name, number in special.items():
+        require(number is not None, f"tokenizer file {source} has no token {name}; UMT5's tokenizer is expected")
+    return Tokenizer(tokenizer, hashlib.sha256(data).hexdigest(), special["<pad>"], special["</s>"])
+
+
+def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int = LENGTH) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids int32 ``[B, length]`` and mask bool ``[B, length]`` of cleaned prompts.
+
+    Each prompt ends with ``</s>``; a longer one is cut to ``length - 1`` tokens before it, a shorter one is padded.
+    """
+    require(length >= 1, f"text length is {length}; it must be at least 1")
+    ids = np.full((len(prompts), length), tokenizer.pad_id, np.int32)
+    mask = np.zeros((len(prompts), length), bool)
+    for row, prompt in enumerate(prompts):
+        tokens = [*tokenizer.library.encode(prompt, add_special_tokens=False).ids[: length - 1], tokenizer.end_id]
+        ids[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = True
+    return ids, mask
+
+
+def encode_prompts(
+    prompts: Sequence[str],
+    tokenizer: Tokenizer,
+    params: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
+    config: UMT5Config,
+    *,
+    length: int = LENGTH,
+    cache: PromptCache | None = None,
+    batch: int = 4,
+) -> np.ndarray:
+    """Text rows of ``prompts``, zero beyond each prompt's last token.
+
+    A prompt is computed at the next power of two of its length (which changes its rows by rounding only), once even
+    if it comes twice, and not at all if ``cache`` holds it. With a cache, rows are rounded to its type whether they
+    were found or made.
+
+    Args:
+        prompts: as written; they are cleaned here.
+        tokenizer: of :func:`load_tokenizer`.
+        params: of :func:`umt5.spec`, or a function that loads them, called if a prompt has to be computed.
+        config: of the encoder.
+        length: rows per prompt.
+        cache: where encoded prompts are kept.
+        batch: prompts per call of the network.
+
+    Returns:
+        float32 ``[B, length, config.dim]``.
+
+    Raises:
+        ConfigError: a missing extra, a tokenizer with more tokens than the encoder, a cache that cannot be written.
+    """
+    cleaned = [clean_prompt(prompt) for prompt in prompts]
+    rows: dict[str, np.ndarray] = {}
+    names = {}
+    for prompt in dict.fromkeys(cleaned):
+        if cache is not None:
+            names[prompt] = prompt_cache.identity(cache, prompt, tokenizer.digest, length, config)
+            found = prompt_cache.read(cache, names[prompt])
+            if found is not None:
+                rows[prompt] = found
+    missing = [prompt for prompt in dict.fromkeys(cleaned) if prompt not in rows]
+    if missing:
+        tree = jax.device_put(params() if callable(params) else params)
+        for prompt, made in _encode(missing, tokenizer, tree, config, length, batch):
+            rows[prompt] = made if cache is None else prompt_cache.write(cache, names[prompt], made)
+    out = np.zeros((len(cleaned), length, config.dim), np.float32)
+    for b, prompt in enumerate(cleaned):
+        out[b, : len(rows[prompt])] = rows[prompt]
+    return out
+
+
+def not_cached(
+    prompts: Sequence[str], tokenizer: Tokenizer, config: UMT5Config, cache: PromptCache | None, length: int = LENGTH
+) -> list[str]:
+    """The ``prompts`` that :func:`encode_prompts` would have to compute."""
+    if cache is None:
+        return list(prompts)
+    named = {p: prompt_cache.identity(cache, clean_prompt(p), tokenizer.digest, length, config) for p in prompts}
+    return [p for p, who in named.items() if prompt_cache.read(cache, who) is None]
+
+
+def _encode(
+    prompts: list[str], tokenizer: Tokenizer, params: Any, config: UMT5Config, length: int, batch: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(prompt, rows float32 [tokens, dim]) of distinct cleaned prompts, shortest first."""
+    ids, mask = tokenize(tokenizer, prompts, length)
+    require(
+        ids.max(initial=0) < config.vocab_size,
+        f"the tokenizer gives token {ids.max(initial=0)}, beyond the encoder's umt5.vocab_size {config.vocab_size}",
+    )
+    counts = mask.sum(1)
+    padded = np.minimum(length, np.maximum(_SHORTEST, 2 ** np.ceil(np.log2(counts)).astype(int)))
+    for size in np.unique(padded):
+        same = np.flatnonzero(padded == size)
+        for numbers in (same[i : i + batch] for i in range(0, len(same), batch)):
+            made = np.asarray(_forward(params, ids[numbers, :size], mask[numbers, :size], config=config))
+            yield from ((prompts[n], made[i, : counts[n]]) for i, n in enumerate(numbers))
+
+
+_forward = functools.partial(jax.jit, static_argnames="config")(umt5.encode)
+
+
+def _extra(package: str) -> Any:
+    """A package of the extra ``text``."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ConfigError(
+            f"UMT5 prompts need the package {package!r}; install the extra: pip install 'causvid_jax[text]'"
+        ) from error

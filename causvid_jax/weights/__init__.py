@@ -1,1 +1,0 @@
-"""Parameter trees on disk."""

@@ -1,0 +1,94 @@
+"""The whole benchmark at a tiny size: every line it promises, and that moving a stream back repeats its block."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from causvid_jax.analysis import bench_plan, bench_results, bench_sampler, flops, sampling_memory
+from causvid_jax.config import CausalConfig, ConfigError, Recipe, TextConfig, TransformerConfig, VAEConfig, VideoConfig
+from causvid_jax.sampling import stream
+
+NET = TransformerConfig(
+    dim=32,
+    ffn_dim=48,
+    num_heads=2,
+    num_layers=1,
+    in_channels=4,
+    out_channels=4,
+    text_dim=11,
+    text_length=4,
+    freq_dim=16,
+)
+RECIPE = Recipe(
+    name="tiny",
+    video=VideoConfig(height=32, width=32, frames=29),
+    text=TextConfig(kind="words", vocabulary=tuple("abcdefg"), length=4, dim=11),
+    vae=VAEConfig(base_dim=4, dim_mult=(1, 2, 2, 2), num_res_blocks=1, z_dim=4),
+    teacher=NET,
+    student=NET,
+    causal=CausalConfig(frames_per_block=2, window=4),
+)
+
+
+def test_every_promised_line_is_there():
+    asked = bench_plan.Plan(repeats=2, codecs=("wan",))
+    report = bench_sampler.run(RECIPE, asked)
+    lines = {(line["what"], line["seen"], line["codec"]): line for line in report["lines"]}
+    codec = "tiny VAE, float32"
+    assert set(lines) == {
+        *((what, seen, "none") for what in ("denoising step", "cache write") for seen in (2, 4)),
+        ("denoising, all 4 steps", 4, "none"),
+        ("block, steady", 4, "none"),
+        ("clip of 29 frames", None, "none"),
+        ("decoding a block", None, codec),
+        ("block and decoding, steady", 4, codec),
+        ("time to first frame", None, codec),
+        ("clip of 29 frames", None, codec),
+    }
+    for line in lines.values():
+        assert 0 < line["p50_ms"] <= line["p99_ms"] and line["calls"] >= 2
+        assert (line["resolution"], line["window"], line["precision"]) == ("32x32", "4", "float32")
+        assert line["share_of_peak"] is None
+    one = flops.forward(NET, 2, 4, 2 * 4, text=False) / 1e12
+    assert lines["denoising step", 4, "none"]["tflop"] == pytest.approx(one)
+    assert lines["block, steady", 4, "none"]["tflop"] == pytest.approx(5 * one)
+    # Four blocks, of which the first sees two frames.
+    first = flops.forward(NET, 2, 4, 2 * 2, text=False) / 1e12
+    assert lines["clip of 29 frames", None, "none"]["tflop"] == pytest.approx(5 * (first + 3 * one))
+    assert report["weights"].startswith("random") and "cpu" in report["device"]["platform"]
+    assert "no published peak" in report["peak"]
+    assert bench_results.markdown(report).count("| 32x32 |") == len(lines)
+
+
+def test_a_stream_moved_back_makes_its_block_again():
+    params = {"student": bench_sampler.random_weights(bench_plan.abstract_weights(RECIPE, bench_plan.Plan()))}
+    state = stream.init_stream(params, jnp.ones((1, 4, 11)), config=RECIPE)
+    for _ in range(3):
+        _, state = stream.next_block(params, state, config=RECIPE)
+    once, state = stream.next_block(params, stream.copy_stream(state), config=RECIPE)
+    back = dataclasses.replace(bench_sampler.rewinder(6)(state), block=jnp.int32(3))
+    again, state = stream.next_block(params, back, config=RECIPE)
+    assert np.asarray(once).std() > 0
+    np.testing.assert_array_equal(again, once)
+
+
+def test_weights_are_random_and_in_their_types():
+    net = dataclasses.replace(NET, dtype="bfloat16")
+    recipe = dataclasses.replace(RECIPE, student=net)
+    held = bench_plan.random_weights(bench_plan.abstract_weights(recipe, bench_plan.Plan()))
+    kernel = held["blocks"]["ffn"]["fc1"]["kernel"]
+    assert kernel.dtype == jnp.bfloat16 and held["time_embedding"]["fc1"]["kernel"].dtype == jnp.float32
+    assert float(kernel.astype(jnp.float32).std()) == pytest.approx(0.02, rel=0.1)
+    assert np.all(np.asarray(held["blocks"]["norm3"]["scale"]) == 1)
+    whole = bench_plan.abstract_weights(recipe, bench_plan.Plan(weights="float32"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(whole)} == {jnp.dtype("float32")}
+
+
+def test_what_cannot_fit_is_refused_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(bench_plan.devices, "memory_limit", lambda: 1000)
+    with pytest.raises(ConfigError, match="to stream takes about .* and the device has"):
+        bench_plan.check(RECIPE, bench_plan.Plan(codecs=("wan",)))
+    assert sampling_memory.device_limit() is None

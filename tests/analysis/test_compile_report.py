@@ -1,0 +1,60 @@
+"""Stages compiled for machines that are not there: on pretended CPU devices always, for TPU and GPU where the compilers
+are installed (extras ``tpu``, ``cuda12``)."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import pytest
+
+from causvid_jax.analysis import compile_report, topology
+from causvid_jax.config import ParallelConfig
+from tests.sharding.test_sharded_training import RECIPE
+
+MESH = ParallelConfig(data=0, fsdp=2, context=2)
+INSTALLED = {"v5e:2x2": "libtpu", "h100:4": "jax_cuda12_plugin"}
+
+
+def with_mesh(**changes):
+    return dataclasses.replace(RECIPE, parallel=dataclasses.replace(MESH, **changes))
+
+
+@pytest.mark.parametrize("stage,quick", [("teacher", False), ("teacher", True), ("stream", False)])
+def test_a_compiled_program_holds_what_is_computed(stage, quick):
+    """The pretended machine has the figures of eight GPUs and the CPU devices of this process."""
+    machine = topology.Topology(topology.parse("h100:8"), jax.devices())
+    report = compile_report.compile_for(with_mesh(), stage, machine, quick=quick)
+    known = compile_report.estimate_for(with_mesh(), stage, machine.machine)
+    assert report.compiled and report.fits and report.mesh == {"data": 2, "fsdp": 2, "context": 2, "tensor": 1}
+    state = sum(known.parts[name] for name in ("parameters", "running mean", "moments") if name in known.parts)
+    state += known.parts["caches"] / 2 if stage == "stream" else 0.0  # two of them are alive inside the program
+    # Beside the state: the batch, in a stream the prompt's keys and values.
+    assert state <= report.arguments <= state + 200_000
+    kinds = {"all-gather", "all-to-all"}
+    assert kinds <= {kind for kind, entry in report.collectives.items() if entry["count"]}  # in every layer
+    assert report.quick == quick and ("compiled quickly in" if quick else "compiled in") in compile_report.table(report)
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+@pytest.mark.parametrize("offload", [False, True])
+def test_real_compilers(name, offload):
+    if importlib.util.find_spec(INSTALLED[name]) is None:
+        pytest.skip(f"{INSTALLED[name]} is not installed: no compiler for {name}")
+    recipe = with_mesh(offload_optimizer=offload)
+    recipe = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, remat="attention"))
+    report = compile_report.compile_for(recipe, "teacher", topology.describe(name))
+    assert report.fits and report.devices == 4
+    moments = compile_report.estimate_for(with_mesh(), "teacher", topology.parse(name)).parts["moments"]
+    assert report.host >= moments * 0.99 if offload else report.host == 0
+    if name.startswith("h100"):  # a TPU would fill tiny arrays up to whole tiles
+        state = sum(report.parts.get(part, 0) for part in ("parameters", "running mean", "moments"))
+        assert state <= report.arguments <= state + 20_000  # with the batch; offloaded moments are no part of them
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_real_compilers_of_a_stream(name):
+    if importlib.util.find_spec(INSTALLED[name]) is None:
+        pytest.skip(f"{INSTALLED[name]} is not installed: no compiler for {name}")
+    report = compile_report.compile_for(with_mesh(), "stream", topology.describe(name), quick=True)
+    assert report.fits and report.quick and report.streams == 2
+    assert report.collectives["all-to-all"]["count"]

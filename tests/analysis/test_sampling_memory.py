@@ -1,0 +1,94 @@
+"""The memory plan against counts by hand, for the published sizes."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from causvid_jax.analysis import sampling_memory
+from causvid_jax.config import CLIPConfig, ConfigError
+from launch.common import load_recipe_file
+
+WAN = load_recipe_file(str(pathlib.Path(__file__).parents[2] / "configs" / "wan_1_3b.py"))
+# Of 1,418,996,800 parameters: what is no kernel of a rounded matmul. A layer has 6 D of modulation, 8 D of attention's
+# biases, 4 D of q and k norms, 2 D of norm3 and the MLP's biases. Outside: biases of patch and text embedding, the time
+# embedding and projection in whole, the head's modulation and bias.
+D, FFN, LAYERS = 1536, 8960, 30
+FLOAT32 = (
+    LAYERS * (6 * D + 8 * D + 4 * D + 2 * D + FFN + D)
+    + D
+    + 2 * D
+    + (256 * D + D + D * D + D)
+    + (D * 6 * D + 6 * D)
+    + (2 * D + 64)
+)
+
+
+def phase(name, **changes):
+    given = {"role": "student", "batch": 1, "latents": 21, **changes}
+    return {p.name: p for p in sampling_memory.plan(WAN, **given)}[name]
+
+
+def test_published_text_encoder():
+    items = phase("encode the prompts").items["text encoder"]
+    small = (24 * (2 * 4096 + 32 * 64) + 4096) * 4  # norms and tables of distances
+    assert items["float32"] == small
+    assert items["bfloat16"] == 2 * (5_680_910_336 - small // 4)
+
+
+def test_a_picture_is_read_before_the_transformer_comes():
+    recipe = load_recipe_file(str(pathlib.Path(__file__).parents[2] / "configs" / "wan_14b.py:i2v"))
+    given = {"batch": 2, "latents": 21, "prompts": 0, "image": True, "clip": CLIPConfig()}
+    phases = {p.name: p for p in sampling_memory.plan(recipe, "teacher", **given)}
+    assert list(phases) == ["read the picture", "encode the picture", "denoise", "decode"]
+    # ViT-H/14: the tower and its projection.
+    assert phases["read the picture"].items["image encoder"] == {"float32": 4 * 632_076_800}
+    assert "VAE" in phases["encode the picture"].items
+    rows, condition = 2 * 257 * 1280, 2 * 21 * 60 * 104 * 20
+    assert phases["denoise"].items["picture's rows and latents"] == {"float32": 4 * (rows + condition)}
+
+
+def test_published_student():
+    items = phase("stream").items
+    assert items["transformer"] == {"float32": 4 * FLOAT32, "bfloat16": 2 * (1_418_996_800 - FLOAT32)}
+    # 30 layers, keys and values, 21 frames of 1560 tokens, 12 heads of 128: 5.62 GiB, as published; 90 MiB of text.
+    assert items["keys and values"] == {"bfloat16": 30 * 2 * 32760 * 12 * 128 * 2}
+    assert items["prompt's keys and values"] == {"bfloat16": 90 * 2**20}
+    assert sum(items["VAE"].values()) == pytest.approx(2 * 126_892_531, rel=1e-3)
+    # The decoder keeps two frames in front of each of 32 convolutions of three taps, at the published sizes.
+    small, middle, large, full = (60 * 104 * 4**i for i in range(4))
+    kept = small * (16 + 11 * 384) + middle * (192 + 6 * 384) + large * 6 * 192 + full * 7 * 96
+    assert sum(items["decoder's past"].values()) == pytest.approx(2 * 2 * kept, rel=1e-6)
+    window = dataclasses.replace(WAN, causal=dataclasses.replace(WAN.causal, window=12))
+    seen = {p.name: p for p in sampling_memory.plan(window, "student", batch=2, latents=21)}["stream"].items
+    assert seen["keys and values"] == {"bfloat16": 2 * 30 * 2 * 12 * 1560 * 12 * 128 * 2}
+
+
+def test_phases_and_what_they_hold():
+    names = [p.name for p in sampling_memory.plan(WAN, "teacher", batch=1, latents=21)]
+    assert names == ["encode the prompts", "denoise", "decode"]
+    assert [p.name for p in sampling_memory.plan(WAN, "student", batch=1, latents=21, prompts=0)] == ["stream"]
+    assert "VAE" not in phase("denoise", role="teacher").items
+    assert "transformer" not in phase("decode", role="teacher").items
+    tiny = dataclasses.replace(WAN, decoder="taehv")
+    held = sampling_memory.plan(tiny, "student", batch=1, latents=21, prompts=0)[0].items
+    assert "TAEHV" in held and "VAE" not in held and "VAE and TAEHV" not in held
+    shown = sampling_memory.plan(tiny, "student", batch=1, latents=21, prompts=0, image=True)[0].items
+    assert "VAE and TAEHV" in shown
+
+
+def test_in_words_and_against_a_limit():
+    plan = sampling_memory.plan(WAN, "student", batch=1, latents=21)
+    said = sampling_memory.describe(plan)
+    for words in ("1. encode the prompts: ", "2. stream: ", "text encoder", "11.36 GB bfloat16", "6.04 GB bfloat16"):
+        assert words in said
+    assert "does not say how much it has" in said and "80.00 GB that the device has" in sampling_memory.describe(
+        plan, 80 * 10**9
+    )
+    sampling_memory.check(plan, None)
+    sampling_memory.check(plan, 80 * 10**9)
+    with pytest.raises(
+        ConfigError, match=r"to encode the prompts takes about 1\d\.\d\d GB, and the device has 8.00 GB"
+    ):
+        sampling_memory.check(plan, 8 * 10**9)
+    assert sampling_memory.device_limit() is None  # a CPU

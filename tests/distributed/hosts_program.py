@@ -1,0 +1,117 @@
+"""One of the processes of ``test_hosts.py``; it does what ``launch.train`` does, so that one start serves many checks.
+
+``hosts_program.py stages WORKDIR PROCESS COUNT PORT NAMES`` trains the stages NAMES of ``WORKDIR/recipe.json`` in
+``WORKDIR/NAME`` each and prints as JSON what it was refused on the way, and how much it read.
+``hosts_program.py train EVENT STEP FLAGS...`` is ``launch.train`` with FLAGS to which the EVENT happens before step
+STEP (0: never): a signal (TERM, INT, KILL), INT+INT or ERROR.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+
+from causvid_jax.checkpoints import store
+from causvid_jax.config import ConfigError, from_json
+from causvid_jax.distributed import collectives, initialize
+from causvid_jax.training import loop, stages
+
+
+def _refusal(call, *arguments):
+    try:
+        call(*arguments)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _stages(workdir, number, count, port, names):
+    """These stages, in these processes; what the checks of arguments and folders say."""
+    with initialize.together(initialize.join(initialize.find(f"127.0.0.1:{port}", int(count), int(number)))):
+        _joined(workdir, number, names.split(","))
+
+
+def _joined(workdir, number, names):
+    jax.config.update("jax_default_matmul_precision", "highest")
+    folder = pathlib.Path(workdir)
+    own = folder / f"own{number}"
+    own.mkdir()
+    values = {"stage": "vae", "config": {"train_vae": {"batch_size": 4 + int(number), "steps": 3}}}
+    said = {
+        "count": jax.process_count(),
+        "same": _refusal(initialize.check_same, {"a": {"b": [1, 2]}}),
+        "other": _refusal(initialize.check_same, values),
+        "shared": _refusal(initialize.check_shared, folder),
+        "not shared": _refusal(initialize.check_shared, own),
+    }
+    recipe = from_json((folder / "recipe.json").read_text())
+    read, parts, read_part = [], [], store._read_part
+
+    def counted(*arguments):
+        parts.append(read_part(*arguments))
+        return parts[-1]
+
+    store._read_part = counted
+    for name in names:
+        stage = stages.make_stage(name, recipe, folder / name)
+
+        def ready(batch, stage=stage):
+            read.append(len(batch["caption"]))
+            return stage.ready(batch)
+
+        # Only the test of all stages in two processes looks at samples.
+        sample = stage.sample if len(names) > 2 and jax.process_count() == 2 else lambda *_: {}
+        loop.train(dataclasses.replace(stage, ready=ready, sample=sample), folder / name)
+    weights = sum(part.nbytes for part in parts)
+    print("RESULT", json.dumps(said | {"first": collectives.first(), "read": read, "weights": weights}))
+
+
+def _happen(event):
+    if event == "ERROR":
+        raise ZeroDivisionError("spoilt")
+    for name in event.split("+"):
+        if name == "UNPLUG":
+            subprocess.run(["ip", "link", "set", "cable", "down"], check=True)
+            continue
+        os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
+        time.sleep(0.1)
+
+
+def _train(event, event_at):
+    """The program, its steps slow once a signal is under way: hosts agree in a fraction of a second."""
+    from launch import common, train
+
+    original, done = loop.train, 0
+
+    def patched(stage, workdir):
+        def step(state, batch):
+            nonlocal done
+            done += 1
+            if done == event_at:
+                _happen(event)
+            if event_at and done >= event_at:
+                time.sleep(1.0)
+            return stage.step(state, batch)
+
+        original(dataclasses.replace(stage, step=step, sample=lambda *_: {}), workdir)
+
+    loop.train = patched
+    jax.config.update("jax_default_matmul_precision", "highest")
+    common.run(train.main)
+
+
+if __name__ == "__main__":
+    what, *arguments = sys.argv[1:]
+    if what == "stages":
+        _stages(*arguments)
+    else:
+        from launch import train  # noqa: F401 (defines the flags)
+
+        sys.argv = ["launch.train", *arguments[2:]]
+        _train(arguments[0], int(arguments[1]))

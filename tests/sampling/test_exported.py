@@ -1,0 +1,112 @@
+"""Programs as files: what they are refused for, and that an independent first frame has a program of its own."""
+
+import dataclasses
+import json
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from test_stream import FIRST, PLAIN, params, prompt  # noqa: F401
+
+from causvid_jax.config import ConfigError
+from causvid_jax.sampling import exported, player, stream
+
+HEADER = {
+    "format": exported.FORMAT,
+    "platform": "cpu",
+    "streams": 1,
+    "frames": 6,
+    "jax": "0.1",
+    "recipe": exported.identity(PLAIN),
+}
+
+
+TINY = dataclasses.replace(PLAIN, decoder="taehv", taehv=dataclasses.replace(PLAIN.taehv, z_dim=4))
+
+
+def with_group(recipe, group, **changes):
+    return dataclasses.replace(recipe, **{group: dataclasses.replace(getattr(recipe, group), **changes)})
+
+
+def write(path, **changes):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("header.json", json.dumps(HEADER | changes))
+        archive.writestr("start.stablehlo", b"no program at all")
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes,recipe,given,words",
+    [
+        ({"format": 1}, PLAIN, {}, "is of format 1; accepted: 2"),
+        ({"platform": "tpu"}, PLAIN, {}, "was built for tpu; this machine is cpu"),
+        ({}, with_group(PLAIN, "student", num_layers=3), {}, "student.num_layers = 2, and the recipe has 3"),
+        ({}, with_group(PLAIN, "causal", sink=2), {}, "causal.sink = 0, and the recipe has 2"),
+        ({}, with_group(PLAIN, "vae", latent_std=(1.0,) * 4), {}, r"vae.latent_std = \[\], and the recipe has \[1.0, "),
+        ({}, TINY, {}, "decoder = 'vae', and the recipe has 'taehv'"),
+        ({}, PLAIN, {"batch": 3}, r"1 video\(s\) at once, and 3 prompt\(s\) are given"),
+        ({}, PLAIN, {"latents": 8}, "at most 6 latent frames, and 8 are asked for"),
+        ({}, PLAIN, {}, "cannot be read by JAX .*; it was built by 0.1"),
+    ],
+)
+def test_what_is_built_for_something_else_is_refused(tmp_path, changes, recipe, given, words):
+    path = write(tmp_path / "x.program", **changes)
+    with pytest.raises(ConfigError, match=words) as caught:
+        exported.load(path, recipe, **{"batch": 1, "latents": 6, **given})
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_program_is_refused(tmp_path):
+    (tmp_path / "text.program").write_text("no archive")
+    with pytest.raises(ConfigError, match="text.program is not a readable program of launch.compile"):
+        exported.load(tmp_path / "text.program", PLAIN, batch=1, latents=6)
+    with pytest.raises(ConfigError, match="none.program does not exist; launch.compile --platform builds one"):
+        exported.load(tmp_path / "none.program", PLAIN, batch=1, latents=6)
+    for platform, batch, words in (("gpu", 1, "platform is 'gpu'; accepted: cpu, cuda, tpu"), ("cpu", 0, "batch is 0")):
+        with pytest.raises(ConfigError, match=words):
+            exported.build(PLAIN, platform, batch=batch)
+
+
+def test_settings_of_training_do_not_matter():
+    trained = with_group(with_group(PLAIN, "diffusion", guidance=3.0, teacher_steps=7), "student", remat="full")
+    assert exported.identity(trained) == exported.identity(PLAIN) != exported.identity(FIRST)
+
+    assert exported.identity(with_group(TINY, "vae", latent_std=(2.0,) * 4)) == exported.identity(TINY)
+
+
+@pytest.mark.slow
+def test_an_independent_first_frame_and_two_streams(params, tmp_path, monkeypatch):  # noqa: F811
+    header, made = exported.build(FIRST, "cpu", batch=2)
+    assert list(made) == ["start", "first_frames", "next_frames", "change_prompt"]
+    exported.save(tmp_path / "x.program", header, made)
+    text, other = np.asarray(prompt(0, 2)), np.asarray(prompt(1, 2))
+    given = {"config": FIRST, "frames": 17, "seed": 5, "switches": {2: other}}
+    expected = list(player.play(params, text, **given))
+    jax.clear_caches()
+    for name in ("_next_block", "_decode", "_prompt", "_pass"):
+        monkeypatch.setattr(stream, name, lambda *_, **__: pytest.fail("the model was traced"))
+    loaded = exported.load(tmp_path / "x.program", FIRST, batch=2, latents=5)
+    for a, b in zip(player.play(params, text, loaded=loaded, **given), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ConfigError, match="accepted: no image and no video"):
+        next(player.play(params, text, config=FIRST, frames=5, image=np.zeros((32, 32, 3), np.uint8), loaded=loaded))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform,kernel", [("cuda", "__cudnn$fmhaSoftmax"), ("tpu", "tpu_custom_call")])
+def test_programs_for_platforms_that_are_not_here(platform, kernel, monkeypatch, tmp_path):
+    from jax._src.cudnn import fused_attention_stablehlo as kernels
+
+    recipe = with_group(PLAIN, "student", dtype="bfloat16", attention="auto")
+    if kernels.cuda_versions is None:
+        if platform == "cuda":
+            with pytest.raises(ConfigError, match="can be lowered only where cuDNN is installed"):
+                exported.build(recipe, platform)
+        monkeypatch.setattr(kernels, "check_cudnn_version", lambda: 91000)  # all that lowering asks of it
+    header, made = exported.build(recipe, platform)
+    assert header["attention"] == {"cuda": "cudnn", "tpu": "splash"}[platform]
+    assert all(kernel in str(made[name].mlir_module()) for name in ("next_frames", "change_prompt"))
+    exported.save(tmp_path / "x.program", header, made)
+    with pytest.raises(ConfigError, match=f"was built for {platform}; this machine is cpu"):
+        exported.load(tmp_path / "x.program", recipe, batch=1, latents=6)

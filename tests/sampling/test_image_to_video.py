@@ -1,0 +1,71 @@
+"""Image to video with the bidirectional model: parity with diffusers' pipeline, and what it refuses."""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from causvid_jax.config import ConfigError
+from causvid_jax.models import transformer, vae
+from causvid_jax.sampling import image_to_video
+from causvid_jax.text import tokenizer
+from launch.common import load_recipe_file
+
+sys.path.append("tests/golden")
+import make_image_to_video as golden
+
+
+def test_equals_the_pipeline_of_diffusers():
+    """Condition channels, and the latents after four guided UniPC steps."""
+    arrays = dict(np.load(golden.GOLDEN))
+    condition, latents = golden.errors_of(arrays, golden.SEED)
+    assert arrays["condition"].shape == (1, 3, 4, 2, 8) and arrays["latents"][-1].std() > 0.5
+    assert condition <= 1e-4 and latents <= 5e-4
+
+
+def test_a_clip_is_a_function_of_its_own_picture_and_seed():
+    config = golden.recipe()
+    params = transformer.init(jax.random.key(0), config.teacher)
+    params["head"]["proj"] = jax.tree.map(lambda x: x + 0.1, params["head"]["proj"])
+    keys = jax.random.split(jax.random.key(1), 4)
+    rows = jax.random.normal(keys[0], (2, 512, 5))
+    image = jax.random.normal(keys[1], (2, 5, 14))
+    given = jax.random.normal(keys[2], (2, 3, 4, 2, 8))
+    sample = lambda order: image_to_video.teacher_latents(  # noqa: E731
+        params, rows[order], rows[0], image[order], given[order], jnp.arange(2, dtype=jnp.uint32)[order], config=config
+    )
+    both, swapped = sample(jnp.array([0, 1])), sample(jnp.array([1, 0]))
+    assert both.shape == (2, 3, 4, 2, 4)
+    np.testing.assert_allclose(swapped, both[::-1], atol=2e-5)
+    assert np.abs(both[0] - both[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("column", ["own", "wan"])
+def test_only_the_published_numerics_tell_whole_timesteps(column, monkeypatch):
+    config, told = golden.recipe(), {}
+    config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, numerics=column))
+
+    def solve(diffusion, velocity, noise, *, integer_timesteps):
+        told["whole"] = integer_timesteps
+        return noise
+
+    monkeypatch.setattr(image_to_video.solvers, "solve", solve)
+    seeds = jnp.zeros((1,), jnp.uint32)
+    image_to_video.teacher_latents.__wrapped__(None, None, None, None, None, seeds, config=config)
+    assert told == {"whole": column == "wan"}
+
+
+def test_refusals():
+    config = golden.recipe()
+    with pytest.raises(ConfigError, match=r"pictures of shape \(1, 16, 32, 3\) .*accepted: \[batch, 32, 16, 3\]"):
+        image_to_video.condition(vae.abstract(config.vae), jnp.zeros((1, 16, 32, 3)), config=config)
+    plain = load_recipe_file("configs/digits.py")
+    with pytest.raises(ConfigError, match="the teacher has image_dim = 0"):
+        image_to_video.guided_velocity(None, None, None, None, None, config=plain)
+
+
+def test_the_published_null_prompt():
+    assert tokenizer.NEGATIVE_PROMPT_IMAGE.startswith("镜头晃动，色调艳丽，过曝，静态，")

@@ -1,0 +1,74 @@
+"""Frames and blocks of a played stream, and that it shows what the sampler's blocks hold."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from test_stream import FIRST, PLAIN, params, prompt  # noqa: F401
+
+from causvid_jax import media
+from causvid_jax.config import CausalConfig, ConfigError
+from causvid_jax.models import vae
+from causvid_jax.sampling import player, stream
+
+
+@pytest.mark.parametrize("config", [PLAIN, FIRST], ids=["plain", "first"])
+def test_blocks_and_frames(config):
+    """Against a count by hand: one frame for latent 0, four for every other, K latents per block."""
+    sizes = config.causal.block_sizes(config.causal.independent_first_frame + 10)
+    latents = np.repeat(np.arange(len(sizes)), sizes)  # block of every latent
+    frames = np.concatenate([latents[:1], np.repeat(latents[1:], 4)])  # block of every frame
+    for frame, block in enumerate(frames):
+        assert player.block_of(frame, config) == block
+        held = player.covering_latents(frame + 1, config)
+        assert held == np.searchsorted(latents, block, side="right")
+    for block in range(len(sizes)):
+        assert player.first_frame(block, config) == np.argmax(frames == block)
+    with pytest.raises(ConfigError, match="frames is 0"):
+        player.covering_latents(0, config)
+
+
+def test_ten_clips_of_the_issue():
+    config = dataclasses.replace(PLAIN, video=dataclasses.replace(PLAIN.video, frames=81), causal=CausalConfig())
+    assert player.covering_latents(810, config) == 204
+    assert player.block_of(405, config) == 34 and player.first_frame(34, config) == 405
+
+
+def test_plays_what_a_scan_generates_and_cuts_it(params):  # noqa: F811
+    text, timing = np.asarray(prompt(0)), player.Timing()
+    parts = list(player.play(params, text, config=PLAIN, frames=18, seed=3, timing=timing))
+    assert [x.shape[1] for x in parts] == [5, 8, 5]
+    _, clip = stream.generate(params, text, config=PLAIN, seed=3)
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), media.to_uint8(clip)[:, :18])
+    assert (timing.first_frames, timing.frames) == (5, 18)
+    assert 0 < timing.first < timing.total and timing.fps == pytest.approx(13 / (timing.total - timing.first))
+
+
+def test_plays_an_image_then_a_switch(params):  # noqa: F811
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    text, other = np.asarray(prompt(0)), np.asarray(prompt(1))
+    plain = list(player.play(params, text, config=FIRST, frames=17, image=image))
+    switched = list(player.play(params, text, config=FIRST, frames=17, image=image, switches={2: other}))
+    for a, b in zip(plain[:2], switched[:2], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (plain[2] != switched[2]).any()
+    latents = vae.encode(params["vae"], media.to_float(image)[None, None], config=FIRST.vae)
+    shown = media.to_uint8(vae.decode(params["vae"], latents, config=FIRST.vae))
+    assert np.abs(plain[0].astype(int) - shown).max() <= 1
+
+
+def test_follows_a_video_whose_last_block_is_not_whole(params):  # noqa: F811
+    clip = np.random.default_rng(0).integers(0, 256, (15, 32, 32, 3), np.uint8)
+    text = np.asarray(prompt(0))
+    parts = list(player.play(params, text, config=PLAIN, frames=15, video=clip, strength=0.25))
+    assert [x.shape[1] for x in parts] == [5, 8, 2]
+    held = np.concatenate([clip, np.repeat(clip[-1:], 6, axis=0)])  # 21 frames: whole blocks
+    latents = vae.encode(params["vae"], media.to_float(held)[None], config=PLAIN.vae)
+    state = stream.init_stream(params, prompt(0), config=PLAIN)
+    expected = []
+    for i in range(3):
+        block, state = stream.next_block_from(params, state, latents[:, 2 * i : 2 * i + 2], config=PLAIN, start=3)
+        expected.append(block)
+    shown = vae.decode(params["vae"], np.concatenate(expected, axis=1), config=PLAIN.vae)
+    difference = np.abs(np.concatenate(parts, axis=1).astype(int) - media.to_uint8(shown)[:, :15])
+    assert difference.max() <= 1

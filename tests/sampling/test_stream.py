@@ -1,0 +1,388 @@
+"""The streaming sampler against a cache-free oracle, and everything it promises: one trace, bit-identity, modes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from causvid_jax.config import (
+    CausalConfig,
+    ConfigError,
+    DiffusionConfig,
+    Recipe,
+    TextConfig,
+    TransformerConfig,
+    VAEConfig,
+    VideoConfig,
+)
+from causvid_jax.diffusion import flow
+from causvid_jax.models import transformer, vae
+from causvid_jax.sampling import state_io, stream
+
+NET = TransformerConfig(
+    dim=32,
+    ffn_dim=48,
+    num_heads=2,
+    num_layers=2,
+    in_channels=4,
+    out_channels=4,
+    text_dim=11,
+    text_length=4,
+    freq_dim=16,
+)
+PLAIN = Recipe(
+    name="tiny",
+    video=VideoConfig(height=32, width=32, frames=21, fps=16),
+    text=TextConfig(kind="words", vocabulary=tuple("abcdefg"), length=4, dim=11),
+    vae=VAEConfig(base_dim=4, dim_mult=(1, 2, 2, 2), num_res_blocks=1, z_dim=4),
+    teacher=NET,
+    student=NET,
+    causal=CausalConfig(frames_per_block=2),
+    diffusion=DiffusionConfig(shift=3.0),
+)
+WINDOW = dataclasses.replace(PLAIN, causal=CausalConfig(frames_per_block=2, window=5, sink=2, positions="relative"))
+FIRST = dataclasses.replace(
+    PLAIN,
+    video=VideoConfig(height=32, width=32, frames=17),
+    causal=CausalConfig(frames_per_block=2, independent_first_frame=True),
+)
+
+
+def with_causal(recipe, **changes):
+    return dataclasses.replace(recipe, causal=dataclasses.replace(recipe.causal, **changes))
+
+
+def random_tree(abstract, seed, scale):
+    """Every parameter random, also those that start at zero: no branch may be silent."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape, scale=scale), x.dtype), abstract)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return {
+        "student": random_tree(transformer.abstract(NET), 1, 0.15),
+        "vae": random_tree(vae.abstract(PLAIN.vae), 2, 0.15),
+    }
+
+
+def prompt(seed, batch=1):
+    return jax.random.normal(jax.random.key(seed), (batch, 4, 11))
+
+
+def run(params, config, blocks, text=None, seed=0, state=None, frames=None):
+    """(latents of every block, state after them), block by block."""
+    if state is None:
+        state = stream.init_stream(params, prompt(0) if text is None else text, config=config, seed=seed, frames=frames)
+    latents = []
+    for _ in range(blocks):
+        block, state = stream.next_block(params, state, config=config)
+        latents.append(np.asarray(block))
+    return latents, state
+
+
+@functools.cache
+def oracle_velocity(config):
+    """One pass of the block-causal reading over all frames, without any cache."""
+    return jax.jit(functools.partial(transformer.block_causal, config=NET, causal=config.causal))
+
+
+def oracle(params, config, seed, shown=(), given=None, start=0):
+    """The same stream without a cache: every pass reads the whole clip again. ``[1, F, 4, 4, 4]``.
+
+    The first blocks are ``shown``; ``given`` blocks are noised to step ``start`` instead of starting from noise. Frames
+    not reached yet are zeros, which a causal reading does not see.
+    """
+    sigmas = [t / 1000 for t in flow.student_timesteps(config.diffusion)]
+    sizes = config.causal.block_sizes(config.video.latent_frames)
+    clip, begin = jnp.zeros((1, sum(sizes), 4, 4, 4)), 0
+
+    def noise(block, step, size):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), block), step)
+        return jax.random.normal(key, (size, 4, 4, 4))[None]
+
+    for i, size in enumerate(sizes):
+        here = slice(begin, begin + size)
+        if i < len(shown):
+            x0 = shown[i]
+        else:
+            x = noise(i, start, size)
+            if given is not None:
+                x = (1 - sigmas[start]) * given[i] + sigmas[start] * x
+            for j in range(start, len(sigmas)):
+                timestep = jnp.zeros((1, sum(sizes))).at[:, here].set(1000 * sigmas[j])
+                v = oracle_velocity(config)(params["student"], clip.at[:, here].set(x), timestep, prompt(0))
+                x0 = x - sigmas[j] * v[:, here]
+                if j + 1 < len(sigmas):
+                    x = (1 - sigmas[j + 1]) * x0 + sigmas[j + 1] * noise(i, j + 1, size)
+        clip, begin = clip.at[:, here].set(x0), begin + size
+    return np.asarray(clip)
+
+
+@pytest.mark.parametrize("config, sizes", [(PLAIN, (2, 2, 2)), (FIRST, (1, 2, 2))], ids=["plain", "first"])
+def test_stream_equals_the_cache_free_reading(params, config, sizes):
+    latents, _ = run(params, config, 3, seed=5)
+    assert tuple(x.shape[1] for x in latents) == sizes
+    np.testing.assert_allclose(np.concatenate(latents, axis=1), oracle(params, config, 5), atol=1e-4)
+
+
+def by_block(params, config, blocks, **inputs):
+    """Latents and frames of a stream given block by block, and what it held on the way."""
+    state = stream.init_stream(params, prompt(0), config=config, **inputs)
+    sizes, live, parts = [x.shape for x in jax.tree.leaves(state)], set(), []
+    for i in range(blocks):
+        latents, frames, state = stream.next_frames(params, state, config=config)
+        if i < 3:
+            parts.append((np.asarray(latents), np.asarray(frames)))
+        elif i > 4:
+            live.add(len(jax.live_arrays()))
+    assert [x.shape for x in jax.tree.leaves(state)] == sizes
+    return [np.concatenate(x, axis=1) for x in zip(*parts, strict=True)], (latents, frames, state), live
+
+
+def test_three_hundred_blocks_are_one_trace_in_constant_memory_and_begin_like_a_scan(params, monkeypatch):
+    traces, cached = [], transformer.cached
+    with monkeypatch.context() as patch:
+        patch.setattr(transformer, "cached", lambda *a, **k: traces.append(1) or cached(*a, **k))
+        begin, (latents, frames, state), live = by_block(params, WINDOW, 300, seed=3)
+    assert len(traces) == 1
+    assert len(live) == 1
+    assert np.isfinite(latents).all() and np.isfinite(frames).all()
+    assert int(state.block) == 300 and int(state.cache.position) == 600
+    assert 0.1 < np.std(latents) < 30  # neither faded nor blown up
+
+    clip, video = stream.generate(params, prompt(0), config=WINDOW, seed=3)
+    np.testing.assert_array_equal(clip, begin[0])
+    np.testing.assert_array_equal(video, begin[1][:, stream.LEAD :])
+
+
+def test_an_independent_first_frame_has_one_trace_more_and_scans_the_same(params):
+    before = stream.next_frames._cache_size()
+    begin, _, _ = by_block(params, FIRST, 3, seed=3)
+    assert stream.next_frames._cache_size() - before == 2
+    clip, video = stream.generate(params, prompt(0), config=FIRST, seed=3)
+    np.testing.assert_array_equal(clip, begin[0])
+    np.testing.assert_array_equal(video, begin[1][:, stream.LEAD :])
+    assert video.shape == (1, 17, 32, 32, 3)
+    # What was decoded block by block is what the VAE makes of the whole clip.
+    np.testing.assert_allclose(video, vae.decode(params["vae"], clip, config=FIRST.vae), atol=1e-5)
+
+
+def test_noise_depends_on_seed_and_block_only(params):
+    """A stream of a batch is the same video as that stream alone."""
+    text = prompt(0, batch=2)
+    both, _ = run(params, PLAIN, 2, text=text, seed=7)
+    alone, _ = run(params, PLAIN, 2, text=text[1:], seed=8)
+    np.testing.assert_allclose(np.stack(both)[:, 1:], np.stack(alone), atol=1e-5)
+    chosen, _ = run(params, PLAIN, 2, text=text, seed=[8, 7])
+    assert np.abs(np.stack(chosen) - np.stack(both)).max() > 0.1
+    noise = stream.block_noise(jnp.array([4, 5], jnp.uint32), jnp.int32(9), 2, (3, 2))
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), 9), 2)
+    np.testing.assert_array_equal(noise[1], jax.random.normal(key, (3, 2)))
+    with pytest.raises(ConfigError, match="3 seeds are given for 2 prompts"):
+        stream.init_stream(params, text, config=PLAIN, seed=[1, 2, 3])
+
+
+def test_saved_stream_continues_bit_for_bit(params, tmp_path):
+    whole, _ = run(params, WINDOW, 8)
+    first, state = run(params, WINDOW, 5)
+    state_io.save_stream(tmp_path / "stream.safetensors", state)
+    fresh = stream.init_stream(params, prompt(9), config=WINDOW, seed=4)
+    state = state_io.load_stream(tmp_path / "stream.safetensors", fresh)
+    rest, _ = run(params, WINDOW, 3, state=state)
+    np.testing.assert_array_equal(np.stack(first + rest), np.stack(whole))
+    other = stream.init_stream(params, prompt(9), config=PLAIN)
+    with pytest.raises(ConfigError, match=r"does not fit this recipe: cache\.k is float32"):
+        state_io.load_stream(tmp_path / "stream.safetensors", other)
+    with pytest.raises(ConfigError, match="does not exist"):
+        state_io.load_stream(tmp_path / "nothing.safetensors", fresh)
+
+
+def count_passes(params, config, monkeypatch, blocks=2):
+    calls = []
+    cached = transformer.cached
+
+    def counted(*args, **kwargs):
+        jax.debug.callback(lambda t: calls.append(float(t[0, 0])), args[2])
+        return cached(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformer, "cached", counted)
+        latents, state = run(params, dataclasses.replace(config, name="counted"), blocks)
+        jax.effects_barrier()
+    return np.reshape(calls, (blocks, -1)), latents
+
+
+def test_passes_and_their_timesteps(params, monkeypatch):
+    clean, latents = count_passes(params, PLAIN, monkeypatch)
+    steps = [1000.0, 900.0, 750.0, 500.0]  # 1000 u s / (1 + u (s - 1)) at shift s = 3
+    np.testing.assert_allclose(clean, [[*steps, 0.0]] * 2, atol=1e-3)
+    without = with_causal(PLAIN, clean_write=False)
+    noisy, other = count_passes(params, without, monkeypatch)
+    np.testing.assert_allclose(noisy, [steps] * 2, atol=1e-3)
+    assert (stream.passes_per_block(PLAIN), stream.passes_per_block(without)) == (5, 4)
+    # The first block has no context; the second sees other keys and values.
+    np.testing.assert_array_equal(latents[0], other[0])
+    assert np.abs(latents[1] - other[1]).max() > 1e-3
+
+
+def test_positions_agree_until_the_window_leaves_the_sink(params):
+    absolute, _ = run(params, with_causal(WINDOW, positions="absolute"), 6)
+    relative, _ = run(params, WINDOW, 6)
+    # Sink 2 and window 5: the first seven frames, three blocks, are seen at their true distances.
+    np.testing.assert_allclose(np.stack(absolute[:3]), np.stack(relative[:3]), atol=1e-5)
+    assert np.abs(absolute[4] - relative[4]).max() > 1e-4
+
+
+def test_a_window_is_seen_and_a_long_one_is_not(params):
+    plain, _ = run(params, PLAIN, 3)
+    long, _ = run(params, with_causal(PLAIN, window=6), 3)
+    short, _ = run(params, with_causal(PLAIN, window=4), 3)
+    np.testing.assert_allclose(np.stack(plain), np.stack(long), atol=1e-5)
+    np.testing.assert_allclose(np.stack(plain[:2]), np.stack(short[:2]), atol=1e-5)
+    assert np.abs(plain[2] - short[2]).max() > 1e-4
+
+
+def test_prompt_switch_keeps_the_past_and_changes_the_future(params):
+    unswitched, _ = run(params, WINDOW, 6)
+    before, state = run(params, WINDOW, 3)
+    state = stream.switch_prompt(params, state, prompt(1), config=WINDOW)
+    after, _ = run(params, WINDOW, 3, state=state)
+    np.testing.assert_array_equal(np.stack(before), np.stack(unswitched[:3]))
+    for switched, kept in zip(after, unswitched[3:], strict=True):
+        assert np.abs(switched - kept).max() > 1e-2
+
+
+def test_recache_without_a_switch_changes_nothing_in_sight(params):
+    """Under the same prompt the keys and values that come back are those that were there (full history in sight)."""
+    _, state = run(params, FIRST, 3)
+    kept = stream.copy_stream(state)
+    again = stream.recache(params, state, config=FIRST)
+    np.testing.assert_allclose(again.cache.k, kept.cache.k, atol=1e-5)
+    np.testing.assert_allclose(again.cache.v, kept.cache.v, atol=1e-5)
+    assert int(again.cache.position) == int(kept.cache.position)
+
+
+@pytest.mark.parametrize("config", [PLAIN, WINDOW], ids=["plain", "window"])
+def test_recache_after_a_switch_equals_a_past_under_the_new_prompt(params, config):
+    """The blocks in sight, appended afresh under the new prompt, leave the same keys and values."""
+    blocks = 3 if config is PLAIN else 4
+    latents, state = run(params, config, blocks)
+    state = stream.switch_prompt(params, state, prompt(1), config=config)
+    state = stream.recache(params, state, config=config)
+    causal = config.causal
+    # A window of w frames shows the next block of 2 the last w - 2, which reach back over (w - 1) // 2 blocks.
+    replayed = (causal.window - 1) // 2 if causal.window else blocks
+    expected = stream.init_stream(params, prompt(0), config=config)
+    for i, block in enumerate(latents):
+        if i == blocks - replayed:
+            expected = stream.switch_prompt(params, expected, prompt(1), config=config)
+            # When the cache is written again, what has left the window by then is no longer there to be seen.
+            frame = expected.cache.frame
+            gone = (frame >= causal.sink) & (frame < 2 * blocks - causal.window) & (causal.window > 0)
+            cache = dataclasses.replace(expected.cache, frame=jnp.where(gone, -1, frame))
+            expected = dataclasses.replace(expected, cache=cache)
+        expected = stream.append(params, expected, block, config=config)
+    np.testing.assert_array_equal(state.cache.frame, expected.cache.frame)
+    np.testing.assert_allclose(state.cache.k, expected.cache.k, atol=1e-5)
+    np.testing.assert_allclose(state.cache.v, expected.cache.v, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [PLAIN, WINDOW], ids=["plain", "window"])
+def test_a_stream_that_forgets_at_a_switch_is_a_new_one_of_the_new_prompt(params, config):
+    """The same frames, from the same noise, as a stream that has shown nothing; past the ring's wrap-around too."""
+    config = with_causal(config, at_switch="forget")
+    blocks = 2 if config.causal.window == 0 else 4
+
+    def show(state):
+        shown = []
+        for _ in range(blocks):
+            _, frames, state = stream.next_frames(params, state, config=config)
+            shown.append(np.asarray(frames))
+        return np.concatenate(shown, axis=1), state
+
+    old, state = show(stream.init_stream(params, prompt(0), config=config))
+    cut, _ = show(stream.change_prompt(params, state, prompt(1), config=config))
+    new = stream.init_stream(params, prompt(1), config=config)
+    expected, _ = show(dataclasses.replace(new, block=jnp.int32(blocks)))  # the noise of a block is its number's
+    np.testing.assert_allclose(cut, expected, atol=1e-5)
+    # A new clip's first latent frame has one frame; the block's three before it show the same.
+    for early in range(stream.LEAD):
+        np.testing.assert_array_equal(cut[:, early], cut[:, stream.LEAD])
+    assert np.abs(cut[:, stream.LEAD] - cut[:, stream.LEAD + 1]).max() > 1e-3
+    latents, _ = run(params, config, blocks)
+    whole = vae.decode(params["vae"], np.concatenate(latents, axis=1), config=config.vae)
+    np.testing.assert_allclose(old[:, stream.LEAD :], whole, atol=1e-4)
+
+
+def test_what_happens_to_the_cache_at_a_switch_is_a_setting(params):
+    caches = {}
+    for name in ("keep", "recache", "forget"):
+        _, state = run(params, PLAIN, 2)
+        config = with_causal(PLAIN, at_switch=name)
+        caches[name] = stream.change_prompt(params, state, prompt(1), config=config).cache
+    _, state = run(params, PLAIN, 2)
+    jax.tree.map(np.testing.assert_array_equal, caches["keep"], state.cache)
+    state = stream.switch_prompt(params, state, prompt(1), config=PLAIN)
+    again = stream.recache(params, state, config=PLAIN).cache
+    np.testing.assert_allclose(caches["recache"].k, again.k, atol=1e-5)
+    assert np.abs(caches["recache"].k - caches["keep"].k).max() > 1e-3
+    assert int(caches["forget"].position) == 0 and (np.asarray(caches["forget"].frame) == -1).all()
+    with pytest.raises(ConfigError, match="causal.at_switch is 'cut'; accepted: 'keep', 'recache', 'forget'"):
+        with_causal(PLAIN, at_switch="cut")
+    with pytest.raises(ConfigError, match="a clip would begin with one frame.*accepted: 'keep', 'recache'"):
+        with_causal(FIRST, at_switch="forget")
+
+
+@pytest.mark.parametrize("config", [PLAIN, FIRST], ids=["block", "frame"])
+def test_image_becomes_the_first_latents_and_is_remembered(params, config):
+    image = jax.random.uniform(jax.random.key(4), (1, 32, 32, 3), minval=-1)
+    latents = stream.encode_image(params, image, config=config)
+    count = 1 if config is FIRST else 2
+    still = jnp.repeat(image[:, None], 4 * count - 3, axis=1)
+    np.testing.assert_allclose(latents, vae.encode(params["vae"], still, config=config.vae), atol=1e-5)
+
+    state = stream.init_stream(params, prompt(0), config=config, seed=2)
+    state = stream.append(params, state, latents, config=config)
+    assert int(state.cache.position) == count and state.started
+    frames, state = stream.decode_block(params, state, latents, config=config)
+    expected = vae.decode(params["vae"], latents, config=config.vae)
+    np.testing.assert_allclose(frames[:, stream.LEAD :], expected, atol=1e-5)
+    after, _ = run(params, config, 1, state=state)
+
+    begin = oracle(params, config, 2, shown=[latents])
+    np.testing.assert_allclose(after[0], begin[:, count : count + 2], atol=1e-4)
+    with pytest.raises(ConfigError, match="latents of the next block are"):
+        stream.append(params, stream.init_stream(params, prompt(0), config=config), latents[:, :, :2], config=config)
+
+
+def test_video_to_video_starts_at_the_chosen_step(params):
+    given = [jax.random.normal(jax.random.key(10 + i), (1, 2, 4, 4, 4)) for i in range(3)]
+    distance = {}
+    for start in (1, 3):
+        state = stream.init_stream(params, prompt(0), config=PLAIN, seed=5)
+        latents = []
+        for block in given:
+            x0, state = stream.next_block_from(params, state, block, config=PLAIN, start=start)
+            latents.append(x0)
+        latents = np.concatenate(latents, axis=1)
+        expected = oracle(params, PLAIN, 5, given=given, start=start)
+        np.testing.assert_allclose(latents, expected, atol=1e-4)
+        distance[start] = np.abs(latents - np.concatenate(given, axis=1)).mean()
+    assert distance[3] < distance[1]
+
+
+def test_strength_is_a_nominal_noise_level():
+    config = DiffusionConfig()
+    assert [stream.strength_step(config, s) for s in (1.0, 0.99, 0.75, 0.6, 0.5, 0.25)] == [0, 1, 1, 2, 2, 3]
+    for strength in (0.2, 0.0, 1.5, -1.0):
+        with pytest.raises(ConfigError, match="accepted: 0.25"):
+            stream.strength_step(config, strength)
+
+
+def test_impossible_clips_are_refused(params):
+    with pytest.raises(ConfigError, match="7 latent frames do not fit"):
+        stream.generate(params, prompt(0), config=PLAIN, frames=7)

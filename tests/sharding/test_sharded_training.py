@@ -1,0 +1,209 @@
+"""Teacher, init and DMD steps on meshes of eight pretended devices take the same step as on one."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from causvid_jax.checkpoints import store
+from causvid_jax.checkpoints import workdir as weight_files
+from causvid_jax.config import OptimizerConfig, ParallelConfig, from_config_dict
+from causvid_jax.data import arrays, digits
+from causvid_jax.models import transformer, vae
+from causvid_jax.training import checkpoint, stages
+
+pytestmark = pytest.mark.usefixtures("compiled_anew")
+
+WORDS = digits.vocabulary(digits.DataConfig())
+NET = {
+    "dim": 24,
+    "ffn_dim": 32,
+    "num_heads": 4,
+    "num_layers": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_length": 8,
+    "text_dim": len(WORDS) + 8,
+    "freq_dim": 8,
+}
+TRAIN = {"batch_size": 8, "steps": 4, "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1, "ema_decay": 0.9}}
+RECIPE = from_config_dict(
+    {
+        "name": "tiny",
+        "video": {"height": 16, "width": 32, "frames": 9},
+        "data": {"digit_size": 8},
+        "text": {"kind": "words", "vocabulary": WORDS, "length": 8, "dim": len(WORDS) + 8},
+        "vae": {
+            "base_dim": 2,
+            "dim_mult": (1, 1, 1),
+            "temporal_downsample": (True, True),
+            "num_res_blocks": 1,
+            "z_dim": 4,
+        },
+        "teacher": NET,
+        "student": NET,
+        "causal": {"frames_per_block": 1, "window": 2},
+        "diffusion": {"shift": 3.0, "teacher_steps": 2, "student_steps": (1000.0, 500.0)},
+        "train_vae": TRAIN,
+        "train_teacher": TRAIN,
+        "train_init": TRAIN | {"trajectories": 8, "switch_fraction": 0.5},
+        "train_distill": TRAIN
+        | {
+            "critic_updates": 2,
+            "continue_fraction": 0.5,
+            "switch_fraction": 0.5,
+            "critic_optimizer": TRAIN["optimizer"],
+        },
+    }
+)
+SHAPE = (3, 4, 8, 4)
+MESHES = {
+    "data": ParallelConfig(data=8),
+    "fsdp": ParallelConfig(fsdp=8),
+    "tensor": ParallelConfig(data=2, tensor=4),
+    "context": ParallelConfig(data=2, context=4),
+    "all": ParallelConfig(data=1, fsdp=2, context=2, tensor=2),
+}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Random weights of the stages that came before, and random datasets."""
+    folder = tmp_path_factory.mktemp("sharded")
+    rng = np.random.default_rng(0)
+
+    def shaken(params):
+        return jax.tree.map(lambda p: np.asarray(p) + 0.05 * rng.standard_normal(p.shape).astype(np.float32), params)
+
+    for i, stage in enumerate(("teacher", "init")):
+        params = shaken(transformer.init(jax.random.key(i), RECIPE.teacher))
+        store.save_params(weight_files.stage_path(folder, stage), params, {})
+    store.save_params(weight_files.stage_path(folder, "vae"), vae.init(jax.random.key(2), RECIPE.vae), {})
+    captions = digits.captions(RECIPE.data, "train")
+    for name, key, shape in (("latents", "latents", SHAPE), ("trajectories", "trajectory", (3, *SHAPE))):
+        arrays.write_dataset(
+            folder / "data" / name,
+            name=name,
+            features=arrays.array_features(**{key: shape}),
+            chunks=1,
+            make_chunk=lambda _, key=key, shape=shape: [
+                {key: rng.standard_normal(shape).astype(np.float16), "caption": captions[i]} for i in range(24)
+            ],
+            identity={},
+            progress=False,
+        )
+    return folder
+
+
+def take_steps(name, recipe, workdir, count=2):
+    """Losses of ``count`` steps and all of the state after them, on the host."""
+    stage = stages.make_stage(name, recipe, workdir)
+    losses = []
+    with stage.context():
+        state = stage.init()
+        batches = stage.phases[0].batches()
+        for _ in range(count):
+            state, metrics = stage.step(state, stage.ready(next(batches)))
+            losses += [float(value) for key, value in sorted(metrics.items()) if key.endswith("loss")]
+    return losses, state
+
+
+@pytest.fixture(scope="module")
+def alone(workdir):
+    return {name: take_steps(name, RECIPE, workdir) for name in ("teacher", "init", "distill")}
+
+
+def trained(state):
+    return {"params": state.params} if hasattr(state, "params") else {"student": state.student, "fake": state.fake}
+
+
+@pytest.fixture(autouse=True)
+def no_involuntary_rematerialization(capfd):
+    """XLA says it when it compiles, and a program is compiled in whichever of these tests comes first."""
+    yield
+    assert "rematerialization" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", ["teacher", "init", "distill"])
+def test_sharded_step_equals_the_single_device_step(workdir, alone, name, mesh):
+    recipe = dataclasses.replace(RECIPE, parallel=MESHES[mesh])
+    losses, state = take_steps(name, recipe, workdir)
+    expected, single = alone[name]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    for path, value in store.flatten(trained(single)).items():
+        sharded = store.flatten(trained(state))[path]
+        # Adam divides by the gradient's size: where that is rounding noise (a key's bias), so is the step.
+        if path.endswith("k/bias"):
+            continue
+        np.testing.assert_allclose(np.asarray(sharded), np.asarray(value), rtol=1e-5, atol=2e-5, err_msg=path)
+
+
+def test_muons_steps_on_matrices_that_are_split(workdir):
+    config = dataclasses.replace(RECIPE.train_teacher, optimizer=OptimizerConfig(kind="muon", warmup_steps=1))
+    recipe = dataclasses.replace(RECIPE, train_teacher=config)
+    expected, single = take_steps("teacher", recipe, workdir)
+    losses, state = take_steps("teacher", dataclasses.replace(recipe, parallel=MESHES["all"]), workdir)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    for path, value in store.flatten(state.params).items():
+        whole = np.asarray(store.flatten(single.params)[path])
+        np.testing.assert_allclose(np.asarray(value), whole, rtol=1e-5, atol=2e-5, err_msg=path)
+    layers = state.opt[1].inner_states["muon"].inner_state[0].mu["blocks"]
+    assert layers["ffn"]["fc1"]["kernel"].addressable_shards[0].data.shape == (2, 12, 16)
+
+
+def test_parameters_moments_and_ema_lie_where_the_rules_say(workdir):
+    recipe = dataclasses.replace(RECIPE, parallel=MESHES["all"])
+    stage = stages.make_stage("distill", recipe, workdir)
+    with stage.context():
+        state = stage.init()
+        state, _ = stage.step(state, stage.ready(next(stage.phases[0].batches())))
+    for tree in (state.student, state.fake, state.student_ema, state.student_opt[1][0].mu, state.fake_opt[1][0].nu):
+        kernel = tree["blocks"]["ffn"]["fc1"]["kernel"]  # [L, 24, 32], split 2 x 2
+        assert kernel.addressable_shards[0].data.shape == (2, 12, 16)
+        assert tree["blocks"]["self_attn"]["o"]["kernel"].addressable_shards[0].data.shape == (2, 12, 12)
+        assert tree["blocks"]["modulation"].addressable_shards[0].data.shape == (2, 6, 24)
+
+
+def test_a_checkpoint_of_one_mesh_goes_on_on_another(workdir, tmp_path):
+    """To 1e-6, once the scores differ: the generator's loss is the square of their difference, and a fake score that
+    has hardly left the real one gives a loss of 1e-3 whose sixth digit is the rounding of the two.
+    """
+    config = RECIPE.train_distill
+    rates = {
+        name: dataclasses.replace(getattr(config, name), learning_rate=3e-3)
+        for name in ("optimizer", "critic_optimizer")
+    }
+    recipe = dataclasses.replace(RECIPE, train_distill=dataclasses.replace(config, **rates))
+
+    def begin(mesh):
+        stage = stages.make_stage("distill", dataclasses.replace(recipe, parallel=mesh), workdir)
+        return stage, stage.phases[0].batches()
+
+    def advance(stage, batches, state):
+        losses = []
+        for _ in range(2):
+            state, metrics = stage.step(state, stage.ready(next(batches)))
+            losses += [float(metrics[name]) for name in ("generator_loss", "critic_loss")]
+        return losses
+
+    stage, batches = begin(MESHES["fsdp"])
+    with stage.context():
+        state, _ = stage.step(stage.init(), stage.ready(next(batches)))
+        checkpoints = checkpoint.Checkpoints(tmp_path, 1)
+        checkpoints.save(1, state, {"iterator": batches.get_state()})
+        checkpoints.close()
+        saved = jax.tree.map(np.asarray, state)
+        expected = advance(stage, batches, state)
+
+    stage, batches = begin(MESHES["tensor"])
+    with stage.context():
+        checkpoints = checkpoint.Checkpoints(tmp_path, 1)
+        restored, progress = checkpoints.restore(stage.init())
+        checkpoints.close()
+        batches.set_state(progress["iterator"])
+        jax.tree.map(np.testing.assert_array_equal, restored, saved)
+        kernel = restored.fake["blocks"]["ffn"]["fc1"]["kernel"]  # [L, 24, 32]
+        assert kernel.addressable_shards[0].data.shape == (2, 24, 8)
+        np.testing.assert_allclose(advance(stage, batches, restored), expected, rtol=1e-6)

@@ -1,0 +1,109 @@
+"""A recipe's text encoder: what files it looks for, what it keeps, and that it gives what the network gives."""
+
+import dataclasses
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from causvid_jax.checkpoints import store, workdir
+from causvid_jax.config import ConfigError, Recipe, TextConfig, TransformerConfig, UMT5Config
+from causvid_jax.models import umt5
+from causvid_jax.text import encoder, tokenizer
+
+sys.path.append("tests/golden")
+import make_umt5 as golden
+
+pytest.importorskip("tokenizers", reason="the extra 'text' is not installed")
+pytest.importorskip("ftfy", reason="the extra 'text' is not installed")
+
+NET = TransformerConfig(
+    dim=16, ffn_dim=16, num_heads=2, num_layers=1, text_dim=golden.SIZES["dim"], text_length=32, freq_dim=8
+)
+RECIPE = Recipe(
+    name="tiny",
+    text=TextConfig(kind="umt5", length=32, dim=golden.SIZES["dim"], negative="neon"),
+    umt5=UMT5Config(**golden.SIZES, dtype="float32"),
+    teacher=NET,
+    student=NET,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("checkpoint")
+    store.save_params(workdir.stage_path(place, "text_encoder"), umt5.init(jax.random.key(0), RECIPE.umt5), {})
+    (place / "text_encoder" / "tokenizer.json").write_text(golden.small_tokenizer(), encoding="utf-8")
+    return place
+
+
+def test_rows_are_the_networks_and_are_kept(folder, tmp_path, monkeypatch):
+    reader = encoder.open_encoder(RECIPE, folder, cache=tmp_path / "kept")
+    assert encoder.missing(reader, ["warm neon", "neon"]) == ["warm neon", "neon"]
+    rows = encoder.encode(reader, ["warm neon", "neon"])
+    params, _ = store.load_params(workdir.stage_path(folder, "text_encoder"))
+    expected = tokenizer.encode_prompts(["warm neon", "neon"], reader.tokenizer, params, RECIPE.umt5, length=32)
+    np.testing.assert_array_equal(rows, expected)
+    monkeypatch.setattr(encoder, "_load", lambda _: pytest.fail("the weights were read again"))
+    assert encoder.missing(reader, ["warm  neon"]) == []
+    again = encoder.open_encoder(RECIPE, folder, cache=tmp_path / "kept", compute=False)
+    np.testing.assert_array_equal(encoder.encode(again, ["warm neon"]), rows[:1])
+    np.testing.assert_array_equal(encoder.null_rows(again), rows[1])
+    with pytest.raises(ConfigError, match="1 prompt.s. are not encoded yet, first 'cold'; .*--stage=prompts"):
+        encoder.encode(again, ["neon", "cold"])
+
+
+def test_filling_reads_the_weights_once(folder, tmp_path, monkeypatch):
+    reader = encoder.open_encoder(RECIPE, folder, cache=tmp_path / "kept")
+    loads, load = [], encoder._load
+    monkeypatch.setattr(encoder, "_load", lambda e: loads.append(e) or load(e))
+    monkeypatch.setattr(encoder, "AT_ONCE", 2)
+    encoder.fill(reader, ["warm", "neon", "warm neon"])
+    assert len(loads) == 1 and encoder.missing(reader, ["warm", "neon", "warm neon"]) == []
+    encoder.fill(reader, ["neon"])
+    assert len(loads) == 1
+    with pytest.raises(ConfigError, match="there is no prompt cache"):
+        encoder.fill(encoder.open_encoder(RECIPE, folder, cache=""), ["neon"])
+
+
+def test_the_files_it_looks_for(folder, tmp_path):
+    with pytest.raises(ConfigError, match="give the folder of a checkpoint"):
+        encoder.open_encoder(RECIPE)
+    with pytest.raises(ConfigError, match="text_encoder/weights.safetensors does not exist: .* launch.convert"):
+        encoder.open_encoder(RECIPE, tmp_path)
+    large = dataclasses.replace(RECIPE, umt5=dataclasses.replace(RECIPE.umt5, num_layers=5))
+    with pytest.raises(ConfigError, match="text encoder weights .* do not fit the configuration"):
+        encoder.open_encoder(large, folder)
+    weights = workdir.stage_path(tmp_path, "text_encoder")
+    weights.parent.mkdir()
+    weights.symlink_to(workdir.stage_path(folder, "text_encoder"))
+    with pytest.raises(
+        ConfigError, match="tokenizer of google/umt5-xxl; accepted: text_encoder/tokenizer.json, tokenizer/.*"
+    ):
+        encoder.open_encoder(RECIPE, tmp_path)
+    given = folder / "text_encoder" / "tokenizer.json"
+    digest = encoder.open_encoder(RECIPE, tmp_path, tokenizer=given).tokenizer.digest
+    published = tmp_path / "google" / "umt5-xxl" / "tokenizer.json"
+    published.parent.mkdir(parents=True)
+    published.write_text(given.read_text())
+    reader = encoder.open_encoder(RECIPE, tmp_path)
+    assert reader.tokenizer.digest == digest and reader.cache.folder == pathlib.Path(tmp_path) / "prompts"
+    assert reader.cache.weights == store.stored_checksum(weights) and reader.cache.dtype == "float32"
+    assert encoder.open_encoder(RECIPE, tmp_path, cache="").cache is None
+
+
+def test_words_need_no_files():
+    text = TextConfig(kind="words", vocabulary=("red", "3"), length=2, dim=4)
+    net = dataclasses.replace(NET, text_dim=4, text_length=2)
+    reader = encoder.open_encoder(dataclasses.replace(RECIPE, text=text, teacher=net, student=net))
+    np.testing.assert_array_equal(encoder.encode(reader, ["red 3"]), [[[1, 0, 1, 0], [0, 1, 0, 1]]])
+    assert not encoder.null_rows(reader).any() and encoder.missing(reader, ["red"]) == []
+    with pytest.raises(ConfigError, match="unknown word 'blue'"):
+        encoder.check(reader, ["blue"])
+
+
+def test_an_encoder_of_another_width_is_refused():
+    with pytest.raises(ConfigError, match="umt5.dim is 4096; the text rows are text.dim = 16 wide"):
+        dataclasses.replace(RECIPE, umt5=UMT5Config())

@@ -1,0 +1,39 @@
+"""Rows of the closed vocabulary, against rows written by hand."""
+
+import numpy as np
+import pytest
+
+from causvid_jax.config import ConfigError, TextConfig
+from causvid_jax.text.words import encode_words
+
+WORDS = ("red", "blue", "1", "and")
+PLAIN = TextConfig(kind="words", vocabulary=WORDS, length=5, dim=9)
+PHRASES = TextConfig(kind="words", vocabulary=WORDS, length=5, dim=13, separator="and")
+
+
+def test_a_row_is_the_word_and_its_place():
+    rows = encode_words(["blue 1", ""], PLAIN)
+    assert rows.shape == (2, 5, 9) and rows.dtype == np.float32
+    np.testing.assert_array_equal(rows[0, 0], [0, 1, 0, 0, 1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(rows[0, 1], [0, 0, 1, 0, 0, 1, 0, 0, 0])
+    assert not rows[0, 2:].any() and not rows[1].any()
+
+
+def test_a_phrase_counts_its_own_words_only():
+    prompts = ["red 1 and 1 1", "blue", "", "red and and blue"]
+    rows = encode_words(prompts, PHRASES)
+    np.testing.assert_array_equal(rows[..., :9], encode_words(prompts, PLAIN))
+    expected = [
+        [[1, 0, 1, 0], [1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 2, 0], [0, 0, 2, 0]],
+        [[0, 1, 0, 0], *[[0, 0, 0, 0]] * 4],
+        [[0, 0, 0, 0]] * 5,
+        [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]],
+    ]
+    np.testing.assert_array_equal(rows[..., 9:], expected)
+
+
+def test_refused_prompts():
+    with pytest.raises(ConfigError, match="unknown word 'rde' in prompt 'rde 1'; did you mean 'red'"):
+        encode_words(["rde 1"], PLAIN)
+    with pytest.raises(ConfigError, match="has 6 words; at most 5 are accepted"):
+        encode_words(["1 1 1 1 1 1"], PLAIN)

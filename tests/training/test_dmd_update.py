@@ -1,0 +1,231 @@
+"""The DMD cycle against an unrolled one, and end to end on Gaussian data with a learnt fake score."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from causvid_jax.config import ConfigError, DiffusionConfig, DistillStageConfig, OptimizerConfig
+from causvid_jax.diffusion import flow
+from causvid_jax.distill import dmd
+from causvid_jax.training import dmd as cycle
+
+DIFFUSION = DiffusionConfig(shift=2.0)
+SHAPE = (64, 2, 2, 2, 1)
+NULL = jnp.zeros((1, 1))
+
+
+def velocity(params, x, timestep, text):
+    """E[noise - x0 | x_t] for data N(mean, exp(log_std)^2)."""
+    sigma, variance = flow.expand(timestep / 1000, x), jnp.exp(2 * params["log_std"])
+    gain = (sigma - (1 - sigma) * variance) / ((1 - sigma) ** 2 * variance + sigma**2)
+    return -params["mean"] + gain * (x - (1 - sigma) * params["mean"])
+
+
+def generate(params, batch, key):
+    x0 = params["mean"] + jnp.exp(params["log_std"]) * jax.random.normal(key, SHAPE) + 0 * batch["text"].sum()
+    return x0, jnp.ones(SHAPE[:2]).at[:, 0].set(batch["text"][:, 0, 0])
+
+
+def gaussian(mean, std):
+    return {"mean": jnp.array(mean), "log_std": jnp.log(std)}
+
+
+FUNCTIONS = cycle.DistillFunctions(rollout=generate, teacher=velocity, fake=velocity)
+TEACHER = gaussian(0.8, 0.5)
+
+
+def batches(k):
+    text = jnp.broadcast_to(jnp.arange(k + 1)[:, None, None, None] % 2, (k + 1, SHAPE[0], 1, 1)).astype(jnp.float32)
+    return {"text": text}
+
+
+def cycle_fn(distill, student_optimizer, fake_optimizer):
+    return functools.partial(
+        cycle.dmd_cycle,
+        functions=FUNCTIONS,
+        student_optimizer=student_optimizer,
+        fake_optimizer=fake_optimizer,
+        diffusion=DIFFUSION,
+        distill=distill,
+    )
+
+
+def test_cycle_equals_the_unrolled_one():
+    distill = DistillStageConfig(critic_updates=3, guidance=2.0, optimizer=OptimizerConfig(ema_decay=0.9))
+    student_optimizer, fake_optimizer = optax.sgd(0.3), optax.adam(0.1)
+    state = cycle.init_state(gaussian(-0.5, 1.2), gaussian(-0.2, 1.0), student_optimizer, fake_optimizer)
+    run = jax.jit(cycle_fn(distill, student_optimizer, fake_optimizer), donate_argnums=0)
+    root, data = jax.random.key(9), batches(3)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=0)
+    def critic(fake, student, text, key):
+        rollout_key, loss_key = jax.random.split(key)
+        x0, mask = generate(student, {"text": text}, rollout_key)
+        fn = functools.partial(velocity, fake)
+        return dmd.critic_loss(x0, text, loss_key, fake=fn, diffusion=DIFFUSION, distill=distill, mask=mask)[0]
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=0)
+    def generator(student, fake, text, key):
+        rollout_key, loss_key = jax.random.split(key)
+        x0, mask = generate(student, {"text": text}, rollout_key)
+        return dmd.generator_loss(
+            x0,
+            text,
+            NULL,
+            loss_key,
+            teacher=functools.partial(velocity, TEACHER),
+            fake=functools.partial(velocity, fake),
+            diffusion=DIFFUSION,
+            distill=distill,
+            mask=mask,
+        )[0]
+
+    student, ema, fake = (gaussian(-0.5, 1.2), gaussian(-0.5, 1.2), gaussian(-0.2, 1.0))
+    fake_opt = fake_optimizer.init(fake)
+    for step in range(2):
+        state, metrics = run(state, TEACHER, data, NULL, root)
+
+        critic_key, generator_key = jax.random.split(jax.random.fold_in(root, step))
+        losses = []
+        for i, key in enumerate(jax.random.split(critic_key, 3)):
+            loss, gradient = critic(fake, student, data["text"][i], key)
+            losses.append(loss)
+            change, fake_opt = fake_optimizer.update(gradient, fake_opt, fake)
+            fake = optax.apply_updates(fake, change)
+        loss, gradient = generator(student, fake, data["text"][3], generator_key)
+        student = {k: student[k] - 0.3 * gradient[k] for k in student}
+        ema = {k: 0.9 * ema[k] + 0.1 * student[k] for k in ema}
+
+        assert int(state.step) == step + 1 and int(state.fake_opt[0].count) == 3 * (step + 1)
+        for got, expected in ((state.student, student), (state.student_ema, ema), (state.fake, fake)):
+            for name in expected:
+                np.testing.assert_allclose(got[name], expected[name], rtol=2e-5, atol=1e-6)
+        np.testing.assert_allclose(metrics["critic_loss"], np.mean(losses), rtol=1e-5)
+        np.testing.assert_allclose(metrics["generator_loss"], loss, rtol=1e-4)
+        np.testing.assert_allclose(metrics["generator_gradient_norm"], optax.global_norm(gradient), rtol=1e-4)
+
+
+def test_student_reaches_the_data_with_a_learnt_fake_score():
+    """The whole method: nothing but the teacher's velocity knows the data, and the fake score is learnt on the way."""
+    distill = DistillStageConfig(critic_updates=5, guidance=1.0, optimizer=OptimizerConfig(ema_decay=0.98))
+    student_optimizer = optax.adam(optax.exponential_decay(0.03, 200, 0.4))
+    fake_optimizer = optax.adam(optax.exponential_decay(0.03, 1000, 0.5))
+    start = gaussian(-1.0, 1.5)
+    state = cycle.init_state(start, start, student_optimizer, fake_optimizer)
+    run = cycle_fn(distill, student_optimizer, fake_optimizer)
+    data = {"text": jnp.ones((6, SHAPE[0], 1, 1))}
+
+    def step(state, _):
+        return run(state, TEACHER, data, NULL, jax.random.key(0))
+
+    state, metrics = jax.jit(lambda s: jax.lax.scan(step, s, length=600))(state)
+    for params, tolerance in ((state.student_ema, 0.03), (state.fake, 0.06)):
+        assert abs(params["mean"] - 0.8) < tolerance
+        assert abs(jnp.exp(params["log_std"]) - 0.5) < tolerance
+    assert metrics["generator_gradient"][-50:].mean() < 0.3 * metrics["generator_gradient"][:50].mean()
+
+
+def test_ema_off_is_the_student_and_wrong_batches_are_refused():
+    distill = DistillStageConfig(critic_updates=1)
+    optimizer = optax.sgd(0.1)
+    state = cycle.init_state(gaussian(0.0, 1.0), gaussian(0.0, 1.0), optimizer, optimizer)
+    run = jax.jit(cycle_fn(distill, optimizer, optimizer))
+    after, _ = run(state, TEACHER, batches(1), NULL, jax.random.key(0))
+    np.testing.assert_array_equal(after.student_ema["mean"], after.student["mean"])
+    assert after.student["mean"] != 0
+    with pytest.raises(ConfigError, match="3 batches for 1 critic updates"):
+        run(state, TEACHER, batches(2), NULL, jax.random.key(0))
+
+
+def test_rollouts_go_on_where_the_one_before_them_ended():
+    """Rollouts that count: each ends three above where it starts, and one that goes on starts from its past."""
+    seen = []
+
+    def count(params, batch, key):
+        start = jnp.where(batch["past_shown"], batch["past"][:, -1, 0, 0, 0], 0.0)
+        x0 = start[:, None] + jnp.arange(1.0, 4.0) + 0 * params["mean"]
+        jax.debug.callback(lambda *a: seen.append([np.asarray(x) for x in a]), x0[:, -1], batch["text"][:, 0, 0])
+        return x0[..., None, None, None], None
+
+    functions = cycle.DistillFunctions(rollout=count, teacher=velocity, fake=velocity, past_shape=(2, 1, 1, 1))
+    optimizer = optax.sgd(0.0)
+    state = cycle.init_state(gaussian(0.0, 1.0), gaussian(0.0, 1.0), optimizer, optimizer)
+    prompts = np.arange(4 * 8.0, dtype=np.float32).reshape(4, 8)
+
+    def run(**fractions):
+        seen.clear()
+        _, metrics = cycle.dmd_cycle(
+            state,
+            TEACHER,
+            {"text": jnp.asarray(prompts)[:, :, None, None]},
+            NULL,
+            jax.random.key(1),
+            functions=functions,
+            student_optimizer=optimizer,
+            fake_optimizer=optimizer,
+            diffusion=DIFFUSION,
+            distill=DistillStageConfig(critic_updates=3, **fractions),
+        )
+        jax.effects_barrier()
+        assert all(np.ndim(value) == 0 for value in metrics.values())
+        return [np.stack(x) for x in zip(*seen, strict=True)]  # ends and prompts, [3 + 1, 8]
+
+    ends, shown = run(continue_fraction=1.0)
+    np.testing.assert_array_equal(ends, np.repeat([[3.0], [6.0], [9.0], [12.0]], 8, axis=1))
+    np.testing.assert_array_equal(shown, np.repeat(prompts[:1], 4, axis=0))
+
+    ends, shown = run(continue_fraction=1.0, switch_fraction=0.5)
+    assert ends[-1].tolist() == [12.0] * 8
+    changed = shown[1:] != shown[:-1]
+    np.testing.assert_array_equal(shown[1:][changed], prompts[1:][changed])
+    assert 4 < changed.sum() < 20
+
+    ends, shown = run(continue_fraction=0.5, switch_fraction=1.0)
+    np.testing.assert_array_equal(shown, prompts)
+    anew = ends[1:, 0] == 3
+    assert 0 < anew.sum() < 3  # with this key
+    np.testing.assert_array_equal(ends[1:, 0], np.where(anew, 3, ends[:-1, 0] + 3))
+
+
+@pytest.mark.parametrize("spoilt", [0, 1, 3])
+def test_a_batch_that_is_not_finite_leaves_the_state_as_it_was(spoilt):
+    distill = DistillStageConfig(critic_updates=3, guidance=2.0, on_bad_loss="skip")
+    optimizers = optax.sgd(0.3), optax.adam(0.1)
+    run = jax.jit(cycle_fn(distill, *optimizers))
+    state = cycle.init_state(gaussian(-0.5, 1.2), gaussian(-0.2, 1.0), *optimizers)
+    state, metrics = run(state, TEACHER, batches(3), NULL, jax.random.key(9))
+    assert (int(metrics["taken"]), int(metrics["skipped"])) == (4, 0)
+    data = {"text": batches(3)["text"].at[spoilt, 5].set(jnp.nan)}
+    after, metrics = run(state, TEACHER, data, NULL, jax.random.key(9))
+    assert (int(metrics["taken"]), int(metrics["skipped"]), int(metrics["skipped_total"])) == (0, 4, 4)
+    after = dataclasses.replace(after, watch=state.watch)
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+def test_a_student_update_that_explodes_leaves_the_fake_scores_in_place():
+    distill = DistillStageConfig(critic_updates=2, guidance=2.0, on_bad_loss="skip", bad_loss_factor=2.0)
+    optimizers = optax.sgd(0.3), optax.adam(0.1)
+    run = jax.jit(cycle_fn(distill, *optimizers))
+    state = cycle.init_state(gaussian(-0.5, 1.2), gaussian(-0.2, 1.0), *optimizers, window=4)
+    # So low a median of the student's losses that the next is far above it; the fake score's is unknown.
+    recent = state.watch.recent.at[1].set(1e-6)
+    watched = dataclasses.replace(state, watch=dataclasses.replace(state.watch, recent=recent))
+    after, metrics = run(watched, TEACHER, batches(2), NULL, jax.random.key(9))
+    assert (int(metrics["taken"]), int(metrics["skipped"])) == (2, 1)
+    free, _ = run(state, TEACHER, batches(2), NULL, jax.random.key(9))
+    jax.tree.map(np.testing.assert_array_equal, after.fake, free.fake)
+    for name in ("student", "student_ema", "student_opt", "step"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
+    assert np.isfinite(np.asarray(after.watch.recent[0])).sum() == 2
+    # With "stop" nothing more is taken, of either network, until the host has seen it.
+    stopping = jax.jit(cycle_fn(dataclasses.replace(distill, on_bad_loss="stop"), *optimizers))
+    last, metrics = stopping(after, TEACHER, batches(2), NULL, jax.random.key(9))
+    assert (int(metrics["taken"]), int(metrics["skipped"])) == (0, 3)
+    jax.tree.map(np.testing.assert_array_equal, last.fake, after.fake)
