@@ -78,7 +78,7 @@ class Sampler:
         self.shape = (1, causal.frames_per_block, height, width, recipe.vae.z_dim)
         steps = [float(t) for t in flow.student_timesteps(recipe.diffusion)]
         self.table = [(t, t / 1000, s / 1000) for t, s in zip(steps, [*steps[1:], 0.0], strict=True)]
-        self.device, self.clean = device, causal.context_timestep
+        self.device, self.clean = device, causal.context_noise
         self.told = {t: torch.full((1, causal.frames_per_block), t, device=device) for t in (*steps, self.clean)}
 
     def denoise(self, ready):
@@ -133,11 +133,15 @@ def measure(recipe: Recipe, given: argparse.Namespace, device: torch.device) -> 
 
     def block():
         x0 = sampler.denoise(ready)
-        return sampler.write(ready, x0) if recipe.causal.clean_write else x0
+        return sampler.write(ready, x0) if recipe.causal.context_pass else x0
 
     seconds = timed(block, device, given.repeats)
     add(
-        "block, steady", found[-1][1], seconds, steps + recipe.causal.clean_write, fps=4 * k / float(np.median(seconds))
+        "block, steady",
+        found[-1][1],
+        seconds,
+        steps + recipe.causal.context_pass,
+        fps=4 * k / float(np.median(seconds)),
     )
     words = bench_plan.settings(recipe, bench_plan.Plan())
     how = f"torch.compile {given.mode}" if given.compile else "eager"

@@ -57,10 +57,15 @@ def two_digits(config: ml_collections.ConfigDict) -> None:
         steps=3000, batch_size=16, curriculum=in_turns(13, (60, 6, 48), (100, 0, 16)), sample_every=1000, save_every=200
     )
     config.train_teacher.optimizer.update(learning_rate=1e-3, warmup_steps=50, ema_decay=0.995)
-    # A switch is a cut here (``at_switch``), so no stage needs clips that go on from another's past.
+    # A switch is a cut here (``on_prompt_switch``), so no stage needs clips that go on from another's past.
     turns = (40, 3, 96), (30, 9, 20), (30, 0, 8)
     config.train_causal.update(
-        steps=1200, batch_size=8, curriculum=in_turns(12, *turns), switch_fraction=0.0, sample_every=400, save_every=200
+        steps=1200,
+        batch_size=8,
+        curriculum=in_turns(12, *turns),
+        prompt_switch_prob=0.0,
+        sample_every=400,
+        save_every=200,
     )
     config.train_causal.optimizer.update(learning_rate=6e-4, ema_decay=0.99)
     turns = (20, 3, 96), (15, 9, 20), (15, 0, 8)
@@ -68,14 +73,14 @@ def two_digits(config: ml_collections.ConfigDict) -> None:
         steps=500,
         batch_size=8,
         trajectories=192,
-        short=((3, 4096), (9, 512)),
+        extra_trajectories=((3, 4096), (9, 512)),
         curriculum=in_turns(10, *turns),
-        switch_fraction=0.0,
+        prompt_switch_prob=0.0,
         sample_every=250,
         save_every=100,
     )
     config.train_init.optimizer.update(learning_rate=4e-4, warmup_steps=30, ema_decay=0.98)
-    config.train_distill.update(steps=60, guidance=2.0, switch_fraction=0.0)
+    config.train_distill.update(steps=60, guidance_scale=2.0, prompt_switch_prob=0.0)
 
 
 def one_digit() -> ml_collections.ConfigDict:
@@ -112,8 +117,8 @@ def one_digit() -> ml_collections.ConfigDict:
             "teacher": network,
             "student": network,
             # Even written again under the new prompt, a cache keeps old colours and motion for blocks: we cut.
-            "causal": {"frames_per_block": 3, "window": 9, "at_switch": "forget"},
-            "diffusion": {"shift": 3.0, "teacher_steps": 50, "solver": "euler", "guidance": 4.0},
+            "causal": {"frames_per_block": 3, "window": 9, "on_prompt_switch": "reset"},
+            "diffusion": {"shift": 3.0, "num_inference_steps": 50, "solver": "euler", "guidance_scale": 4.0},
             "train_vae": {
                 "steps": 7500,
                 "batch_size": 2,
@@ -122,7 +127,7 @@ def one_digit() -> ml_collections.ConfigDict:
                 "curriculum": ((2838, 5, 8), (5000, 17, 4)),
                 "kl_weight": 1e-5,
                 # Whole clips would let the latents of later frames leave out the colour, which does not change.
-                "cut": 4,
+                "crop_frames": 4,
                 "optimizer": {
                     "learning_rate": 3e-3,
                     "warmup_steps": 100,
@@ -172,7 +177,7 @@ def one_digit() -> ml_collections.ConfigDict:
                 "batch_size": 32,
                 # First blocks alone, a seventh of a clip and the hardest part; cuts between captions; whole clips.
                 "curriculum": in_turns(20, (60, 3, 128), (40, 9, 48), (15, 0, 32)),
-                "switch_fraction": 0.5,
+                "prompt_switch_prob": 0.5,
                 "optimizer": {
                     "learning_rate": 4e-4,
                     "warmup_steps": 50,
@@ -190,9 +195,9 @@ def one_digit() -> ml_collections.ConfigDict:
                 "steps": 672,
                 "batch_size": 16,
                 "trajectories": 384,
-                "short": ((3, 5120), (9, 1152)),
+                "extra_trajectories": ((3, 5120), (9, 1152)),
                 "curriculum": in_turns(14, (18, 3, 192), (18, 9, 48), (12, 0, 16)),
-                "switch_fraction": 0.7,
+                "prompt_switch_prob": 0.7,
                 "optimizer": {
                     "learning_rate": 3e-4,
                     "warmup_steps": 50,
@@ -209,11 +214,11 @@ def one_digit() -> ml_collections.ConfigDict:
                 "steps": 80,
                 "batch_size": 16,
                 "rollout": "self",
-                "critic_updates": 5,
+                "critic_steps": 5,
                 # The student starts where the guidance of its trajectories has brought it; more here costs its colours.
-                "guidance": 1.5,
-                "continue_fraction": 0.5,
-                "switch_fraction": 0.7,
+                "guidance_scale": 1.5,
+                "continuation_prob": 0.5,
+                "prompt_switch_prob": 0.7,
                 "optimizer": {
                     "learning_rate": 5e-5,
                     "warmup_steps": 10,

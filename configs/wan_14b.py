@@ -22,6 +22,6 @@ def get_config(variant: str = "t2v") -> ml_collections.ConfigDict:
     if variant == "t2v":
         return wan_1_3b.recipe("wan_14b", SIZES, GUIDANCE)
     config = wan_1_3b.recipe("wan_14b_i2v", SIZES | IMAGE, GUIDANCE)
-    config.text.negative = NEGATIVE_PROMPT_IMAGE
-    config.diffusion.update({"shift": 3.0, "teacher_steps": 40, "solver": "unipc"})
+    config.text.negative_prompt = NEGATIVE_PROMPT_IMAGE
+    config.diffusion.update({"shift": 3.0, "num_inference_steps": 40, "solver": "unipc"})
     return config

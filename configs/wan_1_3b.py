@@ -25,8 +25,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant:
         config.name = "wan_1_3b_teacher_14b"
         config.teacher.update(LARGE)
-        config.diffusion.guidance = 5.0
-        config.train_distill.fake = "student"
+        config.diffusion.guidance_scale = 5.0
+        config.train_distill.critic_init = "student"
     return config
 
 
@@ -50,7 +50,7 @@ def recipe(name: str, sizes: dict[str, int], guidance: float) -> ml_collections.
         {
             "name": name,
             "video": {"height": 480, "width": 832, "frames": 81, "fps": 16},
-            "text": {"kind": "umt5", "length": 512, "dim": 4096, "negative": NEGATIVE_PROMPT},
+            "text": {"kind": "umt5", "length": 512, "dim": 4096, "negative_prompt": NEGATIVE_PROMPT},
             "data": {"name": "videos"},
             "vae": {"latent_mean": WAN_LATENT_MEAN, "latent_std": WAN_LATENT_STD, "dtype": "bfloat16"},
             "teacher": dict(network),
@@ -58,18 +58,18 @@ def recipe(name: str, sizes: dict[str, int], guidance: float) -> ml_collections.
             "causal": {"frames_per_block": 3},
             "diffusion": {
                 "shift": 8.0,
-                "teacher_steps": 50,
+                "num_inference_steps": 50,
                 "solver": "euler",
-                "guidance": guidance,
-                "student_steps": (1000.0, 750.0, 500.0, 250.0),
+                "guidance_scale": guidance,
+                "denoising_timesteps": (1000.0, 750.0, 500.0, 250.0),
             },
             "train_init": {"steps": 3000, "batch_size": 128, "trajectories": 1500, "optimizer": adamw},
             "train_distill": {
                 "steps": 120,
                 "batch_size": 64,
                 "rollout": "self",
-                "critic_updates": 5,
-                "guidance": 4.0,
+                "critic_steps": 5,
+                "guidance_scale": 4.0,
                 "optimizer": {**adamw, "b1": 0.0, "ema_decay": 0.99},
                 "critic_optimizer": {**adamw, "b1": 0.0, "learning_rate": 4e-7},
             },

@@ -18,7 +18,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from causvid_jax.config import ConfigError, Recipe, RunError, from_config_dict, require
+from causvid_jax.config import ConfigError, Recipe, RunError, check_renamed, from_config_dict, require
 from causvid_jax.models import attention
 
 FAILED = 1
@@ -91,6 +91,7 @@ def check_overrides(arguments: Sequence[str], name: str = "config") -> None:
 
 
 def _check_field(path: str) -> None:
+    check_renamed(path)
     hint: Any = Recipe
     parents: list[str] = []
     for part in path.split("."):

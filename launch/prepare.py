@@ -101,7 +101,7 @@ def prompts(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     reader, chosen = encoder.open_encoder(recipe, workdir), _prompt_list(recipe)
     if recipe.text.kind != "words":
         known = chosen if chosen is not None else recipe_data.prompts(recipe, workdir)
-        wanted = encoder.missing(reader, [recipe.text.negative, *known[: count or len(known)]])
+        wanted = encoder.missing(reader, [recipe.text.negative_prompt, *known[: count or len(known)]])
         _fill(reader, wanted)
         if chosen is None:
             return f"{workdir / 'prompts'}: {len(known)} captions and the negative prompt, {len(wanted)} of them new"
@@ -134,7 +134,7 @@ def _causal_trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> s
     _, coder = stages.load_vae(stages.find(recipe.name, "vae", workdir), recipe.vae)
     given = recipe_data.folder(workdir, recipe_data.LATENTS)
     clips, lines = arrays.source(given), []
-    for frames, number in ((0, recipe.train_init.trajectories), *recipe.train_init.short):
+    for frames, number in ((0, recipe.train_init.trajectories), *recipe.train_init.extra_trajectories):
         folder = generate.causal_folder(workdir, frames)
         before = arrays.is_complete(folder)
         generate.write_causal_trajectories(
@@ -154,10 +154,10 @@ def _causal_trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> s
 
 
 def streams(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
-    """The student's streams that ``train_taehv.streams`` names; ``count`` replaces every number of them."""
+    """The student's streams that ``train_taehv.rollouts`` names; ``count`` replaces every number of them."""
     require(
-        bool(recipe.train_taehv.streams),
-        "train_taehv.streams is empty; accepted: (clips, number) pairs, for example ((1, 640), (10, 96))",
+        bool(recipe.train_taehv.rollouts),
+        "train_taehv.rollouts is empty; accepted: (clips, number) pairs, for example ((1, 640), (10, 96))",
     )
     params, recipe = stages.load_decoders(dataclasses.replace(recipe, decoder="vae"), workdir)
     path = stages.find(recipe.name, "distill", workdir)
@@ -165,7 +165,7 @@ def streams(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     known = _prompt_list(recipe) or recipe_data.prompts(recipe, workdir)
     reader = encoder.open_encoder(recipe, workdir, compute=False)
     lines, first = [], 0
-    for clips, number in recipe.train_taehv.streams:
+    for clips, number in recipe.train_taehv.rollouts:
         chosen = generate.prompt_sequence(known, count or number, recipe.data.seed + clips)
         folder = generate.streams_folder(workdir, clips)
         before = arrays.is_complete(folder)

@@ -169,7 +169,7 @@ class Request:
     @property
     def texts(self) -> list[str]:
         """Every prompt that will be needed; the teacher has an unconditional branch."""
-        negative = [self.recipe.text.negative] if "teacher" in self.weights else []
+        negative = [self.recipe.text.negative_prompt] if "teacher" in self.weights else []
         return [*self.prompts, *(prompt for _, prompt in self.switches.values()), *negative]
 
 
@@ -286,7 +286,9 @@ def encode_picture(request: Request) -> tuple[jax.Array, ...]:
 def teacher_clips(request: Request, texts: Texts, timing: player.Timing) -> Iterator[np.ndarray]:
     """The teacher's clips, uint8 ``[B, n, H, W, 3]``: denoised all at once, decoded piece by piece."""
     recipe = request.recipe
-    rows, null = (jnp.asarray(x) for x in (np.stack([texts[p] for p in request.prompts]), texts[recipe.text.negative]))
+    rows, null = (
+        jnp.asarray(x) for x in (np.stack([texts[p] for p in request.prompts]), texts[recipe.text.negative_prompt])
+    )
     seeds = jnp.asarray(_SEED.value + np.arange(len(rows)), jnp.uint32)
     given = rows, null, *encode_picture(request), seeds
     params = load(request, {"teacher": transformer.inference(recipe.teacher)})

@@ -36,7 +36,7 @@ STAGES = (
     "train distill",
 )
 VARIANTS = {
-    "continued": ["--config.train_distill.continue_fraction=0.8", "--config.train_distill.switch_fraction=0.5"],
+    "continued": ["--config.train_distill.continuation_prob=0.8", "--config.train_distill.prompt_switch_prob=0.5"],
     "data": ["--config.train_distill.rollout=data"],
     "accumulated": ["--config.train_distill.accumulate=2"],
 }

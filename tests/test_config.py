@@ -39,18 +39,20 @@ def test_configs_are_hashable_equal_by_value_and_frozen():
 
 
 def test_config_dict_and_dict_give_the_same_recipe():
-    values = recipe(video={"frames": 9}, causal={"frames_per_block": 1}, diffusion={"student_steps": [1000, 500.0]})
+    values = recipe(
+        video={"frames": 9}, causal={"frames_per_block": 1}, diffusion={"denoising_timesteps": [1000, 500.0]}
+    )
     built = c.from_config_dict(values)
     assert built == c.from_config_dict(ml_collections.ConfigDict(values))
     assert built.video == c.VideoConfig(frames=9)
-    assert built.diffusion.student_steps == (1000.0, 500.0)
-    assert all(isinstance(s, float) for s in built.diffusion.student_steps)
+    assert built.diffusion.denoising_timesteps == (1000.0, 500.0)
+    assert all(isinstance(s, float) for s in built.diffusion.denoising_timesteps)
 
 
 def test_json_round_trip_is_exact():
     built = c.from_config_dict(
         recipe(
-            diffusion={"shift": 0.1 + 0.2, "student_steps": (1000.0, 1e-3)},
+            diffusion={"shift": 0.1 + 0.2, "denoising_timesteps": (1000.0, 1e-3)},
             vae={"z_dim": 4, "latent_mean": (1 / 3,) * 4},
             teacher={"out_channels": 4, "in_channels": 4},
             student={"out_channels": 4, "in_channels": 4},
@@ -79,7 +81,7 @@ def test_json_round_trip_is_exact():
         ({"video": {"frames": 9.0}}, "video.frames is 9.0; it must be of type int"),
         ({"video": {"frames": True}}, "video.frames is True; it must be of type int"),
         ({"video": {"frames": "9"}}, "video.frames is '9'; it must be of type int"),
-        ({"causal": {"clean_write": 1}}, "causal.clean_write is 1; it must be of type bool"),
+        ({"causal": {"context_pass": 1}}, "causal.context_pass is 1; it must be of type bool"),
         ({"diffusion": {"shift": "8"}}, "diffusion.shift is '8'; it must be of type float"),
         ({"diffusion": {"shift": True}}, "diffusion.shift is True; it must be of type float"),
         ({"video": 3}, "video is 3; it must be a group of fields"),
@@ -140,10 +142,14 @@ def test_unknown_fields_and_wrong_types(groups, expected):
         (c.CausalConfig, {"positions": "rotary"}, "causal.positions is 'rotary'; accepted: 'absolute', 'relative'"),
         (c.DiffusionConfig, {"shift": 0.0}, "diffusion.shift is 0.0; it must be positive"),
         (c.DiffusionConfig, {"solver": "heun"}, "diffusion.solver is 'heun'; accepted: 'euler', 'unipc'"),
-        (c.DiffusionConfig, {"student_steps": ()}, "diffusion.student_steps is (); it must be distinct values"),
-        (c.DiffusionConfig, {"student_steps": (500.0, 750.0)}, "in (0, 1000], descending"),
-        (c.DiffusionConfig, {"student_steps": (1000.0, 0.0)}, "in (0, 1000], descending"),
-        (c.DiffusionConfig, {"student_steps": (500.0, 500.0)}, "in (0, 1000], descending"),
+        (
+            c.DiffusionConfig,
+            {"denoising_timesteps": ()},
+            "diffusion.denoising_timesteps is (); it must be distinct values",
+        ),
+        (c.DiffusionConfig, {"denoising_timesteps": (500.0, 750.0)}, "in (0, 1000], descending"),
+        (c.DiffusionConfig, {"denoising_timesteps": (1000.0, 0.0)}, "in (0, 1000], descending"),
+        (c.DiffusionConfig, {"denoising_timesteps": (500.0, 500.0)}, "in (0, 1000], descending"),
         (c.OptimizerConfig, {"kind": "lion"}, "optimizer.kind is 'lion'; accepted: 'adamw', 'muon'"),
         (c.VAEStageConfig, {"optimizer": MUON}, "train_vae.optimizer.kind is 'muon', which is for the layers"),
         (c.TAEHVStageConfig, {"optimizer": MUON}, "train_taehv.optimizer.kind is 'muon', which is for the layers"),
@@ -207,17 +213,20 @@ def test_structures_are_named_in_the_refusal():
             "a latent frame has 1560 tokens for the teacher; parallel.context",
         ),
         ({"parallel": {"fsdp": 3}}, "a batch of 8; slices x data x fsdp x accumulate is 3, which does not divide it"),
-        ({"train_distill": {"continue_fraction": 0.5}}, "train_distill.continue_fraction is 0.5; rollouts that go on"),
+        ({"train_distill": {"continuation_prob": 0.5}}, "train_distill.continuation_prob is 0.5; rollouts that go on"),
         (
-            {"train_init": {"short": ((3, 9),)}},
-            "train_init.short is ((3, 9),), but the trajectories of a bidirectional",
+            {"train_init": {"extra_trajectories": ((3, 9),)}},
+            "train_init.extra_trajectories is ((3, 9),), but the trajectories of a bidirectional",
         ),
         ({"train_init": {"curriculum": ((3, 6, 1),)}}, "train_init.curriculum has a phase of 6 latent frames"),
-        ({"train_init": {"switch_fraction": 1.5}}, "train_init.switch_fraction is 1.5; accepted: 0 to 1"),
-        ({"train_vae": {"cut": 3, "stream": 2}}, "train_vae.cut is 3 and train_vae.stream 2; accepted: 0, for whole"),
+        ({"train_init": {"prompt_switch_prob": 1.5}}, "train_init.prompt_switch_prob is 1.5; accepted: 0 to 1"),
+        (
+            {"train_vae": {"crop_frames": 3, "concat_clips": 2}},
+            "train_vae.crop_frames is 3 and train_vae.concat_clips 2; accepted: 0, for whole",
+        ),
         ({"train_taehv": {"noise": -0.1}}, "train_taehv.noise is -0.1; it must not be negative"),
-        ({"train_taehv": {"streams": ((0, 4),)}}, "train_taehv.streams has (0, 4); accepted: (clips, number), both"),
-        ({"train_taehv": {"streams": ((2, 4), (2, 1))}}, "train_taehv.streams names a length twice"),
+        ({"train_taehv": {"rollouts": ((0, 4),)}}, "train_taehv.rollouts has (0, 4); accepted: (clips, number), both"),
+        ({"train_taehv": {"rollouts": ((2, 4), (2, 1))}}, "train_taehv.rollouts names a length twice"),
     ],
     ids=["heads", "tokens", "batch", "window", "short", "phase", "fraction", "cut", "noise", "streams", "twice"],
 )

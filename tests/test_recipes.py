@@ -54,7 +54,12 @@ def test_image_to_video():
     assert recipe.name == "wan_14b_i2v" and recipe.teacher == recipe.student
     assert count(transformer.abstract(recipe.teacher)) == 16_394_878_784
     sampler = recipe.diffusion
-    assert (sampler.shift, sampler.teacher_steps, sampler.solver, sampler.guidance) == (3.0, 40, "unipc", 5.0)
+    assert (sampler.shift, sampler.num_inference_steps, sampler.solver, sampler.guidance_scale) == (
+        3.0,
+        40,
+        "unipc",
+        5.0,
+    )
     clip_config, shape = CLIPConfig(), jax.ShapeDtypeStruct
     picture, text = shape((1, 480, 832, 3), jnp.float32), shape((1, 512, 4096), jnp.float32)
     image = jax.eval_shape(

@@ -54,12 +54,12 @@ def get_config() -> ml_collections.ConfigDict:
             "teacher": network,
             "student": network,
             "causal": {"frames_per_block": 1, "window": 2},
-            "diffusion": {"shift": 3.0, "teacher_steps": 2, "student_steps": (1000.0, 500.0)},
+            "diffusion": {"shift": 3.0, "num_inference_steps": 2, "denoising_timesteps": (1000.0, 500.0)},
             "train_vae": {**train, "frames": 9, "curriculum": ((3, 5, 3),)},
             "train_taehv": train,
             "train_teacher": train,
-            "train_causal": {**train, "switch_fraction": 0.5},
+            "train_causal": {**train, "prompt_switch_prob": 0.5},
             "train_init": {**train, "trajectories": 4},
-            "train_distill": {**train, "critic_updates": 2},
+            "train_distill": {**train, "critic_steps": 2},
         }
     )

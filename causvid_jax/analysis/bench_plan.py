@@ -95,14 +95,14 @@ def settings(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """What was measured, in words that stand in every line."""
     causal, net = recipe.causal, recipe.student
     sink = f" + sink {causal.sink}" if causal.sink else ""
-    write = " + write" if causal.clean_write else ""
+    write = " + write" if causal.context_pass else ""
     return {
         "recipe": recipe.name,
         "resolution": f"{recipe.video.height}x{recipe.video.width}",
         "streams": plan.streams,
         "frames_per_block": causal.frames_per_block,
         "window": f"{causal.window}{sink}" if causal.window else f"{recipe.video.latent_frames}",
-        "steps": f"{len(recipe.diffusion.student_steps)}{write}",
-        "precision": net.dtype if net.numerics == "own" else f"{net.dtype}, rounded as {net.numerics}",
+        "steps": f"{len(recipe.diffusion.denoising_timesteps)}{write}",
+        "precision": net.dtype if net.precision == "default" else f"{net.dtype}, rounded as {net.precision}",
         "attention": attention.resolve(net.attention, net.dtype),
     }

@@ -38,7 +38,7 @@ class _Bench:
     def __init__(self, recipe: Recipe, plan: Plan):
         self.recipe, self.plan = recipe, plan
         self.lines: list[bench_results.Line] = []
-        self.k, self.steps = recipe.causal.frames_per_block, len(recipe.diffusion.student_steps)
+        self.k, self.steps = recipe.causal.frames_per_block, len(recipe.diffusion.denoising_timesteps)
         self.tokens = flops.tokens_per_frame(recipe, recipe.student)
         self.params = {"student": random_weights(abstract_weights(recipe, plan))}
         rows = (plan.streams, recipe.text.length, recipe.text.dim)
@@ -52,7 +52,7 @@ class _Bench:
         if not state.started:
             _, state = self.first(self.params, state)
             self.block = stream.next_block.lower(self.params, state, config=recipe).compile()
-        only = dataclasses.replace(recipe, causal=dataclasses.replace(recipe.causal, clean_write=False))
+        only = dataclasses.replace(recipe, causal=dataclasses.replace(recipe.causal, context_pass=False))
         self.denoise = stream.next_block.lower(self.params, state, config=only).compile()
         self.write = stream.append.lower(self.params, state, self.latents, config=recipe).compile()
         self.compile_seconds = time.perf_counter() - begin
@@ -104,7 +104,7 @@ class _Bench:
         """Blocks with a full window one after the other, as latents or decoded."""
         here, seen = lengths(self.recipe)[-1]
         back, repeats = rewinder(here), self.plan.repeats
-        passes = self.steps + self.recipe.causal.clean_write
+        passes = self.steps + self.recipe.causal.context_pass
         tflop, frames = passes * self.pass_tflop(seen), vae.time_factor(self.recipe.vae) * self.k
 
         def run(carry):
@@ -151,7 +151,7 @@ class _Bench:
         for size in sizes:
             end += size
             seen = sum(b - a for a, b in attention.visible_frames(end, recipe.causal))
-            tflop += (self.steps + recipe.causal.clean_write) * self.pass_tflop(seen, size)
+            tflop += (self.steps + recipe.causal.context_pass) * self.pass_tflop(seen, size)
             tflop += 0.0 if decoder is None else decoder.tflop(size)
         what, fps = f"clip of {recipe.video.frames} frames", recipe.video.frames / times.median
         self.add(what, None, title, times, tflop=tflop, fps=fps)

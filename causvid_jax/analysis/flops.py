@@ -64,7 +64,7 @@ def stream_block(recipe: Recipe, *, frames_cached: int | None = None) -> float:
     k = causal.frames_per_block
     past = causal.window - k + causal.sink if causal.window else recipe.video.latent_frames - k
     past = past if frames_cached is None else frames_cached
-    passes = len(recipe.diffusion.student_steps) + causal.clean_write
+    passes = len(recipe.diffusion.denoising_timesteps) + causal.context_pass
     return passes * forward(net, k, tokens_per_frame(recipe, net), k * (past + k), text=False)
 
 
@@ -105,8 +105,8 @@ def training_step(recipe: Recipe, stage: str) -> StepFlops:
         config, batch = recipe.train_distill, recipe.train_distill.batch_size
         one_pass = forward(student, frames, n_student, causal_pairs, text=False)
         if config.rollout == "self":
-            steps = len(recipe.diffusion.student_steps)
-            clip = one_pass * ((steps + 1) / 2 + recipe.causal.clean_write)
+            steps = len(recipe.diffusion.denoising_timesteps)
+            clip = one_pass * ((steps + 1) / 2 + recipe.causal.context_pass)
         else:
             clip = causal
         fake_score = recipe.fake_score
@@ -117,7 +117,7 @@ def training_step(recipe: Recipe, stage: str) -> StepFlops:
         again += one_pass if config.rollout == "self" else 0.0
         generator = StepFlops(clip + 2 * one_pass + 2 * full + fake, again)
         parts = [
-            (batch * config.critic_updates, StepFlops(clip + critic.model, critic.recomputed)),
+            (batch * config.critic_steps, StepFlops(clip + critic.model, critic.recomputed)),
             (batch, generator),
         ]
     return StepFlops(sum(b * p.model for b, p in parts), sum(b * p.recomputed for b, p in parts))

@@ -121,7 +121,7 @@ def plan(
             items["encoder's past"] = sizes(past)
         return (*phases, Phase("stream", items))
     shown = jax.ShapeDtypeStruct((batch, latents, height, width, recipe.vae.z_dim), jnp.float32)
-    both = batch * (1 if recipe.diffusion.guidance == 1.0 else 2)
+    both = batch * (1 if recipe.diffusion.guidance_scale == 1.0 else 2)
     past = jax.eval_shape(functools.partial(decoder.init_decode_cache, recipe, batch=batch, height=height, width=width))
     denoise = {
         "transformer": sizes(weights),

@@ -262,7 +262,7 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
         "gathered layers": max(student.gathered, fake.gathered, teacher.gathered) if mesh.fsdp > 1 else 0.0,
     }
     if self_rollout:
-        passes = blocks * ((len(recipe.diffusion.student_steps) + 1) / 2 + recipe.causal.clean_write)
+        passes = blocks * ((len(recipe.diffusion.denoising_timesteps) + 1) / 2 + recipe.causal.context_pass)
         sent = local * student.exchanged(frames) * passes / blocks
         roll = passes * student.gather(), sent
         back = blocks * 2 * student.gather(), 2 * local * student.exchanged(frames)
@@ -271,7 +271,7 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
         back = 2 * student.gather(), 2 * local * student.exchanged(frames)
     trained = fake.trained(frames, local)
     scored = fake.gather() + teacher.gather(), local * (fake.exchanged(frames) + 2 * teacher.exchanged(frames))
-    updates, parts_of_batch = config.critic_updates, config.accumulate
+    updates, parts_of_batch = config.critic_steps, config.accumulate
     gathered, exchanged = (
         parts_of_batch * (updates * (roll[i] + trained[i]) + roll[i] + back[i] + scored[i]) for i in (0, 1)
     )

@@ -31,7 +31,7 @@ SHARD_BYTES = 10_000_000_000
 PART_BYTES = 1 << 26
 """A larger tensor is moved and cast in parts of about this size."""
 # Fields of a configuration that are not of the weights.
-_HOW_TO_RUN = ("dtype", "attention", "numerics", "remat", "rules")
+_HOW_TO_RUN = ("dtype", "attention", "precision", "remat", "rules")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,15 @@ from causvid_jax.config.model import (
     VAEConfig,
     VideoConfig,
 )
-from causvid_jax.config.recipe import ParallelConfig, Recipe, from_config_dict, from_json, nearest_divisors, to_json
+from causvid_jax.config.recipe import (
+    ParallelConfig,
+    Recipe,
+    check_renamed,
+    from_config_dict,
+    from_json,
+    nearest_divisors,
+    to_json,
+)
 from causvid_jax.config.train import (
     CausalStageConfig,
     DataConfig,
@@ -59,6 +67,7 @@ __all__ = [
     "VAEStageConfig",
     "ParallelConfig",
     "Recipe",
+    "check_renamed",
     "from_config_dict",
     "from_json",
     "nearest_divisors",

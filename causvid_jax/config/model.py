@@ -41,14 +41,14 @@ class TextConfig:
     ``separator``, a word of the vocabulary that stands between phrases ("and"), the rows of a phrase also count the
     words of that phrase: a transformer's text encoder would tell every word what it goes with, and cross-attention
     alone has to find that out in several hops.
-    ``negative`` is the prompt of the unconditional branch: with words none, with Wan the published one.
+    ``negative_prompt`` is the prompt of the unconditional branch: with words none, with Wan the published one.
     """
 
     kind: str = "umt5"
     vocabulary: tuple[str, ...] = ()
     length: int = 512
     dim: int = 4096
-    negative: str = ""
+    negative_prompt: str = ""
     separator: str = ""
 
     def __post_init__(self):
@@ -229,8 +229,8 @@ class TAEHVConfig:
 class TransformerConfig:
     """One Wan DiT. Defaults are Wan2.1-T2V-1.3B; ``dtype`` is the compute type of matmuls (parameters are float32).
 
-    ``numerics`` says what else is rounded to ``dtype`` on the way (``models.precision``): ``"own"``, nothing; ``"wan"``
-    and ``"causvid"``, what Wan2.1's code and that of CausVid and Self-Forcing round.
+    ``precision`` says what else is rounded to ``dtype`` on the way (``models.precision``): ``"default"``, nothing;
+    ``"wan"`` and ``"causvid"``, what Wan2.1's code and that of CausVid and Self-Forcing round.
 
     ``image_dim > 0`` adds the image branch of Wan2.1-I2V (``models.image_branch``): ``image_tokens`` rows of that
     width are attended beside the text. The published one is ``image_dim=1280, in_channels=36``.
@@ -257,7 +257,7 @@ class TransformerConfig:
     image_dim: int = 0
     image_tokens: int = 257
     dtype: str = "float32"
-    numerics: str = "own"
+    precision: str = "default"
     attention: str = "xla"
     remat: str | bool = "none"
     rules: ShardingRules = ShardingRules()
@@ -279,8 +279,8 @@ class TransformerConfig:
             f"transformer.attention is {self.attention!r}; accepted: 'auto', 'xla', 'cudnn', 'splash'",
         )
         require(
-            self.numerics in ("own", "wan", "causvid"),
-            f"transformer.numerics is {self.numerics!r}; accepted: 'own', 'wan', 'causvid'",
+            self.precision in ("default", "wan", "causvid"),
+            f"transformer.precision is {self.precision!r}; accepted: 'default', 'wan', 'causvid'",
         )
         require(
             self.image_dim >= 0 and self.image_tokens > 0,
@@ -308,11 +308,11 @@ class CausalConfig:
     ``positions`` says how the streaming cache places its frames on the rotary time axis: ``"absolute"`` (as
     published: a sink drifts ever further away) or ``"relative"`` (the sink sits right before the window, so that a
     stream of any length stays in the trained range). Without a sink the two are the same function, since rotary
-    attention depends on differences only. ``clean_write`` runs one extra pass at ``context_timestep`` to write the
+    attention depends on differences only. ``context_pass`` runs one extra pass at ``context_noise`` to write the
     finished block to the cache; without it the last denoising step's keys and values stay.
 
-    ``at_switch`` says what a stream does with its cache when its prompt changes: ``"keep"`` leaves it (as published),
-    ``"recache"`` writes the blocks in sight again under the new prompt, ``"forget"`` empties it, and the
+    ``on_prompt_switch`` says what a stream does with its cache when its prompt changes: ``"keep"`` leaves it (as
+    published), ``"recompute"`` writes the blocks in sight again under the new prompt, ``"reset"`` empties it, and the
     decoder's, so that the next block begins as a clip begins: a cut.
     """
 
@@ -321,19 +321,20 @@ class CausalConfig:
     window: int = 0
     sink: int = 0
     positions: str = "absolute"
-    clean_write: bool = True
-    context_timestep: float = 0.0
-    at_switch: str = "recache"
+    context_pass: bool = True
+    context_noise: float = 0.0
+    on_prompt_switch: str = "recompute"
 
     def __post_init__(self):
         require(
-            self.at_switch in ("keep", "recache", "forget"),
-            f"causal.at_switch is {self.at_switch!r}; accepted: 'keep', 'recache', 'forget'",
+            self.on_prompt_switch in ("keep", "recompute", "reset"),
+            f"causal.on_prompt_switch is {self.on_prompt_switch!r}; accepted: 'keep', 'recompute', 'reset'",
         )
         require(
-            not (self.independent_first_frame and self.at_switch == "forget"),
-            "causal.at_switch is 'forget' with causal.independent_first_frame: a clip would begin with one frame, and "
-            "the blocks of a stream have one length; accepted: 'keep', 'recache'",
+            not (self.independent_first_frame and self.on_prompt_switch == "reset"),
+            "causal.on_prompt_switch is 'reset' with causal.independent_first_frame: a clip would begin with one "
+            "frame, and "
+            "the blocks of a stream have one length; accepted: 'keep', 'recompute'",
         )
         require(
             self.frames_per_block >= 1, f"causal.frames_per_block is {self.frames_per_block}; it must be at least 1"

@@ -107,12 +107,12 @@ class Recipe:
                 f"{role} reads text of shape ({net.text_length}, {net.text_dim}); the text encoder gives "
                 f"({self.text.length}, {self.text.dim})",
             )
-        for frames in (self.video.latent_frames, *(length for length, _ in self.train_init.short)):
+        for frames in (self.video.latent_frames, *(length for length, _ in self.train_init.extra_trajectories)):
             self.causal.block_sizes(frames)
         require(
-            not self.train_distill.continue_fraction
+            not self.train_distill.continuation_prob
             or (self.causal.past_frames() > 0 and not self.causal.independent_first_frame),
-            f"train_distill.continue_fraction is {self.train_distill.continue_fraction}; rollouts that go on from a "
+            f"train_distill.continuation_prob is {self.train_distill.continuation_prob}; rollouts that go on from a "
             "past need a causal.window of more than one block and no independent first frame",
         )
         require(
@@ -136,7 +136,7 @@ class Recipe:
     @property
     def fake_score(self) -> TransformerConfig:
         """The network of DMD's fake score."""
-        return self.student if self.train_distill.fake == "student" else self.teacher
+        return self.student if self.train_distill.critic_init == "student" else self.teacher
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -204,11 +204,44 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     return value
 
 
+RENAMED = {
+    "diffusion.teacher_steps": "num_inference_steps",
+    "diffusion.student_steps": "denoising_timesteps",
+    "diffusion.guidance": "guidance_scale",
+    "causal.context_timestep": "context_noise",
+    "causal.clean_write": "context_pass",
+    "causal.at_switch": "on_prompt_switch",
+    "text.negative": "negative_prompt",
+    "teacher.numerics": "precision",
+    "student.numerics": "precision",
+    "train_vae.stream": "concat_clips",
+    "train_vae.cut": "crop_frames",
+    "train_taehv.streams": "rollouts",
+    "train_causal.switch_fraction": "prompt_switch_prob",
+    "train_init.short": "extra_trajectories",
+    "train_init.switch_fraction": "prompt_switch_prob",
+    "train_distill.critic_updates": "critic_steps",
+    "train_distill.guidance": "guidance_scale",
+    "train_distill.fake": "critic_init",
+    "train_distill.continue_fraction": "continuation_prob",
+    "train_distill.switch_fraction": "prompt_switch_prob",
+}
+"""Old path of a field to its present name; an old one is refused with the new one."""
+
+
+def check_renamed(path: str) -> None:
+    """Refuse the old path of a field and name the new one."""
+    if path in RENAMED:
+        new = f"{path.rsplit('.', 1)[0]}.{RENAMED[path]}"
+        raise ConfigError(f"config field {path!r} was renamed; write {new!r}")
+
+
 def _build(cls: type, values: dict[str, Any], path: str) -> Any:
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     for name in values:
         if name not in names:
+            check_renamed(f"{path}.{name}")
             close = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; accepted: {', '.join(names)}"
             raise ConfigError(f"config field {f'{path}.{name}' if path else name!r} does not exist{hint}")

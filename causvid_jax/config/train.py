@@ -10,26 +10,26 @@ class DiffusionConfig:
     """Flow matching: ``x_t = (1 - sigma) x0 + sigma noise``, ``timestep = 1000 sigma``.
 
     Every network of a recipe (teacher, fake score, student) uses this one grid,
-    ``sigma(u) = shift u / (1 + (shift - 1) u)``. ``guidance`` is the weight g of
+    ``sigma(u) = shift u / (1 + (shift - 1) u)``. ``guidance_scale`` is the weight g of
     ``v = v_uncond + g (v_cond - v_uncond)``; g = 1 is no guidance.
-    ``student_steps`` are nominal timesteps ``1000 u`` before the shift, descending, without the final 0; with ``warp``
-    off they are the timesteps themselves (the 1000, 757, 522 of CausVid's three-step checkpoints).
+    ``denoising_timesteps`` are nominal timesteps ``1000 u`` before the shift, descending, without the final 0; with
+    ``warp`` off they are the timesteps themselves (the 1000, 757, 522 of CausVid's three-step checkpoints).
     """
 
     shift: float = 8.0
-    teacher_steps: int = 50
+    num_inference_steps: int = 50
     solver: str = "euler"
-    guidance: float = 6.0
-    student_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
+    guidance_scale: float = 6.0
+    denoising_timesteps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     warp: bool = True
 
     def __post_init__(self):
         require(self.shift > 0, f"diffusion.shift is {self.shift}; it must be positive")
         require(self.solver in ("euler", "unipc"), f"diffusion.solver is {self.solver!r}; accepted: 'euler', 'unipc'")
-        steps = self.student_steps
+        steps = self.denoising_timesteps
         require(
             len(steps) >= 1 and all(0 < s <= 1000 for s in steps) and list(steps) == sorted(set(steps), reverse=True),
-            f"diffusion.student_steps is {steps}; it must be distinct values in (0, 1000], descending",
+            f"diffusion.denoising_timesteps is {steps}; it must be distinct values in (0, 1000], descending",
         )
 
 
@@ -159,32 +159,33 @@ class VAEStageConfig(StageConfig):
     With ``train_encoder`` off the encoder stays as it is: latents, and all that was trained on them, remain valid while
     the decoder goes on learning.
 
-    ``stream`` clips of the batch follow one another in what the decoder decodes. Its convolutions see far back (about
-    24 latent frames), and what they do with a past longer than any they were trained on is anyone's guess.
+    ``concat_clips`` clips of the batch follow one another in what the decoder decodes. Its convolutions see far back
+    (about 24 latent frames), and what they do with a past longer than any they were trained on is anyone's guess.
 
-    With ``cut`` above 0 only that many latent frames are decoded, from a random one on and as if the video began there:
-    so every latent has to hold all of its frames. Without it the decoder's memory is a place to keep what never changes
-    in a clip, a colour for instance; the encoder leaves that out of later latents, and it is gone for good where the
-    memory ends.
+    With ``crop_frames`` above 0 only that many latent frames are decoded, from a random one on and as if the video
+    began there: so every latent has to hold all of its frames. Without it the decoder's memory is a place to keep what
+    never changes in a clip, a colour for instance; the encoder leaves that out of later latents, and it is gone for
+    good where the memory ends.
     """
 
     kl_weight: float = 1e-5
     train_encoder: bool = True
-    stream: int = 1
-    cut: int = 0
+    concat_clips: int = 1
+    crop_frames: int = 0
 
     def __post_init__(self):
         super().__post_init__()
         _check_codec_optimizer("train_vae", self.optimizer)
         smallest = min(self.batch_size, *(size for _, _, size in self.curriculum), self.batch_size)
         require(
-            1 <= self.stream <= smallest,
-            f"train_vae.stream is {self.stream}; accepted: 1 to the smallest batch, {smallest}",
+            1 <= self.concat_clips <= smallest,
+            f"train_vae.concat_clips is {self.concat_clips}; accepted: 1 to the smallest batch, {smallest}",
         )
         require(
-            self.cut >= 0 and not (self.cut and self.stream > 1),
-            f"train_vae.cut is {self.cut} and train_vae.stream {self.stream}; accepted: 0, for whole clips, or with "
-            "stream 1 at least 1",
+            self.crop_frames >= 0 and not (self.crop_frames and self.concat_clips > 1),
+            f"train_vae.crop_frames is {self.crop_frames} and train_vae.concat_clips {self.concat_clips}; "
+            f"accepted: 0, for whole clips, or with "
+            "concat_clips 1 at least 1",
         )
 
 
@@ -195,7 +196,7 @@ class TAEHVStageConfig(StageConfig):
     ``noise`` is the standard deviation of what is added to the latents that its decoder reads, which a student will not
     hit exactly either; latents are of unit order.
 
-    ``streams`` names streams of the student, ``(clips, number)`` each: so many, each so many clips long
+    ``rollouts`` names streams of the student, ``(clips, number)`` each: so many, each so many clips long
     (``launch.prepare --stage=streams``). Given them, the stage learns their latents, as the VAE shows them, instead of
     real clips and what the VAE makes of them. A student's latents are a little beside those of real clips, and ever
     further beside in a long stream; where the VAE still shows a clear picture, a small decoder that has only seen real
@@ -203,19 +204,19 @@ class TAEHVStageConfig(StageConfig):
     """
 
     noise: float = 0.05
-    streams: tuple[tuple[int, int], ...] = ()
+    rollouts: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
         super().__post_init__()
         _check_codec_optimizer("train_taehv", self.optimizer)
         require(self.noise >= 0, f"train_taehv.noise is {self.noise}; it must not be negative")
-        for clips, number in self.streams:
+        for clips, number in self.rollouts:
             require(
                 clips >= 1 and number >= 1,
-                f"train_taehv.streams has {(clips, number)}; accepted: (clips, number), both at least 1",
+                f"train_taehv.rollouts has {(clips, number)}; accepted: (clips, number), both at least 1",
             )
-        lengths = [clips for clips, _ in self.streams]
-        require(len(set(lengths)) == len(lengths), f"train_taehv.streams names a length twice: {lengths}")
+        lengths = [clips for clips, _ in self.rollouts]
+        require(len(set(lengths)) == len(lengths), f"train_taehv.rollouts names a length twice: {lengths}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,14 +231,14 @@ class CausalStageConfig(TeacherStageConfig):
     """Flow matching of a causal teacher by teacher forcing: every block noised on its own, its past given clean.
 
     It starts from the bidirectional teacher and makes the trajectories of ``train_init.teacher = "causal"``.
-    ``switch_fraction`` of the clips go on from another clip's past (``distill.ode_regression.splice``).
+    ``prompt_switch_prob`` of the clips go on from another clip's past (``distill.ode_regression.splice``).
     """
 
-    switch_fraction: float = 0.0
+    prompt_switch_prob: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        check_fraction("train_causal.switch_fraction", self.switch_fraction)
+        check_fraction("train_causal.prompt_switch_prob", self.prompt_switch_prob)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,19 +250,20 @@ class InitStageConfig(StageConfig):
     becomes of a block depends on the noise of later ones, which a causal student does not see, and it can learn no
     more than the mean; a causal teacher's blocks depend on nothing else (Causal Forcing).
 
-    ``switch_fraction`` of the clips go on from another clip's past, as a stream does whose prompt has just changed
+    ``prompt_switch_prob`` of the clips go on from another clip's past, as a stream does whose prompt has just changed
     (``distill.ode_regression.splice``).
 
-    ``short`` asks for more trajectories of a causal teacher, ``(latent frames, how many)``: those that the curriculum's
-    phases of that many frames read. Only a clip's first block and one after a cut are made of noise and prompt alone,
-    which takes far more examples to learn than to go on; short clips give these at a fraction of the cost.
+    ``extra_trajectories`` asks for more trajectories of a causal teacher, ``(latent frames, how many)``: those that
+    the curriculum's phases of that many frames read. Only a clip's first block and one after a cut are made of noise
+    and prompt alone, which takes far more examples to learn than to go on; short clips give these at a fraction of the
+    cost.
     """
 
     teacher: str = "bidirectional"
     trajectories: int = 1024
-    short: tuple[tuple[int, int], ...] = ()
+    extra_trajectories: tuple[tuple[int, int], ...] = ()
     include_clean: bool = True
-    switch_fraction: float = 0.0
+    prompt_switch_prob: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -269,13 +271,14 @@ class InitStageConfig(StageConfig):
             self.teacher in ("bidirectional", "causal"),
             f"train_init.teacher is {self.teacher!r}; accepted: 'bidirectional', 'causal'",
         )
-        check_fraction("train_init.switch_fraction", self.switch_fraction)
+        check_fraction("train_init.prompt_switch_prob", self.prompt_switch_prob)
         require(
-            not self.short or self.teacher == "causal",
-            f"train_init.short is {self.short}, but the trajectories of a bidirectional teacher have one length; "
+            not self.extra_trajectories or self.teacher == "causal",
+            f"train_init.extra_trajectories is {self.extra_trajectories}, but the trajectories of a bidirectional "
+            f"teacher have one length; "
             "set train_init.teacher to 'causal' or leave it empty",
         )
-        lengths = {0, *(frames for frames, _ in self.short)}
+        lengths = {0, *(frames for frames, _ in self.extra_trajectories)}
         for _, frames, _ in self.curriculum:
             require(
                 frames in lengths,
@@ -286,40 +289,40 @@ class InitStageConfig(StageConfig):
 
 @dataclasses.dataclass(frozen=True)
 class DistillStageConfig(StageConfig):
-    """DMD. ``steps`` counts generator updates, each with ``critic_updates`` fake-score updates before it.
+    """DMD. ``steps`` counts generator updates, each with ``critic_steps`` fake-score updates before it.
 
     ``rollout`` is ``"data"`` (the paper: real latents noised per block) or ``"self"`` (the student's own rollout).
-    ``guidance`` is the g of ``r = r_uncond + g (r_cond - r_uncond)``; the published code writes it as ``1 + g``.
+    ``guidance_scale`` is the g of ``r = r_uncond + g (r_cond - r_uncond)``; the published code writes it as ``1 + g``.
     ``teacher`` is ``"bidirectional"`` or ``"causal"``, ``init`` is ``"ode"`` or ``"teacher"`` (Tab. 4 of the paper).
-    ``fake`` is the network whose sizes the fake score has, ``"teacher"`` or ``"student"``, and whose weights it starts
-    from: Self-Forcing distils a 14B teacher with a fake score of 1.3B.
-    ``continue_fraction`` of the self rollouts go on where the rollout before them in the same cycle ended, so that the
-    student is judged on what it does far into a stream; ``switch_fraction`` of the clips in those get a new prompt
+    ``critic_init`` is the network whose sizes the fake score has, ``"teacher"`` or ``"student"``, and whose weights it
+    starts from: Self-Forcing distils a 14B teacher with a fake score of 1.3B.
+    ``continuation_prob`` of the self rollouts go on where the rollout before them in the same cycle ended, so that the
+    student is judged on what it does far into a stream; ``prompt_switch_prob`` of the clips in those get a new prompt
     there. Both need a window.
     """
 
     rollout: str = "self"
-    critic_updates: int = 5
-    guidance: float = 4.5
+    critic_steps: int = 5
+    guidance_scale: float = 4.5
     teacher: str = "bidirectional"
     init: str = "ode"
-    fake: str = "teacher"
+    critic_init: str = "teacher"
     critic_optimizer: OptimizerConfig = OptimizerConfig()
     score_timestep_min: float = 20.0
     score_timestep_max: float = 980.0
     include_clean: bool = True
-    continue_fraction: float = 0.0
-    switch_fraction: float = 0.0
+    continuation_prob: float = 0.0
+    prompt_switch_prob: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        check_fraction("train_distill.continue_fraction", self.continue_fraction)
-        check_fraction("train_distill.switch_fraction", self.switch_fraction)
+        check_fraction("train_distill.continuation_prob", self.continuation_prob)
+        check_fraction("train_distill.prompt_switch_prob", self.prompt_switch_prob)
         for name, accepted in (
             ("rollout", ("data", "self")),
             ("teacher", ("bidirectional", "causal")),
             ("init", ("ode", "teacher")),
-            ("fake", ("teacher", "student")),
+            ("critic_init", ("teacher", "student")),
         ):
             value = getattr(self, name)
             require(value in accepted, f"distill.{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}")

@@ -129,13 +129,15 @@ def write_trajectories(
         noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(numbers)
         network = functools.partial(transformer.bidirectional, p, config=recipe.teacher)
         states = teacher_trajectory(
-            lambda x, timestep: guided_velocity(network, x, timestep, rows, null, diffusion.guidance), noise, diffusion
+            lambda x, timestep: guided_velocity(network, x, timestep, rows, null, diffusion.guidance_scale),
+            noise,
+            diffusion,
         )
         return rearrange(states, "q b ... -> b q ...")
 
     run, size = over_local_devices(trajectories, params, batch, chunk)
 
-    shapes: dict[str, Any] = {"trajectory": (len(diffusion.student_steps) + 1, *shape)}
+    shapes: dict[str, Any] = {"trajectory": (len(diffusion.denoising_timesteps) + 1, *shape)}
     if embedded:
         shapes["text"] = (None, recipe.text.dim)
 
@@ -189,7 +191,7 @@ def write_causal_trajectories(
     """Run the causal teacher's guided ODE on every block of ``count`` clips, each block given its clean past.
 
     All blocks of a clip leave their noise together under the teacher-forcing mask, so none sees another's noise. A
-    share ``train_init.switch_fraction`` of the clips has the past of the next clip (``ode_regression.splice``).
+    share ``train_init.prompt_switch_prob`` of the clips has the past of the next clip (``ode_regression.splice``).
 
     Args:
         folder: of the dataset; examples are ``trajectory`` as in :func:`write_trajectories`, ``context`` float16
@@ -207,7 +209,7 @@ def write_causal_trajectories(
     """
     whole, diffusion, key = recipe.latent_shape, recipe.diffusion, jax.random.key(seed)
     shape = (frames or whole[0], *whole[1:])
-    sizes, switched = recipe.causal.block_sizes(shape[0]), recipe.train_init.switch_fraction
+    sizes, switched = recipe.causal.block_sizes(shape[0]), recipe.train_init.prompt_switch_prob
     reader = prompt_encoder or encoder.open_encoder(recipe)
     null = jnp.asarray(encoder.null_rows(reader))
 
@@ -226,11 +228,13 @@ def write_causal_trajectories(
                 config=recipe.teacher,
                 causal=recipe.causal,
                 clean=per_branch(context, x),
-                clean_timestep=recipe.causal.context_timestep,
+                clean_timestep=recipe.causal.context_noise,
             )
 
         states = teacher_trajectory(
-            lambda x, timestep: guided_velocity(network, x, timestep, rows, null, diffusion.guidance), noise, diffusion
+            lambda x, timestep: guided_velocity(network, x, timestep, rows, null, diffusion.guidance_scale),
+            noise,
+            diffusion,
         )
         return rearrange([*states, context], "q b ... -> b q ...")
 
@@ -254,7 +258,7 @@ def write_causal_trajectories(
     return arrays.write_dataset(
         folder,
         name="causal_trajectories",
-        features=arrays.array_features(trajectory=(len(diffusion.student_steps) + 1, *shape), context=shape),
+        features=arrays.array_features(trajectory=(len(diffusion.denoising_timesteps) + 1, *shape), context=shape),
         chunks=math.ceil(count / chunk),
         make_chunk=make_chunk,
         identity={
@@ -265,7 +269,7 @@ def write_causal_trajectories(
             "teacher": weights_digest(params),
             "diffusion": to_json(diffusion),
             "causal": to_json(recipe.causal),
-            "switch_fraction": switched,
+            "prompt_switch_prob": switched,
         },
         **options,
     )

@@ -67,15 +67,15 @@ def velocity_from_x0(x_t: jax.Array, x0: jax.Array, sigma: jax.Array) -> jax.Arr
 def student_timesteps(config: DiffusionConfig) -> tuple[float, ...]:
     """The student's shifted timesteps, descending, without a final 0: (1000, 960, 888.9, 727.3) at shift 8."""
     if not config.warp:
-        return config.student_steps
-    return tuple(1000.0 * float(sigma_from_u(step / 1000.0, config.shift)) for step in config.student_steps)
+        return config.denoising_timesteps
+    return tuple(1000.0 * float(sigma_from_u(step / 1000.0, config.shift)) for step in config.denoising_timesteps)
 
 
 def nominal_steps(config: DiffusionConfig) -> tuple[float, ...]:
     """The student's timesteps before the shift, ``1000 u``."""
     if config.warp:
-        return config.student_steps
-    sigmas = (step / 1000.0 for step in config.student_steps)
+        return config.denoising_timesteps
+    sigmas = (step / 1000.0 for step in config.denoising_timesteps)
     return tuple(1000.0 * sigma / (config.shift - (config.shift - 1) * sigma) for sigma in sigmas)
 
 
@@ -87,7 +87,11 @@ def table_sigma(timestep: float, shift: float) -> float:
 
 
 def teacher_sigmas(config: DiffusionConfig) -> np.ndarray:
-    """The teacher's grid, float64 ``[teacher_steps + 1]``: ``sigma(1 - i / teacher_steps)``, from 1 to exactly 0."""
-    require(config.teacher_steps >= 1, f"diffusion.teacher_steps is {config.teacher_steps}; it must be at least 1")
-    steps = np.arange(config.teacher_steps + 1)
-    return sigma_from_u(1 - steps / config.teacher_steps, config.shift)
+    """The teacher's grid, float64 ``[num_inference_steps + 1]``: ``sigma(1 - i / num_inference_steps)``, from 1 "
+    "to exactly 0."""
+    require(
+        config.num_inference_steps >= 1,
+        f"diffusion.num_inference_steps is {config.num_inference_steps}; it must be at least 1",
+    )
+    steps = np.arange(config.num_inference_steps + 1)
+    return sigma_from_u(1 - steps / config.num_inference_steps, config.shift)

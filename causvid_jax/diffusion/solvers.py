@@ -161,11 +161,11 @@ def unipc(
 def solve(
     config: DiffusionConfig, velocity_fn: VelocityFn, noise: jax.Array, *, integer_timesteps: bool = False
 ) -> jax.Array:
-    """x0 from noise by ``config.solver`` in ``config.teacher_steps`` network passes (guided ones, if guided).
+    """x0 from noise by ``config.solver`` in ``config.num_inference_steps`` network passes (guided ones, if guided).
 
     ``integer_timesteps`` is :func:`unipc`'s; the published Euler sampler has none.
     """
     if config.solver == "euler":
         return euler(velocity_fn, noise, flow.teacher_sigmas(config))
-    sigmas = unipc_sigmas(config.teacher_steps, config.shift)
+    sigmas = unipc_sigmas(config.num_inference_steps, config.shift)
     return unipc(velocity_fn, noise, sigmas, integer_timesteps=integer_timesteps)

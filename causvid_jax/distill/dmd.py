@@ -88,7 +88,7 @@ def generator_loss(
     x_t = flow.add_noise(x, jax.random.normal(noise_key, x.shape), sigma)
 
     fake_velocity = fake(x_t, timestep, text)
-    real_velocity = guided_velocity(teacher, x_t, timestep, text, null_text, distill.guidance)
+    real_velocity = guided_velocity(teacher, x_t, timestep, text, null_text, distill.guidance_scale)
     fake_x0 = flow.x0_from_velocity(x_t, fake_velocity.astype(jnp.float32), sigma)
     real_x0 = flow.x0_from_velocity(x_t, real_velocity.astype(jnp.float32), sigma)
     gradient = jax.lax.stop_gradient(dmd_gradient(x, fake_x0, real_x0))  # ... nor are the scores' parameters

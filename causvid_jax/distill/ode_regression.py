@@ -34,7 +34,7 @@ def splice(key: jax.Array, batch: int, block_sizes: Sequence[int], fraction: flo
 
     A clip is spliced with probability ``fraction``: its blocks before s, s uniform over all but the first one, are then
     the past. They are shown clean under the clip's own prompt, which is what a stream's cache holds after
-    ``sampling.stream.recache``, and count nothing.
+    ``sampling.stream.recompute_context``, and count nothing.
     """
     if len(block_sizes) < 2:
         return jnp.zeros((batch, sum(block_sizes)), bool)
@@ -55,7 +55,7 @@ def ode_regression_loss(
     timesteps: Sequence[float],
     block_sizes: Sequence[int],
     include_clean: bool,
-    switch_fraction: float = 0.0,
+    prompt_switch_prob: float = 0.0,
     context: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The regression loss of one batch of trajectories.
@@ -70,9 +70,9 @@ def ode_regression_loss(
       timesteps: the Q student timesteps of the states, ``flow.student_timesteps``.
       block_sizes: frames of each block, ``CausalConfig.block_sizes(F)``.
       include_clean: also draw t = 0, as context only.
-      switch_fraction: share of the clips whose past is exchanged for the clean one of the next clip in the batch.
+      prompt_switch_prob: share of the clips whose past is exchanged for the clean one of the next clip in the batch.
       context: the clean past of every block, ``[B, F, h, w, C]``: every block is noisy then, and ``include_clean`` and
-        ``switch_fraction`` mean nothing.
+        ``prompt_switch_prob`` mean nothing.
 
     Returns:
       The scalar loss (0 when every block was drawn clean) and metrics: the loss, and the fraction of noisy frames.
@@ -83,8 +83,8 @@ def ode_regression_loss(
 
     step_key, splice_key = jax.random.split(key)
     index = sample_block_steps(step_key, batch, block_sizes, q + 1 if include_clean and context is None else q)
-    if switch_fraction and context is None:
-        past = splice(splice_key, batch, block_sizes, switch_fraction)
+    if prompt_switch_prob and context is None:
+        past = splice(splice_key, batch, block_sizes, prompt_switch_prob)
         index = jnp.where(past, q, index)
         states = jnp.where(past[None, :, :, None, None, None], jnp.roll(states, -1, axis=1), states)
     timestep = jnp.asarray((*timesteps, 0.0), jnp.float32)[index]

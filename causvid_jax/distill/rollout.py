@@ -99,7 +99,7 @@ def self_rollout(
 
     Block i starts from noise that depends on ``(key, i)`` only. Step j predicts ``x0 = x - sigma_j v`` and, before the
     exit, renoises it afresh, ``x = (1 - sigma_{j+1}) x0 + sigma_{j+1} noise``. The finished x0 is then written to the
-    cache by one more pass, as it is, at ``causal.context_timestep`` (unless ``causal.clean_write`` is off: then the
+    cache by one more pass, as it is, at ``causal.context_noise`` (unless ``causal.context_pass`` is off: then the
     keys and values of the exit step stay), and the next block sees it as a constant.
 
     One ``lax.scan`` over the blocks; the steps before the exit are a loop whose length is known at run time only, so
@@ -116,7 +116,7 @@ def self_rollout(
       causal: the block structure, which must fit F.
       exit_step: index into ``timesteps`` instead of a drawn one; Q - 1 is the whole chain.
       past: clean latents ``[B, P, h, w, C]``, P whole blocks, that the rollout goes on from: they are written to the
-        cache first, under ``text``, as a stream does after a prompt switch (``sampling.stream.recache``).
+        cache first, under ``text``, as a stream does after a prompt switch (``sampling.stream.recompute_context``).
       past_shown: bool scalar; False starts from nothing in spite of ``past``, in the same program.
 
     Returns:
@@ -156,8 +156,8 @@ def self_rollout(
 
                 x, cache = jax.lax.fori_loop(0, exit_step, denoise, (noise(0), cache))
                 x0, cache = predict(params, text_cache, x, exit_step, cache)
-                if causal.clean_write:
-                    context = jnp.full(x.shape[:2], causal.context_timestep, jnp.float32)
+                if causal.context_pass:
+                    context = jnp.full(x.shape[:2], causal.context_noise, jnp.float32)
                     _, cache = functions.cached(params, x0, context, text_cache, cache)
                 return functions.advance(cache, size), (x0, x, replaced)
 
@@ -188,7 +188,7 @@ def self_rollout(
         constant = jax.lax.stop_gradient((params, text_cache))
 
         def write(cache, latents):
-            context = jnp.full(latents.shape[:2], causal.context_timestep, jnp.float32)
+            context = jnp.full(latents.shape[:2], causal.context_noise, jnp.float32)
             _, cache = functions.cached(constant[0], latents, context, constant[1], cache)
             return functions.advance(cache, causal.frames_per_block), None
 

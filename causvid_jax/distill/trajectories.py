@@ -41,7 +41,8 @@ def teacher_trajectory(velocity_fn: VelocityFn, noise: jax.Array, config: Diffus
     Args:
       velocity_fn: the (guided) teacher, ``(x, timestep [B, F]) -> velocity``.
       noise: ``[B, F, h, w, C]``.
-      config: the grid (``shift``, ``teacher_steps``) and the Q ``student_steps``. Always Euler, as in the paper.
+      config: the grid (``shift``, ``num_inference_steps``) and the Q ``denoising_timesteps``. Always Euler, as in the
+      paper.
 
     Returns:
       ``[Q + 1, B, F, h, w, C]``, state q being at ``flow.student_timesteps(config)[q]``, the last one at 0.

@@ -184,13 +184,15 @@ def _passes(recipe: Recipe) -> dict[str, dict[str, int]]:
     frames = recipe.video.latent_frames
     return {
         "teacher": metrics.network_passes(
-            block_sizes=(frames,), steps=recipe.diffusion.teacher_steps, guided=recipe.diffusion.guidance != 1.0
+            block_sizes=(frames,),
+            steps=recipe.diffusion.num_inference_steps,
+            guided=recipe.diffusion.guidance_scale != 1.0,
         ),
         "student": metrics.network_passes(
             block_sizes=recipe.causal.block_sizes(frames),
-            steps=len(recipe.diffusion.student_steps),
+            steps=len(recipe.diffusion.denoising_timesteps),
             guided=False,
-            extra=int(recipe.causal.clean_write),
+            extra=int(recipe.causal.context_pass),
         ),
     }
 
@@ -337,8 +339,8 @@ def switch_report(
       ``metrics.switch_scores`` of how many blocks it takes until the new caption holds: until a block is read as it,
       and the video from that block to the end, too, in the way every clip is read. ``every_block``: the same of the
       strictest count (``metrics.blocks_until``), for which every single block to the end must be read right.
-      ``cache``: what the stream does with it (``CausalConfig.at_switch``). Share of clips that obeyed the old caption
-      in the block before, and of those that read the new one in each block after.
+      ``cache``: what the stream does with it (``CausalConfig.on_prompt_switch``). Share of clips that obeyed the old
+      caption in the block before, and of those that read the new one in each block after.
     """
 
     def reads(captions, first, last):
@@ -349,7 +351,7 @@ def switch_report(
     single = np.stack([reads(after, block, block + 1) for block in range(at, end)], axis=1)  # [B, blocks]
     rest = np.stack([reads(after, block, end) for block in range(at, end)], axis=1)
     return metrics.switch_scores([metrics.first_block(row) for row in single & rest]) | {
-        "cache": recipe.causal.at_switch,
+        "cache": recipe.causal.on_prompt_switch,
         "every_block": metrics.switch_scores([metrics.blocks_until(row) for row in single]),
         "old_caption_before": float(reads(before, at - 1, at).mean()),
         "new_caption_by_block": single.mean(axis=0).tolist(),

@@ -1,6 +1,6 @@
 """What a transformer rounds on its way: nothing but the operands of matmuls (ours), or what published code rounds.
 
-``TransformerConfig.numerics`` picks a column; "rounded" is to ``config.dtype``, so in float32 all columns are one.
+``TransformerConfig.precision`` picks a column; "rounded" is to ``config.dtype``, so in float32 all columns are one.
 
 | value | ``own`` | ``wan`` (Wan2.1) | ``causvid`` (CausVid, Self-Forcing) |
 |---|---|---|---|
@@ -36,12 +36,12 @@ def rounded(x: jax.Array, dtype: str) -> jax.Array:
 
 def everywhere(x: jax.Array, config: TransformerConfig) -> jax.Array:
     """``x``, rounded where every result is."""
-    return rounded(x, config.dtype) if config.numerics == "causvid" else x
+    return rounded(x, config.dtype) if config.precision == "causvid" else x
 
 
 def linear(p: Params, x: jax.Array, config: TransformerConfig) -> jax.Array:
     """``x W + b``, operands rounded."""
-    if config.numerics == "own":
+    if config.precision == "default":
         return layers.linear(p, x, config.dtype)
     product = layers.matmul(x, p["kernel"], config.dtype)
     return rounded(product + rounded(p["bias"].astype(jnp.float32), config.dtype), config.dtype)
@@ -55,28 +55,28 @@ def mlp(p: Params, x: jax.Array, activation: Callable[[jax.Array], jax.Array], c
 def island_linear(p: Params, x: jax.Array, config: TransformerConfig) -> jax.Array:
     """A linear layer of the time embedding: float32 but where every result is rounded. Bfloat16 would round timesteps
     near 1000 together, were it not for the sinusoid before it."""
-    return linear(p, x, config) if config.numerics == "causvid" else layers.linear(p, x)
+    return linear(p, x, config) if config.precision == "causvid" else layers.linear(p, x)
 
 
 def head_linear(p: Params, x: jax.Array, config: TransformerConfig) -> jax.Array:
     """The last linear layer."""
-    return layers.linear(p, x) if config.numerics == "wan" else linear(p, x, config)
+    return layers.linear(p, x) if config.precision == "wan" else linear(p, x, config)
 
 
 def float32_kernels(config: TransformerConfig) -> tuple[str, ...]:
     """Top-level names of the parameters whose kernels are used unrounded."""
-    return ("time_embedding", "time_projection", *(("head",) if config.numerics == "wan" else ()))
+    return ("time_embedding", "time_projection", *(("head",) if config.precision == "wan" else ()))
 
 
 def attention_backend(config: TransformerConfig) -> str:
     """``config.attention``; where that is XLA's own, the variant that rounds as flash attention does."""
-    plain = config.numerics == "own" or attention.resolve(config.attention, config.dtype) != "xla"
+    plain = config.precision == "default" or attention.resolve(config.attention, config.dtype) != "xla"
     return config.attention if plain else "late"
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, config: TransformerConfig) -> jax.Array:
     """``x / sqrt(mean(x^2) + eps) * scale``."""
-    if config.numerics == "own":
+    if config.precision == "default":
         return layers.rms_norm(x, scale, config.eps)
     unscaled = rounded(layers.rms_norm(x, jnp.ones((), jnp.float32), config.eps), config.dtype)
     return everywhere(unscaled * everywhere(scale, config), config)
@@ -96,7 +96,7 @@ def modulation(table: jax.Array, time: jax.Array, config: TransformerConfig) -> 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, config: TransformerConfig) -> jax.Array:
     """``x (1 + scale) + shift``; ``x [B, F, n, M]``, shift and scale per frame ``[B, F, M]``."""
-    if config.numerics != "causvid":
+    if config.precision != "causvid":
         return layers.modulate(x, shift, scale)
     scaled = everywhere(x * everywhere(1.0 + scale[:, :, None], config), config)
     return everywhere(scaled + shift[:, :, None], config)
@@ -116,7 +116,7 @@ def exact(recipe: Recipe, teacher: bool) -> Recipe:
     """
     return dataclasses.replace(
         recipe,
-        teacher=dataclasses.replace(recipe.teacher, numerics="wan"),
-        student=dataclasses.replace(recipe.student, numerics="causvid"),
+        teacher=dataclasses.replace(recipe.teacher, precision="wan"),
+        student=dataclasses.replace(recipe.student, precision="causvid"),
         vae=dataclasses.replace(recipe.vae, dtype="float32") if teacher else recipe.vae,
     )

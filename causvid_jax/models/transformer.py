@@ -466,7 +466,7 @@ def cached(
     mask = visible_slots(held, cache.position, frames, causal)
     grid = _grid(x, config)
     # Attention knows differences of positions only; the published code's rounding knows absolute ones.
-    origin = 0 if config.numerics == "own" else cache.position
+    origin = 0 if config.precision == "default" else cache.position
     query_angle = rope.angles(origin + jnp.arange(frames), **grid)
     key_angle = rope.angles(origin + read_positions(held, cache.position, frames, causal), **grid)
     tokens = query_angle.shape[1]

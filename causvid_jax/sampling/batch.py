@@ -39,7 +39,7 @@ def teacher_latents(params: Any, rows: jax.Array, null_rows: jax.Array, seeds: j
         return transformer.bidirectional(params, x, timestep, rows, config=config.teacher)
 
     def guided(x, timestep):
-        return guidance.guided_velocity(velocity, x, timestep, rows, null_rows, config.diffusion.guidance)
+        return guidance.guided_velocity(velocity, x, timestep, rows, null_rows, config.diffusion.guidance_scale)
 
     return solve_clip(guided, seeds, config=config)
 

@@ -42,9 +42,9 @@ SUFFIX = ".program"
 _CUSTOM_CALLS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaScaleBiasSoftmax", "tpu_custom_call")
 _ELSEWHERE = {
     "student": ("remat", "rules"),  # of training, of meshes
-    "diffusion": ("teacher_steps", "solver", "guidance"),
+    "diffusion": ("num_inference_steps", "solver", "guidance_scale"),
     "video": ("fps",),
-    "text": ("kind", "vocabulary", "negative"),
+    "text": ("kind", "vocabulary", "negative_prompt"),
 }
 """Settings of a recipe's groups on which no program depends."""
 

@@ -84,7 +84,7 @@ def guided_velocity(
         return transformer.bidirectional(params, x, timestep, text, picture, config=config.teacher)
 
     def guided(x, timestep):
-        return guidance.guided_velocity(velocity, x, timestep, rows, null_rows, config.diffusion.guidance)
+        return guidance.guided_velocity(velocity, x, timestep, rows, null_rows, config.diffusion.guidance_scale)
 
     return guided
 

@@ -42,7 +42,9 @@ class StreamState:
     cache: KVCache  # self-attention keys and values of the frames still in sight
     text: TextCache  # the prompt
     decode: DecodeCache  # the decoder's past
-    recent: jax.Array  # [B, R, h, w, C] float32, the last latent frames, newest at the end: what recache() replays
+    recent: (
+        jax.Array
+    )  # [B, R, h, w, C] float32, the last latent frames, newest at the end: what recompute_context() replays
     seed: jax.Array  # [B] uint32
     block: jax.Array  # [] int32: blocks finished
     started: bool = dataclasses.field(default=True, metadata={"static": True})  # False: an independent frame is next
@@ -54,8 +56,8 @@ def block_frames(state: StreamState, config: Recipe) -> int:
 
 
 def passes_per_block(config: Recipe) -> int:
-    """Network passes that one block costs: the denoising steps and, with ``causal.clean_write``, the cache write."""
-    return len(config.diffusion.student_steps) + config.causal.clean_write
+    """Network passes that one block costs: the denoising steps and, with ``causal.context_pass``, the cache write."""
+    return len(config.diffusion.denoising_timesteps) + config.causal.context_pass
 
 
 def init_stream(
@@ -146,7 +148,7 @@ def _noise(state: StreamState, step: jax.Array | int, config: Recipe) -> jax.Arr
 
 def _sigma(timestep: float, config: Recipe) -> float:
     """The noise level of a timestep: what it says, or what the published sampler reads from its table."""
-    exact = config.student.numerics == "causvid" and timestep > 0
+    exact = config.student.precision == "causvid" and timestep > 0
     return flow.table_sigma(timestep, config.diffusion.shift) if exact else timestep / 1000.0
 
 
@@ -163,11 +165,11 @@ def _denoise(params, state: StreamState, x: jax.Array, start: int, config: Recip
     """x0 of the block ``x``, noisy at student step ``start``, and the cache with the block written.
 
     At step j: ``x0 = x_t - sigma_j v``; then fresh noise takes x0 to the next step's sigma. The cache write is one
-    more turn of the same loop, on x0 itself (sigma 0, ``context_timestep``), so the network is compiled once.
+    more turn of the same loop, on x0 itself (sigma 0, ``context_noise``), so the network is compiled once.
     """
     timesteps = flow.student_timesteps(config.diffusion)[start:]
     sigmas = [_sigma(t, config) for t in timesteps] + [0.0]
-    write = [config.causal.context_timestep] if config.causal.clean_write else []
+    write = [config.causal.context_noise] if config.causal.context_pass else []
     turns = len(timesteps) + len(write)
     table = (
         jnp.asarray([*timesteps, *write], jnp.float32),
@@ -207,7 +209,7 @@ def _next_block(params, state, config):
 def _decode(params, state, latents, config):
     with jax.named_scope("decode"):
         frames, decode = decoder.decode_chunk(params, latents, state.decode, config=config)
-        if config.causal.at_switch == "forget":
+        if config.causal.on_prompt_switch == "reset":
             # Of a stream's first block nobody sees the lead; where a clip begins after a switch everybody does.
             lead = (jnp.arange(frames.shape[1]) < LEAD) & (state.cache.position == latents.shape[1])
             frames = jnp.where(lead[:, None, None, None], frames[:, LEAD : LEAD + 1], frames)
@@ -246,7 +248,7 @@ def append(params: Params, state: StreamState, latents: jax.Array, *, config: Re
     This is how an image (:func:`encode_image`) or the latents of a video become the past that a stream goes on from.
     """
     _check_block(state, latents, config)
-    _, cache = _pass(params, state, state.cache, latents, config.causal.context_timestep, config)
+    _, cache = _pass(params, state, state.cache, latents, config.causal.context_noise, config)
     return _finish(state, latents, cache)
 
 
@@ -300,12 +302,12 @@ def encode_image(params: Params, image: jax.Array, *, config: Recipe) -> jax.Arr
 
 @_step
 def change_prompt(params: Params, state: StreamState, text: jax.Array, *, config: Recipe) -> StreamState:
-    """:func:`switch_prompt`, and of the cache what ``config.causal.at_switch`` says: it is kept, written again under
-    the new prompt (:func:`recache`), or emptied, for a cut."""
+    """:func:`switch_prompt`, and of the cache what ``config.causal.on_prompt_switch`` says: it is kept, written again
+    under the new prompt (:func:`recompute_context`), or emptied, for a cut."""
     state = switch_prompt(params, state, text, config=config)
-    if config.causal.at_switch == "recache":
-        return recache(params, state, config=config)
-    return _forget(state, config) if config.causal.at_switch == "forget" else state
+    if config.causal.on_prompt_switch == "recompute":
+        return recompute_context(params, state, config=config)
+    return _reset_context(state, config) if config.causal.on_prompt_switch == "reset" else state
 
 
 @_step
@@ -314,7 +316,7 @@ def switch_prompt(params: Params, state: StreamState, text: jax.Array, *, config
     return dataclasses.replace(state, text=_prompt(params, text, config))
 
 
-def _forget(state: StreamState, config: Recipe) -> StreamState:
+def _reset_context(state: StreamState, config: Recipe) -> StreamState:
     """The stream with nothing in sight: its next block begins as a clip begins, for network and decoder alike.
 
     What it shows is a cut. The first latent frame of a clip has one frame and a stream's block has four for each, so
@@ -330,7 +332,7 @@ def _forget(state: StreamState, config: Recipe) -> StreamState:
 
 
 @_step
-def recache(params: Params, state: StreamState, *, config: Recipe) -> StreamState:
+def recompute_context(params: Params, state: StreamState, *, config: Recipe) -> StreamState:
     """Write the blocks still in sight to the cache again, under the stream's present prompt.
 
     Cached keys and values have seen the prompt of their time. After :func:`switch_prompt` this brings them up to date
@@ -345,7 +347,7 @@ def recache(params: Params, state: StreamState, *, config: Recipe) -> StreamStat
 
     def rewrite(i, cache):
         latents = jax.lax.dynamic_slice_in_dim(state.recent, kept - (blocks - i) * k, k, axis=1)
-        _, cache = _pass(params, state, cache, latents, config.causal.context_timestep, config, rewrites=True)
+        _, cache = _pass(params, state, cache, latents, config.causal.context_noise, config, rewrites=True)
         return transformer.advance(cache, k)
 
     # Slots tell which frame they hold, so moving the position back is all it takes to hide the later ones.

@@ -17,4 +17,4 @@ def solve_clip(velocity: solvers.VelocityFn, seeds: jax.Array, *, config: Recipe
         config: the recipe. With the published code's numerics the network is told whole timesteps.
     """
     noise = stream.block_noise(seeds, jnp.int32(0), jnp.int32(0), config.latent_shape)
-    return solvers.solve(config.diffusion, velocity, noise, integer_timesteps=config.teacher.numerics == "wan")
+    return solvers.solve(config.diffusion, velocity, noise, integer_timesteps=config.teacher.precision == "wan")

@@ -170,8 +170,8 @@ def missing(encoder: Encoder, prompts: Sequence[str]) -> list[str]:
 
 
 def null_rows(encoder: Encoder) -> np.ndarray:
-    """Text rows ``[length, dim]`` of the unconditional branch: ``text.negative``, empty for words."""
-    return encode(encoder, [encoder.config.negative])[0]
+    """Text rows ``[length, dim]`` of the unconditional branch: ``text.negative_prompt``, empty for words."""
+    return encode(encoder, [encoder.config.negative_prompt])[0]
 
 
 def _load(encoder: Encoder) -> Any:

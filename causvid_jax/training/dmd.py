@@ -83,13 +83,13 @@ def follow(batch: Any, end: Any, key: jax.Array, distill: DistillStageConfig) ->
     """``batch`` for a rollout that may go on where the one before it ended: its text, ``past`` and ``past_shown``.
 
     ``end`` holds ``latents`` and ``text`` of that rollout, and whether it ``exists``. With probability
-    ``distill.continue_fraction`` the whole rollout goes on; then each clip keeps its prompt, or, with probability
-    ``distill.switch_fraction``, takes the batch's. ``past_shown`` is ``[B]``, all equal.
+    ``distill.continuation_prob`` the whole rollout goes on; then each clip keeps its prompt, or, with probability
+    ``distill.prompt_switch_prob``, takes the batch's. ``past_shown`` is ``[B]``, all equal.
     """
     shown_key, switch_key = jax.random.split(key)
     size = len(batch["text"])
-    shown = end["exists"] & (jax.random.uniform(shown_key) < distill.continue_fraction)
-    switched = jax.random.uniform(switch_key, (size, 1, 1)) < distill.switch_fraction
+    shown = end["exists"] & (jax.random.uniform(shown_key) < distill.continuation_prob)
+    switched = jax.random.uniform(switch_key, (size, 1, 1)) < distill.prompt_switch_prob
     text = jnp.where(shown & ~switched, end["text"], batch["text"])
     return batch | {"text": text, "past": end["latents"], "past_shown": jnp.broadcast_to(shown, size)}
 
@@ -107,7 +107,7 @@ def dmd_cycle(
     diffusion: DiffusionConfig,
     distill: DistillStageConfig,
 ) -> tuple[DistillState, dict[str, jax.Array]]:
-    """K = ``distill.critic_updates`` fake-score updates, then one student update and its EMA.
+    """K = ``distill.critic_steps`` fake-score updates, then one student update and its EMA.
 
     Args:
       state: the current state; safe to donate.
@@ -127,8 +127,8 @@ def dmd_cycle(
       The next state and scalar metrics: ``generator_*``, ``critic_*`` as means over the K updates, and how many of the
       K + 1 updates were ``taken`` and ``skipped``.
     """
-    updates = distill.critic_updates
-    require(updates >= 1, f"distill.critic_updates is {updates}; it must be at least 1")
+    updates = distill.critic_steps
+    require(updates >= 1, f"distill.critic_steps is {updates}; it must be at least 1")
     given = len(batches["text"])
     require(given == updates + 1, f"{given} batches for {updates} critic updates and one student update")
     critic_key, generator_key = jax.random.split(jax.random.fold_in(key, state.step))

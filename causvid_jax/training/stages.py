@@ -279,8 +279,8 @@ def vae_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path | N
         config=recipe.vae,
         kl_weight=config.kl_weight,
         train_encoder=config.train_encoder,
-        clips=config.stream,
-        cut=config.cut,
+        clips=config.concat_clips,
+        cut=config.crop_frames,
     )
     reconstruct = place.everywhere(
         lambda params, video: vae.decode(params, vae.encode(params, video, config=recipe.vae), config=recipe.vae)
@@ -337,9 +337,9 @@ def taehv_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path |
     config, tiny = recipe.train_taehv, recipe.taehv
     place = placement.place(recipe.parallel, recipe.student.rules)
     sources, batches = _clips(recipe, workdir), pipeline.clip_batches
-    if config.streams:
+    if config.rollouts:
         batches = pipeline.stream_batches
-        each = [arrays.source(generate.streams_folder(workdir, clips)) for clips, _ in config.streams]
+        each = [arrays.source(generate.streams_folder(workdir, clips)) for clips, _ in config.rollouts]
         sources["train"] = pipeline.Mixture(each, [len(source) for source in each])
     vae_params = _on_devices(vae_params, place)
     split = None if place.mesh is None else placement.batch_sharding(place.mesh, place.rules)
@@ -351,7 +351,7 @@ def taehv_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path |
 
     def ready(batch: dict[str, Any]) -> dict[str, jax.Array]:
         video = place.batch(batch["video"])
-        latents = place.batch(batch["latents"]) if config.streams else encode(vae_params, video)
+        latents = place.batch(batch["latents"]) if config.rollouts else encode(vae_params, video)
         return {"video": video, "latents": latents}
 
     return _codec_stage(
@@ -437,7 +437,7 @@ def causal_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path 
     step, reader = steps.causal_step(recipe, place), _open_encoder(recipe, workdir)
     levels = tuple(1000.0 * (1 - i / LOOK_STEPS) for i in range(LOOK_STEPS))
     look = dataclasses.replace(
-        recipe, student=recipe.teacher, diffusion=dataclasses.replace(recipe.diffusion, student_steps=levels)
+        recipe, student=recipe.teacher, diffusion=dataclasses.replace(recipe.diffusion, denoising_timesteps=levels)
     )
     return Stage(
         name="causal",
@@ -537,7 +537,9 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path
         start = "init" if config.init == "ode" else "teacher"
         student = _load_network(recipe, start, workdir, recipe.student, place, init_from)
         # A donated state must share buffers neither with the teacher nor within itself.
-        return _start(step, place, student, jax.tree.map(jnp.copy, student if config.fake == "student" else teacher))
+        return _start(
+            step, place, student, jax.tree.map(jnp.copy, student if config.critic_init == "student" else teacher)
+        )
 
     make: Callable[..., Any]
     # A rollout from the student itself needs prompts alone.
@@ -549,7 +551,7 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path
 
     def batches(*, batch_size: int, frames: int, seed: int, rows: list[int]):
         # One batch for every fake-score update and one for the student, drawn together.
-        parts = range(config.critic_updates + 1)
+        parts = range(config.critic_steps + 1)
         return make(
             batch_size=batch_size * len(parts),
             seed=seed,
@@ -558,7 +560,7 @@ def distill_stage(recipe: Recipe, workdir: pathlib.Path, init_from: pathlib.Path
 
     def ready(batch: dict[str, Any]) -> dict[str, np.ndarray]:
         given = {**batch, "text": _text_rows(batch, reader)}
-        split = {k: given[k].reshape(config.critic_updates + 1, -1, *given[k].shape[1:]) for k in step.batch}
+        split = {k: given[k].reshape(config.critic_steps + 1, -1, *given[k].shape[1:]) for k in step.batch}
         return place.batch(split, step.leading)
 
     def params_of(state: dmd.DistillState):

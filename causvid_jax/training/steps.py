@@ -110,7 +110,7 @@ def causal_loss(params, batch, key, *, recipe: Recipe):
     sigma = jnp.repeat(sigma, np.asarray(blocks), axis=1, total_repeat_length=frames)
     noise = jax.random.normal(noise_key, latents.shape)
     keep = jax.random.uniform(drop_key, (size, 1, 1)) >= config.caption_dropout
-    past = ode_regression.splice(splice_key, size, blocks, config.switch_fraction)
+    past = ode_regression.splice(splice_key, size, blocks, config.prompt_switch_prob)
     clean = jnp.where(past[:, :, None, None, None], jnp.roll(latents, -1, axis=0), latents)
     x_t = flow.add_noise(latents, noise, sigma)
     velocity = transformer.block_causal(
@@ -121,7 +121,7 @@ def causal_loss(params, batch, key, *, recipe: Recipe):
         config=recipe.teacher,
         causal=recipe.causal,
         clean=clean,
-        clean_timestep=recipe.causal.context_timestep,
+        clean_timestep=recipe.causal.context_noise,
     )
     loss = jnp.mean((velocity - flow.velocity_from(latents, noise)) ** 2)
     return loss, {"loss": loss}
@@ -162,7 +162,7 @@ def student_velocity(recipe: Recipe):
             config=recipe.student,
             causal=recipe.causal,
             clean=clean,
-            clean_timestep=recipe.causal.context_timestep,
+            clean_timestep=recipe.causal.context_noise,
         )
 
     return velocity
@@ -186,7 +186,7 @@ def init_step(recipe: Recipe, place: Placement) -> Step:
             timesteps=timesteps,
             block_sizes=recipe.causal.block_sizes(batch["trajectory"].shape[2]),
             include_clean=config.include_clean,
-            switch_fraction=config.switch_fraction,
+            prompt_switch_prob=config.prompt_switch_prob,
             context=batch.get("context"),
         )
 
@@ -280,7 +280,7 @@ def distill_step(recipe: Recipe, place: Placement, null_text: Any) -> Step:
     config = recipe.train_distill
     optimizers = {
         "student_optimizer": make_optimizer(config.optimizer, config.steps),
-        "fake_optimizer": make_optimizer(config.critic_optimizer, config.steps * config.critic_updates),
+        "fake_optimizer": make_optimizer(config.critic_optimizer, config.steps * config.critic_steps),
     }
     layout = _distill_layout(recipe, place, **optimizers)
     nets = {"student_optimizer": recipe.student, "fake_optimizer": recipe.fake_score}
@@ -292,7 +292,7 @@ def distill_step(recipe: Recipe, place: Placement, null_text: Any) -> Step:
     def causal_teacher(params, x, timestep, rows):
         return transformer.block_causal(params, x, timestep, rows, config=recipe.teacher, causal=recipe.causal)
 
-    goes_on = config.rollout == "self" and config.continue_fraction > 0
+    goes_on = config.rollout == "self" and config.continuation_prob > 0
     _, height, width, channels = recipe.latent_shape
     functions = dmd.DistillFunctions(
         rollout=student_rollout(recipe),
@@ -317,7 +317,7 @@ def distill_step(recipe: Recipe, place: Placement, null_text: Any) -> Step:
 
     latents = {"latents": recipe.latent_shape} if config.rollout == "data" else {}
     arrays = _arrays(recipe, config.batch_size, **latents)
-    cycles = config.critic_updates + 1
+    cycles = config.critic_steps + 1
     teacher = transformer.spec(recipe.teacher)
     return Step(
         starts=(transformer.spec(recipe.student), transformer.spec(recipe.fake_score)),

@@ -41,7 +41,9 @@ RECIPE = Recipe(
     teacher=NET,
     student=NET,
     causal=CausalConfig(frames_per_block=1),
-    diffusion=DiffusionConfig(shift=3.0, teacher_steps=4, guidance=2.0, student_steps=(1000.0, 500.0)),
+    diffusion=DiffusionConfig(
+        shift=3.0, num_inference_steps=4, guidance_scale=2.0, denoising_timesteps=(1000.0, 500.0)
+    ),
 )
 PROMPTS = generate.prompt_sequence(digits.captions(DATA, "train"), 5, 0)
 
@@ -158,7 +160,7 @@ def test_stage_weights_are_found_and_carry_latent_statistics(tmp_path, autoencod
 
 def block_states(params, recipe, rows, null, past, noise):
     """The guided Euler states of one block, from the cached reading over a cache of its clean past."""
-    net, causal, g = recipe.teacher, recipe.causal, recipe.diffusion.guidance
+    net, causal, g = recipe.teacher, recipe.causal, recipe.diffusion.guidance_scale
 
     def velocity(rows, x, timestep):
         keys = transformer.encode_text(params, rows, config=net)
@@ -182,7 +184,7 @@ def test_causal_trajectories_are_those_of_a_stream_over_the_clean_past(tmp_path,
         RECIPE,
         video=dataclasses.replace(RECIPE.video, frames=13),
         causal=CausalConfig(frames_per_block=1, window=3),
-        train_init=dataclasses.replace(RECIPE.train_init, switch_fraction=0.4),
+        train_init=dataclasses.replace(RECIPE.train_init, prompt_switch_prob=0.4),
     )
     shape, rng = recipe.latent_shape, np.random.default_rng(3)
     clips = [{"latents": rng.normal(size=shape).astype(np.float16), "caption": p} for p in PROMPTS[:3]]

@@ -48,7 +48,7 @@ VALUES = {
     "teacher": NET,
     "student": NET,
     "causal": {"frames_per_block": 1},
-    "diffusion": {"teacher_steps": 2, "student_steps": (1000.0, 500.0)},
+    "diffusion": {"num_inference_steps": 2, "denoising_timesteps": (1000.0, 500.0)},
     "train_teacher": {"steps": 2, "batch_size": 4, "samples": 2, "optimizer": {"learning_rate": 1e-3}},
 }
 RECIPE = from_config_dict(VALUES)

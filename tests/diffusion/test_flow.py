@@ -47,12 +47,12 @@ def test_student_timesteps_are_the_published_warped_lists(shift, expected):
 
 
 def test_teacher_grid_holds_the_published_points():
-    sigmas = flow.teacher_sigmas(DiffusionConfig(shift=8.0, teacher_steps=50))
+    sigmas = flow.teacher_sigmas(DiffusionConfig(shift=8.0, num_inference_steps=50))
     assert sigmas.shape == (51,) and sigmas[0] == 1.0 and sigmas[-1] == 0.0
     np.testing.assert_allclose(1000 * sigmas[[36, 44]], (756.757, 521.739), atol=1e-3)
     assert np.all(np.diff(sigmas) < 0)
-    with pytest.raises(ConfigError, match="teacher_steps is 0"):
-        flow.teacher_sigmas(DiffusionConfig(teacher_steps=0))
+    with pytest.raises(ConfigError, match="num_inference_steps is 0"):
+        flow.teacher_sigmas(DiffusionConfig(num_inference_steps=0))
 
 
 def test_guided_velocity_is_one_call_on_both_branches():
@@ -96,7 +96,7 @@ def test_guidance_of_a_sharded_batch_sends_nothing():
 
 def test_steps_that_are_timesteps_and_the_published_table():
     """CausVid's three-step list: 757 and 522 stand beside points 280 and 120 of the grid of shift 8."""
-    config = DiffusionConfig(shift=8.0, student_steps=(1000.0, 757.0, 522.0), warp=False)
+    config = DiffusionConfig(shift=8.0, denoising_timesteps=(1000.0, 757.0, 522.0), warp=False)
     assert flow.student_timesteps(config) == (1000.0, 757.0, 522.0)
     np.testing.assert_allclose(flow.nominal_steps(config), [1000, 280.24, 120.11], atol=0.1)
     assert flow.nominal_steps(DiffusionConfig()) == (1000.0, 750.0, 500.0, 250.0)

@@ -114,7 +114,7 @@ def test_euler_records_states():
 def test_solve_dispatches_and_refuses_bad_grids():
     exact = flow_map(NOISE, 1.0, 0.0)
     for solver, tolerance in (("euler", 0.1), ("unipc", 2e-3)):
-        config = DiffusionConfig(solver=solver, shift=3.0, teacher_steps=40)
+        config = DiffusionConfig(solver=solver, shift=3.0, num_inference_steps=40)
         assert np.abs(solvers.solve(config, gaussian_velocity, NOISE) - exact).max() < tolerance
     with pytest.raises(ConfigError, match="strictly descending"):
         solvers.euler(gaussian_velocity, NOISE, np.array([0.0, 1.0]))
@@ -124,7 +124,7 @@ def test_solve_dispatches_and_refuses_bad_grids():
 
 @pytest.mark.parametrize("steps,passes", [(50, 52), (48, 48)])
 def test_trajectory_grid_holds_every_student_timestep(steps, passes):
-    config = DiffusionConfig(shift=8.0, teacher_steps=steps)
+    config = DiffusionConfig(shift=8.0, num_inference_steps=steps)
     sigmas, indices = trajectories.trajectory_grid(config)
     assert trajectories.network_passes(config) == passes == len(sigmas) - 1
     np.testing.assert_allclose(1000 * sigmas[list(indices)], (*flow.student_timesteps(config), 0.0), atol=1e-9)
@@ -133,12 +133,12 @@ def test_trajectory_grid_holds_every_student_timestep(steps, passes):
 
 
 def test_published_subset_of_a_fifty_step_trajectory():
-    config = DiffusionConfig(shift=8.0, teacher_steps=50, student_steps=(1000.0, 280.0, 120.0))
+    config = DiffusionConfig(shift=8.0, num_inference_steps=50, denoising_timesteps=(1000.0, 280.0, 120.0))
     assert trajectories.trajectory_grid(config)[1] == (0, 36, 44, 50)
 
 
 def test_trajectory_states_lie_on_the_exact_ode():
-    config = DiffusionConfig(shift=3.0, teacher_steps=400)
+    config = DiffusionConfig(shift=3.0, num_inference_steps=400)
     states = jax.jit(lambda noise: trajectories.teacher_trajectory(gaussian_velocity, noise, config))(NOISE)
     assert states.shape == (5, *NOISE.shape)
     np.testing.assert_array_equal(states[0], NOISE)

@@ -51,7 +51,7 @@ def test_generator_loss_matches_numpy(masked):
     x0 = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
     key = jax.random.key(3)
     mask = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 1], [1, 1, 1]], np.float32) if masked else None
-    distill = DistillStageConfig(guidance=4.5)
+    distill = DistillStageConfig(guidance_scale=4.5)
 
     def loss(x):
         return dmd.generator_loss(
@@ -133,7 +133,7 @@ def test_undefined_gradient_is_zero():
 
 def train_generator(params, generate, distribution, guidance, teacher_fn, steps=400):
     """Descends the DMD loss with the exact score of the generator's own distribution as the fake score."""
-    distill = DistillStageConfig(guidance=guidance)
+    distill = DistillStageConfig(guidance_scale=guidance)
     text = jnp.ones((512, 1, 1))
     optimizer = optax.adam(optax.exponential_decay(0.05, steps // 4, 0.3))
 

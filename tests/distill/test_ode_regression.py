@@ -16,7 +16,7 @@ STATES = np.random.default_rng(0).standard_normal((4, BATCH, FRAMES, 2, 2, 3)).a
 TEXT = np.zeros((BATCH, 1, 1), np.float32)
 
 
-def run(seed, velocity, include_clean=True, states=STATES, switch_fraction=0.0, context=None):
+def run(seed, velocity, include_clean=True, states=STATES, prompt_switch_prob=0.0, context=None):
     """The loss, its metrics, its gradient by a velocity field, and what the network was given."""
     seen = {}
 
@@ -34,7 +34,7 @@ def run(seed, velocity, include_clean=True, states=STATES, switch_fraction=0.0, 
             timesteps=TIMESTEPS,
             block_sizes=BLOCKS,
             include_clean=include_clean,
-            switch_fraction=switch_fraction,
+            prompt_switch_prob=prompt_switch_prob,
             context=context,
         )
 
@@ -85,7 +85,7 @@ def test_switched_clips_go_on_from_the_clean_past_of_the_next_clip():
     starts = np.cumsum((0, *BLOCKS))
     seen_starts = set()
     for seed in range(8):
-        _, _, gradient, x, timestep = run(seed, velocity, include_clean=False, switch_fraction=1.0)
+        _, _, gradient, x, timestep = run(seed, velocity, include_clean=False, prompt_switch_prob=1.0)
         for b in range(BATCH):
             first = int((timestep[b] == 0).sum())  # frames of the past: without clean entries only they are at 0
             seen_starts.add(first)
@@ -143,7 +143,7 @@ def test_bad_shapes_are_refused():
 def test_with_a_clean_context_every_block_is_noisy_and_none_is_exchanged():
     context = np.random.default_rng(5).standard_normal(STATES.shape[1:]).astype(np.float32)
     velocity = np.zeros(STATES.shape[1:], np.float32)
-    _, metrics, _, x, timestep = run(3, velocity, switch_fraction=1.0, context=context)
+    _, metrics, _, x, timestep = run(3, velocity, prompt_switch_prob=1.0, context=context)
     assert metrics["noisy_fraction"] == 1 and timestep.min() > 0
     for b in range(BATCH):
         for f in range(FRAMES):

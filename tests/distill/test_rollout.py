@@ -48,7 +48,7 @@ def by_hand(key, exit_step, causal=CAUSAL, past=None):
     text = PARAMS["text"] * TEXT[:, :, None, None]
     memory, outputs, slopes = np.zeros((2, 1, *SHAPE[2:])), [], []
     if past is not None:  # blocks of two frames, each written once
-        written = PARAMS["key"] * past.reshape(2, -1, 2, *SHAPE[2:]).mean(2) + causal.context_timestep / 1000
+        written = PARAMS["key"] * past.reshape(2, -1, 2, *SHAPE[2:]).mean(2) + causal.context_noise / 1000
         memory = 2 * written.sum(1, keepdims=True)
     for i, size in enumerate(causal.block_sizes(SHAPE[1])):
         block_key = jax.random.fold_in(noise_key, i)
@@ -75,8 +75,8 @@ def by_hand(key, exit_step, causal=CAUSAL, past=None):
         }
         slopes.append({name: -s * part for name, part in parts.items()})
         outputs.append(x0)
-        if causal.clean_write:
-            written = PARAMS["key"] * x0.mean(1, keepdims=True) + causal.context_timestep / 1000
+        if causal.context_pass:
+            written = PARAMS["key"] * x0.mean(1, keepdims=True) + causal.context_noise / 1000
         memory = memory + size * written
     return np.concatenate(outputs, 1), {k: np.concatenate([s[k] for s in slopes], 1) for k in PARAMS}
 
@@ -86,8 +86,8 @@ def by_hand(key, exit_step, causal=CAUSAL, past=None):
     [
         (0, CAUSAL),
         (2, CAUSAL),
-        (1, CausalConfig(frames_per_block=2, clean_write=False)),
-        (1, CausalConfig(frames_per_block=5, independent_first_frame=True, context_timestep=100.0)),
+        (1, CausalConfig(frames_per_block=2, context_pass=False)),
+        (1, CausalConfig(frames_per_block=5, independent_first_frame=True, context_noise=100.0)),
         (2, CausalConfig(frames_per_block=6)),
     ],
 )
@@ -108,7 +108,7 @@ def test_self_rollout_and_its_gradient_match_the_loop(exit_step, causal):
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_rollout_from_a_past_matches_the_loop(shown):
-    key, causal = jax.random.key(11), CausalConfig(frames_per_block=2, context_timestep=50.0)
+    key, causal = jax.random.key(11), CausalConfig(frames_per_block=2, context_noise=50.0)
     past = np.random.default_rng(4).standard_normal((2, 4, *SHAPE[2:])).astype(np.float32)
 
     def loss(params):

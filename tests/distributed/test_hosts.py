@@ -83,7 +83,11 @@ def make_recipe(quick: bool = False, **parallel) -> Recipe:
             "teacher": NET,
             "student": NET,
             "causal": {"frames_per_block": 1, "window": 2},
-            "diffusion": {"shift": 3.0, "teacher_steps": 2, "student_steps": (1000.0,) if quick else (1000.0, 500.0)},
+            "diffusion": {
+                "shift": 3.0,
+                "num_inference_steps": 2,
+                "denoising_timesteps": (1000.0,) if quick else (1000.0, 500.0),
+            },
             "train_vae": TRAIN | {"frames": 9, "optimizer": TRAIN["optimizer"] | {"learning_rate": 2e-5}},
             "train_taehv": TRAIN | {"optimizer": TRAIN["optimizer"] | {"learning_rate": 1e-4}},
             "train_teacher": TRAIN | FAST | {"steps": STEPS["teacher"]},
@@ -91,7 +95,7 @@ def make_recipe(quick: bool = False, **parallel) -> Recipe:
             "train_init": TRAIN | {"trajectories": 4},
             "train_distill": TRAIN
             | {
-                "critic_updates": 2,
+                "critic_steps": 2,
                 "critic_optimizer": FAST["optimizer"],
                 "init": "teacher" if quick else "ode",
             },

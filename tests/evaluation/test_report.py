@@ -82,7 +82,7 @@ def test_switch_that_takes_one_block_more(result):
         assert (scores["within_1"], scores["within_2"], scores["within_3"], scores["median_blocks"]) == (0, 1, 1, 2)
     assert switch["old_caption_before"] == 1.0
     assert switch["new_caption_by_block"] == [0.0] + [1.0] * 6
-    assert switch["clips"] == 3 and switch["cache"] == RECIPE.causal.at_switch
+    assert switch["clips"] == 3 and switch["cache"] == RECIPE.causal.on_prompt_switch
 
 
 def test_targets_and_timing(result):

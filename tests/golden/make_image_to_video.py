@@ -46,7 +46,7 @@ def recipe():
             "vae": CODER,
             "teacher": TEACHER,
             "student": TEACHER,
-            "diffusion": {"shift": SHIFT, "teacher_steps": STEPS, "solver": "unipc", "guidance": GUIDANCE},
+            "diffusion": {"shift": SHIFT, "num_inference_steps": STEPS, "solver": "unipc", "guidance_scale": GUIDANCE},
         }
     )
 

@@ -30,7 +30,7 @@ def main():
         raise ZeroDivisionError("a defect")
     if MODE.value == 3:
         raise RunError("the loss is nan; the checkpoint is of step 2")
-    print(recipe.name, recipe.video.frames, recipe.diffusion.student_steps, recipe.causal.clean_write)
+    print(recipe.name, recipe.video.frames, recipe.diffusion.denoising_timesteps, recipe.causal.context_pass)
 
 
 common.run(main)
@@ -72,8 +72,8 @@ def test_every_field_can_be_set_from_the_command_line(place):
         place,
         "--config=recipe.py:named",
         "--config.video.frames=9",
-        "--config.diffusion.student_steps=(1000., 500.)",
-        "--noconfig.causal.clean_write",
+        "--config.diffusion.denoising_timesteps=(1000., 500.)",
+        "--noconfig.causal.context_pass",
     )
     assert (status, out, err) == (0, "named 9 (1000.0, 500.0) False", "")
 
@@ -116,7 +116,9 @@ def test_a_defect_keeps_its_traceback(place):
     [
         ("--config.train_vae.stps=1", "config field 'train_vae.stps' does not exist; did you mean 'train_vae.steps'?"),
         ("-config.name.x=1", "config field 'name.x' does not exist: name is no group"),
-        ("--noconfig.causal.clean_wrte", "did you mean 'causal.clean_write'?"),
+        ("--noconfig.causal.context_pss", "did you mean 'causal.context_pass'?"),
+        ("--config.train_distill.guidance=3", "was renamed; write 'train_distill.guidance_scale'"),
+        ("--config.causal.at_switch=keep", "was renamed; write 'causal.on_prompt_switch'"),
         ("--config.vae.base_dims", "did you mean 'vae.base_dim'?"),
     ],
 )

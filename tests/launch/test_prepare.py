@@ -59,7 +59,7 @@ def with_weights(folder):
             },
             "teacher": net,
             "student": net,
-            "diffusion": {"teacher_steps": 4},
+            "diffusion": {"num_inference_steps": 4},
         }
     )
     for stage, tree, metadata in (

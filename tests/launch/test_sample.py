@@ -26,7 +26,7 @@ def get_config():
         vae=dict(base_dim=4, dim_mult=(1, 2, 2, 2), num_res_blocks=1, z_dim=4),
         teacher=NETWORK, student=NETWORK,
         causal=dict(frames_per_block=2, window=4),
-        diffusion=dict(shift=3.0, teacher_steps=3),
+        diffusion=dict(shift=3.0, num_inference_steps=3),
     )
 """
 # Another test process may have imported another program, whose flags have the same names.

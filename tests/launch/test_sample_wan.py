@@ -45,13 +45,13 @@ def get_config(variant="t2v"):
     return dict(
         name="tiny_wan",
         video=dict(height=32, width=32, frames=13, fps=16),
-        text=dict(kind="umt5", length=32, dim=16, negative="word word"),
+        text=dict(kind="umt5", length=32, dim=16, negative_prompt="word word"),
         umt5=dict(**{make_umt5.SIZES!r}, dtype="bfloat16"),
         vae=dict(base_dim=4, dim_mult=(1, 2, 2, 2), num_res_blocks=1, z_dim=4),
         taehv=dict(z_dim=4, encoder_dim=4, decoder_dims=(8, 6, 4, 4)),
         teacher=network, student=network,
         causal=dict(frames_per_block=2),
-        diffusion=dict(shift=8.0, teacher_steps=3, guidance=5.0),
+        diffusion=dict(shift=8.0, num_inference_steps=3, guidance_scale=5.0),
     )
 """
 PROMPT = "--prompt=warm neon"
@@ -226,7 +226,7 @@ def test_a_program_is_built_once_and_runs_without_the_model(place):
             f"{built} 1 video(s) at once, and 2 prompt(s) are given",
             f"{built} video.width = 32, and the recipe has 48",
             f"{built} at most 4 latent frames, and 6 are asked for; accepted: fewer --frames",
-            f"{built} student.numerics = 'own', and the recipe has 'causvid'",
+            f"{built} student.precision = 'own', and the recipe has 'causvid'",
             "--teacher is given with --program, which holds text to video only",
             "tiny.py is not a readable program of launch.compile",
         ),
@@ -264,7 +264,7 @@ def test_what_is_missing_is_named(place, tmp_path):
 
 def test_the_published_recipe_has_the_published_negative_prompt_and_columns():
     recipe = common.load_recipe_file(str(pathlib.Path(__file__).parents[2] / "configs" / "wan_1_3b.py"))
-    assert recipe.text.negative == NEGATIVE_PROMPT
+    assert recipe.text.negative_prompt == NEGATIVE_PROMPT
     teacher, student = precision.exact(recipe, True), precision.exact(recipe, False)
-    assert (teacher.teacher.numerics, student.student.numerics) == ("wan", "causvid")
+    assert (teacher.teacher.precision, student.student.precision) == ("wan", "causvid")
     assert (teacher.vae.dtype, student.vae.dtype) == ("float32", "bfloat16")

@@ -28,11 +28,11 @@ def test_each_column_is_nearest_to_its_own_code(drawn):
         apart = {
             (code, column): golden.deviation(*drawn, column, arrays[code])
             for code in ("wan", "causvid")
-            for column in ("own", code)
+            for column in ("default", code)
         }
     # A sum in another order crosses a rounding boundary now and then; a rounding left out moves everything.
-    assert apart["wan", "wan"] < 0.7 * apart["wan", "own"]
-    assert apart["causvid", "causvid"] < 0.7 * apart["causvid", "own"]
+    assert apart["wan", "wan"] < 0.7 * apart["wan", "default"]
+    assert apart["causvid", "causvid"] < 0.7 * apart["causvid", "default"]
     assert max(apart["wan", "wan"], apart["causvid", "causvid"]) < 0.02
 
 
@@ -40,11 +40,11 @@ def test_rounding_is_that_of_a_cast():
     x = jax.random.normal(jax.random.key(0), (1000,)) * 10.0 ** jnp.arange(-5, 5).repeat(100)
     np.testing.assert_array_equal(precision.rounded(x, "bfloat16"), x.astype(jnp.bfloat16).astype(jnp.float32))
     np.testing.assert_array_equal(precision.rounded(x, "float32"), x)
-    with pytest.raises(ConfigError, match="transformer.numerics is 'exact'; accepted: 'own', 'wan', 'causvid'"):
-        TransformerConfig(numerics="exact")
+    with pytest.raises(ConfigError, match="transformer.precision is 'exact'; accepted: 'own', 'wan', 'causvid'"):
+        TransformerConfig(precision="exact")
 
 
-@pytest.mark.parametrize("column", ["own", "wan"])
+@pytest.mark.parametrize("column", ["default", "wan"])
 def test_narrow_parameters_give_the_same_bits(drawn, column):
     config = dataclasses.replace(CONFIG, numerics=column)
     flat, inputs = drawn
@@ -64,7 +64,7 @@ def test_in_float32_absolute_positions_change_nothing(drawn):
     params, causal = store.unflatten(flat), CausalConfig(frames_per_block=1, window=2)
     step = jax.jit(transformer.cached, static_argnames=("config", "causal"))
     out = {}
-    for column in ("own", "causvid"):
+    for column in ("default", "causvid"):
         config = dataclasses.replace(CONFIG, dtype="float32", numerics=column)
         cache = transformer.init_cache(config, causal, batch=2, height=4, width=6)
         prompt = transformer.encode_text(params, inputs["text"], config=config)
@@ -72,4 +72,4 @@ def test_in_float32_absolute_positions_change_nothing(drawn):
             x, t = inputs["x"][:, i : i + 1], inputs["timestep"][:, :1]
             out[column], cache = step(params, x, t, prompt, cache, config=config, causal=causal)
             cache = transformer.advance(cache, 1)
-    np.testing.assert_allclose(out["causvid"], out["own"], atol=2e-5)
+    np.testing.assert_allclose(out["causvid"], out["default"], atol=2e-5)

@@ -41,7 +41,7 @@ RECIPE = Recipe(
     teacher=NET,
     student=NET,
     causal=CausalConfig(frames_per_block=2),
-    diffusion=DiffusionConfig(teacher_steps=3, guidance=2.0, student_steps=(1000.0, 500.0)),
+    diffusion=DiffusionConfig(num_inference_steps=3, guidance_scale=2.0, denoising_timesteps=(1000.0, 500.0)),
 )
 PROMPTS = ["a red 3 moving left", "a blue 7 moving up"]
 

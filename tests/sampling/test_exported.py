@@ -69,7 +69,9 @@ def test_what_is_no_program_is_refused(tmp_path):
 
 
 def test_settings_of_training_do_not_matter():
-    trained = with_group(with_group(PLAIN, "diffusion", guidance=3.0, teacher_steps=7), "student", remat="full")
+    trained = with_group(
+        with_group(PLAIN, "diffusion", guidance_scale=3.0, num_inference_steps=7), "student", remat="full"
+    )
     assert exported.identity(trained) == exported.identity(PLAIN) != exported.identity(FIRST)
 
     assert exported.identity(with_group(TINY, "vae", latent_std=(2.0,) * 4)) == exported.identity(TINY)

@@ -45,7 +45,7 @@ def show(params, recipe, place):
         shown = []
         for i in range(4):
             if i == 2:
-                state = stream.recache(
+                state = stream.recompute_context(
                     params, stream.switch_prompt(params, state, rows[1], config=recipe), config=recipe
                 )
             latents, frames, state = stream.next_frames(params, state, config=recipe)

@@ -220,7 +220,7 @@ def test_passes_and_their_timesteps(params, monkeypatch):
     clean, latents = count_passes(params, PLAIN, monkeypatch)
     steps = [1000.0, 900.0, 750.0, 500.0]  # 1000 u s / (1 + u (s - 1)) at shift s = 3
     np.testing.assert_allclose(clean, [[*steps, 0.0]] * 2, atol=1e-3)
-    without = with_causal(PLAIN, clean_write=False)
+    without = with_causal(PLAIN, context_pass=False)
     noisy, other = count_passes(params, without, monkeypatch)
     np.testing.assert_allclose(noisy, [steps] * 2, atol=1e-3)
     assert (stream.passes_per_block(PLAIN), stream.passes_per_block(without)) == (5, 4)
@@ -260,7 +260,7 @@ def test_recache_without_a_switch_changes_nothing_in_sight(params):
     """Under the same prompt the keys and values that come back are those that were there (full history in sight)."""
     _, state = run(params, FIRST, 3)
     kept = stream.copy_stream(state)
-    again = stream.recache(params, state, config=FIRST)
+    again = stream.recompute_context(params, state, config=FIRST)
     np.testing.assert_allclose(again.cache.k, kept.cache.k, atol=1e-5)
     np.testing.assert_allclose(again.cache.v, kept.cache.v, atol=1e-5)
     assert int(again.cache.position) == int(kept.cache.position)
@@ -272,7 +272,7 @@ def test_recache_after_a_switch_equals_a_past_under_the_new_prompt(params, confi
     blocks = 3 if config is PLAIN else 4
     latents, state = run(params, config, blocks)
     state = stream.switch_prompt(params, state, prompt(1), config=config)
-    state = stream.recache(params, state, config=config)
+    state = stream.recompute_context(params, state, config=config)
     causal = config.causal
     # A window of w frames shows the next block of 2 the last w - 2, which reach back over (w - 1) // 2 blocks.
     replayed = (causal.window - 1) // 2 if causal.window else blocks
@@ -294,7 +294,7 @@ def test_recache_after_a_switch_equals_a_past_under_the_new_prompt(params, confi
 @pytest.mark.parametrize("config", [PLAIN, WINDOW], ids=["plain", "window"])
 def test_a_stream_that_forgets_at_a_switch_is_a_new_one_of_the_new_prompt(params, config):
     """The same frames, from the same noise, as a stream that has shown nothing; past the ring's wrap-around too."""
-    config = with_causal(config, at_switch="forget")
+    config = with_causal(config, on_prompt_switch="reset")
     blocks = 2 if config.causal.window == 0 else 4
 
     def show(state):
@@ -320,21 +320,21 @@ def test_a_stream_that_forgets_at_a_switch_is_a_new_one_of_the_new_prompt(params
 
 def test_what_happens_to_the_cache_at_a_switch_is_a_setting(params):
     caches = {}
-    for name in ("keep", "recache", "forget"):
+    for name in ("keep", "recompute", "reset"):
         _, state = run(params, PLAIN, 2)
-        config = with_causal(PLAIN, at_switch=name)
+        config = with_causal(PLAIN, on_prompt_switch=name)
         caches[name] = stream.change_prompt(params, state, prompt(1), config=config).cache
     _, state = run(params, PLAIN, 2)
     jax.tree.map(np.testing.assert_array_equal, caches["keep"], state.cache)
     state = stream.switch_prompt(params, state, prompt(1), config=PLAIN)
-    again = stream.recache(params, state, config=PLAIN).cache
-    np.testing.assert_allclose(caches["recache"].k, again.k, atol=1e-5)
-    assert np.abs(caches["recache"].k - caches["keep"].k).max() > 1e-3
-    assert int(caches["forget"].position) == 0 and (np.asarray(caches["forget"].frame) == -1).all()
-    with pytest.raises(ConfigError, match="causal.at_switch is 'cut'; accepted: 'keep', 'recache', 'forget'"):
-        with_causal(PLAIN, at_switch="cut")
-    with pytest.raises(ConfigError, match="a clip would begin with one frame.*accepted: 'keep', 'recache'"):
-        with_causal(FIRST, at_switch="forget")
+    again = stream.recompute_context(params, state, config=PLAIN).cache
+    np.testing.assert_allclose(caches["recompute"].k, again.k, atol=1e-5)
+    assert np.abs(caches["recompute"].k - caches["keep"].k).max() > 1e-3
+    assert int(caches["reset"].position) == 0 and (np.asarray(caches["reset"].frame) == -1).all()
+    with pytest.raises(ConfigError, match="causal.on_prompt_switch is 'cut'; accepted: 'keep', 'recompute', 'reset'"):
+        with_causal(PLAIN, on_prompt_switch="cut")
+    with pytest.raises(ConfigError, match="a clip would begin with one frame.*accepted: 'keep', 'recompute'"):
+        with_causal(FIRST, on_prompt_switch="reset")
 
 
 @pytest.mark.parametrize("config", [PLAIN, FIRST], ids=["block", "frame"])

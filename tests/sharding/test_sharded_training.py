@@ -44,15 +44,15 @@ RECIPE = from_config_dict(
         "teacher": NET,
         "student": NET,
         "causal": {"frames_per_block": 1, "window": 2},
-        "diffusion": {"shift": 3.0, "teacher_steps": 2, "student_steps": (1000.0, 500.0)},
+        "diffusion": {"shift": 3.0, "num_inference_steps": 2, "denoising_timesteps": (1000.0, 500.0)},
         "train_vae": TRAIN,
         "train_teacher": TRAIN,
-        "train_init": TRAIN | {"trajectories": 8, "switch_fraction": 0.5},
+        "train_init": TRAIN | {"trajectories": 8, "prompt_switch_prob": 0.5},
         "train_distill": TRAIN
         | {
-            "critic_updates": 2,
-            "continue_fraction": 0.5,
-            "switch_fraction": 0.5,
+            "critic_steps": 2,
+            "continuation_prob": 0.5,
+            "prompt_switch_prob": 0.5,
             "critic_optimizer": TRAIN["optimizer"],
         },
     }

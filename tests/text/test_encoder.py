@@ -24,7 +24,7 @@ NET = TransformerConfig(
 )
 RECIPE = Recipe(
     name="tiny",
-    text=TextConfig(kind="umt5", length=32, dim=golden.SIZES["dim"], negative="neon"),
+    text=TextConfig(kind="umt5", length=32, dim=golden.SIZES["dim"], negative_prompt="neon"),
     umt5=UMT5Config(**golden.SIZES, dtype="float32"),
     teacher=NET,
     student=NET,

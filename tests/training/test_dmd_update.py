@@ -56,7 +56,7 @@ def cycle_fn(distill, student_optimizer, fake_optimizer):
 
 
 def test_cycle_equals_the_unrolled_one():
-    distill = DistillStageConfig(critic_updates=3, guidance=2.0, optimizer=OptimizerConfig(ema_decay=0.9))
+    distill = DistillStageConfig(critic_steps=3, guidance_scale=2.0, optimizer=OptimizerConfig(ema_decay=0.9))
     student_optimizer, fake_optimizer = optax.sgd(0.3), optax.adam(0.1)
     state = cycle.init_state(gaussian(-0.5, 1.2), gaussian(-0.2, 1.0), student_optimizer, fake_optimizer)
     run = jax.jit(cycle_fn(distill, student_optimizer, fake_optimizer), donate_argnums=0)
@@ -114,7 +114,7 @@ def test_cycle_equals_the_unrolled_one():
 
 def test_student_reaches_the_data_with_a_learnt_fake_score():
     """The whole method: nothing but the teacher's velocity knows the data, and the fake score is learnt on the way."""
-    distill = DistillStageConfig(critic_updates=5, guidance=1.0, optimizer=OptimizerConfig(ema_decay=0.98))
+    distill = DistillStageConfig(critic_steps=5, guidance_scale=1.0, optimizer=OptimizerConfig(ema_decay=0.98))
     student_optimizer = optax.adam(optax.exponential_decay(0.03, 200, 0.4))
     fake_optimizer = optax.adam(optax.exponential_decay(0.03, 1000, 0.5))
     start = gaussian(-1.0, 1.5)
@@ -133,7 +133,7 @@ def test_student_reaches_the_data_with_a_learnt_fake_score():
 
 
 def test_ema_off_is_the_student_and_wrong_batches_are_refused():
-    distill = DistillStageConfig(critic_updates=1)
+    distill = DistillStageConfig(critic_steps=1)
     optimizer = optax.sgd(0.1)
     state = cycle.init_state(gaussian(0.0, 1.0), gaussian(0.0, 1.0), optimizer, optimizer)
     run = jax.jit(cycle_fn(distill, optimizer, optimizer))
@@ -171,23 +171,23 @@ def test_rollouts_go_on_where_the_one_before_them_ended():
             student_optimizer=optimizer,
             fake_optimizer=optimizer,
             diffusion=DIFFUSION,
-            distill=DistillStageConfig(critic_updates=3, **fractions),
+            distill=DistillStageConfig(critic_steps=3, **fractions),
         )
         jax.effects_barrier()
         assert all(np.ndim(value) == 0 for value in metrics.values())
         return [np.stack(x) for x in zip(*seen, strict=True)]  # ends and prompts, [3 + 1, 8]
 
-    ends, shown = run(continue_fraction=1.0)
+    ends, shown = run(continuation_prob=1.0)
     np.testing.assert_array_equal(ends, np.repeat([[3.0], [6.0], [9.0], [12.0]], 8, axis=1))
     np.testing.assert_array_equal(shown, np.repeat(prompts[:1], 4, axis=0))
 
-    ends, shown = run(continue_fraction=1.0, switch_fraction=0.5)
+    ends, shown = run(continuation_prob=1.0, prompt_switch_prob=0.5)
     assert ends[-1].tolist() == [12.0] * 8
     changed = shown[1:] != shown[:-1]
     np.testing.assert_array_equal(shown[1:][changed], prompts[1:][changed])
     assert 4 < changed.sum() < 20
 
-    ends, shown = run(continue_fraction=0.5, switch_fraction=1.0)
+    ends, shown = run(continuation_prob=0.5, prompt_switch_prob=1.0)
     np.testing.assert_array_equal(shown, prompts)
     anew = ends[1:, 0] == 3
     assert 0 < anew.sum() < 3  # with this key
@@ -196,7 +196,7 @@ def test_rollouts_go_on_where_the_one_before_them_ended():
 
 @pytest.mark.parametrize("spoilt", [0, 1, 3])
 def test_a_batch_that_is_not_finite_leaves_the_state_as_it_was(spoilt):
-    distill = DistillStageConfig(critic_updates=3, guidance=2.0, on_bad_loss="skip")
+    distill = DistillStageConfig(critic_steps=3, guidance_scale=2.0, on_bad_loss="skip")
     optimizers = optax.sgd(0.3), optax.adam(0.1)
     run = jax.jit(cycle_fn(distill, *optimizers))
     state = cycle.init_state(gaussian(-0.5, 1.2), gaussian(-0.2, 1.0), *optimizers)
@@ -210,7 +210,7 @@ def test_a_batch_that_is_not_finite_leaves_the_state_as_it_was(spoilt):
 
 
 def test_a_student_update_that_explodes_leaves_the_fake_scores_in_place():
-    distill = DistillStageConfig(critic_updates=2, guidance=2.0, on_bad_loss="skip", bad_loss_factor=2.0)
+    distill = DistillStageConfig(critic_steps=2, guidance_scale=2.0, on_bad_loss="skip", bad_loss_factor=2.0)
     optimizers = optax.sgd(0.3), optax.adam(0.1)
     run = jax.jit(cycle_fn(distill, *optimizers))
     state = cycle.init_state(gaussian(-0.5, 1.2), gaussian(-0.2, 1.0), *optimizers, window=4)

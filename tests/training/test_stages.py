@@ -68,13 +68,13 @@ def make_recipe(**changes) -> Recipe:
             "teacher": NET,
             "student": NET,
             "causal": {"frames_per_block": 1, "window": 2},
-            "diffusion": {"shift": 3.0, "teacher_steps": 2, "student_steps": (1000.0, 500.0)},
+            "diffusion": {"shift": 3.0, "num_inference_steps": 2, "denoising_timesteps": (1000.0, 500.0)},
             "train_vae": TRAIN | {"frames": 9, "curriculum": ((3, 5, 3),)},
             "train_taehv": TRAIN,
             "train_teacher": TRAIN,
-            "train_causal": TRAIN | {"switch_fraction": 0.5},
+            "train_causal": TRAIN | {"prompt_switch_prob": 0.5},
             "train_init": TRAIN | {"trajectories": 4},
-            "train_distill": TRAIN | {"critic_updates": 2},
+            "train_distill": TRAIN | {"critic_steps": 2},
         }
         | changes
     )
@@ -196,7 +196,7 @@ def test_the_vae_file_carries_the_statistics_of_its_latents(road):
         {"rollout": "data", "include_clean": False},
         {"teacher": "causal"},
         {"init": "teacher"},
-        {"continue_fraction": 0.7, "switch_fraction": 0.5, "critic_updates": 2},
+        {"continuation_prob": 0.7, "prompt_switch_prob": 0.5, "critic_steps": 2},
     ],
     ids=str,
 )
@@ -204,7 +204,7 @@ def test_every_variant_of_the_distillation_takes_a_step(road, tmp_path, changes)
     (tmp_path / "data").symlink_to(road / "data")
     for other in ("vae", "teacher", "init"):
         (tmp_path / other).symlink_to(road / other)
-    recipe = make_recipe(train_distill=TRAIN | {"critic_updates": 1, "steps": 1} | changes)
+    recipe = make_recipe(train_distill=TRAIN | {"critic_steps": 1, "steps": 1} | changes)
     loop.train(stages.make_stage("distill", recipe, tmp_path), tmp_path)
     record = read_metrics(tmp_path / "distill")[0]
     assert np.isfinite(record["generator_loss"]) and np.isfinite(record["critic_loss"])
@@ -216,7 +216,8 @@ def test_a_student_learns_from_a_causal_teacher(road, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "latents").symlink_to(road / "data" / "latents")
     recipe = make_recipe(
-        train_init=TRAIN | {"trajectories": 4, "teacher": "causal", "short": ((1, 6),), "curriculum": ((3, 1, 4),)}
+        train_init=TRAIN
+        | {"trajectories": 4, "teacher": "causal", "extra_trajectories": ((1, 6),), "curriculum": ((3, 1, 4),)}
     )
     with pytest.raises(ConfigError, match=r"no finished dataset at .*causal_trajectories"):
         stages.make_stage("init", recipe, tmp_path)
@@ -292,10 +293,10 @@ def test_the_tiny_decoder_learns_from_streams_of_the_student(road, tmp_path):
     for other in ("vae", "data", "distill"):
         (tmp_path / other).mkdir() if other == "data" else (tmp_path / other).symlink_to(road / other)
     (tmp_path / "data" / "moving_digits").symlink_to(road / "data" / "moving_digits")
-    recipe = make_recipe(train_taehv=TRAIN | {"streams": ((1, 3), (2, 2)), "noise": 0.0})
+    recipe = make_recipe(train_taehv=TRAIN | {"rollouts": ((1, 3), (2, 2)), "noise": 0.0})
     with pytest.raises(ConfigError, match=r"no finished dataset at .*streams_1"):
         stages.make_stage("taehv", recipe, tmp_path)
-    with pytest.raises(ConfigError, match="train_taehv.streams is empty"):
+    with pytest.raises(ConfigError, match="train_taehv.rollouts is empty"):
         prepare.STAGES["streams"](RECIPE, tmp_path, 0)
     said = prepare.STAGES["streams"](recipe, tmp_path, 0).splitlines()
     assert [line.split("data/")[1] for line in said] == ["streams_1: 3 examples", "streams_2: 4 examples"]
