@@ -47,9 +47,13 @@ SAMPLES = {
 }
 
 
+FIELDS: list[str] = []
+"""``--config.FIELD=VALUE`` flags of every program."""
+
+
 def run(program: str, *arguments: str) -> None:
     """Run ``python -m launch.PROGRAM`` on the tiny recipe."""
-    command = [sys.executable, "-m", f"launch.{program}", f"--config={CONFIG}", *arguments]
+    command = [sys.executable, "-m", f"launch.{program}", f"--config={CONFIG}", *FIELDS, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
@@ -95,7 +99,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=pathlib.Path)
     parser.add_argument("--compare", type=pathlib.Path)
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the recipe")
     arguments = parser.parse_args()
+    FIELDS.extend(f"--config.{field}" for field in arguments.set)
     with tempfile.TemporaryDirectory() as folder:
         result = hashes(pathlib.Path(folder))
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
