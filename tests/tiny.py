@@ -1,0 +1,85 @@
+"""Tiny recipe, networks, parameters and working directory that tests of several rooms share.
+
+Use these instead of own copies: the same shapes compile once.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from causvid_jax.checkpoints import store
+from causvid_jax.checkpoints import workdir as stage_files
+from causvid_jax.config import Recipe, from_config_dict
+from causvid_jax.data import arrays, digits
+from causvid_jax.models import taehv, transformer, vae
+from tests import tiny_config
+
+
+def tiny_recipe(**changes: Any) -> Recipe:
+    """Return the recipe of ``tiny_config.py``; ``train_init={"steps": 1}`` changes fields, a network's likewise."""
+    return from_config_dict(_merge(tiny_config.get_config().to_dict(), changes))
+
+
+def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in changes.items():
+        old = values.get(name)
+        values[name] = _merge(dict(old), value) if isinstance(value, Mapping) and isinstance(old, Mapping) else value
+    return values
+
+
+RECIPE = tiny_recipe()
+
+
+def random_params(params: Any, seed: int = 0, scale: float = 0.1) -> Any:
+    """Return ``params`` (arrays or shapes) with normal noise of ``scale`` added, as numpy float32.
+
+    A fresh network has zeros where a random one has none (its head, its gates), and much cannot be tested at zero.
+    """
+    rng = np.random.default_rng(seed)
+
+    def noisy(leaf: Any) -> np.ndarray:
+        start = np.zeros(leaf.shape, np.float32) if isinstance(leaf, jax.ShapeDtypeStruct) else np.asarray(leaf)
+        return start + scale * rng.standard_normal(leaf.shape).astype(np.float32)
+
+    return jax.tree.map(noisy, params)
+
+
+def random_transformer(config: Any, seed: int = 0, scale: float = 0.1) -> Any:
+    """Return random parameters of a transformer of the sizes ``config``."""
+    return random_params(transformer.init(jax.random.key(seed), config), seed, scale)
+
+
+def tiny_workdir(folder: pathlib.Path, recipe: Recipe = RECIPE, examples: int = 24) -> pathlib.Path:
+    """Fill ``folder`` with random weights of every stage and random datasets of latents and trajectories.
+
+    No stage is trained, so this takes a second. Clips of pixels are not written.
+    """
+    for seed, stage in enumerate(("teacher", "causal", "init", "distill")):
+        config = recipe.teacher if stage in ("teacher", "causal") else recipe.student
+        store.save_params(stage_files.stage_path(folder, stage), random_transformer(config, seed, 0.05), {})
+    store.save_params(stage_files.stage_path(folder, "vae"), vae.init(jax.random.key(4), recipe.vae), {})
+    store.save_params(stage_files.stage_path(folder, "taehv"), taehv.init(jax.random.key(5), recipe.taehv), {})
+    rng = np.random.default_rng(0)
+    captions = digits.captions(recipe.data, "train")
+    states = len(recipe.diffusion.denoising_timesteps) + 1
+    for name, key, shape in (
+        ("latents", "latents", recipe.latent_shape),
+        ("trajectories", "trajectory", (states, *recipe.latent_shape)),
+    ):
+        rows = [
+            {key: rng.standard_normal(shape).astype(np.float16), "caption": captions[i % len(captions)]}
+            for i in range(examples)
+        ]
+        arrays.write_dataset(
+            folder / "data" / name,
+            name=name,
+            features=arrays.array_features(**{key: shape}),
+            chunks=1,
+            make_chunk=lambda _, rows=rows: rows,
+            identity={},
+            progress=False,
+        )
+    return folder
