@@ -19,7 +19,10 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["causvid_jax*", "configs*", "launch*"]),
+    # `launch` is for clones; what is installed is the package with the recipes inside and one program.
+    packages=[*find_packages(include=["causvid_jax*"]), "causvid_jax.configs"],
+    package_dir={"causvid_jax.configs": "configs"},
+    entry_points={"console_scripts": ["causvid = causvid_jax.cli:main"]},
     # The trained weights of the digits recipe.
     package_data={"causvid_jax": ["assets/*.safetensors", "assets/*/*.safetensors"]},
     python_requires=">=3.11",

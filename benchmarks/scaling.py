@@ -22,8 +22,8 @@ import sys
 import tempfile
 
 from causvid_jax.analysis import compile_report, flops, mesh_search, topology
+from causvid_jax.cli.common import load_recipe_file
 from causvid_jax.config import ParallelConfig, Recipe
-from launch.common import load_recipe_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECIPES = {

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from causvid_jax.analysis import sampling_memory
+from causvid_jax.cli.common import load_recipe_file
 from causvid_jax.models import transformer
 from causvid_jax.sampling import player
-from launch.common import load_recipe_file
 
 GIB = 2**30
 ROOT = pathlib.Path(__file__).parents[1]

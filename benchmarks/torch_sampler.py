@@ -24,9 +24,9 @@ import torch
 from torch_network import Student, load_ours, rotary
 
 from causvid_jax.analysis import bench_plan, bench_results, devices, flops
+from causvid_jax.cli import common
 from causvid_jax.config import CausalConfig, ConfigError, Recipe, TransformerConfig, require
 from causvid_jax.diffusion import flow
-from launch import common
 
 BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
 

@@ -1,22 +1,6 @@
-"""Draw the training curves: ``python -m launch.curves --workdir=runs/digits --output=curves.png``."""
+"""The same as ``causvid curves``."""
 
-from absl import flags
-
-from causvid_jax.config import require
-from causvid_jax.training import curves
-from launch import common
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the stages were trained.")
-_OUTPUT = flags.DEFINE_string("output", None, "The picture, a .png file.")
-
-
-def main() -> None:
-    """Check the flags, then draw."""
-    workdir = _WORKDIR.value or ""
-    require(workdir != "", "no --workdir is given; it must be the directory of a training")
-    path = common.check_output(_OUTPUT.value, (".png",))
-    print(f"{path}: {', '.join(curves.draw(workdir, path))}")
-
+from causvid_jax.cli import main
 
 if __name__ == "__main__":
-    common.run(main)
+    main("curves")

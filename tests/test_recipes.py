@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from causvid_jax.cli.common import load_recipe_file
 from causvid_jax.config import CLIPConfig, ConfigError
 from causvid_jax.data import digits
 from causvid_jax.diffusion import flow
 from causvid_jax.models import clip_vision, transformer, vae
 from causvid_jax.sampling import image_to_video
 from causvid_jax.text import encoder
-from launch.common import load_recipe_file
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 

@@ -133,7 +133,7 @@ def _require_clips(recipe: Recipe, what: str) -> None:
     require(
         recipe.data.name == "moving_digits",
         f"data.name is {recipe.data.name!r}; {what} is trained on 'moving_digits' only, published ones come through "
-        "launch.convert",
+        "causvid_jax.cli.convert",
     )
 
 

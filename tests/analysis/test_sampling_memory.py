@@ -6,8 +6,8 @@ import pathlib
 import pytest
 
 from causvid_jax.analysis import sampling_memory
+from causvid_jax.cli.common import load_recipe_file
 from causvid_jax.config import CLIPConfig, ConfigError
-from launch.common import load_recipe_file
 
 WAN = load_recipe_file(str(pathlib.Path(__file__).parents[2] / "configs" / "wan_1_3b.py"))
 # Of 1,418,996,800 parameters: what is no kernel of a rounded matmul. A layer has 6 D of modulation, 8 D of attention's

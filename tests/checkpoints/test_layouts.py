@@ -164,7 +164,7 @@ def test_heads_come_from_beside_the_weights_or_must_be_given(tiny, naming):
 
 def test_a_training_export_tells_its_sizes_by_its_recipe():
     """The trained weights that come with the package."""
-    from launch.common import load_recipe_file
+    from causvid_jax.cli.common import load_recipe_file
 
     root = pathlib.Path(__file__).parents[2]
     recipe = load_recipe_file(str(root / "configs" / "digits.py"))

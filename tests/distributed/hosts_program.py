@@ -85,7 +85,7 @@ def _happen(event):
 
 def _train(event, event_at):
     """The program, its steps slow once a signal is under way: hosts agree in a fraction of a second."""
-    from launch import common, train
+    from causvid_jax.cli import common, train
 
     original, done = loop.train, 0
 
@@ -111,7 +111,7 @@ if __name__ == "__main__":
     if what == "stages":
         _stages(*arguments)
     else:
-        from launch import train  # noqa: F401 (defines the flags)
+        from causvid_jax.cli import train  # noqa: F401 (defines the flags)
 
         sys.argv = ["launch.train", *arguments[2:]]
         _train(arguments[0], int(arguments[1]))

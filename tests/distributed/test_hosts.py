@@ -21,12 +21,12 @@ import pytest
 
 from causvid_jax.checkpoints import store
 from causvid_jax.checkpoints.workdir import stage_path
+from causvid_jax.cli import prepare
 from causvid_jax.config import DataConfig, Recipe, from_config_dict
 from causvid_jax.data import arrays, digits
 from causvid_jax.models import vae
 from causvid_jax.training import loop, stages
 from causvid_jax.training.metrics import read_metrics
-from launch import prepare
 from tests.programs import free_port, write_recipe
 
 PROGRAM = pathlib.Path(__file__).with_name("hosts_program.py")

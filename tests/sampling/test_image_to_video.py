@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from causvid_jax.cli.common import load_recipe_file
 from causvid_jax.config import ConfigError
 from causvid_jax.models import transformer, vae
 from causvid_jax.sampling import image_to_video
 from causvid_jax.text import tokenizer
-from launch.common import load_recipe_file
 
 sys.path.append("tests/golden")
 import make_image_to_video as golden

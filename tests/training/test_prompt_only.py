@@ -8,11 +8,11 @@ from test_stages import RECIPE
 
 from causvid_jax.checkpoints import store
 from causvid_jax.checkpoints import workdir as weight_files
+from causvid_jax.cli import prepare
 from causvid_jax.data import arrays, digits
 from causvid_jax.models import transformer, vae
 from causvid_jax.text import words
 from causvid_jax.training import stages
-from launch import prepare
 
 
 def test_distillation_by_self_rollout_reads_the_prompt_list(tmp_path):

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from causvid_jax.checkpoints import store
+from causvid_jax.cli import prepare
 from causvid_jax.config import ConfigError, DataConfig, Recipe, from_config_dict
 from causvid_jax.data import digits
 from causvid_jax.models import taehv, vae
 from causvid_jax.training import checkpoint, export, loop, stages
 from causvid_jax.training.metrics import read_metrics
-from launch import prepare
 
 WORDS = digits.vocabulary(DataConfig())
 NET = {

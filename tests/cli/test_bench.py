@@ -11,7 +11,7 @@ import json, sys
 from absl import flags
 from causvid_jax.config import ConfigError
 from causvid_jax.analysis import bench_sampler
-from launch import bench, common
+from causvid_jax.cli import bench, common
 
 def compute(*_, **__):
     raise AssertionError("computed")
@@ -19,7 +19,7 @@ bench_sampler.run = compute
 errors = []
 for arguments in json.load(sys.stdin):
     flags.FLAGS.unparse_flags()
-    for flag in flags.FLAGS.flags_by_module_dict()["launch.bench"]:
+    for flag in flags.FLAGS.flags_by_module_dict()["causvid_jax.cli.bench"]:
         flag.unparse()
     try:
         sys.argv = ["bench", *arguments]  # where overrides of the configuration are looked for

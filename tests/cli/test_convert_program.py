@@ -34,12 +34,12 @@ import contextlib, io, json, sys
 
 from absl import flags
 from causvid_jax.config import ConfigError
-from launch import common, convert
+from causvid_jax.cli import common, convert
 
 results = []
 for arguments in json.load(sys.stdin):
     flags.FLAGS.unparse_flags()
-    for flag in flags.FLAGS.flags_by_module_dict()["launch.convert"]:
+    for flag in flags.FLAGS.flags_by_module_dict()["causvid_jax.cli.convert"]:
         flag.unparse()
     printed, error = io.StringIO(), None
     with contextlib.redirect_stdout(printed):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from causvid_jax.checkpoints import store, workdir
+from causvid_jax.cli import common, prepare
 from causvid_jax.config import ConfigError, DataConfig, from_config_dict
 from causvid_jax.data import arrays, digits, moving_digits
 from causvid_jax.models import transformer, vae
-from launch import common, prepare
 from tests.programs import free_port, write_recipe
 
 SMALL = {

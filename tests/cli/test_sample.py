@@ -10,8 +10,8 @@ import pytest
 
 from causvid_jax import media
 from causvid_jax.checkpoints import store, workdir
+from causvid_jax.cli import common
 from causvid_jax.models import transformer, vae
-from launch import common
 
 RECIPE = """
 NETWORK = dict(dim=32, ffn_dim=48, num_heads=2, num_layers=1, in_channels=4, out_channels=4, text_dim=16,
@@ -35,7 +35,7 @@ import contextlib, io, json, sys
 
 from absl import flags
 from causvid_jax.config import ConfigError
-from launch import common, sample
+from causvid_jax.cli import common, sample
 
 common.enable_compilation_cache = lambda: None
 if sys.argv[1] == "0":
@@ -59,7 +59,7 @@ results = []
 for arguments in json.load(sys.stdin):
     sys.argv = ["sample", *arguments]  # where --config looks for the fields that are set beside it
     flags.FLAGS.unparse_flags()
-    for flag in flags.FLAGS.flags_by_module_dict()["launch.sample"]:
+    for flag in flags.FLAGS.flags_by_module_dict()["causvid_jax.cli.sample"]:
         flag.unparse()
     printed, error = io.StringIO(), None
     with contextlib.redirect_stdout(printed):

@@ -8,15 +8,15 @@ import sys
 import jax
 import pytest
 
+from causvid_jax.cli import common
 from causvid_jax.config import ConfigError
-from launch import common
 
 CACHE_DIR, CACHE_SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
 ROOT = pathlib.Path(__file__).parents[2]
 PROGRAM = """
 from absl import flags
 from causvid_jax.config import RunError
-from launch import common
+from causvid_jax.cli import common
 
 CONFIG = common.define_config_flag()
 MODE = flags.DEFINE_integer("mode", 0, "What to do.")

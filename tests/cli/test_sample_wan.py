@@ -21,12 +21,12 @@ from test_sample import ROOT, call, call_all
 from causvid_jax import media
 from causvid_jax.analysis import sampling_memory
 from causvid_jax.checkpoints import layouts, store, workdir
+from causvid_jax.cli import common
 from causvid_jax.config import CLIPConfig
 from causvid_jax.models import decoder, precision, transformer, umt5
 from causvid_jax.sampling import image_to_video, player
 from causvid_jax.text import encoder
 from causvid_jax.text.tokenizer import NEGATIVE_PROMPT
-from launch import common
 
 sys.path.append("tests/golden")
 import make_umt5
