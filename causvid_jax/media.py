@@ -38,6 +38,14 @@ def to_float(video: np.ndarray) -> np.ndarray:
     return np.asarray(video, np.float32) / 127.5 - 1.0
 
 
+def frame_rate(fps: float) -> Fraction:
+    """Return frames per second as a fraction; 23.976, 29.97 and 59.94 are 24000/1001, 30000/1001 and 60000/1001."""
+    whole = round(fps * 1.001)
+    if fps != round(fps) and whole and abs(fps * 1.001 - whole) < 1e-3:
+        return Fraction(1000 * whole, 1001)
+    return Fraction(fps).limit_denominator(1001)
+
+
 def check_output(path: str | pathlib.Path) -> pathlib.Path:
     """The output path, after proof that a file can be written there; its folder is created.
 
@@ -69,11 +77,11 @@ class VideoWriter:
         upscale: every pixel becomes a square of this many pixels, so that tiny videos can be seen.
     """
 
-    def __init__(self, path: str | pathlib.Path, fps: int, upscale: int = 1):
+    def __init__(self, path: str | pathlib.Path, fps: float, upscale: int = 1):
         require(fps > 0, f"fps is {fps}; it must be positive")
         require(upscale >= 1, f"upscale is {upscale}; it must be a whole number of at least 1")
         self.path = check_output(path)
-        self.fps, self.upscale, self.frames = fps, upscale, 0
+        self.fps, self.upscale, self.frames = frame_rate(fps), upscale, 0
         self._kind = self.path.suffix.lower()[1:]
         self._container = av.open(str(_partial(self.path)), "w", format=self._kind)
         self._stream: av.VideoStream | None = None
@@ -118,7 +126,7 @@ class VideoWriter:
             stream.pix_fmt = "yuv420p"
         stream.width, stream.height = width, height
         # GIF counts hundredths of a second: rounding every timestamp, not every duration, keeps the mean rate exact.
-        stream.codec_context.time_base = Fraction(1, 100 if self._kind == "gif" else self.fps)
+        stream.codec_context.time_base = Fraction(1, 100) if self._kind == "gif" else 1 / self.fps
         return stream
 
     def _timestamp(self, index: int) -> int:
@@ -134,14 +142,14 @@ class VideoWriter:
             self.discard()
 
 
-def write_video(path: str | pathlib.Path, frames: np.ndarray, fps: int, upscale: int = 1) -> None:
+def write_video(path: str | pathlib.Path, frames: np.ndarray, fps: float, upscale: int = 1) -> None:
     """Write uint8 ``[T, H, W, 3]`` to ``.mp4`` or ``.gif``."""
     with VideoWriter(path, fps, upscale) as out:
         out.append(frames)
 
 
 def read_video(
-    path: str | pathlib.Path, height: int, width: int, frames: int | None = None, fps: int | None = None
+    path: str | pathlib.Path, height: int, width: int, frames: int | None = None, fps: float | None = None
 ) -> np.ndarray:
     """uint8 ``[T, height, width, 3]``: every frame scaled to cover the size, then cropped at the centre.
 
@@ -160,7 +168,7 @@ def read_video(
 
 
 def iterate_frames(
-    path: str | pathlib.Path, height: int, width: int, fps: int | None = None, *, whole: bool = False
+    path: str | pathlib.Path, height: int, width: int, fps: float | None = None, *, whole: bool = False
 ) -> Iterator[np.ndarray]:
     """The frames of :func:`read_video`, uint8 ``[height, width, 3]``, one by one as they are decoded.
 

@@ -1,26 +1,29 @@
 """Wan2.1-T2V-1.3B: the published network as teacher, and the causal four-step student distilled from it.
 
-480 x 832 pixels, 81 frames, latents [21, 60, 104, 16], 3 latent frames a block. Sizes are the published ones; rates,
-betas, batch and update counts are Self-Forcing's, on one shift of 8 for every network (Self-Forcing trains its student
-on 5 beside a teacher on 8). ``launch.convert`` brings the teacher, the VAE and published students.
+480 x 832 pixels, 81 frames, latents [21, 60, 104, 16], 3 latent frames per block. Sizes are the published ones.
+Learning rates, betas, batch sizes and update counts are Self-Forcing's, with one shift of 8 for every network
+(Self-Forcing trains its student with a shift of 5 and a teacher with 8). Teacher, VAE and students are published.
 """
 
 import ml_collections
 
-from causvid_jax.models.vae import WAN_LATENT_MEAN, WAN_LATENT_STD
-from causvid_jax.text.tokenizer import NEGATIVE_PROMPT
+from causvid_jax.config import WAN_LATENT_MEAN, WAN_LATENT_STD, require
 
 SIZES = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}
 GUIDANCE = 6.0
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+"""The published negative prompt of Wan2.1, CausVid and Self-Forcing."""
 
 LARGE = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """The recipe as an ``ml_collections.ConfigDict``; ``teacher_14b``: judged by the 14B network, as Self-Forcing's is,
-    beside a fake score of the student's size."""
-    if variant not in ("", "teacher_14b"):
-        raise ValueError(f"the variant is {variant!r}; accepted: none, 'teacher_14b'")
+    """Return the recipe; ``teacher_14b`` has the 14B teacher and the 1.3B fake score of Self-Forcing."""
+    require(variant in ("", "teacher_14b"), f"wan_1_3b has no variant {variant!r}; accepted: none, 'teacher_14b'")
     config = recipe("wan_1_3b", SIZES, GUIDANCE)
     if variant:
         config.name = "wan_1_3b_teacher_14b"
@@ -31,7 +34,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 
 def recipe(name: str, sizes: dict[str, int], guidance: float) -> ml_collections.ConfigDict:
-    """The recipe of a Wan2.1 transformer of ``sizes``; ``guidance`` is the teacher's when it samples."""
+    """Return the recipe of a Wan2.1 transformer of ``sizes``; ``guidance`` is the teacher's guidance scale."""
     network = {
         "in_channels": 16,
         "out_channels": 16,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from causvid_jax.cli.common import load_recipe_file
-from causvid_jax.config import CLIPConfig, ConfigError
+from causvid_jax.config import WAN_LATENT_MEAN, WAN_LATENT_STD, CLIPConfig, ConfigError
 from causvid_jax.data import digits
 from causvid_jax.diffusion import flow
 from causvid_jax.models import clip_vision, transformer, vae
@@ -29,7 +29,7 @@ def test_published_recipes(name, parameters):
     for net in (recipe.teacher, recipe.student):
         assert count(transformer.abstract(net)) == parameters and net.head_dim == 128
     assert count(vae.abstract(recipe.vae)) == 126_892_531
-    assert (recipe.vae.latent_mean, recipe.vae.latent_std) == (vae.WAN_LATENT_MEAN, vae.WAN_LATENT_STD)
+    assert (recipe.vae.latent_mean, recipe.vae.latent_std) == (WAN_LATENT_MEAN, WAN_LATENT_STD)
     assert recipe.causal.block_sizes(recipe.video.latent_frames) == (3,) * 7
     np.testing.assert_allclose(flow.student_timesteps(recipe.diffusion), [1000, 960, 888.889, 727.273], atol=1e-3)
     latents = jax.ShapeDtypeStruct((1, 21, 60, 104, 16), jnp.float32)

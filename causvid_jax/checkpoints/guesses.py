@@ -18,8 +18,16 @@ from causvid_jax.checkpoints import clip_vision as clip_weights
 from causvid_jax.checkpoints import taehv as taehv_weights
 from causvid_jax.checkpoints import umt5 as umt5_weights
 from causvid_jax.checkpoints import wan_transformer
-from causvid_jax.config import CLIPConfig, ConfigError, TAEHVConfig, TransformerConfig, UMT5Config, VAEConfig
-from causvid_jax.models import vae as vae_model
+from causvid_jax.config import (
+    WAN_LATENT_MEAN,
+    WAN_LATENT_STD,
+    CLIPConfig,
+    ConfigError,
+    TAEHVConfig,
+    TransformerConfig,
+    UMT5Config,
+    VAEConfig,
+)
 
 NAMINGS = ("original", "diffusers", "causvid_jax")
 Shape = tuple[int, ...]
@@ -199,8 +207,8 @@ def vae(shapes: Shapes, naming: str, described: Described) -> VAEConfig:
         }
     mean, std = (described.get(f"latent{s}") or described.get(f"latents{s}") for s in ("_mean", "_std"))
     if not (isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == sizes["z_dim"]):
-        published = naming != "causvid_jax" and sizes["z_dim"] == len(vae_model.WAN_LATENT_MEAN)
-        mean, std = (vae_model.WAN_LATENT_MEAN, vae_model.WAN_LATENT_STD) if published else ((), ())
+        published = naming != "causvid_jax" and sizes["z_dim"] == len(WAN_LATENT_MEAN)
+        mean, std = (WAN_LATENT_MEAN, WAN_LATENT_STD) if published else ((), ())
     return VAEConfig(**sizes, latent_mean=tuple(mean), latent_std=tuple(std))
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import importlib.util
 import logging as python_logging
 import os
@@ -18,7 +17,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from causvid_jax.config import ConfigError, Recipe, RunError, check_renamed, from_config_dict, require
+from causvid_jax.config import ConfigError, Recipe, RunError, check_field, from_config_dict, require
 from causvid_jax.models import attention
 
 FAILED = 1
@@ -87,24 +86,7 @@ def check_overrides(arguments: Sequence[str], name: str = "config") -> None:
     for argument in arguments:
         match = re.match(rf"--?(?:no)?{name}\.([^=]*)", argument)
         if match:
-            _check_field(match.group(1))
-
-
-def _check_field(path: str) -> None:
-    check_renamed(path)
-    hint: Any = Recipe
-    parents: list[str] = []
-    for part in path.split("."):
-        require(
-            dataclasses.is_dataclass(hint), f"config field {path!r} does not exist: {'.'.join(parents)} is no group"
-        )
-        names = [field.name for field in dataclasses.fields(hint)]
-        if part not in names:
-            close = difflib.get_close_matches(part, names, n=1)
-            advice = f"did you mean {'.'.join([*parents, close[0]])!r}?" if close else f"accepted: {', '.join(names)}"
-            raise ConfigError(f"config field {path!r} does not exist; {advice}")
-        hint = typing.get_type_hints(hint)[part]
-        parents.append(part)
+            check_field(match.group(1))
 
 
 def _parse_flags(arguments: Sequence[str]) -> list[str]:

@@ -85,7 +85,7 @@ def show_stream(params: Params, recipe: Recipe, prompts: Sequence[str], blocks: 
     speed = len(part) / float(np.median(np.diff(times)))
     print(
         f"  {frames} frames, the first block after {times[0]:.1f} s (with compilation), then {speed:.0f} frames/s: "
-        f"{speed / recipe.video.fps:.1f} times real time ({recipe.video.fps} frames/s)",
+        f"{speed / recipe.video.fps:.1f} times real time ({recipe.video.fps:g} frames/s)",
         flush=True,
     )
 

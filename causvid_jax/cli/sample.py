@@ -357,6 +357,6 @@ def main() -> None:
     many = f" of each of {len(writers)} videos" if len(writers) > 1 else ""
     print(
         f"{timing.frames} frames{many} in {timing.total:.2f} s; {timing.fps:.1f} frames/s, "
-        f"{timing.fps / fps:.2f} times real time ({fps} frames/s)."
+        f"{timing.fps / fps:.2f} times real time ({fps:g} frames/s)."
     )
     print(f"Wrote {', '.join(str(path) for path in request.outputs)}")

@@ -1,14 +1,17 @@
-"""Frozen, validated configuration. ``ml_collections`` stops in this package.
+"""Frozen, validated configuration. Only this package knows ``ml_collections``.
 
-A recipe file under ``configs/`` returns an ``ml_collections.ConfigDict``; :func:`from_config_dict` turns it into a
-:class:`Recipe` of frozen, hashable dataclasses, which is what every other module sees and what ``jax.jit`` can take as
-a static argument. A field that does not exist, a value of the wrong type and a combination that cannot work are
-refused here, in one sentence, before any compute is spent.
+A recipe file under ``configs/`` returns an ``ml_collections.ConfigDict``. :func:`from_config_dict` turns it into a
+:class:`Recipe` of frozen, hashable dataclasses, which every other module uses and which ``jax.jit`` takes as a static
+argument. A field that does not exist, a value of the wrong type or out of bounds, and a combination that cannot work
+are refused here in one sentence, before any compute. This room imports no JAX.
 """
 
 from causvid_jax.config.errors import ConfigError, RunError, require
+from causvid_jax.config.fields import suggest
 from causvid_jax.config.model import (
     MESH_AXES,
+    WAN_LATENT_MEAN,
+    WAN_LATENT_STD,
     CausalConfig,
     CLIPConfig,
     ShardingRules,
@@ -22,7 +25,7 @@ from causvid_jax.config.model import (
 from causvid_jax.config.recipe import (
     ParallelConfig,
     Recipe,
-    check_renamed,
+    check_field,
     from_config_dict,
     from_json,
     nearest_divisors,
@@ -45,7 +48,10 @@ __all__ = [
     "ConfigError",
     "RunError",
     "require",
+    "suggest",
     "MESH_AXES",
+    "WAN_LATENT_MEAN",
+    "WAN_LATENT_STD",
     "VideoConfig",
     "TextConfig",
     "UMT5Config",
@@ -67,7 +73,7 @@ __all__ = [
     "VAEStageConfig",
     "ParallelConfig",
     "Recipe",
-    "check_renamed",
+    "check_field",
     "from_config_dict",
     "from_json",
     "nearest_divisors",

@@ -1,25 +1,15 @@
-"""Refusal of what cannot work, in one sentence."""
+"""Errors that a user reads: one sentence each."""
 
 
 class ConfigError(ValueError):
-    """A configuration or an input that cannot work; the message names the value and what would be accepted."""
+    """A configuration or an input cannot work; the message names the value and what is accepted."""
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on; the message says why, where it stopped and what would make it go on."""
+    """A run cannot continue; the message says why, where it stopped and what lets it continue."""
 
 
 def require(condition: object, message: str) -> None:
     """Raise :class:`ConfigError` with ``message`` unless ``condition`` holds."""
     if not condition:
         raise ConfigError(message)
-
-
-def check_dtype(owner: str, dtype: str) -> None:
-    """Refuse a compute type that is neither of the two there are."""
-    require(dtype in ("float32", "bfloat16"), f"{owner}.dtype is {dtype!r}; accepted: 'float32', 'bfloat16'")
-
-
-def check_fraction(name: str, value: float) -> None:
-    """Refuse a share outside 0 to 1."""
-    require(0 <= value <= 1, f"{name} is {value}; accepted: 0 to 1")

@@ -8,7 +8,7 @@ the latents of a video that shows the picture once and is grey after it, and a m
     x = concatenate([x_t, condition])   [B, F, h, w, 16 + 4 + 16]
     v = v(x, t, null prompt, rows) + g (v(x, t, prompt, rows) - v(x, t, null prompt, rows))
 
-The published null prompt of image to video is ``text.tokenizer.NEGATIVE_PROMPT_IMAGE``, its grid has a shift of 3 at
+The published null prompt of image to video is ``configs.wan_14b.NEGATIVE_PROMPT_IMAGE``, its grid has a shift of 3 at
 480p and of 5 at 720p, its solver is UniPC with 40 steps, its guidance 5.
 
 Source: Wan2.1, ``wan/image2video.py``.

@@ -70,13 +70,13 @@ def _export(name: str, recipe: Recipe, params: Callable[[Any], Any]) -> Callable
 
 def _phases(config: StageConfig, make: Callable[..., Any]) -> tuple[Phase, ...]:
     """The curriculum's stretches, then the main one; each reads the data in an order of its own."""
-    stretches = (*config.curriculum, (config.steps, config.frames, config.batch_size))
+    last = config.seed + len(config.curriculum)
     return tuple(
         Phase(
             end,
-            functools.partial(make, batch_size=batch_size, frames=frames, seed=config.seed + len(stretches) - i - 1),
+            functools.partial(make, batch_size=batch_size, frames=frames, seed=last - i),
         )
-        for i, (end, frames, batch_size) in enumerate(stretches)
+        for i, (end, frames, batch_size) in enumerate(config.stretches)
     )
 
 

@@ -17,8 +17,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from causvid_jax.checkpoints import convert, files, layouts, sources, store, wan_transformer, wan_vae, workdir
-from causvid_jax.config import ConfigError
-from causvid_jax.models import vae
+from causvid_jax.config import WAN_LATENT_MEAN, WAN_LATENT_STD, ConfigError
 
 ROOT = pathlib.Path(__file__).parents[2]
 PUBLISHED = ("original", "diffusers")
@@ -81,7 +80,7 @@ def test_a_published_vae_brings_the_published_statistics(tmp_path, save):
     state = {n: np.zeros(shape, np.float32) for n, shape in layouts.VAE.shapes(config, "original").items()}
     run(save(tmp_path / "Wan2.1_VAE.safetensors", state), tmp_path / "vae.safetensors", "causvid_jax")
     _, coder = workdir.load_vae(tmp_path / "vae.safetensors", config)
-    assert (coder.latent_mean, coder.latent_std) == (vae.WAN_LATENT_MEAN, vae.WAN_LATENT_STD)
+    assert (coder.latent_mean, coder.latent_std) == (WAN_LATENT_MEAN, WAN_LATENT_STD)
 
 
 def test_storage_types(tmp_path, save, tiny, states):

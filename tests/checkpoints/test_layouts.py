@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 
 from causvid_jax.checkpoints import files, layouts, sources, store
-from causvid_jax.config import CLIPConfig, ConfigError, TAEHVConfig, TransformerConfig, UMT5Config, VAEConfig
-from causvid_jax.models import vae
+from causvid_jax.config import (
+    WAN_LATENT_MEAN,
+    WAN_LATENT_STD,
+    CLIPConfig,
+    ConfigError,
+    TAEHVConfig,
+    TransformerConfig,
+    UMT5Config,
+    VAEConfig,
+)
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "names.json").read_text())
 SIZES = {
@@ -124,7 +132,7 @@ def test_published_vae(naming):
     published = expand(GOLDEN[f"VAE {naming}"])
     assert len(published) == 194
     match = layouts.detect(source_of(published))
-    statistics = {"latent_mean": vae.WAN_LATENT_MEAN, "latent_std": vae.WAN_LATENT_STD}
+    statistics = {"latent_mean": WAN_LATENT_MEAN, "latent_std": WAN_LATENT_STD}
     assert (match.naming, match.config, match.misfit) == (naming, VAEConfig(**statistics), "")
     assert match.parameters == 126_892_531
 
@@ -145,8 +153,8 @@ def test_sizes_of_a_vae_from_its_shapes(config, naming):
     assert match.config == VAEConfig(
         **{
             **vars(config),
-            "latent_mean": vae.WAN_LATENT_MEAN if published else (),
-            "latent_std": vae.WAN_LATENT_STD if published else (),
+            "latent_mean": WAN_LATENT_MEAN if published else (),
+            "latent_std": WAN_LATENT_STD if published else (),
         }
     )
 

@@ -26,7 +26,7 @@ from causvid_jax.config import CLIPConfig
 from causvid_jax.models import decoder, precision, transformer, umt5
 from causvid_jax.sampling import image_to_video, player
 from causvid_jax.text import encoder
-from causvid_jax.text.tokenizer import NEGATIVE_PROMPT
+from configs.wan_1_3b import NEGATIVE_PROMPT
 
 sys.path.append("tests/golden")
 import make_umt5

@@ -138,7 +138,7 @@ def check_pipeline(seed: int) -> None:
         tokenizer = prompts.load_tokenizer(path)
         theirs = PreTrainedTokenizerFast(tokenizer_file=str(path), pad_token="<pad>", eos_token="</s>")
         pipe = types.SimpleNamespace(tokenizer=theirs, text_encoder=model, _execution_device="cpu")
-        texts = [*PROMPTS, prompts.NEGATIVE_PROMPT]
+        texts = [*PROMPTS, NEGATIVE_PROMPT]
         assert [prompts.clean_prompt(t) for t in texts] == [pipeline_wan.prompt_clean(t) for t in texts]
         want = WanPipeline._get_t5_prompt_embeds(pipe, list(texts), max_sequence_length=length).detach().numpy()
         params = umt5_weights.from_published(state, config, "transformers")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from causvid_jax.checkpoints import wan_vae
-from causvid_jax.config import ConfigError, VAEConfig
+from causvid_jax.config import WAN_LATENT_MEAN, WAN_LATENT_STD, ConfigError, VAEConfig
 from causvid_jax.models import conv, vae
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -83,8 +83,8 @@ def test_normalisation():
     mean, normalised = both(small_params(), video(5))
     expected = (np.asarray(mean) - np.float32([0.1, 0.2, -0.3])) / np.float32([0.5, 2.0, 1.0])
     np.testing.assert_allclose(normalised, expected, rtol=1e-5, atol=1e-6)
-    assert len(vae.WAN_LATENT_MEAN) == len(vae.WAN_LATENT_STD) == VAEConfig().z_dim
-    assert (vae.WAN_LATENT_MEAN[0], vae.WAN_LATENT_STD[-1]) == (-0.7571, 1.9160)
+    assert len(WAN_LATENT_MEAN) == len(WAN_LATENT_STD) == VAEConfig().z_dim
+    assert (WAN_LATENT_MEAN[0], WAN_LATENT_STD[-1]) == (-0.7571, 1.9160)
 
 
 @pytest.mark.parametrize(("chunk", "chunks"), [(1, 6), (3, 6)])

@@ -12,7 +12,7 @@ from causvid_jax.cli.common import load_recipe_file
 from causvid_jax.config import ConfigError
 from causvid_jax.models import transformer, vae
 from causvid_jax.sampling import image_to_video
-from causvid_jax.text import tokenizer
+from configs.wan_14b import NEGATIVE_PROMPT_IMAGE
 
 sys.path.append("tests/golden")
 import make_image_to_video as golden
@@ -68,4 +68,4 @@ def test_refusals():
 
 
 def test_the_published_null_prompt():
-    assert tokenizer.NEGATIVE_PROMPT_IMAGE.startswith("镜头晃动，色调艳丽，过曝，静态，")
+    assert NEGATIVE_PROMPT_IMAGE.startswith("镜头晃动，色调艳丽，过曝，静态，")

@@ -12,6 +12,7 @@ from causvid_jax.config import ConfigError, UMT5Config
 from causvid_jax.models import umt5
 from causvid_jax.text import tokenizer as prompts
 from causvid_jax.text.prompt_cache import PromptCache
+from configs.wan_1_3b import NEGATIVE_PROMPT
 
 sys.path.append("tests/golden")
 import make_umt5 as golden
@@ -56,8 +57,8 @@ def test_clean_prompt(prompt, cleaned):
 
 
 def test_cleaning_is_stable_and_narrows_full_width_commas():
-    cleaned = prompts.clean_prompt(prompts.NEGATIVE_PROMPT)
-    assert cleaned == prompts.NEGATIVE_PROMPT.replace("，", ",") == prompts.clean_prompt(cleaned)
+    cleaned = prompts.clean_prompt(NEGATIVE_PROMPT)
+    assert cleaned == NEGATIVE_PROMPT.replace("，", ",") == prompts.clean_prompt(cleaned)
     assert len(cleaned.split(",")) == 28
 
 

@@ -29,7 +29,7 @@ class MovingDigitsConfig(tfds.core.BuilderConfig):
 
         The number of clips is no part of the name: clip i is the same in a small and in a large dataset.
         """
-        fixed = dataclasses.replace(data, train_clips=0, test_clips=0, prompts=0)
+        fixed = dataclasses.replace(data, train_clips=0, test_clips=0)
         fields = dataclasses.asdict(fixed)
         for name in ("mixture", "prompt_file"):  # what is read later decides no pixel
             del fields[name]

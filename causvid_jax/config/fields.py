@@ -1,0 +1,202 @@
+"""The one checker of configuration fields: types, closed choices (``Literal``) and bounds (``Annotated``).
+
+A field of a :class:`Config` says what it accepts in its annotation::
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    learning_rate: Annotated[float, Bounds(above=0)] = 1e-4
+
+:func:`convert` checks one value and :func:`build` a whole group; a refusal is one sentence with the field's path, the
+value and what is accepted.
+"""
+
+import dataclasses
+import difflib
+import math
+import numbers
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, ClassVar
+
+from causvid_jax.config.errors import ConfigError, require
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Limits of a number. ``least`` and ``most`` are accepted themselves, ``above`` and ``below`` are not.
+
+    ``multiple`` is for whole numbers. NaN and infinity are never accepted.
+    """
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    multiple: int = 1
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+            and (self.multiple == 1 or value % self.multiple == 0)
+        )
+
+    def __str__(self) -> str:
+        limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        parts = [f"{name} {limit:.10g}" for name, limit in limits.items() if limit is not None]
+        words = " and ".join(parts) or "finite numbers"
+        return words + (f", multiples of {self.multiple}" if self.multiple > 1 else "")
+
+
+LARGE = 10**9
+"""Upper limit of counts: beyond it a number is a slip of the keyboard."""
+
+Count = Annotated[int, Bounds(least=1, most=LARGE)]
+CountOrZero = Annotated[int, Bounds(least=0, most=LARGE)]
+Size = Annotated[int, Bounds(least=1, most=2**22)]
+Positive = Annotated[float, Bounds(above=0)]
+NotNegative = Annotated[float, Bounds(least=0)]
+Probability = Annotated[float, Bounds(least=0, most=1)]
+
+
+class Config:
+    """Base of the configuration dataclasses: every field is checked when one is made.
+
+    ``label`` is the group's name in refusals of a value that did not come through :func:`build`, which knows the path.
+    """
+
+    label: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for name, hint in field_types(type(self)).items():
+            value = getattr(self, name)
+            if dataclasses.is_dataclass(value):
+                continue
+            checked = convert(value, hint, join(self.label, name))
+            if checked is not value:
+                object.__setattr__(self, name, checked)
+
+
+def join(path: str, name: str) -> str:
+    """Return the dotted path of a field."""
+    return f"{path}.{name}" if path else name
+
+
+_TYPES: dict[type, dict[str, Any]] = {}
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """Return field name to annotation, bounds included."""
+    if cls not in _TYPES:
+        hints = typing.get_type_hints(cls, include_extras=True)
+        _TYPES[cls] = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return _TYPES[cls]
+
+
+def suggest(word: str, accepted: Iterable[str], prefix: str = "") -> str:
+    """Return ``did you mean 'x'?`` for the nearest accepted word, or ``accepted: ...`` if none is near.
+
+    ``prefix`` is put in front of the nearest word, for paths.
+    """
+    words = list(accepted)
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"did you mean {prefix + close[0]!r}?" if close else f"accepted: {', '.join(words)}"
+
+
+def convert(value: Any, hint: Any, path: str) -> Any:
+    """Return ``value`` as the type ``hint``.
+
+    Lists become tuples and whole numbers become floats where the type asks for them; nothing else is converted.
+
+    Raises:
+        ConfigError: another type, a choice that does not exist, or a number out of bounds.
+    """
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, typing.cast(type, hint)) else build(typing.cast(type, hint), value, path)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        number = convert(value, arguments[0], path)
+        for bounds in arguments[1:]:
+            require(number in bounds, f"{path} is {number!r}; accepted: {bounds}")
+        return number
+    if origin is typing.Literal:
+        known = isinstance(value, str) and value in arguments
+        require(known, f"{path} is {value!r}; accepted: {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple:
+        require(isinstance(value, (tuple, list)), f"{path} is {value!r}; it must be a sequence")
+        items = [arguments[0]] * len(value) if arguments[1:] == (Ellipsis,) else list(arguments)
+        require(len(items) == len(value), f"{path} has {len(value)} entries; it must have {len(items)}")
+        return tuple(convert(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, items, strict=True)))
+    if origin is types.UnionType or origin is typing.Union:
+        own = [choice for choice in arguments if choice is bool] if isinstance(value, bool) else []
+        return value if own else convert(value, next(choice for choice in arguments if choice is not bool), path)
+    if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return value if isinstance(value, float) else float(value)
+    if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return value if isinstance(value, int) else int(value)
+    require(
+        isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
+        f"{path} is {value!r}; it must be of type {getattr(hint, '__name__', hint)}",
+    )
+    return value
+
+
+def build(cls: type, values: Any, path: str = "", renamed: Mapping[str, str] | None = None) -> Any:
+    """Return the dataclass ``cls`` of a mapping of its fields.
+
+    Args:
+        cls: a :class:`Config`.
+        values: field name to value, groups as mappings.
+        path: of the group, "" for the whole recipe.
+        renamed: old path to the new name of its last part; an old field is refused with its new name.
+
+    Raises:
+        ConfigError: an unknown field, or a value that :func:`convert` refuses.
+    """
+    values = values.to_dict() if hasattr(values, "to_dict") else values
+    require(isinstance(values, Mapping), f"{path} is {values!r}; it must be a group of fields")
+    types_of = field_types(cls)
+    converted = {}
+    for name, value in values.items():
+        inner = join(path, name)
+        check_renamed(inner, renamed)
+        if name not in types_of:
+            raise ConfigError(f"config field {inner!r} does not exist; {suggest(name, types_of, join(path, ''))}")
+        hint = types_of[name]
+        if dataclasses.is_dataclass(hint):
+            converted[name] = build(typing.cast(type, hint), value, inner, renamed)
+        else:
+            converted[name] = convert(value, hint, inner)
+    return cls(**converted)
+
+
+def check_renamed(path: str, renamed: Mapping[str, str] | None) -> None:
+    """Refuse the old path of a field and name the new one."""
+    if renamed and path in renamed:
+        new = f"{path.rsplit('.', 1)[0]}.{renamed[path]}"
+        raise ConfigError(f"config field {path!r} was renamed; write {new!r}")
+
+
+def check_path(cls: type, path: str, renamed: Mapping[str, str] | None = None) -> None:
+    """Refuse a dotted path that is no field of the dataclass ``cls``, naming the nearest that is.
+
+    Raises:
+        ConfigError: a field that does not exist or was renamed.
+    """
+    check_renamed(path, renamed)
+    parents: list[str] = []
+    hint: Any = cls
+    for part in path.split("."):
+        require(
+            dataclasses.is_dataclass(hint), f"config field {path!r} does not exist: {'.'.join(parents)} is no group"
+        )
+        names = field_types(hint)
+        if part not in names:
+            prefix = "".join(f"{parent}." for parent in parents)
+            raise ConfigError(f"config field {path!r} does not exist; {suggest(part, names, prefix)}")
+        hint = names[part]
+        parents.append(part)
