@@ -92,7 +92,7 @@ def test_a_digest_tells_lists_apart():
     ("fields", "message"),
     [
         ({"name": "films"}, "data.name is 'films'; accepted: 'moving_digits', 'videos'"),
-        ({"mixture": (("a", 0.0),)}, "gives 'a' the weight 0.0"),
+        ({"mixture": (("a", 0.0),)}, "data.mixture\\[0\\]\\[1\\] is 0.0; accepted: above 0"),
         ({"mixture": (("a", 1.0), ("a", 2.0))}, "names a dataset twice: a, a"),
     ],
 )

@@ -105,5 +105,5 @@ def test_words_need_no_files():
 
 
 def test_an_encoder_of_another_width_is_refused():
-    with pytest.raises(ConfigError, match="umt5.dim is 4096; the text rows are text.dim = 16 wide"):
+    with pytest.raises(ConfigError, match="umt5.dim is 4096; text.dim is 16, and they must be equal"):
         dataclasses.replace(RECIPE, umt5=UMT5Config())
