@@ -7,6 +7,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "causvid_jax"
 ROOMS = (
     "config",
     "media",
+    "progress",
     "sharding",
     "distributed",
     "diffusion",
@@ -50,7 +51,7 @@ def test_every_room_has_a_floor():
     assert set(rooms()) <= set(ROOMS)
 
 
-REMAINING = {"evaluation -> training", "sampling -> analysis", "sampling -> evaluation", "sharding -> models"}
+REMAINING = {"sampling -> analysis", "sampling -> evaluation", "sharding -> models"}
 """Arrows back up that are still to be turned: nothing may be added."""
 
 

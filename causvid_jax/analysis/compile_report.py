@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from causvid_jax.analysis import hlo, training_memory
@@ -23,9 +22,9 @@ from causvid_jax.models.kv_cache import CACHE_AXES, TEXT_AXES
 from causvid_jax.sampling import stream
 from causvid_jax.sharding import constraints
 from causvid_jax.sharding.mesh import make_mesh, mesh_sizes
-from causvid_jax.sharding.params import abstract_tree
 from causvid_jax.sharding.placement import Placement, batch_sharding
-from causvid_jax.training import steps
+from causvid_jax.training import dmd, flow_matching, ode
+from causvid_jax.training.update import abstract_network, with_shardings
 
 STAGES = ("teacher", "init", "distill", "stream")
 
@@ -77,30 +76,38 @@ class Report:
         return self.peak <= self.limit * (1.0 if self.compiled else training_memory.MARGIN)
 
 
-def _placed(tree: Any, shardings: Any) -> Any:
-    """Shapes of ``tree`` that say where they lie."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
-def _network(spec: Any, shardings: Any) -> Any:
-    return _placed(abstract_tree(spec), shardings)
-
-
 def _training_program(recipe: Recipe, stage: str, place: Placement) -> tuple[Any, tuple[Any, ...]]:
-    """The jitted step and abstract arguments of a training stage."""
-    if stage == "distill":
-        null_text = np.zeros((recipe.text.length, recipe.text.dim), np.float32)
-        step = steps.distill_step(recipe, place, null_text)
-    else:
-        step = (steps.teacher_step if stage == "teacher" else steps.init_step)(recipe, place)
-    rules = recipe.student.rules
-    starts = [_network(spec, place.params(spec, rules)) for spec in step.starts]
-    state = _placed(jax.eval_shape(step.init, *starts), step.layout)
-    frozen = [_network(spec, place.params(spec, recipe.teacher.rules)) for spec in step.frozen]
+    """Return the train step of a stage, the one that the stage runs, and its abstract arguments."""
     assert place.mesh is not None
-    split = batch_sharding(place.mesh, place.rules, step.leading)
-    batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=split) for k, v in step.batch.items()}
-    return step.update, (state, *frozen, batch)
+    if stage == "distill":
+        optimizers = dmd.make_optimizers(recipe.train_distill)
+        student, critic, teacher = (
+            abstract_network(transformer.spec(net), place, net.rules)
+            for net in (recipe.student, recipe.fake_score, recipe.teacher)
+        )
+        init = functools.partial(dmd.init_state, optimizers=optimizers)
+        state = with_shardings(jax.eval_shape(init, student, critic), dmd.state_shardings(recipe, place, optimizers))
+        batch = _abstract_batch(dmd.batch_shapes(recipe), place, leading=1)
+        null_text = jax.ShapeDtypeStruct((recipe.text.length, recipe.text.dim), jnp.float32, sharding=place.whole())
+        return dmd.compiled_step(recipe, place), (state, teacher, batch, null_text)
+    if stage == "teacher":
+        net, step, shapes = (
+            recipe.teacher,
+            flow_matching.teacher_step(recipe, place),
+            flow_matching.batch_shapes(recipe),
+        )
+    else:
+        net, step, shapes = recipe.student, ode.init_step(recipe, place), ode.batch_shapes(recipe)
+    params = abstract_network(transformer.spec(net), place, net.rules)
+    state = with_shardings(jax.eval_shape(step.init, params), step.shardings)
+    return step.train_step, (state, _abstract_batch(shapes, place))
+
+
+def _abstract_batch(shapes: dict[str, jax.ShapeDtypeStruct], place: Placement, leading: int = 0) -> Any:
+    """Return a batch's shapes, split over the mesh; the batch axis comes after ``leading`` axes."""
+    assert place.mesh is not None
+    split = batch_sharding(place.mesh, place.rules, leading)
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split) for name, x in shapes.items()}
 
 
 def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, tuple[Any, ...]]:
@@ -110,7 +117,7 @@ def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, 
     spec = transformer.spec(net)
     params = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(net.dtype), sharding=x.sharding),
-        _network(spec, place.params(spec, net.rules)),
+        abstract_network(spec, place, net.rules),
     )
     mesh = place.mesh
     assert mesh is not None
@@ -124,10 +131,10 @@ def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, 
     capacity = None if causal.window else recipe.video.latent_frames
     begin = functools.partial(stream.first_state, config=recipe, capacity=capacity)
     state = jax.eval_shape(begin, {"student": params}, rows, seeds)
-    text = _placed(state.text, jax.tree.map(lambda x: split(x, TEXT_AXES), state.text))
+    text = with_shardings(state.text, jax.tree.map(lambda x: split(x, TEXT_AXES), state.text))
     where = jax.tree.map(lambda _: whole, state.cache)
     where = dataclasses.replace(where, k=split(state.cache.k, CACHE_AXES), v=split(state.cache.v, CACHE_AXES))
-    cache = _placed(state.cache, where)
+    cache = with_shardings(state.cache, where)
     k = causal.frames_per_block
     x = jax.ShapeDtypeStruct((batch, k, height, width, recipe.vae.z_dim), jnp.float32, sharding=streams)
     timestep = jax.ShapeDtypeStruct((batch, k), jnp.float32, sharding=streams)

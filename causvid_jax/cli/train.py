@@ -12,7 +12,7 @@ from absl import flags
 
 from causvid_jax.cli import common, processes
 from causvid_jax.config import require
-from causvid_jax.training import loop, stages
+from causvid_jax.training import stages
 
 _CONFIG = common.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the recipe keeps its data, weights and logs.")
@@ -28,10 +28,10 @@ def main() -> None:
     recipe = common.load_recipe(_CONFIG)
     name, workdir = _STAGE.value or "", _WORKDIR.value or ""
     require(workdir != "", "no --workdir is given; it must be a directory for data and weights")
-    require(name in stages.STAGES, f"--stage is {name!r}; accepted: {', '.join(stages.STAGES)}")
+    require(name in stages.TRAINERS, f"--stage is {name!r}; accepted: {', '.join(stages.TRAINERS)}")
     folder = common.writable_workdir(workdir)
     with processes.joined():
         processes.check({"stage": name, "config": dataclasses.asdict(recipe)}, folder)
         common.enable_compilation_cache()
         common.log_start(recipe)
-        loop.train(stages.make_stage(name, recipe, folder, _INIT_FROM.value), folder)
+        stages.train(name, recipe, folder, _INIT_FROM.value)

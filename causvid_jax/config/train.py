@@ -81,6 +81,8 @@ class OptimizerConfig(Config):
 
     ``kind`` is ``"adamw"`` or, for transformers, ``"muon"``: the kernels of the layers then take orthogonalised steps
     (``training.optimizers.make_optimizer``) and everything else AdamW's, with one ``learning_rate`` for both.
+    The EMA of the parameters is sampled and exported: ``ema = d ema + (1 - d) params`` with ``d = ema_decay`` from step
+    ``ema_start`` on. Before it the EMA is a copy of the parameters, so that it forgets the initialisation.
     """
 
     label: ClassVar[str] = "optimizer"
@@ -94,6 +96,7 @@ class OptimizerConfig(Config):
     weight_decay: NotNegative = 0.01
     clip_norm: Positive = 10.0
     ema_decay: EmaDecay = 0.0
+    ema_start: CountOrZero = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +107,8 @@ class StageConfig(Config):
     short clips can teach costs a fraction there. A stage with fewer ``steps`` than its curriculum ends within it
     (:attr:`stretches`). ``accumulate`` splits every batch into that many parts, one after another, for the memory of
     one.
+
+    Every ``sample_every`` steps ``samples`` clips are sampled and shown (0: none).
 
     A checkpoint is saved every ``save_every`` steps; the last ``keep`` stay, and those of every ``keep_every`` steps
     (0: none). An update is rejected if its loss or gradient is not finite, or if its loss is above ``bad_loss_factor``
@@ -122,7 +127,7 @@ class StageConfig(Config):
     seed: CountOrZero = 0
     log_every: Count = 50
     sample_every: Count = 1000
-    samples: Count = 16
+    samples: CountOrZero = 16
     save_every: Count = 500
     keep: Count = 2
     keep_every: CountOrZero = 0

@@ -44,11 +44,11 @@ def dmd_gradient(x0: jax.Array, fake_x0: jax.Array, real_x0: jax.Array) -> jax.A
     return jnp.where(jnp.isfinite(gradient), gradient, 0.0)
 
 
-def _mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Mean over all elements, or over those that ``mask`` (``[B, F]``, nonzero selects) selects; 0 if none is."""
+def masked_mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Return the mean over all elements, or over the frames where ``mask`` (bool ``[B, F]``) is True; 0 if none is."""
     if mask is None:
         return jnp.mean(values)
-    weight = jnp.broadcast_to(flow.expand(mask, values), values.shape)
+    weight = jnp.broadcast_to(flow.expand(mask.astype(jnp.float32), values), values.shape)
     return jnp.sum(weight * values) / jnp.maximum(jnp.sum(weight), 1.0)
 
 
@@ -75,7 +75,7 @@ def generator_loss(
       fake: the fake score, likewise; never guided.
       diffusion: the grid.
       distill: ``guidance`` and the timestep range.
-      mask: ``[B, F]``, 1 for the frames that count; all of them by default.
+      mask: bool ``[B, F]``, True for the frames that count; all of them by default.
 
     Returns:
       The scalar loss and metrics: loss, mean absolute gradient, and mean timestep.
@@ -94,8 +94,8 @@ def generator_loss(
     gradient = jax.lax.stop_gradient(dmd_gradient(x, fake_x0, real_x0))  # ... nor are the scores' parameters
 
     # x0 - x is exactly zero: x - stopgrad(x - gradient) without its rounding (the published code takes float64).
-    loss = 0.5 * _mean(jnp.square((x0 - x) + gradient), mask)
-    metrics = {"loss": loss, "gradient": _mean(jnp.abs(gradient), mask), "timestep": jnp.mean(timestep)}
+    loss = 0.5 * masked_mean(jnp.square((x0 - x) + gradient), mask)
+    metrics = {"loss": loss, "gradient": masked_mean(jnp.abs(gradient), mask), "timestep": jnp.mean(timestep)}
     return loss, metrics
 
 
@@ -118,5 +118,5 @@ def critic_loss(
     timestep = score_timesteps(time_key, x.shape[0], x.shape[1], diffusion, distill)
     noise = jax.random.normal(noise_key, x.shape)
     velocity = fake(flow.add_noise(x, noise, flow.sigma_from_timestep(timestep)), timestep, text)
-    loss = _mean(jnp.square(velocity.astype(jnp.float32) - flow.velocity_from(x, noise)), mask)
+    loss = masked_mean(jnp.square(velocity.astype(jnp.float32) - flow.velocity_from(x, noise)), mask)
     return loss, {"loss": loss}

@@ -1,15 +1,15 @@
-"""What the student is trained on: two ways to an output x0 that the scores then judge.
+"""Produce the student's x0 that distribution matching is applied to, in one of two ways.
 
-``data``: the paper's. Every block of a real clip is noised to a random student timestep and all are denoised in one
-block-causal pass, so that earlier blocks, as noisy as they are, are the context of later ones.
+``data_rollout`` (the paper, section 4.2): every block of a real clip is noised to a random denoising timestep, and all
+blocks are denoised in one block-causal pass. Earlier blocks, as noisy as they are, are the context of later ones.
 
-``self``: the student's own rollout, block by block through its cache, exactly as it will stream (Self-Forcing, arXiv
-2506.08009). The denoising stops at a random step, and only that step is differentiated. Cached context is a constant:
-no gradient reaches an earlier block, neither its output nor the parameters' part in its keys and values. (In the
-published Self-Forcing code one does, through the keys and values of the exit step.)
+``self_rollout`` (Self-Forcing, arXiv 2506.08009): the student generates block by block through its KV cache, exactly as
+it will stream. Denoising stops at a random step, and only that step is differentiated. Cached context is a constant: no
+gradient reaches an earlier block through its keys and values. (In the published Self-Forcing code one does.)
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,36 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from causvid_jax.config import CausalConfig, require
+from causvid_jax.config import CausalConfig, TransformerConfig, require
 from causvid_jax.diffusion import flow
 from causvid_jax.distill.ode_regression import BlockCausalFn, sample_block_steps
+from causvid_jax.models import kv_cache, transformer
+from causvid_jax.models.kv_cache import KVCache, TextCache
 
-
-@dataclasses.dataclass(frozen=True)
-class StudentFunctions:
-    """The cached reading of the student, as the self rollout needs it.
-
-    Attributes:
-      init_cache: ``(batch) -> cache``, empty.
-      cached: ``(params, x [B, K, h, w, C], timestep [B, K], text_cache, cache) -> (velocity, cache)``, which writes
-        the block to the cache without moving on.
-      advance: ``(cache, frames) -> cache``, which moves on.
-      encode_text: ``(params, text) -> text_cache``, the cross-attention keys and values.
-      overwritten: ``(cache, frames) -> replaced``, what the next block of ``frames`` frames will replace.
-      undo: ``(cache, replaced, frames) -> cache``, as it was before its last block.
-    """
-
-    init_cache: Callable[[int], Any]
-    cached: Callable[[Any, jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]]
-    advance: Callable[[Any, int], Any]
-    encode_text: Callable[[Any, jax.Array], Any]
-    overwritten: Callable[[Any, int], Any]
-    undo: Callable[[Any, Any, int], Any]
+Params = Any
 
 
 def data_rollout(
     velocity_fn: BlockCausalFn,
-    params: Any,
+    params: Params,
     latents: jax.Array,
     text: jax.Array,
     key: jax.Array,
@@ -56,20 +38,21 @@ def data_rollout(
     block_sizes: Sequence[int],
     include_clean: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """The student's x0 from real latents, noised per block to its own timesteps, in one block-causal pass.
+    """Return the student's x0 of real latents, noised per block, in one block-causal pass.
 
     Args:
       velocity_fn: ``(params, x, timestep [B, F], text) -> velocity``.
       params: the student's parameters.
       latents: real latents, ``[B, F, h, w, C]``.
-      text: ``[B, S, E]``.
+      text: prompt embeddings, ``[B, S, E]``.
       key: draws one step per sample and block, and the noise.
       timesteps: the student's timesteps, ``flow.student_timesteps``.
       block_sizes: frames of each block, adding up to F.
       include_clean: also draw t = 0; such a block comes back as it is and carries no gradient.
 
     Returns:
-      x0 ``[B, F, h, w, C]`` and the timestep ``[B, F]`` of each frame (0: clean context, to be masked out of the loss).
+      x0 ``[B, F, h, w, C]``, and bool ``[B, F]``: True for frames that were noised, False for clean context, which is
+      masked out of the loss.
     """
     batch, frames = latents.shape[:2]
     require(sum(block_sizes) == frames, f"blocks {tuple(block_sizes)} do not add up to {frames} latent frames")
@@ -79,136 +62,220 @@ def data_rollout(
     sigma = flow.sigma_from_timestep(timestep)
     x_t = flow.add_noise(latents, jax.random.normal(noise_key, latents.shape), sigma)
     velocity = velocity_fn(params, x_t, timestep, text)
-    return flow.x0_from_velocity(x_t, velocity.astype(jnp.float32), sigma), timestep
+    return flow.x0_from_velocity(x_t, velocity.astype(jnp.float32), sigma), timestep > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """The static settings of a self rollout.
+
+    Attributes:
+      network: the student.
+      causal: block structure, window and context pass.
+      timesteps: the Q denoising timesteps, ``flow.student_timesteps``.
+    """
+
+    network: TransformerConfig
+    causal: CausalConfig
+    timesteps: tuple[float, ...]
+
+
+def predict_x0(
+    rollout: Rollout, params: Params, text_cache: TextCache, x: jax.Array, step: jax.Array | int, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """Return ``x0 = x - sigma v(x, t_step)`` of one block ``[B, K, h, w, C]``, and the cache with the block written."""
+    timestep = jnp.asarray(np.asarray(rollout.timesteps, np.float32))[step]
+    velocity, cache = transformer.cached(
+        params,
+        x,
+        jnp.full(x.shape[:2], timestep),
+        text_cache,
+        cache,
+        config=rollout.network,
+        causal=rollout.causal,
+    )
+    return flow.x0_from_velocity(x, velocity.astype(jnp.float32), flow.sigma_from_timestep(timestep)), cache
+
+
+def write_context(rollout: Rollout, params: Params, text_cache: TextCache, x0: jax.Array, cache: KVCache) -> KVCache:
+    """Write a finished block to the cache at ``causal.context_noise``."""
+    timestep = jnp.full(x0.shape[:2], rollout.causal.context_noise, jnp.float32)
+    _, cache = transformer.cached(
+        params, x0, timestep, text_cache, cache, config=rollout.network, causal=rollout.causal
+    )
+    return cache
+
+
+def generate_block(
+    rollout: Rollout,
+    params: Params,
+    text_cache: TextCache,
+    cache: KVCache,
+    key: jax.Array,
+    exit_step: jax.Array | int,
+    shape: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array, KVCache]:
+    """Denoise one block of ``shape`` from noise to the exit step, and move the cache on.
+
+    Returns:
+      The clean estimate x0, the noisy input of the exit step, and the cache after the block.
+    """
+
+    def noise(step: jax.Array | int) -> jax.Array:
+        return jax.random.normal(jax.random.fold_in(key, step), shape)
+
+    def denoise(step: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
+        x0, cache = predict_x0(rollout, params, text_cache, carry[0], step, carry[1])
+        timesteps = jnp.asarray(np.asarray(rollout.timesteps, np.float32))
+        return flow.add_noise(x0, noise(step + 1), flow.sigma_from_timestep(timesteps[step + 1])), cache
+
+    # The number of passes is known at run time only, so that none is wasted.
+    x, cache = jax.lax.fori_loop(0, exit_step, denoise, (noise(0), cache))
+    x0, cache = predict_x0(rollout, params, text_cache, x, exit_step, cache)
+    if rollout.causal.context_pass:
+        cache = write_context(rollout, params, text_cache, x0, cache)
+    return x0, x, kv_cache.advance(cache, shape[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def generate_blocks(
+    rollout: Rollout,
+    shape: tuple[int, ...],
+    params: Params,
+    text_cache: TextCache,
+    cache: KVCache,
+    indices: jax.Array,
+    key: jax.Array,
+    exit_step: jax.Array | int,
+) -> tuple[jax.Array, KVCache]:
+    """Generate the blocks ``indices`` of one ``shape`` (B, K, h, w, C), one after the other: ``lax.scan``.
+
+    Differentiable by ``params`` and ``text_cache``, through the exit step of each block alone. The backward pass goes
+    from the last block to the first, repeats each exit step, and undoes the writes to the cache block by block. So one
+    cache is kept, not one per block (5.6 GiB each at 1.3B).
+
+    Returns:
+      x0 ``[n, B, K, h, w, C]`` and the cache after the last block.
+    """
+    return _generate_blocks_forward(rollout, shape, params, text_cache, cache, indices, key, exit_step)[0]
+
+
+def _generate_blocks_forward(
+    rollout: Rollout,
+    shape: tuple[int, ...],
+    params: Params,
+    text_cache: TextCache,
+    cache: KVCache,
+    indices: jax.Array,
+    key: jax.Array,
+    exit_step: jax.Array | int,
+) -> tuple[tuple[jax.Array, KVCache], tuple[Any, ...]]:
+    def block(cache: KVCache, index: jax.Array) -> tuple[KVCache, tuple[jax.Array, jax.Array, Any]]:
+        replaced = kv_cache.overwritten(cache, shape[1], rollout.causal)
+        block_key = jax.random.fold_in(key, index)
+        x0, x, cache = generate_block(rollout, params, text_cache, cache, block_key, exit_step, shape)
+        return cache, (x0, x, replaced)
+
+    cache, (x0, x, replaced) = jax.lax.scan(block, cache, indices)
+    return (x0, cache), (params, text_cache, cache, exit_step, x, replaced)
+
+
+def _generate_blocks_backward(
+    rollout: Rollout, shape: tuple[int, ...], residuals: tuple[Any, ...], cotangents: tuple[jax.Array, KVCache]
+) -> tuple[Any, ...]:
+    params, text_cache, cache, exit_step, x, replaced = residuals
+    # The context is a constant: the cotangent of the cache is dropped.
+    x0_cotangent, _ = cotangents
+
+    def block(carry: tuple[KVCache, Any], inputs: tuple[jax.Array, Any, jax.Array]) -> tuple[tuple[KVCache, Any], None]:
+        cache, total = carry
+        x, replaced, cotangent = inputs
+        cache = kv_cache.undo(cache, replaced, shape[1], rollout.causal)
+        _, pull = jax.vjp(lambda p, t: predict_x0(rollout, p, t, x, exit_step, cache)[0], params, text_cache)
+        return (cache, jax.tree.map(jnp.add, total, pull(cotangent))), None
+
+    zero = jax.tree.map(jnp.zeros_like, (params, text_cache))
+    (_, gradient), _ = jax.lax.scan(block, (cache, zero), (x, replaced, x0_cotangent), reverse=True)
+    return (*gradient, None, None, None, None)
+
+
+generate_blocks.defvjp(_generate_blocks_forward, _generate_blocks_backward)
+
+
+def fill_context(
+    rollout: Rollout, params: Params, text_cache: TextCache, context: jax.Array, cache: KVCache
+) -> KVCache:
+    """Write clean latents ``[B, P, h, w, C]``, P whole blocks, to the cache, as a stream does after a prompt switch."""
+    size = rollout.causal.frames_per_block
+    require(
+        context.shape[1] % size == 0,
+        f"the context has {context.shape[1]} latent frames; it must have a multiple of {size}",
+    )
+    params, text_cache = jax.lax.stop_gradient((params, text_cache))
+
+    def write(cache: KVCache, latents: jax.Array) -> tuple[KVCache, None]:
+        return kv_cache.advance(write_context(rollout, params, text_cache, latents, cache), size), None
+
+    blocks = rearrange(context, "b (n k) h w c -> n b k h w c", k=size)
+    return jax.lax.scan(write, cache, blocks)[0]
 
 
 def self_rollout(
-    functions: StudentFunctions,
-    params: Any,
+    rollout: Rollout,
+    params: Params,
     text: jax.Array,
     key: jax.Array,
     *,
     shape: tuple[int, int, int, int, int],
-    timesteps: Sequence[float],
-    causal: CausalConfig,
     exit_step: jax.Array | int | None = None,
-    past: jax.Array | None = None,
-    past_shown: jax.Array | bool = True,
+    context: jax.Array | None = None,
+    has_context: jax.Array | bool = True,
 ) -> jax.Array:
-    """The student's own rollout, each block stopped at the same random step, which alone carries a gradient.
+    """Return the student's own rollout; every block stops at the same random step, which alone carries a gradient.
 
     Block i starts from noise that depends on ``(key, i)`` only. Step j predicts ``x0 = x - sigma_j v`` and, before the
-    exit, renoises it afresh, ``x = (1 - sigma_{j+1}) x0 + sigma_{j+1} noise``. The finished x0 is then written to the
-    cache by one more pass, as it is, at ``causal.context_noise`` (unless ``causal.context_pass`` is off: then the
-    keys and values of the exit step stay), and the next block sees it as a constant.
-
-    One ``lax.scan`` over the blocks; the steps before the exit are a loop whose length is known at run time only, so
-    that no pass is wasted. The backward pass goes through the blocks from the last to the first, does each exit step
-    again and takes the cache back block by block: one cache is kept, not one a block (5.6 GiB each at 1.3B).
+    exit, adds fresh noise, ``x = (1 - sigma_{j+1}) x0 + sigma_{j+1} noise``. One more pass writes the finished x0 to
+    the cache at ``causal.context_noise``, and the next block attends to it as a constant. With ``causal.context_pass``
+    off the keys and values of the exit step stay instead.
 
     Args:
-      functions: the student's cached reading.
-      params: its parameters.
-      text: ``[B, S, E]``.
+      rollout: network, block structure, timesteps.
+      params: the student's parameters.
+      text: prompt embeddings, ``[B, S, E]``.
       key: draws the exit step (one for the batch and all blocks) and every noise.
-      shape: ``(B, F, h, w, C)`` of the clip.
-      timesteps: the Q student timesteps.
-      causal: the block structure, which must fit F.
-      exit_step: index into ``timesteps`` instead of a drawn one; Q - 1 is the whole chain.
-      past: clean latents ``[B, P, h, w, C]``, P whole blocks, that the rollout goes on from: they are written to the
-        cache first, under ``text``, as a stream does after a prompt switch (``sampling.stream.recompute_context``).
-      past_shown: bool scalar; False starts from nothing in spite of ``past``, in the same program.
+      shape: ``(B, F, h, w, C)`` of the clip; the blocks must fit F.
+      exit_step: index into the timesteps instead of a drawn one; Q - 1 is the whole chain.
+      context: clean latents ``[B, P, h, w, C]``, P whole blocks, that the rollout continues.
+      has_context: bool scalar; False ignores ``context`` in the same compiled program.
 
     Returns:
       x0, ``[B, F, h, w, C]`` float32.
+
+    Raises:
+      ConfigError: a length or a context that the blocks do not fit.
     """
-    batch, frames, *spatial = shape
-    sizes = causal.block_sizes(frames)
-    table = np.asarray(timesteps, np.float32)  # a constant: what differentiates by hand must not close over arrays
+    batch, frames, height, width, _ = shape
+    sizes, steps = rollout.causal.block_sizes(frames), len(rollout.timesteps)
     exit_key, noise_key = jax.random.split(key)
     if exit_step is None:
-        exit_step = jax.random.randint(exit_key, (), 0, len(timesteps))
-
-    text_cache = functions.encode_text(params, text)
-
-    def predict(params, text_cache, x, step, cache):
-        level = jnp.asarray(table)[step]
-        velocity, cache = functions.cached(params, x, jnp.full(x.shape[:2], level), text_cache, cache)
-        return flow.x0_from_velocity(x, velocity.astype(jnp.float32), flow.sigma_from_timestep(level)), cache
-
-    def blocks_of(size):
-        """``(params, text_cache, cache, indices, noise_key, exit_step) -> (x0 [n, B, K, ...], cache)`` for n blocks of
-        ``size`` frames, differentiable by the first two."""
-
-        def forward(params, text_cache, cache, indices, noise_key, exit_step):
-            def block(cache, index):
-                block_key = jax.random.fold_in(noise_key, index)
-                replaced = functions.overwritten(cache, size)
-
-                def noise(step):
-                    return jax.random.normal(jax.random.fold_in(block_key, step), (batch, size, *spatial))
-
-                def denoise(step, carry):
-                    x, cache = carry
-                    x0, cache = predict(params, text_cache, x, step, cache)
-                    sigma = flow.sigma_from_timestep(jnp.asarray(table)[step + 1])
-                    return flow.add_noise(x0, noise(step + 1), sigma), cache
-
-                x, cache = jax.lax.fori_loop(0, exit_step, denoise, (noise(0), cache))
-                x0, cache = predict(params, text_cache, x, exit_step, cache)
-                if causal.context_pass:
-                    context = jnp.full(x.shape[:2], causal.context_noise, jnp.float32)
-                    _, cache = functions.cached(params, x0, context, text_cache, cache)
-                return functions.advance(cache, size), (x0, x, replaced)
-
-            cache, (x0, x, replaced) = jax.lax.scan(block, cache, indices)
-            return (x0, cache), (params, text_cache, cache, exit_step, x, replaced)
-
-        def backward(kept, cotangents):
-            params, text_cache, cache, exit_step, x, replaced = kept
-            cotangent, _ = cotangents  # the context is a constant: nothing comes back through the cache
-
-            def block(carry, inputs):
-                cache, total = carry
-                x, replaced, cotangent = inputs
-                cache = functions.undo(cache, replaced, size)
-                _, pull = jax.vjp(lambda *trained: predict(*trained, x, exit_step, cache)[0], params, text_cache)
-                return (cache, jax.tree.map(jnp.add, total, pull(cotangent))), None
-
-            zero = jax.tree.map(jnp.zeros_like, (params, text_cache))
-            (_, gradient), _ = jax.lax.scan(block, (cache, zero), (x, replaced, cotangent), reverse=True)
-            return (*gradient, None, None, None, None)
-
-        blocks = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
-        blocks.defvjp(forward, backward)
-        return blocks
-
-    def show(past, cache):
-        """The cache with ``past`` in it."""
-        constant = jax.lax.stop_gradient((params, text_cache))
-
-        def write(cache, latents):
-            context = jnp.full(latents.shape[:2], causal.context_noise, jnp.float32)
-            _, cache = functions.cached(constant[0], latents, context, constant[1], cache)
-            return functions.advance(cache, causal.frames_per_block), None
-
-        blocks = rearrange(past, "b (n k) h w c -> n b k h w c", k=causal.frames_per_block)
-        return jax.lax.scan(write, cache, blocks)[0]
-
-    cache = functions.init_cache(batch)
-    if past is not None:
-        require(
-            past.shape[1] % causal.frames_per_block == 0,
-            f"the past has {past.shape[1]} latent frames; it must have a multiple of {causal.frames_per_block}",
-        )
-        cache = jax.lax.cond(past_shown, show, lambda _, cache: cache, past, cache)
-        cache = jax.lax.stop_gradient(cache)
+        exit_step = jax.random.randint(exit_key, (), 0, steps)
+    text_cache = transformer.encode_text(params, text, config=rollout.network)
+    cache = transformer.init_cache(
+        rollout.network, rollout.causal, batch=batch, height=height, width=width, frames=frames
+    )
+    if context is not None:
+        filled: Callable[[KVCache], KVCache] = functools.partial(fill_context, rollout, params, text_cache, context)
+        cache = jax.lax.stop_gradient(jax.lax.cond(has_context, filled, lambda cache: cache, cache))
     parts, start = [], 0
-    first = int(sizes[0] != causal.frames_per_block)  # an independent first frame: a scan needs blocks of one size
-    for size, count in ((sizes[0], first), (causal.frames_per_block, len(sizes) - first)):
+    # A scan needs blocks of one size, so an independent first frame is generated by a scan of its own.
+    first = int(sizes[0] != rollout.causal.frames_per_block)
+    for size, count in ((sizes[0], first), (rollout.causal.frames_per_block, len(sizes) - first)):
         if count:
             indices = jnp.arange(start, start + count)
-            blocks, cache = blocks_of(size)(params, text_cache, cache, indices, noise_key, exit_step)
+            block_shape = (batch, size, *shape[2:])
+            blocks, cache = generate_blocks(
+                rollout, block_shape, params, text_cache, cache, indices, noise_key, exit_step
+            )
             cache, start = jax.lax.stop_gradient(cache), start + count
-            parts.append(jnp.moveaxis(blocks, 0, 1).reshape(batch, -1, *spatial))  # [n, B, K, ...] -> [B, n K, ...]
+            parts.append(rearrange(blocks, "n b k h w c -> b (n k) h w c"))
     return jnp.concatenate(parts, axis=1)

@@ -19,7 +19,7 @@ from causvid_jax.config import Recipe, require
 from causvid_jax.data import digits
 from causvid_jax.evaluation import classifier as judging
 from causvid_jax.evaluation import metrics
-from causvid_jax.training.progress import Progress
+from causvid_jax.progress import Progress
 
 Switch = tuple[int, Sequence[str]]
 

@@ -8,6 +8,7 @@ v1 interface still moves.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -121,9 +122,6 @@ class Checkpoints:
         if self.last is None:
             return None
         fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-        described: Any = ocp.checkpointables_metadata(self._folder / str(self.last)).metadata["state"]
-        if "watch" not in described:
-            fields.pop("watch", None)  # made before there was one: nothing has been seen yet
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fields)
         jax.tree.map(lambda x: x.delete(), fields)
         try:
@@ -202,7 +200,7 @@ def read(folder: str | os.PathLike, part: str, step: int | None = None) -> tuple
 
     Args:
         folder: of the run's checkpoints.
-        part: the field's name, for example ``"ema"``.
+        part: path of the field, for example ``"network.ema"``.
         step: of the checkpoint; None takes the newest that is whole.
 
     Raises:
@@ -221,11 +219,16 @@ def read(folder: str | os.PathLike, part: str, step: int | None = None) -> tuple
         why = checksums.problem(path)
         require(why is None, f"checkpoint {step} in {folder} is damaged: {why}")
     described: Any = ocp.checkpointables_metadata(path).metadata["state"]
-    require(part in described, f"checkpoint {step} in {folder} has no {part}; it has {', '.join(described)}")
-    wanted = {name: jax.tree.map(lambda _: ocp.PLACEHOLDER, tree) for name, tree in described.items()}
-    wanted[part] = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), described[part])
+    wanted = jax.tree.map(lambda _: ocp.PLACEHOLDER, described)
+    *parents, name = part.split(".")
+    branch, chosen = described, wanted
+    for parent in parents:
+        branch, chosen = branch.get(parent, {}), chosen.get(parent, {})
+    require(name in branch, f"checkpoint {step} in {folder} has no {part}; it has {', '.join(branch or described)}")
+    chosen[name] = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), branch[name])
     loaded: Any = ocp.load_checkpointables(path, {"state": wanted, "progress": None})
-    return step, loaded["state"][part], json.loads(loaded["progress"]["json"])
+    tree = functools.reduce(lambda tree, key: tree[key], part.split("."), loaded["state"])
+    return step, tree, json.loads(loaded["progress"]["json"])
 
 
 def storage_failure(error: BaseException) -> str | None:

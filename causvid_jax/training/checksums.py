@@ -91,7 +91,10 @@ def problem(folder: str | os.PathLike, process: int = 0, processes: int = 1) -> 
             return f"{name} is missing"
         if have[name] != size:
             return f"{name} is {have[name]} bytes instead of {size}"
-    pieces = [piece for piece in _pieces(sizes, process, processes) if piece in expected]
+    # A damaged name or number in the manifest must not leave a piece unchecked.
+    if set(expected) != set(_pieces(sizes, 0, 1)):
+        return "the checksums do not cover every file"
+    pieces = _pieces(sizes, process, processes)
     for (name, i), digest in zip(pieces, _digests(folder, pieces), strict=True):
         if digest != expected[name, i]:
             return f"{name} has changed"

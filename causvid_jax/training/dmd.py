@@ -1,219 +1,432 @@
-"""One DMD cycle as one jittable function: K fake-score updates, one student update, one EMA update (paper section 4.2).
+"""Distribution matching distillation (paper section 4.2, Algorithm 1): state, updates, batches, loop.
 
-Pure: networks, rollout and optimizers are handed in, every array is in the state or an argument, and randomness is
-``fold_in(key, step)`` split by purpose, so that a resumed run continues bit for bit.
+One train step is K updates of the critic (the fake score) and one update of the student with its EMA. The real score is
+the frozen teacher. The losses are in :mod:`causvid_jax.distill.dmd`, the student's outputs that they judge in
+:mod:`causvid_jax.distill.rollout`.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import functools
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from causvid_jax.config import DiffusionConfig, DistillStageConfig, require
+from causvid_jax.config import DistillStageConfig, Recipe, require
+from causvid_jax.data import arrays, pipeline
+from causvid_jax.data import sources as datasets
+from causvid_jax.diffusion import flow
 from causvid_jax.distill import dmd
-from causvid_jax.training import guard
-from causvid_jax.training.gradients import accumulated_gradient
+from causvid_jax.distill.rollout import Rollout, data_rollout, self_rollout
+from causvid_jax.models import transformer
+from causvid_jax.sharding.placement import Placement
+from causvid_jax.text import encoder
+from causvid_jax.training import guard, samples, weights
+from causvid_jax.training.optimizers import make_optimizer
+from causvid_jax.training.run import Run
+from causvid_jax.training.update import (
+    Trainable,
+    TrainStep,
+    apply_update,
+    history_shardings,
+    init_trainable,
+    trainable_shardings,
+)
+
+Batch = dict[str, Any]
+Metrics = dict[str, jax.Array]
+
+# ---- state -----------------------------------------------------------------------------------------------------------
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DistillState:
-    """All that changes during distillation.
+class DMDState:
+    """Everything that changes during distillation.
 
     Attributes:
-      student: parameters of the generator.
-      fake: parameters of the fake score (may be of another size).
-      student_ema: their running mean, of the student's structure.
-      student_opt: optax state of the student.
-      fake_opt: optax state of the fake score.
-      step: int32 scalar, cycles done (generator updates).
-      watch: of the losses of fake score (row 0) and student (row 1).
+      student: the generator, with its EMA.
+      critic: the fake score, which may be of another size; without an EMA.
+      step: int32 scalar, student updates applied.
+      history: recent losses of the critic (row 0) and the student (row 1).
     """
 
-    student: Any
-    fake: Any
-    student_ema: Any
-    student_opt: optax.OptState
-    fake_opt: optax.OptState
+    student: Trainable
+    critic: Trainable
     step: jax.Array
-    watch: guard.Watch
+    history: guard.LossHistory
 
 
-@dataclasses.dataclass(frozen=True)
-class DistillFunctions:
-    """The three networks as the cycle needs them.
+class Optimizers(NamedTuple):
+    """The optimizers of the two networks."""
 
-    Attributes:
-      rollout: ``(student params, batch, key) -> (x0 [B, F, h, w, C], mask [B, F] or None)``, one of ``rollout.py``.
-      teacher: ``(params, x, timestep, text) -> velocity``, the real score.
-      fake: ``(params, x, timestep, text) -> velocity``, the fake score.
-      past_shape: ``(P, h, w, C)``, the last P latent frames of a rollout, which the next one may go on from: it reads
-        them as ``batch["past"]`` where the bool ``batch["past_shown"]`` says so. None: every rollout starts anew.
-    """
-
-    rollout: Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array | None]]
-    teacher: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
-    fake: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
-    past_shape: tuple[int, int, int, int] | None = None
+    student: optax.GradientTransformation
+    critic: optax.GradientTransformation
 
 
-def init_state(
-    student: Any,
-    fake: Any,
-    student_optimizer: optax.GradientTransformation,
-    fake_optimizer: optax.GradientTransformation,
-    window: int = guard.WINDOW,
-) -> DistillState:
-    """The state before the first cycle; the EMA starts as a copy of the student, so that both can be donated."""
-    return DistillState(
-        student=student,
-        fake=fake,
-        student_ema=jax.tree.map(jnp.copy, student),
-        student_opt=student_optimizer.init(student),
-        fake_opt=fake_optimizer.init(fake),
-        step=jnp.zeros((), jnp.int32),
-        watch=guard.init_watch(window, losses=2),
+def make_optimizers(config: DistillStageConfig) -> Optimizers:
+    """Return the optimizers that ``train_distill`` describes; the critic takes ``critic_steps`` steps per cycle."""
+    return Optimizers(
+        make_optimizer(config.optimizer, config.steps),
+        make_optimizer(config.critic_optimizer, config.steps * config.critic_steps),
     )
 
 
-def follow(batch: Any, end: Any, key: jax.Array, distill: DistillStageConfig) -> Any:
-    """``batch`` for a rollout that may go on where the one before it ended: its text, ``past`` and ``past_shown``.
+def init_state(student: Any, critic: Any, optimizers: Optimizers, window: int = guard.WINDOW) -> DMDState:
+    """Return the state before the first step, of the parameters of both networks."""
+    return DMDState(
+        student=init_trainable(student, optimizers.student),
+        critic=init_trainable(critic, optimizers.critic, ema=False),
+        step=jnp.zeros((), jnp.int32),
+        history=guard.init_history(window, losses=2),
+    )
 
-    ``end`` holds ``latents`` and ``text`` of that rollout, and whether it ``exists``. With probability
-    ``distill.continuation_prob`` the whole rollout goes on; then each clip keeps its prompt, or, with probability
-    ``distill.prompt_switch_prob``, takes the batch's. ``past_shown`` is ``[B]``, all equal.
+
+def state_shardings(recipe: Recipe, placement: Placement, optimizers: Optimizers) -> DMDState | None:
+    """Return where the state lies on the mesh; None without one."""
+    if placement.mesh is None:
+        return None
+    student, critic = recipe.student, recipe.fake_score
+    return DMDState(
+        student=trainable_shardings(placement, transformer.spec(student), student.rules, optimizers.student),
+        critic=trainable_shardings(placement, transformer.spec(critic), critic.rules, optimizers.critic, ema=False),
+        step=cast(Any, placement.whole()),
+        history=history_shardings(placement),
+    )
+
+
+# ---- networks --------------------------------------------------------------------------------------------------------
+
+
+def real_score(params: Any, x: jax.Array, timestep: jax.Array, text: jax.Array, *, recipe: Recipe) -> jax.Array:
+    """Return the teacher's velocity, in the forward mode that ``train_distill.teacher`` names."""
+    if recipe.train_distill.teacher == "causal":
+        return transformer.block_causal(params, x, timestep, text, config=recipe.teacher, causal=recipe.causal)
+    return transformer.bidirectional(params, x, timestep, text, config=recipe.teacher)
+
+
+def fake_score(params: Any, x: jax.Array, timestep: jax.Array, text: jax.Array, *, recipe: Recipe) -> jax.Array:
+    """Return the critic's velocity."""
+    return transformer.bidirectional(params, x, timestep, text, config=recipe.fake_score)
+
+
+def generate(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> tuple[jax.Array, jax.Array | None]:
+    """Return the student's x0 ``[B, F, h, w, C]`` and the mask ``[B, F]`` of the frames that count, None for all."""
+    config, causal = recipe.train_distill, recipe.causal
+    timesteps = flow.student_timesteps(recipe.diffusion)
+    if config.rollout == "data":
+        velocity = functools.partial(transformer.block_causal, config=recipe.student, causal=causal)
+        sizes = causal.block_sizes(batch["latents"].shape[1])
+        x0, noisy = data_rollout(
+            velocity,
+            params,
+            batch["latents"],
+            batch["text"],
+            key,
+            timesteps=timesteps,
+            block_sizes=sizes,
+            include_clean=config.include_clean,
+        )
+        return x0, noisy if config.include_clean else None
+    shape = (len(batch["text"]), *clip_shape(recipe))
+    rollout = Rollout(recipe.student, causal, tuple(timesteps))
+    if "context" not in batch:
+        return self_rollout(rollout, params, batch["text"], key, shape=shape), None
+    has_context = batch["has_context"][0]
+    x0 = self_rollout(
+        rollout, params, batch["text"], key, shape=shape, context=batch["context"], has_context=has_context
+    )
+    # The teacher knows clips whose first latent frame holds one pixel frame. A continued stream has no such frame, so
+    # its place is masked out.
+    return x0, jnp.ones(shape[:2], bool).at[:, 0].set(~has_context)
+
+
+def clip_shape(recipe: Recipe) -> tuple[int, int, int, int]:
+    """Return ``(F, h, w, C)`` of a rollout: the clip's, or ``train_distill.frames`` latent frames of it."""
+    frames, *size = recipe.latent_shape
+    return (recipe.train_distill.frames or frames, *size)  # type: ignore[return-value]
+
+
+# ---- continued rollouts ----------------------------------------------------------------------------------------------
+
+
+def no_context(batch: Batch, recipe: Recipe) -> Batch | None:
+    """Return what the first rollout of a step continues: nothing; None if rollouts never continue one another."""
+    config = recipe.train_distill
+    if config.rollout != "self" or not config.continuation_prob:
+        return None
+    latents = jnp.zeros((len(batch["text"]), recipe.causal.past_frames(), *clip_shape(recipe)[1:]))
+    return {"latents": latents, "text": batch["text"], "exists": jnp.array(False)}
+
+
+def with_context(
+    batch: Batch, previous: Batch | None, key: jax.Array, config: DistillStageConfig
+) -> tuple[Batch, jax.Array]:
+    """Add the context of the previous rollout to ``batch``, and return the key that is left.
+
+    With probability ``continuation_prob`` the new rollout continues the previous one; then each clip keeps its prompt
+    or, with probability ``prompt_switch_prob``, takes the one of ``batch``. ``has_context`` is ``[B]``, all equal.
     """
-    shown_key, switch_key = jax.random.split(key)
+    if previous is None:
+        return batch, key
+    context_key, key = jax.random.split(key)
+    continue_key, switch_key = jax.random.split(context_key)
     size = len(batch["text"])
-    shown = end["exists"] & (jax.random.uniform(shown_key) < distill.continuation_prob)
-    switched = jax.random.uniform(switch_key, (size, 1, 1)) < distill.prompt_switch_prob
-    text = jnp.where(shown & ~switched, end["text"], batch["text"])
-    return batch | {"text": text, "past": end["latents"], "past_shown": jnp.broadcast_to(shown, size)}
+    continued = previous["exists"] & (jax.random.uniform(continue_key) < config.continuation_prob)
+    switched = jax.random.uniform(switch_key, (size, 1, 1)) < config.prompt_switch_prob
+    text = jnp.where(continued & ~switched, previous["text"], batch["text"])
+    context = {"context": previous["latents"], "has_context": jnp.broadcast_to(continued, size)}
+    return batch | {"text": text} | context, key
 
 
-def dmd_cycle(
-    state: DistillState,
-    teacher: Any,
-    batches: Any,
-    null_text: jax.Array,
+# ---- updates ---------------------------------------------------------------------------------------------------------
+
+
+def critic_update(
+    critic: Trainable,
+    history: guard.LossHistory,
+    previous: Batch | None,
+    batch: Batch,
     key: jax.Array,
     *,
-    functions: DistillFunctions,
-    student_optimizer: optax.GradientTransformation,
-    fake_optimizer: optax.GradientTransformation,
-    diffusion: DiffusionConfig,
-    distill: DistillStageConfig,
-) -> tuple[DistillState, dict[str, jax.Array]]:
-    """K = ``distill.critic_steps`` fake-score updates, then one student update and its EMA.
+    student: Any,
+    optimizer: optax.GradientTransformation,
+    recipe: Recipe,
+    finite: jax.Array,
+) -> tuple[Trainable, guard.LossHistory, Batch | None, Metrics]:
+    """Update the critic by flow matching on the student's outputs (equation 2)."""
+    config = recipe.train_distill
+    batch, key = with_context(batch, previous, key, config)
 
-    Args:
-      state: the current state; safe to donate.
-      teacher: parameters of the real score, constant.
-      batches: a pytree of arrays ``[K + 1, B, ...]`` with an entry ``"text"`` ``[K + 1, B, S, E]`` (and whatever the
-        rollout reads): one batch for every fake-score update, the last one for the student.
-      null_text: the empty prompt, ``[S, E]``.
-      key: the root key of the run.
-      functions: the networks and the rollout.
-      student_optimizer: optax optimizer that made ``state.student_opt``.
-      fake_optimizer: optax optimizer that made ``state.fake_opt``.
-      diffusion: the grid.
-      distill: critic updates, guidance, timestep range, EMA decay (``optimizer.ema_decay``; 0: EMA is the student),
-        and which updates are not taken (``guard.judge``, each on its own; none of them if an input is not finite).
-
-    Returns:
-      The next state and scalar metrics: ``generator_*``, ``critic_*`` as means over the K updates, and how many of the
-      K + 1 updates were ``taken`` and ``skipped``.
-    """
-    updates = distill.critic_steps
-    require(updates >= 1, f"distill.critic_steps is {updates}; it must be at least 1")
-    given = len(batches["text"])
-    require(given == updates + 1, f"{given} batches for {updates} critic updates and one student update")
-    critic_key, generator_key = jax.random.split(jax.random.fold_in(key, state.step))
-    sound = guard.all_finite(batches)
-
-    def following(batch, end, key):
-        if functions.past_shape is None:
-            return batch, key
-        follow_key, key = jax.random.split(key)
-        return follow(batch, end, follow_key, distill), key
-
-    def critic_step(carry, inputs):
-        fake, opt, watch, end = carry
-        batch, step_key = following(inputs[0], end, inputs[1])
-
-        def loss_fn(fake, batch, key):
-            rollout_key, loss_key = jax.random.split(key)
-            x0, mask = functions.rollout(state.student, batch, rollout_key)
-
-            def velocity(x, timestep, text):
-                return functions.fake(fake, x, timestep, text)
-
-            loss, metrics = dmd.critic_loss(
-                x0, batch["text"], loss_key, fake=velocity, diffusion=diffusion, distill=distill, mask=mask
-            )
-            if functions.past_shape is not None:
-                metrics["end"] = x0[:, -functions.past_shape[0] :]
-            return loss, metrics
-
-        gradient, metrics = accumulated_gradient(loss_fn, fake, batch, step_key, distill.accumulate)
-        ended = end
-        if functions.past_shape is not None:
-            ended = {"latents": metrics.pop("end"), "text": batch["text"], "exists": jnp.array(True)}
-        norm = optax.global_norm(gradient)
-        taken, watch = guard.judge(watch, metrics["loss"], norm, distill, row=0, sound=sound)
-        change, new_opt = fake_optimizer.update(gradient, opt, fake)
-        new = optax.apply_updates(fake, change), new_opt, ended
-        fake, opt, end = guard.choose(taken, new, (fake, opt, end))
-        return (fake, opt, watch, end), metrics | {"gradient_norm": norm}
-
-    critic_batches = jax.tree.map(lambda a: a[:updates], batches)
-    end = None
-    if functions.past_shape is not None:
-        first = batches["text"][0]
-        none = jnp.zeros((len(first), *functions.past_shape))
-        end = {"latents": none, "text": first, "exists": jnp.array(False)}
-    (fake, fake_opt, watch, end), critic_metrics = jax.lax.scan(
-        critic_step,
-        (state.fake, state.fake_opt, state.watch, end),
-        (critic_batches, jax.random.split(critic_key, updates)),
-    )
-
-    def loss_fn(student, batch, key):
+    def loss_fn(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         rollout_key, loss_key = jax.random.split(key)
-        x0, mask = functions.rollout(student, batch, rollout_key)
+        x0, mask = generate(student, batch, rollout_key, recipe=recipe)
+        loss, metrics = dmd.critic_loss(
+            x0,
+            batch["text"],
+            loss_key,
+            fake=functools.partial(fake_score, params, recipe=recipe),
+            diffusion=recipe.diffusion,
+            distill=config,
+            mask=mask,
+        )
+        return loss, metrics if previous is None else metrics | {"end": x0[:, -previous["latents"].shape[1] :]}
+
+    critic, history, applied, metrics = apply_update(
+        critic,
+        loss_fn,
+        batch,
+        key,
+        history,
+        jnp.zeros((), jnp.int32),
+        optimizer=optimizer,
+        config=config,
+        row=0,
+        finite=finite,
+    )
+    if previous is not None:
+        end = {"latents": metrics.pop("end"), "text": batch["text"], "exists": jnp.array(True)}
+        previous = guard.select(applied, end, previous)
+    return critic, history, previous, metrics
+
+
+def student_update(
+    student: Trainable,
+    history: guard.LossHistory,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    step: jax.Array,
+    teacher: Any,
+    critic: Any,
+    null_text: jax.Array,
+    optimizer: optax.GradientTransformation,
+    recipe: Recipe,
+    finite: jax.Array,
+) -> tuple[Trainable, guard.LossHistory, jax.Array, Metrics]:
+    """Update the student along the difference of the two scores (equation 4)."""
+
+    def loss_fn(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        rollout_key, loss_key = jax.random.split(key)
+        x0, mask = generate(params, batch, rollout_key, recipe=recipe)
         return dmd.generator_loss(
             x0,
             batch["text"],
             null_text,
             loss_key,
-            teacher=lambda x, timestep, text: functions.teacher(teacher, x, timestep, text),
-            fake=lambda x, timestep, text: functions.fake(fake, x, timestep, text),
-            diffusion=diffusion,
-            distill=distill,
+            teacher=functools.partial(real_score, teacher, recipe=recipe),
+            fake=functools.partial(fake_score, critic, recipe=recipe),
+            diffusion=recipe.diffusion,
+            distill=recipe.train_distill,
             mask=mask,
         )
 
-    batch, generator_key = following(jax.tree.map(lambda a: a[updates], batches), end, generator_key)
-    gradient, metrics = accumulated_gradient(loss_fn, state.student, batch, generator_key, distill.accumulate)
-    norm = optax.global_norm(gradient)
-    taken, watch = guard.judge(watch, metrics["loss"], norm, distill, row=1, sound=sound)
-    change, student_opt = student_optimizer.update(gradient, state.student_opt, state.student)
-    student = optax.apply_updates(state.student, change)
-
-    decay = distill.optimizer.ema_decay
-    student_ema = jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, state.student_ema, student)
-    student, student_ema, student_opt, step = guard.choose(
-        taken,
-        (student, student_ema, student_opt, state.step + 1),
-        (state.student, state.student_ema, state.student_opt, state.step),
+    return apply_update(
+        student,
+        loss_fn,
+        batch,
+        key,
+        history,
+        step,
+        optimizer=optimizer,
+        config=recipe.train_distill,
+        row=1,
+        finite=finite,
     )
 
-    metrics = metrics | {"gradient_norm": norm}
-    metrics = {f"generator_{k}": v for k, v in metrics.items()}
-    metrics |= {f"critic_{k}": jnp.mean(v) for k, v in critic_metrics.items()}
-    skipped = watch.skipped - state.watch.skipped
-    metrics |= {"skipped": skipped, "taken": updates + 1 - skipped, "skipped_total": watch.skipped}
-    return DistillState(student, fake, student_ema, student_opt, fake_opt, step, watch), metrics
+
+def train_step(
+    state: DMDState,
+    teacher: Any,
+    batches: Batch,
+    null_text: jax.Array,
+    *,
+    optimizers: Optimizers,
+    recipe: Recipe,
+) -> tuple[DMDState, Metrics]:
+    """Take K = ``critic_steps`` critic updates, then one student update (Algorithm 1).
+
+    Pure: randomness is ``fold_in(key(seed), step)`` split by purpose, so a resumed run continues bit for bit.
+
+    Args:
+      state: safe to donate.
+      teacher: parameters of the real score, constant.
+      batches: arrays ``[K + 1, B, ...]`` with an entry ``"text"`` ``[K + 1, B, S, E]`` (and ``"latents"`` for
+        ``rollout="data"``): one batch per critic update, the last one for the student.
+      null_text: embeddings of the negative prompt, ``[S, E]``.
+      optimizers: made the two ``opt`` of ``state``.
+      recipe: networks, grid, ``train_distill``.
+
+    Returns:
+      The next state and scalar metrics: ``generator_*``, ``critic_*`` as means over the K updates, and how many of the
+      K + 1 updates were ``applied`` and ``skipped``. A refused update leaves its network as it was, and none is applied
+      if an input is not finite.
+    """
+    config = recipe.train_distill
+    updates, count = config.critic_steps, len(batches["text"])
+    require(updates >= 1, f"train_distill.critic_steps is {updates}; it must be at least 1")
+    require(count == updates + 1, f"{count} batches for {updates} critic updates and one student update")
+    root = jax.random.key(config.seed)
+    critic_key, student_key = jax.random.split(jax.random.fold_in(root, state.step))
+    finite = guard.all_finite(batches)
+
+    def update(carry: Any, inputs: Any) -> tuple[Any, Metrics]:
+        *carry, metrics = critic_update(
+            *carry,
+            *inputs,
+            student=state.student.params,
+            optimizer=optimizers.critic,
+            recipe=recipe,
+            finite=finite,
+        )
+        return tuple(carry), metrics
+
+    critic_batches = jax.tree.map(lambda a: a[:updates], batches)
+    start = state.critic, state.history, no_context(jax.tree.map(lambda a: a[0], batches), recipe)
+    (critic, history, previous), critic_metrics = jax.lax.scan(
+        update, start, (critic_batches, jax.random.split(critic_key, updates))
+    )
+    batch, key = with_context(jax.tree.map(lambda a: a[updates], batches), previous, student_key, config)
+    student, history, applied, metrics = student_update(
+        state.student,
+        history,
+        batch,
+        key,
+        step=state.step,
+        teacher=teacher,
+        critic=critic.params,
+        null_text=null_text,
+        optimizer=optimizers.student,
+        recipe=recipe,
+        finite=finite,
+    )
+    step = jnp.where(applied, state.step + 1, state.step)
+    metrics = {f"generator_{name}": value for name, value in metrics.items()}
+    metrics |= {f"critic_{name}": jnp.mean(value) for name, value in critic_metrics.items()}
+    skipped = history.skipped - state.history.skipped
+    metrics |= {"skipped": skipped, "applied": updates + 1 - skipped, "skipped_total": history.skipped}
+    return DMDState(student, critic, step, history), metrics
+
+
+def compiled_step(recipe: Recipe, placement: Placement) -> TrainStep:
+    """Return the jitted step ``(state, teacher, batches, null_text) -> (state, metrics)``; it donates the state."""
+    plain = make_optimizers(recipe.train_distill)
+    shardings = state_shardings(recipe, placement, plain)
+    networks = recipe.student, recipe.fake_score
+    hosted = Optimizers(
+        *(
+            placement.hosted(optimizer, transformer.spec(net), net.rules)
+            for optimizer, net in zip(plain, networks, strict=True)
+        )
+    )
+    return jax.jit(
+        functools.partial(train_step, optimizers=hosted, recipe=recipe),
+        donate_argnums=0,
+        out_shardings=None if shardings is None else (shardings, None),
+    )
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+def batch_shapes(recipe: Recipe) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of the arrays of one step, ``[K + 1, B, ...]``."""
+    config = recipe.train_distill
+    shapes: dict[str, tuple[int, ...]] = {"text": (recipe.text.length, recipe.text.dim)}
+    if config.rollout == "data":
+        shapes["latents"] = clip_shape(recipe)
+    count = config.critic_steps + 1
+    return {
+        name: jax.ShapeDtypeStruct((count, config.batch_size, *shape), np.float32) for name, shape in shapes.items()
+    }
+
+
+def read_batches(run: Run, *, batch_size: int, frames: int, seed: int) -> Iterator[Batch]:
+    """Read the examples of all K + 1 batches of a step together; a self rollout needs prompts alone."""
+    recipe, parts = run.recipe, range(run.recipe.train_distill.critic_steps + 1)
+    # A process reads its rows of every one of the K + 1 batches.
+    rows = [part * batch_size + row for part in parts for row in run.placement.rows(batch_size)]
+    options: dict[str, Any] = {"batch_size": batch_size * len(parts), "seed": seed, "rows": rows}
+    options["text_length"] = recipe.text.length
+    if recipe.train_distill.rollout == "self" and recipe.data.prompt_file:
+        source = arrays.source(datasets.folder(run.workdir, datasets.PROMPTS))
+        return pipeline.prompt_batches(source, **options)
+    return pipeline.latent_batches(datasets.latents(recipe, run.workdir), frames=frames, **options)
+
+
+# ---- loop ------------------------------------------------------------------------------------------------------------
+
+
+def train_distill(run: Run, init_from: pathlib.Path | None = None) -> None:
+    """Distil the student; it starts from the stage ``init``, the teacher, or the weights ``init_from``."""
+    vae_params, recipe = weights.load_vae(run)
+    config, placement = recipe.train_distill, run.placement
+    reader = weights.open_encoder(run)
+    null_text = jnp.asarray(encoder.null_rows(reader))
+    teacher = weights.load_network(run, "teacher", recipe.teacher)
+    start = "init" if config.init == "ode" else "teacher"
+    student = weights.load_network(run, start, recipe.student, init_from)
+    # The critic's parameters are copied: a donated state shares no buffer with the teacher.
+    critic = jax.tree.map(jnp.copy, student if config.critic_init == "student" else teacher)
+    optimizers = make_optimizers(config)
+    init = functools.partial(init_state, optimizers=optimizers, window=config.bad_loss_window)
+    state = run.restore(placement.init(init, state_shardings(recipe, placement, optimizers), student, critic))
+    del student, critic
+    step, names = compiled_step(recipe, placement), batch_shapes(recipe)
+    sample = samples.StreamSampler(run, recipe, vae_params, reader)
+
+    def to_device(batch: Batch) -> Batch:
+        values = {**batch, "text": weights.prompt_embeds(batch, reader)}
+        split = {k: values[k].reshape(config.critic_steps + 1, -1, *values[k].shape[1:]) for k in names}
+        return placement.batch(split, leading=1)
+
+    for batch in run.batches(functools.partial(read_batches, run), to_device):
+        state, metrics = step(state, teacher, batch, null_text)
+        state = run.after_step(state, metrics)
+        if run.samples_now:
+            run.log_samples(sample(state.student.ema))
+    run.finish(state.student.ema, weights.metadata(run, recipe))

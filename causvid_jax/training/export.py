@@ -1,45 +1,33 @@
-"""The weights of any checkpoint of a run, as the file that a finished run leaves."""
+"""Write the weights of any checkpoint of a run, as a finished run writes them."""
 
 import pathlib
-from typing import Any
 
 from causvid_jax.checkpoints import store
-from causvid_jax.config import ConfigError, Recipe, from_json, require, to_json
-from causvid_jax.training import checkpoint, stages
+from causvid_jax.config import ConfigError, from_json, require
+from causvid_jax.training import autoencoder, checkpoint, weights
 
-AVERAGED = {"vae": "ema", "taehv": "ema", "teacher": "ema", "causal": "ema", "init": "ema", "distill": "student_ema"}
-"""Of every stage the field of its state that is exported: the running mean of what it trains."""
-
-
-class _State:
-    """A state of which only one field is known."""
-
-    def __init__(self, name: str, tree: Any):
-        setattr(self, name, tree)
+EMA = dict.fromkeys(("vae", "taehv", "teacher", "causal", "init"), "network.ema") | {"distill": "student.ema"}
+"""Path of the exported parameters in the state of every stage."""
 
 
 def export_checkpoint(workdir: pathlib.Path, name: str, output: pathlib.Path, step: int | None = None) -> int:
-    """Write the weights of stage ``name`` at ``step`` (None: its newest checkpoint) to ``output``; the step taken.
+    """Write the EMA of stage ``name`` at ``step`` (None: its newest checkpoint) to ``output``; return the step.
 
-    The recipe is the one in the checkpoint. For ``distill`` that is the student alone: no fake score, no optimizer is
-    read. The file equals what the run would have exported had it ended there.
+    The recipe is the one in the checkpoint. The file equals what the run would have written had it ended there. Only
+    the EMA is read: no optimizer state and no fake score.
 
     Raises:
-        ConfigError: no such checkpoint, or a damaged one; for ``vae`` also missing data, of which it measures latents.
+        ConfigError: no such checkpoint, or a damaged one; for ``vae`` also missing clips to measure latents on.
     """
-    require(name in AVERAGED, f"--stage is {name!r}; accepted: {', '.join(AVERAGED)}")
+    require(name in EMA, f"--stage is {name!r}; accepted: {', '.join(EMA)}")
     folder = workdir / name / "checkpoints"
-    step, params, progress = checkpoint.read(folder, AVERAGED[name], step)
+    step, params, progress = checkpoint.read(folder, EMA[name], step)
     if not progress.get("config"):
-        raise ConfigError(f"checkpoint {step} in {folder} holds no recipe; it was made by an older version")
+        raise ConfigError(f"checkpoint {step} in {folder} holds no recipe")
     recipe = from_json(progress["config"])
     if name == "vae":
-        stages.vae_stage(recipe, workdir).export(_State("ema", params), output)
+        metadata = autoencoder.vae_metadata(params, recipe, workdir)
     else:
-        store.save_params(output, params, _metadata(name, recipe, workdir))
+        metadata = weights.weights_metadata(name, weights.measured_vae(recipe, workdir)[1])
+    store.save_params(output, params, metadata)
     return step
-
-
-def _metadata(name: str, recipe: Recipe, workdir: pathlib.Path) -> dict[str, str]:
-    measured = stages.with_vae(recipe, workdir)[1]
-    return {"recipe": recipe.name, "stage": name, "config": to_json(measured)}

@@ -1,38 +1,99 @@
-"""What a stage shows as it goes, in its first process: sample videos, a picture of them, the judge's reading."""
+"""Samples of a stage in training: videos, a picture of them, and what the classifier reads in them."""
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
 from causvid_jax.config import ConfigError, Recipe
-from causvid_jax.data import sources as recipe_data
+from causvid_jax.data import sources as datasets
 from causvid_jax.distributed import collectives
 from causvid_jax.evaluation import classifier, metrics
-from causvid_jax.media import write_video
+from causvid_jax.media import to_uint8, write_video
+from causvid_jax.models import vae
+from causvid_jax.sampling import batch as teacher_sampler
+from causvid_jax.sampling import stream
+from causvid_jax.text import encoder
+from causvid_jax.training.run import Run
+from causvid_jax.training.weights import replicated
+
+
+class StreamSampler:
+    """Streams a few training captions for one clip with the student's sampler."""
+
+    def __init__(self, run: Run, recipe: Recipe, vae_params: Any, reader: encoder.Encoder):
+        self._run, self._recipe, self._vae = run, recipe, vae_params
+        self._captions = prompts(recipe, run.workdir, run.config.samples)
+        embeds = jnp.asarray(encoder.encode(reader, self._captions)) if self._captions else None
+        self._generate = run.placement.everywhere(
+            lambda params: stream.generate(params, embeds, config=recipe)[1]  # type: ignore[arg-type]
+        )
+
+    def __call__(self, student: Any) -> dict[str, float]:
+        """Write a video of samples and return their scores."""
+        params = {"student": student, "vae": replicated(self._vae, self._run.placement)}
+        return write(self._run, to_uint8(np.asarray(self._generate(params))), self._captions, self._recipe)
+
+
+class TeacherSampler:
+    """Samples whole clips of a few training captions with the many-step teacher."""
+
+    def __init__(self, run: Run, recipe: Recipe, vae_params: Any, reader: encoder.Encoder):
+        self._run, self._recipe, self._vae = run, recipe, vae_params
+        self._captions = prompts(recipe, run.workdir, run.config.samples)
+        embeds = encoder.encode(reader, self._captions) if self._captions else np.zeros(0)
+        null, seeds = encoder.null_rows(reader), np.arange(len(self._captions), dtype=np.uint32)
+
+        def clips(params: Any, vae_params: Any) -> jax.Array:
+            latents = teacher_sampler.teacher_latents(params, embeds, null, seeds, config=recipe)
+            return vae.decode(vae_params, latents, config=recipe.vae)
+
+        self._generate = run.placement.everywhere(clips)
+
+    def __call__(self, teacher: Any) -> dict[str, float]:
+        """Write a video of samples and return their scores."""
+        video = self._generate(teacher, replicated(self._vae, self._run.placement))
+        return write(self._run, to_uint8(np.asarray(video)), self._captions, self._recipe)
+
+
+def many_steps(recipe: Recipe, steps: int) -> Recipe:
+    """Return a recipe whose student is the teacher, with ``steps`` denoising steps: the causal teacher as a stream."""
+    timesteps = tuple(1000.0 * (1 - i / steps) for i in range(steps))
+    diffusion = dataclasses.replace(recipe.diffusion, denoising_timesteps=timesteps)
+    return dataclasses.replace(recipe, student=recipe.teacher, diffusion=diffusion)
 
 
 def prompts(recipe: Recipe, workdir: pathlib.Path, count: int) -> list[str]:
-    """``count`` training captions, the same ones at every step of a run."""
-    captions = recipe_data.prompts(recipe, workdir)
+    """Return ``count`` training captions, the same ones at every step of a run."""
+    captions = datasets.prompts(recipe, workdir) if count else []
     order = np.random.default_rng(0).permutation(len(captions))
     return [captions[order[i % len(captions)]] for i in range(count)]
 
 
-def show(video: np.ndarray, folder: pathlib.Path, step: int, recipe: Recipe, columns: int = 4) -> None:
-    """Write the first clips side by side as ``folder/STEP.mp4``; video uint8 ``[B, T, H, W, 3]``."""
+def write(run: Run, video: np.ndarray, captions: Sequence[str], recipe: Recipe) -> dict[str, float]:
+    """Write the first clips of ``video`` (uint8 ``[B, T, H, W, 3]``) side by side and return the scores of all."""
+    show(video, run.folder / "samples" / f"{run.step:06d}.mp4", recipe)
+    return scores(video, captions, recipe)
+
+
+def show(video: np.ndarray, path: pathlib.Path, recipe: Recipe, columns: int = 4) -> None:
+    """Write up to two rows of clips, uint8 ``[B, T, H, W, 3]``, side by side into one video."""
     if not collectives.first():
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     columns = min(columns, len(video))
     rows = min(2, len(video) // columns)
     grid = rearrange(video[: rows * columns], "(r c) t h w k -> t (r h) (c w) k", r=rows)
-    write_video(folder / f"{step:06d}.mp4", grid, recipe.video.fps, upscale=max(1, 128 // recipe.video.height))
+    write_video(path, grid, recipe.video.fps, upscale=max(1, 128 // recipe.video.height))
 
 
 def scores(video: np.ndarray, captions: Sequence[str], recipe: Recipe) -> dict[str, float]:
-    """The judge's agreement with ``captions``; empty where the recipe has no judge (other data)."""
+    """Return how often the classifier reads what the captions say; empty for data that has no classifier."""
     if recipe.data.name != "moving_digits" or not collectives.first():
         return {}
     try:

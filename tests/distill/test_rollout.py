@@ -1,6 +1,5 @@
 """Rollouts against a numpy loop over a toy student whose cache can be differentiated by hand."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causvid_jax.config import CausalConfig, ConfigError
+from causvid_jax.config import CausalConfig, ConfigError, TransformerConfig
 from causvid_jax.distill import rollout
+from causvid_jax.models import kv_cache, transformer
 
 TIMESTEPS = (1000.0, 800.0, 500.0)
 SHAPE = (2, 6, 2, 1, 3)
@@ -25,21 +25,39 @@ def cached(params, x, timestep, text_cache, cache):
     return velocity, cache | {"block": params["key"] * x.mean(1, keepdims=True) + sigma[:, :1]}
 
 
-STUDENT = rollout.StudentFunctions(
-    init_cache=lambda batch: {"memory": jnp.zeros((batch, 1, *SHAPE[2:])), "block": jnp.zeros((batch, 1, *SHAPE[2:]))},
-    cached=cached,
-    advance=lambda cache, frames: cache | {"memory": cache["memory"] + frames * cache["block"]},
-    encode_text=lambda params, text: params["text"] * text[:, :, None, None],
-    overwritten=lambda cache, frames: cache,
-    undo=lambda cache, replaced, frames: replaced,
-)
+@pytest.fixture(autouse=True)
+def toy(request, monkeypatch):
+    """The toy student in the place of the transformer, except in tests of the real one."""
+    if "real" in request.node.name:
+        return
+    jax.clear_caches()
+    empty = jnp.zeros((2, 1, *SHAPE[2:]))
+    for module, functions in (
+        (
+            rollout.transformer,
+            {
+                "cached": lambda *inputs, config, causal: cached(*inputs),
+                "encode_text": lambda params, text, *, config: params["text"] * text[:, :, None, None],
+                "init_cache": lambda *_, **__: {"memory": empty, "block": empty},
+            },
+        ),
+        (
+            rollout.kv_cache,
+            {
+                "advance": lambda cache, frames: cache | {"memory": cache["memory"] + frames * cache["block"]},
+                "overwritten": lambda cache, frames, causal: cache,
+                "undo": lambda cache, replaced, frames, causal: replaced,
+            },
+        ),
+    ):
+        for name, function in functions.items():
+            monkeypatch.setattr(module, name, function)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "causal"))
-def rolled(params, key, exit_step=None, shape=SHAPE, causal=CAUSAL, **past):
-    return rollout.self_rollout(
-        STUDENT, params, TEXT, key, shape=shape, timesteps=TIMESTEPS, causal=causal, exit_step=exit_step, **past
-    )
+def rolled(params, key, exit_step=None, shape=SHAPE, causal=CAUSAL, **context):
+    settings = rollout.Rollout(TransformerConfig(), causal, TIMESTEPS)
+    return rollout.self_rollout(settings, params, TEXT, key, shape=shape, exit_step=exit_step, **context)
 
 
 def by_hand(key, exit_step, causal=CAUSAL, past=None):
@@ -112,7 +130,7 @@ def test_rollout_from_a_past_matches_the_loop(shown):
     past = np.random.default_rng(4).standard_normal((2, 4, *SHAPE[2:])).astype(np.float32)
 
     def loss(params):
-        x0 = rolled(params, key, 1, causal=causal, past=past, past_shown=shown)
+        x0 = rolled(params, key, 1, causal=causal, context=past, has_context=shown)
         return x0.sum(), x0
 
     (_, x0), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(PARAMS)
@@ -124,8 +142,8 @@ def test_rollout_from_a_past_matches_the_loop(shown):
 
 
 def test_past_of_part_of_a_block_is_refused():
-    with pytest.raises(ConfigError, match="past has 3 latent frames; it must have a multiple of 2"):
-        rolled(PARAMS, jax.random.key(0), past=jnp.zeros((2, 3, *SHAPE[2:])))
+    with pytest.raises(ConfigError, match="context has 3 latent frames; it must have a multiple of 2"):
+        rolled(PARAMS, jax.random.key(0), context=jnp.zeros((2, 3, *SHAPE[2:])))
 
 
 def test_no_gradient_through_the_cache_though_the_output_depends_on_it():
@@ -156,17 +174,16 @@ def test_noise_depends_on_the_block_alone():
     assert len(np.unique(blocks[:, :, 0])) == 10
 
 
-def test_exit_step_is_uniform_and_no_pass_is_wasted():
+def test_exit_step_is_uniform_and_no_pass_is_wasted(monkeypatch):
     calls = []
 
-    def counted(params, x, timestep, text_cache, cache):
+    def counted(params, x, timestep, text_cache, cache, *, config, causal):
         jax.debug.callback(lambda t: calls.append(float(t)), timestep[0, 0])
         return cached(params, x, timestep, text_cache, cache)
 
-    student = dataclasses.replace(STUDENT, cached=counted)
-    run = jax.jit(
-        lambda key: rollout.self_rollout(student, PARAMS, TEXT, key, shape=SHAPE, timesteps=TIMESTEPS, causal=CAUSAL)
-    )
+    monkeypatch.setattr(rollout.transformer, "cached", counted)
+    settings = rollout.Rollout(TransformerConfig(), CAUSAL, TIMESTEPS)
+    run = jax.jit(lambda key: rollout.self_rollout(settings, PARAMS, TEXT, key, shape=SHAPE))
     exits = []
     for seed in range(60):
         calls.clear()
@@ -186,10 +203,11 @@ def test_data_rollout_noises_each_block_to_its_own_timestep():
         seen.update(x=np.asarray(x), timestep=np.asarray(timestep))
         return params * x
 
-    x0, timestep = rollout.data_rollout(
+    x0, noisy = rollout.data_rollout(
         network, 0.5, latents, None, key, timesteps=TIMESTEPS, block_sizes=sizes, include_clean=True
     )
-    np.testing.assert_array_equal(seen["timestep"], timestep)
+    timestep = seen["timestep"]
+    np.testing.assert_array_equal(noisy, timestep > 0)
     np.testing.assert_array_equal(timestep[:, 1::2], timestep[:, 2::2])
     assert set(np.unique(timestep)) == {0.0, 500.0, 800.0, 1000.0}
     assert np.corrcoef(np.asarray(timestep)[:, [0, 1, 3, 5]].T)[~np.eye(4, dtype=bool)].max() < 0.4
@@ -200,10 +218,10 @@ def test_data_rollout_noises_each_block_to_its_own_timestep():
     clean = np.asarray(timestep) == 0
     np.testing.assert_array_equal(np.asarray(x0)[clean], latents[clean])
 
-    _, timestep = rollout.data_rollout(
+    _, noisy = rollout.data_rollout(
         network, 0.5, latents, None, key, timesteps=TIMESTEPS, block_sizes=sizes, include_clean=False
     )
-    assert np.asarray(timestep).min() == 500
+    assert np.all(noisy) and seen["timestep"].min() == 500
     with pytest.raises(ConfigError, match="do not add up to 7"):
         rollout.data_rollout(
             network, 0.5, latents, None, key, timesteps=TIMESTEPS, block_sizes=(3, 3), include_clean=False
@@ -213,3 +231,75 @@ def test_data_rollout_noises_each_block_to_its_own_timestep():
 def test_unfit_clip_is_refused():
     with pytest.raises(ConfigError, match="5 latent frames do not fit"):
         rolled(PARAMS, jax.random.key(0), shape=(2, 5, *SHAPE[2:]))
+
+
+NETWORK = TransformerConfig(
+    dim=16, ffn_dim=16, num_heads=2, num_layers=1, in_channels=3, out_channels=3, text_dim=5, text_length=4, freq_dim=8
+)
+
+
+def unrolled(params, text, key, exit_step, causal, context):
+    """The self rollout of the real network as a plain loop, for autodiff: every cache is a constant."""
+    stop = jax.lax.stop_gradient
+    text_cache = transformer.encode_text(params, text, config=NETWORK)
+    frames, noise_key = 6, jax.random.split(key)[1]
+    cache = transformer.init_cache(NETWORK, causal, batch=2, height=4, width=4, frames=frames)
+
+    def forward(x, timestep, cache):
+        timestep = jnp.full(x.shape[:2], timestep, jnp.float32)
+        return transformer.cached(params, x, timestep, text_cache, stop(cache), config=NETWORK, causal=causal)
+
+    for latents in [] if context is None else np.split(context, context.shape[1] // 2, axis=1):
+        cache = kv_cache.advance(forward(latents, causal.context_noise, cache)[1], 2)
+    outputs = []
+    for i in range(frames // 2):
+        block_key = jax.random.fold_in(noise_key, i)
+        x = jax.random.normal(jax.random.fold_in(block_key, 0), (2, 2, 4, 4, 3))
+        for j in range(exit_step + 1):
+            velocity, cache = forward(stop(x), TIMESTEPS[j], cache)
+            x0 = stop(x) - TIMESTEPS[j] / 1000 * velocity
+            if j < exit_step:
+                sigma = TIMESTEPS[j + 1] / 1000
+                x = (1 - sigma) * x0 + sigma * jax.random.normal(jax.random.fold_in(block_key, j + 1), x.shape)
+        if causal.context_pass:
+            _, cache = forward(stop(x0), causal.context_noise, cache)
+        cache = kv_cache.advance(cache, 2)
+        outputs.append(x0)
+    return jnp.concatenate(outputs, axis=1)
+
+
+@pytest.mark.parametrize(
+    "causal,context_frames",
+    [
+        (CausalConfig(frames_per_block=2), 0),
+        (CausalConfig(frames_per_block=2, window=4, sink=2, context_noise=60.0), 4),
+        (CausalConfig(frames_per_block=2, window=4, positions="relative", context_pass=False), 2),
+    ],
+    ids=["plain", "window, sink, context", "relative, no context pass"],
+)
+def test_real_rollout_and_its_gradient_equal_autodiff_of_the_unrolled_loop(causal, context_frames):
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda p: np.asarray(p) + 0.1 * rng.standard_normal(p.shape).astype(np.float32),
+        transformer.init(jax.random.key(0), NETWORK),
+    )
+    text = rng.standard_normal((2, 4, 5)).astype(np.float32)
+    context = rng.standard_normal((2, context_frames, 4, 4, 3)).astype(np.float32) if context_frames else None
+    weight = rng.standard_normal((2, 6, 4, 4, 3)).astype(np.float32)
+    key = jax.random.key(3)
+    settings = rollout.Rollout(NETWORK, causal, TIMESTEPS)
+
+    def product(params):
+        x0 = rollout.self_rollout(settings, params, text, key, shape=(2, 6, 4, 4, 3), exit_step=1, context=context)
+        return jnp.sum(weight * x0), x0
+
+    def oracle(params):
+        x0 = unrolled(params, text, key, 1, causal, context)
+        return jnp.sum(weight * x0), x0
+
+    (_, x0), gradient = jax.jit(jax.value_and_grad(product, has_aux=True))(params)
+    (_, expected), slopes = jax.jit(jax.value_and_grad(oracle, has_aux=True))(params)
+    np.testing.assert_allclose(x0, expected, atol=2e-5)
+    scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(slopes))
+    assert scale > 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * scale), gradient, slopes)

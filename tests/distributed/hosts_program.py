@@ -6,7 +6,6 @@
 STEP (0: never): a signal (TERM, INT, KILL), INT+INT or ERROR.
 """
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -20,7 +19,8 @@ import jax
 from causvid_jax.checkpoints import store
 from causvid_jax.config import ConfigError, from_json
 from causvid_jax.distributed import collectives, initialize
-from causvid_jax.training import loop, stages
+from causvid_jax.training import stages
+from causvid_jax.training.run import Run
 
 
 def _refusal(call, *arguments):
@@ -58,16 +58,21 @@ def _joined(workdir, number, names):
         return parts[-1]
 
     store._read_part = counted
-    for name in names:
-        stage = stages.make_stage(name, recipe, folder / name)
+    batches = Run.batches
 
-        def ready(batch, stage=stage):
+    def counting(run, read_batches, to_device):
+        def counted(batch):
             read.append(len(batch["caption"]))
-            return stage.ready(batch)
+            return to_device(batch)
 
-        # Only the test of all stages in two processes looks at samples.
-        sample = stage.sample if len(names) > 2 and jax.process_count() == 2 else lambda *_: {}
-        loop.train(dataclasses.replace(stage, ready=ready, sample=sample), folder / name)
+        return batches(run, read_batches, counted)
+
+    Run.batches = counting
+    # Only the test of all stages in two processes looks at samples.
+    if not (len(names) > 2 and jax.process_count() == 2):
+        Run.samples_now = False
+    for name in names:
+        stages.train(name, recipe, folder / name)
     weights = sum(part.nbytes for part in parts)
     print("RESULT", json.dumps(said | {"first": collectives.first(), "read": read, "weights": weights}))
 
@@ -87,21 +92,19 @@ def _train(event, event_at):
     """The program, its steps slow once a signal is under way: hosts agree in a fraction of a second."""
     from causvid_jax.cli import common, train
 
-    original, done = loop.train, 0
+    batches, done = Run.batches, 0
 
-    def patched(stage, workdir):
-        def step(state, batch):
-            nonlocal done
+    def patched(run, read_batches, to_device):
+        nonlocal done
+        for batch in batches(run, read_batches, to_device):
             done += 1
             if done == event_at:
                 _happen(event)
             if event_at and done >= event_at:
                 time.sleep(1.0)
-            return stage.step(state, batch)
+            yield batch
 
-        original(dataclasses.replace(stage, step=step, sample=lambda *_: {}), workdir)
-
-    loop.train = patched
+    Run.batches, Run.samples_now = patched, False
     jax.config.update("jax_default_matmul_precision", "highest")
     common.run(train.main)
 

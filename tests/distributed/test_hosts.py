@@ -6,7 +6,6 @@ Two stages in two processes are trained every day. The rest takes minutes on two
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import json
 import os
 import pathlib
@@ -25,7 +24,7 @@ from causvid_jax.cli import prepare
 from causvid_jax.config import DataConfig, Recipe, from_config_dict
 from causvid_jax.data import arrays, digits
 from causvid_jax.models import vae
-from causvid_jax.training import loop, stages
+from causvid_jax.training import stages
 from causvid_jax.training.metrics import read_metrics
 from tests.programs import free_port, write_recipe
 
@@ -63,7 +62,8 @@ LOSSES = {"distill": ["generator_loss", "critic_loss"]}
 
 
 def make_recipe(quick: bool = False, **parallel) -> Recipe:
-    """``quick`` is for the stages QUICK alone."""
+    """``quick`` is for the stages QUICK alone, without samples."""
+    train = TRAIN | {"samples": 0} if quick else TRAIN
     return from_config_dict(
         {
             "name": "tiny",
@@ -88,12 +88,12 @@ def make_recipe(quick: bool = False, **parallel) -> Recipe:
                 "num_inference_steps": 2,
                 "denoising_timesteps": (1000.0,) if quick else (1000.0, 500.0),
             },
-            "train_vae": TRAIN | {"frames": 9, "optimizer": TRAIN["optimizer"] | {"learning_rate": 2e-5}},
-            "train_taehv": TRAIN | {"optimizer": TRAIN["optimizer"] | {"learning_rate": 1e-4}},
-            "train_teacher": TRAIN | FAST | {"steps": STEPS["teacher"]},
-            "train_causal": TRAIN,
-            "train_init": TRAIN | {"trajectories": 4},
-            "train_distill": TRAIN
+            "train_vae": train | {"frames": 9, "optimizer": TRAIN["optimizer"] | {"learning_rate": 2e-5}},
+            "train_taehv": train | {"optimizer": TRAIN["optimizer"] | {"learning_rate": 1e-4}},
+            "train_teacher": train | FAST | {"steps": STEPS["teacher"]},
+            "train_causal": train,
+            "train_init": train | {"trajectories": 4},
+            "train_distill": train
             | {
                 "critic_steps": 2,
                 "critic_optimizer": FAST["optimizer"],
@@ -108,10 +108,10 @@ def make_recipe(quick: bool = False, **parallel) -> Recipe:
 def road(tmp_path_factory) -> pathlib.Path:
     """A working directory in which one process trained every stage on one device."""
     workdir, recipe = tmp_path_factory.mktemp("alone"), make_recipe()
-    for name in stages.STAGES:
+    for name in stages.TRAINERS:
         if name in PREPARED:
             prepare.STAGES[PREPARED[name]](recipe, workdir, 0)
-        loop.train(stages.make_stage(name, recipe, workdir), workdir)
+        stages.train(name, recipe, workdir)
     return workdir
 
 
@@ -134,8 +134,7 @@ def quick(tmp_path_factory) -> pathlib.Path:
         progress=False,
     )
     for name in QUICK:
-        stage = stages.make_stage(name, recipe, folder)
-        loop.train(dataclasses.replace(stage, sample=lambda *_: {}), folder)
+        stages.train(name, recipe, folder)
     return folder
 
 
@@ -193,7 +192,7 @@ def trained(road, folder, count, names, **parallel):
     beginning(road, folder, make_recipe(quick=names == QUICK, **parallel))
     for name in names:
         (folder / name).mkdir()
-        for other in ("data", *stages.STAGES):
+        for other in ("data", *stages.TRAINERS):
             if other != name and (road / other).exists():
                 (folder / name / other).symlink_to(road / other)
     results = run(count, lambda i, port: ("stages", folder, i, count, port, ",".join(names)))
@@ -225,12 +224,12 @@ def check_stage(road, folder, stage):
 
 def check_all_stages(road, folder, count, **parallel):
     """``count`` processes train every stage; the answers are compared with those of one process."""
-    said, errors = trained(road, folder, count, tuple(stages.STAGES), **parallel)
+    said, errors = trained(road, folder, count, tuple(stages.TRAINERS), **parallel)
     # Each reads its share of every batch of 4; K + 1 = 3 batches at once in the distillation.
-    shares = [share for name in stages.STAGES for share in [12 if name == "distill" else 4] * STEPS.get(name, 3)]
+    shares = [share for name in stages.TRAINERS for share in [12 if name == "distill" else 4] * STEPS.get(name, 3)]
     for one in said:
         assert one["read"] == [share // count for share in shares]
-    for stage in stages.STAGES:
+    for stage in stages.TRAINERS:
         check_stage(road, folder / stage, stage)
         assert count > 2 or len(list((folder / stage / stage / "samples").iterdir())) == 1
         assert len(list((folder / stage / stage / "tensorboard").iterdir())) == 1
@@ -295,8 +294,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(quick, tmp_path,
     # One process goes on from the checkpoint of two; so do two.
     single = tmp_path / "single"
     shutil.copytree(folder, single, symlinks=True)
-    stage = stages.make_stage("teacher", make_recipe(quick=True), single)
-    loop.train(dataclasses.replace(stage, sample=lambda *_: {}), single)
+    stages.train("teacher", make_recipe(quick=True), single)
     results = run(2, program(folder, "teacher"))
     assert [r[0] for r in results] == [0, 0], "\n".join(r[2][-3000:] for r in results)
     assert f"going on from step {step:.0f}" in results[0][2]

@@ -1,6 +1,8 @@
 """Teacher, init and DMD steps on meshes of eight pretended devices take the same step as on one."""
 
 import dataclasses
+import pathlib
+import tempfile
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ from causvid_jax.config import OptimizerConfig, ParallelConfig, from_config_dict
 from causvid_jax.data import arrays, digits
 from causvid_jax.models import transformer, vae
 from causvid_jax.training import checkpoint, stages
+from causvid_jax.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("compiled_anew")
 
@@ -96,17 +99,31 @@ def workdir(tmp_path_factory):
     return folder
 
 
-def take_steps(name, recipe, workdir, count=2):
-    """Losses of ``count`` steps and all of the state after them, on the host."""
-    stage = stages.make_stage(name, recipe, workdir)
+class Stopped(Exception):
+    """Ends a run from within."""
+
+
+def take_steps(name, recipe, workdir, count=2, at_start=lambda run, state: state):
+    """Losses of ``count`` steps of a stage and its state after them, still on the devices."""
     losses = []
-    with stage.context():
-        state = stage.init()
-        batches = stage.phases[0].batches()
-        for _ in range(count):
-            state, metrics = stage.step(state, stage.ready(next(batches)))
-            losses += [float(value) for key, value in sorted(metrics.items()) if key.endswith("loss")]
-    return losses, state
+
+    def after_step(run, state, metrics):
+        run.step += 1
+        run._pending.clear()
+        losses.append([float(value) for key, value in sorted(metrics.items()) if key.endswith("loss")])
+        if run.step == count:
+            raise Stopped(state)
+        return state
+
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        for path in workdir.iterdir():
+            (pathlib.Path(folder) / path.name).symlink_to(path)
+        (pathlib.Path(folder) / name).unlink(missing_ok=True)
+        patch.setattr(Run, "after_step", after_step)
+        patch.setattr(Run, "restore", at_start)
+        with pytest.raises(Stopped) as stopped:
+            stages.train(name, recipe, pathlib.Path(folder))
+    return np.concatenate(losses), stopped.value.args[0]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +132,9 @@ def alone(workdir):
 
 
 def trained(state):
-    return {"params": state.params} if hasattr(state, "params") else {"student": state.student, "fake": state.fake}
+    if hasattr(state, "network"):
+        return {"params": state.network.params}
+    return {"student": state.student.params, "critic": state.critic.params}
 
 
 @pytest.fixture(autouse=True)
@@ -146,20 +165,18 @@ def test_muons_steps_on_matrices_that_are_split(workdir):
     expected, single = take_steps("teacher", recipe, workdir)
     losses, state = take_steps("teacher", dataclasses.replace(recipe, parallel=MESHES["all"]), workdir)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    for path, value in store.flatten(state.params).items():
-        whole = np.asarray(store.flatten(single.params)[path])
+    for path, value in store.flatten(state.network.params).items():
+        whole = np.asarray(store.flatten(single.network.params)[path])
         np.testing.assert_allclose(np.asarray(value), whole, rtol=1e-5, atol=2e-5, err_msg=path)
-    layers = state.opt[1].inner_states["muon"].inner_state[0].mu["blocks"]
+    layers = state.network.opt[1].inner_states["muon"].inner_state[0].mu["blocks"]
     assert layers["ffn"]["fc1"]["kernel"].addressable_shards[0].data.shape == (2, 12, 16)
 
 
 def test_parameters_moments_and_ema_lie_where_the_rules_say(workdir):
     recipe = dataclasses.replace(RECIPE, parallel=MESHES["all"])
-    stage = stages.make_stage("distill", recipe, workdir)
-    with stage.context():
-        state = stage.init()
-        state, _ = stage.step(state, stage.ready(next(stage.phases[0].batches())))
-    for tree in (state.student, state.fake, state.student_ema, state.student_opt[1][0].mu, state.fake_opt[1][0].nu):
+    _, state = take_steps("distill", recipe, workdir, count=1)
+    student, critic = state.student, state.critic
+    for tree in (student.params, critic.params, student.ema, student.opt[1][0].mu, critic.opt[1][0].nu):
         kernel = tree["blocks"]["ffn"]["fc1"]["kernel"]  # [L, 24, 32], split 2 x 2
         assert kernel.addressable_shards[0].data.shape == (2, 12, 16)
         assert tree["blocks"]["self_attn"]["o"]["kernel"].addressable_shards[0].data.shape == (2, 12, 12)
@@ -177,33 +194,22 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(workdir, tmp_path):
     }
     recipe = dataclasses.replace(RECIPE, train_distill=dataclasses.replace(config, **rates))
 
-    def begin(mesh):
-        stage = stages.make_stage("distill", dataclasses.replace(recipe, parallel=mesh), workdir)
-        return stage, stage.phases[0].batches()
-
-    def advance(stage, batches, state):
-        losses = []
-        for _ in range(2):
-            state, metrics = stage.step(state, stage.ready(next(batches)))
-            losses += [float(metrics[name]) for name in ("generator_loss", "critic_loss")]
-        return losses
-
-    stage, batches = begin(MESHES["fsdp"])
-    with stage.context():
-        state, _ = stage.step(stage.init(), stage.ready(next(batches)))
+    def saved_by(run, state):
         checkpoints = checkpoint.Checkpoints(tmp_path, 1)
-        checkpoints.save(1, state, {"iterator": batches.get_state()})
+        restored, _ = checkpoints.restore(state)
         checkpoints.close()
-        saved = jax.tree.map(np.asarray, state)
-        expected = advance(stage, batches, state)
-
-    stage, batches = begin(MESHES["tensor"])
-    with stage.context():
-        checkpoints = checkpoint.Checkpoints(tmp_path, 1)
-        restored, progress = checkpoints.restore(stage.init())
-        checkpoints.close()
-        batches.set_state(progress["iterator"])
         jax.tree.map(np.testing.assert_array_equal, restored, saved)
-        kernel = restored.fake["blocks"]["ffn"]["fc1"]["kernel"]  # [L, 24, 32]
-        assert kernel.addressable_shards[0].data.shape == (2, 24, 8)
-        np.testing.assert_allclose(advance(stage, batches, restored), expected, rtol=1e-6)
+        kernel = restored.critic.params["blocks"]["ffn"]["fc1"]["kernel"]  # [L, 24, 32]
+        assert kernel.addressable_shards[0].data.shape in ((2, 24, 8), (2, 3, 32))
+        return restored
+
+    _, state = take_steps("distill", dataclasses.replace(recipe, parallel=MESHES["fsdp"]), workdir, count=1)
+    checkpoints = checkpoint.Checkpoints(tmp_path, 1)
+    checkpoints.save(1, state, {})
+    checkpoints.close()
+    saved = jax.tree.map(np.asarray, state)
+    expected, losses = (
+        take_steps("distill", dataclasses.replace(recipe, parallel=MESHES[name]), workdir, at_start=saved_by)[0]
+        for name in ("fsdp", "tensor")
+    )
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""The DMD cycle against an unrolled one, and end to end on Gaussian data with a learnt fake score."""
+"""The DMD train step against an unrolled one, and end to end on Gaussian data with a learnt fake score."""
 
 import dataclasses
 import functools
@@ -9,13 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-from causvid_jax.config import ConfigError, DiffusionConfig, DistillStageConfig, OptimizerConfig
+from causvid_jax.config import CausalConfig, ConfigError, DiffusionConfig, DistillStageConfig, OptimizerConfig, Recipe
 from causvid_jax.diffusion import flow
 from causvid_jax.distill import dmd
-from causvid_jax.training import dmd as cycle
+from causvid_jax.training import dmd as trainer
 
 DIFFUSION = DiffusionConfig(shift=2.0)
 SHAPE = (64, 2, 2, 2, 1)
+CAUSAL = CausalConfig(frames_per_block=1, window=3)
 NULL = jnp.zeros((1, 1))
 
 
@@ -28,14 +29,25 @@ def velocity(params, x, timestep, text):
 
 def generate(params, batch, key):
     x0 = params["mean"] + jnp.exp(params["log_std"]) * jax.random.normal(key, SHAPE) + 0 * batch["text"].sum()
-    return x0, jnp.ones(SHAPE[:2]).at[:, 0].set(batch["text"][:, 0, 0])
+    return x0, jnp.ones(SHAPE[:2], bool).at[:, 0].set(batch["text"][:, 0, 0] > 0)
 
 
 def gaussian(mean, std):
     return {"mean": jnp.array(mean), "log_std": jnp.log(std)}
 
 
-FUNCTIONS = cycle.DistillFunctions(rollout=generate, teacher=velocity, fake=velocity)
+@pytest.fixture(autouse=True)
+def gaussian_networks(monkeypatch):
+    """Gaussians in the place of the three networks and of the rollout."""
+
+    def score(params, x, timestep, text, *, recipe):
+        return velocity(params, x, timestep, text)
+
+    monkeypatch.setattr(trainer, "real_score", score)
+    monkeypatch.setattr(trainer, "fake_score", score)
+    monkeypatch.setattr(trainer, "generate", lambda params, batch, key, *, recipe: generate(params, batch, key))
+
+
 TEACHER = gaussian(0.8, 0.5)
 
 
@@ -44,22 +56,23 @@ def batches(k):
     return {"text": text}
 
 
-def cycle_fn(distill, student_optimizer, fake_optimizer):
+def step_fn(distill, student_optimizer, fake_optimizer):
     return functools.partial(
-        cycle.dmd_cycle,
-        functions=FUNCTIONS,
-        student_optimizer=student_optimizer,
-        fake_optimizer=fake_optimizer,
-        diffusion=DIFFUSION,
-        distill=distill,
+        trainer.train_step,
+        optimizers=trainer.Optimizers(student_optimizer, fake_optimizer),
+        recipe=Recipe(name="gaussian", causal=CAUSAL, diffusion=DIFFUSION, train_distill=distill),
     )
 
 
-def test_cycle_equals_the_unrolled_one():
-    distill = DistillStageConfig(critic_steps=3, guidance_scale=2.0, optimizer=OptimizerConfig(ema_decay=0.9))
+def init_state(student, critic, student_optimizer, fake_optimizer, **options):
+    return trainer.init_state(student, critic, trainer.Optimizers(student_optimizer, fake_optimizer), **options)
+
+
+def test_step_equals_the_unrolled_one():
+    distill = DistillStageConfig(critic_steps=3, guidance_scale=2.0, optimizer=OptimizerConfig(ema_decay=0.9), seed=9)
     student_optimizer, fake_optimizer = optax.sgd(0.3), optax.adam(0.1)
-    state = cycle.init_state(gaussian(-0.5, 1.2), gaussian(-0.2, 1.0), student_optimizer, fake_optimizer)
-    run = jax.jit(cycle_fn(distill, student_optimizer, fake_optimizer), donate_argnums=0)
+    state = init_state(gaussian(-0.5, 1.2), gaussian(-0.2, 1.0), student_optimizer, fake_optimizer)
+    run = jax.jit(step_fn(distill, student_optimizer, fake_optimizer), donate_argnums=0)
     root, data = jax.random.key(9), batches(3)
 
     @jax.jit
@@ -90,7 +103,7 @@ def test_cycle_equals_the_unrolled_one():
     student, ema, fake = (gaussian(-0.5, 1.2), gaussian(-0.5, 1.2), gaussian(-0.2, 1.0))
     fake_opt = fake_optimizer.init(fake)
     for step in range(2):
-        state, metrics = run(state, TEACHER, data, NULL, root)
+        state, metrics = run(state, TEACHER, data, NULL)
 
         critic_key, generator_key = jax.random.split(jax.random.fold_in(root, step))
         losses = []
@@ -103,8 +116,8 @@ def test_cycle_equals_the_unrolled_one():
         student = {k: student[k] - 0.3 * gradient[k] for k in student}
         ema = {k: 0.9 * ema[k] + 0.1 * student[k] for k in ema}
 
-        assert int(state.step) == step + 1 and int(state.fake_opt[0].count) == 3 * (step + 1)
-        for got, expected in ((state.student, student), (state.student_ema, ema), (state.fake, fake)):
+        assert int(state.step) == step + 1 and int(state.critic.opt[0].count) == 3 * (step + 1)
+        for got, expected in ((state.student.params, student), (state.student.ema, ema), (state.critic.params, fake)):
             for name in expected:
                 np.testing.assert_allclose(got[name], expected[name], rtol=2e-5, atol=1e-6)
         np.testing.assert_allclose(metrics["critic_loss"], np.mean(losses), rtol=1e-5)
@@ -118,15 +131,15 @@ def test_student_reaches_the_data_with_a_learnt_fake_score():
     student_optimizer = optax.adam(optax.exponential_decay(0.03, 200, 0.4))
     fake_optimizer = optax.adam(optax.exponential_decay(0.03, 1000, 0.5))
     start = gaussian(-1.0, 1.5)
-    state = cycle.init_state(start, start, student_optimizer, fake_optimizer)
-    run = cycle_fn(distill, student_optimizer, fake_optimizer)
+    state = init_state(start, start, student_optimizer, fake_optimizer)
+    run = step_fn(distill, student_optimizer, fake_optimizer)
     data = {"text": jnp.ones((6, SHAPE[0], 1, 1))}
 
     def step(state, _):
-        return run(state, TEACHER, data, NULL, jax.random.key(0))
+        return run(state, TEACHER, data, NULL)
 
     state, metrics = jax.jit(lambda s: jax.lax.scan(step, s, length=600))(state)
-    for params, tolerance in ((state.student_ema, 0.03), (state.fake, 0.06)):
+    for params, tolerance in ((state.student.ema, 0.03), (state.critic.params, 0.06)):
         assert abs(params["mean"] - 0.8) < tolerance
         assert abs(jnp.exp(params["log_std"]) - 0.5) < tolerance
     assert metrics["generator_gradient"][-50:].mean() < 0.3 * metrics["generator_gradient"][:50].mean()
@@ -135,44 +148,37 @@ def test_student_reaches_the_data_with_a_learnt_fake_score():
 def test_ema_off_is_the_student_and_wrong_batches_are_refused():
     distill = DistillStageConfig(critic_steps=1)
     optimizer = optax.sgd(0.1)
-    state = cycle.init_state(gaussian(0.0, 1.0), gaussian(0.0, 1.0), optimizer, optimizer)
-    run = jax.jit(cycle_fn(distill, optimizer, optimizer))
-    after, _ = run(state, TEACHER, batches(1), NULL, jax.random.key(0))
-    np.testing.assert_array_equal(after.student_ema["mean"], after.student["mean"])
-    assert after.student["mean"] != 0
+    state = init_state(gaussian(0.0, 1.0), gaussian(0.0, 1.0), optimizer, optimizer)
+    run = jax.jit(step_fn(distill, optimizer, optimizer))
+    after, _ = run(state, TEACHER, batches(1), NULL)
+    np.testing.assert_array_equal(after.student.ema["mean"], after.student.params["mean"])
+    assert after.student.params["mean"] != 0
     with pytest.raises(ConfigError, match="3 batches for 1 critic updates"):
-        run(state, TEACHER, batches(2), NULL, jax.random.key(0))
+        run(state, TEACHER, batches(2), NULL)
 
 
-def test_rollouts_go_on_where_the_one_before_them_ended():
+def test_rollouts_go_on_where_the_one_before_them_ended(monkeypatch):
     """Rollouts that count: each ends three above where it starts, and one that goes on starts from its past."""
     seen = []
 
     def count(params, batch, key):
-        start = jnp.where(batch["past_shown"], batch["past"][:, -1, 0, 0, 0], 0.0)
+        start = jnp.where(batch["has_context"][0], batch["context"][:, -1, 0, 0, 0], 0.0)
         x0 = start[:, None] + jnp.arange(1.0, 4.0) + 0 * params["mean"]
         jax.debug.callback(lambda *a: seen.append([np.asarray(x) for x in a]), x0[:, -1], batch["text"][:, 0, 0])
         return x0[..., None, None, None], None
 
-    functions = cycle.DistillFunctions(rollout=count, teacher=velocity, fake=velocity, past_shape=(2, 1, 1, 1))
+    monkeypatch.setattr(trainer, "generate", lambda params, batch, key, *, recipe: count(params, batch, key))
+    start = {"latents": jnp.zeros((8, 2, 1, 1, 1)), "text": jnp.zeros((8, 1, 1)), "exists": jnp.array(False)}
+    monkeypatch.setattr(trainer, "no_context", lambda batch, recipe: start | {"text": batch["text"]})
     optimizer = optax.sgd(0.0)
-    state = cycle.init_state(gaussian(0.0, 1.0), gaussian(0.0, 1.0), optimizer, optimizer)
+    state = init_state(gaussian(0.0, 1.0), gaussian(0.0, 1.0), optimizer, optimizer)
     prompts = np.arange(4 * 8.0, dtype=np.float32).reshape(4, 8)
 
-    def run(**fractions):
+    def run(**probabilities):
         seen.clear()
-        _, metrics = cycle.dmd_cycle(
-            state,
-            TEACHER,
-            {"text": jnp.asarray(prompts)[:, :, None, None]},
-            NULL,
-            jax.random.key(1),
-            functions=functions,
-            student_optimizer=optimizer,
-            fake_optimizer=optimizer,
-            diffusion=DIFFUSION,
-            distill=DistillStageConfig(critic_steps=3, **fractions),
-        )
+        data = {"text": jnp.asarray(prompts)[:, :, None, None]}
+        step = step_fn(DistillStageConfig(critic_steps=3, seed=1, **probabilities), optimizer, optimizer)
+        _, metrics = step(state, TEACHER, data, NULL)
         jax.effects_barrier()
         assert all(np.ndim(value) == 0 for value in metrics.values())
         return [np.stack(x) for x in zip(*seen, strict=True)]  # ends and prompts, [3 + 1, 8]
@@ -198,34 +204,34 @@ def test_rollouts_go_on_where_the_one_before_them_ended():
 def test_a_batch_that_is_not_finite_leaves_the_state_as_it_was(spoilt):
     distill = DistillStageConfig(critic_steps=3, guidance_scale=2.0, on_bad_loss="skip")
     optimizers = optax.sgd(0.3), optax.adam(0.1)
-    run = jax.jit(cycle_fn(distill, *optimizers))
-    state = cycle.init_state(gaussian(-0.5, 1.2), gaussian(-0.2, 1.0), *optimizers)
-    state, metrics = run(state, TEACHER, batches(3), NULL, jax.random.key(9))
-    assert (int(metrics["taken"]), int(metrics["skipped"])) == (4, 0)
+    run = jax.jit(step_fn(distill, *optimizers))
+    state = init_state(gaussian(-0.5, 1.2), gaussian(-0.2, 1.0), *optimizers)
+    state, metrics = run(state, TEACHER, batches(3), NULL)
+    assert (int(metrics["applied"]), int(metrics["skipped"])) == (4, 0)
     data = {"text": batches(3)["text"].at[spoilt, 5].set(jnp.nan)}
-    after, metrics = run(state, TEACHER, data, NULL, jax.random.key(9))
-    assert (int(metrics["taken"]), int(metrics["skipped"]), int(metrics["skipped_total"])) == (0, 4, 4)
-    after = dataclasses.replace(after, watch=state.watch)
+    after, metrics = run(state, TEACHER, data, NULL)
+    assert (int(metrics["applied"]), int(metrics["skipped"]), int(metrics["skipped_total"])) == (0, 4, 4)
+    after = dataclasses.replace(after, history=state.history)
     jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
 def test_a_student_update_that_explodes_leaves_the_fake_scores_in_place():
     distill = DistillStageConfig(critic_steps=2, guidance_scale=2.0, on_bad_loss="skip", bad_loss_factor=2.0)
     optimizers = optax.sgd(0.3), optax.adam(0.1)
-    run = jax.jit(cycle_fn(distill, *optimizers))
-    state = cycle.init_state(gaussian(-0.5, 1.2), gaussian(-0.2, 1.0), *optimizers, window=4)
+    run = jax.jit(step_fn(distill, *optimizers))
+    state = init_state(gaussian(-0.5, 1.2), gaussian(-0.2, 1.0), *optimizers, window=4)
     # So low a median of the student's losses that the next is far above it; the fake score's is unknown.
-    recent = state.watch.recent.at[1].set(1e-6)
-    watched = dataclasses.replace(state, watch=dataclasses.replace(state.watch, recent=recent))
-    after, metrics = run(watched, TEACHER, batches(2), NULL, jax.random.key(9))
-    assert (int(metrics["taken"]), int(metrics["skipped"])) == (2, 1)
-    free, _ = run(state, TEACHER, batches(2), NULL, jax.random.key(9))
-    jax.tree.map(np.testing.assert_array_equal, after.fake, free.fake)
-    for name in ("student", "student_ema", "student_opt", "step"):
+    recent = state.history.recent.at[1].set(1e-6)
+    watched = dataclasses.replace(state, history=dataclasses.replace(state.history, recent=recent))
+    after, metrics = run(watched, TEACHER, batches(2), NULL)
+    assert (int(metrics["applied"]), int(metrics["skipped"])) == (2, 1)
+    free, _ = run(state, TEACHER, batches(2), NULL)
+    jax.tree.map(np.testing.assert_array_equal, after.critic, free.critic)
+    for name in ("student", "step"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
-    assert np.isfinite(np.asarray(after.watch.recent[0])).sum() == 2
+    assert np.isfinite(np.asarray(after.history.recent[0])).sum() == 2
     # With "stop" nothing more is taken, of either network, until the host has seen it.
-    stopping = jax.jit(cycle_fn(dataclasses.replace(distill, on_bad_loss="stop"), *optimizers))
-    last, metrics = stopping(after, TEACHER, batches(2), NULL, jax.random.key(9))
-    assert (int(metrics["taken"]), int(metrics["skipped"])) == (0, 3)
-    jax.tree.map(np.testing.assert_array_equal, last.fake, after.fake)
+    stopping = jax.jit(step_fn(dataclasses.replace(distill, on_bad_loss="stop"), *optimizers))
+    last, metrics = stopping(after, TEACHER, batches(2), NULL)
+    assert (int(metrics["applied"]), int(metrics["skipped"])) == (0, 3)
+    jax.tree.map(np.testing.assert_array_equal, last.critic, after.critic)

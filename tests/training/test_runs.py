@@ -13,16 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import CONFIG, make_stage, weights
+from tiny_run import CONFIG, weights
 
-from causvid_jax.checkpoints import store
 from causvid_jax.config import ConfigError, RunError, StageConfig
-from causvid_jax.training import checkpoint, checksums, loop
+from causvid_jax.training import checkpoint, checksums
 from causvid_jax.training.metrics import read_metrics
 
 
-def run(workdir, stage=None):
-    loop.train(stage or make_stage(), workdir)
+def run(workdir, config=CONFIG, **options):
+    tiny_run.train(workdir, config, **options)
     return weights(workdir)
 
 
@@ -99,7 +98,7 @@ def test_every_process_reads_its_share_and_all_of_them_everything(finished, tmp_
 def test_a_damaged_checkpoint_is_set_aside_and_the_step_before_is_used(finished, tmp_path, capfd):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     newest, before = (tmp_path / "tiny" / "checkpoints" / step for step in ("6", "4"))
-    flip(max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
+    flip(max((path for path in (newest / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
     (tmp_path / "tiny" / "weights.safetensors").unlink()
     equal(run(tmp_path), weights(finished))
     told = capfd.readouterr().err
@@ -126,32 +125,21 @@ def test_checkpoints_of_older_versions_have_no_checksums_and_are_taken(finished,
         part.unlink()
     checkpoints = checkpoint.Checkpoints(folder, 3)
     assert checkpoints.last == 6 and "no checksums; it is taken as it is" in checkpoints.reports()[0]
-    state = make_stage().init()
+    state = tiny_run.initial_state()
     state, progress = checkpoints.restore(state)
-    assert progress["step"] == 6 and int(state.step) == 6 and np.isfinite(state.watch.recent).sum() == 6
+    assert progress["step"] == 6 and int(state.step) == 6 and np.isfinite(state.history.recent).sum() == 6
     checkpoints.close()
-
-
-def test_checkpoints_from_before_there_was_a_watch(tmp_path):
-    state = make_stage().init()
-    older = jax.tree_util.register_dataclass(dataclasses.make_dataclass("TrainState", ["params", "ema", "opt", "step"]))
-    checkpoints = checkpoint.Checkpoints(tmp_path, 1)
-    checkpoints.save(3, older(state.params, state.ema, state.opt, state.step + 3), {"step": 3})
-    checkpoints.wait()
-    restored, _ = checkpoints.restore(state)
-    checkpoints.close()
-    assert int(restored.step) == 3 and np.isnan(restored.watch.recent).all()
 
 
 def test_a_state_that_is_trained_on_does_not_change_what_is_being_saved(tmp_path):
-    stage = make_stage(size=200_000)
-    state, checkpoints = stage.init(), checkpoint.Checkpoints(tmp_path, 1)
+    step = tiny_run.train_step()
+    state, checkpoints = tiny_run.initial_state(size=200_000), checkpoint.Checkpoints(tmp_path, 1)
     batch = jnp.ones((4, 4))
-    state, _ = stage.step(state, batch)
+    state, _ = step(state, batch)
     expected = jax.tree.map(np.array, state)
     checkpoints.save(1, state, {"step": 1})
     for _ in range(30):
-        state, _ = stage.step(state, batch)
+        state, _ = step(state, batch)
     checkpoints.wait()
     restored, _ = checkpoints.restore(state)
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
@@ -162,7 +150,7 @@ def test_a_state_that_is_trained_on_does_not_change_what_is_being_saved(tmp_path
 
 
 def test_the_last_n_and_every_mth_checkpoint_stay(tmp_path):
-    run(tmp_path, make_stage(dataclasses.replace(CONFIG, steps=9, save_every=1, keep=2, keep_every=3)))
+    run(tmp_path, dataclasses.replace(CONFIG, steps=9, save_every=1, keep=2, keep_every=3))
     assert steps_of(tmp_path) == ["3", "6", "8", "9"]
 
 
@@ -188,14 +176,15 @@ def spoil(at, factor=np.nan):
     return lambda number, x: factor * x if number == at else x
 
 
+SHORTER = dataclasses.replace(CONFIG, steps=CONFIG.steps - 1)
+
+
 def without(number):
-    """A stage one step shorter, that never sees batch ``number``."""
-    stage = make_stage(dataclasses.replace(CONFIG, steps=CONFIG.steps - 1))
-    phase = stage.phases[0]
+    """Read batches but never batch ``number``; a run of them is one step shorter."""
 
     class Shortened:
-        def __init__(self):
-            self.inner, self.count = phase.batches(), 0
+        def __init__(self, **options):
+            self.inner, self.count = tiny_run.read_batches(**options), 0
 
         def __next__(self):
             self.count += 1
@@ -206,12 +195,12 @@ def without(number):
         def get_state(self):
             return self.inner.get_state()
 
-    return dataclasses.replace(stage, phases=(loop.Phase(phase.end, Shortened),))
+    return Shortened
 
 
 def examples(number):
     """Numbers of the examples of a batch, as the log writes them."""
-    batches = make_stage().phases[0].batches()
+    batches = tiny_run.read_batches(batch_size=CONFIG.batch_size, frames=0, seed=CONFIG.seed)
     for _ in range(number):
         batch = next(batches)
     for index, x in zip(batch["index"], batch["x"], strict=True):
@@ -222,45 +211,45 @@ def examples(number):
 @pytest.mark.parametrize("bad", [3, 4])  # followed by an unseen step, and by a checkpoint
 def test_a_skipped_batch_leaves_the_parameters_of_a_run_without_it(tmp_path, capfd, bad):
     config = dataclasses.replace(CONFIG, on_bad_loss="skip")
-    skipped = run(tmp_path / "a", make_stage(config, change=spoil(bad)))
-    equal(skipped, run(tmp_path / "b", without(bad)))
+    skipped = run(tmp_path / "a", config, change=spoil(bad))
+    equal(skipped, run(tmp_path / "b", SHORTER, read=without(bad)))
     told = capfd.readouterr().err
     assert f"tiny: step {bad}: loss is nan and gradient_norm is nan, {examples(bad)}; its update is left out" in told
     totals = [record["skipped_total"] for record in read_metrics(tmp_path / "a" / "tiny")]
     assert totals == [int(step >= bad) for step in range(1, 7)]
     # What was skipped once is no reason to stop later.
-    run(tmp_path / "a", make_stage(dataclasses.replace(config, steps=8, on_bad_loss="stop")))
+    run(tmp_path / "a", dataclasses.replace(config, steps=8, on_bad_loss="stop"))
 
 
 @pytest.mark.parametrize("bad", [3, 4])
 def test_a_run_that_stops_leaves_the_step_before_and_can_go_on_without_the_batch(tmp_path, bad):
     config = dataclasses.replace(CONFIG, log_every=10)
     with pytest.raises(RunError) as stopped:
-        run(tmp_path / "a", make_stage(config, change=spoil(bad)))
+        run(tmp_path / "a", config, change=spoil(bad))
     sentence = str(stopped.value)
     assert f"step {bad}: loss is nan" in sentence and examples(bad) in sentence
     assert f"the checkpoint is of step {bad - 1} in" in sentence and "on_bad_loss=skip" in sentence
     folder = tmp_path / "a" / "tiny" / "checkpoints"
-    run(tmp_path / "b", make_stage(dataclasses.replace(config, steps=bad - 1)))
-    for name in ("params", "ema", "opt"):
+    run(tmp_path / "b", dataclasses.replace(config, steps=bad - 1))
+    for name in ("network.params", "network.ema", "network.opt"):
         _, got, progress = checkpoint.read(folder, name)
         _, expected, _ = checkpoint.read(tmp_path / "b" / "tiny" / "checkpoints", name)
         jax.tree.map(np.testing.assert_array_equal, got, expected)
         assert progress["step"] == bad - 1
     # The batch comes again and is bad again, so the next one is batch 2 of the new process.
-    again = run(tmp_path / "a", make_stage(dataclasses.replace(config, on_bad_loss="skip"), change=spoil(1)))
-    equal(again, run(tmp_path / "c", without(bad)))
+    again = run(tmp_path / "a", dataclasses.replace(config, on_bad_loss="skip"), change=spoil(1))
+    equal(again, run(tmp_path / "c", SHORTER, read=without(bad)))
 
 
 def test_an_exploding_loss_is_measured_by_the_median_of_those_before(tmp_path, capfd):
     config = dataclasses.replace(CONFIG, on_bad_loss="skip", bad_loss_factor=50.0, bad_loss_window=3)
     # Before three losses are known anything goes; then 100 times the input is too much.
-    early = run(tmp_path / "early", make_stage(config, change=spoil(2, 100.0)))
+    early = run(tmp_path / "early", config, change=spoil(2, 100.0))
     assert "left out" not in capfd.readouterr().err
     assert np.isfinite(early["params/w"]).all()
-    late = run(tmp_path / "late", make_stage(config, change=spoil(5, 100.0)))
+    late = run(tmp_path / "late", config, change=spoil(5, 100.0))
     assert "is more than 50 times the median of the last" in capfd.readouterr().err
-    equal(late, run(tmp_path / "without", without(5)))
+    equal(late, run(tmp_path / "without", SHORTER, read=without(5)))
 
 
 # ---- full disks -----------------------------------------------------------------------------------------------------
@@ -312,16 +301,15 @@ def test_a_disk_that_is_really_full(small_disk, tmp_path, capfd):
             fill()
         return x
 
-    def export(state, path):
+    def export(state):
         # Nor do these find room, whatever comes free meanwhile.
-        store.save_params(path, {"w": np.zeros(2 * DISK, np.uint8)}, {})
+        return {"w": np.zeros(2 * DISK, np.uint8)}
 
-    stage = make_stage(config, change=change)
     with pytest.raises((RunError, ConfigError), match="No space left on device"):
-        run(small_disk, dataclasses.replace(stage, export=export))
+        run(small_disk, config, change=change, export=export)
     told = capfd.readouterr().err
     assert "could not be written" in told and "No space left on device" in told and "Traceback" not in told
     filler.unlink()
-    again = run(small_disk, make_stage(config))
+    again = run(small_disk, config)
     assert re.search("going on from step [24]\n", capfd.readouterr().err)
-    equal(again, run(tmp_path / "other", make_stage(config)))
+    equal(again, run(tmp_path / "other", config))

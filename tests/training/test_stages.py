@@ -1,6 +1,5 @@
 """The four stages, tiny, in order: each trains, and stopped and resumed ends bit for bit where it would have."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -14,10 +13,11 @@ import pytest
 from causvid_jax.checkpoints import store
 from causvid_jax.cli import prepare
 from causvid_jax.config import ConfigError, DataConfig, Recipe, from_config_dict
-from causvid_jax.data import digits
+from causvid_jax.data import arrays, digits, generate, pipeline
 from causvid_jax.models import taehv, vae
-from causvid_jax.training import checkpoint, export, loop, stages
+from causvid_jax.training import autoencoder, checkpoint, export, stages, weights
 from causvid_jax.training.metrics import read_metrics
+from causvid_jax.training.run import Run
 
 WORDS = digits.vocabulary(DataConfig())
 NET = {
@@ -88,35 +88,66 @@ PREPARED = {"vae": "data", "teacher": "latents", "init": "trajectories"}
 def road(tmp_path_factory) -> pathlib.Path:
     """A working directory in which every stage ran once, uninterrupted."""
     workdir = tmp_path_factory.mktemp("road")
-    for name in stages.STAGES:
+    for name in stages.TRAINERS:
         if name in PREPARED:
             prepare.STAGES[PREPARED[name]](RECIPE, workdir, 0)
-        loop.train(stages.make_stage(name, RECIPE, workdir), workdir)
+        stages.train(name, RECIPE, workdir)
     return workdir
 
 
-def _interrupted(stage: loop.Stage, at: int) -> loop.Stage:
-    """``stage`` with a Ctrl-C during step ``at``."""
-    calls = iter(range(1, 1000))
+@pytest.fixture
+def interrupt(monkeypatch):
+    """``interrupt(at)``: a Ctrl-C comes during step ``at`` of the next run."""
 
-    def step(state, batch):
-        if next(calls) == at:
-            os.kill(os.getpid(), signal.SIGINT)
-        return stage.step(state, batch)
+    def install(at: int) -> None:
+        original = Run.after_step
 
-    return dataclasses.replace(stage, step=step)
+        def after_step(run, state, metrics):
+            if run.step + 1 == at:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(run, state, metrics)
+
+        monkeypatch.setattr(Run, "after_step", after_step)
+
+    yield install
 
 
-@pytest.mark.parametrize("name", stages.STAGES)
-def test_stopped_and_resumed_ends_bit_for_bit_the_same(road, tmp_path, name):
+@pytest.fixture
+def first_state(monkeypatch):
+    """``first_state(...)`` of ``stages.train``: the state that a run begins with, on the host."""
+
+    class Began(Exception):
+        pass
+
+    def restore(run, state):
+        raise Began(jax.device_get(state))
+
+    def begin(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "restore", restore)
+            with pytest.raises(Began) as began:
+                stages.train(*arguments)
+        return began.value.args[0]
+
+    return begin
+
+
+def ema(state):
+    return state.student.ema if hasattr(state, "student") else state.network.ema
+
+
+@pytest.mark.parametrize("name", stages.TRAINERS)
+def test_stopped_and_resumed_ends_bit_for_bit_the_same(road, tmp_path, name, monkeypatch, interrupt):
     # What earlier stages left is read from the finished road; the stage itself starts afresh.
-    for other in (*stages.STAGES, "data"):
+    for other in (*stages.TRAINERS, "data"):
         if other != name:
             (tmp_path / other).symlink_to(road / other)
+    interrupt(at=3)
     with pytest.raises(KeyboardInterrupt):
-        loop.train(_interrupted(stages.make_stage(name, RECIPE, tmp_path), at=3), tmp_path)
+        stages.train(name, RECIPE, tmp_path)
+    monkeypatch.undo()
     assert [record["step"] for record in read_metrics(tmp_path / name)] == [1, 2, 3]
-    loop.train(stages.make_stage(name, RECIPE, tmp_path), tmp_path)
+    stages.train(name, RECIPE, tmp_path)
 
     weights = f"{name}/weights.safetensors"
     once, twice = (store.flatten(store.load_params(folder / weights)[0]) for folder in (road, tmp_path))
@@ -128,11 +159,12 @@ def test_stopped_and_resumed_ends_bit_for_bit_the_same(road, tmp_path, name):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", stages.STAGES)
-def test_training_moves_every_parameter_that_can_move(road, name):
-    stage = stages.make_stage(name, RECIPE, road)
-    start = stage.init()
-    before = store.flatten(jax.device_get(start.student_ema if name == "distill" else start.ema))
+@pytest.mark.parametrize("name", stages.TRAINERS)
+def test_training_moves_every_parameter_that_can_move(road, tmp_path, name, first_state):
+    for other in (*stages.TRAINERS, "data"):
+        if other != name:
+            (tmp_path / other).symlink_to(road / other)
+    before = store.flatten(ema(first_state(name, RECIPE, tmp_path)))
     after = store.flatten(store.load_params(road / name / "weights.safetensors")[0])
     still = [key for key in before if np.array_equal(before[key], after[key])]
     # A key's bias moves no softmax, so nothing pulls at it.
@@ -140,7 +172,7 @@ def test_training_moves_every_parameter_that_can_move(road, name):
 
 
 def test_what_a_stage_leaves_behind(road):
-    for name in stages.STAGES:
+    for name in stages.TRAINERS:
         folder = road / name
         assert (folder / "samples" / "000005.mp4").stat().st_size > 0
         assert json.loads((folder / "config.json").read_text())["steps"] == 5
@@ -152,31 +184,33 @@ def test_what_is_cut_out_of_latents_and_frames_shows_the_same_moments():
     latents, frames = np.arange(7.0)[None], np.arange(25.0)[None]
     starts = set()
     for seed in range(40):
-        z, video = stages.cut_out(latents, frames, jax.random.key(seed), 3, 4)
+        z, video = autoencoder.random_crop(latents, frames, jax.random.key(seed), 3, 4)
         start = int(z[0, 0])
         starts.add(start)
         np.testing.assert_array_equal(z[0], start + np.arange(3))
         # Latent s > 0 holds frames 4s - 3 to 4s; as the first of a video it gives one frame, the last of them.
         np.testing.assert_array_equal(video[0], 4 * start + np.arange(9))
     assert starts == {0, 1, 2, 3, 4}
-    cuts = jax.vmap(lambda key: stages.cut_out(jnp.arange(21.0)[None], jnp.arange(81.0)[None], key, 4, 4)[0][0, 0])
+    cuts = jax.vmap(
+        lambda key: autoencoder.random_crop(jnp.arange(21.0)[None], jnp.arange(81.0)[None], key, 4, 4)[0][0, 0]
+    )
     starts = np.bincount(np.asarray(cuts(jax.random.split(jax.random.key(0), 4800)), int))
     np.testing.assert_allclose(starts, [1400, *[200] * 17], rtol=0.3)  # 6 + 1 and 17 shares of 24
-    z, video = stages.cut_out(latents, frames, jax.random.key(0), 9, 4)
+    z, video = autoencoder.random_crop(latents, frames, jax.random.key(0), 9, 4)
     assert z.shape == (1, 7) and video.shape == (1, 25)
 
 
 def test_the_loss_of_a_cut_is_that_of_the_cut_alone(road):
-    params, recipe = stages.with_vae(RECIPE, road)
+    params, recipe = weights.measured_vae(RECIPE, road)
     mean, _ = np.split(params["conv1"]["bias"], 2)
     params["conv1"]["bias"] = np.concatenate([mean, np.full_like(mean, -100.0)])  # the least noise there is, exp(-10)
     video = np.random.default_rng(0).uniform(-1, 1, (2, 9, 16, 16, 3)).astype(np.float32)
     key = jax.random.key(3)
-    _, metrics = stages.vae_loss(params, video, key, config=recipe.vae, kl_weight=0.0, cut=2)
+    _, metrics = autoencoder.vae_loss(params, video, key, config=recipe.vae, kl_weight=0.0, crop=2)
     noise_key, start_key = jax.random.split(key)
     posterior = vae.encode_moments(params, video, config=recipe.vae)[0]
     drawn = posterior + np.exp(-10) * jax.random.normal(noise_key, posterior.shape)
-    latents, shown = stages.cut_out(vae.normalize(drawn, recipe.vae), video, start_key, 2, 4)
+    latents, shown = autoencoder.random_crop(vae.normalize(drawn, recipe.vae), video, start_key, 2, 4)
     error = np.asarray(vae.decode(params, latents, config=recipe.vae, clamp=False) - shown)
     assert error.shape == (2, 5, 16, 16, 3)
     np.testing.assert_allclose(metrics["l2"], np.mean(error**2), rtol=1e-3)
@@ -184,7 +218,7 @@ def test_the_loss_of_a_cut_is_that_of_the_cut_alone(road):
 
 
 def test_the_vae_file_carries_the_statistics_of_its_latents(road):
-    params, recipe = stages.with_vae(RECIPE, road)
+    params, recipe = weights.measured_vae(RECIPE, road)
     mean, std = recipe.vae.latent_mean, recipe.vae.latent_std
     assert len(mean) == 4 and len(set(std)) == 1 and std[0] > 0
 
@@ -205,7 +239,7 @@ def test_every_variant_of_the_distillation_takes_a_step(road, tmp_path, changes)
     for other in ("vae", "teacher", "init"):
         (tmp_path / other).symlink_to(road / other)
     recipe = make_recipe(train_distill=TRAIN | {"critic_steps": 1, "steps": 1} | changes)
-    loop.train(stages.make_stage("distill", recipe, tmp_path), tmp_path)
+    stages.train("distill", recipe, tmp_path)
     record = read_metrics(tmp_path / "distill")[0]
     assert np.isfinite(record["generator_loss"]) and np.isfinite(record["critic_loss"])
 
@@ -220,12 +254,12 @@ def test_a_student_learns_from_a_causal_teacher(road, tmp_path):
         | {"trajectories": 4, "teacher": "causal", "extra_trajectories": ((1, 6),), "curriculum": ((3, 1, 4),)}
     )
     with pytest.raises(ConfigError, match=r"no finished dataset at .*causal_trajectories"):
-        stages.make_stage("init", recipe, tmp_path)
+        stages.train("init", recipe, tmp_path)
     said = prepare.STAGES["trajectories"](recipe, tmp_path, 0).splitlines()
     assert said[0].endswith("causal_trajectories: 4 examples")
     assert said[1].endswith("causal_trajectories_1: 6 examples")
     (tmp_path / "teacher").symlink_to(road / "teacher")
-    loop.train(stages.make_stage("init", recipe, tmp_path), tmp_path)
+    stages.train("init", recipe, tmp_path)
     assert read_metrics(tmp_path / "init")[0]["noisy_fraction"] == 1
 
 
@@ -234,13 +268,13 @@ def test_a_student_of_another_size_than_the_teacher(road, tmp_path):
         (tmp_path / other).symlink_to(road / other)
     recipe = make_recipe(student=NET | {"dim": 24, "num_layers": 2})
     for name in ("init", "distill"):
-        loop.train(stages.make_stage(name, recipe, tmp_path), tmp_path)
+        stages.train(name, recipe, tmp_path)
     kernel = store.load_params(tmp_path / "distill" / "weights.safetensors")[0]["blocks"]["ffn"]["fc1"]["kernel"]
     assert kernel.shape == (2, 24, 16)
 
 
 def test_any_checkpoint_exports_what_a_run_that_ended_there_would_have(road, tmp_path):
-    for name in stages.STAGES:
+    for name in stages.TRAINERS:
         output = tmp_path / f"{name}.safetensors"
         assert export.export_checkpoint(road, name, output) == 5
         assert output.read_bytes() == (road / name / "weights.safetensors").read_bytes()
@@ -254,7 +288,7 @@ def test_any_checkpoint_exports_what_a_run_that_ended_there_would_have(road, tmp
 
 def test_a_checkpoint_holds_networks_optimizers_averages_and_recipe(road):
     folder = road / "distill" / "checkpoints"
-    for part in ("student", "fake", "student_ema", "student_opt", "fake_opt", "step", "watch"):
+    for part in ("student.params", "student.ema", "student.opt", "critic.params", "critic.opt", "step", "history"):
         assert jax.tree.leaves(checkpoint.read(folder, part)[1])
     _, _, progress = checkpoint.read(folder, "step")
     assert progress["step"] == 5 and progress["iterator"]["phase_end"] == 5
@@ -262,30 +296,32 @@ def test_a_checkpoint_holds_networks_optimizers_averages_and_recipe(road):
     assert json.loads(progress["config"])["train_distill"]["seed"] == 0
 
 
-def test_a_stage_starts_with_the_weights_of_another_recipe(road, tmp_path):
+def test_a_stage_starts_with_the_weights_of_another_recipe(road, tmp_path, first_state):
     for other in ("data", "vae"):
         (tmp_path / other).symlink_to(road / other)
     for name, given in (("teacher", road), ("init", road / "distill" / "weights.safetensors")):
-        state = stages.make_stage(name, RECIPE, tmp_path, given).init()
+        state = first_state(name, RECIPE, tmp_path, given)
         path = road / "teacher" / "weights.safetensors" if given is road else given
         expected = store.load_params(path)[0]
-        for tree in (state.params, state.ema):
+        for tree in (state.network.params, state.network.ema):
             jax.tree.map(np.testing.assert_array_equal, tree, expected)
     (tmp_path / "teacher").symlink_to(road / "teacher")
-    state = stages.make_stage("distill", RECIPE, tmp_path, road).init()
+    state = first_state("distill", RECIPE, tmp_path, road)
     jax.tree.map(
-        np.testing.assert_array_equal, state.student, store.load_params(road / "distill" / "weights.safetensors")[0]
+        np.testing.assert_array_equal,
+        state.student.params,
+        store.load_params(road / "distill" / "weights.safetensors")[0],
     )
 
 
 def test_weights_to_start_with_that_do_not_fit_are_refused_by_name(road, tmp_path):
     recipe = make_recipe(teacher=NET | {"ffn_dim": 24})
     with pytest.raises(ConfigError, match=r"initial weights .*misshapen: blocks/ffn/fc1/bias \(1, 16\) instead of"):
-        stages.make_stage("teacher", recipe, road, road)
+        stages.train("teacher", recipe, road, road)
     with pytest.raises(ConfigError, match="weights.safetensors does not exist"):
-        stages.make_stage("teacher", RECIPE, road, tmp_path)
+        stages.train("teacher", RECIPE, road, tmp_path)
     with pytest.raises(ConfigError, match="initial weights .*missing"):
-        stages.make_stage("vae", RECIPE, road, road / "teacher" / "weights.safetensors")
+        stages.train("vae", RECIPE, road, road / "teacher" / "weights.safetensors")
 
 
 def test_the_tiny_decoder_learns_from_streams_of_the_student(road, tmp_path):
@@ -295,16 +331,16 @@ def test_the_tiny_decoder_learns_from_streams_of_the_student(road, tmp_path):
     (tmp_path / "data" / "moving_digits").symlink_to(road / "data" / "moving_digits")
     recipe = make_recipe(train_taehv=TRAIN | {"rollouts": ((1, 3), (2, 2)), "noise": 0.0})
     with pytest.raises(ConfigError, match=r"no finished dataset at .*streams_1"):
-        stages.make_stage("taehv", recipe, tmp_path)
+        stages.train("taehv", recipe, tmp_path)
     with pytest.raises(ConfigError, match="train_taehv.rollouts is empty"):
         prepare.STAGES["streams"](RECIPE, tmp_path, 0)
     said = prepare.STAGES["streams"](recipe, tmp_path, 0).splitlines()
     assert [line.split("data/")[1] for line in said] == ["streams_1: 3 examples", "streams_2: 4 examples"]
-    loop.train(stages.make_stage("taehv", recipe, tmp_path, road / "taehv" / "weights.safetensors"), tmp_path)
+    stages.train("taehv", recipe, tmp_path, road / "taehv" / "weights.safetensors")
     records = [record for record in read_metrics(tmp_path / "taehv") if "loss" in record]
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
-    stage = stages.make_stage("taehv", recipe, tmp_path, road / "taehv" / "weights.safetensors")
-    batch = next(stage.phases[0].batches())
+    sources = [arrays.source(generate.streams_folder(tmp_path, clips)) for clips in (1, 2)]
+    batch = next(pipeline.stream_batches(pipeline.Mixture(sources, [3, 4]), batch_size=2, frames=0, seed=0))
     assert batch["video"].shape == (2, 9, 16, 16, 3) and batch["latents"].shape == (2, 3, 4, 4, 4)
     params = store.load_params(road / "taehv" / "weights.safetensors")[0]
     shown = taehv.decode(params, batch["latents"], config=recipe.taehv, clamp=False) - batch["video"]
@@ -314,10 +350,10 @@ def test_the_tiny_decoder_learns_from_streams_of_the_student(road, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["vae", "taehv"])
-def test_a_codec_starts_with_the_weights_it_is_given(road, tmp_path, name):
+def test_a_codec_starts_with_the_weights_it_is_given(road, tmp_path, name, first_state):
     for other in ("vae", "data"):
         (tmp_path / other).symlink_to(road / other)
     given = store.load_params(road / name / "weights.safetensors")[0]
-    state = stages.make_stage(name, RECIPE, tmp_path, road).init()
-    jax.tree.map(np.testing.assert_array_equal, state.params, given)
+    state = first_state(name, RECIPE, tmp_path, road)
+    jax.tree.map(np.testing.assert_array_equal, state.network.params, given)
     jax.tree.map(np.testing.assert_array_equal, state.ema, given)

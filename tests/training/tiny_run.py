@@ -1,8 +1,9 @@
-"""The smallest run there is, for tests of what becomes of runs: least squares by the real loop, step and pipeline.
+"""The smallest run there is, for tests of what becomes of runs: least squares by the real run, step and pipeline.
 
-As a program it says "ready" when training begins and then trains: ``python tiny_run.py WORKDIR STEPS SIZE``.
+As a program it says "step" when training begins and then trains: ``python tiny_run.py WORKDIR STEPS SIZE``.
 """
 
+import dataclasses
 import functools
 import pathlib
 import sys
@@ -14,17 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from causvid_jax.checkpoints import store
-from causvid_jax.config import OptimizerConfig, StageConfig
+from causvid_jax.config import OptimizerConfig, Recipe, StageConfig
 from causvid_jax.data import pipeline
-from causvid_jax.training import loop
+from causvid_jax.sharding.placement import Placement
 from causvid_jax.training.optimizers import make_optimizer
-from causvid_jax.training.state import TrainState, init_state, make_step
+from causvid_jax.training.run import open_run
+from causvid_jax.training.update import TrainState, init_state, make_train_step
 
 CONFIG = StageConfig(
     steps=6,
     batch_size=4,
     log_every=1,
-    sample_every=10**6,
+    samples=0,
     save_every=2,
     keep=3,
     optimizer=OptimizerConfig(learning_rate=0.1, warmup_steps=1, ema_decay=0.9),
@@ -47,35 +49,38 @@ def loss(params, batch, key):
     return value, {"loss": value}
 
 
-def make_stage(
-    config: StageConfig = CONFIG, size: int = 8, change: Callable[[int, np.ndarray], Any] = lambda step, x: x
-) -> loop.Stage:
-    """``change(number of the batch from 1, batch)`` may spoil a batch; ``size`` numbers beside make the state large."""
-    optimizer = make_optimizer(config.optimizer, config.steps)
+def read_batches(*, batch_size, frames, seed):
+    return pipeline.batches(Examples(), lambda example, rng: example, batch_size=batch_size, seed=seed + 3)
+
+
+def initial_state(config: StageConfig = CONFIG, size: int = 8) -> TrainState:
+    """``size`` numbers of ballast make the state large; they learn nothing, but they decay."""
+    params = {"w": jnp.zeros(4), "ballast": jax.random.normal(jax.random.key(0), (size,))}
+    return init_state(params, make_optimizer(config.optimizer, config.steps), config.bad_loss_window)
+
+
+def train_step(config: StageConfig = CONFIG):
+    return make_train_step(loss, make_optimizer(config.optimizer, config.steps), config)
+
+
+def train(
+    workdir: pathlib.Path,
+    config: StageConfig = CONFIG,
+    size: int = 8,
+    change: Callable[[int, np.ndarray], Any] = lambda step, x: x,
+    read: Callable[..., Any] = read_batches,
+    before_step: Callable[[], None] = lambda: None,
+    export: Callable[[Any], Any] = lambda state: {"params": state.network.params, "ema": state.network.ema},
+) -> None:
+    """Train; ``change(number of the batch from 1, batch)`` may spoil a batch."""
     numbers = iter(range(1, 10**6))
-
-    def init() -> TrainState:
-        # The ballast learns nothing, but it decays.
-        params = {"w": jnp.zeros(4), "ballast": jax.random.normal(jax.random.key(0), (size,))}
-        return init_state(params, optimizer, config.bad_loss_window)
-
-    return loop.Stage(
-        name="tiny",
-        config=config,
-        init=init,
-        step=make_step(loss, optimizer, config),
-        phases=(
-            loop.Phase(
-                config.steps,
-                functools.partial(
-                    pipeline.batches, Examples(), lambda example, rng: example, batch_size=config.batch_size, seed=3
-                ),
-            ),
-        ),
-        ready=lambda batch: jnp.asarray(change(next(numbers), batch["x"])),
-        sample=lambda state, folder, step: {},
-        export=lambda state, path: store.save_params(path, {"params": state.params, "ema": state.ema}, {}),
-    )
+    with open_run("tiny", Recipe(name="tiny"), config, workdir, Placement()) as run:
+        state, step = run.restore(initial_state(config, size)), train_step(config)
+        for batch in run.batches(read, lambda batch: jnp.asarray(change(next(numbers), batch["x"]))):
+            before_step()
+            state, metrics = step(state, batch)
+            state = run.after_step(state, metrics)
+        run.finish(export(state), {})
 
 
 def weights(workdir: pathlib.Path) -> dict[str, np.ndarray]:
@@ -84,16 +89,7 @@ def weights(workdir: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    import dataclasses
-
     steps, size = int(sys.argv[2]), int(sys.argv[3])
-    config = dataclasses.replace(CONFIG, steps=steps, save_every=1, keep=2)
-    stage = make_stage(config, size)
-    step = stage.step
-
-    def told(state, batch):
-        print("step", flush=True)
-        return step(state, batch)
-
-    loop.train(dataclasses.replace(stage, step=told), pathlib.Path(sys.argv[1]))
+    settings = dataclasses.replace(CONFIG, steps=steps, save_every=1, keep=2)
+    train(pathlib.Path(sys.argv[1]), settings, size, before_step=functools.partial(print, "step", flush=True))
     print("done", flush=True)

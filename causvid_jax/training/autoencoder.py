@@ -1,0 +1,277 @@
+"""Training of the causal VAE on pixel clips, and of the tiny codec TAEHV on the VAE's latents."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from causvid_jax.checkpoints import store
+from causvid_jax.checkpoints import workdir as paths
+from causvid_jax.config import Recipe, TAEHVConfig, VAEConfig, require
+from causvid_jax.data import arrays, generate, moving_digits, pipeline
+from causvid_jax.distributed import collectives
+from causvid_jax.media import to_uint8
+from causvid_jax.models import taehv, vae
+from causvid_jax.sharding import placement as sharding
+from causvid_jax.training import samples, weights
+from causvid_jax.training.optimizers import frozen, make_optimizer
+from causvid_jax.training.run import Run
+from causvid_jax.training.update import TrainState, init_state, make_train_step
+
+Batch = dict[str, Any]
+Metrics = dict[str, jax.Array]
+ENCODER = ("encoder", "conv1")
+"""The VAE's parameters that make latents of pixels."""
+
+# ---- updates ---------------------------------------------------------------------------------------------------------
+
+
+def init_vae(key: jax.Array, config: VAEConfig) -> Any:
+    """Return fresh VAE parameters with a small posterior variance, ``exp(-10)``.
+
+    At unit variance the noise hides the first signal, and training settles on latents without content.
+    """
+    params = vae.init(key, config)
+    params["conv1"]["bias"] = params["conv1"]["bias"].at[config.z_dim :].set(-10.0)
+    return params
+
+
+def concat_clips(x: jax.Array, clips: int) -> jax.Array:
+    """Append to each clip of ``x [B, F, ...]`` the next ``clips - 1`` of the batch, without their first frame."""
+    return jnp.concatenate([x, *(jnp.roll(x, -i, axis=0)[:, 1:] for i in range(1, clips))], axis=1)
+
+
+def random_crop(
+    latents: jax.Array, video: jax.Array, key: jax.Array, length: int, factor: int
+) -> tuple[jax.Array, jax.Array]:
+    """Return ``length`` latent frames from a random start, and the pixel frames they decode to as the start of a video.
+
+    The first latent frame of a video decodes to one frame: latent frame s, which encodes frames 4s - 3 to 4s, decodes
+    to frame 4s. The first latent frame of the clip encodes a single frame, unlike all others. It is in more than a
+    quarter of the crops, because the VAE encodes rarely decoded latents badly.
+    """
+    length = min(length, latents.shape[1])
+    starts = latents.shape[1] - length + 1
+    start = jnp.maximum(jax.random.randint(key, (), -(starts // 3), starts), 0)
+    frames = 1 + factor * (length - 1)
+    return (
+        jax.lax.dynamic_slice_in_dim(latents, start, length, axis=1),
+        jax.lax.dynamic_slice_in_dim(video, factor * start, frames, axis=1),
+    )
+
+
+def vae_loss(
+    params: Any,
+    batch: jax.Array,
+    key: jax.Array,
+    *,
+    config: VAEConfig,
+    kl_weight: float,
+    train_encoder: bool = True,
+    clips: int = 1,
+    crop: int = 0,
+) -> tuple[jax.Array, Metrics]:
+    """Return ``mean d^2 + 0.1 mean |d| + kl_weight KL``: d the reconstruction error of a sampled latent.
+
+    The squared term dominates: the L1 optimum of mostly black frames is all black, and training stays there.
+
+    Args:
+      params: of the VAE.
+      batch: pixels in [-1, 1], ``[B, T, H, W, 3]``.
+      key: samples the latents and the crop.
+      config: of the VAE.
+      kl_weight: of the KL divergence per latent element from N(0, 1).
+      train_encoder: False keeps the latents as they are.
+      clips: decode streams of that many clips (:func:`concat_clips`).
+      crop: decode that many latent frames from a random start (:func:`random_crop`); 0 for all.
+    """
+    mean, logvar = vae.encode_moments(params, batch, config=config)
+    if not train_encoder:
+        mean, logvar = jax.lax.stop_gradient((mean, logvar))
+    logvar = jnp.clip(logvar, -20.0, 10.0)
+    key, crop_key = jax.random.split(key) if crop else (key, key)
+    latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    latents, video = concat_clips(vae.normalize(latents, config), clips), concat_clips(batch, clips)
+    if crop:
+        latents, video = random_crop(latents, video, crop_key, crop, vae.time_factor(config))
+    error = vae.decode(params, latents, config=config, clamp=False) - video
+    kl = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1.0 - logvar)
+    l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
+    loss = l2 + 0.1 * l1 + kl_weight * kl
+    return loss, {"loss": loss, "l1": l1, "l2": l2, "kl": kl}
+
+
+def taehv_loss(
+    params: Any, batch: Batch, key: jax.Array, *, config: TAEHVConfig, noise: float
+) -> tuple[jax.Array, Metrics]:
+    """Return ``mean d^2 + 0.1 mean |d| + mean e^2``: d the error of decoded pixels, e that of encoded latents.
+
+    ``batch`` has ``video [B, T, H, W, 3]`` and the VAE's ``latents [B, F, h, w, C]`` of it. The decoder reads the
+    latents with noise of standard deviation ``noise``.
+    """
+    noisy = batch["latents"] + noise * jax.random.normal(key, batch["latents"].shape)
+    error = taehv.decode(params, noisy, config=config, clamp=False) - batch["video"]
+    latent_error = taehv.encode(params, batch["video"], config=config) - batch["latents"]
+    l1, l2, encoded = jnp.mean(jnp.abs(error)), jnp.mean(error**2), jnp.mean(latent_error**2)
+    loss = l2 + 0.1 * l1 + encoded
+    return loss, {"loss": loss, "l1": l1, "l2": l2, "encoded": encoded}
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+def open_clips(run: Run, split: str) -> Any:
+    """Open the pixel clips of a split.
+
+    Raises:
+        ConfigError: data without pixel clips, or clips that are not prepared.
+    """
+    data = run.recipe.data
+    require(
+        data.name == "moving_digits",
+        f"data.name is {data.name!r}; --stage={run.name} trains on 'moving_digits' only, published codecs are loaded",
+    )
+    return moving_digits.source(run.workdir / "data", data, run.recipe.video, split)
+
+
+def read_batches(
+    run: Run, clips: Any, reader: Callable[..., Any], *, batch_size: int, frames: int, seed: int
+) -> Iterator[Batch]:
+    """Read this process's rows of batches of clips of ``frames`` pixel frames."""
+    rows = run.placement.rows(batch_size)
+    return reader(clips, batch_size=batch_size, frames=frames, seed=seed, rows=rows)
+
+
+def latent_statistics(
+    params: Any, clips: Any, config: VAEConfig, *, count: int = 256
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean per channel and one standard deviation for all channels, over ``count`` clips.
+
+    One scale for all: unit variance per channel would make fine detail as expensive as shape.
+    """
+    encode = jax.jit(functools.partial(vae.encode_moments, config=config))
+    batches = pipeline.clip_batches(clips, batch_size=16, seed=0)
+    means = [np.asarray(encode(params, next(batches)["video"])[0]) for _ in range(max(1, count // 16))]
+    values = np.concatenate(means)
+    mean = values.mean(axis=tuple(range(values.ndim - 1)), dtype=np.float64)
+    std = float(np.sqrt(((values - mean) ** 2).mean(dtype=np.float64)))
+    return tuple(float(m) for m in mean), (std,) * config.z_dim
+
+
+# ---- loop ------------------------------------------------------------------------------------------------------------
+
+
+def train_vae(run: Run, init_from: pathlib.Path | None = None) -> None:
+    """Train the VAE on pixel clips and write it with the statistics of its latents."""
+    recipe, config = run.recipe, run.recipe.train_vae
+    clips = open_clips(run, "train")
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    if not config.train_encoder:
+        optimizer = frozen(optimizer, ENCODER)
+    loss = functools.partial(
+        vae_loss,
+        config=recipe.vae,
+        kl_weight=config.kl_weight,
+        train_encoder=config.train_encoder,
+        clips=config.concat_clips,
+        crop=config.crop_frames,
+    )
+    reconstruct = run.placement.everywhere(
+        lambda params, video: vae.decode(params, vae.encode(params, video, config=recipe.vae), config=recipe.vae)
+    )
+    train_step = make_train_step(loss, optimizer, config, run.placement.whole())
+    state = initial_state(run, optimizer, functools.partial(init_vae, config=recipe.vae), init_from)
+    test_clips = open_clips(run, "test")
+    for batch in run.batches(
+        functools.partial(read_batches, run, clips, pipeline.clip_batches),
+        lambda batch: run.placement.batch(batch["video"]),
+    ):
+        state, metrics = train_step(state, batch)
+        state = run.after_step(state, metrics)
+        if run.samples_now:
+            run.log_samples(sample(run, recipe, test_clips, functools.partial(reconstruct, state.network.ema)))
+    params = collectives.gather(state.network.ema)
+    run.finish(state.network.ema, vae_metadata(params, recipe, run.workdir))
+
+
+def vae_metadata(params: Any, recipe: Recipe, workdir: pathlib.Path) -> dict[str, str]:
+    """Return the metadata of the VAE's weights, its measured latent statistics among them; empty on other hosts.
+
+    Raises:
+        ConfigError: clips that are not prepared, which the statistics are measured on.
+    """
+    if not collectives.first():
+        return {}
+    clips = moving_digits.source(workdir / "data", recipe.data, recipe.video, "train")
+    with collectives.alone():
+        mean, std = latent_statistics(params, clips, recipe.vae)
+    measured = dataclasses.replace(recipe.vae, latent_mean=mean, latent_std=std)
+    return weights.weights_metadata("vae", recipe) | paths.vae_metadata(measured)
+
+
+def train_taehv(run: Run, init_from: pathlib.Path | None = None) -> None:
+    """Train the tiny codec to decode, and to encode, the latents of the trained VAE or of the student's rollouts."""
+    test_clips = open_clips(run, "test")
+    vae_params, recipe = weights.load_vae(run)
+    dataclasses.replace(recipe, decoder="taehv")  # refused unless the latents of the two codecs have one shape
+    config, tiny, placement = recipe.train_taehv, recipe.taehv, run.placement
+    if config.rollouts:
+        reader: Callable[..., Any] = pipeline.stream_batches
+        sources = [arrays.source(generate.streams_folder(run.workdir, clips)) for clips, _ in config.rollouts]
+        clips: Any = pipeline.Mixture(sources, [len(source) for source in sources])
+    else:
+        reader, clips = pipeline.clip_batches, open_clips(run, "train")
+    vae_params = weights.replicated(vae_params, placement)
+    split = None if placement.mesh is None else sharding.batch_sharding(placement.mesh, placement.rules)
+    encode = jax.jit(functools.partial(vae.encode, config=recipe.vae), out_shardings=split)
+
+    @placement.everywhere
+    def reconstruct(params: Any, vae_params: Any, video: jax.Array) -> jax.Array:
+        return taehv.decode(params, vae.encode(vae_params, video, config=recipe.vae), config=tiny)
+
+    def to_device(batch: Batch) -> Batch:
+        video = placement.batch(batch["video"])
+        latents = placement.batch(batch["latents"]) if config.rollouts else encode(vae_params, video)
+        return {"video": video, "latents": latents}
+
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    loss = functools.partial(taehv_loss, config=tiny, noise=config.noise)
+    train_step = make_train_step(loss, optimizer, config, placement.whole())
+    state = initial_state(run, optimizer, functools.partial(taehv.init, config=tiny), init_from)
+    for batch in run.batches(functools.partial(read_batches, run, clips, reader), to_device):
+        state, metrics = train_step(state, batch)
+        state = run.after_step(state, metrics)
+        if run.samples_now:
+            run.log_samples(
+                sample(run, recipe, test_clips, functools.partial(reconstruct, state.network.ema, vae_params))
+            )
+    run.finish(state.network.ema, weights.metadata(run, recipe))
+
+
+def initial_state(
+    run: Run, optimizer: optax.GradientTransformation, init: Callable[[jax.Array], Any], init_from: pathlib.Path | None
+) -> TrainState:
+    """Return the state of the last checkpoint, else of ``init_from`` or of fresh weights; whole on every device."""
+
+    def state(params: Any = None) -> TrainState:
+        params = init(jax.random.key(run.config.seed)) if params is None else params
+        return init_state(params, optimizer, run.config.bad_loss_window)
+
+    start = [weights.replicated(store.load_params(init_from)[0], run.placement)] if init_from else []
+    return run.restore(run.placement.init(state, run.placement.whole(), *start))
+
+
+def sample(run: Run, recipe: Recipe, clips: Any, reconstruct: Callable[[Any], jax.Array]) -> dict[str, float]:
+    """Write test clips beside their reconstructions; return the PSNR in dB and what the classifier reads."""
+    batch = next(pipeline.clip_batches(clips, batch_size=run.config.samples, seed=0))
+    output = np.asarray(reconstruct(batch["video"]))
+    path = run.folder / "samples" / f"{run.step:06d}.mp4"
+    samples.show(to_uint8(np.concatenate([batch["video"], output], axis=3)), path, recipe)
+    psnr = -10 * np.log10(np.mean((output - batch["video"]) ** 2) / 4)
+    return {"psnr": float(psnr)} | samples.scores(to_uint8(output), list(batch["caption"]), recipe)

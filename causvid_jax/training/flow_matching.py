@@ -1,0 +1,171 @@
+"""Flow matching of the teacher (paper section 3.1) and of its causal variant by teacher forcing.
+
+x_t = (1 - sigma) x0 + sigma noise,  L = mean (v(x_t, t, caption) - (noise - x0))^2,  t = 1000 sigma
+"""
+
+import functools
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from causvid_jax.config import Recipe
+from causvid_jax.data import pipeline
+from causvid_jax.data import sources as datasets
+from causvid_jax.diffusion import flow
+from causvid_jax.distill import ode_regression
+from causvid_jax.models import transformer
+from causvid_jax.sharding.placement import Placement
+from causvid_jax.text import encoder
+from causvid_jax.training import samples, weights
+from causvid_jax.training.run import Run
+from causvid_jax.training.update import NetworkStep, network_step
+
+Batch = dict[str, Any]
+Metrics = dict[str, jax.Array]
+
+# ---- updates ---------------------------------------------------------------------------------------------------------
+
+
+def teacher_loss(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> tuple[jax.Array, Metrics]:
+    """Return the loss of the bidirectional teacher: one t per clip on the shifted grid, captions dropped at random.
+
+    Args:
+      params: of the teacher.
+      batch: ``latents [B, F, h, w, C]`` and ``text [B, S, E]``.
+      key: draws t, noise and which captions are dropped.
+      recipe: grid, teacher, ``train_teacher.caption_dropout``.
+    """
+    latents, text = batch["latents"], batch["text"]
+    size, frames = latents.shape[:2]
+    u_key, noise_key, drop_key = jax.random.split(key, 3)
+    # Stratified: one u in each of B equal cells, which lowers the variance of the loss.
+    u = (jnp.arange(size) + jax.random.uniform(u_key, (size,))) / size
+    sigma = jnp.broadcast_to(flow.sigma_from_u(u, recipe.diffusion.shift)[:, None], (size, frames))
+    noise = jax.random.normal(noise_key, latents.shape)
+    keep = jax.random.uniform(drop_key, (size, 1, 1)) >= recipe.train_teacher.caption_dropout
+    x_t = flow.add_noise(latents, noise, sigma)
+    velocity = transformer.bidirectional(
+        params, x_t, flow.timestep_from_sigma(sigma), text * keep, config=recipe.teacher
+    )
+    loss = jnp.mean((velocity - flow.velocity_from(latents, noise)) ** 2)
+    return loss, {"loss": loss}
+
+
+def causal_loss(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> tuple[jax.Array, Metrics]:
+    """Return the teacher-forcing loss: every block has a t of its own and attends to the clean blocks before it.
+
+    Arguments as in :func:`teacher_loss`. A share ``train_causal.prompt_switch_prob`` of the clips continue another
+    clip's clean blocks (:func:`ode_regression.splice`).
+    """
+    config, latents, text = recipe.train_causal, batch["latents"], batch["text"]
+    size, frames = latents.shape[:2]
+    blocks = recipe.causal.block_sizes(frames)
+    u_key, noise_key, drop_key, splice_key = jax.random.split(key, 4)
+    sigma = flow.sigma_from_u(jax.random.uniform(u_key, (size, len(blocks))), recipe.diffusion.shift)
+    sigma = jnp.repeat(sigma, np.asarray(blocks), axis=1, total_repeat_length=frames)
+    noise = jax.random.normal(noise_key, latents.shape)
+    keep = jax.random.uniform(drop_key, (size, 1, 1)) >= config.caption_dropout
+    swapped = ode_regression.splice(splice_key, size, blocks, config.prompt_switch_prob)
+    clean = jnp.where(swapped[:, :, None, None, None], jnp.roll(latents, -1, axis=0), latents)
+    x_t = flow.add_noise(latents, noise, sigma)
+    velocity = transformer.block_causal(
+        params,
+        x_t,
+        flow.timestep_from_sigma(sigma),
+        text * keep,
+        config=recipe.teacher,
+        causal=recipe.causal,
+        clean=clean,
+        clean_timestep=recipe.causal.context_noise,
+    )
+    loss = jnp.mean((velocity - flow.velocity_from(latents, noise)) ** 2)
+    return loss, {"loss": loss}
+
+
+def teacher_step(recipe: Recipe, placement: Placement) -> NetworkStep:
+    """Return the train step of the stage ``teacher``."""
+    loss, net = functools.partial(teacher_loss, recipe=recipe), recipe.teacher
+    return network_step(loss, recipe.train_teacher, transformer.spec(net), net.rules, placement)
+
+
+def causal_step(recipe: Recipe, placement: Placement) -> NetworkStep:
+    """Return the train step of the stage ``causal``."""
+    loss, net = functools.partial(causal_loss, recipe=recipe), recipe.teacher
+    return network_step(loss, recipe.train_causal, transformer.spec(net), net.rules, placement)
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+def batch_shapes(recipe: Recipe) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of the arrays of one step of the stage ``teacher``."""
+    size = recipe.train_teacher.batch_size
+    shapes = {"latents": recipe.latent_shape, "text": (recipe.text.length, recipe.text.dim)}
+    return {name: jax.ShapeDtypeStruct((size, *shape), np.float32) for name, shape in shapes.items()}
+
+
+def read_batches(run: Run, *, batch_size: int, frames: int, seed: int) -> Iterator[Batch]:
+    """Read this process's rows of batches of latents with their captions."""
+    return pipeline.latent_batches(
+        datasets.latents(run.recipe, run.workdir),
+        batch_size=batch_size,
+        frames=frames,
+        seed=seed,
+        text_length=run.recipe.text.length,
+        rows=run.placement.rows(batch_size),
+    )
+
+
+# ---- loop ------------------------------------------------------------------------------------------------------------
+
+
+def train_teacher(run: Run, init_from: pathlib.Path | None = None) -> None:
+    """Train the bidirectional teacher on latents, from fresh weights or from ``init_from``."""
+    vae_params, recipe = weights.load_vae(run)
+    reader, step = weights.open_encoder(run), teacher_step(recipe, run.placement)
+    if init_from:
+        start = weights.load_network(run, "teacher", recipe.teacher, init_from)
+        state = run.placement.init(step.init, step.shardings, start)
+    else:
+        key = jax.random.key(run.config.seed)
+        state = run.placement.init(lambda: step.init(transformer.init(key, recipe.teacher)), step.shardings)
+    train(run, recipe, step, run.restore(state), reader, samples.TeacherSampler(run, recipe, vae_params, reader))
+
+
+CAUSAL_SAMPLE_STEPS = 16
+"""Steps of a causal teacher's samples, which are streams without guidance."""
+
+
+def train_causal(run: Run, init_from: pathlib.Path | None = None) -> None:
+    """Train the causal teacher from the bidirectional one, or from ``init_from``."""
+    vae_params, recipe = weights.load_vae(run)
+    reader, step = weights.open_encoder(run), causal_step(recipe, run.placement)
+    start = weights.load_network(run, "teacher", recipe.teacher, init_from)
+    state = run.restore(run.placement.init(step.init, step.shardings, start))
+    sampler = samples.StreamSampler(run, samples.many_steps(recipe, CAUSAL_SAMPLE_STEPS), vae_params, reader)
+    train(run, recipe, step, state, reader, sampler)
+
+
+def train(
+    run: Run,
+    recipe: Recipe,
+    step: NetworkStep,
+    state: Any,
+    reader: encoder.Encoder,
+    sample: samples.StreamSampler | samples.TeacherSampler,
+) -> None:
+    """Run the steps of a stage on latents, then write the EMA."""
+
+    def to_device(batch: Batch) -> Batch:
+        return run.placement.batch({"latents": batch["latents"], "text": weights.prompt_embeds(batch, reader)})
+
+    for batch in run.batches(functools.partial(read_batches, run), to_device):
+        state, metrics = step.train_step(state, batch)
+        state = run.after_step(state, metrics)
+        if run.samples_now:
+            run.log_samples(sample(state.network.ema))
+    run.finish(state.network.ema, weights.metadata(run, recipe))

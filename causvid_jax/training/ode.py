@@ -1,0 +1,119 @@
+"""ODE regression (paper section 4.3): the student learns to jump to the end of the teacher's trajectories."""
+
+import functools
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from causvid_jax.config import Recipe
+from causvid_jax.data import arrays, generate, pipeline
+from causvid_jax.data import sources as datasets
+from causvid_jax.diffusion import flow
+from causvid_jax.distill.ode_regression import ode_regression_loss
+from causvid_jax.models import transformer
+from causvid_jax.sharding.placement import Placement
+from causvid_jax.training import samples, weights
+from causvid_jax.training.run import Run
+from causvid_jax.training.update import NetworkStep, network_step
+
+Batch = dict[str, Any]
+
+# ---- update ----------------------------------------------------------------------------------------------------------
+
+
+def init_loss(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return the regression loss of trajectories ``[B, Q + 1, F, h, w, C]``, with ``context`` of a causal teacher."""
+    config, causal = recipe.train_init, recipe.causal
+    velocity = functools.partial(
+        transformer.block_causal, config=recipe.student, causal=causal, clean_timestep=causal.context_noise
+    )
+    return ode_regression_loss(
+        velocity,
+        params,
+        jnp.moveaxis(batch["trajectory"], 1, 0),
+        batch["text"],
+        key,
+        timesteps=flow.student_timesteps(recipe.diffusion),
+        block_sizes=causal.block_sizes(batch["trajectory"].shape[2]),
+        include_clean=config.include_clean,
+        prompt_switch_prob=config.prompt_switch_prob,
+        context=batch.get("context"),
+    )
+
+
+def init_step(recipe: Recipe, placement: Placement) -> NetworkStep:
+    """Return the train step of the stage ``init``."""
+    loss, net = functools.partial(init_loss, recipe=recipe), recipe.student
+    return network_step(loss, recipe.train_init, transformer.spec(net), net.rules, placement)
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+def batch_shapes(recipe: Recipe) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of the arrays of one step."""
+    states = len(flow.student_timesteps(recipe.diffusion)) + 1
+    shapes: dict[str, tuple[int, ...]] = {"trajectory": (states, *recipe.latent_shape)}
+    if recipe.train_init.teacher == "causal":
+        shapes["context"] = recipe.latent_shape
+    shapes["text"] = (recipe.text.length, recipe.text.dim)
+    size = recipe.train_init.batch_size
+    return {name: jax.ShapeDtypeStruct((size, *shape), np.float32) for name, shape in shapes.items()}
+
+
+def open_trajectories(recipe: Recipe, workdir: pathlib.Path) -> dict[int, Any]:
+    """Open the trajectories by their length in latent frames, 0 for whole clips.
+
+    Raises:
+        ConfigError: trajectories that are not finished.
+    """
+    if recipe.train_init.teacher == "bidirectional":
+        return {0: arrays.source(datasets.folder(workdir, datasets.TRAJECTORIES))}
+    lengths = {0, *(frames for _, frames, _ in recipe.train_init.curriculum)}
+    return {frames: arrays.source(generate.causal_folder(workdir, frames)) for frames in lengths}
+
+
+def read_batches(
+    run: Run, trajectories: Mapping[int, Any], *, batch_size: int, frames: int, seed: int
+) -> Iterator[Batch]:
+    """Read this process's rows of batches of trajectories of ``frames`` latent frames."""
+    return pipeline.trajectory_batches(
+        trajectories[frames],
+        batch_size=batch_size,
+        seed=seed,
+        text_length=run.recipe.text.length,
+        rows=run.placement.rows(batch_size),
+    )
+
+
+# ---- loop ------------------------------------------------------------------------------------------------------------
+
+
+def train_init(run: Run, init_from: pathlib.Path | None = None) -> None:
+    """Train the student on trajectories; it starts from the teacher if it has its size, or from ``init_from``."""
+    vae_params, recipe = weights.load_vae(run)
+    trajectories = open_trajectories(recipe, run.workdir)
+    reader, step, names = weights.open_encoder(run), init_step(recipe, run.placement), batch_shapes(recipe)
+    if init_from or recipe.student == recipe.teacher:
+        start = weights.load_network(run, "teacher", recipe.student, init_from)
+        state = run.placement.init(step.init, step.shardings, start)
+    else:
+        key = jax.random.key(run.config.seed)
+        state = run.placement.init(lambda: step.init(transformer.init(key, recipe.student)), step.shardings)
+    state = run.restore(state)
+    sample = samples.StreamSampler(run, recipe, vae_params, reader)
+
+    def to_device(batch: Batch) -> Batch:
+        values = {**batch, "text": weights.prompt_embeds(batch, reader)}
+        return run.placement.batch({name: values[name] for name in names})
+
+    for batch in run.batches(functools.partial(read_batches, run, trajectories), to_device):
+        state, metrics = step.train_step(state, batch)
+        state = run.after_step(state, metrics)
+        if run.samples_now:
+            run.log_samples(sample(state.network.ema))
+    run.finish(state.network.ema, weights.metadata(run, recipe))

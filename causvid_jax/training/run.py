@@ -1,0 +1,303 @@
+"""The run of one training stage: everything but the arithmetic.
+
+A trainer reads from top to bottom::
+
+    state = run.restore(initial_state)
+    for batch in run.batches(read, to_device):
+        state, metrics = train_step(state, batch)
+        state = run.after_step(state, metrics)
+        if run.samples_now:
+            run.log_samples(sample(state))
+    run.finish(params, metadata)
+"""
+
+import collections
+import contextlib
+import dataclasses
+import errno
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from causvid_jax.checkpoints import store
+from causvid_jax.config import Recipe, RunError, StageConfig, to_json
+from causvid_jax.distributed import collectives
+from causvid_jax.progress import Progress
+from causvid_jax.sharding.placement import Placement
+from causvid_jax.training import guard, preemption
+from causvid_jax.training.checkpoint import Checkpoints
+from causvid_jax.training.input_wait import InputWait
+from causvid_jax.training.metrics import open_writer
+from causvid_jax.training.run_lock import claimed
+
+Metrics = dict[str, jax.Array]
+ReadBatches = Callable[..., Any]
+"""``(batch_size=, frames=, seed=) -> iterator`` of host batches with ``get_state`` and ``set_state``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _PendingStep:
+    """A step that runs on the device and whose metrics nobody has read yet."""
+
+    step: int
+    metrics: Metrics
+    data_position: dict[str, Any]  # of the data before the step
+    examples: Any  # their numbers in the dataset, as far as this process read them
+
+
+class Run:
+    """One stage in training in ``WORKDIR/STAGE``: data position, checkpoints, metrics, samples, preemption.
+
+    Ctrl-C or SIGTERM, to any one of the processes of the run, makes all of them finish the same step, save a checkpoint
+    and raise KeyboardInterrupt or :class:`preemption.Terminated`. Started again, the run goes on from there and ends
+    with the parameters of an uninterrupted run (bit for bit on CPU).
+
+    Attributes:
+      name: of the stage, and of its folder.
+      recipe: the recipe.
+      config: the settings of this stage.
+      workdir: holds the data and the folders of all stages.
+      placement: the mesh and what lies where.
+      step: steps done.
+    """
+
+    def __init__(self, name: str, recipe: Recipe, config: StageConfig, workdir: pathlib.Path, placement: Placement):
+        self.name, self.recipe, self.config, self.workdir = name, recipe, config, workdir
+        self.placement = placement
+        self.folder = workdir / name
+        self.step = 0
+        self._checkpoints = Checkpoints(self.folder / "checkpoints", config.keep, config.keep_every)
+        self._recipe_json = to_json(recipe)
+        self._position: dict[str, Any] | None = None
+        self._seconds, self._started = 0.0, time.monotonic()
+        self._pending: collections.deque[_PendingStep] = collections.deque()
+        self._metrics: Metrics = {}
+        self._wait = InputWait()
+        self._iterator: Any = None
+        self._end = 0
+        self._progress = Progress(name, config.steps, stream=collectives.log_stream())
+        self._writer: Any = None
+        self._signal: Callable[[int], int] = lambda _: 0
+        self._exit = contextlib.ExitStack()
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def restore(self, state: Any) -> Any:
+        """Return the state of the last good checkpoint, or ``state`` where there is none."""
+        restored = self._checkpoints.restore(state)
+        if restored is not None:
+            state, saved = restored
+            self.step, self._seconds, self._position = saved["step"], saved["seconds"], saved["iterator"]
+            if self.config.on_bad_loss == "stop":
+                state = guard.reset_skipped(state)  # refused updates of the time when it was "skip"
+            for change in _changes(saved.get("config"), self._recipe_json):
+                self._progress.note(f"{self.name}: the checkpoint was made with {change}")
+        self._report()
+        if self.step:
+            self._progress.note(f"{self.name}: going on from step {self.step}")
+        if collectives.first():
+            (self.folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
+        return state
+
+    def _save(self, step: int, state: Any, position: dict[str, Any]) -> None:
+        elapsed = self._seconds + time.monotonic() - self._started
+        progress = {"step": step, "seconds": elapsed, "iterator": position, "config": self._recipe_json}
+        self._checkpoints.save(step, state, progress)
+
+    def _report(self) -> None:
+        for report in self._checkpoints.reports():
+            self._progress.note(f"{self.name}: {report}")
+
+    # ---- data --------------------------------------------------------------------------------------------------------
+
+    def batches(self, read: ReadBatches, to_device: Callable[[dict[str, Any]], Any]) -> Iterator[Any]:
+        """Yield the batches of the remaining steps on the devices: the curriculum's stretches, then the main one.
+
+        Each stretch reads the data in an order of its own, ``read(batch_size=, frames=, seed=)``.
+        """
+        config = self.config
+        self._open()
+        for i, (end, frames, batch_size) in enumerate(config.stretches):
+            if self.step >= end:
+                continue
+            seed = config.seed + len(config.curriculum) - i
+            self._end, self._iterator = end, read(batch_size=batch_size, frames=frames, seed=seed)
+            if self._position is not None and self._position["phase_end"] == end:
+                self._iterator.set_state(self._position["iterator"])
+            while self.step < end:
+                before = self._data_position()
+                batch, examples = self._wait(lambda: self._next(to_device), self._metrics)
+                self._pending.append(_PendingStep(self.step + 1, {}, before, examples))
+                yield batch
+
+    def _next(self, to_device: Callable[[dict[str, Any]], Any]) -> tuple[Any, Any]:
+        batch = next(self._iterator)
+        return to_device(batch), batch.get("index")
+
+    def _data_position(self) -> dict[str, Any]:
+        return {"phase_end": self._end, "iterator": self._iterator.get_state()}
+
+    def _open(self) -> None:
+        self._writer = self._exit.enter_context(open_writer(self.folder, step=self.step))
+        self._signal = self._exit.enter_context(preemption.requests())
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    @property
+    def samples_now(self) -> bool:
+        """Whether the step just done is one that shows samples."""
+        due = self.step % self.config.sample_every == 0 or self.step == self.config.steps
+        return due and self.config.samples > 0
+
+    def after_step(self, state: Any, metrics: Metrics) -> Any:
+        """Log, save and stop as is due after a step; return the state.
+
+        Raises:
+            RunError: a loss that stops the run (``StageConfig.on_bad_loss``), or a stop without a checkpoint.
+            Interrupted, Terminated: a signal was obeyed, and everything is saved.
+        """
+        self.step, self._metrics = self.step + 1, metrics
+        self._pending.append(dataclasses.replace(self._pending.pop(), metrics=metrics))
+        signal = self._signal(self.step)
+        last = self.step == self.config.steps
+        log = self.step % self.config.log_every == 0 or last
+        save = self.step % self.config.save_every == 0 or last or bool(signal)
+        # Reading metrics waits for the step. The newest one stays unread, so that the device always has work queued.
+        while len(self._pending) > (0 if log or save or self.samples_now else 1):
+            state = self._check(self._pending.popleft(), state)
+        self._report()
+        self._progress.update(self.step, lambda: _losses(metrics))
+        if log:
+            hours = (self._seconds + time.monotonic() - self._started) / 3600
+            self._writer.write(self.step, {**metrics, "input_wait": self._wait.share(), "hours": hours})
+        if save:
+            self._save(self.step, state, self._data_position())
+        if signal:
+            self._stop(signal)
+        return state
+
+    def _check(self, done: _PendingStep, state: Any) -> Any:
+        """Read the metrics of a step; raise RunError, the state before it saved, if its update stops the run."""
+        if not int(done.metrics.get("skipped", 0)):
+            return state
+        what = f"{self.name}: step {done.step}: {_bad(done.metrics, self.config)}, {_examples(done.examples)}"
+        if self.config.on_bad_loss == "skip":
+            self._progress.note(f"{what}; its update is left out")
+            return state
+        state = guard.reset_skipped(state)
+        self._checkpoints.wait()
+        # If some updates of the step were applied, the state is that of no step: the checkpoint on disk has to do.
+        if not int(done.metrics["applied"]) and self._checkpoints.last != done.step - 1:
+            self._save(done.step - 1, state, done.data_position)
+        self._checkpoints.close()
+        self._report()
+        last = self._checkpoints.last
+        left = "there is no checkpoint" if last is None else f"the checkpoint is of step {last}"
+        raise RunError(
+            f"{what}; {left} in {self.folder / 'checkpoints'}; with --config.train_{self.name}.on_bad_loss=skip the "
+            "same command goes on without such updates"
+        )
+
+    def _stop(self, signal: int) -> None:
+        self._checkpoints.close()
+        self._report()
+        if self._checkpoints.failed:
+            raise RunError(f"{self.name}: stopped at step {self.step} without a checkpoint of it")
+        name = preemption.NAMES[signal]
+        self._progress.note(f"{self.name}: stopped by {name} at step {self.step}; the same command goes on from here")
+        preemption.stop(signal)
+
+    def log_samples(self, scores: dict[str, float]) -> None:
+        """Record what the samples of this step scored."""
+        if scores:
+            self._writer.write(self.step, {f"sample_{name}": value for name, value in scores.items()})
+            text = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
+            self._progress.note(f"{self.name}: step {self.step}: {text}")
+
+    def finish(self, params: Any, metadata: dict[str, str]) -> None:
+        """Write ``WORKDIR/STAGE/weights.safetensors`` of the finished run, and say where it is and what comes next."""
+        self._progress.close()
+        self._checkpoints.close()
+        self._report()
+        path = self.folder / "weights.safetensors"
+        whole = collectives.gather(params)
+        if collectives.first():
+            store.save_params(path, whole, metadata)
+        collectives.sync(f"{self.name} written")
+        self._progress.note(f"{self.name}: done, weights at {path}")
+
+    def close(self) -> None:
+        """Close the metrics and give the signals back."""
+        self._exit.close()
+
+
+@contextlib.contextmanager
+def open_run(
+    name: str, recipe: Recipe, config: StageConfig, workdir: pathlib.Path, placement: Placement
+) -> Iterator[Run]:
+    """Open the run of a stage on its mesh and hold its folder, so that no other run uses it.
+
+    Raises:
+        ConfigError: another run is training there.
+        RunError: a disk that is full; the sentence names the last good checkpoint.
+    """
+    folder = workdir / name
+    with placement.current():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with claimed(folder):
+                run = Run(name, recipe, config, workdir, placement)
+                with contextlib.closing(run):
+                    yield run
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise RunError(
+                f"{name}: {workdir} cannot be written: {error.strerror}; make room, and the same command goes on from "
+                "the last checkpoint"
+            ) from error
+
+
+def _losses(metrics: dict[str, Any]) -> dict[str, float]:
+    """Return what the progress line shows; reading the values waits for the device."""
+    return {name: float(value) for name, value in metrics.items() if "loss" in name}
+
+
+def _bad(metrics: dict[str, Any], config: StageConfig) -> str:
+    """Say what is wrong with the metrics of a step whose update was refused."""
+    names = [*(k for k in metrics if k.endswith("loss")), *(k for k in metrics if k.endswith("gradient_norm"))]
+    values = {name: float(metrics[name]) for name in names}
+    wrong = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]
+    if wrong:
+        return " and ".join(wrong)
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name.endswith("loss"))
+    return f"a loss ({losses}) is more than {config.bad_loss_factor:g} times the median of the last"
+
+
+def _examples(numbers: Any) -> str:
+    """Name the examples of a batch, of all processes."""
+    if numbers is None:
+        return "examples unknown"
+    if jax.process_count() > 1:
+        numbers = multihost_utils.process_allgather(np.asarray(numbers))
+    return f"examples {', '.join(str(int(number)) for number in np.ravel(numbers))}"
+
+
+def _changes(before: str | None, now: str) -> list[str]:
+    """List the fields that differ between two recipes in JSON: "train_teacher.steps 100, now 200"."""
+    if before is None:
+        return []
+
+    def flat(tree: Any, path: str = "") -> dict[str, Any]:
+        if not isinstance(tree, dict):
+            return {path: tree}
+        return {k: v for name, sub in tree.items() for k, v in flat(sub, f"{path}.{name}" if path else name).items()}
+
+    old, new = flat(json.loads(before)), flat(json.loads(now))
+    return [f"{name} {old[name]!r}, now {new[name]!r}" for name in old if name in new and old[name] != new[name]]

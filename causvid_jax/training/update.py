@@ -1,0 +1,182 @@
+"""One update of one network: gradient, accumulation, norm, guard, optimizer, EMA.
+
+g            = d loss / d params                    (over ``accumulate`` parts of the batch)
+applied      = finite(loss) and finite(|g|) and loss <= factor * median(recent losses)
+params, opt  = optimizer(g, opt, params)            where applied
+ema          = d ema + (1 - d) params,  d = ema_decay from step ema_start on, 0 before
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from causvid_jax.config import OptimizerConfig, ShardingRules, StageConfig
+from causvid_jax.sharding.params import abstract_tree
+from causvid_jax.sharding.placement import Placement
+from causvid_jax.training import guard
+from causvid_jax.training.gradients import LossFn, accumulated_gradient
+from causvid_jax.training.optimizers import make_optimizer
+
+TrainStep = Callable[..., tuple[Any, dict[str, jax.Array]]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+    """A network in training: parameters, optimizer state and, where one is kept, the EMA that is sampled."""
+
+    params: Any
+    opt: optax.OptState
+    ema: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The state of a stage that trains one network."""
+
+    network: Trainable
+    step: jax.Array  # [] int32, updates applied
+    history: guard.LossHistory
+
+
+def init_trainable(params: Any, optimizer: optax.GradientTransformation, *, ema: bool = True) -> Trainable:
+    """Return the state before the first update; the EMA is a copy, so that every buffer can be donated."""
+    return Trainable(params, optimizer.init(params), jax.tree.map(jnp.copy, params) if ema else None)
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, window: int = guard.WINDOW) -> TrainState:
+    """Return the state of one network before its first update; ``window`` losses will be remembered."""
+    return TrainState(init_trainable(params, optimizer), jnp.zeros((), jnp.int32), guard.init_history(window))
+
+
+def ema_update(ema: Any, params: Any, step: jax.Array, config: OptimizerConfig) -> Any:
+    """Return ``d ema + (1 - d) params`` with ``d = ema_decay`` from step ``ema_start`` on and 0 before."""
+    decay = jnp.where(step >= config.ema_start, config.ema_decay, 0.0)
+    return optax.incremental_update(params, ema, 1.0 - decay)
+
+
+def apply_update(
+    network: Trainable,
+    loss_fn: LossFn,
+    batch: Any,
+    key: jax.Array,
+    history: guard.LossHistory,
+    step: jax.Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    config: StageConfig,
+    row: int = 0,
+    finite: jax.Array | bool = True,
+) -> tuple[Trainable, guard.LossHistory, jax.Array, dict[str, jax.Array]]:
+    """Take one optimizer step on ``loss_fn(params, batch, key) -> (loss, metrics)``, unless the guard refuses it.
+
+    Args:
+      network: parameters, optimizer state, EMA.
+      loss_fn: its metrics hold ``loss``.
+      batch: a pytree of arrays ``[B, ...]``, processed in ``config.accumulate`` parts.
+      key: of this update.
+      history: recent losses; ``row`` is the one of this network.
+      step: updates applied before, for the EMA's start.
+      optimizer: made ``network.opt``.
+      config: accumulation, guard, EMA.
+      row: index of this loss in ``history``.
+      finite: False refuses the update for another reason.
+
+    Returns:
+      The network and the history after it, whether the update was applied, and the metrics with ``gradient_norm``.
+    """
+    gradient, metrics = accumulated_gradient(loss_fn, network.params, batch, key, config.accumulate)
+    norm = optax.global_norm(gradient)
+    applied, history = guard.check_update(history, metrics["loss"], norm, config, row=row, finite=finite)
+    change, opt = optimizer.update(gradient, network.opt, network.params)
+    params = optax.apply_updates(network.params, change)
+    ema = None if network.ema is None else ema_update(network.ema, params, step, config.optimizer)
+    updated = guard.select(applied, Trainable(params, opt, ema), network)
+    return updated, history, applied, metrics | {"gradient_norm": norm}
+
+
+def make_train_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, config: StageConfig, shardings: Any = None
+) -> TrainStep:
+    """Return the jitted step ``(state, batch) -> (state, metrics)`` of one network; it donates the state.
+
+    Randomness is ``fold_in(key(config.seed), step)``, so a resumed run draws what an uninterrupted one would. A refused
+    update leaves the state as it was, ``step`` included; the metric ``skipped`` is then 1. On a mesh the state stays
+    where ``shardings`` (a tree of ``NamedSharding``, or one for all) put it.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        network, history, applied, metrics = apply_update(
+            state.network, loss_fn, batch, key, state.history, state.step, optimizer=optimizer, config=config
+        )
+        counts = {"skipped": 1 - applied.astype(jnp.int32), "applied": applied, "skipped_total": history.skipped}
+        step = jnp.where(applied, state.step + 1, state.step)
+        return TrainState(network, step, history), metrics | counts
+
+    return train_step
+
+
+# ---- on a mesh -------------------------------------------------------------------------------------------------------
+
+
+def trainable_shardings(
+    placement: Placement, spec: Any, rules: ShardingRules, optimizer: optax.GradientTransformation, *, ema: bool = True
+) -> Trainable:
+    """Return where a :class:`Trainable` of the parameters ``spec`` lies on the mesh."""
+    params = placement.params(spec, rules)
+    return Trainable(params, placement.optimizer(optimizer, spec, params), params if ema else None)
+
+
+def history_shardings(placement: Placement) -> guard.LossHistory:
+    """Return where the history of losses lies: whole on every device."""
+    whole = cast(Any, placement.whole())
+    return guard.LossHistory(recent=whole, skipped=whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkStep:
+    """The train step of a stage that trains one transformer, and the state it takes.
+
+    Attributes:
+      train_step: jitted ``(state, batch) -> (state, metrics)``.
+      init: ``params -> TrainState``, traceable.
+      shardings: where the state lies; None without a mesh.
+    """
+
+    train_step: TrainStep
+    init: Callable[[Any], TrainState]
+    shardings: TrainState | None
+
+
+def network_step(
+    loss_fn: LossFn, config: StageConfig, spec: Any, rules: ShardingRules, placement: Placement
+) -> NetworkStep:
+    """Return the step of one network with the parameters ``spec`` on the mesh of ``placement``."""
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    shardings = None
+    if placement.mesh is not None:
+        network = trainable_shardings(placement, spec, rules, optimizer)
+        shardings = TrainState(network, cast(Any, placement.whole()), history_shardings(placement))
+    return NetworkStep(
+        train_step=make_train_step(loss_fn, placement.hosted(optimizer, spec, rules), config, shardings),
+        init=functools.partial(init_state, optimizer=optimizer, window=config.bad_loss_window),
+        shardings=shardings,
+    )
+
+
+def abstract_network(spec: Any, placement: Placement, rules: ShardingRules) -> Any:
+    """Return the shapes of the parameters ``spec`` with their shardings on the mesh."""
+    return with_shardings(abstract_tree(spec), placement.params(spec, rules))
+
+
+def with_shardings(tree: Any, shardings: Any) -> Any:
+    """Return the shapes of ``tree`` with ``shardings`` attached."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

@@ -1,0 +1,68 @@
+"""The weights and text encoders that a stage in training reads."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from causvid_jax.checkpoints import store
+from causvid_jax.checkpoints import workdir as paths
+from causvid_jax.config import Recipe, TransformerConfig, to_json
+from causvid_jax.distributed import collectives
+from causvid_jax.models import transformer
+from causvid_jax.sharding.placement import Placement
+from causvid_jax.text import encoder
+from causvid_jax.training.run import Run
+
+
+def load_vae(run: Run) -> tuple[Any, Recipe]:
+    """Return the trained VAE, on the host, and the recipe with its latent statistics and the VAE as decoder."""
+    return measured_vae(run.recipe, run.workdir)
+
+
+def measured_vae(recipe: Recipe, workdir: pathlib.Path) -> tuple[Any, Recipe]:
+    """Return the trained VAE of ``workdir``, or of the package, and the recipe with its latent statistics."""
+    params, config = paths.load_vae(paths.find(recipe.name, "vae", workdir), recipe.vae)
+    return params, dataclasses.replace(recipe, vae=config, decoder="vae")
+
+
+def load_network(run: Run, stage: str, config: TransformerConfig, path: pathlib.Path | None = None) -> Any:
+    """Return the weights that ``stage`` left, or those of ``path``, on the mesh; a host reads only what it holds."""
+    path = path or paths.find(run.recipe.name, stage, run.workdir)
+    expected, what = transformer.abstract(config), f"{stage} weights {path}"
+    if run.placement.mesh is None:
+        return store.load_arrays(path, expected, what)[0]
+    # A file has one checksum, so one process reads all of it, through a buffer.
+    collectives.ask_first(lambda: store.verify(path))
+    shardings = run.placement.params(transformer.spec(config), config.rules)
+    return store.load_sharded(path, expected, shardings, what)[0]
+
+
+def replicated(params: Any, placement: Placement) -> Any:
+    """Return a codec's parameters whole on every device; a codec is small."""
+    if placement.mesh is None:
+        return jax.tree.map(jnp.asarray, params)
+    return placement.put(params, placement.whole())
+
+
+def open_encoder(run: Run) -> encoder.Encoder:
+    """Open the text encoder of a run: it serves cached captions, since the device's memory belongs to the stage."""
+    return encoder.open_encoder(run.recipe, run.workdir, compute=False)
+
+
+def prompt_embeds(batch: dict[str, Any], reader: encoder.Encoder) -> np.ndarray:
+    """Return the embeddings stored with the dataset, else those of its captions; ``[B, S, E]``."""
+    return batch["text"] if "text" in batch else encoder.encode(reader, list(batch["caption"]))
+
+
+def metadata(run: Run, recipe: Recipe) -> dict[str, str]:
+    """Return what a weights file says of itself; ``recipe`` holds the VAE's latent statistics."""
+    return weights_metadata(run.name, recipe)
+
+
+def weights_metadata(stage: str, recipe: Recipe) -> dict[str, str]:
+    """Return the metadata of the weights of ``stage``."""
+    return {"recipe": recipe.name, "stage": stage, "config": to_json(recipe)}
