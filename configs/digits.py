@@ -56,7 +56,7 @@ def two_digits(config: ml_collections.ConfigDict) -> None:
     config.train_teacher.update(
         steps=3000, batch_size=16, curriculum=in_turns(13, (60, 6, 48), (100, 0, 16)), sample_every=1000, save_every=200
     )
-    config.train_teacher.optimizer.update(learning_rate=1e-3, warmup_steps=50, ema_decay=0.995)
+    config.train_teacher.optimizer.update(learning_rate=1e-3, warmup_steps=50, ema_decay=0.995, ema_start=200)
     # A switch is a cut here (``on_prompt_switch``), so no stage needs clips that go on from another's past.
     turns = (40, 3, 96), (30, 9, 20), (30, 0, 8)
     config.train_causal.update(
@@ -67,7 +67,7 @@ def two_digits(config: ml_collections.ConfigDict) -> None:
         sample_every=400,
         save_every=200,
     )
-    config.train_causal.optimizer.update(learning_rate=6e-4, ema_decay=0.99)
+    config.train_causal.optimizer.update(learning_rate=6e-4, ema_decay=0.99, ema_start=100)
     turns = (20, 3, 96), (15, 9, 20), (15, 0, 8)
     config.train_init.update(
         steps=500,
@@ -79,7 +79,7 @@ def two_digits(config: ml_collections.ConfigDict) -> None:
         sample_every=250,
         save_every=100,
     )
-    config.train_init.optimizer.update(learning_rate=4e-4, warmup_steps=30, ema_decay=0.98)
+    config.train_init.optimizer.update(learning_rate=4e-4, warmup_steps=30, ema_decay=0.98, ema_start=50)
     config.train_distill.update(steps=60, guidance_scale=2.0, prompt_switch_prob=0.0)
 
 
@@ -135,6 +135,7 @@ def one_digit() -> ml_collections.ConfigDict:
                     "b2": 0.99,
                     "clip_norm": 1.0,
                     "ema_decay": 0.99,
+                    "ema_start": 100,
                 },
                 "sample_every": 500,
                 "save_every": 250,
@@ -152,6 +153,7 @@ def one_digit() -> ml_collections.ConfigDict:
                     "b2": 0.99,
                     "clip_norm": 1.0,
                     "ema_decay": 0.99,
+                    "ema_start": 100,
                 },
                 "sample_every": 500,
                 "save_every": 250,
@@ -167,6 +169,7 @@ def one_digit() -> ml_collections.ConfigDict:
                     "b2": 0.99,
                     "clip_norm": 1.0,
                     "ema_decay": 0.998,
+                    "ema_start": 500,
                 },
                 "sample_every": 1000,
                 "samples": 32,
@@ -185,6 +188,7 @@ def one_digit() -> ml_collections.ConfigDict:
                     "b2": 0.99,
                     "clip_norm": 1.0,
                     "ema_decay": 0.995,
+                    "ema_start": 200,
                 },
                 "sample_every": 575,
                 "samples": 32,
@@ -205,6 +209,7 @@ def one_digit() -> ml_collections.ConfigDict:
                     "b2": 0.99,
                     "clip_norm": 1.0,
                     "ema_decay": 0.99,
+                    "ema_start": 100,
                 },
                 "sample_every": 168,
                 "samples": 32,

@@ -230,7 +230,11 @@ class Run:
         if collectives.first():
             store.save_params(path, whole, metadata)
         collectives.sync(f"{self.name} written")
-        self._progress.note(f"{self.name}: done, weights at {path}")
+        self.note(f"done, weights at {path}")
+
+    def note(self, text: str) -> None:
+        """Write a line about this stage, in the first process."""
+        self._progress.note(f"{self.name}: {text}")
 
     def close(self) -> None:
         """Close the metrics and give the signals back."""

@@ -43,6 +43,20 @@ def train(name: str, recipe: Recipe, workdir: pathlib.Path, init_from: str | os.
     rules = recipe.teacher.rules if name in ("teacher", "causal") else recipe.student.rules
     with open_run(name, recipe, config, workdir, place(recipe.parallel, rules)) as run:
         TRAINERS[name](run, path)
+        run.note(f"next, with the same --config and --workdir: {next_command(name, recipe)}")
+
+
+def next_command(name: str, recipe: Recipe) -> str:
+    """Return the command that usually follows the stage ``name``."""
+    causal = recipe.train_init.teacher == "causal"
+    return {
+        "vae": "launch.prepare --stage=latents",
+        "taehv": "launch.sample with --config.decoder=taehv",
+        "teacher": "launch.train --stage=causal" if causal else "launch.prepare --stage=trajectories",
+        "causal": "launch.prepare --stage=trajectories",
+        "init": "launch.train --stage=distill",
+        "distill": "launch.sample --checkpoint=WORKDIR",
+    }[name]
 
 
 def initial_weights(name: str, recipe: Recipe, init_from: str | os.PathLike) -> pathlib.Path:
