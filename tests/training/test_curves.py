@@ -5,7 +5,7 @@ from PIL import Image
 from causvid_jax.config import ConfigError
 from causvid_jax.training import curves
 from causvid_jax.training.metrics import MetricsWriter
-from causvid_jax.training.stages import STAGES
+from causvid_jax.training.stages import TRAINERS
 
 
 def test_draws_the_stages_that_have_metrics(tmp_path):
@@ -19,7 +19,7 @@ def test_draws_the_stages_that_have_metrics(tmp_path):
 
 
 def test_every_stage_has_a_curve():
-    assert list(curves.LOSSES) == list(STAGES)
+    assert list(curves.LOSSES) == list(TRAINERS)
 
 
 def test_smoothing_keeps_a_constant_and_means_the_middle():
