@@ -1,12 +1,14 @@
 """Video files: what is written is what is read, and what cannot be is refused."""
 
+from fractions import Fraction
+
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from causvid_jax import media
-from causvid_jax.config import ConfigError
+from causvid_jax.config import ConfigError, RunError
 
 
 @pytest.fixture
@@ -131,3 +133,207 @@ def test_what_cannot_be_read_is_refused(tmp_path, clip):
     for name in ("text.png", "missing.png"):
         with pytest.raises(ConfigError, match=name):
             media.read_image(tmp_path / name, 32, 32)
+
+
+def marked(number=0, height=64, width=96):
+    """Return a picture with a white square at the top left, whose lower half has the grey ``4 number``."""
+    frame = np.zeros((height, width, 3), np.uint8)
+    frame[:, : width // 2], frame[:, width // 2 :] = (200, 40, 40), (40, 60, 200)
+    frame[height // 2 :] = 4 * number
+    frame[: height // 4, : width // 4] = 255
+    return frame
+
+
+def film(path, count=48, fps=24, durations=None, form=None):
+    """Write ``count`` marked pictures as H.264, with the ``durations`` of their packets in frames."""
+    with av.open(str(path), "w", format=form) as out:
+        stream = out.add_stream("libx264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.options = {"crf": "8", "preset": "veryfast", "bf": "0"}
+        stream.codec_context.time_base = Fraction(1, fps)
+        packets = []
+        for i in range(count):
+            frame = av.VideoFrame.from_ndarray(marked(i), "rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, fps)
+            packets += stream.encode(frame)
+        for i, packet in enumerate([*packets, *stream.encode(None)]):
+            if durations:
+                packet.duration = durations[i]
+            out.mux(packet)
+    return path
+
+
+def numbers(video):
+    """Return the number of every :func:`marked` frame."""
+    return [round(float(frame[48, 48].mean()) / 4) for frame in video]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_upright(tmp_path, orientation):
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.get(orientation)  # members of Image.Transpose
+    image = Image.fromarray(marked())
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (image if undo is None else image.transpose(Image.Transpose(undo))).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(media.read_picture(tmp_path / "a.png"), marked())
+
+
+def test_pictures_of_every_mode(tmp_path, caplog):
+    Image.new("RGBA", (8, 8), (200, 0, 100, 51)).save(tmp_path / "alpha.png")  # 20% opaque over white
+    assert media.read_picture(tmp_path / "alpha.png")[0, 0].tolist() == [244, 204, 224]
+    assert "alpha.png is transparent; it is composited over white" in caplog.text
+    Image.fromarray(np.full((8, 8), 257 * 130, np.uint16)).save(tmp_path / "deep.png")
+    assert media.read_picture(tmp_path / "deep.png")[0, 0].tolist() == [130] * 3
+    red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
+    red.save(tmp_path / "moving.gif", save_all=True, append_images=[blue])
+    assert media.read_picture(tmp_path / "moving.gif")[0, 0].tolist() == [255, 0, 0]
+    assert "moving.gif is animated; its first frame is read" in caplog.text
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for name, profile in (("bad", b"not a profile"), ("same", srgb)):
+        red.save(tmp_path / f"{name}.png", icc_profile=profile)
+        assert np.abs(media.read_picture(tmp_path / f"{name}.png").astype(int) - (255, 0, 0)).max() <= 1
+
+
+def test_huge_pictures_are_refused_by_their_header(tmp_path):
+    for size in ((12000, 12000), (20000, 10000)):
+        Image.new("1", size).save(tmp_path / "huge.png")
+        with pytest.raises(ConfigError, match="pixels; at most 134 million are accepted"):
+            media.read_image(tmp_path / "huge.png", 32, 32)
+
+
+@pytest.mark.parametrize(
+    "matrix, change",
+    [
+        ((-1, 0, 0, 1), lambda f: f[:, ::-1]),
+        ((1, 0, 0, -1), lambda f: f[::-1]),
+        ((-1, 0, 0, -1), lambda f: f[::-1, ::-1]),
+        ((0, 1, 1, 0), lambda f: f.swapaxes(0, 1)),
+        ((0, 1, -1, 0), lambda f: np.rot90(f, -1)),
+        ((0, -1, 1, 0), lambda f: np.rot90(f, 1)),
+        ((0, -1, -1, 0), lambda f: np.rot90(f.swapaxes(0, 1), 2)),
+    ],
+)
+def test_videos_are_turned_and_mirrored_by_their_display_matrix(tmp_path, matrix, change):
+    data = bytearray(film(tmp_path / "a.mp4", 2).read_bytes())
+    a, b, c, d = matrix
+    at = data.index(b"tkhd") + 44
+    values = zip((a, b, 0, c, d, 0, 0, 0, 1), (2**16, 2**16, 2**30) * 3, strict=True)
+    data[at : at + 36] = b"".join((x * y).to_bytes(4, "big", signed=True) for x, y in values)
+    (tmp_path / "a.mp4").write_bytes(data)
+    expected = change(marked())
+    frame = media.read_video(tmp_path / "a.mp4", *expected.shape[:2], frames=1)[0]
+    assert np.abs(frame.astype(int) - expected).mean() < 4
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_the_last_picture_stays_as_long_as_the_file_says(tmp_path, name):
+    film(tmp_path / name, durations=[1] * 47 + [240])
+    shown = numbers(media.read_video(tmp_path / name, 64, 96, fps=8))
+    assert shown == [*range(0, 48, 3), *[47] * 80]
+
+
+def test_streams_without_timestamps_run_at_their_own_rate(tmp_path):
+    raw = film(tmp_path / "a.h264", form="h264")
+    assert numbers(media.read_video(raw, 64, 96, fps=8)) == list(range(0, 48, 3))
+
+
+def test_a_clock_that_starts_again_continues(tmp_path):
+    joined = film(tmp_path / "a.ts", 24).read_bytes() + film(tmp_path / "b.ts", 24).read_bytes()
+    (tmp_path / "joined.ts").write_bytes(joined)
+    assert numbers(media.read_video(tmp_path / "joined.ts", 64, 96, fps=8)) == [*range(0, 24, 3)] * 2
+
+
+@pytest.mark.parametrize("transfer, signal", [(16, 0.5807), (18, 0.75)])
+def test_hdr_white_is_white(tmp_path, transfer, signal):
+    """203 cd/m2 is reference white in PQ and HLG (ITU-R BT.2408)."""
+    with av.open(str(tmp_path / "a.mkv"), "w") as out:
+        stream = out.add_stream("ffv1", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p10le"
+        context = stream.codec_context
+        context.colorspace, context.color_primaries, context.color_trc, context.color_range = 9, 9, transfer, 1
+        frame = av.VideoFrame(64, 64, "yuv420p10le")
+        for plane, value in zip(frame.planes, (round(64 + 876 * signal), 512, 512), strict=True):
+            plane.update(np.full((plane.height, plane.line_size // 2), value, np.uint16).tobytes())
+        frame.colorspace, frame.color_range, frame.pts, frame.time_base = 9, 1, 0, Fraction(1, 8)
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    assert media.read_video(tmp_path / "a.mkv", 64, 64)[0, 32, 32].tolist() == pytest.approx([237] * 3, abs=2)
+
+
+@pytest.mark.parametrize("height, width", [(64, 96), (720, 1280)])
+def test_untagged_colours_are_those_of_the_size(tmp_path, height, width):
+    """Without tags players assume BT.601 below HD and BT.709 from it on."""
+    red = np.full((height, width, 3), (220, 30, 30), np.uint8)
+    with av.open(str(tmp_path / "a.mkv"), "w") as out:
+        stream = out.add_stream("ffv1", rate=8)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(red, "rgb24")
+        frame = frame.reformat(format="yuv420p", dst_colorspace=1 if height == 720 else 5, dst_color_range=1)
+        frame.pts, frame.time_base, frame.colorspace = 0, Fraction(1, 8), 2
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    assert np.abs(media.read_video(tmp_path / "a.mkv", height, width)[0].astype(int) - red).max() <= 4
+
+
+def test_mp4_is_tagged_and_its_index_is_at_the_front(tmp_path):
+    red = np.full((9, 720, 1280, 3), (220, 30, 30), np.uint8)
+    media.write_video(tmp_path / "a.mp4", red, fps=16)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        context = container.streams.video[0].codec_context
+        tags = context.colorspace, context.color_primaries, context.color_trc, context.color_range
+        assert [int(tag) for tag in tags] == [1, 1, 1, 1]
+    data = (tmp_path / "a.mp4").read_bytes()
+    assert 0 < data.find(b"moov") < data.find(b"mdat")
+    assert np.abs(media.read_video(tmp_path / "a.mp4", 720, 1280)[4].astype(int) - (220, 30, 30)).max() <= 4
+
+
+@pytest.mark.parametrize(
+    "fps, exact", [(23.976, Fraction(24000, 1001)), (29.97, Fraction(30000, 1001)), (12.5, Fraction(25, 2)), (16.0, 16)]
+)
+def test_rates_are_fractions(tmp_path, clip, fps, exact):
+    assert media.frame_rate(fps) == exact
+    media.write_video(tmp_path / "a.mp4", clip, fps)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.streams.video[0].average_rate == exact
+
+
+def test_names_are_names_of_files(tmp_path, clip, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("12:30.mp4", "http:/example.org/a.mp4"):
+        media.write_video(name, clip, 16)
+        assert (tmp_path / name).is_file() and len(media.read_video(name, 32, 48)) == 7
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile '12:30.mp4'\n")
+    with pytest.raises(ConfigError, match="it is not a video"):
+        media.read_video("list.mp4", 32, 48)
+
+
+def test_frames_that_are_not_finite_are_refused():
+    for value in (np.nan, np.inf):
+        with pytest.raises(ConfigError, match="not finite"):
+            media.to_uint8(np.array([0.0, value]))
+
+
+def test_rates_and_sizes_that_cannot_be_written_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="a GIF has at most 50"):
+        media.VideoWriter(tmp_path / "a.gif", 120)
+    with pytest.raises(ConfigError, match="upscale is 4000; accepted: whole numbers from 1 to 256"):
+        media.VideoWriter(tmp_path / "a.mp4", 16, upscale=4000)
+    with (
+        pytest.raises(ConfigError, match="too large for a video"),
+        media.VideoWriter(tmp_path / "a.mp4", 16, 256) as out,
+    ):
+        out.append(np.zeros((1, 128, 128, 3), np.uint8))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, clip, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with (
+        pytest.raises(RunError, match="a.mp4' after 0 frames: No space left"),
+        media.VideoWriter(tmp_path / "a.mp4", 16) as out,
+    ):
+        monkeypatch.setattr(out, "_encode", full)
+        out.append(clip)
+    assert list(tmp_path.iterdir()) == []

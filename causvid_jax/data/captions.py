@@ -1,4 +1,4 @@
-"""Lists that people write: prompts, one per line or jsonl, and the captions of a folder of videos."""
+"""Lists written by users: prompts, and the captions of a folder of videos."""
 
 import csv
 import dataclasses
@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,9 +16,15 @@ from causvid_jax.config import ConfigError, require
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm")
 
 
+TABLES, JSON = (".csv", ".tsv"), (".json", ".jsonl", ".ndjson")
+PROMPT_KEYS = ("prompt", "prompt_en", "caption", "text")
+CAPTION_KEYS = ("caption", "text", "prompt")
+FILE_KEYS = ("file", "file_name", "video", "path")
+
+
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """A video to read: ``file`` relative to its folder, its caption ("" if it has none), its size (-1: no file)."""
+    """A video to read: ``file`` relative to its folder, ``caption`` ("": none), ``size`` in bytes (-1: no file)."""
 
     file: str
     caption: str
@@ -25,78 +32,110 @@ class Video:
 
 
 def read_prompts(path: str | os.PathLike) -> list[str]:
-    """The prompts of a list: one per line, or in a ``.jsonl`` file one JSON string or ``{"prompt": ...}`` per line.
+    """Return the prompts of a list.
 
-    White space around a prompt and empty lines mean nothing; order and repetitions are kept.
+    =========================  ====================================================================================
+    ``.json``, ``.jsonl``      strings, or objects with a ``prompt`` (:data:`PROMPT_KEYS`): a list, or one per line
+    ``.csv``, ``.tsv``         a table with a header and a column ``prompt``
+    anything else              one prompt per line; JSON is recognised by its content
+    =========================  ====================================================================================
+
+    Suffixes may be in any case. Order and repetitions are kept; white space around a prompt and empty lines are not.
 
     Raises:
         ConfigError: no such file, a line that cannot be read, or no prompt at all.
     """
     path = _file(path, "prompt file")
-    if path.suffix == ".jsonl":
-        prompts = []
-        for line, value in _json_lines(path):
-            text = value.get("prompt") if isinstance(value, dict) else value
-            require(isinstance(text, str), f'{path}, line {line}: accepted: a JSON string or {{"prompt": "..."}}')
-            prompts.append(str(text))
+    suffix = path.suffix.lower()
+    if suffix in TABLES:
+        rows: Iterator[tuple[int, Any]] = _table(path, PROMPT_KEYS)
+    elif suffix in JSON or (_is_json(path) and suffix != ".txt"):
+        rows = _json(path)
     else:
-        prompts = _text(path).split("\n")
-    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
-    require(bool(prompts), f"prompt file {path} holds no prompt; accepted: one per line, or jsonl")
+        rows = iter(enumerate(_text(path).split("\n"), 1))
+    prompts = []
+    for line, value in rows:
+        text = _first(value, PROMPT_KEYS) if isinstance(value, dict) else value
+        require(isinstance(text, str), f'{path}, line {line}: accepted: a JSON string or {{"prompt": "..."}}')
+        prompts.append(str(text).strip())
+    prompts = [prompt for prompt in prompts if prompt]
+    require(bool(prompts), f"prompt file {path} holds no prompt; accepted: one per line, json, jsonl, csv or tsv")
     return prompts
 
 
 def read_captions(path: str | os.PathLike) -> dict[str, str]:
-    """File name to caption, of a ``.csv`` with a header or a ``.jsonl``; both have ``file`` and ``caption``.
+    """Return file name to caption.
+
+    Tables (``.csv``, ``.tsv``, with a header) and JSON (``.json``, ``.jsonl``) have a ``file`` (:data:`FILE_KEYS`) and
+    a ``caption`` (:data:`CAPTION_KEYS`) each; a JSON object may also map file names to captions.
 
     Raises:
         ConfigError: another kind of file, one of the two missing, or a file that is named twice.
     """
     path = _file(path, "captions file")
-    require(path.suffix in (".csv", ".jsonl"), f"captions file {path} is neither of the accepted kinds: .csv, .jsonl")
+    suffix = path.suffix.lower()
+    require(
+        suffix in (*TABLES, *JSON),
+        f"captions file {path} is of no accepted kind; accepted: {', '.join((*TABLES, *JSON))}",
+    )
     captions: dict[str, str] = {}
-    for line, row in _csv_rows(path) if path.suffix == ".csv" else _json_lines(path):
-        given = isinstance(row, dict) and isinstance(row.get("file"), str) and row["file"].strip()
-        require(given, f"{path}, line {line}: no file is named; every line has a file and a caption")
-        name, caption = row["file"].strip(), row.get("caption")
+    for line, row in _table(path, FILE_KEYS, CAPTION_KEYS) if suffix in TABLES else _json(path, pairs=True):
+        name = _first(row, FILE_KEYS) if isinstance(row, dict) else None
+        require(
+            isinstance(name, str) and name.strip(),
+            f"{path}, line {line}: no file is named; every entry has a file and a caption",
+        )
+        name, caption = str(name).strip(), _first(row, CAPTION_KEYS)
         require(
             caption is None or isinstance(caption, str), f"{path}, line {line}: the caption is {caption!r}, no text"
         )
-        require(name not in captions, f"{path}, line {line}: {name!r} comes a second time; a video has one caption")
+        require(name not in captions, f"{path}, line {line}: {name!r} is named twice; a video has one caption")
         captions[name] = (caption or "").strip()
     require(bool(captions), f"captions file {path} names no video")
     return captions
 
 
 def list_videos(folder: str | os.PathLike, captions: str | os.PathLike | None = None) -> list[Video]:
-    """The videos below ``folder`` and those that ``captions`` names, by name.
+    """Return the videos below ``folder`` and those that ``captions`` names, in the order of their names.
 
     Args:
-        folder: searched to the bottom; a video is known by its suffix (:data:`VIDEO_SUFFIXES`).
-        captions: a file for :func:`read_captions`, its names relative to ``folder``; None takes the text file beside
-            each video (``a/b.mp4``: ``a/b.txt``).
+        folder: searched recursively; a video is recognised by its suffix (:data:`VIDEO_SUFFIXES`).
+        captions: a file for :func:`read_captions`, its names relative to ``folder`` (with ``/`` or ``\\``, in any
+            Unicode form); None takes the text file beside each video (``a/b.mp4``: ``a/b.txt``).
 
     Raises:
-        ConfigError: no such folder, no video, or a captions file that cannot be read.
+        ConfigError: no such folder, no video, a captions file that cannot be read, or a name or a symbolic link that
+            leaves the folder.
     """
     folder = pathlib.Path(folder)
     require(folder.is_dir(), f"video folder {folder} does not exist")
-    found = {
+    files = {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
         if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
     }
     if captions is None:
-        given = {name: _sidecar(folder / name) for name in found}
+        caption_of = {name: _sidecar(folder / name) for name in files}
     else:
-        given = {os.path.normpath(name): caption for name, caption in read_captions(captions).items()}
-    names = sorted(found | given.keys())
+        caption_of = {}
+        spelled = {unicodedata.normalize("NFC", name): name for name in files}
+        for name, caption in read_captions(captions).items():
+            file = _resolve(name, spelled)
+            require(file not in caption_of, f"{captions}: {name!r} is named twice; a video has one caption")
+            caption_of[file] = caption
+    names = sorted(files | caption_of.keys())
     require(bool(names), f"video folder {folder} holds no video; accepted: files {', '.join(VIDEO_SUFFIXES)}")
-    return [Video(name, given.get(name, ""), _size(folder / name)) for name in names]
+    root = folder.resolve()
+    for name in names:
+        require(
+            not os.path.isabs(name) and (folder / name).resolve().is_relative_to(root),
+            f"video {name!r} is outside of the video folder {folder}; accepted: files below it",
+        )
+    return [Video(name, caption_of.get(name, ""), _size(folder / name)) for name in names]
 
 
 def digest(values: Sequence[Any]) -> str:
-    """A short digest of JSON values, for a dataset's identity."""
+    """Return a short digest of JSON values, for the identity of a dataset."""
     state = hashlib.sha256()
     for value in values:
         state.update(json.dumps(value).encode() + b"\n")
@@ -125,18 +164,76 @@ def _text(path: pathlib.Path) -> str:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})") from error
 
 
-def _json_lines(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(_text(path).split("\n"), 1):
+def _first(row: dict[str, Any], keys: Sequence[str]) -> Any:
+    """Return the value of the first of ``keys`` that ``row`` has."""
+    return next((row[key] for key in keys if key in row), None)
+
+
+def _resolve(name: str, spelled: dict[str, str]) -> str:
+    """Return the file that a captions file means by ``name``; ``spelled`` maps normalised names to those on disk."""
+    for spelling in (name, name.replace("\\", "/")):
+        plain = os.path.normpath(spelling)
+        file = spelled.get(unicodedata.normalize("NFC", plain))
+        if file is not None:
+            return file
+    return os.path.normpath(name)
+
+
+def _is_json(path: pathlib.Path) -> bool:
+    text = _text(path).lstrip()
+    if not text.startswith(("[", "{")):
+        return False
+    try:
+        json.loads(text.split("\n")[0] if text.startswith("{") else text)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return True
+
+
+def _json(path: pathlib.Path, pairs: bool = False) -> Iterator[tuple[int, Any]]:
+    """Yield (line, value) of a JSON list or of JSON lines; with ``pairs`` also of an object of file to caption."""
+    text = _text(path)
+    try:
+        whole = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        yield from _json_lines(path, text)
+        return
+    if isinstance(whole, dict) and isinstance(whole.get("prompts"), list):
+        whole = whole["prompts"]
+    if pairs and isinstance(whole, dict) and not any(key in whole for key in FILE_KEYS):
+        whole = [{"file": name, "caption": caption} for name, caption in whole.items()]
+    yield from ((i, value) for i, value in enumerate(whole if isinstance(whole, list) else [whole], 1))
+
+
+def _json_lines(path: pathlib.Path, text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{path}, line {number} is no JSON: {error.msg}") from error
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise ConfigError(f"{path}, line {number} is no JSON: {getattr(error, 'msg', error)}") from error
 
 
-def _csv_rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, str]]]:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
-    columns = reader.fieldnames or []
-    require({"file", "caption"} <= set(columns), f"{path} has the columns {list(columns)}; it needs file and caption")
-    for row in reader:
-        yield reader.line_num, row
+def _table(path: pathlib.Path, *columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield (line, row) of a table; of every group in ``columns`` it must have one."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    line = 1
+    try:
+        for row in reader:
+            if not header:
+                header = [name.strip().lower() for name in row]
+                for group in columns:
+                    require(set(group) & set(header), f"{path} has the columns {header}; it needs {' or '.join(group)}")
+            elif row:
+                require(
+                    len(row) == len(header),
+                    f"{path}, line {line} has {len(row)} fields and the header {len(header)}; a text with "
+                    f"{delimiter!r} or quotes is put in double quotes",
+                )
+                yield line, dict(zip(header, row, strict=True))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ConfigError(f"{path}, line {line} is not a table row: {error}") from error
+    require(bool(header), f"{path} is an empty table")

@@ -1,4 +1,4 @@
-"""From a video file to clips of a recipe's size, length and rate, decoded ahead in threads."""
+"""Split video files into clips of a recipe's size, length and rate, decoded ahead in threads."""
 
 import pathlib
 import queue
@@ -13,22 +13,23 @@ from causvid_jax.media import iterate_frames
 
 
 class Unusable(Exception):
-    """A video gives no clip; the message says why."""
+    """A video that gives no clip; the message is the reason."""
 
 
-def cut(path: str | pathlib.Path, config: VideoConfig, limit: int = 0) -> Iterator[np.ndarray]:
-    """The consecutive clips of a video, uint8 ``[config.frames, height, width, 3]`` at ``config.fps``.
+def split_into_clips(path: str | pathlib.Path, config: VideoConfig, limit: int = 0) -> Iterator[np.ndarray]:
+    """Yield the consecutive clips of a video, uint8 ``[config.frames, height, width, 3]`` at ``config.fps``.
 
-    Clips start at the first frame and do not overlap; what remains at the end is too short for one and is left out.
-    Frames are scaled to cover the size and cropped at the centre.
+    Clips start at the first frame and do not overlap. The rest at the end is left out, except that a clip which lacks
+    its last frame only repeats the one before: 5.00 seconds are 80 frames at 16 per second, and a clip has 81. Frames
+    are scaled to cover the size and cropped at the centre.
 
     Args:
         path: of the file.
         config: height, width, frames and rate of a clip.
-        limit: at most this many clips (0: all); what comes after them is not read.
+        limit: at most this many clips (0: all); the rest is not read.
 
     Raises:
-        Unusable: after any number of clips, a file that is damaged or shorter than one clip.
+        Unusable: the file is damaged (after any number of clips) or shorter than one clip.
     """
     frames: list[np.ndarray] = []
     clips = count = 0
@@ -41,6 +42,9 @@ def cut(path: str | pathlib.Path, config: VideoConfig, limit: int = 0) -> Iterat
                 frames, clips = [], clips + 1
                 if clips == limit:
                     return
+        if len(frames) == config.frames - 1 and frames:
+            yield np.stack([*frames, frames[-1]])
+            clips += 1
     except IndexError as error:
         raise Unusable("has no video stream") from error
     except ValueError as error:
@@ -50,15 +54,15 @@ def cut(path: str | pathlib.Path, config: VideoConfig, limit: int = 0) -> Iterat
         raise Unusable(f"cannot be decoded: {_reason(error)}") from error
     if not clips:
         raise Unusable(
-            f"is too short: {count} frames at {config.fps} a second ({count / config.fps:.2f} s); a clip has "
+            f"is too short: {count} frames at {config.fps:g} per second ({count / config.fps:.2f} s); a clip has "
             f"{config.frames} ({config.frames / config.fps:.2f} s)"
         )
 
 
-def cut_ahead(
+def decode_ahead(
     paths: Sequence[pathlib.Path], config: VideoConfig, *, limit: int = 0, workers: int = 2
 ) -> Iterator[tuple[int, np.ndarray | Unusable | None]]:
-    """:func:`cut` of many videos, ``workers`` of them at a time, each at most two clips ahead.
+    """Run :func:`split_into_clips` on many videos, ``workers`` of them at a time, each at most two clips ahead.
 
     Yields:
         (i, clip) of ``paths[i]`` in order, and after its last clip (i, None), or (i, error) if it is unusable.
@@ -67,9 +71,11 @@ def cut_ahead(
     queues: list[queue.Queue] = []
 
     def start(path: pathlib.Path) -> None:
-        waiting: queue.Queue = queue.Queue(maxsize=2)
-        queues.append(waiting)
-        threading.Thread(target=_fill, args=(lambda: cut(path, config, limit), waiting, stop), daemon=True).start()
+        clips_of_video: queue.Queue = queue.Queue(maxsize=2)
+        queues.append(clips_of_video)
+        threading.Thread(
+            target=_fill, args=(lambda: split_into_clips(path, config, limit), clips_of_video, stop), daemon=True
+        ).start()
 
     try:
         for path in paths[:workers]:
@@ -88,23 +94,23 @@ def cut_ahead(
         stop.set()
 
 
-def _fill(make: Callable[[], Iterator[np.ndarray]], waiting: queue.Queue, stop: threading.Event) -> None:
-    """Everything that ``make()`` yields, then None or what it raised."""
+def _fill(make: Callable[[], Iterator[np.ndarray]], output: queue.Queue, stop: threading.Event) -> None:
+    """Put everything that ``make()`` yields into ``output``, then None or the error that it raised."""
     end: Exception | None = None
     try:
         for item in make():
-            if not _put(waiting, item, stop):
+            if not _put(output, item, stop):
                 return
     except Exception as error:
         end = error
-    _put(waiting, end, stop)
+    _put(output, end, stop)
 
 
-def _put(waiting: queue.Queue, item: object, stop: threading.Event) -> bool:
-    """Put ``item``, unless nobody wants it any more."""
+def _put(output: queue.Queue, item: object, stop: threading.Event) -> bool:
+    """Put ``item`` and return True; return False once ``stop`` is set."""
     while not stop.is_set():
         try:
-            waiting.put(item, timeout=0.1)
+            output.put(item, timeout=0.1)
             return True
         except queue.Full:
             continue
@@ -112,5 +118,5 @@ def _put(waiting: queue.Queue, item: object, stop: threading.Event) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """PyAV's errors without their number and file name."""
+    """Return a PyAV error without its number and file name."""
     return str(getattr(error, "strerror", None) or error)

@@ -135,7 +135,7 @@ def write_clips(
         group, report = groups[index], _Report(bar)
         rows = _text_rows(group, encode_text, report)
         good = [video for video in group if video.file in rows]
-        pieces = clips.cut_ahead([root / video.file for video in good], config, limit=limit, workers=workers)
+        pieces = clips.decode_ahead([root / video.file for video in good], config, limit=limit, workers=workers)
         for video, latents in _encoded(good, pieces, encode, size, report):
             for n, one in enumerate(latents):
                 start = np.float32(n * config.frames / config.fps)

@@ -18,7 +18,7 @@ def test_prompts_come_one_per_line_or_as_jsonl(tmp_path):
     ("name", "content", "message"),
     [
         ("a.txt", " \n", "holds no prompt"),
-        ("a.jsonl", '"a"\n{"text": "b"}\n', "line 2: accepted: a JSON string or"),
+        ("a.jsonl", '"a"\n{"words": "b"}\n', "line 2: accepted: a JSON string or"),
         ("a.jsonl", '"a\n', "line 1 is no JSON"),
     ],
 )
@@ -51,9 +51,9 @@ def test_captions_come_as_csv_or_jsonl(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("c.txt", "", "neither of the accepted kinds: .csv, .jsonl"),
-        ("c.csv", "name,caption\nx,y\n", r"has the columns \['name', 'caption'\]; it needs file and caption"),
-        ("c.csv", "file,caption\na.mp4,x\na.mp4,y\n", "line 3: 'a.mp4' comes a second time"),
+        ("c.txt", "", "is of no accepted kind; accepted: .csv, .tsv, .json"),
+        ("c.csv", "name,caption\nx,y\n", r"has the columns \['name', 'caption'\]; it needs file or file_name"),
+        ("c.csv", "file,caption\na.mp4,x\na.mp4,y\n", "line 3: 'a.mp4' is named twice"),
         ("c.jsonl", '{"file": "a.mp4", "caption": 3}', "the caption is 3, no text"),
         ("c.jsonl", '["a.mp4"]', "line 1: no file is named"),
         ("c.csv", "file,caption\n", "names no video"),
@@ -99,3 +99,61 @@ def test_a_digest_tells_lists_apart():
 def test_impossible_data_is_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         DataConfig(**fields)
+
+
+PAIR = ["a cat, sitting", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.json", json.dumps(PAIR)),
+        ("info.json", json.dumps([{"prompt_en": p, "dimension": ["scene"]} for p in PAIR], indent=2)),
+        ("object.JSON", json.dumps({"prompts": PAIR})),
+        ("lines.json", "\n".join(json.dumps({"prompt": p}) for p in PAIR)),
+        ("UPPER.JSONL", "\n".join(json.dumps(p) for p in PAIR)),
+        ("unnamed", json.dumps(PAIR)),
+        ("table.csv", 'prompt,seed\n"a cat, sitting",1\na dog,2\n'),
+        ("table.TSV", "seed\tprompt\n1\ta cat, sitting\n2\ta dog\n"),
+        ("list.txt", "a cat, sitting\r\n\n a dog \n"),
+    ],
+)
+def test_prompts_are_read_by_content_and_suffix(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert captions.read_prompts(tmp_path / name) == PAIR
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "prompt,seed\na cat, sitting,1\n", "line 2 has 3 fields and the header 2; a text with ',' or quotes"),
+        ("a.csv", 'prompt\na dog\n"a cat\n', "line 3 is not a table row: unexpected end of data"),
+        ("a.csv", "prompt\n" + "x" * 140_000, "line 2 is not a table row: field larger than field limit"),
+        ("a.csv", "words\na\n", r"has the columns \['words'\]; it needs prompt or prompt_en"),
+        ("a.json", "[" * 100_000, "line 1 is no JSON"),
+    ],
+)
+def test_tables_that_do_not_parse_name_file_and_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=f"{name}.*{message}"):
+        captions.read_prompts(tmp_path / name)
+
+
+def test_names_in_another_spelling_are_the_files_on_disk(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("caf\u00e9.mp4", "sub/b.mp4", "c.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "c.json").write_text(json.dumps({"cafe\u0301.mp4": "one", "sub\\b.mp4": "two", "./c.mp4": "three"}))
+    listed = captions.list_videos(tmp_path, tmp_path / "c.json")
+    expected = [("c.mp4", "three"), ("caf\u00e9.mp4", "one"), ("sub/b.mp4", "two")]
+    assert [(video.file, video.caption, video.size) for video in listed] == [(*pair, 1) for pair in expected]
+
+
+@pytest.mark.parametrize("name", ["../out.mp4", "/etc/passwd", "link.mp4"])
+def test_videos_outside_of_the_folder_are_refused(tmp_path, name):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "out.mp4").write_bytes(b"x")
+    (tmp_path / "videos" / "link.mp4").symlink_to(tmp_path / "out.mp4")
+    (tmp_path / "c.json").write_text(json.dumps({name: "a"}))
+    with pytest.raises(ConfigError, match="is outside of the video folder"):
+        captions.list_videos(tmp_path / "videos", tmp_path / "c.json")

@@ -33,7 +33,7 @@ REASONS = {
     "missing.mp4": "does not exist",
     "no_end.mkv": r"is damaged: it ends after \d\.\d\d of the 6\.00 s that it declares",
     "no_index.mp4": "is damaged: Invalid data",
-    "short.mp4": r"is too short: 4 frames at 8 a second \(0.50 s\); a clip has 9 \(1.12 s\)",
+    "short.mp4": r"is too short: 4 frames at 8 per second \(0.50 s\); a clip has 9 \(1.12 s\)",
     "silent.mp4": "has no caption",
     "text.mp4": "is damaged: Invalid data",
 }
@@ -100,7 +100,7 @@ def shards(folder):
     ],
 )
 def test_clips_show_the_frames_of_their_time_scaled_and_cropped(folder, name, image, fps, seconds, size):
-    made = list(clips.cut(folder / name, VIDEO))
+    made = list(clips.split_into_clips(folder / name, VIDEO))
     assert len(made) == CLIPS[name] and {(c.shape, c.dtype) for c in made} == {((9, 16, 16, 3), np.dtype(np.uint8))}
     height, width = size
     side = min(size)
@@ -112,7 +112,7 @@ def test_clips_show_the_frames_of_their_time_scaled_and_cropped(folder, name, im
         shown = {min(len(source) - 1, int(k / 8 * fps + early)) for early in (1e-6, 0.25 * fps / 8)}
         errors = np.abs(source - frame).mean(axis=(1, 2, 3))
         assert min(errors[i] for i in shown) < 5 and min(shown) - 1 <= errors.argmin() <= max(shown) + 1
-    assert len(list(clips.cut(folder / name, VIDEO, limit=1))) == 1
+    assert len(list(clips.split_into_clips(folder / name, VIDEO, limit=1))) == 1
     np.testing.assert_array_equal(made[0], read_video(folder / name, 16, 16, 9, 8))
 
 
@@ -147,7 +147,7 @@ def test_every_video_gives_its_clips_or_a_reason(folder, listed, tmp_path):
     for name in CLIPS:
         of_video = [e for e in got if e["file"].decode() == name]
         assert [float(e["start"]) for e in of_video] == [9 / 8 * n for n in range(CLIPS[name])]
-        expected = stub(np.stack(list(clips.cut(folder / name, VIDEO))))
+        expected = stub(np.stack(list(clips.split_into_clips(folder / name, VIDEO))))
         np.testing.assert_allclose([e["latents"] for e in of_video], expected, atol=0.1)
         row = of_video[0]["text"]
         caption = of_video[0]["caption"].decode()
@@ -271,7 +271,7 @@ def test_real_videos_become_latents_and_train_a_teacher(folder, workdir):
     source = arrays.source(workdir / "data" / "latents")
     first = source[0]
     assert first["file"] == b"china.mp4"
-    pixels = to_float(next(clips.cut(folder / "china.mp4", VIDEO)))[None]
+    pixels = to_float(next(clips.split_into_clips(folder / "china.mp4", VIDEO)))[None]
     expected = jax.jit(lambda v: vae.encode(params, v, config=RECIPE.vae))(pixels)[0]
     np.testing.assert_allclose(first["latents"], expected, atol=4e-3)
 

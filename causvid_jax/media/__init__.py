@@ -1,0 +1,24 @@
+"""Video and image files: reading as a player or viewer shows them, and writing.
+
+Arrays are uint8 ``[T, H, W, 3]``; :func:`to_uint8` and :func:`to_float` convert to and from the model's float32 in
+[-1, 1].
+"""
+
+from causvid_jax.media.images import read_image, read_picture
+from causvid_jax.media.pixels import frame_rate, to_float, to_uint8
+from causvid_jax.media.reader import iterate_frames, read_video
+from causvid_jax.media.writer import SUFFIXES, VideoWriter, check_output, write_video
+
+__all__ = [
+    "SUFFIXES",
+    "VideoWriter",
+    "check_output",
+    "frame_rate",
+    "iterate_frames",
+    "read_image",
+    "read_picture",
+    "read_video",
+    "to_float",
+    "to_uint8",
+    "write_video",
+]

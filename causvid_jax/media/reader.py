@@ -1,0 +1,196 @@
+"""Videos, read as a player shows them: upright, with square pixels, in the right colours and at the right time."""
+
+import itertools
+import math
+import pathlib
+import re
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+
+from causvid_jax.config import ConfigError, require
+from causvid_jax.media import hdr
+from causvid_jax.media.pixels import MAX_PIXELS, cover
+
+CLOCK = 0.25
+"""Share of a frame by which a timestamp may be off: files round time, GIF to hundredths of a second."""
+
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,gif,flv,ogg,asf,mjpeg,apng"
+)
+"""Demuxers that are used. Others, playlists for instance, open files that their content names."""
+
+BT709, BT601 = 1, 5
+UNSPECIFIED = 2
+_HD = (1280, 576)
+"""Untagged video is BT.709 from this width or above this height, and BT.601 below, as in players."""
+
+
+def read_video(
+    path: str | pathlib.Path, height: int, width: int, frames: int | None = None, fps: float | None = None
+) -> np.ndarray:
+    """Return a video scaled to cover the size and cropped at the centre, uint8 ``[T, height, width, 3]``.
+
+    Args:
+        path: of a regular local file.
+        height: of the result.
+        width: of the result.
+        frames: at most this many.
+        fps: choose frames by time so that the result has this rate; None returns every frame once.
+
+    Raises:
+        ConfigError: no such file, no video, or a damaged one.
+    """
+    path = pathlib.Path(path)
+    require(path.is_file(), f"video {str(path)!r} does not exist")
+    try:
+        result = list(itertools.islice(iterate_frames(path, height, width, fps), frames))
+    except (OSError, ValueError, IndexError, av.FFmpegError) as error:
+        raise ConfigError(f"cannot read video {str(path)!r}: it is not a video or it is damaged") from error
+    require(bool(result), f"cannot read video {str(path)!r}: it holds no frames")
+    return np.stack(result)
+
+
+def iterate_frames(
+    path: str | pathlib.Path, height: int, width: int, fps: float | None = None, *, whole: bool = False
+) -> Iterator[np.ndarray]:
+    """Yield the frames of :func:`read_video` one by one, uint8 ``[height, width, 3]``.
+
+    Frame k is what a player shows at k / fps seconds; the last picture stays as long as the file says.
+
+    Args:
+        path, height, width, fps: as in :func:`read_video`.
+        whole: raise ValueError at a picture that the decoder marks as damaged, and at the end if more than a second and
+            a tenth of the length that the file declares is missing.
+
+    Raises:
+        OSError, ValueError, IndexError, av.FFmpegError: the file cannot be decoded.
+    """
+    count, last, clock = 0, None, None
+    with _open(path) as container:
+        stream = _video_stream(container)
+        clock = _Clock(stream)
+        aspect = float(stream.sample_aspect_ratio or 1)
+        for picture in container.decode(stream):
+            if whole and picture.is_corrupt:
+                raise ValueError(f"the picture at {clock.time:.2f} s is damaged")
+            clock.advance(picture)
+            if last is not None:  # it is on screen until this picture comes
+                due = 1 if fps is None else math.ceil(clock.time * fps - CLOCK) - count
+                if due > 0:
+                    count += due
+                    yield from [_show(last, height, width, aspect)] * due
+            last = picture
+        declared = _declared_seconds(container, stream)
+        if whole and last is not None and declared - clock.end > 1.0 + 0.1 * declared:
+            raise ValueError(f"it ends after {clock.end:.2f} of the {declared:.2f} s that it declares")
+        if last is not None:
+            due = 1 if fps is None else math.ceil(clock.end * fps - CLOCK) - count
+            due = max(due, 1) if count == 0 else due
+            if due > 0:
+                yield from [_show(last, height, width, aspect)] * due
+
+
+class _Clock:
+    """Time of the pictures of a stream in seconds from the first one.
+
+    Pictures without a timestamp follow at the stream's rate. A timestamp that is not after the one before it means that
+    the clock started again, as in joined files, and time continues.
+    """
+
+    def __init__(self, stream: Any):
+        rate = stream.guessed_rate or stream.average_rate or stream.base_rate
+        self._step = float(1 / rate) if rate else 1 / 25
+        self._offset: float | None = None
+        self.time = 0.0
+        self.end = 0.0
+
+    def advance(self, picture: av.VideoFrame) -> None:
+        """Take the next picture in the order of display."""
+        step = float(picture.duration * picture.time_base) if picture.duration and picture.time_base else self._step
+        if self._offset is None:
+            self._offset = -(picture.time or 0.0)
+        elif picture.time is None:
+            self.time = self.end
+        else:
+            time = picture.time + self._offset
+            if time <= self.time:
+                self._offset += self.end - time
+                time = self.end
+            self.time = time
+        self.end = self.time + step
+
+
+def _open(path: str | pathlib.Path) -> Any:
+    """Open a local file; the protocol is named, so that no file name is taken for a URL."""
+    options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+    return av.open(f"file:{pathlib.Path(path).absolute()}", container_options=options)
+
+
+def _video_stream(container: Any) -> Any:
+    """Return the stream that a player shows; a cover picture is none.
+
+    Raises:
+        IndexError: there is none.
+        ValueError: no decoder for it, or frames of more than :data:`MAX_PIXELS`.
+    """
+    stream = container.streams.best("video")
+    if stream is None:
+        raise IndexError("no video stream")
+    context = stream.codec_context
+    if context is None:
+        raise ValueError("no decoder for its codec")
+    if context.width * context.height > MAX_PIXELS:
+        raise ValueError(f"its frames have {context.width} x {context.height} pixels, more than {MAX_PIXELS}")
+    stream.thread_type = "AUTO"
+    return stream
+
+
+def _declared_seconds(container: Any, stream: Any) -> float:
+    """Return the length of the video as the file declares it; 0 if it declares none, or only that of all streams."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if tag:
+        return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3])
+    alone = len(container.streams) == 1
+    return container.duration / av.time_base if alone and container.duration else 0.0
+
+
+def _show(picture: av.VideoFrame, height: int, width: int, aspect: float) -> np.ndarray:
+    """Return the picture as a player shows it, at the size asked for."""
+    image, turned = _upright(_rgb(picture), picture)
+    return cover(image, height, width, 1 / aspect if turned else aspect)
+
+
+def _rgb(picture: av.VideoFrame) -> Image.Image:
+    if hdr.is_hdr(picture):
+        return hdr.tone_map(picture)
+    if picture.format.is_rgb or int(picture.colorspace) != UNSPECIFIED:
+        return picture.to_image()
+    large = picture.width >= _HD[0] or picture.height > _HD[1]
+    return picture.to_image(src_colorspace=BT709 if large else BT601)
+
+
+def _upright(image: Image.Image, picture: av.VideoFrame) -> tuple[Image.Image, bool]:
+    """Return the picture turned and mirrored by its display matrix, and whether its sides were exchanged.
+
+    The matrix maps a pixel (x, y) to ``(a x + c y, b x + d y)``; it is rounded to right angles.
+    """
+    data = picture.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return image, False
+    a, b, _, c, d, *_ = np.frombuffer(typing.cast(Any, data), np.int32).tolist()
+    turned = abs(b) + abs(c) > abs(a) + abs(d)
+    if turned:
+        image = image.transpose(Image.Transpose.TRANSPOSE)
+        a, d = c, b
+    if a < 0:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if d < 0:
+        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    return image, turned
