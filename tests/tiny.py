@@ -3,6 +3,7 @@
 Use these instead of own copies: the same shapes compile once.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,9 @@ from causvid_jax.checkpoints import workdir as stage_files
 from causvid_jax.config import Recipe, from_config_dict
 from causvid_jax.data import arrays, digits
 from causvid_jax.models import taehv, transformer, vae
+from causvid_jax.sharding.placement import place
+from causvid_jax.training import stages
+from causvid_jax.training.run import Run
 from tests import tiny_config
 
 
@@ -83,3 +87,49 @@ def tiny_workdir(folder: pathlib.Path, recipe: Recipe = RECIPE, examples: int = 
             progress=False,
         )
     return folder
+
+
+class RecordedRun(Run):
+    """A run of a few steps without checkpoints, samples and export, for tests of what a trainer wires together.
+
+    Attributes:
+      states: the state before the first step and after each one, on the host.
+      batches_read: the batch of every step.
+      records: the metrics of every step, as floats.
+    """
+
+    def __init__(self, name: str, recipe: Recipe, workdir: pathlib.Path):
+        config = dataclasses.replace(getattr(recipe, f"train_{name}"), samples=0)
+        rules = recipe.teacher.rules if name in ("teacher", "causal") else recipe.student.rules
+        super().__init__(name, recipe, config, workdir, place(recipe.parallel, rules))
+        self.states: list[Any] = []
+        self.batches_read: list[Any] = []
+        self.records: list[dict[str, float]] = []
+
+    def restore(self, state: Any) -> Any:
+        self.states.append(jax.tree.map(np.array, state))
+        return state
+
+    def _open(self) -> None:
+        pass
+
+    def batches(self, read: Any, to_device: Any) -> Any:
+        for batch in super().batches(read, to_device):
+            self.batches_read.append(jax.tree.map(np.array, batch))
+            yield batch
+
+    def after_step(self, state: Any, metrics: dict[str, jax.Array]) -> Any:
+        self.step += 1
+        self._pending.clear()
+        self.records.append({name: float(value) for name, value in metrics.items()})
+        self.states.append(jax.tree.map(np.array, state))
+        return state
+
+    def finish(self, params: Any, metadata: Any) -> None:
+        self.exported = params
+
+    def train(self) -> "RecordedRun":
+        """Call the stage's trainer."""
+        with self.placement.current():
+            stages.TRAINERS[self.name](self, None)
+        return self

@@ -112,6 +112,8 @@ class Recipe(Config):
             )
         for frames in (self.video.latent_frames, *(length for length, _ in self.train_init.extra_trajectories)):
             self.causal.block_sizes(frames)
+        for _, frames, _ in self.train_distill.stretches:
+            self._check_rollout(frames or self.video.latent_frames)
         require(
             not self.train_distill.continuation_prob
             or (self.causal.past_frames() > 0 and not self.causal.independent_first_frame),
@@ -121,6 +123,16 @@ class Recipe(Config):
         require(
             self.text.kind != "umt5" or self.umt5.dim == self.text.dim,
             f"umt5.dim is {self.umt5.dim}; text.dim is {self.text.dim}, and they must be equal",
+        )
+
+    def _check_rollout(self, frames: int) -> None:
+        self.causal.block_sizes(frames)
+        context = self.causal.past_frames()
+        require(
+            not self.train_distill.continuation_prob or context <= frames,
+            f"train_distill.continuation_prob is {self.train_distill.continuation_prob}: rollouts continue the last "
+            f"{context} latent frames (causal.window {self.causal.window}) of the one before, which has {frames}; use "
+            "a smaller window, longer rollouts or continuation_prob 0",
         )
 
     def _check_decoder(self) -> None:

@@ -151,6 +151,15 @@ def clip_shape(recipe: Recipe) -> tuple[int, int, int, int]:
     return (recipe.train_distill.frames or frames, *size)  # type: ignore[return-value]
 
 
+def with_frames(recipe: Recipe, frames: int) -> Recipe:
+    """Return ``recipe`` with rollouts of ``frames`` latent frames (0: the full clip).
+
+    Raises:
+      ConfigError: the blocks do not fit that length, or it is shorter than the context that a rollout continues.
+    """
+    return dataclasses.replace(recipe, train_distill=dataclasses.replace(recipe.train_distill, frames=frames))
+
+
 # ---- continued rollouts ----------------------------------------------------------------------------------------------
 
 
@@ -287,6 +296,7 @@ def train_step(
     *,
     optimizers: Optimizers,
     recipe: Recipe,
+    frames: int | None = None,
 ) -> tuple[DMDState, Metrics]:
     """Take K = ``critic_steps`` critic updates, then one student update (Algorithm 1).
 
@@ -300,12 +310,14 @@ def train_step(
       null_text: embeddings of the negative prompt, ``[S, E]``.
       optimizers: made the two ``opt`` of ``state``.
       recipe: networks, grid, ``train_distill``.
+      frames: length of self rollouts in latent frames, 0 for the full clip; None: ``train_distill.frames``.
 
     Returns:
       The next state and scalar metrics: ``generator_*``, ``critic_*`` as means over the K updates, and how many of the
       K + 1 updates were ``applied`` and ``skipped``. A refused update leaves its network as it was, and none is applied
       if an input is not finite.
     """
+    recipe = recipe if frames is None else with_frames(recipe, frames)
     config = recipe.train_distill
     updates, count = config.critic_steps, len(batches["text"])
     require(updates >= 1, f"train_distill.critic_steps is {updates}; it must be at least 1")
@@ -353,7 +365,7 @@ def train_step(
 
 
 def compiled_step(recipe: Recipe, placement: Placement) -> TrainStep:
-    """Return the jitted step ``(state, teacher, batches, null_text) -> (state, metrics)``; it donates the state."""
+    """Return the jitted step ``(state, teacher, batches, null_text, *, frames) -> (state, metrics)``; it donates state."""
     plain = make_optimizers(recipe.train_distill)
     shardings = state_shardings(recipe, placement, plain)
     networks = recipe.student, recipe.fake_score
@@ -366,6 +378,7 @@ def compiled_step(recipe: Recipe, placement: Placement) -> TrainStep:
     return jax.jit(
         functools.partial(train_step, optimizers=hosted, recipe=recipe),
         donate_argnums=0,
+        static_argnames="frames",
         out_shardings=None if shardings is None else (shardings, None),
     )
 
@@ -395,7 +408,8 @@ def read_batches(run: Run, *, batch_size: int, frames: int, seed: int) -> Iterat
     if recipe.train_distill.rollout == "self" and recipe.data.prompt_file:
         source = arrays.source(datasets.folder(run.workdir, datasets.PROMPTS))
         return pipeline.prompt_batches(source, **options)
-    return pipeline.latent_batches(datasets.latents(recipe, run.workdir), frames=frames, **options)
+    length = frames if recipe.train_distill.rollout == "data" else 0  # of a self rollout only the captions are read
+    return pipeline.latent_batches(datasets.latents(recipe, run.workdir), frames=length, **options)
 
 
 # ---- loop ------------------------------------------------------------------------------------------------------------
@@ -425,7 +439,7 @@ def train_distill(run: Run, init_from: pathlib.Path | None = None) -> None:
         return placement.batch(split, leading=1)
 
     for batch in run.batches(functools.partial(read_batches, run), to_device):
-        state, metrics = step(state, teacher, batch, null_text)
+        state, metrics = step(state, teacher, batch, null_text, frames=run.frames)
         state = run.after_step(state, metrics)
         if run.samples_now:
             run.log_samples(sample(state.student.ema))

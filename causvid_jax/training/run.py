@@ -65,13 +65,14 @@ class Run:
       workdir: holds the data and the folders of all stages.
       placement: the mesh and what lies where.
       step: steps done.
+      frames: length of the clips of the current stretch of the curriculum; 0: the full clip.
     """
 
     def __init__(self, name: str, recipe: Recipe, config: StageConfig, workdir: pathlib.Path, placement: Placement):
         self.name, self.recipe, self.config, self.workdir = name, recipe, config, workdir
         self.placement = placement
         self.folder = workdir / name
-        self.step = 0
+        self.step, self.frames = 0, config.frames
         self._checkpoints = Checkpoints(self.folder / "checkpoints", config.keep, config.keep_every)
         self._recipe_json = to_json(recipe)
         self._position: dict[str, Any] | None = None
@@ -127,7 +128,7 @@ class Run:
             if self.step >= end:
                 continue
             seed = config.seed + len(config.curriculum) - i
-            self._end, self._iterator = end, read(batch_size=batch_size, frames=frames, seed=seed)
+            self._end, self.frames, self._iterator = end, frames, read(batch_size=batch_size, frames=frames, seed=seed)
             if self._position is not None and self._position["phase_end"] == end:
                 self._iterator.set_state(self._position["iterator"])
             while self.step < end:
