@@ -51,7 +51,7 @@ def test_every_room_has_a_floor():
     assert set(rooms()) <= set(ROOMS)
 
 
-REMAINING = {"sampling -> analysis", "sampling -> evaluation", "sharding -> models"}
+REMAINING = {"sampling -> analysis", "sampling -> evaluation"}
 """Arrows back up that are still to be turned: nothing may be added."""
 
 

@@ -1,1 +1,1 @@
-"""The paper's method, as losses and rollouts over functions that are handed in."""
+"""The paper's method: DMD losses, rollouts of the student, ODE regression and trajectories, as pure functions."""

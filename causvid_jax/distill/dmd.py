@@ -1,17 +1,17 @@
-"""Distribution matching distillation (paper section 4.2, equations 2 and 4, Algorithm 1; DMD2, arXiv 2405.14867).
+"""Distribution matching distillation losses (paper section 4.2, equations 2 and 4; DMD2, arXiv 2405.14867).
 
-The student's distribution is pulled to the teacher's along the difference of two scores. With x the student's output,
-``x_t = (1 - sigma) x + sigma noise``, f the fake score's x0 prediction at x_t and r the guided teacher's:
+The student's distribution moves towards the teacher's along the difference of two scores. Let x be the student's
+output, ``x_t = (1 - sigma) x + sigma noise``, f the fake score's x0 prediction at x_t and r the guided teacher's:
 
     gradient = (f - r) / mean |x - r|                    per sample, a constant
     L_G      = 0.5 mean (x - stopgrad(x - gradient))^2   so that dL_G/dx = gradient / numel
 
-The fake score follows the student by plain flow matching on its outputs:
+The fake score is trained by flow matching on the student's outputs:
 
     L_C = mean (v_fake(x_t, t) - (noise - x))^2
 
-Both draw ``t = 1000 sigma(u)``, u uniform in [0, 1), one per sample, clamped; sigma is the grid of every network
-(``causvid_jax.diffusion.flow``). Guidance is ``r = r_uncond + g (r_cond - r_uncond)`` (``diffusion/guidance.py``).
+Both losses draw ``t = 1000 sigma(u)``, u uniform in [0, 1), one per sample, clamped to the configured range. Guidance:
+``r = r_uncond + g (r_cond - r_uncond)`` (``diffusion/guidance.py``).
 """
 
 from collections.abc import Callable
@@ -24,13 +24,13 @@ from causvid_jax.config import DiffusionConfig, DistillStageConfig
 from causvid_jax.diffusion import flow
 from causvid_jax.diffusion.guidance import guided_velocity
 
-ScoreFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (x, timestep [B, F], text) -> velocity
+ScoreFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (x, timestep [B, F], prompt_embeds) -> velocity
 
 
 def score_timesteps(
     key: jax.Array, batch: int, frames: int, diffusion: DiffusionConfig, distill: DistillStageConfig
 ) -> jax.Array:
-    """Timesteps ``[B, F]`` for the scores: shifted uniform, clamped to the configured range, equal over the frames."""
+    """Draw the scores' timesteps ``[B, F]``: shifted uniform, clamped to the configured range, equal in all frames."""
     u = jax.random.uniform(key, (batch,))
     timestep = flow.timestep_from_sigma(flow.sigma_from_u(u, diffusion.shift))
     timestep = jnp.clip(timestep, distill.score_timestep_min, distill.score_timestep_max)
@@ -38,14 +38,14 @@ def score_timesteps(
 
 
 def dmd_gradient(x0: jax.Array, fake_x0: jax.Array, real_x0: jax.Array) -> jax.Array:
-    """``(f - r) / mean |x - r|`` with the mean over each sample; where that is not finite (0 / 0), zero."""
+    """Return ``(f - r) / mean |x - r|``, the mean taken per sample, and zero where that is not finite (0 / 0)."""
     scale = jnp.mean(jnp.abs(x0 - real_x0), axis=tuple(range(1, x0.ndim)), keepdims=True)
     gradient = (fake_x0 - real_x0) / scale
     return jnp.where(jnp.isfinite(gradient), gradient, 0.0)
 
 
 def masked_mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Return the mean over all elements, or over the frames where ``mask`` (bool ``[B, F]``) is True; 0 if none is."""
+    """Return the mean over all elements, or over the frames where ``mask`` (bool ``[B, F]``) is True; 0 if none."""
     if mask is None:
         return jnp.mean(values)
     weight = jnp.broadcast_to(flow.expand(mask.astype(jnp.float32), values), values.shape)
@@ -54,8 +54,8 @@ def masked_mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 def generator_loss(
     x0: jax.Array,
-    text: jax.Array,
-    null_text: jax.Array,
+    prompt_embeds: jax.Array,
+    negative_prompt_embeds: jax.Array,
     key: jax.Array,
     *,
     teacher: ScoreFn,
@@ -64,36 +64,38 @@ def generator_loss(
     distill: DistillStageConfig,
     mask: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The student's loss; the only thing it can be differentiated by is ``x0``.
+    """Return the student's loss. Its gradient reaches ``x0`` only, not the scores.
 
     Args:
-      x0: the student's output, ``[B, F, h, w, C]``.
-      text: ``[B, S, E]``; both scores are conditional on it.
-      null_text: the teacher's empty prompt, ``[S, E]`` or ``[B, S, E]``.
+      x0: output of the student, ``[B, F, h, w, C]``.
+      prompt_embeds: ``[B, S, E]``, read by both scores.
+      negative_prompt_embeds: of the teacher's unconditional branch, ``[S, E]`` or ``[B, S, E]``.
       key: draws the timesteps and the noise.
-      teacher: the real score, ``(x, timestep, text) -> velocity``.
-      fake: the fake score, likewise; never guided.
-      diffusion: the grid.
-      distill: ``guidance`` and the timestep range.
-      mask: bool ``[B, F]``, True for the frames that count; all of them by default.
+      teacher: the real score, ``(x, timestep, prompt_embeds) -> velocity``.
+      fake: the fake score, likewise; it is not guided.
+      diffusion: the noise grid.
+      distill: guidance scale and timestep range.
+      mask: bool ``[B, F]``, the frames that the loss counts; default: all.
 
     Returns:
       The scalar loss and metrics: loss, mean absolute gradient, and mean timestep.
     """
     time_key, noise_key = jax.random.split(key)
     x0 = x0.astype(jnp.float32)
-    x = jax.lax.stop_gradient(x0)  # the scores are evaluated at the student's output, never differentiated through
+    x = jax.lax.stop_gradient(x0)  # no gradient through the scores' inputs
     timestep = score_timesteps(time_key, x.shape[0], x.shape[1], diffusion, distill)
     sigma = flow.sigma_from_timestep(timestep)
     x_t = flow.add_noise(x, jax.random.normal(noise_key, x.shape), sigma)
 
-    fake_velocity = fake(x_t, timestep, text)
-    real_velocity = guided_velocity(teacher, x_t, timestep, text, null_text, distill.guidance_scale)
+    fake_velocity = fake(x_t, timestep, prompt_embeds)
+    real_velocity = guided_velocity(
+        teacher, x_t, timestep, prompt_embeds, negative_prompt_embeds, distill.guidance_scale
+    )
     fake_x0 = flow.x0_from_velocity(x_t, fake_velocity.astype(jnp.float32), sigma)
     real_x0 = flow.x0_from_velocity(x_t, real_velocity.astype(jnp.float32), sigma)
-    gradient = jax.lax.stop_gradient(dmd_gradient(x, fake_x0, real_x0))  # ... nor are the scores' parameters
+    gradient = jax.lax.stop_gradient(dmd_gradient(x, fake_x0, real_x0))  # nor into their parameters
 
-    # x0 - x is exactly zero: x - stopgrad(x - gradient) without its rounding (the published code takes float64).
+    # x0 - x is exactly zero. This is x - stopgrad(x - gradient) without its rounding (the published code uses float64).
     loss = 0.5 * masked_mean(jnp.square((x0 - x) + gradient), mask)
     metrics = {"loss": loss, "gradient": masked_mean(jnp.abs(gradient), mask), "timestep": jnp.mean(timestep)}
     return loss, metrics
@@ -101,7 +103,7 @@ def generator_loss(
 
 def critic_loss(
     x0: jax.Array,
-    text: jax.Array,
+    prompt_embeds: jax.Array,
     key: jax.Array,
     *,
     fake: ScoreFn,
@@ -109,14 +111,14 @@ def critic_loss(
     distill: DistillStageConfig,
     mask: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The fake score's flow-matching loss on the student's outputs, unweighted, on velocities directly.
+    """Return the fake score's flow-matching loss on the student's outputs: unweighted, on velocities.
 
-    Arguments as in :func:`generator_loss`; ``fake`` closes over the parameters that are trained.
+    Arguments are those of :func:`generator_loss`; the trained parameters are inside ``fake``.
     """
     time_key, noise_key = jax.random.split(key)
-    x = jax.lax.stop_gradient(x0.astype(jnp.float32))  # the student is data here
+    x = jax.lax.stop_gradient(x0.astype(jnp.float32))  # the student's output is data here
     timestep = score_timesteps(time_key, x.shape[0], x.shape[1], diffusion, distill)
     noise = jax.random.normal(noise_key, x.shape)
-    velocity = fake(flow.add_noise(x, noise, flow.sigma_from_timestep(timestep)), timestep, text)
+    velocity = fake(flow.add_noise(x, noise, flow.sigma_from_timestep(timestep)), timestep, prompt_embeds)
     loss = masked_mean(jnp.square(velocity.astype(jnp.float32) - flow.velocity_from(x, noise)), mask)
     return loss, {"loss": loss}

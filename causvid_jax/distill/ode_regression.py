@@ -1,12 +1,12 @@
-"""ODE regression: the causal student learns to jump from the teacher's trajectory to its end (paper section 4.3).
+"""ODE regression: train the causal student to predict the end of the teacher's trajectories (paper section 4.3, eq. 6).
 
     L = mean over noisy elements of (x0_student(x_t, t) - x0)^2
 
-``x_t`` is the teacher's state at a student timestep t, drawn per block, ``x0`` the end of the same trajectory. Blocks
-may also be given clean (t = 0): they serve as context for later blocks and count nothing themselves. Trajectories of a
-causal teacher come with the clean context each block was made from, and the student gets just that (teacher forcing).
+``x_t`` is the teacher's state at a denoising timestep t, drawn per block, and ``x0`` the end of the same trajectory.
+Blocks may also be drawn clean (t = 0): they are context for later blocks and do not enter the loss. Trajectories of a
+causal teacher come with the clean context of each block, and the student is given the same (teacher forcing).
 
-:func:`splice` teaches the prompt switch of a stream: the clip's past is exchanged for another clip's.
+:func:`splice` prepares the student for a prompt switch: it replaces the clip's context by that of another clip.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,21 +20,21 @@ from einops import repeat
 from causvid_jax.config import require
 from causvid_jax.diffusion import flow
 
-BlockCausalFn = Callable[..., jax.Array]  # (params, x, timestep, text) -> velocity
+BlockCausalFn = Callable[..., jax.Array]  # (params, x, timestep, prompt_embeds) -> velocity
 
 
 def sample_block_steps(key: jax.Array, batch: int, block_sizes: Sequence[int], choices: int) -> jax.Array:
-    """Step indices ``[B, F]``, int32: uniform over ``range(choices)``, independent per block, equal inside a block."""
+    """Draw step indices ``[B, F]``, int32: uniform over ``range(choices)``, one per block and sample."""
     steps = jax.random.randint(key, (batch, len(block_sizes)), 0, choices)
     return jnp.repeat(steps, np.asarray(block_sizes), axis=1, total_repeat_length=sum(block_sizes))
 
 
 def splice(key: jax.Array, batch: int, block_sizes: Sequence[int], fraction: float) -> jax.Array:
-    """Which frames of each clip are to be another clip's past, bool ``[B, F]``.
+    """Draw the frames of each clip that another clip's frames replace, bool ``[B, F]``.
 
-    A clip is spliced with probability ``fraction``: its blocks before s, s uniform over all but the first one, are then
-    the past. They are shown clean under the clip's own prompt, which is what a stream's cache holds after
-    ``sampling.stream.recompute_context``, and count nothing.
+    A clip is spliced with probability ``fraction``: its blocks before s are replaced, s uniform over all blocks but the
+    first. They are clean context under the clip's own prompt and do not enter the loss. A stream's cache holds the same
+    after ``sampling.stream.recompute_context``.
     """
     if len(block_sizes) < 2:
         return jnp.zeros((batch, sum(block_sizes)), bool)
@@ -49,7 +49,7 @@ def ode_regression_loss(
     velocity_fn: BlockCausalFn,
     params: Any,
     states: jax.Array,
-    text: jax.Array,
+    prompt_embeds: jax.Array,
     key: jax.Array,
     *,
     timesteps: Sequence[float],
@@ -58,21 +58,21 @@ def ode_regression_loss(
     prompt_switch_prob: float = 0.0,
     context: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The regression loss of one batch of trajectories.
+    """Return the regression loss of a batch of trajectories.
 
     Args:
-      velocity_fn: the block-causal student, ``(params, x, timestep [B, F], text) -> velocity``, which takes
-        ``clean=context`` where there is a context.
-      params: the student's parameters, which the loss is differentiated by.
-      states: ``[Q + 1, B, F, h, w, C]`` as :func:`~causvid_jax.distill.trajectories.teacher_trajectory` gives them.
-      text: ``[B, S, E]``.
+      velocity_fn: the block-causal student, ``(params, x, timestep [B, F], prompt_embeds) -> velocity``. It is called
+        with ``clean=context`` if there is a context.
+      params: parameters of the student.
+      states: ``[Q + 1, B, F, h, w, C]`` of :func:`~causvid_jax.distill.trajectories.teacher_trajectory`.
+      prompt_embeds: ``[B, S, E]``.
       key: draws one step index per sample and block.
       timesteps: the Q student timesteps of the states, ``flow.student_timesteps``.
       block_sizes: frames of each block, ``CausalConfig.block_sizes(F)``.
       include_clean: also draw t = 0, as context only.
-      prompt_switch_prob: share of the clips whose past is exchanged for the clean one of the next clip in the batch.
-      context: the clean past of every block, ``[B, F, h, w, C]``: every block is noisy then, and ``include_clean`` and
-        ``prompt_switch_prob`` mean nothing.
+      prompt_switch_prob: fraction of the clips that get the context of the next clip in the batch.
+      context: clean context of every block, ``[B, F, h, w, C]``. Every block is noisy then, and ``include_clean`` and
+        ``prompt_switch_prob`` are ignored.
 
     Returns:
       The scalar loss (0 when every block was drawn clean) and metrics: the loss, and the fraction of noisy frames.
@@ -90,7 +90,7 @@ def ode_regression_loss(
     timestep = jnp.asarray((*timesteps, 0.0), jnp.float32)[index]
     # One state per sample and frame, [B, F, h, w, C].
     x_t = states.astype(jnp.float32)[index, jnp.arange(batch)[:, None], jnp.arange(frames)[None, :]]
-    velocity = velocity_fn(params, x_t, timestep, text, **({} if context is None else {"clean": context}))
+    velocity = velocity_fn(params, x_t, timestep, prompt_embeds, **({} if context is None else {"clean": context}))
     predicted = flow.x0_from_velocity(x_t, velocity.astype(jnp.float32), flow.sigma_from_timestep(timestep))
 
     noisy = repeat((timestep != 0).astype(jnp.float32), "b f -> b f 1 1 1")

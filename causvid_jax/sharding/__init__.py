@@ -1,1 +1,1 @@
-"""Mesh, sharding rules and placement of arrays."""
+"""Mesh, parameter declarations, sharding rules and shardings."""

@@ -1,7 +1,7 @@
-"""Where arrays lie on the mesh: logical axes to ``PartitionSpec`` by the rules, and constraints on activations.
+"""Map logical axes to ``PartitionSpec`` by the sharding rules, and constrain activations.
 
-The mesh is the one that ``jax.set_mesh`` has made current. Without one nothing here does anything, and the program is
-the single-device one.
+The mesh is the current one (``jax.set_mesh``). Without a mesh these functions do nothing, and the program is the one of
+a single device.
 """
 
 import contextlib
@@ -15,24 +15,24 @@ from causvid_jax.config import ShardingRules
 
 Axes = Sequence[str | None]
 KINDS = {"cpu": "cpu", "cuda": "NVIDIA H100", "tpu": "TPU v5"}
-"""Devices to lower for where the platform is not at hand; only the layout of TPU kernels asks."""
+"""Device kind to assume when lowering for a platform that is not present; only the TPU kernel layout depends on it."""
 
 
 def axis_sizes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
-    """Axis sizes of ``mesh``, those of size 1 left out."""
+    """Return the axis sizes of ``mesh`` without axes of size 1."""
     return {name: size for name, size in mesh.shape.items() if size > 1}
 
 
 def mesh_shape() -> dict[str, int]:
-    """:func:`axis_sizes` of the current mesh; empty without one."""
+    """Return :func:`axis_sizes` of the current mesh; empty without a mesh."""
     return axis_sizes(jax.sharding.get_abstract_mesh())
 
 
 def mesh_axes(axes: Axes, shape: Sequence[int], mesh: Mapping[str, int], rules: ShardingRules) -> list[tuple[str, ...]]:
-    """For each dimension of an array of ``shape`` with logical ``axes`` (None: whole), the mesh axes that split it.
+    """Return for each dimension of an array of ``shape`` with logical ``axes`` (None: not split) its mesh axes.
 
-    A mesh axis is used once per array, by the first logical axis that asks for it, and only where it divides the
-    dimension: a bias of 3 stays whole. What must be divisible is checked when the mesh is made (``sharding.mesh``).
+    A mesh axis is used once per array, by the first logical axis whose rule names it, and only if it divides the
+    dimension: a bias of 3 is not split. Heads, tokens and batches that must be divisible are checked in the config.
     """
     used: set[str] = set()
     parts: list[tuple[str, ...]] = []
@@ -48,15 +48,14 @@ def mesh_axes(axes: Axes, shape: Sequence[int], mesh: Mapping[str, int], rules: 
 
 
 def platform() -> str:
-    """Of the current mesh's devices, which may be described only (ahead-of-time compilation); else of this process."""
+    """Return the platform of the current mesh (its devices may be abstract), else the default one."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return device.platform if device is not None else jax.default_backend()
 
 
 @contextlib.contextmanager
 def lowering_for(platform: str) -> Iterator[None]:
-    """Inside, networks choose their kernels as on one device of ``platform`` (``cpu``, ``cuda``, ``tpu``), which need
-    not be there."""
+    """Make networks choose kernels as on one device of ``platform`` (``cpu``, ``cuda``, ``tpu``), present or not."""
     here = jax.devices()[0]
     name = {"cuda": "gpu"}.get(platform, platform)
     device = jax.sharding.AbstractDevice(
@@ -68,11 +67,11 @@ def lowering_for(platform: str) -> Iterator[None]:
 
 
 def spec_for(axes: Axes, shape: Sequence[int], mesh: Mapping[str, int], rules: ShardingRules) -> PartitionSpec:
-    """:func:`mesh_axes` as a ``PartitionSpec``."""
+    """Return :func:`mesh_axes` as a ``PartitionSpec``."""
     return PartitionSpec(*(part or None for part in mesh_axes(axes, shape, mesh, rules)))
 
 
 def constrain(x: jax.Array, axes: Axes, rules: ShardingRules) -> jax.Array:
-    """``x``, kept on the current mesh as ``rules`` place ``axes``."""
+    """Return ``x`` with a sharding constraint for its logical ``axes`` on the current mesh."""
     mesh = mesh_shape()
     return jax.lax.with_sharding_constraint(x, spec_for(axes, x.shape, mesh, rules)) if mesh else x

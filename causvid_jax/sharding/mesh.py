@@ -1,4 +1,4 @@
-"""The device mesh of a recipe."""
+"""Make the device mesh of a recipe."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from causvid_jax.config import MESH_AXES, ParallelConfig, require
 
 
 def mesh_sizes(config: ParallelConfig, devices: int) -> tuple[int, int, int, int]:
-    """``(data, fsdp, context, tensor)`` of one slice, ``data = 0`` filled in.
+    """Return ``(data, fsdp, context, tensor)`` of one slice; ``data = 0`` takes the devices that are left.
 
     Raises:
         ConfigError: the product is not the number of devices.
@@ -36,9 +36,9 @@ def mesh_sizes(config: ParallelConfig, devices: int) -> tuple[int, int, int, int
 
 
 def make_mesh(config: ParallelConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over ``devices`` (default: all there are), laid out along the interconnect where its shape is known.
+    """Return the mesh over ``devices`` (default: all), ordered along the interconnect where its shape is known.
 
-    With several slices the data axis runs over them outermost, so that only gradients cross the slow network.
+    With several slices the data axis is outermost over them, so that only gradients cross the slow network.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_sizes(config, len(devices))
@@ -47,6 +47,6 @@ def make_mesh(config: ParallelConfig, devices: Sequence[Any] | None = None) -> M
     else:
         try:
             grid = mesh_utils.create_device_mesh(shape, devices)
-        except NotImplementedError:  # an axis that is no product of the torus's: any order works, some links are longer
+        except NotImplementedError:  # the torus has no such axis: any order works, over longer links
             grid = np.asarray(devices).reshape(shape)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

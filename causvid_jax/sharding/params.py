@@ -1,7 +1,7 @@
-"""Parameter declarations: one tree of :class:`ParamSpec` says shape, logical axes and initialiser of every array.
+"""Parameter declarations: a tree of :class:`ParamSpec` with shape, logical axes and initialiser of every array.
 
-Initialisation, abstract shapes (for restore, conversion and ahead-of-time compilation) and the linen declaration all
-derive from that one tree, so they cannot disagree.
+Initialisation, abstract shapes (for restore, conversion and ahead-of-time compilation) and the linen declaration derive
+from this one tree, so they cannot disagree.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class ParamSpec:
 def linear_spec(
     fan_in: int, fan_out: int, axes: tuple[str | None, str | None], init: Init | None = None
 ) -> dict[str, ParamSpec]:
-    """Kernel ``[in, out]`` and bias ``[out]`` of a linear layer; Xavier-uniform unless ``init`` is given."""
+    """Return the specs of kernel ``[in, out]`` and bias ``[out]`` of a linear layer (``init``: Xavier uniform)."""
     return {
         "kernel": ParamSpec((fan_in, fan_out), axes, init or nn.initializers.xavier_uniform()),
         "bias": ParamSpec((fan_out,), axes[1:], nn.initializers.zeros),
@@ -40,7 +40,7 @@ def linear_spec(
 
 
 def stack_spec(spec: Any, length: int) -> Any:
-    """The spec of ``length`` equal layers with a leading ``layers`` axis."""
+    """Return the spec of ``length`` equal layers, with a leading ``layers`` axis."""
 
     def stacked(leaf: ParamSpec) -> ParamSpec:
         def init(key, shape, dtype=jnp.float32):
@@ -52,12 +52,12 @@ def stack_spec(spec: Any, length: int) -> Any:
 
 
 def map_spec(fn: Callable[[ParamSpec], Any], spec: Any) -> Any:
-    """``fn`` of every ParamSpec of a nested dict."""
+    """Apply ``fn`` to every ParamSpec of a nested dict."""
     return jax.tree.map(fn, spec, is_leaf=lambda x: isinstance(x, ParamSpec))
 
 
 def init_tree(key: jax.Array, spec: Any) -> Any:
-    """Float32 parameters of ``spec``. Each array's key depends on its path only, not on what else the tree holds."""
+    """Return float32 parameters of ``spec``. The key of an array depends on its path only."""
 
     def init(path, leaf: ParamSpec) -> jax.Array:
         name = "/".join(str(p.key) for p in path)
@@ -67,15 +67,15 @@ def init_tree(key: jax.Array, spec: Any) -> Any:
 
 
 def abstract_tree(spec: Any) -> Any:
-    """The ``jax.ShapeDtypeStruct`` tree of ``spec``."""
+    """Return the ``jax.ShapeDtypeStruct`` tree of ``spec``."""
     return map_spec(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), spec)
 
 
 def inference_tree(abstract: Any, dtype: str, islands: Container[str] = ()) -> Any:
-    """``abstract`` with every ``kernel`` of type ``dtype``, but for those under the top-level names ``islands``.
+    """Return ``abstract`` with every ``kernel`` of type ``dtype``, except under the top-level names ``islands``.
 
-    A kernel is rounded to the compute type wherever it is used, so parameters kept like this compute the same bits as
-    float32 ones, at half the memory. What is no kernel (norms, biases, modulation) stays float32.
+    A kernel is rounded to the compute type wherever it is used, so parameters stored like this give the same bits as
+    float32 ones at half the memory. All other parameters (norms, biases, modulation) stay float32.
     """
 
     def narrow(path, leaf):
@@ -86,7 +86,7 @@ def inference_tree(abstract: Any, dtype: str, islands: Container[str] = ()) -> A
 
 
 def declare(module: nn.Module, spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Declares ``spec`` as parameters of ``module``, inside a compact method; returns the nested dict of arrays."""
+    """Declare ``spec`` as parameters of ``module`` (inside a compact method) and return the nested dict of arrays."""
     return {
         name: module.param(name, leaf.init, leaf.shape) if isinstance(leaf, ParamSpec) else _Group(leaf, name=name)()
         for name, leaf in spec.items()

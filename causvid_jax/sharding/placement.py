@@ -1,4 +1,4 @@
-"""Where every tree of a run lies on a mesh: all of it follows from the parameters' logical axes and the rules."""
+"""Shardings of parameters, optimizer states and batches, from the logical axes of the parameters and the rules."""
 
 import contextlib
 import dataclasses
@@ -11,15 +11,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from causvid_jax.config import ParallelConfig, Recipe, ShardingRules, require
-from causvid_jax.models import transformer
+from causvid_jax.config import ParallelConfig, ShardingRules, require
 from causvid_jax.sharding import constraints
 from causvid_jax.sharding.mesh import make_mesh
 from causvid_jax.sharding.params import ParamSpec, abstract_tree
 
 
 def param_shardings(spec: Any, mesh: Mesh, rules: ShardingRules) -> Any:
-    """The ``NamedSharding`` of every parameter of a :class:`ParamSpec` tree."""
+    """Return the ``NamedSharding`` of every parameter of a :class:`ParamSpec` tree."""
     sizes = constraints.axis_sizes(mesh)
 
     def place(leaf: ParamSpec) -> NamedSharding:
@@ -34,17 +33,17 @@ HOST = "pinned_host"
 def optimizer_shardings(
     optimizer: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh, *, on_host: bool = False
 ) -> Any:
-    """The shardings of ``optimizer.init(params)``: moments lie as their parameters, the rest is whole.
+    """Return the shardings of ``optimizer.init(params)``: moments as their parameters, the rest replicated.
 
-    ``params`` may be abstract; ``shardings`` is :func:`param_shardings` of it. With ``on_host`` the moments lie in the
-    memory of the hosts, split in the same way.
+    ``params`` may be abstract; ``shardings`` is :func:`param_shardings` of it. With ``on_host`` the moments are stored
+    in host memory, split in the same way.
     """
     if on_host:
         shardings = jax.tree.map(lambda s: s.with_memory_kind(HOST), shardings)
     whole = NamedSharding(mesh, PartitionSpec())
     state = jax.eval_shape(optimizer.init, params)
 
-    def masked(leaf: Any) -> bool:  # a parameter that another of an optimizer's parts takes care of
+    def masked(leaf: Any) -> bool:  # a parameter that another part of the optimizer updates
         return isinstance(leaf, optax.MaskedNode)
 
     return optax.tree_map_params(
@@ -58,25 +57,25 @@ def optimizer_shardings(
 
 
 def batch_sharding(mesh: Mesh, rules: ShardingRules, leading: int = 0) -> NamedSharding:
-    """Of arrays ``[..., B, ...]`` with the batch after ``leading`` whole axes."""
+    """Return the sharding of arrays ``[..., B, ...]``, the batch axis after ``leading`` axes that are not split."""
     sizes = constraints.axis_sizes(mesh)
     axes = tuple(a for a in rules.batch if a in sizes)
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, axes or None))
 
 
-def _cut(x: Any, sharding: NamedSharding) -> jax.Array:
-    """The parts of ``x`` that belong on this process's devices, as a global array."""
+def _from_whole(x: Any, sharding: NamedSharding) -> jax.Array:
+    """Return the global array of ``x``, of which this process keeps the parts of its own devices."""
     return jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.asarray(x)[index])
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Puts a stage's arrays on its mesh; with ``mesh = None`` (one device) everything stays as it is.
+    """The mesh of a run and the shardings on it; with ``mesh = None`` (one device) every sharding is None.
 
     Attributes:
       mesh: of the run.
-      rules: of the batch axis; a network's parameters follow the rules of its own configuration.
-      offload_optimizer: whether optimizers keep their moments in the hosts' memory (:meth:`hosted`).
+      rules: of the batch axis. Parameters of a network follow the rules of its own configuration.
+      offload_optimizer: whether optimizers keep their moments in host memory (:meth:`hosted`).
     """
 
     mesh: Mesh | None = None
@@ -85,19 +84,19 @@ class Placement:
 
     @property
     def offloads(self) -> bool:
-        """Whether moments really move: on CPU the host's memory is the device's."""
+        """Whether moments really move to the host; on CPU, host and device memory are the same."""
         return self.offload_optimizer and self.mesh is not None and self.mesh.devices.flat[0].platform != "cpu"
 
     def current(self) -> contextlib.AbstractContextManager:
-        """Makes the mesh the current one, which constraints and attention ask for."""
+        """Make the mesh the current one, which sharding constraints and attention read."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def params(self, spec: Any, rules: ShardingRules) -> Any:
-        """Shardings of a network's parameters; None without a mesh."""
+        """Return the shardings of a network's parameters; None without a mesh."""
         return None if self.mesh is None else param_shardings(spec, self.mesh, rules)
 
     def optimizer(self, optimizer: optax.GradientTransformation, spec: Any, shardings: Any) -> Any:
-        """Shardings of an optimizer's state for the parameters ``spec``; None without a mesh."""
+        """Return the shardings of an optimizer's state for the parameters ``spec``; None without a mesh."""
         if self.mesh is None:
             return None
         return optimizer_shardings(optimizer, abstract_tree(spec), shardings, self.mesh, on_host=self.offloads)
@@ -105,8 +104,10 @@ class Placement:
     def hosted(
         self, optimizer: optax.GradientTransformation, spec: Any, rules: ShardingRules
     ) -> optax.GradientTransformation:
-        """``optimizer`` of the parameters ``spec`` that fetches its state from the hosts for an update and leaves the
-        new one there; unchanged unless this placement offloads. The state lies as :meth:`optimizer` says."""
+        """Return ``optimizer`` with its state in host memory: it is fetched for an update and written back after it.
+
+        Without offloading, ``optimizer`` is returned unchanged. The state has the shardings of :meth:`optimizer`.
+        """
         if not self.offloads or self.mesh is None:
             return optimizer
         params, shardings = abstract_tree(spec), self.params(spec, rules)
@@ -121,26 +122,26 @@ class Placement:
         return optax.GradientTransformation(optimizer.init, update)
 
     def whole(self) -> NamedSharding | None:
-        """A copy on every device."""
+        """Return the sharding of an array that every device holds whole; None without a mesh."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
     def put(self, tree: Any, shardings: Any) -> Any:
-        """``tree`` laid out as ``shardings``; unchanged without a mesh. Every process gives the whole tree."""
+        """Return ``tree`` with ``shardings``; unchanged without a mesh. Every process passes the whole tree."""
         if self.mesh is None:
             return tree
         if jax.process_count() == 1:
             return jax.device_put(tree, shardings)
-        # device_put would first send every array around, to see that all processes hold the same.
-        return jax.tree.map(_cut, tree, jax.tree.broadcast(shardings, tree))
+        # device_put would first exchange every array, to check that all processes hold the same.
+        return jax.tree.map(_from_whole, tree, jax.tree.broadcast(shardings, tree))
 
     def everywhere(self, function: Callable[..., Any]) -> Any:
-        """``function`` jitted, its results whole on every device, so that any process can read them."""
+        """Return ``function`` jitted; its results are replicated, so that any process can read them."""
         return jax.jit(function, out_shardings=self.whole())
 
     def rows(self, size: int) -> list[int]:
-        """Which examples of a batch of ``size`` lie on this process's devices, in order; without a mesh all do.
+        """Return the indices of the examples of a batch of ``size`` that are on this process's devices, ascending.
 
-        Processes over which the batch is not split (by ``context`` or ``tensor``) share theirs.
+        Processes over which the batch is not split (by ``context`` or ``tensor``) have the same examples.
 
         Raises:
             ConfigError: the mesh does not divide the batch.
@@ -160,13 +161,13 @@ class Placement:
         return sorted({row for share in shares for row in range(size)[share]})
 
     def init(self, make: Callable[..., Any], shardings: Any, *args: Any) -> Any:
-        """``make(*args)`` computed straight into ``shardings``, so that no device ever holds the whole."""
+        """Return ``make(*args)`` computed straight into ``shardings``, so that no device holds all of it."""
         return make(*args) if self.mesh is None else jax.jit(make, out_shardings=shardings)(*args)
 
     def batch(self, tree: Any, leading: int = 0) -> Any:
-        """Host arrays ``[..., B, ...]``, the batch after ``leading`` axes, as global arrays split over the batch.
+        """Return the host arrays ``[..., B, ...]`` as global arrays split over the batch axis.
 
-        Every process gives the examples of its :meth:`rows`.
+        Every process passes the examples of its :meth:`rows`; ``leading`` axes come before the batch axis.
         """
         if self.mesh is None:
             return tree
@@ -174,20 +175,20 @@ class Placement:
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
 
 
-def stream_params(params: dict[str, Any], recipe: Recipe, placement: Placement) -> dict[str, Any]:
-    """The parameters of a stream (``sampling.stream``) on the mesh: the student by its rules, the rest whole.
+def stream_params(params: dict[str, Any], spec: Any, rules: ShardingRules, placement: Placement) -> dict[str, Any]:
+    """Return the parameters of a stream on the mesh: ``params["student"]`` by ``spec`` and ``rules``, the rest whole.
 
     Under ``placement.current()`` every function of ``sampling.stream`` then runs sharded; the cache is split by heads.
     """
-    spec = transformer.spec(recipe.student)
-    student = placement.params(spec, recipe.student.rules)
     whole = {name: jax.tree.map(lambda _: placement.whole(), tree) for name, tree in params.items()}
-    return placement.put(params, whole | {"student": student})
+    return placement.put(params, whole | {"student": placement.params(spec, rules)})
 
 
 def place(config: ParallelConfig, rules: ShardingRules) -> Placement:
-    """The placement that ``config`` asks for, over all devices of all processes; one device needs no mesh, unless it
-    offloads."""
+    """Return the placement of ``config`` over all devices of all processes.
+
+    One device gets no mesh, unless it offloads its optimizer.
+    """
     sizes = (config.slices, config.data, config.fsdp, config.context, config.tensor)
     if jax.process_count() == 1 and sizes == (1, 1, 1, 1, 1):
         mesh = make_mesh(config, jax.devices()[:1]) if config.offload_optimizer else None

@@ -1,8 +1,7 @@
-"""Checkpoints of a training run: Orbax v1, one folder a step, holding the state and the run's place.
+"""Checkpoints of a training run: Orbax v1, one folder per step, with the state and the position of the run.
 
-A checkpoint counts when its checksums are there and hold (:mod:`causvid_jax.training.checksums`); what came out
-otherwise is set aside as ``STEP.damaged``, and the step before is used. All use of Orbax is in this file, because its
-v1 interface still moves.
+A checkpoint is used if its checksums are complete and correct (:mod:`causvid_jax.training.checksums`). A damaged one is
+renamed to ``STEP.damaged``, and the step before it is used. Only this file calls Orbax, whose v1 interface still moves.
 """
 
 import concurrent.futures
@@ -25,9 +24,9 @@ from orbax.checkpoint import v1 as ocp
 from causvid_jax.config import ConfigError, RunError, require
 from causvid_jax.training import checksums
 
-# Orbax reports every stage of every save at INFO, warns of each save of a few strings that there is nothing to merge,
-# and repeats an error of the disk, which is raised and reported in one sentence, with a traceback from each thread.
-_SAID_ELSEWHERE = (
+# Orbax logs every phase of a save at INFO, warns at each save of strings that there is nothing to merge, and logs a
+# full disk with a traceback from each thread, although the error is raised and reported here in one sentence.
+_SILENCED = (
     "Skipping merge of OCDBT",
     "_SignalingThread.run() raised",
     "Handler Commit operations",
@@ -35,19 +34,19 @@ _SAID_ELSEWHERE = (
 )
 
 
-def _worth_saying(record: logging.LogRecord) -> bool:
+def _filter_orbax(record: logging.LogRecord) -> bool:
     if "orbax" not in record.pathname:
         return True
-    return record.levelno >= logging.WARNING and not any(text in record.getMessage() for text in _SAID_ELSEWHERE)
+    return record.levelno >= logging.WARNING and not any(text in record.getMessage() for text in _SILENCED)
 
 
-logging.getLogger("absl").addFilter(_worth_saying)
+logging.getLogger("absl").addFilter(_filter_orbax)
 
 
 class Checkpoints:
     """The checkpoints of one run: the newest ``keep``, and those of every ``keep_every`` steps (0: none).
 
-    Saving goes on in the background. What is to be told (a damaged checkpoint, a full disk) comes from :meth:`reports`.
+    Saving continues in the background. Damaged checkpoints and full disks are reported by :meth:`reports`.
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int, keep_every: int = 0):
@@ -62,7 +61,7 @@ class Checkpoints:
         self.last: int | None = self._choose()
         """The step of the last good checkpoint."""
         self.failed = False
-        """Whether the last save came to nothing."""
+        """Whether the last save failed."""
         self._open()
 
     def _open(self) -> None:
@@ -71,10 +70,10 @@ class Checkpoints:
         )
 
     def _choose(self) -> int | None:
-        """The newest step whose checksums hold. What is newer is set aside; older ones are not looked at.
+        """Return the newest step whose checksums are correct, and rename newer damaged ones; None if there is no step.
 
-        Checkpoints without checksums come last: a save was cut short just before they were written, or an older version
-        made them. If there are only such, the newest is taken as it is.
+        Checkpoints without checksums are used only if there is no other: their save was interrupted, or an older
+        version wrote them.
 
         Raises:
             RunError: there are checkpoints, and all of them are damaged.
@@ -92,11 +91,11 @@ class Checkpoints:
         if chosen is None and plain:
             chosen = plain[-1]
             aside = {step: why for step, why in aside.items() if step > chosen}
-            self._reports.append(f"checkpoint {chosen} in {self._folder} has no checksums; it is taken as it is")
+            self._reports.append(f"checkpoint {chosen} in {self._folder} has no checksums; it is used as it is")
         if found and chosen is None:
             each = "; ".join(f"{step}: {why}" for step, why in sorted(aside.items()))
             raise RunError(
-                f"every checkpoint in {self._folder} is damaged ({each}); bring one back, or move the folder away to "
+                f"every checkpoint in {self._folder} is damaged ({each}); restore one, or move the folder away to "
                 "start again"
             )
         for other, why in aside.items():
@@ -112,9 +111,9 @@ class Checkpoints:
         return chosen
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The last good checkpoint in the shapes, types and shardings of ``state`` (a dataclass), or None.
+        """Return the last good checkpoint with the shapes, types and shardings of ``state`` (a dataclass), or None.
 
-        The arrays of ``state`` are given up, so that there is room for those that are read.
+        The arrays of ``state`` are deleted first, so that there is memory for those that are read.
 
         Raises:
             ConfigError: the checkpoint does not fit ``state``, as after a change of the configuration.
@@ -134,14 +133,14 @@ class Checkpoints:
         return dataclasses.replace(state, **loaded["state"]), json.loads(loaded["progress"]["json"])
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
-        """Save ``state`` (arrays) and ``progress`` (JSON values) as ``step``; returns while it is written.
+        """Start to save ``state`` (arrays) and ``progress`` (JSON values) as ``step``, and return.
 
-        A disk that is full or fails is no exception but a report: the run goes on, the last good checkpoint stays.
+        A full or failing disk is reported and not raised: the run continues, and the last good checkpoint stays.
         """
         self.wait()
         if jax.default_backend() == "cpu":
-            # There the arrays would be written from where they are, while the next step, to which they are donated,
-            # changes them. From an accelerator they are copied to the host before this returns.
+            # On CPU the arrays are written from where they are, while the next step, which they are donated to, changes
+            # them. From an accelerator they are copied to the host before this returns.
             state = jax.tree.map(jnp.copy, state)
         items = {"state": state, "progress": {"json": json.dumps(progress)}}
         try:
@@ -162,13 +161,13 @@ class Checkpoints:
         self.failed = True
         kept = f"the last good one is of step {self.last}" if self.last is not None else "there is none before it"
         self._reports.append(f"checkpoint {step} could not be written to {self._folder}: {reason}; {kept}")
-        # What is half written would only fill the disk: a new checkpointer clears it away.
+        # A new checkpointer removes what is half written and fills the disk.
         with contextlib.suppress(Exception):
             self._checkpointer.close()
         self._open()
 
     def wait(self) -> None:
-        """Until what was asked to be saved is on disk, checksums included."""
+        """Wait until the last save is on disk, checksums included."""
         if self._saving is None:
             return
         (step, future), self._saving = self._saving, None
@@ -180,14 +179,14 @@ class Checkpoints:
             self.last, self.failed = step, False
 
     def reports(self) -> list[str]:
-        """What there is to tell since the last call, in sentences."""
+        """Return what happened since the last call, in sentences."""
         if self._saving is not None and self._saving[1].done():
             self.wait()
-        told, self._reports = self._reports, []
-        return told
+        reports, self._reports = self._reports, []
+        return reports
 
     def close(self) -> None:
-        """Wait, then release."""
+        """Wait for the last save, then release the threads."""
         self.wait()
         self._worker.shutdown()
         self._checkpointer.close()
@@ -232,7 +231,7 @@ def read(folder: str | os.PathLike, part: str, step: int | None = None) -> tuple
 
 
 def storage_failure(error: BaseException) -> str | None:
-    """What the disk had to say, if it was the disk that failed; None for any other error."""
+    """Return the disk's error message, or None if ``error`` is of another kind."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     text = " ".join(str(error).split())
@@ -243,16 +242,16 @@ def storage_failure(error: BaseException) -> str | None:
 
 
 def _steps(folder: pathlib.Path) -> list[int]:
-    """The steps of the checkpoints that Orbax finished, ascending."""
+    """Return the steps of the checkpoints that Orbax finished, ascending."""
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
 
 def _problem(path: pathlib.Path) -> str | None:
-    """What is wrong with a checkpoint, every process having looked at its share; None if nothing is."""
+    """Return what is wrong with a checkpoint, or None; every process checks its share."""
     if not checksums.present(path):
-        return "it has no checksums, its saving was cut short"
+        return "it has no checksums, its save was interrupted"
     process, processes = jax.process_index(), jax.process_count()
     own = checksums.problem(path, process, processes)
     if processes == 1:
@@ -262,6 +261,6 @@ def _problem(path: pathlib.Path) -> str | None:
 
 
 def _together(what: str) -> None:
-    """No process goes on before all have come here."""
+    """Wait until all processes have come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)

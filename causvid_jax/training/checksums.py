@@ -1,8 +1,7 @@
-"""Checksums of a checkpoint's files: what Orbax does not notice, a flipped bit, is found before it is trained on.
+"""Checksums of a checkpoint's files. Orbax does not notice a flipped bit; these do, before training continues from it.
 
-SHA-256 of every piece of 64 MiB, in ``checksums.P-of-N.json`` inside the checkpoint: process P of N reads every N-th
-piece, so that a checkpoint of many hosts costs each its share. On one core this takes about a second per GB; a run pays
-for it in the background after each save, and once when it starts.
+``checksums.P-of-N.json`` in the checkpoint holds the SHA-256 of every chunk of 64 MiB that process P of N read:
+every N-th chunk. One core takes about a second per GB: in the background after each save, and once when a run starts.
 """
 
 import concurrent.futures
@@ -17,7 +16,7 @@ THREADS = 4
 
 
 def _files(folder: pathlib.Path) -> dict[str, int]:
-    """Name and size of all files of a checkpoint but the checksums."""
+    """Return name and size of all files of a checkpoint except the checksums."""
     return {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
@@ -26,7 +25,7 @@ def _files(folder: pathlib.Path) -> dict[str, int]:
 
 
 def _pieces(sizes: dict[str, int], process: int, processes: int) -> list[tuple[str, int]]:
-    """The pieces ``(file, number)`` that fall to this process."""
+    """Return the chunks ``(file, number)`` that this process reads."""
     every = [(name, i) for name in sorted(sizes) for i in range(max(1, -(-sizes[name] // PIECE)))]
     return every[process::processes]
 
@@ -42,13 +41,13 @@ def _digest(path: pathlib.Path, piece: int) -> str:
 
 
 def _digests(folder: pathlib.Path, pieces: list[tuple[str, int]]) -> Iterator[str]:
-    # hashlib lets go of the interpreter, so threads do run side by side.
+    # hashlib releases the interpreter lock, so the threads run in parallel.
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         yield from pool.map(lambda piece: _digest(folder / piece[0], piece[1]), pieces)
 
 
 def write(folder: str | os.PathLike, process: int = 0, processes: int = 1) -> None:
-    """Write this process's part of the checksums of a finished checkpoint; it appears whole or not at all."""
+    """Write this process's part of the checksums of a finished checkpoint, atomically."""
     folder = pathlib.Path(folder)
     sizes = _files(folder)
     pieces = _pieces(sizes, process, processes)
@@ -63,15 +62,15 @@ def write(folder: str | os.PathLike, process: int = 0, processes: int = 1) -> No
 
 
 def present(folder: str | os.PathLike) -> bool:
-    """Whether the checksums of a checkpoint are complete: all processes that saved it wrote their part."""
+    """Return whether the checksums of a checkpoint are complete: every process that saved it wrote its part."""
     parts = sorted(pathlib.Path(folder).glob("checksums.*-of-*.json"))
     return bool(parts) and any(len(parts) == int(part.stem.rsplit("-", 1)[1]) for part in parts)
 
 
 def problem(folder: str | os.PathLike, process: int = 0, processes: int = 1) -> str | None:
-    """What is wrong with a checkpoint, as far as this process's share of its pieces shows; None if nothing is.
+    """Return what is wrong with the chunks of a checkpoint that this process reads, or None.
 
-    The answer names the file: "state/d/0f1e is 100 bytes instead of 4096", "... is missing", "... has changed".
+    The sentence names the file: "state/d/0f1e is 100 bytes instead of 4096", "... is missing", "... has changed".
     """
     folder = pathlib.Path(folder)
     sizes: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""The curves of a working directory's stages as one picture."""
+"""Draw the training curves of a working directory as one picture."""
 
 import os
 import pathlib
@@ -12,7 +12,7 @@ from causvid_jax.training.metrics import read_metrics
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# What is drawn of each stage: losses on a logarithmic axis, the judge's scores on a linear one.
+# Metrics that are drawn: losses on a logarithmic axis, scores of the classifier on a linear one.
 LOSSES = {
     "vae": ("l2", "l1"),
     "taehv": ("l2", "encoded"),
@@ -25,13 +25,13 @@ SCORES = ("sample_digit", "sample_color", "sample_direction", "sample_all")
 
 
 def _smooth(values: np.ndarray, width: int = 9) -> np.ndarray:
-    """Running mean; the ends average over what there is."""
+    """Return a running mean; at the ends it averages over fewer values."""
     kernel = np.ones(min(width, len(values)))
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
 def draw(workdir: str | os.PathLike, path: str | os.PathLike) -> list[str]:
-    """Draw every stage of ``workdir`` that has metrics into the picture ``path``; returns the stages drawn.
+    """Draw every stage of ``workdir`` that has metrics into the picture ``path``; return their names.
 
     Raises:
         ConfigError: no stage has metrics.

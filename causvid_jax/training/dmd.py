@@ -365,7 +365,7 @@ def train_step(
 
 
 def compiled_step(recipe: Recipe, placement: Placement) -> TrainStep:
-    """Return the jitted step ``(state, teacher, batches, null_text, *, frames) -> (state, metrics)``; it donates state."""
+    """Return the jitted :func:`train_step` without its static arguments; it donates the state."""
     plain = make_optimizers(recipe.train_distill)
     shardings = state_shardings(recipe, placement, plain)
     networks = recipe.student, recipe.fake_score

@@ -1,4 +1,4 @@
-"""Gradient accumulation: a batch in equal parts, one after another, at the memory of one part."""
+"""Gradient accumulation: process a batch in equal parts, one after another, at the memory of one part."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,17 +15,17 @@ LossFn = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 def accumulated_gradient(
     loss_fn: LossFn, params: Any, batch: Any, key: jax.Array, parts: int = 1
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """``d mean(loss) / d params`` and the metrics over ``parts`` equal parts of ``batch``.
+    """Return ``d mean(loss) / d params`` and the metrics over ``parts`` equal parts of ``batch``.
 
     For a loss that is a mean over examples this is the gradient of the whole batch. Part i holds examples i, i + parts,
-    i + 2 parts, ...: on a mesh every device keeps its own examples. Each part has a key of its own.
+    i + 2 parts, ..., so that on a mesh every device keeps its own examples. Each part has a key of its own.
 
     Args:
-      loss_fn: ``(params, batch, key) -> (loss, metrics)``. Of scalar metrics the mean is returned, arrays ``[B, ...]``
-        are put together again.
-      params: what the loss is differentiated by.
+      loss_fn: ``(params, batch, key) -> (loss, metrics)``. Scalar metrics are averaged; arrays ``[B, ...]`` are
+        merged in their order.
+      params: parameters to differentiate by.
       batch: a pytree of arrays ``[B, ...]``.
-      key: of this step; with one part it is handed on as it is.
+      key: of this step; with one part, ``loss_fn`` gets it unchanged.
       parts: must divide B.
     """
     gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)

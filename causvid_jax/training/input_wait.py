@@ -1,4 +1,4 @@
-"""How much of the time a training loop waits for its input."""
+"""Measure how much of its time a training loop waits for input."""
 
 import time
 from collections.abc import Callable
@@ -8,22 +8,21 @@ import jax
 
 
 class InputWait:
-    """The share of the time that the device had nothing to do because no batch was there.
+    """The share of the time in which the device was idle because no batch was ready.
 
     ::
 
         wait = InputWait()
         for ...:
-            batch = wait(lambda: next(batches), metrics)   # metrics: what the step before returned
+            batch = wait(lambda: next(batches), metrics)  # metrics of the step before
             state, metrics = step(state, batch)
         share = wait.share()
 
-    JAX hands a step to the device and goes on, so the host may well wait for a batch while the device still computes;
-    such a wait costs nothing and does not count. One during which the device became free counts whole: the share is an
-    upper bound.
+    JAX dispatches asynchronously: a wait during which the device is busy is free and is not counted. If the device
+    became idle during the wait, all of it counts, so the share is an upper bound.
 
     Args:
-        clock: seconds, for tests.
+        clock: returns seconds; tests pass their own.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -32,15 +31,15 @@ class InputWait:
         self._waited = 0.0
 
     def __call__(self, make: Callable[[], Any], before: Any) -> Any:
-        """``make()``, timed; ``before`` are arrays of the step under way."""
+        """Return ``make()``, timed; ``before`` are arrays of the step that the device works on."""
         start = self._clock()
-        made = make()
+        value = make()
         if all(array.is_ready() for array in jax.tree.leaves(before)):
             self._waited += self._clock() - start
-        return made
+        return value
 
     def share(self) -> float:
-        """The share, 0 to 1, since the last call of this function (or the beginning)."""
+        """Return the share, 0 to 1, since the last call of this function (or since the beginning)."""
         now = self._clock()
         share = self._waited / max(now - self._begin, 1e-9)
         self._begin, self._waited = now, 0.0

@@ -1,4 +1,4 @@
-"""Scalars of a run: one JSON line per record, and TensorBoard files beside it."""
+"""Write and read the scalars of a run: JSON lines and TensorBoard files."""
 
 import json
 import math
@@ -18,7 +18,7 @@ JSONL = "metrics.jsonl"
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of ``workdir/metrics.jsonl`` in the order written; a last line cut short by a crash is left out."""
+    """Return the records of ``workdir/metrics.jsonl`` in order, without a last line that a crash cut short."""
     path = pathlib.Path(workdir) / JSONL
     if not path.exists():
         return []
@@ -32,15 +32,15 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def open_writer(workdir: str | os.PathLike, step: int = 0) -> "MetricsWriter | NoWriter":
-    """The :class:`MetricsWriter` of a run in its first process; in the others one that writes nothing."""
+    """Return the :class:`MetricsWriter` of a run in its first process, and one that writes nothing in the others."""
     return MetricsWriter(workdir, step) if collectives.first() else NoWriter()
 
 
 class NoWriter:
-    """Takes records and forgets them."""
+    """A writer that writes nothing."""
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Nothing: a JAX array is not even waited for."""
+        """Do nothing, and do not wait for JAX arrays."""
 
     def __enter__(self) -> "NoWriter":
         return self
@@ -56,8 +56,8 @@ class MetricsWriter:
         with MetricsWriter(workdir, step=resumed_at) as metrics:
             metrics.write(step, {"loss": loss})
 
-    A line reads ``{"step": 50, "time": 1700000000.0, "loss": 0.25}``; values that are no finite numbers become null in
-    JSON and stay what they are in TensorBoard.
+    A line reads ``{"step": 50, "time": 1700000000.0, "loss": 0.25}``. Values that are not finite become null in JSON
+    and are written unchanged to TensorBoard.
 
     Raises:
         ConfigError: ``workdir`` cannot be made or written.
@@ -74,11 +74,11 @@ class MetricsWriter:
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         except OSError as error:
             raise ConfigError(f"metrics cannot be written to {self._path}: {error.strerror}") from error
-        # Hides what an interrupted run wrote beyond the step that this one starts from.
+        # Hide records that an interrupted run wrote beyond the step that this run starts from.
         self._board = tensorboardX.SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Record scalars (Python, numpy or JAX; a JAX array is waited for) at ``step``, on disk before it returns."""
+        """Write scalars (Python, numpy or JAX) at ``step`` to disk; waits for JAX arrays."""
         scalars = {name: float(value) for name, value in values.items()}
         record = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         self._file.write(json.dumps({"step": int(step), "time": round(time.time(), 3), **record}) + "\n")
@@ -87,7 +87,7 @@ class MetricsWriter:
             self._board.add_scalar(name, value, int(step))
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Flush and close both files."""
         self._file.close()
         self._board.close()
 

@@ -1,4 +1,4 @@
-"""optax optimizers from configuration."""
+"""Make optax optimizers from their configuration."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -12,16 +12,16 @@ from causvid_jax.config import OptimizerConfig
 
 MUON_MOMENTUM = 0.95
 MUON_RMS = 0.2
-"""Root mean square of an orthogonalised step of rate 1: about that of AdamW's, whose learning rates carry over."""
+"""Root mean square of an orthogonalised step at rate 1: about AdamW's, so that its learning rates carry over."""
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """``config.kind`` after global-norm clipping; linear warm-up, then constant or cosine to zero at ``steps``.
+    """Return the optimizer ``config.kind`` after global-norm clipping; warm-up, then constant or cosine.
 
-    ``"muon"`` (Jordan 2024; scaled as in arXiv 2502.16982, section 2.2) moves every kernel ``W [in, out]`` of the
-    layers, each layer's by itself, by ``-rate (0.2 sqrt(max(in, out)) O + weight_decay W)``: O is the Nesterov momentum
+    ``"muon"`` (Jordan 2024; scaled as in arXiv 2502.16982, section 2.2) updates every kernel ``W [in, out]`` of every
+    layer by ``-rate (0.2 sqrt(max(in, out)) O + weight_decay W)``: O is the Nesterov momentum
     of its gradient with all singular values brought near 1, by five Newton-Schulz steps. Embeddings, head, norms,
-    biases and modulation take AdamW steps, whose mean looks ahead too (Nadam).
+    biases and modulation take AdamW steps with Nesterov momentum (Nadam).
     """
     if config.schedule == "cosine":
         schedule = optax.warmup_cosine_decay_schedule(
@@ -46,21 +46,21 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def is_layer_kernel(path: Sequence[Any]) -> bool:
-    """Whether the parameter at ``path`` (of JAX's tree keys) is a matrix of the layers of a transformer."""
+    """Return whether the parameter at ``path`` (JAX tree keys) is a matrix of a transformer layer."""
     return path[0].key == "blocks" and path[-1].key == "kernel"
 
 
 def _layer_kernels(params: Any) -> Any:
-    """For each parameter the axes of the matrix that it is, if it is a kernel of the layers; else None."""
+    """Return the matrix axes of every parameter that is a kernel of a layer, and None for the others."""
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     return jax.tree_util.tree_map_with_path(lambda path, _: matrix if is_layer_kernel(path) else None, params)
 
 
 def frozen(optimizer: optax.GradientTransformation, groups: Collection[str]) -> optax.GradientTransformation:
-    """``optimizer`` that leaves the top-level ``groups`` of a parameter dict as they are, weight decay included.
+    """Return ``optimizer`` without updates of the top-level ``groups`` of a parameter dict, weight decay included.
 
-    Their gradients count for nothing, in the norm that is clipped neither. Its state has the structure of
-    ``optimizer``'s, so that a run can go on with part of its parameters frozen.
+    Their gradients are zeroed first, so they do not enter the global norm used for clipping. The state has the
+    structure of ``optimizer``'s, so that a run can continue with part of its parameters frozen.
     """
 
     def without(tree):

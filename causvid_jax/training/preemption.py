@@ -1,4 +1,4 @@
-"""How a run is asked to stop: Ctrl-C or SIGTERM, on one host or on many that must stop after the same step."""
+"""Stop a run on Ctrl-C or SIGTERM; of many hosts, all stop after the same step."""
 
 import contextlib
 import os
@@ -14,28 +14,28 @@ NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class Interrupted(KeyboardInterrupt, Stopped):
-    """Ctrl-C, obeyed: everything is saved, the program ends with status 130."""
+    """Raised on Ctrl-C after everything is saved; the program ends with status 130."""
 
 
 class Terminated(SystemExit, Stopped):
-    """SIGTERM, obeyed: everything is saved, the program ends with status 0."""
+    """Raised on SIGTERM after everything is saved; the program ends with status 0."""
 
     def __init__(self) -> None:
         super().__init__(0)
 
 
 def stop(number: int) -> None:
-    """Leave after signal ``number`` once all is saved: :class:`Interrupted` (status 130) or :class:`Terminated` (0)."""
+    """Leave after signal ``number``: raise :class:`Interrupted` (status 130) or :class:`Terminated` (status 0)."""
     raise Interrupted if number == signal.SIGINT else Terminated
 
 
 @contextlib.contextmanager
 def requests() -> Iterator[Callable[[int], int]]:
-    """Turns the first Ctrl-C or SIGTERM into a request; a second Ctrl-C stops at once.
+    """Turn the first Ctrl-C or SIGTERM into a request; a second Ctrl-C stops at once.
 
-    Yields ``asked(step)``, to be called once after every step: 0, or the signal to obey after this very step. Among
-    many processes a signal to any one of them is a request to all, and JAX's preemption service names the step: the
-    first that none of them has passed.
+    Yields ``requested(step)``, to be called once after every step: it returns the signal to obey after this step, or 0.
+    Among many processes a signal to any one of them is a request to all. JAX's preemption service names the step at
+    which all stop: the first that none of them has passed.
     """
     many = jax.process_count() > 1
     received: list[int] = []
@@ -44,22 +44,22 @@ def requests() -> Iterator[Callable[[int], int]]:
         if number == signal.SIGINT:
             if received:
                 raise KeyboardInterrupt
-            if many:  # the service listens to SIGTERM alone
+            if many:  # the service listens to SIGTERM only
                 os.kill(os.getpid(), signal.SIGTERM)
         received.append(number)
 
-    def asked(step: int) -> int:
+    def requested(step: int) -> int:
         if not many:
             return received[0] if received else 0
         if not multihost_utils.reached_preemption_sync_point(step):
             return 0
         return signal.SIGINT if received else signal.SIGTERM
 
-    # SIGTERM belongs to the service, which catches it from the moment a process joins.
+    # With many processes SIGTERM belongs to the service, which catches it from the moment a process joins.
     numbers = (signal.SIGINT,) if many else (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
-        yield asked
+        yield requested
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)

@@ -1,7 +1,4 @@
-"""One run at a time in a folder.
-
-A second one would take the checkpoint that the first is writing for one that a dead run has left, and remove it.
-"""
+"""Allow one run at a time in a folder: two would delete each other's unfinished checkpoints."""
 
 import contextlib
 import errno
@@ -18,8 +15,8 @@ from causvid_jax.config import ConfigError
 from causvid_jax.distributed import collectives
 
 NAME = "run.lock"
-WAIT_SECONDS = 30.0  # a run that was told to stop, and is started again at once, may still be saving
-_HELD_ELSEWHERE = (errno.EAGAIN, errno.EACCES)
+WAIT_SECONDS = 30.0  # a run that was stopped and is started again at once may still be saving
+_HELD = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 _LOG = logging.getLogger("absl")
@@ -27,16 +24,16 @@ _LOG = logging.getLogger("absl")
 
 @contextlib.contextmanager
 def claimed(folder: pathlib.Path, wait: float = WAIT_SECONDS) -> Iterator[None]:
-    """Hold ``folder`` for this run: the first of its processes locks ``folder/run.lock``, the others hear of it.
+    """Hold ``folder`` for this run: its first process locks ``folder/run.lock``.
 
-    The lock is the operating system's (POSIX record lock, over NFS and Lustre too): it ends with the process that holds
-    it, however that ends, and the file that stays says nothing. On a file system without locks a warning is logged.
+    The lock is the operating system's (a POSIX record lock, which works over NFS and Lustre). It ends with the process,
+    however that ends; the file that remains means nothing. A file system without locks gets a logged warning.
 
     Raises:
         ConfigError: another run still holds it after ``wait`` seconds; the sentence names its process and host.
     """
-    with contextlib.ExitStack() as held:
-        collectives.ask_first(lambda: held.enter_context(_locked(folder, wait)))
+    with contextlib.ExitStack() as stack:
+        collectives.ask_first(lambda: stack.enter_context(_locked(folder, wait)))
         yield
 
 
@@ -44,22 +41,11 @@ def claimed(folder: pathlib.Path, wait: float = WAIT_SECONDS) -> Iterator[None]:
 def _locked(folder: pathlib.Path, wait: float) -> Iterator[None]:
     with (folder / NAME).open("a+") as file:
         try:
-            until, told = time.monotonic() + wait, False
-            while not _take(file):
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                if time.monotonic() >= until:
-                    raise ConfigError(
-                        f"{folder} is in use: {holder} is training there; let it end, or use another --workdir"
-                    )
-                if not told:
-                    _LOG.warning("%s is training in %s; waiting up to %g s for its end", holder, folder, wait)
-                    told = True
-                time.sleep(0.2)
+            _wait_for(file, folder, wait)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            _LOG.warning("no locks where %s lies (%s): see to it that no second run uses it", folder, error.strerror)
+            _LOG.warning("%s is on a file system without locks (%s): start no second run there", folder, error.strerror)
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -67,11 +53,26 @@ def _locked(folder: pathlib.Path, wait: float) -> Iterator[None]:
         yield
 
 
+def _wait_for(file: TextIO, folder: pathlib.Path, wait: float) -> None:
+    """Take the lock; warn if it is held, and refuse after ``wait`` seconds."""
+    deadline, warned = time.monotonic() + wait, False
+    while not _take(file):
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        if time.monotonic() >= deadline:
+            raise ConfigError(f"{folder} is in use: {holder} is training there; let it end, or use another --workdir")
+        if not warned:
+            _LOG.warning("%s is training in %s; waiting up to %g s for its end", holder, folder, wait)
+            warned = True
+        time.sleep(0.2)
+
+
 def _take(file: TextIO) -> bool:
+    """Return whether the lock could be taken now."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in _HELD_ELSEWHERE:
+        if error.errno in _HELD:
             return False
         raise
     return True

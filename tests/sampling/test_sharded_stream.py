@@ -39,7 +39,7 @@ def show(params, recipe, place):
     """Latents and frames of four blocks, the prompt switched on the way, and the state after them."""
     rows = [np.asarray(jax.random.normal(jax.random.key(i), (1, 4, 11))) for i in (0, 1)]
     with place.current():
-        params = placement.stream_params(params, recipe, place)
+        params = placement.stream_params(params, transformer.spec(NET), NET.rules, place)
         state = stream.init_stream(params, rows[0], config=recipe, seed=3)
         start = state.cache.k.addressable_shards[0].data.shape
         shown = []
@@ -93,6 +93,6 @@ def test_a_device_holds_its_own_streams_only(alone):
 
     expected, _ = two_blocks(params, RECIPE)
     with place.current():
-        latents, sizes = two_blocks(placement.stream_params(params, recipe, place), recipe)
+        latents, sizes = two_blocks(placement.stream_params(params, transformer.spec(NET), NET.rules, place), recipe)
     assert sizes == [1] * 5
     np.testing.assert_allclose(latents, expected, atol=1e-5 * np.abs(expected).max())

@@ -124,7 +124,7 @@ def test_checkpoints_of_older_versions_have_no_checksums_and_are_taken(finished,
     for part in folder.rglob("checksums.*"):
         part.unlink()
     checkpoints = checkpoint.Checkpoints(folder, 3)
-    assert checkpoints.last == 6 and "no checksums; it is taken as it is" in checkpoints.reports()[0]
+    assert checkpoints.last == 6 and "no checksums; it is used as it is" in checkpoints.reports()[0]
     state = tiny_run.initial_state()
     state, progress = checkpoints.restore(state)
     assert progress["step"] == 6 and int(state.step) == 6 and np.isfinite(state.history.recent).sum() == 6
