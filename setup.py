@@ -32,6 +32,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.2",
         "einops>=0.8",
+        "jaxtyping>=0.3",
         "ml-collections>=1.1",
         # jax.export, which writes and reads programs, imports it but does not declare it.
         "flatbuffers",

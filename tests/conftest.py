@@ -30,7 +30,10 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
+from tests import shapes  # noqa: E402
+
 jax.config.update("jax_default_matmul_precision", "highest")
+shapes.install()  # before any other module imports the functions that it replaces
 
 
 def _switch_cache(on: bool) -> None:

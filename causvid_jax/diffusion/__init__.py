@@ -1,1 +1,1 @@
-"""What flow matching means: sigma grids, x0, velocity and noise, guidance, solvers."""
+"""Flow matching: noise schedules, conversions between x0, velocity and noise, guidance and ODE solvers."""

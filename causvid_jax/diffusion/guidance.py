@@ -1,8 +1,8 @@
-"""Classifier-free guidance, in one convention: ``g = 1`` is the conditional network and ``g = 0`` the unconditional.
+"""Classifier-free guidance (arXiv 2207.12598), ``uncond + g (cond - uncond)``: ``g = 1`` is the conditional network.
 
-The published DMD code writes ``cond + s (cond - uncond)``, which is this with ``g = 1 + s``; the published samplers
-write what is written here. At one x_t guidance of velocities and of x0 predictions are the same thing, since
-``x0 = x_t - sigma v`` is affine and the weights ``1 - g`` and ``g`` add up to one.
+The published samplers use the same convention. The published DMD code writes ``cond + s (cond - uncond)``, which is
+``g = 1 + s``. Guiding velocities and guiding x0 predictions is equivalent at one x_t, because ``x0 = x_t - sigma v`` is
+affine and the weights ``1 - g`` and ``g`` sum to one.
 """
 
 from collections.abc import Callable
@@ -10,46 +10,49 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jaxtyping import Float
 
 
-def guide(unconditional: jax.Array, conditional: jax.Array, guidance: float) -> jax.Array:
-    """``uncond + g (cond - uncond)``, for velocities or x0 predictions alike."""
-    return unconditional + guidance * (conditional - unconditional)
+def guide(
+    unconditional: Float[jax.Array, "*shape"], conditional: Float[jax.Array, "*shape"], guidance_scale: float
+) -> Float[jax.Array, "*shape"]:
+    """Return ``uncond + g (cond - uncond)`` with g = ``guidance_scale``, for velocities or for x0 predictions."""
+    return unconditional + guidance_scale * (conditional - unconditional)
 
 
 def per_branch(value: jax.Array, x: jax.Array) -> jax.Array:
-    """What belongs to the clips, ``[B, ...]``, for the rows of ``x``, which are B or in a guided call 2B: clip by clip.
+    """Repeat ``value [B, ...]`` to the batch size of ``x``, which is B, or 2B inside :func:`guided_velocity`.
 
-    A network that reads more than :func:`guided_velocity` hands on (clean frames, a picture) takes it through this.
+    A network with inputs that :func:`guided_velocity` does not pass (clean frames, an image) must repeat them this way.
     """
     return jnp.repeat(value, len(x) // len(value), axis=0)
 
 
 def guided_velocity(
     velocity_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    x: jax.Array,
-    timestep: jax.Array,
-    text: jax.Array,
-    null_text: jax.Array,
-    guidance: float,
-) -> jax.Array:
-    """The guided velocity, from one call of the network on a batch of 2B: each clip's two prompts side by side.
+    x: Float[jax.Array, "B F h w C"],
+    timestep: Float[jax.Array, "B F"],
+    prompt_embeds: Float[jax.Array, "B S E"],
+    negative_prompt_embeds: Float[jax.Array, "*batch S E"],
+    guidance_scale: float,
+) -> Float[jax.Array, "B F h w D"]:
+    """Return the guided velocity from one call of the network on a batch of 2B.
 
-    Side by side, and not all unconditional ones first: over a batch sharded in B both then lie on the device of their
-    clip, and nothing is sent.
+    The two prompts of a clip are adjacent in the batch. If the batch is sharded, both are then on the device of their
+    clip, and no communication is needed.
 
     Args:
-      velocity_fn: ``(x, timestep, text) -> velocity``.
-      x: ``[B, F, h, w, C]``.
-      timestep: ``[B, F]``.
-      text: ``[B, S, E]``.
-      null_text: the empty prompt, ``[S, E]`` or ``[B, S, E]``.
-      guidance: the static weight g; with exactly 1 the unconditional branch is not computed at all.
+      velocity_fn: ``(x, timestep, prompt_embeds) -> velocity``.
+      x: noisy latents ``[B, F, h, w, C]``.
+      timestep: ``[B, F]``, in [0, 1000].
+      prompt_embeds: ``[B, S, E]``.
+      negative_prompt_embeds: ``[S, E]`` or ``[B, S, E]``.
+      guidance_scale: static weight g. With exactly 1 the unconditional branch is not computed.
     """
-    if guidance == 1.0:
-        return velocity_fn(x, timestep, text)
-    null_rows = jnp.broadcast_to(null_text, text.shape).astype(text.dtype)
-    texts = rearrange([null_rows, text], "two b ... -> (b two) ...")
-    both = velocity_fn(jnp.repeat(x, 2, axis=0), jnp.repeat(timestep, 2, axis=0), texts)
+    if guidance_scale == 1.0:
+        return velocity_fn(x, timestep, prompt_embeds)
+    negative = jnp.broadcast_to(negative_prompt_embeds, prompt_embeds.shape).astype(prompt_embeds.dtype)
+    embeds = rearrange([negative, prompt_embeds], "two b ... -> (b two) ...")
+    both = velocity_fn(jnp.repeat(x, 2, axis=0), jnp.repeat(timestep, 2, axis=0), embeds)
     unconditional, conditional = rearrange(both, "(b two) ... -> two b ...", two=2)
-    return guide(unconditional, conditional, guidance)
+    return guide(unconditional, conditional, guidance_scale)

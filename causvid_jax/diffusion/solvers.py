@@ -1,16 +1,18 @@
 """Solvers of the probability-flow ODE ``dx / dsigma = v(x, 1000 sigma)``, from noise (sigma 1) down to data (sigma 0).
 
-Each solver is one ``lax.scan`` over the steps, with every coefficient computed beforehand on the host in float64.
+Each solver is one ``lax.scan`` over the steps. The host computes all coefficients beforehand in float64.
 
 References: UniPC, arXiv 2302.04867 (multistep, B2(h), data prediction), on flow matching with ``alpha = 1 - sigma``
 and ``lambda = log(alpha / sigma)``, as the published Wan2.1 sampler uses it.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from causvid_jax.config import DiffusionConfig, require
 from causvid_jax.diffusion import flow
@@ -18,7 +20,10 @@ from causvid_jax.diffusion import flow
 VelocityFn = Callable[[jax.Array, jax.Array], jax.Array]  # (x [B, F, h, w, C], timestep [B, F]) -> velocity
 
 UNIPC_FIRST_U = float(np.float32(0.999))
-"""As published, in float32 there: at sigma = 1 the log-SNR would be infinite."""
+"""First nominal time of the published grid, a float32 there.
+
+It is below 1 because the log-SNR at sigma 1 is infinite.
+"""
 
 
 def _check(sigmas: np.ndarray) -> np.ndarray:
@@ -30,39 +35,49 @@ def _check(sigmas: np.ndarray) -> np.ndarray:
     return sigmas
 
 
-def euler(velocity_fn: VelocityFn, noise: jax.Array, sigmas: np.ndarray, *, record: Sequence[int] | None = None):
-    """Euler's method: ``x <- x + (sigma_{i+1} - sigma_i) v(x, 1000 sigma_i)``.
+def euler(
+    velocity_fn: VelocityFn,
+    noise: Float[jax.Array, "B F h w C"],
+    sigmas: np.ndarray,
+    *,
+    record: Sequence[int] | None = None,
+) -> Float[jax.Array, "*states B F h w C"]:
+    """Integrate by Euler's method: ``x <- x + (sigma_{i+1} - sigma_i) v(x, 1000 sigma_i)``.
 
     Args:
       velocity_fn: ``(x, timestep [B, F]) -> velocity``.
       noise: the state at ``sigmas[0]``, ``[B, F, h, w, C]``.
-      sigmas: static ``[n + 1]``, descending; n network passes.
-      record: static indices into ``sigmas``, strictly ascending.
+      sigmas: static ``[n + 1]``, descending; the solver makes n network passes.
+      record: static indices into ``sigmas`` of the states to return, strictly ascending.
 
     Returns:
-      The state at ``sigmas[-1]``, ``[B, F, h, w, C]``; with ``record`` instead the states at those indices,
-      ``[len(record), B, F, h, w, C]`` (index 0 is the noise itself, index n the end).
+      The state at ``sigmas[-1]``, ``[B, F, h, w, C]``. With ``record``: the states at those indices,
+      ``[len(record), B, F, h, w, C]``; index 0 is the noise, index n the result.
+
+    Raises:
+      ConfigError: ``sigmas`` does not descend, or ``record`` is not ascending within [0, n].
     """
     sigmas = _check(sigmas)
     steps = len(sigmas) - 1
-    wanted = (steps,) if record is None else tuple(record)
+    indices = (steps,) if record is None else tuple(record)
     require(
-        len(wanted) > 0
-        and all(0 <= i <= steps for i in wanted)
-        and all(a < b for a, b in zip(wanted, wanted[1:], strict=False)),
-        f"record is {wanted}; it must be ascending indices within [0, {steps}]",
+        len(indices) > 0
+        and all(0 <= i <= steps for i in indices)
+        and all(a < b for a, b in zip(indices, indices[1:], strict=False)),
+        f"record is {indices}; it must be ascending indices within [0, {steps}]",
     )
-    # Where the state after step i goes. A slot past the end is dropped, so nothing of size n is ever kept.
-    slots = np.full(steps + 1, len(wanted), np.int32)
-    slots[np.asarray(wanted, int)] = np.arange(len(wanted))
+    # slots[i] is the output index of the state at sigmas[i]; a slot past the end is dropped, so memory does not grow
+    # with n.
+    slots = np.full(steps + 1, len(indices), np.int32)
+    slots[np.asarray(indices, int)] = np.arange(len(indices))
 
-    def step(carry, inputs):
+    def step(carry: Any, inputs: Any) -> tuple[Any, None]:
         x, states = carry
         timestep, change, slot = inputs
         x = x + change * velocity_fn(x, jnp.full(x.shape[:2], timestep))
         return (x, states.at[slot].set(x, mode="drop")), None
 
-    states = jnp.zeros((len(wanted), *noise.shape), noise.dtype).at[slots[0]].set(noise, mode="drop")
+    states = jnp.zeros((len(indices), *noise.shape), noise.dtype).at[slots[0]].set(noise, mode="drop")
     table = (
         jnp.asarray(flow.timestep_from_sigma(sigmas[:-1]), jnp.float32),
         jnp.asarray(np.diff(sigmas), noise.dtype),
@@ -73,23 +88,24 @@ def euler(velocity_fn: VelocityFn, noise: jax.Array, sigmas: np.ndarray, *, reco
 
 
 def unipc_sigmas(steps: int, shift: float, first_u: float = UNIPC_FIRST_U) -> np.ndarray:
-    """The published UniPC grid, float64 ``[steps + 1]``: ``sigma(first_u (1 - i / steps))``, ending in 0."""
+    """Return the published UniPC grid ``sigma(first_u (1 - i / steps))``, which ends at 0; float64 ``[steps + 1]``."""
     return flow.sigma_from_u(first_u * (1 - np.arange(steps + 1) / steps), shift)
 
 
 def _unipc_tables(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every step's corrector ``[n, 5]`` and predictor ``[n, 3]`` weights, float64.
+    """Return the corrector weights ``[n, 5]`` and predictor weights ``[n, 3]`` of every step, float64.
 
-    With m_i the x0 prediction of step i, the corrected state is a weighted sum of
-    ``(predicted x_i, corrected x_{i-1}, m_i, m_{i-1}, m_{i-2})`` and the next one of ``(corrected x_i, m_i, m_{i-1})``.
+    Let m_i be the x0 prediction of step i. The corrected x_i is a weighted sum of
+    ``(predicted x_i, corrected x_{i-1}, m_i, m_{i-1}, m_{i-2})``; the predicted x_{i+1} is one of
+    ``(corrected x_i, m_i, m_{i-1})``.
     """
     steps = len(sigmas) - 1
     alpha = 1 - sigmas
     with np.errstate(divide="ignore"):
         lam = np.log(alpha) - np.log(sigmas)  # +inf at the final sigma 0
-    order = [min(2, i + 1, steps - i) for i in range(steps)]  # warm-up, and lower order at the end
+    order = [min(2, i + 1, steps - i) for i in range(steps)]  # order 1 at the first and at the last step
     corrector, predictor = np.zeros((steps, 5)), np.zeros((steps, 3))
-    corrector[0, 0] = 1.0  # nothing to correct with yet
+    corrector[0, 0] = 1.0  # the first state is the noise and is not corrected
     for i in range(steps):
         h = lam[i + 1] - lam[i]
         b = np.expm1(-h)
@@ -120,20 +136,24 @@ def _unipc_tables(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unipc(
-    velocity_fn: VelocityFn, noise: jax.Array, sigmas: np.ndarray, *, integer_timesteps: bool = False
-) -> jax.Array:
-    """UniPC of order 2: B2(h), x0 prediction, with corrector, first order at the last step. One pass per step.
+    velocity_fn: VelocityFn,
+    noise: Float[jax.Array, "B F h w C"],
+    sigmas: np.ndarray,
+    *,
+    integer_timesteps: bool = False,
+) -> Float[jax.Array, "B F h w C"]:
+    """Integrate by UniPC of order 2 (B2(h), x0 prediction, corrector; order 1 at the last step). One pass per step.
 
     Per step i, with ``m_i = x_i - sigma_i v_i``, ``h = lambda_{i+1} - lambda_i``, ``B = expm1(-h)``:
-    ``x_{i+1} = (sigma_{i+1} / sigma_i) x_i - alpha_{i+1} B (m_i + rho (m_{i-1} - m_i) / r)``; when m_{i+1} is known,
-    the corrector does the same step again with ``m_{i+1}`` among the differences. All weights are static
-    (:func:`_unipc_tables`), so that each step is two short weighted sums.
+    ``x_{i+1} = (sigma_{i+1} / sigma_i) x_i - alpha_{i+1} B (m_i + rho (m_{i-1} - m_i) / r)``. Once m_{i+1} is known,
+    the corrector repeats the step with ``m_{i+1}`` among the differences. All weights are static
+    (:func:`_unipc_tables`), so each step is two short weighted sums.
 
     Args:
       velocity_fn: ``(x, timestep [B, F]) -> velocity``.
       noise: ``[B, F, h, w, C]``.
       sigmas: static ``[n + 1]``, descending, below 1 and ending in 0, e.g. of :func:`unipc_sigmas`.
-      integer_timesteps: tell the network ``floor(1000 sigma)``, as the published sampler does.
+      integer_timesteps: condition the network on ``floor(1000 sigma)``, as the published sampler does.
 
     Returns:
       x0, ``[B, F, h, w, C]``.
@@ -145,7 +165,7 @@ def unipc(
     if integer_timesteps:
         timesteps = np.floor(timesteps)
 
-    def step(carry, inputs):
+    def step(carry: Any, inputs: Any) -> tuple[Any, None]:
         x, corrected, m1, m2 = carry
         timestep, sigma, c, p = inputs
         m0 = flow.x0_from_velocity(x, velocity_fn(x, jnp.full(x.shape[:2], timestep)), sigma)
@@ -159,11 +179,15 @@ def unipc(
 
 
 def solve(
-    config: DiffusionConfig, velocity_fn: VelocityFn, noise: jax.Array, *, integer_timesteps: bool = False
-) -> jax.Array:
-    """x0 from noise by ``config.solver`` in ``config.num_inference_steps`` network passes (guided ones, if guided).
+    config: DiffusionConfig,
+    velocity_fn: VelocityFn,
+    noise: Float[jax.Array, "B F h w C"],
+    *,
+    integer_timesteps: bool = False,
+) -> Float[jax.Array, "B F h w C"]:
+    """Return x0 from noise, by ``config.solver`` in ``config.num_inference_steps`` calls of ``velocity_fn``.
 
-    ``integer_timesteps`` is :func:`unipc`'s; the published Euler sampler has none.
+    ``integer_timesteps`` applies to :func:`unipc` only; the published Euler sampler does not round timesteps.
     """
     if config.solver == "euler":
         return euler(velocity_fn, noise, flow.teacher_sigmas(config))

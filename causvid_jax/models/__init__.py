@@ -1,1 +1,1 @@
-"""What the networks compute: the Wan DiT in three readings, the Wan VAE, text."""
+"""The networks: Wan transformer with three forward modes, Wan VAE, TAEHV, UMT5 text encoder and CLIP image encoder."""

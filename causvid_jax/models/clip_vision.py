@@ -1,8 +1,8 @@
-"""CLIP's image encoder (ViT-H/14, arXiv 2103.00020) that turns a picture into the image rows of Wan2.1-I2V.
+"""CLIP's image encoder (ViT-H/14, arXiv 2103.00020), which computes the ``image_embeds`` of Wan2.1-I2V.
 
-A pre-norm vision transformer over 14 x 14 patches of a 224 x 224 picture, with a class token in front. Wan2.1 reads the
-rows that enter the *last* layer: 257 of width 1280, neither normalised nor projected. The last layer, the final norm
-and the projection are in the tree only because they are in the files.
+It is a pre-norm vision transformer over 14 x 14 patches of a 224 x 224 image, with a class token first. Wan2.1 uses the
+input of the *last* layer: 257 tokens of width 1280, neither normalized nor projected. The parameter tree includes the
+last layer, the final norm and the projection only because published files do.
 
 Matmuls run in ``config.dtype``; norms, softmax and the residual stream are float32.
 
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jaxtyping import Float
 
 from causvid_jax.config import CLIPConfig, require
 from causvid_jax.models.layers import Params, gelu_exact, layer_norm, linear, matmul, mlp
@@ -24,7 +25,7 @@ from causvid_jax.sharding.params import ParamSpec, abstract_tree, init_tree, lin
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of the pixels in [0, 1], red, green, blue, that CLIP was trained on."""
+"""Mean and standard deviation of CLIP's training pixels in [0, 1]: red, green, blue."""
 
 # ---- parameters -----------------------------------------------------------------------------------------------------
 
@@ -53,7 +54,7 @@ def _layer_spec(config: CLIPConfig) -> dict[str, Any]:
 
 
 def spec(config: CLIPConfig) -> dict[str, Any]:
-    """Shape, logical axes and initialiser of every parameter; layers are stacked on a leading axis under ``blocks``."""
+    """Return shape, logical axes and initializer of every parameter; ``blocks`` has the stacked layers."""
     dim, normal = config.dim, nn.initializers.normal(config.dim**-0.5)
     outer = {
         "patch_embedding": {
@@ -71,12 +72,12 @@ def spec(config: CLIPConfig) -> dict[str, Any]:
 
 
 def init(key: jax.Array, config: CLIPConfig) -> Params:
-    """Fresh float32 parameters."""
+    """Return new float32 parameters."""
     return init_tree(key, spec(config))
 
 
 def abstract(config: CLIPConfig) -> Params:
-    """``jax.ShapeDtypeStruct`` of every parameter."""
+    """Return the ``jax.ShapeDtypeStruct`` of every parameter."""
     return abstract_tree(spec(config))
 
 
@@ -84,36 +85,36 @@ def abstract(config: CLIPConfig) -> Params:
 
 
 def bicubic_matrix(size: int, target: int) -> np.ndarray:
-    """The float32 matrix ``[target, size]`` of bicubic interpolation along one axis, as Wan2.1 scales pictures.
+    """Return the float32 matrix ``[target, size]`` of bicubic interpolation along one axis, as in Wan2.1.
 
-    Output i reads the four inputs around ``x = (i + 1/2) size / target - 1/2``, those outside being copies of the
-    border, with Keys' weights (a = -3/4) of their distance d to x: ``(a + 2) d^3 - (a + 3) d^2 + 1`` up to 1,
-    ``a (d^3 - 5 d^2 + 8 d - 4)`` up to 2. Nothing is averaged when a picture shrinks.
+    Output i combines the four inputs around ``x = (i + 1/2) size / target - 1/2``; the border is repeated. The weights
+    are those of Keys with a = -3/4, for distance d to x: ``(a + 2) d^3 - (a + 3) d^2 + 1`` for d <= 1 and
+    ``a (d^3 - 5 d^2 + 8 d - 4)`` for d <= 2. There is no antialiasing.
     """
     a = -0.75
-    where = (np.arange(target) + 0.5) * size / target - 0.5
-    first = np.floor(where).astype(int)
+    centers = (np.arange(target) + 0.5) * size / target - 0.5
+    first = np.floor(centers).astype(int)
     matrix = np.zeros((target, size))
     for tap in range(-1, 3):
-        d = np.abs(where - (first + tap))
+        d = np.abs(centers - (first + tap))
         near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
         np.add.at(matrix, (np.arange(target), np.clip(first + tap, 0, size - 1)), np.where(d <= 1, near, far))
     return matrix.astype(np.float32)
 
 
-def preprocess(images: jax.Array, *, config: CLIPConfig) -> jax.Array:
-    """Pictures as CLIP reads them: scaled to a square without regard to their shape, then ``(x - mean) / std``.
+def preprocess(images: Float[jax.Array, "..."], *, config: CLIPConfig) -> Float[jax.Array, "B S S 3"]:
+    """Resize images to CLIP's square, ignoring the aspect ratio, and return ``(x - mean) / std``.
 
     Args:
         images: ``[B, H, W, 3]`` in [-1, 1], of any size.
-        config: says the square's size.
+        config: has the size S of the square.
 
     Returns:
         float32 ``[B, S, S, 3]``.
     """
     require(
         images.ndim == 4 and images.shape[-1] == 3,
-        f"pictures of shape {images.shape} cannot be encoded; accepted: [batch, height, width, 3]",
+        f"images of shape {images.shape} cannot be encoded; accepted: [batch, height, width, 3]",
     )
     rows, columns = (bicubic_matrix(size, config.image_size) for size in images.shape[1:3])
     scaled = jnp.einsum(
@@ -126,7 +127,7 @@ def preprocess(images: jax.Array, *, config: CLIPConfig) -> jax.Array:
 
 
 def attention(p: Params, x: jax.Array, config: CLIPConfig) -> jax.Array:
-    """``softmax(q k^T / sqrt(D)) v`` of every row to every row; ``x [B, S, M]``."""
+    """Return ``softmax(q k^T / sqrt(D)) v`` over all tokens of ``x [B, S, M]``, projected."""
     dtype = config.dtype
     q, k, v = (
         rearrange(linear(p[name], x, dtype), "b s (N D) -> b s N D", N=config.num_heads).astype(dtype)
@@ -138,11 +139,11 @@ def attention(p: Params, x: jax.Array, config: CLIPConfig) -> jax.Array:
     return linear(p["o"], rearrange(out, "b s N D -> b s (N D)"), dtype)
 
 
-def encode(params: Params, pixels: jax.Array, *, config: CLIPConfig) -> jax.Array:
-    """Image rows of preprocessed pictures::
+def encode(params: Params, pixels: Float[jax.Array, "..."], *, config: CLIPConfig) -> Float[jax.Array, "B T M"]:
+    """Return the image embeddings of preprocessed images::
 
         x = LN([class; patches W] + positions)
-        x += Attention(LN(x)); x += FFN(LN(x))   for every layer but the last
+        x += Attention(LN(x)); x += FFN(LN(x))   for all layers except the last
 
     Args:
         params: of :func:`spec`, of any floating type.
@@ -150,7 +151,7 @@ def encode(params: Params, pixels: jax.Array, *, config: CLIPConfig) -> jax.Arra
         config: sizes and compute type.
 
     Returns:
-        float32 ``[B, 1 + (S / patch)^2, M]``, the class token's row first.
+        float32 ``[B, 1 + (S / patch)^2, M]``, class token first.
     """
     size = config.image_size
     require(
@@ -179,4 +180,5 @@ def encode(params: Params, pixels: jax.Array, *, config: CLIPConfig) -> jax.Arra
 
 
 def _quick_gelu(x: jax.Array) -> jax.Array:
+    """Return ``x sigmoid(1.702 x)``, the GELU approximation of OpenAI's CLIP."""
     return x * jax.nn.sigmoid(1.702 * x)

@@ -1,15 +1,16 @@
-"""Convolutions of the video VAE, channels-last, with an explicit past instead of hidden padding.
+"""Convolutions of the video VAE: channels-last, with an explicit cache of past frames.
 
-A causal convolution of a video reads the current and the two previous frames. ``past`` holds those two frames; without
-it (the start of a video) they are zero. Two ways of computing the same sum are offered, because their speed differs by
-platform: ``"volume"`` is one 3-D convolution, ``"taps"`` is one 2-D convolution of the three frames side by side in the
-channels (XLA's 3-D convolution is several times slower than its 2-D one on CPU).
+A causal convolution reads the current frame and the two previous ones. ``past`` holds those two; it is zero at the
+start of a video. Two methods compute the same sum, and the faster one depends on the platform. ``"volume"`` is one 3-D
+convolution. ``"taps"`` is one 2-D convolution of three frames concatenated in the channels: on CPU, XLA's 3-D
+convolution is several times slower than its 2-D one.
 """
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
+from jaxtyping import Float
 
 from causvid_jax.config import require
 from causvid_jax.sharding import constraints
@@ -18,16 +19,18 @@ Params = dict[str, jax.Array]
 
 
 def default_method() -> str:
-    """``"taps"`` on CPU, ``"volume"`` elsewhere."""
+    """Return the faster method: ``"taps"`` on CPU, ``"volume"`` elsewhere."""
     return "taps" if constraints.platform() == "cpu" else "volume"
 
 
-def conv2d(params: Params, x: jax.Array, *, stride: int = 1, padding: tuple[int, int] = (1, 1)) -> jax.Array:
-    """A 2-D convolution of every frame.
+def conv2d(
+    params: Params, x: Float[jax.Array, "B T H W C"], *, stride: int = 1, padding: tuple[int, int] = (1, 1)
+) -> Float[jax.Array, "B T H2 W2 D"]:
+    """Convolve every frame in 2-D.
 
     Args:
         params: ``kernel`` [kh, kw, C, D] and, unless the layer has none, ``bias`` [D].
-        x: [B, T, H, W, C].
+        x: video or features.
         stride: spatial stride.
         padding: zeros before and after each spatial axis.
 
@@ -37,26 +40,32 @@ def conv2d(params: Params, x: jax.Array, *, stride: int = 1, padding: tuple[int,
     return _biased(params, _frames_conv2d(x, params["kernel"].astype(x.dtype), stride, padding))
 
 
-def pointwise(params: Params, x: jax.Array) -> jax.Array:
-    """A 1 x 1 x 1 convolution: ``kernel`` [1, 1, 1, C, D] or [1, 1, C, D] and, unless it has none, ``bias`` [D], on
-    x [..., C]."""
+def pointwise(params: Params, x: Float[jax.Array, "*n C"]) -> Float[jax.Array, "*n D"]:
+    """Apply a 1 x 1 x 1 convolution to x [..., C].
+
+    ``params`` has ``kernel`` [1, 1, 1, C, D] or [1, 1, C, D] and, unless the layer has none, ``bias`` [D].
+    """
     kernel = params["kernel"].reshape(params["kernel"].shape[-2:])
     return _biased(params, x @ kernel.astype(x.dtype))
 
 
 def causal_conv(
-    params: Params, x: jax.Array, past: jax.Array | None = None, *, method: str | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """A 3 x k x k convolution that sees no future: y[t] = sum_j kernel[j] * x[t - 2 + j] + bias.
+    params: Params,
+    x: Float[jax.Array, "B T H W C"],
+    past: Float[jax.Array, "B 2 H W C"] | None = None,
+    *,
+    method: str | None = None,
+) -> tuple[Float[jax.Array, "B T H W D"], Float[jax.Array, "B 2 H W C"]]:
+    """Convolve causally in time with a 3 x k x k kernel: y[t] = sum_j kernel[j] * x[t - 2 + j] + bias.
 
     Args:
         params: ``kernel`` [3, k, k, C, D], k odd, and ``bias`` [D].
         x: [B, T, H, W, C].
         past: the two frames before x, [B, 2, H, W, C]; None means zeros.
-        method: ``"taps"`` or ``"volume"``; None takes :func:`default_method`.
+        method: ``"taps"`` or ``"volume"``; None selects :func:`default_method`.
 
     Returns:
-        y [B, T, H, W, D], and the past of the next call (the last two frames read).
+        y [B, T, H, W, D], and ``past`` for the next call (the last two input frames).
     """
     if past is None:
         past = jnp.zeros_like(x, shape=(x.shape[0], 2, *x.shape[2:]))
@@ -65,7 +74,7 @@ def causal_conv(
 
 
 def temporal_conv(params: Params, x: jax.Array, *, stride: int = 1, method: str | None = None) -> jax.Array:
-    """A 3 x k x k convolution without padding in time: [B, T, H, W, C] -> [B, (T - 3) // stride + 1, H, W, D]."""
+    """Convolve without padding in time: [B, T, H, W, C] to [B, (T - 3) // stride + 1, H, W, D]; kernel 3 x k x k."""
     method = method or default_method()
     require(method in ("taps", "volume"), f"convolution method is {method!r}; accepted: 'taps', 'volume'")
     kernel = params["kernel"].astype(x.dtype)
@@ -86,7 +95,7 @@ def _biased(params: Params, y: jax.Array) -> jax.Array:
 
 
 def _frames_conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, int]) -> jax.Array:
-    """[B, T, H, W, C] -> [B, T, H', W', D], frame by frame."""
+    """Convolve frame by frame: [B, T, H, W, C] to [B, T, H', W', D]."""
     frames = rearrange(x, "b t h w c -> (b t) h w c")
     dimensions = ("NHWC", "HWIO", "NHWC")
     y = lax.conv_general_dilated(frames, kernel, (stride, stride), (padding, padding), dimension_numbers=dimensions)

@@ -1,14 +1,14 @@
-"""What image to video (Wan2.1-I2V) adds to the transformer.
+"""Image conditioning of the transformer (Wan2.1-I2V).
 
-* **Condition channels.** Beside the noisy latents the network reads the latents of a video that shows the image and is
-  grey after it, and a mask that says which frames are given (:func:`image_condition`)::
+* **Condition channels.** The input also has the latents of a video (the image, then grey frames) and a mask of the
+known
+  frames (:func:`image_condition`)::
 
       x = concatenate([noisy, image_condition(latents)], axis=-1)  # 16 + 4 + 16 channels in Wan2.1-I2V
 
-* **Image tokens.** Rows of CLIP's vision tower (ViT-H/14: the class token and 256 patches, before the last layer, width
-  1280) are embedded here and attended in every layer beside the text (``transformer.block``).
-
-The vision tower is ``models.clip_vision``.
+* **Image tokens.** :func:`embed` maps ``image_embeds``, the output of CLIP's vision tower before its last layer
+  (``models.clip_vision``: 257 tokens of width 1280), to the model width. Every layer attends to them in addition to the
+  text (``transformer.block``).
 
 Source: Wan2.1, ``wan/modules/model.py`` (``img_emb``) and ``wan/image2video.py`` (mask).
 """
@@ -20,17 +20,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from causvid_jax.config import TransformerConfig, require
 from causvid_jax.models.layers import Params, gelu_exact, layer_norm, mlp
 from causvid_jax.sharding.params import ParamSpec, linear_spec
 
 EPS = 1e-5
-"""Of the two norms here. The transformer's own is ``config.eps``."""
+"""Epsilon of the two norms of :func:`embed`; the transformer's other norms use ``config.eps``."""
 
 
 def spec(config: TransformerConfig) -> dict[str, Any]:
-    """Parameters of :func:`embed`."""
+    """Return the parameter specification of :func:`embed`."""
     width, dim = config.image_dim, config.dim
 
     def norm(size: int, axis: str | None) -> dict[str, ParamSpec]:
@@ -47,42 +48,44 @@ def spec(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def embed(p: Params, image: jax.Array, config: TransformerConfig) -> jax.Array:
-    """``LN(fc2(gelu(fc1(LN(image)))))`` with the exact GELU: image rows ``[B, I, image_dim]`` to ``[B, I, M]``."""
-    hidden = mlp(p, layer_norm(image, EPS, p["norm1"]), gelu_exact, config.dtype)
+def embed(p: Params, image_embeds: Float[jax.Array, "B I E"], config: TransformerConfig) -> Float[jax.Array, "B I M"]:
+    """Return ``LN(fc2(gelu(fc1(LN(image_embeds)))))`` with the exact GELU: ``[B, I, image_dim]`` to ``[B, I, M]``."""
+    hidden = mlp(p, layer_norm(image_embeds, EPS, p["norm1"]), gelu_exact, config.dtype)
     return layer_norm(hidden, EPS, p["norm2"])
 
 
-def check(image: jax.Array | None, config: TransformerConfig) -> None:
-    """Refuse image rows that a transformer of ``config`` does not read, and their absence where it needs them."""
-    shape = None if image is None else image.shape
+def check(image_embeds: jax.Array | None, config: TransformerConfig) -> None:
+    """Raise ConfigError unless ``image_embeds`` has the shape that ``config`` requires (None without image branch)."""
+    shape = None if image_embeds is None else image_embeds.shape
     if config.image_dim:
         fits = shape is not None and len(shape) == 3 and shape[1:] == (config.image_tokens, config.image_dim)
         accepted = f"[batch, {config.image_tokens}, {config.image_dim}]"
     else:
         fits, accepted = shape is None, "none (its config has image_dim = 0)"
-    require(fits, f"image rows of shape {shape} do not fit this transformer; accepted: {accepted}")
+    require(fits, f"image_embeds of shape {shape} do not fit this transformer; accepted: {accepted}")
 
 
-def image_condition(latents: jax.Array, *, given: Sequence[int] = (0,)) -> jax.Array:
-    """The condition channels ``[B, F, h, w, 4 + C]`` of a video of which some frames are given: mask, then latents.
+def image_condition(
+    latents: Float[jax.Array, "B F h w C"], *, known_frames: Sequence[int] = (0,)
+) -> Float[jax.Array, "B F h w D"]:
+    """Return the condition channels ``[B, F, h, w, 4 + C]`` of a partly known video: mask, then latents.
 
-    The mask is one where a pixel frame is given. A latent frame has a channel for each of its four pixel frames; the
-    first latent frame holds pixel frame 0 alone, which counts four times. So for a given first image the mask is one
-    in all channels of the first latent frame and zero everywhere else.
+    The mask is one for known pixel frames. A latent frame has one mask channel for each of its four pixel frames. The
+    first latent frame holds only pixel frame 0, repeated in all four channels. For a known first image the mask is
+    therefore one in the first latent frame and zero elsewhere.
 
     Args:
-        latents: ``[B, F, h, w, C]``, normalised, of a video that shows the given frames and zeros (grey) elsewhere.
-        given: static; pixel frames that are given, each in 0 ... 4 (F - 1).
+        latents: normalized latents of a video of the known frames, with zeros (grey) elsewhere.
+        known_frames: static indices of the known pixel frames, each in 0 ... 4 (F - 1).
     """
     batch, frames, height, width, _ = latents.shape
     last = 4 * (frames - 1)
     require(
-        all(0 <= frame <= last for frame in given),
-        f"given frames are {tuple(given)}; a video of {frames} latent frames has pixel frames 0 to {last}",
+        all(0 <= frame <= last for frame in known_frames),
+        f"known_frames are {tuple(known_frames)}; a video of {frames} latent frames has pixel frames 0 to {last}",
     )
     mask = np.zeros((frames, 4), np.float32)
-    for frame in given:
+    for frame in known_frames:
         if frame == 0:
             mask[0] = 1
         else:

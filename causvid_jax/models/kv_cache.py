@@ -1,8 +1,8 @@
-"""The streaming student's caches, as explicit pytrees.
+"""Key/value caches of the streaming student, as explicit pytrees.
 
-Keys are stored normalised but *not* rotated: their rotary position is applied when they are read, relative to the
-current block. So a stream has no maximum length, the window can be re-based for free, and float32 never sees a large
-position. Slots are a fixed array: the first ``sink`` frames keep their own slots, all others share a ring.
+Keys are stored normalized but *not* rotated. The rotary position is applied when a key is read, relative to the current
+block. A stream therefore has no maximum length, the window can move without rewriting keys, and positions stay small in
+float32. The slots are a fixed array: the first ``sink`` frames keep their slots, all later frames share a ring buffer.
 """
 
 import dataclasses
@@ -21,19 +21,18 @@ TEXT_AXES = (None, "batch", None, "heads", None)  # of [L, B, text_length, N, D]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Self-attention keys and values of the frames a stream can still see."""
+    """Self-attention keys and values of the frames that later blocks can attend to."""
 
-    k: jax.Array  # [L, B, S, n, N, D] RMS-normalised, unrotated; S slots of one latent frame, n tokens a frame
+    k: jax.Array  # [L, B, S, n, N, D] RMS-normalized, not rotated; S slots of one latent frame with n tokens
     v: jax.Array  # [L, B, S, n, N, D]
-    frame: jax.Array  # [S] int32: which latent frame a slot holds, -1 when empty
-    position: jax.Array  # [] int32: latent frames finished so far; the current block starts here
+    frame: jax.Array  # [S] int32: index of the latent frame in each slot, -1 if empty
+    position: jax.Array  # [] int32: number of finished latent frames, which is where the current block starts
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TextCache:
-    """Cross-attention keys and values of one prompt (and image), constant while the prompt is. One layer's part of it
-    has no leading L."""
+    """Cross-attention keys and values of one prompt (and image). The value for a single layer has no leading axis L."""
 
     k: jax.Array  # [L, B, text_length, N, D]
     v: jax.Array  # [L, B, text_length, N, D]
@@ -44,10 +43,10 @@ class TextCache:
 def init_cache(
     config: TransformerConfig, causal: CausalConfig, *, batch: int, height: int, width: int, frames: int | None = None
 ) -> KVCache:
-    """An empty cache for latents of ``height`` x ``width``.
+    """Return an empty cache for latents of ``height`` x ``width``.
 
-    With a window it has ``sink + window`` slots and serves any length; without one it needs ``frames``, the most
-    latent frames the stream will have.
+    With a window it has ``sink + window`` slots and holds for a stream of any length. Without one it needs ``frames``,
+    the maximum number of latent frames of the stream; ConfigError if that is missing.
     """
     require(
         causal.window > 0 or frames is not None,
@@ -57,7 +56,7 @@ def init_cache(
     slots = causal.sink + causal.window if causal.window else frames
     tokens = (height // patch_h) * (width // patch_w)
     shape = (config.num_layers, batch, slots, tokens, config.num_heads, config.head_dim)
-    # Two separate buffers: a donated cache must not alias itself. On a mesh no device ever holds all heads.
+    # Allocate two buffers: a donated cache must not alias itself. On a mesh the constraint splits the heads at once.
     return KVCache(
         k=constraints.constrain(jnp.zeros(shape, config.dtype), CACHE_AXES, config.rules),
         v=constraints.constrain(jnp.zeros(shape, config.dtype), CACHE_AXES, config.rules),
@@ -67,35 +66,34 @@ def init_cache(
 
 
 def advance(cache: KVCache, frames: int) -> KVCache:
-    """The current block of ``frames`` frames is finished; the next pass writes the slots after it."""
+    """Finish the current block of ``frames`` frames, so that the next pass writes the slots after it."""
     return dataclasses.replace(cache, position=cache.position + frames)
 
 
 def overwritten(cache: KVCache, frames: int, causal: CausalConfig) -> tuple[jax.Array, Any]:
-    """What the block of ``frames`` frames that comes next replaces: for :func:`undo`."""
+    """Return the slots that the next block of ``frames`` frames will overwrite, for :func:`undo`."""
     slots = block_slots(cache.position, frames, causal)
-    # Without a window a slot is written by one block only; until then it holds nothing.
+    # Without a window each slot is written by one block only, so there are no older keys and values.
     old = (cache.k[:, :, slots], cache.v[:, :, slots]) if causal.window else None
     return cache.frame[slots], old
 
 
 def undo(cache: KVCache, replaced: tuple[jax.Array, Any], frames: int, causal: CausalConfig) -> KVCache:
-    """The cache before its last block, of ``frames`` frames, which had replaced ``replaced`` (:func:`overwritten`)."""
+    """Restore the cache from before its last block of ``frames`` frames; ``replaced`` is from :func:`overwritten`."""
     position = cache.position - frames
     slots = block_slots(position, frames, causal)
     frame, old = replaced
     cache = dataclasses.replace(cache, frame=cache.frame.at[slots].set(frame), position=position)
     if old is None:
         return cache
-    k, v = (now.at[:, :, slots].set(then) for now, then in zip((cache.k, cache.v), old, strict=True))
+    k, v = (new.at[:, :, slots].set(previous) for new, previous in zip((cache.k, cache.v), old, strict=True))
     return dataclasses.replace(cache, k=k, v=v)
 
 
 def block_slots(position: jax.Array, frames: int, causal: CausalConfig) -> jax.Array:
-    """Slots ``[frames]`` of the block that starts at latent frame ``position``.
+    """Return the slots ``[frames]`` of the block that starts at latent frame ``position``.
 
-    A ring of exactly ``window`` slots never overwrites a frame still in sight: the frames a new block replaces are
-    those that leave the window with it.
+    A ring of exactly ``window`` slots overwrites only frames that leave the window with the new block.
     """
     index = position + jnp.arange(frames, dtype=jnp.int32)
     if not causal.window:
@@ -105,23 +103,23 @@ def block_slots(position: jax.Array, frames: int, causal: CausalConfig) -> jax.A
 
 
 def read_positions(frame: jax.Array, position: jax.Array, block: int, causal: CausalConfig) -> jax.Array:
-    """Rotary time position of every slot relative to the current block's first frame, int32 ``[S]``."""
+    """Return the rotary time position of every slot relative to the first frame of the current block, int32 ``[S]``."""
     relative = frame - position
     if causal.positions == "absolute" or not (causal.window and causal.sink):
         return relative
-    # The sink is moved to sit right before the window; before the window has moved at all this changes nothing.
+    # Place the sink directly before the window. While the window still starts at the sink, this changes nothing.
     window_start = jnp.maximum(position + block - causal.window, causal.sink)
     return jnp.where(frame < causal.sink, relative + window_start - causal.sink, relative)
 
 
 def visible_slots(frame: jax.Array, position: jax.Array, block: int, causal: CausalConfig) -> jax.Array:
-    """Which slots the current block sees, bool ``[S]``: written, not in the future, in the window or the sink.
+    """Return which slots the current block attends to, bool ``[S]``: not empty, not later, in the window or the sink.
 
-    While a stream goes on these are the first ``min(position + block, S)``: a ring of exactly ``window`` slots holds
-    nothing else. Only where the position has been moved back does it hold later frames.
+    In a stream that only advances these are the first ``min(position + block, S)`` slots. The cache holds later frames
+    only if its position has been moved back.
     """
     end = position + block
-    seen = (frame >= 0) & (frame < end)
+    visible = (frame >= 0) & (frame < end)
     if causal.window:
-        seen &= (frame >= end - causal.window) | (frame < causal.sink)
-    return seen
+        visible &= (frame >= end - causal.window) | (frame < causal.sink)
+    return visible

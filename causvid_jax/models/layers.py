@@ -1,4 +1,4 @@
-"""The arithmetic of the DiT's layers, as functions of arrays.
+"""Layers of the diffusion transformer as functions of arrays.
 
 Matmuls run in ``dtype`` and accumulate in float32; norms, modulation, rotary angles, softmax and the residual stream
 are float32 whatever ``dtype`` is.
@@ -11,39 +11,43 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Float
 
 from causvid_jax.sharding import constraints
 
 Params = dict[str, Any]
-PRODUCT = "product"  # what products with weights are called where rematerialisation chooses what to keep
+PRODUCT = "product"  # checkpoint name of the results of linear layers, for rematerialization policies
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
-    """``x [..., in] @ kernel [in, out]`` with both cast to ``dtype``, accumulated and returned in float32.
+    """Return ``x [..., in] @ kernel [in, out]`` with operands cast to ``dtype`` and a float32 accumulator and result.
 
-    The derivative is written out because the automatic one would multiply the float32 cotangent by a ``dtype``
-    operand: a mixed product that matrix units (AMX, tensor cores, MXU) cannot run. Here the cotangent is rounded to
-    ``dtype`` first, as every mixed-precision trainer does, and both gradients accumulate in float32.
+    The derivative is explicit. The automatic one multiplies the float32 cotangent by a ``dtype`` operand, and matrix
+    units (AMX, tensor cores, MXU) cannot run such a mixed product. This one first rounds the cotangent to ``dtype``, as
+    is usual in mixed-precision training; both gradients accumulate in float32.
     """
     return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
 
 
-def _matmul_forward(x, kernel, dtype):
-    # The rounded operands are what the backward pass needs, at half the memory.
+def _matmul_forward(x: jax.Array, kernel: jax.Array, dtype: str) -> tuple[jax.Array, Any]:
+    # The backward pass needs the rounded operands only; they take half the memory.
     empty = (jnp.zeros((), x.dtype), jnp.zeros((), kernel.dtype))
     return matmul(x, kernel, dtype), (x.astype(dtype), kernel.astype(dtype), empty)
 
 
 def _transposed(x: jax.Array) -> jax.Array:
-    """``x.T``, on CPU really moved in memory: XLA's fast CPU matmul takes row-major operands only, and a transpose
-    that is left to the layout of the product falls back to one that is 5 to 15 times slower."""
+    """Return ``x.T``; on CPU in row-major memory layout.
+
+    XLA's fast CPU matmul accepts row-major operands only. Without the layout constraint XLA folds the transpose into
+    the product and uses a kernel that is 5 to 15 times slower.
+    """
     if constraints.platform() != "cpu":
         return x.T
     return with_layout_constraint(x.T, Layout(major_to_minor=(0, 1)))
 
 
-def _matmul_backward(dtype, residuals, cotangent):
+def _matmul_backward(dtype: str, residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel, (like_x, like_kernel) = residuals
     ct = cotangent.astype(dtype)
     dx = jnp.matmul(ct, _transposed(kernel), preferred_element_type=jnp.float32)
@@ -55,13 +59,13 @@ def _matmul_backward(dtype, residuals, cotangent):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def linear(p: Params, x: jax.Array, dtype: str = "float32") -> jax.Array:
-    """``x W + b``; ``x [..., in]`` -> float32 ``[..., out]``."""
+def linear(p: Params, x: Float[jax.Array, "*n i"], dtype: str = "float32") -> Float[jax.Array, "*n o"]:
+    """Return ``x W + b``: ``x [..., in]`` to float32 ``[..., out]``."""
     return checkpoint_name(matmul(x, p["kernel"], dtype), PRODUCT) + p["bias"]
 
 
-def layer_norm(x: jax.Array, eps: float, p: Params | None = None) -> jax.Array:
-    """``(x - mean) / sqrt(var + eps)``, times scale plus bias if ``p`` is given; over the last axis, in float32."""
+def layer_norm(x: Float[jax.Array, "*n M"], eps: float, p: Params | None = None) -> Float[jax.Array, "*n M"]:
+    """Return ``(x - mean) / sqrt(var + eps)`` over the last axis in float32; ``p`` adds a scale and a bias."""
     x = x.astype(jnp.float32)
     mean = x.mean(-1, keepdims=True)
     var = jnp.square(x - mean).mean(-1, keepdims=True)
@@ -69,19 +73,21 @@ def layer_norm(x: jax.Array, eps: float, p: Params | None = None) -> jax.Array:
     return y if p is None else y * p["scale"] + p["bias"]
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32."""
+def rms_norm(x: Float[jax.Array, "*n M"], scale: jax.Array, eps: float) -> Float[jax.Array, "*n M"]:
+    """Return ``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * scale
 
 
-def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """``x (1 + scale) + shift``; ``x [B, F, n, M]``, shift and scale per frame ``[B, F, M]``."""
+def modulate(
+    x: Float[jax.Array, "B F n M"], shift: Float[jax.Array, "#B #F M"], scale: Float[jax.Array, "#B #F M"]
+) -> Float[jax.Array, "B F n M"]:
+    """Return ``x (1 + scale) + shift`` for ``x [B, F, n, M]`` and a shift and scale per frame, ``[B, F, M]``."""
     return x * (1.0 + scale[:, :, None]) + shift[:, :, None]
 
 
 def mlp(p: Params, x: jax.Array, activation: Any, dtype: str) -> jax.Array:
-    """``fc2(activation(fc1(x)))``."""
+    """Return ``fc2(activation(fc1(x)))``."""
     return linear(p["fc2"], activation(linear(p["fc1"], x, dtype)), dtype)
 
 
@@ -89,8 +95,8 @@ gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 gelu_exact = functools.partial(jax.nn.gelu, approximate=False)
 
 
-def timestep_sinusoid(timestep: jax.Array, dim: int) -> jax.Array:
-    """``[cos(t w_i) | sin(t w_i)]`` with ``w_i = 10000^(-2 i / dim)``, ``i < dim / 2``; float32 ``[..., dim]``."""
+def timestep_sinusoid(timestep: Float[jax.Array, "*n"], dim: int) -> Float[jax.Array, "*n d"]:
+    """Return ``[cos(t w_i) | sin(t w_i)]`` with ``w_i = 10000^(-2 i / dim)``, ``i < dim / 2``, in float32."""
     half = dim // 2
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = timestep.astype(jnp.float32)[..., None] * frequencies

@@ -1,8 +1,9 @@
-"""What a transformer rounds on its way: nothing but the operands of matmuls (ours), or what published code rounds.
+"""Precision policies: where the transformer rounds to ``config.dtype``.
 
-``TransformerConfig.precision`` picks a column; "rounded" is to ``config.dtype``, so in float32 all columns are one.
+``TransformerConfig.precision`` selects a column. ``default`` rounds matmul operands only; ``wan`` and ``causvid`` round
+where the published code does. With ``dtype`` float32 all columns are equal.
 
-| value | ``own`` | ``wan`` (Wan2.1) | ``causvid`` (CausVid, Self-Forcing) |
+| value | ``default`` | ``wan`` (Wan2.1) | ``causvid`` (CausVid, Self-Forcing) |
 |---|---|---|---|
 | result and bias of a linear layer | float32 | rounded | rounded |
 | q and k, normalised, before their scale | float32 | rounded | rounded |
@@ -12,9 +13,9 @@
 | rotary positions in a stream | relative to the block | absolute | absolute |
 | division by the softmax's sum, without a kernel | before the last product | after it | after it |
 
-Ours keeps more than either. The published weights have only ever seen the roundings of their own code, so whoever wants
-to compare frames with that code takes its column. What stays different: rotary angles are float32 here and float64
-there (4e-6 rad at worst), and flash attention rescales its sums from one stretch of keys to the next.
+``default`` is the most precise. Use ``wan`` or ``causvid`` to compare frames with the published code. Two differences
+remain: rotary angles are float32 here and float64 there (at most 4e-6 rad), and flash attention rescales its partial
+sums between blocks of keys.
 """
 
 import dataclasses
@@ -29,18 +30,21 @@ from causvid_jax.models.layers import Params
 
 
 def rounded(x: jax.Array, dtype: str) -> jax.Array:
-    """``x`` as the nearest values of ``dtype``, still float32. A cast there and back may be left out by a compiler."""
-    kind = jnp.finfo(dtype)
-    return x if dtype == "float32" else jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
+    """Round to the precision of ``dtype`` but keep float32 storage.
+
+    XLA may remove a pair of casts, so this uses ``reduce_precision``.
+    """
+    info = jnp.finfo(dtype)
+    return x if dtype == "float32" else jax.lax.reduce_precision(x, info.nexp, info.nmant)
 
 
-def everywhere(x: jax.Array, config: TransformerConfig) -> jax.Array:
-    """``x``, rounded where every result is."""
+def round_all(x: jax.Array, config: TransformerConfig) -> jax.Array:
+    """Round ``x`` if the policy rounds every intermediate result (``causvid``)."""
     return rounded(x, config.dtype) if config.precision == "causvid" else x
 
 
 def linear(p: Params, x: jax.Array, config: TransformerConfig) -> jax.Array:
-    """``x W + b``, operands rounded."""
+    """Return ``x W + b`` with rounded operands; ``wan`` and ``causvid`` also round product and bias."""
     if config.precision == "default":
         return layers.linear(p, x, config.dtype)
     product = layers.matmul(x, p["kernel"], config.dtype)
@@ -48,71 +52,70 @@ def linear(p: Params, x: jax.Array, config: TransformerConfig) -> jax.Array:
 
 
 def mlp(p: Params, x: jax.Array, activation: Callable[[jax.Array], jax.Array], config: TransformerConfig) -> jax.Array:
-    """``fc2(activation(fc1(x)))``."""
+    """Return ``fc2(activation(fc1(x)))``."""
     return linear(p["fc2"], activation(linear(p["fc1"], x, config)), config)
 
 
-def island_linear(p: Params, x: jax.Array, config: TransformerConfig) -> jax.Array:
-    """A linear layer of the time embedding: float32 but where every result is rounded. Bfloat16 would round timesteps
-    near 1000 together, were it not for the sinusoid before it."""
+def time_linear(p: Params, x: jax.Array, config: TransformerConfig) -> jax.Array:
+    """Apply a linear layer of the time embedding, in float32 unless the policy rounds every result."""
     return linear(p, x, config) if config.precision == "causvid" else layers.linear(p, x)
 
 
 def head_linear(p: Params, x: jax.Array, config: TransformerConfig) -> jax.Array:
-    """The last linear layer."""
+    """Apply the last linear layer, in float32 under ``wan``."""
     return layers.linear(p, x) if config.precision == "wan" else linear(p, x, config)
 
 
 def float32_kernels(config: TransformerConfig) -> tuple[str, ...]:
-    """Top-level names of the parameters whose kernels are used unrounded."""
+    """Return the top-level names of the parameters whose kernels stay in float32."""
     return ("time_embedding", "time_projection", *(("head",) if config.precision == "wan" else ()))
 
 
 def attention_backend(config: TransformerConfig) -> str:
-    """``config.attention``; where that is XLA's own, the variant that rounds as flash attention does."""
-    plain = config.precision == "default" or attention.resolve(config.attention, config.dtype) != "xla"
-    return config.attention if plain else "late"
+    """Return ``config.attention``; under ``wan`` and ``causvid``, XLA's kernel rounds as flash attention does."""
+    keep = config.precision == "default" or attention.resolve(config.attention, config.dtype) != "xla"
+    return config.attention if keep else "late"
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, config: TransformerConfig) -> jax.Array:
-    """``x / sqrt(mean(x^2) + eps) * scale``."""
+    """Return ``x / sqrt(mean(x^2) + eps) * scale``."""
     if config.precision == "default":
         return layers.rms_norm(x, scale, config.eps)
     unscaled = rounded(layers.rms_norm(x, jnp.ones((), jnp.float32), config.eps), config.dtype)
-    return everywhere(unscaled * everywhere(scale, config), config)
+    return round_all(unscaled * round_all(scale, config), config)
 
 
 def layer_norm(x: jax.Array, config: TransformerConfig, p: Params | None = None) -> jax.Array:
-    """``(x - mean) / sqrt(var + eps)``, times scale plus bias if ``p`` is given."""
+    """Return ``(x - mean) / sqrt(var + eps)``; with ``p``, times ``scale`` plus ``bias``."""
     if p is not None:
-        p = {name: everywhere(value, config) for name, value in p.items()}
-    return everywhere(layers.layer_norm(x, config.eps, p), config)
+        p = {name: round_all(value, config) for name, value in p.items()}
+    return round_all(layers.layer_norm(x, config.eps, p), config)
 
 
 def modulation(table: jax.Array, time: jax.Array, config: TransformerConfig) -> jax.Array:
-    """The learned table plus the embedded time."""
-    return everywhere(everywhere(table, config) + time, config)
+    """Return the learned modulation table plus the embedded time."""
+    return round_all(round_all(table, config) + time, config)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, config: TransformerConfig) -> jax.Array:
-    """``x (1 + scale) + shift``; ``x [B, F, n, M]``, shift and scale per frame ``[B, F, M]``."""
+    """Return ``x (1 + scale) + shift`` for ``x [B, F, n, M]`` and a shift and scale per frame, ``[B, F, M]``."""
     if config.precision != "causvid":
         return layers.modulate(x, shift, scale)
-    scaled = everywhere(x * everywhere(1.0 + scale[:, :, None], config), config)
-    return everywhere(scaled + shift[:, :, None], config)
+    scaled = round_all(x * round_all(1.0 + scale[:, :, None], config), config)
+    return round_all(scaled + shift[:, :, None], config)
 
 
 def add(x: jax.Array, y: jax.Array, config: TransformerConfig, gate: jax.Array | None = None) -> jax.Array:
-    """The residual stream: ``x + y``, or ``x + y gate`` with ``gate [B, F, M]``."""
-    return everywhere(x + (y if gate is None else everywhere(y * gate[:, :, None], config)), config)
+    """Add to the residual stream: ``x + y``, or ``x + y gate`` with ``gate [B, F, M]``."""
+    return round_all(x + (y if gate is None else round_all(y * gate[:, :, None], config)), config)
 
 
 def exact(recipe: Recipe, teacher: bool) -> Recipe:
-    """``recipe`` with the numerics of the published code: of Wan2.1 for the teacher, whose VAE then runs in float32, of
-    CausVid for the student.
+    """Return ``recipe`` with the precision of the published code: ``wan`` for the teacher, ``causvid`` for the student.
 
-    Beside the roundings above, the student's latents are rounded between its steps and its noise levels come from the
-    published table (``flow.table_sigma``), and the teacher's UniPC is told whole timesteps.
+    With ``teacher``, the VAE runs in float32. The samplers then also follow the published code elsewhere: the student
+    rounds latents between its steps and takes its noise levels from ``flow.table_sigma``; the teacher's UniPC
+    conditions the network on integer timesteps.
     """
     return dataclasses.replace(
         recipe,

@@ -1,31 +1,33 @@
-"""The tiny video codec TAEHV in its Wan2.1 form (``taew2_1``), at any width.
+"""The tiny video autoencoder TAEHV for Wan2.1 latents (``taew2_1``), at any width.
 
-A small convolutional stand-in for the Wan VAE (``causvid_jax.models.vae``), on the same latents and with the same
-functions, so that a stream can show its frames through either: 11 million parameters instead of 127 million, at some
-loss of detail. Time enters in three ways only:
+A small convolutional replacement of the Wan VAE (``causvid_jax.models.vae``) with the same latents and functions, so a
+stream can be decoded by either. It has 11 million parameters instead of 127 million and loses some detail. Three layers
+connect frames:
 
-* a memory block reads a frame beside the one before it (zero before the first):
-  ``y[t] = relu(x[t] + f(x[t], x[t - 1]))``, f three convolutions;
-* pooling makes one frame of s, growing makes s frames of one, each by one matrix over the channels of all s.
+* a memory block combines a frame with the previous one (zero before the first):
+  ``y[t] = relu(x[t] + f(x[t], x[t - 1]))``, where f is three convolutions;
+* ``pool`` maps s frames to one and ``grow`` maps one frame to s, each by one matrix over the channels of all s frames.
 
-Video [B, T, H, W, 3] in [-1, 1] as everywhere in this package (the published network speaks [0, 1]); latents
-[B, F, H/8, W/8, C] as the diffusion transformer has them: normalised, nothing is scaled here.
+Video is [B, T, H, W, 3] in [-1, 1]; the published network uses [0, 1]. Latents [B, F, H/8, W/8, C] are normalized, as
+in the diffusion transformer.
 
-The decoder gives four frames for every latent. The first latent of a Wan video holds a single frame, so the first
-three frames of a video are surplus, as they are in ``vae.decode_chunk``. The encoder does not mirror that: latent i
-reads the video up to frame 4i + 3, and a last group that is not full is filled with copies of its last frame.
+The decoder outputs four frames per latent. The first latent of a Wan video has one frame, so the first three output
+frames of a video are dropped, as with ``vae.decode_chunk``. In the encoder latent i depends on the video up to frame
+4i + 3, and an incomplete last group is padded with copies of its last frame.
 
 Source: https://github.com/madebyollin/taehv (``causvid_jax.checkpoints.taehv`` reads its files). Parameters are
 float32; ``config.dtype`` is the compute type.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
+from jaxtyping import Float
 
 from causvid_jax.config import TAEHVConfig, require
 from causvid_jax.models import conv
@@ -37,9 +39,9 @@ Tree = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeCache:
-    """What a stream of decoded chunks remembers.
+    """State between two chunks of a decoded stream.
 
-    ``past``: by level and block, the last frame every memory block read, [B, 1, h, w, C]; zero before a video.
+    ``past``: by level and block, the last input frame of every memory block, [B, 1, h, w, C]; zero before a video.
     """
 
     past: Tree
@@ -48,18 +50,18 @@ class DecodeCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EncodeCache:
-    """What a stream of encoded chunks remembers; ``past`` as in :class:`DecodeCache`."""
+    """State between two chunks of an encoded stream; ``past`` is as in :class:`DecodeCache`."""
 
     past: Tree
 
 
 def time_factor(config: TAEHVConfig) -> int:
-    """Pixel frames per latent frame: 4 in ``taew2_1``."""
+    """Return the pixel frames per latent frame: 4 in ``taew2_1``."""
     return 2 ** sum(config.temporal_upsample)
 
 
 def space_factor(config: TAEHVConfig) -> int:
-    """Pixels per latent position along height and width: 8 in ``taew2_1``."""
+    """Return the pixels per latent position along height and width: 8 in ``taew2_1``."""
     return 2 ** len(config.temporal_upsample)
 
 
@@ -67,7 +69,7 @@ def space_factor(config: TAEHVConfig) -> int:
 
 
 def spec(config: TAEHVConfig) -> Tree:
-    """Shape and initialiser of every parameter: kernels [kh, kw, in, out], ``bias`` [out]; levels in order of use."""
+    """Return shape and initializer of every parameter: kernels [kh, kw, in, out], ``bias`` [out]; levels in order."""
     width, dims = config.encoder_dim, config.decoder_dims
     return {
         "encoder": {
@@ -98,17 +100,17 @@ def spec(config: TAEHVConfig) -> Tree:
 
 
 def init(key: jax.Array, config: TAEHVConfig) -> Tree:
-    """Fresh parameters: kernels of variance gain / fan_in, biases zero.
+    """Return new parameters: kernels of variance gain / fan_in, zero biases.
 
-    The gain is 2 behind a ReLU, 0.1 where a block adds to its input, else 1: the scale stays that of the input. The
-    decoder's last kernel has 0.5, so that a fresh one shows nearly black. Where it shows loud noise, the first updates
-    take that away by killing its ReLUs, and a narrow decoder then shows black for good.
+    The gain is 2 after a ReLU, 0.1 at the end of a residual block, otherwise 1, which preserves the scale. It is 0.5
+    for the decoder's last kernel, so that the initial output is nearly black. If the initial output is strong noise,
+    the first updates remove it by driving ReLUs to zero, and a narrow decoder then never recovers from black output.
     """
     return init_tree(key, spec(config))
 
 
 def abstract(config: TAEHVConfig) -> Tree:
-    """``jax.ShapeDtypeStruct`` of every parameter."""
+    """Return the ``jax.ShapeDtypeStruct`` of every parameter."""
     return abstract_tree(spec(config))
 
 
@@ -123,7 +125,7 @@ def _conv_spec(size: int, inputs: int, outputs: int, *, bias: bool = True, gain:
 
 
 def _blocks_spec(width: int, count: int) -> Tree:
-    def block():
+    def block() -> Tree:
         return {
             "conv1": _conv_spec(3, 2 * width, width, gain=2.0),
             "conv2": _conv_spec(3, width, width, gain=2.0),
@@ -136,36 +138,36 @@ def _blocks_spec(width: int, count: int) -> Tree:
 # ---- encoding -------------------------------------------------------------------------------------------------------
 
 
-def encode(params: Tree, video: jax.Array, *, config: TAEHVConfig) -> jax.Array:
-    """Latents of a whole video: [B, T, H, W, 3] in [-1, 1] -> [B, ceil(T / 4), h, w, C] float32.
+def encode(params: Tree, video: Float[jax.Array, "B T H W 3"], *, config: TAEHVConfig) -> Float[jax.Array, "B F h w C"]:
+    """Encode a whole video: [B, T, H, W, 3] in [-1, 1] to [B, ceil(T / 4), h, w, C], float32.
 
-    A Wan video of 1 + 4n frames has 1 + n latents, as with the large VAE. Copies of the last frame fill the last
-    group, as published.
+    A video of 1 + 4n frames has 1 + n latents, as with the Wan VAE. Copies of the last frame complete the last group,
+    as in the published code.
     """
-    missing = -video.shape[1] % time_factor(config)
-    video = jnp.concatenate([video, repeat(video[:, -1:], "b 1 h w c -> b t h w c", t=missing)], axis=1)
+    padding = -video.shape[1] % time_factor(config)
+    video = jnp.concatenate([video, repeat(video[:, -1:], "b 1 h w c -> b t h w c", t=padding)], axis=1)
     _check_video(video, config)
     return _encoder(params, video, {}, config=config)[0]
 
 
 def init_encode_cache(config: TAEHVConfig, *, batch: int, height: int, width: int) -> EncodeCache:
-    """The cache before the first chunk of a video of ``height`` x ``width`` pixels."""
+    """Return the cache before the first chunk of a video of ``height`` x ``width`` pixels."""
     video = jax.ShapeDtypeStruct((batch, time_factor(config), height, width, 3), jnp.float32)
     _check_video(video, config)
     return EncodeCache(past=_zero_past(_encoder, video, config))
 
 
 def encode_chunk(
-    params: Tree, frames: jax.Array, cache: EncodeCache, *, config: TAEHVConfig
-) -> tuple[jax.Array, EncodeCache]:
-    """Latents of the next 4n frames of a video; chunk by chunk equal to :func:`encode` of the whole.
+    params: Tree, frames: Float[jax.Array, "B T H W 3"], cache: EncodeCache, *, config: TAEHVConfig
+) -> tuple[Float[jax.Array, "B n h w C"], EncodeCache]:
+    """Encode the next 4n frames of a video; the chunks together equal :func:`encode` of the whole video.
 
-    Unlike ``vae.encode_chunk`` the first chunk has 4n frames too: the first latent reads four.
+    Unlike in ``vae.encode_chunk`` the first chunk also has 4n frames, because the first latent depends on four.
 
     Args:
         params: parameters.
         frames: [B, 4n, H, W, 3] in [-1, 1].
-        cache: from :func:`init_encode_cache` or the call before.
+        cache: from :func:`init_encode_cache` or the previous call.
         config: sizes.
 
     Returns:
@@ -191,10 +193,12 @@ def _encoder(params: Tree, video: jax.Array, past: Tree, *, config: TAEHVConfig)
 # ---- decoding -------------------------------------------------------------------------------------------------------
 
 
-def decode(params: Tree, latents: jax.Array, *, config: TAEHVConfig, clamp: bool = True) -> jax.Array:
-    """Video of a whole clip's latents: [B, F, h, w, C] -> [B, 1 + 4 (F - 1), H, W, 3] float32, clamped to [-1, 1].
+def decode(
+    params: Tree, latents: Float[jax.Array, "B F h w C"], *, config: TAEHVConfig, clamp: bool = True
+) -> Float[jax.Array, "B T H W 3"]:
+    """Decode the latents of a whole clip: [B, F, h, w, C] to [B, 1 + 4 (F - 1), H, W, 3] float32, clamped to [-1, 1].
 
-    Training takes ``clamp=False``: a clamped pixel has no gradient.
+    Train with ``clamp=False``: a clamped pixel has no gradient.
     """
     _check_latents(latents, config)
     video = _decoder(params, latents, {}, config=config)[0][:, time_factor(config) - 1 :]
@@ -202,23 +206,23 @@ def decode(params: Tree, latents: jax.Array, *, config: TAEHVConfig, clamp: bool
 
 
 def init_decode_cache(config: TAEHVConfig, *, batch: int, height: int, width: int) -> DecodeCache:
-    """The cache before the first chunk of a video whose latents are ``height`` x ``width``."""
+    """Return the cache before the first chunk of a video whose latents are ``height`` x ``width``."""
     latents = jax.ShapeDtypeStruct((batch, 1, height, width, config.z_dim), jnp.float32)
     return DecodeCache(past=_zero_past(_decoder, latents, config))
 
 
 def decode_chunk(
-    params: Tree, latents: jax.Array, cache: DecodeCache, *, config: TAEHVConfig
-) -> tuple[jax.Array, DecodeCache]:
-    """The frames of the next latents of a video, in one static shape for the first chunk and all others.
+    params: Tree, latents: Float[jax.Array, "B K h w C"], cache: DecodeCache, *, config: TAEHVConfig
+) -> tuple[Float[jax.Array, "B T H W 3"], DecodeCache]:
+    """Decode the next latents of a video; the output shape of the first chunk is that of all others.
 
-    The contract of ``vae.decode_chunk``: of the first chunk the caller drops the first three frames; what remains of
-    all chunks is :func:`decode` of the whole.
+    As with ``vae.decode_chunk`` the caller drops the first three frames of the first chunk. All remaining frames
+    together equal :func:`decode` of the whole video.
 
     Args:
         params: parameters.
-        latents: [B, K, h, w, C], normalised.
-        cache: from :func:`init_decode_cache` or the call before.
+        latents: normalized, K frames.
+        cache: from :func:`init_decode_cache` or the previous call.
         config: sizes.
 
     Returns:
@@ -231,12 +235,13 @@ def decode_chunk(
 
 def _decoder(params: Tree, latents: jax.Array, past: Tree, *, config: TAEHVConfig) -> tuple[jax.Array, Tree]:
     net, new = params["decoder"], {}
-    x = 3 * jnp.tanh(latents.astype(jnp.float32) / 3)  # no latent leaves the range the network was trained on
+    x = 3 * jnp.tanh(latents.astype(jnp.float32) / 3)  # limits the latents to the training range (-3, 3)
     x = jax.nn.relu(conv.conv2d(net["conv_in"], x.astype(config.dtype)))
     for i, in_time in enumerate(config.temporal_upsample):
         level = net["levels"][str(i)]
         x, new[str(i)] = _memory_blocks(level["blocks"], x, past.get(str(i), {}))
-        # Published is upsample, then grow. Growing acts on single positions, so it may go first, on a quarter of them.
+        # The published order is upsample, then `grow`. `grow` is pointwise, so it commutes with nearest upsampling and
+        # is cheaper before it (a quarter of the positions).
         x = conv.pointwise(level["grow"], x)
         x = rearrange(x, "b t h w (s c) -> b (t s) h w c", s=_slots(in_time))
         x = conv.conv2d(level["conv"], repeat(x, "b t h w c -> b t (h y) (w x) c", y=2, x=2))
@@ -248,19 +253,19 @@ def _decoder(params: Tree, latents: jax.Array, past: Tree, *, config: TAEHVConfi
 
 
 def _memory_blocks(params: Tree, x: jax.Array, past: Tree) -> tuple[jax.Array, Tree]:
-    """All memory blocks of a level, x [B, T, h, w, C]; ``past`` {} stands for zeros."""
+    """Apply all memory blocks of a level to x [B, T, h, w, C]; ``past`` {} means zeros."""
     new = {}
     for i in map(str, range(len(params))):
-        before = past[i].astype(x.dtype) if i in past else jnp.zeros_like(x[:, :1])
+        previous = past[i].astype(x.dtype) if i in past else jnp.zeros_like(x[:, :1])
         new[i] = x[:, -1:]
-        y = jnp.concatenate([x, jnp.concatenate([before, x[:, :-1]], axis=1)], axis=-1)
+        y = jnp.concatenate([x, jnp.concatenate([previous, x[:, :-1]], axis=1)], axis=-1)
         y = jax.nn.relu(conv.conv2d(params[i]["conv1"], y))
         y = jax.nn.relu(conv.conv2d(params[i]["conv2"], y))
         x = jax.nn.relu(conv.conv2d(params[i]["conv3"], y) + x)
     return x, new
 
 
-def _zero_past(network, inputs: jax.ShapeDtypeStruct, config: TAEHVConfig) -> Tree:
+def _zero_past(network: Callable[..., Any], inputs: jax.ShapeDtypeStruct, config: TAEHVConfig) -> Tree:
     _, past = jax.eval_shape(lambda p, x: network(p, x, {}, config=config), abstract(config), inputs)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), past)
 

@@ -1,8 +1,8 @@
-"""The UMT5 encoder (arXiv 2304.09151) that turns prompts into the text rows Wan2.1 is conditioned on.
+"""The UMT5 text encoder (arXiv 2304.09151), which computes the ``prompt_embeds`` of Wan2.1.
 
-A T5 encoder: pre-norm layers without biases, gated GELU, and positions told only by a bias on the attention scores that
-depends on the bucketed distance of two tokens; UMT5 has one such table per layer where T5 shares one. Scores are not
-scaled by ``1 / sqrt(D)``: the published weights carry that factor.
+It is a T5 encoder: pre-norm layers without biases and gated GELU. Positions enter only as a bias on the attention
+scores that depends on the bucketed distance of two tokens. UMT5 has one bias table per layer; T5 shares one. Scores
+are not scaled by ``1 / sqrt(D)``, because the published weights include that factor.
 
 Matmuls run in ``config.dtype``; norms, softmax, the bias and the residual stream are float32.
 """
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jaxtyping import Float, Int, Shaped
 
 from causvid_jax.config import UMT5Config
 from causvid_jax.models.layers import Params, gelu_tanh, matmul, rms_norm
@@ -34,7 +35,7 @@ def _scale(dim: int) -> dict[str, ParamSpec]:
 
 
 def _layer_spec(config: UMT5Config) -> dict[str, Any]:
-    """One layer. Inits are T5's: with them unscaled scores start at variance 1."""
+    """Return the parameters of one layer, with T5's initializers, which give the unscaled scores variance 1."""
     dim, inner = config.dim, config.num_heads * config.head_dim
     normal = nn.initializers.normal
     into, out = ("embed", "heads"), ("heads", "embed")
@@ -57,7 +58,7 @@ def _layer_spec(config: UMT5Config) -> dict[str, Any]:
 
 
 def spec(config: UMT5Config) -> dict[str, Any]:
-    """Shape, logical axes and initialiser of every parameter; layers are stacked on a leading axis under ``blocks``."""
+    """Return shape, logical axes and initializer of every parameter; ``blocks`` has the stacked layers."""
     return {
         "token_embedding": ParamSpec((config.vocab_size, config.dim), (None, "embed"), nn.initializers.normal(1.0)),
         "blocks": stack_spec(_layer_spec(config), config.num_layers),
@@ -66,12 +67,12 @@ def spec(config: UMT5Config) -> dict[str, Any]:
 
 
 def init(key: jax.Array, config: UMT5Config) -> Params:
-    """Fresh float32 parameters."""
+    """Return new float32 parameters."""
     return init_tree(key, spec(config))
 
 
 def abstract(config: UMT5Config) -> Params:
-    """``jax.ShapeDtypeStruct`` of every parameter."""
+    """Return the ``jax.ShapeDtypeStruct`` of every parameter."""
     return abstract_tree(spec(config))
 
 
@@ -80,10 +81,10 @@ def abstract(config: UMT5Config) -> Params:
 
 @functools.lru_cache(maxsize=8)
 def _thresholds(num_buckets: int, max_distance: int) -> tuple[int, ...]:
-    """The smallest distance of each logarithmic bucket of one direction but the first, ascending.
+    """Return the smallest distance of each logarithmic bucket of one direction, ascending, without the first bucket.
 
-    With E = num_buckets / 4 (and E logarithmic buckets), bucket j starts at ``E (max_distance / E)^(j / E)``. The
-    comparison is made in integers, so that no rounding of a logarithm moves a boundary.
+    With E = num_buckets / 4 logarithmic buckets, bucket j starts at ``E (max_distance / E)^(j / E)``. Integers are
+    compared, so that the rounding of a logarithm cannot move a boundary.
     """
     exact = num_buckets // 4
     starts = []
@@ -97,10 +98,10 @@ def _thresholds(num_buckets: int, max_distance: int) -> tuple[int, ...]:
 
 
 def relative_buckets(relative: np.ndarray, config: UMT5Config) -> np.ndarray:
-    """The bucket of each relative position ``key - query`` (int array of any shape), in ``[0, num_buckets)``.
+    """Return the bucket in ``[0, num_buckets)`` of each relative position ``key - query`` (int array of any shape).
 
-    Half of the buckets are for keys after the query. In each half the distances below E = num_buckets / 4 have one
-    bucket each; the other E are logarithmic up to ``max_distance``, and the last one holds everything beyond.
+    Half of the buckets are for keys after the query. In each half, distances below E = num_buckets / 4 have one bucket
+    each. The other E buckets are logarithmic up to ``max_distance``; the last one also holds larger distances.
     """
     half, exact = config.num_buckets // 2, config.num_buckets // 4
     distance = np.abs(relative)
@@ -113,7 +114,10 @@ def relative_buckets(relative: np.ndarray, config: UMT5Config) -> np.ndarray:
 
 
 def attention(p: Params, bias: jax.Array, x: jax.Array, mask: jax.Array, config: UMT5Config) -> jax.Array:
-    """``softmax(q k^T + bias) v`` over the keys where ``mask [B, S]`` is true; ``bias [N, S, S]``, ``x [B, S, M]``."""
+    """Return ``softmax(q k^T + bias) v`` over the keys where ``mask [B, S]`` is true.
+
+    ``bias [N, S, S]``, ``x [B, S, M]``.
+    """
     dtype = config.dtype
     q, k, v = (
         rearrange(matmul(x, p[name]["kernel"], dtype), "b s (N D) -> b s N D", N=config.num_heads).astype(dtype)
@@ -127,35 +131,37 @@ def attention(p: Params, bias: jax.Array, x: jax.Array, mask: jax.Array, config:
 
 
 def feed_forward(p: Params, x: jax.Array, dtype: str) -> jax.Array:
-    """``fc2(gelu(gate(x)) * fc1(x))``."""
+    """Return ``fc2(gelu(gate(x)) * fc1(x))``."""
     hidden = gelu_tanh(matmul(x, p["gate"]["kernel"], dtype)) * matmul(x, p["fc1"]["kernel"], dtype)
     return matmul(hidden, p["fc2"]["kernel"], dtype)
 
 
 def _layer_params(blocks: Params, index: jax.Array) -> Params:
-    """The parameters of one layer of the stack.
+    """Return the parameters of one layer of the stack.
 
-    XLA's CPU backend takes a bfloat16 slice by way of float32 and would move that conversion of all layers out of the
-    loop: 19 GB at full size. The barrier ties it to the iteration, where it fuses with the slice.
+    XLA's CPU backend converts bfloat16 to float32 for a slice, and moves the conversion of all layers out of the loop:
+    19 GB at full size. The barrier keeps the conversion in the loop, where it fuses with the slice.
     """
     if constraints.platform() == "cpu":
         blocks, index = jax.lax.optimization_barrier((blocks, index))
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), blocks)
 
 
-def encode(params: Params, ids: jax.Array, mask: jax.Array, *, config: UMT5Config) -> jax.Array:
-    """Text rows of token ids, zero where ``mask`` is false::
+def encode(
+    params: Params, ids: Int[jax.Array, "B S"], mask: Shaped[jax.Array, "B S"], *, config: UMT5Config
+) -> Float[jax.Array, "B S M"]:
+    """Return the prompt embeddings of token ids, zero where ``mask`` is false::
 
         x = embedding[ids]
         x += Attention(RMS(x)); x += FFN(RMS(x))   per layer
-        rows = RMS(x) * mask
+        prompt_embeds = RMS(x) * mask
 
-    A row depends neither on the padding after it nor on how long that is: encoding short prompts short is exact.
+    An embedding does not depend on padding, so short prompts can be encoded at their own length.
 
     Args:
         params: of :func:`spec`, of any floating type.
-        ids: int ``[B, S]``, each in ``[0, vocab_size)`` (an id outside is clamped: check before).
-        mask: bool or 0/1 ``[B, S]``, true for real tokens, of which each prompt has at least one (its ``</s>``).
+        ids: token ids in ``[0, vocab_size)``; other ids are clamped without a warning.
+        mask: bool or 0/1, true for tokens of the prompt, at least one for each prompt (``</s>``).
         config: sizes and compute type.
 
     Returns:

@@ -1,20 +1,22 @@
 """The causal video VAE of Wan2.1 (arXiv 2503.20314, section 4.1), at any width.
 
-Frames come in groups: the first frame of a video alone, then four at a time; each group is one latent frame, at an
-eighth of the height and width. Both directions are causal in time, so that a stream is coded piece by piece with a
-bounded cache and gives exactly what the whole clip gives.
+The first frame of a video is one latent frame, and so is each later group of four, at an eighth of the height and
+width. Encoder and decoder are causal in time. A stream can therefore be coded in chunks with a bounded cache, and the
+result is equal to that of the whole clip.
 
-Video [B, T, H, W, 3] in [-1, 1]; latents [B, F, H/8, W/8, C], T = 1 + 4 (F - 1), normalised per channel with
+Video [B, T, H, W, 3] in [-1, 1]; latents [B, F, H/8, W/8, C], T = 1 + 4 (F - 1), normalized per channel with
 ``config.latent_mean`` and ``config.latent_std``. Parameters are float32; ``config.dtype`` is the compute type.
 The parameter tree mirrors the published one (``causvid_jax.checkpoints.wan_vae`` converts).
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from causvid_jax.config import VAEConfig, require
 from causvid_jax.models import conv
@@ -26,9 +28,9 @@ Tree = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeCache:
-    """What a stream of decoded chunks remembers.
+    """State between two chunks of a decoded stream.
 
-    ``past``: by layer, the last two frames every temporal convolution read, [B, 2, h, w, C].
+    ``past``: by layer, the last two input frames of every temporal convolution, [B, 2, h, w, C].
     ``start``: bool scalar, whether the next chunk is the first of the video.
     """
 
@@ -39,9 +41,9 @@ class DecodeCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EncodeCache:
-    """What a stream of encoded chunks remembers.
+    """State between two chunks of an encoded stream.
 
-    ``past``: by layer, the last two frames every temporal convolution read, [B, 2, h, w, C] (one frame in the temporal
+    ``past``: by layer, the last two input frames of every temporal convolution, [B, 2, h, w, C] (one frame for temporal
     downsampling).
     """
 
@@ -49,17 +51,17 @@ class EncodeCache:
 
 
 def time_factor(config: VAEConfig) -> int:
-    """Pixel frames per latent frame (after the first): 4 in Wan."""
+    """Return the pixel frames per latent frame after the first: 4 in Wan."""
     return 2 ** sum(config.temporal_downsample)
 
 
 def space_factor(config: VAEConfig) -> int:
-    """Pixels per latent position along height and width: 8 in Wan."""
+    """Return the pixels per latent position along height and width: 8 in Wan."""
     return config.space_factor
 
 
 def encoder_layers(config: VAEConfig) -> tuple[tuple[str, int, int], ...]:
-    """(kind, channels in, channels out) of ``encoder/downsamples``; kind: residual, resample2d or resample3d."""
+    """Return (kind, channels in, channels out) of ``encoder/downsamples``: residual, resample2d or resample3d."""
     plan, width = [], config.base_dim
     for level, mult in enumerate(config.dim_mult):
         for _ in range(config.num_res_blocks):
@@ -71,7 +73,7 @@ def encoder_layers(config: VAEConfig) -> tuple[tuple[str, int, int], ...]:
 
 
 def decoder_layers(config: VAEConfig) -> tuple[tuple[str, int, int], ...]:
-    """(kind, channels in, channels out) of ``decoder/upsamples``; resampling halves the channels."""
+    """Return (kind, channels in, channels out) of ``decoder/upsamples``; resampling halves the channels."""
     plan, width = [], config.base_dim * config.dim_mult[-1]
     for level, mult in enumerate(reversed(config.dim_mult)):
         for _ in range(config.num_res_blocks + 1):
@@ -84,7 +86,8 @@ def decoder_layers(config: VAEConfig) -> tuple[tuple[str, int, int], ...]:
 
 
 def abstract(config: VAEConfig) -> Tree:
-    """The parameter tree as ``jax.ShapeDtypeStruct``: kernels [(kt,) kh, kw, in, out], ``bias`` and ``gamma`` [C]."""
+    """Return the parameter tree as ``jax.ShapeDtypeStruct``: kernels [(kt,) kh, kw, in, out], ``bias`` and ``gamma``
+    [C]."""
     z, first, last = config.z_dim, config.base_dim, config.base_dim * config.dim_mult[-1]
     encoder_out, decoder_out = encoder_layers(config)[-1][2], decoder_layers(config)[-1][2]
     return {
@@ -106,11 +109,11 @@ def abstract(config: VAEConfig) -> Tree:
 
 
 def init(key: jax.Array, config: VAEConfig) -> Tree:
-    """Random parameters: kernels N(0, 1/fan_in), biases 0, gammas 1.
+    """Return random parameters: kernels N(0, 1/fan_in), biases 0, gammas 1.
 
-    Variance-preserving on purpose. With the usual uniform +-1/sqrt(fan_in) for kernels *and* biases every convolution
-    shrinks the signal threefold beside a constant of its own, and a deep narrow VAE starts with outputs that hardly
-    depend on the input.
+    This preserves the variance of the signal. With the usual uniform +-1/sqrt(fan_in) for kernels *and* biases every
+    convolution shrinks the signal to a third and adds a constant, so the initial output of a deep narrow VAE hardly
+    depends on its input.
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(abstract(config))
     leaves = []
@@ -123,21 +126,25 @@ def init(key: jax.Array, config: VAEConfig) -> Tree:
     return jax.tree_util.tree_unflatten(structure, leaves)
 
 
-def encode_moments(params: Tree, video: jax.Array, *, config: VAEConfig) -> tuple[jax.Array, jax.Array]:
-    """Mean and log-variance of q(z | video), not normalised: [B, 1 + 4n, H, W, 3] -> twice [B, 1 + n, h, w, C]."""
+def encode_moments(
+    params: Tree, video: Float[jax.Array, "B T H W 3"], *, config: VAEConfig
+) -> tuple[Float[jax.Array, "B F h w C"], Float[jax.Array, "B F h w C"]]:
+    """Return mean and log-variance of q(z | video), unnormalized: [B, 1 + 4n, H, W, 3] to [B, 1 + n, h, w, C] each."""
     _check_video(video, config, starts=True)
     return _encoder(params, video, {}, config=config, starts=True)[0]
 
 
-def encode(params: Tree, video: jax.Array, *, config: VAEConfig) -> jax.Array:
-    """Normalised latents (the deterministic mean): [B, 1 + 4n, H, W, 3] -> [B, 1 + n, h, w, C] float32."""
+def encode(params: Tree, video: Float[jax.Array, "B T H W 3"], *, config: VAEConfig) -> Float[jax.Array, "B F h w C"]:
+    """Return normalized latents (the mean): [B, 1 + 4n, H, W, 3] to [B, 1 + n, h, w, C], float32."""
     return normalize(encode_moments(params, video, config=config)[0], config)
 
 
-def decode(params: Tree, latents: jax.Array, *, config: VAEConfig, clamp: bool = True) -> jax.Array:
-    """Video of normalised latents: [B, F, h, w, C] -> [B, 1 + 4 (F - 1), H, W, 3] float32, clamped to [-1, 1].
+def decode(
+    params: Tree, latents: Float[jax.Array, "B F h w C"], *, config: VAEConfig, clamp: bool = True
+) -> Float[jax.Array, "B T H W 3"]:
+    """Decode normalized latents: [B, F, h, w, C] to [B, 1 + 4 (F - 1), H, W, 3] float32, clamped to [-1, 1].
 
-    Training takes ``clamp=False``: a clamped pixel has no gradient.
+    Train with ``clamp=False``: a clamped pixel has no gradient.
     """
     _check_latents(latents, config)
     video, _ = _decoder(params, latents, {}, config=config, start=True)
@@ -145,21 +152,21 @@ def decode(params: Tree, latents: jax.Array, *, config: VAEConfig, clamp: bool =
 
 
 def init_encode_cache(config: VAEConfig, *, batch: int, height: int, width: int) -> EncodeCache:
-    """The cache before the first chunk of a video of ``height`` x ``width`` pixels."""
+    """Return the cache before the first chunk of a video of ``height`` x ``width`` pixels."""
     video = jax.ShapeDtypeStruct((batch, 1 + time_factor(config), height, width, 3), jnp.float32)
     _check_video(video, config, starts=True)
     return EncodeCache(past=_zeros_like_past(_encoder, video, config, starts=True))
 
 
 def encode_chunk(
-    params: Tree, frames: jax.Array, cache: EncodeCache, *, config: VAEConfig, first: bool
-) -> tuple[jax.Array, EncodeCache]:
-    """Normalised latents of the next frames of a video; chunk by chunk equal to :func:`encode` of the whole.
+    params: Tree, frames: Float[jax.Array, "B T H W 3"], cache: EncodeCache, *, config: VAEConfig, first: bool
+) -> tuple[Float[jax.Array, "B n h w C"], EncodeCache]:
+    """Encode the next frames of a video; the chunks together equal :func:`encode` of the whole video.
 
     Args:
         params: VAE parameters.
         frames: [B, 1 + 4n, H, W, 3] for the first chunk, [B, 4n, H, W, 3] for a later one.
-        cache: from :func:`init_encode_cache` or the call before.
+        cache: from :func:`init_encode_cache` or the previous call.
         config: VAE sizes.
         first: static; whether this is the first chunk.
 
@@ -172,26 +179,26 @@ def encode_chunk(
 
 
 def init_decode_cache(config: VAEConfig, *, batch: int, height: int, width: int) -> DecodeCache:
-    """The cache before the first chunk of a video whose latents are ``height`` x ``width``."""
+    """Return the cache before the first chunk of a video whose latents are ``height`` x ``width``."""
     latents = jax.ShapeDtypeStruct((batch, 2, height, width, config.z_dim), jnp.float32)
     past = _zeros_like_past(_decoder, latents, config, start=True)
     return DecodeCache(past=past, start=jnp.array(True))
 
 
 def decode_chunk(
-    params: Tree, latents: jax.Array, cache: DecodeCache, *, config: VAEConfig
-) -> tuple[jax.Array, DecodeCache]:
-    """The frames of the next latents of a video, in one static shape for the first chunk and all others.
+    params: Tree, latents: Float[jax.Array, "B K h w C"], cache: DecodeCache, *, config: VAEConfig
+) -> tuple[Float[jax.Array, "B T H W 3"], DecodeCache]:
+    """Decode the next latents of a video; the output shape of the first chunk is that of all others.
 
-    The first latent of a video has one frame, any other has four. Here every latent has four slots; of the first one
-    only the last exists, and the others are kept at zero in front of every temporal convolution, where they stand for
-    the zero padding in front of a video. So the caller drops the first three frames of the first chunk; what remains
-    of all chunks is :func:`decode` of the whole.
+    The first latent of a video has one frame, any other has four. Here every latent has four slots, but of the first
+    latent only the last slot exists. The other three are set to zero before every temporal convolution, which is equal
+    to the zero padding before a video. The caller drops the first three frames of the first chunk; all remaining frames
+    together equal :func:`decode` of the whole video.
 
     Args:
         params: VAE parameters.
-        latents: [B, K, h, w, C], normalised.
-        cache: from :func:`init_decode_cache` or the call before.
+        latents: normalized, K frames.
+        cache: from :func:`init_decode_cache` or the previous call.
         config: VAE sizes.
 
     Returns:
@@ -203,17 +210,17 @@ def decode_chunk(
 
 
 def normalize(mean: jax.Array, config: VAEConfig) -> jax.Array:
-    """(mean - latent_mean) / latent_std over the channels [..., C]."""
+    """Return (mean - latent_mean) / latent_std over the channels [..., C]."""
     return (mean - jnp.asarray(config.latent_mean or 0.0)) / jnp.asarray(config.latent_std or 1.0)
 
 
 def denormalize(latents: jax.Array, config: VAEConfig) -> jax.Array:
-    """The inverse of :func:`normalize`."""
+    """Invert :func:`normalize`."""
     return latents * jnp.asarray(config.latent_std or 1.0) + jnp.asarray(config.latent_mean or 0.0)
 
 
-def _encoder(params: Tree, video: jax.Array, past: Tree, *, config: VAEConfig, starts: bool):
-    """((mean, logvar) float32, new past)."""
+def _encoder(params: Tree, video: jax.Array, past: Tree, *, config: VAEConfig, starts: bool) -> tuple[Any, Tree]:
+    """Return ((mean, logvar) float32, new past)."""
     net = params["encoder"]
     new: Tree = {"downsamples": {}}
     x, new["conv1"] = layers.causal(net["conv1"], video.astype(config.dtype), past.get("conv1"), None)
@@ -230,11 +237,13 @@ def _encoder(params: Tree, video: jax.Array, past: Tree, *, config: VAEConfig, s
     return (mean, logvar), new
 
 
-def _decoder(params: Tree, latents: jax.Array, past: Tree, *, config: VAEConfig, start: bool | jax.Array):
-    """(video float32, new past). ``start`` as in ``vae_layers.upsample``: static True, or traced with static shapes."""
+def _decoder(
+    params: Tree, latents: jax.Array, past: Tree, *, config: VAEConfig, start: bool | jax.Array
+) -> tuple[Any, Tree]:
+    """Return (video float32, new past); ``start`` is static True or traced, as in ``vae_layers.upsample``."""
     net = params["decoder"]
     new: Tree = {"upsamples": {}}
-    slots, present = 1, None  # slots: frames per latent so far
+    slots, present = 1, None  # slots: frames per latent at this level
     x = conv.pointwise(params["conv2"], denormalize(latents, config).astype(config.dtype))
     x, new["conv1"] = layers.causal(net["conv1"], x, past.get("conv1"), None)
     x, new["middle"] = layers.middle(net["middle"], x, past.get("middle", {}), None)
@@ -252,7 +261,9 @@ def _decoder(params: Tree, latents: jax.Array, past: Tree, *, config: VAEConfig,
     return x.astype(jnp.float32), new
 
 
-def _zeros_like_past(network, inputs: jax.ShapeDtypeStruct, config: VAEConfig, **start: bool) -> Tree:
+def _zeros_like_past(
+    network: Callable[..., Any], inputs: jax.ShapeDtypeStruct, config: VAEConfig, **start: bool
+) -> Tree:
     _, past = jax.eval_shape(lambda p, x: network(p, x, {}, config=config, **start), abstract(config), inputs)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), past)
 

@@ -1,8 +1,8 @@
-"""The layers of the Wan video VAE (Wan2.1, ``wan/modules/vae.py``), as pure functions over parameter dicts.
+"""Layers of the Wan video VAE (Wan2.1, ``wan/modules/vae.py``) as pure functions over parameter dicts.
 
-Temporal layers take ``past``, a dict of the frames their convolutions saw last (``{}`` at the start of a video), and
-return it renewed. ``present`` [T] is None or a mask of the frames that exist: a frame that does not exist is zero in
-front of every temporal convolution, exactly what the causal zero padding would be (see ``vae.decode_chunk``).
+Temporal layers take ``past``, a dict of the last input frames of their convolutions (``{}`` at the start of a video),
+and return the updated dict. ``present`` [T] is None or a mask of the frames that exist. Other frames are set to zero
+before every temporal convolution, which is equal to the causal zero padding (see ``vae.decode_chunk``).
 """
 
 from typing import Any
@@ -17,30 +17,32 @@ Tree = dict[str, Any]
 
 
 def rms_norm(gamma: jax.Array, x: jax.Array) -> jax.Array:
-    """x / |x| * sqrt(C) * gamma over the channels [..., C], in float32; zero stays zero (with a zero gradient)."""
-    wide = x.astype(jnp.float32)
-    square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
+    """Return x / |x| * sqrt(C) * gamma over the channels [..., C] in float32; zero maps to zero."""
+    x32 = x.astype(jnp.float32)
+    square = jnp.sum(jnp.square(x32), axis=-1, keepdims=True)
     scale = gamma * x.shape[-1] ** 0.5
-    return (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24)) * scale).astype(x.dtype)
+    return (x32 * jax.lax.rsqrt(jnp.maximum(square, 1e-24)) * scale).astype(x.dtype)
 
 
 def only_present(x: jax.Array, present: jax.Array | None) -> jax.Array:
-    """x [B, T, H, W, C] with the frames that do not exist set to zero."""
+    """Set the frames of x [B, T, H, W, C] that do not exist to zero."""
     return x if present is None else jnp.where(present[:, None, None, None], x, 0)
 
 
-def causal(params: Tree, x: jax.Array, past: jax.Array | None, present: jax.Array | None):
-    """:func:`conv.causal_conv` on the frames that exist: (y, new past)."""
+def causal(
+    params: Tree, x: jax.Array, past: jax.Array | None, present: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Apply :func:`conv.causal_conv` to the frames that exist; return (y, new past)."""
     return conv.causal_conv(params, only_present(x, present), past)
 
 
-def head(params: Tree, x: jax.Array, past: jax.Array | None, present: jax.Array | None):
-    """Norm, SiLU and causal convolution (``norm.gamma``, ``conv``): (y, new past)."""
+def head(params: Tree, x: jax.Array, past: jax.Array | None, present: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Apply norm, SiLU and causal convolution (``norm.gamma``, ``conv``); return (y, new past)."""
     return causal(params["conv"], jax.nn.silu(rms_norm(params["norm"]["gamma"], x)), past, present)
 
 
 def residual_block(params: Tree, x: jax.Array, past: Tree, present: jax.Array | None) -> tuple[jax.Array, Tree]:
-    """Twice norm, SiLU, causal convolution, plus x (through a 1 x 1 x 1 ``shortcut`` where the width changes)."""
+    """Add two times norm, SiLU and causal convolution to x, or to its 1 x 1 x 1 ``shortcut`` if the width changes."""
     skip = conv.pointwise(params["shortcut"], x) if "shortcut" in params else x
     new = {}
     for i in ("1", "2"):
@@ -50,7 +52,7 @@ def residual_block(params: Tree, x: jax.Array, past: Tree, present: jax.Array | 
 
 
 def attention_block(params: Tree, x: jax.Array) -> jax.Array:
-    """Single-head attention among the positions of each frame, with a residual: [B, T, H, W, C] -> same."""
+    """Add single-head attention between the positions of each frame to x [B, T, H, W, C]."""
     height, width = x.shape[2:4]
     tokens = rearrange(rms_norm(params["norm"]["gamma"], x), "b t h w c -> b t (h w) c")
     q, k, v = jnp.split(conv.pointwise(params["to_qkv"], tokens), 3, axis=-1)
@@ -60,7 +62,7 @@ def attention_block(params: Tree, x: jax.Array) -> jax.Array:
 
 
 def middle(params: Tree, x: jax.Array, past: Tree, present: jax.Array | None) -> tuple[jax.Array, Tree]:
-    """Residual block, attention, residual block."""
+    """Apply residual block, attention and residual block."""
     x, first = residual_block(params["0"], x, past.get("0", {}), present)
     x = attention_block(params["1"], x)
     x, last = residual_block(params["2"], x, past.get("2", {}), present)
@@ -70,9 +72,9 @@ def middle(params: Tree, x: jax.Array, past: Tree, present: jax.Array | None) ->
 def downsample(params: Tree, x: jax.Array, past: Tree, *, starts: bool) -> tuple[jax.Array, Tree]:
     """Halve height and width and, with a ``time_conv``, the frame rate.
 
-    The first frame of a video is kept as it is; every later output reads three frames, the middle one of which would be
-    the one dropped: out[1 + i] = time_conv(x[2i], x[2i + 1], x[2i + 2]). ``past["time_conv"]`` is the last frame of the
-    call before, [B, 1, h, w, C]; ``starts`` (static) says there was none.
+    The first frame of a video is kept. Every later output combines three frames:
+    out[1 + i] = time_conv(x[2i], x[2i + 1], x[2i + 2]). ``past["time_conv"]`` is the last frame of the previous call,
+    [B, 1, h, w, C]. Set ``starts`` (static) for the first call.
     """
     x = conv.conv2d(params["conv"], x, stride=2, padding=(0, 1))
     if "time_conv" not in params:
@@ -88,16 +90,16 @@ def downsample(params: Tree, x: jax.Array, past: Tree, *, starts: bool) -> tuple
 def upsample(params: Tree, x: jax.Array, past: Tree, *, start: bool | jax.Array, frames: int) -> tuple[jax.Array, Tree]:
     """Double height and width and, with a ``time_conv``, the frame rate.
 
-    ``time_conv`` makes two frames of each, in the channels [2, C]. The frame of the first latent of a video passes
-    untouched and is absent from the history of ``time_conv``. ``frames`` is how many slots one latent has in x.
+    ``time_conv`` outputs two frames for each, in the channels [2, C]. The frame of the first latent of a video is
+    copied, and the past of ``time_conv`` excludes it. ``frames`` is the number of slots per latent in x.
 
     * ``start`` True: x begins with the single frame of the first latent, which stays single.
-    * ``start`` a traced bool: if it holds, x begins with ``frames`` slots of the first latent, of which only the last
-      exists; it moves to the last of the doubled slots.
+    * ``start`` traced: if true, x begins with ``frames`` slots of the first latent, of which only the last exists. It
+      moves to the last of the doubled slots.
     """
     new = {}
     if "time_conv" in params:
-        lead, body = (x[:, :1], x[:, 1:]) if start is True else (x[:, :0], x)
+        first, body = (x[:, :1], x[:, 1:]) if start is True else (x[:, :0], x)
         past_frames = past.get("time_conv")
         if start is not True:
             body = only_present(body, ~start | (jnp.arange(x.shape[1]) >= frames))
@@ -106,6 +108,6 @@ def upsample(params: Tree, x: jax.Array, past: Tree, *, start: bool | jax.Array,
         if start is not True:
             doubled = repeat(x, "b t h w c -> b (t two) h w c", two=2)
             pairs = jnp.where((start & (jnp.arange(2 * x.shape[1]) < 2 * frames))[:, None, None, None], doubled, pairs)
-        x = jnp.concatenate([lead, pairs], axis=1)
+        x = jnp.concatenate([first, pairs], axis=1)
     x = repeat(x, "b t h w c -> b t (h y) (w x) c", y=2, x=2)
     return conv.conv2d(params["conv"], x), new

@@ -143,7 +143,7 @@ def block_noise(seed: jax.Array, block: jax.Array, step: jax.Array | int, shape:
 
 def _noise(state: StreamState, step: jax.Array | int, config: Recipe) -> jax.Array:
     shape = (block_frames(state, config), *config.latent_size, config.vae.z_dim)
-    return precision.everywhere(block_noise(state.seed, state.block, step, shape), config.student)
+    return precision.round_all(block_noise(state.seed, state.block, step, shape), config.student)
 
 
 def _sigma(timestep: float, config: Recipe) -> float:
@@ -182,9 +182,9 @@ def _denoise(params, state: StreamState, x: jax.Array, start: int, config: Recip
         x, cache = carry
         timestep, sigma, next_sigma, step = inputs
         velocity, cache = _pass(params, state, cache, x, timestep, config)
-        x0 = precision.everywhere(flow.x0_from_velocity(x, velocity, sigma), config.student)
+        x0 = precision.round_all(flow.x0_from_velocity(x, velocity, sigma), config.student)
         x = flow.add_noise(x0, _noise(state, step, config), next_sigma)
-        return (precision.everywhere(x, config.student), cache), None
+        return (precision.round_all(x, config.student), cache), None
 
     with jax.named_scope("denoise"):
         (x, cache), _ = jax.lax.scan(turn, (x, state.cache), table)
@@ -263,7 +263,7 @@ def next_block_from(
     """
     _check_block(state, latents, config)
     sigma = jnp.float32(_sigma(flow.student_timesteps(config.diffusion)[start], config))
-    x = precision.everywhere(flow.add_noise(latents, _noise(state, start, config), sigma), config.student)
+    x = precision.round_all(flow.add_noise(latents, _noise(state, start, config), sigma), config.student)
     x0, cache = _denoise(params, state, x, start, config)
     return x0, _finish(state, x0, cache)
 

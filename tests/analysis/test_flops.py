@@ -35,6 +35,6 @@ def test_a_layer_by_hand():
 
 
 def test_pairs_of_a_plan():
-    assert flops.seen(attention.everything(4)) == 16
+    assert flops.seen(attention.bidirectional(4)) == 16
     assert flops.seen(attention.block_causal(6, CausalConfig(frames_per_block=2))) == 2 * (2 + 4 + 6)
     assert flops.seen(attention.block_causal(6, CausalConfig(frames_per_block=2, window=3))) == 2 * (2 + 3 + 3)

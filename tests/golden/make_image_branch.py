@@ -94,7 +94,8 @@ def condition_errors(arrays: dict[str, np.ndarray]) -> list[float]:
 
     pairs = (("condition_first", (0,)), ("condition_both", (0, 12)))
     return [
-        float(np.abs(image_condition(arrays[name][..., 4:], given=given) - arrays[name]).max()) for name, given in pairs
+        float(np.abs(image_condition(arrays[name][..., 4:], known_frames=given) - arrays[name]).max())
+        for name, given in pairs
     ]
 
 

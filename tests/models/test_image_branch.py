@@ -137,7 +137,7 @@ def test_the_condition_equals_diffusers():
 
 def test_the_condition_channels():
     latents = jax.random.normal(jax.random.key(0), (2, 3, 4, 6, 5))
-    made = image_branch.image_condition(latents, given=(0, 6))
+    made = image_branch.image_condition(latents, known_frames=(0, 6))
     assert made.shape == (2, 3, 4, 6, 9)
     np.testing.assert_array_equal(made[..., 4:], latents)
     # Latent frame 2 holds pixel frames 5, 6, 7, 8.
@@ -163,10 +163,10 @@ def test_the_condition_channels():
         ),
         (
             lambda x, t, text, image: transformer.bidirectional(params(), x[..., :2], t, text, image, config=CONFIG),
-            "has 2 channels; this transformer reads 8",
+            "has 2 channels; this transformer requires 8",
         ),
         (
-            lambda x, t, text, image: image_branch.image_condition(x, given=(0, 13)),
+            lambda x, t, text, image: image_branch.image_condition(x, known_frames=(0, 13)),
             "\\(0, 13\\); a video of 4 latent frames has pixel frames 0 to 12",
         ),
         (lambda *_: TransformerConfig(image_dim=-1), "image_dim is -1"),

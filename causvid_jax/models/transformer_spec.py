@@ -1,0 +1,75 @@
+"""Parameters of the Wan diffusion transformer: shapes, logical axes and initializers."""
+
+from typing import Any
+
+import flax.linen as nn
+
+from causvid_jax.config import TransformerConfig
+from causvid_jax.models import image_branch
+from causvid_jax.sharding.params import ParamSpec, linear_spec, stack_spec
+
+
+def _attention_spec(dim: int) -> dict[str, Any]:
+    ones = ParamSpec((dim,), ("embed",), nn.initializers.ones)
+    return {
+        "q": linear_spec(dim, dim, ("embed", "heads")),
+        "k": linear_spec(dim, dim, ("embed", "heads")),
+        "v": linear_spec(dim, dim, ("embed", "heads")),
+        "o": linear_spec(dim, dim, ("heads", "embed")),
+        "norm_q": {"scale": ones},
+        "norm_k": {"scale": ones},
+    }
+
+
+def _image_attention_spec(dim: int) -> dict[str, Any]:
+    return {
+        "k_img": linear_spec(dim, dim, ("embed", "heads")),
+        "v_img": linear_spec(dim, dim, ("embed", "heads")),
+        "norm_k_img": {"scale": ParamSpec((dim,), ("embed",), nn.initializers.ones)},
+    }
+
+
+def block_spec(config: TransformerConfig) -> dict[str, Any]:
+    """Return the parameters of one layer."""
+    dim = config.dim
+    return {
+        "modulation": ParamSpec((6, dim), (None, None), nn.initializers.normal(dim**-0.5)),
+        "self_attn": _attention_spec(dim),
+        "norm3": {
+            "scale": ParamSpec((dim,), ("embed",), nn.initializers.ones),
+            "bias": ParamSpec((dim,), ("embed",), nn.initializers.zeros),
+        },
+        "cross_attn": _attention_spec(dim) | (_image_attention_spec(dim) if config.image_dim else {}),
+        "ffn": {
+            "fc1": linear_spec(dim, config.ffn_dim, ("embed", "mlp")),
+            "fc2": linear_spec(config.ffn_dim, dim, ("mlp", "embed")),
+        },
+    }
+
+
+def outer_spec(config: TransformerConfig) -> dict[str, Any]:
+    """Return the parameters outside the layers. Initializers are Wan's: N(0, 0.02) in the embeddings, a zero head."""
+    dim, small = config.dim, nn.initializers.normal(0.02)
+    patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+    return {
+        "patch_embedding": linear_spec(patch * config.in_channels, dim, (None, "embed")),
+        "text_embedding": {
+            "fc1": linear_spec(config.text_dim, dim, (None, "embed"), small),
+            "fc2": linear_spec(dim, dim, ("embed", None), small),
+        },
+        "time_embedding": {
+            "fc1": linear_spec(config.freq_dim, dim, (None, "embed"), small),
+            "fc2": linear_spec(dim, dim, ("embed", None), small),
+        },
+        "time_projection": linear_spec(dim, 6 * dim, ("embed", None)),
+        "head": {
+            "modulation": ParamSpec((2, dim), (None, None), nn.initializers.normal(dim**-0.5)),
+            "proj": linear_spec(dim, patch * config.out_channels, ("embed", None), nn.initializers.zeros),
+        },
+        **({"image_embedding": image_branch.spec(config)} if config.image_dim else {}),
+    }
+
+
+def spec(config: TransformerConfig) -> dict[str, Any]:
+    """Return shape, logical axes and initializer of every parameter; ``blocks`` has the stacked layers."""
+    return {**outer_spec(config), "blocks": stack_spec(block_spec(config), config.num_layers)}
