@@ -148,7 +148,7 @@ def deviation(flat, inputs, numerics: str, expected: np.ndarray) -> float:
     from causvid_jax.config import TransformerConfig
     from causvid_jax.models import transformer
 
-    config = TransformerConfig(**SIZES, dtype="bfloat16", numerics=numerics)
+    config = TransformerConfig(**SIZES, dtype="bfloat16", precision=numerics)
     velocity = jax.jit(transformer.bidirectional, static_argnames="config")
     got = velocity(store.unflatten(flat), inputs["x"], inputs["timestep"], inputs["text"], config=config)
     return float(np.sqrt(np.mean((np.asarray(got) - expected) ** 2) / np.mean(expected**2)))

@@ -40,13 +40,13 @@ def test_rounding_is_that_of_a_cast():
     x = jax.random.normal(jax.random.key(0), (1000,)) * 10.0 ** jnp.arange(-5, 5).repeat(100)
     np.testing.assert_array_equal(precision.rounded(x, "bfloat16"), x.astype(jnp.bfloat16).astype(jnp.float32))
     np.testing.assert_array_equal(precision.rounded(x, "float32"), x)
-    with pytest.raises(ConfigError, match="transformer.precision is 'exact'; accepted: 'own', 'wan', 'causvid'"):
+    with pytest.raises(ConfigError, match="transformer.precision is 'exact'; accepted: 'default', 'wan', 'causvid'"):
         TransformerConfig(precision="exact")
 
 
 @pytest.mark.parametrize("column", ["default", "wan"])
 def test_narrow_parameters_give_the_same_bits(drawn, column):
-    config = dataclasses.replace(CONFIG, numerics=column)
+    config = dataclasses.replace(CONFIG, precision=column)
     flat, inputs = drawn
     wide = store.unflatten(flat)
     narrow = jax.tree.map(lambda x, leaf: jnp.asarray(x, leaf.dtype), wide, transformer.inference(config))
@@ -65,7 +65,7 @@ def test_in_float32_absolute_positions_change_nothing(drawn):
     step = jax.jit(transformer.cached, static_argnames=("config", "causal"))
     out = {}
     for column in ("default", "causvid"):
-        config = dataclasses.replace(CONFIG, dtype="float32", numerics=column)
+        config = dataclasses.replace(CONFIG, dtype="float32", precision=column)
         cache = transformer.init_cache(config, causal, batch=2, height=4, width=6)
         prompt = transformer.encode_text(params, inputs["text"], config=config)
         for i in range(2):
