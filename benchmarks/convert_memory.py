@@ -20,7 +20,9 @@ import time
 import jax.numpy as jnp
 import numpy as np
 
-from causvid_jax.checkpoints import convert, files, layouts
+from causvid_jax.checkpoints.safetensors_io import write_safetensors
+from causvid_jax.checkpoints.save import SHARD_BYTES
+from causvid_jax.checkpoints.wan_transformer import NETWORK
 from causvid_jax.config import TransformerConfig
 
 SIZES = {"1.3B": TransformerConfig(), "14B": TransformerConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)}
@@ -39,19 +41,19 @@ def write_random(folder: pathlib.Path, config: TransformerConfig, naming: str, d
             yield piece
             start, left = 0, left - len(piece)
 
-    layout = {name: (shape, dtype) for name, shape in layouts.TRANSFORMER.shapes(config, naming).items()}
+    layout = {name: (shape, dtype) for name, shape in NETWORK.shapes(config, naming).items()}
     shards: list[list[str]] = [[]]
-    room = convert.SHARD_BYTES
+    room = SHARD_BYTES
     for name, (shape, _) in sorted(layout.items()):
         room -= int(np.prod(shape)) * dtype.itemsize
         if room < 0:
             shards.append([])
-            room = convert.SHARD_BYTES - int(np.prod(shape)) * dtype.itemsize
+            room = SHARD_BYTES - int(np.prod(shape)) * dtype.itemsize
         shards[-1].append(name)
     weight_map = {}
     for i, names in enumerate(shards):
         file = folder / f"diffusion_pytorch_model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        files.write_safetensors(file, {name: layout[name] for name in names}, pieces, {"format": "pt"}, checksum=False)
+        write_safetensors(file, {name: layout[name] for name in names}, pieces, {"format": "pt"}, checksum=False)
         weight_map |= dict.fromkeys(names, file.name)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))

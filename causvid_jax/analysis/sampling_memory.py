@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from causvid_jax.checkpoints.files import in_words
 from causvid_jax.config import CLIPConfig, Recipe, TransformerConfig, require
+from causvid_jax.config.files import format_bytes
 from causvid_jax.models import attention, decoder, taehv, transformer, vae
 from causvid_jax.models import clip_vision as clip_model
 from causvid_jax.sampling import stream
@@ -148,13 +148,13 @@ def describe(phases: tuple[Phase, ...], limit: int | None = None) -> str:
     """The plan as lines of text: what stands together, and what of it is freed when."""
     lines = ["Memory on the device; what a phase holds is freed before the next."]
     for number, phase in enumerate(phases, 1):
-        lines.append(f"  {number}. {phase.name}: {in_words(phase.total)}")
+        lines.append(f"  {number}. {phase.name}: {format_bytes(phase.total)}")
         for name, types in phase.items.items():
-            parts = ", ".join(f"{in_words(count)} {kind}" for kind, count in sorted(types.items()) if count)
+            parts = ", ".join(f"{format_bytes(count)} {kind}" for kind, count in sorted(types.items()) if count)
             lines.append(f"       {name:<26}{parts or 'nothing'}")
     peak = max(phases, key=lambda phase: phase.total)
-    known = f" of {in_words(limit)} that the device has" if limit else "; the device does not say how much it has"
-    lines.append(f"  Most: {in_words(peak.total)} ({peak.name}){known}.")
+    known = f" of {format_bytes(limit)} that the device has" if limit else "; the device does not say how much it has"
+    lines.append(f"  Most: {format_bytes(peak.total)} ({peak.name}){known}.")
     return "\n".join(lines)
 
 
@@ -163,8 +163,8 @@ def check(phases: tuple[Phase, ...], limit: int | None) -> None:
     for phase in phases:
         require(
             limit is None or phase.total <= limit,
-            f"to {phase.name} takes about {in_words(phase.total)}, and the device has {in_words(limit or 0)}; what "
-            "makes it less: a smaller video.height and video.width, fewer --frames or prompts at once, a "
+            f"to {phase.name} takes about {format_bytes(phase.total)}, and the device has {format_bytes(limit or 0)}; "
+            "what makes it less: a smaller video.height and video.width, fewer --frames or prompts at once, a "
             "causal.window, decoder=taehv",
         )
 

@@ -1,96 +1,132 @@
-"""CLIP's image encoder between its published checkpoints and our parameter tree.
+"""CLIP's image encoder: its keys in published checkpoints, its preset and its ``config.json``.
 
-Two namings exist: Wan2.1's own file (``models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth``:
-``visual.transformer.0.attn.to_qkv.weight``), which holds queries, keys and values of a layer as one matrix and CLIP's
-text half beside the image encoder, and transformers' ``CLIPVisionModelWithProjection`` of diffusers' folders
-(``vision_model.encoder.layers.0.self_attn.q_proj.weight``). Both store linear weights as [out, in] and the patch
-embedding as a convolution [out, in, p, p]; ours are [in, out], the layers stacked on a leading axis.
+Wan2.1's own file (``visual.transformer.0.attn.to_qkv.weight``) fuses queries, keys and values of a layer and also holds
+CLIP's text half; diffusers' folders hold transformers' ``CLIPVisionModelWithProjection``
+(``vision_model.encoder.layers.0.self_attn.q_proj.weight``).
 """
 
+import math
 import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-import numpy as np
-from einops import rearrange
+from causvid_jax.checkpoints.table import (
+    SAME,
+    Network,
+    Row,
+    Shapes,
+    Sizes,
+    Transform,
+    build,
+    leading,
+    linear_transform,
+    patches,
+    rows_of,
+    third,
+)
+from causvid_jax.config import CLIPConfig
+from causvid_jax.models import clip_vision
 
-from causvid_jax.config import CLIPConfig, require
+HEAD_DIM = 80
+"""Head size of ViT-H/14."""
 
-NAMINGS = ("original", "transformers")
-
-# Our module -> (original, transformers); leaves below.
-_OUTER = {
-    "patch_embedding": ("visual.patch_embedding", "vision_model.embeddings.patch_embedding"),
-    "pre_norm": ("visual.pre_norm", "vision_model.pre_layrnorm"),  # so spelt there
-    "post_norm": ("visual.post_norm", "vision_model.post_layernorm"),
-}
-# Parameters of their own, and one that is so in the original file only.
-_WHOLE = {
+_FUSED = ("blocks/attn/q", "blocks/attn/k", "blocks/attn/v")
+# Our module (or parameter) -> (original, transformers); {n} is the layer. "pre_layrnorm" is spelt so there.
+TABLE: Mapping[str, tuple[str, str]] = {
     "class_embedding": ("visual.cls_embedding", "vision_model.embeddings.class_embedding"),
     "position_embedding": ("visual.pos_embedding", "vision_model.embeddings.position_embedding.weight"),
     "projection/kernel": ("visual.head", "visual_projection.weight"),
+    "patch_embedding": ("visual.patch_embedding", "vision_model.embeddings.patch_embedding"),
+    "pre_norm": ("visual.pre_norm", "vision_model.pre_layrnorm"),
+    "post_norm": ("visual.post_norm", "vision_model.post_layernorm"),
+    "blocks/norm1": ("visual.transformer.{n}.norm1", "vision_model.encoder.layers.{n}.layer_norm1"),
+    "blocks/attn/q": ("visual.transformer.{n}.attn.to_qkv", "vision_model.encoder.layers.{n}.self_attn.q_proj"),
+    "blocks/attn/k": ("visual.transformer.{n}.attn.to_qkv", "vision_model.encoder.layers.{n}.self_attn.k_proj"),
+    "blocks/attn/v": ("visual.transformer.{n}.attn.to_qkv", "vision_model.encoder.layers.{n}.self_attn.v_proj"),
+    "blocks/attn/o": ("visual.transformer.{n}.attn.proj", "vision_model.encoder.layers.{n}.self_attn.out_proj"),
+    "blocks/norm2": ("visual.transformer.{n}.norm2", "vision_model.encoder.layers.{n}.layer_norm2"),
+    "blocks/ffn/fc1": ("visual.transformer.{n}.mlp.0", "vision_model.encoder.layers.{n}.mlp.fc1"),
+    "blocks/ffn/fc2": ("visual.transformer.{n}.mlp.2", "vision_model.encoder.layers.{n}.mlp.fc2"),
 }
-_LAYER_PREFIX = ("visual.transformer.{}.", "vision_model.encoder.layers.{}.")
-_LAYER = {
-    "norm1": ("norm1", "layer_norm1"),
-    "attn/q": ("attn.to_qkv", "self_attn.q_proj"),
-    "attn/k": ("attn.to_qkv", "self_attn.k_proj"),
-    "attn/v": ("attn.to_qkv", "self_attn.v_proj"),
-    "attn/o": ("attn.proj", "self_attn.out_proj"),
-    "norm2": ("norm2", "layer_norm2"),
-    "ffn/fc1": ("mlp.0", "mlp.fc1"),
-    "ffn/fc2": ("mlp.2", "mlp.fc2"),
-}
-_LEAF = {"kernel": "weight", "bias": "bias", "scale": "weight"}
-_FUSED = ("attn/q", "attn/k", "attn/v")
-_UNREAD = re.compile(
+# CLIP's text half, its temperature, and a buffer.
+_IGNORED = re.compile(
     r"textual\.|log_scale$|text_model\.|text_projection\.|logit_scale$|vision_model\.embeddings\.position_ids$"
 )
+_ALIASES = {
+    "hidden_size": "dim",
+    "intermediate_size": "ffn_dim",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+    "hidden_act": "activation",
+    "layer_norm_eps": "eps",
+}
 
 
-def published_name(path: str, layer: int | None, naming: str) -> str:
-    """The published name of the parameter at ``path`` of our tree (``blocks/`` left out, ``layer`` given there).
+def _published(config: CLIPConfig, form: str, shapes: Shapes) -> Iterator[Row]:
+    original = form == "original"
+    keys = {path: names[not original] for path, names in TABLE.items()}
 
-    In the original file ``attn/q``, ``attn/k`` and ``attn/v`` have one name: they are its thirds, in that order.
-    """
-    require(naming in NAMINGS, f"naming is {naming!r}; accepted: {', '.join(NAMINGS)}")
-    column = NAMINGS.index(naming)
-    if path in _WHOLE:
-        return _WHOLE[path][column]
-    module, _, leaf = path.rpartition("/")
-    table, prefix = (_OUTER, "") if layer is None else (_LAYER, _LAYER_PREFIX[column].format(layer))
-    return f"{prefix}{table[module][column]}.{_LEAF[leaf]}"
+    def transform(path: str) -> Transform:
+        module = path.rpartition("/")[0]
+        if path == "patch_embedding/kernel":
+            return patches(config.patch_size, config.patch_size)
+        if original and path == "projection/kernel":
+            return SAME
+        if original and path in ("class_embedding", "position_embedding"):
+            return leading(2 if path == "class_embedding" else 1)
+        if original and module in _FUSED:
+            return third(_FUSED.index(module), linear_transform(path))
+        return linear_transform(path)
 
-
-def unread(name: str) -> bool:
-    """Whether a tensor of a published file is no part of the image encoder: CLIP's text half, its temperature, a
-    buffer."""
-    return _UNREAD.match(name) is not None
-
-
-def place(path: str) -> int:
-    """Where the parameter at ``path`` stands in the tensor that it shares with others."""
-    module = path.rpartition("/")[0]
-    return _FUSED.index(module) if module in _FUSED else 0
+    return rows_of(keys, shapes, transform)
 
 
-def tensor_to_ours(path: str, value: np.ndarray, naming: str) -> np.ndarray:
-    """One parameter in our layout of the published tensor that holds it, a view where the elements need not move."""
-    if path == "projection/kernel":
-        return value if naming == "original" else value.T
-    if path == "patch_embedding/kernel":
-        return rearrange(value, "o c p q -> (p q c) o")
-    if naming == "original" and path in _WHOLE:
-        return value.reshape(value.shape[1:] if path == "position_embedding" else value.shape[2:])
-    if naming == "original" and path.rpartition("/")[0] in _FUSED:
-        value = value[place(path) * (len(value) // 3) :][: len(value) // 3]
-    return value.T if path.endswith("/kernel") else value
+def _infer(size: Sizes, known: Mapping[str, Any]) -> CLIPConfig | None:
+    dim, default = size("pre_norm/scale", 0), CLIPConfig()
+    patch = math.isqrt(size("patch_embedding/kernel", 0) // 3) or default.patch_size
+    side = math.isqrt(max(0, size("position_embedding", 0) - 1))
+    activation = known.get("activation")
+    return build(
+        CLIPConfig,
+        image_size=side * patch,
+        patch_size=patch,
+        dim=dim,
+        ffn_dim=size("blocks/ffn/fc1/bias", 0),
+        num_heads=known.get("num_heads") or (dim // HEAD_DIM if dim % HEAD_DIM == 0 else 1),
+        num_layers=size.layers(),
+        projection_dim=size("projection/kernel", 1),
+        activation=activation if activation == "quick_gelu" else default.activation,
+        eps=known.get("eps", default.eps),
+    )
 
 
-def tensor_to_published(path: str, value: np.ndarray, config: CLIPConfig, naming: str) -> np.ndarray:
-    """The inverse of :func:`tensor_to_ours`; of a tensor that holds several parameters, this one's rows."""
-    if path == "projection/kernel":
-        return value if naming == "original" else value.T
-    if path == "patch_embedding/kernel":
-        return rearrange(value, "(p q c) o -> o c p q", p=config.patch_size, q=config.patch_size)
-    if naming == "original" and path in _WHOLE:
-        return value[None] if path == "position_embedding" else value[None, None]
-    return value.T if path.endswith("/kernel") else value
+def _to_json(config: CLIPConfig, form: str) -> dict[str, Any] | None:
+    """Return the configuration of transformers' class; the original file has none."""
+    if form == "original":
+        return None
+    return {
+        "architectures": ["CLIPVisionModelWithProjection" if config.projection_dim else "CLIPVisionModel"],
+        "model_type": "clip_vision_model",
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": 3,
+        "projection_dim": config.projection_dim or config.dim,
+        **{theirs: getattr(config, ours) for theirs, ours in _ALIASES.items()},
+    }
+
+
+NETWORK = Network(
+    component="image_encoder",
+    config=CLIPConfig,
+    abstract=clip_vision.abstract,
+    published=_published,
+    template=CLIPConfig(),
+    presets=(CLIPConfig(),),
+    infer=_infer,
+    aliases=_ALIASES,
+    describe=lambda config: (
+        f"CLIP image encoder of {config.num_layers} layers, width {config.dim}, {config.num_heads} heads"
+    ),
+    to_json=_to_json,
+    ignored=lambda key: _IGNORED.match(key) is not None,
+)

@@ -1,10 +1,11 @@
 """Low-rank updates of a transformer: ``W + strength * alpha / rank * B A``, in float32, layer by layer.
 
 Read are the names of peft (``base_model.model.blocks.0.self_attn.q.lora_A.weight``), diffusers
-(``transformer.blocks.0.attn1.to_q.lora_A.weight``), the original layout (``diffusion_model.blocks.0.self_attn.q.
-lora_down.weight``) and kohya (``lora_unet_blocks_0_self_attn_q.lora_down.weight``), with ``alpha`` per target, in an
-``adapter_config.json`` or in the metadata; without one it equals the rank. Whole differences, which extracted LoRAs
-carry beside the factors (``.diff`` of a weight, ``.diff_b`` of a bias), are added as they are, times the strength.
+(``transformer.blocks.0.attn1.to_q.lora_A.weight``), DiffSynth (``pipe.dit.``), the original layout
+(``diffusion_model.blocks.0.self_attn.q.lora_down.weight``), kohya and VideoX-Fun
+(``lora_unet__blocks_0_self_attn_q.lora_down.weight``). ``alpha`` is given per target, by
+``adapter_config.json`` or by the metadata; without one it equals the rank. Whole differences are added, times the
+strength: ``.diff`` of a weight or modulation, ``.diff_b`` of a bias, ``.diff_m`` of a block's modulation.
 """
 
 import dataclasses
@@ -16,16 +17,19 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from causvid_jax.checkpoints import layouts, sources
-from causvid_jax.checkpoints.files import Tensor
-from causvid_jax.checkpoints.layouts import Piece
+from causvid_jax.checkpoints import source as sources
+from causvid_jax.checkpoints.safetensors_io import Tensor
+from causvid_jax.checkpoints.table import Row
+from causvid_jax.checkpoints.wan_transformer import NETWORK
 from causvid_jax.config import ConfigError, TransformerConfig, require
 
 _SUFFIX = re.compile(
     r"\.(?:(?P<down>lora_A|lora_down)|(?P<up>lora_B|lora_up))(?:\.(?!weight|bias)\w+)?\.(?P<leaf>weight|bias)$"
-    r"|\.(?P<other>alpha|diff|diff_b)$"
+    r"|\.(?P<other>alpha|diff|diff_b|diff_m)$"
 )
-_PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "model.", "lora_unet_", "lora_transformer_")
+_PREFIX = re.compile(r"lora_(?:unet|transformer)_+")
+_OTHER_KINDS = {"dora_scale": "a DoRA", "magnitude": "a DoRA", "lokr_": "a LoKr", "hada_": "a LoHa"}
+_Key = tuple[str, int | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,22 +46,41 @@ class _Update:
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """An opened LoRA; ``updates`` by original module name (``blocks.0.self_attn.q``), ``shapes`` by tensor name."""
+    """An opened LoRA.
+
+    Attributes:
+        path: the file.
+        strength: factor of the whole update.
+        updates: by original module name (``blocks.0.self_attn.q``) or modulation (``blocks.0.modulation``).
+        shapes: of the original tensors by key.
+        rows: the original table by (path, layer).
+        alpha: of every target without its own.
+        rank_stabilised: whether alpha is divided by the root of the rank.
+        layers: the layers that change; None for all.
+        skipped: targets of the file that the transformer does not have.
+    """
 
     path: pathlib.Path
     strength: float
     updates: Mapping[str, _Update]
     shapes: Mapping[str, tuple[int, ...]]
+    rows: Mapping[_Key, Row]
     alpha: float | None
     rank_stabilised: bool
     layers: frozenset[int] | None
+    skipped: tuple[str, ...] = ()
 
-    def delta(self, piece: Piece, config: TransformerConfig) -> np.ndarray | None:
-        """What to add to ``piece``, float32 in our orientation; None if this LoRA leaves it alone."""
-        if self.layers is not None and piece.layer not in self.layers:
+    def __str__(self) -> str:
+        return f"{self.strength:g} x {self.path.name}"
+
+    def delta(self, row: Row, config: TransformerConfig) -> np.ndarray | None:
+        """Return what to add to a parameter, float32 in our layout; None if this LoRA does not change it."""
+        if self.layers is not None and row.layer not in self.layers:
             return None
-        name = layouts.TRANSFORMER.name(piece, "original", config)
-        module, _, leaf = name.rpartition(".")
+        original = self.rows[row.path, row.layer]
+        module, _, leaf = original.key.rpartition(".")
+        if leaf == "modulation":
+            module, leaf = original.key, "weight"
         update = self.updates.get(module, _Update())
         terms = []
         if leaf == "weight" and update.down is not None and update.up is not None:
@@ -71,8 +94,8 @@ class Lora:
             terms.append(_read(update.diff_b))
         if not terms:
             return None
-        total = sum(term.reshape(self.shapes[name]) for term in terms)
-        return layouts.TRANSFORMER.to_ours(piece.path, np.float32(self.strength) * total, "original")
+        total = sum(term.reshape(self.shapes[original.key]) for term in terms)
+        return original.transform.to_ours(np.float32(self.strength) * total)
 
     def _scale(self, update: _Update) -> np.float32:
         assert update.down is not None
@@ -87,6 +110,7 @@ def open_lora(
     config: TransformerConfig,
     layers: Collection[int] | None = None,
     part: str | None = None,
+    skip_foreign: bool = False,
 ) -> Lora:
     """Open the LoRA at ``path`` (a weights file, or a peft folder) for a transformer of ``config``'s sizes.
 
@@ -94,66 +118,77 @@ def open_lora(
         path: see the module's text.
         strength: factor of the whole update; 0 changes nothing.
         config: the transformer's sizes, which every target must fit.
-        layers: only these; the parameters outside of the layers change only if it is None.
+        layers: only these change, and no parameter outside of the layers; None changes everything.
         part: of a pickle with several parts; default ``generator_lora``, as LongLive calls it.
+        skip_foreign: whether to leave out targets that this transformer does not have, such as the image branch of an
+            image-to-video LoRA, instead of refusing the file.
 
     Raises:
-        ConfigError: an unreadable file, targets that this transformer does not have (named), half a pair of factors,
-            shapes that do not fit, or an update that is more than low-rank (DoRA).
+        ConfigError: the file is unreadable, names targets that this transformer does not have, holds one of two
+            factors, has other shapes, or is no LoRA (DoRA, LoKr, LoHa).
     """
     require(np.isfinite(strength), f"the strength of LoRA {path} is {strength}; it must be a number")
-    source = sources.open_source(path, part, sources.LORA_PARTS)
-    shapes, aliases = layouts.TRANSFORMER.shapes(config, "original"), _aliases(config)
-    raw: dict[str, dict[str, Tensor]] = {}
-    unknown: list[str] = []
-    for name, tensor in source.tensors.items():
-        found = _SUFFIX.search(name)
-        module = aliases.get(_bare(name[: found.start()])) if found else None
-        if found is None or module is None:
-            unknown.append(name)
-            continue
-        kind = found["other"] or ("down" if found["down"] else "up")
-        if found["leaf"] == "bias":
-            kind += "_bias"
-        require(kind != "down_bias", f"LoRA {path} has a bias in its first factor ({name}), which no known LoRA has")
-        raw.setdefault(module, {})[kind] = tensor
-    doubled = [name for name in unknown if "dora_scale" in name or "magnitude" in name]
-    require(not doubled, f"LoRA {path} is a DoRA ({doubled[:1]}), which is not a sum; accepted: LoRA")
+    opened = sources.open_source(path, part, sources.LORA_PREFERRED, config=False)
+    kind = next((kind for mark, kind in _OTHER_KINDS.items() if any(mark in name for name in opened.tensors)), None)
+    require(kind is None, f"{path} is {kind}, which is no sum of two factors; accepted: LoRA")
+    raw, unknown = _by_module(opened, config)
     more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
     require(
-        not unknown,
-        f"LoRA {path} has {len(unknown)} target(s) that this transformer ({layouts.describe(config)}) does not have: "
-        f"{', '.join(unknown[:3])}{more}",
+        not unknown or (skip_foreign and raw),
+        f"LoRA {path} has {len(unknown)} target(s) that this transformer ({NETWORK.describe(config)}) does not have: "
+        f"{', '.join(unknown[:3])}{more}; --skip_foreign leaves them out",
     )
     require(raw, f"LoRA {path} holds no updates")
+    shapes = NETWORK.shapes(config, "original")
     updates = {module: _Update(**kinds) for module, kinds in raw.items()}
     for module, update in updates.items():
-        _check(f"target {module} of LoRA {path}", update, shapes[f"{module}.weight"], shapes.get(f"{module}.bias"))
+        weight = shapes[module] if module in shapes else shapes[f"{module}.weight"]
+        _check(f"target {module} of LoRA {path}", update, weight, shapes.get(f"{module}.bias"))
     if layers is not None:
         absent = sorted(set(layers) - set(range(config.num_layers)))
         require(not absent, f"LoRA layers {absent[:3]} do not exist; accepted: 0 to {config.num_layers - 1}")
-    alpha, stabilised = _adapter(source)
-    return Lora(
-        source.path, strength, updates, shapes, alpha, stabilised, None if layers is None else frozenset(layers)
-    )
+    alpha, stabilised = _adapter(opened)
+    rows = {(row.path, row.layer): row for row in NETWORK.rows(config, "original")}
+    chosen = None if layers is None else frozenset(layers)
+    return Lora(opened.path, strength, updates, shapes, rows, alpha, stabilised, chosen, tuple(unknown))
+
+
+def _by_module(opened: sources.Source, config: TransformerConfig) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Return the tensors by original module and kind, and the names that this transformer does not have."""
+    aliases = _aliases(config)
+    raw: dict[str, dict[str, Tensor]] = {}
+    unknown: list[str] = []
+    for name, tensor in opened.tensors.items():
+        match = _SUFFIX.search(name)
+        target = _PREFIX.sub("", name[: match.start()], count=1) if match else ""
+        kind = "" if match is None else match["other"] or ("down" if match["down"] else "up")
+        if kind == "diff_m":
+            target, kind = f"{target}.modulation", "diff"
+        module = aliases.get(target)
+        if match is None or module is None:
+            unknown.append(name)
+            continue
+        if match["leaf"] == "bias":
+            kind += "_bias"
+        require(kind != "down_bias", f"LoRA {opened.path} has a bias in its first factor ({name}); no known LoRA has")
+        raw.setdefault(module, {})[kind] = tensor
+    return raw, unknown
 
 
 def _aliases(config: TransformerConfig) -> dict[str, str]:
-    """Original module names by every way to write them: original and diffusers, with dots or (kohya) underscores."""
+    """Return original module names by every spelling: original and diffusers, with dots or (kohya) underscores."""
     aliases = {}
-    for piece in layouts.TRANSFORMER.pieces(config):
-        original, diffusers = (layouts.TRANSFORMER.name(piece, naming, config) for naming in ("original", "diffusers"))
-        module, _, leaf = original.rpartition(".")
+    pairs = zip(NETWORK.rows(config, "original"), NETWORK.rows(config, "diffusers"), strict=True)
+    for original, diffusers in pairs:
+        module, _, leaf = original.key.rpartition(".")
+        names = (original.key, diffusers.key)
         if leaf in ("weight", "bias"):
-            for name in (module, diffusers.rpartition(".")[0]):
-                aliases[name] = aliases[name.replace(".", "_")] = module
+            names = (module, diffusers.key.rpartition(".")[0])
+        else:
+            module = original.key
+        for name in names:
+            aliases[name] = aliases[name.replace(".", "_")] = module
     return aliases
-
-
-def _bare(target: str) -> str:
-    while outer := next((p for p in _PREFIXES if target.startswith(p)), None):
-        target = target.removeprefix(outer)
-    return target
 
 
 def _check(what: str, update: _Update, weight: tuple[int, ...], bias: tuple[int, ...] | None) -> None:
@@ -179,26 +214,26 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], int(np.prod(shape[1:]))) if shape else (0, 0)
 
 
-def _adapter(source: sources.Source) -> tuple[float | None, bool]:
-    """(alpha for every target, whether it is divided by the root of the rank) from what stands beside the weights."""
-    folder = source.path if source.path.is_dir() else source.path.parent
-    described: dict = {}
-    place = folder / "adapter_config.json"
-    if place.is_file():
-        described = sources.read_json(place)
-    elif "lora_adapter_metadata" in source.metadata:
+def _adapter(opened: sources.Source) -> tuple[float | None, bool]:
+    """Return alpha and whether it is divided by the root of the rank, as the file's metadata or folder give them."""
+    folder = opened.path if opened.path.is_dir() else opened.path.parent
+    content: dict = {}
+    file = folder / "adapter_config.json"
+    if file.is_file():
+        content = sources.read_json(file)
+    elif "lora_adapter_metadata" in opened.metadata:
         try:
-            described = json.loads(source.metadata["lora_adapter_metadata"])
+            content = json.loads(opened.metadata["lora_adapter_metadata"])
         except ValueError as error:
-            raise ConfigError(f"LoRA {source.path} has metadata that is not JSON") from error
-        described = {key.rpartition("transformer.")[2]: value for key, value in described.items()}
+            raise ConfigError(f"LoRA {opened.path} has metadata that is not JSON") from error
+        content = {key.rpartition("transformer.")[2]: value for key, value in content.items()}
     for key in ("alpha_pattern", "rank_pattern"):
-        require(not described.get(key), f"LoRA {source.path} has a {key}, which is not read; accepted: one alpha")
-    alpha = described.get("lora_alpha")
+        require(not content.get(key), f"LoRA {opened.path} has a {key}, which is not read; accepted: one alpha")
+    alpha = content.get("lora_alpha")
     require(
-        alpha is None or isinstance(alpha, (int, float)), f"LoRA {source.path} has lora_alpha {alpha!r}, not a number"
+        alpha is None or isinstance(alpha, (int, float)), f"LoRA {opened.path} has lora_alpha {alpha!r}, not a number"
     )
-    return (None if alpha is None else float(alpha)), bool(described.get("use_rslora"))
+    return (None if alpha is None else float(alpha)), bool(content.get("use_rslora"))
 
 
 def _read(tensor: Tensor) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""PyTorch checkpoints as lazy tensors, through PyTorch's weights-only loader and no other.
+"""Open PyTorch checkpoints as lazy tensors, with PyTorch's weights-only loader only.
 
-A pickle is a program; the weights-only loader knows the few calls that build tensors and refuses every other. PyTorch
-is an optional extra: without it a checkpoint is refused, with what to do instead.
+A pickle is a program. The weights-only loader knows the few calls that build tensors and refuses every other. PyTorch
+is an optional extra; without it a checkpoint is refused with what to do instead.
 """
 
 import contextlib
@@ -17,16 +17,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from causvid_jax.checkpoints.files import Tensor, reason
+from causvid_jax.checkpoints.safetensors_io import Tensor
 from causvid_jax.config import ConfigError, require
+from causvid_jax.config.files import reason
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_DEEPEST = 8
 
 
 def open_pickle(path: pathlib.Path) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a PyTorch checkpoint by part: ``{"generator_ema": {name: Tensor}, ...}``, "" for the top level.
+    """Return the tensors of a PyTorch checkpoint by nested dict: ``{"generator_ema": {name: Tensor}, ...}``.
 
-    A part is a dict with tensors in it, wherever it lies; what is no tensor is left out. The file is memory-mapped.
+    "" is the top level. What is no tensor is left out. The file is memory-mapped.
 
     Raises:
         ConfigError: PyTorch is not installed, the file is none of its checkpoints, or its pickle holds code.
@@ -39,15 +41,8 @@ def open_pickle(path: pathlib.Path) -> dict[str, dict[str, Tensor]]:
             f"{path} is a PyTorch pickle, which only PyTorch's weights-only loader may open: install it with "
             "'pip install causvid_jax[torch]', or give a .safetensors file"
         ) from error
-    mapped = True
     try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            # Written before PyTorch 1.6: not a zip file.
-            mapped, content = False, torch.load(path, map_location="cpu", weights_only=True)
+        content, mapped = _unpickle(path, torch)
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)|(?:function|class|type)[: ]+`?([\w.]+)", str(error))
         require(
@@ -56,26 +51,62 @@ def open_pickle(path: pathlib.Path) -> dict[str, dict[str, Tensor]]:
             f"{(code.group(1) or code.group(2)) if code else ''}, which is code and no tensor",
         )
         raise ConfigError(f"{path} is not a readable PyTorch checkpoint: {_first(error)}") from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except Exception as error:  # A damaged pickle makes PyTorch raise errors of any type.
         raise ConfigError(f"{path} is not a readable PyTorch checkpoint: {_first(error)}") from error
     parts: dict[str, dict[str, Tensor]] = {}
 
-    def walk(value: Any, part: str) -> None:
-        if not isinstance(value, dict):
+    def walk(value: Any, part: str, depth: int) -> None:
+        if not isinstance(value, dict) or depth > _DEEPEST:
             return
         tensors = {str(name): leaf for name, leaf in value.items() if isinstance(leaf, torch.Tensor)}
         if tensors:
-            parts[part] = {name: _lazy(leaf.detach(), mapped) for name, leaf in tensors.items()}
+            parts[part] = {name: _lazy(leaf, mapped) for name, leaf in tensors.items()}
         for name, leaf in value.items():
-            walk(leaf, f"{part}.{name}" if part else str(name))
+            walk(leaf, f"{part}.{name}" if part else str(name), depth + 1)
 
-    walk(content, "")
+    try:
+        walk(content, "", 0)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} holds a tensor that cannot be read: {_first(error)}") from error
     require(parts, f"{path} holds no tensors")
     return parts
 
 
+def _unpickle(path: pathlib.Path, torch: Any) -> tuple[Any, bool]:
+    """Return the content of a checkpoint and whether it is memory-mapped."""
+    # Training checkpoints keep losses as NumPy numbers, which are data as tensors are.
+    scalar = np.float64(0).__reduce__()[0]
+    names = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype]
+    kinds = [type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u1", "?")]
+    with torch.serialization.safe_globals([*names, *kinds]):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True), True
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+        # Written before PyTorch 1.6: not a zip file.
+        return torch.load(path, map_location="cpu", weights_only=True), False
+
+
+def as_array(tensor: Any) -> np.ndarray:
+    """Return a PyTorch or JAX or NumPy array's memory as NumPy; types that NumPy lacks pass as integers."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(tensor, torch.Tensor):
+        return np.asarray(tensor)
+    carried = {
+        torch.bfloat16: (torch.uint16, jnp.bfloat16),
+        torch.float8_e4m3fn: (torch.uint8, jnp.float8_e4m3fn),
+        torch.float8_e5m2: (torch.uint8, jnp.float8_e5m2),
+    }
+    tensor = tensor.detach().cpu()
+    if tensor.dtype not in carried:
+        return tensor.numpy()
+    plain, dtype = carried[tensor.dtype]
+    return tensor.view(plain).numpy().view(jnp.dtype(dtype))
+
+
 def _lazy(tensor: Any, mapped: bool) -> Tensor:
-    array = _numpy(tensor)
+    array = as_array(tensor)
 
     @contextlib.contextmanager
     def view() -> Iterator[np.ndarray]:
@@ -86,26 +117,8 @@ def _lazy(tensor: Any, mapped: bool) -> Tensor:
     return Tensor(array.shape, array.dtype, view)
 
 
-def _numpy(tensor: Any) -> np.ndarray:
-    """The tensor's own memory as a NumPy array; types that NumPy lacks pass as integers of their width."""
-    import torch
-
-    carried = {
-        torch.bfloat16: (torch.uint16, jnp.bfloat16),
-        torch.float8_e4m3fn: (torch.uint8, jnp.float8_e4m3fn),
-        torch.float8_e5m2: (torch.uint8, jnp.float8_e5m2),
-    }
-    if tensor.dtype not in carried:
-        return tensor.numpy()
-    plain, dtype = carried[tensor.dtype]
-    return tensor.view(plain).numpy().view(jnp.dtype(dtype))
-
-
 def _forget(array: np.ndarray) -> None:
-    """Let go of the memory that reading ``array`` took: the map of the file outlives it, its pages need not.
-
-    Nothing but memory depends on it, so where the call does not exist nothing happens.
-    """
+    """Drop the pages that reading ``array`` brought into memory; the map of the file outlives the view."""
     if sys.platform != "linux" or not array.flags["C_CONTIGUOUS"]:
         return
     first = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -115,5 +128,5 @@ def _forget(array: np.ndarray) -> None:
 
 
 def _first(error: Exception) -> str:
-    """The first sentence of PyTorch's often very long ones."""
+    """Return the first sentence of PyTorch's message, which is often very long."""
     return re.split(r"(?<=[a-z])\.\s|\n|\. This file", reason(error), maxsplit=1)[0][:200]

@@ -1,108 +1,85 @@
-"""TAEHV between its published checkpoints (``taew2_1``) and our parameter tree.
+"""TAEHV: its keys in published checkpoints (``taew2_1``) and its preset.
 
-The published networks are flat sequences, named by position: ``decoder.3.conv.0.weight`` is the first convolution of
-the first memory block. Their kernels are [out, in, kh, kw], ours [kh, kw, in, out]. A state is a dict of numpy arrays.
+The published networks are flat sequences whose keys are positions: ``decoder.3.conv.0.weight`` is the first convolution
+of the first memory block.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-from einops import rearrange
-
-from causvid_jax.checkpoints import store
-from causvid_jax.config import TAEHVConfig, require
+from causvid_jax.checkpoints.table import CONVOLUTION, OURS, SAME, Network, Row, Shapes, Sizes, build
+from causvid_jax.config import TAEHVConfig
 from causvid_jax.models import taehv
-
-State = Mapping[str, np.ndarray]
-
-PUBLISHED = TAEHVConfig()
 
 _BLOCK_CONV = {"conv1": "conv.0", "conv2": "conv.2", "conv3": "conv.4"}
 _LEAF = {"kernel": "weight", "bias": "bias"}
 
 
-def published_name(path: str, config: TAEHVConfig) -> str:
-    """The published name of the parameter at ``path`` of our tree, ``"decoder/levels/0/blocks/1/conv2/kernel"``.
+def _key(path: str, config: TAEHVConfig) -> str:
+    """Return the published key of a path such as ``decoder/levels/0/blocks/1/conv2/kernel``.
 
-    Positions count what has no parameters too. Encoder: input convolution, ReLU; by level pooling, convolution, memory
-    blocks; output convolution. Decoder: latent clamp, input convolution, ReLU; by level memory blocks, upsampling,
-    growing, convolution; ReLU, output convolution.
+    Positions also count layers without parameters. Encoder: input convolution, ReLU; by level pooling, convolution,
+    memory blocks; output convolution. Decoder: latent clamp, input convolution, ReLU; by level memory blocks,
+    upsampling, growing, convolution; ReLU, output convolution.
     """
     net, *module, leaf = path.split("/")
     levels, blocks = len(config.temporal_upsample), config.blocks
-    encodes = net == "encoder"
+    encoder = net == "encoder"
     if module[0] == "conv_in":
-        place = "0" if encodes else "1"
+        position = "0" if encoder else "1"
     elif module[0] == "conv_out":
-        place = str(2 + levels * (blocks + 2)) if encodes else str(3 + levels * (blocks + 3) + 1)
+        position = str(2 + levels * (blocks + 2)) if encoder else str(3 + levels * (blocks + 3) + 1)
     else:
         level, kind, *inner = module[1:]
-        start = 2 + int(level) * (blocks + 2) if encodes else 3 + int(level) * (blocks + 3)
+        start = 2 + int(level) * (blocks + 2) if encoder else 3 + int(level) * (blocks + 3)
         if kind == "blocks":
             index, convolution = inner
-            place = f"{start + 2 * encodes + int(index)}.{_BLOCK_CONV[convolution]}"
+            position = f"{start + 2 * encoder + int(index)}.{_BLOCK_CONV[convolution]}"
         elif kind == "conv":
-            place = str(start + (1 if encodes else blocks + 2))
+            position = str(start + (1 if encoder else blocks + 2))
         else:  # pool and grow
-            place = f"{start if encodes else start + blocks + 1}.conv"
-    return f"{net}.{place}.{_LEAF[leaf]}"
+            position = f"{start if encoder else start + blocks + 1}.conv"
+    return f"{net}.{position}.{_LEAF[leaf]}"
 
 
-def tensor_to_ours(path: str, value: np.ndarray) -> np.ndarray:
-    """One published tensor in our layout, a view."""
-    return rearrange(value, "o i h w -> h w i o") if path.endswith("/kernel") else value
+def _published(config: TAEHVConfig, form: str, shapes: Shapes) -> Iterator[Row]:
+    for path in shapes:
+        yield Row(path, None, _key(path, config), CONVOLUTION if path.endswith("/kernel") else SAME)
 
 
-def tensor_to_published(path: str, value: np.ndarray) -> np.ndarray:
-    """The inverse of :func:`tensor_to_ours`."""
-    return rearrange(value, "h w i o -> o i h w") if path.endswith("/kernel") else value
+def _infer(size: Sizes, known: Mapping[str, Any]) -> TAEHVConfig | None:
+    """Infer the widths and the number of blocks; the number of levels is the published one."""
+    levels = range(len(TAEHVConfig().temporal_upsample))
+    blocks = sum(re.fullmatch(r"encoder.+(conv1/kernel|conv\.0\.weight)", key) is not None for key in size.shapes)
+    blocks //= len(levels)
+    size = Sizes(NETWORK, size.shapes, size.form, TAEHVConfig(blocks=blocks))
+    dims = [size(f"decoder/levels/{i}/conv/kernel", 2) for i in levels]
+    pools = [f"encoder/levels/{i}/pool/kernel" for i in levels]
+    grows = [f"decoder/levels/{i}/grow/kernel" for i in levels]
+    return build(
+        TAEHVConfig,
+        blocks=blocks,
+        z_dim=size("decoder/conv_in/kernel", 2),
+        encoder_dim=size("encoder/conv_in/kernel", 3),
+        decoder_dims=(*dims, size("decoder/conv_out/kernel", 2)),
+        temporal_downsample=tuple(size(path, 2) == 2 * size(path, 3) for path in pools),
+        temporal_upsample=tuple(size(path, 3) == 2 * size(path, 2) for path in grows),
+    )
 
 
-def published_shapes(config: TAEHVConfig = PUBLISHED) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a published checkpoint of ``config``'s size."""
-    return {
-        published_name(path, config): _stored_shape(leaf.shape)
-        for path, leaf in store.flatten(taehv.abstract(config)).items()
-    }
-
-
-def from_published(state: State, config: TAEHVConfig = PUBLISHED) -> dict[str, Any]:
-    """Our parameter tree (float32 numpy) from a published state dict.
-
-    Raises:
-        ConfigError: missing, unexpected or misshapen tensors, named.
-    """
-    expected = published_shapes(config)
-    problems = {
-        "missing": sorted(expected.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - expected.keys()),
-        "misshapen": [
-            f"{name} {tuple(state[name].shape)} instead of {shape}"
-            for name, shape in sorted(expected.items())
-            if name in state and tuple(state[name].shape) != shape
-        ],
-    }
-    for problem, names in problems.items():
-        require(
-            not names,
-            f"TAEHV weights do not fit the configuration: {len(names)} tensor(s) {problem}, "
-            f"first {', '.join(names[:3])}",
-        )
-    flat = {}
-    for path in store.flatten(taehv.abstract(config)):
-        value = np.asarray(state[published_name(path, config)], np.float32)
-        flat[path] = np.ascontiguousarray(tensor_to_ours(path, value))
-    return store.unflatten(flat)
-
-
-def to_published(params: Mapping[str, Any], config: TAEHVConfig = PUBLISHED) -> State:
-    """A published state dict from our parameter tree; :func:`from_published` of it is ``params`` bit for bit."""
-    state = {}
-    for path, leaf in store.flatten(params).items():
-        state[published_name(path, config)] = np.ascontiguousarray(tensor_to_published(path, np.asarray(leaf)))
-    return state
-
-
-def _stored_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[-1], shape[-2], *shape[:-2]) if len(shape) == 4 else tuple(shape)
+NETWORK = Network(
+    component="taehv",
+    config=TAEHVConfig,
+    abstract=taehv.abstract,
+    published=_published,
+    template=TAEHVConfig(),
+    presets=(TAEHVConfig(),),
+    infer=_infer,
+    aliases={},
+    describe=lambda config: (
+        f"TAEHV of widths {config.encoder_dim} and {config.decoder_dims}, {config.z_dim} latent channels"
+    ),
+    to_json=lambda config, form: None,
+    formats=("original", OURS),
+)

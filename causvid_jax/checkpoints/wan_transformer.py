@@ -1,26 +1,35 @@
-"""The Wan2.1 DiT between its published checkpoints and our parameter tree.
+"""The Wan2.1 DiT: its keys in published checkpoints, its presets and its ``config.json``.
 
-Two namings exist: the original one (``blocks.0.self_attn.q.weight``, as in Wan2.1, CausVid and Self-Forcing files)
-and diffusers' ``WanTransformer3DModel`` (``blocks.0.attn1.to_q.weight``), which also swaps norm2 and norm3. Both store
-linear weights as [out, in] and the patch embedding as a convolution [out, in, 1, ph, pw]; ours are [in, out], the
-layers stacked on a leading axis. The image branch of the image-to-video model is converted where the configuration has
-one. A state is a dict of numpy arrays.
+Original keys (``blocks.0.self_attn.q.weight``) are those of Wan2.1, CausVid and Self-Forcing; diffusers'
+``WanTransformer3DModel`` (``blocks.0.attn1.to_q.weight``) also swaps norm2 and norm3. Image-to-video models
+also have the keys of the image branch.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-from einops import rearrange
-
-from causvid_jax.checkpoints import store
-from causvid_jax.config import ConfigError, TransformerConfig, require
+from causvid_jax.checkpoints.table import (
+    OURS,
+    Network,
+    Row,
+    Shapes,
+    Sizes,
+    Transform,
+    build,
+    leading,
+    linear_transform,
+    patches,
+    rows_of,
+)
+from causvid_jax.config import TransformerConfig
 from causvid_jax.models import transformer
 
-State = Mapping[str, np.ndarray]
+HEAD_DIM = 128
+"""Head size of every published Wan transformer."""
 
-# Our module path -> (original, diffusers); leaves below.
-_OUTER = {
+# Our module (or parameter) -> (original, diffusers); {n} is the layer.
+TABLE: Mapping[str, tuple[str, str]] = {
     "patch_embedding": ("patch_embedding", "patch_embedding"),
     "text_embedding/fc1": ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
     "text_embedding/fc2": ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
@@ -29,130 +38,133 @@ _OUTER = {
     "time_projection": ("time_projection.1", "condition_embedder.time_proj"),
     "head/modulation": ("head.modulation", "scale_shift_table"),
     "head/proj": ("head.head", "proj_out"),
-    **{
-        f"image_embedding/{ours}": (f"img_emb.proj.{place}", f"condition_embedder.image_embedder.{theirs}")
-        for ours, place, theirs in (
-            ("norm1", 0, "norm1"),
-            ("fc1", 1, "ff.net.0.proj"),
-            ("fc2", 3, "ff.net.2"),
-            ("norm2", 4, "norm2"),
-        )
-    },
+    "image_embedding/norm1": ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
+    "image_embedding/fc1": ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+    "image_embedding/fc2": ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+    "image_embedding/norm2": ("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
+    "blocks/modulation": ("blocks.{n}.modulation", "blocks.{n}.scale_shift_table"),
+    "blocks/self_attn/q": ("blocks.{n}.self_attn.q", "blocks.{n}.attn1.to_q"),
+    "blocks/self_attn/k": ("blocks.{n}.self_attn.k", "blocks.{n}.attn1.to_k"),
+    "blocks/self_attn/v": ("blocks.{n}.self_attn.v", "blocks.{n}.attn1.to_v"),
+    "blocks/self_attn/o": ("blocks.{n}.self_attn.o", "blocks.{n}.attn1.to_out.0"),
+    "blocks/self_attn/norm_q": ("blocks.{n}.self_attn.norm_q", "blocks.{n}.attn1.norm_q"),
+    "blocks/self_attn/norm_k": ("blocks.{n}.self_attn.norm_k", "blocks.{n}.attn1.norm_k"),
+    "blocks/norm3": ("blocks.{n}.norm3", "blocks.{n}.norm2"),
+    "blocks/cross_attn/q": ("blocks.{n}.cross_attn.q", "blocks.{n}.attn2.to_q"),
+    "blocks/cross_attn/k": ("blocks.{n}.cross_attn.k", "blocks.{n}.attn2.to_k"),
+    "blocks/cross_attn/v": ("blocks.{n}.cross_attn.v", "blocks.{n}.attn2.to_v"),
+    "blocks/cross_attn/o": ("blocks.{n}.cross_attn.o", "blocks.{n}.attn2.to_out.0"),
+    "blocks/cross_attn/norm_q": ("blocks.{n}.cross_attn.norm_q", "blocks.{n}.attn2.norm_q"),
+    "blocks/cross_attn/norm_k": ("blocks.{n}.cross_attn.norm_k", "blocks.{n}.attn2.norm_k"),
+    "blocks/cross_attn/k_img": ("blocks.{n}.cross_attn.k_img", "blocks.{n}.attn2.add_k_proj"),
+    "blocks/cross_attn/v_img": ("blocks.{n}.cross_attn.v_img", "blocks.{n}.attn2.add_v_proj"),
+    "blocks/cross_attn/norm_k_img": ("blocks.{n}.cross_attn.norm_k_img", "blocks.{n}.attn2.norm_added_k"),
+    "blocks/ffn/fc1": ("blocks.{n}.ffn.0", "blocks.{n}.ffn.net.0.proj"),
+    "blocks/ffn/fc2": ("blocks.{n}.ffn.2", "blocks.{n}.ffn.net.2"),
 }
-_LAYER = {
-    "modulation": ("modulation", "scale_shift_table"),
-    "norm3": ("norm3", "norm2"),
-    "ffn/fc1": ("ffn.0", "ffn.net.0.proj"),
-    "ffn/fc2": ("ffn.2", "ffn.net.2"),
-    **{
-        f"{ours}/{part}": (f"{ours}.{part}", f"{theirs}.{published}")
-        for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-        for part, published in (
-            ("q", "to_q"),
-            ("k", "to_k"),
-            ("v", "to_v"),
-            ("o", "to_out.0"),
-            ("norm_q", "norm_q"),
-            ("norm_k", "norm_k"),
-        )
-    },
-    "cross_attn/k_img": ("cross_attn.k_img", "attn2.add_k_proj"),
-    "cross_attn/v_img": ("cross_attn.v_img", "attn2.add_v_proj"),
-    "cross_attn/norm_k_img": ("cross_attn.norm_k_img", "attn2.norm_added_k"),
+# diffusers' files of image-to-video models may hold a query norm that no network reads.
+_IGNORED = "attn2.norm_added_q.weight"
+_WAN_14B = TransformerConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+_I2V_14B = dataclasses.replace(_WAN_14B, in_channels=36, image_dim=1280)
+_ALIASES = {
+    "in_dim": "in_channels",
+    "out_dim": "out_channels",
+    "text_len": "text_length",
+    "num_attention_heads": "num_heads",
 }
-# diffusers files of the image-to-video model may hold a query norm that no network reads.
-_UNREAD = "attn2.norm_added_q.weight"
-_LEAF = {"kernel": ".weight", "bias": ".bias", "scale": ".weight"}
-NAMINGS = ("original", "diffusers")
 
 
-def _split(path: str) -> tuple[str, str]:
-    """A path of our tree as (module, leaf); the modulation tables are their own module."""
-    module, _, leaf = path.rpartition("/")
-    return (path, "") if leaf == "modulation" else (module, leaf)
+def _published(config: TransformerConfig, form: str, shapes: Shapes) -> Iterator[Row]:
+    keys = {path: names[form == "diffusers"] for path, names in TABLE.items()}
+
+    def transform(path: str) -> Transform:
+        if path.endswith("modulation"):
+            return leading(1)
+        return patches(*config.patch_size) if path == "patch_embedding/kernel" else linear_transform(path)
+
+    return rows_of(keys, shapes, transform)
 
 
-def unread(name: str) -> bool:
-    """Whether a tensor of a published file is read by no network."""
-    return name.endswith(_UNREAD)
+def _infer(size: Sizes, known: Mapping[str, Any]) -> TransformerConfig | None:
+    kernel = size.key_shape("patch_embedding/kernel")
+    patch = tuple(kernel[2:]) if size.form != OURS and len(kernel) == 5 else TransformerConfig().patch_size
+    area = max(1, patch[0] * patch[1] * patch[2])
+    dim = known.get("dim") or size("patch_embedding/bias", 0)
+    heads = known.get("num_heads") or (dim // HEAD_DIM if dim % HEAD_DIM == 0 else 1)
+    constants = {k: known[k] for k in ("text_length", "eps", "rope_theta", "image_tokens") if k in known}
+    return build(
+        TransformerConfig,
+        dim=dim,
+        ffn_dim=size("blocks/ffn/fc1/bias", 0),
+        num_heads=heads,
+        num_layers=size.layers(),
+        in_channels=size("patch_embedding/kernel", 0) // area,
+        out_channels=size("head/proj/bias", 0) // area,
+        patch_size=patch,
+        text_dim=size("text_embedding/fc1/kernel", 0),
+        freq_dim=size("time_embedding/fc1/kernel", 0),
+        image_dim=size("image_embedding/norm1/scale", 0),
+        **constants,
+    )
 
 
-def published_name(path: str, layer: int | None, naming: str) -> str:
-    """The published name of the parameter at ``path`` of our tree (``blocks/`` left out, ``layer`` given there)."""
-    require(naming in NAMINGS, f"naming is {naming!r}; accepted: {', '.join(NAMINGS)}")
-    module, leaf = _split(path)
-    table = _OUTER if layer is None else _LAYER
-    name = table[module][NAMINGS.index(naming)] + _LEAF.get(leaf, "")
-    return name if layer is None else f"blocks.{layer}.{name}"
+def _describe(config: TransformerConfig) -> str:
+    branch = ", image branch" if config.image_dim else ""
+    return (
+        f"transformer of {config.num_layers} layers, width {config.dim}, {config.num_heads} heads, "
+        f"{config.in_channels} channels{branch}"
+    )
 
 
-def tensor_to_ours(path: str, value: np.ndarray) -> np.ndarray:
-    """One published tensor in our layout, a view where the elements need not move; ``path`` as above."""
-    if path.endswith("modulation"):
-        return value[0]
-    if path == "patch_embedding/kernel":
-        return rearrange(value, "o c t p q -> (t p q c) o")
-    return value.T if path.endswith("kernel") else value
+def _to_json(config: TransformerConfig, form: str) -> dict[str, Any]:
+    """Return the constructor's arguments of Wan2.1's ``WanModel`` or of diffusers' ``WanTransformer3DModel``."""
+    shared = {
+        "patch_size": list(config.patch_size),
+        "text_dim": config.text_dim,
+        "freq_dim": config.freq_dim,
+        "ffn_dim": config.ffn_dim,
+        "num_layers": config.num_layers,
+        "eps": config.eps,
+    }
+    if form == "original":
+        return shared | {
+            "_class_name": "WanModel",
+            "model_type": "i2v" if config.image_dim else "t2v",
+            "text_len": config.text_length,
+            "in_dim": config.in_channels,
+            "out_dim": config.out_channels,
+            "dim": config.dim,
+            "num_heads": config.num_heads,
+        }
+    return shared | {
+        "_class_name": "WanTransformer3DModel",
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.head_dim,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "image_dim": config.image_dim or None,
+        "added_kv_proj_dim": config.dim if config.image_dim else None,
+        "rope_max_seq_len": 1024,
+    }
 
 
-def tensor_to_published(path: str, value: np.ndarray, config: TransformerConfig) -> np.ndarray:
-    """The inverse of :func:`tensor_to_ours`."""
-    if path.endswith("modulation"):
-        return value[None]
-    if path == "patch_embedding/kernel":
-        t, p, q = config.patch_size
-        return rearrange(value, "(t p q c) o -> o c t p q", t=t, p=p, q=q)
-    return value.T if path.endswith("kernel") else value
-
-
-def published_shapes(config: TransformerConfig, naming: str) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a published checkpoint of ``config``'s size."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path, leaf in store.flatten(transformer.abstract(config)).items():
-        layers = range(config.num_layers) if path.startswith("blocks/") else (None,)
-        inner = path.removeprefix("blocks/")
-        ours = leaf.shape if layers == (None,) else leaf.shape[1:]
-        shape = tensor_to_published(inner, np.broadcast_to(np.float32(0), ours), config).shape
-        shapes |= {published_name(inner, layer, naming): shape for layer in layers}
-    return shapes
-
-
-def from_published(state: State, config: TransformerConfig, naming: str = "original") -> dict[str, Any]:
-    """Our parameter tree (numpy) from a published state dict.
-
-    Raises:
-        ConfigError: missing, unexpected or misshapen tensors, named.
-    """
-    expected = published_shapes(config, naming)
-    if naming == "diffusers" and config.image_dim:
-        state = {name: value for name, value in state.items() if not unread(name)}
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    misshapen = [name for name in expected.keys() & state.keys() if tuple(state[name].shape) != expected[name]]
-    for problem, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", sorted(misshapen))):
-        if names:
-            raise ConfigError(
-                f"{naming} transformer weights do not fit the configuration: {len(names)} tensor(s) {problem}, "
-                f"first {', '.join(names[:3])}"
-            )
-    flat = {}
-    for path in store.flatten(transformer.abstract(config)):
-        inner = path.removeprefix("blocks/")
-        if inner == path:
-            flat[path] = tensor_to_ours(path, np.asarray(state[published_name(path, None, naming)]))
-        else:
-            layers = [np.asarray(state[published_name(inner, i, naming)]) for i in range(config.num_layers)]
-            flat[path] = np.stack([tensor_to_ours(inner, value) for value in layers])
-    return store.unflatten(flat)
-
-
-def to_published(params: Mapping[str, Any], config: TransformerConfig, naming: str = "original") -> State:
-    """A published state dict from our parameter tree; :func:`from_published` of it is ``params`` bit for bit."""
-    state = {}
-    for path, value in store.flatten(params).items():
-        inner, value = path.removeprefix("blocks/"), np.asarray(value)
-        if inner == path:
-            state[published_name(path, None, naming)] = tensor_to_published(path, value, config)
-        else:
-            for i in range(config.num_layers):
-                state[published_name(inner, i, naming)] = tensor_to_published(inner, value[i], config)
-    return {name: np.ascontiguousarray(value) for name, value in state.items()}
+NETWORK = Network(
+    component="transformer",
+    config=TransformerConfig,
+    abstract=transformer.abstract,
+    published=_published,
+    template=_I2V_14B,
+    presets=(
+        TransformerConfig(),
+        _WAN_14B,
+        _I2V_14B,
+        dataclasses.replace(_WAN_14B, in_channels=36),
+    ),
+    infer=_infer,
+    aliases=_ALIASES,
+    describe=_describe,
+    to_json=_to_json,
+    ignored=lambda key: key.endswith(_IGNORED),
+)

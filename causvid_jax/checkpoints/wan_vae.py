@@ -1,143 +1,180 @@
-"""The Wan2.1 VAE between its published checkpoints and our parameter tree.
+"""The Wan2.1 VAE: its keys in published checkpoints, its preset and its ``config.json``.
 
-Two namings exist: the original file (``Wan2.1_VAE.pth``: ``encoder.downsamples.0.residual.2.weight``) and diffusers'
-``AutoencoderKLWan`` (``encoder.down_blocks.0.conv1.weight``). Both store kernels as [out, in, (kt,) kh, kw] and gammas
-as [C, 1, 1(, 1)]; ours are [(kt,) kh, kw, in, out] and [C]. A state is a dict of numpy arrays.
+Original keys (``encoder.downsamples.0.residual.2.weight``) are those of ``Wan2.1_VAE.pth``; diffusers'
+``AutoencoderKLWan`` (``encoder.down_blocks.0.conv1.weight``) groups the decoder's layers by level. Which module a
+numbered layer has depends on the configuration (``models.vae.encoder_layers``).
 """
 
-from collections.abc import Callable, Mapping
+import json
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-import numpy as np
-
-from causvid_jax.config import VAEConfig, require
+from causvid_jax.checkpoints.table import (
+    CONVOLUTION,
+    OURS,
+    SAME,
+    Network,
+    Row,
+    Shapes,
+    Sizes,
+    Transform,
+    build,
+    trailing,
+)
+from causvid_jax.config import WAN_LATENT_MEAN, WAN_LATENT_STD, VAEConfig
 from causvid_jax.models import vae
 
-State = Mapping[str, np.ndarray]
-Path = tuple[str, ...]
+STATISTICS = ("latent_mean", "latent_std")
 
-PUBLISHED = VAEConfig()
-
+# Our module -> (original, diffusers). A layer's prefix and its own modules are renamed one after the other.
+TABLE: Mapping[str, tuple[str, str]] = {
+    "conv1": ("conv1", "quant_conv"),
+    "conv2": ("conv2", "post_quant_conv"),
+    **{
+        f"{net}/{ours}": (f"{net}.{original}", f"{net}.{diffusers}")
+        for net in ("encoder", "decoder")
+        for ours, original, diffusers in (
+            ("conv1", "conv1", "conv_in"),
+            ("head/norm", "head.0", "norm_out"),
+            ("head/conv", "head.2", "conv_out"),
+            ("middle/0", "middle.0", "mid_block.resnets.0"),
+            ("middle/1", "middle.1", "mid_block.attentions.0"),
+            ("middle/2", "middle.2", "mid_block.resnets.1"),
+        )
+    },
+}
+# By kind of layer: our module -> (original, diffusers).
+_RESIDUAL = {
+    "norm1": ("residual.0", "norm1"),
+    "conv1": ("residual.2", "conv1"),
+    "norm2": ("residual.3", "norm2"),
+    "conv2": ("residual.6", "conv2"),
+    "shortcut": ("shortcut", "conv_shortcut"),
+}
+_RESAMPLE = {"conv": ("resample.1", "resample.1")}
 _LEAF = {"kernel": "weight", "bias": "bias", "gamma": "gamma"}
-_ORIGINAL_RESIDUAL = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
-_ORIGINAL_HEAD = {"norm": "0", "conv": "2"}
-_DIFFUSERS_TOP = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
-_DIFFUSERS_NET = {"conv1": "conv_in", "head/norm": "norm_out", "head/conv": "conv_out"}
-_DIFFUSERS_MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
+_ALIASES = {"temperal_downsample": "temporal_downsample", "latents_mean": "latent_mean", "latents_std": "latent_std"}
 
 
-def original_name(path: Path, config: VAEConfig) -> str:
-    """The name in the original checkpoint of the parameter at ``path`` of our tree, ("encoder", "conv1", "kernel")."""
-    *module, leaf = path
-    if len(module) == 1 or module[1] == "conv1":
-        renamed = module
-    elif module[1] == "head":
-        renamed = [*module[:2], _ORIGINAL_HEAD[module[2]]]
-    elif _kind(path, config) == "residual":
-        renamed = [*module[:3], _ORIGINAL_RESIDUAL.get(module[3], module[3])]
-    else:
-        renamed = [*module[:3], "resample.1" if module[3] == "conv" else module[3]]
-    return ".".join([*renamed, _LEAF[leaf]])
-
-
-def diffusers_name(path: Path, config: VAEConfig) -> str:
-    """The name in a diffusers checkpoint of the parameter at ``path`` of our tree."""
-    *module, leaf = path
-    if len(module) == 1:
-        renamed = [_DIFFUSERS_TOP[module[0]]]
-    elif module[1] in ("conv1", "head"):
-        renamed = [module[0], _DIFFUSERS_NET["/".join(module[1:])]]
-    else:
-        inner = {"shortcut": "conv_shortcut"}.get(module[3], module[3])
-        if _kind(path, config) in ("resample2d", "resample3d") and inner == "conv":
-            inner = "resample.1"
-        renamed = [module[0], _diffusers_layer(module[1], module[2], config), inner]
-    return ".".join([*renamed, _LEAF[leaf]])
-
-
-def from_original(state: State, config: VAEConfig = PUBLISHED) -> dict[str, Any]:
-    """Our parameter tree (float32 numpy) from the original checkpoint's state dict; ConfigError if it does not fit."""
-    return _import(state, config, original_name)
-
-
-def from_diffusers(state: State, config: VAEConfig = PUBLISHED) -> dict[str, Any]:
-    """Our parameter tree (float32 numpy) from a diffusers state dict; ConfigError if it does not fit ``config``."""
-    return _import(state, config, diffusers_name)
-
-
-def to_original(params: dict[str, Any], config: VAEConfig = PUBLISHED) -> dict[str, np.ndarray]:
-    """The original checkpoint's state dict of our parameter tree: the inverse of :func:`from_original`."""
-    return _export(params, config, original_name)
-
-
-def to_diffusers(params: dict[str, Any], config: VAEConfig = PUBLISHED) -> dict[str, np.ndarray]:
-    """The diffusers state dict of our parameter tree: the inverse of :func:`from_diffusers`."""
-    return _export(params, config, diffusers_name)
-
-
-def tensor_to_ours(path: Path, value: np.ndarray) -> np.ndarray:
-    """One published tensor in our layout, a view; ``path`` as in :func:`original_name`."""
-    if path[-1] == "kernel":
-        return np.moveaxis(value, (1, 0), (-2, -1))
-    return value.reshape(value.shape[:1])
-
-
-def tensor_to_published(path: Path, value: np.ndarray) -> np.ndarray:
-    """The inverse of :func:`tensor_to_ours`."""
-    if path[-1] == "kernel":
-        return np.moveaxis(value, (-2, -1), (1, 0))
-    return value.reshape(_stored_shape(path, value.shape))
-
-
-def _kind(path: Path, config: VAEConfig) -> str:
-    net, stack, index = path[:3]
+def _layer_prefix(net: str, stack: str, index: str, config: VAEConfig, column: int) -> tuple[str, str]:
+    """Return the key prefix of a numbered layer and its kind."""
     if stack == "middle":
-        return "attention" if index == "1" else "residual"
-    plan = vae.encoder_layers(config) if net == "encoder" else vae.decoder_layers(config)
-    return plan[int(index)][0]
-
-
-def _diffusers_layer(stack: str, index: str, config: VAEConfig) -> str:
-    if stack == "middle":
-        return f"mid_block.{_DIFFUSERS_MIDDLE[index]}"
-    if stack == "downsamples":
-        return f"down_blocks.{index}"
-    # The decoder groups each level: its residual blocks, then the resampling.
+        return TABLE[f"{net}/middle/{index}"][column], "attention" if index == "1" else "residual"
+    layers = vae.encoder_layers(config) if net == "encoder" else vae.decoder_layers(config)
+    kind = layers[int(index)][0]
+    if column == 0:
+        return f"{net}.{stack}.{index}", kind
+    if net == "encoder":
+        return f"encoder.down_blocks.{index}", kind
     block, layer = divmod(int(index), config.num_res_blocks + 2)
-    return f"up_blocks.{block}." + (f"resnets.{layer}" if layer <= config.num_res_blocks else "upsamplers.0")
+    inner = f"resnets.{layer}" if layer <= config.num_res_blocks else "upsamplers.0"
+    return f"decoder.up_blocks.{block}.{inner}", kind
 
 
-def _path(keys: tuple) -> Path:
-    return tuple(key.key for key in keys)
+def _published(config: VAEConfig, form: str, shapes: Shapes) -> Iterator[Row]:
+    column = int(form == "diffusers")
+    for path in shapes:
+        module, _, leaf = path.rpartition("/")
+        if module in TABLE:
+            key = TABLE[module][column]
+        else:
+            net, stack, index, inner = module.split("/")
+            prefix, kind = _layer_prefix(net, stack, index, config, column)
+            names = _RESIDUAL if kind == "residual" else _RESAMPLE if kind.startswith("resample") else {}
+            key = f"{prefix}.{names[inner][column] if inner in names else inner}"
+        yield Row(path, None, f"{key}.{_LEAF[leaf]}", _transform(path))
 
 
-def _stored_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if path[-1] == "kernel":
-        return (shape[-1], shape[-2], *shape[:-2])
-    if path[-1] == "gamma":
-        # The norm of the attention acts on images, the others on video.
-        return (*shape, 1, 1) if path[1:3] == ("middle", "1") else (*shape, 1, 1, 1)
-    return shape
+def _transform(path: str) -> Transform:
+    if path.endswith("/kernel"):
+        return CONVOLUTION
+    # The norm of the attention acts on images, the others on video.
+    return trailing(2 if "/middle/1/" in path else 3) if path.endswith("/gamma") else SAME
 
 
-def _import(state: State, config: VAEConfig, name_of: Callable[[Path, VAEConfig], str]) -> dict[str, Any]:
-    leaves, structure = jax.tree_util.tree_flatten_with_path(vae.abstract(config))
-    names = [name_of(_path(keys), config) for keys, _ in leaves]
-    missing, unknown = sorted(set(names) - set(state)), sorted(set(state) - set(names))
-    require(not missing, f"{len(missing)} VAE weights are missing, the first is {missing[:1]}; expected {len(names)}")
-    require(not unknown, f"{len(unknown)} weights are not of this VAE, the first is {unknown[:1]}")
-    out = []
-    for name, (keys, leaf) in zip(names, leaves, strict=True):
-        value, expected = np.asarray(state[name], np.float32), _stored_shape(_path(keys), leaf.shape)
-        require(value.shape == expected, f"weight {name} has shape {value.shape}; this VAE config needs {expected}")
-        out.append(np.ascontiguousarray(tensor_to_ours(_path(keys), value)))
-    return jax.tree_util.tree_unflatten(structure, out)
+# By format: keys of the encoder's layers, and within a layer the last residual bias and the spatial resampling.
+_LAYERS = {
+    "original": (r"encoder\.downsamples\.(\d+)\.(.+)", "residual.6.bias", "resample.1.bias", "time_conv.bias"),
+    "diffusers": (r"encoder\.down_blocks\.(\d+)\.(.+)", "conv2.bias", "resample.1.bias", "time_conv.bias"),
+    OURS: (r"encoder/downsamples/(\d+)/(.+)", "conv2/bias", "conv/bias", "time_conv/bias"),
+}
 
 
-def _export(params: dict[str, Any], config: VAEConfig, name_of: Callable[[Path, VAEConfig], str]) -> dict:
-    state = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        path = _path(keys)
-        state[name_of(path, config)] = np.ascontiguousarray(tensor_to_published(path, np.asarray(leaf)))
-    return state
+def _infer(size: Sizes, known: Mapping[str, Any]) -> VAEConfig | None:
+    """Infer the levels from the sequence of residual and resampling layers of the encoder."""
+    base = size("encoder/conv1/bias", 0)
+    pattern, residual, spatial, temporal = _LAYERS[size.form]
+    kinds: dict[int, dict[str, int]] = {}
+    for key, shape in size.shapes.items():
+        if (match := re.match(pattern, key)) and len(shape) == 1:
+            kinds.setdefault(int(match.group(1)), {})[match.group(2)] = shape[0]
+    widths: list[list[int]] = [[]]
+    in_time = []
+    for _, layer in sorted(kinds.items()):
+        if residual in layer:
+            widths[-1].append(layer[residual])
+        elif spatial in layer:
+            in_time.append(temporal in layer)
+            widths.append([])
+    if not base or not all(widths):
+        return None
+    return build(
+        VAEConfig,
+        base_dim=base,
+        z_dim=size("conv2/bias", 0),
+        dim_mult=tuple(level[-1] // base for level in widths),
+        num_res_blocks=len(widths[0]),
+        temporal_downsample=tuple(in_time),
+    )
+
+
+def statistics(config: VAEConfig, known: Mapping[str, Any], form: str) -> VAEConfig:
+    """Return ``config`` with the latent statistics of the file, else those published for files of others."""
+    values = [known.get(name) for name in STATISTICS]
+    if all(isinstance(value, list) and len(value) == config.z_dim for value in values):
+        mean, std = (tuple(map(float, value)) for value in values if value is not None)
+    elif form != OURS and config.z_dim == len(WAN_LATENT_MEAN):
+        mean, std = WAN_LATENT_MEAN, WAN_LATENT_STD
+    else:
+        return config
+    return build(VAEConfig, **{**vars(config), "latent_mean": mean, "latent_std": std}) or config
+
+
+def metadata(config: VAEConfig) -> dict[str, str]:
+    """Return the latent statistics of ``config`` as a file's metadata."""
+    return {name: json.dumps(getattr(config, name)) for name in STATISTICS}
+
+
+def _to_json(config: VAEConfig, form: str) -> dict[str, Any] | None:
+    """Return the constructor's arguments of diffusers' class; the original code has them in itself."""
+    if form == "original":
+        return None
+    content = {
+        "_class_name": "AutoencoderKLWan",
+        "base_dim": config.base_dim,
+        "z_dim": config.z_dim,
+        "dim_mult": list(config.dim_mult),
+        "num_res_blocks": config.num_res_blocks,
+        "attn_scales": [],
+        # The published class spells it so.
+        "temperal_downsample": list(config.temporal_downsample),
+        "dropout": 0.0,
+    }
+    if config.latent_mean:
+        content |= {"latents_mean": list(config.latent_mean), "latents_std": list(config.latent_std)}
+    return content
+
+
+NETWORK = Network(
+    component="vae",
+    config=VAEConfig,
+    abstract=vae.abstract,
+    published=_published,
+    template=VAEConfig(),
+    presets=(VAEConfig(),),
+    infer=_infer,
+    aliases=_ALIASES,
+    describe=lambda config: f"VAE of width {config.base_dim} x {config.dim_mult}, {config.z_dim} latent channels",
+    to_json=_to_json,
+)

@@ -1,187 +1,253 @@
-"""Where the weights of each stage lie, and the VAE's with the latent statistics measured after its training.
+"""Where the weights of each stage are, and how they are loaded.
 
-A stage leaves ``WORKDIR/<stage>/weights.safetensors``. What is converted and not trained (``text_encoder``,
-``image_encoder``, ``taehv``) lies likewise under its own name: ``launch.convert`` writes to :func:`place` and every
-reader looks there. A recipe whose trained weights come with the package has them in
-``causvid_jax/assets/<recipe>/<stage>.safetensors``; what a working directory holds goes first.
+A stage leaves ``WORKDIR/<stage>/weights.safetensors``; networks that are not trained (``text_encoder``,
+``image_encoder``, ``taehv``) may be there under their own names. A published folder serves as it is: original Wan2.1,
+diffusers, or ComfyUI's split files. Recipes whose weights come with the package have them in
+``causvid_jax/assets/<recipe>/<stage>.safetensors``.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from causvid_jax.checkpoints import files, layouts, sources, store
-from causvid_jax.checkpoints import taehv as published_taehv
-from causvid_jax.config import CLIPConfig, ConfigError, Recipe, TAEHVConfig, TransformerConfig, VAEConfig, require
-from causvid_jax.models import taehv, transformer, vae
+from causvid_jax.checkpoints import checkpoint, source, store, wan_vae
+from causvid_jax.checkpoints.checkpoint import NAMED_FILES, Checkpoint
+from causvid_jax.checkpoints.table import OURS, Config
+from causvid_jax.config import CLIPConfig, ConfigError, Recipe, TransformerConfig, VAEConfig, require
 
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
-_STATISTICS = ("latent_mean", "latent_std")
-
+STAGES = ("vae", "taehv", "teacher", "causal", "init", "distill")
 TOKENIZER = "text_encoder/tokenizer.json"
-"""Where a working directory has the text encoder's tokenizer."""
+"""The text encoder's tokenizer in a working directory."""
+TOKENIZERS = ("text_encoder", "tokenizer", "google/umt5-xxl", ".")
+"""Folders that may hold the text encoder's tokenizer, ours first."""
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
+
+# By component: folders that may hold it; of our working directories the last stage first.
+_FOLDERS = {
+    "transformer": ("transformer", "distill", "init", "teacher", "diffusion_models"),
+    "vae": ("vae",),
+    "text_encoder": ("text_encoder", "text_encoders"),
+    "image_encoder": ("image_encoder", "clip_vision"),
+    "taehv": ("taehv",),
+}
+# Folders of a published model that hold a second transformer, of Wan2.2.
+_EXPERTS = ("transformer_2", "high_noise_model", "low_noise_model")
+_COMPONENTS = {"teacher": "transformer", "causal": "transformer"} | {
+    name: name for name in ("vae", "taehv", "text_encoder", "image_encoder")
+}
 
 
 def place(name: str) -> str:
-    """Where a working directory has the weights of ``name``: a stage that is trained (``vae``, ``teacher``, ``init``,
-    ``distill``), or a network that is not (``text_encoder``, ``image_encoder``, ``taehv``)."""
+    """Return the path in a working directory of the weights of a stage, or of a network that is not trained."""
     return f"{name}/weights.safetensors"
 
 
 def stage_path(workdir: str | os.PathLike, name: str) -> pathlib.Path:
-    """:func:`place` under ``workdir``."""
+    """Return :func:`place` under ``workdir``."""
     return pathlib.Path(workdir) / place(name)
 
 
+def components(path: str | os.PathLike) -> dict[str, pathlib.Path]:
+    """Return the components (transformer, vae, text_encoder, image_encoder, taehv) of a folder of several.
+
+    That is an original Wan folder, a diffusers pipeline, ComfyUI's ``split_files``, or a working directory of ours.
+    Empty for a file or the folder of one network.
+    """
+    folder = pathlib.Path(path)
+    if not folder.is_dir():
+        return {}
+    folder = folder / "split_files" if (folder / "split_files").is_dir() else folder
+    inside = {}
+    for name, candidates in _FOLDERS.items():
+        chosen = next((folder / inner for inner in candidates if source.weights_files(folder / inner)), None)
+        if chosen is not None:
+            inside[name] = chosen
+    named = {}
+    for name, patterns in NAMED_FILES.items():
+        files = sorted(f for pattern in patterns for f in folder.glob(pattern) if f.suffix in source.SUFFIXES)
+        if files:
+            # Both kinds beside each other are the same weights twice; safetensors need no PyTorch.
+            named[name] = min(files, key=lambda file: source.SUFFIXES.index(file.suffix))
+    rest = [file for file in source.weights_files(folder) if not checkpoint.is_named_file(file)]
+    if named and "transformer" not in inside and rest:
+        inside["transformer"] = folder if len(rest) > 1 else rest[0]
+    inside = {**named, **inside}
+    return {name: inside[name] for name in _FOLDERS if name in inside}
+
+
+def left_out(path: str | os.PathLike) -> list[str]:
+    """Return a sentence for each part of a published folder that no network of this version uses."""
+    folder = pathlib.Path(path)
+    experts = [name for name in _EXPERTS if source.weights_files(folder / name)]
+    if not experts:
+        return []
+    return [
+        f"{folder} is Wan2.2 with two experts; this version runs one transformer and does not use "
+        f"{' and '.join(experts)} (give one of the folders to use it alone)"
+    ]
+
+
+def tokenizer_files(path: str | os.PathLike) -> dict[str, pathlib.Path]:
+    """Return the text encoder's tokenizer in a folder, published or ours: names to files; empty if there is none.
+
+    ``tokenizer.json`` is the one that is needed.
+    """
+    for inner in TOKENIZERS:
+        files = {name: pathlib.Path(path) / inner / name for name in _TOKENIZER_FILES}
+        files = {name: file for name, file in files.items() if file.is_file()}
+        if "tokenizer.json" in files:
+            return files
+    return {}
+
+
+def resolve(path: str | os.PathLike, stage: str) -> pathlib.Path:
+    """Return the weights of ``stage`` that a path names: a file, a working directory of ours, or a published folder."""
+    path = pathlib.Path(path)
+    own = stage_path(path, stage)
+    if not path.is_dir() or own.is_file():
+        return own if own.is_file() else path
+    published = _published(path, _COMPONENTS.get(stage, "transformer"))
+    return published or path
+
+
+def _published(folder: str | os.PathLike, component: str) -> pathlib.Path | None:
+    """Return a component of a published folder; None for stages of a working directory of ours."""
+    path = components(folder).get(component)
+    return None if path in {stage_path(folder, name).parent for name in STAGES if name not in NAMED_FILES} else path
+
+
 def find(recipe: str, stage: str, workdir: str | os.PathLike | None = None) -> pathlib.Path:
-    """The weights of ``stage``: those under ``workdir`` if they exist, else those that come with the package.
+    """Return the weights of ``stage``: in ``workdir`` ours or published, else those that come with the package.
 
-    Raises:
-        ConfigError: there are neither.
-    """
-    own = stage_path(workdir, stage) if workdir is not None else None
-    packaged = ASSETS / recipe / f"{stage}.safetensors"
-    for path in (own, packaged):
-        if path is not None and path.is_file():
-            return path
-    missing = f"{own} does not exist and " if own is not None else ""
-    raise ConfigError(
-        f"{missing}recipe {recipe!r} comes with no trained {stage}; train it with launch.train --stage={stage}"
-    )
-
-
-def vae_metadata(config: VAEConfig) -> dict[str, str]:
-    """Metadata to save beside VAE weights: the latent statistics of ``config``."""
-    return {name: json.dumps(getattr(config, name)) for name in _STATISTICS}
-
-
-def load_vae(path: str | os.PathLike, config: VAEConfig) -> tuple[dict[str, Any], VAEConfig]:
-    """VAE parameters, and ``config`` with the statistics saved beside them (its own where the file has none).
-
-    Raises:
-        ConfigError: an unreadable file, or one of a VAE of other sizes.
-    """
-    params, metadata = store.load_params(path)
-    store.check_tree(params, vae.abstract(config), f"VAE weights {path}")
-    return params, latent_statistics(config, metadata)
-
-
-def load_decoders(recipe: Recipe, workdir: str | os.PathLike | None = None) -> tuple[dict[str, Any], Recipe]:
-    """``{"vae"}``, and ``"taehv"`` if ``recipe`` names it as its decoder; and the recipe with the latents' statistics.
-
-    Raises:
-        ConfigError: weights that are missing, unreadable or of other sizes.
-    """
-    params = {}
-    params["vae"], config = load_vae(find(recipe.name, "vae", workdir), recipe.vae)
-    if recipe.decoder == "taehv":
-        params["taehv"] = load_taehv(find_taehv(recipe.name, workdir), recipe.taehv)
-    return params, dataclasses.replace(recipe, vae=config)
-
-
-def load_transformer(path: str | os.PathLike, config: TransformerConfig, role: str) -> dict[str, Any]:
-    """Transformer parameters (numpy); ``role`` (teacher, student, ...) is what an error calls them.
-
-    Raises:
-        ConfigError: an unreadable file, or one of a transformer of other sizes.
-    """
-    params, _ = store.load_params(path)
-    store.check_tree(params, transformer.abstract(config), f"{role} weights {path}")
-    return params
-
-
-def latent_statistics(config: VAEConfig, metadata: Mapping[str, str]) -> VAEConfig:
-    """``config`` with the statistics of :func:`vae_metadata` (its own where there are none)."""
-    saved: dict[str, Any] = {name: tuple(json.loads(metadata[name])) for name in _STATISTICS if name in metadata}
-    return dataclasses.replace(config, **saved)
-
-
-def find_statistics(recipe: str, config: VAEConfig, workdir: str | os.PathLike | None = None) -> VAEConfig:
-    """``config`` as it will be when its weights are loaded: with the statistics beside them, of which nothing but the
-    header is read; without any weights as it is.
-
-    Raises:
-        ConfigError: ``workdir`` is given and has no VAE, or one of other sizes.
-    """
-    packaged = ASSETS / recipe / "vae.safetensors"
-    if workdir is None and not packaged.is_file():
-        return config
-    path = find(recipe, "vae", workdir)
-    return latent_statistics(config, store.check_file(path, vae.abstract(config), f"VAE weights {path}"))
-
-
-def find_taehv(recipe: str, workdir: str | os.PathLike | None = None) -> pathlib.Path:
-    """TAEHV's weights: under ``workdir`` ours (``taehv/weights.safetensors``) or published (``taew2_1.*``), else those
-    that come with the package.
+    A published transformer is a teacher. ``stage`` may also be a network that is not trained.
 
     Raises:
         ConfigError: there are none.
     """
-    folder = pathlib.Path(workdir or ".")
-    places = [stage_path(folder, "taehv"), *(folder / f"taew2_1{end}" for end in (".safetensors", ".pth"))]
-    for path in (*places, ASSETS / recipe / "taehv.safetensors"):
-        if path.is_file():
-            return path
-    accepted = ", ".join(str(path.relative_to(folder)) for path in places)
-    raise ConfigError(f"{folder} holds no weights of TAEHV; accepted: {accepted}")
+    own = stage_path(workdir, stage) if workdir is not None else None
+    if own is not None and own.is_file():
+        return own
+    if workdir is not None and stage in _COMPONENTS:
+        published = _published(workdir, _COMPONENTS[stage])
+        if published is not None:
+            return published
+    packaged = ASSETS / recipe / f"{stage}.safetensors"
+    if packaged.is_file():
+        return packaged
+    absent = f"{own} does not exist and " if own is not None else ""
+    if stage in STAGES:
+        remedy = f"train it with launch.train --stage={stage}"
+    else:
+        remedy = f"put the published one into {workdir}"
+    raise ConfigError(f"{absent}recipe {recipe!r} comes with no trained {stage}; {remedy}")
 
 
-def find_image_encoder(workdir: str | os.PathLike, teacher: TransformerConfig) -> pathlib.Path:
-    """CLIP's weights under ``workdir``, whose rows ``teacher`` reads.
+def config_of(recipe: Recipe, stage: str) -> Config:
+    """Return the sizes that ``recipe`` gives the network of ``stage``."""
+    if stage in ("teacher", "causal"):
+        return recipe.teacher
+    if stage in ("student", "init", "distill"):
+        return recipe.student
+    if stage == "vae":
+        return recipe.vae
+    return recipe.taehv if stage == "taehv" else recipe.umt5
+
+
+def open_stage(
+    recipe: Recipe,
+    stage: str,
+    workdir: str | os.PathLike | None = None,
+    path: str | os.PathLike | None = None,
+    part: str | None = None,
+) -> Checkpoint:
+    """Open the weights of ``stage`` and check that they have the recipe's sizes; read only headers.
+
+    Args:
+        recipe: gives the sizes.
+        stage: vae, taehv, teacher, causal, init, distill or text_encoder.
+        workdir: where to look (:func:`find`); a published folder serves too.
+        path: a file or folder to open instead, of any known format.
+        part: of a checkpoint with several.
 
     Raises:
-        ConfigError: there are none, or they are not those of an image encoder that ``teacher`` reads.
+        ConfigError: there are no weights, or they are unreadable or of other sizes.
     """
-    path = stage_path(workdir, "image_encoder")
-    require(
-        path.is_file(),
-        f"{path} does not exist: CLIP's image encoder of the published folder, converted by launch.convert",
-    )
-    config = image_encoder_config(path)
-    rows, wanted = (config.tokens, config.dim), (teacher.image_tokens, teacher.image_dim)
-    require(
-        rows == wanted,
-        f"image encoder {path} gives {rows[0]} rows of width {rows[1]}; the teacher reads {wanted[0]} of {wanted[1]}",
-    )
-    return path
+    path = find(recipe.name, stage, workdir) if path is None else pathlib.Path(path)
+    opened = checkpoint.open_checkpoint(path, config_of(recipe, stage), part=part)
+    trained = opened.source.metadata.get("stage")
+    wrong = stage == "distill" and opened.format == OURS and trained in ("teacher", "causal")
+    require(not wrong, f"{path} holds the weights of the stage {trained!r}, not of a student")
+    return opened
 
 
-def image_encoder_config(path: str | os.PathLike) -> CLIPConfig:
-    """The sizes of CLIP's image encoder in ``path``; ConfigError if it is no such file."""
-    config = layouts.detect(sources.open_source(path)).config
+def load_stage(
+    recipe: Recipe,
+    stage: str,
+    workdir: str | os.PathLike | None = None,
+    sharding: Any = None,
+    *,
+    path: str | os.PathLike | None = None,
+    dtype: Any = np.float32,
+    check: bool = True,
+) -> tuple[dict[str, Any], Any]:
+    """Return ``(params, config)`` of the weights of ``stage``; see :func:`open_stage` and :func:`checkpoint.load`."""
+    return checkpoint.load(open_stage(recipe, stage, workdir, path), sharding, dtype=dtype, check=check)
+
+
+def load_decoders(
+    recipe: Recipe, workdir: str | os.PathLike | None = None, sharding: Any = None
+) -> tuple[dict[str, Any], Recipe]:
+    """Return ``{"vae"}``, and ``"taehv"`` if ``recipe`` decodes with it; and the recipe with the latent statistics.
+
+    Raises:
+        ConfigError: weights are missing, unreadable or of other sizes.
+    """
+    params = {}
+    params["vae"], config = load_stage(recipe, "vae", workdir, sharding)
+    if recipe.decoder == "taehv":
+        params["taehv"], _ = load_stage(recipe, "taehv", workdir, sharding)
+    return params, dataclasses.replace(recipe, vae=config)
+
+
+def find_statistics(recipe: Recipe, workdir: str | os.PathLike | None = None) -> VAEConfig:
+    """Return the VAE's sizes with the latent statistics of its weights; without any weights, as the recipe has them.
+
+    Raises:
+        ConfigError: ``workdir`` is given and has no VAE, or one of other sizes.
+    """
+    if workdir is None and not (ASSETS / recipe.name / "vae.safetensors").is_file():
+        return recipe.vae
+    return open_stage(recipe, "vae", workdir).config
+
+
+def open_image_encoder(workdir: str | os.PathLike, teacher: TransformerConfig) -> Checkpoint:
+    """Open CLIP's weights under ``workdir``, ours or published, and check that ``teacher`` reads their width.
+
+    Raises:
+        ConfigError: there are none, or of another network or width.
+    """
+    opened = checkpoint.open_checkpoint(find("", "image_encoder", workdir))
+    config = opened.config
     if not isinstance(config, CLIPConfig):
-        raise ConfigError(f"{path} holds a {layouts.describe(config)}; it must be CLIP's image encoder")
-    return config
-
-
-def load_taehv(path: str | os.PathLike, config: TAEHVConfig) -> dict[str, Any]:
-    """TAEHV's parameters (numpy), of a file of ours or a published one.
-
-    Raises:
-        ConfigError: an unreadable file, or one of another network.
-    """
-    if pathlib.Path(path).suffix == ".safetensors" and files.CHECKSUM in files.open_safetensors(path)[1]:
-        params, _ = store.load_params(path)
-        store.check_tree(params, taehv.abstract(config), f"TAEHV weights {path}")
-        return params
-    state = {}
-    for name, tensor in sources.open_source(path).tensors.items():
-        with tensor.view() as array:
-            state[name] = np.array(array, np.float32)
-    return published_taehv.from_published(state, config)
+        raise ConfigError(f"{opened.path} holds a {checkpoint.describe(config)}; it must be CLIP's image encoder")
+    have, want = (config.tokens, config.dim), (teacher.image_tokens, teacher.image_dim)
+    require(
+        have == want,
+        f"image encoder {opened.path} gives {have[0]} rows of width {have[1]}; "
+        f"the teacher reads {want[0]} of {want[1]}",
+    )
+    return opened
 
 
 def publish(recipe: str, workdir: str | os.PathLike, folder: str | os.PathLike = ASSETS) -> list[pathlib.Path]:
-    """Copy the VAE, teacher and student of ``workdir``, and the tiny codec if there is one, to the package's own
-    weights, in half precision.
+    """Copy the trained VAE, tiny codec (if any), teacher and student of ``workdir`` to the package, in half precision.
 
     Raises:
-        ConfigError: a stage that is not trained yet; nothing is written then.
+        ConfigError: a stage is not trained yet; nothing is written then.
     """
     written = []
     tiny = ("taehv",) if stage_path(workdir, "taehv").is_file() else ()
@@ -190,3 +256,8 @@ def publish(recipe: str, workdir: str | os.PathLike, folder: str | os.PathLike =
         written.append(pathlib.Path(folder) / recipe / f"{stage}.safetensors")
         store.save_params(written[-1], params, metadata, dtype="float16")
     return written
+
+
+def vae_metadata(config: VAEConfig) -> dict[str, str]:
+    """Return the metadata to save with VAE weights: the latent statistics of ``config``."""
+    return wan_vae.metadata(config)

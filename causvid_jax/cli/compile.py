@@ -92,7 +92,8 @@ def with_mesh(recipe, stage, machine):
 
 def build(recipe, stage, platform) -> None:
     """Lower the stream's programs and write them."""
-    from causvid_jax.checkpoints import files, workdir
+    from causvid_jax.checkpoints import workdir
+    from causvid_jax.config.files import format_bytes
     from causvid_jax.models import precision
     from causvid_jax.sampling import exported
 
@@ -101,11 +102,11 @@ def build(recipe, stage, platform) -> None:
     if _EXACT.value:
         recipe = precision.exact(recipe, teacher=False)
     if recipe.decoder == "vae":
-        recipe = dataclasses.replace(recipe, vae=workdir.find_statistics(recipe.name, recipe.vae, _CHECKPOINT.value))
+        recipe = dataclasses.replace(recipe, vae=workdir.find_statistics(recipe, _CHECKPOINT.value))
     header, made = exported.build(recipe, platform, batch=_BATCH.value)
     exported.save(output, header, made)
     print(exported.describe(header, made))
-    print(f"Wrote {output}, {files.in_words(output.stat().st_size)}")
+    print(f"Wrote {output}, {format_bytes(output.stat().st_size)}")
 
 
 def advice(recipe, stage, machine) -> str:

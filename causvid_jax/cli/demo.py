@@ -43,10 +43,9 @@ def load(recipe: Recipe, workdir: str | None) -> tuple[Params, Recipe]:
     """``{"vae", "teacher", "student"}``, the tiny decoder if the recipe names it, and the recipe with the statistics of
     the VAE's latents."""
     params, measured = stages.load_decoders(recipe, workdir)
-    for role, stage, net in (("teacher", "teacher", recipe.teacher), ("student", "distill", recipe.student)):
-        path = stages.find(recipe.name, stage, workdir)
-        params[role] = stages.load_transformer(path, net, role)
-    return jax.device_put(params), measured
+    for role, stage in (("teacher", "teacher"), ("student", "distill")):
+        params[role], _ = stages.load_stage(recipe, stage, workdir)
+    return params, measured
 
 
 def rows_of(prompts: Sequence[str], recipe: Recipe) -> jax.Array:

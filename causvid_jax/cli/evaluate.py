@@ -12,7 +12,7 @@ import json
 import jax
 from absl import flags, logging
 
-from causvid_jax.checkpoints import workdir
+from causvid_jax.checkpoints import load, workdir
 from causvid_jax.cli import common
 from causvid_jax.config import ConfigError, Recipe, require
 from causvid_jax.evaluation import classifier as judging
@@ -80,12 +80,12 @@ def evaluate(recipe: Recipe) -> None:
     params, recipe = workdir.load_decoders(recipe, _WORKDIR.value)
     for role, stage, given in networks:
         try:
-            path = given or workdir.find(recipe.name, stage, _WORKDIR.value)
+            weights = workdir.open_stage(recipe, stage, _WORKDIR.value, given)
         except ConfigError as missing:
             advice = "; --student_only needs none" if role == "teacher" else ""
             raise ConfigError(f"{missing}{advice}") from None
-        params[role] = workdir.load_transformer(path, getattr(recipe, role), role)
-        logging.info("%s: %s", role, path)
+        params[role], _ = load(weights)
+        logging.info("%s: %s", role, weights)
     made = batch.make_samplers(
         jax.tree.map(jax.numpy.asarray, params),
         recipe,

@@ -57,7 +57,7 @@ def latents(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     """Encode the first ``count`` training clips (0: all)."""
     _require_digits(recipe, "latents")
     clips = moving_digits.source(workdir / "data", recipe.data, recipe.video, "train")
-    params, config = stages.load_vae(stages.find(recipe.name, "vae", workdir), recipe.vae)
+    params, config = stages.load_stage(recipe, "vae", workdir)
     name = moving_digits.MovingDigitsConfig.of(recipe.data, recipe.video).name
     folder = recipe_data.folder(workdir, recipe_data.LATENTS)
     before = arrays.is_complete(folder)
@@ -77,7 +77,7 @@ def encode_videos(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     chosen, reader = listed[: count or len(listed)], encoder.open_encoder(recipe, workdir)
     # Once, and before the VAE is there: a chunk alone would have the encoder's weights read for each.
     _fill(reader, [video.caption for video in chosen])
-    params, config = stages.load_vae(stages.find(recipe.name, "vae", workdir), recipe.vae)
+    params, config = stages.load_stage(recipe, "vae", workdir)
     folder = recipe_data.folder(workdir, _flag(_NAME))
     before = arrays.is_complete(folder)
     videos.write_latents(
@@ -117,7 +117,7 @@ def trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
     """Run the teacher's ODE for ``count`` (0: as many as the init stage asks for) training captions."""
     if recipe.train_init.teacher == "causal":
         return _causal_trajectories(recipe, workdir, count)
-    params = stages.load_transformer(stages.find(recipe.name, "teacher", workdir), recipe.teacher, "teacher")
+    params, _ = stages.load_stage(recipe, "teacher", workdir)
     known = _prompt_list(recipe) or recipe_data.prompts(recipe, workdir)
     chosen = generate.prompt_sequence(known, count or recipe.train_init.trajectories, recipe.data.seed)
     folder = recipe_data.folder(workdir, recipe_data.TRAJECTORIES)
@@ -130,8 +130,8 @@ def trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
 
 
 def _causal_trajectories(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
-    params = stages.load_transformer(stages.find(recipe.name, "causal", workdir), recipe.teacher, "causal teacher")
-    _, coder = stages.load_vae(stages.find(recipe.name, "vae", workdir), recipe.vae)
+    params, _ = stages.load_stage(recipe, "causal", workdir)
+    coder = stages.open_stage(recipe, "vae", workdir).config
     given = recipe_data.folder(workdir, recipe_data.LATENTS)
     clips, lines = arrays.source(given), []
     for frames, number in ((0, recipe.train_init.trajectories), *recipe.train_init.extra_trajectories):
@@ -160,8 +160,7 @@ def streams(recipe: Recipe, workdir: pathlib.Path, count: int) -> str:
         "train_taehv.rollouts is empty; accepted: (clips, number) pairs, for example ((1, 640), (10, 96))",
     )
     params, recipe = stages.load_decoders(dataclasses.replace(recipe, decoder="vae"), workdir)
-    path = stages.find(recipe.name, "distill", workdir)
-    params["student"] = stages.load_transformer(path, recipe.student, "student")
+    params["student"], _ = stages.load_stage(recipe, "distill", workdir)
     known = _prompt_list(recipe) or recipe_data.prompts(recipe, workdir)
     reader = encoder.open_encoder(recipe, workdir, compute=False)
     lines, first = [], 0

@@ -33,9 +33,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from causvid_jax import checkpoints
 from causvid_jax import media as files
 from causvid_jax.analysis import sampling_memory
-from causvid_jax.checkpoints import store
 from causvid_jax.checkpoints import workdir as stages
 from causvid_jax.cli import common
 from causvid_jax.config import CLIPConfig, ConfigError, Recipe, VideoConfig, require
@@ -103,8 +103,8 @@ def output_paths(output: str, count: int) -> list[pathlib.Path]:
 
 def find_weights(
     recipe: Recipe, role: str, checkpoint: str | None, encodes: bool
-) -> tuple[dict[str, pathlib.Path], Recipe]:
-    """The files of ``role`` and of the codecs it needs, whose headers fit; and the recipe with the latents' statistics.
+) -> tuple[dict[str, checkpoints.Checkpoint], Recipe]:
+    """Open the checkpoints of ``role`` and of its codecs; return them and the recipe with the latent statistics.
 
     ``encodes``: whether pixels have to become latents, which only the VAE does; the teacher also reads them by CLIP.
     """
@@ -112,31 +112,20 @@ def find_weights(
     given = pathlib.Path(checkpoint) if checkpoint else None
     require(given is None or given.exists(), f"--checkpoint {checkpoint} does not exist")
     workdir = given if given and given.is_dir() else None
-    found = {role: given if given and not workdir else stages.find(recipe.name, stage, workdir)}
-    store.check_file(found[role], transformer.abstract(getattr(recipe, role)), f"{role} weights {found[role]}")
+    found = {role: stages.open_stage(recipe, stage, workdir, given if given and not workdir else None)}
     if recipe.decoder == "taehv":
-        found["taehv"] = stages.find_taehv(recipe.name, workdir)
-        stages.load_taehv(found["taehv"], recipe.taehv)  # small enough to read it twice
+        found["taehv"] = stages.open_stage(recipe, "taehv", workdir)
         if not encodes:
             return found, recipe
     if role == "teacher" and encodes:
-        found["image_encoder"] = stages.find_image_encoder(workdir or ".", recipe.teacher)
-    found["vae"] = stages.find(recipe.name, "vae", workdir)
-    statistics = store.check_file(found["vae"], vae.abstract(recipe.vae), f"VAE weights {found['vae']}")
-    return found, dataclasses.replace(recipe, vae=stages.latent_statistics(recipe.vae, statistics))
+        found["image_encoder"] = stages.open_image_encoder(workdir or ".", recipe.teacher)
+    found["vae"] = stages.open_stage(recipe, "vae", workdir)
+    return found, dataclasses.replace(recipe, vae=found["vae"].config)
 
 
 def load(request: "Request", shapes: Mapping[str, Any]) -> stream.Params:
     """The weights of ``shapes`` on the device, in its types."""
-    params: stream.Params = {}
-    found = request.weights
-    for name, expected in shapes.items():
-        if name == "taehv":
-            held = stages.load_taehv(found[name], request.recipe.taehv)
-            params[name] = jax.tree.map(lambda x, e: jnp.asarray(x, e.dtype), held, expected)
-        else:
-            params[name], _ = store.load_arrays(found[name], expected, f"{name} weights {found[name]}")
-    return params
+    return {name: checkpoints.load(request.weights[name], dtype=types)[0] for name, types in shapes.items()}
 
 
 def free(tree: Any) -> None:
@@ -157,14 +146,14 @@ class Request:
     picture: np.ndarray | None  # the same, whole: what CLIP reads
     video: np.ndarray | None
     encoder: encoder.Encoder
-    weights: dict[str, pathlib.Path]
+    weights: dict[str, checkpoints.Checkpoint]
     program: exported.Programs | None = None
 
     @functools.cached_property
     def clip(self) -> CLIPConfig | None:
         """Sizes of the image encoder, if one is needed."""
-        path = self.weights.get("image_encoder")
-        return stages.image_encoder_config(path) if path else None
+        opened = self.weights.get("image_encoder")
+        return opened.config if opened else None
 
     @property
     def texts(self) -> list[str]:

@@ -30,8 +30,8 @@ import numpy as np
 from jax import export
 
 from causvid_jax.analysis import sampling_memory
-from causvid_jax.checkpoints import files
 from causvid_jax.config import ConfigError, Recipe, require
+from causvid_jax.config.files import atomic, format_bytes, reason
 from causvid_jax.models import attention, kv_cache, taehv, transformer, vae
 from causvid_jax.sampling import stream
 from causvid_jax.sharding import constraints
@@ -179,7 +179,7 @@ def build(recipe: Recipe, platform: str, *, batch: int = 1) -> tuple[dict[str, A
 
 def save(path: str | os.PathLike, header: Mapping[str, Any], made: Mapping[str, export.Exported]) -> None:
     """Write what :func:`build` gave; the file appears whole or not at all."""
-    with files.staged(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+    with atomic(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("header.json", json.dumps(header, indent=1))
         for name, exported in made.items():
             archive.writestr(f"{name}.stablehlo", bytes(exported.serialize()))
@@ -230,7 +230,7 @@ def load(path: str | os.PathLike, recipe: Recipe, *, batch: int, latents: int) -
             header = json.loads(archive.read("header.json"))
             entries = {name: archive.read(name) for name in archive.namelist() if name.endswith(".stablehlo")}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{place} is not a readable program of launch.compile: {files.reason(error)}") from error
+        raise ConfigError(f"{place} is not a readable program of launch.compile: {reason(error)}") from error
     _check(place, header, recipe, batch=batch, latents=latents)
     try:
         exported = {name.removesuffix(".stablehlo"): export.deserialize(bytearray(x)) for name, x in entries.items()}
@@ -265,5 +265,5 @@ def describe(header: Mapping[str, Any], made: Mapping[str, export.Exported]) -> 
     ]
     for name, exported in made.items():
         inputs = sum(int(np.prod(x.shape, dtype=np.int64)) * x.dtype.itemsize for x in exported.in_avals)
-        lines.append(f"  {name}: {len(exported.in_avals)} arrays in ({files.in_words(inputs)})")
+        lines.append(f"  {name}: {len(exported.in_avals)} arrays in ({format_bytes(inputs)})")
     return "\n".join(lines)

@@ -2,9 +2,9 @@
 
 ``words`` needs nothing (:mod:`causvid_jax.text.words`). ``umt5`` reads, under the folder of a checkpoint,
 
-    text_encoder/weights.safetensors     the encoder, where ``launch.convert`` puts it
-    text_encoder/tokenizer.json          the tokenizer of google/umt5-xxl, as ``launch.convert`` copies it, or where it
-                                         lies in published folders (``checkpoints.sources.TOKENIZERS``)
+    text_encoder/                        the encoder, ours or published (``checkpoints.workdir.components``)
+    text_encoder/tokenizer.json          the tokenizer of google/umt5-xxl, or where published folders have it
+                                         (``checkpoints.workdir.TOKENIZERS``)
     prompts/                             prompts already encoded, made as they come
 
 The weights are read when a prompt has to be computed, and given up when it is.
@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from causvid_jax.checkpoints import sources, store, workdir
+from causvid_jax.checkpoints import Checkpoint, load, open_checkpoint, workdir
 from causvid_jax.config import ConfigError, Recipe, TextConfig, UMT5Config, require
 from causvid_jax.models import umt5
 from causvid_jax.sharding.params import inference_tree
@@ -40,7 +40,7 @@ class Encoder:
 
     config: TextConfig
     umt5: UMT5Config | None = None
-    weights: pathlib.Path | None = None
+    weights: Checkpoint | None = None
     tokenizer: umt5_prompts.Tokenizer | None = None
     cache: PromptCache | None = None
     compute: bool = True
@@ -70,12 +70,7 @@ def open_encoder(
         return Encoder(recipe.text)
     if folder is None:
         raise ConfigError("text.kind is 'umt5', whose weights come with no package; give the folder of a checkpoint")
-    weights = workdir.stage_path(folder, "text_encoder")
-    require(
-        weights.is_file(),
-        f"{weights} does not exist: the UMT5 encoder of the published folder, converted by launch.convert",
-    )
-    store.check_file(weights, umt5.abstract(recipe.umt5), f"text encoder weights {weights}")
+    weights = open_checkpoint(workdir.find(recipe.name, "text_encoder", folder), recipe.umt5)
     file = pathlib.Path(tokenizer) if tokenizer is not None else _find_tokenizer(pathlib.Path(folder))
     # Rows are rounded to the transformer's compute type before anything reads them, so nothing finer is kept.
     kept = "float32" if "float32" in (recipe.student.dtype, recipe.teacher.dtype) else "bfloat16"
@@ -85,14 +80,14 @@ def open_encoder(
         umt5=recipe.umt5,
         weights=weights,
         tokenizer=umt5_prompts.load_tokenizer(file),
-        cache=PromptCache(place, store.stored_checksum(weights), kept) if place else None,
+        cache=PromptCache(place, weights.identity(), kept) if place else None,
         compute=compute,
     )
 
 
 def _find_tokenizer(folder: pathlib.Path) -> pathlib.Path:
-    found = sources.tokenizer_files(folder)
-    listed = ", ".join(f"{inner}/tokenizer.json" for inner in sources.TOKENIZERS)
+    found = workdir.tokenizer_files(folder)
+    listed = ", ".join(f"{inner}/tokenizer.json" for inner in workdir.TOKENIZERS)
     require(
         "tokenizer.json" in found,
         f"{folder} holds no tokenizer of google/umt5-xxl; accepted: {listed} in it, or --tokenizer=FILE",
@@ -176,7 +171,4 @@ def null_rows(encoder: Encoder) -> np.ndarray:
 
 def _load(encoder: Encoder) -> Any:
     assert encoder.umt5 is not None and encoder.weights is not None
-    params, _ = store.load_arrays(
-        encoder.weights, inference_shapes(encoder.umt5), f"text encoder weights {encoder.weights}"
-    )
-    return params
+    return load(encoder.weights, dtype=inference_shapes(encoder.umt5))[0]

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from causvid_jax.checkpoints import store
 from causvid_jax.checkpoints import workdir as paths
 from causvid_jax.config import Recipe, TAEHVConfig, VAEConfig, require
 from causvid_jax.data import arrays, generate, moving_digits, pipeline
@@ -263,7 +262,10 @@ def initial_state(
         params = init(jax.random.key(run.config.seed)) if params is None else params
         return init_state(params, optimizer, run.config.bad_loss_window)
 
-    start = [weights.replicated(store.load_params(init_from)[0], run.placement)] if init_from else []
+    start = []
+    if init_from:
+        params, _ = paths.load_stage(run.recipe, run.name, None, "host", path=init_from)
+        start.append(weights.replicated(params, run.placement))
     return run.restore(run.placement.init(state, run.placement.whole(), *start))
 
 

@@ -3,12 +3,9 @@
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
-from causvid_jax.checkpoints import store
 from causvid_jax.checkpoints import workdir as paths
 from causvid_jax.config import Recipe, StageConfig
-from causvid_jax.models import taehv, transformer, vae
 from causvid_jax.sharding.placement import place
 from causvid_jax.training import autoencoder, dmd, flow_matching, ode
 from causvid_jax.training.run import Run, open_run
@@ -60,17 +57,7 @@ def next_command(name: str, recipe: Recipe) -> str:
 
 
 def initial_weights(name: str, recipe: Recipe, init_from: str | os.PathLike) -> pathlib.Path:
-    """Return the file of ``init_from``, whose shapes fit the network that the stage trains."""
-    path = pathlib.Path(init_from)
-    path = paths.stage_path(path, name) if path.is_dir() else path
-    store.check_file(path, trained_network(name, recipe), f"initial weights {path}")
+    """Return the weights that ``init_from`` names, which fit the network that the stage trains."""
+    path = paths.resolve(init_from, name)
+    paths.open_stage(recipe, name, path=path)
     return path
-
-
-def trained_network(name: str, recipe: Recipe) -> Any:
-    """Return the shapes of the parameters that the stage trains."""
-    if name == "vae":
-        return vae.abstract(recipe.vae)
-    if name == "taehv":
-        return taehv.abstract(recipe.taehv)
-    return transformer.abstract(recipe.teacher if name in ("teacher", "causal") else recipe.student)

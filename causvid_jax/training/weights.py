@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from causvid_jax.checkpoints import store
+from causvid_jax.checkpoints import load, open_checkpoint
 from causvid_jax.checkpoints import workdir as paths
 from causvid_jax.config import Recipe, TransformerConfig, to_json
 from causvid_jax.distributed import collectives
@@ -25,20 +25,18 @@ def load_vae(run: Run) -> tuple[Any, Recipe]:
 
 def measured_vae(recipe: Recipe, workdir: pathlib.Path) -> tuple[Any, Recipe]:
     """Return the trained VAE of ``workdir``, or of the package, and the recipe with its latent statistics."""
-    params, config = paths.load_vae(paths.find(recipe.name, "vae", workdir), recipe.vae)
+    params, config = paths.load_stage(recipe, "vae", workdir, "host")
     return params, dataclasses.replace(recipe, vae=config, decoder="vae")
 
 
 def load_network(run: Run, stage: str, config: TransformerConfig, path: pathlib.Path | None = None) -> Any:
     """Return the weights that ``stage`` left, or those of ``path``, on the mesh; a host reads only what it holds."""
-    path = path or paths.find(run.recipe.name, stage, run.workdir)
-    expected, what = transformer.abstract(config), f"{stage} weights {path}"
+    opened = open_checkpoint(path or paths.find(run.recipe.name, stage, run.workdir), config)
     if run.placement.mesh is None:
-        return store.load_arrays(path, expected, what)[0]
+        return load(opened)[0]
     # A file has one checksum, so one process reads all of it, through a buffer.
-    collectives.ask_first(lambda: store.verify(path))
-    shardings = run.placement.params(transformer.spec(config), config.rules)
-    return store.load_sharded(path, expected, shardings, what)[0]
+    collectives.ask_first(opened.check)
+    return load(opened, run.placement.params(transformer.spec(config), config.rules), check=False)[0]
 
 
 def replicated(params: Any, placement: Placement) -> Any:

@@ -1,31 +1,54 @@
 """Tiny random networks and their checkpoints, for the tests of this folder."""
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from causvid_jax.checkpoints import wan_transformer, wan_vae
-from causvid_jax.config import TransformerConfig, VAEConfig
+from causvid_jax.checkpoints import state_dict
+from causvid_jax.checkpoints.checkpoint import network_of
+from causvid_jax.config import CLIPConfig, TAEHVConfig, TransformerConfig, UMT5Config, VAEConfig
 from causvid_jax.models import transformer, vae
+from tests.tiny import random_params
 
 TINY = TransformerConfig(
-    dim=24,
-    ffn_dim=40,
-    num_heads=2,
-    num_layers=3,
-    in_channels=4,
-    out_channels=4,
-    text_dim=10,
-    freq_dim=8,
+    dim=24, ffn_dim=40, num_heads=2, num_layers=3, in_channels=4, out_channels=4, text_dim=10, freq_dim=8
 )
 TINY_VAE = VAEConfig(base_dim=4, z_dim=2)
+EVERY = (
+    TINY,
+    TransformerConfig(
+        dim=24, ffn_dim=40, num_heads=2, num_layers=2, in_channels=12, out_channels=4, text_dim=10, image_dim=6
+    ),
+    TINY_VAE,
+    UMT5Config(vocab_size=11, dim=6, ffn_dim=10, num_heads=2, head_dim=4, num_layers=3),
+    CLIPConfig(image_size=8, patch_size=4, dim=80, ffn_dim=6, num_heads=1, num_layers=2, projection_dim=3),
+    TAEHVConfig(z_dim=4, encoder_dim=10, decoder_dims=(14, 12, 8, 6)),
+)
 
 
-def random_tree(abstract, dtype, seed=0):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(dtype), abstract)
+def published(config, form, seed=0):
+    """Return (our parameters, a published state dict of them) for a network of the sizes ``config``."""
+    params = random_params(network_of(config).abstract(config), seed)
+    return params, state_dict(params, config, form)
+
+
+def arrays(opened):
+    """Return the arrays of an opened source, read."""
+    out = {}
+    for name, tensor in opened.tensors.items():
+        with tensor.view() as view:
+            out[name] = np.array(view)
+            assert view.shape == tensor.shape and view.dtype == tensor.dtype
+    return out
+
+
+def assert_states(have, want):
+    """Compare two state dicts bit by bit."""
+    assert have.keys() == want.keys()
+    for name, value in want.items():
+        assert have[name].dtype == value.dtype and have[name].shape == value.shape, name
+        np.testing.assert_array_equal(have[name].reshape(-1).view(np.uint8), value.reshape(-1).view(np.uint8))
 
 
 @pytest.fixture(scope="session")
@@ -34,45 +57,40 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
-def tiny_vae():
-    return TINY_VAE
-
-
-@pytest.fixture(scope="session")
 def params():
-    return random_tree(transformer.abstract(TINY), np.float32)
+    return random_params(transformer.abstract(TINY), scale=1.0)
 
 
 @pytest.fixture(scope="session")
-def half_params():
-    return random_tree(transformer.abstract(TINY), ml_dtypes.bfloat16, seed=1)
+def half_params(params):
+    import jax
+
+    return jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), params)
 
 
 @pytest.fixture(scope="session")
 def vae_params():
-    return random_tree(vae.abstract(TINY_VAE), np.float32, seed=2)
+    return random_params(vae.abstract(TINY_VAE), seed=2)
 
 
 @pytest.fixture(scope="session")
 def states(params):
-    """{naming: state dict} of the transformer."""
-    return {naming: dict(wan_transformer.to_published(params, TINY, naming)) for naming in ("original", "diffusers")}
+    """Return {format: state dict} of the transformer."""
+    return {form: state_dict(params, TINY, form) for form in ("original", "diffusers")}
 
 
 @pytest.fixture(scope="session")
 def vae_states(vae_params):
-    return {
-        "original": wan_vae.to_original(vae_params, TINY_VAE),
-        "diffusers": wan_vae.to_diffusers(vae_params, TINY_VAE),
-    }
+    return {form: state_dict(vae_params, TINY_VAE, form) for form in ("original", "diffusers")}
 
 
 @pytest.fixture
 def save():
-    """``save(path, state)``: a safetensors file as others write it."""
+    """Return ``save(path, state)``, which writes a safetensors file as others write it."""
 
     def write(path, state, metadata=None):
         path.parent.mkdir(parents=True, exist_ok=True)
+        state = {name: np.array(value, order="C") for name, value in state.items()}
         safetensors.numpy.save_file(state, path, metadata or {"format": "pt"})
         return path
 

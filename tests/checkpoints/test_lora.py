@@ -1,5 +1,6 @@
 """LoRA files of every naming merged at a strength, against peft's merge and NumPy; refusals by name."""
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -9,7 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from causvid_jax.checkpoints import convert, lora, sources, store, wan_transformer
+from causvid_jax.checkpoints import load, lora, open_checkpoint, state_dict
+from causvid_jax.checkpoints import save as save_checkpoint
 from causvid_jax.config import ConfigError
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "golden"))
@@ -48,20 +50,10 @@ def expected(states, factors, scale):
     return merged
 
 
-def merge(tmp_path, save, states, config, loras, dtype=None):
-    base = save(tmp_path / "base.safetensors", states["original"])
-    source = sources.open_source(base)
-    plan = convert.plan(source, "original", dtype, [lambda c, one=one: one for one in loras], config.num_heads)
-    convert.run({"": plan}, tmp_path / "merged.safetensors")
-    return sources.open_source(tmp_path / "merged.safetensors")
-
-
-def arrays(source):
-    out = {}
-    for name, tensor in source.tensors.items():
-        with tensor.view() as view:
-            out[name] = np.array(view)
-    return out
+def merge(states, config, loras):
+    """Return the merged state dict in original names, in the types of ``states``."""
+    dtype = next(iter(states["original"].values())).dtype.name
+    return state_dict(load(states["original"], config=config, dtype=None, updates=loras)[0], config, "original", dtype)
 
 
 def named(factors, style):
@@ -74,6 +66,8 @@ def named(factors, style):
             "original peft": (f"base_model.model.{module}", "lora_A.default", "lora_B.default"),
             "diffusers": (f"transformer.{diffusers}", "lora_A", "lora_B"),
             "kohya": (f"lora_unet_{kohya}", "lora_down", "lora_up"),
+            "videox": (f"lora_unet__{kohya}", "lora_down", "lora_up"),
+            "diffsynth": (f"pipe.dit.{module}", "lora_A.default", "lora_B.default"),
         }[style]
         state |= {f"{name}.{first}.weight": down, f"{name}.{second}.weight": up}
         if style in ("kohya", "original"):
@@ -81,11 +75,11 @@ def named(factors, style):
     return state
 
 
-@pytest.mark.parametrize("style", ["original", "original peft", "diffusers", "kohya"])
+@pytest.mark.parametrize("style", ["original", "original peft", "diffusers", "kohya", "videox", "diffsynth"])
 def test_every_naming_merges_alike(tmp_path, save, states, tiny, factors, style):
     path = save(tmp_path / "lora.safetensors", named(factors, style))
     opened = lora.open_lora(path, 0.8, tiny)
-    merged = arrays(merge(tmp_path, save, states, tiny, [opened]))
+    merged = merge(states, tiny, [opened])
     alpha = 1.5 if style in ("kohya", "original") else RANK
     for name, value in expected(states, factors, 0.8 * alpha / RANK).items():
         if name.removesuffix(".weight") in factors:
@@ -105,16 +99,16 @@ def test_peft_merges_the_same():
 def test_strength_zero_changes_nothing_and_two_add_up(tmp_path, save, states, tiny, factors):
     path = save(tmp_path / "lora.safetensors", named(factors, "diffusers"))
     none, once = lora.open_lora(path, 0.0, tiny), lora.open_lora(path, 0.5, tiny)
-    untouched = arrays(merge(tmp_path, save, states, tiny, [none]))
+    untouched = merge(states, tiny, [none])
     assert all(np.array_equal(untouched[name], value) for name, value in states["original"].items())
-    twice = arrays(merge(tmp_path, save, states, tiny, [once, once]))
+    twice = merge(states, tiny, [once, once])
     for name, value in expected(states, factors, 1.0).items():
         np.testing.assert_allclose(twice[name], value, atol=2e-5)
 
 
 def test_only_chosen_layers(tmp_path, save, states, tiny, factors):
     path = save(tmp_path / "lora.safetensors", named(factors, "original"))
-    merged = arrays(merge(tmp_path, save, states, tiny, [lora.open_lora(path, 1.0, tiny, layers={0, 1})]))
+    merged = merge(states, tiny, [lora.open_lora(path, 1.0, tiny, layers={0, 1})])
     changed = {name for name, value in states["original"].items() if not np.array_equal(merged[name], value)}
     assert changed == {"blocks.1.self_attn.v.weight", "blocks.0.ffn.2.weight"}
     with pytest.raises(ConfigError, match=r"LoRA layers \[7\] do not exist; accepted: 0 to 2"):
@@ -131,7 +125,7 @@ def test_whole_differences_and_biases(tmp_path, save, states, tiny):
         "head.head.weight": ("diffusion_model.head.head.diff", draw("head.head.weight")),
     }
     path = save(tmp_path / "lora.safetensors", dict(differences.values()))
-    merged = arrays(merge(tmp_path, save, states, tiny, [lora.open_lora(path, -0.5, tiny)]))
+    merged = merge(states, tiny, [lora.open_lora(path, -0.5, tiny)])
     for name, value in states["original"].items():
         delta = -0.5 * differences[name][1] if name in differences else 0
         np.testing.assert_allclose(merged[name], value + delta, atol=1e-6)
@@ -139,9 +133,9 @@ def test_whole_differences_and_biases(tmp_path, save, states, tiny):
 
 def test_half_precision_rounds_once(tmp_path, save, tiny, half_params, factors):
     """W + delta in float32, rounded to W's type; not the rounded delta added in it."""
-    state = {"original": dict(wan_transformer.to_published(half_params, tiny))}
+    state = {"original": state_dict(half_params, tiny, "original")}
     path = save(tmp_path / "lora.safetensors", named(factors, "diffusers"))
-    merged = arrays(merge(tmp_path, save, state, tiny, [lora.open_lora(path, 0.3, tiny)]))
+    merged = merge(state, tiny, [lora.open_lora(path, 0.3, tiny)])
     wide = {"original": {name: value.astype(np.float64) for name, value in state["original"].items()}}
     for name, value in expected(wide, factors, np.float32(0.3)).items():
         assert merged[name].dtype == ml_dtypes.bfloat16
@@ -156,7 +150,7 @@ def test_alpha_beside_the_weights(tmp_path, save, states, tiny, factors):
     folder = save(tmp_path / "peft" / "adapter_model.safetensors", state).parent
     (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 6, "r": RANK, "use_rslora": True}))
     for path, scale in ((told, 6 / RANK), (folder, 6 / RANK**0.5)):
-        merged = arrays(merge(tmp_path, save, states, tiny, [lora.open_lora(path, 1.0, tiny)]))
+        merged = merge(states, tiny, [lora.open_lora(path, 1.0, tiny)])
         for name, value in expected(states, factors, scale).items():
             np.testing.assert_allclose(merged[name], value, atol=5e-5)
     (folder / "adapter_config.json").write_text(json.dumps({"alpha_pattern": {"to_q": 3}}))
@@ -183,25 +177,41 @@ def test_refusals(tmp_path, save, tiny, factors, vae_states):
     pair = {"transformer.proj_out.lora_A.weight": some, "transformer.proj_out.lora_B.weight": some}
     refuse(pair, r"has factors of shapes \(3, 24\) and \(3, 24\); a weight of \(16, 24\) needs \(16, r\) and \(r, 24\)")
     refuse({"transformer.proj_out.diff": some}, r"has a difference of shape \(3, 24\); the parameter's is \(16, 24\)")
-    refuse(good | {"transformer.proj_out.lora_magnitude_vector": some}, "is a DoRA")
+    refuse(good | {"transformer.proj_out.lora_magnitude_vector": some}, "is a DoRA, which is no sum")
+    refuse(good | {"transformer.proj_out.lokr_w1": some}, "is a LoKr, which is no sum of two factors; accepted: LoRA")
+    refuse(good | {"transformer.proj_out.hada_w1_a": some}, "is a LoHa")
     with pytest.raises(ConfigError, match="strength of LoRA .* is nan"):
         lora.open_lora(tmp_path / "bad.safetensors", float("nan"), tiny)
-    vae = sources.open_source(save(tmp_path / "vae.safetensors", vae_states["original"]))
-    with pytest.raises(ConfigError, match="a LoRA changes a transformer, but .* is a vae"):
-        convert.plan(vae, "causvid_jax", loras=[lambda config: None])
 
 
-def test_a_lora_given_as_the_input_is_called_so(tmp_path, save, factors):
-    path = save(tmp_path / "lora.safetensors", named(factors, "diffusers"))
-    with pytest.raises(ConfigError, match="a LoRA, which is given with --lora"):
-        convert.plan(sources.open_source(path), "causvid_jax")
-
-
-def test_into_our_own_format(tmp_path, save, states, tiny, factors):
-    base = save(tmp_path / "base.safetensors", states["original"])
+def test_into_a_file_of_our_own_format(tmp_path, save, states, tiny, factors):
     opened = lora.open_lora(save(tmp_path / "lora.safetensors", named(factors, "kohya")), 2.0, tiny)
-    plan = convert.plan(sources.open_source(base), "causvid_jax", None, [lambda _: opened], 2)
-    convert.run({"": plan}, tmp_path / "ours.safetensors")
-    params, _ = store.load_params(tmp_path / "ours.safetensors")
-    merged = wan_transformer.from_published(expected(states, factors, 2.0 * 1.5 / RANK), tiny)
+    base = dataclasses.replace(open_checkpoint(states["original"], tiny), updates=(opened,))
+    save_checkpoint(base, tmp_path / "ours.safetensors")
+    assert open_checkpoint(tmp_path / "ours.safetensors").source.metadata["merged"] == "2 x lora.safetensors"
+    params, _ = load(tmp_path / "ours.safetensors", config=tiny)
+    merged, _ = load(expected(states, factors, 2.0 * 1.5 / RANK), config=tiny)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), params, merged)
+
+
+def test_the_modulation_of_a_block(tmp_path, save, states, tiny):
+    change = np.full((1, 6, 24), 0.1, np.float32)
+    for target in ("diffusion_model.blocks.0.diff_m", "blocks.0.modulation.diff", "blocks.0.scale_shift_table.diff"):
+        path = save(tmp_path / "lora.safetensors", {target: change})
+        merged = merge(states, tiny, [lora.open_lora(path, 0.5, tiny)])
+        changed = {name for name, value in states["original"].items() if not np.array_equal(merged[name], value)}
+        assert changed == {"blocks.0.modulation"}
+        difference = merged["blocks.0.modulation"] - states["original"]["blocks.0.modulation"]
+        np.testing.assert_allclose(difference, 0.05, atol=1e-6)
+
+
+def test_targets_of_an_image_branch_on_a_model_without_one(tmp_path, save, states, tiny, factors):
+    some = np.zeros((RANK, 24), np.float32)
+    foreign = {f"diffusion_model.blocks.0.cross_attn.k_img.{f}.weight": some for f in ("lora_down", "lora_up")}
+    path = save(tmp_path / "lora.safetensors", named(factors, "original") | foreign)
+    with pytest.raises(ConfigError, match="does not have: blocks.0.cross_attn.k_img.* --skip_foreign leaves them out"):
+        lora.open_lora(path, 1.0, tiny)
+    opened = lora.open_lora(path, 1.0, tiny, skip_foreign=True)
+    assert len(opened.skipped) == 2 and len(opened.updates) == len(TARGETS)
+    with pytest.raises(ConfigError, match="--skip_foreign"):
+        lora.open_lora(save(tmp_path / "lora.safetensors", foreign), 1.0, tiny, skip_foreign=True)

@@ -20,7 +20,8 @@ from test_sample import ROOT, call, call_all
 
 from causvid_jax import media
 from causvid_jax.analysis import sampling_memory
-from causvid_jax.checkpoints import layouts, store, workdir
+from causvid_jax.checkpoints import load, state_dict, workdir
+from causvid_jax.checkpoints.checkpoint import network_of
 from causvid_jax.cli import common
 from causvid_jax.config import CLIPConfig
 from causvid_jax.models import decoder, precision, transformer, umt5
@@ -67,18 +68,10 @@ def random_tree(abstract, seed):
 
 def publish(path, config, naming, seed, *, prefix="", tree=None):
     """A safetensors file of random weights, named and laid out as others write it."""
-    network, state = layouts.network_of(config), {}
-    flat = store.flatten(random_tree(network.abstract(config), seed) if tree is None else tree)
-    for piece, name in network.names(config, naming).items():
-        value = np.asarray(flat[piece.path] if piece.layer is None else flat[piece.path][piece.layer])
-        part = network.place(piece.path), network.to_published(piece.path, value, config, naming)
-        state.setdefault(prefix + name, []).append(part)
+    params = random_tree(network_of(config).abstract(config), seed) if tree is None else tree
+    state = {prefix + name: value for name, value in state_dict(params, config, naming).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {
-        name: np.concatenate([x for _, x in sorted(p, key=lambda y: y[0])]) if len(p) > 1 else p[0][1]
-        for name, p in state.items()
-    }
-    safetensors.numpy.save_file({name: np.ascontiguousarray(x) for name, x in whole.items()}, path, {"format": "pt"})
+    safetensors.numpy.save_file(state, path, {"format": "pt"})
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +139,8 @@ def test_student_and_teacher_from_a_checkpoint_folder(place, made):
     recipe = common.load_recipe_file(str(place / "tiny.py"))
     reader = encoder.open_encoder(recipe, place, compute=False)
     rows = {p: encoder.encode(reader, [p]) for p in ("warm neon", "neon")}
-    params = {"student": workdir.load_transformer(workdir.stage_path(place, "distill"), recipe.student, "student")}
-    params["vae"], _ = workdir.load_vae(workdir.stage_path(place, "vae"), recipe.vae)
+    params = {"student": workdir.load_stage(recipe, "distill", place)[0]}
+    params["vae"], _ = workdir.load_stage(recipe, "vae", place)
     params = jax.tree.map(jnp.asarray, params)
     made = player.play(params, rows["warm neon"], config=recipe, frames=13, switches={1: rows["neon"]})
     media.write_video(place / "expected.gif", np.concatenate(list(made), axis=1)[0], 16)
@@ -175,7 +168,7 @@ def test_an_image_becomes_a_video(place):
         "vae": sampling_memory.vae_shapes(recipe)["vae"],
         "image_encoder": sampling_memory.image_encoder_shapes(CLIP),
     }
-    params = {k: store.load_arrays(workdir.stage_path(place / "i2v", k), v, k)[0] for k, v in shapes.items()}
+    params = {k: load(workdir.stage_path(place / "i2v", k), dtype=v)[0] for k, v in shapes.items()}
     whole = media.to_float(media.read_picture(place / "wide.gif"))[None]
     assert whole.shape == (1, 20, 60, 3)
     square = media.to_float(media.read_image(place / "wide.gif", 32, 32))[None]

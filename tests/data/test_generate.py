@@ -151,11 +151,12 @@ def test_stage_weights_are_found_and_carry_latent_statistics(tmp_path, autoencod
     config = dataclasses.replace(RECIPE.vae, latent_mean=(0.25,) * 4, latent_std=(2.0,) * 4)
     store.save_params(path, params, workdir.vae_metadata(config))
     assert workdir.find("small", "vae", tmp_path) == path
-    loaded, measured = workdir.load_vae(path, RECIPE.vae)
+    loaded, measured = workdir.load_stage(RECIPE, "vae", tmp_path)
     assert measured == config
     assert generate.weights_digest(loaded) == generate.weights_digest(params)
-    with pytest.raises(ConfigError, match="VAE weights"):
-        workdir.load_vae(path, dataclasses.replace(RECIPE.vae, base_dim=8))
+    with pytest.raises(ConfigError, match="vae/weights.safetensors does not fit the configuration"):
+        other = dataclasses.replace(RECIPE, vae=dataclasses.replace(RECIPE.vae, base_dim=8))
+        workdir.load_stage(other, "vae", tmp_path)
 
 
 def block_states(params, recipe, rows, null, past, noise):

@@ -267,7 +267,7 @@ def test_the_command_says_what_it_did_and_the_second_time_that_nothing_is_to_do(
 
 
 def test_real_videos_become_latents_and_train_a_teacher(folder, workdir):
-    params, _ = stages.load_vae(stages.stage_path(workdir, "vae"), RECIPE.vae)
+    params, _ = stages.load_stage(RECIPE, "vae", workdir)
     source = arrays.source(workdir / "data" / "latents")
     first = source[0]
     assert first["file"] == b"china.mp4"

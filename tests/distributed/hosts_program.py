@@ -16,7 +16,7 @@ import time
 
 import jax
 
-from causvid_jax.checkpoints import store
+from causvid_jax.checkpoints import checkpoint
 from causvid_jax.config import ConfigError, from_json
 from causvid_jax.distributed import collectives, initialize
 from causvid_jax.training import stages
@@ -51,13 +51,13 @@ def _joined(workdir, number, names):
         "not shared": _refusal(initialize.check_shared, own),
     }
     recipe = from_json((folder / "recipe.json").read_text())
-    read, parts, read_part = [], [], store._read_part
+    read, parts, read_part = [], [], checkpoint._read
 
     def counted(*arguments):
         parts.append(read_part(*arguments))
         return parts[-1]
 
-    store._read_part = counted
+    checkpoint._read = counted
     batches = Run.batches
 
     def counting(run, read_batches, to_device):

@@ -54,10 +54,10 @@ def as_original(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def shapes() -> dict[str, tuple[int, ...]]:
     """Of transformers' state dict."""
-    from causvid_jax.checkpoints import layouts
+    from causvid_jax.checkpoints.checkpoint import network_of
     from causvid_jax.config import CLIPConfig
 
-    return dict(layouts.CLIP.shapes(CLIPConfig(**SIZES), "diffusers"))
+    return dict(network_of(CLIPConfig()).shapes(CLIPConfig(**SIZES), "diffusers"))
 
 
 def reference(seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -100,12 +100,12 @@ def errors_of(state: dict[str, np.ndarray], arrays: dict[str, np.ndarray], namin
     import jax
     import jax.numpy as jnp
 
-    from causvid_jax.checkpoints import layouts
+    from causvid_jax.checkpoints.checkpoint import load
     from causvid_jax.config import CLIPConfig
     from causvid_jax.models import clip_vision
 
     config = CLIPConfig(**SIZES)
-    params = layouts.CLIP.tree(state, config, naming)
+    params = load(state, config=config)[0]
     scale = jax.jit(lambda x: clip_vision.preprocess(x, config=config))
     pixels = jnp.concatenate([scale(arrays[f"picture{i}"]) for i in range(len(PICTURES))])
     rows = jax.jit(lambda p, x: clip_vision.encode(p, x, config=config))(params, arrays["pixels"])

@@ -53,12 +53,14 @@ def recipe():
 
 def weights(seed: int) -> dict[str, dict[str, np.ndarray]]:
     """Random state dicts in diffusers' names."""
-    from causvid_jax.checkpoints import layouts
+    from causvid_jax.checkpoints.checkpoint import network_of
 
     config = recipe()
     return {
-        "transformer": make_transformer.random_weights(layouts.TRANSFORMER.shapes(config.teacher, "diffusers"), seed),
-        "vae": make_vae.random_weights(layouts.VAE.shapes(config.vae, "diffusers"), seed),
+        "transformer": make_transformer.random_weights(
+            network_of(config.teacher).shapes(config.teacher, "diffusers"), seed
+        ),
+        "vae": make_vae.random_weights(network_of(config.vae).shapes(config.vae, "diffusers"), seed),
     }
 
 
@@ -131,13 +133,13 @@ def errors_of(arrays: dict[str, np.ndarray], seed: int) -> tuple[float, float]:
     """Largest absolute differences of our condition and of our last latents from the recorded ones."""
     import jax
 
-    from causvid_jax.checkpoints import layouts
+    from causvid_jax.checkpoints.checkpoint import load
     from causvid_jax.diffusion import solvers
     from causvid_jax.sampling import image_to_video
 
     config, states = recipe(), weights(seed)
-    teacher = layouts.TRANSFORMER.tree(states["transformer"], config.teacher, "diffusers")
-    coder = layouts.VAE.tree(states["vae"], config.vae, "diffusers")
+    teacher = load(states["transformer"], config=config.teacher)[0]
+    coder = load(states["vae"], config=config.vae)[0]
     condition = image_to_video.condition(coder, arrays["picture"], config=config)
 
     @jax.jit

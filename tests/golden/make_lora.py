@@ -51,14 +51,14 @@ def reference(seed: int) -> dict[str, np.ndarray]:
 
 def error_of(arrays: dict[str, np.ndarray], seed: int) -> float:
     """Largest difference of our merged weights from the recorded ones; every other weight must be untouched."""
-    import jax
     import safetensors.numpy
 
-    from causvid_jax.checkpoints import convert, layouts, lora, wan_transformer
+    from causvid_jax.checkpoints import load, lora, state_dict
+    from causvid_jax.checkpoints.wan_transformer import NETWORK
     from causvid_jax.config import TransformerConfig
 
     config = TransformerConfig(**SIZES)
-    state = random_weights(layouts.TRANSFORMER.shapes(config, "diffusers"), seed)
+    state = random_weights(NETWORK.shapes(config, "diffusers"), seed)
     updates = {name.removeprefix("lora/"): value for name, value in arrays.items() if name.startswith("lora/")}
     with tempfile.TemporaryDirectory() as folder:
         place = pathlib.Path(folder)
@@ -67,8 +67,8 @@ def error_of(arrays: dict[str, np.ndarray], seed: int) -> float:
         safetensors.numpy.save_file(updates, place / "lora" / "adapter_model.safetensors")
         (place / "lora" / "adapter_config.json").write_text(f'{{"lora_alpha": {ALPHA}, "r": {RANK}}}')
         opened = lora.open_lora(place / "lora", STRENGTH, config)
-        tree = convert.load_published(place / "base.safetensors", config, loras=(opened,))
-    ours = wan_transformer.to_published(jax.tree.map(np.asarray, tree), config, "diffusers")
+        tree, _ = load(place / "base.safetensors", config=config, updates=(opened,))
+    ours = state_dict(tree, config, "diffusers")
     merged = {name.removeprefix("merged/"): value for name, value in arrays.items() if name.startswith("merged/")}
     assert all(np.array_equal(ours[name], state[name]) for name in state.keys() - merged.keys())
     return max(float(np.abs(ours[name] - value).max()) for name, value in merged.items())
@@ -79,18 +79,20 @@ def check(seed: int) -> None:
     import torch
     from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
 
-    from causvid_jax.checkpoints import layouts, lora
+    from causvid_jax.checkpoints import lora
+    from causvid_jax.checkpoints.wan_transformer import NETWORK
     from causvid_jax.config import TransformerConfig
 
     config = TransformerConfig(**SIZES)
     state, names = {}, []
-    for piece, name in layouts.TRANSFORMER.names(config, "original").items():
-        shape = layouts.TRANSFORMER.shapes(config, "original")[name]
+    pairs = zip(NETWORK.rows(config, "original"), NETWORK.rows(config, "diffusers"), strict=True)
+    for name, diffusers in ((first.key, second.key) for first, second in pairs):
+        shape = NETWORK.shapes(config, "original")[name]
         if name.endswith(".weight") and len(shape) == 2:
             module = name.removesuffix(".weight")
             state[f"diffusion_model.{module}.lora_A.weight"] = torch.zeros(RANK, shape[1])
             state[f"diffusion_model.{module}.lora_B.weight"] = torch.zeros(shape[0], RANK)
-            names.append((layouts.TRANSFORMER.names(config, "diffusers")[piece].removesuffix(".weight"), module))
+            names.append((diffusers.removesuffix(".weight"), module))
     converted = _convert_non_diffusers_wan_lora_to_diffusers(dict(state))
     modules = {name.removeprefix("transformer.").partition(".lora_")[0] for name in converted}
     assert modules == {diffusers for diffusers, _ in names}, "targets disagree with diffusers' translation"

@@ -37,7 +37,7 @@ def reference() -> dict[str, dict]:
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, UMT5Config, UMT5EncoderModel
 
-    from causvid_jax.checkpoints import exports, layouts
+    from causvid_jax.checkpoints import clip_vision, umt5, wan_transformer, wan_vae
     from causvid_jax.config import CLIPConfig, TransformerConfig, VAEConfig
     from causvid_jax.config import UMT5Config as TextEncoder
 
@@ -64,20 +64,19 @@ def reference() -> dict[str, dict]:
                 num_layers=layers,
                 **({"in_channels": 36, "image_dim": 1280} if image else {}),
             )
-            original = layouts.TRANSFORMER.shapes(config, "original")
+            original = wan_transformer.NETWORK.shapes(config, "original")
             assert shapes_of(convert_wan_transformer_to_diffusers(meta(original))) == shapes_of(model.state_dict())
             golden[f"{size} diffusers"] = collapse(shapes_of(model.state_dict()))
             golden[f"{size} original"] = collapse(original)
         coder = shapes_of(AutoencoderKLWan().state_dict())
-        described = {"dense_act_fn": "gelu_new", **exports.describe(TextEncoder(), "diffusers")}
+        described = {"dense_act_fn": "gelu_new", **umt5.NETWORK.to_json(TextEncoder(), "diffusers")}
         text = shapes_of(UMT5EncoderModel(UMT5Config(**described)).state_dict())
-        image = shapes_of(
-            CLIPVisionModelWithProjection(CLIPVisionConfig(**exports.describe(CLIPConfig(), "diffusers"))).state_dict()
-        )
+        described = clip_vision.NETWORK.to_json(CLIPConfig(), "diffusers")
+        image = shapes_of(CLIPVisionModelWithProjection(CLIPVisionConfig(**described)).state_dict())
     # A file holds the shared embedding once.
     golden["umT5-XXL diffusers"] = collapse({n: s for n, s in text.items() if n != "encoder.embed_tokens.weight"})
     golden["CLIP ViT-H/14 diffusers"] = collapse({n: s for n, s in image.items() if not n.endswith("position_ids")})
-    original = layouts.VAE.shapes(VAEConfig(), "original")
+    original = wan_vae.NETWORK.shapes(VAEConfig(), "original")
     assert shapes_of(convert_wan_vae_to_diffusers(meta(original))) == coder
     golden["VAE diffusers"], golden["VAE original"] = collapse(coder), collapse(original)
     return golden
@@ -90,48 +89,31 @@ def check_loading() -> None:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import CLIPVisionModelWithProjection, UMT5EncoderModel
 
-    from causvid_jax.checkpoints import convert, layouts, sources, store, wan_transformer, wan_vae
-    from causvid_jax.checkpoints import umt5 as umt5_weights
+    from causvid_jax.checkpoints import open_checkpoint, save, state_dict
     from causvid_jax.config import CLIPConfig, TransformerConfig, UMT5Config, VAEConfig
     from causvid_jax.models import clip_vision, transformer, umt5, vae
 
     sizes = {"dim": 24, "ffn_dim": 40, "num_heads": 2, "num_layers": 3, "in_channels": 4, "out_channels": 4}
-    config, coder = TransformerConfig(**sizes, text_dim=10, freq_dim=8), VAEConfig(base_dim=4, z_dim=2)
+    config = TransformerConfig(**sizes, text_dim=10, freq_dim=8)
+    coder = VAEConfig(base_dim=4, z_dim=2, latent_mean=(1.0, 2.0), latent_std=(3.0, 4.0))
     video = dataclasses.replace(config, image_dim=6, in_channels=12)
     text = UMT5Config(vocab_size=11, dim=6, ffn_dim=10, num_heads=2, head_dim=4, num_layers=3)
     image = CLIPConfig(image_size=8, patch_size=4, dim=80, ffn_dim=6, num_heads=1, num_layers=2, projection_dim=3)
     rng = np.random.default_rng(0)
-    for model, tree, export in (
-        (
-            WanTransformer3DModel,
-            transformer.abstract(config),
-            lambda p: wan_transformer.to_published(p, config, "diffusers"),
-        ),
-        (
-            WanTransformer3DModel,
-            transformer.abstract(video),
-            lambda p: wan_transformer.to_published(p, video, "diffusers"),
-        ),
-        (UMT5EncoderModel, umt5.abstract(text), lambda p: umt5_weights.to_published(p, text, "transformers")),
-        (CLIPVisionModelWithProjection, clip_vision.abstract(image), None),
-        (AutoencoderKLWan, vae.abstract(coder), lambda p: wan_vae.to_diffusers(p, coder)),
+    for model, tree, sizes in (
+        (WanTransformer3DModel, transformer.abstract(config), config),
+        (WanTransformer3DModel, transformer.abstract(video), video),
+        (UMT5EncoderModel, umt5.abstract(text), text),
+        (CLIPVisionModelWithProjection, clip_vision.abstract(image), image),
+        (AutoencoderKLWan, vae.abstract(coder), coder),
     ):
         params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), tree)
         with tempfile.TemporaryDirectory() as folder:
-            place = pathlib.Path(folder)
-            store.save_params(
-                place / "ours.safetensors", params, {"latent_mean": "[1.0, 2.0]", "latent_std": "[3.0, 4.0]"}
-            )
-            plan = convert.plan(sources.open_source(place / "ours.safetensors"), "diffusers", num_heads=2)
-            convert.run({"": plan}, place / "out", shard_bytes=60_000)
-            loaded, info = model.from_pretrained(place / "out", output_loading_info=True)
+            save(open_checkpoint(params, sizes), pathlib.Path(folder) / "out", "diffusers", shard_bytes=60_000)
+            loaded, info = model.from_pretrained(pathlib.Path(folder) / "out", output_loading_info=True)
         assert not any(info.values()), info
         state = {name: value for name, value in loaded.state_dict().items() if name != "encoder.embed_tokens.weight"}
-        if export is None:
-            back = layouts.CLIP.tree({name: value.numpy() for name, value in state.items()}, image, "diffusers")
-            jax.tree.map(np.testing.assert_array_equal, back, params)
-            continue
-        expected = export(params)
+        expected = state_dict(params, sizes, "diffusers")
         assert state.keys() == expected.keys(), state.keys() ^ expected.keys()
         assert all(np.array_equal(state[name].numpy(), value) for name, value in expected.items())
     assert (loaded.config.latents_mean, loaded.config.latents_std) == ([1.0, 2.0], [3.0, 4.0])

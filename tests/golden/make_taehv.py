@@ -119,12 +119,12 @@ def errors_of(state: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> di
 
     import jax
 
-    from causvid_jax.checkpoints import taehv as weights
+    from causvid_jax.checkpoints import load
     from causvid_jax.config import TAEHVConfig
     from causvid_jax.models import taehv
 
     config = TAEHVConfig(**SIZES)
-    params = weights.from_published(state, config)
+    params = load(state, config=config)[0]
     bind = functools.partial(functools.partial, config=config)
     encode, decode, chunk = (jax.jit(bind(f)) for f in (taehv.encode, taehv.decode, taehv.decode_chunk))
     raw = jax.jit(functools.partial(taehv.decode, config=config, clamp=False))

@@ -67,12 +67,12 @@ def error_of(state: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> flo
     import jax
     import jax.numpy as jnp
 
-    from causvid_jax.checkpoints import wan_transformer
+    from causvid_jax.checkpoints import load
     from causvid_jax.config import TransformerConfig
     from causvid_jax.models import transformer
 
     config = TransformerConfig(**SIZES)
-    params = wan_transformer.from_published(state, config, "diffusers")
+    params = load(state, config=config)[0]
     timestep = jnp.repeat(jnp.asarray(arrays["timestep"])[:, None], arrays["x"].shape[1], axis=1)
     forward = jax.jit(lambda p, x, t, text: transformer.bidirectional(p, x, t, text, config=config))
     return float(np.abs(forward(params, arrays["x"], timestep, arrays["text"]) - arrays["velocity"]).max())
@@ -83,14 +83,14 @@ def check(seed: int) -> None:
     import jax
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-    from causvid_jax.checkpoints import wan_transformer
+    from causvid_jax.checkpoints import load, state_dict
     from causvid_jax.config import TransformerConfig
 
     jax.config.update("jax_default_matmul_precision", "highest")
     config = TransformerConfig(**SIZES)
     state, arrays = reference(seed)
-    params = wan_transformer.from_published(state, config, "diffusers")
-    converted = convert_wan_transformer_to_diffusers(dict(wan_transformer.to_published(params, config)))
+    params = load(state, config=config)[0]
+    converted = convert_wan_transformer_to_diffusers(state_dict(params, config, "original"))
     assert converted.keys() == state.keys(), "original names disagree with diffusers' conversion"
     assert all(np.array_equal(converted[name], state[name]) for name in state), "a weight changed in conversion"
     error = error_of(state, arrays)

@@ -88,12 +88,12 @@ def error_of(state: dict[str, np.ndarray], arrays: dict[str, np.ndarray], name: 
 
     import jax
 
-    from causvid_jax.checkpoints import umt5 as umt5_weights
+    from causvid_jax.checkpoints import load
     from causvid_jax.config import UMT5Config
     from causvid_jax.models import umt5
 
     config = UMT5Config(**SIZES, dtype="float32")
-    params = umt5_weights.from_published(state, config, "transformers")
+    params = load(state, config=config)[0]
     mask = arrays[f"{name}_mask"]
     rows = np.asarray(jax.jit(functools.partial(umt5.encode, config=config))(params, arrays[f"{name}_ids"], mask))
     assert not rows[~mask].any(), "a padded row is not zero"
@@ -125,7 +125,7 @@ def check_pipeline(seed: int) -> None:
     from diffusers.pipelines.wan import pipeline_wan
     from transformers import PreTrainedTokenizerFast
 
-    from causvid_jax.checkpoints import umt5 as umt5_weights
+    from causvid_jax.checkpoints import load
     from causvid_jax.config import UMT5Config
     from causvid_jax.text import tokenizer as prompts
 
@@ -141,7 +141,7 @@ def check_pipeline(seed: int) -> None:
         texts = [*PROMPTS, NEGATIVE_PROMPT]
         assert [prompts.clean_prompt(t) for t in texts] == [pipeline_wan.prompt_clean(t) for t in texts]
         want = WanPipeline._get_t5_prompt_embeds(pipe, list(texts), max_sequence_length=length).detach().numpy()
-        params = umt5_weights.from_published(state, config, "transformers")
+        params = load(state, config=config)[0]
         got = prompts.encode_prompts(texts, tokenizer, params, config, length=length)
     counts = [int(np.abs(rows).any(-1).sum()) for rows in want]
     error = np.abs(got - want).max()

@@ -58,15 +58,15 @@ def check(seed: int) -> None:
     import jax
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
-    from causvid_jax.checkpoints import wan_vae
+    from causvid_jax.checkpoints import load, state_dict
     from causvid_jax.config import VAEConfig
     from causvid_jax.models import vae
 
     jax.config.update("jax_default_matmul_precision", "highest")
     config = VAEConfig(**SIZES)
     state, expected = reference(seed)
-    params = wan_vae.from_diffusers(state, config)
-    converted = convert_wan_vae_to_diffusers(dict(wan_vae.to_original(params, config)))
+    params = load(state, config=config)[0]
+    converted = convert_wan_vae_to_diffusers(state_dict(params, config, "original"))
     assert converted.keys() == state.keys(), "original names disagree with diffusers' conversion"
     assert all(np.array_equal(converted[name], state[name]) for name in state), "a weight changed in conversion"
     mean, logvar = jax.jit(lambda p, v: vae.encode_moments(p, v, config=config))(params, expected["video"])

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causvid_jax.checkpoints import wan_transformer
+from causvid_jax.checkpoints import load, state_dict
+from causvid_jax.checkpoints.checkpoint import network_of
 from causvid_jax.config import CausalConfig, ConfigError, TransformerConfig
 from causvid_jax.models import image_branch, transformer
 
@@ -29,8 +30,8 @@ I2V_14B = TransformerConfig(
 @functools.cache
 def params():
     """Random in every parameter, the head and the modulation tables included."""
-    state = golden.random_weights(wan_transformer.published_shapes(CONFIG, "original"), 1)
-    return jax.tree.map(jnp.asarray, wan_transformer.from_published(state, CONFIG))
+    state = golden.random_weights(network_of(CONFIG).shapes(CONFIG, "original"), 1)
+    return load(state, config=CONFIG)[0]
 
 
 @functools.cache
@@ -52,7 +53,7 @@ bidirectional = jax.jit(functools.partial(transformer.bidirectional, config=CONF
 def test_equals_diffusers():
     arrays = dict(np.load(golden.GOLDEN))
     config = TransformerConfig(**golden.SIZES)
-    state = golden.random_weights(wan_transformer.published_shapes(config, "diffusers"), golden.SEED)
+    state = golden.random_weights(network_of(config).shapes(config, "diffusers"), golden.SEED)
     assert 0.5 < arrays["velocity"].std() < 2
     assert golden.error_of(state, arrays) <= 5e-5
 
@@ -63,14 +64,8 @@ def test_i2v_14b_has_the_published_parameter_count():
     assert jax.tree.map(lambda x: x.shape, made) == jax.tree.map(lambda x: x.shape, transformer.abstract(I2V_14B))
 
 
-@pytest.mark.parametrize("naming", wan_transformer.NAMINGS)
-def test_published_names_round_trip_bit_for_bit(naming):
-    state = wan_transformer.to_published(params(), CONFIG, naming)
-    jax.tree.map(np.testing.assert_array_equal, wan_transformer.from_published(state, CONFIG, naming), params())
-
-
 def test_published_names_and_shapes():
-    original, diffusers = (wan_transformer.published_shapes(I2V_14B, naming) for naming in wan_transformer.NAMINGS)
+    original, diffusers = (network_of(I2V_14B).shapes(I2V_14B, naming) for naming in ("original", "diffusers"))
     for first, second, shape in (
         ("patch_embedding.weight", "patch_embedding.weight", (5120, 36, 1, 2, 2)),
         ("img_emb.proj.0.weight", "condition_embedder.image_embedder.norm1.weight", (1280,)),
@@ -82,20 +77,20 @@ def test_published_names_and_shapes():
         ("blocks.0.cross_attn.norm_k_img.weight", "blocks.0.attn2.norm_added_k.weight", (5120,)),
     ):
         assert original[first] == diffusers[second] == shape, first
-    plain = wan_transformer.published_shapes(PLAIN, "original")
+    plain = network_of(PLAIN).shapes(PLAIN, "original")
     assert not [name for name in plain if "img" in name]
 
 
 def test_a_query_norm_that_nothing_reads_is_passed_over():
-    state = dict(wan_transformer.to_published(params(), CONFIG, "diffusers"))
+    state = state_dict(params(), CONFIG, "diffusers")
     state |= {f"blocks.{i}.attn2.norm_added_q.weight": np.ones(40, np.float32) for i in range(2)}
-    jax.tree.map(np.testing.assert_array_equal, wan_transformer.from_published(state, CONFIG, "diffusers"), params())
+    jax.tree.map(np.testing.assert_array_equal, load(state, config=CONFIG)[0], params())
 
 
 def test_an_image_branch_with_zero_values_is_the_network_without_one():
-    plain = wan_transformer.published_shapes(PLAIN, "original")
-    state = dict(wan_transformer.to_published(params(), CONFIG))
-    without = wan_transformer.from_published({name: state[name] for name in plain}, PLAIN)
+    plain = network_of(PLAIN).shapes(PLAIN, "original")
+    state = state_dict(params(), CONFIG, "original")
+    without = load({name: state[name] for name in plain}, config=PLAIN)[0]
     silent = jax.tree.map(lambda x: x, params())
     silent["blocks"]["cross_attn"]["v_img"] = jax.tree.map(jnp.zeros_like, params()["blocks"]["cross_attn"]["v_img"])
     x, t, text, image = inputs()

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causvid_jax.checkpoints import taehv as weights
+from causvid_jax.checkpoints import load
+from causvid_jax.checkpoints.checkpoint import network_of
 from causvid_jax.config import ConfigError, TAEHVConfig, VAEConfig
 from causvid_jax.models import taehv, vae
 
@@ -25,7 +26,7 @@ decode = jax.jit(functools.partial(taehv.decode, config=SMALL), static_argnames=
 @functools.cache
 def small_params():
     """Random in every parameter."""
-    return weights.from_published(golden.random_weights(weights.published_shapes(SMALL), 1), SMALL)
+    return load(golden.random_weights(network_of(SMALL).shapes(SMALL, "original"), 1), config=SMALL)[0]
 
 
 def latents(frames, batch=1):
@@ -38,7 +39,9 @@ def video(frames):
 
 def test_equals_pytorch():
     arrays = dict(np.load(golden.GOLDEN))
-    state = golden.random_weights(weights.published_shapes(TAEHVConfig(**golden.SIZES)), golden.SEED)
+    state = golden.random_weights(
+        network_of(TAEHVConfig()).shapes(TAEHVConfig(**golden.SIZES), "original"), golden.SEED
+    )
     errors = golden.errors_of(state, arrays)
     assert len(errors) == 4 and max(errors.values()) <= 1e-4, errors
     assert arrays["encoded"].std() > 0.1 and arrays["decoded"].std() > 0.5

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causvid_jax.checkpoints import wan_transformer
+from causvid_jax.checkpoints import load
+from causvid_jax.checkpoints.checkpoint import network_of
 from causvid_jax.config import CausalConfig, ConfigError, TransformerConfig
 from causvid_jax.models import attention, rope, transformer
 
@@ -25,9 +26,9 @@ BATCH, HEIGHT, WIDTH = 2, 4, 4
 @pytest.fixture(scope="module")
 def params():
     """Random in every parameter, the head and the modulation tables included."""
-    shapes = wan_transformer.published_shapes(CONFIG, "original")
+    shapes = network_of(CONFIG).shapes(CONFIG, "original")
     state = golden.random_weights(shapes, 1)
-    return jax.tree.map(jnp.asarray, wan_transformer.from_published(state, CONFIG))
+    return load(state, config=CONFIG)[0]
 
 
 def inputs(frames: int, seed: int = 0):
@@ -69,22 +70,9 @@ def stream(params, x, t, text, causal):
 def test_equals_diffusers():
     arrays = dict(np.load(golden.GOLDEN))
     config = TransformerConfig(**golden.SIZES)
-    state = golden.random_weights(wan_transformer.published_shapes(config, "diffusers"), golden.SEED)
+    state = golden.random_weights(network_of(config).shapes(config, "diffusers"), golden.SEED)
     assert 0.5 < arrays["velocity"].std() < 2
     assert golden.error_of(state, arrays) <= 5e-5
-
-
-@pytest.mark.parametrize("naming", wan_transformer.NAMINGS)
-def test_published_names_round_trip_bit_for_bit(params, naming):
-    back = wan_transformer.from_published(wan_transformer.to_published(params, CONFIG, naming), CONFIG, naming)
-    jax.tree.map(np.testing.assert_array_equal, back, params)
-
-
-def test_a_foreign_state_is_refused_by_name(params):
-    state = dict(wan_transformer.to_published(params, CONFIG))
-    del state["blocks.1.ffn.2.bias"]
-    with pytest.raises(ConfigError, match=r"1 tensor\(s\) missing, first blocks.1.ffn.2.bias"):
-        wan_transformer.from_published(state, CONFIG)
 
 
 @pytest.mark.parametrize(

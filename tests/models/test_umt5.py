@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causvid_jax.checkpoints import umt5 as umt5_weights
+from causvid_jax.checkpoints import load
+from causvid_jax.checkpoints.checkpoint import network_of
 from causvid_jax.config import ConfigError, UMT5Config
 from causvid_jax.models import umt5
 
@@ -26,12 +27,12 @@ def arrays():
 
 @pytest.fixture(scope="module")
 def state():
-    return golden.random_weights(umt5_weights.published_shapes(CONFIG, "transformers"), golden.SEED)
+    return golden.random_weights(network_of(CONFIG).shapes(CONFIG, "diffusers"), golden.SEED)
 
 
 @pytest.fixture(scope="module")
 def params(state):
-    return jax.tree.map(jnp.asarray, umt5_weights.from_published(state, CONFIG, "transformers"))
+    return load(state, config=CONFIG)[0]
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causvid_jax.checkpoints import wan_vae
+from causvid_jax.checkpoints import load
+from causvid_jax.checkpoints.checkpoint import network_of
 from causvid_jax.config import WAN_LATENT_MEAN, WAN_LATENT_STD, ConfigError, VAEConfig
 from causvid_jax.models import conv, vae
 
@@ -38,8 +39,7 @@ def golden():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     config, arrays = VAEConfig(**script.SIZES), np.load(GOLDEN / "vae.npz")
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), vae.abstract(config))
-    shapes = {name: value.shape for name, value in wan_vae.to_diffusers(zeros, config).items()}
+    shapes = network_of(config).shapes(config, "diffusers")
     assert sorted(shapes) == list(arrays["names"])
     return config, script.random_weights(shapes, script.SEED), arrays
 
@@ -65,7 +65,7 @@ def video(frames):
 
 def test_encode_matches_diffusers():
     config, state, arrays = golden()
-    mean, logvar = moments(wan_vae.from_diffusers(state, config), arrays["video"], config=config)
+    mean, logvar = moments(load(state, config=config)[0], arrays["video"], config=config)
     np.testing.assert_allclose(mean, arrays["mean"], atol=1e-4)
     np.testing.assert_allclose(logvar, arrays["logvar"], atol=1e-4)
     assert arrays["mean"].std() > 0.3
@@ -73,7 +73,7 @@ def test_encode_matches_diffusers():
 
 def test_decode_matches_diffusers():
     config, state, arrays = golden()
-    got = decode(wan_vae.from_diffusers(state, config), arrays["latents"], config=config)
+    got = decode(load(state, config=config)[0], arrays["latents"], config=config)
     np.testing.assert_allclose(got, arrays["decoded"], atol=1e-4)
     assert arrays["decoded"].std() > 0.3
 

@@ -1,4 +1,4 @@
-"""Weight files piece by piece: what others read of ours, what is left behind by a failure or a kill."""
+"""safetensors files written as a stream: what others read of ours, what a failure or a kill leaves."""
 
 import os
 import signal
@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from causvid_jax.checkpoints import files, store
+from causvid_jax.checkpoints import safetensors_io, store
 from causvid_jax.config import ConfigError
+from causvid_jax.config.files import atomic, format_bytes
 
 ARRAYS = {
     "b/odd": np.arange(3, dtype=np.float16),
@@ -28,7 +29,7 @@ def write(path, arrays=None, checksum=True, pieces=None):
     arrays = ARRAYS if arrays is None else arrays
     layout = {name: (np.shape(array), np.asarray(array).dtype) for name, array in arrays.items()}
     whole = lambda name: (np.asarray(arrays[name]),)  # noqa: E731
-    files.write_safetensors(path, layout, pieces or whole, {"note": "x"}, checksum)
+    safetensors_io.write_safetensors(path, layout, pieces or whole, {"note": "x"}, checksum)
 
 
 def test_the_library_reads_what_is_written_and_the_checksum_is_that_of_the_store(tmp_path):
@@ -46,7 +47,7 @@ def test_the_library_reads_what_is_written_and_the_checksum_is_that_of_the_store
 
 def test_tensors_are_aligned_and_read_one_by_one(tmp_path):
     write(tmp_path / "w.safetensors", checksum=False)
-    tensors, metadata = files.open_safetensors(tmp_path / "w.safetensors")
+    tensors, metadata = safetensors_io.open_safetensors(tmp_path / "w.safetensors")
     assert metadata == {"note": "x"}
     for name, array in ARRAYS.items():
         assert (tensors[name].shape, tensors[name].dtype) == (np.shape(array), np.asarray(array).dtype)
@@ -95,7 +96,7 @@ def test_a_killed_writer_leaves_a_temporary_that_the_next_removes_and_a_live_one
         """
         import sys, time
         import numpy as np
-        from causvid_jax.checkpoints import files
+        from causvid_jax.checkpoints import safetensors_io as files
 
         def pieces(name):
             yield np.zeros(4, np.float32)
@@ -132,17 +133,17 @@ def test_a_killed_writer_leaves_a_temporary_that_the_next_removes_and_a_live_one
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    with files.staged(tmp_path / "folder", directory=True) as temporary:
+    with atomic(tmp_path / "folder", directory=True) as temporary:
         (temporary / "inner").write_text("x")
         assert not (tmp_path / "folder").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
-    with pytest.raises(ZeroDivisionError), files.staged(tmp_path / "other", directory=True) as temporary:
+    with pytest.raises(ZeroDivisionError), atomic(tmp_path / "other", directory=True) as temporary:
         (temporary / "inner").write_text("x")
         raise ZeroDivisionError
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
-    with pytest.raises(ConfigError, match="cannot be written to .*folder"), files.staged(tmp_path / "folder", True):
+    with pytest.raises(ConfigError, match="folder cannot be written"), atomic(tmp_path / "folder", True):
         pass
 
 
-def test_sizes_in_words():
-    assert [files.in_words(n) for n in (640, 3_200_000, 57_153_966_336)] == ["640 bytes", "3.20 MB", "57.15 GB"]
+def test_bytes_for_people():
+    assert [format_bytes(n) for n in (640, 3_200_000, 57_153_966_336)] == ["640 bytes", "3.20 MB", "57.15 GB"]

@@ -1,0 +1,130 @@
+"""Where weights are found: stages, published folders, the package; and what is loaded for a stage."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY, arrays, assert_states, published
+
+from causvid_jax.checkpoints import load, open_checkpoint, store, workdir
+from causvid_jax.config import CLIPConfig, ConfigError
+from tests.tiny import RECIPE, random_transformer
+
+
+def test_publishing_copies_three_stages_in_half_precision_and_needs_all_of_them(tmp_path):
+    for stage in ("vae", "teacher"):
+        store.save_params(workdir.stage_path(tmp_path / "run", stage), {"a": np.float32([0.1, 2.0])}, {"stage": stage})
+    with pytest.raises(ConfigError, match="distill/weights.safetensors does not exist"):
+        workdir.publish("mine", tmp_path / "run", tmp_path / "assets")
+    assert not (tmp_path / "assets").exists()
+    store.save_params(workdir.stage_path(tmp_path / "run", "distill"), {"a": np.float32([0.3])}, {"stage": "distill"})
+    written = workdir.publish("mine", tmp_path / "run", tmp_path / "assets")
+    assert [path.relative_to(tmp_path / "assets").as_posix() for path in written] == [
+        "mine/vae.safetensors",
+        "mine/teacher.safetensors",
+        "mine/distill.safetensors",
+    ]
+    # The tiny codec goes along where it was trained, and is found among the package's weights.
+    store.save_params(workdir.stage_path(tmp_path / "run", "taehv"), {"a": np.float32([0.5])}, {"stage": "taehv"})
+    assert [path.stem for path in workdir.publish("mine", tmp_path / "run", tmp_path / "assets")] == [
+        "vae", "taehv", "teacher", "distill",
+    ]  # fmt: skip
+    params, metadata = store.load_params(written[0], dtype=None)
+    assert params["a"].dtype == np.float16 and metadata["stage"] == "vae"
+    np.testing.assert_array_equal(params["a"], np.float16([0.1, 2.0]))
+
+
+@pytest.fixture
+def pipeline(tmp_path, save):
+    """Return a folder with the teacher, VAE and tiny codec of the tiny recipe as published, and their parameters."""
+    folder, params = tmp_path / "published", {}
+    for name, config, path in (
+        ("teacher", RECIPE.teacher, "diffusion_pytorch_model.safetensors"),
+        ("vae", dataclasses.replace(RECIPE.vae, latent_mean=(), latent_std=()), "Wan2.1_VAE.safetensors"),
+        ("taehv", RECIPE.taehv, "taew2_1.safetensors"),
+    ):
+        params[name], state = published(config, "original")
+        save(folder / path, state)
+    return folder, params
+
+
+def test_a_published_folder_serves_a_recipe_as_it_is(tmp_path, save, pipeline):
+    folder, params = pipeline
+    for stage in ("teacher", "causal", "vae", "taehv"):
+        loaded, _ = workdir.load_stage(RECIPE, stage, folder)
+        jax.tree.map(np.testing.assert_array_equal, loaded, params["teacher" if stage == "causal" else stage])
+    decoders, _ = workdir.load_decoders(dataclasses.replace(RECIPE, decoder="taehv"), folder)
+    assert decoders.keys() == {"vae", "taehv"}
+    # A base transformer is no student, unless it is named.
+    with pytest.raises(ConfigError, match="comes with no trained distill; train it with launch.train --stage=distill"):
+        workdir.open_stage(dataclasses.replace(RECIPE, name="mine"), "distill", folder)
+    assert workdir.resolve(folder, "init") == folder / "diffusion_pytorch_model.safetensors"
+    # What a working directory has of its own goes first.
+    own = random_transformer(RECIPE.teacher, 9)
+    store.save_params(workdir.stage_path(folder, "teacher"), own, {"stage": "teacher"})
+    np.testing.assert_array_equal(
+        workdir.load_stage(RECIPE, "teacher", folder)[0]["head"]["modulation"], own["head"]["modulation"]
+    )
+    with pytest.raises(ConfigError, match="holds the weights of the stage 'teacher', not of a student"):
+        workdir.open_stage(RECIPE, "distill", path=workdir.stage_path(folder, "teacher"))
+    with pytest.raises(ConfigError, match="does not fit the configuration; the closest is transformer of"):
+        workdir.open_stage(
+            dataclasses.replace(RECIPE, teacher=dataclasses.replace(RECIPE.teacher, num_layers=5)), "teacher", folder
+        )
+
+
+def test_folders_of_components(tmp_path, save, states, vae_states):
+    original, pipeline = tmp_path / "original", tmp_path / "pipeline"
+    save(original / "diffusion_pytorch_model.safetensors", states["original"])
+    save(original / "Wan2.1_VAE.safetensors", vae_states["original"])
+    (original / "models_t5_umt5-xxl-enc-bf16.pth").write_bytes(b"")
+    (original / "config.json").write_text('{"num_heads": 2}')
+    found = workdir.components(original)
+    assert {name: place.name for name, place in found.items()} == {
+        "transformer": "diffusion_pytorch_model.safetensors",
+        "vae": "Wan2.1_VAE.safetensors",
+        "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth",
+    }
+    transformer, vae = (open_checkpoint(found[name], num_heads=2) for name in ("transformer", "vae"))
+    assert_states(arrays(transformer.source), states["original"])
+    assert_states(arrays(vae.source), vae_states["original"])
+    assert transformer.source.config == {"num_heads": 2} and vae.source.config == {}
+    save(pipeline / "transformer" / "diffusion_pytorch_model.safetensors", states["diffusers"])
+    save(pipeline / "vae" / "diffusion_pytorch_model.safetensors", vae_states["diffusers"])
+    (pipeline / "scheduler").mkdir()
+    assert workdir.components(pipeline) == {name: pipeline / name for name in ("transformer", "vae")}
+    assert workdir.components(pipeline / "vae") == workdir.components(pipeline / "vae" / "none") == {}
+
+
+def test_split_files_and_a_second_expert(tmp_path, save, states, vae_states):
+    files = tmp_path / "comfy" / "split_files"
+    save(files / "diffusion_models" / "wan2.1_t2v.safetensors", states["original"])
+    save(files / "vae" / "wan_2.1_vae.safetensors", vae_states["original"])
+    (files / "text_encoders").mkdir()
+    (files / "text_encoders" / "umt5_xxl_fp16.safetensors").write_bytes(b"")
+    inside = workdir.components(tmp_path / "comfy")
+    assert {name: path.name for name, path in inside.items()} == {
+        "transformer": "diffusion_models",
+        "vae": "vae",
+        "text_encoder": "text_encoders",
+    }
+    assert_states(arrays(open_checkpoint(inside["transformer"], num_heads=2).source), states["original"])
+    save(files / "diffusion_models" / "wan2.1_t2v_fp8.safetensors", states["original"])
+    with pytest.raises(ConfigError, match="holds 2 weights files .wan2.1_t2v.safetensors, wan2.1_t2v_fp8"):
+        open_checkpoint(inside["transformer"])
+    for name in ("transformer", "transformer_2"):
+        save(tmp_path / "wan22" / name / "diffusion_pytorch_model.safetensors", states["diffusers"])
+    (sentence,) = workdir.left_out(tmp_path / "wan22")
+    assert "is Wan2.2 with two experts; this version runs one transformer and does not use transformer_2" in sentence
+    assert workdir.left_out(tmp_path / "comfy") == []
+
+
+def test_the_image_encoder_must_fit_the_teacher(tmp_path, save):
+    config = CLIPConfig(image_size=8, patch_size=4, dim=80, ffn_dim=6, num_heads=1, num_layers=2, projection_dim=3)
+    params, state = published(config, "original")
+    save(tmp_path / "models_clip_open-clip.safetensors", state)
+    teacher = dataclasses.replace(TINY, image_dim=80, image_tokens=5)
+    jax.tree.map(np.testing.assert_array_equal, load(workdir.open_image_encoder(tmp_path, teacher))[0], params)
+    with pytest.raises(ConfigError, match="gives 5 rows of width 80; the teacher reads 257 of 1280"):
+        workdir.open_image_encoder(tmp_path, dataclasses.replace(TINY, image_dim=1280))
