@@ -394,7 +394,7 @@ def _read(opened: Checkpoint, rows: Sequence[Row], dtype: np.dtype, index: tuple
     """Return the part ``index`` of the array that ``rows`` make."""
     if rows[0].layer is None:
         with opened.read(rows[0]) as value:
-            return finite(np.array(store.cast(rows[0].key, value[index], dtype)), opened, rows[0])
+            return finite(np.array(store.cast(rows[0].key, value[index], dtype), order="C"), opened, rows[0])
     layers = rows[index[0]] if index else rows
     out: np.ndarray | None = None
     for i, row in enumerate(layers):
@@ -465,7 +465,8 @@ def state_dict(
     for row in opened.network.rows(config, format):
         with opened.read(ours[row.path, row.layer]) as value:
             pieces.setdefault(row.key, []).append(row.transform.to_file(value))
-    whole = {key: np.array(np.concatenate(parts) if len(parts) > 1 else parts[0]) for key, parts in pieces.items()}
+    # Writers of safetensors files need row-major arrays.
+    whole = {key: np.array(np.concatenate(p) if len(p) > 1 else p[0], order="C") for key, p in pieces.items()}
     kind = store.storage_type(dtype)
     return {key: store.cast(key, array, kind) for key, array in whole.items()}
 

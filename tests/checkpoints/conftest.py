@@ -90,7 +90,7 @@ def save():
 
     def write(path, state, metadata=None):
         path.parent.mkdir(parents=True, exist_ok=True)
-        state = {name: np.array(value, order="C") for name, value in state.items()}
+        state = {name: np.asarray(value) for name, value in state.items()}
         safetensors.numpy.save_file(state, path, metadata or {"format": "pt"})
         return path
 

@@ -211,7 +211,10 @@ def test_a_working_directory_goes_back_to_the_published_one(done):
 def test_published_folders(done):
     folder, params, coder, _, _ = done
     found = workdir.components(folder / "original")
-    assert found["transformer"] == folder / "original" and found["vae"].name == "Wan2.1_VAE.safetensors"
+    assert (
+        found["transformer"] == folder / "original" / "diffusion_pytorch_model.safetensors"
+        and found["vae"].name == "Wan2.1_VAE.safetensors"
+    )
     same(states_of(found["transformer"]), state_dict(params, CONFIG, "original"))
     same(states_of(found["vae"]), state_dict(coder, CODER, "original"))
     assert json.loads((folder / "original" / "config.json").read_text())["_class_name"] == "WanModel"
