@@ -28,7 +28,7 @@ class Plan:
     codecs: tuple[str, ...] = codecs.NAMES
     weights: str = "compute"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.repeats >= 2, f"--repeats is {self.repeats}; it must be at least 2")
         require(self.streams >= 1, f"--streams is {self.streams}; it must be at least 1")
         accepted = ("compute", "float32")
@@ -61,7 +61,7 @@ def abstract_weights(recipe: Recipe, plan: Plan) -> Any:
 def random_weights(abstract: Any, seed: int = 0) -> Any:
     """Scales 1, biases 0, the rest N(0, 0.02^2), of the given shapes and types, made on the device."""
 
-    def make():
+    def make() -> Any:
         flat, structure = jax.tree_util.tree_flatten_with_path(abstract)
         # XLA's own generator: a threefry for every array would take longer to compile than all else here.
         keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(flat))

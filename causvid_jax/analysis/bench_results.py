@@ -110,7 +110,7 @@ def comparison(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
         if ours["settings"][name] != theirs["settings"][name]:
             raise ValueError(f"{name} is {ours['settings'][name]} and {theirs['settings'][name]}: not comparable")
 
-    def key(item):
+    def key(item: Any) -> Any:
         return item["what"], item["seen"], item["codec"]
 
     other = {key(item): item for item in theirs["lines"]}

@@ -107,7 +107,7 @@ class _Bench:
         passes = self.steps + self.recipe.causal.context_pass
         tflop, frames = passes * self.pass_tflop(seen), vae.time_factor(self.recipe.vae) * self.k
 
-        def run(carry):
+        def run(carry: Any) -> Any:
             state, cache, _ = carry
             latents, state = self.block(self.params, back(state))
             shown, cache = (latents, None) if decoder is None else decoder.decode(decoder.params, latents, cache)

@@ -141,7 +141,7 @@ def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, 
 
     # What embeds a prompt is not read by a pass, and lies on the devices all the same.
     @functools.partial(jax.jit, donate_argnums=4, keep_unused=True)
-    def one_pass(params, x, timestep, text, cache):
+    def one_pass(params: Any, x: Any, timestep: Any, text: Any, cache: Any) -> Any:
         return transformer.cached(params, x, timestep, text, cache, config=net, causal=causal)
 
     return one_pass, (params, x, timestep, text, cache)

@@ -24,7 +24,7 @@ class Times:
         return self.percentile(50)
 
 
-def each(call: Callable[[Any], Any], carry: Any, repeats: int, *, before: Callable[[Any], Any] | None = None):
+def each(call: Callable[[Any], Any], carry: Any, repeats: int, *, before: Callable[[Any], Any] | None = None) -> Any:
     """Times of ``repeats`` calls ``carry = call(carry)``, each waited for, after one call that does not count.
 
     A call may donate its argument. ``before(carry)`` makes the argument ready, outside the timed part.

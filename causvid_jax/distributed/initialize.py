@@ -61,7 +61,7 @@ class Address:
     process_id: int
     local_devices: tuple[int, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         host, _, port = self.coordinator.rpartition(":")
         require(
             host and port.isdigit() and 0 < int(port) < 65536,

@@ -24,7 +24,7 @@ class ParamSpec:
     axes: tuple[str | None, ...]
     init: Init
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
             raise ValueError(f"shape {self.shape} and axes {self.axes} differ in length")
 
@@ -43,7 +43,7 @@ def stack_spec(spec: Any, length: int) -> Any:
     """Return the spec of ``length`` equal layers, with a leading ``layers`` axis."""
 
     def stacked(leaf: ParamSpec) -> ParamSpec:
-        def init(key, shape, dtype=jnp.float32):
+        def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
             return jax.vmap(lambda k: leaf.init(k, shape[1:], dtype))(jax.random.split(key, shape[0]))
 
         return ParamSpec((length, *leaf.shape), ("layers", *leaf.axes), init)
@@ -59,7 +59,7 @@ def map_spec(fn: Callable[[ParamSpec], Any], spec: Any) -> Any:
 def init_tree(key: jax.Array, spec: Any) -> Any:
     """Return float32 parameters of ``spec``. The key of an array depends on its path only."""
 
-    def init(path, leaf: ParamSpec) -> jax.Array:
+    def init(path: Any, leaf: ParamSpec) -> jax.Array:
         name = "/".join(str(p.key) for p in path)
         return leaf.init(jax.random.fold_in(key, zlib.crc32(name.encode())), leaf.shape, jnp.float32)
 
@@ -78,7 +78,7 @@ def inference_tree(abstract: Any, dtype: str, islands: Container[str] = ()) -> A
     float32 ones at half the memory. All other parameters (norms, biases, modulation) stay float32.
     """
 
-    def narrow(path, leaf):
+    def narrow(path: Any, leaf: Any) -> Any:
         keeps = path[-1].key != "kernel" or path[0].key in islands
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if keeps else jnp.dtype(dtype))
 

@@ -115,7 +115,7 @@ class Placement:
             optimizer_shardings(optimizer, params, shardings, self.mesh, on_host=on_host) for on_host in (False, True)
         )
 
-        def update(gradient, state, params=None):
+        def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
             change, state = optimizer.update(gradient, jax.device_put(state, here), params)
             return change, jax.device_put(state, there)
 

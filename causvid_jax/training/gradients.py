@@ -37,7 +37,7 @@ def accumulated_gradient(
         require(x.shape[0] % parts == 0, f"a batch of {x.shape[0]} cannot be accumulated in {parts} equal parts")
         return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
 
-    def add(total, inputs):
+    def add(total: Any, inputs: Any) -> tuple[Any, Any]:
         (_, metrics), gradient = gradient_fn(params, *inputs)
         return jax.tree.map(jnp.add, total, gradient), metrics
 

@@ -63,10 +63,10 @@ def frozen(optimizer: optax.GradientTransformation, groups: Collection[str]) -> 
     structure of ``optimizer``'s, so that a run can continue with part of its parameters frozen.
     """
 
-    def without(tree):
+    def without(tree: Any) -> Any:
         return {k: jax.tree.map(jnp.zeros_like, v) if k in groups else v for k, v in tree.items()}
 
-    def update(gradient, state, params=None):
+    def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         change, state = optimizer.update(without(gradient), state, params)
         return without(change), state
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -40,7 +41,7 @@ def requests() -> Iterator[Callable[[int], int]]:
     many = jax.process_count() > 1
     received: list[int] = []
 
-    def handler(number, frame):
+    def handler(number: int, frame: Any) -> None:
         if number == signal.SIGINT:
             if received:
                 raise KeyboardInterrupt

@@ -5,12 +5,13 @@ leave; the job then puts itself back in the queue until the stage is trained. A 
 SLURM. ``--dry_run`` prints the job script.
 """
 
+import argparse
 import sys
 
 from launch import remote
 
 
-def script(arguments) -> str:
+def script(arguments: argparse.Namespace) -> str:
     """The job script that ``sbatch`` is given."""
     options = {
         "job-name": f"{arguments.name}-{arguments.stage}",

@@ -5,6 +5,7 @@ installed. The hosts find each other by what GKE tells them. A pod that is taken
 of them again from there. ``--dry_run`` prints the JobSet.
 """
 
+import argparse
 import json
 import math
 import sys
@@ -21,7 +22,7 @@ ACCELERATORS = {
 CHIPS_PER_HOST = 4
 
 
-def jobset(arguments, kind: str, topology: str) -> dict[str, Any]:
+def jobset(arguments: argparse.Namespace, kind: str, topology: str) -> dict[str, Any]:
     """The JobSet for slices of ``topology`` (``4x4x4``)."""
     chips = math.prod(int(size) for size in topology.split("x"))
     hosts = max(1, chips // CHIPS_PER_HOST)

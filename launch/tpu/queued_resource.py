@@ -5,6 +5,7 @@
 each other by the metadata of the pod. ``--dry_run`` prints the ``gcloud`` commands.
 """
 
+import argparse
 import sys
 
 from launch import remote
@@ -19,7 +20,7 @@ FOLDER = "causvid_jax"
 GCLOUD = ["gcloud", "compute", "tpus"]
 
 
-def commands(arguments) -> list[remote.Command]:
+def commands(arguments: argparse.Namespace) -> list[remote.Command]:
     """What ``arguments.action`` runs, one command for each slice where each slice has its own."""
     place = [f"--zone={arguments.zone}", *([f"--project={arguments.project}"] if arguments.project else [])]
     name, slices = arguments.name, arguments.slices
