@@ -95,3 +95,12 @@ def test_digits_recipes():
         assert np.abs(rows).any(axis=-1).sum() == len(longest.split()) <= recipe.text.length
     with pytest.raises(ConfigError, match="the variant is 'three'; accepted: none, 'two'"):
         load_recipe_file(f"{CONFIGS / 'digits.py'}:three")
+
+
+@pytest.mark.parametrize("variant", ["", ":umt5"])
+def test_the_recipe_of_own_videos(variant):
+    recipe = load_recipe_file(f"{CONFIGS / 'own.py'}{variant}")
+    assert recipe.data.name == "videos" and recipe.latent_shape == (9, 8, 8, 16)
+    if not variant:
+        embeds = encoder.encode(encoder.open_encoder(recipe), ["A red car moves left."])
+        assert np.abs(embeds).any(axis=-1).sum() == 5

@@ -1,16 +1,15 @@
-"""Datasets of computed arrays (latents, ODE trajectories): written chunk by chunk, so that hours of work survive.
+"""Datasets of arrays, written chunk by chunk so that an interruption costs one chunk.
 
 A dataset of ``chunks`` chunks becomes ``chunks`` ArrayRecord shards. Each is written under a temporary name and renamed
-when whole, so whatever stops the program (Ctrl-C, preemption, a crash) costs at most the chunk in hand; the next run
-skips the shards it finds. When all are there, the metadata that makes the folder a tfds dataset is written, and last a
-marker file that says so.
+when complete. The next run skips the shards that exist. When all exist, the metadata that makes the folder a tfds
+dataset is written, and then a marker file.
 """
 
 import json
 import os
 import pathlib
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,11 +24,11 @@ _FINISHED = "FINISHED"
 
 
 class EmptyDataset(ConfigError):
-    """All chunks are there, and there is no example in them."""
+    """All chunks are written, and none has an example."""
 
 
 def array_features(more: Mapping[str, Any] | None = None, **shapes: Sequence[int | None]) -> tfds.features.FeaturesDict:
-    """Features of float16 arrays, name to shape, of their caption, and ``more`` features."""
+    """Return the features of float16 arrays (name to shape), of their caption, and ``more`` features."""
     tensors = {
         name: tfds.features.Tensor(shape=tuple(shape), dtype=np.float16, encoding="bytes")
         for name, shape in shapes.items()
@@ -38,33 +37,75 @@ def array_features(more: Mapping[str, Any] | None = None, **shapes: Sequence[int
 
 
 def trim_text(rows: np.ndarray) -> np.ndarray:
-    """Text rows ``[length, dim]`` as float16 without the zero rows at their end, which a reader puts back."""
+    """Return prompt embeddings ``[length, dim]`` as float16 without the zeros at their end, which a reader restores."""
     used = np.flatnonzero(np.any(rows != 0, axis=1))
     return rows[: used[-1] + 1 if len(used) else 0].astype(np.float16)
 
 
 def shard_path(folder: str | os.PathLike, name: str, index: int, chunks: int, split: str = "train") -> pathlib.Path:
-    """The file of chunk ``index``; it exists once the chunk is whole."""
+    """Return the file of chunk ``index``; it exists once the chunk is complete."""
     return pathlib.Path(folder) / f"{name}-{split}.array_record-{index:05d}-of-{chunks:05d}"
 
 
 def is_complete(folder: str | os.PathLike) -> bool:
-    """Whether ``folder`` holds a finished dataset with all of its shards."""
+    """Return whether ``folder`` holds a finished dataset with all of its shards."""
     folder = pathlib.Path(folder)
     if not (folder / _FINISHED).is_file():
         return False
-    splits = tfds.builder_from_directory(os.fspath(folder)).info.splits
+    splits = _open(folder).info.splits
     return bool(splits) and all(pathlib.Path(f).is_file() for s in splits.values() for f in s.filepaths)
 
 
-def source(folder: str | os.PathLike, split: str = "train"):
-    """Random access to the examples of a finished dataset.
+FEATURES = {
+    f"tensorflow_datasets.core.features.{name}"
+    for name in ("features_dict.FeaturesDict", "tensor_feature.Tensor", "text_feature.Text", "scalar.Scalar")
+}
+"""Feature types that are read. tfds imports the module that ``features.json`` names, which can run any code."""
+
+
+def _open(folder: pathlib.Path) -> Any:
+    """Return the tfds builder of a dataset folder of known feature types, whose shards are below it.
 
     Raises:
-        ConfigError: there is none at ``folder``, or it is not finished.
+        ConfigError: another feature type or file format, or metadata that cannot be read.
+    """
+    try:
+        info, features = (json.loads((folder / name).read_text()) for name in ("dataset_info.json", "features.json"))
+        names = set(_class_names(features))
+        templates = [str(split.get("filepathTemplate", "")) for split in info.get("splits", [])]
+        kind = info.get("fileFormat")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"the dataset {folder} cannot be read: its metadata is missing or damaged") from error
+    unknown = sorted(names - FEATURES)
+    require(not unknown, f"the dataset {folder} has the feature type {next(iter(unknown), '')!r}, which is not read")
+    require(kind == "array_record", f"the dataset {folder} has files of kind {kind!r}; accepted: 'array_record'")
+    require(
+        not any("/" in template or "\\" in template for template in templates),
+        f"the dataset {folder} names files outside of it",
+    )
+    return tfds.builder_from_directory(os.fspath(folder))
+
+
+def _class_names(features: Any) -> Iterator[str]:
+    """Yield every class that ``features.json`` names."""
+    if isinstance(features, dict):
+        if "pythonClassName" in features:
+            yield str(features["pythonClassName"])
+        for value in features.values():
+            yield from _class_names(value)
+    elif isinstance(features, list):
+        for value in features:
+            yield from _class_names(value)
+
+
+def source(folder: str | os.PathLike, split: str = "train") -> Any:
+    """Return random access to the examples of a finished dataset.
+
+    Raises:
+        ConfigError: there is none at ``folder``, it is not finished, or it has features of an unknown type.
     """
     require(is_complete(folder), f"no finished dataset at {folder}; write it with launch.prepare")
-    return tfds.builder_from_directory(os.fspath(folder)).as_data_source(split=split)
+    return _open(pathlib.Path(folder)).as_data_source(split=split)
 
 
 def write_dataset(
@@ -80,7 +121,7 @@ def write_dataset(
     process_count: int = 1,
     progress: bool = True,
 ) -> bool:
-    """Write the chunks that are still missing; finish the dataset when all are there.
+    """Write the missing chunks; finish the dataset when all are written.
 
     Args:
         folder: the dataset's own folder.
@@ -88,8 +129,8 @@ def write_dataset(
         features: of one example.
         chunks: how many; chunk i becomes shard i.
         make_chunk: chunk index to its examples; must depend on the index alone.
-        identity: whatever decides the content (sizes, seeds, digests of weights), as JSON values. A folder begun with
-            another identity is refused, so that no two teachers' trajectories ever mix.
+        identity: everything that decides the content (sizes, seeds, digests of weights), as JSON values. A folder that
+            was started with another identity is refused, so that trajectories of two teachers never mix.
         split: its name.
         process_id: this process writes chunks process_id, process_id + process_count, ...
         process_count: of processes that share ``folder``.
@@ -135,7 +176,7 @@ def _check_identity(folder: pathlib.Path, identity: dict[str, Any]) -> None:
 
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` so that a reader finds the whole old or the whole new file."""
+    """Write ``content`` to ``path`` atomically: a reader finds the old or the new file."""
     # Hosts that share the folder may share the process number, as containers do.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_bytes(content)

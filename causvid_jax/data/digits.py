@@ -137,15 +137,9 @@ def _check(config: DataConfig) -> None:
         f"data.colors is {config.colors}; it must be distinct colours, at least one",
     )
     require(
-        config.digits_per_clip in (1, 2) and config.digits_per_clip <= len(config.colors),
-        f"data.digits_per_clip is {config.digits_per_clip} with {len(config.colors)} colours; accepted: 1, or 2 with "
-        "at least two colours",
+        config.digits_per_clip <= len(config.colors),
+        f"data.digits_per_clip is {config.digits_per_clip} with {len(config.colors)} colours; two digits need two",
     )
-    require(
-        0 <= config.held_out_fraction <= 0.5,
-        f"data.held_out_fraction is {config.held_out_fraction}; it must be in [0, 0.5]",
-    )
-    require(config.speed >= 1, f"data.speed is {config.speed}; it must be at least 1 pixel per frame")
 
 
 @functools.lru_cache(maxsize=1)

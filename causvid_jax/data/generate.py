@@ -48,6 +48,7 @@ def write_latents(
     count: int = 0,
     chunk: int = 256,
     batch: int = 8,
+    prompt_encoder: encoder.Encoder | None = None,
     **options,
 ) -> bool:
     """Encode the first ``count`` clips (0: all) to ``latents`` float16 [F, h, w, C] with their ``caption``.
@@ -61,6 +62,7 @@ def write_latents(
         count: how many clips.
         chunk: clips per shard.
         batch: clips per device and call.
+        prompt_encoder: keeps the embeddings of the captions as ``text``; None: readers encode the captions.
         options: ``process_id``, ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
 
     Returns:
@@ -71,18 +73,24 @@ def write_latents(
     one = jax.ShapeDtypeStruct((1, *source[0]["video"].shape), jnp.float32)
     shape = jax.eval_shape(encode, params, one).shape[1:]
     run, size = over_local_devices(encode, params, batch, chunk)
+    shapes: dict[str, Any] = {"latents": shape}
+    if prompt_encoder:
+        shapes["text"] = (None, prompt_encoder.config.dim)
 
     def make_chunk(index: int) -> Iterator[dict[str, Any]]:
         for numbers in _groups(index, chunk, size, count):
             examples = [source[i] for i in numbers]
             video = pipeline.to_float(np.stack([e["video"] for e in examples]))
-            for example, latents in zip(examples, run(video), strict=True):
-                yield {"latents": latents.astype(np.float16), "caption": example["caption"]}
+            captions_of = [pipeline.as_text(e["caption"]) for e in examples]
+            embeds = encoder.encode(prompt_encoder, captions_of) if prompt_encoder else [None] * len(examples)
+            for caption, latents, rows in zip(captions_of, run(video), embeds, strict=True):
+                text = {} if rows is None else {"text": arrays.trim_text(rows)}
+                yield {"latents": latents.astype(np.float16), "caption": caption, **text}
 
     return arrays.write_dataset(
         folder,
         name="latents",
-        features=arrays.array_features(latents=shape),
+        features=arrays.array_features(**shapes),
         chunks=math.ceil(count / chunk),
         make_chunk=make_chunk,
         identity={"clips": clips, "count": count, "vae": weights_digest(params), "config": to_json(config)},

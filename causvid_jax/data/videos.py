@@ -1,8 +1,8 @@
-"""A folder of videos to a dataset of latents and text rows, and what became of every video.
+"""Turn a folder of videos into a dataset of pixels or latents, with a report of every video.
 
-A chunk is a number of videos, whatever number of clips they give, so that a video's clips stand or fall together and an
-interruption loses or doubles none. Beside the shards lie ``videos.jsonl`` (file, caption and clips of every video that
-gave some) and ``skipped.jsonl`` (file and reason of every other one).
+A chunk is a number of videos, so that the clips of a video are written together and an interruption loses or doubles
+none. The folder also holds ``videos.jsonl`` (file, caption and number of clips of every video that was used) and
+``skipped.jsonl`` (file and reason of every other one).
 """
 
 import functools
@@ -25,7 +25,6 @@ from causvid_jax.text import encoder
 
 USED, SKIPPED = "videos.jsonl", "skipped.jsonl"
 _PARTS = "report"
-_NAME = "latents"
 
 
 def write_latents(
@@ -42,10 +41,10 @@ def write_latents(
     prompt_encoder: encoder.Encoder | None = None,
     **options,
 ) -> bool:
-    """Cut ``videos`` into clips of the recipe's size, length and rate, and encode them.
+    """Split ``videos`` into clips of the recipe's size, length and rate, and encode them.
 
-    An example is ``latents`` float16 [F, h, w, C], ``caption``, its rows ``text`` float16 [tokens, dim], and where it
-    comes from: ``file`` and ``start`` in seconds.
+    An example is ``latents`` float16 [F, h, w, C], ``caption``, its embeddings ``text`` float16 [tokens, dim], and its
+    source: ``file`` and ``start`` in seconds.
 
     Args:
         folder: of the dataset.
@@ -97,18 +96,71 @@ def write_latents(
     )
 
 
+def write_pixels(
+    folder: str | os.PathLike, root: str | os.PathLike, videos: Sequence[Video], config: VideoConfig, **options: Any
+) -> bool:
+    """Split ``videos`` into clips and keep their pixels, for training a VAE or the tiny codec.
+
+    An example is ``video`` uint8 [T, H, W, 3], ``caption``, ``file`` and ``start`` in seconds.
+
+    Args:
+        folder: of the dataset.
+        root: the folder that file names are relative to.
+        videos: of :func:`captions.list_videos`; the same on every process.
+        config: size, length and rate of a clip.
+        options: ``clips_per_video``, ``shard_videos``, ``workers`` of :func:`write_latents`, and ``process_id``,
+            ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
+
+    Returns:
+        whether the dataset is finished.
+
+    Raises:
+        ConfigError: the folder holds a dataset of other videos or settings, or no video gave any clip.
+    """
+    chunk, limit = options.pop("shard_videos", 64), options.pop("clips_per_video", 0)
+    identity = {
+        "videos": captions.digest([(v.file, v.caption, v.size) for v in videos]),
+        "shard_videos": chunk,
+        "clips_per_video": limit,
+        "video": to_json(config),
+    }
+    return write_clips(
+        folder,
+        root,
+        videos,
+        lambda clips: clips,
+        None,
+        config=config,
+        shape=(config.frames, config.height, config.width, 3),
+        text_dim=0,
+        identity=identity,
+        size=1,
+        name="clips",
+        chunk=chunk,
+        limit=limit,
+        **options,
+    )
+
+
+def held_out(videos: Sequence[Video], share: int = 50) -> tuple[list[Video], list[Video]]:
+    """Return the videos to train on and those to test on: every ``share``-th, at least one; a single one is both."""
+    test = list(videos[::share])
+    return [video for video in videos if video not in test] or test, test
+
+
 def write_clips(
     folder: str | os.PathLike,
     root: str | os.PathLike,
     videos: Sequence[Video],
     encode: Callable[[np.ndarray], np.ndarray],
-    encode_text: Callable[[list[str]], np.ndarray],
+    encode_text: Callable[[list[str]], np.ndarray] | None,
     *,
     config: VideoConfig,
     shape: Sequence[int],
     text_dim: int,
     identity: dict[str, Any],
     size: int,
+    name: str = "latents",
     chunk: int = 64,
     limit: int = 0,
     workers: int = 2,
@@ -116,13 +168,21 @@ def write_clips(
     process_count: int = 1,
     progress: bool = True,
 ) -> bool:
-    """:func:`write_latents` with any encoders: up to ``size`` clips uint8 [B, T, H, W, 3] to latents [B, ``*shape``],
-    captions to text rows [B, length, text_dim]."""
+    """Write a dataset of videos with any encoders, as :func:`write_latents` does.
+
+    ``encode`` maps up to ``size`` clips uint8 [B, T, H, W, 3] to [B, ``*shape``]: latents, or pixels where ``name`` is
+    "clips". ``encode_text`` maps captions to embeddings [B, length, text_dim]; None keeps the captions only.
+    """
+    key, kind = ("video", np.uint8) if name == "clips" else ("latents", np.float16)
+    pixels = {"video": tfds.features.Tensor(shape=tuple(shape), dtype=np.uint8, encoding="zlib")}
+    shapes: dict[str, Any] = {} if name == "clips" else {"latents": shape}
+    if encode_text is not None:
+        shapes["text"] = (None, text_dim)
     folder, root = pathlib.Path(folder), pathlib.Path(root)
     require(chunk > 0 and workers > 0, f"chunk is {chunk} and workers is {workers}; both must be at least 1")
     groups = [videos[i : i + chunk] for i in range(0, len(videos), chunk)]
     mine = range(process_id, len(groups), process_count)
-    done = [i for i in mine if arrays.shard_path(folder, _NAME, i, len(groups)).is_file()]
+    done = [i for i in mine if arrays.shard_path(folder, name, i, len(groups)).is_file()]
     bar = tqdm(
         total=sum(len(groups[i]) for i in mine),
         initial=sum(len(groups[i]) for i in done),
@@ -136,23 +196,23 @@ def write_clips(
         rows = _text_rows(group, encode_text, report)
         good = [video for video in group if video.file in rows]
         pieces = clips.decode_ahead([root / video.file for video in good], config, limit=limit, workers=workers)
-        for video, latents in _encoded(good, pieces, encode, size, report):
-            for n, one in enumerate(latents):
+        for video, encoded in _encoded(good, pieces, encode, size, report):
+            for n, one in enumerate(encoded):
+                text = {} if encode_text is None else {"text": rows[video.file]}
                 start = np.float32(n * config.frames / config.fps)
-                place = {"file": video.file, "start": start}
-                yield {"latents": one, "caption": video.caption, "text": rows[video.file], **place}
-        # Before the shard gets its name: a shard without its report cannot be.
+                yield {key: one.astype(kind), "caption": video.caption, **text, "file": video.file, "start": start}
+        # Written before the shard gets its name, so that no shard lacks its report.
         _write_lines(folder / _PARTS / f"{index:05d}.jsonl", report.lines)
 
     try:
         with bar:
             return arrays.write_dataset(
                 folder,
-                name=_NAME,
+                name=name,
                 features=arrays.array_features(
-                    {"file": tfds.features.Text(), "start": tfds.features.Scalar(dtype=np.float32)},
-                    latents=shape,
-                    text=(None, text_dim),
+                    {"file": tfds.features.Text(), "start": tfds.features.Scalar(dtype=np.float32)}
+                    | (pixels if name == "clips" else {}),
+                    **shapes,
                 ),
                 chunks=len(groups),
                 make_chunk=make_chunk,
@@ -198,9 +258,9 @@ class _Report:
 
 
 def _text_rows(
-    videos: Sequence[Video], encode: Callable[[list[str]], np.ndarray], report: _Report
+    videos: Sequence[Video], encode: Callable[[list[str]], np.ndarray] | None, report: _Report
 ) -> dict[str, np.ndarray]:
-    """File to trimmed text rows of every video that can be tried; the others go to the report."""
+    """Return file to trimmed embeddings of every video that can be tried; report the others."""
     possible = []
     for video in videos:
         if video.size <= 0:
@@ -209,13 +269,13 @@ def _text_rows(
             report.skipped(video, "has no caption")
         else:
             possible.append(video)
-    if not possible:
-        return {}
+    if not possible or encode is None:
+        return {video.file: np.zeros((0, 0), np.float16) for video in possible}
     try:
         made = encode([video.caption for video in possible])
         return {video.file: arrays.trim_text(rows) for video, rows in zip(possible, made, strict=True)}
     except ConfigError:
-        encode([""])  # an encoder that cannot work at all is no caption's fault
+        encode([""])  # raises if the encoder cannot work at all, whatever the caption
     kept = {}
     for video in possible:
         try:
@@ -232,8 +292,11 @@ def _encoded(
     size: int,
     report: _Report,
 ) -> Iterator[tuple[Video, list[np.ndarray]]]:
-    """Every usable video with its latents. Batches of ``size`` clips run across videos; what a damaged video gave
-    before its damage is dropped, so its latents wait until its end is known to be sound."""
+    """Yield every usable video with its encoded clips.
+
+    Batches of ``size`` clips run across videos. The clips of a video are kept back until its last frame is decoded,
+    because those of a damaged video are dropped.
+    """
     waiting: list[tuple[int, np.ndarray]] = []
     latents: dict[int, list[np.ndarray]] = {}
     whole: list[int] = []
@@ -241,7 +304,7 @@ def _encoded(
     def run() -> None:
         if waiting:
             for (i, _), one in zip(waiting, encode(np.stack([clip for _, clip in waiting])), strict=True):
-                latents[i].append(np.asarray(one, np.float16))
+                latents[i].append(np.asarray(one))
             waiting.clear()
 
     def ready(last: bool) -> Iterator[tuple[Video, list[np.ndarray]]]:

@@ -1,39 +1,59 @@
-"""Prompts to text rows ``[B, length, dim]``, zero beyond the prompt's last token (as Wan zero-pads umT5's output)."""
+"""Word embeddings of a closed vocabulary ``[B, length, dim]``, zero beyond the last word of a prompt."""
 
-import difflib
+import string
 from collections.abc import Sequence
 
 import numpy as np
 
-from causvid_jax.config import ConfigError, TextConfig, require
+from causvid_jax.config import ConfigError, TextConfig, require, suggest
+
+PUNCTUATION = string.punctuation + "\u2018\u2019\u201c\u201d\u2026\u2013\u2014"
+
+
+def split_words(prompt: str, config: TextConfig) -> list[str]:
+    """Return the words of the vocabulary that a prompt consists of; case and surrounding punctuation are ignored.
+
+    Raises:
+        ConfigError: a word outside of the vocabulary.
+    """
+    folded = {word.casefold(): word for word in reversed(config.vocabulary)}
+    words = []
+    for token in prompt.split():
+        word = token if token in config.vocabulary else folded.get(token.strip(PUNCTUATION).casefold())
+        if word is not None:
+            words.append(word)
+        elif token.strip(PUNCTUATION):
+            raise ConfigError(f"unknown word {token!r} in prompt {prompt!r}; {suggest(token, config.vocabulary)}")
+    return words
 
 
 def encode_words(prompts: Sequence[str], config: TextConfig) -> np.ndarray:
-    """Closed-vocabulary encoding: row i is the one-hot of word i beside the one-hot of position i.
+    """Encode prompts: the embedding of word i is its one-hot in the vocabulary and the one-hot of i.
 
-    The position is part of the row because cross-attention has no other way to tell word order. With
-    ``config.separator`` a row goes on with how often each word of the vocabulary is in its phrase, from one separator
-    to the next; the separator's own row has zeros there. An empty prompt is all zeros: the unconditional branch.
-    Returns float32 ``[B, length, dim]``; a word outside the vocabulary or a prompt that is too long is a ConfigError.
+    Cross-attention has no other way to know the order of words. With ``config.separator`` the embedding also holds how
+    often each word of the vocabulary occurs in the word's phrase (between separators); a separator has zeros there. An
+    empty prompt is all zeros: the unconditional branch.
+
+    Returns:
+        float32 ``[B, length, dim]``.
+
+    Raises:
+        ConfigError: a word outside of the vocabulary, or more than ``config.length`` words.
     """
     index = {word: i for i, word in enumerate(config.vocabulary)}
-    rows = np.zeros((len(prompts), config.length, config.dim), np.float32)
+    embeds = np.zeros((len(prompts), config.length, config.dim), np.float32)
     for b, prompt in enumerate(prompts):
-        words = prompt.split()
+        words = split_words(prompt, config)
         require(
             len(words) <= config.length,
             f"prompt {prompt!r} has {len(words)} words; at most {config.length} are accepted",
         )
         for i, word in enumerate(words):
-            if word not in index:
-                close = difflib.get_close_matches(word, config.vocabulary, n=1)
-                hint = f"did you mean {close[0]!r}? " if close else ""
-                raise ConfigError(f"unknown word {word!r} in prompt {prompt!r}; {hint}accepted: {' '.join(index)}")
-            rows[b, i, index[word]] = 1.0
-            rows[b, i, len(index) + i] = 1.0
+            embeds[b, i, index[word]] = 1.0
+            embeds[b, i, len(index) + i] = 1.0
         if config.separator and words:
-            apart = np.array(words) == config.separator
-            phrase = np.cumsum(apart)
-            together = (phrase[:, None] == phrase) & ~apart[:, None] & ~apart
-            rows[b, : len(words), -len(index) :] = together @ rows[b, : len(words), : len(index)]
-    return rows
+            is_separator = np.array(words) == config.separator
+            phrase = np.cumsum(is_separator)
+            same_phrase = (phrase[:, None] == phrase) & ~is_separator[:, None] & ~is_separator
+            embeds[b, : len(words), -len(index) :] = same_phrase @ embeds[b, : len(words), : len(index)]
+    return embeds

@@ -12,8 +12,8 @@ import numpy as np
 import optax
 
 from causvid_jax.checkpoints import workdir as paths
-from causvid_jax.config import Recipe, TAEHVConfig, VAEConfig, require
-from causvid_jax.data import arrays, generate, moving_digits, pipeline
+from causvid_jax.config import Recipe, TAEHVConfig, VAEConfig
+from causvid_jax.data import arrays, generate, pipeline, sources
 from causvid_jax.distributed import collectives
 from causvid_jax.media import to_uint8
 from causvid_jax.models import taehv, vae
@@ -129,14 +129,9 @@ def open_clips(run: Run, split: str) -> Any:
     """Open the pixel clips of a split.
 
     Raises:
-        ConfigError: data without pixel clips, or clips that are not prepared.
+        ConfigError: clips that are not prepared.
     """
-    data = run.recipe.data
-    require(
-        data.name == "moving_digits",
-        f"data.name is {data.name!r}; --stage={run.name} trains on 'moving_digits' only, published codecs are loaded",
-    )
-    return moving_digits.source(run.workdir / "data", data, run.recipe.video, split)
+    return sources.clips(run.recipe, run.workdir, split)
 
 
 def read_batches(
@@ -207,7 +202,7 @@ def vae_metadata(params: Any, recipe: Recipe, workdir: pathlib.Path) -> dict[str
     """
     if not collectives.first():
         return {}
-    clips = moving_digits.source(workdir / "data", recipe.data, recipe.video, "train")
+    clips = sources.clips(recipe, workdir, "train")
     with collectives.alone():
         mean, std = latent_statistics(params, clips, recipe.vae)
     measured = dataclasses.replace(recipe.vae, latent_mean=mean, latent_std=std)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from causvid_jax.checkpoints import store, workdir
-from causvid_jax.cli import common, prepare
+from causvid_jax.cli import common
 from causvid_jax.config import ConfigError, DataConfig, from_config_dict
-from causvid_jax.data import arrays, digits, moving_digits
+from causvid_jax.data import arrays, digits, moving_digits, prepare
 from causvid_jax.models import transformer, vae
 from tests.programs import free_port, write_recipe
 
@@ -23,9 +23,9 @@ SMALL = {
 
 def test_data_stage_writes_the_clips_and_count_replaces_their_number(tmp_path):
     recipe = from_config_dict(SMALL)
-    assert "4 training and 2 test clips" in prepare.data(recipe, tmp_path, 0)
+    assert "4 training and 2 test clips" in prepare.data(recipe, tmp_path)
     assert len(moving_digits.source(tmp_path / "data", recipe.data, recipe.video, "train")) == 4
-    assert "6 training" in prepare.data(recipe, tmp_path, 6)
+    assert "6 training" in prepare.data(recipe, tmp_path, prepare.Options(count=6))
     # A reader needs no count: the dataset says how many clips it has.
     assert len(moving_digits.source(tmp_path / "data", recipe.data, recipe.video, "train")) == 6
 
@@ -33,12 +33,12 @@ def test_data_stage_writes_the_clips_and_count_replaces_their_number(tmp_path):
 def test_later_stages_name_what_is_missing(tmp_path):
     recipe = from_config_dict(SMALL)
     with pytest.raises(ConfigError, match="no complete moving_digits dataset .*--stage=data"):
-        prepare.latents(recipe, tmp_path, 0)
-    prepare.data(recipe, tmp_path, 0)
+        prepare.latents(recipe, tmp_path)
+    prepare.data(recipe, tmp_path)
     with pytest.raises(ConfigError, match="no trained vae.*--stage=vae"):
-        prepare.latents(recipe, tmp_path, 0)
+        prepare.latents(recipe, tmp_path)
     with pytest.raises(ConfigError, match="no trained teacher.*--stage=teacher"):
-        prepare.trajectories(recipe, tmp_path, 0)
+        prepare.trajectories(recipe, tmp_path)
 
 
 def with_weights(folder):
@@ -74,9 +74,9 @@ def with_weights(folder):
 
 def test_latents_and_trajectories_from_the_weights_of_their_stages(tmp_path):
     recipe = with_weights(tmp_path)
-    prepare.data(recipe, tmp_path, 0)
-    assert "latents: 3 examples" in prepare.latents(recipe, tmp_path, 3)
-    assert "trajectories: 5 examples" in prepare.trajectories(recipe, tmp_path, 5)
+    prepare.data(recipe, tmp_path)
+    assert "latents: 3 examples" in prepare.latents(recipe, tmp_path, prepare.Options(count=3))
+    assert "trajectories: 5 examples" in prepare.trajectories(recipe, tmp_path, prepare.Options(count=5))
     latents, trajectories = (arrays.source(tmp_path / "data" / name) for name in ("latents", "trajectories"))
     assert latents[2]["latents"].shape == (3, 4, 4, 4) and trajectories[4]["trajectory"].shape == (5, 3, 4, 4, 4)
     assert not digits.is_held_out(trajectories[4]["caption"].decode(), recipe.data)
@@ -94,19 +94,20 @@ def test_prompts_of_a_file_replace_the_captions(tmp_path):
         "causal": {"frames_per_block": 1},
     }
     recipe = from_config_dict(values | {"data": SMALL["data"] | {"prompt_file": str(listed)}})
-    assert prepare.prompts(recipe, tmp_path, 0).endswith("prompts: 2 examples")
-    assert prepare.prompts(recipe, tmp_path, 0).endswith("was complete already, nothing to do: 2 examples")
+    assert prepare.prompts(recipe, tmp_path).endswith("prompts: 2 examples")
+    assert prepare.prompts(recipe, tmp_path).endswith("was complete already, nothing to do: 2 examples")
     source = arrays.source(tmp_path / "data" / "prompts")
     assert [source[i]["caption"] for i in range(2)] == [b"a red 3", b"a blue 4"]
     assert source[0]["text"].shape == (3, len(words) + 8)
     with pytest.raises(ConfigError, match="no --prompts is given and data.prompt_file is empty"):
-        prepare.prompts(from_config_dict(values), tmp_path, 0)
+        prepare.prompts(from_config_dict(values), tmp_path)
     films = from_config_dict(values | {"data": {"name": "videos"}})
-    for stage in (prepare.data, prepare.latents):
-        with pytest.raises(ConfigError, match="data.name is 'videos'; accepted: --stage=videos"):
-            stage(films, tmp_path, 0)
+    with pytest.raises(ConfigError, match="no clips at .*--stage=data --videos=DIR"):
+        prepare.latents(films, tmp_path)
+    with pytest.raises(ConfigError, match="no --videos is given; --stage=data needs the folder"):
+        prepare.data(films, tmp_path)
     with pytest.raises(ConfigError, match="no --videos is given"):
-        prepare.encode_videos(films, tmp_path, 0)
+        prepare.encode_videos(films, tmp_path)
 
 
 def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
@@ -156,7 +157,7 @@ def test_processes_that_know_each_other_share_a_stage(tmp_path):
     assert all("1/1" in error for _, error in said)
     assert "trajectories: 66 examples" in said[0][0] and "examples" not in said[1][0]
 
-    assert "66 examples" in prepare.trajectories(recipe, alone, 66)
+    assert "66 examples" in prepare.trajectories(recipe, alone, prepare.Options(count=66))
     one, many = (arrays.source(folder / "data" / "trajectories") for folder in (alone, together))
     for i in (0, 63, 64, 65):
         assert one[i]["caption"] == many[i]["caption"]

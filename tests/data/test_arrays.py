@@ -89,3 +89,24 @@ def test_another_identity_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="weights was 'abc' and is now 'xyz'"):
         _write(tmp_path, identity={"weights": "xyz"})
     assert json.loads((tmp_path / "identity.json").read_text())["weights"] == "abc"
+
+
+def test_a_dataset_folder_runs_no_code(tmp_path, monkeypatch):
+    """tfds imports the class that features.json names: a module of the current folder would run."""
+    assert _write(tmp_path / "d")
+    (tmp_path / "evil.py").write_text("open('ran', 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    features, info = tmp_path / "d" / "features.json", tmp_path / "d" / "dataset_info.json"
+    whole = features.read_text()
+    features.write_text(whole.replace("tensorflow_datasets.core.features.tensor_feature.Tensor", "evil.Tensor"))
+    with pytest.raises(ConfigError, match="has the feature type 'evil.Tensor', which is not read"):
+        arrays.source(tmp_path / "d")
+    assert not (tmp_path / "ran").exists()
+    features.write_text("{")
+    with pytest.raises(ConfigError, match="its metadata is missing or damaged"):
+        arrays.source(tmp_path / "d")
+    features.write_text(whole)
+    info.write_text(info.read_text().replace('"{DATASET}-', '"../{DATASET}-'))
+    with pytest.raises(ConfigError, match="names files outside of it"):
+        arrays.source(tmp_path / "d")

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import signal
@@ -18,7 +17,7 @@ import real_videos
 from causvid_jax.checkpoints import store
 from causvid_jax.checkpoints import workdir as stages
 from causvid_jax.config import ConfigError, VideoConfig, from_config_dict
-from causvid_jax.data import arrays, captions, clips, pipeline, videos
+from causvid_jax.data import arrays, captions, clips, pipeline, prepare, videos
 from causvid_jax.data import sources as recipe_data
 from causvid_jax.media import read_video, to_float
 from causvid_jax.models import vae
@@ -238,27 +237,18 @@ def test_a_folder_without_any_usable_video_is_refused(folder, listed, tmp_path):
 
 @pytest.fixture(scope="module")
 def workdir(folder, tmp_path_factory):
-    """The whole way by the command, twice, with a VAE of random weights."""
+    """Encode the folder twice, with a VAE of random weights."""
     workdir = tmp_path_factory.mktemp("run")
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape).astype(np.float32), vae.abstract(RECIPE.vae))
     store.save_params(stages.stage_path(workdir, "vae"), params, stages.vae_metadata(RECIPE.vae))
-    config = workdir / "small.py"
-    config.write_text(f"def get_config():\n    return {VALUES!r}\n")
-    command = [sys.executable, "-m", "launch.prepare", f"--config={config}", f"--workdir={workdir}", "--stage=videos"]
-    command += [f"--videos={folder}", f"--captions={folder / 'captions.jsonl'}", "--batch=2"]
-    output = []
-    for _ in range(2):
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=1800, env={**os.environ, "XLA_FLAGS": ""}
-        )
-        assert done.returncode == 0, done.stderr
-        output.append(done.stdout.strip())
+    options = prepare.Options(videos=str(folder), captions=str(folder / "captions.jsonl"), batch=2)
+    output = [prepare.run("videos", RECIPE, workdir, options) for _ in range(2)]
     (workdir / "output.json").write_text(json.dumps(output))
     return workdir
 
 
-def test_the_command_says_what_it_did_and_the_second_time_that_nothing_is_to_do(workdir):
+def test_the_summary_says_what_was_done_and_the_second_time_that_nothing_is_to_do(workdir):
     first, second = json.loads((workdir / "output.json").read_text())
     where = workdir / "data" / "latents"
     tail = f"7 clips of 4 videos, 7 videos skipped: the reasons are in {where / 'skipped.jsonl'}"
@@ -296,5 +286,52 @@ def test_the_recipe_reads_a_mixture_and_knows_its_captions(workdir):
     missing = dataclasses.replace(RECIPE, data=dataclasses.replace(RECIPE.data, mixture=(("cats", 1.0),)))
     with pytest.raises(ConfigError, match="no finished dataset at .*cats"):
         recipe_data.latents(missing, workdir)
-    with pytest.raises(ConfigError, match="no captions of videos .*--stage=videos or name a list"):
+    with pytest.raises(ConfigError, match="no captions of videos .*--stage=videos, or name a list"):
         recipe_data.prompts(missing, workdir)
+
+
+def test_own_videos_train_every_codec_and_the_teacher(folder, tmp_path):
+    """The whole training on own clips: pixels, VAE, tiny codec, latents, teacher; no weights are given."""
+    stage = {"steps": 2, "batch_size": 2, "samples": 1, "log_every": 1, "optimizer": {"learning_rate": 1e-3}}
+    tiny = {"z_dim": 4, "encoder_dim": 8, "decoder_dims": (8, 8, 8), "blocks": 1}
+    tiny |= dict.fromkeys(("temporal_downsample", "temporal_upsample"), (True, True))
+    stages_of = dict.fromkeys(("train_vae", "train_taehv", "train_teacher"), stage)
+    recipe = from_config_dict(VALUES | stages_of | {"taehv": tiny})
+    with pytest.raises(ConfigError, match="no clips at .*prepare --stage=data --videos=DIR"):
+        training.train("vae", recipe, tmp_path)
+    options = prepare.Options(videos=str(folder), captions=str(folder / "captions.jsonl"))
+    train, test = prepare.run("data", recipe, tmp_path, options).split("\n")
+    assert "clips: 6 examples; 6 clips of 3 videos, 7 videos skipped" in train
+    assert "clips_test: 1 examples; 1 clips of 1 videos" in test
+    source = arrays.source(tmp_path / "data" / "clips")
+    first = next(clips.split_into_clips(folder / "slow.mkv", VIDEO))
+    np.testing.assert_array_equal(source[0]["video"], first)
+    training.train("vae", recipe, tmp_path)
+    training.train("taehv", recipe, tmp_path)
+    assert "latents: 6 examples" in prepare.run("latents", recipe, tmp_path)
+    params, config = stages.load_stage(recipe, "vae", tmp_path)
+    expected = vae.encode(params, to_float(first)[None], config=config)[0]
+    encoded = arrays.source(tmp_path / "data" / "latents")[0]
+    np.testing.assert_allclose(encoded["latents"], expected, atol=2e-2, rtol=2e-2)
+    np.testing.assert_array_equal(encoded["text"], words.encode_words(["slow roofs"], recipe.text)[0][:2])
+    training.train("teacher", recipe, tmp_path)
+    for name in ("vae", "taehv", "teacher"):
+        assert all(np.isfinite(r["loss"]) for r in read_metrics(tmp_path / name) if "loss" in r)
+    assert set(recipe_data.prompts(recipe, tmp_path)) == {"slow roofs", "a tall flower", "a flower"}
+
+
+def test_a_clip_that_lacks_one_frame_repeats_its_last(tmp_path):
+    """5.00 s are 80 frames at 16 per second; a clip of 81 is shown until then."""
+    real_videos.encode(tmp_path / "a.mp4", real_videos.shot(real_videos.CHINA, 24, 1.0, 32, 32), 24, "libx264")
+    (clip,) = clips.split_into_clips(tmp_path / "a.mp4", VideoConfig(height=32, width=32, frames=17, fps=16))
+    np.testing.assert_array_equal(clip[16], clip[15])
+    with pytest.raises(clips.Unusable, match="too short: 16 frames at 16 per second"):
+        list(clips.split_into_clips(tmp_path / "a.mp4", VideoConfig(height=32, width=32, frames=21, fps=16)))
+
+
+def test_videos_to_test_on_are_held_out():
+    listed = [captions.Video(f"{i}.mp4", "", 1) for i in range(101)]
+    train, test = videos.held_out(listed)
+    assert [video.file for video in test] == ["0.mp4", "50.mp4", "100.mp4"]
+    assert len(train) == 98 and not set(train) & set(test)
+    assert videos.held_out(listed[:1]) == (listed[:1], listed[:1])

@@ -37,3 +37,10 @@ def test_refused_prompts():
         encode_words(["rde 1"], PLAIN)
     with pytest.raises(ConfigError, match="has 6 words; at most 5 are accepted"):
         encode_words(["1 1 1 1 1 1"], PLAIN)
+
+
+def test_case_and_punctuation_are_ignored():
+    expected = encode_words(["red 1 and blue 1"], PHRASES)
+    np.testing.assert_array_equal(encode_words(["Red 1, AND \u201cblue\u201d \u2014 1."], PHRASES), expected)
+    with pytest.raises(ConfigError, match="unknown word '\u00b9'"):
+        encode_words(["red \u00b9"], PLAIN)
