@@ -27,8 +27,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, config.learning_rate, config.warmup_steps, max(steps, config.warmup_steps + 1)
         )
+    elif config.warmup_steps:
+        schedule = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
     else:
-        schedule = optax.linear_schedule(0.0, config.learning_rate, max(config.warmup_steps, 1))
+        schedule = optax.constant_schedule(config.learning_rate)
     if config.kind == "muon":
         method = optax.contrib.muon(
             schedule,

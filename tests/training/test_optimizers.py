@@ -16,7 +16,7 @@ CONFIG = OptimizerConfig(learning_rate=0.1, warmup_steps=2, b1=0.9, b2=0.99, wei
 def rates(config, steps):
     """Linear from 0, then constant, or a half wave that ends at 0 with the last of ``steps``."""
     t = np.arange(steps)
-    warm = np.minimum(t / config.warmup_steps, 1)
+    warm = np.minimum(t / config.warmup_steps, 1) if config.warmup_steps else np.ones(steps)
     if config.schedule == "constant":
         return config.learning_rate * warm
     wave = 0.5 + 0.5 * np.cos(np.pi * (t - config.warmup_steps) / (steps - config.warmup_steps))
@@ -35,9 +35,10 @@ def adamw(weights, gradients, config):
     return weights
 
 
+@pytest.mark.parametrize("warmup_steps", [0, 2])
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_frozen_groups_stay_and_the_others_move_by_the_formulas(schedule):
-    config = dataclasses.replace(CONFIG, schedule=schedule)
+def test_frozen_groups_stay_and_the_others_move_by_the_formulas(schedule, warmup_steps):
+    config = dataclasses.replace(CONFIG, schedule=schedule, warmup_steps=warmup_steps)
     rng = np.random.default_rng(0)
     start = {name: rng.standard_normal(3).astype(np.float32) for name in ("encoder", "decoder")}
     gradients = rng.standard_normal((6, 3)).astype(np.float32)
