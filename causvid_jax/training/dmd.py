@@ -51,7 +51,7 @@ class DMDState:
     Attributes:
       student: the generator, with its EMA.
       critic: the fake score, which may be of another size; without an EMA.
-      step: int32 scalar, student updates applied.
+      step: int32 scalar, steps of which at least one update was applied.
       history: recent losses of the critic (row 0) and the student (row 1).
     """
 
@@ -343,7 +343,7 @@ def train_step(
         update, start, (critic_batches, jax.random.split(critic_key, updates))
     )
     batch, key = with_context(jax.tree.map(lambda a: a[updates], batches), previous, student_key, config)
-    student, history, applied, metrics = student_update(
+    student, history, _, metrics = student_update(
         state.student,
         history,
         batch,
@@ -356,11 +356,12 @@ def train_step(
         recipe=recipe,
         finite=finite,
     )
-    step = jnp.where(applied, state.step + 1, state.step)
     metrics = {f"generator_{name}": value for name, value in metrics.items()}
     metrics |= {f"critic_{name}": jnp.mean(value) for name, value in critic_metrics.items()}
     skipped = history.skipped - state.history.skipped
     metrics |= {"skipped": skipped, "applied": updates + 1 - skipped, "skipped_total": history.skipped}
+    # If only the student's update was refused, the step counts: else the next one would repeat the critic's noise.
+    step = jnp.where(skipped <= updates, state.step + 1, state.step)
     return DMDState(student, critic, step, history), metrics
 
 
