@@ -244,6 +244,16 @@ class TeacherStageConfig(StageConfig):
     caption_dropout: Probability = 0.1
 
 
+def _check_switches(config: StageConfig, prompt_switch_prob: float) -> None:
+    """Refuse prompt switches in parts of one clip: the context is that of the next clip of the same part."""
+    for size in {size for _, _, size in config.stretches}:
+        require(
+            prompt_switch_prob == 0 or size // config.accumulate >= 2,
+            f"{config.label}.prompt_switch_prob is {prompt_switch_prob}, which takes the context of another clip; "
+            f"a batch of {size} in {config.accumulate} parts (accumulate) has one clip per part, and needs two",
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class CausalStageConfig(TeacherStageConfig):
     """Flow matching of a causal teacher by teacher forcing: every block has its own noise level and a clean past.
@@ -255,6 +265,10 @@ class CausalStageConfig(TeacherStageConfig):
     label: ClassVar[str] = "train_causal"
 
     prompt_switch_prob: Probability = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_switches(self, self.prompt_switch_prob)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,6 +299,7 @@ class InitStageConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_switches(self, self.prompt_switch_prob)
         require(
             not self.extra_trajectories or self.teacher == "causal",
             f"train_init.extra_trajectories is {self.extra_trajectories}, but the trajectories of a bidirectional "

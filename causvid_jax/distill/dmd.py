@@ -52,6 +52,11 @@ def masked_mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
     return jnp.sum(weight * values) / jnp.maximum(jnp.sum(weight), 1.0)
 
 
+def mask_weight(mask: jax.Array | None) -> dict[str, jax.Array]:
+    """Return the number of frames that a masked mean counts, as the metric ``weight``; nothing without a mask."""
+    return {} if mask is None else {"weight": jnp.sum(mask.astype(jnp.float32))}
+
+
 def generator_loss(
     x0: jax.Array,
     prompt_embeds: jax.Array,
@@ -98,7 +103,7 @@ def generator_loss(
     # x0 - x is exactly zero. This is x - stopgrad(x - gradient) without its rounding (the published code uses float64).
     loss = 0.5 * masked_mean(jnp.square((x0 - x) + gradient), mask)
     metrics = {"loss": loss, "gradient": masked_mean(jnp.abs(gradient), mask), "timestep": jnp.mean(timestep)}
-    return loss, metrics
+    return loss, metrics | mask_weight(mask)
 
 
 def critic_loss(
@@ -121,4 +126,4 @@ def critic_loss(
     noise = jax.random.normal(noise_key, x.shape)
     velocity = fake(flow.add_noise(x, noise, flow.sigma_from_timestep(timestep)), timestep, prompt_embeds)
     loss = masked_mean(jnp.square(velocity.astype(jnp.float32) - flow.velocity_from(x, noise)), mask)
-    return loss, {"loss": loss}
+    return loss, {"loss": loss} | mask_weight(mask)

@@ -97,4 +97,4 @@ def ode_regression_loss(
     error = jnp.square(predicted - states[-1].astype(jnp.float32))
     elements = jnp.sum(noisy) * np.prod(states.shape[3:])
     loss = jnp.sum(noisy * error) / jnp.maximum(elements, 1.0)
-    return loss, {"loss": loss, "noisy_fraction": jnp.mean(noisy)}
+    return loss, {"loss": loss, "noisy_fraction": jnp.mean(noisy), "weight": elements}

@@ -47,3 +47,20 @@ def test_arrays_among_the_metrics_are_put_together_again(parts):
 def test_unequal_parts_are_refused():
     with pytest.raises(ConfigError, match="a batch of 12 cannot be accumulated in 5 equal parts"):
         accumulated_gradient(loss, W, {"x": X}, jax.random.key(0), 5)
+
+
+def masked(w, batch, key):
+    residual, mask = batch["x"] @ w - 1.0, batch["mask"]
+    value = (mask * residual**2).sum() / mask.sum().clip(1)
+    return value, {"loss": value, "weight": mask.sum()}
+
+
+@pytest.mark.parametrize("parts", [1, 2, 6])
+def test_parts_of_a_masked_mean_count_by_their_elements(parts):
+    mask = np.array([1, 0, 0, 0, 1, 1, 0, 0, 1, 0, 1, 0], np.float32)  # of 6 parts one has none
+    run = jax.jit(accumulated_gradient, static_argnums=(0, 4))
+    gradient, metrics = run(masked, W, {"x": X, "mask": mask}, jax.random.key(0), parts)
+    residual = X @ W - 1.0
+    np.testing.assert_allclose(gradient, 2 * X.T @ (mask * residual) / mask.sum(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], (mask * residual**2).sum() / mask.sum(), rtol=1e-5)
+    assert set(metrics) == {"loss"}

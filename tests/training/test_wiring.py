@@ -42,3 +42,8 @@ def test_lengths_that_do_not_fit_are_refused():
         tiny.tiny_recipe(causal={"frames_per_block": 3, "window": 3}, train_distill={"frames": 5})
     with pytest.raises(ConfigError, match=r"continue the last 3 latent frames \(causal.window 4\) .* which has 2"):
         tiny.tiny_recipe(causal={"window": 4}, train_distill={"frames": 2, "continuation_prob": 0.5})
+
+
+def test_prompt_switches_in_parts_of_one_clip_are_refused():
+    with pytest.raises(ConfigError, match="train_init.prompt_switch_prob is 0.5.*one clip per part, and needs two"):
+        tiny.tiny_recipe(train_init={"prompt_switch_prob": 0.5, "accumulate": 2})
