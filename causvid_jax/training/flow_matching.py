@@ -30,7 +30,21 @@ Metrics = dict[str, jax.Array]
 # ---- updates ---------------------------------------------------------------------------------------------------------
 
 
-def teacher_loss(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> tuple[jax.Array, Metrics]:
+def drop_captions(
+    text: jax.Array, key: jax.Array, probability: float, negative_prompt_embeds: Any | None = None
+) -> jax.Array:
+    """Replace the embeddings of each caption by those of the negative prompt with ``probability``.
+
+    So the unconditional branch is trained on what guidance reads there. Without ``negative_prompt_embeds [S, E]`` they
+    are zeros, which is what the negative prompt of a recipe of words encodes to.
+    """
+    keep = jax.random.uniform(key, (len(text), 1, 1)) >= probability
+    return text * keep if negative_prompt_embeds is None else jnp.where(keep, text, negative_prompt_embeds)
+
+
+def teacher_loss(
+    params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe, negative_prompt_embeds: Any | None = None
+) -> tuple[jax.Array, Metrics]:
     """Return the loss of the bidirectional teacher: one t per clip on the shifted grid, captions dropped at random.
 
     Args:
@@ -38,6 +52,7 @@ def teacher_loss(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -
       batch: ``latents [B, F, h, w, C]`` and ``text [B, S, E]``.
       key: draws t, noise and which captions are dropped.
       recipe: grid, teacher, ``train_teacher.caption_dropout``.
+      negative_prompt_embeds: ``[S, E]``, which replace dropped captions; None: zeros.
     """
     latents, text = batch["latents"], batch["text"]
     size, frames = latents.shape[:2]
@@ -46,16 +61,16 @@ def teacher_loss(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -
     u = (jnp.arange(size) + jax.random.uniform(u_key, (size,))) / size
     sigma = jnp.broadcast_to(flow.sigma_from_u(u, recipe.diffusion.shift)[:, None], (size, frames))
     noise = jax.random.normal(noise_key, latents.shape)
-    keep = jax.random.uniform(drop_key, (size, 1, 1)) >= recipe.train_teacher.caption_dropout
+    text = drop_captions(text, drop_key, recipe.train_teacher.caption_dropout, negative_prompt_embeds)
     x_t = flow.add_noise(latents, noise, sigma)
-    velocity = transformer.bidirectional(
-        params, x_t, flow.timestep_from_sigma(sigma), text * keep, config=recipe.teacher
-    )
+    velocity = transformer.bidirectional(params, x_t, flow.timestep_from_sigma(sigma), text, config=recipe.teacher)
     loss = jnp.mean((velocity - flow.velocity_from(latents, noise)) ** 2)
     return loss, {"loss": loss}
 
 
-def causal_loss(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> tuple[jax.Array, Metrics]:
+def causal_loss(
+    params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe, negative_prompt_embeds: Any | None = None
+) -> tuple[jax.Array, Metrics]:
     """Return the teacher-forcing loss: every block has a t of its own and attends to the clean blocks before it.
 
     Arguments as in :func:`teacher_loss`. A share ``train_causal.prompt_switch_prob`` of the clips continue another
@@ -68,7 +83,7 @@ def causal_loss(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) ->
     sigma = flow.sigma_from_u(jax.random.uniform(u_key, (size, len(blocks))), recipe.diffusion.shift)
     sigma = jnp.repeat(sigma, np.asarray(blocks), axis=1, total_repeat_length=frames)
     noise = jax.random.normal(noise_key, latents.shape)
-    keep = jax.random.uniform(drop_key, (size, 1, 1)) >= config.caption_dropout
+    text = drop_captions(text, drop_key, config.caption_dropout, negative_prompt_embeds)
     swapped = ode_regression.splice(splice_key, size, blocks, config.prompt_switch_prob)
     clean = jnp.where(swapped[:, :, None, None, None], jnp.roll(latents, -1, axis=0), latents)
     x_t = flow.add_noise(latents, noise, sigma)
@@ -76,7 +91,7 @@ def causal_loss(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) ->
         params,
         x_t,
         flow.timestep_from_sigma(sigma),
-        text * keep,
+        text,
         config=recipe.teacher,
         causal=recipe.causal,
         clean=clean,
@@ -86,16 +101,28 @@ def causal_loss(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) ->
     return loss, {"loss": loss}
 
 
-def teacher_step(recipe: Recipe, placement: Placement) -> NetworkStep:
+def teacher_step(recipe: Recipe, placement: Placement, negative_prompt_embeds: Any | None = None) -> NetworkStep:
     """Return the train step of the stage ``teacher``."""
-    loss, net = functools.partial(teacher_loss, recipe=recipe), recipe.teacher
+    loss, net = (
+        functools.partial(teacher_loss, recipe=recipe, negative_prompt_embeds=negative_prompt_embeds),
+        recipe.teacher,
+    )
     return network_step(loss, recipe.train_teacher, transformer.spec(net), net.rules, placement)
 
 
-def causal_step(recipe: Recipe, placement: Placement) -> NetworkStep:
+def causal_step(recipe: Recipe, placement: Placement, negative_prompt_embeds: Any | None = None) -> NetworkStep:
     """Return the train step of the stage ``causal``."""
-    loss, net = functools.partial(causal_loss, recipe=recipe), recipe.teacher
+    loss, net = (
+        functools.partial(causal_loss, recipe=recipe, negative_prompt_embeds=negative_prompt_embeds),
+        recipe.teacher,
+    )
     return network_step(loss, recipe.train_causal, transformer.spec(net), net.rules, placement)
+
+
+def negative_embeds(reader: encoder.Encoder) -> np.ndarray | None:
+    """Return the embeddings ``[S, E]`` of the negative prompt; None if they are zeros."""
+    embeds = encoder.null_rows(reader)
+    return embeds if embeds.any() else None
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -126,7 +153,8 @@ def read_batches(run: Run, *, batch_size: int, frames: int, seed: int) -> Iterat
 def train_teacher(run: Run, init_from: pathlib.Path | None = None) -> None:
     """Train the bidirectional teacher on latents, from fresh weights or from ``init_from``."""
     vae_params, recipe = weights.load_vae(run)
-    reader, step = weights.open_encoder(run), teacher_step(recipe, run.placement)
+    reader = weights.open_encoder(run)
+    step = teacher_step(recipe, run.placement, negative_embeds(reader))
     if init_from:
         start = weights.load_network(run, "teacher", recipe.teacher, init_from)
         state = run.placement.init(step.init, step.shardings, start)
@@ -143,7 +171,8 @@ CAUSAL_SAMPLE_STEPS = 16
 def train_causal(run: Run, init_from: pathlib.Path | None = None) -> None:
     """Train the causal teacher from the bidirectional one, or from ``init_from``."""
     vae_params, recipe = weights.load_vae(run)
-    reader, step = weights.open_encoder(run), causal_step(recipe, run.placement)
+    reader = weights.open_encoder(run)
+    step = causal_step(recipe, run.placement, negative_embeds(reader))
     start = weights.load_network(run, "teacher", recipe.teacher, init_from)
     state = run.restore(run.placement.init(step.init, step.shardings, start))
     sampler = samples.StreamSampler(run, samples.many_steps(recipe, CAUSAL_SAMPLE_STEPS), vae_params, reader)

@@ -1,11 +1,13 @@
 """What the trainers wire together: networks, lengths, text, keys; on random weights, against formulas."""
 
+import jax
 import numpy as np
 import pytest
 
 from causvid_jax.config import ConfigError
 from causvid_jax.distill import rollout
-from causvid_jax.training import dmd
+from causvid_jax.models import transformer
+from causvid_jax.training import dmd, flow_matching
 from tests import tiny
 
 
@@ -47,3 +49,77 @@ def test_lengths_that_do_not_fit_are_refused():
 def test_prompt_switches_in_parts_of_one_clip_are_refused():
     with pytest.raises(ConfigError, match="train_init.prompt_switch_prob is 0.5.*one clip per part, and needs two"):
         tiny.tiny_recipe(train_init={"prompt_switch_prob": 0.5, "accumulate": 2})
+
+
+# ---- flow matching, against numpy, on a network that is a formula ---------------------------------------------------
+
+RECIPE = tiny.tiny_recipe(train_teacher={"caption_dropout": 0.5}, train_causal={"prompt_switch_prob": 0.5})
+NEGATIVE = np.full((8, RECIPE.text.dim), 7.0, np.float32)
+
+
+def batch_of(size=6):
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((size, *RECIPE.latent_shape)).astype(np.float32)
+    return {"latents": latents, "text": rng.standard_normal((size, 8, RECIPE.text.dim)).astype(np.float32)}
+
+
+@pytest.fixture
+def inputs(monkeypatch):
+    """What the networks read; their velocity is ``x / 2`` plus a tenth of the mean of the text of each clip."""
+    seen = {}
+
+    def network(params, x, timestep, text, **options):
+        seen.update(options, x=np.asarray(x), timestep=np.asarray(timestep), text=np.asarray(text))
+        return x / 2 + 0.1 * text.mean((1, 2))[:, None, None, None, None]
+
+    monkeypatch.setattr(transformer, "bidirectional", network)
+    monkeypatch.setattr(transformer, "block_causal", network)
+    return seen
+
+
+def expected_loss(batch, noise, sigma, text):
+    """Return the mean of ``(v(x_t) - (noise - x0))^2`` and x_t."""
+    sigma = sigma[:, :, None, None, None]
+    x_t = (1 - sigma) * batch["latents"] + sigma * noise
+    velocity = x_t / 2 + 0.1 * text.mean((1, 2))[:, None, None, None, None]
+    return np.mean((velocity - (noise - batch["latents"])) ** 2), x_t
+
+
+def shifted(u, shift=3.0):
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def test_teacher_loss_matches_numpy(inputs):
+    batch, key = batch_of(), jax.random.key(3)
+    loss, _ = flow_matching.teacher_loss(None, batch, key, recipe=RECIPE, negative_prompt_embeds=NEGATIVE)
+    u_key, noise_key, drop_key = jax.random.split(key, 3)
+    sigma = shifted((np.arange(6) + np.asarray(jax.random.uniform(u_key, (6,)))) / 6)[:, None] * np.ones((1, 3))
+    dropped = np.asarray(jax.random.uniform(drop_key, (6, 1, 1))) < 0.5
+    assert 0 < dropped.sum() < 6
+    text = np.where(dropped, NEGATIVE, batch["text"])
+    expected, x_t = expected_loss(batch, np.asarray(jax.random.normal(noise_key, batch["latents"].shape)), sigma, text)
+    np.testing.assert_allclose(inputs["timestep"], 1000 * sigma, rtol=1e-5)
+    np.testing.assert_allclose(inputs["x"], x_t, atol=1e-5)
+    np.testing.assert_array_equal(inputs["text"], text)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    flow_matching.teacher_loss(None, batch, key, recipe=RECIPE)
+    np.testing.assert_array_equal(inputs["text"], np.where(dropped, 0, batch["text"]))
+
+
+def test_causal_loss_matches_numpy(inputs):
+    batch, key = batch_of(), jax.random.key(5)
+    loss, _ = flow_matching.causal_loss(None, batch, key, recipe=RECIPE, negative_prompt_embeds=NEGATIVE)
+    u_key, noise_key, drop_key, _ = jax.random.split(key, 4)
+    sigma = shifted(np.asarray(jax.random.uniform(u_key, (6, 3))))  # blocks of one frame, each at a level of its own
+    dropped = np.asarray(jax.random.uniform(drop_key, (6, 1, 1))) < RECIPE.train_causal.caption_dropout
+    text = np.where(dropped, NEGATIVE, batch["text"])
+    expected, x_t = expected_loss(batch, np.asarray(jax.random.normal(noise_key, batch["latents"].shape)), sigma, text)
+    np.testing.assert_allclose(inputs["timestep"], 1000 * sigma, rtol=1e-5)
+    np.testing.assert_allclose(inputs["x"], x_t, atol=1e-5)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    # The clean context is the clip itself, or in a switched clip a beginning of the next one.
+    own = (inputs["clean"] == batch["latents"]).all((2, 3, 4))
+    other = (inputs["clean"] == np.roll(batch["latents"], -1, 0)).all((2, 3, 4))
+    assert (own ^ other).all() and own[:, -1].all() and 0 < other[:, 0].sum() < 6
+    assert (np.diff(own.astype(int), axis=1) >= 0).all()
+    assert inputs["clean_timestep"] == RECIPE.causal.context_noise
