@@ -20,6 +20,7 @@ from causvid_jax.config import DistillStageConfig, Recipe, require
 from causvid_jax.data import arrays, pipeline
 from causvid_jax.data import sources as datasets
 from causvid_jax.diffusion import flow
+from causvid_jax.diffusion.guidance import per_branch
 from causvid_jax.distill import dmd
 from causvid_jax.distill.rollout import Rollout, data_rollout, self_rollout
 from causvid_jax.models import transformer
@@ -102,11 +103,26 @@ def state_shardings(recipe: Recipe, placement: Placement, optimizers: Optimizers
 # ---- networks --------------------------------------------------------------------------------------------------------
 
 
-def real_score(params: Any, x: jax.Array, timestep: jax.Array, text: jax.Array, *, recipe: Recipe) -> jax.Array:
-    """Return the teacher's velocity, in the forward mode that ``train_distill.teacher`` names."""
-    if recipe.train_distill.teacher == "causal":
-        return transformer.block_causal(params, x, timestep, text, config=recipe.teacher, causal=recipe.causal)
-    return transformer.bidirectional(params, x, timestep, text, config=recipe.teacher)
+def real_score(
+    params: Any, x: jax.Array, timestep: jax.Array, text: jax.Array, *, clean: jax.Array, recipe: Recipe
+) -> jax.Array:
+    """Return the teacher's velocity, in the forward mode that ``train_distill.teacher`` names.
+
+    The causal teacher gets what the stage ``causal`` trained it with: the clean blocks before each block, which are
+    those of the student's output ``clean [B, F, h, w, C]``.
+    """
+    if recipe.train_distill.teacher == "bidirectional":
+        return transformer.bidirectional(params, x, timestep, text, config=recipe.teacher)
+    return transformer.block_causal(
+        params,
+        x,
+        timestep,
+        text,
+        config=recipe.teacher,
+        causal=recipe.causal,
+        clean=per_branch(clean, x),
+        clean_timestep=recipe.causal.context_noise,
+    )
 
 
 def fake_score(params: Any, x: jax.Array, timestep: jax.Array, text: jax.Array, *, recipe: Recipe) -> jax.Array:
@@ -267,7 +283,7 @@ def student_update(
             batch["text"],
             null_text,
             loss_key,
-            teacher=functools.partial(real_score, teacher, recipe=recipe),
+            teacher=functools.partial(real_score, teacher, clean=jax.lax.stop_gradient(x0), recipe=recipe),
             fake=functools.partial(fake_score, critic, recipe=recipe),
             diffusion=recipe.diffusion,
             distill=recipe.train_distill,
@@ -422,11 +438,14 @@ def train_distill(run: Run, init_from: pathlib.Path | None = None) -> None:
     config, placement = recipe.train_distill, run.placement
     reader = weights.open_encoder(run)
     null_text = jnp.asarray(encoder.null_rows(reader))
-    teacher = weights.load_network(run, "teacher", recipe.teacher)
+    teacher = weights.load_network(run, "causal" if config.teacher == "causal" else "teacher", recipe.teacher)
     start = "init" if config.init == "ode" else "teacher"
     student = weights.load_network(run, start, recipe.student, init_from)
-    # The critic's parameters are copied: a donated state shares no buffer with the teacher.
-    critic = jax.tree.map(jnp.copy, student if config.critic_init == "student" else teacher)
+    if config.critic_init == "teacher" and config.teacher == "causal":
+        critic = weights.load_network(run, "teacher", recipe.teacher)  # the fake score is bidirectional
+    else:
+        # The critic's parameters are copied: a donated state shares no buffer with the teacher.
+        critic = jax.tree.map(jnp.copy, student if config.critic_init == "student" else teacher)
     optimizers = make_optimizers(config)
     init = functools.partial(init_state, optimizers=optimizers, window=config.bad_loss_window)
     state = run.restore(placement.init(init, state_shardings(recipe, placement, optimizers), student, critic))

@@ -7,7 +7,7 @@ import pytest
 from causvid_jax.config import ConfigError
 from causvid_jax.distill import rollout
 from causvid_jax.models import transformer
-from causvid_jax.training import dmd, flow_matching
+from causvid_jax.training import dmd, flow_matching, weights
 from tests import tiny
 
 
@@ -123,3 +123,49 @@ def test_causal_loss_matches_numpy(inputs):
     assert (own ^ other).all() and own[:, -1].all() and 0 < other[:, 0].sum() < 6
     assert (np.diff(own.astype(int), axis=1) >= 0).all()
     assert inputs["clean_timestep"] == RECIPE.causal.context_noise
+
+
+# ---- distillation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes,stages",
+    [
+        ({}, ["teacher", "init"]),
+        ({"init": "teacher"}, ["teacher", "teacher"]),
+        ({"teacher": "causal"}, ["causal", "init", "teacher"]),
+        ({"teacher": "causal", "critic_init": "student"}, ["causal", "init"]),
+    ],
+)
+def test_the_networks_of_the_distillation_come_from_their_stages(workdir, monkeypatch, changes, stages):
+    loaded, original = [], weights.load_network
+
+    def load(run, stage, config, path=None):
+        loaded.append((stage, original(run, stage, config, path)))
+        return loaded[-1][1]
+
+    monkeypatch.setattr(weights, "load_network", load)
+    recipe = tiny.tiny_recipe(train_distill={"steps": 1} | changes)
+    run = tiny.RecordedRun("distill", recipe, workdir)
+    monkeypatch.setattr(run, "batches", lambda read, to_device: iter(()))
+    run.train()
+    assert [stage for stage, _ in loaded] == stages
+    state, trees = run.states[0], dict(loaded)
+    critic = trees["init" if changes.get("critic_init") == "student" else "teacher"]
+    for tree, expected in (
+        (state.student.params, loaded[1][1]),
+        (state.student.ema, loaded[1][1]),
+        (state.critic.params, critic),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, tree, expected)
+
+
+def test_the_causal_teacher_is_read_as_it_was_trained(inputs):
+    recipe = tiny.tiny_recipe(train_distill={"teacher": "causal"})
+    batch = batch_of(2)
+    twice = np.repeat(batch["latents"], 2, axis=0)  # guidance: both branches of each clip side by side
+    dmd.real_score(
+        None, twice, np.ones((4, 3)), np.repeat(batch["text"], 2, axis=0), clean=batch["latents"], recipe=recipe
+    )
+    np.testing.assert_array_equal(inputs["clean"], twice)
+    assert inputs["clean_timestep"] == recipe.causal.context_noise and inputs["causal"] == recipe.causal
