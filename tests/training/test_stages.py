@@ -236,7 +236,7 @@ def test_the_vae_file_carries_the_statistics_of_its_latents(road):
 )
 def test_every_variant_of_the_distillation_takes_a_step(road, tmp_path, changes):
     (tmp_path / "data").symlink_to(road / "data")
-    for other in ("vae", "teacher", "init"):
+    for other in ("vae", "teacher", "causal", "init"):
         (tmp_path / other).symlink_to(road / other)
     recipe = make_recipe(train_distill=TRAIN | {"critic_steps": 1, "steps": 1} | changes)
     stages.train("distill", recipe, tmp_path)
