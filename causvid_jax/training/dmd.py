@@ -434,6 +434,8 @@ def read_batches(run: Run, *, batch_size: int, frames: int, seed: int) -> Iterat
 
 def train_distill(run: Run, init_from: pathlib.Path | None = None) -> None:
     """Distil the student; it starts from the stage ``init``, the teacher, or the weights ``init_from``."""
+    for _, frames, _ in run.config.stretches if run.recipe.train_distill.rollout == "data" else ():
+        weights.check_sink_positions(run.recipe, run.name, frames)
     vae_params, recipe = weights.load_vae(run)
     config, placement = recipe.train_distill, run.placement
     reader = weights.open_encoder(run)

@@ -170,6 +170,8 @@ CAUSAL_SAMPLE_STEPS = 16
 
 def train_causal(run: Run, init_from: pathlib.Path | None = None) -> None:
     """Train the causal teacher from the bidirectional one, or from ``init_from``."""
+    for _, frames, _ in run.config.stretches:
+        weights.check_sink_positions(run.recipe, run.name, frames)
     vae_params, recipe = weights.load_vae(run)
     reader = weights.open_encoder(run)
     step = causal_step(recipe, run.placement, negative_embeds(reader))

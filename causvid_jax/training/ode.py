@@ -95,6 +95,8 @@ def read_batches(
 
 def train_init(run: Run, init_from: pathlib.Path | None = None) -> None:
     """Train the student on trajectories; it starts from the teacher if it has its size, or from ``init_from``."""
+    for _, frames, _ in run.config.stretches:
+        weights.check_sink_positions(run.recipe, run.name, frames)
     vae_params, recipe = weights.load_vae(run)
     trajectories = open_trajectories(recipe, run.workdir)
     reader, step, names = weights.open_encoder(run), init_step(recipe, run.placement), batch_shapes(recipe)

@@ -10,7 +10,7 @@ import numpy as np
 
 from causvid_jax.checkpoints import load, open_checkpoint
 from causvid_jax.checkpoints import workdir as paths
-from causvid_jax.config import Recipe, TransformerConfig, to_json
+from causvid_jax.config import Recipe, TransformerConfig, require, to_json
 from causvid_jax.distributed import collectives
 from causvid_jax.models import transformer
 from causvid_jax.sharding.placement import Placement
@@ -27,6 +27,25 @@ def measured_vae(recipe: Recipe, workdir: pathlib.Path) -> tuple[Any, Recipe]:
     """Return the trained VAE of ``workdir``, or of the package, and the recipe with its latent statistics."""
     params, config = paths.load_stage(recipe, "vae", workdir, "host")
     return params, dataclasses.replace(recipe, vae=config, decoder="vae")
+
+
+def check_sink_positions(recipe: Recipe, stage: str, frames: int = 0) -> None:
+    """Refuse to train in block-causal mode on positions that a stream does not have.
+
+    With ``causal.positions = "relative"`` a stream keeps the sink right before its window. Block-causal mode reads the
+    sink at its true positions, which differ as soon as a clip is longer than sink and window.
+
+    Raises:
+        ConfigError: ``frames`` latent frames (0: the full clip) are longer than sink and window.
+    """
+    causal, frames = recipe.causal, frames or recipe.video.latent_frames
+    longest = causal.sink + causal.window
+    require(
+        not (causal.sink and causal.window and causal.positions == "relative" and frames > longest),
+        f"stage {stage} reads clips of {frames} latent frames in block-causal mode, where the sink keeps its place; "
+        f"with causal.positions 'relative' a stream moves the sink (causal.sink {causal.sink}) after {longest} frames: "
+        f"use causal.positions=absolute, causal.sink=0 or clips of at most {longest} latent frames",
+    )
 
 
 def load_network(run: Run, stage: str, config: TransformerConfig, path: pathlib.Path | None = None) -> Any:

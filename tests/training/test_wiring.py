@@ -169,3 +169,13 @@ def test_the_causal_teacher_is_read_as_it_was_trained(inputs):
     )
     np.testing.assert_array_equal(inputs["clean"], twice)
     assert inputs["clean_timestep"] == recipe.causal.context_noise and inputs["causal"] == recipe.causal
+
+
+def test_a_moved_sink_is_refused_where_training_does_not_move_it(tmp_path):
+    causal = {"window": 1, "sink": 1, "positions": "relative"}
+    for name, changes in (("causal", {}), ("init", {}), ("distill", {"train_distill": {"rollout": "data"}})):
+        recipe = tiny.tiny_recipe(causal=causal, **changes)
+        with pytest.raises(ConfigError, match=f"stage {name} reads clips of 3 latent frames .* after 2 frames: use"):
+            tiny.RecordedRun(name, recipe, tmp_path / name).train()
+    weights.check_sink_positions(tiny.tiny_recipe(causal=causal | {"window": 2}), "init")
+    weights.check_sink_positions(tiny.tiny_recipe(causal=causal | {"positions": "absolute"}), "init")
