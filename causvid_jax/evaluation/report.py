@@ -1,6 +1,6 @@
-"""The report of a recipe: real clips, VAE, teacher and student judged on held-out prompts, as a dict and in Markdown.
+"""The report of a recipe: real clips, codecs, teacher and student, classified on held-out prompts.
 
-Samplers are handed in as functions (:class:`Samplers`), so that what is measured does not depend on how it is made.
+The report is a table of rows, each a name, a sampler and its metrics, and measures of prompt switches and of speed.
 """
 
 import dataclasses
@@ -9,8 +9,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,34 +20,7 @@ from causvid_jax.data import digits
 from causvid_jax.evaluation import classifier as judging
 from causvid_jax.evaluation import metrics
 from causvid_jax.progress import Progress
-
-Switch = tuple[int, Sequence[str]]
-
-
-class Teacher(Protocol):
-    """Clips of the recipe's own length for ``prompts``: uint8 ``[B, T, H, W, 3]``; latents if not ``decode``."""
-
-    def __call__(self, prompts: Sequence[str], seed: int, *, decode: bool = True) -> np.ndarray: ...
-
-
-class Student(Protocol):
-    """Streams of ``frames`` pixel frames; with ``switch = (frame, new prompts)`` the prompts change at that frame."""
-
-    def __call__(
-        self, prompts: Sequence[str], seed: int, *, frames: int, switch: Switch | None = None, decode: bool = True
-    ) -> np.ndarray: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Samplers:
-    """What makes clips. ``reconstruct`` passes uint8 clips ``[B, T, H, W, 3]`` through the VAE and back;
-    ``reconstruct_tiny`` back through the tiny decoder, where the student's streams are shown by that. Without a
-    ``teacher`` the report has no row, no seconds and no ratio of one."""
-
-    reconstruct: Callable[[np.ndarray], np.ndarray]
-    teacher: Teacher | None
-    student: Student
-    reconstruct_tiny: Callable[[np.ndarray], np.ndarray] | None = None
+from causvid_jax.sampling.protocols import Samplers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +55,11 @@ class Plan:
             value = getattr(self, name)
             require(value == 0 or value >= 2, f"--{name} is {value}; it must be 0 (as --samples) or at least 2")
 
+    @property
+    def most_samples(self) -> int:
+        """Prompts that any row needs."""
+        return max(self.samples, self.long_samples, self.switch_samples)
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -92,7 +70,7 @@ class Result:
 
 
 def held_out_prompts(recipe: Recipe, count: int, seed: int) -> list[str]:
-    """``count`` captions with combinations no training caption has, shuffled, repeated only once all were used."""
+    """Return ``count`` captions that no training clip has, shuffled, repeated only after all were used."""
     captions = digits.captions(recipe.data, "test")
     require(len(captions) > 0, f"data.held_out_fraction is {recipe.data.held_out_fraction}; no caption is held out")
     rng = np.random.default_rng([seed, 2])
@@ -101,10 +79,7 @@ def held_out_prompts(recipe: Recipe, count: int, seed: int) -> list[str]:
 
 
 def switched_prompts(recipe: Recipe, prompts: Sequence[str], seed: int) -> list[str]:
-    """For each prompt a held-out one that differs from it in digit, colour and direction.
-
-    With two digits none of the new ones has anything of any of the old ones.
-    """
+    """Return for each prompt a held-out one that differs in digit, colour and direction, for every pair of digits."""
     captions = {caption: judging.wanted(caption) for caption in digits.captions(recipe.data, "test")}
     rng = np.random.default_rng([seed, 3])
     result = []
@@ -119,13 +94,13 @@ def switched_prompts(recipe: Recipe, prompts: Sequence[str], seed: int) -> list[
 
 
 def real_clips(recipe: Recipe, prompts: Sequence[str], seed: int) -> np.ndarray:
-    """Real clips of ``prompts`` in test handwriting, uint8 ``[B, T, H, W, 3]``."""
+    """Return real clips of ``prompts`` in test handwriting, uint8 ``[B, T, H, W, 3]``."""
     rng = np.random.default_rng([seed, 4])
     return np.stack([digits.sample_clip(rng, "test", recipe.data, recipe.video, p)[0] for p in prompts])
 
 
 def timed(call: Callable[[], Any], repeats: int) -> float:
-    """Median seconds of ``call`` over ``repeats`` runs, after one run that compiles and does not count."""
+    """Return the median seconds of ``call`` over ``repeats`` runs, after one run that compiles."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -156,26 +131,101 @@ class _Work:
 
 
 def stream_starts(recipe: Recipe, factor: int) -> np.ndarray:
-    """Block starts, as of ``metrics.block_starts``, of a stream with ``factor`` times the blocks of a clip."""
+    """Return the block starts (``metrics.block_starts``) of a stream with ``factor`` times the blocks of a clip."""
     latent = recipe.video.latent_frames
     blocks = len(recipe.causal.block_sizes(latent))
     longer = latent + (factor - 1) * blocks * recipe.causal.frames_per_block
     return metrics.block_starts(longer, recipe.causal.block_sizes(longer))
 
 
-def _score(
-    recipe: Recipe,
-    judge: judging.Judge,
-    video: np.ndarray,
-    prompts: Sequence[str],
-    starts: np.ndarray,
-    reference: np.ndarray,
-) -> dict[str, float]:
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the report: clips and how they are made.
+
+    Attributes:
+      name: of the row.
+      captions: what the clips show, one per clip.
+      sample: ``(captions, first) -> uint8 [B, T, H, W, 3]``, clips ``first``, ``first + 1``, ....
+      passes: network passes of one latent frame that a clip costs.
+      starts: first pixel frames of the blocks, for the discontinuity at their borders.
+    """
+
+    name: str
+    captions: list[str]
+    sample: Callable[[list[str], int], np.ndarray]
+    passes: float
+    starts: np.ndarray
+
+
+def make_rows(recipe: Recipe, samplers: Samplers, plan: Plan, cost: Mapping[str, float]) -> list[Row]:
+    """Return the rows of the report: real clips, codecs, teacher, student, and the end of long streams.
+
+    ``cost`` holds the network passes of a clip of the teacher and the student.
+    """
+    frames, seed = recipe.video.frames, plan.seed
+    starts, long_starts = stream_starts(recipe, 1), stream_starts(recipe, plan.long_factor)
+    prompts = held_out_prompts(recipe, plan.most_samples, seed)
+    own, long_prompts = prompts[: plan.samples], prompts[: plan.long_samples or plan.samples]
+    real = real_clips(recipe, own, seed)
+
+    def real_part(captions: list[str], first: int) -> np.ndarray:
+        return _slice(real, first, len(captions))
+
+    def through(codec: Callable[[np.ndarray], np.ndarray]) -> Callable[[list[str], int], np.ndarray]:
+        return lambda captions, first: codec(real_part(captions, first))
+
+    def student(captions: list[str], first: int) -> np.ndarray:
+        return samplers.student(captions, seed + first, frames=frames)
+
+    def long_student(captions: list[str], first: int) -> np.ndarray:
+        return samplers.student(captions, seed + first, frames=int(long_starts[-1]))[:, -frames:]
+
+    rows = [Row("real", own, real_part, 0.0, starts), Row("vae", own, through(samplers.reconstruct), 0.0, starts)]
+    if samplers.reconstruct_tiny:
+        rows.append(Row("taehv", own, through(samplers.reconstruct_tiny), 0.0, starts))
+    if (teacher := samplers.teacher) is not None:
+        rows.append(Row("teacher", own, lambda p, first: teacher(p, seed + first), cost["teacher"], starts))
+    rows.append(Row("student", own, student, cost["student"], starts))
+    # Borders before the last frames become negative, and are ignored.
+    tail = long_starts - (long_starts[-1] - frames)
+    rows.append(Row("long", long_prompts, long_student, cost["student"] * plan.long_factor, tail))
+    return rows
+
+
+def switch_row(recipe: Recipe, samplers: Samplers, plan: Plan, cost: float) -> tuple[Row, list[str], int]:
+    """Return the row of streams whose prompt changes half-way, their first prompts, and the block of the change."""
+    starts = stream_starts(recipe, 2)
+    at = (len(starts) - 1) // 2
+    before = held_out_prompts(recipe, plan.most_samples, plan.seed)[: plan.switch_samples or plan.samples]
+    after = switched_prompts(recipe, before, plan.seed)
+
+    def sample(captions: list[str], first: int) -> np.ndarray:
+        prompts = _slice(before, first, len(captions))
+        switch = int(starts[at]), captions
+        return samplers.student(prompts, plan.seed + first, frames=int(starts[-1]), switch=switch)
+
+    return Row("switch", after, sample, 2 * cost, starts), before, at
+
+
+def sample_row(row: Row, batch: int, progress: "_Work") -> np.ndarray:
+    """Return the clips of a row, made ``batch`` at a time."""
+    clips = []
+    progress.begin(row.name)
+    for first in range(0, len(row.captions), batch):
+        part = row.captions[first : first + batch]
+        # One batch size means one compilation: a short last batch is padded and cut again.
+        clips.append(row.sample(_slice(row.captions, first, batch), first)[: len(part)])
+        progress.add(row.passes * len(part))
+    return np.concatenate(clips)
+
+
+def score(recipe: Recipe, judge: judging.Judge, row: Row, video: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """Return the figures of a row: accuracies, Frechet distance to ``reference`` features, discontinuity, clips."""
     reading = judging.read(judge, video, data=recipe.data)
     return {
-        **metrics.accuracies(reading.triples, [judging.wanted(p) for p in prompts]),
+        **metrics.accuracies(reading.triples, [judging.wanted(caption) for caption in row.captions]),
         "frechet": metrics.frechet_distance(reading.features, reference),
-        "discontinuity": metrics.discontinuity(video, starts),
+        "discontinuity": metrics.discontinuity(video, row.starts),
         "clips": len(video),
     }
 
@@ -205,103 +255,42 @@ def evaluate(
     *,
     progress: bool = True,
 ) -> Result:
-    """Measure everything the report holds.
+    """Return everything that the report holds.
 
     Args:
       recipe: geometry, data and step counts.
-      judge: as from ``judge.load``.
-      samplers: what makes the clips.
-      plan: how many.
+      judge: of ``classifier.load``.
+      samplers: of the trained networks.
+      plan: how many clips.
       progress: show a bar with the time left.
     """
-    frames, latent = recipe.video.frames, recipe.video.latent_frames
+    latent = recipe.video.latent_frames
     passes = _passes(recipe)
     if samplers.teacher is None:
         del passes["teacher"]
     cost = {name: float(latent * p["passes_per_frame"]) for name, p in passes.items()}
-    starts = stream_starts(recipe, 1)
-    require(len(starts) > 2, f"a clip of {latent} latent frames is a single block; there is no border to judge")
-    long_starts, switch_starts = stream_starts(recipe, plan.long_factor), stream_starts(recipe, 2)
-    at = (len(switch_starts) - 1) // 2
-    n_long, n_switch = plan.long_samples or plan.samples, plan.switch_samples or plan.samples
-    prompts = held_out_prompts(recipe, max(plan.samples, n_long, n_switch), plan.seed)
-    own = prompts[: plan.samples]
-    total = plan.samples * sum(cost.values())
-    total += cost["student"] * (plan.long_factor * n_long + 2 * n_switch)
-    timing_work = 2 * plan.batch * (plan.repeats + 1)
-    total += timing_work * sum(cost.values())
-    work = _Work(total, progress)
-    work.add(0.0)
-
-    def batches(what, each, captions, make):
-        clips = []
-        work.begin(what)
-        for i in range(0, len(captions), plan.batch):
-            part = captions[i : i + plan.batch]
-            # One batch size, hence one compilation: a short last batch is filled up and cut again.
-            full = [*part, *([part[-1]] * (plan.batch - len(part)))]
-            clips.append(make(full, i)[: len(part)])
-            work.add(each * len(part))
-        return np.concatenate(clips)
-
+    require(
+        len(stream_starts(recipe, 1)) > 2,
+        f"a clip of {latent} latent frames is a single block; the discontinuity at borders needs two",
+    )
+    rows = make_rows(recipe, samplers, plan, cost)
+    switching, before, at = switch_row(recipe, samplers, plan, cost["student"])
+    timed_clips = 2 * plan.batch * (plan.repeats + 1)
+    sampled = sum(row.passes * len(row.captions) for row in (*rows, switching))
+    work = _Work(sampled + timed_clips * sum(cost.values()), progress)
     pool = held_out_prompts(recipe, plan.reference, plan.seed + 1)
     reference = judging.read_digits(judge, real_clips(recipe, pool, plan.seed + 1))[1]
-    clips: dict[str, tuple[list[str], np.ndarray]] = {}
-    real = real_clips(recipe, own, plan.seed)
-    clips["real"] = own, real
-
-    def through(codec, what):
-        return own, batches(what, 0.0, own, lambda full, i: codec(_slice(real, i, len(full))))
-
-    clips["vae"] = through(samplers.reconstruct, "VAE")
-    if samplers.reconstruct_tiny:
-        clips["taehv"] = through(samplers.reconstruct_tiny, "tiny decoder")
-    if teacher := samplers.teacher:
-        clips["teacher"] = own, batches("teacher", cost["teacher"], own, lambda p, i: teacher(p, plan.seed + i))
-    clips["student"] = (
-        own,
-        batches("student", cost["student"], own, lambda p, i: samplers.student(p, plan.seed + i, frames=frames)),
-    )
-    long_prompts = prompts[:n_long]
-    clips["long"] = (
-        long_prompts,
-        batches(
-            f"student, {plan.long_factor}x",
-            cost["student"] * plan.long_factor,
-            long_prompts,
-            lambda p, i: samplers.student(p, plan.seed + i, frames=int(long_starts[-1]))[:, -frames:],
-        ),
-    )
-    before = prompts[:n_switch]
-    after = switched_prompts(recipe, before, plan.seed)
-    clips["switch"] = (
-        after,
-        batches(
-            "prompt switch",
-            cost["student"] * 2,
-            before,
-            lambda p, i: samplers.student(
-                p,
-                plan.seed + i,
-                frames=int(switch_starts[-1]),
-                switch=(int(switch_starts[at]), _slice(after, i, len(p))),
-            ),
-        ),
-    )
-    scores: dict[str, dict[str, float]] = {
-        name: _score(recipe, judge, clips[name][1], own, starts, reference)
-        for name in ("real", "vae", "taehv", "teacher", "student")
-        if name in clips
-    }
-    tail = long_starts - (long_starts[-1] - frames)  # borders before the tail become negative
-    scores["long"] = _score(recipe, judge, clips["long"][1], long_prompts, tail, reference)
-    switch = switch_report(recipe, judge, clips["switch"][1], before, after, switch_starts, at)
+    clips = {row.name: (row.captions, sample_row(row, plan.batch, work)) for row in (*rows, switching)}
+    scores = {row.name: score(recipe, judge, row, clips[row.name][1], reference) for row in rows}
+    video = clips["switch"][1]
+    switch = switch_report(recipe, judge, video, before, switching.captions, switching.starts, at)
     work.begin("timing")
-    timing = _timing(recipe, samplers, plan, own, lambda name: work.add(cost[name] * timing_work / 2))
+    timing = _timing(recipe, samplers, plan, rows[0].captions, lambda name: work.add(cost[name] * timed_clips / 2))
     work.close()
+    counts = {"long_samples": len(clips["long"][1]), "switch_samples": len(video)}
     report = {
         "recipe": recipe.name,
-        "plan": dataclasses.asdict(plan) | {"long_samples": n_long, "switch_samples": n_switch},
+        "plan": dataclasses.asdict(plan) | counts,
         "machine": machine(),
         "scores": scores,
         "switch": switch,
@@ -312,8 +301,8 @@ def evaluate(
     return Result(report | {"targets": targets(report)}, clips)
 
 
-def _slice(values, start: int, count: int):
-    """``values[start : start + count]``, the last one repeated where they end."""
+def _slice(values: Any, start: int, count: int) -> Any:
+    """Return ``values[start : start + count]``, the last one repeated beyond the end."""
     part = [values[min(i, len(values) - 1)] for i in range(start, start + count)]
     return np.stack(part) if isinstance(values, np.ndarray) else part
 
@@ -376,7 +365,7 @@ def _timing(recipe, samplers, plan, prompts, done) -> dict[str, dict[str, float]
 
 
 def machine() -> dict[str, Any]:
-    """What the seconds were measured on."""
+    """Return the machine that the seconds were measured on."""
     devices = jax.devices()
     return {
         "devices": f"{len(devices)} x {devices[0].device_kind}",

@@ -14,9 +14,9 @@ import numpy as np
 from causvid_jax import media as files
 from causvid_jax.config import Recipe, require
 from causvid_jax.diffusion import guidance
-from causvid_jax.evaluation.report import Samplers, Switch
 from causvid_jax.models import taehv, transformer, vae
 from causvid_jax.sampling import stream
+from causvid_jax.sampling.protocols import Samplers, Switch
 from causvid_jax.sampling.teacher import solve_clip
 from causvid_jax.text import encoder
 
