@@ -1,6 +1,7 @@
 # Each target prepares its own virtual environment: a clone and one command are enough.
 #   make demo      a short stream and a picture of teacher and student, into demo/
 #   make test      lint, types and tests on the CPU
+#   make docs      the documentation site, into site/
 #   make parity    compare live against PyTorch and diffusers (a second, larger environment)
 # PYTHON=/path/to/python picks the interpreter (3.11 or newer); PIP_FLAGS is handed to pip.
 
@@ -13,7 +14,7 @@ JOBS ?= 2
 PIP_FLAGS ?=
 PIP_INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check $(PIP_FLAGS)
 
-.PHONY: demo test parity lint clean
+.PHONY: demo test parity lint docs clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -27,6 +28,9 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/mkdocs build --strict
 
 parity: $(PARITY_VENV)/.installed-parity
 	set -e; for script in tests/golden/make_*.py; do \
@@ -50,6 +54,10 @@ clean:
 	@echo "installing causvid_jax with its development tools into $* (about a minute, 2 GB)"
 	$*/bin/python $(PIP_INSTALL) -e .[dev]
 	@touch $@ $*/.installed
+
+%/.installed-docs: setup.py pyproject.toml | %/bin/python
+	$*/bin/python $(PIP_INSTALL) -e .[docs]
+	@touch $@
 
 %/.installed-parity: setup.py pyproject.toml | %/bin/python
 	@echo "installing causvid_jax with PyTorch and diffusers into $*"

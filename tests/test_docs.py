@@ -1,0 +1,44 @@
+"""The documents say what is there: code runs, links lead somewhere, names and tables are those of the program."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+from causvid_jax.cli import PROGRAMS
+from causvid_jax.config.recipe import RENAMED
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT / "docs")))
+def test_code_runs_and_links_lead_somewhere(page):
+    text = page.read_text()
+    for code in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+        exec(compile(code, str(page), "exec"), {})
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
+
+
+def test_the_reading_path_is_at_most_2000_lines_and_names_what_is_there():
+    rows = re.findall(r"^\| \d .*?`(\S+\.py)` \| `(\w+)`", (ROOT / "docs/reading.md").read_text(), re.M)
+    lines = 0
+    assert len(rows) == 9
+    for path, name in rows:
+        source = (ROOT / path).read_text()
+        lines += source.count("\n")
+        assert name in {getattr(node, "name", None) for node in ast.parse(source).body}, f"{path} has no {name}"
+    assert lines <= 2000
+
+
+def test_former_config_keys_are_those_that_the_program_refuses():
+    text = (ROOT / "docs/names.md").read_text().split("## Former config keys")[1]
+    rows = dict(re.findall(r"^\| `(\S+)` \| `(\S+)` \|", text, re.M))
+    assert rows == {old: f"{old.rsplit('.', 1)[0]}.{new}" for old, new in RENAMED.items()}
+
+
+def test_the_manual_has_every_program():
+    headings = set(re.findall(r"^## (\w+)$", (ROOT / "docs/cli.md").read_text(), re.M))
+    assert set(PROGRAMS) <= headings
