@@ -20,7 +20,7 @@ from causvid_jax.diffusion import flow
 from causvid_jax.distill import dmd
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 MEAN = jnp.array([1.5, -0.5])
 COVARIANCE = jnp.array([[1.0, 0.7], [0.7, 0.8]])

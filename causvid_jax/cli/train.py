@@ -2,7 +2,7 @@
 
 Stages: vae, taehv, teacher, causal, init, distill. Started again with the same arguments it goes on where it stopped.
 Under ``WORKDIR/STAGE``: ``metrics.jsonl`` and ``tensorboard/``, ``samples/``, ``checkpoints/`` and, at the end,
-``weights.safetensors``. Ctrl-C (status 130) and SIGTERM (status 0) save a checkpoint first; ``docs/training.md`` tells what
+``weights.safetensors``. Ctrl-C (status 130) and SIGTERM (status 0) save a checkpoint first; ``docs/runs.md`` tells what
 becomes of a run when something fails. On many hosts the same command is given on each (``docs/hosts.md``).
 """
 
