@@ -181,6 +181,16 @@ def causal_folder(workdir: str | os.PathLike, frames: int = 0) -> pathlib.Path:
     return pathlib.Path(workdir) / "data" / ("causal_trajectories" + (f"_{frames}" if frames else ""))
 
 
+def causal_key(seed: int, frames: int) -> jax.Array:
+    """Return the key of the causal trajectories of ``frames`` latent frames (0: whole clips).
+
+    Each length has a key of its own. With one key the noise of a short clip would be the beginning of that of a whole
+    one, and the first blocks of both datasets would be the same examples.
+    """
+    key = jax.random.key(seed)
+    return jax.random.fold_in(key, frames) if frames else key
+
+
 def write_causal_trajectories(
     folder: str | os.PathLike,
     params: dict[str, Any],
@@ -215,7 +225,7 @@ def write_causal_trajectories(
     Returns:
         whether the dataset is finished.
     """
-    whole, diffusion, key = recipe.latent_shape, recipe.diffusion, jax.random.key(seed)
+    whole, diffusion, key = recipe.latent_shape, recipe.diffusion, causal_key(seed, frames)
     shape = (frames or whole[0], *whole[1:])
     sizes, switched = recipe.causal.block_sizes(shape[0]), recipe.train_init.prompt_switch_prob
     reader = prompt_encoder or encoder.open_encoder(recipe)

@@ -180,6 +180,14 @@ def block_states(params, recipe, rows, null, past, noise):
     return teacher_trajectory(guided, noise, recipe.diffusion)
 
 
+def test_short_and_whole_causal_trajectories_begin_with_different_noise():
+    first = [
+        np.asarray(jax.random.normal(jax.random.fold_in(generate.causal_key(3, frames), 0), (frames or 7, 4)))[:1]
+        for frames in (0, 1, 2)
+    ]
+    assert len({noise.tobytes() for noise in first}) == 3
+
+
 def test_causal_trajectories_are_those_of_a_stream_over_the_clean_past(tmp_path, teacher):
     recipe = dataclasses.replace(
         RECIPE,
