@@ -326,7 +326,8 @@ class DistillStageConfig(StageConfig):
     ``"student"``: Self-Forcing distils a 14B teacher with a fake score of 1.3B.
     With probability ``continuation_prob`` a self rollout continues the previous one of the same update, so that the
     student is trained far into a stream. With probability ``prompt_switch_prob`` a clip that continues switches its
-    prompt there. Both need a window.
+    prompt there. Both need a window. The losses leave out the first latent frame of a continued rollout; the scores
+    still attend to it, although they were trained on clips whose first latent frame is one pixel frame.
     """
 
     label: ClassVar[str] = "train_distill"

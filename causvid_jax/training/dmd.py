@@ -157,7 +157,8 @@ def generate(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> tu
         rollout, params, batch["text"], key, shape=shape, context=batch["context"], has_context=has_context
     )
     # The teacher knows clips whose first latent frame holds one pixel frame. A continued stream has no such frame, so
-    # its place is masked out.
+    # the losses leave its place out. The scores still attend to it: their other frames are judged next to a first frame
+    # that they were not trained on.
     return x0, jnp.ones(shape[:2], bool).at[:, 0].set(~has_context)
 
 
