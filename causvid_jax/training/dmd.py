@@ -339,18 +339,12 @@ def train_step(
     updates, count = config.critic_steps, len(batches["text"])
     require(updates >= 1, f"train_distill.critic_steps is {updates}; it must be at least 1")
     require(count == updates + 1, f"{count} batches for {updates} critic updates and one student update")
-    root = jax.random.key(config.seed)
-    critic_key, student_key = jax.random.split(jax.random.fold_in(root, state.step))
-    finite = guard.all_finite(batches)
+    critic_key, student_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
+    shared: dict[str, Any] = {"recipe": recipe, "finite": guard.all_finite(batches)}
 
     def update(carry: Any, inputs: Any) -> tuple[Any, Metrics]:
         *carry, metrics = critic_update(
-            *carry,
-            *inputs,
-            student=state.student.params,
-            optimizer=optimizers.critic,
-            recipe=recipe,
-            finite=finite,
+            *carry, *inputs, student=state.student.params, optimizer=optimizers.critic, **shared
         )
         return tuple(carry), metrics
 
@@ -370,16 +364,20 @@ def train_step(
         critic=critic.params,
         null_text=null_text,
         optimizer=optimizers.student,
-        recipe=recipe,
-        finite=finite,
+        **shared,
     )
-    metrics = {f"generator_{name}": value for name, value in metrics.items()}
-    metrics |= {f"critic_{name}": jnp.mean(value) for name, value in critic_metrics.items()}
     skipped = history.skipped - state.history.skipped
+    metrics = step_metrics(metrics, critic_metrics)
     metrics |= {"skipped": skipped, "applied": updates + 1 - skipped, "skipped_total": history.skipped}
     # If only the student's update was refused, the step counts: else the next one would repeat the critic's noise.
     step = jnp.where(skipped <= updates, state.step + 1, state.step)
     return DMDState(student, critic, step, history), metrics
+
+
+def step_metrics(student: Metrics, critic: Metrics) -> Metrics:
+    """Return the scalar metrics of a step: the student's as ``generator_*``, means of the critic's as ``critic_*``."""
+    metrics = {f"generator_{name}": value for name, value in student.items()}
+    return metrics | {f"critic_{name}": jnp.mean(value) for name, value in critic.items()}
 
 
 def compiled_step(recipe: Recipe, placement: Placement) -> TrainStep:

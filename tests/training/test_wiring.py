@@ -1,13 +1,17 @@
 """What the trainers wire together: networks, lengths, text, keys; on random weights, against formulas."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from causvid_jax.config import ConfigError
 from causvid_jax.distill import rollout
 from causvid_jax.models import transformer
-from causvid_jax.training import dmd, flow_matching, weights
+from causvid_jax.training import dmd, flow_matching, update, weights
 from tests import tiny
 
 
@@ -179,3 +183,47 @@ def test_a_moved_sink_is_refused_where_training_does_not_move_it(tmp_path):
             tiny.RecordedRun(name, recipe, tmp_path / name).train()
     weights.check_sink_positions(tiny.tiny_recipe(causal=causal | {"window": 2}), "init")
     weights.check_sink_positions(tiny.tiny_recipe(causal=causal | {"positions": "absolute"}), "init")
+
+
+# ---- update ---------------------------------------------------------------------------------------------------------
+
+
+def test_key_ema_and_step_of_an_update_follow_their_formulas():
+    config = tiny.tiny_recipe(
+        train_teacher={"seed": 3, "optimizer": {"ema_decay": 0.75, "ema_start": 2, "learning_rate": 0.5}}
+    ).train_teacher
+    draws = []
+
+    def loss(params, batch, key):
+        jax.debug.callback(lambda x: draws.append(float(x)), jax.random.normal(key))
+        value = (batch * params["w"]).mean()
+        return value, {"loss": value}
+
+    optimizer = optax.sgd(0.5)
+    step = update.make_train_step(loss, optimizer, config)
+    state = update.init_state({"w": jnp.ones(2)}, optimizer)
+    params, ema, gradient = np.ones(2), np.ones(2), np.array([1.0, 2.0]) / 2
+    for i in range(4):
+        state, metrics = step(state, jnp.array([1.0, 2.0]))
+        jax.effects_barrier()
+        assert draws[-1] == float(jax.random.normal(jax.random.fold_in(jax.random.key(3), i)))
+        params = params - 0.5 * gradient
+        ema = 0.75 * ema + 0.25 * params if i >= 2 else params
+        np.testing.assert_allclose(state.network.params["w"], params, rtol=1e-6)
+        np.testing.assert_allclose(state.network.ema["w"], ema, rtol=1e-6)
+        np.testing.assert_allclose(metrics["gradient_norm"], np.linalg.norm(gradient), rtol=1e-6)
+        assert int(state.step) == i + 1
+
+
+def test_an_infinite_gradient_with_a_finite_loss_is_refused():
+    def loss(params, batch, key):
+        value = jnp.sqrt(params["w"]).sum()  # 0, with an infinite slope
+        return value, {"loss": value}
+
+    config = dataclasses.replace(RECIPE.train_teacher, on_bad_loss="skip")
+    optimizer = optax.sgd(0.5)
+    state = update.init_state({"w": jnp.zeros(2)}, optimizer)
+    state, metrics = update.make_train_step(loss, optimizer, config)(state, jnp.zeros(2))
+    assert metrics["loss"] == 0 and np.isinf(metrics["gradient_norm"]) and int(metrics["skipped"]) == 1
+    np.testing.assert_array_equal(state.network.params["w"], 0)
+    assert int(state.step) == 0
