@@ -19,7 +19,7 @@ PIP_INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check $(
 .SECONDARY:
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/python -m launch.demo --config=configs/digits.py --output=demo
+	$(VENV)/bin/python -m launch.demo --config=digits --output=demo
 
 test: lint
 	$(VENV)/bin/python -m pytest -n $(JOBS) $(TESTS)

@@ -22,8 +22,8 @@ import sys
 import tempfile
 
 from causvid_jax.analysis import compile_report, flops, mesh_search, topology
-from causvid_jax.cli.common import load_recipe_file
 from causvid_jax.config import ParallelConfig, Recipe
+from causvid_jax.config.recipes import load_recipe
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECIPES = {
@@ -79,7 +79,7 @@ class Row:
 @functools.cache
 def load(name: str) -> Recipe:
     """A recipe of :data:`RECIPES`, with a batch for the stage that the published ones do not have."""
-    recipe = load_recipe_file(str(ROOT / RECIPES[name]))
+    recipe = load_recipe(str(ROOT / RECIPES[name]))
     return dataclasses.replace(
         recipe, train_teacher=dataclasses.replace(recipe.train_teacher, batch_size=TEACHER_BATCH)
     )
@@ -243,9 +243,7 @@ Written by `python benchmarks/scaling.py`. **Nothing here was measured on an acc
 def document(made: list[Row]) -> str:
     """docs/scaling.md."""
     compiled, refused = sum(row.report.compiled for row in made), sum(row.refused for row in made)
-    known = dataclasses.replace(
-        load_recipe_file(str(ROOT / RECIPES["1.3B"])), parallel=ParallelConfig(fsdp=4)
-    )  # batch 8
+    known = dataclasses.replace(load_recipe(str(ROOT / RECIPES["1.3B"])), parallel=ParallelConfig(fsdp=4))  # batch 8
     check = compile_report.estimate_for(known, "teacher", topology.parse("v5p:2x2x1")).peak / topology.GIB
     left = len(made) - compiled - refused
     lines = [

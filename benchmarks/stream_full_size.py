@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from causvid_jax.analysis import sampling_memory
-from causvid_jax.cli.common import load_recipe_file
+from causvid_jax.config.recipes import load_recipe
 from causvid_jax.models import transformer
 from causvid_jax.sampling import player
 
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="fewer layers, for a look in less time")
     parser.add_argument("--limit", type=float, default=20.0, help="GiB")
     given = parser.parse_args()
-    recipe = load_recipe_file(given.config)
+    recipe = load_recipe(given.config)
     student = dataclasses.replace(recipe.student, num_layers=given.layers or recipe.student.num_layers, attention="xla")
     video = dataclasses.replace(recipe.video, height=given.size, width=given.size)
     recipe = dataclasses.replace(recipe, student=student, video=video)

@@ -26,6 +26,7 @@ from torch_network import Student, load_ours, rotary
 from causvid_jax.analysis import bench_plan, bench_results, devices, flops
 from causvid_jax.cli import common
 from causvid_jax.config import CausalConfig, ConfigError, Recipe, TransformerConfig, require
+from causvid_jax.config.recipes import load_recipe
 from causvid_jax.diffusion import flow
 
 BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
@@ -243,7 +244,7 @@ def main() -> None:
         try:
             require(given.config, "no --config is given; for example --config=configs/wan_1_3b.py")
             output = common.check_output(given.output, (".json",))
-            recipe = common.load_recipe_file(given.config)
+            recipe = load_recipe(given.config)
             window = recipe.causal.window if given.window is None else given.window
             recipe = dataclasses.replace(
                 recipe,

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causvid_jax.cli.common import load_recipe_file
 from causvid_jax.config import WAN_LATENT_MEAN, WAN_LATENT_STD, CLIPConfig, ConfigError
+from causvid_jax.config.recipes import load_recipe
 from causvid_jax.data import digits
 from causvid_jax.diffusion import flow
 from causvid_jax.models import clip_vision, transformer, vae
-from causvid_jax.sampling import image_to_video
+from causvid_jax.sampling import image_to_video, teacher
 from causvid_jax.text import encoder
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -24,7 +24,7 @@ def count(tree):
 
 @pytest.mark.parametrize("name,parameters", [("wan_1_3b", 1_418_996_800), ("wan_14b", 14_288_491_584)])
 def test_published_recipes(name, parameters):
-    recipe = load_recipe_file(str(CONFIGS / f"{name}.py"))
+    recipe = load_recipe(str(CONFIGS / f"{name}.py"))
     assert recipe.name == name
     for net in (recipe.teacher, recipe.student):
         assert count(transformer.abstract(net)) == parameters and net.head_dim == 128
@@ -50,7 +50,7 @@ def test_published_recipes(name, parameters):
 
 def test_image_to_video():
     """The I2V-14B variant: published count, sampler and shapes, by ``eval_shape``."""
-    recipe = load_recipe_file(f"{CONFIGS / 'wan_14b.py'}:i2v")
+    recipe = load_recipe(f"{CONFIGS / 'wan_14b.py'}:i2v")
     assert recipe.name == "wan_14b_i2v" and recipe.teacher == recipe.student
     assert count(transformer.abstract(recipe.teacher)) == 16_394_878_784
     sampler = recipe.diffusion
@@ -63,14 +63,14 @@ def test_image_to_video():
     clip_config, shape = CLIPConfig(), jax.ShapeDtypeStruct
     picture, text = shape((1, 480, 832, 3), jnp.float32), shape((1, 512, 4096), jnp.float32)
     image = jax.eval_shape(
-        lambda p, x: image_to_video.image_rows(p, x, config=clip_config), clip_vision.abstract(clip_config), picture
+        lambda p, x: image_to_video.image_embeds(p, x, config=clip_config), clip_vision.abstract(clip_config), picture
     )
     given = jax.eval_shape(
-        lambda p, x: image_to_video.condition(p, x, config=recipe), vae.abstract(recipe.vae), picture
+        lambda p, x: image_to_video.image_latents(p, x, config=recipe), vae.abstract(recipe.vae), picture
     )
     assert image.shape == (1, 257, 1280) and given.shape == (1, 21, 60, 104, 20)
     latents = jax.eval_shape(
-        lambda *arrays: image_to_video.teacher_latents(*arrays, config=recipe),
+        lambda *arrays: teacher.sample_clip(*arrays[:-1], seeds=arrays[-1], config=recipe),
         transformer.abstract(recipe.teacher),
         text,
         shape((512, 4096), jnp.float32),
@@ -80,12 +80,12 @@ def test_image_to_video():
     )
     assert latents.shape == (1, 21, 60, 104, 16)
     with pytest.raises(ConfigError, match="wan_14b has no variant 'ti2v'; accepted: 't2v', 'i2v'"):
-        load_recipe_file(f"{CONFIGS / 'wan_14b.py'}:ti2v")
+        load_recipe(f"{CONFIGS / 'wan_14b.py'}:ti2v")
 
 
 def test_digits_recipes():
     """One digit or two: every word has a row, and the longest caption fits."""
-    one, two = (load_recipe_file(str(CONFIGS / "digits.py") + variant) for variant in ("", ":two"))
+    one, two = (load_recipe(str(CONFIGS / "digits.py") + variant) for variant in ("", ":two"))
     assert (one.name, two.name) == ("digits", "two_digits")
     assert (one.data.digits_per_clip, two.data.digits_per_clip) == (1, 2)
     for recipe in (one, two):
@@ -94,12 +94,12 @@ def test_digits_recipes():
         rows = encoder.encode(encoder.open_encoder(recipe), [longest])
         assert np.abs(rows).any(axis=-1).sum() == len(longest.split()) <= recipe.text.length
     with pytest.raises(ConfigError, match="the variant is 'three'; accepted: none, 'two'"):
-        load_recipe_file(f"{CONFIGS / 'digits.py'}:three")
+        load_recipe(f"{CONFIGS / 'digits.py'}:three")
 
 
 @pytest.mark.parametrize("variant", ["", ":umt5"])
 def test_the_recipe_of_own_videos(variant):
-    recipe = load_recipe_file(f"{CONFIGS / 'own.py'}{variant}")
+    recipe = load_recipe(f"{CONFIGS / 'own.py'}{variant}")
     assert recipe.data.name == "videos" and recipe.latent_shape == (9, 8, 8, 16)
     if not variant:
         embeds = encoder.encode(encoder.open_encoder(recipe), ["A red car moves left."])

@@ -17,10 +17,9 @@ import numpy as np
 
 from causvid_jax.config import CLIPConfig, Recipe, TransformerConfig, require
 from causvid_jax.config.files import format_bytes
-from causvid_jax.models import attention, decoder, taehv, transformer, vae
-from causvid_jax.models import clip_vision as clip_model
+from causvid_jax.models import attention, decoder, transformer, vae
+from causvid_jax.models.decoder import codec_shapes, image_encoder_shapes, vae_shapes
 from causvid_jax.sampling import stream
-from causvid_jax.sharding.params import inference_tree
 from causvid_jax.text import encoder
 
 Sizes = Mapping[str, int]  # bytes by type of element
@@ -46,24 +45,6 @@ def sizes(tree: Any) -> dict[str, int]:
         kind = jnp.dtype(leaf.dtype)
         out[kind.name] = out.get(kind.name, 0) + int(np.prod(leaf.shape, dtype=np.int64)) * kind.itemsize
     return out
-
-
-def codec_shapes(recipe: Recipe, *, encodes: bool) -> dict[str, Any]:
-    """Shapes and types of the decoder's parameters, and with ``encodes`` of the VAE, which alone encodes."""
-    shapes = vae_shapes(recipe) if recipe.decoder == "vae" or encodes else {}
-    if recipe.decoder == "taehv":
-        shapes["taehv"] = inference_tree(taehv.abstract(recipe.taehv), recipe.taehv.dtype)
-    return shapes
-
-
-def vae_shapes(recipe: Recipe) -> dict[str, Any]:
-    """Shapes and types of the VAE's parameters, whatever decodes."""
-    return {"vae": inference_tree(vae.abstract(recipe.vae), recipe.vae.dtype)}
-
-
-def image_encoder_shapes(config: CLIPConfig) -> Any:
-    """Shapes and types of the image encoder's parameters."""
-    return inference_tree(clip_model.abstract(config), config.dtype)
 
 
 def plan(

@@ -1,18 +1,36 @@
 """Programs: ``causvid NAME`` or, from a clone, ``python -m launch.NAME``."""
 
-import importlib
+import difflib
 import sys
 
-PROGRAMS = ("sample", "train", "prepare", "evaluate", "convert", "export", "bench", "compile", "curves", "demo")
+PROGRAMS = {
+    "sample": "generate videos, as a stream of any length or, by the teacher, as a clip",
+    "demo": "see it work: a stream with a change of prompt, and student beside teacher",
+    "prepare": "make a recipe's data",
+    "train": "train one stage",
+    "evaluate": "measure a recipe's clips",
+    "export": "write the weights of a checkpoint of a run",
+    "curves": "draw the training curves of a run",
+    "convert": "convert published weights, or to published formats",
+    "bench": "measure the speed of a stream on this machine",
+    "compile": "tell whether a program fits a machine, or compile the sampler to a file",
+}
 
 
 def main(name: str | None = None) -> None:
     """Run the program ``name``; without a name, the one that the first argument names."""
     from causvid_jax.cli import common
 
+    arguments = sys.argv[1:]
     if name is None:
-        name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+        name, arguments = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if name in ("--help", "-h", "help"):
+        lines = "\n".join(f"  {program:<10}{about}" for program, about in PROGRAMS.items())
+        print(f"causvid PROGRAM [--flag=value ...]\n\n{lines}\n\ncausvid PROGRAM --help lists its flags.")
+        return
     if name not in PROGRAMS:
-        print(f"error: the program is {name!r}; accepted: {', '.join(PROGRAMS)}", file=sys.stderr)
+        close = difflib.get_close_matches(name, PROGRAMS, n=1)
+        advice = f"did you mean {close[0]!r}?" if close else f"accepted: {', '.join(PROGRAMS)}"
+        print(f"error: program {name!r} does not exist; {advice}", file=sys.stderr)
         sys.exit(common.BAD_INPUT)
-    common.run(importlib.import_module(f"causvid_jax.cli.{name}").main)
+    common.run(name, arguments)

@@ -1,6 +1,6 @@
 """Compile ahead of time: to say whether a program fits a machine that is not at hand, or to keep the sampler as a file.
 
-``python -m launch.compile --config=configs/wan_14b.py --stage=distill --topology=v5p:4x4x4``
+``causvid compile --config=wan_14b --stage=distill --topology=v5p:4x4x4``
 
 The mesh is ``--config.parallel.*``. Where none is given for several devices, it is the one that is computed to be the
 fastest of those that fit, with what it needs of rematerialisation, accumulation and offload; its flags are printed.
@@ -9,10 +9,10 @@ make the least effort: for a TPU that takes a seventh of the time and gives much
 collectives than those of the program that would run. ``--estimate`` needs no compiler: it computes memory and time from
 shapes. The status is 1 if the program does not fit; then it is said what should make it fit.
 
-``python -m launch.compile --config=configs/wan_1_3b.py --stage=stream --platform=cuda --output=stream.program``
+``causvid compile --config=wan_1_3b --stage=stream --platform=cuda --output=stream.program``
 
 lowers the streaming sampler for one device of a platform (cpu, cuda, tpu), at the recipe's size and ``--batch`` videos
-at once, and writes it to a file that ``launch.sample --program`` loads without tracing the model
+at once, and writes it to a file that ``causvid sample --program`` loads without tracing the model
 (``causvid_jax.sampling.exported``). The device need not be there, but cuDNN has to be, if it is the attention.
 """
 
@@ -20,50 +20,55 @@ import dataclasses
 import json
 import sys
 
-from absl import flags
-
 from causvid_jax.cli import common
-from causvid_jax.config import require
+from causvid_jax.cli.options import config_option, option
+from causvid_jax.config import Recipe, require
 
-_CONFIG = common.define_config_flag()
-_STAGE = flags.DEFINE_string("stage", None, "What to compile: teacher, init, distill or stream.")
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "TPU KIND:AxB[xC], *N for N slices; GPU KIND:N or KIND:NODESxN; for example v5p:4x4x4, h200:8x8."
-)
-_ESTIMATE = flags.DEFINE_bool("estimate", False, "Compute the figures from shapes; nothing is compiled.")
-_QUICK = flags.DEFINE_bool("quick", False, "Have the compiler make the least effort.")
-_OUTPUT = flags.DEFINE_string("output", None, "Write the report as JSON to this file, too; the program's file.")
-_PLATFORM = flags.DEFINE_string("platform", None, "Write the stream's program for cpu, cuda or tpu to --output.")
-_BATCH = flags.DEFINE_integer("batch", 1, "With --platform: videos at once.")
-_EXACT = flags.DEFINE_bool("exact", False, "With --platform: as launch.sample --exact.")
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "With --platform: the folder whose VAE says how latents are normalised, if the recipe does not."
-)
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags."""
+
+    config: Recipe = config_option()
+    stage: str = option("", "What to compile: teacher, init, distill or stream.")
+    topology: str | None = option(
+        None,
+        "TPU KIND:AxB[xC], *N for N slices; GPU KIND:N or KIND:NODESxN; for example v5p:4x4x4, h200:8x8.",
+    )
+    estimate: bool = option(False, "Compute the figures from shapes; nothing is compiled.")
+    quick: bool = option(False, "Have the compiler make the least effort.")
+    output: str | None = option(None, "Write the report as JSON to this file, too; with --platform the program.")
+    platform: str | None = option(None, "Write the stream's program for cpu, cuda or tpu to --output.")
+    batch: int = option(1, "With --platform: videos at once.")
+    exact: bool = option(False, "With --platform: as causvid sample --exact.")
+    checkpoint: str | None = option(
+        None, "With --platform: the folder whose VAE has the latent statistics, if the recipe does not."
+    )
+
 
 TOO_LARGE = 1
 
 
-def main() -> None:
-    """Check the flags, compile, report."""
-    recipe = common.load_recipe(_CONFIG)
-    # After the flags: whoever mistypes one should not wait for libtpu.
+def main(options: Options) -> None:
+    """Compile and report."""
+    recipe = options.config
     from causvid_jax.analysis import compile_report, topology
 
-    stage, name = _STAGE.value or "", _TOPOLOGY.value or ""
+    stage, name = options.stage, options.topology or ""
     require(stage in compile_report.STAGES, f"--stage is {stage!r}; accepted: {', '.join(compile_report.STAGES)}")
-    if _PLATFORM.value is not None:
+    if options.platform is not None:
         require(name == "", "--platform and --topology are both given; accepted: one of them")
-        build(recipe, stage, _PLATFORM.value)
+        build(options)
         return
     require(name != "", "no --topology is given; for example --topology=v5p:4x4x4 (or --platform=cuda)")
-    output = common.check_output(_OUTPUT.value, (".json",)) if _OUTPUT.value else None
+    output = common.check_output(options.output, (".json",)) if options.output else None
     machine = topology.parse(name)
     recipe = with_mesh(recipe, stage, machine)
     try:
-        if _ESTIMATE.value:
+        if options.estimate:
             report = compile_report.estimate_for(recipe, stage, machine)
         else:
-            report = compile_report.compile_for(recipe, stage, topology.describe(name), quick=_QUICK.value)
+            report = compile_report.compile_for(recipe, stage, topology.describe(name), quick=options.quick)
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -90,20 +95,21 @@ def with_mesh(recipe, stage, machine):
     return best.recipe
 
 
-def build(recipe, stage, platform) -> None:
+def build(options: Options) -> None:
     """Lower the stream's programs and write them."""
+    recipe, stage = options.config, options.stage
     from causvid_jax.checkpoints import workdir
     from causvid_jax.config.files import format_bytes
     from causvid_jax.models import precision
     from causvid_jax.sampling import exported
 
     require(stage == "stream", f"--stage is {stage!r}; accepted with --platform: 'stream'")
-    output = common.check_output(_OUTPUT.value, (exported.SUFFIX,))
-    if _EXACT.value:
+    output = common.check_output(options.output, (exported.SUFFIX,))
+    if options.exact:
         recipe = precision.exact(recipe, teacher=False)
     if recipe.decoder == "vae":
-        recipe = dataclasses.replace(recipe, vae=workdir.find_statistics(recipe, _CHECKPOINT.value))
-    header, made = exported.build(recipe, platform, batch=_BATCH.value)
+        recipe = dataclasses.replace(recipe, vae=workdir.find_statistics(recipe, options.checkpoint))
+    header, made = exported.build(recipe, options.platform or "", batch=options.batch)
     exported.save(output, header, made)
     print(exported.describe(header, made))
     print(f"Wrote {output}, {format_bytes(output.stat().st_size)}")

@@ -1,9 +1,9 @@
-"""Published weights in and out: ``python -m launch.convert --input=Wan2.1-T2V-1.3B --output=runs/wan``.
+"""Published weights in and out: ``causvid convert --input=Wan2.1-T2V-1.3B --output=runs/wan``.
 
 Reads original Wan folders, diffusers folders, the checkpoints of CausVid, Self-Forcing, Causal-Forcing, LongLive and
 Krea, and our own files and working directories; writes our own (default), or with ``--to`` the original or diffusers'
 names. ``--lora=FILE:0.8`` merges a LoRA. ``--dry_run`` only says what would be done. A folder with several components
-becomes a folder of them: for our own format a working directory that ``launch.sample`` and ``launch.train`` read:
+becomes a folder of them: for our own format a working directory that ``causvid sample`` and ``causvid train`` read:
 
 | in OUTPUT | from an original folder | from a diffusers folder |
 |---|---|---|
@@ -18,44 +18,53 @@ The tiny codec comes by itself: ``--input=taew2_1.pth --output=runs/wan/taehv/we
 directory.
 """
 
+import dataclasses
 import pathlib
 
-from absl import flags
+from causvid_jax.cli.options import option
+from causvid_jax.config import require
 
-from causvid_jax.checkpoints import convert
-from causvid_jax.config import ConfigError
-
-_INPUT = flags.DEFINE_string("input", None, "The checkpoint: a file or a folder.")
-_OUTPUT = flags.DEFINE_string("output", None, "A .safetensors file, or a folder that does not exist yet.")
-_TO = flags.DEFINE_string("to", "causvid_jax", "Names to write: causvid_jax, original or diffusers.")
-_PART = flags.DEFINE_string("part", None, "Of a checkpoint with several, for example generator_ema (preferred).")
-_COMPONENT = flags.DEFINE_list("component", None, "Of a folder with several, only these: transformer,vae for example.")
-_STAGE = flags.DEFINE_string("stage", None, "The transformer's place in a working directory: teacher, init or distill.")
-_LORA = flags.DEFINE_multi_string("lora", [], "FILE or FILE:STRENGTH, a LoRA to merge; several are added.")
-_LORA_LAYERS = flags.DEFINE_string("lora_layers", None, "Only these layers change, for example 0-9,20.")
-_SKIP = flags.DEFINE_bool("skip_foreign", False, "Leave out LoRA targets that the transformer does not have.")
-_DTYPE = flags.DEFINE_string("dtype", None, "float32, float16 or bfloat16; default: as stored.")
-_HEADS = flags.DEFINE_integer("num_heads", 0, "Of a transformer whose heads are not 128 wide.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check and say what would be done, write nothing.")
+STAGES = ("teacher", "init", "distill")
 
 
-def main() -> None:
-    """Parse the flags and convert."""
-    if not _INPUT.value:
-        raise ConfigError("no --input is given; it must be a checkpoint's file or folder")
-    if not _OUTPUT.value:
-        raise ConfigError("no --output is given; it must be a .safetensors file or a new folder")
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags."""
+
+    input: str = option("", "The checkpoint: a file or a folder.")
+    output: str = option("", "A .safetensors file, or a folder that does not exist yet.")
+    to: str = option("causvid_jax", "Names to write: causvid_jax, original or diffusers.")
+    part: str | None = option(None, "Of a checkpoint with several, for example generator_ema (preferred).")
+    component: str = option("", "Of a folder with several, only these: transformer,vae for example.")
+    stage: str | None = option(None, "The transformer's place in a working directory: teacher, init or distill.")
+    lora: tuple[str, ...] = option((), "FILE or FILE:STRENGTH, a LoRA to merge; several are added.")
+    lora_layers: str | None = option(None, "Only these layers change, for example 0-9,20.")
+    skip_foreign: bool = option(False, "Leave out LoRA targets that the transformer does not have.")
+    dtype: str | None = option(None, "float32, float16 or bfloat16; default: as stored.")
+    num_heads: int = option(0, "Of a transformer whose heads are not 128 wide.")
+    dry_run: bool = option(False, "Check and say what would be done, write nothing.")
+
+    def __post_init__(self) -> None:
+        require(self.input, "no --input is given; it must be a checkpoint's file or folder")
+        require(self.output, "no --output is given; it must be a .safetensors file or a new folder")
+        require(self.stage in (None, *STAGES), f"--stage is {self.stage!r}; accepted: {', '.join(STAGES)}")
+
+
+def main(options: Options) -> None:
+    """Convert."""
+    from causvid_jax.checkpoints import convert
+
     request = convert.Request(
-        input=pathlib.Path(_INPUT.value),
-        output=pathlib.Path(_OUTPUT.value),
-        form=_TO.value,
-        part=_PART.value,
-        components=tuple(_COMPONENT.value or ()),
-        stage=_STAGE.value,
-        loras=tuple(map(convert.parse_lora, _LORA.value)),
-        layers=convert.parse_layers(_LORA_LAYERS.value),
-        skip_foreign=_SKIP.value,
-        dtype=_DTYPE.value,
-        num_heads=_HEADS.value,
+        input=pathlib.Path(options.input),
+        output=pathlib.Path(options.output),
+        form=options.to,
+        part=options.part,
+        components=tuple(name.strip() for name in options.component.split(",") if name.strip()),
+        stage=options.stage,
+        loras=tuple(map(convert.parse_lora, options.lora)),
+        layers=convert.parse_layers(options.lora_layers),
+        skip_foreign=options.skip_foreign,
+        dtype=options.dtype,
+        num_heads=options.num_heads,
     )
-    convert.convert(request, dry_run=_DRY_RUN.value)
+    convert.convert(request, dry_run=options.dry_run)

@@ -1,18 +1,26 @@
-"""Draw the training curves: ``python -m launch.curves --workdir=runs/digits --output=curves.png``."""
+"""Draw the training curves of a run: ``causvid curves --workdir=runs/digits --output=curves.png``."""
 
-from absl import flags
+import dataclasses
 
 from causvid_jax.cli import common
+from causvid_jax.cli.options import option
 from causvid_jax.config import require
-from causvid_jax.training import curves
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the stages were trained.")
-_OUTPUT = flags.DEFINE_string("output", None, "The picture, a .png file.")
 
 
-def main() -> None:
-    """Check the flags, then draw."""
-    workdir = _WORKDIR.value or ""
-    require(workdir != "", "no --workdir is given; it must be the directory of a training")
-    path = common.check_output(_OUTPUT.value, (".png",))
-    print(f"{path}: {', '.join(curves.draw(workdir, path))}")
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags."""
+
+    workdir: str | None = option(None, "The directory of a training.")
+    output: str | None = option(None, "The picture to write, a .png file.")
+
+    def __post_init__(self) -> None:
+        require(self.workdir, "no --workdir is given; it must be the directory of a training")
+
+
+def main(options: Options) -> None:
+    """Draw."""
+    path = common.check_output(options.output, (".png",))
+    from causvid_jax.training import curves
+
+    print(f"{path}: {', '.join(curves.draw(options.workdir or '', path))}")

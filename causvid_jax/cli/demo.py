@@ -1,139 +1,135 @@
-"""See it work: ``python -m launch.demo --config=configs/digits.py --output=demo``.
+"""See it work: ``causvid demo --output=demo``.
 
-Streams a video with one change of prompt, as it is generated, and sets four-step student against teacher on a few
-prompts. Writes ``stream.mp4``, ``stream.gif``, ``comparison.mp4``, ``comparison.gif`` and ``comparison.png``.
+Streams a video with one change of prompt while it is generated, and compares the few-step student with the teacher on a
+few prompts. Writes ``stream.mp4``, ``stream.gif``, ``comparison.mp4``, ``comparison.gif`` and ``comparison.png``.
 """
 
 import contextlib
+import dataclasses
 import pathlib
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from absl import flags
-
-from causvid_jax import media
-from causvid_jax.checkpoints import workdir as stages
 from causvid_jax.cli import common
+from causvid_jax.cli.options import option
 from causvid_jax.config import Recipe, require
-from causvid_jax.evaluation import contact_sheet
-from causvid_jax.models import vae
-from causvid_jax.sampling import batch, stream
-from causvid_jax.text import encoder
+from causvid_jax.config.recipes import CONFIG_HELP
 
-_CONFIG = common.define_config_flag()
-_OUTPUT = flags.DEFINE_string("output", "demo", "Directory for the videos and the picture.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Weights of your own training instead of those of the package.")
-_PROMPT = flags.DEFINE_multi_string(
-    "prompt",
-    ["a red 3 moving left", "a green 7 moving up", "a cyan 5 moving down right"],
-    "Prompts to compare on; the stream starts with the first and switches to the second.",
-)
-_SECONDS = flags.DEFINE_float("seconds", 20.0, "Length of the stream in seconds of video.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
-_UPSCALE = flags.DEFINE_integer("upscale", 4, "Size of a pixel in the files.")
+if TYPE_CHECKING:
+    import numpy as np
 
-Params = dict[str, Any]
+    from causvid_jax.sampling.pipeline import StudentPipeline, TeacherPipeline
+
+PROMPTS = ("a red 3 moving left", "a green 7 moving up", "a cyan 5 moving down right")
 
 
-def load(recipe: Recipe, workdir: str | None) -> tuple[Params, Recipe]:
-    """``{"vae", "teacher", "student"}``, the tiny decoder if the recipe names it, and the recipe with the statistics of
-    the VAE's latents."""
-    params, measured = stages.load_decoders(recipe, workdir)
-    for role, stage in (("teacher", "teacher"), ("student", "distill")):
-        params[role], _ = stages.load_stage(recipe, stage, workdir)
-    return params, measured
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags."""
+
+    config: Recipe = option("digits", CONFIG_HELP)
+    output: str = option("demo", "Directory for the videos and the picture.")
+    workdir: str | None = option(None, "Weights of your own training instead of those of the package.")
+    prompt: tuple[str, ...] = option((), "Prompts to compare on; the stream starts with the first, then the second.")
+    seconds: float = option(20.0, "Length of the stream in seconds of video.")
+    seed: int = option(0, "Seed of the noise.")
+    upscale: int = option(4, "Size of a pixel in the files.")
+
+    def __post_init__(self) -> None:
+        require(0 < self.seconds <= 86400, f"--seconds is {self.seconds:g}; accepted: above 0, up to 86400")
+        largest = 8192 // max(self.config.video.height, self.config.video.width)
+        require(1 <= self.upscale <= largest, f"--upscale is {self.upscale}; accepted: 1 to {largest}")
+        require(0 <= self.seed < 2**31, f"--seed is {self.seed}; accepted: 0 to {2**31 - 1}")
 
 
-def rows_of(prompts: Sequence[str], recipe: Recipe) -> jax.Array:
-    """Text rows ``[B, S, E]``."""
-    return jnp.asarray(encoder.encode(encoder.open_encoder(recipe, _WORKDIR.value), prompts))
-
-
-def blocks_of(params: Params, recipe: Recipe, prompts: Sequence[str], seed: int, blocks: int) -> Iterator[np.ndarray]:
-    """The student's stream as uint8 ``[T, H, W, 3]`` per block; ``prompts`` share its length equally."""
-    config = {"config": recipe}
-    latent_frames = blocks * recipe.causal.frames_per_block
-    state = stream.init_stream(params, rows_of(prompts[:1], recipe), seed=seed, frames=latent_frames, **config)
-    for i in range(blocks):
-        turn = i * len(prompts) // blocks
-        if i and turn != (i - 1) * len(prompts) // blocks:
-            state = stream.change_prompt(params, state, rows_of(prompts[turn : turn + 1], recipe), **config)
-        _, frames, state = stream.next_frames(params, state, **config)
-        yield media.to_uint8(frames)[0, stream.LEAD if i == 0 else 0 :]
-
-
-def show_stream(params: Params, recipe: Recipe, prompts: Sequence[str], blocks: int, output: pathlib.Path) -> None:
+def show_stream(pipe: "StudentPipeline", options: Options, prompts: tuple[str, ...], output: pathlib.Path) -> None:
     """Write the stream while it is generated, and print how fast it is."""
-    print(f"Streaming {blocks} blocks: {' -> '.join(map(repr, prompts))}", flush=True)
-    start, times, frames = time.perf_counter(), [], 0
-    with contextlib.ExitStack() as files:
-        out = [
-            files.enter_context(media.VideoWriter(output / f"stream{suffix}", recipe.video.fps, _UPSCALE.value))
-            for suffix in media.SUFFIXES
-        ]
-        for part in blocks_of(params, recipe, prompts, _SEED.value, blocks):
-            times.append(time.perf_counter() - start)
-            frames += len(part)
-            for file in out:
-                file.append(part)
-    # The first block compiles; a change of prompt compiles once too, so the median block tells the speed.
-    speed = len(part) / float(np.median(np.diff(times)))
-    print(
-        f"  {frames} frames, the first block after {times[0]:.1f} s (with compilation), then {speed:.0f} frames/s: "
-        f"{speed / recipe.video.fps:.1f} times real time ({recipe.video.fps:g} frames/s)",
-        flush=True,
-    )
+    from tqdm import tqdm
+
+    from causvid_jax import media
+    from causvid_jax.sampling import blocks
+
+    fps = pipe.config.video.fps
+    count = max(2, blocks.block_of(round(options.seconds * fps), pipe.config))
+    print(f"Streaming {count} blocks: {' -> '.join(map(repr, prompts[:2]))}; first it is compiled ...", flush=True)
+    start = time.perf_counter()
+    length = pipe.config.causal.frames_per_block * count + 1
+    state = pipe.stream(prompts[0], seed=options.seed, frames=length)
+    frames, first = 0, 0.0
+    with contextlib.ExitStack() as stack:
+        paths = (output / f"stream{suffix}" for suffix in media.SUFFIXES)
+        files = [stack.enter_context(media.VideoWriter(path, fps, options.upscale)) for path in paths]
+        bar = stack.enter_context(tqdm(total=count, unit="block", disable=None))
+        for half, prompt in ((count - count // 2, None), (count // 2, prompts[1] if len(prompts) > 1 else None)):
+            state = state if prompt is None else pipe.switch(state, prompt)
+            # The loop's state goes on after it.
+            for part, state in pipe.frames(state, blocks=half):  # noqa: B007, B020
+                first = first or time.perf_counter() - start
+                frames += part.shape[1]
+                for file in files:
+                    file.append(part[0])
+                bar.update()
+    total = time.perf_counter() - start
+    print(f"  {frames} frames in {total:.1f} s, the first after {first:.1f} s (with compilation)", flush=True)
 
 
-def compare(params: Params, recipe: Recipe, prompts: Sequence[str], output: pathlib.Path) -> None:
-    """Teacher above student: the same prompts, one clip each, timed without compilation."""
-    null = jnp.asarray(encoder.null_rows(encoder.open_encoder(recipe, _WORKDIR.value)))
-    decode = jax.jit(vae.decode, static_argnames=("config",))
-    blocks = len(recipe.causal.block_sizes(recipe.video.latent_frames))
+def compare(
+    student: "StudentPipeline",
+    teacher: "TeacherPipeline",
+    options: Options,
+    prompts: tuple[str, ...],
+    output: pathlib.Path,
+) -> None:
+    """Write teacher above student: the same prompts, one clip each, timed without compilation."""
+    import numpy as np
 
-    def teacher(prompt: str, seed: int) -> np.ndarray:
-        latents = batch.teacher_latents(
-            params["teacher"], rows_of([prompt], recipe), null, jnp.asarray([seed], jnp.uint32), config=recipe
-        )
-        return media.to_uint8(decode(params["vae"], latents, config=recipe.vae))[0]
+    from causvid_jax import media
+    from causvid_jax.evaluation import contact_sheet
 
-    def student(prompt: str, seed: int) -> np.ndarray:
-        return np.concatenate(list(blocks_of(params, recipe, [prompt], seed, blocks)))
+    video = student.config.video
+    count = len(student.config.causal.block_sizes(video.latent_frames))
 
+    def by_teacher(prompt: str, seed: int) -> "np.ndarray":
+        return np.concatenate([part[0] for part, _ in teacher.frames(teacher.stream(prompt, seed=seed))])
+
+    def by_student(prompt: str, seed: int) -> "np.ndarray":
+        return np.concatenate([part[0] for part, _ in student.frames(student.stream(prompt, seed=seed), blocks=count)])
+
+    samplers: dict[str, Callable[[str, int], np.ndarray]] = {"teacher": by_teacher, "student": by_student}
     clips, seconds = {}, {}
-    for name, sample in (("teacher", teacher), ("student", student)):
-        print(f"{name.capitalize()}: {len(prompts)} clips of {recipe.video.frames} frames", flush=True)
-        sample(prompts[0], 0)
+    for name, sample in samplers.items():
+        print(f"{name.capitalize()}: {len(prompts)} clips of {video.frames} frames", flush=True)
+        sample(prompts[0], 0)  # compiles
         start = time.perf_counter()
-        clips[name] = list(prompts), np.stack([sample(p, _SEED.value + i) for i, p in enumerate(prompts)])
+        clips[name] = list(prompts), np.stack([sample(p, options.seed + i) for i, p in enumerate(prompts)])
         seconds[name] = (time.perf_counter() - start) / len(prompts)
-        print(f"  {seconds[name]:.2f} s per clip", flush=True)
+        print(f"  {seconds[name]:.2f} s per clip, {video.frames / seconds[name]:.1f} frames/s", flush=True)
     print(f"The student takes {seconds['teacher'] / seconds['student']:.1f} times less time.", flush=True)
-    sheet = contact_sheet.contact_sheet(clips, examples=len(prompts), columns=7)
-    sheet.save(output / "comparison.png")
+    contact_sheet.contact_sheet(clips, examples=len(prompts), columns=7).save(output / "comparison.png")
     grid = np.concatenate([np.concatenate(list(clips[name][1]), axis=2) for name in clips], axis=1)
     for suffix in media.SUFFIXES:
-        media.write_video(output / f"comparison{suffix}", grid, recipe.video.fps, _UPSCALE.value)
+        media.write_video(output / f"comparison{suffix}", grid, video.fps, options.upscale)
 
 
-def main() -> None:
-    """Check everything, then stream, then compare."""
+def main(options: Options) -> None:
+    """Stream, then compare."""
     start = time.perf_counter()
-    recipe = common.load_recipe(_CONFIG)
-    prompts, output = _PROMPT.value, pathlib.Path(_OUTPUT.value)
-    require(_SECONDS.value > 0, f"--seconds is {_SECONDS.value:g}; it must be positive")
-    rows_of(prompts, recipe)
+    print(f"Loading {options.config.name} ...", flush=True)
+    from causvid_jax import media
+    from causvid_jax.sampling import pipeline
+
+    output, prompts = pathlib.Path(options.output), options.prompt or PROMPTS
     for suffix in media.SUFFIXES:
         media.check_output(output / f"stream{suffix}")
-    params, recipe = load(recipe, _WORKDIR.value)
     common.enable_compilation_cache()
-    per_block = recipe.causal.frames_per_block * vae.time_factor(recipe.vae)
-    blocks = max(2, round(_SECONDS.value * recipe.video.fps / per_block))
-    show_stream(params, recipe, prompts[:2], blocks, output)
-    compare(params, recipe, prompts, output)
+    student = pipeline.load(options.config, checkpoint=options.workdir)
+    student.encode_prompt(prompts)  # refuses unknown words before anything is compiled
+    show_stream(student, options, prompts, output)
+    compare(student, pipeline.load_teacher(options.config, checkpoint=options.workdir), options, prompts, output)
     print(f"Wrote {', '.join(sorted(p.name for p in output.iterdir() if p.is_file()))} to {output}/", flush=True)
-    print(f"All in {time.perf_counter() - start:.0f} s.")
+    print(f"All in {time.perf_counter() - start:.0f} s. Your own prompt:")
+    program = pathlib.Path(sys.executable).with_name("causvid")
+    name = program if program.is_file() else "causvid"
+    print(f'  {name} sample --config={options.config.name} --prompt="{prompts[0]}" --frames=160 --output=red.mp4')

@@ -1,28 +1,38 @@
-"""Weights of a checkpoint: ``python -m launch.export --workdir=DIR --stage=distill --step=50 --output=FILE``.
+"""Write the weights of a checkpoint: ``causvid export --workdir=DIR --stage=distill --step=50 --output=FILE``.
 
-What a run exports at its end, from any checkpoint it kept, also while it goes on. Of a distillation that is the student
-alone. Without ``--step`` the newest is taken.
+Writes what a run exports at its end, from any checkpoint that it kept, also while it goes on. Of a distillation that is
+the student alone. Without ``--step`` the newest checkpoint is taken.
 """
 
+import dataclasses
 import pathlib
 
-from absl import flags
-
 from causvid_jax.cli import common
+from causvid_jax.cli.options import option
 from causvid_jax.config import require
-from causvid_jax.training import export
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the recipe keeps its data, weights and logs.")
-_STAGE = flags.DEFINE_string("stage", None, f"Whose checkpoint: {', '.join(export.EMA)}.")
-_STEP = flags.DEFINE_integer("step", None, "Of which step; the newest by default.")
-_OUTPUT = flags.DEFINE_string("output", None, "The file to write, .safetensors.")
+STAGES = ("vae", "taehv", "teacher", "causal", "init", "distill")
 
 
-def main() -> None:
-    """Check the flags, then export."""
-    workdir, stage = _WORKDIR.value or "", _STAGE.value or ""
-    require(pathlib.Path(workdir).is_dir() and workdir != "", f"--workdir is {workdir!r}; it must be a run's directory")
-    require(stage in export.EMA, f"--stage is {stage!r}; accepted: {', '.join(export.EMA)}")
-    output = common.check_output(_OUTPUT.value, (".safetensors",))
-    step = export.export_checkpoint(pathlib.Path(workdir), stage, output, _STEP.value)
-    print(f"{output}: the {stage} weights of step {step}, {output.stat().st_size / 1e6:.1f} MB")
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags."""
+
+    workdir: str | None = option(None, "The directory of a training.")
+    stage: str = option("", f"Whose checkpoint: {', '.join(STAGES)}.")
+    step: int | None = option(None, "Of which step; the newest by default.")
+    output: str | None = option(None, "The file to write, .safetensors.")
+
+    def __post_init__(self) -> None:
+        workdir = self.workdir or ""
+        require(workdir and pathlib.Path(workdir).is_dir(), f"--workdir is {workdir!r}; it must be a run's directory")
+        require(self.stage in STAGES, f"--stage is {self.stage!r}; accepted: {', '.join(STAGES)}")
+
+
+def main(options: Options) -> None:
+    """Export."""
+    output = common.check_output(options.output, (".safetensors",))
+    from causvid_jax.training import export
+
+    step = export.export_checkpoint(pathlib.Path(options.workdir or ""), options.stage, output, options.step)
+    print(f"{output}: the {options.stage} weights of step {step}, {output.stat().st_size / 1e6:.1f} MB")

@@ -1,40 +1,45 @@
-"""The flags by which a program becomes one of many: ``--coordinator``, ``--processes``, ``--process``, ``--wait``.
+"""Flags of a program that runs as many processes: ``--coordinator``, ``--processes``, ``--process``, ``--wait``.
 
 None is needed on one host, under SLURM, under Open MPI or on a TPU pod (docs/hosts.md).
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-from absl import flags, logging
-
+from causvid_jax.cli.options import option
 from causvid_jax.config import require
-from causvid_jax.distributed import collectives, initialize
 
 
-def define_flags() -> None:
-    """Define them; :func:`joined` reads them."""
-    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, if the processes cannot find each other.")
-    flags.DEFINE_integer("processes", 0, "How many processes there are, with --coordinator.")
-    flags.DEFINE_integer("process", -1, "The number of this one, from 0, with --coordinator.")
-    flags.DEFINE_float("wait", initialize.WAIT, "Seconds for which the other processes are waited for.")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Processes:
+    """Base of the options of programs that run on many hosts."""
+
+    coordinator: str = option("", "HOST:PORT of process 0, if the processes cannot find each other.")
+    processes: int = option(0, "How many processes there are, with --coordinator.")
+    process: int = option(-1, "The number of this one, from 0, with --coordinator.")
+    wait: float = option(50.0, "Seconds to wait for the other processes.")
+
+    def __post_init__(self) -> None:
+        require(0 < self.wait <= 1e6, f"--wait is {self.wait:g} seconds; accepted: above 0, up to 1000000")
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[bool]:
-    """Join the other processes, before anything touches a device, for what is done together; whether there are any.
+def joined(options: Processes) -> Iterator[bool]:
+    """Join the other processes before anything touches a device; yield whether there are any.
 
     Raises:
         ConfigError: see :mod:`causvid_jax.distributed.initialize`.
     """
-    given = flags.FLAGS
-    require(given.wait > 0, f"--wait is {given.wait:g} seconds; it must be positive")
-    address = initialize.find(given.coordinator, given.processes, given.process, wait=given.wait)
-    watch = initialize.join(address, wait=given.wait)
+    from absl import logging
+
+    from causvid_jax.distributed import collectives, initialize
+
+    address = initialize.find(options.coordinator, options.processes, options.process, wait=options.wait)
+    watch = initialize.join(address, wait=options.wait)
     if address is not None:
         logging.info("Process %d of %d, coordinator %s.", address.process_id, address.processes, address.coordinator)
         if not collectives.first():
@@ -49,6 +54,10 @@ def check(arguments: dict[str, Any], workdir: pathlib.Path) -> None:
     Raises:
         ConfigError: naming what differs.
     """
+    import jax
+
+    from causvid_jax.distributed import initialize
+
     versions = {"jax": jax.__version__, "causvid_jax": _version()}
     initialize.check_same({**arguments, "versions": versions})
     initialize.check_shared(workdir)

@@ -1,7 +1,7 @@
-"""From latents to pixels while sampling, by the decoder that the recipe names: the Wan VAE or the tiny TAEHV.
+"""Decode latents to pixels while sampling, by the recipe's decoder: the Wan VAE or the tiny TAEHV.
 
-Both read the same latents and keep one contract: K latents in, 4K frames out, of which the caller drops the first
-:data:`LEAD` of a video. ``params`` holds the weights under the decoder's own name, ``{"vae"}`` or ``{"taehv"}``.
+Both read the same latents: K latents give 4K frames, of which the caller drops the first :data:`LEAD` of a video.
+``params`` holds the weights under the decoder's name, ``{"vae"}`` or ``{"taehv"}``.
 """
 
 import functools
@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 
-from causvid_jax.config import Recipe
-from causvid_jax.models import taehv, vae
+from causvid_jax.config import CLIPConfig, Recipe
+from causvid_jax.models import clip_vision, taehv, vae
+from causvid_jax.sharding.params import inference_tree
 
 Params = dict[str, Any]
 DecodeCache = vae.DecodeCache | taehv.DecodeCache
@@ -20,8 +21,26 @@ LEAD = 3
 """Frames of a video's first decoded block that do not exist: its first latent frame holds one frame, not four."""
 
 
+def codec_shapes(recipe: Recipe, *, encodes: bool) -> dict[str, Any]:
+    """Return shapes and types of the decoder's parameters, and with ``encodes`` of the VAE, which alone encodes."""
+    shapes = vae_shapes(recipe) if recipe.decoder == "vae" or encodes else {}
+    if recipe.decoder == "taehv":
+        shapes["taehv"] = inference_tree(taehv.abstract(recipe.taehv), recipe.taehv.dtype)
+    return shapes
+
+
+def vae_shapes(recipe: Recipe) -> dict[str, Any]:
+    """Return shapes and types of the VAE's parameters, ``{"vae"}``, whatever the decoder is."""
+    return {"vae": inference_tree(vae.abstract(recipe.vae), recipe.vae.dtype)}
+
+
+def image_encoder_shapes(config: CLIPConfig) -> Any:
+    """Return shapes and types of the image encoder's parameters."""
+    return inference_tree(clip_vision.abstract(config), config.dtype)
+
+
 def init_decode_cache(config: Recipe, *, batch: int, height: int, width: int) -> DecodeCache:
-    """The decoder's cache before the first block of a video whose latents are ``height`` x ``width``."""
+    """Return the decoder's cache before the first block of a video whose latents are ``height`` x ``width``."""
     size = {"batch": batch, "height": height, "width": width}
     if config.decoder == "taehv":
         return taehv.init_decode_cache(config.taehv, **size)
@@ -29,7 +48,7 @@ def init_decode_cache(config: Recipe, *, batch: int, height: int, width: int) ->
 
 
 def decode_chunk(params: Params, latents: jax.Array, cache: Any, *, config: Recipe) -> tuple[jax.Array, DecodeCache]:
-    """Frames ``[B, 4K, H, W, 3]`` of the next latents ``[B, K, h, w, C]`` of a video, and the next cache."""
+    """Return frames ``[B, 4K, H, W, 3]`` of the next latents ``[B, K, h, w, C]`` of a video, and the next cache."""
     if config.decoder == "taehv":
         return taehv.decode_chunk(params["taehv"], latents, cache, config=config.taehv)
     return vae.decode_chunk(params["vae"], latents, cache, config=config.vae)
@@ -39,15 +58,15 @@ _decode_chunk = functools.partial(jax.jit, static_argnames=("config",), donate_a
 
 
 def decode_clip(params: Params, latents: jax.Array, *, config: Recipe) -> Iterator[jax.Array]:
-    """Frames ``[B, n, H, W, 3]`` of a whole clip ``[B, F, h, w, C]``, piece by piece: 1 + 4 (F - 1) in all.
+    """Yield the frames of a clip ``[B, F, h, w, C]`` in parts ``[B, n, H, W, 3]``, 1 + 4 (F - 1) in all.
 
-    A piece is as long as a block of the stream if these divide the clip, else one latent, so that one program and the
-    memory of one piece serve any length: 81 frames of 480 x 832 at once would be 12 GB in the widest layer alone.
+    A part is as long as a block of the stream if blocks divide the clip, else one latent frame, so that one program and
+    the memory of one part serve any length: 81 frames of 480 x 832 at once would be 12 GB in the widest layer alone.
     """
     batch, frames, height, width, _ = latents.shape
     k = config.causal.frames_per_block
     k = k if frames % k == 0 else 1
     cache = init_decode_cache(config, batch=batch, height=height, width=width)
     for start in range(0, frames, k):
-        shown, cache = _decode_chunk(params, latents[:, start : start + k], cache, config=config)
-        yield shown[:, LEAD:] if start == 0 else shown
+        part, cache = _decode_chunk(params, latents[:, start : start + k], cache, config=config)
+        yield part[:, LEAD:] if start == 0 else part

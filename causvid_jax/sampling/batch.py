@@ -1,6 +1,6 @@
-"""What the report measures: the recipe's VAE, teacher and student as functions from prompts to uint8 clips.
+"""Samplers of prompts: the recipe's VAE, teacher and student as functions from prompts to uint8 clips.
 
-The teacher's clips are shown by the VAE; the student's stream by the decoder that the recipe names.
+The VAE decodes the teacher's clips; the decoder that the recipe names decodes the student's streams.
 """
 
 import functools
@@ -13,36 +13,11 @@ import numpy as np
 
 from causvid_jax import media as files
 from causvid_jax.config import Recipe, require
-from causvid_jax.diffusion import guidance
-from causvid_jax.models import taehv, transformer, vae
+from causvid_jax.models import taehv, vae
 from causvid_jax.sampling import stream
 from causvid_jax.sampling.protocols import Samplers, Switch
-from causvid_jax.sampling.teacher import solve_clip
+from causvid_jax.sampling.teacher import sample_clip
 from causvid_jax.text import encoder
-
-
-@functools.partial(jax.jit, static_argnames=("config",))
-def teacher_latents(params: Any, rows: jax.Array, null_rows: jax.Array, seeds: jax.Array, *, config: Recipe):
-    """The teacher's whole guided ODE in one program.
-
-    Args:
-      params: of the teacher.
-      rows, null_rows: text ``[B, S, E]`` of the prompts, and ``[S, E]`` of the unconditional branch.
-      seeds: uint32 ``[B]``, one per clip.
-      config: the recipe.
-
-    Returns:
-      latents ``[B, F, h, w, C]``.
-    """
-
-    def velocity(x, timestep, rows):
-        return transformer.bidirectional(params, x, timestep, rows, config=config.teacher)
-
-    def guided(x, timestep):
-        return guidance.guided_velocity(velocity, x, timestep, rows, null_rows, config.diffusion.guidance_scale)
-
-    return solve_clip(guided, seeds, config=config)
-
 
 _encode = jax.jit(vae.encode, static_argnames=("config",))
 _DECODE = {name: jax.jit(model.decode, static_argnames=("config",)) for name, model in (("vae", vae), ("taehv", taehv))}
@@ -54,18 +29,18 @@ def make_samplers(
     *,
     prompt_encoder: encoder.Encoder | None = None,
 ) -> Samplers:
-    """Samplers of trained networks.
+    """Return the samplers of trained networks.
 
     Args:
-      params: ``{"vae", "student"}``, ``"teacher"`` if it is to be judged, ``"taehv"`` if that is the recipe's decoder.
-      config: the recipe, with the statistics of the VAE's latents.
-      prompt_encoder: of the prompts; a recipe of words needs none.
+        params: ``{"vae", "student"}``, ``"teacher"`` if there is one, ``"taehv"`` if that is the recipe's decoder.
+        config: the recipe, with the statistics of the VAE's latents.
+        prompt_encoder: of the prompts; a recipe of words needs none.
     """
     reader = prompt_encoder or encoder.open_encoder(config)
     streamed = {name: params[name] for name in ("student", config.decoder)}
     null = jnp.asarray(encoder.null_rows(reader))
 
-    def rows_of(prompts: Sequence[str]) -> jax.Array:
+    def embeds_of(prompts: Sequence[str]) -> jax.Array:
         return jnp.asarray(encoder.encode(reader, prompts))
 
     def pixels(latents: jax.Array, name: str = "vae") -> np.ndarray:
@@ -76,7 +51,7 @@ def make_samplers(
 
     def teacher(prompts: Sequence[str], seed: int, *, decode: bool = True) -> np.ndarray:
         seeds = jnp.asarray(seed + np.arange(len(prompts)), jnp.uint32)
-        latents = teacher_latents(params["teacher"], rows_of(prompts), null, seeds, config=config)
+        latents = sample_clip(params["teacher"], embeds_of(prompts), null, seeds=seeds, config=config)
         if not decode:
             return np.asarray(latents)
         return pixels(latents)
@@ -87,7 +62,7 @@ def make_samplers(
         latent_frames = 1 + (frames - 1) // vae.time_factor(config.vae)
         if switch is None:
             latents, video = stream.generate(
-                streamed, rows_of(prompts), config=config, frames=latent_frames, seed=seed, decode=decode
+                streamed, embeds_of(prompts), config=config, frames=latent_frames, seed=seed, decode=decode
             )
             return np.asarray(latents) if video is None else files.to_uint8(np.asarray(video))
         require(decode, "a stream with a prompt switch is always decoded")
@@ -95,18 +70,18 @@ def make_samplers(
 
     def _switched(prompts: Sequence[str], seed: int, latent_frames: int, switch: Switch) -> np.ndarray:
         at, after = switch
-        state = stream.init_stream(streamed, rows_of(prompts), config=config, seed=seed, frames=latent_frames)
+        state = stream.init_stream(streamed, embeds_of(prompts), config=config, seed=seed, frames=latent_frames)
         parts: list[np.ndarray] = []
-        shown = 0
+        frames_done = 0
         for _ in config.causal.block_sizes(latent_frames):
-            if shown == at:
-                state = stream.change_prompt(streamed, state, rows_of(after), config=config)
+            if frames_done == at:
+                state = stream.change_prompt(streamed, state, embeds_of(after), config=config)
             _, frames, state = stream.next_frames(streamed, state, config=config)
             lead = 0 if parts else stream.LEAD
             parts.append(files.to_uint8(np.asarray(frames))[:, lead:])
-            shown += parts[-1].shape[1]
+            frames_done += parts[-1].shape[1]
         return np.concatenate(parts, axis=1)
 
     tiny = functools.partial(reconstruct, name="taehv") if config.decoder == "taehv" else None
-    judged = teacher if "teacher" in params else None
-    return Samplers(reconstruct=reconstruct, teacher=judged, student=student, reconstruct_tiny=tiny)
+    teacher_or_none = teacher if "teacher" in params else None
+    return Samplers(reconstruct=reconstruct, teacher=teacher_or_none, student=student, reconstruct_tiny=tiny)

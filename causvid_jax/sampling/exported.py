@@ -29,10 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from causvid_jax.analysis import sampling_memory
 from causvid_jax.config import ConfigError, Recipe, require
 from causvid_jax.config.files import atomic, format_bytes, reason
-from causvid_jax.models import attention, kv_cache, taehv, transformer, vae
+from causvid_jax.models import attention, decoder, kv_cache, taehv, transformer, vae
 from causvid_jax.sampling import stream
 from causvid_jax.sharding import constraints
 
@@ -134,7 +133,7 @@ def build(recipe: Recipe, platform: str, *, batch: int = 1) -> tuple[dict[str, A
     require(batch >= 1, f"batch is {batch}; it must be at least 1")
     capacity = None if recipe.causal.window else recipe.video.latent_frames
     params: dict[str, Any] = {"student": transformer.inference(recipe.student)}
-    params |= sampling_memory.codec_shapes(recipe, encodes=False)
+    params |= decoder.codec_shapes(recipe, encodes=False)
     rows = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
     seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)
     checks = [export.DisabledSafetyCheck.custom_call(name) for name in _CUSTOM_CALLS]

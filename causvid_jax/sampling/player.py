@@ -17,54 +17,29 @@ from causvid_jax import media as files
 from causvid_jax.config import Recipe, require
 from causvid_jax.models import vae
 from causvid_jax.sampling import exported, stream
+from causvid_jax.sampling.blocks import covering_latents, first_frame
 
 
 @dataclasses.dataclass
 class Timing:
-    """How fast a stream is, filled in by :func:`play` as it goes. Seconds."""
+    """How fast sampling is, filled in as it goes. Seconds; the clock starts when everything is compiled."""
 
-    compile: float = 0.0  # compilation (or reading compiled programs from the cache), before the clock starts
+    compile: float = 0.0  # compilation, or reading compiled programs from the cache
     first: float = 0.0  # from the start of the clock to the first frames on the host
-    first_frames: int = 0  # frames of each stream that came with the first block
-    frames: int = 0  # frames of each stream so far
+    frames: int = 0  # frames of each video so far
     total: float = 0.0  # from the start of the clock to the last frames on the host
 
     @property
     def fps(self) -> float:
-        """Steady frames per second of each stream: all after the first block; of the first, if it is the only one."""
-        if self.frames > self.first_frames:
-            return (self.frames - self.first_frames) / max(self.total - self.first, 1e-9)
+        """Frames per second of each video, over all that the user waited for after compilation."""
         return self.frames / max(self.total, 1e-9)
 
-
-def covering_latents(frames: int, config: Recipe) -> int:
-    """The fewest latent frames that fit the blocks and hold ``frames`` frames."""
-    require(frames >= 1, f"frames is {frames}; a stream has at least 1")
-    return _first_latent_after(block_of(frames - 1, config), config)
-
-
-def block_of(frame: int, config: Recipe) -> int:
-    """The block that holds a frame, both counted from 0."""
-    latent = -(-frame // vae.time_factor(config.vae))  # frame 0 is latent 0 alone, 1..4 are latent 1, ...
-    first = int(config.causal.independent_first_frame)
-    return latent // config.causal.frames_per_block if not first or not latent else _after_first(latent, config)
-
-
-def first_frame(block: int, config: Recipe) -> int:
-    """The first frame of a block, both counted from 0."""
-    latents = _first_latent_after(block - 1, config)
-    return 1 + vae.time_factor(config.vae) * (latents - 1) if latents else 0
-
-
-def _after_first(latent: int, config: Recipe) -> int:
-    return 1 + (latent - 1) // config.causal.frames_per_block
-
-
-def _first_latent_after(block: int, config: Recipe) -> int:
-    """Latent frames in blocks 0 to ``block`` together."""
-    if config.causal.independent_first_frame:
-        return 1 + block * config.causal.frames_per_block if block >= 0 else 0
-    return (block + 1) * config.causal.frames_per_block
+    def add(self, frames: int, total: float) -> None:
+        """Count ``frames`` more, on the host ``total`` seconds after the start."""
+        if not self.frames:
+            self.first = total
+        self.frames += frames
+        self.total = total
 
 
 class _Programs:
@@ -174,7 +149,7 @@ def play(
             # Where the input ends inside a block, its last frame stays.
             chunk = pixels(video[np.minimum(wanted, len(video) - 1)])
             given, coder = run(_encode_chunk, first, params["vae"], chunk, coder, config=config.vae, first=first)
-            x, state = run(stream.next_block_from, started, params, state, given, config=config, start=start)
+            x, state = run(stream.next_block_from, started, params, state, given, jnp.int32(start), config=config)
         elif image is not None and block == 0:
             x = run(stream.encode_image, started, params, pixels(image), config=config)
             state = run(stream.append, started, params, state, x, config=config)
@@ -209,8 +184,5 @@ def play(
         if ready is None:
             continue
         shown = files.to_uint8(ready)[:, stream.LEAD if timing.frames == 0 else 0 :][:, : frames - timing.frames]
-        timing.frames += shown.shape[1]
-        timing.total = time.perf_counter() - begin
-        if block == 1:
-            timing.first, timing.first_frames = timing.total, timing.frames
+        timing.add(shown.shape[1], time.perf_counter() - begin)
         yield shown

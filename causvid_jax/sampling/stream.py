@@ -141,9 +141,15 @@ def block_noise(seed: jax.Array, block: jax.Array, step: jax.Array | int, shape:
     return jax.vmap(one)(seed)
 
 
-def _noise(state: StreamState, step: jax.Array | int, config: Recipe) -> jax.Array:
+def _noise(state: StreamState, step: jax.Array | int, config: Recipe, noise: jax.Array | None = None) -> jax.Array:
+    """Return a step's noise ``[B, K, h, w, C]``: drawn from the state's seeds, or entry ``step`` of ``noise``."""
     shape = (block_frames(state, config), *config.latent_size, config.vae.z_dim)
-    return precision.round_all(block_noise(state.seed, state.block, step, shape), config.student)
+    if noise is None:
+        drawn = block_noise(state.seed, state.block, step, shape)
+    else:
+        # The step after the last reads an entry that does not exist; its noise level is 0.
+        drawn = noise[jnp.minimum(step, len(noise) - 1)]
+    return precision.round_all(drawn, config.student)
 
 
 def _sigma(timestep: float, config: Recipe) -> float:
@@ -161,34 +167,41 @@ def _pass(params, state, cache, x, timestep, config, rewrites=False):
     )
 
 
-def _denoise(params, state: StreamState, x: jax.Array, start: int, config: Recipe) -> tuple[jax.Array, KVCache]:
-    """x0 of the block ``x``, noisy at student step ``start``, and the cache with the block written.
+def _schedule(config: Recipe, timesteps: tuple[float, ...] | None) -> tuple[tuple[float, ...], list[float]]:
+    """Return the denoising timesteps and their noise levels, with a 0 after the last."""
+    steps = tuple(flow.student_timesteps(config.diffusion)) if timesteps is None else timesteps
+    return steps, [_sigma(t, config) for t in steps] + [0.0]
 
-    At step j: ``x0 = x_t - sigma_j v``; then fresh noise takes x0 to the next step's sigma. The cache write is one
-    more turn of the same loop, on x0 itself (sigma 0, ``context_noise``), so the network is compiled once.
+
+def _denoise(
+    params: Params,
+    state: StreamState,
+    x: jax.Array,
+    start: jax.Array | int,
+    config: Recipe,
+    noise: jax.Array | None,
+    timesteps: tuple[float, ...] | None,
+) -> tuple[jax.Array, KVCache]:
+    """Return x0 of the block ``x``, which is noisy at denoising step ``start``, and the cache with the block written.
+
+    Step j computes ``x0 = x_t - sigma_j v`` and adds fresh noise at the next step's level. The cache write is one more
+    iteration of the same loop, on x0 itself (sigma 0, ``context_noise``), so the network is compiled once.
     """
-    timesteps = flow.student_timesteps(config.diffusion)[start:]
-    sigmas = [_sigma(t, config) for t in timesteps] + [0.0]
+    steps, sigmas = _schedule(config, timesteps)
     write = [config.causal.context_noise] if config.causal.context_pass else []
-    turns = len(timesteps) + len(write)
-    table = (
-        jnp.asarray([*timesteps, *write], jnp.float32),
-        jnp.asarray(sigmas[:turns], jnp.float32),
-        jnp.asarray([*sigmas[1:], 0.0][:turns], jnp.float32),
-        start + 1 + jnp.arange(turns, dtype=jnp.int32),  # noise j is the one that leads to step j
-    )
+    count = len(steps) + len(write)
+    times = jnp.asarray([*steps, *write], jnp.float32)
+    levels = jnp.asarray([*sigmas, 0.0][: count + 1], jnp.float32)
 
-    def turn(carry, inputs):
+    def step(j: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
         x, cache = carry
-        timestep, sigma, next_sigma, step = inputs
-        velocity, cache = _pass(params, state, cache, x, timestep, config)
-        x0 = precision.round_all(flow.x0_from_velocity(x, velocity, sigma), config.student)
-        x = flow.add_noise(x0, _noise(state, step, config), next_sigma)
-        return (precision.round_all(x, config.student), cache), None
+        velocity, cache = _pass(params, state, cache, x, times[j], config)
+        x0 = precision.round_all(flow.x0_from_velocity(x, velocity, levels[j]), config.student)
+        x = flow.add_noise(x0, _noise(state, j + 1, config, noise), levels[j + 1])
+        return precision.round_all(x, config.student), cache
 
     with jax.named_scope("denoise"):
-        (x, cache), _ = jax.lax.scan(turn, (x, state.cache), table)
-    return x, cache
+        return jax.lax.fori_loop(start, count, step, (x, state.cache))
 
 
 def _finish(state: StreamState, latents: jax.Array, cache: KVCache) -> StreamState:
@@ -201,12 +214,18 @@ def _finish(state: StreamState, latents: jax.Array, cache: KVCache) -> StreamSta
     )
 
 
-def _next_block(params, state, config):
-    x0, cache = _denoise(params, state, _noise(state, 0, config), 0, config)
+def _next_block(
+    params: Params,
+    state: StreamState,
+    config: Recipe,
+    noise: jax.Array | None = None,
+    timesteps: tuple[float, ...] | None = None,
+) -> tuple[jax.Array, StreamState]:
+    x0, cache = _denoise(params, state, _noise(state, 0, config, noise), 0, config, noise, timesteps)
     return x0, _finish(state, x0, cache)
 
 
-def _decode(params, state, latents, config):
+def _decode(params: Params, state: StreamState, latents: jax.Array, config: Recipe) -> tuple[jax.Array, StreamState]:
     with jax.named_scope("decode"):
         frames, decode = decoder.decode_chunk(params, latents, state.decode, config=config)
         if config.causal.on_prompt_switch == "reset":
@@ -217,18 +236,43 @@ def _decode(params, state, latents, config):
 
 
 _step = functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+_sample = functools.partial(jax.jit, static_argnames=("config", "timesteps"), donate_argnames=("state",))
 
 
-@_step
-def next_block(params: Params, state: StreamState, *, config: Recipe) -> tuple[jax.Array, StreamState]:
-    """Generate the next block: clean latents ``[B, K, h, w, C]`` and the next state. Nothing is decoded."""
-    return _next_block(params, state, config)
+@_sample
+def next_block(
+    params: Params,
+    state: StreamState,
+    *,
+    config: Recipe,
+    noise: jax.Array | None = None,
+    timesteps: tuple[float, ...] | None = None,
+) -> tuple[jax.Array, StreamState]:
+    """Generate the next block: clean latents ``[B, K, h, w, C]`` and the next state. Nothing is decoded.
+
+    Args:
+        params, state, config: as in :func:`init_stream`.
+        noise: ``[steps, B, K, h, w, C]``, the noise that the block starts from and that each later step adds; None
+            draws it from the state's seeds.
+        timesteps: static denoising timesteps, descending from at most 1000; None: those of ``config``.
+    """
+    return _next_block(params, state, config, noise, timesteps)
 
 
-@_step
-def next_frames(params: Params, state: StreamState, *, config: Recipe) -> tuple[jax.Array, jax.Array, StreamState]:
-    """Generate and decode the next block: latents ``[B, K, h, w, C]``, frames ``[B, 4K, H, W, 3]``, the next state."""
-    latents, state = _next_block(params, state, config)
+@_sample
+def next_frames(
+    params: Params,
+    state: StreamState,
+    *,
+    config: Recipe,
+    noise: jax.Array | None = None,
+    timesteps: tuple[float, ...] | None = None,
+) -> tuple[jax.Array, jax.Array, StreamState]:
+    """Generate and decode the next block: latents ``[B, K, h, w, C]``, frames ``[B, 4K, H, W, 3]``, the next state.
+
+    Arguments are those of :func:`next_block`.
+    """
+    latents, state = _next_block(params, state, config, noise, timesteps)
     frames, state = _decode(params, state, latents, config)
     return latents, frames, state
 
@@ -252,19 +296,27 @@ def append(params: Params, state: StreamState, latents: jax.Array, *, config: Re
     return _finish(state, latents, cache)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "start"), donate_argnames=("state",))
+@_step
 def next_block_from(
-    params: Params, state: StreamState, latents: jax.Array, *, config: Recipe, start: int
+    params: Params,
+    state: StreamState,
+    latents: jax.Array,
+    start: jax.Array | int,
+    *,
+    config: Recipe,
+    noise: jax.Array | None = None,
 ) -> tuple[jax.Array, StreamState]:
-    """Video to video: the next block from an incoming one, ``latents [B, K, h, w, C]``.
+    """Video to video: generate the next block from an incoming one, ``latents [B, K, h, w, C]``.
 
-    The incoming block is noised to student step ``start`` (static; :func:`strength_step`) and denoised by the steps
-    that remain, under the prompt and everything the stream has shown so far (paper, section 5.3).
+    The incoming block is noised to denoising step ``start`` (:func:`strength_step`; traced, so that one compilation
+    serves every strength) and denoised by the steps that remain, under the prompt and all earlier blocks (paper,
+    section 5.3).
+    ``noise`` is that of :func:`next_block`.
     """
     _check_block(state, latents, config)
-    sigma = jnp.float32(_sigma(flow.student_timesteps(config.diffusion)[start], config))
-    x = precision.round_all(flow.add_noise(latents, _noise(state, start, config), sigma), config.student)
-    x0, cache = _denoise(params, state, x, start, config)
+    _, sigmas = _schedule(config, None)
+    x = flow.add_noise(latents, _noise(state, start, config, noise), jnp.asarray(sigmas, jnp.float32)[start])
+    x0, cache = _denoise(params, state, precision.round_all(x, config.student), start, config, noise, None)
     return x0, _finish(state, x0, cache)
 
 

@@ -1,20 +1,115 @@
-"""The teacher's way to a video: the whole clip at once, by a many-step solver."""
+"""The teacher's sampler: a whole clip at once by the many-step, guided ODE, from text or from text and a picture.
+
+With an image branch (Wan2.1-I2V) the network reads the picture twice: as ``image_latents``, in the channels beside the
+noisy latents, and as ``image_embeds``, attended beside the text (:mod:`causvid_jax.sampling.image_to_video`). Both are
+the same in the guided and in the unguided branch and in every step::
+
+    x = concatenate([x_t, image_latents])   [B, F, h, w, 16 + 4 + 16]
+    v = v(x, t, negative, embeds) + g (v(x, t, prompt, embeds) - v(x, t, negative, embeds))
+"""
+
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from causvid_jax.config import Recipe
-from causvid_jax.diffusion import solvers
+from causvid_jax.config import Recipe, require
+from causvid_jax.diffusion import guidance, solvers
+from causvid_jax.models import transformer
 from causvid_jax.sampling import stream
 
 
-def solve_clip(velocity: solvers.VelocityFn, seeds: jax.Array, *, config: Recipe) -> jax.Array:
-    """Latents ``[B, F, h, w, C]`` at the end of the recipe's ODE under ``velocity``, guidance included.
+def clip_noise(seeds: jax.Array, config: Recipe) -> jax.Array:
+    """Return noise ``[B, F, h, w, C]`` for uint32 ``seeds [B]``: that of a stream's first block, F frames long."""
+    return stream.block_noise(seeds, jnp.int32(0), jnp.int32(0), config.latent_shape)
+
+
+def guided_velocity(
+    params: Any,
+    prompt_embeds: jax.Array,
+    negative_prompt_embeds: jax.Array,
+    image_embeds: jax.Array | None = None,
+    image_latents: jax.Array | None = None,
+    *,
+    config: Recipe,
+) -> solvers.VelocityFn:
+    """Return the guided velocity as a function ``(x, timestep [B, F])`` of the noisy latents alone.
 
     Args:
-        velocity: of the whole clip.
-        seeds: uint32 ``[B]``, one per clip; the noise is that of a stream's first block, F frames long.
-        config: the recipe. With the published code's numerics the network is told whole timesteps.
+        params: of the teacher.
+        prompt_embeds, negative_prompt_embeds: ``[B, S, E]``; the second may be ``[S, E]``.
+        image_embeds, image_latents: ``[B, tokens, width]`` and ``[B, F, h, w, 4 + C]``, with an image branch only.
+        config: the recipe.
+
+    Raises:
+        ConfigError: a picture for a teacher without an image branch, or none for one with it.
     """
-    noise = stream.block_noise(seeds, jnp.int32(0), jnp.int32(0), config.latent_shape)
-    return solvers.solve(config.diffusion, velocity, noise, integer_timesteps=config.teacher.precision == "wan")
+    branch = config.teacher.image_dim > 0
+    has_image = image_embeds is not None and image_latents is not None
+    require(
+        branch == has_image,
+        f"the teacher has image_dim = {config.teacher.image_dim}; accepted: "
+        + ("image_embeds and image_latents" if branch else "no image; image to video needs an image branch"),
+    )
+
+    def velocity(x: jax.Array, timestep: jax.Array, text: jax.Array) -> jax.Array:
+        if image_embeds is None or image_latents is None:
+            return transformer.bidirectional(params, x, timestep, text, config=config.teacher)
+        x, image = _with_image(x, image_embeds, image_latents)
+        return transformer.bidirectional(params, x, timestep, text, image, config=config.teacher)
+
+    def guided(x: jax.Array, timestep: jax.Array) -> jax.Array:
+        scale = config.diffusion.guidance_scale
+        return guidance.guided_velocity(velocity, x, timestep, prompt_embeds, negative_prompt_embeds, scale)
+
+    return guided
+
+
+def _with_image(x: jax.Array, embeds: jax.Array, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return ``x`` with the image latents as channels, and the image embeds, for the B or 2B rows of ``x``."""
+    beside = guidance.per_branch(latents, x).astype(x.dtype)
+    return jnp.concatenate([x, beside], axis=-1), guidance.per_branch(embeds, x)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "timesteps"))
+def sample_clip(
+    params: Any,
+    prompt_embeds: jax.Array,
+    negative_prompt_embeds: jax.Array,
+    image_embeds: jax.Array | None = None,
+    image_latents: jax.Array | None = None,
+    *,
+    config: Recipe,
+    seeds: jax.Array | None = None,
+    noise: jax.Array | None = None,
+    timesteps: tuple[float, ...] | None = None,
+) -> jax.Array:
+    """Solve the guided ODE in one program and return latents ``[B, F, h, w, C]``.
+
+    Args:
+        params, prompt_embeds, negative_prompt_embeds, image_embeds, image_latents, config: as in
+            :func:`guided_velocity`.
+        seeds: uint32 ``[B]``, one per clip.
+        noise: ``[B, F, h, w, C]`` instead of ``seeds``.
+        timesteps: static and descending, one per network pass, instead of the recipe's grid; the solver ends at 0.
+
+    Raises:
+        ConfigError: both or neither of ``seeds`` and ``noise``.
+    """
+    require((seeds is None) != (noise is None), "a teacher's clip takes either seeds or noise")
+    if seeds is not None:
+        noise = clip_noise(seeds, config)
+    assert noise is not None
+    velocity = guided_velocity(
+        params, prompt_embeds, negative_prompt_embeds, image_embeds, image_latents, config=config
+    )
+    # The published Wan sampler passes whole timesteps to the network.
+    integer = config.teacher.precision == "wan"
+    if timesteps is None:
+        return solvers.solve(config.diffusion, velocity, noise, integer_timesteps=integer)
+    sigmas = np.asarray([*timesteps, 0.0], np.float64) / 1000.0
+    if config.diffusion.solver == "euler":
+        return solvers.euler(velocity, noise, sigmas)
+    return solvers.unipc(velocity, noise, sigmas, integer_timesteps=integer)

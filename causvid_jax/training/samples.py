@@ -16,8 +16,8 @@ from causvid_jax.distributed import collectives
 from causvid_jax.evaluation import classifier, metrics
 from causvid_jax.media import to_uint8, write_video
 from causvid_jax.models import vae
-from causvid_jax.sampling import batch as teacher_sampler
 from causvid_jax.sampling import stream
+from causvid_jax.sampling import teacher as teacher_sampler
 from causvid_jax.text import encoder
 from causvid_jax.training.run import Run
 from causvid_jax.training.weights import replicated
@@ -50,7 +50,7 @@ class TeacherSampler:
         null, seeds = encoder.null_rows(reader), np.arange(len(self._captions), dtype=np.uint32)
 
         def clips(params: Any, vae_params: Any) -> jax.Array:
-            latents = teacher_sampler.teacher_latents(params, embeds, null, seeds, config=recipe)
+            latents = teacher_sampler.sample_clip(params, embeds, null, seeds=seeds, config=recipe)
             return vae.decode(vae_params, latents, config=recipe.vae)
 
         self._generate = run.placement.everywhere(clips)

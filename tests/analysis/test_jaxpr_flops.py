@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 from causvid_jax.analysis import bench_codecs, flops, jaxpr_flops
-from causvid_jax.cli import common
 from causvid_jax.config import CausalConfig, TransformerConfig
+from causvid_jax.config.recipes import load_recipe
 from causvid_jax.models import transformer
 
-WAN = common.load_recipe_file(str(pathlib.Path(__file__).parents[2] / "configs" / "wan_1_3b.py"))
+WAN = load_recipe(str(pathlib.Path(__file__).parents[2] / "configs" / "wan_1_3b.py"))
 
 
 def test_loops_branches_and_products():

@@ -6,10 +6,10 @@ import pathlib
 import pytest
 
 from causvid_jax.analysis import sampling_memory
-from causvid_jax.cli.common import load_recipe_file
 from causvid_jax.config import CLIPConfig, ConfigError
+from causvid_jax.config.recipes import load_recipe
 
-WAN = load_recipe_file(str(pathlib.Path(__file__).parents[2] / "configs" / "wan_1_3b.py"))
+WAN = load_recipe(str(pathlib.Path(__file__).parents[2] / "configs" / "wan_1_3b.py"))
 # Of 1,418,996,800 parameters: what is no kernel of a rounded matmul. A layer has 6 D of modulation, 8 D of attention's
 # biases, 4 D of q and k norms, 2 D of norm3 and the MLP's biases. Outside: biases of patch and text embedding, the time
 # embedding and projection in whole, the head's modulation and bias.
@@ -37,7 +37,7 @@ def test_published_text_encoder():
 
 
 def test_a_picture_is_read_before_the_transformer_comes():
-    recipe = load_recipe_file(str(pathlib.Path(__file__).parents[2] / "configs" / "wan_14b.py:i2v"))
+    recipe = load_recipe(str(pathlib.Path(__file__).parents[2] / "configs" / "wan_14b.py:i2v"))
     given = {"batch": 2, "latents": 21, "prompts": 0, "image": True, "clip": CLIPConfig()}
     phases = {p.name: p for p in sampling_memory.plan(recipe, "teacher", **given)}
     assert list(phases) == ["read the picture", "encode the picture", "denoise", "decode"]

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from causvid_jax.analysis import compile_report, mesh_search, topology, training_memory
-from causvid_jax.cli.common import load_recipe_file
 from causvid_jax.config import OptimizerConfig, ParallelConfig
+from causvid_jax.config.recipes import load_recipe
 from causvid_jax.models import transformer
 from causvid_jax.sharding import placement
 from causvid_jax.sharding.mesh import make_mesh
 from tests.sharding.test_sharded_training import MESHES, RECIPE
 
-SMALL = load_recipe_file("configs/wan_1_3b.py")
-LARGE = load_recipe_file("configs/wan_14b.py")
-MIXED = load_recipe_file("configs/wan_1_3b.py:teacher_14b")
+SMALL = load_recipe("configs/wan_1_3b.py")
+LARGE = load_recipe("configs/wan_14b.py")
+MIXED = load_recipe("configs/wan_1_3b.py:teacher_14b")
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -1,148 +1,175 @@
-"""The launchers' front door, as a process: what is accepted, the one sentence for what is not, the exit status."""
+"""Flags, recipes by name, one-sentence errors and the exit status of a process."""
 
-import os
+import dataclasses
 import pathlib
 import subprocess
 import sys
+import time
+from typing import Literal
 
 import jax
 import pytest
 
 from causvid_jax.cli import common
-from causvid_jax.config import ConfigError
+from causvid_jax.cli.options import config_option, help_text, option, parse
+from causvid_jax.config import ConfigError, Recipe, RunError
+from causvid_jax.config.recipes import load_recipe, names
 
 CACHE_DIR, CACHE_SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
 ROOT = pathlib.Path(__file__).parents[2]
-PROGRAM = """
-from absl import flags
-from causvid_jax.config import RunError
-from causvid_jax.cli import common
-
-CONFIG = common.define_config_flag()
-MODE = flags.DEFINE_integer("mode", 0, "What to do.")
-
-
-def main():
-    recipe = common.load_recipe(CONFIG)
-    if MODE.value == 1:
-        raise KeyboardInterrupt
-    if MODE.value == 2:
-        raise ZeroDivisionError("a defect")
-    if MODE.value == 3:
-        raise RunError("the loss is nan; the checkpoint is of step 2")
-    print(recipe.name, recipe.video.frames, recipe.diffusion.denoising_timesteps, recipe.causal.context_pass)
-
-
-common.run(main)
-"""
 RECIPE = """
 def get_config(arg="plain"):
     return dict(name=arg, video=dict(frames=81))
 """
-BROKEN = """
-def get_config():
-    return undefined_name
-"""
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("programs")
-    (folder / "program.py").write_text(PROGRAM)
-    (folder / "recipe.py").write_text(RECIPE)
-    (folder / "broken.py").write_text(BROKEN)
-    (folder / "empty.py").write_text("")
-    return folder
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags of a program."""
+
+    config: Recipe = config_option()
+    prompt: tuple[str, ...] = option((), "What to show.")
+    frames: int | None = option(None, "How many.")
+    strength: float = option(0.5, "How far.")
+    mode: Literal["keep", "reset"] = option("keep", "What to do.")
+    quick: bool = option(False, "Do less.")
 
 
-def call(place, *arguments):
-    done = subprocess.run(
-        [sys.executable, "program.py", *arguments],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
+@pytest.fixture
+def recipe(tmp_path):
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    return f"--config={tmp_path}/recipe.py"
+
+
+def test_every_flag_and_every_field_can_be_set(recipe):
+    options = parse(
+        Options,
+        [
+            f"{recipe}:named",
+            "--config.video.frames=9",
+            "--config.diffusion.denoising_timesteps=(1000., 500.)",
+            "--noconfig.causal.context_pass",
+            *("--prompt", "a = b", "--prompt=--c", "--frames=3", "-strength=1e-1", "--mode=reset", "--quick"),
+        ],
     )
-    return done.returncode, done.stdout.strip(), done.stderr.strip()
-
-
-def test_every_field_can_be_set_from_the_command_line(place):
-    status, out, err = call(
-        place,
-        "--config=recipe.py:named",
-        "--config.video.frames=9",
-        "--config.diffusion.denoising_timesteps=(1000., 500.)",
-        "--noconfig.causal.context_pass",
-    )
-    assert (status, out, err) == (0, "named 9 (1000.0, 500.0) False", "")
+    config = options.config
+    assert (config.name, config.video.frames, config.causal.context_pass) == ("named", 9, False)
+    assert config.diffusion.denoising_timesteps == (1000.0, 500.0)
+    assert options.prompt == ("a = b", "--c") and (options.frames, options.strength) == (3, 0.1)
+    assert (options.mode, options.quick) == ("reset", True)
+    assert parse(Options, [recipe, "--quick", "--noquick"]).quick is False
 
 
 @pytest.mark.parametrize(
     "arguments,sentence",
     [
-        ([], "no --config is given; for example --config=configs/digits.py"),
-        (["--config=recipe.py", "--config.foo=1"], "config field 'foo' does not exist; accepted: name, video, text"),
-        (["--config=recipe.py", "--config.video.frames=10"], "video.frames is 10; it must be 1 + 4n"),
-        (["--config=nowhere.py"], "config file nowhere.py does not exist"),
-        (["--config=recipe.py", "--mood=1"], "Unknown command line flag 'mood'"),
+        (["--frames=1"], "no --config is given; for example --config=digits"),
+        (["{recipe}", "--config.foo=1"], "config field 'foo' does not exist; accepted: name, video, text"),
+        (["{recipe}", "--config.video.frames=10"], "video.frames is 10"),
+        (["{recipe}", "--config.video=10"], "config field 'video' is a group"),
+        (["{recipe}", "--config.train_vae.stps=1"], "did you mean 'train_vae.steps'?"),
+        (["{recipe}", "-config.name.x=1"], "'name.x' does not exist: name is no group"),
+        (["{recipe}", "--noconfig.causal.context_pss"], "did you mean 'causal.context_pass'?"),
+        (["{recipe}", "--config.causal.at_switch=keep"], "was renamed; write 'causal.on_prompt_switch'"),
+        (["{recipe}", "--config.diffusion.denoising_timesteps=4"], "diffusion.denoising_timesteps is 4"),
+        (["--config=nowhere.py"], "config file nowhere.py does not exist; accepted: a file, or one of digits"),
+        (["--config=digit"], "did you mean 'digits'?"),
+        (["--config="], "the config is empty"),
+        (["{recipe}", "--promt=1"], "flag --promt does not exist; did you mean --prompt?"),
+        (["{recipe}", "--mood=1"], "flag --mood does not exist; did you mean --mode?"),
+        (["{recipe}", "--frames=\u00b2"], "--frames is '\u00b2'; it must be a whole number"),
+        (["{recipe}", "--frames=1_0"], "it must be a whole number"),
+        (["{recipe}", "--frames"], "--frames has no value"),
+        (["{recipe}", "--strength=half"], "--strength is 'half'; it must be a number"),
+        (["{recipe}", "--mode=forget"], "--mode is 'forget'; accepted: keep, reset"),
+        (["{recipe}", "--quick=maybe"], "--quick is 'maybe'; accepted: true, false"),
+        (["{recipe}", "digits"], "unexpected argument 'digits'; every option is --name=value"),
     ],
 )
-def test_bad_input_is_one_sentence_and_status_2(place, arguments, sentence):
-    status, out, err = call(place, *arguments)
-    assert status == 2 and out == ""
-    assert err.count("\n") == 0 and err.startswith("error: ") and sentence in err
-
-
-def test_ctrl_c_is_one_line_and_status_130(place):
-    assert call(place, "--config=recipe.py", "--mode=1") == (130, "", "stopped by Ctrl-C")
-
-
-def test_a_run_that_cannot_go_on_is_one_sentence_and_status_1(place):
-    assert call(place, "--config=recipe.py", "--mode=3") == (
-        1,
-        "",
-        "error: the loss is nan; the checkpoint is of step 2",
-    )
-
-
-def test_a_defect_keeps_its_traceback(place):
-    status, _, err = call(place, "--config=recipe.py", "--mode=2")
-    assert status == 1 and "Traceback" in err and err.endswith("ZeroDivisionError: a defect")
+def test_bad_flags_are_one_sentence(recipe, arguments, sentence):
+    with pytest.raises(ConfigError) as error:
+        parse(Options, [argument.format(recipe=recipe) for argument in arguments])
+    assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "argument,sentence",
+    "text,sentence",
     [
-        ("--config.train_vae.stps=1", "config field 'train_vae.stps' does not exist; did you mean 'train_vae.steps'?"),
-        ("-config.name.x=1", "config field 'name.x' does not exist: name is no group"),
-        ("--noconfig.causal.context_pss", "did you mean 'causal.context_pass'?"),
-        ("--config.train_distill.guidance=3", "was renamed; write 'train_distill.guidance_scale'"),
-        ("--config.causal.at_switch=keep", "was renamed; write 'causal.on_prompt_switch'"),
-        ("--config.vae.base_dims", "did you mean 'vae.base_dim'?"),
+        ("def get_config():\n    return undefined_name", "cannot be run: NameError: name 'undefined_name'"),
+        ("", "has no get_config function"),
+        ("def get_config(:", "cannot be run: SyntaxError"),
     ],
 )
-def test_overrides_of_fields_that_do_not_exist(argument, sentence):
-    with pytest.raises(ConfigError) as caught:
-        common.check_overrides(["--config=x.py", "--prompt=a.b", argument])
-    assert sentence in str(caught.value)
-
-
-def test_overrides_of_fields_that_exist():
-    common.check_overrides(["--config.train_distill.critic_optimizer.b1=0.", "--noconfig.vae.dtype", "--configs.x=1"])
-
-
-@pytest.mark.parametrize(
-    "name,sentence",
-    [
-        ("broken.py", "cannot be run: NameError: name 'undefined_name' is not defined"),
-        ("empty.py", "has no get_config function"),
-        ("", "does not exist"),
-    ],
-)
-def test_recipe_files_that_do_not_work(place, name, sentence):
+def test_recipe_files_that_do_not_work(tmp_path, text, sentence):
+    (tmp_path / "broken.py").write_text(text)
     with pytest.raises(ConfigError, match=sentence):
-        common.load_recipe_file(str(place / name) if name else name)
+        load_recipe(str(tmp_path / "broken.py"))
+
+
+def test_recipes_by_name_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert names() == ["digits", "wan_14b", "wan_1_3b"] or set(names()) > {"digits", "wan_14b", "wan_1_3b"}
+    assert load_recipe("digits:two").name == "two_digits"
+    assert load_recipe("wan_14b:i2v").teacher.image_dim == 1280
+    (tmp_path / "mine.py").write_text("from . import base\n\ndef get_config():\n    return base.VALUES\n")
+    (tmp_path / "base.py").write_text("VALUES = {'name': 'mine'}\n")
+    assert load_recipe("mine.py").name == "mine"  # a recipe may import its neighbours
+
+
+def test_help_names_every_flag_and_what_config_means():
+    text = help_text(Options, "causvid x", "About.")
+    for words in ("--config=CONFIG", "a name (digits", "--config.GROUP.FIELD=VALUE", "--[no]quick", "Default: 0.5."):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    "error,status,text",
+    [
+        (ConfigError("a\nb"), 2, "error: a b"),
+        (RunError("the loss is nan"), 1, "error: the loss is nan"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+    ],
+)
+def test_errors_have_a_status(monkeypatch, capsys, error, status, text):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(common, "call", fail)
+    with pytest.raises(SystemExit) as ended:
+        common.run("train", [])
+    assert ended.value.code == status and capsys.readouterr().err.strip() == text
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(common, "call", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        common.run("train", [])
+
+
+@pytest.mark.parametrize("program", ["sample", "train", "demo", "evaluate", "bench", "compile", "export"])
+def test_help_and_a_refused_flag_import_no_jax(program):
+    """Importing JAX takes most of the seconds that a user would wait."""
+    code = f"""
+import sys
+from causvid_jax.cli import common
+common.call({program!r}, ["--help"])
+try:
+    common.run({program!r}, ["--nosuchflag=1"])
+except SystemExit as ended:
+    sys.exit(ended.code if "jax" not in sys.modules else 3)
+"""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "--nosuchflag does not exist" in done.stderr, done.stderr
+    assert "options:" in done.stdout and time.monotonic() - start < 20
+
+
+def test_the_two_doors_are_the_same(tmp_path):
+    for command in (["-m", "launch.sample"], ["-c", "from causvid_jax.cli import main; main()", "sample"]):
+        done = subprocess.run(
+            [sys.executable, *command, "--config=digits"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: no --prompt is given")
 
 
 def test_output_paths(tmp_path):

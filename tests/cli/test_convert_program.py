@@ -30,24 +30,18 @@ OTHERS = {
 }
 TOKENIZER = {"tokenizer.json": '{"model": 1}', "spiece.model": "pieces"}
 ENCODERS = "--component=transformer,vae,text_encoder,image_encoder"
-# Another test process may have imported another program, whose flags have the same names.
 DRIVER = """
 import contextlib, io, json, sys
 
-from absl import flags
 from causvid_jax.config import ConfigError
-from causvid_jax.cli import common, convert
+from causvid_jax.cli import common
 
 results = []
 for arguments in json.load(sys.stdin):
-    flags.FLAGS.unparse_flags()
-    for flag in flags.FLAGS.flags_by_module_dict()["causvid_jax.cli.convert"]:
-        flag.unparse()
     printed, error = io.StringIO(), None
     with contextlib.redirect_stdout(printed):
         try:
-            common._parse_flags(["convert", *arguments])
-            convert.main()
+            common.call("convert", arguments)
         except ConfigError as caught:
             error = str(caught)
     results.append({"printed": printed.getvalue(), "error": error})

@@ -1,16 +1,13 @@
 """The report's flags: one sentence for what it cannot do, before any compute."""
 
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from causvid_jax.cli import common
+from causvid_jax.config import ConfigError
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "arguments,message",
     [
         ([], "recipe 'two_digits' comes with no trained teacher; train it with launch.train --stage=teacher;"),
         (
@@ -20,10 +17,9 @@ ROOT = pathlib.Path(__file__).parents[2]
         (["--student_only", "--student=own.safetensors"], "own.safetensors"),
     ],
 )
-def test_weights_that_cannot_be_judged(tmp_path, arguments, message):
+def test_weights_that_cannot_be_measured(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(common, "enable_compilation_cache", lambda: None)
     output = tmp_path / "report.json"
-    command = [sys.executable, "-m", "launch.evaluate", "--config=configs/digits.py:two", f"--output={output}"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT)
-    *_, last = done.stderr.splitlines()
-    assert done.returncode == 2 and last.startswith("error: ") and message in last, done.stderr
+    with pytest.raises(ConfigError, match=message):
+        common.call("evaluate", ["--config=digits:two", f"--output={output}", *arguments])
     assert not output.exists()

@@ -1,9 +1,7 @@
 """The sampling program: what it writes and says, and the one sentence for what it cannot do."""
 
-import json
-import pathlib
-import subprocess
-import sys
+import contextlib
+import io
 
 import numpy as np
 import pytest
@@ -11,7 +9,10 @@ import pytest
 from causvid_jax import media
 from causvid_jax.checkpoints import store, workdir
 from causvid_jax.cli import common
+from causvid_jax.config import ConfigError
+from causvid_jax.config.recipes import load_recipe
 from causvid_jax.models import transformer, vae
+from causvid_jax.sampling import session
 
 RECIPE = """
 NETWORK = dict(dim=32, ffn_dim=48, num_heads=2, num_layers=1, in_channels=4, out_channels=4, text_dim=16,
@@ -29,49 +30,6 @@ def get_config():
         diffusion=dict(shift=3.0, num_inference_steps=3),
     )
 """
-# Another test process may have imported another program, whose flags have the same names.
-DRIVER = """
-import contextlib, io, json, sys
-
-from absl import flags
-from causvid_jax.config import ConfigError
-from causvid_jax.cli import common, sample
-
-common.enable_compilation_cache = lambda: None
-if sys.argv[1] == "0":
-    def compute(*_):
-        raise AssertionError("computed")
-    sample.student_blocks = sample.teacher_clips = compute
-if sys.argv[1] == "untraced":
-    from causvid_jax.models import transformer, vae
-    from causvid_jax.models import decoder
-    from causvid_jax.sampling import stream
-
-    def traced(*_, **__):
-        raise AssertionError("the model was traced")
-    for module, names in (
-        (transformer, ("cached", "encode_text", "init_cache")), (vae, ("decode_chunk", "init_decode_cache")),
-        (decoder, ("decode_chunk", "init_decode_cache")), (stream, ("_next_block", "_prompt", "_decode")),
-    ):
-        for name in names:
-            setattr(module, name, traced)
-results = []
-for arguments in json.load(sys.stdin):
-    sys.argv = ["sample", *arguments]  # where --config looks for the fields that are set beside it
-    flags.FLAGS.unparse_flags()
-    for flag in flags.FLAGS.flags_by_module_dict()["causvid_jax.cli.sample"]:
-        flag.unparse()
-    printed, error = io.StringIO(), None
-    with contextlib.redirect_stdout(printed):
-        try:
-            common._parse_flags(["sample", *arguments])
-            sample.main()
-        except ConfigError as caught:
-            error = str(caught)
-    results.append({"printed": printed.getvalue(), "error": error})
-print(json.dumps(results))
-"""
-ROOT = pathlib.Path(__file__).parents[2]
 PROMPT = "--prompt=a red 3 moving left"
 
 
@@ -80,7 +38,7 @@ def place(tmp_path_factory):
     """A folder with a recipe and random weights of its three networks."""
     folder = tmp_path_factory.mktemp("sample")
     (folder / "tiny.py").write_text(RECIPE)
-    recipe = common.load_recipe_file(str(folder / "tiny.py"))
+    recipe = load_recipe(str(folder / "tiny.py"))
     rng = np.random.default_rng(0)
     for stage, abstract in (
         ("vae", vae.abstract(recipe.vae)),
@@ -99,31 +57,28 @@ def place(tmp_path_factory):
     return folder
 
 
-def call_all(place, cases, compute=True, mode=None):
-    """What the program prints and how it fails, for each list of flags, all in one process of its own.
-
-    Without ``compute`` none is allowed; in the mode "untraced" nothing of the model may be traced."""
-    usual = {"--config": f"{place}/tiny.py", "--checkpoint": place}
-    given = [
-        [*(f"{k}={v}" for k, v in usual.items() if not any(a.startswith(f"{k}=") for a in arguments)), *arguments]
-        for arguments in cases
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, mode or str(int(compute))],
-        input=json.dumps(given),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 def call(place, *cases):
-    results = call_all(place, cases)
-    assert [result["error"] for result in results] == [None] * len(cases)
-    return [result["printed"] for result in results]
+    """Return what the program prints for each list of flags."""
+    printed = []
+    for arguments in cases:
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            common.call("sample", with_defaults(place, arguments))
+        printed.append(text.getvalue())
+    return printed
+
+
+def with_defaults(place, arguments):
+    usual = {"--config": f"{place}/tiny.py", "--checkpoint": place}
+    return [*(f"{k}={v}" for k, v in usual.items() if not any(a.startswith(f"{k}=") for a in arguments)), *arguments]
+
+
+def refusal(place, arguments):
+    """Return the sentence with which the program refuses ``arguments`` before it computes anything."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "run", lambda *_: pytest.fail("computed"))
+        with pytest.raises(ConfigError) as error, contextlib.redirect_stdout(io.StringIO()):
+            common.call("sample", with_defaults(place, arguments))
+    return str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -190,25 +145,21 @@ REFUSED = [
     ([PROMPT, "--checkpoint={place}/broken.safetensors"], "not a readable safetensors file"),
     ([PROMPT, "--checkpoint={place}/vae/weights.safetensors"], "do not fit the configuration"),
     ([PROMPT, "--config.video.framse=21"], "did you mean 'video.frames'"),
+    ([PROMPT, f"--frames={10**12}"], "accepted: up to 10000000"),
+    ([PROMPT, "--upscale=4000"], "--upscale is 4000; accepted: 0 to 256"),
+    ([PROMPT, "--switch=\u00b3\u00b2:a blue 7"], "accepted: FRAME:PROMPT"),
+    ([PROMPT, "--switch=14: "], "accepted: FRAME:PROMPT"),
+    (["--prompt= "], "--prompt is empty"),
+    ([PROMPT, "--strength=0.5"], "--strength=0.5 is given without --video"),
+    ([PROMPT, "--output=a:b.mp4"], "a name with ':' cannot be written"),
+    ([PROMPT, "--seed=-1"], "--seed is -1; accepted: 0 to 4294967295"),
+    ([PROMPT, "--promt=x"], "flag --promt does not exist; did you mean --prompt?"),
 ]
 
 
-def test_bad_input_is_refused_in_one_sentence_before_any_compute(place, tmp_path):
-    cases = [[f"--output={tmp_path}/out.mp4", *(a.format(place=place) for a in given)] for given, _ in REFUSED]
-    results = call_all(place, cases, compute=False)
-    for (given, words), result in zip(REFUSED, results, strict=True):
-        assert result["error"] is not None and words in result["error"], (given, result)
-        assert "\n" not in result["error"]
+@pytest.mark.parametrize("arguments,words", REFUSED)
+def test_bad_input_is_refused_in_one_sentence_before_any_compute(place, tmp_path, arguments, words):
+    given = [f"--output={tmp_path}/out.mp4", *(a.format(place=place) for a in arguments)]
+    message = refusal(place, given)
+    assert words in message and "\n" not in message
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_process_exits_with_status_2(place):
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.sample", f"--config={place}/tiny.py", "--prompt=a green 3"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.strip().splitlines()[-1].startswith("error: unknown word 'green'")

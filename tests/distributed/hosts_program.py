@@ -88,9 +88,9 @@ def _happen(event):
         time.sleep(0.1)
 
 
-def _train(event, event_at):
+def _train(event, event_at, arguments):
     """The program, its steps slow once a signal is under way: hosts agree in a fraction of a second."""
-    from causvid_jax.cli import common, train
+    from causvid_jax.cli import common
 
     batches, done = Run.batches, 0
 
@@ -106,7 +106,7 @@ def _train(event, event_at):
 
     Run.batches, Run.samples_now = patched, False
     jax.config.update("jax_default_matmul_precision", "highest")
-    common.run(train.main)
+    common.run("train", arguments)
 
 
 if __name__ == "__main__":
@@ -114,7 +114,4 @@ if __name__ == "__main__":
     if what == "stages":
         _stages(*arguments)
     else:
-        from causvid_jax.cli import train  # noqa: F401 (defines the flags)
-
-        sys.argv = ["launch.train", *arguments[2:]]
-        _train(arguments[0], int(arguments[1]))
+        _train(arguments[0], int(arguments[1]), arguments[2:])

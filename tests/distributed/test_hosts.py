@@ -20,9 +20,8 @@ import pytest
 
 from causvid_jax.checkpoints import store
 from causvid_jax.checkpoints.workdir import stage_path
-from causvid_jax.cli import prepare
 from causvid_jax.config import DataConfig, Recipe, from_config_dict
-from causvid_jax.data import arrays, digits
+from causvid_jax.data import arrays, digits, prepare
 from causvid_jax.models import vae
 from causvid_jax.training import stages
 from causvid_jax.training.metrics import read_metrics
@@ -110,7 +109,7 @@ def road(tmp_path_factory) -> pathlib.Path:
     workdir, recipe = tmp_path_factory.mktemp("alone"), make_recipe()
     for name in stages.TRAINERS:
         if name in PREPARED:
-            prepare.STAGES[PREPARED[name]](recipe, workdir, 0)
+            prepare.STAGES[PREPARED[name]](recipe, workdir)
         stages.train(name, recipe, workdir)
     return workdir
 

@@ -136,16 +136,17 @@ def errors_of(arrays: dict[str, np.ndarray], seed: int) -> tuple[float, float]:
     from causvid_jax.checkpoints.checkpoint import load
     from causvid_jax.diffusion import solvers
     from causvid_jax.sampling import image_to_video
+    from causvid_jax.sampling.teacher import guided_velocity
 
     config, states = recipe(), weights(seed)
     teacher = load(states["transformer"], config=config.teacher)[0]
     coder = load(states["vae"], config=config.vae)[0]
-    condition = image_to_video.condition(coder, arrays["picture"], config=config)
+    condition = image_to_video.image_latents(coder, arrays["picture"], config=config)
 
     @jax.jit
     def sample(params, noise, condition):
         texts = arrays["text"], arrays["null"]
-        guided = image_to_video.guided_velocity(params, *texts, arrays["image"], condition, config=config)
+        guided = guided_velocity(params, *texts, arrays["image"], condition, config=config)
         return solvers.unipc(guided, noise, arrays["sigmas"], integer_timesteps=True)
 
     latents = sample(teacher, arrays["noise"], condition)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causvid_jax.cli.common import load_recipe_file
 from causvid_jax.config import ConfigError
+from causvid_jax.config.recipes import load_recipe
 from causvid_jax.models import transformer, vae
-from causvid_jax.sampling import image_to_video
+from causvid_jax.sampling import image_to_video, teacher
 from configs.wan_14b import NEGATIVE_PROMPT_IMAGE
 
 sys.path.append("tests/golden")
@@ -34,8 +34,14 @@ def test_a_clip_is_a_function_of_its_own_picture_and_seed():
     rows = jax.random.normal(keys[0], (2, 512, 5))
     image = jax.random.normal(keys[1], (2, 5, 14))
     given = jax.random.normal(keys[2], (2, 3, 4, 2, 8))
-    sample = lambda order: image_to_video.teacher_latents(  # noqa: E731
-        params, rows[order], rows[0], image[order], given[order], jnp.arange(2, dtype=jnp.uint32)[order], config=config
+    sample = lambda order: teacher.sample_clip(  # noqa: E731
+        params,
+        rows[order],
+        rows[0],
+        image[order],
+        given[order],
+        seeds=jnp.arange(2, dtype=jnp.uint32)[order],
+        config=config,
     )
     both, swapped = sample(jnp.array([0, 1])), sample(jnp.array([1, 0]))
     assert both.shape == (2, 3, 4, 2, 4)
@@ -46,25 +52,25 @@ def test_a_clip_is_a_function_of_its_own_picture_and_seed():
 @pytest.mark.parametrize("column", ["default", "wan"])
 def test_only_the_published_numerics_tell_whole_timesteps(column, monkeypatch):
     config, told = golden.recipe(), {}
-    config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, precision=column))
+    config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, precision=column, image_dim=0))
 
     def solve(diffusion, velocity, noise, *, integer_timesteps):
         told["whole"] = integer_timesteps
         return noise
 
-    monkeypatch.setattr(image_to_video.solvers, "solve", solve)
+    monkeypatch.setattr(teacher.solvers, "solve", solve)
     seeds = jnp.zeros((1,), jnp.uint32)
-    image_to_video.teacher_latents.__wrapped__(None, None, None, None, None, seeds, config=config)
+    teacher.sample_clip.__wrapped__(None, None, None, seeds=seeds, config=config)
     assert told == {"whole": column == "wan"}
 
 
 def test_refusals():
     config = golden.recipe()
     with pytest.raises(ConfigError, match=r"pictures of shape \(1, 16, 32, 3\) .*accepted: \[batch, 32, 16, 3\]"):
-        image_to_video.condition(vae.abstract(config.vae), jnp.zeros((1, 16, 32, 3)), config=config)
-    plain = load_recipe_file("configs/digits.py")
+        image_to_video.image_latents(vae.abstract(config.vae), jnp.zeros((1, 16, 32, 3)), config=config)
+    plain = load_recipe("configs/digits.py")
     with pytest.raises(ConfigError, match="the teacher has image_dim = 0"):
-        image_to_video.guided_velocity(None, None, None, None, None, config=plain)
+        teacher.guided_velocity(None, None, None, jnp.zeros(1), jnp.zeros(1), config=plain)
 
 
 def test_the_published_null_prompt():

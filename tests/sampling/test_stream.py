@@ -366,7 +366,7 @@ def test_video_to_video_starts_at_the_chosen_step(params):
         state = stream.init_stream(params, prompt(0), config=PLAIN, seed=5)
         latents = []
         for block in given:
-            x0, state = stream.next_block_from(params, state, block, config=PLAIN, start=start)
+            x0, state = stream.next_block_from(params, state, block, start, config=PLAIN)
             latents.append(x0)
         latents = np.concatenate(latents, axis=1)
         expected = oracle(params, PLAIN, 5, given=given, start=start)

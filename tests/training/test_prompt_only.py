@@ -8,8 +8,7 @@ from test_stages import RECIPE
 
 from causvid_jax.checkpoints import store
 from causvid_jax.checkpoints import workdir as weight_files
-from causvid_jax.cli import prepare
-from causvid_jax.data import arrays, digits
+from causvid_jax.data import arrays, digits, prepare
 from causvid_jax.models import transformer, vae
 from causvid_jax.text import words
 from causvid_jax.training import stages
@@ -22,7 +21,7 @@ def test_distillation_by_self_rollout_reads_the_prompt_list(tmp_path, monkeypatc
     recipe = dataclasses.replace(
         RECIPE, data=dataclasses.replace(RECIPE.data, prompt_file=str(tmp_path / "prompts.txt"))
     )
-    prepare.prompts(recipe, tmp_path, 0)
+    prepare.prompts(recipe, tmp_path)
     trees = {"vae": vae.abstract(recipe.vae)} | dict.fromkeys(("teacher", "init"), transformer.abstract(recipe.teacher))
     for name, tree in trees.items():
         values = jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), tree)

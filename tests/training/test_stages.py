@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from causvid_jax.checkpoints import store
-from causvid_jax.cli import prepare
 from causvid_jax.config import ConfigError, DataConfig, Recipe, from_config_dict
-from causvid_jax.data import arrays, digits, generate, pipeline
+from causvid_jax.data import arrays, digits, generate, pipeline, prepare
 from causvid_jax.models import taehv, vae
 from causvid_jax.training import autoencoder, checkpoint, export, stages, weights
 from causvid_jax.training.metrics import read_metrics
@@ -90,7 +89,7 @@ def road(tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("road")
     for name in stages.TRAINERS:
         if name in PREPARED:
-            prepare.STAGES[PREPARED[name]](RECIPE, workdir, 0)
+            prepare.STAGES[PREPARED[name]](RECIPE, workdir)
         stages.train(name, RECIPE, workdir)
     return workdir
 
@@ -255,7 +254,7 @@ def test_a_student_learns_from_a_causal_teacher(road, tmp_path):
     )
     with pytest.raises(ConfigError, match=r"no finished dataset at .*causal_trajectories"):
         stages.train("init", recipe, tmp_path)
-    said = prepare.STAGES["trajectories"](recipe, tmp_path, 0).splitlines()
+    said = prepare.STAGES["trajectories"](recipe, tmp_path).splitlines()
     assert said[0].endswith("causal_trajectories: 4 examples")
     assert said[1].endswith("causal_trajectories_1: 6 examples")
     (tmp_path / "teacher").symlink_to(road / "teacher")
@@ -333,8 +332,8 @@ def test_the_tiny_decoder_learns_from_streams_of_the_student(road, tmp_path):
     with pytest.raises(ConfigError, match=r"no finished dataset at .*streams_1"):
         stages.train("taehv", recipe, tmp_path)
     with pytest.raises(ConfigError, match="train_taehv.rollouts is empty"):
-        prepare.STAGES["streams"](RECIPE, tmp_path, 0)
-    said = prepare.STAGES["streams"](recipe, tmp_path, 0).splitlines()
+        prepare.STAGES["streams"](RECIPE, tmp_path)
+    said = prepare.STAGES["streams"](recipe, tmp_path).splitlines()
     assert [line.split("data/")[1] for line in said] == ["streams_1: 3 examples", "streams_2: 4 examples"]
     stages.train("taehv", recipe, tmp_path, road / "taehv" / "weights.safetensors")
     records = [record for record in read_metrics(tmp_path / "taehv") if "loss" in record]

@@ -1,0 +1,35 @@
+"""Which block of a stream holds which frame. Frames and blocks are counted from 0. Imports no JAX."""
+
+from causvid_jax.config import Recipe, require
+
+
+def covering_latents(frames: int, config: Recipe) -> int:
+    """Return the fewest latent frames that fit the blocks and hold ``frames`` frames."""
+    require(frames >= 1, f"frames is {frames}; a stream has at least 1")
+    return _latents_through(block_of(frames - 1, config), config)
+
+
+def block_of(frame: int, config: Recipe) -> int:
+    """Return the block that holds a frame."""
+    latent = -(-frame // _time_factor(config))  # frame 0 is latent 0 alone, 1..4 are latent 1, ...
+    size = config.causal.frames_per_block
+    if config.causal.independent_first_frame and latent:
+        return 1 + (latent - 1) // size
+    return latent // size
+
+
+def first_frame(block: int, config: Recipe) -> int:
+    """Return the first frame of a block."""
+    latents = _latents_through(block - 1, config)
+    return 1 + _time_factor(config) * (latents - 1) if latents else 0
+
+
+def _time_factor(config: Recipe) -> int:
+    return 2 ** sum(config.vae.temporal_downsample)
+
+
+def _latents_through(block: int, config: Recipe) -> int:
+    """Return the number of latent frames in blocks 0 to ``block`` together."""
+    if config.causal.independent_first_frame:
+        return 1 + block * config.causal.frames_per_block if block >= 0 else 0
+    return (block + 1) * config.causal.frames_per_block

@@ -1,0 +1,276 @@
+"""Student and teacher as objects with their weights and text encoder, over the pure functions of this room.
+
+    pipe = load("digits")
+    state = pipe.stream("a red 3 moving left", seed=0)
+    for frames, state in pipe.frames(state, blocks=20):
+        ...  # uint8 [B, n, H, W, 3]
+    state = pipe.switch(state, "a blue 7 moving up")
+
+Every method that takes a ``state`` consumes it: go on with the state that it returns.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from causvid_jax import media
+from causvid_jax.config import Recipe, require
+from causvid_jax.config.recipes import load_recipe
+from causvid_jax.models import decoder, transformer, vae
+from causvid_jax.sampling import blocks, stream, weights
+from causvid_jax.sampling.stream import StreamState
+from causvid_jax.sampling.teacher import clip_noise, sample_clip
+from causvid_jax.text import encoder as text_encoder
+
+Prompts = str | Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Base:
+    """What student and teacher share.
+
+    Attributes:
+        config: the recipe, with the VAE's latent statistics.
+        params: network to parameters.
+        encoder: of the prompts.
+    """
+
+    config: Recipe
+    params: dict[str, Any]
+    encoder: text_encoder.Encoder
+
+    def encode_prompt(self, prompt: Prompts) -> jax.Array:
+        """Return prompt embeddings ``[B, S, E]`` of one prompt or B of them.
+
+        Raises:
+            ConfigError: a word outside the vocabulary of a recipe of words.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        return jnp.asarray(text_encoder.encode(self.encoder, prompts))
+
+    def decode(self, latents: jax.Array) -> np.ndarray:
+        """Return uint8 frames ``[B, 1 + 4 (F - 1), H, W, 3]`` of a clip's latents ``[B, F, h, w, C]``."""
+        parts = decoder.decode_clip(self.params, latents, config=self.config)
+        return np.concatenate([media.to_uint8(np.asarray(part)) for part in parts], axis=1)
+
+    def encode(self, video: np.ndarray) -> jax.Array:
+        """Return latents ``[B, F, h, w, C]`` of uint8 frames ``[B, 1 + 4 (F - 1), H, W, 3]``."""
+        return _encode(self.params["vae"], jnp.asarray(media.to_float(video)), config=self.config.vae)
+
+
+_encode = jax.jit(vae.encode, static_argnames=("config",))
+_encode_chunk = jax.jit(vae.encode_chunk, static_argnames=("config", "first"))
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentPipeline(_Base):
+    """The few-step causal student: streams of any length, block by block. Made by :func:`load`."""
+
+    def stream(
+        self, prompt: Prompts | jax.Array, *, seed: int | Sequence[int] = 0, frames: int | None = None
+    ) -> StreamState:
+        """Return the state before the first block of one stream, or of B streams side by side.
+
+        Args:
+            prompt: one text, B texts, or embeddings ``[B, S, E]``.
+            seed: of the noise; stream b of one seed s has seed s + b.
+            frames: the most latent frames; only a recipe without ``causal.window`` needs it.
+        """
+        embeds = self._embeds(prompt)
+        return stream.init_stream(self.params, embeds, config=self.config, seed=seed, frames=frames)
+
+    def frames(
+        self, state: StreamState, blocks: int = 1, *, noise: Sequence[jax.Array] | None = None
+    ) -> Iterator[tuple[np.ndarray, StreamState]]:
+        """Generate ``blocks`` blocks and yield uint8 frames ``[B, n, H, W, 3]`` and the next state for each.
+
+        ``noise[i]`` is that of block i, ``[steps, B, K, h, w, C]``, instead of noise of the state's seeds.
+        """
+        start = _begins(state)
+        for i in range(blocks):
+            given = None if noise is None else noise[i]
+            _, frames, state = stream.next_frames(self.params, state, config=self.config, noise=given)
+            yield _visible(frames, start and i == 0), state
+
+    def latents(
+        self, state: StreamState, blocks: int = 1, *, noise: Sequence[jax.Array] | None = None
+    ) -> Iterator[tuple[jax.Array, StreamState]]:
+        """Generate ``blocks`` blocks without decoding; yield latents ``[B, K, h, w, C]`` and the next state for each.
+
+        No VAE is needed. ``noise`` is that of :meth:`frames`.
+        """
+        for i in range(blocks):
+            given = None if noise is None else noise[i]
+            latents, state = stream.next_block(self.params, state, config=self.config, noise=given)
+            yield latents, state
+
+    def switch(self, state: StreamState, prompt: Prompts | jax.Array) -> StreamState:
+        """Return the state under another prompt from the next block on; ``causal.on_prompt_switch`` rules the cache."""
+        embeds = self._embeds(prompt)
+        streams = state.seed.shape[0]
+        embeds = jnp.broadcast_to(embeds, (streams, *embeds.shape[1:])) if len(embeds) == 1 else embeds
+        require(
+            len(embeds) == streams, f"{len(embeds)} prompts are given for {streams} streams; accepted: 1 or {streams}"
+        )
+        return stream.change_prompt(self.params, state, embeds, config=self.config)
+
+    def show(self, state: StreamState, image: np.ndarray) -> tuple[np.ndarray, StreamState]:
+        """Make a picture the first block (image to video); return its frames and the next state.
+
+        Args:
+            state: of :meth:`stream`, before its first block.
+            image: uint8 ``[H, W, 3]`` for all streams, or ``[B, H, W, 3]``.
+        """
+        require(_begins(state), "a picture can only be the first block of a stream")
+        shape = (state.seed.shape[0], *image.shape[-3:])
+        picture = jnp.asarray(np.broadcast_to(media.to_float(image), shape))
+        latents = stream.encode_image(self.params, picture, config=self.config)
+        state = stream.append(self.params, state, latents, config=self.config)
+        frames, state = stream.decode_block(self.params, state, latents, config=self.config)
+        return _visible(frames, True), state
+
+    def follow(
+        self, state: StreamState, video: np.ndarray, strength: float = 0.5
+    ) -> Iterator[tuple[np.ndarray, StreamState]]:
+        """Video to video: yield frames and the next state of each block until ``video`` ends.
+
+        Args:
+            state: of :meth:`stream`, before its first block.
+            video: uint8 ``[T, H, W, 3]`` for all streams, or ``[B, T, H, W, 3]``; the last frame fills the last block.
+            strength: how far from the video, up to 1 (free).
+        """
+        require(_begins(state), "a video can only be followed from the first block of a stream")
+        start = jnp.int32(stream.strength_step(self.config.diffusion, strength))
+        batch, length = state.seed.shape[0], video.shape[-4]
+        pixels = np.broadcast_to(media.to_float(video), (batch, *video.shape[-4:]))
+        size = {"height": self.config.video.height, "width": self.config.video.width}
+        cache = vae.init_encode_cache(self.config.vae, batch=batch, **size)
+        for block in range(blocks.block_of(length - 1, self.config) + 1):
+            ends = blocks.first_frame(block, self.config), blocks.first_frame(block + 1, self.config)
+            chunk = jnp.asarray(pixels[:, np.minimum(np.arange(*ends), length - 1)])
+            vae_config = self.config.vae
+            latents, cache = _encode_chunk(self.params["vae"], chunk, cache, config=vae_config, first=block == 0)
+            x, state = stream.next_block_from(self.params, state, latents, start, config=self.config)
+            frames, state = stream.decode_block(self.params, state, x, config=self.config)
+            yield _visible(frames, block == 0)[:, : length - ends[0]], state
+
+    def _embeds(self, prompt: Prompts | jax.Array) -> jax.Array:
+        return self.encode_prompt(prompt) if isinstance(prompt, (str, list, tuple)) else jnp.asarray(prompt)
+
+
+def _begins(state: StreamState) -> bool:
+    return int(state.block) == 0
+
+
+def _visible(frames: jax.Array, first: bool) -> np.ndarray:
+    """Return decoded frames as uint8, without those of a first block that do not exist."""
+    return media.to_uint8(np.asarray(frames))[:, stream.LEAD if first else 0 :]
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A clip that the teacher will make.
+
+    Attributes:
+        prompt_embeds: ``[B, S, E]``.
+        noise: ``[B, F, h, w, C]``.
+        latents: ``[B, F, h, w, C]`` once they are sampled.
+    """
+
+    prompt_embeds: jax.Array
+    noise: jax.Array
+    latents: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherPipeline(_Base):
+    """The many-step bidirectional teacher: one clip of the recipe's length. Made by :func:`load_teacher`.
+
+    It has the student's shape::
+
+        clip = teacher.stream("a red 3 moving left", seed=0)
+        for frames, clip in teacher.frames(clip): ...
+    """
+
+    def stream(
+        self,
+        prompt: Prompts | jax.Array,
+        *,
+        seed: int | Sequence[int] = 0,
+        noise: jax.Array | None = None,
+    ) -> Clip:
+        """Return what the sampler starts from: embeddings, and noise of ``seed`` or given, ``[B, F, h, w, C]``."""
+        text = isinstance(prompt, (str, list, tuple))
+        embeds = self.encode_prompt(prompt) if text else jnp.asarray(prompt)  # type: ignore[arg-type]
+        if noise is None:
+            noise = clip_noise(stream.seeds_of(seed, len(embeds)), self.config)
+        return Clip(embeds, noise)
+
+    def latents(self, clip: Clip, *, timesteps: Sequence[float] | None = None) -> Clip:
+        """Solve the guided ODE: ``num_inference_steps`` network passes, or one at each of ``timesteps``."""
+        negative = jnp.asarray(text_encoder.null_rows(self.encoder))
+        latents = sample_clip(
+            self.params["teacher"],
+            clip.prompt_embeds,
+            negative,
+            config=self.config,
+            noise=clip.noise,
+            timesteps=None if timesteps is None else tuple(map(float, timesteps)),
+        )
+        return dataclasses.replace(clip, latents=latents)
+
+    def frames(self, clip: Clip, *, timesteps: Sequence[float] | None = None) -> Iterator[tuple[np.ndarray, Clip]]:
+        """Sample the clip unless it is sampled, then yield its uint8 frames ``[B, n, H, W, 3]`` in parts."""
+        clip = self.latents(clip, timesteps=timesteps) if clip.latents is None else clip
+        assert clip.latents is not None
+        for part in decoder.decode_clip(self.params, clip.latents, config=self.config):
+            yield media.to_uint8(np.asarray(part)), clip
+
+
+def _open(
+    config: str | Recipe, role: str, checkpoint: str | os.PathLike | None, files: Mapping[str, str | os.PathLike | None]
+) -> tuple[Recipe, dict[str, Any], text_encoder.Encoder]:
+    recipe = load_recipe(config) if isinstance(config, str) else config
+    folder = None if checkpoint is None else os.fspath(checkpoint)
+    found, recipe = weights.find(recipe, role, folder, files={k: v for k, v in files.items() if v is not None})
+    shapes = {role: transformer.inference(getattr(recipe, role)), **decoder.codec_shapes(recipe, encodes=True)}
+    shapes = {name: shape for name, shape in shapes.items() if name in found}
+    return recipe, weights.load(found, shapes), text_encoder.open_encoder(recipe, folder)
+
+
+def load(
+    config: str | Recipe,
+    *,
+    checkpoint: str | os.PathLike | None = None,
+    student: str | os.PathLike | None = None,
+    vae: str | os.PathLike | None = None,
+    taehv: str | os.PathLike | None = None,
+) -> StudentPipeline:
+    """Load the student of a recipe with its decoder.
+
+    Args:
+        config: a recipe's name (``"digits"``), its file, or a :class:`~causvid_jax.config.Recipe`.
+        checkpoint: a folder with the weights of every network, such as a training's working directory; None: the
+            weights of the package.
+        student, vae, taehv: single weight files that go before ``checkpoint``.
+
+    Raises:
+        ConfigError: no such recipe, or weights that are missing or do not fit it.
+    """
+    return StudentPipeline(*_open(config, "student", checkpoint, {"student": student, "vae": vae, "taehv": taehv}))
+
+
+def load_teacher(
+    config: str | Recipe,
+    *,
+    checkpoint: str | os.PathLike | None = None,
+    teacher: str | os.PathLike | None = None,
+    vae: str | os.PathLike | None = None,
+) -> TeacherPipeline:
+    """Load the teacher of a recipe with the VAE; arguments and errors as in :func:`load`."""
+    return TeacherPipeline(*_open(config, "teacher", checkpoint, {"teacher": teacher, "vae": vae}))

@@ -1,0 +1,137 @@
+"""What a user asks of a sampler, checked before JAX is imported, a file is read or anything is computed."""
+
+import dataclasses
+import pathlib
+
+from causvid_jax.config import ConfigError, Recipe, require
+from causvid_jax.config.recipes import CONFIG_HELP, option
+from causvid_jax.sampling import blocks
+
+FRAMES = 10**7
+"""The most frames of a video: a week at 16 frames/s."""
+SIDE = 8192
+"""The largest width and height of a file."""
+VISIBLE = 256
+"""Videos less high than this are enlarged unless ``upscale`` is given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleRequest:
+    """Videos to generate; the fields are the flags of ``causvid sample``.
+
+    Raises:
+        ConfigError: a value out of bounds, or two that exclude each other.
+    """
+
+    config: Recipe = option(None, CONFIG_HELP)
+    prompt: tuple[str, ...] = option((), "What to show. Several prompts make several videos at once.")
+    frames: int | None = option(None, "Frames to make; default: a clip, or as many as --video has.")
+    seed: int = option(0, "Seed of the noise; video i of several has seed + i.")
+    output: str = option("out.mp4", "The file to write, .mp4 or .gif; several videos are numbered.")
+    image: str | None = option(None, "Start from this picture.")
+    video: str | None = option(None, "Follow this video.")
+    strength: float | None = option(None, "With --video: how far from it, up to 1 (free). Default: 0.5.")
+    switch: tuple[str, ...] = option((), "FRAME:PROMPT, another prompt from the block with that frame on.")
+    teacher: bool = option(False, "Sample a clip by the many-step teacher instead of a stream by the student.")
+    checkpoint: str | None = option(
+        None,
+        "A training's --workdir, a folder that causvid convert made, or one weights file of the model. "
+        "Default: the weights of the package.",
+    )
+    exact: bool = option(False, "Round as the published code does, and read its tables.")
+    program: str | None = option(None, "Run this program of causvid compile instead of tracing the model.")
+    upscale: int = option(0, "Size of a pixel in the file; 0: such that tiny videos can be seen.")
+
+    def __post_init__(self) -> None:
+        require(bool(self.prompt), 'no --prompt is given; for example --prompt="a red 3 moving left"')
+        require(len(self.prompt) <= 1024, f"--prompt is given {len(self.prompt)} times; accepted: up to 1024")
+        require(all(text.strip() for text in self.prompt), "--prompt is empty; say what to show")
+        require(not (self.image and self.video), "--image and --video are both given; accepted: one of them")
+        for name in ("teacher", "image", "video"):
+            require(
+                not (getattr(self, name) and self.program),
+                f"--{name} is given with --program, which holds text to video only; leave one of them out",
+            )
+        require(0 <= self.seed < 2**32, f"--seed is {self.seed}; accepted: 0 to {2**32 - 1}")
+        require(self.frames is None or self.frames >= 1, f"--frames is {self.frames}; it must be at least 1")
+        require(self.frames is None or self.frames <= FRAMES, f"--frames is {self.frames}; accepted: up to {FRAMES}")
+        require(
+            self.strength is None or self.video is not None,
+            f"--strength={self.strength} is given without --video; it says how far from a video to go",
+        )
+        require(":" not in self.output, f"--output is {self.output!r}; a name with ':' cannot be written")
+        largest = SIDE // max(self.config.video.height, self.config.video.width)
+        require(0 <= self.upscale <= largest, f"--upscale is {self.upscale}; accepted: 0 to {largest}")
+        self._check_role()
+        self.switches((self.frames or FRAMES) if self.video else self.length)
+
+    def _check_role(self) -> None:
+        branch = self.has_image_branch
+        require(
+            not branch or (self.teacher and self.image),
+            f"recipe {self.config.name!r} has an image branch; accepted: --teacher and --image, both",
+        )
+        for name, value in (("image", not branch and self.image), ("video", self.video), ("switch", self.switch)):
+            require(
+                not (self.teacher and value),
+                f"--{name} is given with --teacher, which cannot stream; leave one of them out",
+            )
+        if self.teacher:
+            teacher_recipe(self.config, self.length)
+
+    @property
+    def has_image_branch(self) -> bool:
+        """Whether the network that samples reads a picture."""
+        return (self.config.teacher if self.teacher else self.config.student).image_dim > 0
+
+    @property
+    def length(self) -> int:
+        """Frames of a request that follows no video."""
+        return self.frames or self.config.video.frames
+
+    @property
+    def pixel_size(self) -> int:
+        """Size of a pixel in the file."""
+        return self.upscale or max(1, VISIBLE // self.config.video.height)
+
+    @property
+    def outputs(self) -> list[pathlib.Path]:
+        """One path per video: the output itself, or numbered."""
+        path, count = pathlib.Path(self.output), len(self.prompt)
+        return [path] if count == 1 else [path.with_name(f"{path.stem}_{i}{path.suffix}") for i in range(count)]
+
+    def switches(self, frames: int) -> dict[int, tuple[int, str]]:
+        """Return ``{block: (frame it takes effect at, prompt)}`` for a video of ``frames`` frames."""
+        result: dict[int, tuple[int, str]] = {}
+        for value in self.switch:
+            number, _, prompt = value.partition(":")
+            number, prompt = number.strip(), prompt.strip()
+            require(
+                number.isascii() and number.isdigit() and len(number) < 19 and bool(prompt),
+                f"--switch is {value!r}; accepted: FRAME:PROMPT, as '40:a red 3'",
+            )
+            frame = int(number)
+            require(0 < frame < frames, f"--switch is at frame {frame}; accepted: 1 to {frames - 1}")
+            block = blocks.block_of(frame, self.config)
+            earliest = blocks.first_frame(1, self.config)
+            require(block > 0, f"--switch is at frame {frame}, in the first block; accepted: from frame {earliest} on")
+            require(block not in result, f"two --switch fall into the block that holds frame {frame}; give one")
+            result[block] = blocks.first_frame(block, self.config), prompt
+        return result
+
+
+def teacher_recipe(recipe: Recipe, frames: int) -> Recipe:
+    """Return the recipe of a teacher's clip of ``frames``, which must be whole latent frames and whole blocks."""
+    factor = 2 ** sum(recipe.vae.temporal_downsample)
+    try:
+        clip = dataclasses.replace(recipe.video, frames=frames)
+        recipe.causal.block_sizes(clip.latent_frames)
+    except ConfigError as error:
+        block = factor * recipe.causal.frames_per_block
+        lengths = (max(1, frames - block), frames)
+        near = sorted({1 + factor * (blocks.covering_latents(n, recipe) - 1) for n in lengths})
+        raise ConfigError(
+            f"--frames is {frames}, which no block structure of the teacher fits; nearest: "
+            f"{' and '.join(map(str, near))}"
+        ) from error
+    return dataclasses.replace(recipe, video=clip)

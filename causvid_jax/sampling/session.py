@@ -1,0 +1,200 @@
+"""Run a :class:`~causvid_jax.sampling.request.SampleRequest`: read its inputs, generate, write while generating."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from causvid_jax import media as files
+from causvid_jax.config import CLIPConfig, Recipe, require
+from causvid_jax.models import decoder, precision, transformer
+from causvid_jax.sampling import blocks, exported, image_to_video, player, stream, weights
+from causvid_jax.sampling.request import SampleRequest, teacher_recipe
+from causvid_jax.sampling.teacher import sample_clip
+from causvid_jax.text import encoder
+
+Embeds = Mapping[str, np.ndarray]  # prompt to embeddings [S, E]
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """A request with its inputs read and its weight files found and checked.
+
+    Attributes:
+        request: what the user asked.
+        recipe: with the VAE's latent statistics and, for a teacher, the clip's length.
+        frames: of each video.
+        switches: ``{block: (frame, prompt)}``.
+        image: uint8 ``[H, W, 3]`` of the video's size.
+        picture: the same picture whole, which CLIP reads.
+        video: uint8 ``[T, H, W, 3]`` to follow.
+        encoder: of the prompts.
+        weights: network to checkpoint.
+        program: a compiled sampler to run instead of the model.
+    """
+
+    request: SampleRequest
+    recipe: Recipe
+    frames: int
+    switches: dict[int, tuple[int, str]]
+    image: np.ndarray | None
+    picture: np.ndarray | None
+    video: np.ndarray | None
+    encoder: encoder.Encoder
+    weights: weights.Opened
+    program: exported.Programs | None = None
+
+    @functools.cached_property
+    def clip(self) -> CLIPConfig | None:
+        """Sizes of the image encoder, if one is needed."""
+        opened = self.weights.get("image_encoder")
+        return opened.config if opened else None
+
+    @property
+    def texts(self) -> list[str]:
+        """Every prompt that will be needed, the negative one of a teacher included."""
+        negative = [self.recipe.text.negative_prompt] if self.request.teacher else []
+        return [*self.request.prompt, *(prompt for _, prompt in self.switches.values()), *negative]
+
+
+def open_session(request: SampleRequest) -> Session:
+    """Read the inputs of ``request`` and check them against the weights' headers; nothing is computed.
+
+    Raises:
+        ConfigError: an input that cannot be read or does not fit.
+    """
+    recipe = precision.exact(request.config, request.teacher) if request.exact else request.config
+    reader = encoder.open_encoder(recipe, request.checkpoint)
+    encoder.check(reader, request.prompt)
+    size = recipe.video.height, recipe.video.width
+    image = files.read_image(request.image, *size) if request.image else None
+    picture = files.read_picture(request.image) if request.image and request.has_image_branch else None
+    frames, video = request.length, None
+    if request.video:
+        stream.strength_step(recipe.diffusion, _strength(request))
+        video = files.read_video(request.video, *size, frames=request.frames, fps=recipe.video.fps)
+        frames = request.frames or len(video)
+        require(len(video) >= frames, f"--frames is {frames}, but --video has only {len(video)} to follow")
+    if request.teacher:
+        recipe = teacher_recipe(recipe, frames)
+    switches = request.switches(frames)
+    encoder.check(reader, [prompt for _, prompt in switches.values()])
+    for path in request.outputs:
+        files.check_output(path)
+    role, encodes = "teacher" if request.teacher else "student", image is not None or video is not None
+    found, recipe = weights.find(recipe, role, request.checkpoint, encodes=encodes)
+    program = None
+    if request.program:
+        latents = blocks.covering_latents(frames, recipe)
+        program = exported.load(request.program, recipe, batch=len(request.prompt), latents=latents)
+    return Session(request, recipe, frames, switches, image, picture, video, reader, found, program)
+
+
+def _strength(request: SampleRequest) -> float:
+    return 0.5 if request.strength is None else request.strength
+
+
+def run(session: Session, say: Say = print, *, progress: bool | None = None) -> player.Timing:
+    """Generate the videos of a session, write them while they are generated, and return how fast that was.
+
+    Args:
+        session: of :func:`open_session`.
+        say: receives what happens, one line at a time.
+        progress: whether to show a bar; None: on a terminal.
+    """
+    request, timing = session.request, player.Timing()
+    fps, several = session.recipe.video.fps, len(request.prompt) > 1
+    texts = dict(zip(session.texts, encoder.encode(session.encoder, session.texts), strict=True))
+    for block, (frame, prompt) in sorted(session.switches.items()):
+        say(f"From frame {frame} on (block {block}): {prompt}")
+    clips = teacher_clips(session, texts, timing, say) if request.teacher else student_blocks(session, texts, timing)
+    say("Compiling (once for each shape; the result is kept for later runs) ...")
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=session.frames, unit="frame", disable=_hidden(progress)))
+        writers = [stack.enter_context(files.VideoWriter(p, fps, request.pixel_size)) for p in request.outputs]
+        for part in clips:
+            if timing.frames == part.shape[1]:
+                say(f"First frame after {timing.first:.2f} s, and {timing.compile:.1f} s of compilation.")
+            for writer, clip in zip(writers, part, strict=True):
+                writer.append(clip)
+            bar.update(part.shape[1])
+    say(
+        f"{timing.frames} frames{f' of each of {len(writers)} videos' if several else ''} in {timing.total:.2f} s; "
+        f"{timing.fps:.1f} frames/s, {timing.fps / fps:.2f} times real time ({fps} frames/s)."
+    )
+    say(f"Wrote {', '.join(map(str, request.outputs))}")
+    return timing
+
+
+def _hidden(progress: bool | None) -> bool | None:
+    """Return tqdm's ``disable``; None disables it where there is no terminal."""
+    return None if progress is None else not progress
+
+
+def _encode_picture(session: Session) -> tuple[jax.Array, ...]:
+    """Return image embeds ``[B, S, E]`` and image latents ``[B, F, h, w, 4 + C]``; nothing without a picture.
+
+    As in the published code CLIP reads the whole picture, squeezed to its square, and the VAE what fits the video.
+    Each encoder is freed before the next is loaded.
+    """
+    recipe, sizes = session.recipe, session.clip
+    if session.image is None or session.picture is None or sizes is None:
+        return ()
+    whole, cropped = (jnp.asarray(files.to_float(x))[None] for x in (session.picture, session.image))
+    params = weights.load(session.weights, {"image_encoder": decoder.image_encoder_shapes(sizes)})
+    embeds = jax.block_until_ready(image_to_video.image_embeds(params["image_encoder"], whole, config=sizes))
+    weights.free(params)
+    params = weights.load(session.weights, decoder.vae_shapes(recipe))
+    latents = jax.block_until_ready(image_to_video.image_latents(params["vae"], cropped, config=recipe))
+    weights.free(params)
+    return tuple(jnp.repeat(x, len(session.request.prompt), axis=0) for x in (embeds, latents))
+
+
+def teacher_clips(session: Session, texts: Embeds, timing: player.Timing, say: Say = print) -> Iterator[np.ndarray]:
+    """Yield the teacher's clips in parts, uint8 ``[B, n, H, W, 3]``: denoised all at once, then decoded."""
+    recipe, request = session.recipe, session.request
+    prompts = jnp.asarray(np.stack([texts[p] for p in request.prompt]))
+    negative = jnp.asarray(texts[recipe.text.negative_prompt])
+    seeds = jnp.asarray(request.seed + np.arange(len(prompts)), jnp.uint32)
+    arguments = prompts, negative, *_encode_picture(session)
+    params = weights.load(session.weights, {"teacher": transformer.inference(recipe.teacher)})
+    begin = time.perf_counter()
+    sample = sample_clip.lower(params["teacher"], *arguments, seeds=seeds, config=recipe).compile()
+    timing.compile = time.perf_counter() - begin
+    say(f"Denoising in {recipe.diffusion.num_inference_steps} steps ...")
+    begin = time.perf_counter()
+    latents = jax.block_until_ready(sample(params["teacher"], *arguments, seeds=seeds))
+    weights.free(params)
+    params = weights.load(session.weights, decoder.codec_shapes(recipe, encodes=False))
+    for part in decoder.decode_clip(params, latents, config=recipe):
+        clips = files.to_uint8(np.asarray(part))
+        timing.add(clips.shape[1], time.perf_counter() - begin)
+        yield clips
+
+
+def student_blocks(session: Session, texts: Embeds, timing: player.Timing) -> Iterator[np.ndarray]:
+    """Return the student's streams, uint8 ``[B, n, H, W, 3]`` block by block."""
+    recipe, request = session.recipe, session.request
+    count = len(request.prompt)
+    encodes = session.image is not None or session.video is not None
+    shapes = {"student": transformer.inference(recipe.student), **decoder.codec_shapes(recipe, encodes=encodes)}
+    return player.play(
+        weights.load(session.weights, shapes),
+        np.stack([texts[p] for p in request.prompt]),
+        config=recipe,
+        frames=session.frames,
+        seed=request.seed,
+        switches={block: np.stack([texts[p]] * count) for block, (_, p) in session.switches.items()},
+        image=session.image,
+        video=session.video,
+        strength=_strength(request),
+        timing=timing,
+        loaded=session.program,
+    )

@@ -1,0 +1,64 @@
+"""Find and load the weights that a sampler needs, from files of ours or published ones as they are."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from causvid_jax import checkpoints
+from causvid_jax.checkpoints import workdir
+from causvid_jax.config import Recipe, require
+
+Opened = dict[str, checkpoints.Checkpoint]  # network to checkpoint, of which only headers are read
+STAGES = {"student": "distill", "teacher": "teacher"}
+
+
+def find(
+    recipe: Recipe,
+    role: str,
+    checkpoint: str | None = None,
+    *,
+    encodes: bool = False,
+    files: Mapping[str, str | os.PathLike] | None = None,
+) -> tuple[Opened, Recipe]:
+    """Open the checkpoints of ``role`` and of its codecs; return them and the recipe with the VAE's latent statistics.
+
+    Args:
+        recipe: of the networks.
+        role: ``"student"`` or ``"teacher"``.
+        checkpoint: a folder, also a published one, or one weights file of the role; None: the weights of the package.
+        encodes: whether pixels become latents, which only the VAE does; the teacher also reads them by CLIP.
+        files: network to a weights file or folder that goes before ``checkpoint``.
+
+    Raises:
+        ConfigError: a file that is missing or does not fit the recipe.
+    """
+    path = pathlib.Path(checkpoint) if checkpoint else None
+    require(path is None or path.exists(), f"--checkpoint {checkpoint} does not exist")
+    folder = path if path and path.is_dir() else None
+    own = {name: pathlib.Path(file) for name, file in (files or {}).items()}
+    for name, file in own.items():
+        require(file.exists(), f"{name} weights {file} do not exist")
+    single = path if path and not folder else None
+    found = {role: workdir.open_stage(recipe, STAGES[role], folder, own.get(role) or single)}
+    if recipe.decoder == "taehv":
+        found["taehv"] = workdir.open_stage(recipe, "taehv", folder, own.get("taehv"))
+        if not encodes:
+            return found, recipe
+    if role == "teacher" and encodes:
+        found["image_encoder"] = workdir.open_image_encoder(folder or ".", recipe.teacher)
+    found["vae"] = workdir.open_stage(recipe, "vae", folder, own.get("vae"))
+    return found, dataclasses.replace(recipe, vae=found["vae"].config)
+
+
+def load(opened: Opened, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the weights of the networks in ``shapes`` on the device, in the types of ``shapes``."""
+    return {name: checkpoints.load(opened[name], dtype=types)[0] for name, types in shapes.items()}
+
+
+def free(tree: Any) -> None:
+    """Release the memory of arrays now, whatever still refers to them."""
+    jax.tree.map(lambda leaf: leaf.delete(), tree)

@@ -1,0 +1,139 @@
+"""The facade: the same numbers as the pure functions under it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import causvid_jax as cv
+from causvid_jax import media
+from causvid_jax.config import ConfigError
+from causvid_jax.diffusion import flow, solvers
+from causvid_jax.models import decoder
+from causvid_jax.sampling import stream, teacher
+from tests import tiny
+
+RED, BLUE = "a red 3 moving left", "a blue 7 moving up"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.tiny_workdir(tmp_path_factory.mktemp("run"), examples=1)
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return cv.load(tiny.RECIPE, checkpoint=folder)
+
+
+@pytest.fixture(scope="module")
+def clips(folder):
+    return cv.load_teacher(tiny.RECIPE, checkpoint=folder)
+
+
+def test_every_exported_name_exists_and_has_a_page():
+    for name in cv.__all__:
+        assert getattr(cv, name) is not None and (name == "__version__" or getattr(cv, name).__doc__)
+    assert 20 <= len(cv.__all__) <= 32 and set(cv.__all__) <= set(dir(cv))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        cv.nothing  # noqa: B018
+
+
+def test_a_stream_with_a_switch_is_that_of_the_functions(pipe):
+    config, params = pipe.config, pipe.params
+    state, parts = pipe.stream([RED, BLUE], seed=3), []
+    for frames, state in pipe.frames(state, blocks=2):  # noqa: B007, B020
+        parts.append(frames)
+    state = pipe.switch(state, BLUE)
+    for frames, state in pipe.frames(state):  # noqa: B007, B020
+        parts.append(frames)
+    expected = stream.init_stream(params, pipe.encode_prompt([RED, BLUE]), config=config, seed=3)
+    wanted = []
+    for block in range(3):
+        if block == 2:
+            expected = stream.change_prompt(params, expected, pipe.encode_prompt([BLUE, BLUE]), config=config)
+        _, frames, expected = stream.next_frames(params, expected, config=config)
+        wanted.append(media.to_uint8(np.asarray(frames))[:, 0 if block else stream.LEAD :])
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), np.concatenate(wanted, axis=1))
+    assert int(state.block) == 3
+
+
+def test_latents_need_no_vae_and_noise_can_be_given(pipe):
+    config = pipe.config
+    alone = type(pipe)(config, {"student": pipe.params["student"]}, pipe.encoder)
+    steps = len(config.diffusion.denoising_timesteps)
+    shape = (config.causal.frames_per_block, *config.latent_size, config.vae.z_dim)
+    noise = [
+        jnp.stack([stream.block_noise(stream.seeds_of(5, 1), jnp.int32(b), j, shape) for j in range(steps)])
+        for b in range(2)
+    ]
+    drawn = [latents for latents, _ in alone.latents(alone.stream(RED, seed=5), blocks=2)]
+    given = [latents for latents, _ in alone.latents(alone.stream(RED, seed=9), blocks=2, noise=noise)]
+    np.testing.assert_array_equal(np.concatenate(drawn), np.concatenate(given))
+    decoded = pipe.decode(jnp.concatenate(drawn, axis=1))
+    assert decoded.shape[1] == 1 + 4 * (2 * shape[0] - 1)
+
+
+def test_timesteps_can_be_given(pipe):
+    config = pipe.config
+    embeds = pipe.encode_prompt(RED)
+    own = tuple(flow.student_timesteps(config.diffusion))
+    state = lambda: stream.init_stream(pipe.params, embeds, config=config)  # noqa: E731
+    a, _ = stream.next_block(pipe.params, state(), config=config)
+    b, _ = stream.next_block(pipe.params, state(), config=config, timesteps=own)
+    c, _ = stream.next_block(pipe.params, state(), config=config, timesteps=(1000.0,))
+    np.testing.assert_array_equal(a, b)
+    assert np.abs(a - c).max() > 1e-3
+
+
+def test_image_and_video_to_video(pipe):
+    size = pipe.config.video.height, pipe.config.video.width, 3
+    image = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    first, state = pipe.show(pipe.stream(RED), image)
+    latents = stream.encode_image(pipe.params, media.to_float(image)[None], config=pipe.config)
+    np.testing.assert_array_equal(first, pipe.decode(latents))
+    with pytest.raises(ConfigError, match="can only be the first block"):
+        pipe.show(state, image)
+    video = np.random.default_rng(1).integers(0, 256, (7, *size), np.uint8)
+    close, free = (
+        np.concatenate([frames for frames, _ in pipe.follow(pipe.stream(RED), video, strength)], axis=1)
+        for strength in (0.5, 1.0)
+    )
+    assert close.shape == free.shape == (1, 7, *size) and (close != free).any()
+
+
+def test_strengths_share_one_compilation(pipe):
+    video = np.zeros((5, pipe.config.video.height, pipe.config.video.width, 3), np.uint8)
+    list(pipe.follow(pipe.stream(RED), video, 1.0))
+    before = stream.next_block_from._cache_size()
+    list(pipe.follow(pipe.stream(RED), video, 0.5))
+    assert stream.next_block_from._cache_size() == before
+
+
+def test_the_teacher_has_the_same_shape(clips):
+    config, parts = clips.config, []
+    clip = clips.stream([RED, BLUE], seed=1)
+    for frames, clip in clips.frames(clip):  # noqa: B007, B020
+        parts.append(frames)
+    velocity = teacher.guided_velocity(
+        clips.params["teacher"], clips.encode_prompt([RED, BLUE]), clips.encode_prompt("")[0], config=config
+    )
+    noise = stream.block_noise(jnp.asarray([1, 2], jnp.uint32), jnp.int32(0), jnp.int32(0), config.latent_shape)
+    expected = jax.jit(lambda noise: solvers.solve(config.diffusion, velocity, noise))(noise)
+    np.testing.assert_allclose(clip.latents, expected, atol=1e-5)
+    wanted = np.concatenate(
+        [media.to_uint8(x) for x in decoder.decode_clip(clips.params, clip.latents, config=config)], 1
+    )
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), wanted)
+    grid = 1000 * np.asarray(flow.teacher_sigmas(config.diffusion))[:-1]
+    again = clips.latents(clips.stream([RED, BLUE], noise=noise), timesteps=grid).latents
+    np.testing.assert_allclose(again, clip.latents, atol=1e-5)
+
+
+def test_what_cannot_be_loaded_is_one_sentence(folder, tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'digits'"):
+        cv.load("digit")
+    with pytest.raises(ConfigError, match="does not exist"):
+        cv.load(tiny.RECIPE, checkpoint=tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="student weights .* do not exist"):
+        cv.load(tiny.RECIPE, checkpoint=folder, student=tmp_path / "none.safetensors")
