@@ -69,7 +69,8 @@ def test_latents_need_no_vae_and_noise_can_be_given(pipe):
     ]
     drawn = [latents for latents, _ in alone.latents(alone.stream(RED, seed=5), blocks=2)]
     given = [latents for latents, _ in alone.latents(alone.stream(RED, seed=9), blocks=2, noise=noise)]
-    np.testing.assert_array_equal(np.concatenate(drawn), np.concatenate(given))
+    # Compiled with and without its random numbers a block may differ in the last bits.
+    np.testing.assert_allclose(np.concatenate(drawn), np.concatenate(given), atol=1e-5)
     decoded = pipe.decode(jnp.concatenate(drawn, axis=1))
     assert decoded.shape[1] == 1 + 4 * (2 * shape[0] - 1)
 
