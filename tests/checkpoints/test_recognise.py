@@ -152,9 +152,9 @@ def test_heads_and_activation_of_an_image_encoder():
 
 def test_a_training_export_tells_its_sizes_by_its_recipe():
     """The trained weights that come with the package."""
-    from causvid_jax.cli.common import load_recipe_file
+    from causvid_jax.config.recipes import load_recipe
 
-    recipe = load_recipe_file(str(ROOT / "configs" / "digits.py"))
+    recipe = load_recipe(str(ROOT / "configs" / "digits.py"))
     for stage, net in (("teacher", recipe.teacher), ("distill", recipe.student)):
         opened = open_checkpoint(ROOT / f"causvid_jax/assets/digits/{stage}.safetensors")
         for field in ("dim", "ffn_dim", "num_heads", "num_layers", "text_dim", "text_length", "rope_theta"):
