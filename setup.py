@@ -24,7 +24,7 @@ setup(
     package_dir={"causvid_jax.configs": "configs"},
     entry_points={"console_scripts": ["causvid = causvid_jax.cli:main"]},
     # The trained weights of the digits recipe.
-    package_data={"causvid_jax": ["assets/*.safetensors", "assets/*/*.safetensors"]},
+    package_data={"causvid_jax": ["py.typed", "assets/*.safetensors", "assets/*/*.safetensors"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2,<0.13",

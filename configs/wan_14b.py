@@ -8,7 +8,8 @@ an image branch.
 import ml_collections
 
 from causvid_jax.config import require
-from configs import wan_1_3b
+
+from . import wan_1_3b
 
 SIZES = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
 IMAGE = {"in_channels": 16 + 4 + 16, "image_dim": 1280}  # noisy latents, mask, latents of the picture; rows of CLIP
