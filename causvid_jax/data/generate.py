@@ -7,7 +7,6 @@ many are made, on how many devices and after how many interruptions changes noth
 
 import dataclasses
 import functools
-import hashlib
 import math
 import os
 import pathlib
@@ -27,15 +26,60 @@ from causvid_jax.data import arrays, captions, pipeline
 from causvid_jax.diffusion.guidance import guided_velocity, per_branch
 from causvid_jax.distill.ode_regression import splice
 from causvid_jax.distill.trajectories import teacher_trajectory
-from causvid_jax.media import to_uint8
+from causvid_jax.media import to_float, to_uint8
 from causvid_jax.models import transformer, vae
 from causvid_jax.sampling import stream
 from causvid_jax.text import encoder
 
 
 def weights_digest(params: dict[str, Any]) -> str:
-    """A short digest of a parameter tree, for a dataset's identity."""
+    """Return a short digest of a parameter tree, for the identity of a dataset."""
     return store.checksum(store.flatten(params), {})[:16]
+
+
+def generate(
+    folder: str | os.PathLike,
+    name: str,
+    count: int,
+    make_batch: Callable[[range], Iterable[dict[str, Any]]],
+    features: tfds.features.FeaturesDict,
+    *,
+    identity: dict[str, Any],
+    chunk: int,
+    batch: int,
+    **options: Any,
+) -> bool:
+    """Write a dataset of ``count`` examples that are computed in batches; resume where it was interrupted.
+
+    Args:
+        folder: of the dataset.
+        name: of the dataset.
+        count: of examples (of streams, each several examples).
+        make_batch: numbers of up to ``batch`` examples to the examples; they must depend on the numbers alone.
+        features: of one example.
+        identity: as in :func:`arrays.write_dataset`, ``count`` is added.
+        chunk: examples per shard.
+        batch: examples per call.
+        options: ``process_id``, ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
+
+    Returns:
+        whether the dataset is finished.
+    """
+
+    def make_chunk(index: int) -> Iterator[dict[str, Any]]:
+        stop = min((index + 1) * chunk, count)
+        for start in range(index * chunk, stop, batch):
+            yield from make_batch(range(start, min(start + batch, stop)))
+
+    return arrays.write_dataset(
+        folder,
+        name=name,
+        features=features,
+        chunks=math.ceil(count / chunk),
+        make_chunk=make_chunk,
+        identity={"count": count, **identity},
+        **options,
+    )
 
 
 def write_latents(
@@ -49,7 +93,7 @@ def write_latents(
     chunk: int = 256,
     batch: int = 8,
     prompt_encoder: encoder.Encoder | None = None,
-    **options,
+    **options: Any,
 ) -> bool:
     """Encode the first ``count`` clips (0: all) to ``latents`` float16 [F, h, w, C] with their ``caption``.
 
@@ -77,23 +121,24 @@ def write_latents(
     if prompt_encoder:
         shapes["text"] = (None, prompt_encoder.config.dim)
 
-    def make_chunk(index: int) -> Iterator[dict[str, Any]]:
-        for numbers in _groups(index, chunk, size, count):
-            examples = [source[i] for i in numbers]
-            video = pipeline.to_float(np.stack([e["video"] for e in examples]))
-            captions_of = [pipeline.as_text(e["caption"]) for e in examples]
-            embeds = encoder.encode(prompt_encoder, captions_of) if prompt_encoder else [None] * len(examples)
-            for caption, latents, rows in zip(captions_of, run(video), embeds, strict=True):
-                text = {} if rows is None else {"text": arrays.trim_text(rows)}
-                yield {"latents": latents.astype(np.float16), "caption": caption, **text}
+    def make_batch(numbers: range) -> Iterator[dict[str, Any]]:
+        examples = [source[i] for i in numbers]
+        video = to_float(np.stack([e["video"] for e in examples]))
+        captions_of = [pipeline.as_text(e["caption"]) for e in examples]
+        embeds = encoder.encode(prompt_encoder, captions_of) if prompt_encoder else [None] * len(examples)
+        for caption, latents, rows in zip(captions_of, run(video), embeds, strict=True):
+            text = {} if rows is None else {"text": arrays.trim_text(rows)}
+            yield {"latents": latents.astype(np.float16), "caption": caption, **text}
 
-    return arrays.write_dataset(
+    return generate(
         folder,
-        name="latents",
-        features=arrays.array_features(**shapes),
-        chunks=math.ceil(count / chunk),
-        make_chunk=make_chunk,
-        identity={"clips": clips, "count": count, "vae": weights_digest(params), "config": to_json(config)},
+        "latents",
+        count,
+        make_batch,
+        arrays.array_features(**shapes),
+        chunk=chunk,
+        batch=size,
+        identity={"clips": clips, "vae": weights_digest(params), "config": to_json(config)},
         **options,
     )
 
@@ -108,7 +153,7 @@ def write_trajectories(
     chunk: int = 64,
     batch: int = 16,
     prompt_encoder: encoder.Encoder | None = None,
-    **options,
+    **options: Any,
 ) -> bool:
     """Run the teacher's guided ODE once per prompt and keep its states at the student's timesteps.
 
@@ -130,10 +175,10 @@ def write_trajectories(
     shape, diffusion, key = recipe.latent_shape, recipe.diffusion, jax.random.key(seed)
     reader = prompt_encoder or encoder.open_encoder(recipe)
     null = jnp.asarray(encoder.null_rows(reader))
-    # Words are encoded in no time; rows of a network are kept.
+    # Word embeddings are cheap to compute; those of a network are kept.
     embedded = recipe.text.kind != "words"
 
-    def trajectories(p, numbers, rows):
+    def trajectories(p: Any, numbers: jax.Array, rows: jax.Array) -> jax.Array:
         noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(numbers)
         network = functools.partial(transformer.bidirectional, p, config=recipe.teacher)
         states = teacher_trajectory(
@@ -149,24 +194,24 @@ def write_trajectories(
     if embedded:
         shapes["text"] = (None, recipe.text.dim)
 
-    def make_chunk(index: int) -> Iterator[dict[str, Any]]:
-        for numbers in _groups(index, chunk, size, len(prompts)):
-            chosen = [prompts[i] for i in numbers]
-            rows = encoder.encode(reader, chosen)
-            states = run(np.asarray(numbers, np.uint32), rows)
-            for prompt, trajectory, row in zip(chosen, states, rows, strict=True):
-                kept = {"text": arrays.trim_text(row)} if embedded else {}
-                yield {"trajectory": trajectory.astype(np.float16), "caption": prompt, **kept}
+    def make_batch(numbers: range) -> Iterator[dict[str, Any]]:
+        chosen = [prompts[i] for i in numbers]
+        rows = encoder.encode(reader, chosen)
+        states = run(np.asarray(numbers, np.uint32), rows)
+        for prompt, trajectory, row in zip(chosen, states, rows, strict=True):
+            kept = {"text": arrays.trim_text(row)} if embedded else {}
+            yield {"trajectory": trajectory.astype(np.float16), "caption": prompt, **kept}
 
-    return arrays.write_dataset(
+    return generate(
         folder,
-        name="trajectories",
-        features=arrays.array_features(**shapes),
-        chunks=math.ceil(len(prompts) / chunk),
-        make_chunk=make_chunk,
+        "trajectories",
+        len(prompts),
+        make_batch,
+        arrays.array_features(**shapes),
+        chunk=chunk,
+        batch=size,
         identity={
-            "count": len(prompts),
-            "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16],
+            "prompts": captions.digest(prompts),
             "seed": seed,
             "teacher": weights_digest(params),
             "diffusion": to_json(diffusion),
@@ -177,7 +222,7 @@ def write_trajectories(
 
 
 def causal_folder(workdir: str | os.PathLike, frames: int = 0) -> pathlib.Path:
-    """Where the causal teacher's trajectories of clips of ``frames`` latent frames (0: whole clips) are."""
+    """Return the folder of the causal teacher's trajectories of ``frames`` latent frames (0: whole clips)."""
     return pathlib.Path(workdir) / "data" / ("causal_trajectories" + (f"_{frames}" if frames else ""))
 
 
@@ -204,12 +249,12 @@ def write_causal_trajectories(
     chunk: int = 64,
     batch: int = 16,
     prompt_encoder: encoder.Encoder | None = None,
-    **options,
+    **options: Any,
 ) -> bool:
     """Run the causal teacher's guided ODE on every block of ``count`` clips, each block given its clean past.
 
-    All blocks of a clip leave their noise together under the teacher-forcing mask, so none sees another's noise. A
-    share ``train_init.prompt_switch_prob`` of the clips has the past of the next clip (``ode_regression.splice``).
+    All blocks are denoised in one pass. The teacher-forcing mask hides each block's noise from the others. With
+    probability ``train_init.prompt_switch_prob`` a clip has the past of the next clip (``ode_regression.splice``).
 
     Args:
         folder: of the dataset; examples are ``trajectory`` as in :func:`write_trajectories`, ``context`` float16
@@ -231,13 +276,13 @@ def write_causal_trajectories(
     reader = prompt_encoder or encoder.open_encoder(recipe)
     null = jnp.asarray(encoder.null_rows(reader))
 
-    def trajectories(p, numbers, rows, own, other):
+    def trajectories(p: Any, numbers: jax.Array, rows: jax.Array, own: jax.Array, other: jax.Array) -> jax.Array:
         keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(numbers)
         noise = jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 0])
         past = jax.vmap(lambda k: splice(k, 1, sizes, switched)[0])(keys[:, 1])
         context = jnp.where(past[:, :, None, None, None], other, own)
 
-        def network(x, timestep, rows):
+        def network(x: jax.Array, timestep: jax.Array, rows: jax.Array) -> jax.Array:
             return transformer.block_causal(
                 p,
                 x,
@@ -261,26 +306,26 @@ def write_causal_trajectories(
     def latents(numbers: Iterable[int]) -> np.ndarray:
         return np.stack([clips[i % len(clips)]["latents"][: shape[0]] for i in numbers]).astype(np.float32)
 
-    def make_chunk(index: int) -> Iterator[dict[str, Any]]:
-        for numbers in _groups(index, chunk, size, count):
-            given = [pipeline.as_text(clips[i % len(clips)]["caption"]) for i in numbers]
-            states = run(
-                np.asarray(numbers, np.uint32),
-                encoder.encode(reader, given),
-                latents(numbers),
-                latents(i + 1 for i in numbers),
-            )
-            for caption, state in zip(given, states.astype(np.float16), strict=True):
-                yield {"trajectory": state[:-1], "context": state[-1], "caption": caption}
+    def make_batch(numbers: range) -> Iterator[dict[str, Any]]:
+        given = [pipeline.as_text(clips[i % len(clips)]["caption"]) for i in numbers]
+        states = run(
+            np.asarray(numbers, np.uint32),
+            encoder.encode(reader, given),
+            latents(numbers),
+            latents(i + 1 for i in numbers),
+        )
+        for caption, state in zip(given, states.astype(np.float16), strict=True):
+            yield {"trajectory": state[:-1], "context": state[-1], "caption": caption}
 
-    return arrays.write_dataset(
+    return generate(
         folder,
-        name="causal_trajectories",
-        features=arrays.array_features(trajectory=(len(diffusion.denoising_timesteps) + 1, *shape), context=shape),
-        chunks=math.ceil(count / chunk),
-        make_chunk=make_chunk,
+        "causal_trajectories",
+        count,
+        make_batch,
+        arrays.array_features(trajectory=(len(diffusion.denoising_timesteps) + 1, *shape), context=shape),
+        chunk=chunk,
+        batch=size,
         identity={
-            "count": count,
             "frames": shape[0],
             "clips": identity,
             "seed": seed,
@@ -294,7 +339,7 @@ def write_causal_trajectories(
 
 
 def streams_folder(workdir: str | os.PathLike, clips: int) -> pathlib.Path:
-    """Where the student's streams of ``clips`` clips are."""
+    """Return the folder of the student's streams of ``clips`` clips."""
     return pathlib.Path(workdir) / "data" / f"streams_{clips}"
 
 
@@ -309,12 +354,12 @@ def write_streams(
     chunk: int = 32,
     batch: int = 16,
     prompt_encoder: encoder.Encoder | None = None,
-    **options,
+    **options: Any,
 ) -> bool:
-    """Let the student stream ``clips`` clips for every prompt, and cut each stream into clips, as the VAE shows them.
+    """Stream ``clips`` clips of the student for every prompt and split each stream into clips, decoded by the VAE.
 
-    Clip k of a stream has its latent frames from k F on. But for the first, the three frames that begin its first
-    latent frame are left out: a decoder that starts with this clip does not show them either.
+    Clip k of a stream starts at latent frame k F. Except in the first clip, the first three pixel frames of its first
+    latent frame are left out: a decoder that starts with this clip does not decode them either.
 
     Args:
         folder: of the dataset; examples are ``latents`` float16 [F, h, w, C], ``video`` uint8 [T, H, W, 3] and
@@ -354,27 +399,27 @@ def write_streams(
         latents, video = (np.concatenate(x, axis=1) for x in zip(*parts, strict=True))
         return latents, video[:, stream.LEAD :]
 
-    def make_chunk(index: int) -> Iterator[dict[str, Any]]:
-        for numbers in _groups(index, chunk, batch, len(prompts)):
-            for number, latents, video in zip(numbers, *run(numbers), strict=False):
-                for first in range(0, clips * length, length):
-                    start = factor * first
-                    yield {
-                        "latents": latents[first : first + length].astype(np.float16),
-                        "video": video[start : start + shown],
-                        "caption": prompts[number],
-                    }
+    def make_batch(numbers: range) -> Iterator[dict[str, Any]]:
+        for number, latents, video in zip(numbers, *run(numbers), strict=False):
+            for first in range(0, clips * length, length):
+                start = factor * first
+                yield {
+                    "latents": latents[first : first + length].astype(np.float16),
+                    "video": video[start : start + shown],
+                    "caption": prompts[number],
+                }
 
     shape = (shown, recipe.video.height, recipe.video.width, 3)
     pixels = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding="zlib")
-    return arrays.write_dataset(
+    return generate(
         folder,
-        name="streams",
-        features=arrays.array_features({"video": pixels}, latents=recipe.latent_shape),
-        chunks=math.ceil(len(prompts) / chunk),
-        make_chunk=make_chunk,
+        "streams",
+        len(prompts),
+        make_batch,
+        arrays.array_features({"video": pixels}, latents=recipe.latent_shape),
+        chunk=chunk,
+        batch=batch,
         identity={
-            "count": len(prompts),
             "clips": clips,
             "prompts": captions.digest(prompts),
             "seed": seed,
@@ -395,7 +440,7 @@ def write_prompts(
     chunk: int = 1024,
     batch: int = 64,
     prompt_encoder: encoder.Encoder | None = None,
-    **options,
+    **options: Any,
 ) -> bool:
     """Embed ``prompts`` for training that needs no video: ``text`` float16 [tokens, dim] and ``caption``.
 
@@ -414,39 +459,33 @@ def write_prompts(
 
     reader = prompt_encoder or encoder.open_encoder(recipe)
 
-    def make_chunk(index: int) -> Iterator[dict[str, Any]]:
-        for numbers in _groups(index, chunk, batch, len(prompts)):
-            chosen = [prompts[i] for i in numbers]
-            for prompt, row in zip(chosen, encoder.encode(reader, chosen), strict=True):
-                yield {"text": arrays.trim_text(row), "caption": prompt}
+    def make_batch(numbers: range) -> Iterator[dict[str, Any]]:
+        chosen = [prompts[i] for i in numbers]
+        for prompt, row in zip(chosen, encoder.encode(reader, chosen), strict=True):
+            yield {"text": arrays.trim_text(row), "caption": prompt}
 
-    return arrays.write_dataset(
+    return generate(
         folder,
-        name="prompts",
-        features=arrays.array_features(text=(None, recipe.text.dim)),
-        chunks=math.ceil(len(prompts) / chunk),
-        make_chunk=make_chunk,
-        identity={"count": len(prompts), "prompts": captions.digest(prompts), "text": to_json(recipe.text)},
+        "prompts",
+        len(prompts),
+        make_batch,
+        arrays.array_features(text=(None, recipe.text.dim)),
+        chunk=chunk,
+        batch=batch,
+        identity={"prompts": captions.digest(prompts), "text": to_json(recipe.text)},
         **options,
     )
 
 
 def prompt_sequence(captions: Sequence[str], count: int, seed: int) -> list[str]:
-    """``count`` prompts that run through ``captions`` in a new random order each time; a longer list only adds."""
+    """Return ``count`` prompts: all of ``captions`` in a new random order each round. A larger count only appends."""
     rounds = math.ceil(count / len(captions))
     orders = [np.random.default_rng([seed, r]).permutation(len(captions)) for r in range(rounds)]
     return [captions[i] for order in orders for i in order][:count]
 
 
-def _groups(index: int, chunk: int, size: int, count: int) -> Iterator[range]:
-    """The example numbers of a chunk, ``size`` at a time."""
-    stop = min((index + 1) * chunk, count)
-    for start in range(index * chunk, stop, size):
-        yield range(start, min(start + size, stop))
-
-
 def over_local_devices(function: Callable, params: dict[str, Any], batch: int, chunk: int) -> tuple[Callable, int]:
-    """``function(params, *inputs)`` jitted for one shape, with its inputs split over this process's devices.
+    """Jit ``function(params, *inputs)`` for one shape, with its inputs split over this process's devices.
 
     Returns:
         (call, size): ``call(*inputs)`` takes up to ``size`` examples along axis 0 (about ``batch`` per device, not

@@ -2,8 +2,8 @@
 
 There is one global order of examples, a function of the sources, their weights and the seed alone. Step k takes the
 next global batch of it, and of every global batch each process reads only its own rows. So an epoch loses and repeats
-no example on any number of processes, and a position is a number of examples of the global order: what one number of
-processes has begun another goes on with.
+no example on any number of processes, and a position is a number of examples of the global order: a run
+can continue on another number of processes.
 """
 
 import itertools
@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from causvid_jax.config import nearest_divisors, require
+from causvid_jax.media import to_float
 
 
 class Source(Protocol):
@@ -30,7 +31,7 @@ Examples = Source | Sequence[dict[str, Any]]
 
 
 class Mixture:
-    """Several sources read as one; each is shuffled by itself and read again and again, whole, in its own epochs.
+    """Several sources read as one; each is shuffled and repeated on its own.
 
     Attributes:
         sources: of examples with the same keys and shapes.
@@ -70,7 +71,7 @@ class _Rows(grain.MapDataset):
     def __len__(self) -> int:
         return (len(self._order) - self._start) // self._size * len(self._rows)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         batch, row = divmod(int(index), len(self._rows))
         return self._order[self._start + batch * self._size + self._rows[row]]
 
@@ -99,12 +100,12 @@ class Batches:
         return batch
 
     def get_state(self) -> dict[str, int]:
-        """The place in the global order, as JSON values; the same on every process."""
+        """Return the position in the global order as JSON values, the same on every process."""
         return {"examples": self._examples}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Go on at ``state``; one of an earlier version, ``{"next_index": n}`` of one process, is understood."""
-        self._begin(int(state["examples"] if "examples" in state else state["next_index"]))
+        """Continue at ``state``."""
+        self._begin(int(state["examples"]))
 
 
 def batches(
@@ -186,31 +187,26 @@ def this_process() -> dict[str, int]:
     return {"process_id": jax.process_index(), "process_count": jax.process_count()}
 
 
-def to_float(video: np.ndarray) -> np.ndarray:
-    """uint8 pixels as float32 in [-1, 1]."""
-    return video.astype(np.float32) / 127.5 - 1.0
-
-
 def as_text(value: str | bytes) -> str:
-    """A caption as a dataset gives it, as a string."""
+    """Return a caption of a dataset as a string."""
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _prompt(example: dict[str, Any], text_length: int) -> dict[str, Any]:
-    """The caption and, where the dataset has them and a length is asked for, its text rows padded to that length."""
+    """Return the caption and, if the dataset has them and ``text_length`` is positive, its padded embeddings."""
     prompt: dict[str, Any] = {"caption": as_text(example["caption"])}
     if text_length and "text" in example:
         rows = example["text"]
         require(
             len(rows) <= text_length,
-            f"a caption has {len(rows)} text rows; text.length is {text_length}: prepare again",
+            f"a caption has {len(rows)} tokens; text.length is {text_length}: prepare the data again",
         )
         prompt["text"] = np.zeros((text_length, rows.shape[1]), np.float32)
         prompt["text"][: len(rows)] = rows
     return prompt
 
 
-def clip_batches(source, *, batch_size: int, seed: int, frames: int = 0, **options) -> Batches:
+def clip_batches(source: Any, *, batch_size: int, seed: int, frames: int = 0, **options: Any) -> Batches:
     """Batches of pixel clips, with a random contiguous crop of ``frames`` frames (0: whole clips).
 
     Returns:
@@ -218,7 +214,7 @@ def clip_batches(source, *, batch_size: int, seed: int, frames: int = 0, **optio
         :func:`batches`.
     """
 
-    def transform(example, rng):
+    def transform(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         video = example["video"]
         total = len(video)
         require(0 <= frames <= total, f"frames is {frames}; the clips have {total}, so accepted: 0 to {total}")
@@ -228,7 +224,7 @@ def clip_batches(source, *, batch_size: int, seed: int, frames: int = 0, **optio
     return batches(source, transform, batch_size=batch_size, seed=seed, **options)
 
 
-def stream_batches(source, *, batch_size: int, seed: int, frames: int = 0, **options) -> Batches:
+def stream_batches(source: Any, *, batch_size: int, seed: int, frames: int = 0, **options: Any) -> Batches:
     """Batches of the student's clips: latents and what the VAE shows of them, cut to the first ``frames`` pixel frames.
 
     Returns:
@@ -236,7 +232,7 @@ def stream_batches(source, *, batch_size: int, seed: int, frames: int = 0, **opt
         str [B]}``; ``frames`` 0: all; ``options`` as :func:`batches`.
     """
 
-    def transform(example, rng):
+    def transform(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         video, latents = example["video"], example["latents"]
         if frames:
             factor = (len(video) - 1) // (len(latents) - 1)
@@ -254,7 +250,9 @@ def stream_batches(source, *, batch_size: int, seed: int, frames: int = 0, **opt
     return batches(source, transform, batch_size=batch_size, seed=seed, **options)
 
 
-def latent_batches(source, *, batch_size: int, seed: int, frames: int = 0, text_length: int = 0, **options) -> Batches:
+def latent_batches(
+    source: Any, *, batch_size: int, seed: int, frames: int = 0, text_length: int = 0, **options: Any
+) -> Batches:
     """Batches of latents, cut to their first ``frames`` frames (0: all).
 
     The cut always starts at frame 0: the causal VAE's first latent frame holds one pixel frame, the others four.
@@ -264,7 +262,7 @@ def latent_batches(source, *, batch_size: int, seed: int, frames: int = 0, text_
         captions and with ``text_length``, ``"text": float32 [B, text_length, dim]``; ``options`` as :func:`batches`.
     """
 
-    def transform(example, rng):
+    def transform(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         latents = example["latents"]
         total = len(latents)
         require(0 <= frames <= total, f"frames is {frames}; the latents have {total}, so accepted: 0 to {total}")
@@ -273,7 +271,7 @@ def latent_batches(source, *, batch_size: int, seed: int, frames: int = 0, text_
     return batches(source, transform, batch_size=batch_size, seed=seed, **options)
 
 
-def trajectory_batches(source, *, batch_size: int, seed: int, text_length: int = 0, **options) -> Batches:
+def trajectory_batches(source: Any, *, batch_size: int, seed: int, text_length: int = 0, **options: Any) -> Batches:
     """Batches of ODE trajectories: the Q states at the student's timesteps, then the clean end.
 
     Returns:
@@ -282,17 +280,17 @@ def trajectory_batches(source, *, batch_size: int, seed: int, text_length: int =
         :func:`batches`.
     """
 
-    def transform(example, rng):
+    def transform(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         states = {key: example[key].astype(np.float32) for key in ("trajectory", "context") if key in example}
         return states | _prompt(example, text_length)
 
     return batches(source, transform, batch_size=batch_size, seed=seed, **options)
 
 
-def prompt_batches(source, *, batch_size: int, seed: int, text_length: int = 0, **options) -> Batches:
+def prompt_batches(source: Any, *, batch_size: int, seed: int, text_length: int = 0, **options: Any) -> Batches:
     """Batches of prompts alone: ``{"caption": str [B]}`` and ``"text"`` as :func:`latent_batches`."""
 
-    def transform(example, rng):
+    def transform(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         return _prompt(example, text_length)
 
     return batches(source, transform, batch_size=batch_size, seed=seed, **options)

@@ -29,7 +29,6 @@ def test_batches_hold_contiguous_crops_scaled_to_one():
         start = clip[0, 0, 0, 0] - 20 * _number(caption)
         assert 0 <= round(float(start)) <= 12
         np.testing.assert_allclose(clip[:, 0, 0, 0], clip[0, 0, 0, 0] + np.arange(5), atol=1e-3)
-    np.testing.assert_array_equal(pipeline.to_float(np.array([0, 255], np.uint8)), [-1, 1])
 
 
 def test_crops_reach_every_start_and_change_from_epoch_to_epoch():
@@ -150,13 +149,12 @@ def test_resume_continues_exactly():
         next(batches)
     state = batches.get_state()
     expected = [next(batches) for _ in range(6)]
-    for place in (state, {"next_index": state["examples"]}):  # the second as checkpoints of an earlier version have it
-        resumed = fresh()
-        resumed.set_state(place)
-        for batch in expected:
-            again = next(resumed)
-            np.testing.assert_array_equal(again["video"], batch["video"])
-            np.testing.assert_array_equal(again["caption"], batch["caption"])
+    resumed = fresh()
+    resumed.set_state(state)
+    for batch in expected:
+        again = next(resumed)
+        np.testing.assert_array_equal(again["video"], batch["video"])
+        np.testing.assert_array_equal(again["caption"], batch["caption"])
 
 
 def test_seed_and_threads():
@@ -187,7 +185,7 @@ def test_embedded_captions_are_padded_where_a_length_is_asked_for():
     np.testing.assert_array_equal(batch["text"], expected)
     assert batch["text"].dtype == np.float32
     assert set(next(pipeline.prompt_batches(source, batch_size=2, seed=0))) == {"caption", "index"}
-    with pytest.raises(ConfigError, match="a caption has 2 text rows; text.length is 1"):
+    with pytest.raises(ConfigError, match="a caption has 2 tokens; text.length is 1"):
         next(pipeline.prompt_batches(source, batch_size=2, seed=0, text_length=1))
 
 
