@@ -52,7 +52,7 @@ def two_digits(config: ml_collections.ConfigDict) -> None:
     config.text.dim = config.teacher.text_dim = config.student.text_dim = 2 * len(VOCABULARY) + TEXT_LENGTH
     for stage in (config.train_teacher, config.train_causal, config.train_init):
         stage.optimizer.kind = "muon"
-    # Settings of a teacher that goes on from an earlier one (docs/digits.md): from nothing it takes some 10000 steps.
+    # These settings continue an earlier teacher (docs/research/digits.md); from nothing it takes about 10,000 steps.
     config.train_teacher.update(
         steps=3000, batch_size=16, curriculum=in_turns(13, (60, 6, 48), (100, 0, 16)), sample_every=1000, save_every=200
     )

@@ -90,5 +90,5 @@ def image_condition(
             mask[0] = 1
         else:
             mask[1 + (frame - 1) // 4, (frame - 1) % 4] = 1
-    spread = jnp.broadcast_to(mask[None, :, None, None].astype(latents.dtype), (batch, frames, height, width, 4))
-    return jnp.concatenate([spread, latents], axis=-1)
+    mask_channels = jnp.broadcast_to(mask[None, :, None, None].astype(latents.dtype), (batch, frames, height, width, 4))
+    return jnp.concatenate([mask_channels, latents], axis=-1)
