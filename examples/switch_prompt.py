@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> np.ndarray:
     for i, prompt in enumerate(options.prompts):
         if i > 0:
             state = pipe.switch(state, prompt)
-        for frames, state in pipe.frames(state, blocks=options.blocks):  # noqa: B007 (it goes on)
+        for frames, state in pipe.frames(state, blocks=options.blocks):  # noqa: B007, B020
             video.extend(frames[0])
     Image.fromarray(np.concatenate(video[::4], axis=1)).save(options.output)
     return np.stack(video)
