@@ -11,7 +11,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from causvid_jax.analysis import bench_results
+from causvid_jax.analysis import report as report_format
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     given = parser.parse_args()
     try:
         reports = [json.loads(path.read_text(encoding="utf-8")) for path in (given.first, given.second)]
-        table = bench_results.comparison(*reports)
+        table = report_format.comparison(*reports)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise SystemExit(f"error: {given.first} and {given.second} cannot be compared: {error}") from None
     if given.output:

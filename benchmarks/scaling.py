@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 
-from causvid_jax.analysis import compile_report, flops, mesh_search, topology
+from causvid_jax.analysis import compile_report, estimate, flops, mesh_search, topology
 from causvid_jax.config import ParallelConfig, Recipe
 from causvid_jax.config.recipes import load_recipe
 
@@ -63,7 +63,7 @@ class Row:
     recipe: str
     stage: str
     machine: str
-    plan: mesh_search.Plan
+    plan: mesh_search.Candidate
     report: compile_report.Report  # computed, or compiled where that was done
     refused: bool = False  # the compiler found no room for it, and gave no figures
 
@@ -88,7 +88,7 @@ def load(name: str) -> Recipe:
 def row_of(recipe: str, stage: str, name: str, compiled: dict[str, dict]) -> Row:
     """A cell, planned past what was found too large; with the compiler's figures of this plan where there are any."""
     machine, known = topology.parse(MACHINES[name]), compiled.get(f"{recipe}/{stage}/{name}", {})
-    plan = mesh_search.plan(load(recipe), stage, machine, too_large=known.get("too_large", ()))
+    plan = mesh_search.search(load(recipe), stage, machine, too_large=known.get("too_large", ()))
     row = Row(recipe, stage, name, plan, compile_report.estimate_for(plan.recipe, stage, machine))
     if known.get("settings") != plan.settings(stage):
         return row
@@ -161,12 +161,12 @@ def _hours(seconds: tuple[float, float], steps: int, devices: int) -> tuple[floa
     return tuple(sorted(s * steps * devices / 3600 for s in seconds))  # type: ignore[return-value]
 
 
-def _pairs(recipe: Recipe, machine: topology.Machine, pairs: int, steps: int) -> tuple[float, float]:
+def _pairs(recipe: Recipe, machine: topology.TopologySpec, pairs: int, steps: int) -> tuple[float, float]:
     """Device hours of ODE trajectories: ``steps`` guided passes of the teacher each."""
     frames = recipe.video.latent_frames
     one = flops.forward(recipe.teacher, frames, flops.tokens_per_frame(recipe, recipe.teacher), frames**2)
     ideal = pairs * steps * 2 * one / machine.chip.flops / 3600
-    low, high = compile_report.estimate.EFFICIENCY
+    low, high = estimate.EFFICIENCY
     return ideal / high, ideal / low
 
 
@@ -221,7 +221,7 @@ Written by `python benchmarks/scaling.py`. **Nothing here was measured on an acc
   4.66 in 24 (v5e-256), 29.5 in 81 s and 29.5 in 52 (1.3B distillation, 64 H100). Moments on the host of a GPU are taken
   off by their shapes. Of a TPU, arguments and temporaries may come to more than the peak and, in some rows, than the
   memory there is: the compiler, which refuses what does not fit, takes those.
-- *computed*: memory from shapes (`causvid_jax/analysis/training_memory.py`): parameters, moments, mean, gradients,
+- *computed*: memory from shapes (`causvid_jax/analysis/estimate.py`): parameters, moments, mean, gradients,
   caches and what layers keep are exact, the working set of the layer at work is a formula meant to err on the large
   side; such a row is said to fit if it leaves a tenth of the memory free. One check: the 1.3B teacher on 4 chips of
   v5p (fsdp 4, 2 clips a device, remat full) was compiled at 33.1 GiB, 195 s of processor time on a loaded machine and

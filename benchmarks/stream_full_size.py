@@ -8,15 +8,13 @@ through the VAE. It says what the memory plan said and what the process took, an
 import argparse
 import dataclasses
 import pathlib
-import resource
-import sys
 import time
 import zlib
 
 import jax
 import numpy as np
 
-from causvid_jax.analysis import sampling_memory
+from causvid_jax.analysis import memory
 from causvid_jax.config.recipes import load_recipe
 from causvid_jax.models import transformer
 from causvid_jax.sampling import player
@@ -41,11 +39,6 @@ def random_arrays(shapes):
     return jax.tree_util.tree_map_with_path(one, shapes)
 
 
-def peak() -> int:
-    """Peak resident bytes of this process. Linux counts in KiB, macOS in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def main() -> None:
     """Plan, fill, stream, report."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -63,11 +56,11 @@ def main() -> None:
     latents = k * given.blocks
     frames = 1 + 4 * (latents - 1)
     print(
-        sampling_memory.describe(sampling_memory.plan(recipe, "student", batch=1, latents=latents, prompts=0)),
+        memory.describe(memory.sampling_phases(recipe, "student", batch=1, latents=latents, prompts=0)),
         flush=True,
     )
-    begin, idle = time.perf_counter(), peak()
-    coder = sampling_memory.codec_shapes(recipe, encodes=False)
+    begin, idle = time.perf_counter(), memory.peak_rss()
+    coder = memory.codec_shapes(recipe, encodes=False)
     params = random_arrays({"student": transformer.inference(recipe.student)}["student"])
     params = {"student": params, **{name: random_arrays(shapes) for name, shapes in coder.items()}}
     count = sum(leaf.size for leaf in jax.tree.leaves(params["student"]))
@@ -76,9 +69,12 @@ def main() -> None:
     timing, shown = player.Timing(), []
     for block, clip in enumerate(player.play(params, text, config=recipe, frames=frames, timing=timing)):
         shown.append(clip)
-        print(f"block {block}: {clip.shape[1]} frames, {timing.total:.1f} s; peak {peak() / GIB:.2f} GiB", flush=True)
+        print(
+            f"block {block}: {clip.shape[1]} frames, {timing.total:.1f} s; peak {memory.peak_rss() / GIB:.2f} GiB",
+            flush=True,
+        )
     made = np.concatenate(shown, axis=1)
-    took = peak()
+    took = memory.peak_rss()
     print(
         f"{made.shape[1]} frames of {given.size} x {given.size} (standard deviation {made.std():.0f} of 255): "
         f"compiled in {timing.compile:.0f} s, first block after {timing.first:.1f} s, all after {timing.total:.1f} s; "

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch_network import Student, load_ours, rotary
 
-from causvid_jax.analysis import bench_plan, bench_results, devices, flops
+from causvid_jax.analysis import bench, flops, memory, topology
+from causvid_jax.analysis import report as report_format
 from causvid_jax.cli import common
 from causvid_jax.config import CausalConfig, ConfigError, Recipe, TransformerConfig, require
 from causvid_jax.config.recipes import load_recipe
@@ -115,12 +116,12 @@ def measure(recipe: Recipe, given: argparse.Namespace, device: torch.device) -> 
     stream, lines = sampler.stream, []
     tokens, k = flops.tokens_per_frame(recipe, recipe.student), recipe.causal.frames_per_block
     latents = torch.randn(sampler.shape, device=device)
-    steps, found = len(sampler.table), bench_plan.lengths(recipe)
+    steps, found = len(sampler.table), bench.cache_lengths(recipe)
 
     def add(what, seen, seconds, passes, parts=1, fps=None):
         p50, p99 = (float(np.percentile(seconds, p)) * 1e3 / parts for p in (50, 99))
         one = flops.forward(recipe.student, k, tokens, k * seen, text=False) / 1e12
-        lines.append(bench_results.Line(what, seen, "none", p50, p99, len(seconds), passes * one, fps))
+        lines.append(report_format.Line(what, seen, "none", p50, p99, len(seconds), passes * one, fps))
 
     for start, seen in found if given.lengths else found[-1:]:
         stream.position = start
@@ -144,13 +145,13 @@ def measure(recipe: Recipe, given: argparse.Namespace, device: torch.device) -> 
         steps + recipe.causal.context_pass,
         fps=4 * k / float(np.median(seconds)),
     )
-    words = bench_plan.settings(recipe, bench_plan.Plan())
+    words = bench.settings(recipe, bench.Options())
     how = f"torch.compile {given.mode}" if given.compile else "eager"
     words["attention"] = f"SDPA {given.attention}, {how}"
     on_gpu = device.type == "cuda"
-    kind = torch.cuda.get_device_name(device) if on_gpu else str(devices.describe()["kind"])
-    peak, why = devices.peak(kind, recipe.student.dtype)
-    held = torch.cuda.max_memory_allocated(device) if on_gpu else devices.memory_peak()[0]
+    kind = torch.cuda.get_device_name(device) if on_gpu else str(bench.describe_device()["kind"])
+    peak, why = topology.peak_flops(kind, recipe.student.dtype)
+    held = torch.cuda.max_memory_allocated(device) if on_gpu else memory.memory_peak()[0]
     return {
         "program": "benchmarks/torch_sampler.py",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -167,7 +168,7 @@ def measure(recipe: Recipe, given: argparse.Namespace, device: torch.device) -> 
         "peak": why,
         "compile_seconds": time.perf_counter() - begin - sum(x.p50_ms * x.calls for x in lines) / 1e3,
         "memory": {"of": "device" if on_gpu else "process", "bytes": {"student": int(held)}},
-        "lines": [bench_results.line(item, words, peak) for item in lines],
+        "lines": [report_format.line(item, words, peak) for item in lines],
         "notes": ["Keys are stored rotated, attention runs over the slots in use, the residual stream is in bfloat16."],
     }
 
@@ -256,12 +257,12 @@ def main() -> None:
                 "this sampler knows neither a sink nor an independent first frame; set causal.sink=0 and "
                 "causal.independent_first_frame=False",
             )
-            bench_plan.Plan(given.repeats)
+            bench.Options(given.repeats)
         except ConfigError as error:
             raise SystemExit(f"error: {error}") from None
         with kernels(given.attention):
             report = measure(recipe, given, torch.device(given.device))
-    text = bench_results.markdown(report)
+    text = report_format.markdown(report)
     output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     output.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

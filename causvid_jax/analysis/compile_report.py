@@ -1,7 +1,7 @@
-"""Compile a recipe's real sharded programs for a machine that is not at hand, and say whether they fit.
+"""Compile a recipe's sharded programs ahead of time for a described machine, and report whether they fit.
 
-What the compiler knows exactly is reported as it is: memory per device and the collectives in the program. It does not
-know speed; the step time is a roofline from analytic FLOPs and traffic (:mod:`causvid_jax.analysis.training_memory`).
+Memory per device and collectives are the compiler's own figures. The compiler does not predict speed; the step time is
+a roofline from analytic FLOPs and traffic (:mod:`causvid_jax.analysis.estimate`).
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from causvid_jax.analysis import hlo, training_memory
-from causvid_jax.analysis.topology import Machine, Topology
+from causvid_jax.analysis import estimate, hlo
+from causvid_jax.analysis.topology import Topology, TopologySpec
 from causvid_jax.config import Recipe, require
 from causvid_jax.models import transformer
 from causvid_jax.models.kv_cache import CACHE_AXES, TEXT_AXES
@@ -31,13 +31,13 @@ STAGES = ("teacher", "init", "distill", "stream")
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What is known of one stage on one machine.
+    """Memory, collectives and time of one stage on one machine.
 
     Attributes:
       topology: the machine's name.
       devices: how many.
       mesh: axis sizes.
-      compiled: whether the memory is the compiler's, or computed from shapes (:mod:`estimate`).
+      compiled: whether the memory is the compiler's, or computed from shapes (:mod:`causvid_jax.analysis.estimate`).
       compile_seconds: of this process's processor time; 0 where nothing was compiled.
       quick: whether the compiler was told to make the least effort (:func:`compile_for`).
       arguments, temporaries, peak, limit: bytes per device; ``peak`` is the compiler's own figure.
@@ -73,7 +73,7 @@ class Report:
     @property
     def fits(self) -> bool:
         """Whether the program fits a device; a computed one has to leave a margin."""
-        return self.peak <= self.limit * (1.0 if self.compiled else training_memory.MARGIN)
+        return self.peak <= self.limit * (1.0 if self.compiled else estimate.MARGIN)
 
 
 def _training_program(recipe: Recipe, stage: str, place: Placement) -> tuple[Any, tuple[Any, ...]]:
@@ -111,7 +111,7 @@ def _abstract_batch(shapes: dict[str, jax.ShapeDtypeStruct], place: Placement, l
 
 
 def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, tuple[Any, ...]]:
-    """One denoising pass of the streaming student at a full window, with bfloat16 weights, and its arguments."""
+    """Return one denoising pass of the streaming student at a full window, with bfloat16 weights, and its arguments."""
     net, causal = recipe.student, recipe.causal
     height, width = recipe.latent_size
     spec = transformer.spec(net)
@@ -139,7 +139,7 @@ def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, 
     x = jax.ShapeDtypeStruct((batch, k, height, width, recipe.vae.z_dim), jnp.float32, sharding=streams)
     timestep = jax.ShapeDtypeStruct((batch, k), jnp.float32, sharding=streams)
 
-    # What embeds a prompt is not read by a pass, and lies on the devices all the same.
+    # A pass does not read the text embedding's parameters, but they occupy the devices.
     @functools.partial(jax.jit, donate_argnums=4, keep_unused=True)
     def one_pass(params: Any, x: Any, timestep: Any, text: Any, cache: Any) -> Any:
         return transformer.cached(params, x, timestep, text, cache, config=net, causal=causal)
@@ -148,20 +148,21 @@ def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, 
 
 
 def program(recipe: Recipe, stage: str, mesh: Mesh, *, batch: int = 1) -> tuple[Any, tuple[Any, ...]]:
-    """The jitted function of ``stage`` and abstract arguments that lie on ``mesh``; ``batch`` streams for "stream"."""
+    """Return the jitted function of ``stage`` and its abstract arguments on ``mesh``; ``batch`` streams for "
+    ""stream"."""
     require(stage in STAGES, f"stage is {stage!r}; accepted: {', '.join(STAGES)}")
     place = Placement(mesh, recipe.student.rules, recipe.parallel.offload_optimizer)
     return _stream_program(recipe, place, batch) if stage == "stream" else _training_program(recipe, stage, place)
 
 
-def estimate_for(recipe: Recipe, stage: str, machine: Machine) -> Report:
-    """What can be said of ``stage`` on ``machine`` without any compiler.
+def estimate_for(recipe: Recipe, stage: str, machine: TopologySpec) -> Report:
+    """Report the estimate of ``stage`` on ``machine``, without a compiler.
 
     Raises:
         ConfigError: a mesh that does not fit the devices.
     """
-    found = training_memory.estimate(recipe, stage, machine)
-    peak_rate, seconds = machine.chip.flops * machine.size, found.seconds
+    known = estimate.estimate(recipe, stage, machine)
+    peak_rate, seconds = machine.chip.flops * machine.size, known.seconds
     data, fsdp, context, tensor = mesh_sizes(recipe.parallel, machine.size)
     return Report(
         topology=machine.name,
@@ -171,16 +172,16 @@ def estimate_for(recipe: Recipe, stage: str, machine: Machine) -> Report:
         compile_seconds=0.0,
         arguments=0,
         temporaries=0,
-        peak=round(found.memory),
+        peak=round(known.memory),
         limit=machine.chip.memory,
-        host=round(found.host),
+        host=round(known.host),
         collectives={},
-        model_flops=found.work.model,
+        model_flops=known.work.model,
         step_seconds=seconds,
-        mfu=(found.work.model / (peak_rate * seconds[0]), found.work.model / (peak_rate * seconds[1])),
-        traffic=found.traffic,
-        parts={name: size for name, size in found.parts.items() if size},
-        streams=found.streams,
+        mfu=(known.work.model / (peak_rate * seconds[0]), known.work.model / (peak_rate * seconds[1])),
+        traffic=known.traffic,
+        parts={name: size for name, size in known.parts.items() if size},
+        streams=known.streams,
     )
 
 
@@ -196,24 +197,24 @@ _QUICK = {"optimization_level": 9}
 """XLA's level O0. On TPU, where most of the time goes into ordering and merging, a seventh of the time."""
 
 
-def _offloaded(recipe: Recipe, stage: str, machine: Machine) -> tuple[int, int]:
-    """Bytes of a described GPU's moments that lie on the host, and of those on their way; 0 where none are offloaded.
+def _offloaded(recipe: Recipe, stage: str, machine: TopologySpec) -> tuple[int, int]:
+    """Return the bytes of a described GPU's moments on the host, and of those in transfer; 0 without offload.
 
-    A GPU that is only described has no host memory that JAX knows of: offloaded moments are compiled as lying on the
-    device. They have to be taken off by their shapes, and what is on its way added.
+    JAX knows no host memory of a described GPU, so offloaded moments are compiled as if they were on the device. Their
+    bytes are subtracted here, and the buffers of the transfer added.
     """
-    on_way = training_memory.estimate(recipe, stage, machine).parts.get("moments on their way", 0)
+    on_way = estimate.estimate(recipe, stage, machine).parts.get("moments on their way", 0)
     if not on_way:
         return 0, 0
     here = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, offload_optimizer=False))
-    return round(training_memory.estimate(here, stage, machine).parts["moments"]), round(on_way)
+    return round(estimate.estimate(here, stage, machine).parts["moments"]), round(on_way)
 
 
 def compile_for(recipe: Recipe, stage: str, topology: Topology, *, quick: bool = False) -> Report:
     """Compile ``stage`` of ``recipe`` on the mesh of ``recipe.parallel`` over ``topology``.
 
-    With ``quick`` the compiler makes the least effort for speed. What a program needs hardly changes (docs/scaling.md
-    says by how much); collectives are then not merged: there are more of them, and more small ones.
+    ``quick`` compiles with the least optimisation. Memory hardly changes (docs/scaling.md has figures), but collectives
+    are not merged: there are more and smaller ones.
 
     Raises:
         ConfigError: a mesh that does not fit the devices.
@@ -224,7 +225,7 @@ def compile_for(recipe: Recipe, stage: str, topology: Topology, *, quick: bool =
     mesh = make_mesh(recipe.parallel, topology.devices)
     function, arguments = program(recipe, stage, mesh, batch=max(known.streams, 1))
     start = time.process_time()
-    # The abstract mesh only: with the mesh itself, constants would be made on devices that are not there.
+    # The abstract mesh: with the mesh itself, JAX would put constants on devices that do not exist.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = function.lower(*arguments)
     options = _OPTIONS.get(topology.chip.platform, {}) | (_QUICK if quick else {})
@@ -232,7 +233,7 @@ def compile_for(recipe: Recipe, stage: str, topology: Topology, *, quick: bool =
     seconds = time.process_time() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
     moved, on_way = _offloaded(recipe, stage, topology.machine) if topology.chip.platform == "cuda" else (0, 0)
-    # XLA for GPU reports no peak that holds its arguments.
+    # The peak that XLA reports for GPUs leaves out arguments.
     used = (
         memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
@@ -276,7 +277,7 @@ def readable_seconds(value: float) -> str:
 
 
 def table(report: Report) -> str:
-    """The report in lines to read."""
+    """Return the report as lines of text."""
     per = {name: size for name, size in report.mesh.items() if size > 1}
     mesh = " x ".join(f"{n} {s}" for n, s in per.items()) or "one device"
     size, fits = readable_bytes, "fits" if report.fits else "does NOT fit"
@@ -300,7 +301,7 @@ def table(report: Report) -> str:
         )
     what = f"a block of {report.streams} streams" if report.streams else "a step"
     slow, fast = report.step_seconds
-    low, high = training_memory.EFFICIENCY
+    low, high = estimate.EFFICIENCY
     lines.append(
         f"{_scaled(report.model_flops, _FLOPS)} of model work {what}; by roofline, an assumption and no measurement, "
         f"{readable_seconds(fast)} (work at {high:.0%} of peak, {size(report.traffic)} of traffic a device behind it) "

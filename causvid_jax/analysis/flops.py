@@ -1,4 +1,6 @@
-"""Floating-point operations, counted from the formulas: a multiply and an add are two. Nothing is measured here.
+"""Count floating-point operations: of the transformer by formula, of any traced program by its matmuls.
+
+A multiply and an add are two operations. Nothing is measured here. A test compares the formula with the trace.
 
 One pass of the DiT over F frames of n tokens (T = F n, width M, MLP width P, S text rows, L layers)::
 
@@ -7,35 +9,45 @@ One pass of the DiT over F frames of n tokens (T = F n, width M, MLP width P, S 
     attention  L (4 T S M + sum over runs of 4 T_q T_k M)
     ends       T 2 M (patch C_in + patch C_out) + F (2 * 256 M + 2 M^2 + 2 * 6 M^2)
 
+A trace is counted equation by equation, at any size and without running anything::
+
+    matmul       2 (elements of the output) (elements summed over)
+    convolution  2 (elements of the output) (kernel height, width and time) (input channels)
+
 Norms, softmax and activations are left out, as is usual for model FLOPs. A training step is three times the forward
-pass (the backward pass costs two); recomputed activations are work but not model FLOPs, and are counted apart.
+pass, since the backward pass costs two. Recomputed activations are work but not model FLOPs; they are counted apart.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
 
 from causvid_jax.config import Recipe, TransformerConfig
 from causvid_jax.models import attention
 
 
 def tokens_per_frame(recipe: Recipe, net: TransformerConfig) -> int:
-    """Tokens of one latent frame."""
+    """Return the number of tokens of one latent frame."""
     height, width = recipe.latent_size
     return (height // net.patch_size[1]) * (width // net.patch_size[2])
 
 
-def seen(plan: attention.Plan) -> int:
-    """Pairs (query frame, key frame) that attention computes."""
+def attention_pairs(plan: attention.Plan) -> int:
+    """Count the pairs (query frame, key frame) that attention computes."""
     return sum((b - a) * sum(d - c for c, d in keys) for (a, b), keys in plan)
 
 
 def forward(net: TransformerConfig, frames: int, tokens: int, pairs: int, *, text: bool = True) -> float:
-    """FLOPs of one pass for one example.
+    """Return the FLOPs of one pass for one example.
 
     Args:
       net: the network.
       frames: F.
       tokens: n, of one frame.
-      pairs: (query frame, key frame) pairs of self-attention, :func:`seen`; F^2 for full attention.
+      pairs: (query frame, key frame) pairs of self-attention, :func:`attention_pairs`; F^2 for full attention.
       text: whether the prompt's keys and values are computed in this pass (a stream keeps them).
     """
     m, p, s, total = net.dim, net.ffn_dim, net.text_length, frames * tokens
@@ -58,8 +70,8 @@ class StepFlops:
 
 
 def stream_block(recipe: Recipe, *, frames_cached: int | None = None) -> float:
-    """FLOPs of one streamed block with a full window (or ``frames_cached`` earlier frames): all steps and the cache
-    write. The prompt is encoded once per stream and does not count."""
+    """Return the FLOPs of one streamed block with a full window (or ``frames_cached`` earlier frames): all steps and
+    the cache write. The prompt is encoded once per stream and does not count."""
     net, causal = recipe.student, recipe.causal
     k = causal.frames_per_block
     past = causal.window - k + causal.sink if causal.window else recipe.video.latent_frames - k
@@ -69,7 +81,8 @@ def stream_block(recipe: Recipe, *, frames_cached: int | None = None) -> float:
 
 
 def recomputed(net: TransformerConfig, one_pass: float, frames: int, tokens: int, pairs: int) -> float:
-    """FLOPs of ``one_pass`` (as counted by :func:`forward`) that ``net.remat`` does again in the backward pass."""
+    """Return the FLOPs of ``one_pass`` (as counted by :func:`forward`) that ``net.remat`` repeats in the backward "
+    "pass."""
     attention_work = float(net.num_layers * 4 * pairs * tokens**2 * net.dim)
     return {
         "none": 0.0,
@@ -81,7 +94,7 @@ def recomputed(net: TransformerConfig, one_pass: float, frames: int, tokens: int
 
 
 def training_step(recipe: Recipe, stage: str) -> StepFlops:
-    """FLOPs of one step of ``teacher``, ``init`` or ``distill`` over its whole batch.
+    """Return the FLOPs of one step of ``teacher``, ``init`` or ``distill`` over its whole batch.
 
     A DMD cycle: every fake-score update streams a clip (the exit step is uniform, so (Q + 1) / 2 denoising passes a
     block and the cache write) and trains on it; the student's update adds its own clip, the backward pass through one
@@ -91,7 +104,7 @@ def training_step(recipe: Recipe, stage: str) -> StepFlops:
     teacher, student = recipe.teacher, recipe.student
     n_teacher, n_student = tokens_per_frame(recipe, teacher), tokens_per_frame(recipe, student)
     full = forward(teacher, frames, n_teacher, frames**2)
-    causal_pairs = seen(attention.block_causal(frames, recipe.causal))
+    causal_pairs = attention_pairs(attention.block_causal(frames, recipe.causal))
     causal = forward(student, frames, n_student, causal_pairs)
 
     def trained(one: float, net: TransformerConfig, pairs: int) -> StepFlops:
@@ -121,3 +134,50 @@ def training_step(recipe: Recipe, stage: str) -> StepFlops:
             (batch, generator),
         ]
     return StepFlops(sum(b * p.model for b, p in parts), sum(b * p.recomputed for b, p in parts))
+
+
+def count_traced(function: Callable[..., Any], *arguments: Any) -> float:
+    """Return the FLOPs of the matmuls and convolutions of ``function(*arguments)``; arguments may be
+    ``jax.ShapeDtypeStruct``.
+
+    A loop counts once for each iteration. Of the branches of a conditional the most expensive one counts.
+
+    Raises:
+        NotImplementedError: a loop of unknown length.
+    """
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _count(jaxpr: Any) -> float:
+    return sum(_equation(equation) for equation in jaxpr.eqns)
+
+
+def _equation(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracting, _), _ = params["dimension_numbers"]
+        summed = math.prod(equation.invars[0].aval.shape[axis] for axis in contracting)
+        return 2.0 * equation.outvars[0].aval.size * summed
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        features = kernel[params["dimension_numbers"].rhs_spec[0]]
+        return 2.0 * equation.outvars[0].aval.size * math.prod(kernel) / features
+    inner = [_count(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
+    if name == "scan":
+        return params["length"] * sum(inner)
+    if name == "cond":
+        return max(inner)
+    if name == "while" and any(inner):
+        raise NotImplementedError("a loop of unknown length has no number of operations")
+    return sum(inner)
+
+
+def _jaxprs(value: Any) -> Iterator[Any]:
+    """Yield the jaxprs in a parameter of an equation."""
+    if hasattr(value, "eqns"):
+        yield value
+    elif hasattr(value, "jaxpr"):
+        yield value.jaxpr
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _jaxprs(part)

@@ -1,13 +1,13 @@
-"""Which mesh a recipe should have on a machine: legal ones, estimated; the fastest that fits."""
+"""Find the fastest mesh of a recipe that fits a machine: estimate every legal mesh, compare."""
 
 import dataclasses
 import itertools
 import math
 from collections.abc import Container, Iterator
 
+from causvid_jax.analysis import estimate as estimates
 from causvid_jax.analysis import flops
-from causvid_jax.analysis import training_memory as estimates
-from causvid_jax.analysis.topology import Machine
+from causvid_jax.analysis.topology import TopologySpec
 from causvid_jax.config import ConfigError, ParallelConfig, Recipe
 
 TRAIN = {"teacher": "train_teacher", "init": "train_init", "distill": "train_distill"}
@@ -15,31 +15,31 @@ STAGES = ("train_vae", "train_taehv", "train_causal", *TRAIN.values())
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """A recipe with its mesh, and what is computed of it."""
+class Candidate:
+    """A recipe with a mesh, and its estimate."""
 
     recipe: Recipe
     estimate: estimates.Estimate
     limit: float  # bytes of a device's memory
-    given: Recipe  # before the plan
+    base: Recipe  # before the search
 
     @property
     def fits(self) -> bool:
         return self.estimate.memory <= estimates.MARGIN * self.limit
 
     def settings(self, stage: str) -> str:
-        """The flags that make this plan of the recipe's file."""
-        return settings(self.recipe, self.given, stage)
+        """Return the flags that turn the recipe's file into this candidate."""
+        return settings(self.recipe, self.base, stage)
 
 
-def settings(recipe: Recipe, given: Recipe, stage: str) -> str:
-    """The flags that give ``given`` the mesh of ``recipe``, and to ``stage`` what of its memory can be chosen."""
+def settings(recipe: Recipe, base: Recipe, stage: str) -> str:
+    """Return the flags that give ``base`` the mesh of ``recipe``, and the memory settings of ``stage``."""
     mesh = recipe.parallel
     flags = [f"parallel.{n}={getattr(mesh, n)}" for n in ("slices", "data", "fsdp", "context", "tensor")]
     flags = [flag for flag in flags if not flag.endswith("=1")]
     ways = mesh.slices * mesh.data * mesh.fsdp
-    for name in STAGES:  # every stage's batch must be divided, the others' too
-        config = getattr(given, name)
+    for name in STAGES:  # the mesh must divide the batch of every stage
+        config = getattr(base, name)
         if name != TRAIN.get(stage) and config.batch_size % (ways * config.accumulate):
             flags += [f"{name}.batch_size={ways}"]
     if stage in TRAIN:
@@ -51,7 +51,7 @@ def settings(recipe: Recipe, given: Recipe, stage: str) -> str:
 
 
 def without_mesh(parallel: ParallelConfig) -> ParallelConfig:
-    """``parallel`` for one device: what is no axis stays."""
+    """Return ``parallel`` for one device; settings other than the axes stay."""
     return ParallelConfig(offload_optimizer=parallel.offload_optimizer, ring=parallel.ring)
 
 
@@ -59,19 +59,19 @@ def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def _meshes(recipe: Recipe, stage: str, machine: Machine) -> Iterator[Recipe]:
-    """Legal meshes: no, little or all fsdp beside context and tensor; a batch whole or in its smallest parts."""
+def _meshes(recipe: Recipe, stage: str, machine: TopologySpec) -> Iterator[Recipe]:
+    """Yield legal meshes: fsdp of 1, of a node or of all; a batch whole, in halves or one example at a time."""
     per_slice = machine.size // machine.slices
     nets = (recipe.teacher, recipe.student) if stage in TRAIN else (recipe.student,)
     for tensor, context in itertools.product(_divisors(min(per_slice, 8)), _divisors(min(per_slice, 16))):
         inner = tensor * context
-        # Exchanging tokens for heads, or sums over tensor, on anything but the fast links is not worth a thought.
-        if per_slice % inner or inner > machine.near:
+        # All-to-all over context and all-reduce over tensor are too slow across nodes or slices.
+        if per_slice % inner or inner > machine.ici_size:
             continue
         if any(n.num_heads % inner or flops.tokens_per_frame(recipe, n) % context for n in nets):
             continue
         rest = per_slice // inner
-        fsdps = {1} if stage == "stream" else {1, rest, math.gcd(rest, max(1, machine.near // inner))}
+        fsdps = {1} if stage == "stream" else {1, rest, math.gcd(rest, max(1, machine.ici_size // inner))}
         for fsdp in sorted(fsdps):
             mesh = dataclasses.replace(
                 recipe.parallel,
@@ -84,12 +84,12 @@ def _meshes(recipe: Recipe, stage: str, machine: Machine) -> Iterator[Recipe]:
             for one in _accumulated(recipe, stage, machine.slices * rest):
                 try:
                     yield dataclasses.replace(one, parallel=mesh)
-                except ConfigError:  # a stage of another batch that the mesh does not divide, or the like
+                except ConfigError:  # for example a batch that the mesh does not divide
                     continue
 
 
 def _accumulated(recipe: Recipe, stage: str, ways: int) -> Iterator[Recipe]:
-    # Stages that are not asked about must not stand in a mesh's way.
+    # The batch sizes of other stages must not rule out a mesh.
     quiet = {
         name: dataclasses.replace(getattr(recipe, name), batch_size=ways, accumulate=1, curriculum=())
         for name in STAGES
@@ -108,7 +108,7 @@ def _accumulated(recipe: Recipe, stage: str, ways: int) -> Iterator[Recipe]:
 
 
 def _policies(recipe: Recipe) -> Iterator[Recipe]:
-    """The recipe as it would be fastest, then with less and less memory: what a layer keeps, where moments lie."""
+    """Yield the recipe with settings from the fastest to those of least memory: remat policy, offloaded moments."""
     for offload in (False, True):
         for remat in ("attention", "full", "offload"):
             yield dataclasses.replace(
@@ -119,25 +119,25 @@ def _policies(recipe: Recipe) -> Iterator[Recipe]:
             )
 
 
-def plan(
-    recipe: Recipe, stage: str, machine: Machine, *, policies: bool = True, too_large: Container[str] = ()
-) -> Plan:
-    """The fastest plan of ``stage`` that fits ``machine``, or, where none does, the one of the least memory.
+def search(
+    recipe: Recipe, stage: str, machine: TopologySpec, *, policies: bool = True, too_large: Container[str] = ()
+) -> Candidate:
+    """Return the fastest candidate of ``stage`` that fits ``machine``, or the one of least memory if none fits.
 
     ``policies``: also choose ``remat`` and ``offload_optimizer``, moving moments only where nothing else fits.
-    ``too_large``: settings (:meth:`Plan.settings`) that a compiler has found not to fit, whatever is estimated.
+    ``too_large``: settings (:meth:`Candidate.settings`) that did not fit when they were compiled; they are skipped.
     """
     least = None
-    alone = dataclasses.replace(recipe, parallel=without_mesh(recipe.parallel))
-    for base in _policies(alone) if policies and stage != "stream" else [alone]:
+    unsharded = dataclasses.replace(recipe, parallel=without_mesh(recipe.parallel))
+    for policy in _policies(unsharded) if policies and stage != "stream" else [unsharded]:
         best = None
-        for one in _meshes(base, stage, machine):
-            found = Plan(one, estimates.estimate(one, stage, machine), machine.chip.memory, recipe)
-            if least is None or found.estimate.memory < least.estimate.memory:
-                least = found
-            faster = best is None or sum(found.estimate.seconds) < sum(best.estimate.seconds)
-            if found.fits and faster and found.settings(stage) not in too_large:
-                best = found
+        for one in _meshes(policy, stage, machine):
+            candidate = Candidate(one, estimates.estimate(one, stage, machine), machine.chip.memory, recipe)
+            if least is None or candidate.estimate.memory < least.estimate.memory:
+                least = candidate
+            faster = best is None or sum(candidate.estimate.seconds) < sum(best.estimate.seconds)
+            if candidate.fits and faster and candidate.settings(stage) not in too_large:
+                best = candidate
         if best is not None:
             return best
     if least is None:

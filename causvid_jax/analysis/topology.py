@@ -1,4 +1,4 @@
-"""Machines by name, described: they need not be there.
+"""Describe machines by name, without access to them, and list the published figures of their chips.
 
 TPU ``v5p:4x4x4``, ``v6e:16x16``, two slices as ``v5p:4x4x8*2``; GPU ``h100:8`` (one node), ``h200:8x8`` (eight nodes of
 eight). Sizes are chips: what is sold as v5p-64 counts cores and has 32 of them, ``v5p:2x4x4``; v5e and v6e count chips.
@@ -21,16 +21,18 @@ class Chip:
       memory: bytes of device memory that a program may use.
       flops: peak bfloat16 FLOP/s, dense.
       bandwidth: of its memory, bytes a second.
-      link: to the devices of its slice or node, bytes a second in one direction, all links together.
-      network: to other slices or nodes, bytes a second and device.
+      ici_bandwidth: to the devices of its slice (ICI) or node (NVLink), bytes a second in one direction, all links.
+      dcn_bandwidth: to other slices or nodes, bytes a second and device.
+      device_kinds: JAX's ``device_kind`` of this device.
       platform: of XLA.
     """
 
     memory: float
     flops: float
     bandwidth: float
-    link: float
-    network: float
+    ici_bandwidth: float
+    dcn_bandwidth: float
+    device_kinds: tuple[str, ...]
     platform: str = "tpu"
 
 
@@ -39,18 +41,25 @@ GIB = 2.0**30
 # (100 Gbit/s a chip at best). GPU: NVIDIA's data sheets (SXM5), NVLink in one direction, one 400 Gbit/s port a device;
 # of the memory 92%, as the rest is the driver's, NCCL's and the allocator's.
 CHIPS = {
-    "v5e": Chip(15.75 * GIB, 197e12, 0.819e12, 200e9, 12.5e9),
-    "v5p": Chip(95.74 * GIB, 459e12, 2.765e12, 600e9, 12.5e9),
-    "v6e": Chip(31.25 * GIB, 918e12, 1.64e12, 448e9, 12.5e9),
-    "h100": Chip(0.92 * 84942979072, 989e12, 3.35e12, 450e9, 50e9, "cuda"),
-    "h200": Chip(0.92 * 151397597184, 989e12, 4.8e12, 450e9, 50e9, "cuda"),
+    "v5e": Chip(15.75 * GIB, 197e12, 0.819e12, 200e9, 12.5e9, ("TPU v5 lite", "TPU v5e")),
+    "v5p": Chip(95.74 * GIB, 459e12, 2.765e12, 600e9, 12.5e9, ("TPU v5", "TPU v5p")),
+    "v6e": Chip(31.25 * GIB, 918e12, 1.64e12, 448e9, 12.5e9, ("TPU v6 lite", "TPU v6e")),
+    "h100": Chip(0.92 * 84942979072, 989e12, 3.35e12, 450e9, 50e9, ("NVIDIA H100 80GB HBM3",), "cuda"),
+    "h200": Chip(0.92 * 151397597184, 989e12, 4.8e12, 450e9, 50e9, ("NVIDIA H200",), "cuda"),
 }
+_OTHER_PEAKS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA B200": 2250e12,
+    "TPU7x": 2307e12 / 2,
+}
+"""Dense bfloat16 FLOP/s of device kinds that programs are not compiled for. A TPU v7x chip (2307e12) is two devices."""
 GPU_EXTRA = "jax-cuda12-plugin, jax-cuda12-pjrt, nvidia-cuda-nvcc-cu12 and nvidia-cudnn-cu12"
 
 
 @dataclasses.dataclass(frozen=True)
-class Machine:
-    """What a name says, without any compiler.
+class TopologySpec:
+    """Kind, shape and number of devices that a name stands for; needs no compiler.
 
     Attributes:
       name: as given.
@@ -74,8 +83,8 @@ class Machine:
         return math.prod(self.shape) * self.slices
 
     @property
-    def near(self) -> int:
-        """Devices that the fast links join: a slice, or a node."""
+    def ici_size(self) -> int:
+        """Number of devices that ICI or NVLink joins: those of a slice, or of a node."""
         return self.shape[-1] if self.chip.platform == "cuda" else math.prod(self.shape)
 
 
@@ -83,7 +92,7 @@ class Machine:
 class Topology:
     """A described machine and its devices, which a compiler takes for real."""
 
-    machine: Machine
+    machine: TopologySpec
     devices: list[Any]
 
     @property
@@ -95,7 +104,7 @@ class Topology:
         return self.machine.chip
 
 
-def parse(name: str) -> Machine:
+def parse(name: str) -> TopologySpec:
     """The machine ``name``: KIND:AxB[xC][*SLICES] for TPU, KIND:N or KIND:NODESxN for GPU.
 
     Raises:
@@ -115,7 +124,7 @@ def parse(name: str) -> Machine:
     if match.group(1) in gpus and len(shape) == 1:
         shape = (1, *shape)
     require(math.prod(shape) > 0, f"topology is {name!r}; its sizes must be at least 1")
-    return Machine(name, match.group(1), shape, int(match.group(3) or 1))
+    return TopologySpec(name, match.group(1), shape, int(match.group(3) or 1))
 
 
 def describe(name: str) -> Topology:
@@ -191,3 +200,17 @@ platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
 device_description_str: "Hopper, {memory} bytes"
 """
+
+
+def peak_flops(device_kind: str, dtype: str) -> tuple[float | None, str]:
+    """Return the peak FLOP/s of a device for matmuls in ``dtype``, and its source or the reason why it is unknown.
+
+    NVIDIA's figures are those of SXM parts. The PCIe and NVL parts are slower and report longer device kinds.
+    """
+    peaks = _OTHER_PEAKS | {kind: chip.flops for chip in CHIPS.values() for kind in chip.device_kinds}
+    if device_kind not in peaks:
+        return None, f"no published peak is known for device kind {device_kind!r}"
+    if dtype != "bfloat16":
+        return None, f"the peak of {device_kind} is published for bfloat16; this sampler computes in {dtype}"
+    peak = peaks[device_kind]
+    return peak, f"dense bfloat16 peak of {device_kind} as published, {peak / 1e12:.0f} TFLOP/s"

@@ -32,15 +32,16 @@ class Options:
 def main(options: Options) -> None:
     """Measure and write the report."""
     output = common.check_output(options.output, (".json",))
-    from causvid_jax.analysis import bench_plan, bench_results, bench_sampler
+    from causvid_jax.analysis import bench
+    from causvid_jax.analysis import report as report_format
 
     names = tuple(name.strip() for name in options.codecs.split(",") if name.strip())
-    plan = bench_plan.Plan(options.repeats, options.streams, names, options.weights)
-    bench_plan.check(options.config, plan)
+    plan = bench.Options(options.repeats, options.streams, names, options.weights)
+    bench.check(options.config, plan)
     common.enable_compilation_cache()
     common.log_start(options.config)
-    report = bench_sampler.run(options.config, plan, log=lambda what: print(f"... {what}", flush=True))
+    report = bench.run(options.config, plan, log=lambda what: print(f"... {what}", flush=True))
     output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    text = bench_results.markdown(report)
+    text = report_format.markdown(report)
     output.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

@@ -89,7 +89,7 @@ def with_mesh(recipe, stage, machine):
 
     if recipe.parallel != mesh_search.without_mesh(recipe.parallel) or machine.size == 1:
         return recipe
-    best = mesh_search.plan(recipe, stage, machine)
+    best = mesh_search.search(recipe, stage, machine)
     how = "the fastest that should fit" if best.fits else "the one that needs least memory"
     print(f"no mesh was given; of those of {machine.name} {how}, computed: {best.settings(stage)}")
     return best.recipe
@@ -120,7 +120,7 @@ def advice(recipe, stage, machine) -> str:
     from causvid_jax.analysis import compile_report, mesh_search
 
     tried = mesh_search.settings(recipe, recipe, stage)
-    best = mesh_search.plan(recipe, stage, machine, too_large=(tried,))
+    best = mesh_search.search(recipe, stage, machine, too_large=(tried,))
     size = compile_report.readable_bytes
     needs = f"{size(best.estimate.memory)} of {size(best.limit)} a device, computed"
     if best.fits:

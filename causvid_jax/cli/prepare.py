@@ -70,11 +70,11 @@ def main(options: Options) -> None:
             common.enable_compilation_cache()
             logging.info("%d process(es), %d device(s) here", jax.process_count(), jax.local_device_count())
         others_wait = many and prepare.by_one_process(stage, recipe)
-        if others_wait and not collectives.first():
-            collectives.sync(stage)
+        if others_wait and not collectives.is_first():
+            collectives.barrier(stage)
             return
         summary = prepare.run(stage, recipe, folder, chosen)
         if others_wait:
-            collectives.sync(stage)
-        if not many or collectives.first():
+            collectives.barrier(stage)
+        if not many or collectives.is_first():
             print(summary)

@@ -38,14 +38,14 @@ def joined(options: Processes) -> Iterator[bool]:
 
     from causvid_jax.distributed import collectives, initialize
 
-    address = initialize.find(options.coordinator, options.processes, options.process, wait=options.wait)
-    watch = initialize.join(address, wait=options.wait)
+    address = initialize.discover(options.coordinator, options.processes, options.process, wait=options.wait)
+    watchdog = initialize.initialize(address, wait=options.wait)
     if address is not None:
         logging.info("Process %d of %d, coordinator %s.", address.process_id, address.processes, address.coordinator)
-        if not collectives.first():
+        if not collectives.is_first():
             logging.set_verbosity(logging.WARNING)
-    with initialize.together(watch):
-        yield watch is not None
+    with initialize.notify_peers(watchdog):
+        yield watchdog is not None
 
 
 def check(arguments: dict[str, Any], workdir: pathlib.Path) -> None:
@@ -56,11 +56,11 @@ def check(arguments: dict[str, Any], workdir: pathlib.Path) -> None:
     """
     import jax
 
-    from causvid_jax.distributed import initialize
+    from causvid_jax.distributed import collectives
 
     versions = {"jax": jax.__version__, "causvid_jax": _version()}
-    initialize.check_same({**arguments, "versions": versions})
-    initialize.check_shared(workdir)
+    collectives.check_same({**arguments, "versions": versions})
+    collectives.check_shared(workdir)
 
 
 def _version() -> str:

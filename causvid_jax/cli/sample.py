@@ -26,7 +26,7 @@ from causvid_jax.cli import common
 from causvid_jax.sampling.request import SampleRequest
 
 if TYPE_CHECKING:
-    from causvid_jax.analysis.sampling_memory import Phase
+    from causvid_jax.analysis.memory import Phase
     from causvid_jax.sampling.session import Session
 
 Options = SampleRequest
@@ -40,18 +40,18 @@ def main(request: SampleRequest) -> None:
     print(f"Loading {request.config.name} ...", flush=True)
     import jax
 
-    from causvid_jax.analysis import sampling_memory
+    from causvid_jax.analysis import memory
     from causvid_jax.sampling import session
 
     opened = session.open_session(request)
     phases = memory_plan(opened)
-    limit = sampling_memory.device_limit()
+    limit = memory.memory_limit()
     if limit is None and jax.default_backend() == "cpu":
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     peak = max(phase.total for phase in phases)
     if peak > min(LARGE, (limit or LARGE) // 2):
-        print(sampling_memory.describe(phases, limit), flush=True)
-    sampling_memory.check(phases, limit)
+        print(memory.describe(phases, limit), flush=True)
+    memory.check_fits(phases, limit)
     common.enable_compilation_cache()
     common.log_start(opened.recipe)
     if opened.program:
@@ -61,12 +61,12 @@ def main(request: SampleRequest) -> None:
 
 def memory_plan(opened: "Session") -> "tuple[Phase, ...]":
     """Return what the device will hold, phase by phase."""
-    from causvid_jax.analysis import sampling_memory
+    from causvid_jax.analysis import memory
     from causvid_jax.sampling import blocks
     from causvid_jax.text import encoder
 
     recipe, teacher = opened.recipe, opened.request.teacher
-    return sampling_memory.plan(
+    return memory.sampling_phases(
         recipe,
         "teacher" if teacher else "student",
         batch=len(opened.request.prompt),

@@ -261,11 +261,11 @@ def _prompt_list(recipe: Recipe, options: Options) -> list[str] | None:
 def _fill(reader: encoder.Encoder, prompts: list[str]) -> None:
     """Encode ``prompts`` into the cache, each JAX process its share."""
     encoder.fill(reader, prompts[jax.process_index() :: jax.process_count()])
-    collectives.sync("captions encoded")
+    collectives.barrier("captions encoded")
 
 
 def _summary(folder: pathlib.Path, before: bool) -> str:
-    collectives.sync(f"{folder.name} written")
+    collectives.barrier(f"{folder.name} written")
     if not arrays.is_complete(folder):
         return f"{folder}: this process is done, others are not; the last one to end finishes the dataset"
     done = "was complete already, nothing to do: " if before else ""

@@ -1,1 +1,1 @@
-"""Start, join and watch many processes."""
+"""Start, connect and monitor the processes of a run."""

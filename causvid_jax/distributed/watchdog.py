@@ -1,8 +1,8 @@
-"""Who of the processes of a run is gone, said by name on all the others within seconds.
+"""End a run within seconds when one of its processes is lost, and name that process on all others.
 
-``jax.distributed`` notices a lost process too, by heartbeats after 100 s, and aborts the others with a C++ trace that
-names none. So the connections of the greeting stay open: the kernel closes that of a process that dies, and keepalive
-probes find a host that answers no more. JAX's heartbeats stay, for what a connection does not show.
+``jax.distributed`` detects a lost process by heartbeats, after 100 s, and aborts the others with a C++ trace that names
+none. So the connections of the handshake stay open: the kernel closes that of a process that dies, and TCP keepalive
+detects a host that does not answer. JAX's heartbeats stay on, for failures that a connection does not show.
 """
 
 import contextlib
@@ -16,23 +16,24 @@ import time
 from collections.abc import Callable, Sequence
 
 STATUS = 1
-"""Of a process that ends because another one is gone."""
+"""Exit status of a process that ends because another one is lost."""
 GRACE = 10.0
-"""Seconds in which a process may still say what stopped it after another one failed; all may have met the same."""
+"""Seconds that a process may go on after another one failed, to report an error of its own."""
 RELAY = 1.0
+"""Seconds for a message to leave before the connections close."""
 # Seconds of silence, seconds between probes, probes: a host that lost its power is known after 40 s.
 _KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
-_BYE, _FAILED, _LOST = "bye", "failed", "lost "
+_FINISHED, _FAILED, _LOST = "finished", "failed", "lost "
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """Another process, as the greeting found it.
+    """Another process.
 
     Attributes:
       number: of the process.
-      host: its name.
-      connection: open; lines go both ways.
+      host: name of its host.
+      connection: an open socket; both sides send lines.
     """
 
     number: int
@@ -40,15 +41,15 @@ class Peer:
     connection: socket.socket
 
 
-class Watch:
-    """Watches the ``peers`` in a thread, and ends this process, status 1, when one of them is gone.
+class Watchdog:
+    """Monitor ``peers`` in a thread; end this process with status 1 when one of them is lost.
 
-    Process 0 has all others for peers and hands on what it sees; the others have process 0.
+    Process 0 monitors all others and relays losses to them; the others monitor process 0.
 
     Args:
-        peers: with their connections.
-        processes: of the run.
-        end: called with the status, for tests.
+        peers: of the handshake.
+        processes: number of processes of the run.
+        end: called with the status; tests replace it.
     """
 
     def __init__(self, peers: Sequence[Peer], processes: int, end: Callable[[int], None] = os._exit):
@@ -57,43 +58,43 @@ class Watch:
         self._lock = threading.Lock()
         self._done = False
         self.lost: str | None = None
-        """The sentence on the process that is gone."""
+        """The sentence that names the lost process."""
         self._selector = selectors.DefaultSelector()
         for peer in peers:
             _keep_alive(peer.connection)
             self._selector.register(peer.connection, selectors.EVENT_READ, peer)
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
-    def bye(self) -> None:
-        """Tell the others that this process has done all there was to do; from now on it misses no one."""
+    def finish(self) -> None:
+        """Tell the others that this process has finished; from now on no loss ends it."""
         self._done = True
-        self._say(_BYE)
+        self._send_all(_FINISHED)
 
-    def failed(self) -> None:
-        """Tell the others that this process has met an error; it is about to end by itself.
+    def fail(self) -> None:
+        """Tell the others that this process has failed and is about to exit.
 
-        Where its end waits for theirs, as JAX's farewell does (80 s, and then a C++ trace), it is ended when they have
-        had :data:`GRACE` and :data:`RELAY`.
+        JAX's shutdown may wait for the others (80 s, and then a C++ trace), so the process is ended after :data:`GRACE`
+        and :data:`RELAY` seconds.
         """
         self._done = True
-        self._say(_FAILED)
+        self._send_all(_FAILED)
         self._later(GRACE + RELAY, lambda: self._end(STATUS))
 
-    def wait(self, seconds: float) -> str | None:
-        """:attr:`lost`, given time to become known: a collective may fail a moment before."""
+    def wait_for_loss(self, seconds: float) -> str | None:
+        """Return :attr:`lost`, after at most ``seconds``: a collective may fail shortly before the loss is known."""
         end = time.monotonic() + seconds
         while self.lost is None and time.monotonic() < end:
             time.sleep(0.05)
         return self.lost
 
-    def _say(self, line: str) -> None:
+    def _send_all(self, line: str) -> None:
         with self._lock:
             for peer in self._peers.values():
                 _send(peer, line)
 
     def _run(self) -> None:
-        heard: dict[int, str] = {}
+        received: dict[int, str] = {}
         while self._peers:
             for key, _ in self._selector.select():
                 peer: Peer = key.data
@@ -101,26 +102,26 @@ class Watch:
                     piece = peer.connection.recv(4096)
                 except OSError:
                     piece = b""
-                heard[peer.number] = heard.get(peer.number, "") + piece.decode(errors="replace")
-                *lines, heard[peer.number] = heard[peer.number].split("\n")
+                received[peer.number] = received.get(peer.number, "") + piece.decode(errors="replace")
+                *lines, received[peer.number] = received[peer.number].split("\n")
                 for line in lines:
-                    self._hear(peer, line)
+                    self._receive(peer, line)
                 if not piece and peer.number in self._peers:
                     self._drop(peer)
-                    self._stop(self._gone(peer, "is gone: it was killed, or its host does not answer"))
+                    self._stop(self._lost_sentence(peer, "is gone: it was killed, or its host does not answer"))
 
-    def _hear(self, peer: Peer, line: str) -> None:
-        if line == _BYE:
+    def _receive(self, peer: Peer, line: str) -> None:
+        if line == _FINISHED:
             self._drop(peer)
         elif line == _FAILED:
             self._drop(peer)
-            self.lost = self.lost or self._gone(peer, "has failed: its own log says why")
-            self._later(GRACE, self.end)
+            self.lost = self.lost or self._lost_sentence(peer, "has failed: its own log says why")
+            self._later(GRACE, self.abort)
         elif line.startswith(_LOST):
             self._drop(peer)
             self._stop(line.removeprefix(_LOST))
 
-    def _gone(self, peer: Peer, how: str) -> str:
+    def _lost_sentence(self, peer: Peer, how: str) -> str:
         return (
             f"process {peer.number} of {self._processes} on {peer.host} {how}; this one ends too, and when all are "
             "started again the run goes on from its last whole checkpoint"
@@ -140,17 +141,16 @@ class Watch:
     def _stop(self, sentence: str) -> None:
         if not self._done:
             self.lost = self.lost or sentence
-            self.end()
+            self.abort()
 
-    def end(self) -> None:
-        """End this process, saying which one is :attr:`lost`; unless it has done all there was to do."""
+    def abort(self) -> None:
+        """Print :attr:`lost`, relay it and end this process, unless it has finished."""
         with self._lock:
             if self._done:
                 return
             self._done = True
         print(f"error: {self.lost}", file=sys.stderr, flush=True)
-        self._say(f"{_LOST}{self.lost}")
-        # What was sent must leave before the connections close.
+        self._send_all(f"{_LOST}{self.lost}")
         time.sleep(RELAY if self._peers else 0.0)
         self._end(STATUS)
 
@@ -159,10 +159,10 @@ def _keep_alive(connection: socket.socket) -> None:
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _KEEPALIVE.items():
-        if hasattr(socket, name):  # Linux has them all
+        if hasattr(socket, name):  # Linux has all of them
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _send(peer: Peer, line: str) -> None:
-    with contextlib.suppress(OSError):  # it is gone itself, which its connection tells too
+    with contextlib.suppress(OSError):  # the peer is lost too; its connection shows that
         peer.connection.sendall(f"{line}\n".encode())

@@ -190,7 +190,7 @@ def train_vae(run: Run, init_from: pathlib.Path | None = None) -> None:
         state = run.after_step(state, metrics)
         if run.samples_now:
             run.log_samples(sample(run, recipe, test_clips, functools.partial(reconstruct, state.network.ema)))
-    params = collectives.gather(state.network.ema)
+    params = collectives.gather_to_first(state.network.ema)
     run.finish(state.network.ema, vae_metadata(params, recipe, run.workdir))
 
 
@@ -200,10 +200,10 @@ def vae_metadata(params: Any, recipe: Recipe, workdir: pathlib.Path) -> dict[str
     Raises:
         ConfigError: clips that are not prepared, which the statistics are measured on.
     """
-    if not collectives.first():
+    if not collectives.is_first():
         return {}
     clips = sources.clips(recipe, workdir, "train")
-    with collectives.alone():
+    with collectives.single_process():
         mean, std = latent_statistics(params, clips, recipe.vae)
     measured = dataclasses.replace(recipe.vae, latent_mean=mean, latent_std=std)
     return weights.weights_metadata("vae", recipe) | paths.vae_metadata(measured)

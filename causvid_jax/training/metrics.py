@@ -33,7 +33,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 def open_writer(workdir: str | os.PathLike, step: int = 0) -> "MetricsWriter | NoWriter":
     """Return the :class:`MetricsWriter` of a run in its first process, and one that writes nothing in the others."""
-    return MetricsWriter(workdir, step) if collectives.first() else NoWriter()
+    return MetricsWriter(workdir, step) if collectives.is_first() else NoWriter()
 
 
 class NoWriter:

@@ -102,7 +102,7 @@ class Run:
         self._report()
         if self.step:
             self._progress.note(f"{self.name}: going on from step {self.step}")
-        if collectives.first():
+        if collectives.is_first():
             (self.folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
         return state
 
@@ -227,10 +227,10 @@ class Run:
         self._checkpoints.close()
         self._report()
         path = self.folder / "weights.safetensors"
-        whole = collectives.gather(params)
-        if collectives.first():
+        whole = collectives.gather_to_first(params)
+        if collectives.is_first():
             store.save_params(path, whole, metadata)
-        collectives.sync(f"{self.name} written")
+        collectives.barrier(f"{self.name} written")
         self.note(f"done, weights at {path}")
 
     def note(self, text: str) -> None:

@@ -33,7 +33,7 @@ def claimed(folder: pathlib.Path, wait: float = WAIT_SECONDS) -> Iterator[None]:
         ConfigError: another run still holds it after ``wait`` seconds; the sentence names its process and host.
     """
     with contextlib.ExitStack() as stack:
-        collectives.ask_first(lambda: stack.enter_context(_locked(folder, wait)))
+        collectives.check_on_first(lambda: stack.enter_context(_locked(folder, wait)))
         yield
 
 

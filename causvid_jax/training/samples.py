@@ -83,7 +83,7 @@ def write(run: Run, video: np.ndarray, captions: Sequence[str], recipe: Recipe) 
 
 def show(video: np.ndarray, path: pathlib.Path, recipe: Recipe, columns: int = 4) -> None:
     """Write up to two rows of clips, uint8 ``[B, T, H, W, 3]``, side by side into one video."""
-    if not collectives.first():
+    if not collectives.is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = min(columns, len(video))
@@ -94,12 +94,12 @@ def show(video: np.ndarray, path: pathlib.Path, recipe: Recipe, columns: int = 4
 
 def scores(video: np.ndarray, captions: Sequence[str], recipe: Recipe) -> dict[str, float]:
     """Return how often the classifier reads what the captions say; empty for data that has no classifier."""
-    if recipe.data.name != "moving_digits" or not collectives.first():
+    if recipe.data.name != "moving_digits" or not collectives.is_first():
         return {}
     try:
         reader = classifier.load(recipe.data)
     except ConfigError:
         return {}
-    with collectives.alone():
+    with collectives.single_process():
         reading = classifier.read(reader, video, data=recipe.data)
     return metrics.accuracies(reading.triples, [classifier.wanted(caption) for caption in captions])

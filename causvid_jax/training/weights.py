@@ -54,7 +54,7 @@ def load_network(run: Run, stage: str, config: TransformerConfig, path: pathlib.
     if run.placement.mesh is None:
         return load(opened)[0]
     # A file has one checksum, so one process reads all of it, through a buffer.
-    collectives.ask_first(opened.check)
+    collectives.check_on_first(opened.check)
     return load(opened, run.placement.params(transformer.spec(config), config.rules), check=False)[0]
 
 

@@ -37,4 +37,4 @@ def test_meshes_that_do_not_fit_are_refused(config, devices, message):
 )
 def test_sizes_of_machines(name, size, near):
     machine = topology.parse(name)
-    assert (machine.size, machine.near) == (size, near)
+    assert (machine.size, machine.ici_size) == (size, near)

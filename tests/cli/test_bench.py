@@ -2,7 +2,6 @@
 
 import pytest
 
-from causvid_jax.analysis import bench_sampler
 from causvid_jax.cli import common
 from causvid_jax.config import ConfigError
 
@@ -23,7 +22,7 @@ CONFIG, OUTPUT = "--config=digits", "--output={folder}/bench.json"
     ],
 )
 def test_bad_flags_are_refused(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(bench_sampler, "run", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr(bench, "run", lambda *_, **__: pytest.fail("computed"))
     with pytest.raises(ConfigError) as error:
         common.call("bench", [argument.format(folder=tmp_path) for argument in arguments])
     assert message in str(error.value) and "\n" not in str(error.value)

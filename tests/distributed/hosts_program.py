@@ -33,7 +33,9 @@ def _refusal(call, *arguments):
 
 def _stages(workdir, number, count, port, names):
     """These stages, in these processes; what the checks of arguments and folders say."""
-    with initialize.together(initialize.join(initialize.find(f"127.0.0.1:{port}", int(count), int(number)))):
+    with initialize.notify_peers(
+        initialize.initialize(initialize.discover(f"127.0.0.1:{port}", int(count), int(number)))
+    ):
         _joined(workdir, number, names.split(","))
 
 
@@ -45,10 +47,10 @@ def _joined(workdir, number, names):
     values = {"stage": "vae", "config": {"train_vae": {"batch_size": 4 + int(number), "steps": 3}}}
     said = {
         "count": jax.process_count(),
-        "same": _refusal(initialize.check_same, {"a": {"b": [1, 2]}}),
-        "other": _refusal(initialize.check_same, values),
-        "shared": _refusal(initialize.check_shared, folder),
-        "not shared": _refusal(initialize.check_shared, own),
+        "same": _refusal(collectives.check_same, {"a": {"b": [1, 2]}}),
+        "other": _refusal(collectives.check_same, values),
+        "shared": _refusal(collectives.check_shared, folder),
+        "not shared": _refusal(collectives.check_shared, own),
     }
     recipe = from_json((folder / "recipe.json").read_text())
     read, parts, read_part = [], [], checkpoint._read
@@ -74,7 +76,7 @@ def _joined(workdir, number, names):
     for name in names:
         stages.train(name, recipe, folder / name)
     weights = sum(part.nbytes for part in parts)
-    print("RESULT", json.dumps(said | {"first": collectives.first(), "read": read, "weights": weights}))
+    print("RESULT", json.dumps(said | {"first": collectives.is_first(), "read": read, "weights": weights}))
 
 
 def _happen(event):

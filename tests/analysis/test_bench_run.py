@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causvid_jax.analysis import bench_plan, bench_results, bench_sampler, flops, sampling_memory
+from causvid_jax.analysis import bench, flops
+from causvid_jax.analysis import report as report_format
 from causvid_jax.config import CausalConfig, ConfigError, Recipe, TextConfig, TransformerConfig, VAEConfig, VideoConfig
 from causvid_jax.sampling import stream
 
@@ -34,8 +35,8 @@ RECIPE = Recipe(
 
 
 def test_every_promised_line_is_there():
-    asked = bench_plan.Plan(repeats=2, codecs=("wan",))
-    report = bench_sampler.run(RECIPE, asked)
+    asked = bench.Options(repeats=2, codecs=("wan",))
+    report = bench.run(RECIPE, asked)
     lines = {(line["what"], line["seen"], line["codec"]): line for line in report["lines"]}
     codec = "tiny VAE, float32"
     assert set(lines) == {
@@ -60,16 +61,16 @@ def test_every_promised_line_is_there():
     assert lines["clip of 29 frames", None, "none"]["tflop"] == pytest.approx(5 * (first + 3 * one))
     assert report["weights"].startswith("random") and "cpu" in report["device"]["platform"]
     assert "no published peak" in report["peak"]
-    assert bench_results.markdown(report).count("| 32x32 |") == len(lines)
+    assert report_format.markdown(report).count("| 32x32 |") == len(lines)
 
 
 def test_a_stream_moved_back_makes_its_block_again():
-    params = {"student": bench_sampler.random_weights(bench_plan.abstract_weights(RECIPE, bench_plan.Plan()))}
+    params = {"student": bench.random_weights(bench.abstract_weights(RECIPE, bench.Options()))}
     state = stream.init_stream(params, jnp.ones((1, 4, 11)), config=RECIPE)
     for _ in range(3):
         _, state = stream.next_block(params, state, config=RECIPE)
     once, state = stream.next_block(params, stream.copy_stream(state), config=RECIPE)
-    back = dataclasses.replace(bench_sampler.rewinder(6)(state), block=jnp.int32(3))
+    back = dataclasses.replace(bench.rewinder(6)(state), block=jnp.int32(3))
     again, state = stream.next_block(params, back, config=RECIPE)
     assert np.asarray(once).std() > 0
     np.testing.assert_array_equal(again, once)
@@ -78,17 +79,16 @@ def test_a_stream_moved_back_makes_its_block_again():
 def test_weights_are_random_and_in_their_types():
     net = dataclasses.replace(NET, dtype="bfloat16")
     recipe = dataclasses.replace(RECIPE, student=net)
-    held = bench_plan.random_weights(bench_plan.abstract_weights(recipe, bench_plan.Plan()))
+    held = bench.random_weights(bench.abstract_weights(recipe, bench.Options()))
     kernel = held["blocks"]["ffn"]["fc1"]["kernel"]
     assert kernel.dtype == jnp.bfloat16 and held["time_embedding"]["fc1"]["kernel"].dtype == jnp.float32
     assert float(kernel.astype(jnp.float32).std()) == pytest.approx(0.02, rel=0.1)
     assert np.all(np.asarray(held["blocks"]["norm3"]["scale"]) == 1)
-    whole = bench_plan.abstract_weights(recipe, bench_plan.Plan(weights="float32"))
+    whole = bench.abstract_weights(recipe, bench.Options(weights="float32"))
     assert {leaf.dtype for leaf in jax.tree.leaves(whole)} == {jnp.dtype("float32")}
 
 
 def test_what_cannot_fit_is_refused_before_anything_runs(monkeypatch):
-    monkeypatch.setattr(bench_plan.devices, "memory_limit", lambda: 1000)
+    monkeypatch.setattr(bench.memory, "memory_limit", lambda: 1000)
     with pytest.raises(ConfigError, match="to stream takes about .* and the device has"):
-        bench_plan.check(RECIPE, bench_plan.Plan(codecs=("wan",)))
-    assert sampling_memory.device_limit() is None
+        bench.check(RECIPE, bench.Options(codecs=("wan",)))

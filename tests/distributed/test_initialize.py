@@ -14,19 +14,19 @@ import time
 import pytest
 
 from causvid_jax.config import ConfigError
-from causvid_jax.distributed import initialize
-from causvid_jax.distributed.initialize import Address
+from causvid_jax.distributed import handshake, initialize
+from causvid_jax.distributed.handshake import Address
 from tests.programs import free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def greet_all(addresses, wait):
+def handshake_all(addresses, wait):
     """What each is told: the sentence of its refusal, or None."""
 
     def one(address):
         try:
-            initialize.greet(address, wait=wait)
+            handshake.handshake(address, wait=wait)
         except ConfigError as error:
             return str(error)
         return None
@@ -41,27 +41,27 @@ def addresses(numbers, counts):
 
 
 def test_all_there():
-    assert greet_all(addresses([2, 1, 0], [3, 3, 3]), 30) == [None] * 3
+    assert handshake_all(addresses([2, 1, 0], [3, 3, 3]), 30) == [None] * 3
 
 
 def test_the_missing_are_named_on_every_host_that_is_there_in_time():
     began = time.monotonic()
-    said = greet_all(addresses([0, 2], [4, 4]), 1.5)
+    said = handshake_all(addresses([0, 2], [4, 4]), 1.5)
     assert time.monotonic() - began < 10
     assert said[0] == said[1]
     assert said[0].startswith("process(es) 1, 3 of 4 did not come within 1.5 s; start all of them")
 
 
 def test_a_missing_process_0_is_named():
-    said = greet_all(addresses([1, 2], [3, 3]), 1.0)
+    said = handshake_all(addresses([1, 2], [3, 3]), 1.0)
     for i, sentence in enumerate(said, 1):
         assert sentence.startswith(f"process 0 of 3 did not come within 1 s: process {i} cannot reach it at 127.0.0.1")
 
 
 def test_other_numbers_are_refused_on_all():
-    said = greet_all(addresses([0, 1], [2, 3]), 30)
+    said = handshake_all(addresses([0, 1], [2, 3]), 30)
     assert said[0] == said[1] and "was told of 3 processes, process 0 of 2" in said[0]
-    said = greet_all(addresses([0, 1, 1], [3, 3, 3]), 30)
+    said = handshake_all(addresses([0, 1, 1], [3, 3, 3]), 30)
     assert len(set(said)) == 1 and "say that they are process 1; number them 0 to 2" in said[0]
 
 
@@ -71,15 +71,15 @@ def test_whatever_else_knocks_at_the_port_is_not_counted():
     def knock():
         for _ in range(200):
             try:
-                with socket.create_connection(there[0].greeting, timeout=1) as connection:
+                with socket.create_connection(there[0].handshake_address, timeout=1) as connection:
                     return connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
             except OSError:
                 time.sleep(0.02)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        server = pool.submit(initialize.greet, there[0], wait=30)
+        server = pool.submit(handshake.handshake, there[0], wait=30)
         pool.submit(knock).result()
-        initialize.greet(there[1], wait=30)
+        handshake.handshake(there[1], wait=30)
         server.result()
 
 
@@ -87,21 +87,21 @@ def test_a_taken_port_is_named():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(ConfigError, match=f"cannot listen on port {port}"):
-            initialize.greet(Address(f"127.0.0.1:{port - 1}", 2, 0), wait=1)
+            handshake.handshake(Address(f"127.0.0.1:{port - 1}", 2, 0), wait=1)
 
 
 def test_a_process_alone_needs_nothing():
-    assert initialize.find(environment={}) is None
-    assert initialize.find("host:1", 1, 0, environment={}) is None
+    assert initialize.discover(environment={}) is None
+    assert initialize.discover("host:1", 1, 0, environment={}) is None
 
 
 def test_addresses_come_from_flags_or_variables():
     expected = Address("host:1234", 4, 3)
-    assert initialize.find("host:1234", 4, 3, environment={}) == expected
+    assert initialize.discover("host:1234", 4, 3, environment={}) == expected
     variables = {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
-    assert initialize.find(environment=variables) == expected
-    assert expected.greeting == ("host", 1235)
-    assert Address("host:65535", 2, 0).greeting == ("host", 61439)
+    assert initialize.discover(environment=variables) == expected
+    assert expected.handshake_address == ("host", 1235)
+    assert Address("host:65535", 2, 0).handshake_address == ("host", 61439)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +119,8 @@ def test_slurm_is_read_as_jax_reads_it(monkeypatch, per_node, devices):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     # Neighbouring jobs have neighbouring coordinator ports, so the greeting keeps away from them.
-    assert initialize.find(environment=os.environ) == Address("node007:61441", 16, 13, devices)
-    assert Address("node007:61441", 16, 13).greeting == ("node007", 57345)
+    assert initialize.discover(environment=os.environ) == Address("node007:61441", 16, 13, devices)
+    assert Address("node007:61441", 16, 13).handshake_address == ("node007", 57345)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_slurm_is_read_as_jax_reads_it(monkeypatch, per_node, devices):
 )
 def test_values_that_do_not_go_together_are_refused(arguments, environment, message):
     with pytest.raises(ConfigError, match=message):
-        initialize.find(*arguments, environment=environment)
+        initialize.discover(*arguments, environment=environment)
 
 
 def test_the_program_says_who_is_missing_and_ends_with_status_2(tmp_path):

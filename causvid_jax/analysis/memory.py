@@ -1,13 +1,16 @@
-"""What sampling will hold on the device, from shapes alone, before anything is loaded.
+"""Compute the device memory of sampling from shapes alone, before anything is loaded; read limits and peaks.
 
-Sampling has phases, and what is done is freed before the next begins: the text encoder never stands beside the
-transformer, and the teacher, which makes a whole clip at once, not beside the decoder. Parameters and caches are
-counted to the byte by ``jax.eval_shape``. ``work`` is what a layer computes with at its widest: an estimate, since the
-compiler decides what it keeps.
+Sampling has phases. Memory of a phase is freed before the next begins: the text encoder and the transformer are never
+loaded together, nor are the teacher, which makes a whole clip at once, and the decoder. Parameters and caches are
+counted to the byte by ``jax.eval_shape``. ``work`` is an estimate of the
+largest temporaries of a layer, since the compiler decides what it keeps.
 """
 
 import dataclasses
 import functools
+import os
+import resource
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,12 +26,12 @@ from causvid_jax.sampling import stream
 from causvid_jax.text import encoder
 
 Sizes = Mapping[str, int]  # bytes by type of element
-PROMPTS = 4  # that the encoder computes at once
+PROMPTS = 4  # prompts that the encoder computes at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """What is on the device together: bytes by type of element, for each of ``items``."""
+    """Arrays that are on the device together: bytes by type of element, for each of ``items``."""
 
     name: str
     items: Mapping[str, Sizes]
@@ -39,7 +42,7 @@ class Phase:
 
 
 def sizes(tree: Any) -> dict[str, int]:
-    """Bytes of all arrays (or shapes) of ``tree``, by type."""
+    """Return the bytes of all arrays (or shapes) of ``tree``, by type."""
     out: dict[str, int] = {}
     for leaf in jax.tree.leaves(tree):
         kind = jnp.dtype(leaf.dtype)
@@ -47,7 +50,7 @@ def sizes(tree: Any) -> dict[str, int]:
     return out
 
 
-def plan(
+def sampling_phases(
     recipe: Recipe,
     role: str,
     *,
@@ -59,17 +62,17 @@ def plan(
     clip: CLIPConfig | None = None,
     state: stream.StreamState | None = None,
 ) -> tuple[Phase, ...]:
-    """The phases of a run.
+    """Return the phases of a run.
 
     Args:
         recipe: of the networks.
         role: ``"student"`` streams, ``"teacher"`` makes a clip.
         batch: videos side by side.
         latents: latent frames of each.
-        prompts: how many have to be encoded by a network; with none that phase is left out.
-        image, video: whether something is shown to the stream, which needs the VAE's encoder.
-        clip: the image encoder of a teacher with an image branch, to which a picture is shown.
-        state: shapes of the stream's state, where something else knows them than the model.
+        prompts: how many a network has to encode; with 0 that phase is left out.
+        image, video: whether the stream starts from an image or a video, which needs the VAE's encoder.
+        clip: the image encoder of a teacher with an image branch, for image to video.
+        state: shapes of the stream's state, if not those that the model gives.
     """
     phases = []
     if prompts and recipe.text.kind == "umt5":
@@ -126,7 +129,7 @@ def plan(
 
 
 def describe(phases: tuple[Phase, ...], limit: int | None = None) -> str:
-    """The plan as lines of text: what stands together, and what of it is freed when."""
+    """Return the phases as lines of text."""
     lines = ["Memory on the device; what a phase holds is freed before the next."]
     for number, phase in enumerate(phases, 1):
         lines.append(f"  {number}. {phase.name}: {format_bytes(phase.total)}")
@@ -139,8 +142,8 @@ def describe(phases: tuple[Phase, ...], limit: int | None = None) -> str:
     return "\n".join(lines)
 
 
-def check(phases: tuple[Phase, ...], limit: int | None) -> None:
-    """Refuse a plan of which some phase is larger than the device (``limit`` bytes; None: unknown)."""
+def check_fits(phases: tuple[Phase, ...], limit: int | None) -> None:
+    """Refuse phases that are larger than the device (``limit`` bytes; None: unknown)."""
     for phase in phases:
         require(
             limit is None or phase.total <= limit,
@@ -150,17 +153,32 @@ def check(phases: tuple[Phase, ...], limit: int | None) -> None:
         )
 
 
-def device_limit() -> int | None:
-    """Bytes that the default device has for arrays, if it says so (CPUs do not)."""
-    try:
-        reported = jax.local_devices()[0].memory_stats()
-    except (RuntimeError, NotImplementedError):
-        return None
-    return int(reported["bytes_limit"]) if reported and reported.get("bytes_limit") else None
+def peak_rss() -> int:
+    """Return the peak resident bytes of this process."""
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB, macOS in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory_peak() -> tuple[int, str]:
+    """Return the peak bytes in use and their owner: the device where it counts them, else this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"]), "device"
+    return peak_rss(), "process, with the interpreter and the compiler"
+
+
+def memory_limit() -> int | None:
+    """Return the bytes that a program may hold on the device; on CPU the host's memory; None if unknown."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    if jax.default_backend() == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def _picture_phases(recipe: Recipe, encoder: CLIPConfig) -> tuple[Phase, Phase]:
-    """A picture through CLIP, then through the VAE."""
+    """Return the phases that encode an image by CLIP, then by the VAE."""
     hidden = encoder.tokens * max(encoder.ffn_dim, 4 * encoder.dim) * 4
     scores = encoder.num_heads * encoder.tokens**2 * 2 * 4
     size = {"batch": 1, "height": recipe.video.height, "width": recipe.video.width}
@@ -198,8 +216,8 @@ def _width(dtype: str) -> int:
 def _transformer_work(
     net: TransformerConfig, batch: int, frames: int, seen: int, height: int, width: int
 ) -> dict[str, int]:
-    """One layer at its widest: the residual stream, and its MLP's hidden layer or its attention, each in float32 and in
-    the compute type; with XLA's attention all scores too."""
+    """Return the largest temporaries of one layer: the residual stream, and its MLP's hidden layer or its attention,
+    each in float32 and in the compute type; with XLA's attention all scores too."""
     n = (height // net.patch_size[1]) * (width // net.patch_size[2])
     tokens, keys, size = batch * frames * n, batch * seen * n, 4 + _width(net.dtype)
     hidden = tokens * net.ffn_dim * size
@@ -210,7 +228,7 @@ def _transformer_work(
 
 
 def _decoder_work(recipe: Recipe, batch: int, latents: int) -> dict[str, int]:
-    """The last level of the decoder: a few arrays of all frames of a block at full size."""
+    """Return the temporaries of the decoder's last level: a few arrays of all frames of a block at full size."""
     channels = recipe.vae.base_dim if recipe.decoder == "vae" else recipe.taehv.decoder_dims[-1]
     dtype = (recipe.vae if recipe.decoder == "vae" else recipe.taehv).dtype
     frames = vae.time_factor(recipe.vae) * latents
@@ -219,7 +237,7 @@ def _decoder_work(recipe: Recipe, batch: int, latents: int) -> dict[str, int]:
 
 
 def _encoder_work(recipe: Recipe, batch: int) -> dict[str, int]:
-    """One layer: scores and weights of attention, the gated MLP."""
+    """Return the temporaries of one layer: scores and weights of attention, the gated MLP."""
     config, length = recipe.umt5, recipe.text.length
     size = 4 + _width(config.dtype)
     scores = batch * config.num_heads * length * length * size

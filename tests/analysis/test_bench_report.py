@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causvid_jax.analysis import bench_plan, bench_results, devices, timing
+from causvid_jax.analysis import bench, topology
+from causvid_jax.analysis import report as report_format
 from causvid_jax.config import CausalConfig, ConfigError, Recipe
 
 SETTINGS = {
@@ -22,9 +23,9 @@ SETTINGS = {
 
 def report(p50=300.0, **changes):
     lines = [
-        bench_results.Line("denoising, all 4 steps", 21, "none", p50, p50 + 5, 20, 161.64),
-        bench_results.Line("decoding a block", None, "TAEHV, bfloat16", 8.0, 9.0, 20, 1.63),
-        bench_results.Line("block, steady", 21, "none", 400.0, 410.0, 20, 202.0, 30.0),
+        report_format.Line("denoising, all 4 steps", 21, "none", p50, p50 + 5, 20, 161.64),
+        report_format.Line("decoding a block", None, "TAEHV, bfloat16", 8.0, 9.0, 20, 1.63),
+        report_format.Line("block, steady", 21, "none", 400.0, 410.0, 20, 202.0, 30.0),
     ]
     settings = SETTINGS | changes
     return {
@@ -36,7 +37,7 @@ def report(p50=300.0, **changes):
         "peak": "as published",
         "compile_seconds": 12.0,
         "memory": {"of": "device", "bytes": {"student": 2**31}},
-        "lines": [bench_results.line(line, settings, 989e12) for line in lines],
+        "lines": [report_format.line(line, settings, 989e12) for line in lines],
         "notes": ["A note."],
     }
 
@@ -44,19 +45,19 @@ def report(p50=300.0, **changes):
 def test_a_line_names_its_settings_and_its_share():
     line = report()["lines"][0]
     assert line["tflops"] == pytest.approx(538.8) and line["share_of_peak"] == pytest.approx(0.5448, rel=1e-3)
-    assert {name: line[name] for name in bench_results.NAMES} == {name: SETTINGS[name] for name in bench_results.NAMES}
-    text = bench_results.markdown(report())
+    assert {name: line[name] for name in report_format.NAMES} == {name: SETTINGS[name] for name in report_format.NAMES}
+    text = report_format.markdown(report())
     row = "| denoising, all 4 steps | 21 | 480x832 | 1 | 21 | 4 + write | bfloat16 | none "
     row += "| 300 | 305 | 162 | 539 | 54.5% |"
     assert row in text and "Weights: random." in text and "student 2048 MiB" in text
 
 
 def test_unknown_peaks_stay_unknown():
-    assert devices.peak("NVIDIA H200", "bfloat16")[0] == 989e12
-    assert devices.peak("TPU v5 lite", "bfloat16")[0] == 197e12
-    assert devices.peak("abacus", "bfloat16") == (None, "no published peak is known for device kind 'abacus'")
-    assert devices.peak("NVIDIA H200", "float32")[0] is None
-    line = bench_results.line(bench_results.Line("x", 3, "none", 2.0, 3.0, 5, 1.0), SETTINGS, None)
+    assert topology.peak_flops("NVIDIA H200", "bfloat16")[0] == 989e12
+    assert topology.peak_flops("TPU v5 lite", "bfloat16")[0] == 197e12
+    assert topology.peak_flops("abacus", "bfloat16") == (None, "no published peak is known for device kind 'abacus'")
+    assert topology.peak_flops("NVIDIA H200", "float32")[0] is None
+    line = report_format.line(report_format.Line("x", 3, "none", 2.0, 3.0, 5, 1.0), SETTINGS, None)
     assert line["share_of_peak"] is None and line["tflops"] == 500.0
 
 
@@ -64,14 +65,14 @@ def test_comparison_has_the_ratio_of_common_lines():
     theirs = report(p50=450.0)
     theirs["device"] = theirs["device"] | {"framework": "PyTorch 2.13"}
     theirs["lines"] = theirs["lines"][:1]
-    table = bench_results.comparison(report(), theirs)
+    table = report_format.comparison(report(), theirs)
     assert table.count("\n") == 3 and table.splitlines()[-1].endswith("| 300 | 305 | 539 | 450 | 455 | 359 | 1.50 |")
     with pytest.raises(ValueError, match="window is 21 and 12: not comparable"):
-        bench_results.comparison(report(), report(window="12"))
+        report_format.comparison(report(), report(window="12"))
     other = report()
     other["device"] = other["device"] | {"kind": "NVIDIA B200"}
     with pytest.raises(ValueError, match="device kind is 'NVIDIA H200' and 'NVIDIA B200': not comparable"):
-        bench_results.comparison(report(), other)
+        report_format.comparison(report(), other)
 
 
 def test_times_wait_and_do_not_count_the_first_call():
@@ -81,21 +82,21 @@ def test_times_wait_and_do_not_count_the_first_call():
         calls.append(float(x))
         return x + 1
 
-    times, last = timing.each(call, jnp.zeros(()), 4, before=lambda x: x * 2)
+    times, last = bench.time_each(call, jnp.zeros(()), 4, before=lambda x: x * 2)
     assert calls == [0.0, 2.0, 6.0, 14.0, 30.0] and float(last) == 31.0 and len(times.seconds) == 4
-    seconds, last = timing.together(call, jnp.zeros(()), 3)
+    seconds, last = bench.time_pipelined(call, jnp.zeros(()), 3)
     assert float(last) == 4.0 and seconds >= 0
-    known = timing.Times((1.0, 4.0, 2.0, 3.0))
+    known = bench.Times((1.0, 4.0, 2.0, 3.0))
     assert known.median == 2.5 and known.percentile(99) == pytest.approx(np.percentile([1, 2, 3, 4], 99))
 
 
 def test_every_length_of_a_window_and_of_a_clip():
     recipe = Recipe(name="tiny", causal=CausalConfig(frames_per_block=3, window=9))
-    assert bench_plan.lengths(recipe) == [(0, 3), (3, 6), (6, 9)]
+    assert bench.cache_lengths(recipe) == [(0, 3), (3, 6), (6, 9)]
     clip = dataclasses.replace(recipe, causal=CausalConfig(frames_per_block=3))
-    assert bench_plan.lengths(clip) == [(start, start + 3) for start in range(0, 21, 3)]
+    assert bench.cache_lengths(clip) == [(start, start + 3) for start in range(0, 21, 3)]
     uneven = dataclasses.replace(recipe, causal=CausalConfig(frames_per_block=3, window=7, sink=1))
-    assert bench_plan.lengths(uneven) == [(0, 3), (3, 6), (6, 8)]
+    assert bench.cache_lengths(uneven) == [(0, 3), (3, 6), (6, 8)]
 
 
 @pytest.mark.parametrize(
@@ -109,4 +110,4 @@ def test_every_length_of_a_window_and_of_a_clip():
 )
 def test_plans_that_make_no_sense_are_refused(given, message):
     with pytest.raises(ConfigError, match=message):
-        bench_plan.Plan(**given)
+        bench.Options(**given)

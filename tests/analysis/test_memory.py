@@ -1,11 +1,12 @@
 """The memory plan against counts by hand, for the published sizes."""
 
 import dataclasses
+import os
 import pathlib
 
 import pytest
 
-from causvid_jax.analysis import sampling_memory
+from causvid_jax.analysis import memory
 from causvid_jax.config import CLIPConfig, ConfigError
 from causvid_jax.config.recipes import load_recipe
 
@@ -26,7 +27,7 @@ FLOAT32 = (
 
 def phase(name, **changes):
     given = {"role": "student", "batch": 1, "latents": 21, **changes}
-    return {p.name: p for p in sampling_memory.plan(WAN, **given)}[name]
+    return {p.name: p for p in memory.sampling_phases(WAN, **given)}[name]
 
 
 def test_published_text_encoder():
@@ -39,7 +40,7 @@ def test_published_text_encoder():
 def test_a_picture_is_read_before_the_transformer_comes():
     recipe = load_recipe(str(pathlib.Path(__file__).parents[2] / "configs" / "wan_14b.py:i2v"))
     given = {"batch": 2, "latents": 21, "prompts": 0, "image": True, "clip": CLIPConfig()}
-    phases = {p.name: p for p in sampling_memory.plan(recipe, "teacher", **given)}
+    phases = {p.name: p for p in memory.sampling_phases(recipe, "teacher", **given)}
     assert list(phases) == ["read the picture", "encode the picture", "denoise", "decode"]
     # ViT-H/14: the tower and its projection.
     assert phases["read the picture"].items["image encoder"] == {"float32": 4 * 632_076_800}
@@ -60,35 +61,36 @@ def test_published_student():
     kept = small * (16 + 11 * 384) + middle * (192 + 6 * 384) + large * 6 * 192 + full * 7 * 96
     assert sum(items["decoder's past"].values()) == pytest.approx(2 * 2 * kept, rel=1e-6)
     window = dataclasses.replace(WAN, causal=dataclasses.replace(WAN.causal, window=12))
-    seen = {p.name: p for p in sampling_memory.plan(window, "student", batch=2, latents=21)}["stream"].items
+    seen = {p.name: p for p in memory.sampling_phases(window, "student", batch=2, latents=21)}["stream"].items
     assert seen["keys and values"] == {"bfloat16": 2 * 30 * 2 * 12 * 1560 * 12 * 128 * 2}
 
 
 def test_phases_and_what_they_hold():
-    names = [p.name for p in sampling_memory.plan(WAN, "teacher", batch=1, latents=21)]
+    names = [p.name for p in memory.sampling_phases(WAN, "teacher", batch=1, latents=21)]
     assert names == ["encode the prompts", "denoise", "decode"]
-    assert [p.name for p in sampling_memory.plan(WAN, "student", batch=1, latents=21, prompts=0)] == ["stream"]
+    assert [p.name for p in memory.sampling_phases(WAN, "student", batch=1, latents=21, prompts=0)] == ["stream"]
     assert "VAE" not in phase("denoise", role="teacher").items
     assert "transformer" not in phase("decode", role="teacher").items
     tiny = dataclasses.replace(WAN, decoder="taehv")
-    held = sampling_memory.plan(tiny, "student", batch=1, latents=21, prompts=0)[0].items
+    held = memory.sampling_phases(tiny, "student", batch=1, latents=21, prompts=0)[0].items
     assert "TAEHV" in held and "VAE" not in held and "VAE and TAEHV" not in held
-    shown = sampling_memory.plan(tiny, "student", batch=1, latents=21, prompts=0, image=True)[0].items
+    shown = memory.sampling_phases(tiny, "student", batch=1, latents=21, prompts=0, image=True)[0].items
     assert "VAE and TAEHV" in shown
 
 
 def test_in_words_and_against_a_limit():
-    plan = sampling_memory.plan(WAN, "student", batch=1, latents=21)
-    said = sampling_memory.describe(plan)
+    plan = memory.sampling_phases(WAN, "student", batch=1, latents=21)
+    said = memory.describe(plan)
     for words in ("1. encode the prompts: ", "2. stream: ", "text encoder", "11.36 GB bfloat16", "6.04 GB bfloat16"):
         assert words in said
-    assert "does not say how much it has" in said and "80.00 GB that the device has" in sampling_memory.describe(
+    assert "does not say how much it has" in said and "80.00 GB that the device has" in memory.describe(
         plan, 80 * 10**9
     )
-    sampling_memory.check(plan, None)
-    sampling_memory.check(plan, 80 * 10**9)
+    memory.check_fits(plan, None)
+    memory.check_fits(plan, 80 * 10**9)
     with pytest.raises(
         ConfigError, match=r"to encode the prompts takes about 1\d\.\d\d GB, and the device has 8.00 GB"
     ):
-        sampling_memory.check(plan, 8 * 10**9)
-    assert sampling_memory.device_limit() is None  # a CPU
+        memory.check_fits(plan, 8 * 10**9)
+    assert memory.memory_limit() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # that of the host
+    assert 2**20 < memory.peak_rss() <= memory.memory_limit()

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from causvid_jax.analysis import compile_report, mesh_search, topology, training_memory
+from causvid_jax.analysis import compile_report, estimate, mesh_search, topology
 from causvid_jax.config import OptimizerConfig, ParallelConfig
 from causvid_jax.config.recipes import load_recipe
 from causvid_jax.models import transformer
@@ -29,7 +29,7 @@ def test_parameter_bytes_are_those_of_placed_arrays(mesh):
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed))
     sizes = dataclasses.asdict(MESHES[mesh])
     axes = {name: sizes[name] for name in ("data", "fsdp", "context", "tensor")}
-    assert training_memory.param_bytes(spec, axes, rules) == held
+    assert estimate.param_bytes(spec, axes, rules) == held
 
 
 def test_what_layers_keep_is_what_jax_keeps():
@@ -52,9 +52,9 @@ def test_what_layers_keep_is_what_jax_keeps():
     # XLA's attention: its result, rounded, and nothing of the softmax.
     assert known["attention"] - known["full"] == layers * tokens * 2 * net.dim
     machine = topology.parse("h100:1")
-    whole = training_memory.make_mesh(ParallelConfig(), machine)
+    whole = estimate.make_mesh(ParallelConfig(), machine)
     counted = {
-        remat: training_memory.Network(dataclasses.replace(net, remat=remat), RECIPE, whole).saved(3) for remat in known
+        remat: estimate.Network(dataclasses.replace(net, remat=remat), RECIPE, whole).saved(3) for remat in known
     }
     tokens = 3 * 8  # of the recipe's own frames
     sums = layers * tokens * 4 * net.num_heads  # kept where the kernel is splash or cuDNN
@@ -64,17 +64,17 @@ def test_what_layers_keep_is_what_jax_keeps():
 
 def test_a_training_state_by_hand():
     recipe = dataclasses.replace(SMALL, parallel=ParallelConfig(fsdp=8))
-    found = training_memory.estimate(recipe, "init", topology.parse("h100:8"))
+    found = estimate.estimate(recipe, "init", topology.parse("h100:8"))
     count = 1_418_996_800
     # Modulations and biases stay whole: less than a part in a hundred.
     assert found.parts["parameters"] == pytest.approx(4 * count / 8, rel=1e-2)
     assert found.parts["moments"] == 2 * found.parts["parameters"] and found.host == 0
     assert found.parts["kept for the backward pass"] == 16 * 30 * 32760 * 1536 * 4
     offloaded = dataclasses.replace(recipe, parallel=ParallelConfig(fsdp=8, offload_optimizer=True))
-    found = training_memory.estimate(offloaded, "init", topology.parse("h100:8"))
+    found = estimate.estimate(offloaded, "init", topology.parse("h100:8"))
     assert "moments" not in found.parts and found.host == pytest.approx(8 * count / 8, rel=1e-2)
     muon = dataclasses.replace(recipe.train_init, optimizer=OptimizerConfig(kind="muon"))
-    less = training_memory.estimate(dataclasses.replace(recipe, train_init=muon), "init", topology.parse("h100:8"))
+    less = estimate.estimate(dataclasses.replace(recipe, train_init=muon), "init", topology.parse("h100:8"))
     kernels = 30 * (8 * 1536**2 + 2 * 1536 * 8960)  # q, k, v, o twice, and the MLP
     assert less.parts["moments"] == pytest.approx((8 * count - 4 * kernels) / 8, rel=1e-2)
 
@@ -82,23 +82,23 @@ def test_a_training_state_by_hand():
 def test_self_forcings_published_cost():
     """600 iterations on 64 H100 took under two hours (its README), about 1.5 (its paper)."""
     machine = topology.parse("h100:8x8")
-    best = mesh_search.plan(MIXED, "distill", machine)
+    best = mesh_search.search(MIXED, "distill", machine)
     assert best.fits
     fast, slow = sorted(120 * seconds / 3600 for seconds in best.estimate.seconds)
     assert fast < 2.0 and slow > 1.0
 
 
 def test_plans():
-    assert mesh_search.plan(SMALL, "init", topology.parse("h200:1")).fits
-    none = mesh_search.plan(LARGE, "distill", topology.parse("h100:1"))
+    assert mesh_search.search(SMALL, "init", topology.parse("h200:1")).fits
+    none = mesh_search.search(LARGE, "distill", topology.parse("h100:1"))
     assert not none.fits
-    stream = mesh_search.plan(LARGE, "stream", topology.parse("h100:8"))
+    stream = mesh_search.search(LARGE, "stream", topology.parse("h100:8"))
     assert stream.fits and stream.recipe.parallel.fsdp == 1
-    two = mesh_search.plan(LARGE, "distill", topology.parse("v5p:2x4x4*2"))
+    two = mesh_search.search(LARGE, "distill", topology.parse("v5p:2x4x4*2"))
     assert two.fits and two.recipe.parallel.slices == 2
     assert "--config.parallel.slices=2" in two.settings("distill")
     # What is said to fit is a legal mesh of all devices.
-    mesh = training_memory.make_mesh(two.recipe.parallel, topology.parse("v5p:2x4x4*2"))
+    mesh = estimate.make_mesh(two.recipe.parallel, topology.parse("v5p:2x4x4*2"))
     assert mesh.data * mesh.fsdp * mesh.context * mesh.tensor == 64
 
 
@@ -106,15 +106,15 @@ def test_a_plan_that_was_found_too_large_gives_way_to_the_next():
     machine = topology.parse("h200:8")
     tried = []
     for _ in range(3):
-        best = mesh_search.plan(LARGE, "distill", machine, too_large=tried)
+        best = mesh_search.search(LARGE, "distill", machine, too_large=tried)
         assert best.fits and best.settings("distill") not in tried
         tried.append(best.settings("distill"))
     # A recipe that has the plan already is known by its settings.
-    flags = mesh_search.settings(best.recipe, best.given, "distill")
+    flags = mesh_search.settings(best.recipe, best.base, "distill")
     assert flags == tried[-1] == mesh_search.settings(best.recipe, best.recipe, "distill")
     machine = topology.parse("h100:1")
-    least = mesh_search.plan(LARGE, "distill", machine)
-    assert mesh_search.plan(LARGE, "distill", machine, too_large=[least.settings("distill")]) == least
+    least = mesh_search.search(LARGE, "distill", machine)
+    assert mesh_search.search(LARGE, "distill", machine, too_large=[least.settings("distill")]) == least
 
 
 @pytest.mark.parametrize("stage", compile_report.STAGES)

@@ -1,6 +1,6 @@
-"""What a benchmark says: lines that each stand alone, as JSON and as a Markdown table, and two of them side by side.
+"""Report a benchmark as JSON and as a Markdown table, and compare two reports.
 
-``benchmarks/torch_sampler.py`` writes the same JSON, so this module imports nothing that it does not have.
+Every line repeats its settings. ``benchmarks/torch_sampler.py`` writes the same JSON.
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 NAMES = ("resolution", "streams", "window", "steps", "precision")
-"""The settings that every line repeats."""
+"""Settings that every line repeats."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,9 +16,9 @@ class Line:
     """One measurement.
 
     Attributes:
-      what: what a call is.
+      what: name of the measured call.
       seen: latent frames that the block sees, itself included; None where lengths mix.
-      codec: what made pixels, "none" where nothing did.
+      codec: the decoder, "none" for latents.
       p50_ms, p99_ms: of ``calls`` calls, each waited for.
       tflop: model TFLOP of one call, over all streams; None where it is not counted.
       fps: pixel frames per second of each stream; None where a call makes none.
@@ -35,14 +35,14 @@ class Line:
 
 
 def line(item: Line, settings: Mapping[str, Any], peak: float | None) -> dict[str, Any]:
-    """``item`` with the settings it was measured under, achieved TFLOP/s and their share of ``peak`` FLOP/s."""
+    """Return ``item`` with its settings, achieved TFLOP/s and their share of ``peak`` FLOP/s."""
     rate = None if item.tflop is None else item.tflop / item.p50_ms * 1e3
     share = None if rate is None or peak is None else rate * 1e12 / peak
     return {**dataclasses.asdict(item), "tflops": rate, "share_of_peak": share, **{n: settings[n] for n in NAMES}}
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    """``value`` with so many digits that count, never in powers of ten."""
+    """Format ``value`` with so many significant digits, without an exponent."""
     if value is None:
         return "-"
     if value == 0 or abs(value) >= 10 ** (digits - 1):
@@ -60,7 +60,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report as text to read: what was measured on what, the table, memory, and what the words mean."""
+    """Return the report as Markdown: device, settings, table, memory, notes."""
     device, settings, memory = report["device"], report["settings"], report["memory"]
     header = ["what", "frames seen", *NAMES, "codec", "p50 ms", "p99 ms", "TFLOP", "TFLOP/s", "of peak", "frames/s"]
     rows = []
@@ -80,23 +80,24 @@ def markdown(report: Mapping[str, Any]) -> str:
                 _number(item["fps"]),
             ]
         )
-    known = ", ".join(f"{name} {value}" for name, value in device.items())
-    held = "; ".join(f"{name} {_number(size / 2**20)} MiB" for name, size in memory["bytes"].items())
+    described = ", ".join(f"{name} {value}" for name, value in device.items())
+    peaks = "; ".join(f"{name} {_number(size / 2**20)} MiB" for name, size in memory["bytes"].items())
     return "\n\n".join(
         [
             f"## {report['program']}: {settings['recipe']} on {device['kind']}",
-            f"{report['date']}; {known}.",
+            f"{report['date']}; {described}.",
             f"Weights: {report['weights']}. Attention: {settings['attention']}. Peak: {report['peak']}. Compiled in "
             f"{report['compile_seconds']:.0f} s, not part of any time below.",
             _table(header, rows),
-            f"Memory ({memory['of']}): {held}.",
+            f"Memory ({memory['of']}): {peaks}.",
             *report["notes"],
         ]
     ) + "\n"  # fmt: skip
 
 
 def comparison(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """Both reports' common lines in one table, with the ratio of their medians (above 1: the first is faster).
+    """Return a table of the common lines of two reports, with the ratio of their medians (above 1: the first is
+    faster).
 
     Raises:
         ValueError: reports of different devices or settings, or without a common line.

@@ -1,12 +1,12 @@
-"""Memory, traffic and time of a stage on a described machine, from shapes: no compiler is asked, nothing measured.
+"""Estimate memory, traffic and time of a stage on a described machine, from shapes, without compiling or measuring.
 
-Memory of one device is the sum of what must be there at once: parameters, moments, mean and gradients as the sharding
-rules split them (exact), what the layers keep for the backward pass by ``remat`` (exact for "full", "attention" and
-"offload"), caches (exact), and the working set of one layer (a formula, :func:`_working`, meant to err on the large
-side). A compiled figure, where there is one, is the better one.
+Memory of one device is the sum of all arrays that are live at once: parameters, moments, mean and gradients as the
+sharding rules split them (exact), what the layers keep for the backward pass by ``remat`` (exact for "full",
+"attention" and "offload"), caches (exact), and the working set of one layer (a formula, :meth:`Network.working`, meant
+to err on the large side). A compiled figure, where there is one, is the better one.
 
-Time is a roofline. Work goes at 35% to 60% of the peak; traffic between devices at the full rate of its links; the fast
-end hides all traffic behind work, the slow end none.
+Time is a roofline. Compute runs at 35% to 60% of the peak, traffic between devices at the full rate of its links. The
+lower bound overlaps all traffic with compute, the upper bound none.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from causvid_jax.analysis import flops
-from causvid_jax.analysis.topology import Machine
+from causvid_jax.analysis.topology import TopologySpec
 from causvid_jax.config import OptimizerConfig, ParallelConfig, Recipe, ShardingRules, TransformerConfig
 from causvid_jax.models import transformer
 from causvid_jax.sampling.stream import passes_per_block
@@ -36,10 +36,10 @@ F32 = 4
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What one device holds and how long a step takes.
+    """Memory of one device and time of a step.
 
     Attributes:
-      parts: bytes in the device's memory, by what they are.
+      parts: bytes in the device's memory, by name of the arrays.
       host: bytes in the host's memory, per device.
       work: FLOPs over all devices.
       traffic: bytes that one device receives from others.
@@ -62,13 +62,13 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class _Mesh:
-    """Sizes of the mesh axes, slices counted in ``data``, and the machine they lie on."""
+    """Sizes of the mesh axes, with slices counted in ``data``, and the machine."""
 
     data: int
     fsdp: int
     context: int
     tensor: int
-    machine: Machine
+    machine: TopologySpec
 
     @property
     def axes(self) -> dict[str, int]:
@@ -81,14 +81,14 @@ class _Mesh:
     @property
     def gather_rate(self) -> float:
         """Bytes a second at which a device receives what its fsdp group holds."""
-        chip, near = self.machine.chip, self.machine.near
-        spread = self.fsdp * self.context * self.tensor > near
+        chip, ici_size = self.machine.chip, self.machine.ici_size
+        crosses_dcn = self.fsdp * self.context * self.tensor > ici_size
         # Every node or slice receives the whole once, through the ports of all its devices.
-        return min(chip.link, chip.network * near) if spread else chip.link
+        return min(chip.ici_bandwidth, chip.dcn_bandwidth * ici_size) if crosses_dcn else chip.ici_bandwidth
 
 
-def make_mesh(config: ParallelConfig, machine: Machine) -> _Mesh:
-    """The mesh of ``config`` on ``machine``.
+def make_mesh(config: ParallelConfig, machine: TopologySpec) -> _Mesh:
+    """Return the mesh of ``config`` on ``machine``.
 
     Raises:
         ConfigError: a mesh that does not fit the devices.
@@ -98,7 +98,7 @@ def make_mesh(config: ParallelConfig, machine: Machine) -> _Mesh:
 
 
 def param_bytes(spec: Any, mesh: Mapping[str, int], rules: ShardingRules, size: int = F32) -> float:
-    """Bytes of the parameters ``spec`` on one device of ``mesh``."""
+    """Return the bytes of the parameters ``spec`` on one device of ``mesh``."""
 
     def one(leaf: ParamSpec) -> float:
         split = constraints.mesh_axes(leaf.axes, leaf.shape, mesh, rules)
@@ -109,7 +109,8 @@ def param_bytes(spec: Any, mesh: Mapping[str, int], rules: ShardingRules, size: 
 
 @functools.cache
 def _sizes(net: TransformerConfig, axes: tuple[tuple[str, int], ...]) -> tuple[float, float, float, float]:
-    """Bytes on one device: all parameters, all layers whole along fsdp, the largest array, the layers' kernels."""
+    """Return the bytes on one device: all parameters, all layers whole along fsdp, the largest array, the layers' "
+    "kernels."""
     spec, mesh = transformer.spec(net), dict(axes)
     leaves = jax.tree_util.tree_leaves_with_path(spec, is_leaf=lambda x: isinstance(x, ParamSpec))
     return (
@@ -136,7 +137,7 @@ class Network:
         self.frame = flops.tokens_per_frame(recipe, net) / mesh.context
 
     def _kept(self, frames: float, remat: str) -> float:
-        """Bytes that one layer keeps for its backward pass, for one example."""
+        """Return the bytes that one layer keeps for its backward pass, for one example."""
         net, tensor, tokens = self.net, self.mesh.tensor, frames * self.frame
         m, p = net.dim, net.ffn_dim
         attention = (_item(net) * m + F32 * net.num_heads) / tensor
@@ -156,18 +157,18 @@ class Network:
         )
 
     def saved(self, frames: float) -> float:
-        """Bytes that all layers keep."""
+        """Return the bytes that all layers keep for the backward pass."""
         return self.net.num_layers * self._kept(frames, str(self.net.remat))
 
     def on_host(self, frames: float) -> float:
         return self.net.num_layers * self._kept(frames, "full") if self.net.remat == "offload" else 0.0
 
     def working(self, frames: float) -> float:
-        """Bytes of one layer computed again and differentiated: all that it would keep, and its widest gradient."""
+        """Return the bytes to recompute and differentiate one layer: its activations and its widest gradient."""
         return self._kept(frames, "none") + F32 * frames * self.frame * self.net.ffn_dim / self.mesh.tensor
 
     def cache(self) -> float:
-        """Bytes of a key-value cache of one example."""
+        """Return the bytes of a key-value cache of one example."""
         causal, net = self.recipe.causal, self.net
         slots = causal.window + causal.sink if causal.window else self.recipe.video.latent_frames
         split = self.mesh.tensor * self.mesh.context
@@ -177,24 +178,27 @@ class Network:
     # ---- traffic ----
 
     def gather(self) -> float:
-        """Bytes received to have every layer whole once."""
+        """Return the bytes received to all-gather every layer once."""
         return self.layers_whole * (1 - 1 / self.mesh.fsdp)
 
     def exchanged(self, frames: float) -> float:
-        """Bytes received in one forward pass over one example: tokens for heads, and sums over tensor."""
+        """Return the bytes received in one forward pass of one example: all-to-all over context, all-reduce over "
+        "tensor."""
         net, mesh, tokens = self.net, self.mesh, frames * self.frame
         heads = 4 * tokens * net.dim / mesh.tensor * _item(net) * (1 - 1 / mesh.context)
         sums = 3 * tokens * net.dim * F32 * 2 * (1 - 1 / mesh.tensor)
         return net.num_layers * (heads + sums)
 
     def trained(self, frames: float, examples: float) -> tuple[float, float]:
-        """(gathered, exchanged) bytes of a forward and backward pass: gathered twice, gradients scattered once."""
+        """Return (gathered, exchanged) bytes of a forward and backward pass: gathered twice, gradients scattered "
+        "once."""
         again = 2 if self.net.remat in ("none", "dots") else 3
         return 3 * self.gather(), again * examples * self.exchanged(frames)
 
 
 def _moments(networks: list[tuple[Network, OptimizerConfig]], recipe: Recipe) -> tuple[dict[str, float], float]:
-    """Optimizer states: in the device's memory by part, and in the host's. Of the layers' kernels Muon keeps one."""
+    """Return the bytes of the moments on the device, by name, and on the host. Muon keeps one moment of a layer's "
+    "kernel."""
     moments = sum(2 * n.params - (n.kernels if config.kind == "muon" else 0.0) for n, config in networks)
     if not recipe.parallel.offload_optimizer:
         return {"moments": moments}, 0.0
@@ -208,10 +212,10 @@ def _times(mesh: _Mesh, work: flops.StepFlops, traffic_seconds: float, floor: fl
 
 
 def _gradient_seconds(mesh: _Mesh, params: float) -> float:
-    """Of summing gradients over the data axis, which lies outermost."""
+    """Return the seconds to all-reduce gradients over the data axis, which is outermost."""
     copies, chip = mesh.data, mesh.machine.chip
-    far = mesh.machine.size > mesh.machine.near
-    return 2 * params * (1 - 1 / copies) / (chip.network if far else chip.link)
+    crosses_dcn = mesh.machine.size > mesh.machine.ici_size
+    return 2 * params * (1 - 1 / copies) / (chip.dcn_bandwidth if crosses_dcn else chip.ici_bandwidth)
 
 
 def _one_network(recipe: Recipe, stage: str, mesh: _Mesh) -> Estimate:
@@ -230,7 +234,9 @@ def _one_network(recipe: Recipe, stage: str, mesh: _Mesh) -> Estimate:
     }
     gathered, exchanged = net.trained(frames, local)
     gathered, exchanged = config.accumulate * gathered, config.accumulate * exchanged
-    seconds = gathered / mesh.gather_rate + exchanged / mesh.machine.chip.link + _gradient_seconds(mesh, net.params)
+    seconds = (
+        gathered / mesh.gather_rate + exchanged / mesh.machine.chip.ici_bandwidth + _gradient_seconds(mesh, net.params)
+    )
     work = flops.training_step(recipe, stage)
     return Estimate(parts, host + local * net.on_host(frames), work, gathered + exchanged, _times(mesh, work, seconds))
 
@@ -275,7 +281,7 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
     gathered, exchanged = (
         parts_of_batch * (updates * (roll[i] + trained[i]) + roll[i] + back[i] + scored[i]) for i in (0, 1)
     )
-    seconds = gathered / mesh.gather_rate + exchanged / mesh.machine.chip.link
+    seconds = gathered / mesh.gather_rate + exchanged / mesh.machine.chip.ici_bandwidth
     seconds += updates * _gradient_seconds(mesh, fake.params) + _gradient_seconds(mesh, student.params)
     work = flops.training_step(recipe, "distill")
     on_host = host + local * max(fake.on_host(frames), student.on_host(recipe.causal.frames_per_block))
@@ -283,11 +289,11 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
 
 
 CACHES = 4
-"""Caches alive while a student learns from its own rollout: the one that is kept, and three in the loops."""
+"""Caches alive during a self-rollout: the result, and three in the loops."""
 
 
 def _stream(recipe: Recipe, mesh: _Mesh) -> Estimate:
-    """One block of as many streams as data x fsdp: each has a stream of its own."""
+    """Estimate one block of data x fsdp streams side by side."""
     net, block = Network(recipe.student, recipe, mesh), recipe.causal.frames_per_block
     item, passes = _item(net.net), passes_per_block(recipe)
     weights, cache = net.params * item / F32, net.cache()
@@ -299,13 +305,13 @@ def _stream(recipe: Recipe, mesh: _Mesh) -> Estimate:
     }
     work = flops.StepFlops(flops.stream_block(recipe) * mesh.ways)
     gathered, exchanged = passes * net.gather() * item / F32, passes * net.exchanged(block)
-    seconds = gathered / mesh.gather_rate + exchanged / mesh.machine.chip.link
+    seconds = gathered / mesh.gather_rate + exchanged / mesh.machine.chip.ici_bandwidth
     read = passes * (weights + cache) / mesh.machine.chip.bandwidth
     return Estimate(parts, 0.0, work, gathered + exchanged, _times(mesh, work, seconds, read), streams=mesh.ways)
 
 
-def estimate(recipe: Recipe, stage: str, machine: Machine) -> Estimate:
-    """One step of ``stage`` ("teacher", "init", "distill"), or one block of "stream", on the mesh of
+def estimate(recipe: Recipe, stage: str, machine: TopologySpec) -> Estimate:
+    """Estimate one step of ``stage`` ("teacher", "init", "distill"), or one block of "stream", on the mesh of
     ``recipe.parallel`` over ``machine``.
 
     Raises:

@@ -11,8 +11,8 @@ import threading
 import jax
 import pytest
 
-from causvid_jax.distributed import initialize, watchdog
-from causvid_jax.distributed.initialize import Address
+from causvid_jax.distributed import handshake, initialize, watchdog
+from causvid_jax.distributed.handshake import Address
 from tests.programs import free_port
 
 
@@ -23,7 +23,7 @@ class Run:
         port = free_port()
         everyone = [Address(f"127.0.0.1:{port}", count, i) for i in range(count)]
         with concurrent.futures.ThreadPoolExecutor(count) as pool:
-            self.peers = list(pool.map(lambda address: initialize.greet(address, wait=30), everyone))
+            self.peers = list(pool.map(lambda address: handshake.handshake(address, wait=30), everyone))
         self.ends, self._changed = {}, threading.Condition()
         self.watches = [self._watch(i, count) for i in range(count)]
 
@@ -35,7 +35,7 @@ class Run:
             for peer in self.peers[i]:  # as the kernel does
                 peer.connection.close()
 
-        return watchdog.Watch(self.peers[i], count, end)
+        return watchdog.Watchdog(self.peers[i], count, end)
 
     def kill(self, i):
         # A killed process loses all of its connections at once. Without the lock its watch, which lives on in this
@@ -71,34 +71,34 @@ def test_process_0_is_missed_by_all():
 def test_who_says_goodbye_is_not_missed():
     run = Run(3)
     for i in (1, 0, 2):
-        run.watches[i].bye()
+        run.watches[i].finish()
         run.kill(i)
     for one in run.watches:
-        one.wait(0.2)
+        one.wait_for_loss(0.2)
     assert run.ends == {} and all(one.lost is None for one in run.watches)
 
 
 def test_after_a_failure_the_others_have_time_to_say_what_they_met(monkeypatch):
     monkeypatch.setattr(watchdog, "GRACE", 0.5)
     run = Run(3)
-    with pytest.raises(ZeroDivisionError), initialize.together(run.watches[1]):
+    with pytest.raises(ZeroDivisionError), initialize.notify_peers(run.watches[1]):
         raise ZeroDivisionError
-    assert run.watches[0].wait(0.1) and run.ends == {}
+    assert run.watches[0].wait_for_loss(0.1) and run.ends == {}
     assert run.ended(0, 2)
     assert "process 1 of 3" in run.watches[2].lost and "has failed: its own log says why" in run.watches[2].lost
 
 
 def test_an_orderly_stop_is_a_goodbye():
     run = Run(2)
-    with pytest.raises(initialize.Stopped), initialize.together(run.watches[1]):
+    with pytest.raises(initialize.Stopped), initialize.notify_peers(run.watches[1]):
         raise initialize.Stopped
     run.kill(1)
-    assert run.watches[0].wait(0.3) is None and run.ends == {}
+    assert run.watches[0].wait_for_loss(0.3) is None and run.ends == {}
 
 
 def test_what_a_collective_says_of_a_missing_process_is_put_in_words():
     run = Run(2)
     run.kill(1)
-    with pytest.raises(jax.errors.JaxRuntimeError), initialize.together(run.watches[0]):
+    with pytest.raises(jax.errors.JaxRuntimeError), initialize.notify_peers(run.watches[0]):
         raise jax.errors.JaxRuntimeError("Gloo: Connection closed by peer")
     assert run.ended(0) and "process 1 of 2" in run.watches[0].lost
