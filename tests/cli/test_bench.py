@@ -2,6 +2,7 @@
 
 import pytest
 
+from causvid_jax.analysis import bench
 from causvid_jax.cli import common
 from causvid_jax.config import ConfigError
 
