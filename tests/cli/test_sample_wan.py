@@ -195,7 +195,7 @@ def test_a_program_is_built_once_and_runs_without_the_model(place, monkeypatch, 
         ([PROMPT, PROMPT, program], f"{built} 1 video(s) at once, and 2 prompt(s) are given"),
         ([PROMPT, "--config.video.width=48", program], f"{built} video.width = 32, and the recipe has 48"),
         ([PROMPT, "--frames=14", program], f"{built} at most 4 latent frames, and 6 are asked for"),
-        ([PROMPT, "--exact", program], f"{built} student.precision = 'own', and the recipe has 'causvid'"),
+        ([PROMPT, "--exact", program], f"{built} student.precision = 'default', and the recipe has 'causvid'"),
         ([PROMPT, "--teacher", program], "--teacher is given with --program, which holds text to video only"),
         ([PROMPT, f"--program={place}/tiny.py"], "tiny.py is not a readable program of launch.compile"),
     ):
@@ -213,13 +213,13 @@ def test_what_is_missing_is_named(place, tmp_path):
     picture.append(f"--image={place}/wide.gif")
     cases = [
         ([PROMPT, f"--checkpoint={tmp_path}"], "text_encoder/weights.safetensors does not exist"),
-        (picture, "image_encoder/weights.safetensors does not exist: CLIP's image encoder"),
+        (picture, "comes with no trained image_encoder; put the published one into"),
         ([*picture[:3], "--teacher"], "recipe 'tiny_wan' has an image branch; accepted: --teacher and --image, both"),
         ([PROMPT, "--teacher", f"--image={place}/wide.gif"], "--image is given with --teacher, which cannot stream"),
-        ([PROMPT, "--config.umt5.num_layers=9"], "text encoder weights"),
+        ([PROMPT, "--config.umt5.num_layers=9"], "text_encoder/weights.safetensors does not fit the configuration"),
         (
             [PROMPT, "--config.decoder=taehv", "--config.taehv.blocks=2"],
-            "do not fit the configuration (unexpected: decoder/levels/0/blocks/2",
+            "unexpected: decoder/levels/0/blocks/2",
         ),
     ]
     for arguments, words in cases:
