@@ -143,7 +143,7 @@ REFUSED = [
     ([PROMPT, "--video={place}/clip.gif", "--image={place}/clip.gif"], "--image and --video"),
     ([PROMPT, "--checkpoint={place}/nothing"], "does not exist"),
     ([PROMPT, "--checkpoint={place}/broken.safetensors"], "not a readable safetensors file"),
-    ([PROMPT, "--checkpoint={place}/vae/weights.safetensors"], "do not fit the configuration"),
+    ([PROMPT, "--checkpoint={place}/vae/weights.safetensors"], "does not fit the configuration"),
     ([PROMPT, "--config.video.framse=21"], "did you mean 'video.frames'"),
     ([PROMPT, f"--frames={10**12}"], "accepted: up to 10000000"),
     ([PROMPT, "--upscale=4000"], "--upscale is 4000; accepted: 0 to 256"),

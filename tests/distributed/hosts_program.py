@@ -55,9 +55,11 @@ def _joined(workdir, number, names):
     recipe = from_json((folder / "recipe.json").read_text())
     read, parts, read_part = [], [], checkpoint._read
 
-    def counted(*arguments):
-        parts.append(read_part(*arguments))
-        return parts[-1]
+    def counted(opened, *arguments):
+        part = read_part(opened, *arguments)
+        if opened.network.component != "vae":
+            parts.append(part)
+        return part
 
     checkpoint._read = counted
     batches = Run.batches

@@ -130,7 +130,7 @@ def test_bfloat16_weights_and_matmuls_stay_near_float32(arrays, params):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"num_buckets": 30}, "umt5.num_buckets is 30; it must be a positive multiple of 4"),
+        ({"num_buckets": 30}, "umt5.num_buckets is 30; accepted: at least 4 and at most 65536, multiples of 4"),
         ({"max_distance": 8}, "umt5.max_distance is 8; it must exceed num_buckets / 4 = 8"),
         ({"dtype": "float16"}, "umt5.dtype is 'float16'; accepted: 'float32', 'bfloat16'"),
     ],
