@@ -10,7 +10,17 @@ PARITY = ["torch", "diffusers", "transformers", "safetensors", "peft", "accelera
 TEXT = ["tokenizers>=0.21", "ftfy>=6.1"]
 # Tests compile for TPUs that are not there; its compiler is made for this platform alone.
 COMPILER = "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"
-DEV = ["pytest>=8", "pytest-xdist", "ruff>=0.12,<1", "mypy>=1.16", "pre-commit", "chex", COMPILER, *TEXT]
+DEV = [
+    "pytest>=8",
+    "pytest-xdist",
+    "ruff>=0.12,<1",
+    "mypy>=1.16",
+    "hypothesis>=6",
+    "pre-commit",
+    "chex",
+    COMPILER,
+    *TEXT,
+]
 
 setup(
     name="causvid_jax",

@@ -138,7 +138,9 @@ def _blocks_spec(width: int, count: int) -> Tree:
 # ---- encoding -------------------------------------------------------------------------------------------------------
 
 
-def encode(params: Tree, video: Float[jax.Array, "B T H W channels"], *, config: TAEHVConfig) -> Float[jax.Array, "B F h w C"]:
+def encode(
+    params: Tree, video: Float[jax.Array, "B T H W channels"], *, config: TAEHVConfig
+) -> Float[jax.Array, "B F h w C"]:
     """Encode a whole video: [B, T, H, W, 3] in [-1, 1] to [B, ceil(T / 4), h, w, C], float32.
 
     A video of 1 + 4n frames has 1 + n latents, as with the Wan VAE. Copies of the last frame complete the last group,

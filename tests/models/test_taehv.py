@@ -174,7 +174,10 @@ def test_the_published_size():
             lambda p: taehv.encode_chunk(p, jnp.zeros((1, 5, 16, 16, 3)), None, config=SMALL),
             "5 frames .*accepted: 4n",
         ),
-        (lambda p: TAEHVConfig(temporal_upsample=(False, True, False)), "the same length and the same number of true entries"),
+        (
+            lambda p: TAEHVConfig(temporal_upsample=(False, True, False)),
+            "the same length and the same number of true entries",
+        ),
         (lambda p: TAEHVConfig(decoder_dims=(8, 8)), "has 2 entries; 3 levels need 4"),
         (lambda p: TAEHVConfig(dtype="float16"), "taehv.dtype is 'float16'"),
     ],

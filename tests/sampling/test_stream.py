@@ -333,7 +333,9 @@ def test_what_happens_to_the_cache_at_a_switch_is_a_setting(params):
     assert int(caches["reset"].position) == 0 and (np.asarray(caches["reset"].frame) == -1).all()
     with pytest.raises(ConfigError, match="causal.on_prompt_switch is 'cut'; accepted: 'keep', 'recompute', 'reset'"):
         with_causal(PLAIN, on_prompt_switch="cut")
-    with pytest.raises(ConfigError, match="a clip would start with a block of one frame.*accepted: 'keep', 'recompute'"):
+    with pytest.raises(
+        ConfigError, match="a clip would start with a block of one frame.*accepted: 'keep', 'recompute'"
+    ):
         with_causal(FIRST, on_prompt_switch="reset")
 
 

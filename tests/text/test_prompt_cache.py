@@ -82,5 +82,5 @@ def test_refusals(tmp_path):
         PromptCache(tmp_path, "")
     (tmp_path / "file").write_text("")
     cache = PromptCache(tmp_path / "file", "w")
-    with pytest.raises(ConfigError, match="cannot be written to"):
+    with pytest.raises(ConfigError, match="cannot be written: Not a directory"):
         prompt_cache.write(cache, identity(cache), ROWS)
