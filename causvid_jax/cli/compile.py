@@ -19,10 +19,14 @@ at once, and writes it to a file that ``causvid sample --program`` loads without
 import dataclasses
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, option
 from causvid_jax.config import Recipe, require
+
+if TYPE_CHECKING:
+    from causvid_jax.analysis.topology import TopologySpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +87,7 @@ def main(options: Options) -> None:
         sys.exit(TOO_LARGE)
 
 
-def with_mesh(recipe, stage, machine):
+def with_mesh(recipe: Recipe, stage: str, machine: "TopologySpec") -> Recipe:
     """The recipe as it is if it has a mesh, or the machine needs none; else as it should be fastest there."""
     from causvid_jax.analysis import mesh_search
 
@@ -115,7 +119,7 @@ def build(options: Options) -> None:
     print(f"Wrote {output}, {format_bytes(output.stat().st_size)}")
 
 
-def advice(recipe, stage, machine) -> str:
+def advice(recipe: Recipe, stage: str, machine: "TopologySpec") -> str:
     """What would make a program fit: other settings that should, by computation, or what else there is to change."""
     from causvid_jax.analysis import compile_report, mesh_search
 

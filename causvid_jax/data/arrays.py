@@ -195,7 +195,9 @@ def _write_shard(path: pathlib.Path, records: Iterable[bytes]) -> None:
     os.replace(temporary, path)
 
 
-def _finish(folder, name, split, features, shards) -> None:
+def _finish(
+    folder: pathlib.Path, name: str, split: str, features: tfds.features.FeaturesDict, shards: Sequence[pathlib.Path]
+) -> None:
     """Write the metadata of a tfds dataset, then the marker that it is finished."""
     lengths, size = [], 0
     for shard in shards:

@@ -39,7 +39,7 @@ def write_latents(
     clips_per_video: int = 0,
     workers: int = 2,
     prompt_encoder: encoder.Encoder | None = None,
-    **options,
+    **options: Any,
 ) -> bool:
     """Split ``videos`` into clips of the recipe's size, length and rate, and encode them.
 

@@ -68,7 +68,7 @@ def classify(params: dict[str, Any], frames: jax.Array) -> tuple[jax.Array, jax.
         x = jax.nn.relu(x + params[name]["bias"])
     pooled = jnp.concatenate([reduce(x, "n h w c -> n c", "max"), reduce(x, "n h w c -> n c", "mean")], axis=-1)
 
-    def dense(name, x):
+    def dense(name: str, x: jax.Array) -> jax.Array:
         return x @ params[name]["kernel"] + params[name]["bias"]
 
     features = jax.nn.relu(dense("features", pooled))

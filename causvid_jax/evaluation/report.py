@@ -47,7 +47,7 @@ class Plan:
     repeats: int = 3
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (("samples", 2), ("reference", 2), ("batch", 1), ("long_factor", 1), ("repeats", 1)):
             value = getattr(self, name)
             require(value >= least, f"--{name} is {value}; it must be at least {least}")
@@ -332,9 +332,10 @@ def switch_report(
       caption in the block before, and of those that read the new one in each block after.
     """
 
-    def reads(captions, first, last):
+    def reads(captions: Sequence[str], first: int, last: int) -> np.ndarray:
         reading = judging.read(judge, video[:, starts[first] : starts[last]], data=recipe.data)
-        return metrics.agreement(reading.triples, [judging.wanted(c) for c in captions]).all(axis=(1, 2))
+        agreed = metrics.agreement(reading.triples, [judging.wanted(c) for c in captions])
+        return np.asarray(agreed.all(axis=(1, 2)))
 
     end = len(starts) - 1
     single = np.stack([reads(after, block, block + 1) for block in range(at, end)], axis=1)  # [B, blocks]
@@ -348,11 +349,14 @@ def switch_report(
     }
 
 
-def _timing(recipe, samplers, plan, prompts, done) -> dict[str, dict[str, float]]:
+def _timing(
+    recipe: Recipe, samplers: Samplers, plan: Plan, prompts: Sequence[str], done: Callable[[str], None]
+) -> dict[str, dict[str, float]]:
     batch = _slice(list(prompts), 0, plan.batch)
     calls = {}
-    if samplers.teacher:
-        calls["teacher"] = lambda decode: samplers.teacher(batch, plan.seed, decode=decode)
+    teacher = samplers.teacher
+    if teacher is not None:
+        calls["teacher"] = lambda decode: teacher(batch, plan.seed, decode=decode)
     calls["student"] = lambda decode: samplers.student(batch, plan.seed, frames=recipe.video.frames, decode=decode)
     result: dict[str, dict[str, float]] = {}
     for name, call in calls.items():
@@ -381,12 +385,12 @@ def targets(report: dict[str, Any]) -> list[dict[str, Any]]:
     scores, seconds, passes = report["scores"], report["seconds_per_clip"], report["passes"]
     result = []
 
-    def add(name, value, bound, at_least=True):
+    def add(name: str, value: float, bound: float, at_least: bool = True) -> None:
         met = value >= bound - 1e-9 if at_least else value <= bound + 1e-9
         words = f"{'>=' if at_least else '<='} {bound:g}"
         result.append({"name": name, "value": value, "bound": words, "met": met})
 
-    def share(part, whole):
+    def share(part: float, whole: float) -> float:
         return part / whole if whole else float("nan")
 
     if "teacher" in scores:

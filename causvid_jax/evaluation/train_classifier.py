@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
     return optax.adamw(schedule, weight_decay=1e-2)
 
 
-def _loss(params, frames, digit, color):
+def _loss(params: dict[str, Any], frames: jax.Array, digit: jax.Array, color: jax.Array) -> jax.Array:
     digit_logits, color_logits, _ = judging.classify(params, frames)
     targets = optax.smooth_labels(jax.nn.one_hot(digit, 10), 0.05)
     loss = optax.softmax_cross_entropy(digit_logits, targets)
@@ -61,7 +62,19 @@ def _loss(params, frames, digit, color):
 
 
 @functools.partial(jax.jit, static_argnames=("height", "width", "steps"), donate_argnames=("params", "state"))
-def _update(params, state, step, root, masks, labels, palette, *, height, width, steps):
+def _update(
+    params: dict[str, Any],
+    state: optax.OptState,
+    step: jax.Array | int,
+    root: jax.Array,
+    masks: jax.Array,
+    labels: jax.Array,
+    palette: jax.Array,
+    *,
+    height: int,
+    width: int,
+    steps: int,
+) -> tuple[dict[str, Any], optax.OptState, jax.Array]:
     pick, tone, change = jax.random.split(jax.random.fold_in(root, step), 3)
     index = jax.random.randint(pick, (BATCH,), 0, len(masks))
     color = jax.random.randint(tone, (BATCH,), 0, len(palette))

@@ -52,7 +52,7 @@ class _Programs:
         self.timing, self.loaded = timing, loaded
         self.compiled: dict[Any, Any] = {}
 
-    def prepare(self, function: Any, started: bool, *args, **static) -> Callable[..., Any]:
+    def prepare(self, function: Any, started: bool, *args: Any, **static: Any) -> Callable[..., Any]:
         key = function, started
         if key not in self.compiled:
             begin = time.perf_counter()
@@ -67,7 +67,7 @@ class _Programs:
             return self.loaded.jitted(exported.name_of(function, started))
         return _Bound(function, static)
 
-    def __call__(self, function: Any, started: bool, *args, **static) -> Any:
+    def __call__(self, function: Any, started: bool, *args: Any, **static: Any) -> Any:
         return self.prepare(function, started, *args, **static)(*args)
 
 
@@ -78,10 +78,10 @@ class _Bound:
     function: Any
     static: Mapping[str, Any]
 
-    def lower(self, *args):
+    def lower(self, *args: Any) -> Any:
         return self.function.lower(*args, **self.static)
 
-    def __call__(self, *args):
+    def __call__(self, *args: Any) -> Any:
         return self.function(*args, **self.static)
 
 
@@ -141,7 +141,9 @@ def play(
     def pixels(array: np.ndarray) -> jax.Array:
         return jnp.asarray(np.broadcast_to(files.to_float(array), (batch, *array.shape)))
 
-    def one(run: Callable, block: int, state: stream.StreamState, coder: vae.EncodeCache | None):
+    def one(
+        run: Callable, block: int, state: stream.StreamState, coder: vae.EncodeCache | None
+    ) -> tuple[jax.Array, stream.StreamState, vae.EncodeCache | None]:
         """(frames [B, 4K, H, W, 3], state, coder) by ``run``, which executes each program or only prepares it."""
         started, first = state.started, block == 0
         if video is not None:
@@ -162,7 +164,7 @@ def play(
     def switch(run: Callable, state: stream.StreamState, rows: np.ndarray) -> stream.StreamState:
         return run(stream.change_prompt, state.started, params, state, jnp.asarray(rows), config=config)
 
-    def prepare(function: Any, started: bool, *args, **static) -> Any:
+    def prepare(function: Any, started: bool, *args: Any, **static: Any) -> Any:
         programs.prepare(function, started, *args, **static)
         return jax.eval_shape(programs.jitted(function, started, static), *args)
 

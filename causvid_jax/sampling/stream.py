@@ -134,7 +134,7 @@ def copy_stream(state: StreamState) -> StreamState:
 def block_noise(seed: jax.Array, block: jax.Array, step: jax.Array | int, shape: Sequence[int]) -> jax.Array:
     """N(0, 1) of ``shape`` (one stream's) for each seed: ``[B, *shape]``, a function of (seed, block, step) only."""
 
-    def one(s):
+    def one(s: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(s), block), step)
         return jax.random.normal(key, tuple(shape), jnp.float32)
 
@@ -158,7 +158,15 @@ def _sigma(timestep: float, config: Recipe) -> float:
     return flow.table_sigma(timestep, config.diffusion.shift) if exact else timestep / 1000.0
 
 
-def _pass(params, state, cache, x, timestep, config, rewrites=False):
+def _pass(
+    params: Params,
+    state: StreamState,
+    cache: KVCache,
+    x: jax.Array,
+    timestep: jax.Array | float,
+    config: Recipe,
+    rewrites: bool = False,
+) -> tuple[jax.Array, KVCache]:
     """One network pass on the current block, all of whose frames are told ``timestep``."""
     timesteps = jnp.full(x.shape[:2], timestep, jnp.float32)
     student, causal = config.student, config.causal
@@ -397,7 +405,7 @@ def recompute_context(params: Params, state: StreamState, *, config: Recipe) -> 
         return state
     blocks = jnp.minimum(kept // k, (state.cache.position - independent) // k)
 
-    def rewrite(i, cache):
+    def rewrite(i: jax.Array, cache: KVCache) -> transformer.KVCache:
         latents = jax.lax.dynamic_slice_in_dim(state.recent, kept - (blocks - i) * k, k, axis=1)
         _, cache = _pass(params, state, cache, latents, config.causal.context_noise, config, rewrites=True)
         return transformer.advance(cache, k)
@@ -432,8 +440,10 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sizes", "decode"))
-def _scan_blocks(params, state, *, config: Recipe, sizes: tuple[int, ...], decode: bool):
-    def one(state, _):
+def _scan_blocks(
+    params: Params, state: StreamState, *, config: Recipe, sizes: tuple[int, ...], decode: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    def one(state: StreamState, _: None) -> tuple[StreamState, tuple[jax.Array, jax.Array | None]]:
         latents, state = _next_block(params, state, config)
         frames, state = _decode(params, state, latents, config) if decode else (None, state)
         return state, (latents, frames)

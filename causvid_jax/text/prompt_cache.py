@@ -33,7 +33,7 @@ class PromptCache:
     weights: str
     dtype: str = "bfloat16"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.dtype in DTYPES, f"prompt cache dtype is {self.dtype!r}; accepted: {', '.join(DTYPES)}")
         require(self.weights, "prompt cache needs a digest of the encoder's weights, not an empty text")
 

@@ -3,6 +3,8 @@
 import os
 import pathlib
 import shutil
+from collections.abc import Sequence
+from typing import Any
 
 from causvid_jax.config import ConfigError, DataConfig, VideoConfig, require
 from causvid_jax.data.moving_digits.moving_digits_dataset_builder import SPLITS, Builder, MovingDigitsConfig, clip
@@ -43,7 +45,7 @@ def prepare(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig) -
     return builder
 
 
-def source(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig, split: str):
+def source(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig, split: str) -> Sequence[dict[str, Any]]:
     """Random access to one split: ``len(source)``, ``source[i] -> {"video", "caption", "held_out"}``.
 
     Raises:
