@@ -6,7 +6,9 @@ into ``out_0.mp4``, ``out_1.mp4``, .... ``--image`` starts from a picture, ``--v
 many-step bidirectional model instead, on one clip; one with an image branch (``--config=wan_14b:i2v``) starts from
 ``--image``. Default weights are those of the package.
 
-With published weights: ``--config=wan_1_3b --checkpoint=DIR``. DIR is what ``causvid convert`` makes and holds
+Published weights are read as they are: ``--config=wan_1_3b --checkpoint=Wan2.1-T2V-1.3B
+--student=self_forcing_dmd.pt``. DIR of ``--checkpoint=DIR`` may also be a working directory or what ``causvid convert``
+makes. Such a folder holds
 
     distill/weights.safetensors          the student, or with --teacher teacher/weights.safetensors
     vae/weights.safetensors
@@ -41,9 +43,13 @@ def main(request: SampleRequest) -> None:
     import jax
 
     from causvid_jax.analysis import memory
+    from causvid_jax.checkpoints.table import OURS
     from causvid_jax.sampling import session
 
     opened = session.open_session(request)
+    for checkpoint in opened.weights.values():
+        if checkpoint.format != OURS:
+            print(f"Reads {checkpoint}", flush=True)
     phases = memory_plan(opened)
     limit = memory.memory_limit()
     if limit is None and jax.default_backend() == "cpu":

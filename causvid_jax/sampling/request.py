@@ -35,9 +35,13 @@ class SampleRequest:
     teacher: bool = option(False, "Sample a clip by the many-step teacher instead of a stream by the student.")
     checkpoint: str | None = option(
         None,
-        "A training's --workdir, a folder that causvid convert made, or one weights file of the model. "
+        "A published folder, a training's --workdir, a folder that causvid convert made, or one weights file of the "
+        "model. "
         "Default: the weights of the package.",
     )
+    student: str | None = option(None, "The student's weights, such as self_forcing_dmd.pt; before --checkpoint.")
+    vae: str | None = option(None, "The VAE's weights, such as Wan2.1_VAE.pth; before --checkpoint.")
+    taehv: str | None = option(None, "The tiny decoder's weights, with --config.decoder=taehv; before --checkpoint.")
     exact: bool = option(False, "Round as the published code does, and read its tables.")
     program: str | None = option(None, "Run this program of causvid compile instead of tracing the model.")
     upscale: int = option(0, "Size of a pixel in the file; 0: such that tiny videos can be seen.")
@@ -76,6 +80,14 @@ class SampleRequest:
                 not (self.teacher and value),
                 f"--{name} is given with --teacher, which cannot stream; leave one of them out",
             )
+        require(
+            not (self.teacher and self.student),
+            "--student is given with --teacher, which samples the teacher; leave one of them out",
+        )
+        require(
+            self.taehv is None or self.config.decoder == "taehv",
+            f"--taehv is given, but the recipe decodes with {self.config.decoder!r}; add --config.decoder=taehv",
+        )
         if self.teacher:
             teacher_recipe(self.config, self.length)
 
@@ -83,6 +95,11 @@ class SampleRequest:
     def has_image_branch(self) -> bool:
         """Whether the network that samples reads a picture."""
         return (self.config.teacher if self.teacher else self.config.student).image_dim > 0
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Return network to its own weights file."""
+        return {name: file for name in ("student", "vae", "taehv") if (file := getattr(self, name))}
 
     @property
     def length(self) -> int:

@@ -89,7 +89,7 @@ def open_session(request: SampleRequest) -> Session:
     for path in request.outputs:
         files.check_output(path)
     role, encodes = "teacher" if request.teacher else "student", image is not None or video is not None
-    found, recipe = weights.find(recipe, role, request.checkpoint, encodes=encodes)
+    found, recipe = weights.find(recipe, role, request.checkpoint, encodes=encodes, files=request.files)
     program = None
     if request.program:
         latents = blocks.covering_latents(frames, recipe)

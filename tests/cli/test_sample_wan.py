@@ -232,3 +232,21 @@ def test_the_published_recipe_has_the_published_negative_prompt_and_columns():
     teacher, student = precision.exact(recipe, True), precision.exact(recipe, False)
     assert (teacher.teacher.precision, student.student.precision) == ("wan", "causvid")
     assert (teacher.vae.dtype, student.vae.dtype) == ("float32", "bfloat16")
+
+
+@pytest.mark.usefixtures("made")
+def test_published_files_as_they_are_give_the_same_stream(place):
+    """The flags of student.gif, on the folder and the student's file that were converted for it."""
+    inputs = place.parent / "published"
+    files = [f"--checkpoint={inputs}/wan", f"--student={inputs}/student.safetensors"]
+    (said,) = call(place, [PROMPT, "--switch=6:neon", "--upscale=1", *files, f"--output={place}/published.gif"])
+    assert "Reads" in said and "part 'generator_ema'" in said and "original names" in said
+    a, b = (media.read_video(place / f"{name}.gif", 32, 32).astype(int) for name in ("student", "published"))
+    # The converted folder is in bfloat16; biases and norms of the published files are in float32.
+    assert a.shape == b.shape and np.abs(a - b).mean() <= 1
+    for arguments, words in (
+        ([f"--student={place}/absent.pt"], "student weights"),
+        ([f"--student={inputs}/student.safetensors", "--teacher"], "--student is given with --teacher"),
+        ([f"--taehv={inputs}/wan/taew2_1.safetensors"], "but the recipe decodes with 'vae'"),
+    ):
+        assert words in refusal(place, [PROMPT, *arguments])
