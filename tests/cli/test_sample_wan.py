@@ -6,6 +6,7 @@ An original Wan folder with a student added, and a diffusers folder of the model
 import dataclasses
 import json
 import pathlib
+import runpy
 import sys
 
 import jax
@@ -250,3 +251,15 @@ def test_published_files_as_they_are_give_the_same_stream(place):
         ([f"--taehv={inputs}/wan/taew2_1.safetensors"], "but the recipe decodes with 'vae'"),
     ):
         assert words in refusal(place, [PROMPT, *arguments])
+
+
+def test_the_example_of_published_weights_streams_what_the_program_does(place):
+    inputs = place.parent / "published"
+    files = f"--student={inputs}/student.safetensors"
+    main = runpy.run_path("examples/published_weights.py")["main"]
+    flags = [f"--wan={inputs}/wan", files, f"--config={place}/tiny.py", f"--output={place}/example.mp4", "--shift=8"]
+    assert main([*flags, "--prompts", "warm neon", "neon", "--blocks=1", "--window=4"]) == 13
+    flags = [PROMPT, "--switch=5:neon", "--upscale=1", "--config.causal.window=4", files]
+    call(place, [*flags, f"--checkpoint={inputs}/wan", f"--output={place}/program.mp4"])
+    a, b = (media.read_video(place / f"{name}.mp4", 32, 32).astype(int) for name in ("example", "program"))
+    assert a.shape == b.shape and np.abs(a - b).mean() < 0.5
