@@ -10,7 +10,7 @@ from causvid_jax.cli import PROGRAMS
 from causvid_jax.config.recipe import RENAMED
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -40,11 +40,9 @@ def test_former_config_keys_are_those_that_the_program_refuses():
     assert rows == {old: f"{old.rsplit('.', 1)[0]}.{new}" for old, new in RENAMED.items()}
 
 
-def test_readme_is_short_and_its_links_lead_somewhere():
+def test_readme_is_short():
     text = (ROOT / "README.md").read_text()
     assert text.count("\n") <= 150
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
-        assert (ROOT / target).exists(), f"README links to {target}, which does not exist"
 
 
 def test_the_manual_has_every_program():

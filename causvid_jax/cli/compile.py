@@ -44,7 +44,7 @@ class Options:
     output: str | None = option(None, "Write the report as JSON to this file, too; with --platform the program.")
     platform: str | None = option(None, "Write the stream's program for cpu, cuda or tpu to --output.")
     batch: int = option(1, "With --platform: videos at once.")
-    exact: bool = option(False, "With --platform: as causvid sample --exact.")
+    exact: bool = option(False, "With --platform: round as the published code does.")
     checkpoint: str | None = option(
         None, "With --platform: the folder whose VAE has the latent statistics, if the recipe does not."
     )

@@ -1,0 +1,48 @@
+"""Every command that README, manuals and docstrings show is one that the programs accept."""
+
+import importlib
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from causvid_jax.cli import PROGRAMS, options
+from causvid_jax.config import ConfigError
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [
+    path for folder in ("causvid_jax/cli", "configs", "examples") for path in sorted((ROOT / folder).glob("*.py"))
+]
+COMMAND = re.compile(r"(?:\bcausvid|python3? -m launch\.)[ ]?(\w+)[ ]+(--(?:[^`#\n\\]|\\\n|\\(?!\n))*)")
+
+
+def commands(page: pathlib.Path) -> list[tuple[str, list[str]]]:
+    """Return (program, arguments) of a page's commands, without those that have ``...`` or a placeholder."""
+    result = []
+    for program, text in COMMAND.findall(page.read_text().replace("\\\\\n", "\\\n")):
+        text = text.replace("\\\n", " ").strip().strip("*.,;)")
+        words = shlex.split(text.replace("|", " "), comments=True)
+        whole = "=" in text and "..." not in text and not re.search(r"=[A-Z]{3,}\b", text)
+        if program in PROGRAMS and whole:
+            result.append((program, words))
+    return result
+
+
+CASES = [(page, *command) for page in PAGES for command in commands(page)]
+
+
+@pytest.mark.parametrize("page, program, arguments", CASES, ids=lambda value: value if isinstance(value, str) else None)
+def test_a_command_that_is_shown_is_accepted(page, program, arguments, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    module = importlib.import_module(f"causvid_jax.cli.{program}")
+    try:
+        options.parse(module.Options, arguments)
+    except ConfigError as error:
+        pytest.fail(f"{page.name} shows: causvid {program} {' '.join(arguments)}\n{error}")
+
+
+def test_commands_are_found():
+    assert len(CASES) >= 30
+    assert {"sample", "train", "prepare", "convert", "compile"} <= {program for _, program, _ in CASES}
