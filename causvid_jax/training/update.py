@@ -92,7 +92,7 @@ def apply_update(
       The network and the history after it, whether the update was applied, and the metrics with ``gradient_norm``.
     """
     gradient, metrics = accumulated_gradient(loss_fn, network.params, batch, key, config.accumulate)
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     applied, history = guard.check_update(history, metrics["loss"], norm, config, row=row, finite=finite)
     change, opt = optimizer.update(gradient, network.opt, network.params)
     params = optax.apply_updates(network.params, change)

@@ -20,7 +20,7 @@ def mixed(u, v, pair):
     return np.maximum(u[..., None] * palette[0], v[..., None] * palette[1])
 
 
-@pytest.mark.parametrize("pair", itertools.permutations(NAMES, 2))
+@pytest.mark.parametrize("pair", list(itertools.permutations(NAMES, 2)))
 def test_pictures_of_any_two_colors_come_back(pair):
     """All of them where both colours have a channel of their own; else what the larger colour does not hide."""
     u, v = np.random.default_rng(0).uniform(size=(2, 6, 8, 8))

@@ -11,7 +11,9 @@ from causvid_jax.config import CausalConfig
 from causvid_jax.models import attention, kv_cache
 
 
-@pytest.mark.parametrize("k,window,sink,first", itertools.product((1, 2, 3), (0, 3, 5, 6), (0, 2, 3), (False, True)))
+@pytest.mark.parametrize(
+    "k,window,sink,first", list(itertools.product((1, 2, 3), (0, 3, 5, 6), (0, 2, 3), (False, True)))
+)
 def test_a_stream_sees_the_first_slots(k, window, sink, first):
     if window and window < k:
         pytest.skip("a window holds a block")
