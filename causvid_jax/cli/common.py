@@ -73,9 +73,16 @@ def prepare_logging() -> None:
     flags.FLAGS.mark_as_parsed()  # libraries define absl flags; all keep their defaults
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
+    handler = logging.get_absl_handler()
+    handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.addFilter(_is_ours)
     # At INFO JAX reports every accelerator that is not there.
-    for name in ("jax", "tensorflow_datasets"):
-        python_logging.getLogger(name).setLevel(python_logging.WARNING)
+    python_logging.getLogger("jax").setLevel(python_logging.WARNING)
+
+
+def _is_ours(record: python_logging.LogRecord) -> bool:
+    """Return whether to show a record: ours, or an error of a library that shares absl's log."""
+    return record.levelno >= python_logging.ERROR or "tensorflow_datasets" not in record.pathname
 
 
 def writable_workdir(workdir: str | None) -> pathlib.Path:
