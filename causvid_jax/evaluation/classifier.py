@@ -82,6 +82,7 @@ class Judge:
     params: dict[str, Any]
     colors: tuple[str, ...]
     digit_size: int
+    handwriting: str = "sklearn"
 
 
 Triple = tuple[int, str, str]
@@ -116,7 +117,11 @@ def wanted(caption: str) -> tuple[Triple, ...]:
 
 def save(path: str | pathlib.Path, judge: Judge) -> None:
     """Write a judge as safetensors, in half precision."""
-    metadata = {"colors": " ".join(judge.colors), "digit_size": str(judge.digit_size)}
+    metadata = {
+        "colors": " ".join(judge.colors),
+        "digit_size": str(judge.digit_size),
+        "handwriting": judge.handwriting,
+    }
     store.save_params(path, judge.params, metadata, dtype="float16")
 
 
@@ -124,7 +129,13 @@ def load(data: DataConfig, path: str | pathlib.Path = DEFAULT_PATH) -> Judge:
     """Read a judge and make sure that it knows the digits and colours of ``data``."""
     params, metadata = store.load_params(path)
     require({"colors", "digit_size"} <= set(metadata), f"weights file {path} is not a judge")
-    judge = Judge(params, tuple(metadata["colors"].split()), int(metadata["digit_size"]))
+    source = metadata.get("handwriting", "sklearn")
+    judge = Judge(params, tuple(metadata["colors"].split()), int(metadata["digit_size"]), source)
+    require(
+        judge.handwriting == data.handwriting,
+        f"the judge {path} reads the handwriting {judge.handwriting!r}, the recipe has {data.handwriting!r}; train one "
+        "with causvid evaluate --train_judge",
+    )
     require(
         judge.digit_size == data.digit_size,
         f"the judge {path} reads digits of {judge.digit_size} pixels, the recipe has {data.digit_size}; train one with "

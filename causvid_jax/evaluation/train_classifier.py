@@ -97,8 +97,8 @@ def train(
       seed: of the initialisation and the augmentation.
       log: called with (step, mean loss) every 100 steps.
     """
-    images, labels, _ = digits.handwriting("judge")
-    masks = jnp.asarray(digits.enlarge(images, data.digit_size))
+    images, labels, _ = digits.handwriting("judge", data.handwriting)
+    masks = jnp.asarray(digits.resize(images, data))
     targets = jnp.asarray(labels)
     palette = jnp.asarray(np.array([digits.COLORS[name] for name in data.colors]) / 255.0, jnp.float32)
     params = jax.tree.map(jnp.asarray, judging.init(seed, len(data.colors)))
@@ -120,12 +120,12 @@ def train(
         if (step + 1) % 100 == 0 or step + 1 == steps:
             log(step + 1, float(np.mean(jax.device_get(losses))))
             losses = []
-    return judging.Judge(jax.device_get(params), data.colors, data.digit_size)
+    return judging.Judge(jax.device_get(params), data.colors, data.digit_size, data.handwriting)
 
 
 def accuracy(judge: judging.Judge, data: DataConfig, video: VideoConfig, split: str) -> dict[str, float]:
     """Accuracies of a judge on one clip of every handwritten digit of ``split``, in random colours and directions."""
-    images, labels, _ = digits.handwriting(split)
+    images, labels, _ = digits.handwriting(split, data.handwriting)
     rng = np.random.default_rng(0)
     data = dataclasses.replace(data, digits_per_clip=1)
     clips, wanted = [], []

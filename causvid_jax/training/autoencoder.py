@@ -265,10 +265,15 @@ def initial_state(
 
 
 def sample(run: Run, recipe: Recipe, clips: Any, reconstruct: Callable[[Any], jax.Array]) -> dict[str, float]:
-    """Write test clips beside their reconstructions; return the PSNR in dB and what the classifier reads."""
+    """Write test clips beside their reconstructions; return PSNRs in dB and what the classifier reads.
+
+    ``psnr`` is of all frames, ``psnr_first`` of the first frame, ``psnr_worst`` of the worst frame index.
+    """
     batch = next(pipeline.clip_batches(clips, batch_size=run.config.samples, seed=0))
     output = np.asarray(reconstruct(batch["video"]))
     path = run.folder / "samples" / f"{run.step:06d}.mp4"
     samples.show(to_uint8(np.concatenate([batch["video"], output], axis=3)), path, recipe)
-    psnr = -10 * np.log10(np.mean((output - batch["video"]) ** 2) / 4)
-    return {"psnr": float(psnr)} | samples.scores(to_uint8(output), list(batch["caption"]), recipe)
+    error = np.mean((output - batch["video"]) ** 2, axis=(0, 2, 3, 4))  # by frame index
+    errors = {"psnr": np.mean(error), "psnr_first": error[0], "psnr_worst": np.max(error)}
+    psnr = {name: float(-10 * np.log10(value / 4)) for name, value in errors.items()}
+    return psnr | samples.scores(to_uint8(output), list(batch["caption"]), recipe)

