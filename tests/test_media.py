@@ -1,5 +1,6 @@
 """Video files: what is written is what is read, and what cannot be is refused."""
 
+import shutil
 from fractions import Fraction
 
 import av
@@ -9,6 +10,7 @@ from PIL import Image, ImageCms
 
 from causvid_jax import media
 from causvid_jax.config import ConfigError, RunError
+from causvid_jax.media import output
 
 
 @pytest.fixture
@@ -55,32 +57,63 @@ def test_gif_keeps_the_mean_rate(tmp_path, clip):
     assert len(times) == 17 and times[16] - times[0] == pytest.approx(1.0, abs=1e-6)
 
 
-def test_append_writes_while_it_goes(tmp_path, clip):
-    noise = np.random.default_rng(0).integers(0, 256, (8, 256, 256, 3), np.uint8)
-    with media.VideoWriter(tmp_path / "a.gif", 16) as out:
-        out.append(noise[:4])
-        assert not (tmp_path / "a.gif").exists()
-        assert (tmp_path / ".a.gif.partial").stat().st_size > 3 * 256 * 256 // 2
-        out.append(noise[4])
-        out.append(noise[5:])
-    assert len(media.read_video(tmp_path / "a.gif", 64, 64)) == 8
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif"])
+def test_what_was_appended_is_playable_while_it_is_written(tmp_path, clip, name):
+    """A copy of the growing file is what a killed process or a lost machine leaves."""
+    media.write_video(tmp_path / name, clip[:2], 16)
+    old = (tmp_path / name).read_bytes()
+    with media.VideoWriter(tmp_path / name, 16) as out:
+        out.append(clip[0])
+        assert (tmp_path / name).read_bytes() == old
+        out.append(clip[1:6])
+        (tmp_path / f"killed_{name}").write_bytes((tmp_path / name).read_bytes())
+        out.append(clip[6])
+    for part, frames in (("", 7), ("killed_", 5)):
+        back = media.read_video(tmp_path / (part + name), 32, 48)
+        assert len(back) == frames
+        assert np.abs(back.astype(int) - clip[:frames]).mean() < 12
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted((name, f"killed_{name}"))
 
 
-def test_an_error_leaves_the_old_file_and_no_debris(tmp_path, clip):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
+def test_whatever_ends_it_the_frames_so_far_are_a_complete_video(tmp_path, clip, error):
+    with pytest.raises(error), media.VideoWriter(tmp_path / "a.mp4", 16) as out:
+        out.append(clip[:5])
+        raise error
+    assert len(media.read_video(tmp_path / "a.mp4", 32, 48)) == 5
+    data = (tmp_path / "a.mp4").read_bytes()
+    assert 0 < data.find(b"moov") < data.find(b"mdat") and data.find(b"moof") == -1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_an_error_before_the_first_frame_or_in_a_whole_video_leaves_the_old_file(tmp_path, clip):
     media.write_video(tmp_path / "a.mp4", clip, 16)
     before = (tmp_path / "a.mp4").read_bytes()
-    with pytest.raises(RuntimeError), media.VideoWriter(tmp_path / "a.mp4", 16) as out:
+    for whole, frames in ((False, clip[:0]), (True, clip)):
+        with pytest.raises(RuntimeError), media.VideoWriter(tmp_path / "a.mp4", 16, whole=whole) as out:
+            out.append(frames)
+            raise RuntimeError
+        assert (tmp_path / "a.mp4").read_bytes() == before
+        assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_second_writer_of_one_file_is_refused(tmp_path, clip):
+    with media.VideoWriter(tmp_path / "a.mp4", 16) as out:
+        for second in (media.check_output, lambda path: media.VideoWriter(path, 16)):
+            with pytest.raises(ConfigError, match="a.mp4' is being written by another program"):
+                second(tmp_path / "a.mp4")
         out.append(clip)
-        raise RuntimeError
-    assert (tmp_path / "a.mp4").read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+    media.write_video(tmp_path / "a.mp4", clip, 16)
+    (tmp_path / ".a.mp4.lock").touch()  # of a process that was killed
+    media.write_video(tmp_path / "a.mp4", clip, 16)
 
 
-def test_ctrl_c_keeps_a_complete_shorter_video(tmp_path, clip):
-    with pytest.raises(KeyboardInterrupt), media.VideoWriter(tmp_path / "a.mp4", 16) as out:
-        out.append(clip[:5])
-        raise KeyboardInterrupt
-    assert len(media.read_video(tmp_path / "a.mp4", 32, 48)) == 5
+def test_a_disk_without_room_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**20 + 64 * 100)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage)
+    assert media.check_output(tmp_path / "a.mp4", 100) == tmp_path / "a.mp4"
+    with pytest.raises(ConfigError, match="its disk has 1.05 MB left, and the video needs at least 1.06 MB"):
+        media.check_output(tmp_path / "a.mp4", 101)
 
 
 def test_reading_at_a_rate_and_a_limit(tmp_path, clip):
@@ -326,14 +359,21 @@ def test_rates_and_sizes_that_cannot_be_written_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, clip, monkeypatch):
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif"])
+def test_a_disk_that_fills_up_keeps_what_was_written(tmp_path, clip, monkeypatch, name):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    with (
-        pytest.raises(RunError, match="a.mp4' after 0 frames: No space left"),
-        media.VideoWriter(tmp_path / "a.mp4", 16) as out,
-    ):
-        monkeypatch.setattr(out, "_encode", full)
-        out.append(clip)
+    def write(before):
+        with media.VideoWriter(tmp_path / name, 16) as out:
+            out.append(clip[:before])
+            monkeypatch.setattr(out, "_encode", full)
+            out.append(clip[before:])
+
+    with pytest.raises(RunError, match=f"{name}' after 0 frames: No space left on device$"):
+        write(0)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RunError, match=f"{name}' after 5 frames: No space left on device; the first 4 are kept"):
+        write(5)
+    assert len(media.read_video(tmp_path / name, 32, 48)) == 4
+    assert [path.name for path in tmp_path.iterdir()] == [name]

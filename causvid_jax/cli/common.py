@@ -9,9 +9,12 @@ import importlib
 import logging as python_logging
 import os
 import pathlib
+import signal
 import sys
+import threading
+import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from causvid_jax.cli.options import help_text, parse
 from causvid_jax.config import ConfigError, Recipe, RunError, require
@@ -19,6 +22,16 @@ from causvid_jax.config import ConfigError, Recipe, RunError, require
 FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a program as Ctrl-C does, with status 128 + number."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal of :data:`SIGNALS`, raised in the main thread."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = signal.Signals(number)
 
 
 def call(program: str, arguments: Sequence[str]) -> None:
@@ -40,16 +53,43 @@ def call(program: str, arguments: Sequence[str]) -> None:
 def run(program: str, arguments: Sequence[str]) -> None:
     """Run a program as a process: a ConfigError becomes one sentence on stderr and status 2, a RunError status 1.
 
-    Ctrl-C becomes one line and status 130. Any other exception is a defect and keeps its traceback.
+    Ctrl-C becomes one line and status 130, SIGTERM status 143 and SIGHUP status 129. Files that are being written are
+    finished or removed first. Any other exception is a defect and keeps its traceback.
     """
     try:
-        call(program, arguments)
+        with _stoppable():
+            call(program, arguments)
     except ConfigError as error:
         _finish(f"error: {_line(error)}", BAD_INPUT)
     except RunError as error:
         _finish(f"error: {_line(error)}", FAILED)
+    except Stopped as stopped:
+        _finish(f"stopped by {stopped.number.name}", 128 + stopped.number)
     except KeyboardInterrupt:
         _finish("stopped by Ctrl-C", INTERRUPTED)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Raise :class:`Stopped` on the first signal of :data:`SIGNALS`; ignored ones (``nohup``) stay ignored."""
+
+    def stop(number: int, _: types.FrameType | None) -> None:
+        for other in SIGNALS:  # a second one must not interrupt the cleaning up
+            signal.signal(other, signal.SIG_IGN)
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler == signal.SIG_DFL:
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _finish(message: str, status: int) -> typing.NoReturn:

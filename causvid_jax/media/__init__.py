@@ -5,9 +5,10 @@ Arrays are uint8 ``[T, H, W, 3]``; :func:`to_uint8` and :func:`to_float` convert
 """
 
 from causvid_jax.media.images import read_image, read_picture
+from causvid_jax.media.output import SUFFIXES, check_output
 from causvid_jax.media.pixels import frame_rate, to_float, to_uint8
 from causvid_jax.media.reader import iterate_frames, read_video
-from causvid_jax.media.writer import SUFFIXES, VideoWriter, check_output, write_video
+from causvid_jax.media.writer import VideoWriter, write_video
 
 __all__ = [
     "SUFFIXES",

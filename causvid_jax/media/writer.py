@@ -1,10 +1,12 @@
-"""Video files that are written frame by frame.
+"""Video files that are written frame by frame, so that what was shown is playable whatever happens.
 
-``.mp4`` is H.264, yuv420p, tagged BT.709, with its index at the front; ``.gif`` has one palette per frame. Both are
-written under a temporary name that becomes the real one when the file is complete.
+``.mp4`` is H.264, yuv420p, tagged BT.709. While it grows every frame is a fragment of its own under the final name:
+after a kill or on a full disk all fragments so far are a playable file. When it is complete it is rewritten as a plain
+mp4 with its index at the front. ``.gif`` has one palette per frame and can be played at any time, too.
 """
 
 import contextlib
+import os
 import pathlib
 from collections.abc import Iterator
 from fractions import Fraction
@@ -17,50 +19,37 @@ from einops import repeat
 from PIL import Image
 
 from causvid_jax.config import ConfigError, RunError, require
+from causvid_jax.config.files import atomic
+from causvid_jax.media.output import Lock, check_output, partial
 from causvid_jax.media.pixels import MAX_PIXELS, frame_rate
 
-SUFFIXES = (".mp4", ".gif")
 GIF_RATE = 50
 """Most frames per second of a GIF: viewers show a picture of less than two hundredths of a second for ten."""
 BT709, JPEG_RANGE, MPEG_RANGE = 1, 2, 1
-
-
-def check_output(path: str | pathlib.Path) -> pathlib.Path:
-    """Return the output path after testing that a file can be written there; its folder is created.
-
-    Raises:
-        ConfigError: a suffix other than .mp4 or .gif, a directory, or a place that cannot be written.
-    """
-    path = pathlib.Path(path)
-    require(path.suffix.lower() in SUFFIXES, f"output {str(path)!r} is no known kind of video; accepted: .mp4, .gif")
-    require(not path.is_dir(), f"output {str(path)!r} is a directory; give the name of a file")
-    part = _partial(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
-        part.unlink()
-    except OSError as error:
-        raise ConfigError(f"cannot write output {str(path)!r}: {error.strerror}") from error
-    return path
+_FRAGMENTS = {"movflags": "frag_every_frame+empty_moov+default_base_moof"}
+# Without look-ahead every frame is in the file when ``append`` returns.
+_ENCODER = {"crf": "16", "preset": "fast", "tune": "zerolatency"}
 
 
 class VideoWriter:
     """Write frames as they come: ``with VideoWriter(path, fps) as out: out.append(frames)``.
 
-    The constructor refuses what cannot be written, so open it before computing. Leaving the ``with`` renames the
-    finished file into place. An error removes the temporary file; Ctrl-C keeps the frames so far as a complete video.
+    The constructor refuses what cannot be written and holds the path (:class:`~causvid_jax.media.output.Lock`), so
+    open it before computing. The file takes its name with its first frames; until then an older one stays. However the
+    ``with`` is left, the frames so far become a complete video. Without any frame there is no file.
 
     Args:
         path: ``.mp4`` or ``.gif``.
         fps: frames per second; a GIF has at most 50.
         upscale: side of the square of pixels that replaces every pixel, so that tiny videos can be seen.
+        whole: take the name only when the video is complete; an error then removes it and the older file stays.
 
     Raises:
-        ConfigError: a path, rate or size that cannot be written.
-        RunError: the file cannot be written any more, for example on a full disk.
+        ConfigError: a path, rate or size that cannot be written, or a path that another program is writing.
+        RunError: the file cannot be written any more, for example on a full disk; frames before that are kept.
     """
 
-    def __init__(self, path: str | pathlib.Path, fps: float, upscale: int = 1):
+    def __init__(self, path: str | pathlib.Path, fps: float, upscale: int = 1, *, whole: bool = False):
         require(0 < fps <= 1000, f"fps is {fps}; accepted: above 0 and at most 1000")
         require(1 <= upscale <= 256, f"upscale is {upscale}; accepted: whole numbers from 1 to 256")
         self.path = check_output(path)
@@ -70,13 +59,16 @@ class VideoWriter:
             f"output {str(path)!r} is a GIF of {fps:g} frames per second; a GIF has at most {GIF_RATE}: write an .mp4",
         )
         self.fps, self.upscale, self.frames = frame_rate(fps), upscale, 0
-        options = {"movflags": "+faststart"} if self._kind == "mp4" else {}
+        self._whole, self._file, self._complete_bytes = whole, partial(self.path), 0
+        self._lock = Lock(self.path)
+        options = {"flush_packets": "1", **(_FRAGMENTS if self._kind == "mp4" else {})}
         # The protocol is named, so that a colon in a file name is no protocol.
-        self._container = av.open(f"file:{_partial(self.path).absolute()}", "w", format=self._kind, options=options)
+        self._container = av.open(f"file:{self._file.absolute()}", "w", format=self._kind, options=options)
         self._stream: av.VideoStream | None = None
+        self._closed = False
 
     def append(self, frames: np.ndarray) -> None:
-        """Add uint8 frames ``[T, H, W, 3]`` (or one frame ``[H, W, 3]``)."""
+        """Add uint8 frames ``[T, H, W, 3]`` (or one frame ``[H, W, 3]``); all but the last are on disk afterwards."""
         frames = frames[None] if frames.ndim == 3 else frames
         if frames.dtype != np.uint8 or frames.shape[-1] != 3:
             raise TypeError(f"frames are {frames.dtype}{list(frames.shape)}; expected uint8 [T, H, W, 3]")
@@ -89,6 +81,10 @@ class VideoWriter:
         with self._writing():
             for frame in frames:
                 self._encode(frame)
+                if self.frames > 1:  # the first one is on disk
+                    self._complete_bytes = os.path.getsize(self._file)
+                    if not self._whole:
+                        self._take_name()
 
     def _encode(self, frame: np.ndarray) -> None:
         frame = repeat(frame, "h w c -> (h a) (w b) c", a=self.upscale, b=self.upscale)
@@ -101,38 +97,72 @@ class VideoWriter:
         self._container.mux(self._stream.encode(picture))
         self.frames += 1
 
+    def _take_name(self) -> None:
+        if self._file != self.path:
+            os.replace(self._file, self.path)
+            self._file = self.path
+
     def close(self) -> None:
-        """Finish the file and give it its name. Without any frame there is no file."""
+        """Finish the file under its name. Without any frame there is no file."""
+        if self._stream is None or self._closed:
+            self.discard()
+            return
         with self._writing():
-            if self._stream is not None:
-                self._container.mux(self._stream.encode(None))
+            self._container.mux(self._stream.encode(None))
             self._container.close()
-            if self._stream is None:
-                _partial(self.path).unlink(missing_ok=True)
-            else:
-                _partial(self.path).replace(self.path)
+            self._complete_bytes = os.path.getsize(self._file)
+            self._finish()
+
+    def _finish(self) -> None:
+        """Give the file its name; rewrite fragments as a plain mp4, unless there is no room for a second copy."""
+        try:
+            if self._kind == "mp4":
+                with contextlib.suppress(ConfigError, av.FFmpegError), atomic(self.path) as plain:
+                    _defragment(self._file, plain)
+                    if self._file != self.path:
+                        self._file.unlink()
+                    self._file = self.path
+            self._take_name()
+        finally:
+            self._closed = True
+            self._lock.release()
 
     def discard(self) -> None:
-        """Remove the temporary file; the file that ``path`` named before stays."""
+        """Stop without finishing; what has no name yet is removed, and the file that ``path`` named before stays."""
+        if not self._closed:
+            self._closed = True
+            with contextlib.suppress(OSError, av.FFmpegError):
+                self._container.close()
+            partial(self.path).unlink(missing_ok=True)
+            self._lock.release()
+
+    def _keep(self) -> int:
+        """After a failed write, cut the file behind its last complete frame; return the frames that are left."""
         with contextlib.suppress(OSError, av.FFmpegError):
             self._container.close()
-        _partial(self.path).unlink(missing_ok=True)
+        if self._whole or not self._complete_bytes:
+            self.discard()
+            return 0
+        os.truncate(self._file, self._complete_bytes)
+        self._finish()
+        return self.frames - 1
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
         except (OSError, av.FFmpegError) as error:
-            self.discard()
+            frames, kept = self.frames, self._keep()
             reason = getattr(error, "strerror", None) or str(error)
-            raise RunError(f"cannot write {str(self.path)!r} after {self.frames} frames: {reason}") from error
+            kept_words = f"; the first {kept} are kept" if kept else ""
+            raise RunError(f"cannot write {str(self.path)!r} after {frames} frames: {reason}{kept_words}") from error
 
     def _open_stream(self, height: int, width: int) -> av.VideoStream:
         if self._kind == "gif":
             stream = self._container.add_stream("gif", rate=self.fps)
             stream.pix_fmt = "pal8"
         else:
-            stream = self._container.add_stream("libx264", rate=self.fps, options={"crf": "16", "preset": "fast"})
+            stream = self._container.add_stream("libx264", rate=self.fps, options=dict(_ENCODER))
             stream.pix_fmt = "yuv420p"
             context = stream.codec_context
             context.colorspace, context.color_primaries, context.color_trc = BT709, BT709, BT709
@@ -149,20 +179,30 @@ class VideoWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is None or (issubclass(kind, KeyboardInterrupt) and self.frames):
+        if self.frames and (kind is None or not self._whole):
             self.close()
         else:
             self.discard()
 
 
+def _defragment(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copy the packets of an mp4 into a plain one with its index at the front."""
+    with (
+        av.open(f"file:{source.absolute()}") as old,
+        av.open(f"file:{target.absolute()}", "w", format="mp4", options={"movflags": "+faststart"}) as new,
+    ):
+        stream = old.streams.video[0]
+        copy = new.add_stream_from_template(stream)
+        for packet in old.demux(stream):
+            if packet.dts is not None:
+                packet.stream = copy
+                new.mux(packet)
+
+
 def write_video(path: str | pathlib.Path, frames: np.ndarray, fps: float, upscale: int = 1) -> None:
-    """Write uint8 ``[T, H, W, 3]`` to ``.mp4`` or ``.gif``."""
-    with VideoWriter(path, fps, upscale) as out:
+    """Write uint8 ``[T, H, W, 3]`` to ``.mp4`` or ``.gif``; the file appears complete or not at all."""
+    with VideoWriter(path, fps, upscale, whole=True) as out:
         out.append(frames)
-
-
-def _partial(path: pathlib.Path) -> pathlib.Path:
-    return path.with_name(f".{path.name}.partial")
 
 
 def _tagged_frame(frame: np.ndarray) -> av.VideoFrame:

@@ -63,7 +63,6 @@ class SampleRequest:
             self.strength is None or self.video is not None,
             f"--strength={self.strength} is given without --video; it says how far from a video to go",
         )
-        require(":" not in self.output, f"--output is {self.output!r}; a name with ':' cannot be written")
         largest = SIDE // max(self.config.video.height, self.config.video.width)
         require(0 <= self.upscale <= largest, f"--upscale is {self.upscale}; accepted: 0 to {largest}")
         self._check_role()

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def open_session(request: SampleRequest) -> Session:
     switches = request.switches(frames)
     encoder.check(reader, [prompt for _, prompt in switches.values()])
     for path in request.outputs:
-        files.check_output(path)
+        files.check_output(path, frames)
     role, encodes = "teacher" if request.teacher else "student", image is not None or video is not None
     found, recipe = weights.find(recipe, role, request.checkpoint, encodes=encodes, files=request.files)
     program = None
@@ -111,14 +112,18 @@ def run(session: Session, say: Say = print, *, progress: bool | None = None) -> 
     """
     request, timing = session.request, player.Timing()
     fps, several = session.recipe.video.fps, len(request.prompt) > 1
-    texts = dict(zip(session.texts, encoder.encode(session.encoder, session.texts), strict=True))
-    for block, (frame, prompt) in sorted(session.switches.items()):
-        say(f"From frame {frame} on (block {block}): {prompt}")
-    clips = teacher_clips(session, texts, timing, say) if request.teacher else student_blocks(session, texts, timing)
-    say("Compiling (once for each shape; the result is kept for later runs) ...")
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=session.frames, unit="frame", disable=_hidden(progress)))
+        # Opened first: another sampler with the same output is refused before anything is computed.
         writers = [stack.enter_context(files.VideoWriter(p, fps, request.pixel_size)) for p in request.outputs]
+        stack.push(functools.partial(_say_kept, writers, say))
+        texts = dict(zip(session.texts, encoder.encode(session.encoder, session.texts), strict=True))
+        for block, (frame, prompt) in sorted(session.switches.items()):
+            say(f"From frame {frame} on (block {block}): {prompt}")
+        clips = (
+            teacher_clips(session, texts, timing, say) if request.teacher else student_blocks(session, texts, timing)
+        )
+        say("Compiling (once for each shape; the result is kept for later runs) ...")
+        bar = stack.enter_context(tqdm(total=session.frames, unit="frame", disable=_hidden(progress)))
         for part in clips:
             if timing.frames == part.shape[1]:
                 say(f"First frame after {timing.first:.2f} s, and {timing.compile:.1f} s of compilation.")
@@ -131,6 +136,14 @@ def run(session: Session, say: Say = print, *, progress: bool | None = None) -> 
     )
     say(f"Wrote {', '.join(map(str, request.outputs))}")
     return timing
+
+
+def _say_kept(writers: list[files.VideoWriter], say: Say, kind: type[BaseException] | None, *_: Any) -> None:
+    """Tell what is left of a session that did not end well."""
+    if kind is not None:
+        for writer in writers:
+            if writer.frames:
+                say(f"Kept the first {writer.frames} frames in {writer.path}")
 
 
 def _hidden(progress: bool | None) -> bool | None:

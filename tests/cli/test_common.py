@@ -1,15 +1,19 @@
 """Flags, recipes by name, one-sentence errors and the exit status of a process."""
 
 import dataclasses
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
 from typing import Literal
 
 import jax
+import numpy as np
 import pytest
 
+from causvid_jax import media
 from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, help_text, option, parse
 from causvid_jax.config import ConfigError, Recipe, RunError
@@ -138,6 +142,35 @@ def test_errors_have_a_status(monkeypatch, capsys, error, status, text):
     with pytest.raises(SystemExit) as ended:
         common.run("train", [])
     assert ended.value.code == status and capsys.readouterr().err.strip() == text
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signals_end_a_program_as_ctrl_c_does_and_finish_its_video(tmp_path, monkeypatch, capsys, number, status):
+    frames = np.zeros((5, 16, 16, 3), np.uint8)
+
+    def killed(*_):
+        with media.VideoWriter(tmp_path / "a.mp4", 16) as out:
+            out.append(frames)
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+
+    monkeypatch.setattr(common, "call", killed)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended:
+        common.run("sample", [])
+    assert ended.value.code == status and capsys.readouterr().err == f"stopped by {number.name}\n"
+    assert signal.getsignal(number) == before
+    assert len(media.read_video(tmp_path / "a.mp4", 16, 16)) == 5 and os.listdir(tmp_path) == ["a.mp4"]
+
+
+def test_an_ignored_signal_stays_ignored(monkeypatch):
+    """As under ``nohup``."""
+    monkeypatch.setattr(common, "call", lambda *_: os.kill(os.getpid(), signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        common.run("sample", [])
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):

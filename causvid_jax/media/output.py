@@ -1,0 +1,93 @@
+"""Output files: where one can be written, and a lock so that one program writes it at a time."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+import shutil
+
+from causvid_jax.config import ConfigError, require
+
+SUFFIXES = (".mp4", ".gif")
+SPACE = 2**20
+"""Free bytes without which no video is started; a frame needs at least :data:`FRAME_SPACE` more."""
+FRAME_SPACE = 64
+_HELD = (errno.EAGAIN, errno.EACCES)
+
+
+def check_output(path: str | pathlib.Path, frames: int = 0) -> pathlib.Path:
+    """Return the output path after testing that a video can be written there; its folder is created.
+
+    Args:
+        path: of the file.
+        frames: how many will be written, for the space that they need at least.
+
+    Raises:
+        ConfigError: a suffix other than .mp4 or .gif, a directory, a place that cannot be written, a full disk, or a
+            file that another program is writing.
+    """
+    path = pathlib.Path(path)
+    require(path.suffix.lower() in SUFFIXES, f"output {str(path)!r} is no known kind of video; accepted: .mp4, .gif")
+    require(not path.is_dir(), f"output {str(path)!r} is a directory; give the name of a file")
+    part = partial(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Lock(path).release()
+        part.touch()
+        part.unlink()
+        free = shutil.disk_usage(path.parent).free
+    except OSError as error:
+        raise ConfigError(f"cannot write output {str(path)!r}: {error.strerror}") from error
+    needed = SPACE + FRAME_SPACE * frames
+    require(
+        free >= needed,
+        f"output {str(path)!r}: its disk has {free / 1e6:.2f} MB left, and the video needs at least "
+        f"{needed / 1e6:.2f} MB; make room or write elsewhere",
+    )
+    return path
+
+
+class Lock:
+    """Hold an output path for one writer: a locked file ``.NAME.lock`` beside it, which :meth:`release` removes.
+
+    The lock is the operating system's and ends with the process, however that ends. Where the file system has no locks
+    there is none.
+
+    Raises:
+        ConfigError: another writer holds the path.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._file = path.with_name(f".{path.name}.lock")
+        self._descriptor: int | None = None
+        while self._descriptor is None:
+            descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(descriptor)
+                if error.errno not in _HELD:
+                    return
+                raise ConfigError(
+                    f"output {str(path)!r} is being written by another program; let it end, or choose another name"
+                ) from error
+            # The holder before may have removed the file after it was opened here: then this lock locks nothing.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(self._file)):
+                    self._descriptor = descriptor
+                    return
+            os.close(descriptor)
+
+    def release(self) -> None:
+        """Give the path free; a second call does nothing."""
+        if self._descriptor is not None:
+            self._file.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def partial(path: pathlib.Path) -> pathlib.Path:
+    """Return the name under which a file is begun."""
+    return path.with_name(f".{path.name}.partial")
