@@ -19,6 +19,7 @@ from causvid_jax.analysis.topology import Topology, TopologySpec
 from causvid_jax.config import Recipe, require
 from causvid_jax.models import transformer
 from causvid_jax.models.kv_cache import CACHE_AXES, TEXT_AXES
+from causvid_jax.models.transformer_spec import block_spec, outer_spec
 from causvid_jax.sampling import stream
 from causvid_jax.sharding import constraints
 from causvid_jax.sharding.mesh import make_mesh, mesh_sizes
@@ -114,7 +115,8 @@ def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, 
     """Return one denoising pass of the streaming student at a full window, with bfloat16 weights, and its arguments."""
     net, causal = recipe.student, recipe.causal
     height, width = recipe.latent_size
-    spec = transformer.spec(net)
+    outer, layer = outer_spec(net), block_spec(net)
+    spec = {**outer, "blocks": (layer,) * net.num_layers}
     params = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(net.dtype), sharding=x.sharding),
         abstract_network(spec, place, net.rules),
@@ -131,9 +133,8 @@ def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, 
     capacity = None if causal.window else recipe.video.latent_frames
     begin = functools.partial(stream.first_state, config=recipe, capacity=capacity)
     state = jax.eval_shape(begin, {"student": params}, rows, seeds)
-    text = with_shardings(state.text, jax.tree.map(lambda x: split(x, TEXT_AXES), state.text))
-    where = jax.tree.map(lambda _: whole, state.cache)
-    where = dataclasses.replace(where, k=split(state.cache.k, CACHE_AXES), v=split(state.cache.v, CACHE_AXES))
+    text = with_shardings(state.text, jax.tree.map(lambda x: split(x, TEXT_AXES[-x.ndim :]), state.text))
+    where = jax.tree.map(lambda x: split(x, CACHE_AXES[-x.ndim :]) if x.ndim > 1 else whole, state.cache)
     cache = with_shardings(state.cache, where)
     k = causal.frames_per_block
     x = jax.ShapeDtypeStruct((batch, k, height, width, recipe.vae.z_dim), jnp.float32, sharding=streams)

@@ -299,7 +299,7 @@ def _stream(recipe: Recipe, mesh: _Mesh) -> Estimate:
     weights, cache = net.params * item / F32, net.cache()
     parts = {
         "parameters": weights,
-        "caches": 2 * cache,
+        "caches": cache,
         "layer at work": net.working(block) / 2,
         "gathered layers": net.gathered if mesh.fsdp > 1 else 0.0,
     }

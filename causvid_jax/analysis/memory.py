@@ -83,14 +83,14 @@ def sampling_phases(
     height, width = recipe.latent_size
     k = recipe.causal.frames_per_block
     net = getattr(recipe, role)
-    weights = transformer.inference(net)
+    weights = transformer.inference(net, unstacked=role == "student")
     decoding = _decoder_work(recipe, batch, k)
     if role == "student":
         if state is None:
             rows = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
             start = functools.partial(stream.init_stream, config=recipe, frames=latents)
             state = jax.eval_shape(start, {"student": weights}, rows)
-        seen = state.cache.k.shape[2]
+        seen = state.cache.frame.shape[0]
         items = {
             "transformer": sizes(weights),
             "keys and values": sizes((state.cache.k, state.cache.v)),

@@ -249,8 +249,9 @@ class TAEHVConfig(Config):
 class TransformerConfig(Config):
     """One Wan DiT. Defaults are Wan2.1-T2V-1.3B; ``dtype`` is the compute type of matmuls (parameters are float32).
 
-    ``precision`` chooses what else is rounded to ``dtype`` (``models.precision``): ``"default"`` nothing, ``"wan"``
-    and ``"causvid"`` what the code of Wan2.1 and of CausVid and Self-Forcing rounds.
+    ``precision`` chooses what else is rounded to ``dtype`` (``models.precision``): ``"default"`` nothing, ``"fast"``
+    the products of linear layers, ``"wan"`` and ``"causvid"`` what the code of Wan2.1 and of CausVid and Self-Forcing
+    rounds.
 
     ``image_dim > 0`` adds the image branch of Wan2.1-I2V (``models.image_branch``): tokens attend to ``image_tokens``
     embeddings of that width besides the text. The published values are ``image_dim=1280, in_channels=36``.
@@ -279,7 +280,7 @@ class TransformerConfig(Config):
     image_dim: CountOrZero = 0
     image_tokens: Size = 257
     dtype: Dtype = "float32"
-    precision: Literal["default", "wan", "causvid"] = "default"
+    precision: Literal["default", "fast", "wan", "causvid"] = "default"
     attention: Literal["auto", "xla", "cudnn", "splash"] = "xla"
     remat: Remat | bool = "none"
     rules: ShardingRules = ShardingRules()

@@ -28,7 +28,7 @@ from causvid_jax.distill.ode_regression import splice
 from causvid_jax.distill.trajectories import teacher_trajectory
 from causvid_jax.media import to_float, to_uint8
 from causvid_jax.models import transformer, vae
-from causvid_jax.sampling import stream
+from causvid_jax.sampling import stream, weights
 from causvid_jax.text import encoder
 
 
@@ -384,17 +384,17 @@ def write_streams(
     length, shown = recipe.video.latent_frames, recipe.video.frames
     sizes, factor = recipe.causal.block_sizes(clips * length), vae.time_factor(recipe.vae)
     reader, batch = prompt_encoder or encoder.open_encoder(recipe), min(batch, chunk)
-    params = jax.tree.map(jnp.asarray, params)
+    streamed = weights.for_stream(jax.tree.map(jnp.asarray, params), recipe)
 
     def run(numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         # One batch size, hence one compilation: a short last batch is filled up.
         full = [*numbers, *([numbers[-1]] * (batch - len(numbers)))]
         rows = jnp.asarray(encoder.encode(reader, [prompts[i] for i in full]))
         seeds = [seed + i for i in full]
-        state = stream.init_stream(params, rows, config=recipe, seed=seeds, frames=clips * length)
+        state = stream.init_stream(streamed, rows, config=recipe, seed=seeds, frames=clips * length)
         parts = []
         for _ in sizes:
-            latents, frames, state = stream.next_frames(params, state, config=recipe)
+            latents, frames, state = stream.next_frames(streamed, state, config=recipe)
             parts.append((np.asarray(latents), to_uint8(np.asarray(frames))))
         latents, video = (np.concatenate(x, axis=1) for x in zip(*parts, strict=True))
         return latents, video[:, stream.LEAD :]

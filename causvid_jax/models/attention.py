@@ -343,9 +343,9 @@ def attend_cache(
     dtype = cache[0].dtype
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, *replicated: jax.Array) -> tuple[jax.Array, Any]:
-        # Keys and values are exchanged in the type of the cache. Queries are rotated before they are rounded.
-        k, v = (_to_heads(x.astype(dtype), layout) for x in (k, v))
-        out, cache = kernel(_to_heads(q, layout), k, v, cache, *replicated)
+        # Values are exchanged in the type of the cache. Queries and keys are rotated before they are rounded.
+        q, k, v = (_to_heads(x, layout) for x in (q, k, v.astype(dtype)))
+        out, cache = kernel(q, k, v, cache, *replicated)
         return _to_tokens(out.astype(dtype), layout).astype(jnp.float32), cache
 
     inside = (layout.inside, layout.inside)

@@ -1,8 +1,12 @@
 """Key/value caches of the streaming student, as explicit pytrees.
 
-Keys are stored normalized but *not* rotated. The rotary position is applied when a key is read, relative to the current
-block. A stream therefore has no maximum length, the window can move without rewriting keys, and positions stay small in
-float32. The slots are a fixed array: the first ``sink`` frames keep their slots, all later frames share a ring buffer.
+Keys are stored normalized and rotated by their position in the stream, so that a pass rotates the keys of its block
+alone. Angles wrap around exactly (``rope.stream_angles``), hence a stream has no maximum length. Where the sink moves
+with the window (``positions="relative"``), keys are stored unrotated and rotated when they are read. The slots are a
+fixed array: the first ``sink`` frames keep their slots, all later frames share a ring buffer.
+
+A cache has the form of the parameters it is used with: one array ``[L, ...]`` of all layers, or a tuple of L arrays
+(``models.unstacked``), each of which a pass updates in place.
 """
 
 import dataclasses
@@ -14,8 +18,9 @@ import jax.numpy as jnp
 from causvid_jax.config import CausalConfig, TransformerConfig, require
 from causvid_jax.sharding import constraints
 
-CACHE_AXES = (None, "batch", None, None, "attention_heads", None)  # of [L, B, S, n, N, D]
-TEXT_AXES = (None, "batch", None, "heads", None)  # of [L, B, text_length, N, D]
+CACHE_AXES = (None, "batch", None, None, "attention_heads", None)  # of [L, B, S, n, N, D]; of one layer without L
+TEXT_AXES = (None, "batch", None, "heads", None)  # of [L, B, text_length, N, D]; of one layer without L
+Layers = Any  # an array [L, ...] or a tuple of L arrays
 
 
 @jax.tree_util.register_dataclass
@@ -23,8 +28,8 @@ TEXT_AXES = (None, "batch", None, "heads", None)  # of [L, B, text_length, N, D]
 class KVCache:
     """Self-attention keys and values of the frames that later blocks can attend to."""
 
-    k: jax.Array  # [L, B, S, n, N, D] RMS-normalized, not rotated; S slots of one latent frame with n tokens
-    v: jax.Array  # [L, B, S, n, N, D]
+    k: Layers  # [L, B, S, n, N, D] RMS-normalized and rotated (stores_rotated); S slots of one latent frame, n tokens
+    v: Layers  # [L, B, S, n, N, D]
     frame: jax.Array  # [S] int32: index of the latent frame in each slot, -1 if empty
     position: jax.Array  # [] int32: number of finished latent frames, which is where the current block starts
 
@@ -34,32 +39,49 @@ class KVCache:
 class TextCache:
     """Cross-attention keys and values of one prompt (and image). The value for a single layer has no leading axis L."""
 
-    k: jax.Array  # [L, B, text_length, N, D]
-    v: jax.Array  # [L, B, text_length, N, D]
-    image_k: jax.Array | None = None  # [L, B, image_tokens, N, D]; None without an image branch
-    image_v: jax.Array | None = None  # [L, B, image_tokens, N, D]
+    k: Layers  # [L, B, text_length, N, D]
+    v: Layers  # [L, B, text_length, N, D]
+    image_k: Layers | None = None  # [L, B, image_tokens, N, D]; None without an image branch
+    image_v: Layers | None = None  # [L, B, image_tokens, N, D]
 
 
 def init_cache(
-    config: TransformerConfig, causal: CausalConfig, *, batch: int, height: int, width: int, frames: int | None = None
+    config: TransformerConfig,
+    causal: CausalConfig,
+    *,
+    batch: int,
+    height: int,
+    width: int,
+    frames: int | None = None,
+    unstacked: bool = False,
 ) -> KVCache:
     """Return an empty cache for latents of ``height`` x ``width``.
 
     With a window it has ``sink + window`` slots and holds for a stream of any length. Without one it needs ``frames``,
-    the maximum number of latent frames of the stream; ConfigError if that is missing.
+    the maximum number of latent frames of the stream; ConfigError if that is missing. ``unstacked`` gives every layer
+    an array of its own.
     """
     require(
         causal.window > 0 or frames is not None,
         "a cache without a window needs its length in latent frames; give frames=... or set causal.window",
     )
     _, patch_h, patch_w = config.patch_size
-    slots = causal.sink + causal.window if causal.window else frames
+    slots = causal.sink + causal.window if causal.window else frames or 0
     tokens = (height // patch_h) * (width // patch_w)
-    shape = (config.num_layers, batch, slots, tokens, config.num_heads, config.head_dim)
-    # Allocate two buffers: a donated cache must not alias itself. On a mesh the constraint splits the heads at once.
+    shape = (batch, slots, tokens, config.num_heads, config.head_dim)
+
+    def zeros(*shape: int) -> jax.Array:
+        # On a mesh the constraint splits the heads at once.
+        return constraints.constrain(jnp.zeros(shape, config.dtype), CACHE_AXES[-len(shape) :], config.rules)
+
+    def empty() -> Layers:
+        layers = config.num_layers
+        return tuple(zeros(*shape) for _ in range(layers)) if unstacked else zeros(layers, *shape)
+
+    # Allocate buffers of their own: a donated cache must not alias itself.
     return KVCache(
-        k=constraints.constrain(jnp.zeros(shape, config.dtype), CACHE_AXES, config.rules),
-        v=constraints.constrain(jnp.zeros(shape, config.dtype), CACHE_AXES, config.rules),
+        k=empty(),
+        v=empty(),
         frame=jnp.full((slots,), -1, jnp.int32),
         position=jnp.zeros((), jnp.int32),
     )
@@ -90,6 +112,23 @@ def undo(cache: KVCache, replaced: tuple[jax.Array, Any], frames: int, causal: C
     return dataclasses.replace(cache, k=k, v=v)
 
 
+def stores_rotated(causal: CausalConfig) -> bool:
+    """Return whether keys are stored rotated: they are, unless the position of the sink changes with the window."""
+    return causal.positions == "absolute" or not (causal.window and causal.sink)
+
+
+def write_slots(old: jax.Array, new: jax.Array, slots: jax.Array, *, axis: int) -> jax.Array:
+    """Write the frames of ``new`` to ``slots [K]`` of ``old`` along ``axis``.
+
+    One update per frame, since a ring wraps around between frames; XLA does them in place, which it does not do with
+    every scatter.
+    """
+    for i in range(new.shape[axis]):
+        frame = jax.lax.slice_in_dim(new, i, i + 1, axis=axis)
+        old = jax.lax.dynamic_update_slice_in_dim(old, frame, slots[i], axis=axis)
+    return old
+
+
 def block_slots(position: jax.Array, frames: int, causal: CausalConfig) -> jax.Array:
     """Return the slots ``[frames]`` of the block that starts at latent frame ``position``.
 
@@ -105,7 +144,7 @@ def block_slots(position: jax.Array, frames: int, causal: CausalConfig) -> jax.A
 def read_positions(frame: jax.Array, position: jax.Array, block: int, causal: CausalConfig) -> jax.Array:
     """Return the rotary time position of every slot relative to the first frame of the current block, int32 ``[S]``."""
     relative = frame - position
-    if causal.positions == "absolute" or not (causal.window and causal.sink):
+    if stores_rotated(causal):
         return relative
     # Place the sink directly before the window. While the window still starts at the sink, this changes nothing.
     window_start = jnp.maximum(position + block - causal.window, causal.sink)

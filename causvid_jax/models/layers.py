@@ -19,21 +19,39 @@ Params = dict[str, Any]
 PRODUCT = "product"  # checkpoint name of the results of linear layers, for rematerialization policies
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
-    """Return ``x [..., in] @ kernel [in, out]`` with operands cast to ``dtype`` and a float32 accumulator and result.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(x: jax.Array, kernel: jax.Array, dtype: str, result: str = "float32") -> jax.Array:
+    """Return ``x [..., in] @ kernel [in, out]`` with operands cast to ``dtype``, a float32 accumulator and ``result``.
 
     The derivative is explicit. The automatic one multiplies the float32 cotangent by a ``dtype`` operand, and matrix
     units (AMX, tensor cores, MXU) cannot run such a mixed product. This one first rounds the cotangent to ``dtype``, as
     is usual in mixed-precision training; both gradients accumulate in float32.
     """
-    return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+    return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.dtype(result))
 
 
-def _matmul_forward(x: jax.Array, kernel: jax.Array, dtype: str) -> tuple[jax.Array, Any]:
+def _matmul_forward(x: jax.Array, kernel: jax.Array, dtype: str, result: str) -> tuple[jax.Array, Any]:
     # The backward pass needs the rounded operands only; they take half the memory.
     empty = (jnp.zeros((), x.dtype), jnp.zeros((), kernel.dtype))
-    return matmul(x, kernel, dtype), (x.astype(dtype), kernel.astype(dtype), empty)
+    return matmul(x, kernel, dtype, result), (x.astype(dtype), kernel.astype(dtype), empty)
+
+
+def _matmul_backward(dtype: str, _: str, residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel, (like_x, like_kernel) = residuals
+    ct = cotangent.astype(dtype)
+    dx = jnp.matmul(ct, _transposed(kernel), preferred_element_type=jnp.float32)
+    return dx.astype(like_x.dtype), _kernel_gradient(x, ct).astype(like_kernel.dtype)
+
+
+def _kernel_gradient(x: jax.Array, cotangent: jax.Array) -> jax.Array:
+    """Return ``sum x^T cotangent`` over all axes but the last, ``[in, out]`` in float32."""
+    if constraints.platform() == "cpu":
+        x, cotangent = (z.reshape(-1, z.shape[-1]) for z in (x, cotangent))
+        return jnp.matmul(_transposed(x), cotangent, preferred_element_type=jnp.float32)
+    # Merging the axes would merge a split axis (tokens) with others: every device would gather the whole activations
+    # and compute the whole gradient. Contracted one by one, each device sums its own part.
+    summed = tuple(range(x.ndim - 1))
+    return jax.lax.dot_general(x, cotangent, ((summed, summed), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _transposed(x: jax.Array) -> jax.Array:
@@ -47,21 +65,14 @@ def _transposed(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x.T, Layout(major_to_minor=(0, 1)))
 
 
-def _matmul_backward(dtype: str, residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel, (like_x, like_kernel) = residuals
-    ct = cotangent.astype(dtype)
-    dx = jnp.matmul(ct, _transposed(kernel), preferred_element_type=jnp.float32)
-    flat_x, flat_ct = x.reshape(-1, x.shape[-1]), ct.reshape(-1, ct.shape[-1])
-    dkernel = jnp.matmul(_transposed(flat_x), flat_ct, preferred_element_type=jnp.float32)
-    return dx.astype(like_x.dtype), dkernel.astype(like_kernel.dtype)
-
-
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def linear(p: Params, x: Float[jax.Array, "*n i"], dtype: str = "float32") -> Float[jax.Array, "*n o"]:
-    """Return ``x W + b``: ``x [..., in]`` to float32 ``[..., out]``."""
-    return checkpoint_name(matmul(x, p["kernel"], dtype), PRODUCT) + p["bias"]
+def linear(
+    p: Params, x: Float[jax.Array, "*n i"], dtype: str = "float32", result: str = "float32"
+) -> Float[jax.Array, "*n o"]:
+    """Return ``x W + b``: ``x [..., in]`` to float32 ``[..., out]``; the product ``x W`` has type ``result``."""
+    return checkpoint_name(matmul(x, p["kernel"], dtype, result), PRODUCT) + p["bias"]
 
 
 def layer_norm(x: Float[jax.Array, "*n M"], eps: float, p: Params | None = None) -> Float[jax.Array, "*n M"]:

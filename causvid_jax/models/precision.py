@@ -1,21 +1,22 @@
 """Precision policies: where the transformer rounds to ``config.dtype``.
 
-``TransformerConfig.precision`` selects a column. ``default`` rounds matmul operands only; ``wan`` and ``causvid`` round
-where the published code does. With ``dtype`` float32 all columns are equal.
+``TransformerConfig.precision`` selects a column. ``default`` rounds matmul operands only; ``fast`` also rounds what
+linear layers write to memory; ``wan`` and ``causvid`` round where the published code does. With ``dtype`` float32 all
+columns are equal.
 
-| value | ``default`` | ``wan`` (Wan2.1) | ``causvid`` (CausVid, Self-Forcing) |
-|---|---|---|---|
-| result and bias of a linear layer | float32 | rounded | rounded |
-| q and k, normalised, before their scale | float32 | rounded | rounded |
-| q and k after their scale | float32 | float32 | rounded |
-| time embedding, modulation, LayerNorm, residual stream | float32 | float32 | rounded after every operation |
-| head | operands rounded | float32 | rounded |
-| rotary positions in a stream | relative to the block | absolute | absolute |
-| division by the softmax's sum, without a kernel | before the last product | after it | after it |
+| value | ``default`` | ``fast`` | ``wan`` (Wan2.1) | ``causvid`` (CausVid, Self-Forcing) |
+|---|---|---|---|---|
+| product of a linear layer, before its bias | float32 | rounded | float32 | float32 |
+| result and bias of a linear layer | float32 | float32 | rounded | rounded |
+| q and k, normalised, before their scale | float32 | float32 | rounded | rounded |
+| q and k after their scale | float32 | float32 | float32 | rounded |
+| time embedding, modulation, LayerNorm, residual stream | float32 | float32 | float32 | rounded after every operation |
+| head | operands rounded | operands rounded | float32 | rounded |
+| division by the softmax's sum, without a kernel | before the last product | the same | after it | after it |
 
-``default`` is the most precise. Use ``wan`` or ``causvid`` to compare frames with the published code. Two differences
-remain: rotary angles are float32 here and float64 there (at most 4e-6 rad), and flash attention rescales its partial
-sums between blocks of keys.
+``default`` is the most precise. ``fast`` halves what a linear layer writes; docs/performance.md has its error. Use
+``wan`` or ``causvid`` to compare frames with the published code. Two differences remain: rotary angles are float32 here
+and float64 there (at most 4e-6 rad), and flash attention rescales its partial sums between blocks of keys.
 """
 
 import dataclasses
@@ -43,10 +44,15 @@ def round_all(x: jax.Array, config: TransformerConfig) -> jax.Array:
     return rounded(x, config.dtype) if config.precision == "causvid" else x
 
 
+def rounds_results(config: TransformerConfig) -> bool:
+    """Return whether the policy is one of the published code, which rounds results as well as operands."""
+    return config.precision in ("wan", "causvid")
+
+
 def linear(p: Params, x: jax.Array, config: TransformerConfig) -> jax.Array:
-    """Return ``x W + b`` with rounded operands; ``wan`` and ``causvid`` also round product and bias."""
-    if config.precision == "default":
-        return layers.linear(p, x, config.dtype)
+    """Return ``x W + b`` with rounded operands; ``fast`` rounds the product, ``wan`` and ``causvid`` the result."""
+    if not rounds_results(config):
+        return layers.linear(p, x, config.dtype, config.dtype if config.precision == "fast" else "float32")
     product = layers.matmul(x, p["kernel"], config.dtype)
     return rounded(product + rounded(p["bias"].astype(jnp.float32), config.dtype), config.dtype)
 
@@ -73,13 +79,13 @@ def float32_kernels(config: TransformerConfig) -> tuple[str, ...]:
 
 def attention_backend(config: TransformerConfig) -> str:
     """Return ``config.attention``; under ``wan`` and ``causvid``, XLA's kernel rounds as flash attention does."""
-    keep = config.precision == "default" or attention.resolve(config.attention, config.dtype) != "xla"
+    keep = not rounds_results(config) or attention.resolve(config.attention, config.dtype) != "xla"
     return config.attention if keep else "late"
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, config: TransformerConfig) -> jax.Array:
     """Return ``x / sqrt(mean(x^2) + eps) * scale``."""
-    if config.precision == "default":
+    if not rounds_results(config):
         return layers.rms_norm(x, scale, config.eps)
     unscaled = rounded(layers.rms_norm(x, jnp.ones((), jnp.float32), config.eps), config.dtype)
     return round_all(unscaled * round_all(scale, config), config)

@@ -23,16 +23,39 @@ def angles(
     """Return the rotation angles of all tokens, float32 ``[F, rows * columns, D / 2]``; ``frames [F]`` are time
     positions.
 
-    Attention depends on differences of positions only. A long stream therefore passes positions relative to the current
-    block, which float32 represents exactly.
+    Positions of a clip are small enough for float32. :func:`stream_angles` serves a stream of any length.
     """
+    time = frames.astype(jnp.float32)[:, None] * _frequencies(axis_pairs(head_dim)[0], theta).astype(np.float32)
+    return _grid(time, rows, columns, head_dim, theta)
+
+
+def stream_angles(
+    frames: Shaped[jax.Array, "F"], rows: int, columns: int, *, head_dim: int, theta: float
+) -> Float[jax.Array, "F n pairs"]:
+    """Return :func:`angles` modulo 2 pi, for int32 ``frames [F]`` of any size.
+
+    A turn is 2^32 of an unsigned integer, so that ``position * frequency`` wraps around exactly. The angle between two
+    frames then depends on their distance only, to 2 pi 2^-33 a frame, however long the stream is: keys can be stored
+    rotated. A float32 product loses this beyond some thousand frames.
+    """
+    turns = _frequencies(axis_pairs(head_dim)[0], theta) / (2.0 * np.pi)
+    step = jnp.asarray(np.round(turns * 2.0**32).astype(np.uint32))
+    wrapped = jax.lax.bitcast_convert_type(frames.astype(jnp.uint32)[:, None] * step, jnp.int32)
+    return _grid(wrapped.astype(jnp.float32) * np.float32(2.0 * np.pi / 2.0**32), rows, columns, head_dim, theta)
+
+
+def _frequencies(pairs: int, theta: float) -> np.ndarray:
+    return theta ** (-np.arange(pairs) / max(pairs, 1))
+
+
+def _grid(time: jax.Array, rows: int, columns: int, head_dim: int, theta: float) -> jax.Array:
+    """Return the angles of all tokens from those of the time axis, ``time [F, pairs]``."""
     pairs = axis_pairs(head_dim)
-    frequencies = [jnp.asarray(theta ** (-np.arange(p) / max(p, 1)), jnp.float32) for p in pairs]
-    time, row, column = (
-        position.astype(jnp.float32)[:, None] * frequency
-        for position, frequency in zip((frames, jnp.arange(rows), jnp.arange(columns)), frequencies, strict=True)
+    row, column = (
+        jnp.arange(size).astype(jnp.float32)[:, None] * jnp.asarray(_frequencies(count, theta), jnp.float32)
+        for size, count in zip((rows, columns), pairs[1:], strict=True)
     )
-    shape = (frames.shape[0], rows, columns)
+    shape = (time.shape[0], rows, columns)
     grid = jnp.concatenate(
         [
             jnp.broadcast_to(time[:, None, None], (*shape, pairs[0])),
@@ -44,10 +67,18 @@ def angles(
     return grid.reshape(shape[0], rows * columns, head_dim // 2)
 
 
-def rotate(x: Float[jax.Array, "B F n N D"], angle: Float[jax.Array, "F n pairs"]) -> Float[jax.Array, "B F n N D"]:
-    """Rotate ``x [B, F, n, N, D]`` by ``angle [F, n, D / 2]``; the result is float32."""
+def rotate(
+    x: Float[jax.Array, "B F n N D"], angle: Float[jax.Array, "F n pairs"], *, halves: bool = False
+) -> Float[jax.Array, "B F n N D"]:
+    """Rotate ``x [B, F, n, N, D]`` by ``angle [F, n, D / 2]``; the result is float32.
+
+    ``halves``: pair j is ``(x[j], x[D / 2 + j])`` instead of ``(x[2 j], x[2 j + 1])`` (``models.unstacked``).
+    """
     x = x.astype(jnp.float32)
     cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]  # [F, n, 1, D/2]
+    if halves:
+        first, second = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
     pairs = x.reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)

@@ -9,14 +9,15 @@
 All modes predict the velocity ``noise - x0`` from noisy latents ``[B, F, h, w, C]``, a timestep per frame ``[B, F]`` in
 [0, 1000] and ``prompt_embeds [B, S, E]``. With an image branch (``config.image_dim``, Wan2.1-I2V) they also take
 ``image_embeds [B, image_tokens, image_dim]``, and x has the condition channels of ``models.image_branch``. Linen
-declares the parameters and scans the layers. The plain function :func:`block` computes one layer.
+declares the parameters and scans the layers. The plain function ``transformer_layer.block`` computes one layer. For
+streaming, ``models.unstacked`` gives every layer arrays of its own, and the layers run in a loop.
 
 Source: Wan2.1, arXiv 2503.20314, ``wan/modules/model.py``.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -27,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from causvid_jax.config import CausalConfig, TransformerConfig, require
-from causvid_jax.models import attention, image_branch, precision, rope
+from causvid_jax.models import attention, precision, rope
 from causvid_jax.models.kv_cache import (
     KVCache,
     TextCache,
@@ -36,15 +37,28 @@ from causvid_jax.models.kv_cache import (
     init_cache,
     overwritten,
     read_positions,
+    stores_rotated,
     undo,
     visible_slots,
+    write_slots,
 )
-from causvid_jax.models.layers import PRODUCT, Params, gelu_tanh, timestep_sinusoid
-from causvid_jax.models.precision import layer_norm, linear, mlp, modulate, rms_norm
+from causvid_jax.models.layers import PRODUCT, Params
+from causvid_jax.models.precision import layer_norm, linear, modulate
+from causvid_jax.models.transformer_layer import (
+    TOKEN_AXES,
+    Attend,
+    Context,
+    all_gather,
+    block,
+    cross_keys_values,
+    embed_context,
+    embed_time,
+    text_layer,
+)
 from causvid_jax.models.transformer_spec import block_spec, outer_spec, spec
+from causvid_jax.models.unstacked import is_unstacked, unstack
 from causvid_jax.sharding import constraints
 from causvid_jax.sharding.params import (
-    ParamSpec,
     abstract_tree,
     declare,
     inference_tree,
@@ -66,6 +80,7 @@ __all__ = [
     "overwritten",
     "spec",
     "undo",
+    "unstack",
 ]
 
 
@@ -82,128 +97,32 @@ def abstract(config: TransformerConfig) -> Params:
     return abstract_tree(spec(config))
 
 
-def inference(config: TransformerConfig) -> Params:
-    """Return :func:`abstract` with a sampler's types: parameters that every use rounds are stored rounded."""
-    return inference_tree(abstract(config), config.dtype, precision.float32_kernels(config))
+def inference(config: TransformerConfig, *, unstacked: bool = False) -> Params:
+    """Return :func:`abstract` with a sampler's types: parameters that every use rounds are stored rounded.
 
-
-# ---- one layer ------------------------------------------------------------------------------------------------------
-
-Attend = Callable[..., Any]
-TOKEN_AXES = ("batch", None, "tokens", None)  # of [B, F, n, M]
-Context = tuple[jax.Array, jax.Array | None]  # text [B, S, M] and image [B, I, M] at the model width
-
-
-def _heads(x: jax.Array, num_heads: int) -> jax.Array:
-    return rearrange(x, "... (N D) -> ... N D", N=num_heads)
-
-
-def embed_context(
-    p: Params, prompt_embeds: jax.Array, image_embeds: jax.Array | None, config: TransformerConfig
-) -> Context:
-    """Map ``prompt_embeds [B, S, E]`` and ``image_embeds`` to the model width: ``[B, S, M]`` and ``[B, I, M]`` or None.
-
-    A zero row of ``prompt_embeds`` (padding) becomes a constant that is not zero.
+    ``unstacked``: in the form of ``models.unstacked``.
     """
-    image_branch.check(image_embeds, config)
-    text = mlp(p["text_embedding"], prompt_embeds, gelu_tanh, config)
-    return text, None if image_embeds is None else image_branch.embed(p["image_embedding"], image_embeds, config)
+    stacked = inference_tree(abstract(config), config.dtype, precision.float32_kernels(config))
+    return jax.eval_shape(functools.partial(unstack, config=config), stacked) if unstacked else stacked
 
 
-def cross_keys_values(p: Params, context: Context, config: TransformerConfig) -> TextCache:
-    """Return one layer's keys (RMS-normalized over the full width) and values ``[B, S, N, D]`` of the context."""
-
-    def keys_values(x: jax.Array, suffix: str) -> tuple[jax.Array, jax.Array]:
-        k = rms_norm(linear(p[f"k{suffix}"], x, config), p[f"norm_k{suffix}"]["scale"], config)
-        v = linear(p[f"v{suffix}"], x, config)
-        return _heads(k, config.num_heads), _heads(v, config.num_heads)
-
-    text, image = context
-    return TextCache(*keys_values(text, ""), *(() if image is None else keys_values(image, "_img")))
-
-
-def block(
-    p: Params,
-    x: jax.Array,
-    time: jax.Array,
-    text: Context | TextCache,
-    layer_cache: Any,
-    attend: Attend,
-    config: TransformerConfig,
-) -> tuple[jax.Array, Any]:
-    """Apply one layer, with m = modulation + time ``[B, F, 6, M]``::
-
-        x += m2 * SelfAttention(LN(x) (1 + m1) + m0)
-        x += CrossAttention(LN_affine(x), text)
-        x += m5 * FFN(LN(x) (1 + m4) + m3)
-
-    With an image branch, cross-attention is the sum of attention to the text and attention to the image, before one
-    output projection.
-
-    Args:
-      p: parameters of the layer.
-      x: tokens ``[B, F, n, M]``.
-      time: projected timesteps ``[B, F, 6, M]``.
-      text: the context at model width, or this layer's keys and values of it.
-      layer_cache: passed to ``attend``.
-      attend: ``(q, k, v, layer_cache) -> (output, layer_cache)``, the self-attention of the forward mode.
-      config: sizes and precision.
-    """
-    parts = jnp.moveaxis(precision.modulation(p["modulation"], time, config), -2, 0)
-    shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = parts
-
-    with jax.named_scope("self_attention"):
-        sa, y = p["self_attn"], modulate(layer_norm(x, config), shift_sa, scale_sa, config)
-        q = _heads(rms_norm(linear(sa["q"], y, config), sa["norm_q"]["scale"], config), config.num_heads)
-        k = _heads(rms_norm(linear(sa["k"], y, config), sa["norm_k"]["scale"], config), config.num_heads)
-        v = _heads(linear(sa["v"], y, config), config.num_heads)  # [B, F, n, N, D]
-        out, layer_cache = attend(q, k, v, layer_cache)
-        out = linear(sa["o"], rearrange(out, "b f n N D -> b f n (N D)"), config)
-        x = precision.add(x, out, config, gate_sa)
-
-    with jax.named_scope("cross_attention"):
-        ca, y = p["cross_attn"], layer_norm(x, config, p["norm3"])
-        q = _heads(rms_norm(linear(ca["q"], y, config), ca["norm_q"]["scale"], config), config.num_heads)
-        text = text if isinstance(text, TextCache) else cross_keys_values(ca, text, config)
-        # Attend to all text tokens including padding, as in the training of the published weights.
-        attend_text = functools.partial(
-            attention.attend_text,
-            q,
-            dtype=config.dtype,
-            backend=precision.attention_backend(config),
-            rules=config.rules,
-        )
-        out = attend_text(text.k, text.v)
-        if text.image_k is not None and text.image_v is not None:
-            out += attend_text(text.image_k, text.image_v)
-        x = precision.add(x, linear(ca["o"], rearrange(out, "b f n N D -> b f n (N D)"), config), config)
-
-    with jax.named_scope("ffn"):
-        y = modulate(layer_norm(x, config), shift_ffn, scale_ffn, config)
-        x = precision.add(x, mlp(p["ffn"], y, gelu_tanh, config), config, gate_ffn)
-    return constraints.constrain(x, TOKEN_AXES, config.rules), layer_cache
-
-
-def _embed_time(p: Params, timestep: jax.Array, config: TransformerConfig) -> tuple[jax.Array, jax.Array]:
-    """Embed timesteps ``[B, F]`` for the head, ``[B, F, M]``, and for the layers, ``[B, F, 6, M]``."""
-    apply, net = functools.partial(precision.time_linear, config=config), p["time_embedding"]
-    e = apply(net["fc2"], nn.silu(apply(net["fc1"], timestep_sinusoid(timestep, config.freq_dim))))
-    return e, rearrange(apply(p["time_projection"], nn.silu(e)), "b f (s M) -> b f s M", s=6)
-
-
-def all_gather(p: Params, layer_spec: Any, config: TransformerConfig) -> Params:
-    """Gather the parameters of one layer along ``embed`` on every device (the all-gather of FSDP, layer by layer)."""
-    if not constraints.mesh_shape():
-        return p
-
-    def gather(leaf: ParamSpec, value: jax.Array) -> jax.Array:
-        axes = [None if axis == "embed" else axis for axis in leaf.axes]
-        return constraints.constrain(value, axes, config.rules)
-
-    return jax.tree.map(gather, layer_spec, p, is_leaf=lambda x: isinstance(x, ParamSpec))
-
+# ---- layers ---------------------------------------------------------------------------------------------------------
 
 LAYER_INPUT = "layer_input"
+
+
+def attention_results(*names: str) -> Callable[..., Any]:
+    """Return the policy that keeps the results of these names, and the softmax sums of cuDNN's attention.
+
+    cuDNN's kernel returns both in one call without a name for the sums. If they were not kept, the backward pass would
+    compute the whole attention again.
+    """
+    policies = jax.checkpoint_policies
+
+    def is_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+        return primitive.name.startswith("dot_product_attention_fwd")
+
+    return policies.save_from_both_policies(policies.save_only_these_names(*names), is_cudnn)
 
 
 def rematerialize(layer: Any, remat: str | bool) -> Any:
@@ -215,9 +134,9 @@ def rematerialize(layer: Any, remat: str | bool) -> Any:
         remat = "full"  # layer inputs are in host memory already
     policy = {
         "full": policies.nothing_saveable,
-        "attention": policies.save_only_these_names(attention.RESULT),
+        "attention": attention_results(attention.RESULT),
         # Select by name: JAX's policies for products do not apply inside a function with a custom derivative (matmul).
-        "dots": policies.save_only_these_names(attention.RESULT, PRODUCT),
+        "dots": attention_results(attention.RESULT, PRODUCT),
         "offload": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=[LAYER_INPUT],
@@ -262,6 +181,7 @@ class _Transformer(nn.Module):
         text_cache: TextCache | None,
         layer_caches: Any,
         keep_frames: int,
+        unstacked: Sequence[Params] | None = None,
     ) -> tuple[jax.Array, Any]:
         config = self.config
         p = all_gather(declare(self, outer_spec(config)), outer_spec(config), config)
@@ -272,19 +192,13 @@ class _Transformer(nn.Module):
             tokens = rearrange(x, "b f (r p) (c q) C -> b f (r c) (p q C)", p=patch_h, q=patch_w)
             tokens = linear(p["patch_embedding"], tokens, config)  # [B, F, n, M]
             tokens = constraints.constrain(tokens, TOKEN_AXES, config.rules)
-            e, time = _embed_time(p, timestep, config)
+            e, time = embed_time(p, timestep, config)
             context = None if prompt_embeds is None else embed_context(p, prompt_embeds, image_embeds, config)
 
-        scanned = nn.scan(
-            rematerialize(_Layer, config.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),
-            out_axes=0,
-            length=config.num_layers,
-        )
-        layers = scanned(config, self.attend, name="blocks")
-        tokens, layer_caches = layers(tokens, time, context, (text_cache, layer_caches))
+        if unstacked is None:
+            tokens, layer_caches = self._scan(tokens, time, context, (text_cache, layer_caches))
+        else:
+            tokens, layer_caches = self._loop(unstacked, tokens, time, context, text_cache, layer_caches)
 
         with jax.named_scope("head"):
             tokens, e = tokens[:, -keep_frames:], e[:, -keep_frames:]
@@ -294,6 +208,40 @@ class _Transformer(nn.Module):
             out = precision.head_linear(p["head"]["proj"], y, config)
             out = rearrange(out, "b f (r c) (p q C) -> b f (r p) (c q) C", r=rows, c=columns, p=patch_h, q=patch_w)
         return out, layer_caches
+
+    def _scan(
+        self, tokens: jax.Array, time: jax.Array, context: Context | None, layer_inputs: tuple[TextCache | None, Any]
+    ) -> tuple[jax.Array, Any]:
+        """Run the stacked layers, each on its slice of ``layer_inputs``."""
+        scanned = nn.scan(
+            rematerialize(_Layer, self.config.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, 0),
+            out_axes=0,
+            length=self.config.num_layers,
+        )
+        return scanned(self.config, self.attend, name="blocks")(tokens, time, context, layer_inputs)
+
+    def _loop(
+        self,
+        layers: Sequence[Params],
+        tokens: jax.Array,
+        time: jax.Array,
+        context: Context | None,
+        text_cache: TextCache | None,
+        layer_caches: Sequence[Any] | None,
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        """Run layers with arrays of their own, one after the other."""
+        new = []
+        for i, layer in enumerate(layers):
+            p = all_gather(layer, block_spec(self.config), self.config)
+            text = context if text_cache is None else text_layer(text_cache, i)
+            assert text is not None, "cross-attention needs embeddings or cached keys and values"
+            layer_cache = None if layer_caches is None else layer_caches[i]
+            tokens, layer_cache = block(p, tokens, time, text, layer_cache, self.attend, self.config)
+            new.append(layer_cache)
+        return tokens, tuple(new)
 
 
 def _apply(
@@ -315,8 +263,10 @@ def _apply(
         f"the input has {x.shape[-1]} channels; this transformer requires {config.in_channels}",
     )
     module = _Transformer(config, attend)
+    unstacked = params["blocks"] if is_unstacked(params) else None
+    declared = {name: value for name, value in params.items() if name != "blocks"} if unstacked else params
     return module.apply(
-        {"params": params},
+        {"params": declared},
         x,
         timestep,
         prompt_embeds,
@@ -324,6 +274,7 @@ def _apply(
         text_cache,
         layer_caches,
         x.shape[1] if keep_frames is None else keep_frames,
+        unstacked,
     )
 
 
@@ -338,9 +289,11 @@ def _grid(x: jax.Array, config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def _attend_plan(plan: attention.Plan, angle: jax.Array, config: TransformerConfig) -> Attend:
+def _attend_plan(plan: attention.Plan, angle: jax.Array, params: Params, config: TransformerConfig) -> Attend:
+    rotate = functools.partial(rope.rotate, angle=angle, halves=is_unstacked(params))
+
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> tuple[jax.Array, None]:
-        q, k = rope.rotate(q, angle), rope.rotate(k, angle)
+        q, k = rotate(q), rotate(k)
         out = attention.attend(
             plan, q, k, v, dtype=config.dtype, backend=precision.attention_backend(config), rules=config.rules
         )
@@ -367,7 +320,7 @@ def bidirectional(
     """
     angle = rope.angles(jnp.arange(x.shape[1]), **_grid(x, config))
 
-    attend = _attend_plan(attention.bidirectional(x.shape[1]), angle, config)
+    attend = _attend_plan(attention.bidirectional(x.shape[1]), angle, params, config)
     return _apply(params, config, attend, x, timestep, prompt_embeds, image_embeds)[0]
 
 
@@ -398,7 +351,7 @@ def block_causal(
         timestep = jnp.concatenate([jnp.full_like(timestep, clean_timestep), timestep], axis=1)
         positions = jnp.concatenate([positions, positions])
         plan = attention.teacher_forcing(frames, causal)
-    attend = _attend_plan(plan, rope.angles(positions, **_grid(x, config)), config)
+    attend = _attend_plan(plan, rope.angles(positions, **_grid(x, config)), params, config)
     return _apply(params, config, attend, x, timestep, prompt_embeds, image_embeds, keep_frames=frames)[0]
 
 
@@ -414,6 +367,9 @@ def encode_text(
     ``image_embeds`` is as in :func:`bidirectional`; the cache includes its keys and values.
     """
     context = embed_context(params, prompt_embeds, image_embeds, config)
+    if is_unstacked(params):
+        layers = [cross_keys_values(p["cross_attn"], context, config) for p in params["blocks"]]
+        return jax.tree.map(lambda *parts: tuple(parts), *layers)
     return jax.lax.map(lambda p: cross_keys_values(p, context, config), params["blocks"]["cross_attn"])
 
 
@@ -435,39 +391,77 @@ def cached(
     sampler checks this before it starts. Set ``rewrites`` (static) if the cache may hold frames later than the block,
     because its position has been moved back.
     """
+    unstacked = is_unstacked(params)
     frames = x.shape[1]
     slots = block_slots(cache.position, frames, causal)
     slot_frames = cache.frame.at[slots].set(cache.position + jnp.arange(frames, dtype=jnp.int32))
-    mask = visible_slots(slot_frames, cache.position, frames, causal)
-    grid = _grid(x, config)
-    # RoPE attention depends on relative positions only, but rounding the rotated values depends on absolute ones, so
-    # ``wan`` and ``causvid`` need the true origin.
-    origin = 0 if config.precision == "default" else cache.position
-    query_angle = rope.angles(origin + jnp.arange(frames), **grid)
-    key_angle = rope.angles(origin + read_positions(slot_frames, cache.position, frames, causal), **grid)
-    tokens = query_angle.shape[1]
-    mask = jnp.repeat(mask, tokens)  # [S n]
-    in_use = tokens * jnp.minimum(cache.position + frames, slot_frames.shape[0])
+    attend = _attend_cached(cache.position, slots, slot_frames, x, unstacked, rewrites, config, causal)
+    velocity, new = _apply(
+        params,
+        config,
+        attend,
+        x,
+        timestep,
+        None,
+        text_cache=text_cache,
+        layer_caches=tuple(zip(cache.k, cache.v, strict=True)) if unstacked else (cache.k, cache.v),
+    )
+    k: Any
+    v: Any
+    if unstacked:
+        k, v = zip(*new, strict=True)
+    else:
+        k, v = (write_slots(old, block, slots, axis=2) for old, block in zip((cache.k, cache.v), new, strict=True))
+    return velocity, dataclasses.replace(cache, k=k, v=v, frame=slot_frames)
+
+
+def _attend_cached(
+    position: jax.Array,
+    slots: jax.Array,
+    slot_frames: jax.Array,
+    x: jax.Array,
+    unstacked: bool,
+    rewrites: bool,
+    config: TransformerConfig,
+    causal: CausalConfig,
+) -> Attend:
+    """Return the self-attention of :func:`cached`, for the block ``x`` in ``slots``.
+
+    It returns a layer's cache with the block written in place if layers are unstacked. In a scan it returns the block's
+    keys and values alone, since a scan would copy the whole cache, and differentiating it would keep every copy.
+    """
+    frames, grid = x.shape[1], _grid(x, config)
+    angles: tuple[jax.Array, ...]
+    if stores_rotated(causal):
+        angles = (rope.stream_angles(position + jnp.arange(frames, dtype=jnp.int32), **grid),)
+    else:
+        # RoPE attention depends on relative positions only, but rounding the rotated values depends on absolute ones,
+        # so ``wan`` and ``causvid`` need the true origin.
+        origin = position if precision.rounds_results(config) else 0
+        angles = (
+            rope.angles(origin + jnp.arange(frames), **grid),
+            rope.angles(origin + read_positions(slot_frames, position, frames, causal), **grid),
+        )
+    tokens = angles[0].shape[1]
+    mask = jnp.repeat(visible_slots(slot_frames, position, frames, causal), tokens)  # [S n]
+    in_use = tokens * jnp.minimum(position + frames, slot_frames.shape[0])
+    rotate = functools.partial(rope.rotate, halves=unstacked)
 
     def kernel(
         q: jax.Array, k: jax.Array, v: jax.Array, layer_cache: Any, *replicated: jax.Array
     ) -> tuple[jax.Array, Any]:
-        slots, mask, in_use, query_angle, key_angle = replicated
-        keys, values = (
-            old.at[:, slots].set(new.astype(old.dtype)) for old, new in zip(layer_cache, (k, v), strict=True)
-        )
-        q, rotated = rope.rotate(q, query_angle), rope.rotate(keys, key_angle)
-        flat = [attention.flatten_frames(z) for z in (q, rotated, values)]
+        slots, mask, in_use, query_angle, *key_angle = replicated
+        q, k = rotate(q, query_angle), k if key_angle else rotate(k, query_angle)
+        block = tuple(new.astype(old.dtype) for old, new in zip(layer_cache, (k, v), strict=True))
+        keys, values = (write_slots(old, new, slots, axis=1) for old, new in zip(layer_cache, block, strict=True))
+        visible = rotate(keys, key_angle[0]) if key_angle else keys
+        flat = [attention.flatten_frames(z) for z in (q, visible, values)]
         backend, used = precision.attention_backend(config), None if rewrites else in_use
         out = attention.dense(*flat, dtype=config.dtype, backend=backend, mask=mask, used=used)
-        return out.reshape(q.shape), (keys, values)
+        return out.reshape(q.shape), (keys, values) if unstacked else block
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer_cache: Any) -> tuple[jax.Array, Any]:
-        replicated = (slots, mask, in_use, query_angle, key_angle)
+        replicated = (slots, mask, in_use, *angles)
         return attention.attend_cache(kernel, q, k, v, layer_cache, *replicated, rules=config.rules)
 
-    layer_caches = (cache.k, cache.v)
-    velocity, (k, v) = _apply(
-        params, config, attend, x, timestep, None, text_cache=text_cache, layer_caches=layer_caches
-    )
-    return velocity, dataclasses.replace(cache, k=k, v=v, frame=slot_frames)
+    return attend

@@ -14,7 +14,7 @@ import numpy as np
 from causvid_jax import media as files
 from causvid_jax.config import Recipe, require
 from causvid_jax.models import taehv, vae
-from causvid_jax.sampling import stream
+from causvid_jax.sampling import stream, weights
 from causvid_jax.sampling.protocols import Samplers, Switch
 from causvid_jax.sampling.teacher import sample_clip
 from causvid_jax.text import encoder
@@ -37,7 +37,7 @@ def make_samplers(
         prompt_encoder: of the prompts; a recipe of words needs none.
     """
     reader = prompt_encoder or encoder.open_encoder(config)
-    streamed = {name: params[name] for name in ("student", config.decoder)}
+    streamed = weights.for_stream({name: params[name] for name in ("student", config.decoder)}, config)
     null = jnp.asarray(encoder.null_rows(reader))
 
     def embeds_of(prompts: Sequence[str]) -> jax.Array:

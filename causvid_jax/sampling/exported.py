@@ -35,7 +35,7 @@ from causvid_jax.models import attention, decoder, kv_cache, taehv, transformer,
 from causvid_jax.sampling import stream
 from causvid_jax.sharding import constraints
 
-FORMAT = 2
+FORMAT = 3
 PLATFORMS = ("cpu", "cuda", "tpu")
 SUFFIX = ".program"
 _CUSTOM_CALLS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaScaleBiasSoftmax", "tpu_custom_call")
@@ -132,7 +132,7 @@ def build(recipe: Recipe, platform: str, *, batch: int = 1) -> tuple[dict[str, A
     require(platform in PLATFORMS, f"platform is {platform!r}; accepted: {', '.join(PLATFORMS)}")
     require(batch >= 1, f"batch is {batch}; it must be at least 1")
     capacity = None if recipe.causal.window else recipe.video.latent_frames
-    params: dict[str, Any] = {"student": transformer.inference(recipe.student)}
+    params: dict[str, Any] = {"student": transformer.inference(recipe.student, unstacked=True)}
     params |= decoder.codec_shapes(recipe, encodes=False)
     rows = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
     seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)

@@ -262,7 +262,9 @@ def load(
     Raises:
         ConfigError: no such recipe, or weights that are missing or do not fit it.
     """
-    return StudentPipeline(*_open(config, "student", checkpoint, {"student": student, "vae": vae, "taehv": taehv}))
+    files = {"student": student, "vae": vae, "taehv": taehv}
+    recipe, params, encoder = _open(config, "student", checkpoint, files)
+    return StudentPipeline(recipe, weights.for_stream(params, recipe, free=True), encoder)
 
 
 def load_teacher(

@@ -199,7 +199,7 @@ def student_blocks(session: Session, texts: Embeds, timing: player.Timing) -> It
     encodes = session.image is not None or session.video is not None
     shapes = {"student": transformer.inference(recipe.student), **decoder.codec_shapes(recipe, encodes=encodes)}
     return player.play(
-        weights.load(session.weights, shapes),
+        weights.for_stream(weights.load(session.weights, shapes), recipe, free=True),
         np.stack([texts[p] for p in request.prompt]),
         config=recipe,
         frames=session.frames,

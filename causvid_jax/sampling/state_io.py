@@ -10,11 +10,13 @@ from causvid_jax.checkpoints.store import flatten, load_params, save_params
 from causvid_jax.config import require
 from causvid_jax.sampling.stream import StreamState
 
+FORMAT = "2"  # keys are stored rotated
+
 
 def save_stream(path: str | pathlib.Path, state: StreamState) -> None:
     """Write the state as one safetensors file: the path of every array in the state is its name."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    save_params(path, {_name(where): leaf for where, leaf in leaves}, {"started": str(state.started)})
+    save_params(path, {_name(where): leaf for where, leaf in leaves}, {"started": str(state.started), "format": FORMAT})
 
 
 def load_stream(path: str | pathlib.Path, like: StreamState) -> StreamState:
@@ -24,6 +26,10 @@ def load_stream(path: str | pathlib.Path, like: StreamState) -> StreamState:
         ConfigError: the file is missing or damaged, or holds the state of another recipe.
     """
     params, metadata = load_params(path, dtype=None)
+    require(
+        metadata.get("format") == FORMAT,
+        f"stream state {path} is of format {metadata.get('format', '1')}; accepted: {FORMAT}",
+    )
     held = flatten(params)
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     for where, leaf in leaves:

@@ -29,6 +29,7 @@ from causvid_jax.diffusion import flow
 from causvid_jax.models import decoder, precision, transformer, vae
 from causvid_jax.models.decoder import LEAD, DecodeCache
 from causvid_jax.models.kv_cache import TEXT_AXES, KVCache, TextCache
+from causvid_jax.models.unstacked import is_unstacked
 from causvid_jax.sharding import constraints
 
 Params = dict[str, Any]
@@ -105,7 +106,9 @@ def first_state(
         kept = capacity - int(causal.independent_first_frame)
         kept -= kept % causal.frames_per_block
     return StreamState(
-        cache=transformer.init_cache(config.student, causal, frames=capacity, **size),
+        cache=transformer.init_cache(
+            config.student, causal, frames=capacity, unstacked=is_unstacked(params["student"]), **size
+        ),
         text=_prompt(params, text, config),
         decode=decoder.init_decode_cache(config, **size),
         recent=jnp.zeros((batch, kept, height, width, config.vae.z_dim), jnp.float32),
@@ -120,7 +123,7 @@ def _prompt(params: Params, text: jax.Array, config: Recipe) -> TextCache:
     no device holds those of other devices' streams."""
     net = config.student
     cache = transformer.encode_text(params["student"], text, config=net)
-    return jax.tree.map(lambda x: constraints.constrain(x.astype(net.dtype), TEXT_AXES, net.rules), cache)
+    return jax.tree.map(lambda x: constraints.constrain(x.astype(net.dtype), TEXT_AXES[-x.ndim :], net.rules), cache)
 
 
 def copy_stream(state: StreamState) -> StreamState:

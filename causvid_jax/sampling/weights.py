@@ -11,6 +11,7 @@ import jax
 from causvid_jax import checkpoints
 from causvid_jax.checkpoints import workdir
 from causvid_jax.config import Recipe, require
+from causvid_jax.models.unstacked import unstack
 
 Opened = dict[str, checkpoints.Checkpoint]  # network to checkpoint, of which only headers are read
 STAGES = {"student": "distill", "teacher": "teacher"}
@@ -57,6 +58,14 @@ def find(
 def load(opened: Opened, shapes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the weights of the networks in ``shapes`` on the device, in the types of ``shapes``."""
     return {name: checkpoints.load(opened[name], dtype=types)[0] for name, types in shapes.items()}
+
+
+def for_stream(params: Mapping[str, Any], recipe: Recipe, *, free: bool = False) -> dict[str, Any]:
+    """Return ``params`` with the student in the form that streams fastest (``models.unstacked``).
+
+    ``free`` releases the stacked arrays on the way; they must not be used again.
+    """
+    return {**params, "student": unstack(params["student"], recipe.student, free=free)}
 
 
 def free(tree: Any) -> None:

@@ -27,11 +27,12 @@ def test_a_compiled_program_holds_what_is_computed(stage, quick):
     known = compile_report.estimate_for(with_mesh(), stage, machine.machine)
     assert report.compiled and report.fits and report.mesh == {"data": 2, "fsdp": 2, "context": 2, "tensor": 1}
     state = sum(known.parts[name] for name in ("parameters", "running mean", "moments") if name in known.parts)
-    state += known.parts["caches"] / 2 if stage == "stream" else 0.0  # two of them are alive inside the program
+    state += known.parts["caches"] if stage == "stream" else 0.0
     # Beside the state: the batch, in a stream the prompt's keys and values.
     assert state <= report.arguments <= state + 200_000
-    kinds = {"all-gather", "all-to-all"}
-    assert kinds <= {kind for kind, entry in report.collectives.items() if entry["count"]}  # in every layer
+    # Training scans the layers; a stream runs them in a row, so that its collectives stand outside of loops.
+    where, least = ("count_once", RECIPE.student.num_layers) if stage == "stream" else ("count", 1)
+    assert {kind for kind, entry in report.collectives.items() if entry[where] >= least} >= {"all-gather", "all-to-all"}
     assert report.quick == quick and ("compiled quickly in" if quick else "compiled in") in compile_report.table(report)
 
 
@@ -57,4 +58,4 @@ def test_real_compilers_of_a_stream(name):
         pytest.skip(f"{INSTALLED[name]} is not installed: no compiler for {name}")
     report = compile_report.compile_for(with_mesh(), "stream", topology.describe(name), quick=True)
     assert report.fits and report.quick and report.streams == 2
-    assert report.collectives["all-to-all"]["count"]
+    assert report.collectives["all-to-all"]["count_once"] >= RECIPE.student.num_layers

@@ -40,7 +40,9 @@ def test_rounding_is_that_of_a_cast():
     x = jax.random.normal(jax.random.key(0), (1000,)) * 10.0 ** jnp.arange(-5, 5).repeat(100)
     np.testing.assert_array_equal(precision.rounded(x, "bfloat16"), x.astype(jnp.bfloat16).astype(jnp.float32))
     np.testing.assert_array_equal(precision.rounded(x, "float32"), x)
-    with pytest.raises(ConfigError, match="transformer.precision is 'exact'; accepted: 'default', 'wan', 'causvid'"):
+    with pytest.raises(
+        ConfigError, match="transformer.precision is 'exact'; accepted: 'default', 'fast', 'wan', 'causvid'"
+    ):
         TransformerConfig(precision="exact")
 
 

@@ -57,7 +57,8 @@ def bidirectional(params, x, t, text):
 def stream(params, x, t, text, causal):
     """Every block once through the cache."""
     text_cache = transformer.encode_text(params, text, config=CONFIG)
-    cache = transformer.init_cache(CONFIG, causal, batch=BATCH, height=HEIGHT, width=WIDTH, frames=x.shape[1])
+    size = {"batch": BATCH, "height": HEIGHT, "width": WIDTH, "frames": x.shape[1]}
+    cache = transformer.init_cache(CONFIG, causal, **size, unstacked=isinstance(params["blocks"], tuple))
     outputs, start = [], 0
     for size in causal.block_sizes(x.shape[1]):
         part = slice(start, start + size)
@@ -296,3 +297,28 @@ def test_visible_frames():
 def test_a_cache_without_window_needs_a_length():
     with pytest.raises(ConfigError, match="needs its length in latent frames"):
         transformer.init_cache(CONFIG, CausalConfig(3), batch=1, height=4, width=4)
+
+
+@pytest.mark.parametrize("causal", [*CAUSALS[2:4], CausalConfig(3, window=3, sink=2, positions="relative")], ids=str)
+def test_layers_of_their_own_compute_what_stacked_ones_do(params, causal):
+    """Every forward mode, every slot of the cache; only the order of columns in a head and the rounding differ."""
+    x, t, text = inputs(9)
+    own = transformer.unstack(params, CONFIG)
+    assert len(own["blocks"]) == CONFIG.num_layers
+    assert sum(leaf.size for leaf in jax.tree.leaves(own)) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    np.testing.assert_allclose(stream(own, x, t, text, causal), stream(params, x, t, text, causal), atol=1e-5)
+    np.testing.assert_allclose(bidirectional(own, x, t, text), bidirectional(params, x, t, text), atol=1e-5)
+    shapes = transformer.inference(CONFIG, unstacked=True)
+    assert jax.tree.map(lambda a: a.shape, own) == jax.tree.map(lambda a: a.shape, shapes)
+
+
+def test_a_stream_of_a_million_frames_is_as_exact_as_its_first():
+    """Rotated by its position in the stream, a key meets a query under the angle of their distance, float64's."""
+    grid = {"rows": 2, "columns": 3, "head_dim": 24, "theta": 10000.0}
+    distance, frequencies = 20, 10000.0 ** (-np.arange(4) / 4)
+    for start in (0, 1_000_000):
+        q, k = (rope.stream_angles(jnp.asarray([start + d], jnp.int32), **grid) for d in (distance, 0))
+        turned = np.asarray(q - k, np.float64)[0, :, :4]
+        exact = distance * frequencies
+        np.testing.assert_allclose(np.cos(turned), np.broadcast_to(np.cos(exact), turned.shape), atol=1e-6)
+        np.testing.assert_allclose(np.sin(turned), np.broadcast_to(np.sin(exact), turned.shape), atol=1e-6)

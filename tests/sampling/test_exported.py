@@ -39,7 +39,7 @@ def write(path, **changes):
 @pytest.mark.parametrize(
     "changes,recipe,given,words",
     [
-        ({"format": 1}, PLAIN, {}, "is of format 1; accepted: 2"),
+        ({"format": 1}, PLAIN, {}, "is of format 1; accepted: 3"),
         ({"platform": "tpu"}, PLAIN, {}, "was built for tpu; this machine is cpu"),
         ({}, with_group(PLAIN, "student", num_layers=3), {}, "student.num_layers = 2, and the recipe has 3"),
         ({}, with_group(PLAIN, "causal", sink=2), {}, "causal.sink = 0, and the recipe has 2"),

@@ -1,0 +1,60 @@
+"""Parameters of the transformer for streaming: every layer has arrays of its own.
+
+Training stacks the parameters of all layers, so that one compiled layer is scanned. A scan copies each layer's slice of
+a stacked array before it can be multiplied, and a key/value cache that is scanned is copied whole. A stream therefore
+runs its layers in a loop over tuples: nothing is sliced, and each layer's cache is written in place.
+
+In this form the columns of the q and k projections of self-attention are also reordered, in every head, from
+interleaved rotary pairs ``(x0, x1, x2, x3, ...)`` to halves ``(x0, x2, ..., x1, x3, ...)``. Attention does not depend
+on the order of a head's columns. Halves are rotated without a last axis of length 2, which vector units handle badly.
+"""
+
+import functools
+from typing import Any
+
+import jax
+from einops import rearrange
+
+from causvid_jax.config import TransformerConfig
+from causvid_jax.models.layers import Params
+
+ROTATED = (("q", "kernel"), ("q", "bias"), ("k", "kernel"), ("k", "bias"), ("norm_q", "scale"), ("norm_k", "scale"))
+"""Parameters of self-attention whose last axis is the heads' columns and is rotated."""
+
+
+def is_unstacked(params: Params) -> bool:
+    """Return whether the layers of ``params`` have arrays of their own."""
+    return isinstance(params["blocks"], tuple)
+
+
+@functools.partial(jax.jit, static_argnames=("heads", "rotated"))
+def _split(leaf: jax.Array, heads: int, rotated: bool) -> tuple[jax.Array, ...]:
+    """Return the layers of a stacked array ``[L, ...]``; with ``rotated`` in the order of halves."""
+    if rotated:
+        leaf = rearrange(leaf, "... (N j two) -> ... (N two j)", N=heads, two=2)
+    return tuple(leaf)
+
+
+def unstack(params: Params, config: TransformerConfig, *, free: bool = False) -> Params:
+    """Return ``params`` with ``blocks`` as a tuple of layers and rotary halves; unchanged if they are so already.
+
+    Args:
+      params: parameters of :func:`models.transformer.spec`; also shapes, inside ``jax.eval_shape``.
+      config: of the network.
+      free: release each stacked array as soon as it is split, so that the peak is one array above the parameters.
+    """
+    if is_unstacked(params):
+        return params
+
+    def split(path: Any, leaf: jax.Array) -> tuple[jax.Array, ...]:
+        names = tuple(part.key for part in path)
+        layers = _split(leaf, config.num_heads, names[0] == "self_attn" and names[1:] in ROTATED)
+        if free:
+            jax.block_until_ready(layers)
+            leaf.delete()
+        return layers
+
+    split_leaves = jax.tree_util.tree_map_with_path(split, params["blocks"])
+    outer = jax.tree.structure(params["blocks"])
+    inner = jax.tree.structure((0,) * config.num_layers)
+    return {**params, "blocks": jax.tree.transpose(outer, inner, split_leaves)}

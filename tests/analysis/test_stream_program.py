@@ -1,0 +1,65 @@
+"""What the compiled program of a streamed block holds and copies, for the CPU always, for GPU and TPU where compilers
+are installed (extras ``cuda12``, ``tpu``)."""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from causvid_jax.analysis import topology
+from causvid_jax.config import CausalConfig
+from causvid_jax.models import transformer
+from causvid_jax.sampling import stream
+from tests import tiny
+
+LAYERS, WINDOW = 4, 8192
+NETWORK = {"dim": 256, "num_heads": 2, "num_layers": LAYERS, "ffn_dim": 256, "freq_dim": 16}
+COMPILERS = {"cpu": "jaxlib", "h200:1": "jax_cuda12_plugin", "v6e:2x2": "libtpu"}
+COPIES = {"cpu": 3, "h200:1": 1, "v6e:2x2": 4}
+"""Bound on temporaries in layers' keys. XLA's attention and splash transpose the keys and values of the layer at hand,
+of the 2 x LAYERS that the cache has; cuDNN reads the cache itself."""
+
+
+def recipe_for(machine):
+    recipe = tiny.RECIPE
+    net = dataclasses.replace(recipe.student, **NETWORK, attention="auto")
+    if machine != "cpu":
+        net = dataclasses.replace(net, dtype="bfloat16", precision="fast")
+    return dataclasses.replace(recipe, student=net, causal=CausalConfig(frames_per_block=1, window=WINDOW))
+
+
+def compiled_block(recipe, machine, unstacked):
+    """Compile ``next_block`` for one device of ``machine``."""
+    params = {"student": transformer.inference(recipe.student, unstacked=unstacked)}
+    rows = jax.ShapeDtypeStruct((1, recipe.text.length, recipe.text.dim), jnp.float32)
+    seeds = jax.ShapeDtypeStruct((1,), jnp.uint32)
+    state = jax.eval_shape(functools.partial(stream.first_state, config=recipe), params, rows, seeds)
+    arguments = params, dataclasses.replace(state, decode=None)
+    if machine == "cpu":
+        return stream.next_block.lower(*arguments, config=recipe).compile()
+    mesh = jax.sharding.Mesh(topology.describe(machine).devices[:1], "x")
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arguments)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_matmul_precision("default"):
+        return stream.next_block.lower(*arguments, config=recipe).compile()
+
+
+@pytest.mark.parametrize("machine", COMPILERS)
+def test_a_block_copies_no_cache(machine):
+    if importlib.util.find_spec(COMPILERS[machine]) is None:
+        pytest.skip(f"{COMPILERS[machine]} is not installed: no compiler for {machine}")
+    recipe = recipe_for(machine)
+    net, (height, width) = recipe.student, recipe.latent_size
+    elements = WINDOW * (height // 2) * (width // 2) * net.dim  # of one layer's keys
+    layer = elements * jnp.dtype(net.dtype).itemsize
+    compiled = compiled_block(recipe, machine, unstacked=True)
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= 2 * LAYERS * layer  # the donated cache is the one that comes back
+    assert memory.temp_size_in_bytes < COPIES[machine] * layer
+    for sizes in re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", compiled.as_text()):
+        assert math.prod(map(int, sizes.split(","))) < (elements if COPIES[machine] == 1 else LAYERS * elements)
