@@ -356,7 +356,7 @@ def load(
         if kind is not None:
             kind = np.dtype(kind if isinstance(kind, type | str) else getattr(kind, "dtype", kind))
         array_type = storage(opened, rows[path], kind)
-        flat[path] = _place(shape, each[path], functools.partial(_read, opened, rows[path], array_type))
+        flat[path] = _place(shape, each[path], functools.partial(read_array, opened, rows[path], array_type))
     return store.unflatten(flat), opened.config
 
 
@@ -390,7 +390,7 @@ def storage(opened: Checkpoint, rows: Sequence[Row], dtype: np.dtype | None) -> 
     return next(iter(kinds))
 
 
-def _read(opened: Checkpoint, rows: Sequence[Row], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
+def read_array(opened: Checkpoint, rows: Sequence[Row], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
     """Return the part ``index`` of the array that ``rows`` make."""
     if rows[0].layer is None:
         with opened.read(rows[0]) as value:

@@ -7,17 +7,20 @@ diffusers, or ComfyUI's split files. Recipes whose weights come with the package
 """
 
 import dataclasses
+import functools
+import logging
 import os
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from causvid_jax.checkpoints import checkpoint, source, store, wan_vae
+from causvid_jax.checkpoints import checkpoint, lineage, source, store, wan_vae
 from causvid_jax.checkpoints.checkpoint import NAMED_FILES, Checkpoint
 from causvid_jax.checkpoints.table import OURS, Config
 from causvid_jax.config import CLIPConfig, ConfigError, Recipe, TransformerConfig, VAEConfig, require
 
+_LOG = logging.getLogger(__name__)
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
 STAGES = ("vae", "taehv", "teacher", "causal", "init", "distill")
 TOKENIZER = "text_encoder/tokenizer.json"
@@ -135,8 +138,15 @@ def find(recipe: str, stage: str, workdir: str | os.PathLike | None = None) -> p
         published = _published(workdir, _COMPONENTS[stage])
         if published is not None:
             return published
+    if own is not None and (own.parent / "checkpoints").is_dir():
+        raise ConfigError(
+            f"{own} does not exist: the stage {stage!r} in {own.parent} has not ended; end it with launch.train "
+            f"--stage={stage}, or write its weights so far with launch.export --stage={stage} --output={own}"
+        )
     packaged = ASSETS / recipe / f"{stage}.safetensors"
     if packaged.is_file():
+        if workdir is not None:
+            _say_packaged(f"{workdir} holds no {stage}; uses the one that comes with the package")
         return packaged
     absent = f"{own} does not exist and " if own is not None else ""
     if stage in STAGES:
@@ -144,6 +154,31 @@ def find(recipe: str, stage: str, workdir: str | os.PathLike | None = None) -> p
     else:
         remedy = f"put the published one into {workdir}"
     raise ConfigError(f"{absent}recipe {recipe!r} comes with no trained {stage}; {remedy}")
+
+
+@functools.cache
+def _say_packaged(text: str) -> None:
+    """Log ``text`` once per process."""
+    _LOG.warning(text)
+
+
+def is_packaged(path: pathlib.Path) -> bool:
+    """Return whether weights are those of the package."""
+    return path.is_relative_to(ASSETS)
+
+
+def check_known(folder: str | os.PathLike) -> None:
+    """Refuse a folder in which no weights are found, ours or published.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    own = any(stage_path(folder, stage).is_file() for stage in (*STAGES, "text_encoder", "image_encoder"))
+    require(
+        own or components(folder),
+        f"{folder} holds no weights; accepted: a working directory (as distill/weights.safetensors), a published "
+        "folder, or what launch.convert makes",
+    )
 
 
 def config_of(recipe: Recipe, stage: str) -> Config:
@@ -254,7 +289,9 @@ def publish(recipe: str, workdir: str | os.PathLike, folder: str | os.PathLike =
     trained = {stage: store.load_params(stage_path(workdir, stage)) for stage in ("vae", *tiny, "teacher", "distill")}
     for stage, (params, metadata) in trained.items():
         written.append(pathlib.Path(folder) / recipe / f"{stage}.safetensors")
-        store.save_params(written[-1], params, metadata, dtype="float16")
+        # The digest is that of the VAE before it was rounded; the latent statistics in "config" stay.
+        kept = {key: value for key, value in metadata.items() if key != lineage.VAE_DIGEST}
+        store.save_params(written[-1], params, kept, dtype="float16")
     return written
 
 

@@ -23,6 +23,21 @@ IDENTITY = "identity.json"
 _FINISHED = "FINISHED"
 
 
+def read_identity(folder: str | os.PathLike) -> dict[str, Any]:
+    """Return what decided the content of a dataset (``identity`` of :func:`write_dataset`); {} where nothing is said.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    path = pathlib.Path(folder) / IDENTITY
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read: it is damaged; remove {folder} and prepare it again") from error
+    require(isinstance(value, dict), f"{path} is damaged; remove {folder} and prepare it again")
+    return value
+
+
 class EmptyDataset(ConfigError):
     """All chunks are written, and none has an example."""
 
@@ -168,11 +183,17 @@ def _check_identity(folder: pathlib.Path, identity: dict[str, Any]) -> None:
     if not path.is_file():
         replace_file(path, json.dumps(wanted, indent=1).encode())
         return
-    found = json.loads(path.read_text())
+    found = read_identity(folder)
     different = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
     if different:
-        changes = ", ".join(f"{k} was {found.get(k)!r} and is now {wanted.get(k)!r}" for k in different)
+        changes = ", ".join(_change(name, found.get(name), wanted.get(name)) for name in different)
         raise ConfigError(f"{folder} holds another dataset ({changes}); remove it or choose another workdir")
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    """Say how a setting differs; values that would fill lines are left out."""
+    short = len(repr(before)) + len(repr(now)) <= 100
+    return f"{name} was {before!r} and is now {now!r}" if short else f"{name} differs"
 
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:

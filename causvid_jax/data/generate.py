@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import math
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -221,11 +220,6 @@ def write_trajectories(
     )
 
 
-def causal_folder(workdir: str | os.PathLike, frames: int = 0) -> pathlib.Path:
-    """Return the folder of the causal teacher's trajectories of ``frames`` latent frames (0: whole clips)."""
-    return pathlib.Path(workdir) / "data" / ("causal_trajectories" + (f"_{frames}" if frames else ""))
-
-
 def causal_key(seed: int, frames: int) -> jax.Array:
     """Return the key of the causal trajectories of ``frames`` latent frames (0: whole clips).
 
@@ -336,11 +330,6 @@ def write_causal_trajectories(
         },
         **options,
     )
-
-
-def streams_folder(workdir: str | os.PathLike, clips: int) -> pathlib.Path:
-    """Return the folder of the student's streams of ``clips`` clips."""
-    return pathlib.Path(workdir) / "data" / f"streams_{clips}"
 
 
 def write_streams(

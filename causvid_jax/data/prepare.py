@@ -182,9 +182,9 @@ def _causal_trajectories(recipe: Recipe, workdir: pathlib.Path, options: Options
     params, _ = paths.load_stage(recipe, "causal", workdir)
     codec = paths.open_stage(recipe, "vae", workdir).config
     given = sources.folder(workdir, sources.LATENTS)
-    clips, lines = arrays.source(given), []
+    clips, lines = sources.checked_source(given, recipe, workdir, vae="vae"), []
     for frames, number in ((0, recipe.train_init.trajectories), *recipe.train_init.extra_trajectories):
-        folder = generate.causal_folder(workdir, frames)
+        folder = sources.causal_folder(workdir, frames)
         before = arrays.is_complete(folder)
         generate.write_causal_trajectories(
             folder,
@@ -215,7 +215,7 @@ def streams(recipe: Recipe, workdir: pathlib.Path, options: Options = Options())
     lines, first = [], 0
     for clips, number in recipe.train_taehv.rollouts:
         listed = generate.prompt_sequence(known, options.count or number, recipe.data.seed + clips)
-        folder = generate.streams_folder(workdir, clips)
+        folder = sources.streams_folder(workdir, clips)
         before = arrays.is_complete(folder)
         generate.write_streams(
             folder, params, recipe, listed, clips=clips, seed=first, prompt_encoder=reader, **options.host()

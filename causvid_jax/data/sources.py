@@ -1,11 +1,15 @@
 """Datasets and prompts of a recipe in its working directory."""
 
+import json
 import os
 import pathlib
 from typing import Any
 
-from causvid_jax.config import DataConfig, Recipe, require
+from causvid_jax.checkpoints import lineage
+from causvid_jax.checkpoints import workdir as weights
+from causvid_jax.config import ConfigError, DataConfig, Recipe, require
 from causvid_jax.data import arrays, captions, digits, moving_digits, pipeline, videos
+from causvid_jax.distributed import collectives
 
 LATENTS, PROMPTS, TRAJECTORIES, CLIPS = "latents", "prompts", "trajectories", "clips"
 
@@ -50,7 +54,7 @@ def latents(recipe: Recipe, workdir: str | os.PathLike) -> pipeline.Examples | p
         ConfigError: one that is not finished, or one of another size than the first.
     """
     chosen = _mixture(recipe.data)
-    sources = [arrays.source(folder(workdir, name)) for name, _ in chosen]
+    sources = [checked_source(folder(workdir, name), recipe, workdir, vae="vae") for name, _ in chosen]
     if len(sources) == 1:
         return sources[0]
     shapes = [source[0]["latents"].shape for source in sources]
@@ -61,6 +65,84 @@ def latents(recipe: Recipe, workdir: str | os.PathLike) -> pipeline.Examples | p
             "they must be the same",
         )
     return pipeline.Mixture(sources, [weight for _, weight in chosen])
+
+
+def checked_source(path: pathlib.Path, recipe: Recipe, workdir: str | os.PathLike, **stages: str) -> Any:
+    """Return the examples of a dataset after comparing what it was made with.
+
+    Args:
+        path: of the dataset.
+        recipe: of the networks.
+        workdir: holds their weights.
+        stages: key of the dataset's identity to the stage whose weights it names.
+
+    Raises:
+        ConfigError: the dataset is not finished, or was made with other weights than those of ``workdir``.
+    """
+    source = arrays.source(path)
+    identity = arrays.read_identity(path)
+
+    def has(stage: str) -> bool:
+        try:
+            return weights.find(recipe.name, stage, workdir).exists()
+        except ConfigError:
+            return False  # a dataset may be used where the weights that made it are not
+
+    def check() -> None:
+        known = {key: stage for key, stage in stages.items() if key in identity and has(stage)}
+        opened = {key: weights.open_stage(recipe, stage, workdir) for key, stage in known.items()}
+        lineage.check_dataset(path, identity, opened, f"launch.prepare --stage={_stage_of(identity)}")
+
+    collectives.check_on_first(check)
+    return source
+
+
+def trajectories(recipe: Recipe, workdir: str | os.PathLike, frames: int = 0) -> Any:
+    """Return the ODE trajectories of the recipe's teacher, those of ``frames`` latent frames (0: whole clips).
+
+    Raises:
+        ConfigError: they are not finished, or are those of another teacher.
+    """
+    causal = recipe.train_init.teacher == "causal"
+    path = causal_folder(workdir, frames) if causal else folder(workdir, TRAJECTORIES)
+    source = checked_source(path, recipe, workdir, teacher="causal" if causal else "teacher")
+    stored = json.loads(arrays.read_identity(path).get("diffusion", "{}"))
+    for name in ("denoising_timesteps", "warp", "shift"):
+        present = json.loads(json.dumps(getattr(recipe.diffusion, name)))
+        require(
+            stored.get(name, present) == present,
+            f"{path} was made with diffusion.{name} {stored.get(name)}, and the recipe has {present}; remove {path} "
+            "and run launch.prepare --stage=trajectories",
+        )
+    return source
+
+
+def _stage_of(identity: dict[str, Any]) -> str:
+    """Return the stage of ``launch.prepare`` that makes a dataset of this identity."""
+    if "videos" in identity:
+        return "videos"
+    return {"trajectories": "trajectories", "causal_trajectories": "trajectories", "streams": "streams"}.get(
+        str(identity.get("name")), "latents"
+    )
+
+
+def causal_folder(workdir: str | os.PathLike, frames: int = 0) -> pathlib.Path:
+    """Return the folder of the causal teacher's trajectories of ``frames`` latent frames (0: whole clips)."""
+    return folder(workdir, "causal_trajectories" + (f"_{frames}" if frames else ""))
+
+
+def streams(recipe: Recipe, workdir: str | os.PathLike, clips: int) -> Any:
+    """Return the student's streams of ``clips`` clips.
+
+    Raises:
+        ConfigError: they are not finished, or were made with another student or VAE.
+    """
+    return checked_source(streams_folder(workdir, clips), recipe, workdir, student="distill", vae="vae")
+
+
+def streams_folder(workdir: str | os.PathLike, clips: int) -> pathlib.Path:
+    """Return the folder of the student's streams of ``clips`` clips."""
+    return folder(workdir, f"streams_{clips}")
 
 
 def prompts(recipe: Recipe, workdir: str | os.PathLike) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from causvid_jax import checkpoints
-from causvid_jax.checkpoints import workdir
+from causvid_jax.checkpoints import lineage, workdir
 from causvid_jax.config import Recipe, require
 from causvid_jax.models.unstacked import unstack
 
@@ -44,14 +44,23 @@ def find(
     for name, file in own.items():
         require(file.exists(), f"{name} weights {file} do not exist")
     single = path if path and not folder else None
+    if folder:
+        workdir.check_known(folder)
     found = {role: workdir.open_stage(recipe, STAGES[role], folder, own.get(role) or single)}
+    require(
+        not (folder and workdir.is_packaged(found[role].path)),
+        f"--checkpoint {checkpoint} holds no {role}; give a folder that has one"
+        + (", or the file by --student" if role == "student" else ""),
+    )
     if recipe.decoder == "taehv":
         found["taehv"] = workdir.open_stage(recipe, "taehv", folder, own.get("taehv"))
+        lineage.check_latents(found[role], found["taehv"])
         if not encodes:
             return found, recipe
     if role == "teacher" and encodes:
         found["image_encoder"] = workdir.open_image_encoder(folder or ".", recipe.teacher)
     found["vae"] = workdir.open_stage(recipe, "vae", folder, own.get("vae"))
+    lineage.check_latents(found[role], found["vae"])
     return found, dataclasses.replace(recipe, vae=found["vae"].config)
 
 

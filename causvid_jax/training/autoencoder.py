@@ -13,7 +13,7 @@ import optax
 
 from causvid_jax.checkpoints import workdir as paths
 from causvid_jax.config import Recipe, TAEHVConfig, VAEConfig
-from causvid_jax.data import arrays, generate, pipeline, sources
+from causvid_jax.data import pipeline, sources
 from causvid_jax.distributed import collectives
 from causvid_jax.media import to_uint8
 from causvid_jax.models import taehv, vae
@@ -217,8 +217,8 @@ def train_taehv(run: Run, init_from: pathlib.Path | None = None) -> None:
     config, tiny, placement = recipe.train_taehv, recipe.taehv, run.placement
     if config.rollouts:
         reader: Callable[..., Any] = pipeline.stream_batches
-        sources = [arrays.source(generate.streams_folder(run.workdir, clips)) for clips, _ in config.rollouts]
-        clips: Any = pipeline.Mixture(sources, [len(source) for source in sources])
+        rollouts = [sources.streams(run.recipe, run.workdir, clips) for clips, _ in config.rollouts]
+        clips: Any = pipeline.Mixture(rollouts, [len(source) for source in rollouts])
     else:
         reader, clips = pipeline.clip_batches, open_clips(run, "train")
     vae_params = weights.replicated(vae_params, placement)

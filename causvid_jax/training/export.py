@@ -28,6 +28,6 @@ def export_checkpoint(workdir: pathlib.Path, name: str, output: pathlib.Path, st
     if name == "vae":
         metadata = autoencoder.vae_metadata(params, recipe, workdir)
     else:
-        metadata = weights.weights_metadata(name, weights.measured_vae(recipe, workdir)[1])
+        metadata = weights.weights_metadata(name, weights.measured_vae(recipe, workdir)[1], workdir)
     store.save_params(output, params, metadata)
     return step

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from causvid_jax.config import Recipe
-from causvid_jax.data import arrays, generate, pipeline
+from causvid_jax.data import pipeline
 from causvid_jax.data import sources as datasets
 from causvid_jax.diffusion import flow
 from causvid_jax.distill.ode_regression import ode_regression_loss
@@ -72,9 +72,9 @@ def open_trajectories(recipe: Recipe, workdir: pathlib.Path) -> dict[int, Any]:
         ConfigError: trajectories that are not finished.
     """
     if recipe.train_init.teacher == "bidirectional":
-        return {0: arrays.source(datasets.folder(workdir, datasets.TRAJECTORIES))}
+        return {0: datasets.trajectories(recipe, workdir)}
     lengths = {0, *(frames for _, frames, _ in recipe.train_init.curriculum)}
-    return {frames: arrays.source(generate.causal_folder(workdir, frames)) for frames in lengths}
+    return {frames: datasets.trajectories(recipe, workdir, frames) for frames in lengths}
 
 
 def read_batches(

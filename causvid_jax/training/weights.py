@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from causvid_jax.checkpoints import load, open_checkpoint
+from causvid_jax.checkpoints import lineage, load, open_checkpoint
 from causvid_jax.checkpoints import workdir as paths
 from causvid_jax.config import Recipe, TransformerConfig, require, to_json
 from causvid_jax.distributed import collectives
@@ -77,9 +77,15 @@ def prompt_embeds(batch: dict[str, Any], reader: encoder.Encoder) -> np.ndarray:
 
 def metadata(run: Run, recipe: Recipe) -> dict[str, str]:
     """Return what a weights file says of itself; ``recipe`` holds the VAE's latent statistics."""
-    return weights_metadata(run.name, recipe)
+    return weights_metadata(run.name, recipe, run.workdir)
 
 
-def weights_metadata(stage: str, recipe: Recipe) -> dict[str, str]:
-    """Return the metadata of the weights of ``stage``."""
-    return {"recipe": recipe.name, "stage": stage, "config": to_json(recipe)}
+def weights_metadata(stage: str, recipe: Recipe, workdir: pathlib.Path | None = None) -> dict[str, str]:
+    """Return the metadata of the weights of ``stage``, with the digest of the VAE of ``workdir`` whose latents it read.
+
+    Only the first process computes the digest, since it alone writes weights.
+    """
+    described = {"recipe": recipe.name, "stage": stage, "config": to_json(recipe)}
+    if workdir is not None and collectives.is_first():
+        described[lineage.VAE_DIGEST] = lineage.weights_digest(paths.open_stage(recipe, "vae", workdir))
+    return described

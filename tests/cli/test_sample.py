@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -49,7 +50,10 @@ def place(tmp_path_factory):
             name: rng.normal(size=leaf.shape, scale=0.15).astype(np.float32)
             for name, leaf in store.flatten(abstract).items()
         }
-        store.save_params(workdir.stage_path(folder, stage), store.unflatten(flat), {})
+        store.save_params(workdir.stage_path(folder, stage), store.unflatten(flat), {"stage": stage})
+    (folder / "empty").mkdir()
+    shutil.copytree(workdir.ASSETS / "digits", folder / "digits" / "vae")
+    (folder / "digits" / "vae" / "vae.safetensors").rename(folder / "digits" / "vae" / "weights.safetensors")
     clip = rng.integers(0, 256, (11, 32, 32, 3), np.uint8)
     media.write_video(folder / "clip.gif", clip, 16)
     (folder / "broken.safetensors").write_bytes(workdir.stage_path(folder, "distill").read_bytes()[:500])
@@ -142,6 +146,9 @@ REFUSED = [
     ([PROMPT, "--video={place}/clip.gif", "--strength=0.1"], "strength is 0.1; accepted: 0.25"),
     ([PROMPT, "--video={place}/clip.gif", "--image={place}/clip.gif"], "--image and --video"),
     ([PROMPT, "--checkpoint={place}/nothing"], "does not exist"),
+    ([PROMPT, "--checkpoint={place}/empty"], "empty holds no weights; accepted: a working directory"),
+    ([PROMPT, "--checkpoint={place}/digits", "--config=digits"], "holds no student; give a folder that has one"),
+    ([PROMPT, "--student={place}/teacher/weights.safetensors"], "weights of the stage 'teacher', not of a student"),
     ([PROMPT, "--checkpoint={place}/broken.safetensors"], "not a readable safetensors file"),
     ([PROMPT, "--checkpoint={place}/vae/weights.safetensors"], "does not fit the configuration"),
     ([PROMPT, "--config.video.framse=21"], "did you mean 'video.frames'"),

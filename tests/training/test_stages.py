@@ -12,7 +12,7 @@ import pytest
 
 from causvid_jax.checkpoints import store
 from causvid_jax.config import ConfigError, DataConfig, Recipe, from_config_dict
-from causvid_jax.data import arrays, digits, generate, pipeline, prepare
+from causvid_jax.data import digits, pipeline, prepare, sources
 from causvid_jax.models import taehv, vae
 from causvid_jax.training import autoencoder, checkpoint, export, stages, weights
 from causvid_jax.training.metrics import read_metrics
@@ -342,8 +342,8 @@ def test_the_tiny_decoder_learns_from_streams_of_the_student(road, tmp_path):
     stages.train("taehv", recipe, tmp_path, road / "taehv" / "weights.safetensors")
     records = [record for record in read_metrics(tmp_path / "taehv") if "loss" in record]
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
-    sources = [arrays.source(generate.streams_folder(tmp_path, clips)) for clips in (1, 2)]
-    batch = next(pipeline.stream_batches(pipeline.Mixture(sources, [3, 4]), batch_size=2, frames=0, seed=0))
+    rollouts = [sources.streams(recipe, tmp_path, clips) for clips in (1, 2)]
+    batch = next(pipeline.stream_batches(pipeline.Mixture(rollouts, [3, 4]), batch_size=2, frames=0, seed=0))
     assert batch["video"].shape == (2, 9, 16, 16, 3) and batch["latents"].shape == (2, 3, 4, 4, 4)
     params = store.load_params(road / "taehv" / "weights.safetensors")[0]
     shown = taehv.decode(params, batch["latents"], config=recipe.taehv, clamp=False) - batch["video"]

@@ -1,0 +1,111 @@
+"""Compare what weights and datasets were made with: digests of parameters, and the VAE whose latents they know.
+
+Weights carry the digest of their VAE (:data:`VAE_DIGEST`) and its latent statistics in their metadata. The statistics
+decide where both sides have them: they change with the encoder, but not if only the decoder is trained on or if weights
+are stored in another type, and neither makes latents invalid.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from causvid_jax.checkpoints import safetensors_io
+from causvid_jax.checkpoints.checkpoint import Checkpoint, read_array
+from causvid_jax.checkpoints.table import OURS, Row
+from causvid_jax.config import VAEConfig, require
+
+VAE_DIGEST = "vae"
+"""Key of the VAE's digest in the metadata of weights that were trained on its latents."""
+DIGITS = 16
+TOLERANCE = 1e-4
+"""Largest difference of latent statistics that were measured twice on one encoder."""
+
+
+def weights_digest(opened: Checkpoint) -> str:
+    """Return a short SHA-256 of the parameters in float32, read layer by layer; every format of a network gives one."""
+    digest = safetensors_io.Digest({})
+    rows: dict[str, list[Row]] = {}
+    for row in opened.network.rows(opened.config, opened.format):
+        rows.setdefault(row.path, []).append(row)
+    for path, shape in sorted(opened.network.shapes(opened.config, OURS).items()):
+        digest.begin(path, np.dtype(np.float32), shape)
+        for row in rows[path]:
+            digest.update(read_array(opened, [row], np.dtype(np.float32), ()))
+    return digest.hexdigest()[:DIGITS]
+
+
+def check_latents(opened: Checkpoint, vae: Checkpoint) -> None:
+    """Refuse weights that were trained on the latents of another VAE; weights that do not say so are accepted.
+
+    Raises:
+        ConfigError: another VAE.
+    """
+    metadata = opened.source.metadata
+    other = vae.source.metadata
+    own = vae.config if isinstance(vae.config, VAEConfig) else None  # a tiny codec has only what it says of its VAE
+    same = _equal(
+        _statistics(_vae_fields(metadata)),
+        (own.latent_mean, own.latent_std) if own else _statistics(_vae_fields(other)),
+        metadata.get(VAE_DIGEST),
+        (lambda: weights_digest(vae)) if own else (lambda: other.get(VAE_DIGEST)),
+    )
+    require(
+        same,
+        f"{opened.path} was trained on the latents of another VAE than {vae.path}; give the VAE that it was trained "
+        "with, or train it again",
+    )
+
+
+def check_dataset(
+    folder: str | os.PathLike, identity: Mapping[str, Any], made_with: Mapping[str, Checkpoint], command: str
+) -> None:
+    """Refuse a dataset that was made with other weights than ``made_with``, by key of its ``identity``.
+
+    ``command`` makes the dataset again; the sentence names it.
+
+    Raises:
+        ConfigError: other weights; the sentence says what to run.
+    """
+    for key, opened in made_with.items():
+        digest = identity.get(key)
+        statistics: Sequence[Sequence[float]] = ((), ())
+        if key == "vae" and isinstance(opened.config, VAEConfig):
+            statistics = opened.config.latent_mean, opened.config.latent_std
+        fields = json.loads(identity["config"]) if key == "vae" and identity.get("config") else {}
+        require(
+            _equal(_statistics(fields), statistics, digest, functools.partial(weights_digest, opened)),
+            f"{folder} was made with another {key} than {opened.path}; remove {folder} and run {command}",
+        )
+
+
+def _vae_fields(metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    """Return the fields of the VAE's configuration in the metadata of weights."""
+    try:
+        fields = json.loads(metadata.get("config", "{}"))["vae"]
+        return fields if isinstance(fields, Mapping) else {}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def _statistics(fields: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
+    return fields.get("latent_mean") or (), fields.get("latent_std") or ()
+
+
+def _equal(
+    first: Sequence[Sequence[float]],
+    second: Sequence[Sequence[float]],
+    digest: str | None,
+    other_digest: Callable[[], str | None],
+) -> bool:
+    """Return whether two latent spaces are the same: by their statistics, else by digests, else it is not known."""
+    if all(first) and all(second):
+        return all(
+            np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=0, atol=TOLERANCE)
+            for a, b in zip(first, second, strict=True)
+        )
+    other = None if digest is None else other_digest()
+    return other is None or digest == other
