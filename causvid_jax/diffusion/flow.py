@@ -99,12 +99,12 @@ def nominal_steps(config: DiffusionConfig) -> tuple[float, ...]:
 
 
 def table_sigma(timestep: float, shift: float) -> float:
-    """Return the noise level that published samplers use: the nearest of ``sigma(i / 1000)``, i from 1 to 1000.
+    """Return the noise level that published samplers use: the nearest of ``sigma(i / 1000)``, i from 1000 down to 1.
 
-    It equals ``timestep / 1000`` on that grid, which holds all shifted timesteps. Off the grid it is rounded: at shift
-    8, timestep 757 gives 0.756757.
+    Of two that are equally near it is the larger. It equals ``timestep / 1000`` on that grid, which holds all shifted
+    timesteps. Off the grid it is rounded: at shift 8, timestep 757 gives 0.756757.
     """
-    grid = sigma_from_u(np.arange(1, 1001) / 1000, shift)
+    grid = sigma_from_u(np.arange(1000, 0, -1) / 1000, shift)
     return float(grid[np.abs(1000 * grid - timestep).argmin()])
 
 

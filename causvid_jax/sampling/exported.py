@@ -5,6 +5,9 @@ StableHLO (``jax.export``), and a header that says what it was built for: every 
 depend on, the number of streams side by side, the platform. It is a zip archive of ``header.json`` and one entry per
 program. XLA still compiles what is loaded, once; ``launch`` keeps the result in the compilation cache.
 
+A file is bound to the recipe, the version of this package and its own checksums, so that a damaged file, or one of
+another origin, is refused. The checksums do not prove who made a file: run only programs that you trust, as with code.
+
 | program | reads | gives |
 |---|---|---|
 | ``start`` | params, text ``[B, S, E]``, seeds ``[B]`` | state |
@@ -17,10 +20,13 @@ Reference: JAX's export documentation; an artifact can be read by later versions
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,15 +35,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from causvid_jax import __version__
 from causvid_jax.config import ConfigError, Recipe, require
 from causvid_jax.config.files import atomic, format_bytes, reason
 from causvid_jax.models import attention, decoder, kv_cache, taehv, transformer, vae
 from causvid_jax.sampling import stream
 from causvid_jax.sharding import constraints
 
-FORMAT = 3
+FORMAT = 4
 PLATFORMS = ("cpu", "cuda", "tpu")
 SUFFIX = ".program"
+ENTRY = ".stablehlo"
+HEADER_BYTES, ENTRY_BYTES = 2**24, 2**31
+"""The largest header and programs that are read."""
+FIELDS: Mapping[str, Any] = {
+    "version": str, "platform": str, "streams": int, "frames": (int, type(None)), "jax": str, "recipe": dict,
+    "sha256": dict, "checksum": str,
+}  # fmt: skip
+"""Fields of the header that are read, and their types."""
 _CUSTOM_CALLS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaScaleBiasSoftmax", "tpu_custom_call")
 _ELSEWHERE = {
     "student": ("remat", "rules"),  # of training, of meshes
@@ -116,6 +131,14 @@ def this_platform() -> str:
 # ---- building -------------------------------------------------------------------------------------------------------
 
 
+def _start_arguments(recipe: Recipe, batch: int) -> tuple[dict[str, Any], jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Return the shapes of what the program ``start`` reads: params, prompt embeddings and seeds."""
+    params: dict[str, Any] = {"student": transformer.inference(recipe.student, unstacked=True)}
+    params |= decoder.codec_shapes(recipe, encodes=False)
+    embeds = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
+    return params, embeds, jax.ShapeDtypeStruct((batch,), jnp.uint32)
+
+
 def build(recipe: Recipe, platform: str, *, batch: int = 1) -> tuple[dict[str, Any], dict[str, export.Exported]]:
     """(header, programs by name) of ``recipe``'s stream on one device of ``platform``.
 
@@ -132,10 +155,7 @@ def build(recipe: Recipe, platform: str, *, batch: int = 1) -> tuple[dict[str, A
     require(platform in PLATFORMS, f"platform is {platform!r}; accepted: {', '.join(PLATFORMS)}")
     require(batch >= 1, f"batch is {batch}; it must be at least 1")
     capacity = None if recipe.causal.window else recipe.video.latent_frames
-    params: dict[str, Any] = {"student": transformer.inference(recipe.student, unstacked=True)}
-    params |= decoder.codec_shapes(recipe, encodes=False)
-    rows = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
-    seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)
+    params, rows, seeds = _start_arguments(recipe, batch)
     checks = [export.DisabledSafetyCheck.custom_call(name) for name in _CUSTOM_CALLS]
     made: dict[str, export.Exported] = {}
 
@@ -164,6 +184,7 @@ def build(recipe: Recipe, platform: str, *, batch: int = 1) -> tuple[dict[str, A
             ) from error
     header = {
         "format": FORMAT,
+        "version": __version__,
         "name": recipe.name,
         "platform": platform,
         "streams": batch,
@@ -177,11 +198,25 @@ def build(recipe: Recipe, platform: str, *, batch: int = 1) -> tuple[dict[str, A
 
 
 def save(path: str | os.PathLike, header: Mapping[str, Any], made: Mapping[str, export.Exported]) -> None:
-    """Write what :func:`build` gave; the file appears whole or not at all."""
+    """Write the result of :func:`build` with its checksums; the file appears complete or not at all."""
+    entries = {f"{name}{ENTRY}": bytes(exported.serialize()) for name, exported in made.items()}
+    write(path, header, entries)
+
+
+def write(path: str | os.PathLike, header: Mapping[str, Any], entries: Mapping[str, bytes]) -> None:
+    """Write a header and serialized programs with their checksums."""
+    header = {**header, "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in entries.items()}}
+    header["checksum"] = _checksum(header)
     with atomic(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("header.json", json.dumps(header, indent=1))
-        for name, exported in made.items():
-            archive.writestr(f"{name}.stablehlo", bytes(exported.serialize()))
+        for name, data in entries.items():
+            archive.writestr(name, data)
+
+
+def _checksum(header: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a header without its own checksum."""
+    rest = {name: value for name, value in header.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 # ---- running --------------------------------------------------------------------------------------------------------
@@ -225,24 +260,66 @@ def load(path: str | os.PathLike, recipe: Recipe, *, batch: int, latents: int) -
     place = pathlib.Path(path)
     require(place.is_file(), f"program {place} does not exist; launch.compile --platform builds one")
     try:
-        with zipfile.ZipFile(place) as archive:
-            header = json.loads(archive.read("header.json"))
-            entries = {name: archive.read(name) for name in archive.namelist() if name.endswith(".stablehlo")}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        header, entries = _read(place)
+    except _DAMAGE as error:
         raise ConfigError(f"{place} is not a readable program of launch.compile: {reason(error)}") from error
     _check(place, header, recipe, batch=batch, latents=latents)
+    names = ["start", "next_frames", "change_prompt", *(["first_frames"] * recipe.causal.independent_first_frame)]
+    require(
+        sorted(entries) == sorted(f"{name}{ENTRY}" for name in names),
+        f"program {place} holds {', '.join(sorted(entries))}; it must hold {', '.join(sorted(names))}",
+    )
     try:
-        exported = {name.removesuffix(".stablehlo"): export.deserialize(bytearray(x)) for name, x in entries.items()}
+        exported = {name.removesuffix(ENTRY): export.deserialize(bytearray(x)) for name, x in entries.items()}
     except Exception as error:  # whatever flatbuffers and MLIR make of another version's bytes
         raise ConfigError(
             f"program {place} cannot be read by JAX {jax.__version__}; it was built by {header['jax']}"
         ) from error
+    start = [(x.shape, x.dtype) for x in jax.tree.leaves(_start_arguments(recipe, batch))]
+    require(
+        [(x.shape, x.dtype) for x in exported["start"].in_avals] == start,
+        f"program {place} takes other arrays than the recipe's weights and prompts; build it again",
+    )
     return Programs(place, header, exported)
+
+
+_DAMAGE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, RecursionError,
+    OverflowError, struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""What reading a damaged archive raises."""
+
+
+def _read(path: pathlib.Path) -> tuple[Mapping[str, Any], dict[str, bytes]]:
+    """Return header and entries of a file whose checksums match; raise one of :data:`_DAMAGE` otherwise."""
+    with zipfile.ZipFile(path) as archive:
+        sizes = {info.filename: info.file_size for info in archive.infolist()}
+        if sizes["header.json"] > HEADER_BYTES or sum(sizes.values()) > ENTRY_BYTES:
+            raise ValueError("it claims to hold more than a program does")
+        header = json.loads(archive.read("header.json"))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no object")
+        if header.get("format") != FORMAT:
+            return header, {}  # the format is refused with a sentence of its own
+        for name, kind in FIELDS.items():
+            if not isinstance(header[name], kind):
+                raise ValueError(f"its header has {name} {header[name]!r}")
+        if header["checksum"] != _checksum(header):
+            raise ValueError("its header was changed")
+        entries = {name: archive.read(name) for name in sizes if name.endswith(ENTRY)}
+    for name, data in entries.items():
+        if header["sha256"].get(name) != hashlib.sha256(data).hexdigest():
+            raise ValueError(f"its {name} was changed")
+    return header, entries
 
 
 def _check(path: pathlib.Path, header: Mapping[str, Any], recipe: Recipe, *, batch: int, latents: int) -> None:
     version, built = header.get("format"), f"program {path} was built for"
-    require(version == FORMAT, f"program {path} is of format {version}; accepted: {FORMAT}")
+    require(version == FORMAT, f"program {path} is of format {version}; accepted: {FORMAT}; build it again")
+    require(
+        header["version"] == __version__,
+        f"{built} causvid_jax {header['version']}; this is {__version__}: build it again",
+    )
     platform = this_platform()
     require(header["platform"] == platform, f"{built} {header['platform']}; this machine is {platform}")
     difference = _difference(header["recipe"], identity(recipe))

@@ -60,7 +60,11 @@ class _Base:
 
     def encode(self, video: np.ndarray) -> jax.Array:
         """Return latents ``[B, F, h, w, C]`` of uint8 frames ``[B, 1 + 4 (F - 1), H, W, 3]``."""
-        return _encode(self.params["vae"], jnp.asarray(media.to_float(video)), config=self.config.vae)
+        return _encode(self._vae(), jnp.asarray(media.to_float(video)), config=self.config.vae)
+
+    def _vae(self) -> Any:
+        require("vae" in self.params, "pixels become latents by the VAE, whose weights were not found; give vae=FILE")
+        return self.params["vae"]
 
 
 _encode = jax.jit(vae.encode, static_argnames=("config",))
@@ -122,6 +126,8 @@ class StudentPipeline(_Base):
     def show(self, state: StreamState, image: np.ndarray) -> tuple[np.ndarray, StreamState]:
         """Make a picture the first block (image to video); return its frames and the next state.
 
+        The first frame is the picture itself, the others are its decoded latents.
+
         Args:
             state: of :meth:`stream`, before its first block.
             image: uint8 ``[H, W, 3]`` for all streams, or ``[B, H, W, 3]``.
@@ -129,10 +135,12 @@ class StudentPipeline(_Base):
         require(_begins(state), "a picture can only be the first block of a stream")
         shape = (state.seed.shape[0], *image.shape[-3:])
         picture = jnp.asarray(np.broadcast_to(media.to_float(image), shape))
-        latents = stream.encode_image(self.params, picture, config=self.config)
+        latents = stream.encode_image({"vae": self._vae()}, picture, config=self.config)
         state = stream.append(self.params, state, latents, config=self.config)
-        frames, state = stream.decode_block(self.params, state, latents, config=self.config)
-        return _visible(frames, True), state
+        decoded, state = stream.decode_block(self.params, state, latents, config=self.config)
+        frames = _visible(decoded, True)
+        frames[:, 0] = image
+        return frames, state
 
     def follow(
         self, state: StreamState, video: np.ndarray, strength: float = 0.5
@@ -154,7 +162,7 @@ class StudentPipeline(_Base):
             ends = blocks.first_frame(block, self.config), blocks.first_frame(block + 1, self.config)
             chunk = jnp.asarray(pixels[:, np.minimum(np.arange(*ends), length - 1)])
             vae_config = self.config.vae
-            latents, cache = _encode_chunk(self.params["vae"], chunk, cache, config=vae_config, first=block == 0)
+            latents, cache = _encode_chunk(self._vae(), chunk, cache, config=vae_config, first=block == 0)
             x, state = stream.next_block_from(self.params, state, latents, start, config=self.config)
             frames, state = stream.decode_block(self.params, state, x, config=self.config)
             yield _visible(frames, block == 0)[:, : length - ends[0]], state
@@ -237,7 +245,8 @@ def _open(
 ) -> tuple[Recipe, dict[str, Any], text_encoder.Encoder]:
     recipe = load_recipe(config) if isinstance(config, str) else config
     folder = None if checkpoint is None else os.fspath(checkpoint)
-    found, recipe = weights.find(recipe, role, folder, files={k: v for k, v in files.items() if v is not None})
+    named = {k: v for k, v in files.items() if v is not None}
+    found, recipe = weights.find(recipe, role, folder, encodes=None if role == "student" else False, files=named)
     shapes = {role: transformer.inference(getattr(recipe, role)), **decoder.codec_shapes(recipe, encodes=True)}
     shapes = {name: shape for name, shape in shapes.items() if name in found}
     return recipe, weights.load(found, shapes), text_encoder.open_encoder(recipe, folder)

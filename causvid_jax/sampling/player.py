@@ -111,7 +111,8 @@ def play(
         frames: how many; the last block is cut to fit.
         seed: of the noise.
         switches: block to the text rows ``[B, S, E]`` that hold from that block on (:func:`block_of` of a frame).
-        image: uint8 ``[H, W, 3]`` that the streams start from.
+        image: uint8 ``[H, W, 3]`` that the streams start from: frame 0 is the picture itself, the rest of its block
+            the decoded latents of it.
         video: uint8 ``[T, H, W, 3]``, T >= frames, that the streams follow, at ``strength``.
         timing: filled in as the stream goes.
         loaded: programs to run instead of tracing the model; they know text and switches only.
@@ -186,5 +187,7 @@ def play(
         if ready is None:
             continue
         shown = files.to_uint8(ready)[:, stream.LEAD if timing.frames == 0 else 0 :][:, : frames - timing.frames]
+        if image is not None and timing.frames == 0:
+            shown[:, 0] = image  # without the decoder's error
         timing.add(shown.shape[1], time.perf_counter() - begin)
         yield shown

@@ -10,7 +10,7 @@ import jax
 
 from causvid_jax import checkpoints
 from causvid_jax.checkpoints import lineage, workdir
-from causvid_jax.config import Recipe, require
+from causvid_jax.config import ConfigError, Recipe, require
 from causvid_jax.models.unstacked import unstack
 
 Opened = dict[str, checkpoints.Checkpoint]  # network to checkpoint, of which only headers are read
@@ -22,7 +22,7 @@ def find(
     role: str,
     checkpoint: str | None = None,
     *,
-    encodes: bool = False,
+    encodes: bool | None = False,
     files: Mapping[str, str | os.PathLike] | None = None,
 ) -> tuple[Opened, Recipe]:
     """Open the checkpoints of ``role`` and of its codecs; return them and the recipe with the VAE's latent statistics.
@@ -31,7 +31,8 @@ def find(
         recipe: of the networks.
         role: ``"student"`` or ``"teacher"``.
         checkpoint: a folder, also a published one, or one weights file of the role; None: the weights of the package.
-        encodes: whether pixels become latents, which only the VAE does; the teacher also reads them by CLIP.
+        encodes: whether pixels become latents, which only the VAE does; the teacher also reads them by CLIP. None: if
+            there is a VAE.
         files: network to a weights file or folder that goes before ``checkpoint``.
 
     Raises:
@@ -55,13 +56,20 @@ def find(
     if recipe.decoder == "taehv":
         found["taehv"] = workdir.open_stage(recipe, "taehv", folder, own.get("taehv"))
         lineage.check_latents(found[role], found["taehv"])
-        if not encodes:
+        if not (encodes or (encodes is None and ("vae" in own or _has_vae(recipe, folder)))):
             return found, recipe
     if role == "teacher" and encodes:
         found["image_encoder"] = workdir.open_image_encoder(folder or ".", recipe.teacher)
     found["vae"] = workdir.open_stage(recipe, "vae", folder, own.get("vae"))
     lineage.check_latents(found[role], found["vae"])
     return found, dataclasses.replace(recipe, vae=found["vae"].config)
+
+
+def _has_vae(recipe: Recipe, folder: pathlib.Path | None) -> bool:
+    try:
+        return workdir.find(recipe.name, "vae", folder).exists()
+    except ConfigError:
+        return False
 
 
 def load(opened: Opened, shapes: Mapping[str, Any]) -> dict[str, Any]:

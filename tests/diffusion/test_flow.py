@@ -104,3 +104,5 @@ def test_steps_that_are_timesteps_and_the_published_table():
     np.testing.assert_allclose(sigmas, [1.0, 0.756757, 0.521739, 0.007944], atol=1e-6)
     for timestep in flow.student_timesteps(DiffusionConfig()):
         assert flow.table_sigma(timestep, 8.0) == pytest.approx(timestep / 1000)
+    # Half way between two entries the published grid, which descends, gives the first: the larger one.
+    assert flow.table_sigma(937.5, 1.0) == 0.938 and flow.table_sigma(62.5, 1.0) == 0.063

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import zipfile
 
 import jax
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 from test_stream import FIRST, PLAIN, params, prompt  # noqa: F401
 
+import causvid_jax
 from causvid_jax.config import ConfigError
 from causvid_jax.sampling import exported, player, stream
 
 HEADER = {
     "format": exported.FORMAT,
+    "version": causvid_jax.__version__,
     "platform": "cpu",
     "streams": 1,
     "frames": 6,
@@ -29,17 +32,26 @@ def with_group(recipe, group, **changes):
     return dataclasses.replace(recipe, **{group: dataclasses.replace(getattr(recipe, group), **changes)})
 
 
-def write(path, **changes):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("header.json", json.dumps(HEADER | changes))
-        archive.writestr("start.stablehlo", b"no program at all")
+ENTRIES = {f"{name}.stablehlo": b"no program at all" for name in ("start", "next_frames", "change_prompt")}
+
+
+def write(path, entries=ENTRIES, **changes):
+    exported.write(path, HEADER | changes, entries)
     return path
+
+
+def refusal(path, recipe=PLAIN, **given):
+    with pytest.raises(ConfigError) as caught:
+        exported.load(path, recipe, **{"batch": 1, "latents": 6, **given})
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
     "changes,recipe,given,words",
     [
-        ({"format": 1}, PLAIN, {}, "is of format 1; accepted: 3"),
+        ({"format": 1}, PLAIN, {}, "is of format 1; accepted: 4; build it again"),
+        ({"version": "0.0.1"}, PLAIN, {}, "was built for causvid_jax 0.0.1; this is .*: build it again"),
         ({"platform": "tpu"}, PLAIN, {}, "was built for tpu; this machine is cpu"),
         ({}, with_group(PLAIN, "student", num_layers=3), {}, "student.num_layers = 2, and the recipe has 3"),
         ({}, with_group(PLAIN, "causal", sink=2), {}, "causal.sink = 0, and the recipe has 2"),
@@ -51,10 +63,37 @@ def write(path, **changes):
     ],
 )
 def test_what_is_built_for_something_else_is_refused(tmp_path, changes, recipe, given, words):
-    path = write(tmp_path / "x.program", **changes)
-    with pytest.raises(ConfigError, match=words) as caught:
-        exported.load(path, recipe, **{"batch": 1, "latents": 6, **given})
-    assert "\n" not in str(caught.value)
+    assert re.search(words, refusal(write(tmp_path / "x.program", **changes), recipe, **given))
+
+
+def test_a_changed_or_foreign_program_is_refused(tmp_path):
+    """Entries of another file, an entry that is missing, a header that was edited, a byte that flipped."""
+    path = write(tmp_path / "x.program")
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    header = json.loads(parts["header.json"])
+
+    def again(**changes):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in (parts | changes).items():
+                archive.writestr(name, data)
+        return refusal(path)
+
+    assert "start.stablehlo was changed" in again(**{"start.stablehlo": b"another program"})
+    assert "its header was changed" in again(**{"header.json": json.dumps(header | {"streams": 2})})
+    for name in ("streams", "checksum", "sha256"):
+        rest = {key: value for key, value in header.items() if key != name}
+        assert "is not a readable program" in again(**{"header.json": json.dumps(rest)})
+        assert "is not a readable program" in again(**{"header.json": json.dumps(header | {name: None})})
+    few = {"start.stablehlo": b""}
+    assert "holds start.stablehlo; it must hold change_prompt, next_frames" in refusal(write(path, few))
+    whole, rng = write(path).read_bytes(), np.random.default_rng(0)
+    for _ in range(200):
+        data = bytearray(whole)
+        for at in rng.integers(0, len(data), 3):
+            data[at] = rng.integers(256)
+        path.write_bytes(data[: rng.integers(1, len(data) + 1)])
+        refusal(path)
 
 
 def test_what_is_no_program_is_refused(tmp_path):
