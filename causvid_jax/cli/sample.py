@@ -25,6 +25,7 @@ import os
 from typing import TYPE_CHECKING
 
 from causvid_jax.cli import common
+from causvid_jax.config import ConfigError
 from causvid_jax.sampling.request import SampleRequest
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def main(request: SampleRequest) -> None:
     for checkpoint in opened.weights.values():
         if checkpoint.format != OURS:
             print(f"Reads {checkpoint}", flush=True)
+    for line in unlike_captions(opened):
+        print(line, flush=True)
     phases = memory_plan(opened)
     limit = memory.memory_limit()
     if limit is None and jax.default_backend() == "cpu":
@@ -83,3 +86,24 @@ def memory_plan(opened: "Session") -> "tuple[Phase, ...]":
         clip=opened.clip,
         state=opened.program.shapes() if opened.program else None,
     )
+
+
+def unlike_captions(opened: "Session") -> list[str]:
+    """Return a line for every prompt of a recipe of digits that no caption of its training is like."""
+    from causvid_jax.data import digits
+    from causvid_jax.text import words
+
+    recipe = opened.recipe
+    if recipe.data.name != "moving_digits" or recipe.text.kind != "words":
+        return []
+    example, lines = digits.captions(recipe.data, "train")[0], []
+    for prompt in dict.fromkeys([*opened.request.prompt, *(text for _, text in opened.switches.values())]):
+        try:
+            count = len(digits.parse_caption(" ".join(words.split_words(prompt, recipe.text))))
+        except ConfigError:
+            count = 0
+        if count != recipe.data.digits_per_clip:
+            lines.append(
+                f"Note: the recipe was trained on captions like {example!r} only; what {prompt!r} shows is not defined."
+            )
+    return lines

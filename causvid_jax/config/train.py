@@ -312,6 +312,8 @@ class DistillStageConfig(StageConfig):
     """DMD. ``steps`` counts generator updates, each with ``critic_steps`` fake-score updates before it.
 
     ``rollout`` is ``"data"`` (the paper: real latents noised per block) or ``"self"`` (the student's own rollout).
+    With ``include_clean`` a block of a data rollout may be clean (t = 0). ``mask_clean`` leaves such blocks, which the
+    student does not change, out of both losses; False counts them, as the published code does.
     ``guidance_scale`` is the g of ``r = r_uncond + g (r_cond - r_uncond)``; the published code writes
     ``r = r_cond + h (r_cond - r_uncond)`` with ``h = g - 1``.
     ``teacher`` is ``"bidirectional"`` or ``"causal"``, ``init`` is ``"ode"`` or ``"teacher"`` (Tab. 4 of the paper).
@@ -335,6 +337,7 @@ class DistillStageConfig(StageConfig):
     score_timestep_min: float = 20.0
     score_timestep_max: float = 980.0
     include_clean: bool = True
+    mask_clean: bool = True
     continuation_prob: Probability = 0.0
     prompt_switch_prob: Probability = 0.0
 

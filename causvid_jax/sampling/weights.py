@@ -10,7 +10,7 @@ import jax
 
 from causvid_jax import checkpoints
 from causvid_jax.checkpoints import lineage, workdir
-from causvid_jax.config import ConfigError, Recipe, require
+from causvid_jax.config import CausalConfig, ConfigError, Recipe, require
 from causvid_jax.models.unstacked import unstack
 
 Opened = dict[str, checkpoints.Checkpoint]  # network to checkpoint, of which only headers are read
@@ -47,12 +47,14 @@ def find(
     single = path if path and not folder else None
     if folder:
         workdir.check_known(folder)
-    found = {role: workdir.open_stage(recipe, STAGES[role], folder, own.get(role) or single)}
+    found: Opened = {role: workdir.open_stage(recipe, STAGES[role], folder, own.get(role) or single)}
     require(
         not (folder and workdir.is_packaged(found[role].path)),
         f"--checkpoint {checkpoint} holds no {role}; give a folder that has one"
         + (", or the file by --student" if role == "student" else ""),
     )
+    if role == "student":
+        _check_window(found[role], recipe.causal)
     if recipe.decoder == "taehv":
         found["taehv"] = workdir.open_stage(recipe, "taehv", folder, own.get("taehv"))
         lineage.check_latents(found[role], found["taehv"])
@@ -63,6 +65,22 @@ def find(
     found["vae"] = workdir.open_stage(recipe, "vae", folder, own.get("vae"))
     lineage.check_latents(found[role], found["vae"])
     return found, dataclasses.replace(recipe, vae=found["vae"].config)
+
+
+def _check_window(opened: checkpoints.Checkpoint, causal: CausalConfig) -> None:
+    """Compare the recipe's window with what the published ``config.json`` of a causal student says.
+
+    The published ``local_attn_size`` (-1: no limit) counts the sink, ``window`` here does not (0: no limit).
+    """
+    size, sink = (opened.source.config.get(name) for name in ("local_attn_size", "sink_size"))
+    if not (type(size) is int and size > 0):
+        return
+    sink = sink if type(sink) is int else 0
+    require(
+        (causal.window, causal.sink) == (size - sink, sink),
+        f"{opened.path} was published with local_attn_size {size} and sink_size {sink}, which is causal.window "
+        f"{size - sink} and causal.sink {sink}; the recipe has {causal.window} and {causal.sink}",
+    )
 
 
 def _has_vae(recipe: Recipe, folder: pathlib.Path | None) -> bool:

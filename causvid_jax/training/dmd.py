@@ -147,7 +147,7 @@ def generate(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> tu
             block_sizes=sizes,
             include_clean=config.include_clean,
         )
-        return x0, noisy if config.include_clean else None
+        return x0, noisy if config.include_clean and config.mask_clean else None
     shape = (len(batch["text"]), *clip_shape(recipe))
     rollout = Rollout(recipe.student, causal, tuple(timesteps))
     if "context" not in batch:

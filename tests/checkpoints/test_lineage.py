@@ -108,3 +108,19 @@ def test_an_identity_that_differs_is_a_short_line(tmp_path):
             with pytest.raises(ConfigError, match="config differs, vae was '1' and is now '2'") as error:
                 arrays.write_dataset(tmp_path, make_chunk=lambda _: [example], identity=identity, **options)
             assert len(str(error.value)) < 300
+
+
+def test_a_published_window_counts_the_sink(folder, save):
+    _, state = published(RECIPE.student, "original")
+    student = save(folder / "student" / "model.safetensors", state)
+    options = {"files": {"student": student}}
+    for size, sink, window in ((4, 2, 2), (3, 0, 3), (-1, 0, 2)):
+        (folder / "student" / "config.json").write_text(
+            json.dumps({"num_heads": 2, "local_attn_size": size, "sink_size": sink})
+        )
+        fits = tiny.tiny_recipe(causal={"window": window, "sink": sink})
+        weights.find(fits, "student", str(folder), **options)
+        if size > 0:
+            wrong = tiny.tiny_recipe(causal={"window": size, "sink": sink + 1})
+            with pytest.raises(ConfigError, match=f"which is causal.window {window} and causal.sink {sink};"):
+                weights.find(wrong, "student", str(folder), **options)

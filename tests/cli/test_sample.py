@@ -10,6 +10,7 @@ import pytest
 from causvid_jax import media
 from causvid_jax.checkpoints import store, workdir
 from causvid_jax.cli import common
+from causvid_jax.cli import sample as cli_sample
 from causvid_jax.config import ConfigError
 from causvid_jax.config.recipes import load_recipe
 from causvid_jax.models import transformer, vae
@@ -123,6 +124,19 @@ def test_other_ways_to_start(place, made):
     assert len(media.read_video(place / "follows.mp4", 32, 32)) == 11
     assert media.read_video(place / "starts.mp4", 256, 256).shape == (6, 256, 256, 3)
     assert len(media.read_video(place / "teacher.mp4", 32, 32)) == 21 and "21 frames in" in made["teacher.mp4"]
+
+
+def test_prompts_unlike_every_caption_are_said(capsys):
+    request = cli_sample.Options(
+        config=load_recipe("digits"),
+        prompt=("A red 3, moving left!", "3 moving a left red", "red"),
+        switch=("30:a blue 7 moving up", "60:up"),
+    )
+    opened = session.open_session(request)
+    lines = cli_sample.unlike_captions(opened)
+    assert [line.split("what ")[1] for line in lines] == [
+        f"{prompt!r} shows is not defined." for prompt in ("3 moving a left red", "red", "up")
+    ]
 
 
 REFUSED = [
