@@ -1,6 +1,7 @@
 # Each target prepares its own virtual environment: a clone and one command are enough.
 #   make demo      a short stream and a picture of teacher and student, into demo/
 #   make test      lint, types and tests on the CPU
+#   make road      all weights of the digits recipe from nothing, into runs/digits (hours; resumable)
 #   make docs      the documentation site, into site/
 #   make parity    compare live against PyTorch and diffusers (a second, larger environment)
 # PYTHON=/path/to/python picks the interpreter (3.11 or newer); PIP_FLAGS is handed to pip.
@@ -14,7 +15,7 @@ JOBS ?= 2
 PIP_FLAGS ?=
 PIP_INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check $(PIP_FLAGS)
 
-.PHONY: demo test parity lint docs clean
+.PHONY: demo test road parity lint docs clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -23,6 +24,9 @@ demo: $(VENV)/.installed
 
 test: lint
 	$(VENV)/bin/python -m pytest -n $(JOBS) $(TESTS)
+
+road: $(VENV)/.installed
+	$(VENV)/bin/python -m launch.road --config=digits --workdir=runs/digits
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

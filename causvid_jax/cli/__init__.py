@@ -8,6 +8,7 @@ PROGRAMS = {
     "demo": "see it work: a stream with a change of prompt, and student beside teacher",
     "prepare": "make a recipe's data",
     "train": "train one stage",
+    "road": "make all weights of a recipe from nothing",
     "evaluate": "measure a recipe's clips",
     "export": "write the weights of a checkpoint of a run",
     "curves": "draw the training curves of a run",

@@ -6,11 +6,10 @@ instead, on handwriting that neither the generators nor the real test clips show
 """
 
 import dataclasses
-import json
 
 from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, option
-from causvid_jax.config import ConfigError, Recipe, require
+from causvid_jax.config import Recipe, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,70 +40,28 @@ class Options:
         )
 
 
-def train_judge(options: Options) -> None:
-    """Train and write the judge, and say how well it reads every split of the handwriting."""
-    from causvid_jax.evaluation import classifier as judging
-    from causvid_jax.evaluation import train_classifier
-    from causvid_jax.progress import Progress
-
-    recipe = options.config
-    path = common.check_output(options.judge or str(judging.DEFAULT_PATH), (".safetensors",), "judge")
-    progress = Progress("judge", train_classifier.STEPS)
-    trained = train_classifier.train(
-        recipe.data, recipe.video, log=lambda step, loss: progress.update(step, lambda: {"loss": loss})
-    )
-    progress.close()
-    judging.save(path, trained)
-    trained = judging.load(recipe.data, path)
-    for split in ("test", "train", "judge"):
-        scores = train_classifier.accuracy(trained, recipe.data, recipe.video, split)
-        print(f"{split} handwriting: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-
-
-def evaluate(options: Options) -> None:
-    """Measure, then write the report, its tables and the contact sheet."""
-    output = common.check_output(options.output, (".json",))
-    import jax
-    from absl import logging
-
-    from causvid_jax.checkpoints import load, workdir
-    from causvid_jax.evaluation import classifier as judging
-    from causvid_jax.evaluation import contact_sheet, report
-    from causvid_jax.sampling import batch
-    from causvid_jax.text import encoder
-
-    recipe = options.config
-    networks = [("student", "distill", options.student)]
-    if not options.student_only:
-        networks.append(("teacher", "teacher", options.teacher))
-    plan = report.Plan(**{field.name: getattr(options, field.name) for field in dataclasses.fields(report.Plan)})
-    trained = judging.load(recipe.data, options.judge or judging.DEFAULT_PATH)
-    params, recipe = workdir.load_decoders(recipe, options.workdir)
-    for role, stage, given in networks:
-        try:
-            opened = workdir.open_stage(recipe, stage, options.workdir, given)
-        except ConfigError as missing:
-            advice = "; --student_only needs none" if role == "teacher" else ""
-            raise ConfigError(f"{missing}{advice}") from None
-        params[role], _ = load(opened)
-        logging.info("%s: %s", role, opened)
-    made = batch.make_samplers(
-        jax.tree.map(jax.numpy.asarray, params),
-        recipe,
-        prompt_encoder=encoder.open_encoder(recipe, options.workdir),
-    )
-    result = report.evaluate(recipe, trained, made, plan)
-    output.write_text(json.dumps(result.report, indent=1) + "\n", encoding="utf-8")
-    output.with_suffix(".md").write_text(contact_sheet.markdown(result.report), encoding="utf-8")
-    contact_sheet.contact_sheet(result.clips).save(output.with_suffix(".png"), optimize=True)
-    print(contact_sheet.markdown(result.report))
-
-
 def main(options: Options) -> None:
     """Train the classifier, or measure."""
+    path = None
+    if not options.train_judge:
+        output = common.check_output(options.output, (".json",))
+    elif options.judge:
+        path = common.check_output(options.judge, (".safetensors",), "judge")
     common.enable_compilation_cache()
+    from causvid_jax.evaluation import classifier, measure, report
+
     if options.train_judge:
-        train_judge(options)
-    else:
-        common.log_start(options.config)
-        evaluate(options)
+        measure.make_classifier(options.config, path or classifier.DEFAULT_PATH)
+        return
+    plan = report.Plan(**{field.name: getattr(options, field.name) for field in dataclasses.fields(report.Plan)})
+    common.log_start(options.config)
+    measure.write_report(
+        options.config,
+        output,
+        plan,
+        folder=options.workdir,
+        judge=options.judge,
+        student=options.student,
+        teacher=options.teacher,
+        student_only=options.student_only,
+    )

@@ -269,7 +269,8 @@ class InitStageConfig(StageConfig):
     """ODE regression on a teacher's trajectories; ``include_clean`` adds t = 0 blocks as context only.
 
     ``teacher`` is ``"bidirectional"`` (the paper: trajectories of whole clips) or ``"causal"`` (Causal Forcing:
-    trajectories of every block given the clean past, from the stage ``causal``). If all blocks of a clip are denoised
+    trajectories of every block given the clean past, from the stage ``causal``). A student of the teacher's size starts
+    from its weights. If all blocks of a clip are denoised
     jointly, each block depends on the noise of later blocks. A causal student cannot see that noise and learns only the
     conditional mean.
 

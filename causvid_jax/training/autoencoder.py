@@ -276,4 +276,4 @@ def sample(run: Run, recipe: Recipe, clips: Any, reconstruct: Callable[[Any], ja
     error = np.mean((output - batch["video"]) ** 2, axis=(0, 2, 3, 4))  # by frame index
     errors = {"psnr": np.mean(error), "psnr_first": error[0], "psnr_worst": np.max(error)}
     psnr = {name: float(-10 * np.log10(value / 4)) for name, value in errors.items()}
-    return psnr | samples.scores(to_uint8(output), list(batch["caption"]), recipe)
+    return psnr | samples.scores(run, to_uint8(output), list(batch["caption"]), recipe)

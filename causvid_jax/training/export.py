@@ -1,10 +1,11 @@
 """Write the weights of any checkpoint of a run, as a finished run writes them."""
 
+import json
 import pathlib
 
 from causvid_jax.checkpoints import store
 from causvid_jax.config import ConfigError, from_json, require
-from causvid_jax.training import autoencoder, checkpoint, weights
+from causvid_jax.training import autoencoder, checkpoint, provenance, weights
 
 EMA = dict.fromkeys(("vae", "taehv", "teacher", "causal", "init"), "network.ema") | {"distill": "student.ema"}
 """Path of the exported parameters in the state of every stage."""
@@ -29,5 +30,7 @@ def export_checkpoint(workdir: pathlib.Path, name: str, output: pathlib.Path, st
         metadata = autoencoder.vae_metadata(params, recipe, workdir)
     else:
         metadata = weights.weights_metadata(name, weights.measured_vae(recipe, workdir)[1], workdir)
+    if provenance.KEY in progress:
+        metadata |= {provenance.KEY: json.dumps(progress[provenance.KEY])}
     store.save_params(output, params, metadata)
     return step

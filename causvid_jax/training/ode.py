@@ -21,6 +21,8 @@ from causvid_jax.training.run import Run
 from causvid_jax.training.update import NetworkStep, network_step
 
 Batch = dict[str, Any]
+STAGE_OF = {"bidirectional": "teacher", "causal": "causal"}
+"""Teacher of the trajectories to the stage that made it. The student starts from its weights."""
 
 # ---- update ----------------------------------------------------------------------------------------------------------
 
@@ -101,7 +103,7 @@ def train_init(run: Run, init_from: pathlib.Path | None = None) -> None:
     trajectories = open_trajectories(recipe, run.workdir)
     reader, step, names = weights.open_encoder(run), init_step(recipe, run.placement), batch_shapes(recipe)
     if init_from or recipe.student == recipe.teacher:
-        start = weights.load_network(run, "teacher", recipe.student, init_from)
+        start = weights.load_network(run, STAGE_OF[recipe.train_init.teacher], recipe.student, init_from)
         state = run.placement.init(step.init, step.shardings, start)
     else:
         key = jax.random.key(run.config.seed)

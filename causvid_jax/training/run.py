@@ -30,7 +30,7 @@ from causvid_jax.config import Recipe, RunError, StageConfig, to_json
 from causvid_jax.distributed import collectives
 from causvid_jax.progress import Progress
 from causvid_jax.sharding.placement import Placement
-from causvid_jax.training import guard, preemption
+from causvid_jax.training import guard, preemption, provenance
 from causvid_jax.training.checkpoint import Checkpoints
 from causvid_jax.training.input_wait import InputWait
 from causvid_jax.training.metrics import open_writer
@@ -75,6 +75,7 @@ class Run:
         self.step, self.frames = 0, config.frames
         self._checkpoints = Checkpoints(self.folder / "checkpoints", config.keep, config.keep_every)
         self._recipe_json = to_json(recipe)
+        self._provenance: dict[str, Any] = provenance.origin(workdir)
         self._position: dict[str, Any] | None = None
         self._seconds, self._started = 0.0, time.monotonic()
         self._pending: collections.deque[_PendingStep] = collections.deque()
@@ -95,6 +96,8 @@ class Run:
         if restored is not None:
             state, saved = restored
             self.step, self._seconds, self._position = saved["step"], saved["seconds"], saved["iterator"]
+            if self.step == self.config.steps:
+                self._provenance = saved.get(provenance.KEY, self._provenance)
             if self.config.on_bad_loss == "stop":
                 state = guard.reset_skipped(state)  # refused updates of the time when it was "skip"
             for change in _changes(saved.get("config"), self._recipe_json):
@@ -108,7 +111,14 @@ class Run:
 
     def _save(self, step: int, state: Any, position: dict[str, Any]) -> None:
         elapsed = self._seconds + time.monotonic() - self._started
-        progress = {"step": step, "seconds": elapsed, "iterator": position, "config": self._recipe_json}
+        self._provenance |= {"steps": step, "hours": round(elapsed / 3600, 4)}
+        progress = {
+            "step": step,
+            "seconds": elapsed,
+            "iterator": position,
+            "config": self._recipe_json,
+            provenance.KEY: self._provenance,
+        }
         self._checkpoints.save(step, state, progress)
 
     def _report(self) -> None:
@@ -229,7 +239,7 @@ class Run:
         path = self.folder / "weights.safetensors"
         whole = collectives.gather_to_first(params)
         if collectives.is_first():
-            store.save_params(path, whole, metadata)
+            store.save_params(path, whole, metadata | {provenance.KEY: json.dumps(self._provenance)})
         collectives.barrier(f"{self.name} written")
         self.note(f"done, weights at {path}")
 

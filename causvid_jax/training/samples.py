@@ -22,6 +22,9 @@ from causvid_jax.text import encoder
 from causvid_jax.training.run import Run
 from causvid_jax.training.weights import replicated
 
+CLASSIFIER = "classifier.safetensors"
+"""The classifier of a working directory."""
+
 
 class StreamSampler:
     """Streams a few training captions for one clip with the student's sampler."""
@@ -78,7 +81,7 @@ def prompts(recipe: Recipe, workdir: pathlib.Path, count: int) -> list[str]:
 def write(run: Run, video: np.ndarray, captions: Sequence[str], recipe: Recipe) -> dict[str, float]:
     """Write the first clips of ``video`` (uint8 ``[B, T, H, W, 3]``) side by side and return the scores of all."""
     show(video, run.folder / "samples" / f"{run.step:06d}.mp4", recipe)
-    return scores(video, captions, recipe)
+    return scores(run, video, captions, recipe)
 
 
 def show(video: np.ndarray, path: pathlib.Path, recipe: Recipe, columns: int = 4) -> None:
@@ -92,12 +95,16 @@ def show(video: np.ndarray, path: pathlib.Path, recipe: Recipe, columns: int = 4
     write_video(path, grid, recipe.video.fps, upscale=max(1, 128 // recipe.video.height))
 
 
-def scores(video: np.ndarray, captions: Sequence[str], recipe: Recipe) -> dict[str, float]:
-    """Return how often the classifier reads what the captions say; empty for data that has no classifier."""
+def scores(run: Run, video: np.ndarray, captions: Sequence[str], recipe: Recipe) -> dict[str, float]:
+    """Return how often the classifier reads what the captions say; empty for data that has no classifier.
+
+    The classifier is that of the working directory, else that of the package.
+    """
     if recipe.data.name != "moving_digits" or not collectives.is_first():
         return {}
     try:
-        reader = classifier.load(recipe.data)
+        own = run.workdir / CLASSIFIER
+        reader = classifier.load(recipe.data, own if own.is_file() else classifier.DEFAULT_PATH)
     except ConfigError:
         return {}
     with collectives.single_process():

@@ -1,0 +1,51 @@
+"""Make all weights of a recipe from nothing: ``causvid road --config=digits --workdir=DIR``.
+
+Data, VAE, latents, teacher, causal teacher, trajectories, ODE regression, distillation, tiny decoder, classifier and
+report, one after the other. What is finished is skipped. Ctrl-C and SIGTERM save a checkpoint; the same command
+continues. The recipe holds every setting, so the same command on the same machine gives the same weights.
+"""
+
+import dataclasses
+
+from causvid_jax.cli import common
+from causvid_jax.cli.options import config_option, option
+from causvid_jax.config import Recipe, require
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags."""
+
+    config: Recipe = config_option()
+    workdir: str | None = option(None, "Where data, weights, logs and the report go.")
+    videos: str | None = option(None, "The folder of your videos, where the recipe's data.name is 'videos'.")
+    captions: str | None = option(None, "Their captions: csv, tsv, json or jsonl; none: a.txt by a.mp4.")
+    samples: int = option(64, "Clips per row of the report.")
+    dry_run: bool = option(False, "Only list the legs and which of them are done.")
+
+    def __post_init__(self) -> None:
+        require(self.workdir, "no --workdir is given; it must be a directory for data and weights")
+        own = self.config.data.name == "videos"
+        require(not own or self.videos, "no --videos is given; the recipe trains on the folder of your videos")
+        require(own or not (self.videos or self.captions), "--videos is given, but the recipe makes its own data")
+        require(2 <= self.samples <= 10**6, f"--samples is {self.samples}; accepted: 2 to {10**6}")
+
+
+def main(options: Options) -> None:
+    """List the legs, or run those that are not done."""
+    recipe, folder = options.config, common.writable_workdir(options.workdir)
+    print(f"Road of recipe {recipe.name}: loading ...", flush=True)
+    from causvid_jax.data import prepare
+    from causvid_jax.evaluation import report
+    from causvid_jax.training import road
+
+    plan = None if recipe.data.name == "videos" else report.Plan(samples=options.samples)
+    settings = prepare.Options(videos=options.videos or "", captions=options.captions or "")
+    legs = road.legs(recipe, folder, settings, plan)
+    if options.dry_run:
+        for leg in legs:
+            print(f"{leg.name}: {'done' if leg.is_done() else 'to do'}")
+        return
+    common.enable_compilation_cache()
+    common.log_start(recipe)
+    road.travel(recipe, folder, legs, lambda line: print(line, flush=True))

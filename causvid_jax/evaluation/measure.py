@@ -1,0 +1,84 @@
+"""Train the classifier, and measure trained weights: what ``causvid evaluate`` and ``causvid road`` call."""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable
+
+import jax
+
+from causvid_jax.checkpoints import load, workdir
+from causvid_jax.config import ConfigError, Recipe
+from causvid_jax.evaluation import classifier, contact_sheet, report, train_classifier
+from causvid_jax.progress import Progress
+from causvid_jax.sampling import batch
+from causvid_jax.text import encoder
+
+Say = Callable[[str], None]
+
+
+def make_classifier(
+    recipe: Recipe, path: pathlib.Path, *, steps: int = train_classifier.STEPS, say: Say = print
+) -> None:
+    """Train the classifier of ``recipe``, write it to ``path``, and say how well it reads each split."""
+    progress = Progress("classifier", steps)
+
+    def log(step: int, loss: float) -> None:
+        progress.update(step, lambda: {"loss": loss})
+
+    trained = train_classifier.train(recipe.data, recipe.video, steps=steps, log=log)
+    progress.close()
+    classifier.save(path, trained)
+    trained = classifier.load(recipe.data, path)
+    for split in ("test", "train", "judge"):
+        scores = train_classifier.accuracy(trained, recipe.data, recipe.video, split)
+        say(f"{split} handwriting: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+
+
+def write_report(
+    recipe: Recipe,
+    output: pathlib.Path,
+    plan: report.Plan,
+    *,
+    folder: str | os.PathLike | None = None,
+    judge: str | pathlib.Path | None = None,
+    student: str | os.PathLike | None = None,
+    teacher: str | os.PathLike | None = None,
+    student_only: bool = False,
+    say: Say = print,
+) -> None:
+    """Measure, and write the report as ``.json``, as tables (``.md``) and as a contact sheet (``.png``).
+
+    Args:
+        recipe: of the weights.
+        output: the ``.json`` file.
+        plan: how much is measured.
+        folder: working directory with the weights; None takes those of the package.
+        judge: weights of the classifier; None takes that of the package.
+        student, teacher: weights to measure instead of those of ``folder``.
+        student_only: leave the teacher out.
+        say: receives the tables, and which weights are measured.
+
+    Raises:
+        ConfigError: weights that are missing or do not fit.
+    """
+    trained = classifier.load(recipe.data, judge or classifier.DEFAULT_PATH)
+    params, recipe = workdir.load_decoders(recipe, folder)
+    networks = [("student", "distill", student)] + ([] if student_only else [("teacher", "teacher", teacher)])
+    for role, stage, file in networks:
+        try:
+            opened = workdir.open_stage(recipe, stage, folder, file)
+        except ConfigError as missing:
+            advice = "; --student_only needs none" if role == "teacher" else ""
+            raise ConfigError(f"{missing}{advice}") from None
+        params[role], _ = load(opened)
+        say(f"{role}: {opened}")
+    samplers = batch.make_samplers(
+        jax.tree.map(jax.numpy.asarray, params), recipe, prompt_encoder=encoder.open_encoder(recipe, folder)
+    )
+    result = report.evaluate(recipe, trained, samplers, plan)
+    tables = contact_sheet.markdown(result.report)
+    output.with_suffix(".md").write_text(tables, encoding="utf-8")
+    contact_sheet.contact_sheet(result.clips).save(output.with_suffix(".png"), optimize=True)
+    output.write_text(json.dumps(result.report, indent=1) + "\n", encoding="utf-8")
+    say(tables)

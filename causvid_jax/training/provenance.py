@@ -1,0 +1,60 @@
+"""Where weights come from: code, data, steps, time and machine. Every weights file of a run carries this."""
+
+import hashlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import jax
+
+from causvid_jax.data import arrays
+
+KEY = "provenance"
+"""Name in the metadata of a weights file and in a checkpoint; the value is JSON."""
+
+
+def origin(workdir: pathlib.Path) -> dict[str, Any]:
+    """Return what does not change during a run: ``code``, ``machine`` and ``data``."""
+    return {"code": code(), "machine": machine(), "data": data(workdir)}
+
+
+def code() -> str:
+    """Return the version of the package and, in a clone, the commit: "0.1.0, commit 1a2b3c4d5e"."""
+    version = importlib.metadata.version("causvid_jax")
+    root = pathlib.Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return version
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return version
+    return f"{version}, commit {commit}"
+
+
+def machine() -> str:
+    """Return devices, cores and versions: "1 x cpu, 2 cores, x86_64, Python 3.11.7, JAX 0.10.2"."""
+    devices = jax.devices()
+    return (
+        f"{len(devices)} x {devices[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}, "
+        f"Python {platform.python_version()}, JAX {jax.__version__}"
+    )
+
+
+def data(workdir: pathlib.Path) -> dict[str, str]:
+    """Return a digest of every dataset under ``WORKDIR/data``, by the name of its folder.
+
+    A dataset of arrays is identified by what it was made from (``arrays.IDENTITY``). The name of generated digits holds
+    a digest of every setting that changes a pixel.
+    """
+    folder = workdir / "data"
+    digests = {
+        path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for path in sorted(folder.glob(f"*/{arrays.IDENTITY}"))
+    }
+    for path in sorted(folder.glob("moving_digits/*")):
+        digests[f"{path.parent.name}/{path.name}"] = path.name.rpartition("_")[2]
+    return digests

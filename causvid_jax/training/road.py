@@ -1,0 +1,158 @@
+"""Make all weights of a recipe from nothing: data, every stage in order, classifier and report.
+
+A leg that is finished is skipped, and an interrupted one continues. ``WORKDIR/road.json`` records the seconds of every
+leg, so that the time that is left can be told.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+
+from causvid_jax.checkpoints import workdir as paths
+from causvid_jax.config import ConfigError, Recipe
+from causvid_jax.config.files import atomic
+from causvid_jax.data import arrays, prepare, sources
+from causvid_jax.evaluation import measure, report
+from causvid_jax.training import provenance, stages
+from causvid_jax.training.samples import CLASSIFIER
+
+RECORD = "road.json"
+REPORT = "report.json"
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leg:
+    """One leg of the road.
+
+    Attributes:
+        name: of the stage.
+        is_done: whether a working directory has what the leg makes.
+        run: makes it.
+    """
+
+    name: str
+    is_done: Callable[[], bool]
+    run: Callable[[], object]
+
+
+def legs(recipe: Recipe, workdir: pathlib.Path, options: prepare.Options, plan: report.Plan | None = None) -> list[Leg]:
+    """Return the legs of a recipe in order.
+
+    Args:
+        recipe: what to train.
+        workdir: where everything goes.
+        options: of ``causvid prepare``; own videos need ``videos`` and ``captions``.
+        plan: how much the report measures; None leaves classifier and report out, which only digits have.
+    """
+    data = workdir / "data"
+
+    def dataset(*names: pathlib.Path) -> Callable[[], bool]:
+        return lambda: all(arrays.is_complete(name) for name in names)
+
+    def prepared(stage: str, is_done: Callable[[], bool]) -> Leg:
+        return Leg(stage, is_done, lambda: prepare.run(stage, recipe, workdir, options))
+
+    def trained(stage: str) -> Leg:
+        return Leg(stage, paths.stage_path(workdir, stage).is_file, lambda: stages.train(stage, recipe, workdir))
+
+    def has_clips() -> bool:
+        try:
+            return all(len(sources.clips(recipe, workdir, split)) > 0 for split in ("train", "test"))
+        except ConfigError:
+            return False
+
+    causal = recipe.train_init.teacher == "causal"
+    lengths = [0, *(frames for frames, _ in recipe.train_init.extra_trajectories)]
+    folders = [sources.causal_folder(workdir, n) for n in lengths] if causal else [data / sources.TRAJECTORIES]
+    result = [prepared("data", has_clips)]
+    if plan is not None:
+        path = workdir / CLASSIFIER
+        result.append(Leg("classifier", path.is_file, lambda: measure.make_classifier(recipe, path)))
+    result += [trained("vae"), prepared("latents", dataset(data / sources.LATENTS)), trained("teacher")]
+    if causal or recipe.train_distill.teacher == "causal":
+        result.append(trained("causal"))
+    result += [prepared("trajectories", dataset(*folders)), trained("init"), trained("distill")]
+    if recipe.decoder == "taehv":
+        rollouts = [sources.streams_folder(workdir, clips) for clips, _ in recipe.train_taehv.rollouts]
+        if rollouts:
+            result.append(prepared("streams", dataset(*rollouts)))
+        result.append(trained("taehv"))
+    if plan is not None:
+        output, judge = workdir / REPORT, workdir / CLASSIFIER
+        write = functools.partial(measure.write_report, recipe, output, plan, folder=workdir, judge=judge)
+        result.append(Leg("report", output.is_file, write))
+    return result
+
+
+def travel(recipe: Recipe, workdir: pathlib.Path, road: list[Leg], say: Say = print) -> None:
+    """Run the legs that are not done; record their seconds in ``WORKDIR/road.json``.
+
+    Raises:
+        ConfigError, RunError: of a leg. The same call continues there.
+    """
+    record = _read(workdir / RECORD)
+    seconds: dict[str, float] = record.get("seconds", {})
+    for number, leg in enumerate(road, start=1):
+        where = f"{number} of {len(road)}, {leg.name}"
+        if leg.is_done():
+            say(f"{where}: done{_took(seconds.get(leg.name))}")
+            continue
+        say(f"{where}{_forecast(_reference(recipe), seconds, [leg.name for leg in road[number - 1 :]])}")
+        begin = time.monotonic()
+        try:
+            leg.run()
+        finally:
+            # An interrupted leg adds to its time when it continues.
+            seconds[leg.name] = round(seconds.get(leg.name, 0.0) + time.monotonic() - begin, 1)
+            _write(workdir / RECORD, {"recipe": recipe.name, **provenance.origin(workdir), "seconds": seconds})
+    say(f"All weights of {recipe.name} are in {workdir}{_took(sum(seconds.values()))}.")
+
+
+def _reference(recipe: Recipe) -> dict[str, float]:
+    """Return the seconds of every leg where the weights of the package were made, empty if they are not known."""
+    return _read(paths.ASSETS / recipe.name / RECORD).get("seconds", {})
+
+
+def _forecast(reference: Mapping[str, float], seconds: Mapping[str, float], left: list[str]) -> str:
+    """Return how long the first of the legs ``left``, and all of them, will take at the speed of the legs so far."""
+    if any(name not in reference for name in left):
+        return ""
+    common = [name for name in seconds if name in reference and name not in left]
+    known = sum(reference[name] for name in common)
+    speed = sum(seconds[name] for name in common) / known if known else 1.0
+    spent = seconds.get(left[0], 0.0)
+    first = max(speed * reference[left[0]] - spent, 0.0)
+    rest = first + speed * sum(reference[name] for name in left[1:])
+    return f": about {_duration(first)}, {_duration(rest)} to the end"
+
+
+def _took(seconds: float | None) -> str:
+    return f" ({_duration(seconds)})" if seconds else ""
+
+
+def _duration(seconds: float) -> str:
+    """Return seconds in words: "2 h 05 min", "12 min", "40 s"."""
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _read(path: pathlib.Path) -> dict:
+    """Return the record at ``path``; empty if there is none, or none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+    return {}
+
+
+def _write(path: pathlib.Path, record: dict) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,101 @@
+"""The road of a recipe from nothing: all legs in order, interrupted and continued, and again to the same bits."""
+
+import json
+
+import pytest
+
+from causvid_jax.checkpoints import store
+from causvid_jax.checkpoints import workdir as paths
+from causvid_jax.config import RunError
+from causvid_jax.data import prepare
+from causvid_jax.evaluation import measure, report, train_classifier
+from causvid_jax.training import provenance, road, stages
+from tests.tiny import tiny_recipe
+
+SHORT = {"steps": 2, "samples": 0}
+RECIPE = tiny_recipe(
+    decoder="taehv",
+    train_vae=SHORT | {"curriculum": ()},
+    train_teacher=SHORT,
+    train_causal=SHORT,
+    train_init=SHORT | {"teacher": "causal"},
+    train_distill=SHORT,
+    train_taehv=SHORT | {"rollouts": ((1, 2),)},
+)
+PLAN = report.Plan(samples=2, reference=2, batch=2, long_factor=2, repeats=1)
+LEGS = [
+    *("data", "classifier", "vae", "latents", "teacher", "causal"),
+    *("trajectories", "init", "distill", "streams", "taehv", "report"),
+]
+
+
+@pytest.fixture(autouse=True)
+def short_measures(monkeypatch):
+    make = measure.make_classifier
+    monkeypatch.setattr(measure, "make_classifier", lambda recipe, path: make(recipe, path, steps=3))
+    monkeypatch.setattr(train_classifier, "accuracy", lambda *_: {})
+
+    def write_report(recipe, output, plan, *, folder, judge):
+        assert recipe == RECIPE and judge == folder / "classifier.safetensors"
+        output.write_text(json.dumps({"plan": {"samples": plan.samples}}))
+
+    monkeypatch.setattr(measure, "write_report", write_report)  # what it measures is tested by itself
+
+
+def test_the_road_continues_and_ends_with_the_same_bits(tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    lines: list[str] = []
+    train = stages.train
+    with monkeypatch.context() as patch:
+
+        def stop_at_teacher(name, *arguments):
+            if name == "teacher":
+                raise RunError("stopped")
+            return train(name, *arguments)
+
+        patch.setattr(stages, "train", stop_at_teacher)
+        with pytest.raises(RunError, match="stopped"):
+            road.travel(RECIPE, first, road.legs(RECIPE, first, prepare.Options(), PLAN), lines.append)
+    assert [line.split(",")[1].strip() for line in lines] == LEGS[:5]
+    lines.clear()
+    legs = road.legs(RECIPE, first, prepare.Options(), PLAN)
+    assert [leg.name for leg in legs] == LEGS
+    assert [leg.is_done() for leg in legs] == [True] * 4 + [False] * 8
+    road.travel(RECIPE, first, legs, lines.append)
+    assert [": done" in line for line in lines] == [True] * 4 + [False] * 9
+    assert all(leg.is_done() for leg in legs)
+    assert json.loads((first / road.REPORT).read_text())["plan"]["samples"] == 2
+    record = json.loads((first / road.RECORD).read_text())
+    assert list(record["seconds"]) == LEGS and record["seconds"]["vae"] > 0
+
+    road.travel(RECIPE, second, road.legs(RECIPE, second, prepare.Options())[:4], lines.append)
+    for stage in ("vae", "teacher"):
+        (a, about), (b, _) = (store.load_params(paths.stage_path(folder, stage)) for folder in (first, second))
+        a, b = store.flatten(a), store.flatten(b)
+        assert all((a[name] == b[name]).all() for name in a | b)
+        made = json.loads(about[provenance.KEY])
+        assert made["steps"] == 2 and made["hours"] > 0 and "JAX" in made["machine"] and made["code"].startswith("0.")
+    assert made["data"].keys() >= {"latents"} and any(name.startswith("moving_digits/") for name in made["data"])
+    assert made["data"].items() <= json.loads((first / road.RECORD).read_text())["data"].items()
+
+
+def test_a_forecast_is_the_reference_at_the_speed_of_the_legs_so_far():
+    reference = {"data": 100.0, "vae": 3600.0, "teacher": 7200.0}
+    assert road._forecast(reference, {}, ["data", "vae", "teacher"]) == ": about 2 min, 3 h 02 min to the end"
+    assert road._forecast(reference, {"data": 50.0}, ["vae", "teacher"]) == ": about 30 min, 1 h 30 min to the end"
+    assert road._forecast(reference, {"data": 100.0, "vae": 1800.0}, ["vae", "teacher"]) == (
+        ": about 30 min, 2 h 30 min to the end"
+    )
+    assert road._forecast({"data": 1.0}, {}, ["data", "vae"]) == ""
+
+
+@pytest.mark.parametrize(
+    "changes, names",
+    [
+        ({}, ["data", "vae", "latents", "teacher", "trajectories", "init", "distill"]),
+        ({"train_distill": {"teacher": "causal"}}, LEGS[:1] + LEGS[2:9]),
+    ],
+)
+def test_legs_follow_the_recipe(tmp_path, changes, names):
+    recipe = tiny_recipe(decoder="vae", **changes)
+    assert [leg.name for leg in road.legs(recipe, tmp_path, prepare.Options())] == names
