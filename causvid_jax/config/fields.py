@@ -171,6 +171,9 @@ def build(cls: type, values: Any, path: str = "", renamed: Mapping[str, str] | N
             converted[name] = build(typing.cast(type, hint), value, inner, renamed)
         else:
             converted[name] = convert(value, hint, inner)
+    for field in dataclasses.fields(cls):
+        absent = field.name not in converted and field.default is field.default_factory is dataclasses.MISSING
+        require(not absent, f"config field {join(path, field.name)!r} is missing")
     return cls(**converted)
 
 

@@ -3,6 +3,7 @@
 import io
 import logging
 import pathlib
+import struct
 import warnings
 from collections.abc import Callable
 
@@ -14,6 +15,10 @@ from causvid_jax.media.pixels import MAX_PIXELS, cover
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
 """Formats that are opened; others of Pillow start foreign programs."""
+_DAMAGE = (
+    OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError, struct.error,
+)  # fmt: skip
+"""What Pillow raises for damaged files."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -51,7 +56,7 @@ def _read(path: str | pathlib.Path, use: Callable[[Image.Image], np.ndarray]) ->
         raise
     except ConfigError:
         raise
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except _DAMAGE as error:
         raise ConfigError(
             f"cannot read image {str(path)!r}: it is damaged or not one of the accepted kinds ({', '.join(FORMATS)})"
         ) from error

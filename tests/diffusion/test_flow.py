@@ -66,14 +66,27 @@ def test_guided_velocity_is_one_call_on_both_branches():
         batches.append(x.shape[0])
         return x * flow.expand(timestep / 1000, x) + flow.expand(jnp.tanh(text).sum((1, 2)), x)
 
-    got = guidance.guided_velocity(network, x, timestep, text, null, 3.5)
     cond = 0.4 * x + np.tanh(text).sum((1, 2))[:, None, None, None, None]
     uncond = 0.4 * x + np.tanh(null).sum()
-    np.testing.assert_allclose(got, uncond + 3.5 * (cond - uncond), rtol=1e-5, atol=1e-4)
+    for scale in (3.5, 0.5):  # below 1 guidance interpolates
+        got = guidance.guided_velocity(network, x, timestep, text, null, scale)
+        np.testing.assert_allclose(got, uncond + scale * (cond - uncond), rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(
         guidance.guided_velocity(network, x, timestep, text, null, 1.0), cond, rtol=1e-5, atol=1e-4
     )
-    assert batches == [4, 2]
+    assert batches == [4, 4, 2]
+
+
+def test_other_inputs_of_a_guided_network_follow_their_clip():
+    """Both branches of clip b are next to each other in the batch, and so must be what is repeated for them."""
+    x, beside = draws(0)[0], np.arange(2, dtype=np.float32)
+
+    def network(x, timestep, text):
+        return x + flow.expand(guidance.per_branch(beside, x), x)
+
+    text = np.zeros((2, 5, 6), np.float32)
+    got = guidance.guided_velocity(network, x, np.zeros((2, 3), np.float32), text, text[0], 3.0)
+    np.testing.assert_allclose(got, x + beside[:, None, None, None, None], rtol=1e-5, atol=1e-5)
 
 
 def test_guidance_of_a_sharded_batch_sends_nothing():
