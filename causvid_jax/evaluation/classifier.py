@@ -149,6 +149,11 @@ def load(data: DataConfig, path: str | pathlib.Path = DEFAULT_PATH) -> Judge:
 _classify = jax.jit(classify)
 
 
+def frame_logits(judge: Judge, frames: np.ndarray) -> jax.Array:
+    """Return the digit logits ``[N, 10]`` of frames ``[N, H, W, 3]`` in [0, 1]."""
+    return _classify(judge.params, frames)[0]
+
+
 def read_digits(judge: Judge, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean log-probabilities ``[B, 10]`` and mean features ``[B, FEATURES]`` over frames spread over each clip."""
     frames = rearrange(
@@ -189,6 +194,18 @@ def _peak(surface: np.ndarray) -> np.ndarray:
     return (shift + size // 2) % size - size // 2
 
 
+def _correlations(clip: np.ndarray) -> np.ndarray:
+    """Return the circular cross-correlations of frames :data:`GAP` apart: ``[T, H, W, 3]`` -> ``[T - GAP, H, W]``."""
+    gray = clip.astype(np.float32).mean(axis=-1)
+    spectra = np.fft.rfft2(gray - gray.mean(axis=(1, 2), keepdims=True))
+    return np.fft.irfft2(spectra[GAP:] * spectra[:-GAP].conj(), s=gray.shape[1:])
+
+
+def displacements(clip: np.ndarray) -> np.ndarray:
+    """Return the displacement (dy, dx) of frames :data:`GAP` apart: ``[T, H, W, 3]`` -> ``[T - GAP, 2]``."""
+    return _peak(_correlations(clip))
+
+
 def read_directions(video: np.ndarray, speed: int) -> tuple[str, ...]:
     """The direction of each clip's motion, or ``"none"`` where it does not move as a caption can say.
 
@@ -211,9 +228,7 @@ def read_directions(video: np.ndarray, speed: int) -> tuple[str, ...]:
     targets = reach * np.array([digits.DIRECTIONS[name] for name in names])  # [8, 2]
     result = []
     for clip in video:  # one clip at a time: the spectra of a long clip are large
-        gray = clip.astype(np.float32).mean(axis=-1)
-        spectra = np.fft.rfft2(gray - gray.mean(axis=(1, 2), keepdims=True))
-        surfaces = np.fft.irfft2(spectra[GAP:] * spectra[:-GAP].conj(), s=gray.shape[1:])  # [T - GAP, H, W]
+        surfaces = _correlations(clip)
         distance = np.abs(_peak(surfaces.mean(axis=0)) - targets).max(axis=-1)
         best = int(np.argmin(distance))
         near = np.abs(_peak(surfaces) - targets[best]).max(axis=-1) <= reach / 4

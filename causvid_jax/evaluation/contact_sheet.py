@@ -17,10 +17,36 @@ ROWS = {
     "long": "student, last frames of a long stream",
 }
 
+FRAME_MEASURES = {
+    "digit": "digit per frame",
+    "first_block": "digit, first block",
+    "identity": "identity never changes",
+    "color": "colour per frame",
+    "direction": "direction per pair",
+    "sharpness": "sharpness against real",
+}
+
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+
+
+def _frames_table(frames: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    """Return the table of measures frame by frame, each mean with its 95 % interval."""
+    if not frames:
+        return []
+
+    def cell(value: Mapping[str, float]) -> str:
+        return f"{value['mean']:.3f} ({value['low']:.2f} to {value['high']:.2f})"
+
+    header = ["frame by frame, with 95 % intervals", *FRAME_MEASURES.values(), "PSNR in dB: all, first, worst index"]
+    rows = []
+    for key, row in frames.items():
+        psnr = row.get("psnr")
+        decibels = f"{psnr['mean']:.1f}, {psnr['first']:.1f}, {psnr['worst']:.1f}" if psnr else ""
+        rows.append([names[key], *(cell(row[name]) for name in FRAME_MEASURES), decibels])
+    return _table(header, rows)
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -36,6 +62,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines = [f"# {report['recipe']}: evaluation", ""]
     header = ["clips of held-out prompts", *metrics.ATTRIBUTES, "all three", "Frechet", "border / inside", "clips"]
     lines += _table(header, rows)
+    lines += _frames_table(report.get("frames", {}), names)
     rows = [
         [
             name,
@@ -72,7 +99,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 def contact_sheet(
     clips: Mapping[str, tuple[Sequence[str], np.ndarray]], *, examples: int = 2, columns: int = 9, scale: int = 2
 ) -> Image.Image:
-    """Frames spread over clips: for each of ``examples`` clips a column of rows real, teacher, student, long, switch.
+    """Draw frames spread over clips: ``examples`` columns; rows real, vae, teacher, student, long, switch.
 
     Args:
       clips: row name to (captions, uint8 ``[B, T, H, W, 3]``), as in ``report.Result``.
@@ -80,7 +107,7 @@ def contact_sheet(
       columns: frames shown of each clip.
       scale: whole-number enlargement.
     """
-    rows = [name for name in ("real", "teacher", "student", "long", "switch") if name in clips]
+    rows = [name for name in ("real", "vae", "teacher", "student", "long", "switch") if name in clips]
     examples = min(examples, *(len(clips[name][1]) for name in rows))
     height, width = clips[rows[0]][1].shape[2:4]
     cell_h, cell_w, label, gap = height * scale, width * scale, 14, 2
@@ -92,7 +119,7 @@ def contact_sheet(
         steps = color_separation.spread(video.shape[1], columns)
         for e in range(examples):
             x, y = e * (strip + 8), r * (cell_h + label + 4)
-            words = "switch to" if name == "switch" else name
+            words = {"switch": "switch to", "vae": "real, through the VAE"}.get(name, name)
             draw.text((x + 2, y + 1), f"{words}: {captions[e]}", fill=(255, 255, 255))
             for c, step in enumerate(steps):
                 tile = Image.fromarray(video[e, step]).resize((cell_w, cell_h), Image.Resampling.NEAREST)

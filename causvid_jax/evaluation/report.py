@@ -18,7 +18,7 @@ import numpy as np
 from causvid_jax.config import Recipe, require
 from causvid_jax.data import digits
 from causvid_jax.evaluation import classifier as judging
-from causvid_jax.evaluation import metrics
+from causvid_jax.evaluation import frame_metrics, metrics
 from causvid_jax.progress import Progress
 from causvid_jax.sampling.protocols import Samplers
 
@@ -230,6 +230,29 @@ def score(recipe: Recipe, judge: judging.Judge, row: Row, video: np.ndarray, ref
     }
 
 
+def frames_report(
+    recipe: Recipe, judge: judging.Judge, rows: Sequence[Row], videos: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """Return ``frame_metrics.frame_scores`` of every row, sharpness relative to real clips, and PSNRs of codecs.
+
+    Empty for clips of two digits.
+    """
+    if recipe.data.digits_per_clip != 1:
+        return {}
+    first_block = int(stream_starts(recipe, 1)[1])
+    result: dict[str, Any] = {}
+    for row in rows:
+        video = videos[row.name]
+        result[row.name] = frame_metrics.frame_scores(judge, video, row.captions, recipe.data, first_block)
+        if row.name in ("vae", "taehv"):
+            psnr = frame_metrics.psnr_by_frame(video, videos["real"])
+            result[row.name]["psnr"] = {"mean": float(psnr.mean()), "first": float(psnr[0]), "worst": float(psnr.min())}
+    sharp = result["real"]["sharpness"]["mean"]
+    for scores in result.values():
+        scores["sharpness"] = {name: value / sharp for name, value in scores["sharpness"].items()}
+    return result
+
+
 def _passes(recipe: Recipe) -> dict[str, dict[str, int]]:
     frames = recipe.video.latent_frames
     return {
@@ -282,6 +305,7 @@ def evaluate(
     reference = judging.read_digits(judge, real_clips(recipe, pool, plan.seed + 1))[1]
     clips = {row.name: (row.captions, sample_row(row, plan.batch, work)) for row in (*rows, switching)}
     scores = {row.name: score(recipe, judge, row, clips[row.name][1], reference) for row in rows}
+    frames = frames_report(recipe, judge, rows, {name: video for name, (_, video) in clips.items()})
     video = clips["switch"][1]
     switch = switch_report(recipe, judge, video, before, switching.captions, switching.starts, at)
     work.begin("timing")
@@ -293,6 +317,7 @@ def evaluate(
         "plan": dataclasses.asdict(plan) | counts,
         "machine": machine(),
         "scores": scores,
+        "frames": frames,
         "switch": switch,
         "passes": passes,
         "seconds_per_clip": timing,

@@ -76,6 +76,16 @@ def test_scores_of_every_row(result):
     assert scores["teacher"]["discontinuity"] == 1.0
 
 
+def test_frames_of_every_row(result):
+    frames = result[0].report["frames"]
+    assert frames["real"]["sharpness"]["mean"] == 1.0
+    assert frames["vae"]["psnr"]["worst"] > 100 > 30 > frames["taehv"]["psnr"]["mean"]
+    assert frames["student"]["direction"]["mean"] == 1.0 and frames["teacher"]["direction"]["mean"] == 0.0
+    for name in ("real", "student", "long"):
+        assert frames[name]["digit"]["mean"] > 0.9 and frames[name]["color"]["mean"] == 1.0
+    assert "| teacher |" in contact_sheet.markdown(result[0].report).split("frame by frame")[1]
+
+
 def test_switch_that_takes_one_block_more(result):
     switch = result[0].report["switch"]
     for scores in (switch, switch["every_block"]):
@@ -107,7 +117,7 @@ def test_a_student_without_a_teacher(result):
     assert list(alone.report["passes"]) == list(alone.report["seconds_per_clip"]) == ["student"]
     assert alone.report["targets"] == [t for t in both["targets"] if "teacher" not in t["name"]]
     assert {name for name, *_ in fake.calls} == {"student"} and "teacher" not in contact_sheet.markdown(alone.report)
-    assert contact_sheet.contact_sheet(alone.clips, examples=2, columns=5, scale=2).size[1] == 4 * (64 + 18)
+    assert contact_sheet.contact_sheet(alone.clips, examples=2, columns=5, scale=2).size[1] == 5 * (64 + 18)
 
 
 def test_streams_of_whole_blocks():
@@ -154,7 +164,7 @@ def test_report_is_json_and_markdown_and_a_picture(result):
     assert "| teacher | 100 | 100 |" in text and "| student | 35 | 5 |" in text
     assert "| within 2 blocks | 1.000 |" in text
     sheet = contact_sheet.contact_sheet(result[0].clips, examples=2, columns=5, scale=2)
-    assert sheet.size == (2 * (5 * 66 + 8) - 8, 5 * (64 + 18))
+    assert sheet.size == (2 * (5 * 66 + 8) - 8, 6 * (64 + 18))
     # The first tile of the first row is the first frame of the first real clip.
     tile = np.asarray(sheet)[14 : 14 + 64 : 2, 0:64:2]
     np.testing.assert_array_equal(tile, result[0].clips["real"][1][0, 0])

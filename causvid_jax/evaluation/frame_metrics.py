@@ -1,0 +1,145 @@
+"""Measures frame by frame, for clips of one digit: what a person who watches the whole clip would count.
+
+A clip that is read by the mean over its frames hides frames of another digit. So every frame counts here, in which the
+digit is fully visible (no ink at the frame's edge, where the digit wraps around).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from causvid_jax.config import DataConfig, require
+from causvid_jax.data import digits
+from causvid_jax.evaluation import classifier
+
+BLOCK = 12
+"""Frames of a window in which the identity of a digit is read."""
+EDGE_INK = 64
+"""Brightness (0 to 255) from which on a pixel at the frame's edge is ink."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FrameReading:
+    """What the classifier reads in every frame of B clips.
+
+    Attributes:
+        log_probs: of the digits, ``[B, T, 10]``.
+        colors: index into the judge's colours, ``[B, T]``.
+        visible: whether the digit is fully visible, ``[B, T]``.
+    """
+
+    log_probs: np.ndarray
+    colors: np.ndarray
+    visible: np.ndarray
+
+
+def read_frames(judge: classifier.Judge, video: np.ndarray) -> FrameReading:
+    """Read every frame of uint8 clips ``[B, T, H, W, 3]``."""
+    edge = [video[:, :, [0, -1]].max(axis=(2, 3, 4)), video[:, :, :, [0, -1]].max(axis=(2, 3, 4))]
+    log_probs, colors = [], []
+    palette = np.array([digits.COLORS[name] for name in judge.colors], np.float32)
+    palette /= np.linalg.norm(palette, axis=-1, keepdims=True)
+    for clip in video:  # one clip at a time: a long stream has thousands of frames
+        frames = clip.astype(np.float32)
+        logits = classifier.frame_logits(judge, frames / 255.0)
+        log_probs.append(np.asarray(jax.nn.log_softmax(logits)))
+        value = frames.max(axis=-1, keepdims=True)
+        bright = value >= np.maximum(0.5 * value.max(axis=(1, 2), keepdims=True), 1.0)
+        mean = (frames * bright).sum(axis=(1, 2)) / np.maximum(bright.sum(axis=(1, 2)), 1)
+        colors.append(np.argmax(mean @ palette.T, axis=-1))
+    return FrameReading(np.stack(log_probs), np.stack(colors), np.maximum(*edge) < EDGE_INK)
+
+
+def direction_pairs(video: np.ndarray, directions: Sequence[str], speed: int) -> np.ndarray:
+    """Return the share ``[B]`` of frame pairs, ``classifier.GAP`` apart, that move as ``directions`` say.
+
+    The peak of the circular cross-correlation of the pair must lie within a quarter of the way of where it should.
+    """
+    reach, shares = classifier.GAP * speed, []
+    for clip, direction in zip(video, directions, strict=True):
+        peaks = classifier.displacements(clip)
+        target = reach * np.array(digits.DIRECTIONS[direction])
+        shares.append((np.abs(peaks - target).max(axis=-1) <= reach / 4).mean())
+    return np.array(shares)
+
+
+def sharpness(video: np.ndarray) -> np.ndarray:
+    """Return the gradient energy of the strokes ``[B]``: ``sum |grad g|^2 / sum g^2`` of the gray frames g.
+
+    Blur lowers it, noise raises it. Divide by the value of real clips: 1 is as sharp as real handwriting.
+    """
+    values = []
+    for clip in video:
+        gray = clip.astype(np.float32).mean(axis=-1)
+        energy = sum((np.roll(gray, 1, axis=axis) - gray) ** 2 for axis in (1, 2))
+        values.append(float(np.sum(energy)) / max(float(np.sum(gray**2)), 1.0))
+    return np.array(values)
+
+
+def identity_kept(reading: FrameReading) -> np.ndarray:
+    """Return for each clip whether all of its windows of :data:`BLOCK` frames are read as one digit, bool ``[B]``."""
+    kept = []
+    for log_probs, visible in zip(reading.log_probs, reading.visible, strict=True):
+        read = set()
+        for start in range(0, len(visible), BLOCK):
+            part = slice(start, start + BLOCK)
+            if visible[part].any():
+                read.add(int(log_probs[part][visible[part]].mean(axis=0).argmax()))
+        kept.append(len(read) <= 1)
+    return np.array(kept)
+
+
+def psnr_by_frame(video: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return the PSNR in dB of every frame index ``[T]`` over all clips, uint8 ``[B, T, H, W, 3]``."""
+    error = np.mean((video.astype(np.float32) - reference.astype(np.float32)) ** 2, axis=(0, 2, 3, 4))
+    return 10 * np.log10(255.0**2 / np.maximum(error, 1e-6))
+
+
+def interval(values: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> dict[str, float]:
+    """Return the mean of one value per clip and its 95 % bootstrap interval over clips (Efron 1979).
+
+    NaN marks a clip without a value.
+    """
+    values = np.asarray(values, np.float64)
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return {"mean": float("nan"), "low": float("nan"), "high": float("nan")}
+    picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(values[picks].mean(axis=1), (0.025, 0.975))
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def frame_scores(
+    judge: classifier.Judge, video: np.ndarray, captions: Sequence[str], data: DataConfig, first_block: int
+) -> dict[str, dict[str, float]]:
+    """Return every measure of a row of clips, each with its interval.
+
+    Args:
+        judge: the classifier.
+        video: uint8 ``[B, T, H, W, 3]``.
+        captions: one per clip, each of one digit.
+        data: gives the speed.
+        first_block: frames of the first block.
+    """
+    require(data.digits_per_clip == 1, f"frames are read in clips of one digit; these have {data.digits_per_clip}")
+    wanted = [classifier.wanted(caption)[0] for caption in captions]
+    reading = read_frames(judge, video)
+    right = reading.log_probs.argmax(axis=-1) == np.array([digit for digit, _, _ in wanted])[:, None]
+    color = reading.colors == np.array([judge.colors.index(name) for _, name, _ in wanted])[:, None]
+    values = {
+        "digit": _share(right, reading.visible),
+        "first_block": _share(right[:, :first_block], reading.visible[:, :first_block]),
+        "identity": identity_kept(reading),
+        "color": color.mean(axis=1),
+        "direction": direction_pairs(video, [direction for _, _, direction in wanted], data.speed),
+        "sharpness": sharpness(video),
+    }
+    return {name: interval(value) for name, value in values.items()}
+
+
+def _share(right: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return the share of ``right`` among the frames that count ``[B]``; NaN where none does."""
+    total = counts.sum(axis=1)
+    return np.where(total > 0, (right & counts).sum(axis=1) / np.maximum(total, 1), np.nan)
