@@ -1,5 +1,6 @@
 # Each target prepares its own virtual environment: a clone and one command are enough.
 #   make demo      a short stream and a picture of teacher and student, into demo/
+#   make serve     a page on which the prompt changes the film, at http://127.0.0.1:8000/
 #   make test      lint, types and tests on the CPU
 #   make road      all weights of the digits recipe from nothing, into runs/digits (hours; resumable)
 #   make docs      the documentation site, into site/
@@ -15,12 +16,15 @@ JOBS ?= 2
 PIP_FLAGS ?=
 PIP_INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check $(PIP_FLAGS)
 
-.PHONY: demo test road parity lint docs clean
+.PHONY: demo serve test road parity lint docs clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m launch.demo --config=digits --output=demo
+
+serve: $(VENV)/.installed-serve
+	$(VENV)/bin/python -m launch.serve --config=digits
 
 test: lint
 	$(VENV)/bin/python -m pytest -n $(JOBS) $(TESTS)
@@ -57,6 +61,11 @@ clean:
 %/.installed-dev: setup.py pyproject.toml | %/bin/python
 	@echo "installing causvid_jax with its development tools into $* (about a minute, 2 GB)"
 	$*/bin/python $(PIP_INSTALL) -e .[dev]
+	@touch $@ $*/.installed
+
+%/.installed-serve: setup.py pyproject.toml | %/bin/python
+	@echo "installing causvid_jax with its server into $* (about a minute, 1 GB)"
+	$*/bin/python $(PIP_INSTALL) -e .[serve]
 	@touch $@ $*/.installed
 
 %/.installed-docs: setup.py pyproject.toml | %/bin/python

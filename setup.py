@@ -10,6 +10,14 @@ PARITY = ["torch", "diffusers", "transformers", "safetensors", "peft", "accelera
 TEXT = ["tokenizers>=0.21", "ftfy>=6.1"]
 # Tests compile for TPUs that are not there; its compiler is made for this platform alone.
 COMPILER = "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"
+SERVE = [
+    "fastapi>=0.120",
+    "uvicorn>=0.38",
+    "websockets>=15",
+    "pydantic>=2.11",
+    "prometheus-client>=0.22",
+    "python-multipart>=0.0.20",
+]
 DEV = [
     "pytest>=8",
     "pytest-xdist",
@@ -21,6 +29,9 @@ DEV = [
     "chex",
     COMPILER,
     *TEXT,
+    *SERVE,
+    "httpx>=0.28",
+    "selenium>=4.30",
 ]
 
 setup(
@@ -35,7 +46,7 @@ setup(
     package_dir={"causvid_jax.configs": "configs"},
     entry_points={"console_scripts": ["causvid = causvid_jax.cli:main"]},
     # The trained weights of the digits recipe.
-    package_data={"causvid_jax": ["py.typed", "assets/*.safetensors", "assets/*/*.safetensors"]},
+    package_data={"causvid_jax": ["py.typed", "assets/*.safetensors", "assets/*/*.safetensors", "serve/page/*"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2,<0.13",
@@ -71,6 +82,7 @@ setup(
         # Published .pt and .pth files, through PyTorch's weights-only loader.
         "torch": ["torch"],
         "parity": PARITY,
+        "serve": SERVE,
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
         "dev": DEV,
     },

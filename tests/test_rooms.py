@@ -21,6 +21,7 @@ ROOMS = (
     "training",
     "analysis",
     "__init__",
+    "serve",
     "cli",
 )
 """From the ground up."""

@@ -6,6 +6,7 @@ import sys
 PROGRAMS = {
     "sample": "generate videos, as a stream of any length or, by the teacher, as a clip",
     "demo": "see it work: a stream with a change of prompt, and student beside teacher",
+    "serve": "serve a live film and a page that steers it",
     "prepare": "make a recipe's data",
     "train": "train one stage",
     "road": "make all weights of a recipe from nothing",

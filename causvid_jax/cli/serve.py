@@ -1,0 +1,57 @@
+"""Serve a live film and a page that steers it: ``causvid serve``, then open the address that it prints.
+
+The page changes the prompt while the film runs, starts from pictures, follows a video or the camera, keeps snapshots
+and forks them, records and replays. The same server has ``/v1/videos`` (in the shape of OpenAI's video API), the
+WebSocket ``/v1/stream``, ``/healthz``, ``/readyz`` and ``/metrics``. It needs the extra ``serve``; docs/serving.md
+describes it.
+"""
+
+import dataclasses
+import functools
+import os
+
+from causvid_jax.cli import common
+from causvid_jax.cli.options import option
+from causvid_jax.config import ConfigError, Recipe
+from causvid_jax.config.recipes import CONFIG_HELP
+from causvid_jax.serve.settings import Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Settings):
+    """The flags."""
+
+    config: Recipe = option("digits", CONFIG_HELP)
+    checkpoint: str | None = option(None, "Weights, as of causvid sample. Default: those of the package.")
+    student: str | None = option(None, "The student's weights; before --checkpoint.")
+    vae: str | None = option(None, "The VAE's weights; before --checkpoint.")
+    taehv: str | None = option(None, "The tiny decoder's weights; before --checkpoint.")
+
+
+def main(options: Options) -> None:
+    """Listen, warm up and serve until a signal."""
+    if not options.token and os.environ.get("CAUSVID_TOKEN"):
+        options = dataclasses.replace(options, token=os.environ["CAUSVID_TOKEN"])
+    try:
+        from causvid_jax.serve import server
+        from causvid_jax.serve.engine import Engine
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"causvid serve needs {error.name}; install it: pip install 'causvid_jax[serve]'") from error
+    from causvid_jax.serve.programs import open_programs, require_endless
+
+    require_endless(options.config)
+    listener = server.listen(options)
+    host, port = listener.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    if common.enable_compilation_cache():
+        import jax
+
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)  # a start reads them all
+    files = {"student": options.student, "vae": options.vae, "taehv": options.taehv}
+    load = functools.partial(open_programs, options.config, options.checkpoint, files)
+
+    print(
+        f"Loading {options.config.name}. The page: {address}{'#token=' + options.token if options.token else ''}",
+        flush=True,
+    )
+    server.serve(Engine(options.config, load, options), listener)

@@ -1,0 +1,182 @@
+"""The HTTP application: page, probes, metrics, recordings, ``/v1/videos`` and the WebSocket ``/v1/stream``."""
+
+import asyncio
+import contextlib
+import json
+import pathlib
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pydantic
+from fastapi import FastAPI, Request, WebSocket
+from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from causvid_jax import __version__
+from causvid_jax.config import ConfigError
+from causvid_jax.serve import uploads
+from causvid_jax.serve.engine import Engine
+from causvid_jax.serve.guard import Guard, TooLarge
+from causvid_jax.serve.jobs import Job, Jobs
+from causvid_jax.serve.socket import Connection, describe
+
+PAGE = pathlib.Path(__file__).with_name("page")
+
+
+class VideoRequest(pydantic.BaseModel):
+    """What ``POST /v1/videos`` takes, as JSON or as a form; a form may add a picture, ``input_reference``."""
+
+    prompt: str
+    model: str = ""
+    seconds: float = pydantic.Field(4.0, gt=0)
+    size: str = ""
+    seed: int | None = None
+
+
+class Video(pydantic.BaseModel):
+    """A job, as in OpenAI's video API."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+    id: str
+    object: str
+    model: str
+    status: str
+    progress: int
+    seconds: str
+    size: str
+    created_at: int
+
+
+_FORM = {"schema": VideoRequest.model_json_schema()}
+_BODY = {"requestBody": {"content": {"application/json": _FORM, "multipart/form-data": _FORM}, "required": True}}
+
+
+def create_app(engine: Engine) -> Any:
+    """Return the ASGI application. Its lifespan starts the engine and stops it."""
+    jobs = Jobs(engine)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        task = asyncio.create_task(_tick(engine))
+        yield
+        task.cancel()
+        await asyncio.to_thread(engine.stop)
+
+    app = FastAPI(title="causvid_jax", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_exception_handler(ConfigError, _sentence)
+    app.add_exception_handler(HTTPException, _sentence)
+    app.add_exception_handler(TooLarge, _sentence)
+    _add_probes(app, engine)
+    _add_videos(app, engine, jobs)
+
+    @app.websocket("/v1/stream")
+    async def stream(socket: WebSocket) -> None:
+        await Connection(socket, engine).run()
+
+    app.mount("/", StaticFiles(directory=PAGE, html=True))
+    return Guard(app, engine.settings)
+
+
+async def _tick(engine: Engine) -> None:
+    while True:
+        await asyncio.sleep(1)
+        await asyncio.to_thread(engine.tick)
+
+
+async def _sentence(_: Request, error: Exception) -> JSONResponse:
+    """Answer an error in the API's shape."""
+    status = 413 if isinstance(error, TooLarge) else getattr(error, "status_code", 400)
+    message = "the request is too large" if isinstance(error, TooLarge) else getattr(error, "detail", str(error))
+    return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=status)
+
+
+def _add_probes(app: FastAPI, engine: Engine) -> None:
+    @app.get("/healthz", summary="Whether the process lives", tags=["operation"])
+    async def healthz() -> Response:
+        return JSONResponse({"status": engine.failure or "ok"}, status_code=500 if engine.failure else 200)
+
+    @app.get("/readyz", summary="Whether everything is compiled", tags=["operation"])
+    async def readyz() -> Response:
+        ready = engine.ready.is_set() and not engine.failure
+        return JSONResponse({"status": "ready" if ready else "warming up"}, status_code=200 if ready else 503)
+
+    @app.get("/metrics", summary="Figures for Prometheus", tags=["operation"])
+    async def metrics() -> Response:
+        return Response(engine.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models", summary="The recipe that is served", tags=["videos"])
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": engine.recipe.name, "object": "model", **describe(engine)}]}
+
+    @app.get("/v1/recordings/{name}", summary="A finished recording", tags=["stream"])
+    async def recording(name: str) -> Response:
+        path = pathlib.Path(engine.settings.recordings) / name
+        if not re.fullmatch(r"[0-9a-f]{24}\.mp4", name) or not path.is_file():
+            raise HTTPException(404, "there is no such recording")
+        return FileResponse(path, media_type="video/mp4", filename=name)
+
+
+def _add_videos(app: FastAPI, engine: Engine, jobs: Jobs) -> None:
+    def find(key: str) -> Job:
+        job = jobs.get(key)
+        if job is None:
+            raise HTTPException(404, f"there is no video {key[:64]!r}")
+        return job
+
+    @app.post("/v1/videos", response_model=Video, openapi_extra=_BODY, summary="Make a video", tags=["videos"])
+    async def create(request: Request) -> Any:
+        values, picture = await _video_request(request, engine)
+        job = await asyncio.to_thread(jobs.create, **values.model_dump(), picture=picture)
+        return job.public()
+
+    @app.get("/v1/videos", summary="All videos, the newest first", tags=["videos"])
+    async def everything(limit: int = 20) -> dict[str, Any]:
+        data = [job.public() for job in jobs.all()]
+        page = data[: max(1, min(limit, 100))]
+        ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
+        return {"object": "list", "data": page, "has_more": len(page) < len(data), **ends}
+
+    @app.get("/v1/videos/{key}", response_model=Video, summary="Status and progress", tags=["videos"])
+    async def retrieve(key: str) -> Any:
+        return find(key).public()
+
+    @app.get("/v1/videos/{key}/content", summary="The MP4", tags=["videos"])
+    async def content(key: str) -> Response:
+        job = find(key)
+        if job.status != "completed" or job.path is None or not job.path.is_file():
+            raise HTTPException(404 if job.status == "failed" else 409, f"the video is {job.status}")
+        return FileResponse(job.path, media_type="video/mp4", filename=f"{job.id}.mp4")
+
+    @app.delete("/v1/videos/{key}", summary="Stop and remove", tags=["videos"])
+    async def delete(key: str) -> dict[str, Any]:
+        find(key)
+        await asyncio.to_thread(jobs.delete, key)
+        return {"id": key, "object": "video.deleted", "deleted": True}
+
+
+async def _video_request(request: Request, engine: Engine) -> tuple[VideoRequest, Any]:
+    """Return the request's values and its picture."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    picture = None
+    try:
+        if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+            async with request.form(max_files=1, max_fields=16) as form:
+                texts = {name: value for name, value in form.items() if isinstance(value, str)}
+                file = form.get("input_reference")
+                if isinstance(file, UploadFile):
+                    video, most = engine.recipe.video, engine.settings.picture_pixels
+                    data = await file.read()
+                    picture = await asyncio.to_thread(uploads.decode_picture, data, video.height, video.width, most)
+            values = VideoRequest.model_validate(texts)
+        else:
+            values = VideoRequest.model_validate(json.loads(await request.body()))
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise HTTPException(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        raise HTTPException(400, "the body is no JSON") from None
+    return values, picture

@@ -1,0 +1,442 @@
+"""The device's worker: sessions take turns, block by block, and nobody else touches the device.
+
+Any thread may call the public methods; they only change the sessions under a lock. :meth:`Engine.run` is the worker
+thread. Tests call :meth:`Engine.step` instead, with a clock of their own.
+"""
+
+import collections
+import logging
+import pathlib
+import secrets
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from causvid_jax.config import ConfigError, Recipe, RunError, require
+from causvid_jax.serve.film import Film, Replay
+from causvid_jax.serve.fragments import Recording
+from causvid_jax.serve.metrics import Metrics
+from causvid_jax.serve.programs import Programs
+from causvid_jax.serve.session import Change, Chunk, Session, Start
+from causvid_jax.serve.settings import Settings
+
+_LOG = logging.getLogger(__name__)
+SNAPSHOTS_PER_SESSION = 16
+
+
+class Engine:
+    """Sessions of one recipe on one device or mesh.
+
+    Args:
+        recipe: that is served.
+        load: returns its programs; the worker calls it.
+        settings: limits and times.
+        clock: seconds that never go back.
+
+    Attributes:
+        ready: set once every program is compiled.
+        failure: why the worker has ended, if it has.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        load: Callable[[], Programs],
+        settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
+        metrics: Metrics | None = None,
+    ):
+        self.recipe, self.settings, self.clock = recipe, settings, clock
+        self.metrics = metrics or Metrics(recipe.name)
+        self._load = load
+        self._programs: Programs | None = None
+        self.ready = threading.Event()
+        self.failure = ""
+        self._lock = threading.RLock()
+        self._work = threading.Condition(self._lock)
+        self._turns: collections.deque[Session] = collections.deque()  # running ones, the next turn first
+        self._queue: collections.deque[Session] = collections.deque()
+        self._snapshots: collections.OrderedDict[str, tuple[str, Film]] = collections.OrderedDict()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self.fps = recipe.video.fps
+        self.pixel_size = max(1, 256 // recipe.video.height)
+
+    # ---- the worker ----
+
+    @property
+    def programs(self) -> Programs:
+        """What runs on the device.
+
+        Raises:
+            ConfigError: it is not loaded yet.
+        """
+        if self._programs is None:
+            raise ConfigError("the server is still starting; try again in a moment")
+        return self._programs
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether pictures and videos are accepted."""
+        return self._programs is not None and self._programs.has_encoder
+
+    def load(self) -> None:
+        """Load the weights and compile every program."""
+        begin = time.perf_counter()
+        self._programs = self._load()
+        self._programs.warm_up()
+        self.ready.set()
+        _LOG.info("ready after %.1f s of loading and compiling", time.perf_counter() - begin)
+
+    def start(self) -> None:
+        """Start the worker thread; it loads and warms up first."""
+        self._thread = threading.Thread(target=self.run, name="device", daemon=True)
+        self._thread.start()
+
+    def run(self) -> None:
+        """Work until :meth:`stop`."""
+        try:
+            self.load()
+            while not self._stopping:
+                if not self.step():
+                    with self._work:
+                        if not self._stopping and not any(session.wants_device() for session in self._turns):
+                            self._work.wait(1.0)
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
+            _LOG.exception("the device worker has ended")
+            for session in self.sessions():
+                self.close(session, "the server's device has failed")
+
+    def step(self) -> bool:
+        """Run the commands of the session whose turn it is and make a block of it; False if there is nothing to do."""
+        with self._lock:
+            session = next((session for session in self._turns if session.wants_device()), None)
+            if session is None:
+                return False
+            self._turns.remove(session)
+            self._turns.append(session)
+            commands = list(session.commands)
+            session.commands.clear()
+        for command in commands:
+            self._guarded(session, command)
+        self._guarded(session, lambda: self._apply(session))
+        with self._lock:
+            generates = session.may_generate()
+        if generates:
+            self._guarded(session, lambda: self._generate(session), fatal=True)
+        return True
+
+    def _guarded(self, session: Session, action: Callable[[], None], fatal: bool = False) -> None:
+        """Run an action of one session; its failure is an event of that session and harms no other."""
+        try:
+            action()
+        except (ConfigError, RunError) as error:
+            session.emit("error", message=_sentence(error))
+            if fatal:
+                self.close(session, _sentence(error))
+        except Exception:
+            _LOG.exception("session %s failed", session.id)
+            self.close(session, "the server failed on this film; the log says why")
+
+    def _apply(self, session: Session) -> None:
+        """Let the latest change of prompt take effect; earlier ones that no block has shown are skipped."""
+        with self._lock:
+            change, session.change = session.change, None
+        if change is None or session.film is None:
+            return
+        session.playing = None
+        session.film.change(change.prompt, change.context, change.blend)
+        session.knows = change.id
+        session.emit("changed", id=change.id, block=session.film.block, prompt=change.prompt)
+
+    def _generate(self, session: Session) -> None:
+        film, playing, begin = session.film, session.playing, time.perf_counter()
+        assert film is not None
+        block, frame = film.block, film.frame
+        frames = playing.step() if playing is not None else film.step(*self._input(session))
+        seconds = time.perf_counter() - begin
+        self._record(session, frames)
+        with self._lock:
+            chunk = Chunk(
+                session.made, session.take, block, frame, session.shown, frames, film.prompt, session.knows, seconds
+            )
+            session.made += 1
+            session.shown += len(frames)
+            if session.keeps:
+                session.chunks.append(chunk)
+            else:
+                session.confirmed = session.made
+            self.metrics.block(session, len(frames) / self.fps, seconds, self.clock())
+        session.on_frames(frames)
+        session.on_output()
+        if playing is not None and playing.finished:
+            same = playing.same if playing.script.sha256 else None
+            session.emit("replayed", same=same, blocks=film.block)
+            session.playing = None
+            session.paused = True
+
+    def _input(self, session: Session) -> tuple[np.ndarray | None, float | None]:
+        """Return what the next block starts from or follows."""
+        with self._lock:
+            if session.picture is not None:
+                picture, session.picture = session.picture, None
+                return picture[None], None
+            if session.strength is not None and session.input:
+                return np.stack(session.input), session.strength
+        return None, None
+
+    def _record(self, session: Session, frames: np.ndarray) -> None:
+        recording = session.recording
+        if recording is None:
+            return
+        try:
+            recording.append(frames)
+        except RunError as error:
+            session.emit("error", message=_sentence(error))
+            self._finish_recording(session)
+
+    # ---- sessions ----
+
+    def open(self, start: Start, address: str = "", *, keeps: bool = True) -> Session:
+        """Return a new session, running or in the queue.
+
+        Raises:
+            ConfigError: the queue is full, the address has too many sessions, or ``start`` cannot be played.
+        """
+        require(not self._stopping, "the server is stopping")
+        session = Session(address, self.clock(), ahead=self.settings.ahead, keeps=keeps)
+        with self._lock:
+            everyone = [*self._turns, *self._queue]
+            mine = sum(other.address == address for other in everyone)
+            require(
+                not address or mine < self.settings.per_address,
+                f"your address has {mine} sessions; accepted: {self.settings.per_address}",
+            )
+            full = len(self._turns) >= self.settings.sessions and len(self._queue) >= self.settings.queue
+            require(not full, f"all {self.settings.sessions} places and the queue are taken; try again later")
+            self._queue.append(session)
+            self.restart(session, start)
+            self._admit()
+        return session
+
+    def restart(self, session: Session, start: Start) -> None:
+        """Let the session begin a new film."""
+        with self._work:
+            session.post(lambda: self._begin(session, start))
+            session.change, session.strength, session.paused = None, None, False
+            session.input.clear()
+            self._work.notify()
+
+    def _begin(self, session: Session, start: Start) -> None:
+        """Make the session's film; the worker does."""
+        with self._lock:
+            found = self._snapshots.get(start.snapshot or "")
+        self._finish_recording(session)
+        playing = None
+        if start.snapshot is not None:
+            require(found is not None, "this snapshot is no longer kept")
+            assert found is not None
+            film = found[1].fork()
+        elif start.script is not None:
+            playing = Replay(self.programs, start.script)
+            film = playing.film
+        else:
+            require(start.picture is None or self.has_encoder, "this server cannot start from a picture")
+            film = Film(self.programs, start.seed, start.prompt)
+        with self._lock:
+            session.film, session.playing, session.picture = film, playing, start.picture
+            session.take += 1
+            session.shown = session.knows = 0
+            session.play_end = session.last_chunk = None
+            session.opened = session.asked = self.clock()
+            session.chunks.clear()
+            session.confirmed = session.made
+            session.credit = max(session.credit, session.made + 1)
+        session.emit(
+            "started", take=session.take, seed=film.seed, prompt=film.prompt, block=film.block, frame=film.frame
+        )
+
+    def change(self, session: Session, change: Change) -> None:
+        """Let another prompt hold from the next block on."""
+        with self._work:
+            session.change = change
+            self._work.notify()
+
+    def pull(self, session: Session, upto: int, received: int) -> None:
+        """Allow chunks with an index up to ``upto``, and confirm those below ``received``."""
+        with self._work:
+            session.confirm(received)
+            if upto + 1 > session.credit:
+                session.credit, session.asked = upto + 1, self.clock()
+            self._work.notify()
+
+    def chunks(self, session: Session, start: int) -> list[Chunk]:
+        """Return the chunks from index ``start`` on that are not confirmed."""
+        with self._lock:
+            return [chunk for chunk in session.chunks if chunk.index >= start]
+
+    def pause(self, session: Session, paused: bool) -> None:
+        """Stop making blocks, or go on."""
+        with self._work:
+            session.paused = paused
+            session.play_end = None
+            self._work.notify()
+
+    def follow(self, session: Session, frame: np.ndarray | None, strength: float | None) -> None:
+        """Take a frame of the video that the film follows; None ends it."""
+        with self._lock:
+            session.strength = None if frame is None else strength
+            session.input.append(frame) if frame is not None else session.input.clear()
+
+    def snapshot(self, session: Session, name: int) -> None:
+        """Keep the film as it is; the event ``snapshot`` gives the id that a fork names."""
+
+        def take() -> None:
+            require(session.film is not None, "there is no film yet")
+            assert session.film is not None
+            size = session.film.state_bytes
+            require(size <= self.settings.snapshot_bytes, f"a snapshot takes {size >> 20} MiB, more than is allowed")
+            film, key = session.film.snapshot(), secrets.token_urlsafe(16)
+            with self._lock:
+                mine = [other for other, (owner, _) in self._snapshots.items() if owner == session.token]
+                for old in mine[: len(mine) - SNAPSHOTS_PER_SESSION + 1]:
+                    del self._snapshots[old]
+                self._snapshots[key] = session.token, film
+                while len(self._snapshots) * size > self.settings.snapshot_bytes:
+                    self._snapshots.popitem(last=False)
+            session.emit("snapshot", id=key, name=name, block=film.block, frame=film.frame, prompt=film.prompt)
+
+        self._post(session, take)
+
+    def script(self, session: Session) -> None:
+        """Send the script so far as the event ``script``."""
+
+        def tell() -> None:
+            require(session.film is not None and session.film.block > 0, "there is no film yet")
+            assert session.film is not None
+            session.emit("script", script=session.film.script().to_json())
+
+        self._post(session, tell)
+
+    def record(self, session: Session, on: bool) -> None:
+        """Start or finish a recording; events ``recording`` and ``recorded`` name it."""
+
+        def switch() -> None:
+            self._finish_recording(session)
+            if on and session.film is not None:
+                name = f"{secrets.token_hex(12)}.mp4"
+                path = pathlib.Path(self.settings.recordings) / name
+                session.recording = Recording(path, self.fps, self.pixel_size, self.settings.recording_bytes)
+                session.recorded_from = session.film.block
+                session.emit("recording", name=name)
+
+        self._post(session, switch)
+
+    def _post(self, session: Session, command: Callable[[], None]) -> None:
+        with self._work:
+            session.post(command)
+            self._work.notify()
+
+    def _finish_recording(self, session: Session) -> None:
+        with self._lock:
+            (recording, session.recording), film = (session.recording, None), session.film
+        if recording is None or film is None:
+            return
+        try:
+            recording.close(film.script(), session.recorded_from)
+        except RunError as error:
+            session.emit("error", message=_sentence(error))
+        if recording.blocks:
+            session.emit("recorded", name=recording.path.name, frames=recording.frames)
+        self.remove_old_files()
+
+    def remove_old_files(self) -> None:
+        """Keep the newest ``kept`` videos of the recordings' directory."""
+        folder = pathlib.Path(self.settings.recordings)
+        files = sorted(folder.glob("*.mp4"), key=lambda path: path.stat().st_mtime)
+        for path in files[: -self.settings.kept]:
+            path.unlink(missing_ok=True)
+
+    # ---- coming and going ----
+
+    def attach(self, token: str, received: int, on_output: Callable[[], None]) -> Session | None:
+        """Give a lost session a new connection; None if there is none of this token.
+
+        Chunks from ``received`` on are sent again.
+        """
+        with self._lock:
+            everyone = [*self._turns, *self._queue]
+            session = next((s for s in everyone if secrets.compare_digest(s.token, token)), None)
+            if session is None or received < session.confirmed:
+                return None
+            session.confirm(received)
+            session.lost, session.seen = None, self.clock()
+            session.on_output = on_output
+            return session
+
+    def lose(self, session: Session) -> None:
+        """The session's connection broke; it can be taken up for ``resume_seconds``."""
+        with self._lock:
+            if session.status != "ended":
+                session.lost = self.clock()
+                session.on_output = lambda: None
+
+    def close(self, session: Session, reason: str) -> None:
+        """End a session; its recording is finished."""
+        with self._lock:
+            if session.status == "ended":
+                return
+            session.status = "ended"
+            for line in (self._turns, self._queue):
+                if session in line:
+                    line.remove(session)
+        self._finish_recording(session)
+        session.emit("ended", reason=reason)
+        session.film = session.playing = None
+        session.chunks.clear()
+        with self._work:
+            self._admit()
+
+    def tick(self) -> None:
+        """End sessions that are idle or whose connection is lost for good; call it every second or so."""
+        now, limits = self.clock(), self.settings
+        for session in self.sessions():
+            if not session.keeps:  # a job
+                continue
+            if session.lost is not None and now - session.lost > limits.resume_seconds:
+                self.close(session, "the connection was lost")
+            elif session.lost is None and now - session.seen > limits.idle_seconds:
+                self.close(session, f"nothing was asked for {limits.idle_seconds:.0f} s")
+
+    def _admit(self) -> None:
+        while self._queue and len(self._turns) < self.settings.sessions:
+            session = self._queue.popleft()
+            session.status = "running"
+            session.opened = session.asked = self.clock()
+            self._turns.appendleft(session)
+            self._work.notify()
+        for position, waiting in enumerate(self._queue, 1):
+            waiting.emit("queued", position=position)
+        self.metrics.sessions(len(self._turns), len(self._queue))
+
+    def sessions(self) -> list[Session]:
+        """Return all sessions, running and queued."""
+        with self._lock:
+            return [*self._turns, *self._queue]
+
+    def stop(self) -> None:
+        """End all sessions, finish their recordings, and end the worker."""
+        with self._work:
+            self._stopping = True
+            self._work.notify()
+        if self._thread is not None:
+            self._thread.join(30)
+        for session in self.sessions():
+            self.close(session, "the server is stopping")
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join(str(error).split())

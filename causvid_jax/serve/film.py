@@ -1,0 +1,255 @@
+"""One film: a stream that is stepped block by block and writes down what happens to it.
+
+Live sessions and replays run the same code. That is why a replay has the same frames.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from causvid_jax.config import ConfigError, require
+from causvid_jax.sampling.stream import StreamState
+from causvid_jax.serve.programs import Programs
+from causvid_jax.serve.script import MOST_EVENTS, MOST_INPUT, Event, Script, pack, unpack
+
+
+def slerp(start: np.ndarray, end: np.ndarray, share: float) -> np.ndarray:
+    """Interpolate embeddings ``[S, E]`` token by token on the sphere.
+
+    With the angle w between two tokens' directions, the direction is
+    ``sin((1 - share) w) / sin(w) a + sin(share w) / sin(w) b``; the length is interpolated linearly. Where a token is
+    zero, or the angle is 0 or a half turn, all of it is linear. Shoemake, "Animating rotation with quaternion curves",
+    SIGGRAPH 1985.
+    """
+    a, b = start.astype(np.float64), end.astype(np.float64)
+    lengths = np.linalg.norm(a, axis=-1, keepdims=True), np.linalg.norm(b, axis=-1, keepdims=True)
+    units = a / np.maximum(lengths[0], 1e-12), b / np.maximum(lengths[1], 1e-12)
+    angle = np.arccos(np.clip(np.sum(units[0] * units[1], axis=-1, keepdims=True), -1, 1))
+    sine = np.sin(angle)
+    turns = (sine > 1e-6) & (lengths[0] > 0) & (lengths[1] > 0)
+    safe = np.where(turns, sine, 1.0)
+    direction = np.sin((1 - share) * angle) / safe * units[0] + np.sin(share * angle) / safe * units[1]
+    length = (1 - share) * lengths[0] + share * lengths[1]
+    return np.where(turns, length * direction, (1 - share) * a + share * b).astype(np.float32)
+
+
+@dataclasses.dataclass
+class _Blend:
+    """Embeddings on their way to those of a prompt."""
+
+    start: np.ndarray
+    end: np.ndarray
+    context: str
+    length: int
+    done: int = 0
+
+
+class Film:
+    """A stream with its script.
+
+    Attributes:
+        block: how many blocks there are so far.
+        frame: how many frames there are so far.
+        prompt: the one that holds now.
+    """
+
+    def __init__(self, programs: Programs, seed: int, prompt: str, latents: int | None = None):
+        self.programs, self.seed, self.prompt = programs, seed, prompt
+        self.block, self.frame = 0, 0
+        self._latents = latents
+        self._embeds = self._encode(prompt)
+        self._state: StreamState = programs.start(self._embeds, seed, latents)
+        self._events = [Event(0, prompt=prompt)]
+        self._blend: _Blend | None = None
+        self._coder: Any = None
+        self._input, self._complete = 0, True
+        self._digest = hashlib.sha256()
+
+    def change(self, prompt: str, context: str = "reset", blend: int = 0) -> None:
+        """Let a prompt hold from the next block on, or be reached ``blend`` blocks later.
+
+        Raises:
+            ConfigError: a prompt that cannot be encoded, or a value out of bounds.
+        """
+        event = Event(self.block, prompt=prompt, context=context, blend=blend)
+        require(len(self._events) < MOST_EVENTS, f"the film has {MOST_EVENTS} changes of prompt; start a new one")
+        embeds = self._encode(prompt)
+        if self.block == 0:  # nothing is past: this is the prompt that the film starts with
+            self._embeds, self._events[0] = embeds, Event(0, prompt=prompt)
+            self._state = self.programs.start(embeds, self.seed, self._latents)
+        else:
+            if self._events[-1].block == self.block and self._events[-1].prompt is not None:
+                self._events.pop()
+            self._events.append(event)
+            self._blend = _Blend(self._embeds, embeds, context, max(blend, 1))
+        self.prompt = prompt
+
+    def step(self, frames: np.ndarray | None = None, strength: float | None = None) -> np.ndarray:
+        """Return the uint8 frames ``[n, H, W, 3]`` of the next block.
+
+        Args:
+            frames: uint8 ``[n, H, W, 3]``: a picture to start from, or the latest frames of a video to follow.
+            strength: how far from the video; None: ``frames`` is a picture.
+        """
+        if self._blend:
+            self._turn(self._blend)
+        if frames is None:
+            self._coder = None
+            shown, self._state = self.programs.next(self._state)
+        elif strength is None:
+            require(self.block == 0, "a picture can only be the start of a film")
+            self._keep(Event(0, frames=pack(frames[:1])))
+            shown, self._state = self.programs.show(self._state, frames[0])
+        else:
+            frames = _fit(frames, self.programs.input_frames(self._state, self._coder))
+            self._keep(Event(self.block, frames=pack(frames), strength=strength))
+            shown, self._state, self._coder = self.programs.follow(self._state, frames, strength, self._coder)
+        self.block += 1
+        self.frame += len(shown)
+        self._digest.update(shown.tobytes())
+        return shown
+
+    def script(self) -> Script:
+        """Return what made the film so far."""
+        return Script(
+            recipe=self.programs.recipe.name,
+            weights=self.programs.weights,
+            seed=self.seed,
+            events=tuple(event for event in self._events if event.block < max(self.block, 1)),
+            blocks=self.block,
+            latents=self._latents,
+            complete=self._complete,
+            sha256=self._digest.hexdigest(),
+        )
+
+    def snapshot(self) -> "Film":
+        """Return the film as it is now, with its state in host memory. It does not change any more."""
+        film = object.__new__(Film)
+        film.__dict__.update(self.__dict__)
+        film._state = jax.device_get(self._state)
+        film._coder = None if self._coder is None else jax.device_get(self._coder)
+        film._events, film._digest = list(self._events), self._digest.copy()
+        film._blend = dataclasses.replace(self._blend) if self._blend else None
+        return film
+
+    def fork(self) -> "Film":
+        """Return a film that goes on from a snapshot. The snapshot stays."""
+        film = self.snapshot()
+        film._state = jax.device_put(film._state)
+        film._coder = None if film._coder is None else jax.device_put(film._coder)
+        return film
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of the state; it never changes."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
+
+    def _turn(self, blend: _Blend) -> None:
+        blend.done += 1
+        last = blend.done >= blend.length
+        self._embeds = blend.end if last else slerp(blend.start, blend.end, blend.done / blend.length)
+        # A blend cuts once, where it starts. Later a reset would show nothing but first blocks.
+        context = "keep" if blend.context == "reset" and blend.done > 1 else blend.context
+        self._state = self.programs.switch(self._state, self._embeds, context)
+        self._coder = None if context == "reset" else self._coder
+        self._blend = None if last else blend
+
+    def _keep(self, event: Event) -> None:
+        self._input += len(event.frames or "")
+        if self._input > MOST_INPUT or len(self._events) >= MOST_EVENTS:
+            self._complete = False
+            self._events = [kept for kept in self._events if kept.frames is None]
+        else:
+            self._events.append(event)
+
+    def _encode(self, prompt: str) -> np.ndarray:
+        return np.asarray(self.programs.pipe.encode_prompt(prompt))[0]
+
+
+def _fit(frames: np.ndarray, count: int) -> np.ndarray:
+    """Return the latest ``count`` frames; where there are fewer the last one stays."""
+    frames = frames[-count:]
+    return np.concatenate([frames, np.repeat(frames[-1:], count - len(frames), axis=0)])
+
+
+def check_script(script: Script, programs: Programs) -> None:
+    """Refuse a script that these weights cannot play.
+
+    Raises:
+        ConfigError: it was made by another recipe or other weights, or its inputs were not kept.
+    """
+    recipe = programs.recipe
+    require(
+        script.recipe == recipe.name,
+        f"the film was made by recipe {script.recipe!r}; this is {recipe.name!r}",
+    )
+    require(
+        script.weights == programs.weights,
+        f"the film was made by other weights (checksum {script.weights[:12]}, here {programs.weights[:12]})",
+    )
+    require(script.complete, "the film followed a video that was too long to be kept, so it cannot be replayed")
+    require(
+        programs.has_encoder or all(event.frames is None for event in script.events),
+        "the film starts from a picture or follows a video, which needs the weights of the VAE's encoder",
+    )
+
+
+class Replay:
+    """A film that follows a script: :meth:`step` until :attr:`finished`, with the frames of the first film."""
+
+    def __init__(self, programs: Programs, script: Script):
+        check_script(script, programs)
+        prompt = script.events[0].prompt
+        assert prompt is not None
+        self.script = script
+        self.film = Film(programs, script.seed, prompt, script.latents)
+        self._events = list(script.events[1:])
+
+    @property
+    def finished(self) -> bool:
+        """Whether all blocks of the script are made."""
+        return self.film.block >= self.script.blocks
+
+    def step(self) -> np.ndarray:
+        """Return the frames of the next block."""
+        height = self.film.programs.recipe.video.height
+        frames, strength = None, None
+        while self._events and self._events[0].block == self.film.block:
+            event = self._events.pop(0)
+            if event.prompt is not None:
+                self.film.change(event.prompt, event.context, event.blend)
+            if event.frames is not None:
+                frames, strength = unpack(event.frames, height), event.strength
+        return self.film.step(frames, strength)
+
+    @property
+    def same(self) -> bool:
+        """Whether the frames are those of the first film."""
+        return self.film.script().sha256 == self.script.sha256
+
+
+def replay(programs: Programs, script: Script) -> Iterator[np.ndarray]:
+    """Yield the uint8 frames ``[n, H, W, 3]`` of every block that the script's recording shows.
+
+    Raises:
+        ConfigError: :func:`check_script` refuses it, or the frames turn out not to be those of the recording.
+    """
+    playing = Replay(programs, script)
+    left = script.length
+    digest = hashlib.sha256()
+    while not playing.finished:
+        frames = playing.step()
+        if playing.film.block <= script.first:
+            continue
+        frames = frames if left is None else frames[:left]
+        left = None if left is None else left - len(frames)
+        digest.update(frames.tobytes())
+        yield frames
+    if script.sha256 and digest.hexdigest() != script.sha256:
+        raise ConfigError(
+            "the frames differ from those of the recording; it was made on another kind of device or version of JAX"
+        )

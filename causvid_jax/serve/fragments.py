@@ -1,0 +1,159 @@
+"""Fragmented MP4 (H.264) made block by block, for Media Source Extensions and for recordings that survive a kill.
+
+Every block is encoded alone: it starts with a key frame, and nothing waits for the next block. All blocks of a film
+share one header, so any run of blocks after the header is a film.
+"""
+
+import dataclasses
+import hashlib
+import io
+import pathlib
+import threading
+from fractions import Fraction
+
+import av
+import numpy as np
+from einops import repeat
+from PIL import Image
+
+from causvid_jax.config import RunError
+from causvid_jax.media.pixels import frame_rate
+from causvid_jax.media.writer import BT709, MPEG_RANGE, _tagged_frame
+from causvid_jax.serve.script import KEY, Script
+
+CODEC = "avc1.640028"
+"""What a browser is asked for: H.264 High, level 4.0, at which blocks up to 1920 x 1080 at 30 frames/s are encoded."""
+_OPTIONS = {"preset": "veryfast", "tune": "zerolatency", "crf": "16", "profile": "high", "level": "4.0"}
+_FLAGS = "empty_moov+default_base_moof+skip_trailer+frag_keyframe"
+_CLOCK = 90_000
+
+
+def encode_block(frames: np.ndarray, start: int, index: int, fps: float, upscale: int = 1) -> tuple[bytes, bytes]:
+    """Return the header and the fragment of a block.
+
+    Args:
+        frames: uint8 ``[n, H, W, 3]``.
+        start: frames of the film before this block, as shown to the viewer.
+        index: of the block, from 0.
+        fps: frames per second.
+        upscale: side of the square that replaces every pixel.
+    """
+    rate = frame_rate(fps)
+    frames = repeat(frames, "t h w c -> t (h a) (w b) c", a=upscale, b=upscale)
+    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    file = io.BytesIO()
+    options = {"movflags": _FLAGS, "fragment_index": str(index + 1), "use_editlist": "0"}
+    with av.open(file, "w", format="mp4", options=options) as container:
+        stream = container.add_stream("libx264", rate=rate, options=_OPTIONS)
+        stream.pix_fmt, stream.height, stream.width = "yuv420p", frames.shape[1], frames.shape[2]
+        context = stream.codec_context
+        context.colorspace, context.color_primaries, context.color_trc = BT709, BT709, BT709
+        context.color_range, context.thread_count = MPEG_RANGE, 1
+        context.time_base = Fraction(1, _CLOCK)
+        for i, frame in enumerate(frames):
+            picture = _tagged_frame(frame)
+            picture.time_base, picture.pts = Fraction(1, _CLOCK), round(i * _CLOCK / rate)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    header, fragment = _split(file.getvalue())
+    return header, _at(fragment, round(start * _CLOCK / rate))
+
+
+def _at(fragment: bytes, time: int) -> bytes:
+    """Return the fragment with its decoding time (box ``tfdt``, version 1) set; the encoder knows one block only."""
+    position = fragment.index(b"tfdt") + 8
+    return fragment[:position] + time.to_bytes(8, "big") + fragment[position + 8 :]
+
+
+def _split(data: bytes) -> tuple[bytes, bytes]:
+    """Return the boxes before the first ``moof``, and the others."""
+    position = 0
+    while position < len(data):
+        size, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
+        if kind == b"moof":
+            return data[:position], data[position:]
+        position += size
+    raise RunError("the H.264 encoder gave no fragment")
+
+
+def encode_strip(frames: np.ndarray) -> bytes:
+    """Return uint8 frames ``[n, H, W, 3]`` as one lossless WebP, below each other."""
+    file = io.BytesIO()
+    Image.fromarray(frames.reshape(-1, *frames.shape[2:])).save(file, "WEBP", lossless=True, quality=0, method=0)
+    return file.getvalue()
+
+
+class Recording:
+    """A film on disk. Until :meth:`close` it grows by fragments, and is playable up to the last one at any time."""
+
+    def __init__(self, path: pathlib.Path, fps: float, upscale: int, most_bytes: int):
+        self.path, self.fps, self.upscale, self.most_bytes = path, fps, upscale, most_bytes
+        self.frames = self.blocks = self.bytes = 0
+        self.digest = hashlib.sha256()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("wb", buffering=0)
+        self._lock = threading.Lock()
+
+    def append(self, frames: np.ndarray) -> None:
+        """Add a block. A closed recording takes none.
+
+        Raises:
+            RunError: the disk is full, or the recording is as long as is allowed.
+        """
+        with self._lock:
+            if not self._file.closed:
+                self._append(frames)
+
+    def _append(self, frames: np.ndarray) -> None:
+        header, fragment = encode_block(frames, self.frames, self.blocks, self.fps, self.upscale)
+        data = fragment if self.blocks else header + fragment
+        if self.bytes + len(data) > self.most_bytes:
+            raise RunError(f"the recording has reached its limit of {self.most_bytes >> 20} MiB")
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise RunError(f"the recording cannot be written: {error.strerror}") from error
+        self.frames += len(frames)
+        self.blocks += 1
+        self.bytes += len(data)
+        self.digest.update(frames.tobytes())
+
+    def close(self, script: Script, first: int) -> None:
+        """Finish the file: one index at the front, and the script in the metadata. Without a block there is no file.
+
+        Args:
+            script: of the film.
+            first: the film's block at which the recording began.
+
+        Raises:
+            RunError: the finished file cannot be written. The fragments stay.
+        """
+        with self._lock:
+            self._file.close()
+        script = dataclasses.replace(script, first=first, blocks=first + self.blocks, sha256=self.digest.hexdigest())
+        if not self.blocks:
+            self.path.unlink(missing_ok=True)
+            return
+        part = self.path.with_suffix(".partial")
+        try:
+            _remux(self.path, part, script)
+            part.replace(self.path)
+        except (OSError, av.FFmpegError) as error:
+            part.unlink(missing_ok=True)
+            raise RunError(f"the recording stays in fragments: {error}") from error
+
+
+def _remux(source: pathlib.Path, target: pathlib.Path, script: Script) -> None:
+    """Copy the packets of ``source`` to an ordinary MP4 with the script; nothing is encoded again."""
+    options = {"movflags": "+faststart"}
+    with (
+        av.open(f"file:{source.absolute()}") as old,
+        av.open(f"file:{target.absolute()}", "w", format="mp4", options=options) as new,
+    ):
+        new.metadata[KEY] = script.to_json()
+        video = old.streams.video[0]
+        copy = new.add_stream_from_template(video)
+        for packet in old.demux(video):
+            if packet.dts is not None:
+                packet.stream = copy
+                new.mux(packet)

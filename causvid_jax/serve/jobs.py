@@ -1,0 +1,179 @@
+"""Videos made in the background, in the shape of OpenAI's video API; every job is a session like a viewer's."""
+
+import collections
+import dataclasses
+import pathlib
+import secrets
+import threading
+import time
+from typing import Any, Literal
+
+import numpy as np
+
+from causvid_jax.config import ConfigError, require
+from causvid_jax.sampling import blocks
+from causvid_jax.serve.engine import Engine
+from causvid_jax.serve.fragments import Recording
+from causvid_jax.serve.session import Session, Start
+
+Status = Literal["queued", "in_progress", "completed", "failed"]
+
+
+@dataclasses.dataclass
+class Job:
+    """A video that is waiting, being made, or finished."""
+
+    id: str
+    model: str
+    prompt: str
+    seed: int
+    seconds: float
+    size: str
+    picture: np.ndarray | None = None
+    status: Status = "queued"
+    progress: float = 0.0
+    created_at: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    completed_at: int | None = None
+    error: str | None = None
+    session: Session | None = None
+    path: pathlib.Path | None = None
+
+    def public(self) -> dict[str, Any]:
+        """Return the object ``video`` of the API."""
+        return {
+            "id": self.id,
+            "object": "video",
+            "model": self.model,
+            "status": self.status,
+            "progress": int(self.progress),
+            "prompt": self.prompt,
+            "seconds": f"{self.seconds:g}",
+            "size": self.size,
+            "seed": self.seed,
+            "created_at": self.created_at,
+            "completed_at": self.completed_at,
+            "expires_at": None,
+            "remixed_from_video_id": None,
+            "error": None if self.error is None else {"code": "failed", "message": self.error},
+        }
+
+
+class Jobs:
+    """The jobs of one server. One at a time is made, beside the viewers' sessions and at their pace."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._jobs: collections.OrderedDict[str, Job] = collections.OrderedDict()
+        self._lock = threading.RLock()
+
+    def create(
+        self,
+        prompt: str,
+        *,
+        model: str = "",
+        seconds: float = 4.0,
+        size: str = "",
+        seed: int | None = None,
+        picture: np.ndarray | None = None,
+    ) -> Job:
+        """Queue a video.
+
+        Raises:
+            ConfigError: a value that this recipe cannot make, or too many jobs.
+        """
+        recipe, settings = self.engine.recipe, self.engine.settings
+        ours = f"{recipe.video.width}x{recipe.video.height}"
+        require(not model or model == recipe.name, f"model is {model!r}; accepted: {recipe.name}")
+        require(not size or size == ours, f"size is {size!r}; accepted: {ours}")
+        require(
+            0 < seconds <= settings.seconds, f"seconds is {seconds:g}; accepted: above 0, up to {settings.seconds:g}"
+        )
+        require(bool(prompt.strip()), "the prompt is empty; say what to show")
+        require(
+            len(prompt) <= settings.prompt_characters,
+            f"the prompt has {len(prompt)} characters; accepted: {settings.prompt_characters}",
+        )
+        require(picture is None or self.engine.has_encoder, "this server cannot start from a picture")
+        if recipe.text.kind == "words":
+            self.engine.programs.pipe.encode_prompt(prompt)
+        seed = secrets.randbelow(2**32) if seed is None else seed
+        require(0 <= seed < 2**32, f"seed is {seed}; accepted: 0 to {2**32 - 1}")
+        job = Job(f"video_{secrets.token_hex(12)}", recipe.name, prompt, seed, seconds, ours, picture)
+        with self._lock:
+            waiting = sum(other.status == "queued" for other in self._jobs.values())
+            require(waiting < settings.jobs, f"{waiting} videos wait already; try again later")
+            self._jobs[job.id] = job
+            for old in [key for key, other in self._jobs.items() if other.completed_at][: -settings.kept]:
+                self.delete(old)
+        self._next()
+        return job
+
+    def get(self, key: str) -> Job | None:
+        """Return a job, or None."""
+        return self._jobs.get(key)
+
+    def all(self) -> list[Job]:
+        """Return all jobs, the newest first."""
+        with self._lock:
+            return list(reversed(self._jobs.values()))
+
+    def delete(self, key: str) -> None:
+        """Stop a job and remove its video."""
+        with self._lock:
+            job = self._jobs.pop(key, None)
+        if job is None:
+            return
+        if job.session is not None:
+            self.engine.close(job.session, "the job was deleted")
+        if job.path is not None:
+            job.path.unlink(missing_ok=True)
+        self._next()
+
+    def _next(self) -> None:
+        with self._lock:
+            if any(job.status == "in_progress" for job in self._jobs.values()):
+                return
+            job = next((job for job in self._jobs.values() if job.status == "queued"), None)
+            if job is None:
+                return
+            job.status = "in_progress"
+        try:
+            self._begin(job)
+        except ConfigError as error:
+            self._finish(job, str(error))
+
+    def _begin(self, job: Job) -> None:
+        engine = self.engine
+        total = round(job.seconds * engine.fps)
+        last = blocks.block_of(max(total, 1) - 1, engine.recipe)
+        path = pathlib.Path(engine.settings.recordings) / f"{job.id}.mp4"
+        recording = Recording(path, engine.fps, engine.pixel_size, engine.settings.recording_bytes)
+        session = engine.open(Start(job.prompt, job.seed, picture=job.picture), keeps=False)
+        job.session, job.path, job.picture = session, path, None
+
+        def on_frames(frames: np.ndarray) -> None:
+            recording.append(frames[: total - recording.frames])
+            job.progress = min(99.0, 100.0 * recording.frames / total)
+            if recording.frames >= total and session.film is not None:
+                script = dataclasses.replace(session.film.script(), length=total)
+                recording.close(script, 0)
+                self._finish(job)
+
+        def on_output() -> None:
+            for event in list(session.events):
+                if event["type"] in ("error", "ended") and job.status == "in_progress":
+                    self._finish(job, event.get("message") or event["reason"])
+
+        session.on_frames, session.on_output = on_frames, on_output
+        engine.pull(session, last, 0)
+
+    def _finish(self, job: Job, error: str | None = None) -> None:
+        job.status, job.error = ("completed" if error is None else "failed"), error
+        job.progress = 100.0 if error is None else job.progress
+        job.completed_at = int(time.time())
+        if error is not None and job.path is not None:
+            job.path.unlink(missing_ok=True)
+        if job.session is not None:
+            self.engine.close(job.session, "the job is finished")
+        self.engine.remove_old_files()
+        self._next()

@@ -1,0 +1,138 @@
+"""Messages of the WebSocket ``/v1/stream``, version ``causvid.v1``; docs/serving.md describes them.
+
+A text message is one JSON object. A binary message is a header and a payload: four bytes, the length of the header in
+big-endian, then the header as JSON, then the payload. Headers and text messages from the client are the models here.
+"""
+
+import json
+import struct
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from causvid_jax.config import ConfigError
+from causvid_jax.serve.script import MOST_BLEND
+
+SUBPROTOCOL = "causvid.v1"
+TOKEN_PREFIX = "token."
+"""A browser cannot set headers of a WebSocket, so the token comes as a second subprotocol, ``token.SECRET``."""
+Format = Literal["webp", "mp4"]
+
+
+class Message(pydantic.BaseModel):
+    """A message of the client; unknown fields are refused."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+
+class Start(Message):
+    """Begin a film; the first message, and again for a new one. The payload is a picture to start from, or nothing."""
+
+    type: Literal["start"]
+    prompt: str = ""
+    seed: int = pydantic.Field(0, ge=0, lt=2**32)
+    format: Format | None = None
+    script: dict[str, Any] | None = None
+    snapshot: str | None = pydantic.Field(None, max_length=64)
+
+
+class Resume(Message):
+    """Take up a lost connection: the first message instead of ``start``. ``received`` chunks have arrived."""
+
+    type: Literal["resume"]
+    token: str = pydantic.Field(max_length=64)
+    received: int = pydantic.Field(ge=0)
+    format: Format | None = None
+
+
+class Prompt(Message):
+    """Let another prompt hold from the next block on."""
+
+    type: Literal["prompt"]
+    prompt: str
+    context: Literal["keep", "recompute", "reset"] = "reset"
+    blend: int = pydantic.Field(0, ge=0, le=MOST_BLEND)
+    id: int = pydantic.Field(0, ge=0, lt=2**53)
+
+
+class Pull(Message):
+    """Allow chunks up to index ``upto``; those below ``received`` have arrived."""
+
+    type: Literal["pull"]
+    upto: int = pydantic.Field(ge=0, lt=2**53)
+    received: int = pydantic.Field(ge=0, lt=2**53)
+
+
+class Pause(Message):
+    """Stop making blocks, or go on."""
+
+    type: Literal["pause"]
+    paused: bool
+
+
+class Input(Message):
+    """A frame of a video to follow, as the payload; no payload: follow none."""
+
+    type: Literal["input"]
+    strength: float = pydantic.Field(0.5, gt=0, le=1)
+
+
+class Snapshot(Message):
+    """Keep the film as it is."""
+
+    type: Literal["snapshot"]
+    name: int = pydantic.Field(0, ge=0, lt=2**53)
+
+
+class TellScript(Message):
+    """Send the script."""
+
+    type: Literal["script"]
+
+
+class Record(Message):
+    """Start or finish a recording."""
+
+    type: Literal["record"]
+    on: bool
+
+
+class Stop(Message):
+    """End the session."""
+
+    type: Literal["stop"]
+
+
+Any_ = Annotated[
+    Start | Resume | Prompt | Pull | Pause | Input | Snapshot | TellScript | Record | Stop,
+    pydantic.Field(discriminator="type"),
+]
+_READER: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(Any_)
+
+
+def read(message: str | bytes) -> tuple[Any, bytes]:
+    """Return a message of the client and its payload.
+
+    Raises:
+        ConfigError: it is malformed.
+    """
+    header, payload = message, b""
+    if isinstance(message, bytes):
+        size = int.from_bytes(message[:4], "big")
+        if len(message) < 4 or size > min(len(message) - 4, 65536):
+            raise ConfigError("a binary message has no header of the length that it tells")
+        header, payload = message[4 : 4 + size], message[4 + size :]
+    try:
+        return _READER.validate_json(header), payload
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"malformed message: {where + ': ' if where else ''}{first['msg']}") from None
+    except RecursionError:
+        raise ConfigError("malformed message: it is nested too deeply") from None
+
+
+def write(header: dict[str, Any], payload: bytes) -> bytes:
+    """Return a binary message."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return struct.pack(">I", len(text)) + text + payload

@@ -1,0 +1,47 @@
+"""Serve an engine until a signal ends the process."""
+
+import logging
+import socket as sockets
+
+import uvicorn
+
+from causvid_jax.config import ConfigError
+from causvid_jax.serve.app import create_app
+from causvid_jax.serve.engine import Engine
+from causvid_jax.serve.settings import Settings
+
+DRAIN_SECONDS = 10
+CONNECTIONS = 512
+
+
+def listen(settings: Settings) -> sockets.socket:
+    """Return a socket that listens at the address.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    try:
+        family = sockets.AF_INET6 if ":" in settings.host else sockets.AF_INET
+        return sockets.create_server((settings.host, settings.port), family=family, backlog=256)
+    except OSError as error:
+        raise ConfigError(f"cannot listen at {settings.host}:{settings.port}: {error.strerror}") from error
+
+
+def configuration(engine: Engine) -> uvicorn.Config:
+    """Return how the application is served."""
+    return uvicorn.Config(
+        create_app(engine),
+        log_level=logging.WARNING,
+        access_log=False,
+        server_header=False,
+        ws="websockets-sansio",
+        ws_max_size=engine.settings.message_bytes,
+        ws_per_message_deflate=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+    )
+
+
+def serve(engine: Engine, listener: sockets.socket) -> None:
+    """Serve until SIGTERM or Ctrl-C; then connections are closed and recordings finished."""
+    uvicorn.Server(configuration(engine)).run(sockets=[listener])

@@ -1,0 +1,35 @@
+"""Pictures that clients send: sizes are checked before anything is decoded, and no name of theirs is used."""
+
+import io
+import pathlib
+import tempfile
+
+import numpy as np
+from PIL import Image
+
+from causvid_jax import media
+from causvid_jax.config import ConfigError, require
+from causvid_jax.media.images import FORMATS
+
+
+def decode_picture(data: bytes, height: int, width: int, most_pixels: int) -> np.ndarray:
+    """Return a picture scaled to cover the size, uint8 ``[height, width, 3]``.
+
+    Raises:
+        ConfigError: it is too large, damaged, or of a kind that is not read.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            pixels = image.width * image.height
+    except Image.DecompressionBombError:
+        pixels = most_pixels + 1
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise ConfigError(f"the picture is damaged or none of {', '.join(FORMATS)}") from error
+    require(pixels <= most_pixels, f"the picture has more than {most_pixels // 10**6} million pixels")
+    with tempfile.TemporaryDirectory(prefix="causvid_upload_") as folder:
+        path = pathlib.Path(folder) / "picture"
+        path.write_bytes(data)
+        try:
+            return media.read_image(path, height, width)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(f"image {str(path)!r}", "the picture")) from error

@@ -1,0 +1,162 @@
+"""Sessions share the device block by block; nothing grows for a viewer that does not listen; time-outs by a clock."""
+
+import os
+
+import numpy as np
+import pytest
+
+from causvid_jax.config import ConfigError
+from causvid_jax.serve import script
+from causvid_jax.serve.film import Replay
+from causvid_jax.serve.session import Change, Start
+from tests.serve.conftest import frames_of, run
+
+PROMPT = "a red 3 moving left"
+
+
+def events(session, kind):
+    return [event for event in session.events if event["type"] == kind]
+
+
+def test_generation_stops_at_the_permission_and_at_what_is_not_confirmed(engine):
+    session = engine.open(Start(PROMPT))
+    run(engine)
+    assert session.made == 1  # a start is the permission for the first
+    engine.pull(session, 99, 0)
+    run(engine)
+    assert session.made == engine.settings.ahead == len(session.chunks)
+    engine.pull(session, 99, 2)
+    run(engine)
+    assert session.made == engine.settings.ahead + 2 and len(session.chunks) == engine.settings.ahead
+    engine.pause(session, True)
+    engine.pull(session, 99, session.made)
+    assert run(engine) == 0
+
+
+def test_sessions_take_turns_and_a_silent_one_slows_nobody(engine):
+    order = []
+    first, second = engine.open(Start(PROMPT)), engine.open(Start(PROMPT, seed=1))
+    for name, session in (("a", first), ("b", second)):
+        session.on_frames = lambda frames, name=name: order.append(name)
+        engine.pull(session, 2, 0)
+    run(engine)
+    assert sorted("".join(order)[i : i + 2] for i in (0, 2, 4)) in (["ab"] * 3, ["ba"] * 3)
+    for _ in range(5):
+        engine.pull(first, first.made, first.made)
+        run(engine)
+    assert first.made == 8 and second.made == 3
+
+
+def test_the_queue_tells_its_position_and_refuses_beyond_its_length(engine):
+    running = [engine.open(Start(PROMPT), "somebody") for _ in range(2)]
+    waiting = engine.open(Start(PROMPT), "else")
+    assert events(waiting, "queued")[-1]["position"] == 1
+    with pytest.raises(ConfigError, match="queue are taken"):
+        engine.open(Start(PROMPT), "third")
+    run(engine)
+    assert waiting.made == 0
+    engine.close(running[0], "enough")
+    run(engine)
+    assert waiting.made == 1 and events(running[0], "ended")[0]["reason"] == "enough"
+
+
+def test_a_lost_connection_is_taken_up_without_a_frame_lost(engine):
+    session = engine.open(Start(PROMPT))
+    engine.pull(session, 2, 0)
+    run(engine)
+    frames = frames_of(session)
+    engine.pull(session, 2, 1)
+    engine.lose(session)
+    engine.clock.now = 59.0
+    engine.tick()
+    assert engine.attach("wrong", 1, print) is None and engine.attach(session.token, 0, print) is None
+    again = engine.attach(session.token, 1, lambda: None)
+    assert again is session and [chunk.index for chunk in session.chunks] == [1, 2]
+    whole = Replay(engine.programs, session.film.script())
+    made = [whole.step() for _ in range(3)]
+    np.testing.assert_array_equal(frames, np.concatenate(made))
+    engine.lose(session)
+    engine.clock.now = 59.0 + 61.0
+    engine.tick()
+    assert session.status == "ended" and engine.attach(session.token, 1, print) is None
+
+
+def test_an_idle_session_ends_with_a_reason(engine):
+    session = engine.open(Start(PROMPT))
+    engine.clock.now = engine.settings.idle_seconds + 1
+    engine.tick()
+    assert events(session, "ended")[0]["reason"] == "nothing was asked for 120 s" and not engine.sessions()
+
+
+def test_of_a_thousand_changes_the_latest_counts_and_the_script_stays_short(engine):
+    session = engine.open(Start(PROMPT))
+    run(engine)
+    for i in range(1000):
+        engine.change(session, Change(f"a green {i % 10} moving up", "keep", id=i + 1))
+    engine.pull(session, 1, 1)
+    run(engine)
+    assert session.chunks[-1].knows == 1000 and len(session.film.script().events) == 2
+    engine.change(session, Change("a purple 3", "keep", id=1001))
+    run(engine)
+    assert "unknown word 'purple'" in events(session, "error")[0]["message"] and session.status == "running"
+
+
+def test_snapshot_fork_and_replay_through_sessions(engine):
+    session = engine.open(Start(PROMPT, seed=5))
+    engine.pull(session, 1, 0)
+    run(engine)
+    engine.snapshot(session, 1)
+    run(engine)
+    kept = events(session, "snapshot")[0]
+    assert kept["block"] == 2
+    fork = engine.open(Start(snapshot=kept["id"]))
+    for each in (session, fork):
+        engine.pull(each, each.made + 1, each.made)
+    run(engine)
+    np.testing.assert_array_equal(fork.chunks[0].frames, session.chunks[0].frames)
+    engine.script(session)
+    run(engine)
+    written = script.from_json(events(session, "script")[0]["script"])
+    engine.restart(fork, Start(script=written))
+    for _ in range(6):
+        engine.pull(fork, 99, fork.made)
+        run(engine)
+    done = events(fork, "replayed")[0]
+    assert done["same"] is True and done["blocks"] == written.blocks
+    engine.restart(fork, Start(snapshot="none"))
+    run(engine)
+    assert "no longer kept" in events(fork, "error")[0]["message"]
+
+
+def test_a_full_recording_is_closed_and_the_film_goes_on(engine, monkeypatch):
+    session = engine.open(Start(PROMPT))
+    run(engine)
+    engine.record(session, True)
+    engine.pull(session, 2, 1)
+    run(engine)
+    session.recording.most_bytes = 1
+    engine.pull(session, 4, 3)
+    run(engine)
+    assert "its limit" in events(session, "error")[0]["message"] and session.made == 5
+    name = events(session, "recorded")[0]["name"]
+    assert script.read_script(f"{engine.settings.recordings}/{name}").first == 1
+
+
+@pytest.mark.parametrize("blocks", [300, pytest.param(14400, marks=pytest.mark.slow)])
+def test_a_long_film_keeps_its_size(engine, blocks):
+    """State, chunks, events, script and memory are as large as after 100 blocks; 14400 are an hour of film."""
+    session = engine.open(Start(PROMPT))
+    for block in range(blocks):
+        engine.pull(session, session.made, session.made)
+        run(engine)
+        if block == 100:
+            size, memory = session.film.state_bytes, resident()
+    assert session.film.block == blocks and session.film.state_bytes == size
+    assert len(session.chunks) == 1 and len(session.film.script().events) == 1 and len(session.events) <= 3
+    assert resident() - memory < 32 * 2**20
+
+
+def resident():
+    """Return the bytes of memory that this process holds."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,188 @@
+"""The page in a real browser: Chromium of Debian, driven by Selenium, on the digits recipe."""
+
+import os
+import pathlib
+import shutil
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+from causvid_jax import media
+from causvid_jax.config.recipes import load_recipe
+from causvid_jax.serve import script
+from causvid_jax.serve.film import replay
+from causvid_jax.serve.programs import open_programs
+from tests.serve.conftest import Server
+
+CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed (apt-get install chromium-driver)"
+)
+PICTURES = pathlib.Path(os.environ.get("PAGE_PICTURES", "/nowhere"))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return open_programs(load_recipe("digits"))
+
+
+@pytest.fixture
+def page(digits, tmp_path):
+    """Return a browser with the page of a running server."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--window-size=1280,900",
+        "--use-fake-ui-for-media-stream",
+        "--use-fake-device-for-media-stream",
+    ):
+        options.add_argument(flag)
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with Server(digits, tmp_path / "recordings", sessions=4) as live:
+        browser = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+        try:
+            browser.live, browser.folder = live, tmp_path
+            browser.get(live.url)
+            yield browser
+        finally:
+            browser.quit()
+
+
+def until(condition, what, seconds=30):
+    """Wait until ``condition()`` holds and return its value."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"{what} has not happened within {seconds} s")
+
+
+def pixels(page):
+    """Return the film's canvas, uint8 ``[32, 32, 3]``."""
+    data = page.execute_script(
+        "const c = document.querySelector('.film canvas');"
+        "return Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data);"
+    )
+    return np.array(data, np.uint8).reshape(32, 32, 4)[..., :3]
+
+
+def color(page):
+    """Return mean red, green and blue of what is bright."""
+    frame = pixels(page).astype(float)
+    bright = frame[frame.max(-1) > 100]
+    return bright.mean(0) if len(bright) > 10 else np.zeros(3)
+
+
+def is_color(page, index):
+    mean = color(page)
+    return mean[index] > 120 and mean[index] > 2 * max(np.delete(mean, index))
+
+
+def caption(page):
+    return page.find_element(By.CSS_SELECTOR, ".film .caption").text
+
+
+def click(page, name):
+    page.find_element(By.ID, name).click()
+
+
+def picture(page, name):
+    if PICTURES.is_dir():
+        page.save_screenshot(str(PICTURES / f"{name}.png"))
+
+
+def no_errors(page):
+    messages = [entry["message"] for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not messages, messages
+
+
+def test_the_prompt_changes_the_film(page):
+    until(lambda: is_color(page, 0), "a red film")
+    assert caption(page) == "a red 3 moving left"
+    one = pixels(page)
+    until(lambda: np.any(pixels(page) != one), "movement")
+    box = page.find_element(By.ID, "prompt")
+    box.clear()
+    box.send_keys("a gre")
+    until(lambda: page.find_elements(By.CSS_SELECTOR, "#suggestions li"), "suggestions")
+    picture(page, "suggestions")
+    box.send_keys(Keys.TAB, "7 moving up", Keys.ENTER)
+    until(lambda: is_color(page, 1), "a green film")
+    assert caption(page) == "a green 7 moving up"
+    box.clear()
+    box.send_keys("a purple 3", Keys.ENTER)
+    until(lambda: "purple" in page.find_element(By.ID, "error").text, "a sentence about the word")
+    box.send_keys(Keys.ESCAPE)
+    page.find_element(By.TAG_NAME, "body").send_keys(Keys.ARROW_DOWN)
+    until(lambda: caption(page) == "a green 7 moving down", "steering by an arrow key")
+    delay = float(until(lambda: page.find_element(By.ID, "figure-delay").text.removesuffix(" s").strip("–"), "a delay"))
+    assert 0 < delay < 5
+    picture(page, "light")
+    page.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    )
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 1700, "deviceScaleFactor": 1, "mobile": True}
+    )
+    picture(page, "phone_dark")
+    width = page.execute_script("return document.documentElement.scrollWidth")
+    assert width <= 390
+    no_errors(page)
+
+
+def test_record_download_snapshot_and_replay(page, digits):
+    until(lambda: is_color(page, 0), "a red film")
+    click(page, "record")
+    page.find_element(By.TAG_NAME, "body").send_keys(Keys.ARROW_RIGHT)
+    until(lambda: "right" in caption(page), "steering")
+    click(page, "snapshot")
+    until(lambda: "Snapshot" in page.find_element(By.ID, "kept").text, "a snapshot")
+    click(page, "record")
+    until(lambda: page.find_elements(By.CLASS_NAME, "download"), "a recording")[0].click()
+    file = until(lambda: next(iter(page.folder.glob("*.mp4")), None), "a download")
+    until(lambda: not list(page.folder.glob("*.crdownload")), "the end of the download")
+    written = script.read_script(file)
+    assert len(media.read_video(file, 32, 32)) == sum(map(len, replay(digits, written)))
+    beside = [b for b in page.find_elements(By.CSS_SELECTOR, "#kept button") if b.text == "Beside it"]
+    beside[0].click()
+    until(lambda: len(page.find_elements(By.CSS_SELECTOR, ".film")) == 2, "a film beside it")
+    time.sleep(1.5)
+    picture(page, "side_by_side")
+    click(page, "link")
+    link = until(lambda: page.find_elements(By.CLASS_NAME, "replay"), "a link")[0].get_attribute("href")
+    page.switch_to.new_window("tab")
+    page.get(link)
+    until(lambda: "identical" in page.find_element(By.ID, "error").text, "an identical replay", 60)
+    no_errors(page)
+
+
+def test_h264_picture_camera_and_a_lost_connection(page, tmp_path):
+    until(lambda: is_color(page, 0), "a red film")
+    frames = np.zeros((64, 64, 3), np.uint8)
+    frames[16:48, 28:36] = 0, 0, 255
+    Image.fromarray(frames).save(tmp_path / "blue.png")
+    page.find_element(By.ID, "picture").send_keys(str(tmp_path / "blue.png"))
+    until(lambda: is_color(page, 2), "the picture")
+    click(page, "camera")
+    until(lambda: page.find_element(By.ID, "camera").get_attribute("aria-pressed") == "true", "the camera")
+    time.sleep(2)
+    picture(page, "camera")
+    click(page, "unfollow")
+    page.execute_script("film.player.connection.socket.close()")
+    shown = page.execute_script("return film.player.connection.received")
+    until(lambda: page.execute_script("return film.player.connection.received") > shown + 2, "the film going on")
+    page.find_element(By.CSS_SELECTOR, "#format option[value=mp4]").click()
+    until(lambda: page.execute_script("return document.querySelector('.film video').currentTime") > 1.5, "H.264", 60)
+    picture(page, "h264")
+    no_errors(page)

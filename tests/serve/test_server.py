@@ -1,0 +1,215 @@
+"""The server over real sockets: stream, jobs, probes, and every refusal with its reason."""
+
+import contextlib
+import io
+import json
+import pathlib
+import socket
+import struct
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from websockets.exceptions import ConnectionClosed
+
+from causvid_jax import media
+from causvid_jax.config import ConfigError
+from causvid_jax.serve import script
+from causvid_jax.serve.film import Film, replay
+from causvid_jax.serve.settings import Settings
+from tests.serve.conftest import Server
+
+PROMPT = "a red 3 moving left"
+START = {"prompt": PROMPT, "seed": 4}
+
+
+def png(height=16, width=16, color=(255, 0, 0)):
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), color).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_film_over_the_socket_is_the_film_of_the_sampler(live, programs):
+    with live.connect() as viewer:
+        assert viewer.receive()["version"] == "causvid.v1"
+        viewer.send("start", **START)
+        token = viewer.until("session")["token"]
+        frames = [viewer.pull(2)]
+        viewer.send("prompt", prompt="a green 7 moving up", context="keep", blend=2, id=1)
+        while not viewer.chunks[-1]["knows"]:
+            frames.append(viewer.pull(1))
+        viewer.socket.socket.shutdown(socket.SHUT_RDWR)
+    with live.connect() as viewer:
+        received = len(frames) + 1
+        viewer.send("resume", token=token, received=received)
+        assert viewer.until("session")["resumed"]
+        frames.append(viewer.pull(2))
+        viewer.send("pause", paused=True)
+        viewer.send("script")
+        written = script.from_json(viewer.until("script")["script"])
+        assert [event.prompt for event in written.events] == [PROMPT, "a green 7 moving up"]
+        viewer.send("stop")
+        assert viewer.closed() == (1000, "the client ended it")
+    shown, whole = np.concatenate(frames), np.concatenate(list(replay(programs, written)))
+    np.testing.assert_array_equal(shown, whole[: len(shown)])
+
+
+def test_record_fork_replay_picture_and_video(live, programs):
+    with live.connect() as viewer, live.connect() as other:
+        viewer.send("start", png(), **START)
+        viewer.pull(2)
+        viewer.send("record", on=True)
+        name = viewer.until("recording")["name"]
+        viewer.send("input", png(color=(0, 0, 255)), strength=0.5)
+        viewer.pull(3)
+        viewer.send("input")
+        viewer.pull(1)
+        viewer.send("snapshot", name=1)
+        kept = viewer.until("snapshot")
+        viewer.send("record", on=False)
+        recorded = viewer.until("recorded")
+        assert recorded["name"] == name
+        with live.http() as http:
+            answer = http.get(f"/v1/recordings/{name}")
+            assert answer.headers["content-type"] == "video/mp4"
+            assert http.get("/v1/recordings/..%2fx.mp4").status_code == 404
+        path = f"{live.settings.recordings}/copy.mp4"
+        pathlib.Path(path).write_bytes(answer.content)
+        again = np.concatenate(list(replay(programs, script.read_script(path))))
+        assert len(again) == recorded["frames"]
+        other.send("start", snapshot=kept["id"])
+        assert other.until("started")["block"] == kept["block"]
+        other.pull(1)
+        other.send("start", script=json.loads(script.read_script(path).to_json()))
+        other.pull(2)
+
+
+def test_h264_chunks_play_in_order(live):
+    with live.connect() as viewer:
+        viewer.send("start", format="mp4", **START)
+        data = b""
+        for _ in range(3):
+            chunk = viewer.until("chunk")
+            viewer.send("pull", upto=chunk["index"] + 1, received=chunk["index"] + 1)
+            data += chunk["data"] if not data else chunk["data"][chunk["init"] :]
+    path = f"{live.settings.recordings}.mp4"
+    pathlib.Path(path).write_bytes(data)
+    assert len(media.read_video(path, 16, 16)) == sum(chunk["count"] for chunk in viewer.chunks)
+
+
+def test_videos_in_the_shape_of_openai(live, programs):
+    with live.http() as http:
+        job = http.post("/v1/videos", json={"prompt": PROMPT, "seconds": "0.5", "seed": 9}).json()
+        form = {"prompt": PROMPT, "seconds": "1", "size": "16x16"}
+        second = http.post("/v1/videos", data=form, files={"input_reference": ("../../x.png", png())}).json()
+        assert job["object"] == "video" and job["status"] in ("queued", "in_progress")
+        for each in (job, second):
+            while (now := http.get(f"/v1/videos/{each['id']}").json())["status"] in ("queued", "in_progress"):
+                time.sleep(0.02)
+            assert now["status"] == "completed" and now["progress"] == 100, now
+        content = http.get(f"/v1/videos/{job['id']}/content")
+        path = f"{live.settings.recordings}/{job['id']}.mp4"
+        assert len(media.read_video(path, 16, 16)) == 8 and content.content == pathlib.Path(path).read_bytes()
+        film = Film(programs, 9, PROMPT)
+        frames = np.concatenate([film.step() for _ in range(4)])[:8]
+        np.testing.assert_array_equal(np.concatenate(list(replay(programs, script.read_script(path)))), frames)
+        listed = http.get("/v1/videos").json()
+        assert [video["id"] for video in listed["data"]] == [second["id"], job["id"]]
+        assert http.delete(f"/v1/videos/{job['id']}").json()["deleted"]
+        assert http.get(f"/v1/videos/{job['id']}").status_code == 404
+        for bad, sentence in (
+            ({"prompt": "a purple 3"}, "unknown word 'purple'"),
+            ({"prompt": PROMPT, "seconds": 1e9}, "seconds is 1e+09"),
+            ({"prompt": PROMPT, "model": "sora-2"}, "model is 'sora-2'"),
+            ({"seconds": 1}, "prompt: Field required"),
+        ):
+            answer = http.post("/v1/videos", json=bad)
+            assert answer.status_code == 400 and sentence in answer.json()["error"]["message"]
+
+
+def test_probes_metrics_page_and_headers(live):
+    with live.http() as http:
+        assert http.get("/healthz").json() == {"status": "ok"} and http.get("/readyz").json() == {"status": "ready"}
+        http.post("/v1/videos", json={"prompt": PROMPT, "seconds": 0.1})
+        time.sleep(0.3)
+        text = http.get("/metrics").text
+        assert 'causvid_first_chunk_seconds_count{recipe="tiny"} 1.0' in text
+        for name in ("chunk_interval_p95_seconds", "real_time_factor", "deadline_misses_total", "queue_length"):
+            assert f"causvid_{name}" in text
+        page = http.get("/")
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        assert "/v1/videos/{key}/content" in http.get("/openapi.json").json()["paths"]
+
+
+@pytest.mark.parametrize(
+    "first, code, sentence",
+    [
+        ("{", 4400, "malformed message"),
+        ("[" * 10000, 4400, "malformed message"),
+        ('{"type": "walk"}', 4400, "malformed message"),
+        ('{"type": "start", "prompt": 3}', 4400, "start.prompt"),
+        ('{"type": "start", "prompt": "x", "seed": -1}', 4400, "start.seed"),
+        ('{"type": "pull", "upto": 1, "received": 0}', 4400, "first message must be"),
+        ('{"type": "resume", "token": "x", "received": 0}', 4410, "cannot be resumed"),
+        ('{"type": "start", "prompt": ""}', 4400, "the prompt is empty"),
+        ('{"type": "start", "script": {"events": 1}}', 4400, "no script"),
+        (b"\xff\xff\xff\xff", 4400, "no header"),
+        (struct.pack(">I", 33) + b'{"type": "start", "prompt": "a"} ' + b"GIF89a", 4400, "damaged"),
+        ("x" * (5 * 2**20), 1009, ""),
+    ],
+)
+def test_a_bad_first_message_is_a_close_with_a_reason(live, first, code, sentence):
+    with live.connect() as viewer:
+        with contextlib.suppress(ConnectionClosed):
+            viewer.socket.send(first)
+        closed = viewer.closed()
+        assert closed[0] == code and sentence in closed[1]
+    assert not live.engine.sessions() or live.engine.sessions()[0].lost is not None
+
+
+def test_wrong_origin_host_rate_and_size_are_refused(programs, tmp_path):
+    limits = {"requests_per_minute": 12, "upload_bytes": 1000, "per_address": 1}
+    with Server(programs, tmp_path, **limits) as live, live.http() as http:
+        with live.connect(origin="https://evil.example") as viewer:
+            assert viewer.closed()[0] == 4403
+        assert http.get("/", headers={"host": "evil.example"}).status_code == 403
+        assert http.post("/v1/videos", content=b"x" * 2000).status_code == 413
+        assert http.post("/v1/videos", content=iter([b"x" * 600] * 2)).status_code == 413
+        with live.connect() as one, live.connect() as two:
+            one.send("start", **START)
+            one.pull(1)
+            two.send("start", **START)
+            code, reason = two.closed()
+            assert code == 4400 and "your address has 1 sessions" in reason
+        for _ in range(12):
+            last = http.get("/")
+        assert last.status_code == 429 and "12 requests a minute" in last.json()["error"]["message"]
+        assert http.get("/healthz").status_code == 200
+
+
+def test_another_address_needs_a_token_and_the_token_opens(programs, tmp_path):
+    with pytest.raises(ConfigError, match="give --token"):
+        Settings(host="0.0.0.0")
+    with Server(programs, tmp_path, token="a-long-secret-token") as live, live.http() as http:
+        assert http.get("/metrics").status_code == 401 and http.get("/readyz").status_code == 200
+        assert http.get("/metrics", headers={"authorization": "Bearer a-long-secret-token"}).status_code == 200
+        with live.connect() as viewer:
+            assert viewer.closed() == (4401, "the token is missing or wrong")
+        with live.connect(subprotocols=["causvid.v1", "token.a-long-secret-token"]) as viewer:
+            viewer.send("start", **START)
+            viewer.pull(1)
+
+
+def test_stopping_finishes_recordings(programs, tmp_path):
+    with Server(programs, tmp_path / "r") as live:
+        viewer = live.connect()
+        viewer.send("start", **START)
+        viewer.send("record", on=True)
+        viewer.pull(4)
+    assert viewer.closed()[0] == 1012
+    viewer.__exit__()
+    files = list((tmp_path / "r").glob("*.mp4"))
+    assert len(files) == 1
+    written = script.read_script(files[0])
+    assert len(media.read_video(files[0], 16, 16)) == sum(map(len, replay(programs, written))) >= 4
