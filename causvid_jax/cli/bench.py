@@ -8,11 +8,14 @@ recipe's settings: ``--config.causal.window=21 --config.student.dtype=bfloat16 -
 
 import dataclasses
 import json
+import os
+import pathlib
 from typing import Literal
 
 from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, option
-from causvid_jax.config import Recipe
+from causvid_jax.config import ConfigError, Recipe, require
+from causvid_jax.config.recipes import load_recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +30,15 @@ class Options:
     weights: Literal["compute", "float32"] = option(
         "compute", "Stored type of kernels: compute (the type they are multiplied in) or float32."
     )
+    serve: bool = option(False, "Measure causvid serve as its viewers see it, with the weights of the package.")
 
 
 def main(options: Options) -> None:
     """Measure and write the report."""
     output = common.check_output(options.output, (".json",))
+    if options.serve:
+        measure_server(options.config, output)
+        return
     from causvid_jax.analysis import bench
     from causvid_jax.analysis import report as report_format
 
@@ -45,3 +52,16 @@ def main(options: Options) -> None:
     text = report_format.markdown(report)
     output.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
+
+
+def measure_server(recipe: Recipe, output: pathlib.Path) -> None:
+    """Start a server of its own, view it, and write the figures."""
+    require(recipe == load_recipe(recipe.name), "--serve measures a recipe as it is named; leave --config.FIELD out")
+    try:
+        from causvid_jax.serve import bench
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--serve needs {error.name}; install it: pip install 'causvid_jax[serve]'") from error
+    report = {"recipe": recipe.name, "cpus": os.cpu_count(), "load": os.getloadavg()[0]}
+    report |= bench.measure((f"--config={recipe.name}", "--per_address=16"))
+    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=1))

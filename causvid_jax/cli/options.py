@@ -53,7 +53,8 @@ def parse(cls: type[T], arguments: Sequence[str]) -> T:
             values[name] = (*values.get(name, ()), *value) if isinstance(value, tuple) else value
     if "config" in fields:
         default = next(field.default for field in dataclasses.fields(cls) if field.name == "config")  # type: ignore[arg-type]
-        values["config"] = _recipe(default if config is None else config, overrides)
+        config_of = getattr(cls, "config_of", lambda values: None)
+        values["config"] = _recipe(config or config_of(values) or default, overrides)
     return cls(**values)
 
 

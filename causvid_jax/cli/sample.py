@@ -47,6 +47,9 @@ def main(request: SampleRequest) -> None:
     from causvid_jax.checkpoints.table import OURS
     from causvid_jax.sampling import session
 
+    if request.replay:
+        replay(request)
+        return
     opened = session.open_session(request)
     for checkpoint in opened.weights.values():
         if checkpoint.format != OURS:
@@ -66,6 +69,27 @@ def main(request: SampleRequest) -> None:
     if opened.program:
         print(f"Runs {opened.program.path}, attention by {opened.program.header['attention']}.", flush=True)
     session.run(opened, lambda line: print(line, flush=True))
+
+
+def replay(request: SampleRequest) -> None:
+    """Make the frames of a video again and write them with the same script."""
+    from causvid_jax import media
+    from causvid_jax.models import precision
+    from causvid_jax.sampling.script import read_script
+    from causvid_jax.serve import film
+    from causvid_jax.serve.programs import open_programs
+
+    script = read_script(request.replay or "")
+    path = media.check_output(request.output)
+    recipe = precision.exact(request.config, False) if request.exact else request.config
+    common.enable_compilation_cache()
+    programs = open_programs(recipe, request.checkpoint, request.files)
+    with media.VideoWriter(path, recipe.video.fps, request.pixel_size) as writer:
+        writer.comment = script.to_json()
+        for frames in film.replay(programs, script):
+            writer.append(frames)
+    same = "; every frame is identical to the first film" if script.sha256 else ""
+    print(f"Wrote {writer.frames} frames to {path}{same}.", flush=True)
 
 
 def memory_plan(opened: "Session") -> "tuple[Phase, ...]":

@@ -47,7 +47,12 @@ class VideoWriter:
     Raises:
         ConfigError: a path, rate or size that cannot be written, or a path that another program is writing.
         RunError: the file cannot be written any more, for example on a full disk; frames before that are kept.
+
+    Attributes:
+        comment: metadata of the complete mp4; it may be set until then.
     """
+
+    comment = ""
 
     def __init__(self, path: str | pathlib.Path, fps: float, upscale: int = 1, *, whole: bool = False):
         require(0 < fps <= 1000, f"fps is {fps}; accepted: above 0 and at most 1000")
@@ -92,7 +97,7 @@ class VideoWriter:
         frame = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
         if self._stream is None:
             self._stream = self._open_stream(frame.shape[0], frame.shape[1])
-        picture = _palette_frame(frame) if self._kind == "gif" else _tagged_frame(frame)
+        picture = _palette_frame(frame) if self._kind == "gif" else tagged_frame(frame)
         picture.pts, picture.time_base = self._timestamp(self.frames), self._stream.codec_context.time_base
         self._container.mux(self._stream.encode(picture))
         self.frames += 1
@@ -118,7 +123,7 @@ class VideoWriter:
         try:
             if self._kind == "mp4":
                 with contextlib.suppress(ConfigError, av.FFmpegError), atomic(self.path) as plain:
-                    _defragment(self._file, plain)
+                    _defragment(self._file, plain, self.comment)
                     if self._file != self.path:
                         self._file.unlink()
                     self._file = self.path
@@ -185,12 +190,14 @@ class VideoWriter:
             self.discard()
 
 
-def _defragment(source: pathlib.Path, target: pathlib.Path) -> None:
+def _defragment(source: pathlib.Path, target: pathlib.Path, comment: str) -> None:
     """Copy the packets of an mp4 into a plain one with its index at the front."""
     with (
         av.open(f"file:{source.absolute()}") as old,
         av.open(f"file:{target.absolute()}", "w", format="mp4", options={"movflags": "+faststart"}) as new,
     ):
+        if comment:
+            new.metadata["comment"] = comment
         stream = old.streams.video[0]
         copy = new.add_stream_from_template(stream)
         for packet in old.demux(stream):
@@ -205,7 +212,7 @@ def write_video(path: str | pathlib.Path, frames: np.ndarray, fps: float, upscal
         out.append(frames)
 
 
-def _tagged_frame(frame: np.ndarray) -> av.VideoFrame:
+def tagged_frame(frame: np.ndarray) -> av.VideoFrame:
     """Return the frame as BT.709 yuv420p of limited range, which is what its tags say."""
     picture = av.VideoFrame.from_ndarray(frame, "rgb24").reformat(
         format="yuv420p", dst_colorspace=BT709, src_color_range=JPEG_RANGE, dst_color_range=MPEG_RANGE

@@ -2,6 +2,8 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from causvid_jax.config import ConfigError, Recipe, require
 from causvid_jax.config.recipes import CONFIG_HELP, option
@@ -44,9 +46,17 @@ class SampleRequest:
     taehv: str | None = option(None, "The tiny decoder's weights, with --config.decoder=taehv; before --checkpoint.")
     exact: bool = option(False, "Round as the published code does, and read its tables.")
     program: str | None = option(None, "Run this program of causvid compile instead of tracing the model.")
+    replay: str | None = option(None, "Make the frames of this video again, whose metadata tell how it was made.")
     upscale: int = option(0, "Size of a pixel in the file; 0: such that tiny videos can be seen.")
 
     def __post_init__(self) -> None:
+        largest = SIDE // max(self.config.video.height, self.config.video.width)
+        require(0 <= self.upscale <= largest, f"--upscale is {self.upscale}; accepted: 0 to {largest}")
+        require(":" not in self.output, f"--output is {self.output!r}; a name with ':' cannot be written")
+        if self.replay:
+            for name in ("prompt", "frames", "seed", "image", "video", "strength", "switch", "teacher", "program"):
+                require(not getattr(self, name), f"--{name} is given with --replay, which tells it; leave it out")
+            return
         require(bool(self.prompt), 'no --prompt is given; for example --prompt="a red 3 moving left"')
         require(len(self.prompt) <= 1024, f"--prompt is given {len(self.prompt)} times; accepted: up to 1024")
         require(all(text.strip() for text in self.prompt), "--prompt is empty; say what to show")
@@ -67,6 +77,15 @@ class SampleRequest:
         require(0 <= self.upscale <= largest, f"--upscale is {self.upscale}; accepted: 0 to {largest}")
         self._check_role()
         self.switches((self.frames or FRAMES) if self.video else self.length)
+
+    @staticmethod
+    def config_of(values: Mapping[str, Any]) -> str | None:
+        """Return the recipe's name where no ``--config`` is given: that of the video to replay."""
+        if not values.get("replay"):
+            return None
+        from causvid_jax.sampling.script import read_script  # it imports the video decoder
+
+        return read_script(values["replay"]).recipe
 
     def _check_role(self) -> None:
         branch = self.has_image_branch

@@ -17,6 +17,7 @@ from causvid_jax.config import CLIPConfig, Recipe, require
 from causvid_jax.models import decoder, precision, transformer
 from causvid_jax.sampling import blocks, exported, image_to_video, player, stream, weights
 from causvid_jax.sampling.request import SampleRequest, teacher_recipe
+from causvid_jax.sampling.script import MOST_INPUT, Event, Script, pack
 from causvid_jax.sampling.teacher import sample_clip
 from causvid_jax.text import encoder
 
@@ -115,6 +116,8 @@ def run(session: Session, say: Say = print, *, progress: bool | None = None) -> 
     with contextlib.ExitStack() as stack:
         # Opened first: another sampler with the same output is refused before anything is computed.
         writers = [stack.enter_context(files.VideoWriter(p, fps, request.pixel_size)) for p in request.outputs]
+        for i, writer in enumerate(writers):
+            writer.comment = comment_of(session, i)
         stack.push(functools.partial(_say_kept, writers, say))
         texts = dict(zip(session.texts, encoder.encode(session.encoder, session.texts), strict=True))
         for block, (frame, prompt) in sorted(session.switches.items()):
@@ -144,6 +147,37 @@ def _say_kept(writers: list[files.VideoWriter], say: Say, kind: type[BaseExcepti
         for writer in writers:
             if writer.frames:
                 say(f"Kept the first {writer.frames} frames in {writer.path}")
+
+
+def comment_of(session: Session, index: int) -> str:
+    """Return the script of a video, which its metadata keep; of a teacher's clip or a video that is too long, ""."""
+    request, recipe = session.request, session.recipe
+    if request.teacher:
+        return ""
+    latents = blocks.covering_latents(session.frames, recipe)
+    count = len(recipe.causal.block_sizes(latents))
+    events = [Event(0, prompt=request.prompt[index])]
+    context = recipe.causal.on_prompt_switch
+    events += [Event(block, prompt=prompt, context=context) for block, (_, prompt) in session.switches.items()]
+    if session.image is not None:
+        events.append(Event(0, frames=pack(session.image[None])))
+    video = session.video
+    for block in range(count) if video is not None else ():
+        assert video is not None
+        ends = blocks.first_frame(block, recipe), blocks.first_frame(block + 1, recipe)
+        chunk = video[np.minimum(np.arange(*ends), len(video) - 1)]
+        events.append(Event(block, frames=pack(chunk), strength=_strength(request)))
+        if sum(len(event.frames or "") for event in events) > MOST_INPUT:
+            return ""
+    return Script(
+        recipe=recipe.name,
+        weights=weights.checksum(session.weights, recipe),
+        seed=(request.seed + index) % 2**32,
+        events=tuple(sorted(events, key=lambda event: event.block)),
+        blocks=count,
+        latents=None if recipe.causal.window else latents,
+        length=session.frames,
+    ).to_json()
 
 
 def _hidden(progress: bool | None) -> bool | None:

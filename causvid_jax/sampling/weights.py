@@ -1,6 +1,7 @@
 """Find and load the weights that a sampler needs, from files of ours or published ones as they are."""
 
 import dataclasses
+import hashlib
 import os
 import pathlib
 from collections.abc import Mapping
@@ -101,6 +102,17 @@ def for_stream(params: Mapping[str, Any], recipe: Recipe, *, free: bool = False)
     ``free`` releases the stacked arrays on the way; they must not be used again.
     """
     return {**params, "student": unstack(params["student"], recipe.student, free=free)}
+
+
+def checksum(opened: Opened, recipe: Recipe) -> str:
+    """Return one checksum of what turns noise into frames: weights of student and decoder, and the sampler's settings.
+
+    ``causal.on_prompt_switch`` is left out, since every change of prompt of a script tells it.
+    """
+    causal = dataclasses.replace(recipe.causal, on_prompt_switch="keep")
+    names = "student", "taehv" if recipe.decoder == "taehv" else "vae"
+    parts = [*(opened[name].identity() for name in names), recipe.student.dtype, recipe.student.precision]
+    return hashlib.sha256(" ".join(map(str, [*parts, causal, recipe.diffusion])).encode()).hexdigest()
 
 
 def free(tree: Any) -> None:

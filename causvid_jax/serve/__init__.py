@@ -1,5 +1,5 @@
 """Live films: streams that listen while they run, and the server that brings them to a page.
 
-``script``, ``programs``, ``film`` and ``fragments`` need the package alone; ``sample --replay`` uses them. The rest
+``programs``, ``film`` and ``fragments`` need the package alone; ``sample --replay`` uses them. The rest
 needs the extra ``serve``.
 """

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from causvid_jax.config import ConfigError, require
+from causvid_jax.sampling.script import MOST_EVENTS, MOST_INPUT, Event, Script, pack, unpack
 from causvid_jax.sampling.stream import StreamState
 from causvid_jax.serve.programs import Programs
-from causvid_jax.serve.script import MOST_EVENTS, MOST_INPUT, Event, Script, pack, unpack
 
 
 def slerp(start: np.ndarray, end: np.ndarray, share: float) -> np.ndarray:

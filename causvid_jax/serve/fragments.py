@@ -1,7 +1,7 @@
-"""Fragmented MP4 (H.264) made block by block, for Media Source Extensions and for recordings that survive a kill.
+"""Blocks as fragments of MP4 (H.264) for Media Source Extensions, or as lossless WebP; and recordings.
 
-Every block is encoded alone: it starts with a key frame, and nothing waits for the next block. All blocks of a film
-share one header, so any run of blocks after the header is a film.
+A fragment is encoded alone: it starts with a key frame, and nothing waits for the next block. All fragments of a film
+share one header, so any run of them after the header is a film.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from PIL import Image
 
 from causvid_jax.config import RunError
 from causvid_jax.media.pixels import frame_rate
-from causvid_jax.media.writer import BT709, MPEG_RANGE, _tagged_frame
-from causvid_jax.serve.script import KEY, Script
+from causvid_jax.media.writer import BT709, MPEG_RANGE, VideoWriter, tagged_frame
+from causvid_jax.sampling.script import Script
 
 CODEC = "avc1.640028"
 """What a browser is asked for: H.264 High, level 4.0, at which blocks up to 1920 x 1080 at 30 frames/s are encoded."""
@@ -51,7 +51,7 @@ def encode_block(frames: np.ndarray, start: int, index: int, fps: float, upscale
         context.color_range, context.thread_count = MPEG_RANGE, 1
         context.time_base = Fraction(1, _CLOCK)
         for i, frame in enumerate(frames):
-            picture = _tagged_frame(frame)
+            picture = tagged_frame(frame)
             picture.time_base, picture.pts = Fraction(1, _CLOCK), round(i * _CLOCK / rate)
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
@@ -84,14 +84,14 @@ def encode_strip(frames: np.ndarray) -> bytes:
 
 
 class Recording:
-    """A film on disk. Until :meth:`close` it grows by fragments, and is playable up to the last one at any time."""
+    """A film on disk: playable up to the last frames at any time, and with its script once it is closed."""
 
     def __init__(self, path: pathlib.Path, fps: float, upscale: int, most_bytes: int):
-        self.path, self.fps, self.upscale, self.most_bytes = path, fps, upscale, most_bytes
-        self.frames = self.blocks = self.bytes = 0
-        self.digest = hashlib.sha256()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("wb", buffering=0)
+        self.path, self.most_bytes = path, most_bytes
+        self.frames = self.blocks = 0
+        self.digest = hashlib.sha256()
+        self._writer: VideoWriter | None = VideoWriter(path, fps, upscale)
         self._lock = threading.Lock()
 
     def append(self, frames: np.ndarray) -> None:
@@ -101,59 +101,29 @@ class Recording:
             RunError: the disk is full, or the recording is as long as is allowed.
         """
         with self._lock:
-            if not self._file.closed:
-                self._append(frames)
-
-    def _append(self, frames: np.ndarray) -> None:
-        header, fragment = encode_block(frames, self.frames, self.blocks, self.fps, self.upscale)
-        data = fragment if self.blocks else header + fragment
-        if self.bytes + len(data) > self.most_bytes:
-            raise RunError(f"the recording has reached its limit of {self.most_bytes >> 20} MiB")
-        try:
-            self._file.write(data)
-        except OSError as error:
-            raise RunError(f"the recording cannot be written: {error.strerror}") from error
-        self.frames += len(frames)
-        self.blocks += 1
-        self.bytes += len(data)
-        self.digest.update(frames.tobytes())
+            if self._writer is None:
+                return
+            if self.blocks and self.path.exists() and self.path.stat().st_size > self.most_bytes:
+                raise RunError(f"the recording has reached its limit of {self.most_bytes >> 20} MiB")
+            self._writer.append(frames)
+            self.frames += len(frames)
+            self.blocks += 1
+            self.digest.update(frames.tobytes())
 
     def close(self, script: Script, first: int) -> None:
-        """Finish the file: one index at the front, and the script in the metadata. Without a block there is no file.
+        """Finish the file with the film's script in its metadata. Without a block there is no file.
 
         Args:
             script: of the film.
             first: the film's block at which the recording began.
 
         Raises:
-            RunError: the finished file cannot be written. The fragments stay.
+            RunError: the finished file cannot be written. What is on disk stays.
         """
         with self._lock:
-            self._file.close()
-        script = dataclasses.replace(script, first=first, blocks=first + self.blocks, sha256=self.digest.hexdigest())
-        if not self.blocks:
-            self.path.unlink(missing_ok=True)
+            writer, self._writer = self._writer, None
+        if writer is None:
             return
-        part = self.path.with_suffix(".partial")
-        try:
-            _remux(self.path, part, script)
-            part.replace(self.path)
-        except (OSError, av.FFmpegError) as error:
-            part.unlink(missing_ok=True)
-            raise RunError(f"the recording stays in fragments: {error}") from error
-
-
-def _remux(source: pathlib.Path, target: pathlib.Path, script: Script) -> None:
-    """Copy the packets of ``source`` to an ordinary MP4 with the script; nothing is encoded again."""
-    options = {"movflags": "+faststart"}
-    with (
-        av.open(f"file:{source.absolute()}") as old,
-        av.open(f"file:{target.absolute()}", "w", format="mp4", options=options) as new,
-    ):
-        new.metadata[KEY] = script.to_json()
-        video = old.streams.video[0]
-        copy = new.add_stream_from_template(video)
-        for packet in old.demux(video):
-            if packet.dts is not None:
-                packet.stream = copy
-                new.mux(packet)
+        script = dataclasses.replace(script, first=first, blocks=first + self.blocks, sha256=self.digest.hexdigest())
+        writer.comment = script.to_json()
+        writer.close()

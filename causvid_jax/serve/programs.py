@@ -1,7 +1,6 @@
 """The compiled programs of one recipe's streams, each with a batch of one."""
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +13,8 @@ from causvid_jax.config import ConfigError, Recipe, require
 from causvid_jax.models import decoder, transformer, vae
 from causvid_jax.sampling import stream, weights
 from causvid_jax.sampling.pipeline import StudentPipeline
+from causvid_jax.sampling.script import CONTEXTS
 from causvid_jax.sampling.stream import StreamState
-from causvid_jax.serve.script import CONTEXTS
 from causvid_jax.text import encoder
 
 _encode_chunk = jax.jit(vae.encode_chunk, static_argnames=("config", "first"))
@@ -129,13 +128,9 @@ def open_programs(
         found, recipe = weights.find(recipe, "student", checkpoint, files=own)
     shapes = {"student": transformer.inference(recipe.student), **decoder.codec_shapes(recipe, encodes="vae" in found)}
     params = weights.load(found, {name: shape for name, shape in shapes.items() if name in found})
-    return Programs(StudentPipeline(recipe, params, encoder.open_encoder(recipe, checkpoint)), checksum(found, recipe))
-
-
-def checksum(found: weights.Opened, recipe: Recipe) -> str:
-    """Return one checksum of the weights that make frames: of the student and of the decoder."""
-    identities = [found["student"].identity(), found["taehv" if recipe.decoder == "taehv" else "vae"].identity()]
-    return hashlib.sha256(" ".join(identities).encode()).hexdigest()
+    params = weights.for_stream(params, recipe, free=True)
+    pipe = StudentPipeline(recipe, params, encoder.open_encoder(recipe, checkpoint))
+    return Programs(pipe, weights.checksum(found, recipe))
 
 
 def _with_context(recipe: Recipe, context: Any) -> Recipe:

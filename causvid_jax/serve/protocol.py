@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from causvid_jax.config import ConfigError
-from causvid_jax.serve.script import MOST_BLEND
+from causvid_jax.sampling.script import MOST_BLEND
 
 SUBPROTOCOL = "causvid.v1"
 TOKEN_PREFIX = "token."

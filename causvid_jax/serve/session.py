@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 
 from causvid_jax.config import require
+from causvid_jax.sampling.script import Script
 from causvid_jax.serve.film import Film, Replay
 from causvid_jax.serve.fragments import Recording
-from causvid_jax.serve.script import Script
 
 MOST_COMMANDS = 32
 MOST_EVENTS = 128

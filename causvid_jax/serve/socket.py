@@ -9,7 +9,8 @@ from typing import Any
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from causvid_jax.config import ConfigError, require
-from causvid_jax.serve import fragments, protocol, script, uploads
+from causvid_jax.sampling import script
+from causvid_jax.serve import fragments, protocol, uploads
 from causvid_jax.serve.engine import Engine
 from causvid_jax.serve.session import Change, Chunk, Session, Start
 from causvid_jax.serve.settings import Settings

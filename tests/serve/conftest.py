@@ -101,7 +101,7 @@ class Viewer:
 
     def __init__(self, opening):
         self._opening, self.socket = opening, opening.__enter__()
-        self.events, self.chunks = [], []
+        self.events, self.chunks, self._passed = [], [], []
 
     def send(self, kind, payload=None, **values):
         text = json.dumps({"type": kind, **values})
@@ -118,9 +118,12 @@ class Viewer:
         return self.chunks[-1]
 
     def until(self, kind):
-        """Return the next message of a kind."""
+        """Return the next message of a kind; chunks that come before it are for the next ``until("chunk")``."""
+        if kind == "chunk" and self._passed:
+            return self._passed.pop(0)
         while (message := self.receive())["type"] != kind:
-            pass
+            if message["type"] == "chunk":
+                self._passed.append(message)
         return message
 
     def pull(self, count):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from causvid_jax.config import ConfigError
-from causvid_jax.serve import script
+from causvid_jax.sampling import script
 from causvid_jax.serve.film import Replay
 from causvid_jax.serve.session import Change, Start
 from tests.serve.conftest import frames_of, run

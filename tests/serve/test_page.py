@@ -14,7 +14,7 @@ from selenium.webdriver.common.keys import Keys
 
 from causvid_jax import media
 from causvid_jax.config.recipes import load_recipe
-from causvid_jax.serve import script
+from causvid_jax.sampling import script
 from causvid_jax.serve.film import replay
 from causvid_jax.serve.programs import open_programs
 from tests.serve.conftest import Server

@@ -15,7 +15,7 @@ from websockets.exceptions import ConnectionClosed
 
 from causvid_jax import media
 from causvid_jax.config import ConfigError
-from causvid_jax.serve import script
+from causvid_jax.sampling import script
 from causvid_jax.serve.film import Film, replay
 from causvid_jax.serve.settings import Settings
 from tests.serve.conftest import Server

@@ -1,0 +1,87 @@
+"""A hundred hostile clients beside a good one; and a server that is killed."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from causvid_jax import media
+from tests.serve.conftest import Server
+from tests.serve.test_engine import resident
+
+ROOT = pathlib.Path(__file__).parents[2]
+PROMPT = "a red 3 moving left"
+
+
+def waits(viewer, seconds):
+    """Watch in real time; return how many seconds each chunk took from its ``pull`` to its arrival."""
+    result, end = [], time.monotonic() + seconds
+    while time.monotonic() < end:
+        chunk = viewer.chunks[-1]
+        asked = time.monotonic()
+        viewer.send("pull", upto=chunk["index"] + 1, received=chunk["index"] + 1)
+        chunk = viewer.until("chunk")
+        result.append(time.monotonic() - asked)
+        time.sleep(max(0.0, chunk["count"] / 16 - result[-1]))
+    return np.array(result)
+
+
+@pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_hundred_hostile_clients_beside_a_good_one(programs, tmp_path, seconds):
+    with Server(programs, tmp_path, sessions=4, queue=16, per_address=10**6) as live, live.connect() as viewer:
+        viewer.send("start", prompt=PROMPT)
+        viewer.until("chunk")
+        alone = waits(viewer, 3)
+        command = [sys.executable, "-m", "tests.serve.hostile", str(live.port), str(seconds)]
+        attackers = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        beside = waits(viewer, seconds / 2)
+        memory = resident()
+        beside = np.concatenate([beside, waits(viewer, seconds / 2)])
+        closes = json.loads(attackers.communicate(timeout=60)[0])
+        grown = resident() - memory
+        live.engine.settings.__dict__["resume_seconds"] = 0.0
+        time.sleep(2.5)
+        assert len(live.engine.sessions()) == 1 and len(viewer.chunks[-1]["prompt"]) > 0
+        print(f"alone {alone.max():.3f} s, beside {beside.max():.3f} s, grown {grown >> 20} MiB, {closes}")
+    assert (beside > 0.75).sum() <= (alone > 0.75).sum(), beside.max()
+    assert grown < 48 * 2**20
+    codes = {key.split()[0]: {int(k.split()[1]) for k in closes if k.startswith(key.split()[0])} for key in closes}
+    assert codes["malformed"] == {4400} and codes["origin"] == {4403} and codes["oversized"] <= {1009, 4400}
+    assert codes["flood"] <= {4429, 4400}
+
+
+def test_after_a_kill_the_recording_is_playable(tmp_path):
+    """kill -9 of a real server while it writes."""
+    program = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from tests.serve import conftest
+from causvid_jax.sampling import pipeline
+from causvid_jax.serve.programs import open_programs
+from tests.tiny import tiny_workdir
+import pathlib, time
+folder = pathlib.Path({str(tmp_path)!r})
+programs = open_programs(conftest.RECIPE, str(tiny_workdir(folder / "weights", conftest.RECIPE)))
+with conftest.Server(programs, folder / "recordings") as live, live.connect() as viewer:
+    viewer.send("start", prompt={PROMPT!r})
+    viewer.send("record", on=True)
+    viewer.until("recording")
+    frames = len(viewer.pull(6))
+    print(frames, flush=True)
+    time.sleep(60)
+"""
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        frames = int(child.stdout.readline())
+        os.kill(child.pid, signal.SIGKILL)
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+    (file,) = (tmp_path / "recordings").glob("*.mp4")
+    assert 8 <= len(media.read_video(file, 16, 16)) <= frames
