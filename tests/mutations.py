@@ -85,7 +85,6 @@ MUTANTS = [
     Mutant("distill/rollout.py", "if rollout.causal.context_pass:", "if not rollout.causal.context_pass:", ROLLOUT),
     Mutant("distill/rollout.py", "flow.add_noise(x0, noise(step + 1)", "flow.add_noise(x0, noise(step)", ROLLOUT),
     Mutant("distill/rollout.py", "jax.random.randint(exit_key, (), 0, steps)", "jax.random.randint(exit_key, (), 0, steps - 1)", ROLLOUT),
-    Mutant("distill/rollout.py", "params, text_cache = jax.lax.stop_gradient((params, text_cache))", "params, text_cache = params, text_cache", ROLLOUT),
     # Cache and rotary positions
     Mutant("models/kv_cache.py", "(index - causal.sink) % causal.window", "index % causal.window", TRANSFORMER),
     Mutant("models/kv_cache.py", "frame >= end - causal.window", "frame > end - causal.window", TRANSFORMER),

@@ -15,6 +15,7 @@ from typing import Literal
 from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, option
 from causvid_jax.config import ConfigError, Recipe, require
+from causvid_jax.config.files import write_text
 from causvid_jax.config.recipes import load_recipe
 
 
@@ -48,9 +49,9 @@ def main(options: Options) -> None:
     common.enable_compilation_cache()
     common.log_start(options.config)
     report = bench.run(options.config, plan, log=lambda what: print(f"... {what}", flush=True))
-    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_text(output, json.dumps(report, indent=1) + "\n")
     text = report_format.markdown(report)
-    output.with_suffix(".md").write_text(text, encoding="utf-8")
+    write_text(output.with_suffix(".md"), text)
     print(text)
 
 
@@ -63,5 +64,5 @@ def measure_server(recipe: Recipe, output: pathlib.Path) -> None:
         raise ConfigError(f"--serve needs {error.name}; install it: pip install 'causvid_jax[serve]'") from error
     report = {"recipe": recipe.name, "cpus": os.cpu_count(), "load": os.getloadavg()[0]}
     report |= bench.measure((f"--config={recipe.name}", "--per_address=16"))
-    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_text(output, json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, option
 from causvid_jax.config import Recipe, require
+from causvid_jax.config.files import write_text
 
 if TYPE_CHECKING:
     from causvid_jax.analysis.topology import TopologySpec
@@ -81,7 +82,7 @@ def main(options: Options) -> None:
         sys.exit(TOO_LARGE)
     print(compile_report.table(report))
     if output:
-        output.write_text(json.dumps(dataclasses.asdict(report), indent=1))
+        write_text(output, json.dumps(dataclasses.asdict(report), indent=1))
     if not report.fits:
         print(advice(recipe, stage, machine), file=sys.stderr)
         sys.exit(TOO_LARGE)

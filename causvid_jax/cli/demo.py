@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from causvid_jax.cli import common
 from causvid_jax.cli.options import option
 from causvid_jax.config import Recipe, require
+from causvid_jax.config.files import atomic
 from causvid_jax.config.recipes import CONFIG_HELP
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ def compare(
         seconds[name] = (time.perf_counter() - start) / len(prompts)
         print(f"  {seconds[name]:.2f} s per clip, {video.frames / seconds[name]:.1f} frames/s", flush=True)
     print(f"The student takes {seconds['teacher'] / seconds['student']:.1f} times less time.", flush=True)
-    contact_sheet.contact_sheet(clips, examples=len(prompts), columns=7).save(output / "comparison.png")
+    with atomic(output / "comparison.png") as picture:
+        contact_sheet.contact_sheet(clips, examples=len(prompts), columns=7).save(picture, format="PNG")
     grid = np.concatenate([np.concatenate(list(clips[name][1]), axis=2) for name in clips], axis=1)
     for suffix in media.SUFFIXES:
         media.write_video(output / f"comparison{suffix}", grid, video.fps, options.upscale)

@@ -45,6 +45,12 @@ def atomic(target: str | os.PathLike, directory: bool = False) -> Iterator[pathl
         raise ConfigError(f"{target} cannot be written: {reason(error)}") from error
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file that appears complete or not at all; errors as of :func:`atomic`."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def _remove_abandoned(target: pathlib.Path) -> None:
     """Remove temporaries of ``target`` that no process has locked."""
     for old in target.parent.glob(f".{target.name}.*.tmp"):

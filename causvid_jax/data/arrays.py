@@ -8,7 +8,6 @@ dataset is written, and then a marker file.
 import json
 import os
 import pathlib
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from array_record.python import array_record_module
 from tqdm import tqdm
 
 from causvid_jax.config import ConfigError, require
+from causvid_jax.config.files import atomic
 
 IDENTITY = "identity.json"
 _FINISHED = "FINISHED"
@@ -198,10 +198,8 @@ def _change(name: str, before: Any, now: Any) -> str:
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:
     """Write ``content`` to ``path`` atomically: a reader finds the old or the new file."""
-    # Hosts that share the folder may share the process number, as containers do.
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with atomic(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _write_shard(path: pathlib.Path, records: Iterable[bytes]) -> None:

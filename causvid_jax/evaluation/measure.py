@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 
 from causvid_jax.checkpoints import load, workdir
-from causvid_jax.config import ConfigError, Recipe
+from causvid_jax.config import ConfigError, Recipe, files
 from causvid_jax.evaluation import classifier, contact_sheet, report, train_classifier
 from causvid_jax.progress import Progress
 from causvid_jax.sampling import batch
@@ -78,7 +78,8 @@ def write_report(
     )
     result = report.evaluate(recipe, trained, samplers, plan)
     tables = contact_sheet.markdown(result.report)
-    output.with_suffix(".md").write_text(tables, encoding="utf-8")
-    contact_sheet.contact_sheet(result.clips).save(output.with_suffix(".png"), optimize=True)
-    output.write_text(json.dumps(result.report, indent=1) + "\n", encoding="utf-8")
+    files.write_text(output.with_suffix(".md"), tables)
+    with files.atomic(output.with_suffix(".png")) as picture:
+        contact_sheet.contact_sheet(result.clips).save(picture, format="PNG", optimize=True)
+    files.write_text(output, json.dumps(result.report, indent=1) + "\n")
     say(tables)

@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 
 from causvid_jax.config import require
+from causvid_jax.config.files import atomic
 from causvid_jax.training.metrics import read_metrics
 
 matplotlib.use("Agg")
@@ -57,6 +58,7 @@ def draw(workdir: str | os.PathLike, path: str | os.PathLike) -> list[str]:
         axes[0][column].set_yscale("log" if name != "distill" else "linear")
         axes[1][column].set_ylim(-0.02, 1.02)
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=80)
     plt.close(figure)
     return list(records)

@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 
 from causvid_jax.checkpoints import store
 from causvid_jax.config import Recipe, RunError, StageConfig, to_json
+from causvid_jax.config.files import write_text
 from causvid_jax.distributed import collectives
 from causvid_jax.progress import Progress
 from causvid_jax.sharding.placement import Placement
@@ -106,7 +107,7 @@ class Run:
         if self.step:
             self._progress.note(f"{self.name}: going on from step {self.step}")
         if collectives.is_first():
-            (self.folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
+            write_text(self.folder / "config.json", json.dumps(dataclasses.asdict(self.config), indent=1))
         return state
 
     def _save(self, step: int, state: Any, position: dict[str, Any]) -> None:

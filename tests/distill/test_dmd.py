@@ -82,8 +82,13 @@ def test_critic_loss_matches_numpy():
     key = jax.random.key(4)
     timestep, _, noise, x_t = oracle_inputs(key, x0)
     v = 0.5 * x_t**2 - per_sample(np.cos(TEXT).sum((1, 2)) * 0.002 * timestep)
-    loss, _ = dmd.critic_loss(x0, TEXT, key, fake=fake, diffusion=DIFFUSION, distill=DistillStageConfig())
-    np.testing.assert_allclose(loss, ((v - (noise - x0)) ** 2).mean(), rtol=1e-5)
+    error = (v - (noise - x0)) ** 2
+    some = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 1], [1, 1, 1]], bool)
+    for mask, expected in ((None, error.mean()), (some, error[some].mean())):
+        loss, _ = dmd.critic_loss(
+            x0, TEXT, key, fake=fake, diffusion=DIFFUSION, distill=DistillStageConfig(), mask=mask
+        )
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 def test_gradients_stop_at_scores_and_at_the_critics_data():
