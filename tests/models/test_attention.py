@@ -42,3 +42,27 @@ def test_parts_merge_to_the_whole():
 def test_auto_is_xla_on_the_cpu():
     assert attention.resolve("auto", "bfloat16") == "xla"
     assert attention.resolve("cudnn", "bfloat16") == "cudnn"
+
+
+@pytest.mark.parametrize("dtype,atol", [("float32", 1e-6), ("bfloat16", 0.02)])
+def test_queries_in_chunks_equal_float64(monkeypatch, dtype, atol):
+    """Lengths that no chunk divides, two batch entries, a mask; value and gradient."""
+    monkeypatch.setattr(attention, "CHUNKED", 0)
+    monkeypatch.setattr(attention, "QUERIES", 4)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, length, 3, 8)) for length in (10, 13, 13))
+    mask = np.arange(13) % 3 > 0
+    scores = np.where(mask, np.einsum("btnd,bsnd->bnts", q, k) / np.sqrt(8), -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = np.einsum("bnts,bsnd->btnd", weights / weights.sum(-1, keepdims=True), v)
+
+    def dense(q, k, v):
+        return attention.dense(q, k, v, dtype=dtype, mask=jnp.asarray(mask))
+
+    arrays = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+    np.testing.assert_allclose(dense(*arrays), expected, atol=atol)
+    chunked = jax.grad(lambda *x: (dense(*x) ** 2).sum(), (0, 1, 2))(*arrays)
+    monkeypatch.setattr(attention, "CHUNKED", 1 << 30)
+    whole = jax.grad(lambda *x: (dense(*x) ** 2).sum(), (0, 1, 2))(*arrays)
+    for one, other in zip(chunked, whole, strict=True):
+        np.testing.assert_allclose(one, other, atol=10 * atol)
