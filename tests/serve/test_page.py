@@ -1,5 +1,6 @@
 """The page in a real browser: Chromium of Debian, driven by Selenium, on the digits recipe."""
 
+import io
 import os
 import pathlib
 import shutil
@@ -186,3 +187,27 @@ def test_h264_picture_camera_and_a_lost_connection(page, tmp_path):
     until(lambda: page.execute_script("return document.querySelector('.film video').currentTime") > 1.5, "H.264", 60)
     picture(page, "h264")
     no_errors(page)
+
+
+@pytest.mark.skipif(not PICTURES.is_dir(), reason="PAGE_PICTURES names no folder for the picture of the README")
+def test_film_the_page(page):
+    """Ten seconds of the page, as the animation in README and docs/serving.md."""
+    until(lambda: is_color(page, 0), "a red film")
+    page.set_window_size(1240, 830)
+    body = page.find_element(By.TAG_NAME, "body")
+    acts = {2: [Keys.ARROW_UP], 4: "7", 6: [Keys.ARROW_RIGHT]}
+    shots, begin = [], time.monotonic()
+    while (now := time.monotonic() - begin) < 10:
+        for at in [at for at in acts if at <= now]:
+            body.send_keys(*acts.pop(at))
+        if len(shots) > 8 and now > 7.6 and "blue" not in caption(page):
+            page.find_element(By.CSS_SELECTOR, "#colors [data-word=blue]").click()
+        shots.append((now, Image.open(io.BytesIO(page.get_screenshot_as_png())).convert("RGB")))
+        time.sleep(max(0.0, 0.1 - (time.monotonic() - begin - now)))
+    images = [shot.resize((868, round(868 * shot.height / shot.width)), Image.Resampling.LANCZOS) for _, shot in shots]
+    durations = [round(1000 * (b[0] - a[0])) for a, b in zip(shots, shots[1:], strict=False)] + [100]
+    collage = Image.fromarray(np.concatenate([np.asarray(image) for image in images[:: len(images) // 8]]))
+    images = [image.quantize(palette=collage.quantize(256), dither=Image.Dither.NONE) for image in images]
+    images[0].save(
+        PICTURES / "serving.gif", save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=True
+    )
