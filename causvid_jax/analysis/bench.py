@@ -175,9 +175,11 @@ def cache_lengths(recipe: Recipe) -> list[tuple[int, int]]:
 
 
 def abstract_weights(recipe: Recipe, options: Options) -> Any:
-    """Return shapes and stored types of the student's parameters."""
-    make = transformer.inference if options.weights == "compute" else transformer.abstract
-    return make(recipe.student)
+    """Return shapes and stored types of the student's parameters, in the form that streams run (models.unstacked)."""
+    if options.weights == "compute":
+        return transformer.inference(recipe.student, unstacked=True)
+    unstack = functools.partial(transformer.unstack, config=recipe.student)
+    return jax.eval_shape(unstack, transformer.abstract(recipe.student))
 
 
 def random_weights(abstract: Any, seed: int = 0) -> Any:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from causvid_jax.analysis import estimate, hlo
 from causvid_jax.analysis.topology import Topology, TopologySpec
 from causvid_jax.config import Recipe, require
+from causvid_jax.config.files import format_bytes
 from causvid_jax.models import transformer
 from causvid_jax.models.kv_cache import CACHE_AXES, TEXT_AXES
 from causvid_jax.models.transformer_spec import block_spec, outer_spec
@@ -256,7 +257,6 @@ def compile_for(recipe: Recipe, stage: str, topology: Topology, *, quick: bool =
     )
 
 
-_BYTES = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "bytes"))
 _FLOPS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1.0, "FLOP"))
 _SECONDS = ((86400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 
@@ -267,21 +267,21 @@ def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
     return f"{float(f'{value / size:.3g}'):g} {unit}"
 
 
-def readable_bytes(value: float) -> str:
-    """``12.3 GiB``."""
-    return _scaled(value, _BYTES)
-
-
 def readable_seconds(value: float) -> str:
     """``1.2 s``, ``35 ms``, ``3.5 h``."""
     return _scaled(value, _SECONDS)
+
+
+def _size(value: float) -> str:
+    """Return bytes for people."""
+    return format_bytes(round(value))
 
 
 def table(report: Report) -> str:
     """Return the report as lines of text."""
     per = {name: size for name, size in report.mesh.items() if size > 1}
     mesh = " x ".join(f"{n} {s}" for n, s in per.items()) or "one device"
-    size, fits = readable_bytes, "fits" if report.fits else "does NOT fit"
+    fits = "fits" if report.fits else "does NOT fit"
     how = (
         f"compiled {'quickly ' if report.quick else ''}in {readable_seconds(report.compile_seconds)} of processor time"
         if report.compiled
@@ -289,23 +289,23 @@ def table(report: Report) -> str:
     )
     lines = [f"{report.topology}: {report.devices} devices, mesh {mesh}, {how}"]
     if report.compiled:
-        parts = f"arguments {size(report.arguments)}, temporaries {size(report.temporaries)}"
+        parts = f"arguments {_size(report.arguments)}, temporaries {_size(report.temporaries)}"
     else:
-        parts = ", ".join(f"{name} {size(value)}" for name, value in report.parts.items())
-    lines.append(f"memory per device: {parts}; peak {size(report.peak)} of {size(report.limit)}: {fits}")
+        parts = ", ".join(f"{name} {_size(value)}" for name, value in report.parts.items())
+    lines.append(f"memory per device: {parts}; peak {_size(report.peak)} of {_size(report.limit)}: {fits}")
     if report.host:
-        lines.append(f"memory of the host, per device: {size(report.host)}")
+        lines.append(f"memory of the host, per device: {_size(report.host)}")
     for kind, entry in sorted(report.collectives.items()):
         lines.append(
-            f"{kind}: {entry['count']} in loops, {size(entry['bytes'])} a turn; "
-            f"{entry['count_once']} outside, {size(entry['bytes_once'])}"
+            f"{kind}: {entry['count']} in loops, {_size(entry['bytes'])} a turn; "
+            f"{entry['count_once']} outside, {_size(entry['bytes_once'])}"
         )
     what = f"a block of {report.streams} streams" if report.streams else "a step"
     slow, fast = report.step_seconds
     low, high = estimate.EFFICIENCY
     lines.append(
         f"{_scaled(report.model_flops, _FLOPS)} of model work {what}; by roofline, an assumption and no measurement, "
-        f"{readable_seconds(fast)} (work at {high:.0%} of peak, {size(report.traffic)} of traffic a device behind it) "
+        f"{readable_seconds(fast)} (work at {high:.0%} of peak, {_size(report.traffic)} of traffic a device behind it) "
         f"to {readable_seconds(slow)} ({low:.0%}, traffic on top): MFU {report.mfu[0]:.0%} to {report.mfu[1]:.0%}"
     )
     return "\n".join(lines)

@@ -122,12 +122,12 @@ def build(options: Options) -> None:
 
 def advice(recipe: Recipe, stage: str, machine: "TopologySpec") -> str:
     """What would make a program fit: other settings that should, by computation, or what else there is to change."""
-    from causvid_jax.analysis import compile_report, mesh_search
+    from causvid_jax.analysis import mesh_search
+    from causvid_jax.config.files import format_bytes
 
     tried = mesh_search.settings(recipe, recipe, stage)
     best = mesh_search.search(recipe, stage, machine, too_large=(tried,))
-    size = compile_report.readable_bytes
-    needs = f"{size(best.estimate.memory)} of {size(best.limit)} a device, computed"
+    needs = f"{format_bytes(round(best.estimate.memory))} of {format_bytes(round(best.limit))} a device, computed"
     if best.fits:
         return f"what should make it fit ({needs}): {best.settings(stage)}"
     mesh = recipe.parallel

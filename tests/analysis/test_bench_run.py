@@ -80,10 +80,10 @@ def test_weights_are_random_and_in_their_types():
     net = dataclasses.replace(NET, dtype="bfloat16")
     recipe = dataclasses.replace(RECIPE, student=net)
     held = bench.random_weights(bench.abstract_weights(recipe, bench.Options()))
-    kernel = held["blocks"]["ffn"]["fc1"]["kernel"]
+    kernel = held["blocks"][0]["ffn"]["fc1"]["kernel"]
     assert kernel.dtype == jnp.bfloat16 and held["time_embedding"]["fc1"]["kernel"].dtype == jnp.float32
     assert float(kernel.astype(jnp.float32).std()) == pytest.approx(0.02, rel=0.1)
-    assert np.all(np.asarray(held["blocks"]["norm3"]["scale"]) == 1)
+    assert np.all(np.asarray(held["blocks"][0]["norm3"]["scale"]) == 1)
     whole = bench.abstract_weights(recipe, bench.Options(weights="float32"))
     assert {leaf.dtype for leaf in jax.tree.leaves(whole)} == {jnp.dtype("float32")}
 

