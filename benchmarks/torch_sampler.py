@@ -1,7 +1,7 @@
 """An equivalent PyTorch sampler, timed as ``launch.bench`` times ours, into the same JSON. Needs PyTorch beside JAX.
 
 ``python benchmarks/torch_sampler.py --config=configs/wan_1_3b.py --window=21 --compile --output=torch.json`` and then
-``python benchmarks/compare.py bench.json torch.json``. Random weights. ``--check`` compares it with the JAX student at
+``causvid bench --against=torch.json``. Random weights. ``--check`` compares it with the JAX student at
 a tiny size instead, in float32 with the same weights and inputs. The network is ``benchmarks/torch_network.py``.
 """
 
@@ -121,7 +121,8 @@ def measure(recipe: Recipe, given: argparse.Namespace, device: torch.device) -> 
     def add(what, seen, seconds, passes, parts=1, fps=None):
         p50, p99 = (float(np.percentile(seconds, p)) * 1e3 / parts for p in (50, 99))
         one = flops.forward(recipe.student, k, tokens, k * seen, text=False) / 1e12
-        lines.append(report_format.Line(what, seen, "none", p50, p99, len(seconds), passes * one, fps))
+        each = tuple(x * 1e3 / parts for x in seconds)
+        lines.append(report_format.Line(what, seen, "none", p50, p99, len(seconds), passes * one, fps, each))
 
     for start, seen in found if given.lengths else found[-1:]:
         stream.position = start

@@ -21,6 +21,7 @@ import numpy as np
 
 from causvid_jax.analysis import flops, memory, topology
 from causvid_jax.analysis import report as report_format
+from causvid_jax.analysis.delivery import Delivery, delivery
 from causvid_jax.config import Recipe, require
 from causvid_jax.models import attention, decoder, transformer, vae
 from causvid_jax.sampling import stream
@@ -259,6 +260,7 @@ class _Bench:
     def __init__(self, recipe: Recipe, options: Options):
         self.recipe, self.options = recipe, options
         self.lines: list[report_format.Line] = []
+        self.deliveries: list[Delivery] = []
         self.k, self.steps = recipe.causal.frames_per_block, len(recipe.diffusion.denoising_timesteps)
         self.tokens = flops.tokens_per_frame(recipe, recipe.student)
         self.params = {"student": random_weights(abstract_weights(recipe, options))}
@@ -291,7 +293,8 @@ class _Bench:
 
     def add(self, what: str, seen: int | None, codec: str, times: Times, *, parts: int = 1, **more: Any) -> None:
         p50, p99 = (times.percentile(p) * 1e3 / parts for p in (50, 99))
-        self.lines.append(report_format.Line(what, seen, codec, p50, p99, len(times.seconds), **more))
+        each = tuple(seconds * 1e3 / parts for seconds in times.seconds)
+        self.lines.append(report_format.Line(what, seen, codec, p50, p99, len(each), ms=each, **more))
 
     def every_length(self) -> stream.StreamState:
         """A denoising step and the cache write at every length; the state after the last block."""
@@ -347,27 +350,36 @@ class _Bench:
         self.add(what, seen, title, times, tflop=tflop, fps=frames / seconds)
         return carry[0]
 
+    def play(self, blocks: int, decoder: "_Decoder | None") -> list[float]:
+        """Run a new stream; return when each block was on the host, in seconds since its start."""
+        begin = time.perf_counter()
+        arrivals: list[float] = []
+        state, waiting = self.start(), None
+        cache = None if decoder is None else decoder.start()
+        for i in range(blocks + 1):
+            ready, waiting = waiting, None
+            if i < blocks:
+                waiting, state = (self.first if i == 0 else self.block)(self.params, state)
+                if decoder is not None:
+                    waiting, cache = decoder.decode(decoder.params, waiting, cache)
+            if ready is not None:  # the block before is handed out while this one is under way
+                np.asarray(ready)
+                arrivals.append(time.perf_counter() - begin)
+        return arrivals
+
     def clips(self, decoder: "_Decoder | None") -> None:
         """The time to the first frame and to the last one of a clip of the recipe's length."""
         recipe, title = self.recipe, "none" if decoder is None else decoder.title
         sizes = recipe.causal.block_sizes(recipe.video.latent_frames)
 
-        def clip(count: int) -> None:
-            state, waiting = self.start(), None
-            cache = None if decoder is None else decoder.start()
-            for i in range(count):
-                out, state = (self.first if i == 0 else self.block)(self.params, state)
-                if decoder is not None:
-                    out, cache = decoder.decode(decoder.params, out, cache)
-                if waiting is not None:  # the block before is handed out while this one is under way
-                    np.asarray(waiting)
-                waiting = out
-            np.asarray(waiting)
-
         if decoder is not None:
-            times, _ = time_each(lambda _: clip(1), None, self.options.few)
+            times, _ = time_each(lambda _: self.play(1, decoder), None, self.options.few)
             self.add("time to first frame", None, title, times)
-        times, _ = time_each(lambda _: clip(len(sizes)), None, self.options.few)
+        times, _ = time_each(lambda _: self.play(len(sizes), decoder), None, self.options.few)
+        count = max(len(sizes), self.options.repeats) if recipe.causal.window else len(sizes)
+        if count > 2:
+            frames = vae.time_factor(recipe.vae) * self.k
+            self.deliveries.append(delivery(self.play(count, decoder), frames, recipe.video.fps, codec=title))
         end, tflop = 0, 0.0
         for size in sizes:
             end += size
@@ -439,6 +451,7 @@ def run(recipe: Recipe, options: Options, log: Callable[[str], None] = lambda _:
     measured = settings(recipe, options)
     stored = f"kernels in {net.dtype}" if options.weights == "compute" else "all in float32"
     return {
+        "schema": report_format.SCHEMA,
         "program": "launch.bench",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": device,
@@ -448,5 +461,6 @@ def run(recipe: Recipe, options: Options, log: Callable[[str], None] = lambda _:
         "compile_seconds": bench.compile_seconds,
         "memory": {"of": of, "bytes": peaks},
         "lines": [report_format.line(item, measured, peak) for item in bench.lines],
+        "delivery": [dataclasses.asdict(item) for item in bench.deliveries],
         "notes": list(NOTES),
     }

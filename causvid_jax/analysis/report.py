@@ -7,6 +7,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from causvid_jax.analysis.delivery import ratio_interval
+
+SCHEMA = "causvid_jax.bench/2"
+"""Version of the JSON. Keys of a line: :class:`Line`, the settings of ``NAMES``, ``tflops``, ``share_of_peak``; of an
+entry of ``delivery``: :class:`causvid_jax.analysis.delivery.Delivery`."""
 NAMES = ("resolution", "streams", "window", "steps", "precision")
 """Settings that every line repeats."""
 
@@ -22,6 +27,7 @@ class Line:
       p50_ms, p99_ms: of ``calls`` calls, each waited for.
       tflop: model TFLOP of one call, over all streams; None where it is not counted.
       fps: pixel frames per second of each stream; None where a call makes none.
+      ms: of each call; empty if the report has percentiles only.
     """
 
     what: str
@@ -32,6 +38,7 @@ class Line:
     calls: int
     tflop: float | None = None
     fps: float | None = None
+    ms: tuple[float, ...] = ()
 
 
 def line(item: Line, settings: Mapping[str, Any], peak: float | None) -> dict[str, Any]:
@@ -89,15 +96,38 @@ def markdown(report: Mapping[str, Any]) -> str:
             f"Weights: {report['weights']}. Attention: {settings['attention']}. Peak: {report['peak']}. Compiled in "
             f"{report['compile_seconds']:.0f} s, not part of any time below.",
             _table(header, rows),
+            *_deliveries(report.get("delivery", ())),
             f"Memory ({memory['of']}): {peaks}.",
             *report["notes"],
         ]
     ) + "\n"  # fmt: skip
 
 
+def _deliveries(items: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the paragraph and the table of what a viewer sees; nothing without deliveries."""
+    if not items:
+        return []
+    header = ["codec", "chunks", "first chunk ms", "gap p50 ms", "p95", "p99", "frames/s", "of real time"]
+    header += ["on time", "underruns", "stalled ms"]
+    names = ("first_ms", "gap_p50_ms", "gap_p95_ms", "gap_p99_ms", "fps", "real_time")
+    rows = [
+        [
+            item["codec"],
+            str(item["chunks"]),
+            *(_number(item[name]) for name in names),
+            f"{item['on_time']:.0%}",
+            str(item["underruns"]),
+            _number(item["stalled_ms"]),
+        ]
+        for item in items
+    ]
+    words = "A stream as its viewer sees it, who begins to play when two chunks have arrived (`analysis/delivery.py`):"
+    return [words, _table(header, rows)]
+
+
 def comparison(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """Return a table of the common lines of two reports, with the ratio of their medians (above 1: the first is
-    faster).
+    """Return a table of the common lines of two reports, with the ratio of their medians (above 1: the first is faster)
+    and its 95% interval where both have the times of every call.
 
     Raises:
         ValueError: reports of different devices or settings, or without a common line.
@@ -129,10 +159,18 @@ def comparison(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
                 item["codec"],
                 *(_number(value) for x in (item, match) for value in (x["p50_ms"], x["p99_ms"], x["tflops"])),
                 f"{match['p50_ms'] / item['p50_ms']:.2f}",
+                _interval(item, match),
             ]
         )
     if not rows:
         raise ValueError("the two reports have no line in common")
     header = ["what", "frames seen", *NAMES, "codec"]
     header += [f"{name}: {column}" for name in names for column in ("p50 ms", "p99 ms", "TFLOP/s")]
-    return _table([*header, "ratio"], rows) + "\n"
+    return _table([*header, "ratio", "95% interval"], rows) + "\n"
+
+
+def _interval(item: Mapping[str, Any], match: Mapping[str, Any]) -> str:
+    if not item.get("ms") or not match.get("ms"):
+        return "-"
+    low, high = ratio_interval(item["ms"], match["ms"])
+    return f"{low:.2f} to {high:.2f}"

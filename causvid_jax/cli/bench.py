@@ -2,7 +2,9 @@
 
 Measures milliseconds per denoising step at each cache length, of the cache write and of each decoder; time to first
 frame; steady frames/s and those of a clip, with and without a decoder; memory; TFLOP/s and their share of the device's
-peak. Writes JSON and, beside it, a Markdown table (``.md``). Weights are random. One device is measured, with the
+peak; and what a viewer of the stream sees: first chunk, gaps between chunks, real-time factor, deadlines, underruns.
+Writes JSON and, beside it, a Markdown table (``.md``); ``--against`` compares it with an earlier report. Weights are
+random. One device is measured, with the
 recipe's settings: ``--config.causal.window=21 --config.student.dtype=bfloat16 --config.student.attention=cudnn``.
 """
 
@@ -10,12 +12,12 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import Literal
+from typing import Any, Literal
 
 from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, option
 from causvid_jax.config import ConfigError, Recipe, require
-from causvid_jax.config.files import write_text
+from causvid_jax.config.files import reason, write_text
 from causvid_jax.config.recipes import load_recipe
 
 
@@ -31,6 +33,7 @@ class Options:
     weights: Literal["compute", "float32"] = option(
         "compute", "Stored type of kernels: compute (the type they are multiplied in) or float32."
     )
+    against: str | None = option(None, "An earlier report of this device: also print the ratios of its times to these.")
     serve: bool = option(False, "Measure causvid serve as its viewers see it, with the weights of the package.")
 
 
@@ -43,6 +46,7 @@ def main(options: Options) -> None:
     from causvid_jax.analysis import bench
     from causvid_jax.analysis import report as report_format
 
+    earlier = read_report(options.against) if options.against else None
     names = tuple(name.strip() for name in options.codecs.split(",") if name.strip())
     plan = bench.Options(options.repeats, options.streams, names, options.weights)
     bench.check(options.config, plan)
@@ -51,8 +55,35 @@ def main(options: Options) -> None:
     report = bench.run(options.config, plan, log=lambda what: print(f"... {what}", flush=True))
     write_text(output, json.dumps(report, indent=1) + "\n")
     text = report_format.markdown(report)
+    if earlier:
+        text += "\n" + compare(report, earlier)
     write_text(output.with_suffix(".md"), text)
     print(text)
+
+
+def read_report(path: str) -> dict[str, Any]:
+    """Return an earlier report of this program or of ``benchmarks/torch_sampler.py``.
+
+    Raises:
+        ConfigError: no such file, or one that is no report.
+    """
+    try:
+        report = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--against {path} cannot be read: {reason(error)}") from error
+    complete = isinstance(report, dict) and {"device", "settings", "lines"} <= set(report)
+    require(complete, f"--against {path} is no report of causvid bench")
+    return report
+
+
+def compare(report: dict[str, Any], earlier: dict[str, Any]) -> str:
+    """Return the table of ratios, or one sentence that says why there is none: the new report is kept in any case."""
+    from causvid_jax.analysis import report as report_format
+
+    try:
+        return report_format.comparison(report, earlier)
+    except (KeyError, TypeError, ValueError) as error:
+        return f"The reports cannot be compared: {error}.\n"
 
 
 def measure_server(recipe: Recipe, output: pathlib.Path) -> None:

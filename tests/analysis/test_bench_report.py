@@ -66,7 +66,11 @@ def test_comparison_has_the_ratio_of_common_lines():
     theirs["device"] = theirs["device"] | {"framework": "PyTorch 2.13"}
     theirs["lines"] = theirs["lines"][:1]
     table = report_format.comparison(report(), theirs)
-    assert table.count("\n") == 3 and table.splitlines()[-1].endswith("| 300 | 305 | 539 | 450 | 455 | 359 | 1.50 |")
+    assert table.count("\n") == 3
+    assert table.splitlines()[-1].endswith("| 300 | 305 | 539 | 450 | 455 | 359 | 1.50 | - |")
+    ours = report()
+    ours["lines"][0]["ms"], theirs["lines"][0]["ms"] = [299.0, 300.0, 301.0], [450.0] * 3
+    assert report_format.comparison(ours, theirs).splitlines()[-1].endswith("| 1.50 | 1.50 to 1.51 |")
     with pytest.raises(ValueError, match="window is 21 and 12: not comparable"):
         report_format.comparison(report(), report(window="12"))
     other = report()

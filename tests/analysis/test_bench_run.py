@@ -49,7 +49,14 @@ def test_every_promised_line_is_there():
         ("time to first frame", None, codec),
         ("clip of 29 frames", None, codec),
     }
+    assert report["schema"] == report_format.SCHEMA
+    seen_by_viewers = {item["codec"]: item for item in report["delivery"]}
+    assert set(seen_by_viewers) == {"none", codec}
+    for item in seen_by_viewers.values():
+        assert item["chunks"] == 4 and 0 < item["gap_p50_ms"] <= item["gap_p95_ms"] <= item["gap_p99_ms"]
+        assert item["real_time"] == pytest.approx(item["fps"] / RECIPE.video.fps) and 0 <= item["on_time"] <= 1
     for line in lines.values():
+        assert len(line["ms"]) == line["calls"]
         assert 0 < line["p50_ms"] <= line["p99_ms"] and line["calls"] >= 2
         assert (line["resolution"], line["window"], line["precision"]) == ("32x32", "4", "float32")
         assert line["share_of_peak"] is None

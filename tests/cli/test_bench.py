@@ -18,6 +18,7 @@ CONFIG, OUTPUT = "--config=digits", "--output={folder}/bench.json"
         ([CONFIG, OUTPUT, "--repeats=1"], "--repeats is 1; it must be at least 2"),
         ([CONFIG, OUTPUT, "--codecs=wan,h264"], "--codecs names 'h264'; accepted: wan, taehv"),
         ([CONFIG, OUTPUT, "--weights=int4"], "--weights is 'int4'; accepted: compute, float32"),
+        ([CONFIG, OUTPUT, "--against=nothing.json"], "--against nothing.json cannot be read"),
         ([CONFIG, OUTPUT, "--config.causal.window=1"], "causal.window is 1"),
         ([CONFIG, OUTPUT, "--streams=1000000"], "and the device has"),
     ],
