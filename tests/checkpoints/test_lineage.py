@@ -5,13 +5,13 @@ import json
 
 import numpy as np
 import pytest
-from conftest import published
 
 from causvid_jax.checkpoints import lineage, open_checkpoint, store, workdir
 from causvid_jax.config import ConfigError, to_json
 from causvid_jax.data import arrays, generate, sources
 from causvid_jax.sampling import weights
 from tests import tiny
+from tests.checkpoints.tiny_files import published
 from tests.tiny import RECIPE, random_transformer, tiny_workdir
 
 MEASURED = dataclasses.replace(RECIPE.vae, latent_mean=(0.5, 1, 2, 3.0), latent_std=(1, 2, 3, 4.0))

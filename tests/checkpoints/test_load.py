@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import EVERY, TINY, TINY_VAE, published
 from jax.sharding import NamedSharding, PartitionSpec
 
 from causvid_jax.checkpoints import checkpoint, load, open_checkpoint, state_dict, store
 from causvid_jax.checkpoints.checkpoint import network_of
 from causvid_jax.config import ConfigError, UMT5Config
+from tests.checkpoints.tiny_files import EVERY, TINY, TINY_VAE, published
 
 # (our parameter, layer, original key, diffusers key) of all that shapes cannot tell apart; written by hand from the
 # published code. Kernels are transposed.

@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
-import pathlib
-import sys
 
 import jax
+import make_lora
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,9 +12,6 @@ import pytest
 from causvid_jax.checkpoints import load, lora, open_checkpoint, state_dict
 from causvid_jax.checkpoints import save as save_checkpoint
 from causvid_jax.config import ConfigError
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "golden"))
-import make_lora
 
 RANK = 3
 # Targets under the three ways to name them.

@@ -5,7 +5,6 @@ import pathlib
 
 import numpy as np
 import pytest
-from conftest import EVERY, TINY
 
 from causvid_jax.checkpoints import open_checkpoint
 from causvid_jax.checkpoints.checkpoint import network_of, recognise
@@ -22,6 +21,7 @@ from causvid_jax.config import (
     UMT5Config,
     VAEConfig,
 )
+from tests.checkpoints.tiny_files import EVERY, TINY
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = json.loads((ROOT / "tests/golden/names.json").read_text())

@@ -13,7 +13,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import EVERY, TINY, TINY_VAE, arrays, assert_states, published
 
 from causvid_jax.checkpoints import load, open_checkpoint, store, wan_vae
 from causvid_jax.checkpoints import save as save_as
@@ -21,6 +20,7 @@ from causvid_jax.checkpoints.checkpoint import network_of
 from causvid_jax.checkpoints.save import layout, size, summary
 from causvid_jax.checkpoints.source import open_source
 from causvid_jax.config import WAN_LATENT_MEAN, WAN_LATENT_STD, ConfigError, VAEConfig
+from tests.checkpoints.tiny_files import EVERY, TINY, TINY_VAE, arrays, assert_states, published
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -12,11 +12,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import TINY, arrays
 from hypothesis import strategies as st
 
 from causvid_jax.checkpoints import load, source
 from causvid_jax.config import ConfigError
+from tests.checkpoints.tiny_files import TINY, arrays
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="PyTorch, an optional extra, is not installed"

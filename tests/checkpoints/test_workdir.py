@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, arrays, assert_states, published
 
 from causvid_jax.checkpoints import load, open_checkpoint, store, workdir
 from causvid_jax.config import CLIPConfig, ConfigError
+from tests.checkpoints.tiny_files import TINY, arrays, assert_states, published
 from tests.tiny import RECIPE, random_transformer
 
 

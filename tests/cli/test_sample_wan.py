@@ -7,10 +7,10 @@ import dataclasses
 import json
 import pathlib
 import runpy
-import sys
 
 import jax
 import jax.numpy as jnp
+import make_umt5
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -27,9 +27,6 @@ from causvid_jax.sampling import image_to_video, player, stream
 from causvid_jax.sampling import teacher as teacher_sampler
 from causvid_jax.text import encoder
 from configs.wan_1_3b import NEGATIVE_PROMPT
-
-sys.path.append("tests/golden")
-import make_umt5
 
 pytest.importorskip("tokenizers", reason="the extra 'text' is not installed")
 pytest.importorskip("ftfy", reason="the extra 'text' is not installed")

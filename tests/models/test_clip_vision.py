@@ -1,17 +1,13 @@
 """CLIP's image encoder: parity with transformers, scaling as PyTorch scales, and what it refuses."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
+import make_clip as golden
 import numpy as np
 import pytest
 
 from causvid_jax.config import CLIPConfig, ConfigError
 from causvid_jax.models import clip_vision
-
-sys.path.append("tests/golden")
-import make_clip as golden
 
 CONFIG = CLIPConfig(**golden.SIZES)
 

@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
+import make_image_branch as golden
 import numpy as np
 import pytest
 
@@ -13,9 +13,6 @@ from causvid_jax.checkpoints import load, state_dict
 from causvid_jax.checkpoints.checkpoint import network_of
 from causvid_jax.config import CausalConfig, ConfigError, TransformerConfig
 from causvid_jax.models import image_branch, transformer
-
-sys.path.append("tests/golden")
-import make_image_branch as golden
 
 PLAIN = TransformerConfig(
     dim=40, ffn_dim=24, num_heads=2, num_layers=2, in_channels=8, out_channels=2, text_dim=10, text_length=6

@@ -1,19 +1,16 @@
 """The roundings of published code against PyTorch's own, and that parameters kept narrow lose nothing."""
 
 import dataclasses
-import sys
 
 import jax
 import jax.numpy as jnp
+import make_numerics as golden
 import numpy as np
 import pytest
 
 from causvid_jax.checkpoints import store
 from causvid_jax.config import CausalConfig, ConfigError, TransformerConfig
 from causvid_jax.models import precision, transformer
-
-sys.path.append("tests/golden")
-import make_numerics as golden
 
 CONFIG = TransformerConfig(**golden.SIZES, dtype="bfloat16")
 

@@ -3,10 +3,10 @@
 import dataclasses
 import functools
 import inspect
-import sys
 
 import jax
 import jax.numpy as jnp
+import make_taehv as golden
 import numpy as np
 import pytest
 
@@ -14,9 +14,6 @@ from causvid_jax.checkpoints import load
 from causvid_jax.checkpoints.checkpoint import network_of
 from causvid_jax.config import ConfigError, TAEHVConfig, VAEConfig
 from causvid_jax.models import taehv, vae
-
-sys.path.append("tests/golden")
-import make_taehv as golden
 
 SMALL = TAEHVConfig(z_dim=3, encoder_dim=4, decoder_dims=(6, 5, 4, 3), blocks=1)
 encode = jax.jit(functools.partial(taehv.encode, config=SMALL))

@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
+import make_transformer as golden
 import numpy as np
 import pytest
 
@@ -13,9 +13,6 @@ from causvid_jax.checkpoints import load
 from causvid_jax.checkpoints.checkpoint import network_of
 from causvid_jax.config import CausalConfig, ConfigError, TransformerConfig
 from causvid_jax.models import attention, kv_cache, rope, transformer
-
-sys.path.append("tests/golden")
-import make_transformer as golden
 
 CONFIG = TransformerConfig(
     dim=40, ffn_dim=48, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=10, text_length=6

@@ -2,10 +2,10 @@
 
 import functools
 import math
-import sys
 
 import jax
 import jax.numpy as jnp
+import make_umt5 as golden
 import numpy as np
 import pytest
 
@@ -13,9 +13,6 @@ from causvid_jax.checkpoints import load
 from causvid_jax.checkpoints.checkpoint import network_of
 from causvid_jax.config import ConfigError, UMT5Config
 from causvid_jax.models import umt5
-
-sys.path.append("tests/golden")
-import make_umt5 as golden
 
 CONFIG = UMT5Config(**golden.SIZES, dtype="float32")
 

@@ -1,10 +1,10 @@
 """Image to video with the bidirectional model: parity with diffusers' pipeline, and what it refuses."""
 
 import dataclasses
-import sys
 
 import jax
 import jax.numpy as jnp
+import make_image_to_video as golden
 import numpy as np
 import pytest
 
@@ -13,9 +13,6 @@ from causvid_jax.config.recipes import load_recipe
 from causvid_jax.models import transformer, vae
 from causvid_jax.sampling import image_to_video, teacher
 from configs.wan_14b import NEGATIVE_PROMPT_IMAGE
-
-sys.path.append("tests/golden")
-import make_image_to_video as golden
 
 
 def test_equals_the_pipeline_of_diffusers():

@@ -2,9 +2,9 @@
 
 import dataclasses
 import pathlib
-import sys
 
 import jax
+import make_umt5 as golden
 import numpy as np
 import pytest
 
@@ -12,9 +12,6 @@ from causvid_jax.checkpoints import store, workdir
 from causvid_jax.config import ConfigError, Recipe, TextConfig, TransformerConfig, UMT5Config
 from causvid_jax.models import umt5
 from causvid_jax.text import encoder, tokenizer
-
-sys.path.append("tests/golden")
-import make_umt5 as golden
 
 pytest.importorskip("tokenizers", reason="the extra 'text' is not installed")
 pytest.importorskip("ftfy", reason="the extra 'text' is not installed")

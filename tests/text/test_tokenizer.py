@@ -5,6 +5,7 @@ import json
 import sys
 
 import jax
+import make_umt5 as golden
 import numpy as np
 import pytest
 
@@ -13,9 +14,6 @@ from causvid_jax.models import umt5
 from causvid_jax.text import tokenizer as prompts
 from causvid_jax.text.prompt_cache import PromptCache
 from configs.wan_1_3b import NEGATIVE_PROMPT
-
-sys.path.append("tests/golden")
-import make_umt5 as golden
 
 pytest.importorskip("tokenizers", reason="the extra 'text' is not installed")
 pytest.importorskip("ftfy", reason="the extra 'text' is not installed")
