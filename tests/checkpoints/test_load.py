@@ -132,14 +132,14 @@ def test_onto_a_mesh_each_part_is_read_once(tmp_path, save, params, states, mesh
     else:
         save(path, states[form])
     shardings = jax.tree.map(lambda leaf: split(mesh, leaf), params)
-    read, sizes = checkpoint._read, []
+    read, sizes = checkpoint.read_array, []
 
     def counted(*arguments):
         part = read(*arguments)
         sizes.append(part.size)
         return part
 
-    monkeypatch.setattr(checkpoint, "_read", counted)
+    monkeypatch.setattr(checkpoint, "read_array", counted)
     loaded, _ = load(path, shardings, config=TINY)
 
     def compare(array, expected, sharding):
