@@ -13,36 +13,55 @@ from causvid_jax.config.errors import ConfigError
 
 @contextlib.contextmanager
 def atomic(target: str | os.PathLike, directory: bool = False) -> Iterator[pathlib.Path]:
+    """Do what :func:`atomic_write` does, with a ConfigError that names ``target`` instead of the OSError."""
+    try:
+        with atomic_write(target, directory) as temporary:
+            yield temporary
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def atomic_write(target: str | os.PathLike, directory: bool = False) -> Iterator[pathlib.Path]:
     """Yield a temporary file (or directory) beside ``target`` and rename it to ``target`` when the block succeeds.
 
     If the block raises, the temporary is removed. It is locked while it is written, so the next call can tell and
     remove the temporary of a killed process. An existing target directory must be empty.
 
     Raises:
-        ConfigError: the folder cannot be written.
+        OSError: the folder cannot be written.
     """
     target = pathlib.Path(target)
-    # The hosts of a cluster may share both the folder and the process number.
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
+    temporary, lock = _locked_temporary(target, directory)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        _remove(temporary)
+        os.close(lock)
+
+
+def _locked_temporary(target: pathlib.Path, directory: bool) -> tuple[pathlib.Path, int]:
+    """Make a temporary of ``target`` and return it with the open descriptor that holds its lock."""
+    while True:
+        # The hosts of a cluster may share both the folder and the process number.
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
         if directory:
             temporary.mkdir()
         else:
             temporary.touch(exist_ok=False)
-        lock = os.open(temporary, os.O_RDONLY)
         try:
-            # On file systems without locks no temporary can be recognised as abandoned, so none is removed.
-            with contextlib.suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield temporary
-            os.replace(temporary, target)
-        finally:
-            _remove(temporary)
-            os.close(lock)
-    except OSError as error:
-        raise ConfigError(f"{target} cannot be written: {reason(error)}") from error
+            lock = os.open(temporary, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        # On file systems without locks no temporary can be recognised as abandoned, so none is removed.
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink:
+            return temporary, lock
+        os.close(lock)  # another writer removed it as abandoned before it was locked
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -191,7 +191,7 @@ def train_vae(run: Run, init_from: pathlib.Path | None = None) -> None:
         if run.samples_now:
             run.log_samples(sample(run, recipe, test_clips, functools.partial(reconstruct, state.network.ema)))
     params = collectives.gather_to_first(state.network.ema)
-    run.finish(state.network.ema, vae_metadata(params, recipe, run.workdir))
+    run.finish(params, vae_metadata(params, recipe, run.workdir))
 
 
 def vae_metadata(params: Any, recipe: Recipe, workdir: pathlib.Path) -> dict[str, str]:

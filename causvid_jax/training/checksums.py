@@ -11,6 +11,8 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+from causvid_jax.config.files import atomic_write
+
 PIECE = 1 << 26
 THREADS = 4
 
@@ -47,18 +49,16 @@ def _digests(folder: pathlib.Path, pieces: list[tuple[str, int]]) -> Iterator[st
 
 
 def write(folder: str | os.PathLike, process: int = 0, processes: int = 1) -> None:
-    """Write this process's part of the checksums of a finished checkpoint, atomically."""
+    """Write this process's part of the checksums of a finished checkpoint, atomically; OSError if that fails."""
     folder = pathlib.Path(folder)
     sizes = _files(folder)
     pieces = _pieces(sizes, process, processes)
     found = [[name, i, digest] for (name, i), digest in zip(pieces, _digests(folder, pieces), strict=True)]
     target = folder / f"checksums.{process}-of-{processes}.json"
-    temporary = folder / f".{target.name}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
+    with atomic_write(target) as temporary, open(temporary, "w", encoding="utf-8") as file:
         json.dump({"piece": PIECE, "sizes": sizes, "sha256": found}, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, target)
 
 
 def present(folder: str | os.PathLike) -> bool:

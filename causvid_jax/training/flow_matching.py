@@ -155,13 +155,8 @@ def train_teacher(run: Run, init_from: pathlib.Path | None = None) -> None:
     vae_params, recipe = weights.load_vae(run)
     reader = weights.open_encoder(run)
     step = teacher_step(recipe, run.placement, negative_embeds(reader))
-    if init_from:
-        start = weights.load_network(run, "teacher", recipe.teacher, init_from)
-        state = run.placement.init(step.init, step.shardings, start)
-    else:
-        key = jax.random.key(run.config.seed)
-        state = run.placement.init(lambda: step.init(transformer.init(key, recipe.teacher)), step.shardings)
-    train(run, recipe, step, run.restore(state), reader, samples.TeacherSampler(run, recipe, vae_params, reader))
+    state = weights.initial_state(run, step, recipe.teacher, init_from, fresh=True)
+    train(run, recipe, step, state, reader, samples.TeacherSampler(run, recipe, vae_params, reader))
 
 
 CAUSAL_SAMPLE_STEPS = 16
@@ -175,8 +170,7 @@ def train_causal(run: Run, init_from: pathlib.Path | None = None) -> None:
     vae_params, recipe = weights.load_vae(run)
     reader = weights.open_encoder(run)
     step = causal_step(recipe, run.placement, negative_embeds(reader))
-    start = weights.load_network(run, "teacher", recipe.teacher, init_from)
-    state = run.restore(run.placement.init(step.init, step.shardings, start))
+    state = weights.initial_state(run, step, recipe.teacher, init_from)
     sampler = samples.StreamSampler(run, samples.many_steps(recipe, CAUSAL_SAMPLE_STEPS), vae_params, reader)
     train(run, recipe, step, state, reader, sampler)
 

@@ -12,6 +12,7 @@ from typing import Any
 import tensorboardX
 
 from causvid_jax.config import ConfigError
+from causvid_jax.config.files import atomic_write
 from causvid_jax.distributed import collectives
 
 JSONL = "metrics.jsonl"
@@ -66,11 +67,9 @@ class MetricsWriter:
     def __init__(self, workdir: str | os.PathLike, step: int = 0):
         self._path = pathlib.Path(workdir) / JSONL
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             kept = [record for record in read_metrics(workdir) if record["step"] <= step]
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            os.replace(temporary, self._path)
+            with atomic_write(self._path) as temporary:
+                temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         except OSError as error:
             raise ConfigError(f"metrics cannot be written to {self._path}: {error.strerror}") from error

@@ -102,13 +102,10 @@ def train_init(run: Run, init_from: pathlib.Path | None = None) -> None:
     vae_params, recipe = weights.load_vae(run)
     trajectories = open_trajectories(recipe, run.workdir)
     reader, step, names = weights.open_encoder(run), init_step(recipe, run.placement), batch_shapes(recipe)
-    if init_from or recipe.student == recipe.teacher:
-        start = weights.load_network(run, STAGE_OF[recipe.train_init.teacher], recipe.student, init_from)
-        state = run.placement.init(step.init, step.shardings, start)
-    else:
-        key = jax.random.key(run.config.seed)
-        state = run.placement.init(lambda: step.init(transformer.init(key, recipe.student)), step.shardings)
-    state = run.restore(state)
+    fresh = recipe.student != recipe.teacher
+    state = weights.initial_state(
+        run, step, recipe.student, init_from, stage=STAGE_OF[recipe.train_init.teacher], fresh=fresh
+    )
     sample = samples.StreamSampler(run, recipe, vae_params, reader)
 
     def to_device(batch: Batch) -> Batch:

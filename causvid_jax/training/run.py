@@ -233,7 +233,10 @@ class Run:
             self._progress.note(f"{self.name}: step {self.step}: {text}")
 
     def finish(self, params: Any, metadata: dict[str, str]) -> None:
-        """Write ``WORKDIR/STAGE/weights.safetensors`` of the finished run, and say where it is and what comes next."""
+        """Write ``WORKDIR/STAGE/weights.safetensors`` of the finished run, and say where it is.
+
+        ``params`` are on the mesh, or gathered already (``collectives.gather_to_first``).
+        """
         self._progress.close()
         self._checkpoints.close()
         self._report()

@@ -16,6 +16,7 @@ from causvid_jax.models import transformer
 from causvid_jax.sharding.placement import Placement
 from causvid_jax.text import encoder
 from causvid_jax.training.run import Run
+from causvid_jax.training.update import NetworkStep, TrainState
 
 
 def load_vae(run: Run) -> tuple[Any, Recipe]:
@@ -56,6 +57,26 @@ def load_network(run: Run, stage: str, config: TransformerConfig, path: pathlib.
     # A file has one checksum, so one process reads all of it, through a buffer.
     collectives.check_on_first(opened.check)
     return load(opened, run.placement.params(transformer.spec(config), config.rules), check=False)[0]
+
+
+def initial_state(
+    run: Run,
+    step: NetworkStep,
+    config: TransformerConfig,
+    path: pathlib.Path | None = None,
+    *,
+    stage: str = "teacher",
+    fresh: bool = False,
+) -> TrainState:
+    """Return the state that ``run`` starts or resumes from, on the mesh.
+
+    Without a checkpoint its parameters are those of ``path``, else new ones if ``fresh``, else those of ``stage``.
+    """
+    if fresh and path is None:
+        key = jax.random.key(run.config.seed)
+        return run.restore(run.placement.init(lambda: step.init(transformer.init(key, config)), step.shardings))
+    params = load_network(run, stage, config, path)
+    return run.restore(run.placement.init(step.init, step.shardings, params))
 
 
 def replicated(params: Any, placement: Placement) -> Any:

@@ -1,8 +1,8 @@
 """Writes names.json: names and shapes of the full-size published models, by diffusers. Needs the ``parity`` extra.
 
 ``python tests/golden/make_names.py`` writes the file; ``--check`` compares the one that is there. Layers that are alike
-are written once, with ``{}`` for their number and how many there are. Original names are checked by diffusers' own
-conversion: it must turn them into its names.
+are written once, with ``{}`` for their number and how many there are. Original names are those of the published
+definitions (``wan_definitions.py``), and diffusers' own conversion must turn them into its names.
 """
 
 import argparse
@@ -11,6 +11,8 @@ import json
 import pathlib
 import re
 import tempfile
+
+import wan_definitions
 
 GOLDEN = pathlib.Path(__file__).with_name("names.json")
 SIZES = {"1.3B": (12, 8960, 30), "14B": (40, 13824, 40), "I2V-14B": (40, 13824, 40)}
@@ -30,6 +32,13 @@ def collapse(shapes: Shapes) -> dict[str, list]:
     return collapsed
 
 
+def original_transformer(size: str) -> Shapes:
+    """Original names and shapes of the transformer of ``size``, a key of SIZES."""
+    heads, ffn, layers = SIZES[size]
+    image = {"in_channels": 36, "image_dim": 1280} if size.startswith("I2V") else {}
+    return wan_definitions.transformer(dim=128 * heads, ffn_dim=ffn, num_layers=layers, **image)
+
+
 def reference() -> dict[str, dict]:
     """Both namings of every published model that we read."""
     import torch
@@ -37,8 +46,8 @@ def reference() -> dict[str, dict]:
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, UMT5Config, UMT5EncoderModel
 
-    from causvid_jax.checkpoints import clip_vision, umt5, wan_transformer, wan_vae
-    from causvid_jax.config import CLIPConfig, TransformerConfig, VAEConfig
+    from causvid_jax.checkpoints import clip_vision, umt5
+    from causvid_jax.config import CLIPConfig
     from causvid_jax.config import UMT5Config as TextEncoder
 
     def shapes_of(state) -> Shapes:
@@ -57,14 +66,7 @@ def reference() -> dict[str, dict]:
                 num_layers=layers,
                 **({"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 128 * heads} if image else {}),
             )
-            config = TransformerConfig(
-                dim=128 * heads,
-                ffn_dim=ffn,
-                num_heads=heads,
-                num_layers=layers,
-                **({"in_channels": 36, "image_dim": 1280} if image else {}),
-            )
-            original = wan_transformer.NETWORK.shapes(config, "original")
+            original = original_transformer(size)
             assert shapes_of(convert_wan_transformer_to_diffusers(meta(original))) == shapes_of(model.state_dict())
             golden[f"{size} diffusers"] = collapse(shapes_of(model.state_dict()))
             golden[f"{size} original"] = collapse(original)
@@ -76,7 +78,7 @@ def reference() -> dict[str, dict]:
     # A file holds the shared embedding once.
     golden["umT5-XXL diffusers"] = collapse({n: s for n, s in text.items() if n != "encoder.embed_tokens.weight"})
     golden["CLIP ViT-H/14 diffusers"] = collapse({n: s for n, s in image.items() if not n.endswith("position_ids")})
-    original = wan_vae.NETWORK.shapes(VAEConfig(), "original")
+    original = wan_definitions.vae()
     assert shapes_of(convert_wan_vae_to_diffusers(meta(original))) == coder
     golden["VAE diffusers"], golden["VAE original"] = collapse(coder), collapse(original)
     return golden
