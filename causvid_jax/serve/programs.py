@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from causvid_jax import media
-from causvid_jax.config import ConfigError, Recipe, require
+from causvid_jax.config import Recipe, require
 from causvid_jax.models import decoder, transformer, vae
 from causvid_jax.sampling import stream, weights
 from causvid_jax.sampling.pipeline import StudentPipeline
@@ -59,10 +59,12 @@ class Programs:
         return stream.change_prompt(self.pipe.params, state, jnp.asarray(embeds)[None], config=self._of[context])
 
     def show(self, state: StreamState, picture: np.ndarray) -> tuple[np.ndarray, StreamState]:
-        """Make the picture uint8 ``[H, W, 3]`` the first block."""
+        """Make the picture uint8 ``[H, W, 3]`` the first block; its first frame is the picture itself."""
         latents = stream.encode_image(self.pipe.params, jnp.asarray(media.to_float(picture))[None], config=self._play)
         state = stream.append(self.pipe.params, state, latents, config=self._play)
-        return self._decode(state, latents, True)
+        frames, state = self._decode(state, latents, True)
+        frames[0] = picture
+        return frames, state
 
     def input_frames(self, state: StreamState, coder: Any) -> int:
         """Return how many frames of a video the next block follows; ``coder`` None: the video begins."""
@@ -122,10 +124,7 @@ def open_programs(
         ConfigError: weights that are missing or do not fit.
     """
     own = {name: file for name, file in (files or {}).items() if file is not None}
-    try:
-        found, recipe = weights.find(recipe, "student", checkpoint, encodes=True, files=own)
-    except ConfigError:
-        found, recipe = weights.find(recipe, "student", checkpoint, files=own)
+    found, recipe = weights.find(recipe, "student", checkpoint, encodes=None, files=own)
     shapes = {"student": transformer.inference(recipe.student), **decoder.codec_shapes(recipe, encodes="vae" in found)}
     params = weights.load(found, {name: shape for name, shape in shapes.items() if name in found})
     params = weights.for_stream(params, recipe, free=True)

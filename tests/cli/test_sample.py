@@ -126,6 +126,15 @@ def test_other_ways_to_start(place, made):
     assert len(media.read_video(place / "teacher.mp4", 32, 32)) == 21 and "21 frames in" in made["teacher.mp4"]
 
 
+def test_a_replay_is_the_same_video(place, made):
+    for name in ("follows.mp4", "starts.mp4"):
+        call(place, [f"--replay={place}/{name}", f"--output={place}/again_{name}"])
+        first, again = (media.read_video(place / file, 32, 32) for file in (name, f"again_{name}"))
+        np.testing.assert_array_equal(again, first)
+    assert "holds no script" in refusal(place, [f"--replay={place}/teacher.mp4"])
+    assert "--seed is given with --replay" in refusal(place, [f"--replay={place}/starts.mp4", "--seed=3"])
+
+
 def test_prompts_unlike_every_caption_are_said(capsys):
     request = cli_sample.Options(
         config=load_recipe("digits"),
