@@ -7,8 +7,10 @@ import importlib.util
 import jax
 import pytest
 
-from causvid_jax.analysis import compile_report, topology
+from causvid_jax.analysis import compile_report, hlo, topology
 from causvid_jax.config import ParallelConfig
+from causvid_jax.config.recipes import load_recipe
+from causvid_jax.sharding.mesh import make_mesh
 from tests.sharding.test_sharded_training import RECIPE
 
 MESH = ParallelConfig(data=0, fsdp=2, context=2)
@@ -59,3 +61,26 @@ def test_real_compilers_of_a_stream(name):
     report = compile_report.compile_for(with_mesh(), "stream", topology.describe(name), quick=True)
     assert report.fits and report.quick and report.streams == 2
     assert report.collectives["all-to-all"]["count_once"] >= RECIPE.student.num_layers
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="no compiler for h100")
+def test_a_split_step_gathers_no_activations_and_repeats_no_attention():
+    """Tokens over two devices: no all-gather, since every device sums its part of a weight's gradient; one forward call
+    of cuDNN for self-attention and one for the text, since remat keeps their results."""
+    small = {"num_layers": 2, "dim": 256, "num_heads": 4, "ffn_dim": 512}
+    recipe = load_recipe("wan_1_3b")
+    recipe = dataclasses.replace(
+        recipe,
+        teacher=dataclasses.replace(recipe.teacher, **small, remat="attention"),
+        student=dataclasses.replace(recipe.student, **small),
+        train_teacher=dataclasses.replace(recipe.train_teacher, batch_size=2, accumulate=1),
+        parallel=ParallelConfig(data=2, context=2),
+    )
+    machine = topology.describe("h100:4")
+    mesh = make_mesh(recipe.parallel, machine.devices)
+    function, arguments = compile_report.program(recipe, "teacher", mesh)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_matmul_precision("default"):
+        text = function.lower(*arguments).compile({"xla_gpu_enable_triton_gemm": False}).as_text()
+    kinds = hlo.totals(text)
+    assert "all-gather" not in kinds and kinds["all-to-all"]["count"] > 0
+    assert (text.count('"__cudnn$fmhaSoftmax"'), text.count('"__cudnn$fmhaSoftmaxBackward"')) == (2, 2)
