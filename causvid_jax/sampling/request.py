@@ -52,7 +52,6 @@ class SampleRequest:
     def __post_init__(self) -> None:
         largest = SIDE // max(self.config.video.height, self.config.video.width)
         require(0 <= self.upscale <= largest, f"--upscale is {self.upscale}; accepted: 0 to {largest}")
-        require(":" not in self.output, f"--output is {self.output!r}; a name with ':' cannot be written")
         if self.replay:
             for name in ("prompt", "frames", "seed", "image", "video", "strength", "switch", "teacher", "program"):
                 require(not getattr(self, name), f"--{name} is given with --replay, which tells it; leave it out")

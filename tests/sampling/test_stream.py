@@ -229,6 +229,22 @@ def test_passes_and_their_timesteps(params, monkeypatch):
     assert np.abs(latents[1] - other[1]).max() > 1e-3
 
 
+def test_finished_given_and_rewritten_blocks_are_written_at_the_context_noise(params, monkeypatch):
+    config, calls, cached = with_causal(PLAIN, context_noise=125.0), [], transformer.cached
+
+    def counted(*args, **kwargs):
+        jax.debug.callback(lambda t: calls.append(float(t[0, 0])), args[2])
+        return cached(*args, **kwargs)
+
+    monkeypatch.setattr(transformer, "cached", counted)
+    state = stream.init_stream(params, prompt(0), config=config)
+    latents, state = stream.next_block(params, state, config=config)
+    state = stream.append(params, state, latents, config=config)
+    jax.block_until_ready(stream.recompute_context(params, state, config=config))
+    jax.effects_barrier()
+    np.testing.assert_allclose(calls, [1000.0, 900.0, 750.0, 500.0, 125.0, 125.0, 125.0, 125.0], atol=1e-3)
+
+
 def test_positions_agree_until_the_window_leaves_the_sink(params):
     absolute, _ = run(params, with_causal(WINDOW, positions="absolute"), 6)
     relative, _ = run(params, WINDOW, 6)
