@@ -112,7 +112,7 @@ MUTANTS = [
     Mutant("sampling/player.py", "shown[:, 0] = image", "pass", "tests/sampling/test_player.py"),
     # Updates
     Mutant("training/guard.py", "jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & finite", "jnp.isfinite(loss) & finite", WIRING),
-    Mutant("training/guard.py", "(loss > config.bad_loss_factor * median)", "(loss < config.bad_loss_factor * median)", "tests/training/test_runs.py"),
+    Mutant("training/guard.py", "(loss > config.bad_loss_factor * median)", "(loss < config.bad_loss_factor * median)", UPDATE),
     Mutant("training/guard.py", "applied &= history.skipped == 0", "applied &= True", "tests/training/test_runs.py tests/training/test_dmd_update.py"),
     Mutant("training/update.py", "step >= config.ema_start", "step > config.ema_start", WIRING),
     Mutant("training/update.py", "ema, 1.0 - decay)", "ema, decay)", WIRING),
@@ -122,7 +122,7 @@ MUTANTS = [
     Mutant("training/dmd.py", "jnp.where(continued & ~switched,", "jnp.where(continued,", UPDATE),
     Mutant("training/dmd.py", ".at[:, 0].set(~has_context)", ".at[:, 0].set(has_context)", UPDATE),
     Mutant("training/dmd.py", "noisy if config.include_clean and config.mask_clean else None", "noisy if config.include_clean else None", WIRING),
-    Mutant("training/checksums.py", "if have[name] != size:", "if False:", "tests/training/test_runs.py"),
+    Mutant("training/checksums.py", "if have[name] != size:", "if False:", "tests/training/test_runs.py::test_a_file_of_another_size_is_named_with_both_sizes"),
     # Weights and data
     Mutant(
         "checkpoints/wan_transformer.py",

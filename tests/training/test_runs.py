@@ -313,3 +313,10 @@ def test_a_disk_that_is_really_full(small_disk, tmp_path, capfd):
     again = run(small_disk, config)
     assert re.search("going on from step [24]\n", capfd.readouterr().err)
     equal(again, run(tmp_path / "other", config))
+
+
+def test_a_file_of_another_size_is_named_with_both_sizes(tmp_path):
+    (tmp_path / "a").write_bytes(b"0123456789")
+    checksums.write(tmp_path)
+    (tmp_path / "a").write_bytes(b"01234")
+    assert checksums.problem(tmp_path) == "a is 5 bytes instead of 10"

@@ -43,6 +43,25 @@ def test_a_data_rollout_is_cut_to_its_length(workdir):
     assert run.batches_read[0]["latents"].shape == (2, 2, 2, *recipe.latent_shape[1:])
 
 
+def test_clean_blocks_count_in_the_losses_only_if_asked_for():
+    """The published code counts them."""
+    rng = np.random.default_rng(0)
+    for masked in (True, False):
+        recipe = tiny.tiny_recipe(train_distill={"rollout": "data", "mask_clean": masked})
+        text = np.zeros((4, recipe.text.length, recipe.text.dim), np.float32)
+        batch = {"latents": rng.standard_normal((4, *recipe.latent_shape)).astype(np.float32), "text": text}
+        params = tiny.random_transformer(recipe.student)
+        _, mask = dmd.generate(params, batch, jax.random.key(0), recipe=recipe)
+        assert mask is None if not masked else 0 < int(mask.sum()) < mask.size
+
+
+def test_no_buffer_of_a_state_is_two_of_its_arrays():
+    """A donated state whose EMA shares the buffers of its parameters would be freed under a checkpoint."""
+    network = update.init_trainable({"a": jnp.ones(4), "b": jnp.zeros((2, 2))}, optax.adam(1e-3))
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((network.params, network.ema))]
+    assert len(set(pointers)) == 4
+
+
 def test_lengths_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="5 latent frames do not fit blocks"):
         tiny.tiny_recipe(causal={"frames_per_block": 3, "window": 3}, train_distill={"frames": 5})
