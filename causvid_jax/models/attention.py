@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float
 
 from causvid_jax.config import CausalConfig, ShardingRules, require
+from causvid_jax.models.layers import dot_precision
 from causvid_jax.sharding import constraints
 
 Range = tuple[int, int]  # half-open, in frames
@@ -32,13 +33,11 @@ RESULT = "attention"  # checkpoint name of the results of self-attention, for re
 
 
 def resolve(backend: str, dtype: str) -> str:
-    """Return the kernel for ``"auto"``: splash on TPU, cuDNN on GPU in bfloat16, otherwise XLA."""
+    """Return the kernel for ``"auto"``: splash on TPU and cuDNN on GPU in bfloat16, otherwise XLA."""
     if backend != "auto":
         return backend
-    platform = constraints.platform()
-    if platform == "tpu":
-        return "splash"
-    return "cudnn" if platform in ("gpu", "cuda") and dtype == "bfloat16" else "xla"
+    kernels = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}  # their float32 products would not be float32
+    return kernels.get(constraints.platform(), "xla") if dtype == "bfloat16" else "xla"
 
 
 def dense(
@@ -82,12 +81,17 @@ def dense(
         return _named(out, dtype, name)
     if constraints.platform() == "cpu" and q.shape[1] * k.shape[1] > CHUNKED:
         return _named(_by_queries(q, k, v, mask), dtype, name)
-    scores = jnp.einsum("btnd,bsnd->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = (
+        jnp.einsum("btnd,bsnd->bnts", q, k, precision=dot_precision(dtype), preferred_element_type=jnp.float32)
+        * q.shape[-1] ** -0.5
+    )
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     late = backend == "late"
     weights = jnp.exp(scores - scores.max(-1, keepdims=True)) if late else jax.nn.softmax(scores, axis=-1)
-    out = jnp.einsum("bnts,bsnd->btnd", weights.astype(dtype), v, preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "bnts,bsnd->btnd", weights.astype(dtype), v, precision=dot_precision(dtype), preferred_element_type=jnp.float32
+    )
     out = out / jnp.swapaxes(weights.sum(-1), 1, 2)[..., None] if late else out
     return _named(out, dtype, name)
 
@@ -111,11 +115,13 @@ def _by_queries(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
 
     def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         chunk, head = inputs
-        scores = jnp.matmul(chunk, keys[head], preferred_element_type=jnp.float32)
+        scores = jnp.matmul(chunk, keys[head], precision=dot_precision(v.dtype), preferred_element_type=jnp.float32)
         if mask is not None:
             scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-        out = jnp.matmul(weights.astype(v.dtype), values[head], preferred_element_type=jnp.float32)
+        out = jnp.matmul(
+            weights.astype(v.dtype), values[head], precision=dot_precision(v.dtype), preferred_element_type=jnp.float32
+        )
         return out / weights.sum(-1, keepdims=True)
 
     out = jax.lax.map(one, (queries, jnp.arange(batch * heads).repeat(parts)))
@@ -238,10 +244,15 @@ def run(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, *, dtype: str, bac
 def _partial(q: jax.Array, k: jax.Array, v: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attend to a part of the keys: unnormalized output ``[B, T, N, D]``, maximum and sum ``[B, T, N]``."""
     q, k, v = (x.astype(dtype) for x in (q, k, v))
-    scores = jnp.einsum("btnd,bsnd->btns", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = (
+        jnp.einsum("btnd,bsnd->btns", q, k, precision=dot_precision(dtype), preferred_element_type=jnp.float32)
+        * q.shape[-1] ** -0.5
+    )
     top = scores.max(-1)
     weights = jnp.exp(scores - top[..., None])
-    out = jnp.einsum("btns,bsnd->btnd", weights.astype(dtype), v, preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "btns,bsnd->btnd", weights.astype(dtype), v, precision=dot_precision(dtype), preferred_element_type=jnp.float32
+    )
     return out, top, weights.sum(-1)
 
 

@@ -20,7 +20,7 @@ from einops import rearrange
 from jaxtyping import Float
 
 from causvid_jax.config import CLIPConfig, require
-from causvid_jax.models.layers import Params, gelu_exact, layer_norm, linear, matmul, mlp
+from causvid_jax.models.layers import Params, dot_precision, gelu_exact, layer_norm, linear, matmul, mlp
 from causvid_jax.sharding.params import ParamSpec, abstract_tree, init_tree, linear_spec, stack_spec
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -133,9 +133,14 @@ def attention(p: Params, x: jax.Array, config: CLIPConfig) -> jax.Array:
         rearrange(linear(p[name], x, dtype), "b s (N D) -> b s N D", N=config.num_heads).astype(dtype)
         for name in ("q", "k", "v")
     )
-    scores = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = (
+        jnp.einsum("bqnd,bknd->bnqk", q, k, precision=dot_precision(v.dtype), preferred_element_type=jnp.float32)
+        * q.shape[-1] ** -0.5
+    )
     weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
-    out = jnp.einsum("bnqk,bknd->bqnd", weights, v, preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "bnqk,bknd->bqnd", weights, v, precision=dot_precision(v.dtype), preferred_element_type=jnp.float32
+    )
     return linear(p["o"], rearrange(out, "b s N D -> b s (N D)"), dtype)
 
 

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Float
 
 from causvid_jax.config import require
+from causvid_jax.models.layers import dot_precision
 from causvid_jax.sharding import constraints
 
 Params = dict[str, jax.Array]
@@ -46,7 +47,7 @@ def pointwise(params: Params, x: Float[jax.Array, "*n C"]) -> Float[jax.Array, "
     ``params`` has ``kernel`` [1, 1, 1, C, D] or [1, 1, C, D] and, unless the layer has none, ``bias`` [D].
     """
     kernel = params["kernel"].reshape(params["kernel"].shape[-2:])
-    return _biased(params, x @ kernel.astype(x.dtype))
+    return _biased(params, jnp.matmul(x, kernel.astype(x.dtype), precision=dot_precision(x.dtype)))
 
 
 def causal_conv(
@@ -86,7 +87,12 @@ def temporal_conv(params: Params, x: jax.Array, *, stride: int = 1, method: str 
     pad = kernel.shape[1] // 2
     if method == "volume":
         y = lax.conv_general_dilated(
-            x, kernel, (stride, 1, 1), ((0, 0), (pad, pad), (pad, pad)), dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+            x,
+            kernel,
+            (stride, 1, 1),
+            ((0, 0), (pad, pad), (pad, pad)),
+            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+            precision=dot_precision(x.dtype),
         )
     else:
         span = x.shape[1] - 2
@@ -103,5 +109,12 @@ def _frames_conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[
     """Convolve frame by frame: [B, T, H, W, C] to [B, T, H', W', D]."""
     frames = rearrange(x, "b t h w c -> (b t) h w c")
     dimensions = ("NHWC", "HWIO", "NHWC")
-    y = lax.conv_general_dilated(frames, kernel, (stride, stride), (padding, padding), dimension_numbers=dimensions)
+    y = lax.conv_general_dilated(
+        frames,
+        kernel,
+        (stride, stride),
+        (padding, padding),
+        dimension_numbers=dimensions,
+        precision=dot_precision(x.dtype),
+    )
     return rearrange(y, "(b t) h w c -> b t h w c", b=x.shape[0])

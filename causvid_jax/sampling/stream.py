@@ -406,7 +406,8 @@ def recompute_context(params: Params, state: StreamState, *, config: Recipe) -> 
     kept = state.recent.shape[1]
     if not kept:  # a window of one block: nothing earlier is in sight
         return state
-    blocks = jnp.minimum(kept // k, (state.cache.position - independent) // k)
+    finished = (state.cache.position - independent) // k  # -1 before an independent first frame
+    blocks = jnp.clip(finished, 0, kept // k)
 
     def rewrite(i: jax.Array, cache: KVCache) -> transformer.KVCache:
         latents = jax.lax.dynamic_slice_in_dim(state.recent, kept - (blocks - i) * k, k, axis=1)

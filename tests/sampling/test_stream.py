@@ -49,6 +49,7 @@ FIRST = dataclasses.replace(
     video=VideoConfig(height=32, width=32, frames=17),
     causal=CausalConfig(frames_per_block=2, independent_first_frame=True),
 )
+NOISED = dataclasses.replace(PLAIN, causal=CausalConfig(frames_per_block=2, context_noise=300.0))
 
 
 def with_causal(recipe, **changes):
@@ -113,7 +114,7 @@ def oracle(params, config, seed, shown=(), given=None, start=0):
             if given is not None:
                 x = (1 - sigmas[start]) * given[i] + sigmas[start] * x
             for j in range(start, len(sigmas)):
-                timestep = jnp.zeros((1, sum(sizes))).at[:, here].set(1000 * sigmas[j])
+                timestep = jnp.full((1, sum(sizes)), config.causal.context_noise).at[:, here].set(1000 * sigmas[j])
                 v = oracle_velocity(config)(params["student"], clip.at[:, here].set(x), timestep, prompt(0))
                 x0 = x - sigmas[j] * v[:, here]
                 if j + 1 < len(sigmas):
@@ -122,7 +123,11 @@ def oracle(params, config, seed, shown=(), given=None, start=0):
     return np.asarray(clip)
 
 
-@pytest.mark.parametrize("config, sizes", [(PLAIN, (2, 2, 2)), (FIRST, (1, 2, 2))], ids=["plain", "first"])
+@pytest.mark.parametrize(
+    "config, sizes",
+    [(PLAIN, (2, 2, 2)), (FIRST, (1, 2, 2)), (NOISED, (2, 2, 2))],
+    ids=["plain", "first", "context noise"],
+)
 def test_stream_equals_the_cache_free_reading(params, config, sizes):
     latents, _ = run(params, config, 3, seed=5)
     assert tuple(x.shape[1] for x in latents) == sizes
@@ -272,14 +277,56 @@ def test_prompt_switch_keeps_the_past_and_changes_the_future(params):
         assert np.abs(switched - kept).max() > 1e-2
 
 
-def test_recache_without_a_switch_changes_nothing_in_sight(params):
+@pytest.mark.parametrize("config", [FIRST, NOISED], ids=["first", "context noise"])
+def test_recache_without_a_switch_changes_nothing_in_sight(params, config):
     """Under the same prompt the keys and values that come back are those that were there (full history in sight)."""
-    _, state = run(params, FIRST, 3)
+    _, state = run(params, config, 3)
     kept = stream.copy_stream(state)
-    again = stream.recompute_context(params, state, config=FIRST)
+    again = stream.recompute_context(params, state, config=config)
     np.testing.assert_allclose(again.cache.k, kept.cache.k, atol=1e-5)
     np.testing.assert_allclose(again.cache.v, kept.cache.v, atol=1e-5)
     assert int(again.cache.position) == int(kept.cache.position)
+
+
+def test_appended_and_forced_context_is_read_at_its_noise(params):
+    """A pass of the stream after ``append`` and one of teacher forcing equal the cache-free pass at context noise."""
+    rng = np.random.default_rng(3)
+    clip, x = (jnp.asarray(rng.standard_normal((1, 6, 4, 4, 4)), jnp.float32) for _ in range(2))
+    forced = transformer.block_causal(
+        params["student"],
+        x,
+        jnp.full((1, 6), 500.0),
+        prompt(0),
+        config=NET,
+        causal=NOISED.causal,
+        clean=clip,
+        clean_timestep=NOISED.causal.context_noise,
+    )
+    state = stream.init_stream(params, prompt(0), config=NOISED)
+    for begin in (0, 2, 4):
+        here = slice(begin, begin + 2)
+        timestep = jnp.full((1, 6), NOISED.causal.context_noise).at[:, here].set(500.0)
+        one = oracle_velocity(NOISED)(params["student"], clip.at[:, here].set(x[:, here]), timestep, prompt(0))
+        np.testing.assert_allclose(forced[:, here], one[:, here], atol=1e-4)
+        streamed, _ = transformer.cached(
+            params["student"],
+            x[:, here],
+            jnp.full((1, 2), 500.0),
+            state.text,
+            state.cache,
+            config=NET,
+            causal=NOISED.causal,
+        )
+        np.testing.assert_allclose(streamed, one[:, here], atol=1e-4)
+        state = stream.append(params, state, clip[:, here], config=NOISED)
+
+
+def test_recache_before_the_first_block_changes_nothing(params):
+    """Also with an independent first frame, of which a whole block before position 0 would be rewritten."""
+    start = stream.init_stream(params, prompt(0), config=FIRST)
+    again = stream.recompute_context(params, stream.copy_stream(start), config=FIRST)
+    assert int(again.cache.position) == 0
+    jax.tree.map(np.testing.assert_array_equal, again, start)
 
 
 @pytest.mark.parametrize("config", [PLAIN, WINDOW], ids=["plain", "window"])

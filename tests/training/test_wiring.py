@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from causvid_jax.checkpoints import store
 from causvid_jax.config import ConfigError
 from causvid_jax.distill import rollout
 from causvid_jax.models import transformer
@@ -192,6 +193,75 @@ def test_the_causal_teacher_is_read_as_it_was_trained(inputs):
     )
     np.testing.assert_array_equal(inputs["clean"], twice)
     assert inputs["clean_timestep"] == recipe.causal.context_noise and inputs["causal"] == recipe.causal
+
+
+def test_optimizers_and_text_of_the_distillation(workdir, monkeypatch):
+    """Each network has an optimizer and steps of its own; the real score reads captions and the negative prompt."""
+    made, inputs, captions = [], [], []
+    original, embeds = dmd.make_optimizer, weights.prompt_embeds
+    monkeypatch.setattr(
+        weights, "prompt_embeds", lambda batch, reader: captions.extend(batch["caption"]) or embeds(batch, reader)
+    )
+    monkeypatch.setattr(
+        dmd, "make_optimizer", lambda config, steps: made.append((config, steps)) or original(config, steps)
+    )
+    compiled = dmd.compiled_step
+
+    def recorded(recipe, placement):
+        step = compiled(recipe, placement)
+
+        def run(state, teacher, batch, null_text, **options):
+            inputs.append(jax.tree.map(np.array, (teacher, batch["text"], null_text)))
+            return step(state, teacher, batch, null_text, **options)
+
+        return run
+
+    monkeypatch.setattr(dmd, "compiled_step", recorded)
+    recipe = tiny.tiny_recipe(
+        text={"negative_prompt": "red"},
+        train_distill={
+            "steps": 1,
+            "critic_steps": 3,
+            "optimizer": {"learning_rate": 0.01},
+            "critic_optimizer": {"learning_rate": 0.02},
+        },
+    )
+    tiny.RecordedRun("distill", recipe, workdir).train()
+    config = recipe.train_distill
+    assert set(made) == {(config.optimizer, 1), (config.critic_optimizer, 3)}
+    teacher, text, null_text = inputs[0]
+    saved = store.load_params(workdir / "teacher" / "weights.safetensors")[0]
+    jax.tree.map(np.testing.assert_array_equal, teacher, saved)
+    words = {word: i for i, word in enumerate(recipe.text.vocabulary)}
+    one_hot = np.zeros((*text.shape[:3], len(words)), np.float32)
+    for position, caption in zip(np.ndindex(text.shape[:2]), captions, strict=False):
+        for i, word in enumerate((caption.decode() if isinstance(caption, bytes) else str(caption)).split()):
+            one_hot[(*position, i, words[word])] = 1
+    np.testing.assert_array_equal(text[..., : len(words)] != 0, one_hot != 0)
+    assert null_text[0, words["red"]] != 0 and (null_text != 0)[:, : len(words)].sum() == 1
+
+
+@pytest.mark.parametrize("include_clean", [True, False])
+def test_the_losses_of_a_data_rollout_count_its_noisy_frames(inputs, include_clean):
+    recipe = tiny.tiny_recipe(train_distill={"rollout": "data", "include_clean": include_clean})
+    _, mask = dmd.generate(None, batch_of(), jax.random.key(1), recipe=recipe)
+    noisy = inputs["timestep"] > 0
+    assert noisy.all() != include_clean
+    if include_clean:
+        assert mask.dtype == bool
+        np.testing.assert_array_equal(mask, noisy)
+    else:
+        assert mask is None
+
+
+def test_the_losses_of_a_continued_rollout_leave_its_first_frame_out(monkeypatch):
+    monkeypatch.setattr(dmd, "self_rollout", lambda rollout, params, text, key, *, shape, **_: jnp.zeros(shape))
+    batch = {"text": batch_of(2)["text"], "context": jnp.zeros((2, 1, *RECIPE.latent_shape[1:]))}
+    for continued in (True, False):
+        _, mask = dmd.generate(None, batch | {"has_context": jnp.full(2, continued)}, jax.random.key(0), recipe=RECIPE)
+        assert mask.dtype == bool
+        np.testing.assert_array_equal(mask, [[not continued, True, True]] * 2)
+    assert dmd.generate(None, {"text": batch["text"]}, jax.random.key(0), recipe=RECIPE)[1] is None
 
 
 def test_a_moved_sink_is_refused_where_training_does_not_move_it(tmp_path):

@@ -1,0 +1,97 @@
+"""Float32 is float32 on accelerators: products say it in the programs lowered for GPU and TPU, whatever the default is.
+
+Compilers multiply float32 in TF32 or bfloat16 unless a product asks for all its bits.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from causvid_jax.config import CausalConfig, CLIPConfig, TransformerConfig, UMT5Config, VAEConfig
+from causvid_jax.models import attention, clip_vision, transformer, umt5, vae
+from causvid_jax.sharding import constraints
+
+PRODUCT = re.compile(r"stablehlo\.(?:dot_general|convolution).*")
+SIZES = {
+    "dim": 32,
+    "ffn_dim": 16,
+    "num_heads": 2,
+    "num_layers": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 5,
+    "text_length": 8,
+    "freq_dim": 8,
+}
+CAUSAL = CausalConfig(frames_per_block=2, window=4)
+
+
+def spec(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def products(function, platform, *inputs):
+    """The products and convolutions of ``function`` lowered for ``platform``, as (both operands are float32, line)."""
+    with constraints.lowering_for(platform), jax.default_matmul_precision(None):
+        text = jax.jit(function).trace(*inputs).lower(lowering_platforms=(platform,)).as_text()
+    lines = PRODUCT.findall(text)
+    assert lines
+    return [(bool(re.search(r": \(tensor<[\dx]*f32>, tensor<[\dx]*f32>\)", line)), line) for line in lines]
+
+
+def check(lines, every=False):
+    for float32, line in lines:
+        assert (line.count("HIGHEST") == 2) == float32, line
+        assert float32 or not every, line
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("dtype,policy", [("float32", "default"), ("bfloat16", "default"), ("bfloat16", "wan")])
+def test_products_of_the_transformer_and_of_its_gradient(platform, dtype, policy):
+    config = TransformerConfig(**SIZES, dtype=dtype, precision=policy, attention="xla", remat="none")
+
+    def loss(params, x, timestep, text):
+        one = transformer.bidirectional(params, x, timestep, text, config=config)
+        return (one**2 + transformer.block_causal(params, x, timestep, text, config=config, causal=CAUSAL)).sum()
+
+    inputs = transformer.abstract(config), spec(2, 4, 8, 8, 4), spec(2, 4), spec(2, 8, 5)
+    lines = products(loss, platform, *inputs)
+    check(lines, every=dtype == "float32")
+    assert any(float32 for float32, _ in lines)  # the time embedding is float32 in every policy
+    if (
+        dtype == "float32"
+    ):  # in bfloat16 the gradient of attention rounds its cotangents, as the forward pass its inputs
+        check(products(jax.grad(loss), platform, *inputs), every=True)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_products_of_a_stream(platform):
+    config = TransformerConfig(**SIZES, dtype="float32", attention="auto", remat="none")
+    cache = jax.eval_shape(lambda: transformer.init_cache(config, CAUSAL, batch=2, height=8, width=8))
+    params = transformer.abstract(config)
+    text = jax.eval_shape(lambda p, t: transformer.encode_text(p, t, config=config), params, spec(2, 8, 5))
+
+    def step(p, x, t, text, cache):
+        return transformer.cached(p, x, t, text, cache, config=config, causal=CAUSAL)
+
+    check(products(step, platform, params, spec(2, 2, 8, 8, 4), spec(2, 2), text, cache), every=True)
+    with constraints.lowering_for(platform):
+        assert attention.resolve("auto", "float32") == "xla"
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_products_of_the_codec_and_of_the_encoders(platform):
+    coder = VAEConfig(base_dim=4, z_dim=2, num_res_blocks=1, dtype="float32")
+    check(products(lambda p, x: vae.decode(p, x, config=coder), platform, vae.abstract(coder), spec(1, 2, 2, 2, 2)))
+    check(products(lambda p, x: vae.encode(p, x, config=coder), platform, vae.abstract(coder), spec(1, 5, 16, 16, 3)))
+    text = UMT5Config(vocab_size=11, dim=6, ffn_dim=10, num_heads=2, head_dim=4, num_layers=2, dtype="float32")
+    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    check(products(lambda p, t, m: umt5.encode(p, t, m, config=text), platform, umt5.abstract(text), tokens, tokens))
+    image = CLIPConfig(image_size=8, patch_size=4, dim=80, ffn_dim=6, num_heads=1, num_layers=2, projection_dim=3)
+    check(
+        products(
+            lambda p, x: clip_vision.encode(p, x, config=image), platform, clip_vision.abstract(image), spec(1, 8, 8, 3)
+        )
+    )
