@@ -34,6 +34,7 @@ class Mutant:
 FLOW, SOLVERS = "tests/diffusion/test_flow.py", "tests/diffusion/test_solvers.py"
 DMD, ODE, ROLLOUT = "tests/distill/test_dmd.py", "tests/distill/test_ode_regression.py", "tests/distill/test_rollout.py"
 TRANSFORMER, STREAM = "tests/models/test_transformer.py", "tests/sampling/test_stream.py"
+CONTEXT = f"{STREAM}::test_finished_given_and_rewritten_blocks_are_written_at_the_context_noise"
 UPDATE, WIRING = "tests/training/test_dmd_update.py", "tests/training/test_wiring.py"
 LOAD, PIPELINE = "tests/checkpoints/test_load.py", "tests/data/test_pipeline.py"
 
@@ -101,9 +102,9 @@ MUTANTS = [
     Mutant("models/transformer.py", "positions = jnp.concatenate([positions, positions])", "positions = jnp.arange(2 * frames)", TRANSFORMER),
     Mutant("models/attention.py", "* q.shape[-1] ** -0.5\n    if mask is not None:", "* q.shape[-1] ** -1.0\n    if mask is not None:", TRANSFORMER),
     # Stream
-    Mutant("sampling/stream.py", "write = [config.causal.context_noise]", "write = [0.0]", STREAM),
-    Mutant("sampling/stream.py", "state.cache, latents, config.causal.context_noise, config)", "state.cache, latents, 0.0, config)", STREAM),
-    Mutant("sampling/stream.py", "cache, latents, config.causal.context_noise, config, rewrites", "cache, latents, 0.0, config, rewrites", STREAM),
+    Mutant("sampling/stream.py", "write = [config.causal.context_noise]", "write = [0.0]", CONTEXT),
+    Mutant("sampling/stream.py", "state.cache, latents, config.causal.context_noise, config)", "state.cache, latents, 0.0, config)", CONTEXT),
+    Mutant("sampling/stream.py", "cache, latents, config.causal.context_noise, config, rewrites", "cache, latents, 0.0, config, rewrites", CONTEXT),
     Mutant("sampling/stream.py", "_noise(state, j + 1, config, noise)", "_noise(state, j, config, noise)", STREAM),
     Mutant("sampling/stream.py", "jax.random.fold_in(jax.random.fold_in(jax.random.key(s), block), step)", "jax.random.fold_in(jax.random.key(s), step)", STREAM),
     Mutant("sampling/stream.py", "each + np.arange(batch) if each.ndim == 0", "np.repeat(each, batch) if each.ndim == 0", STREAM),

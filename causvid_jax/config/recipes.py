@@ -14,8 +14,9 @@ from causvid_jax.config.errors import ConfigError, require
 from causvid_jax.config.recipe import Recipe, check_field, from_config_dict
 
 CONFIG_HELP = (
-    "The recipe: a name ({names}) or a Python file with get_config(), which is run. digits:two hands 'two' to "
-    "get_config. --config.GROUP.FIELD=VALUE sets a field, for example --config.video.frames=41; a tuple as "
+    "The recipe: a name ({names}) or a Python file with get_config(), which is run: use files that you trust. "
+    "digits:two hands 'two' to get_config. --config.GROUP.FIELD=VALUE sets a field, for example "
+    "--config.video.frames=41; a tuple as "
     '"--config.diffusion.denoising_timesteps=(1000.,500.)".'
 )
 

@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from causvid_jax.checkpoints import store
-from causvid_jax.config import Recipe, RunError, StageConfig, to_json
+from causvid_jax.config import Recipe, RunError, StageConfig, require, to_json
 from causvid_jax.config.files import write_text
 from causvid_jax.distributed import collectives
 from causvid_jax.progress import Progress
@@ -97,6 +97,11 @@ class Run:
         if restored is not None:
             state, saved = restored
             self.step, self._seconds, self._position = saved["step"], saved["seconds"], saved["iterator"]
+            require(
+                self.step <= self.config.steps,
+                f"{self.config.label}.steps is {self.config.steps}, but {self.folder} has a checkpoint of step "
+                f"{self.step}; accepted: at least {self.step}, or another --workdir",
+            )
             if self.step == self.config.steps:
                 self._provenance = saved.get(provenance.KEY, self._provenance)
             if self.config.on_bad_loss == "stop":

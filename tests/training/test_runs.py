@@ -320,3 +320,9 @@ def test_a_file_of_another_size_is_named_with_both_sizes(tmp_path):
     checksums.write(tmp_path)
     (tmp_path / "a").write_bytes(b"01234")
     assert checksums.problem(tmp_path) == "a is 5 bytes instead of 10"
+
+
+def test_fewer_steps_than_a_checkpoint_has_are_refused(tmp_path):
+    run(tmp_path)
+    with pytest.raises(ConfigError, match="steps is 5, but .* has a checkpoint of step 6; accepted: at least 6"):
+        run(tmp_path, SHORTER)
