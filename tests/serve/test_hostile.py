@@ -55,7 +55,8 @@ def test_a_hundred_hostile_clients_beside_a_good_one(programs, tmp_path, seconds
     for key in closes:
         codes.setdefault(key.split()[0], set()).add(key.split()[1])
     assert codes["malformed"] == {"4400"} and codes["origin"] == {"4403"}
-    assert codes["oversized"] <= {"1009", "4400"} and codes["flood"] <= {"4429", "4400", "open"}
+    # A client that goes on sending while it is turned away may be cut off before it reads the code.
+    assert codes["oversized"] <= {"1009", "4400", "cut"} and codes["flood"] <= {"4429", "4400", "open", "cut"}
 
 
 def test_after_a_kill_the_recording_is_playable(tmp_path):
