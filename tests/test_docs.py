@@ -1,6 +1,7 @@
 """The documents say what is there: code runs, links lead somewhere, names and tables are those of the program."""
 
 import ast
+import json
 import pathlib
 import re
 
@@ -48,3 +49,21 @@ def test_readme_is_short():
 def test_the_manual_has_every_program():
     headings = set(re.findall(r"^## (\w+)$", (ROOT / "docs/cli.md").read_text(), re.M))
     assert set(PROGRAMS) <= headings
+
+
+@pytest.mark.parametrize("report,last", [("digits", "all three"), ("two_digits", "all six")])
+def test_figures_of_the_readme_are_those_of_the_committed_report(report, last):
+    rows = {
+        "real test clips": "real",
+        "real, through the VAE": "vae",
+        "teacher, 50 guided steps": "teacher",
+        "student, 4 steps": "student",
+        "student, last 81 frames of 837": "long",
+    }
+    table = (ROOT / "README.md").read_text().split(f"| {last} |\n")[1].split("\n\n")[0].splitlines()[1:]
+    scores = json.loads((ROOT / f"docs/{report}_report.json").read_text())["scores"]
+    assert len(table) == len(rows)
+    for line in table:
+        name, *figures = (cell.strip() for cell in line.strip("|").split("|"))
+        values = [scores[rows[name]][key] for key in ("digit", "color", "direction", "all")]
+        assert [float(figure) for figure in figures] == pytest.approx(values, abs=0.0051), name
