@@ -305,6 +305,27 @@ def student_update(
     )
 
 
+def critic_updates(
+    state: DMDState,
+    batches: Batch,
+    keys: jax.Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    recipe: Recipe,
+    finite: jax.Array,
+) -> tuple[tuple[Trainable, guard.LossHistory, Batch | None], Metrics]:
+    """Take one critic update per key on the first batches, in a scan: the last carry, and the metrics of all."""
+
+    def update(carry: Any, inputs: Any) -> tuple[Any, Metrics]:
+        *carry, metrics = critic_update(
+            *carry, *inputs, student=state.student.params, optimizer=optimizer, recipe=recipe, finite=finite
+        )
+        return tuple(carry), metrics
+
+    start = state.critic, state.history, no_context(jax.tree.map(lambda a: a[0], batches), recipe)
+    return jax.lax.scan(update, start, (jax.tree.map(lambda a: a[: len(keys)], batches), keys))
+
+
 def train_step(
     state: DMDState,
     teacher: Any,
@@ -341,17 +362,8 @@ def train_step(
     require(count == updates + 1, f"{count} batches for {updates} critic updates and one student update")
     critic_key, student_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
     shared: dict[str, Any] = {"recipe": recipe, "finite": guard.all_finite(batches)}
-
-    def update(carry: Any, inputs: Any) -> tuple[Any, Metrics]:
-        *carry, metrics = critic_update(
-            *carry, *inputs, student=state.student.params, optimizer=optimizers.critic, **shared
-        )
-        return tuple(carry), metrics
-
-    critic_batches = jax.tree.map(lambda a: a[:updates], batches)
-    start = state.critic, state.history, no_context(jax.tree.map(lambda a: a[0], batches), recipe)
-    (critic, history, previous), critic_metrics = jax.lax.scan(
-        update, start, (critic_batches, jax.random.split(critic_key, updates))
+    (critic, history, previous), critic_metrics = critic_updates(
+        state, batches, jax.random.split(critic_key, updates), optimizer=optimizers.critic, **shared
     )
     batch, key = with_context(jax.tree.map(lambda a: a[updates], batches), previous, student_key, config)
     student, history, _, metrics = student_update(
