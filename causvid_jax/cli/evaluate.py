@@ -6,6 +6,7 @@ instead, on handwriting that neither the generators nor the real test clips show
 """
 
 import dataclasses
+from typing import Literal
 
 from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, option
@@ -32,6 +33,9 @@ class Options:
     long_factor: int = option(10, "Length of the long streams, in trained lengths.")
     repeats: int = option(3, "Timed runs of each sampler.")
     seed: int = option(0, "Of prompts, real clips and noise.")
+    captions: Literal["test", "validation"] = option(
+        "test", "The split of the prompts: choose settings on validation (data.validation_fraction), report on test."
+    )
 
     def __post_init__(self) -> None:
         require(

@@ -53,7 +53,9 @@ class DataConfig(Config):
     (``data.captions``) for everything that needs no video: ODE trajectories, self rollouts, samples. ``test_clips``
     counts the clips that are held out; of own videos a fiftieth is held out, at least one. The other fields describe
     digits: ``handwriting`` is ``"sklearn"`` (1,797 scans of 8 x 8 pixels, enlarged) or ``"mnist"`` (5,000 of 28 x 28,
-    scaled down), ``digit_size`` is in pixels, ``speed`` in pixels per frame.
+    scaled down), ``digit_size`` is in pixels, ``speed`` in pixels per frame. No training clip has the share
+    ``held_out_fraction`` of the combinations of digit, colour and direction, which reports use, nor the further share
+    ``validation_fraction``, on which settings are chosen.
     """
 
     label: ClassVar[str] = "data"
@@ -67,6 +69,7 @@ class DataConfig(Config):
     colors: tuple[str, ...] = ("red", "green", "blue", "yellow", "cyan", "magenta", "white")
     digits_per_clip: Annotated[int, Bounds(least=1, most=2)] = 1
     held_out_fraction: Annotated[float, Bounds(least=0, most=0.5)] = 0.1
+    validation_fraction: Annotated[float, Bounds(least=0, most=0.3)] = 0.0
     seed: CountOrZero = 0
     mixture: tuple[tuple[str, Positive], ...] = ()
     prompt_file: str = ""

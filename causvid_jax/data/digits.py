@@ -96,11 +96,14 @@ def vocabulary(config: DataConfig) -> tuple[str, ...]:
 
 
 def captions(config: DataConfig, split: str) -> list[str]:
-    """All captions of ``split``: ``"train"`` (no held-out combination), ``"test"`` (at least one) or ``"all"``.
+    """Return all captions of ``split``.
 
+    ``"test"``: at least one combination held out for reports (``held_out_fraction``). ``"validation"``: none of those,
+    but at least one on which settings are chosen (``validation_fraction``). ``"train"``: none of both. ``"all"``: all.
     With two digits per clip both orders of naming count as captions, and the two colours differ.
     """
-    require(split in ("train", "test", "all"), f"caption split is {split!r}; accepted: 'train', 'test', 'all'")
+    accepted = ("train", "validation", "test", "all")
+    require(split in accepted, f"caption split is {split!r}; accepted: {', '.join(map(repr, accepted))}")
     return list(_captions(config, split))
 
 
@@ -116,20 +119,28 @@ def _combinations(config: DataConfig) -> tuple[Digit, ...]:
 
 
 @functools.lru_cache(maxsize=8)
-def _held_out(config: DataConfig) -> frozenset[Digit]:
+def _held_out(config: DataConfig, validation: bool = False) -> frozenset[Digit]:
+    """Return the combinations that are held out for reports, or those on which settings are chosen."""
     every = _combinations(config)
     order = np.random.default_rng([config.seed, 1]).permutation(len(every))
-    return frozenset(every[i] for i in order[: round(config.held_out_fraction * len(every))])
+    first = round(config.held_out_fraction * len(every))
+    last = first + round(config.validation_fraction * len(every))
+    return frozenset(every[i] for i in (order[first:last] if validation else order[:first]))
 
 
 @functools.lru_cache(maxsize=16)
 def _captions(config: DataConfig, split: str) -> tuple[str, ...]:
-    held_out = _held_out(config)
     clips: list[tuple[Digit, ...]] = [(spec,) for spec in _combinations(config)]
     if config.digits_per_clip == 2:
         clips = [(a, b) for (a,) in clips for (b,) in clips if a.color != b.color]
-    wanted = {"train": (False,), "test": (True,), "all": (False, True)}[split]
-    return tuple(caption_of(specs) for specs in clips if any(s in held_out for s in specs) in wanted)
+    test, validation = _held_out(config), _held_out(config, validation=True)
+
+    def split_of(specs: tuple[Digit, ...]) -> str:
+        if any(spec in test for spec in specs):
+            return "test"
+        return "validation" if any(spec in validation for spec in specs) else "train"
+
+    return tuple(caption_of(specs) for specs in clips if split in ("all", split_of(specs)))
 
 
 def _check(config: DataConfig) -> None:

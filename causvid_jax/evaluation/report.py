@@ -10,7 +10,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -36,6 +36,7 @@ class Plan:
       long_factor: length of the long streams, in trained lengths.
       repeats: timed runs of each sampler, after one that compiles; the median counts.
       seed: of prompts, real clips and noise.
+      captions: the split of the prompts. Choose settings on ``"validation"``; report on ``"test"``.
     """
 
     samples: int = 64
@@ -46,6 +47,7 @@ class Plan:
     long_factor: int = 10
     repeats: int = 3
     seed: int = 0
+    captions: Literal["test", "validation"] = "test"
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 2), ("reference", 2), ("batch", 1), ("long_factor", 1), ("repeats", 1)):
@@ -69,18 +71,19 @@ class Result:
     clips: dict[str, tuple[list[str], np.ndarray]]
 
 
-def held_out_prompts(recipe: Recipe, count: int, seed: int) -> list[str]:
+def held_out_prompts(recipe: Recipe, count: int, seed: int, split: str = "test") -> list[str]:
     """Return ``count`` captions that no training clip has, shuffled, repeated only after all were used."""
-    captions = digits.captions(recipe.data, "test")
-    require(len(captions) > 0, f"data.held_out_fraction is {recipe.data.held_out_fraction}; no caption is held out")
+    captions = digits.captions(recipe.data, split)
+    field = "held_out_fraction" if split == "test" else "validation_fraction"
+    require(len(captions) > 0, f"data.{field} is {getattr(recipe.data, field)}; no caption is held out for it")
     rng = np.random.default_rng([seed, 2])
     order = np.concatenate([rng.permutation(len(captions)) for _ in range(-(-count // len(captions)))])
     return [captions[i] for i in order[:count]]
 
 
-def switched_prompts(recipe: Recipe, prompts: Sequence[str], seed: int) -> list[str]:
+def switched_prompts(recipe: Recipe, prompts: Sequence[str], seed: int, split: str = "test") -> list[str]:
     """Return for each prompt a held-out one that differs in digit, colour and direction, for every pair of digits."""
-    captions = {caption: judging.wanted(caption) for caption in digits.captions(recipe.data, "test")}
+    captions = {caption: judging.wanted(caption) for caption in digits.captions(recipe.data, split)}
     rng = np.random.default_rng([seed, 3])
     result = []
     for prompt in prompts:
@@ -164,7 +167,7 @@ def make_rows(recipe: Recipe, samplers: Samplers, plan: Plan, cost: Mapping[str,
     """
     frames, seed = recipe.video.frames, plan.seed
     starts, long_starts = stream_starts(recipe, 1), stream_starts(recipe, plan.long_factor)
-    prompts = held_out_prompts(recipe, plan.most_samples, seed)
+    prompts = held_out_prompts(recipe, plan.most_samples, seed, plan.captions)
     own, long_prompts = prompts[: plan.samples], prompts[: plan.long_samples or plan.samples]
     real = real_clips(recipe, own, seed)
 
@@ -196,8 +199,10 @@ def switch_row(recipe: Recipe, samplers: Samplers, plan: Plan, cost: float) -> t
     """Return the row of streams whose prompt changes half-way, their first prompts, and the block of the change."""
     starts = stream_starts(recipe, 2)
     at = (len(starts) - 1) // 2
-    before = held_out_prompts(recipe, plan.most_samples, plan.seed)[: plan.switch_samples or plan.samples]
-    after = switched_prompts(recipe, before, plan.seed)
+    before = held_out_prompts(recipe, plan.most_samples, plan.seed, plan.captions)[
+        : plan.switch_samples or plan.samples
+    ]
+    after = switched_prompts(recipe, before, plan.seed, plan.captions)
 
     def sample(captions: list[str], first: int) -> np.ndarray:
         prompts = _slice(before, first, len(captions))
@@ -301,7 +306,7 @@ def evaluate(
     timed_clips = 2 * plan.batch * (plan.repeats + 1)
     sampled = sum(row.passes * len(row.captions) for row in (*rows, switching))
     work = _Work(sampled + timed_clips * sum(cost.values()), progress)
-    pool = held_out_prompts(recipe, plan.reference, plan.seed + 1)
+    pool = held_out_prompts(recipe, plan.reference, plan.seed + 1, plan.captions)
     reference = judging.read_digits(judge, real_clips(recipe, pool, plan.seed + 1))[1]
     clips = {row.name: (row.captions, sample_row(row, plan.batch, work)) for row in (*rows, switching)}
     scores = {row.name: score(recipe, judge, row, clips[row.name][1], reference) for row in rows}

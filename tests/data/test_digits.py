@@ -117,6 +117,19 @@ def test_handwriting_splits_are_disjoint_stratified_and_fixed(source, count, sid
     assert int(parts["test"][2].sum()) == checksum
 
 
+def test_settings_are_chosen_on_captions_that_neither_training_nor_reports_have():
+    config = dataclasses.replace(DATA, validation_fraction=0.05)
+    parts = {split: set(digits.captions(config, split)) for split in ("train", "validation", "test", "all")}
+    assert len(parts["all"]) == 560 and parts["test"] == set(digits.captions(DATA, "test"))
+    assert [len(parts[split]) for split in ("train", "validation", "test")] == [476, 28, 56]
+    assert parts["train"] | parts["validation"] | parts["test"] == parts["all"]
+    assert digits.captions(DATA, "validation") == []
+    two = dataclasses.replace(config, digits_per_clip=2)
+    for caption in digits.captions(two, "validation")[::50]:
+        combinations = {digits.caption_of((spec,)) for spec in digits.parse_caption(caption)}
+        assert combinations & parts["validation"] and not combinations & parts["test"]
+
+
 def test_held_out_combinations_never_occur_in_training_captions():
     train, test, every = (digits.captions(DATA, split) for split in ("train", "test", "all"))
     assert (len(train), len(test), len(every)) == (504, 56, 560)

@@ -170,6 +170,15 @@ def test_report_is_json_and_markdown_and_a_picture(result):
     np.testing.assert_array_equal(tile, result[0].clips["real"][1][0, 0])
 
 
+def test_prompts_of_the_validation_split():
+    recipe = dataclasses.replace(RECIPE, data=dataclasses.replace(RECIPE.data, validation_fraction=0.05))
+    prompts = report.held_out_prompts(recipe, 20, 0, "validation")
+    after = report.switched_prompts(recipe, prompts, 0, "validation")
+    assert {*prompts, *after} <= set(digits.captions(recipe.data, "validation"))
+    with pytest.raises(ConfigError, match="data.validation_fraction is 0.0; no caption is held out for it"):
+        report.held_out_prompts(RECIPE, 20, 0, "validation")
+
+
 def test_plans_that_measure_nothing_are_refused():
     with pytest.raises(ConfigError, match="--samples is 1"):
         report.Plan(samples=1)
