@@ -78,7 +78,7 @@ def test_every_flag_and_every_field_can_be_set(recipe):
         (["{recipe}", "--config.diffusion.denoising_timesteps=4"], "diffusion.denoising_timesteps is 4"),
         (["--config=nowhere.py"], "config file nowhere.py does not exist; accepted: a file, or one of digits"),
         (["--config=digit"], "did you mean 'digits'?"),
-        (["--config="], "the config is empty"),
+        (["--config="], "no --config is given; for example --config=digits"),
         (["{recipe}", "--promt=1"], "flag --promt does not exist; did you mean --prompt?"),
         (["{recipe}", "--mood=1"], "flag --mood does not exist; did you mean --mode?"),
         (["{recipe}", "--frames=\u00b2"], "--frames is '\u00b2'; it must be a whole number"),
