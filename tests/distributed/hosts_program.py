@@ -53,7 +53,7 @@ def _joined(workdir, number, names):
         "not shared": _refusal(collectives.check_shared, own),
     }
     recipe = from_json((folder / "recipe.json").read_text())
-    read, parts, read_part = [], [], checkpoint._read
+    read, parts, read_part = [], [], checkpoint.read_array
 
     def counted(opened, *arguments):
         part = read_part(opened, *arguments)
@@ -61,7 +61,7 @@ def _joined(workdir, number, names):
             parts.append(part)
         return part
 
-    checkpoint._read = counted
+    checkpoint.read_array = counted
     batches = Run.batches
 
     def counting(run, read_batches, to_device):
