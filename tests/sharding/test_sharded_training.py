@@ -144,8 +144,15 @@ def no_involuntary_rematerialization(capfd):
     assert "rematerialization" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("name", ["teacher", "init", "distill"])
+# Every axis alone with the teacher; with the others all axes at once, and each alone in the slow tests.
+CASES = [
+    pytest.param(name, mesh, marks=pytest.mark.slow if name != "teacher" and mesh != "all" else (), id=f"{name}-{mesh}")
+    for name in ("teacher", "init", "distill")
+    for mesh in MESHES
+]
+
+
+@pytest.mark.parametrize("name, mesh", CASES)
 def test_sharded_step_equals_the_single_device_step(workdir, alone, name, mesh):
     recipe = dataclasses.replace(RECIPE, parallel=MESHES[mesh])
     losses, state = take_steps(name, recipe, workdir)
