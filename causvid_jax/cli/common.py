@@ -59,12 +59,16 @@ def run(program: str, arguments: Sequence[str]) -> None:
     try:
         with _stoppable():
             call(program, arguments)
+            sys.stdout.flush()
     except ConfigError as error:
         _finish(f"error: {_line(error)}", BAD_INPUT)
     except RunError as error:
         _finish(f"error: {_line(error)}", FAILED)
     except Stopped as stopped:
         _finish(f"stopped by {stopped.number.name}", 128 + stopped.number)
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILED)
     except KeyboardInterrupt:
         _finish("stopped by Ctrl-C", INTERRUPTED)
 

@@ -166,6 +166,12 @@ def test_signals_end_a_program_as_ctrl_c_does_and_finish_its_video(tmp_path, mon
     assert len(media.read_video(tmp_path / "a.mp4", 16, 16)) == 5 and os.listdir(tmp_path) == ["a.mp4"]
 
 
+def test_a_reader_that_ends_early_gets_no_traceback():
+    command = f"{sys.executable} -c 'from causvid_jax.cli import main; main()' sample --help | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""
+
+
 def test_an_ignored_signal_stays_ignored(monkeypatch):
     """As under ``nohup``."""
     monkeypatch.setattr(common, "call", lambda *_: os.kill(os.getpid(), signal.SIGHUP))
