@@ -68,7 +68,7 @@ class _Base:
 
 
 _encode = jax.jit(vae.encode, static_argnames=("config",))
-_encode_chunk = jax.jit(vae.encode_chunk, static_argnames=("config", "first"))
+encode_chunk = jax.jit(vae.encode_chunk, static_argnames=("config", "first"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +95,11 @@ class StudentPipeline(_Base):
 
         ``noise[i]`` is that of block i, ``[steps, B, K, h, w, C]``, instead of noise of the state's seeds.
         """
-        start = _begins(state)
+        start = begins(state)
         for i in range(blocks):
             given = None if noise is None else noise[i]
             _, frames, state = stream.next_frames(self.params, state, config=self.config, noise=given)
-            yield _visible(frames, start and i == 0), state
+            yield visible(frames, start and i == 0), state
 
     def latents(
         self, state: StreamState, blocks: int = 1, *, noise: Sequence[jax.Array] | None = None
@@ -132,13 +132,13 @@ class StudentPipeline(_Base):
             state: of :meth:`stream`, before its first block.
             image: uint8 ``[H, W, 3]`` for all streams, or ``[B, H, W, 3]``.
         """
-        require(_begins(state), "a picture can only be the first block of a stream")
+        require(begins(state), "a picture can only be the first block of a stream")
         shape = (state.seed.shape[0], *image.shape[-3:])
         picture = jnp.asarray(np.broadcast_to(media.to_float(image), shape))
         latents = stream.encode_image({"vae": self._vae()}, picture, config=self.config)
         state = stream.append(self.params, state, latents, config=self.config)
         decoded, state = stream.decode_block(self.params, state, latents, config=self.config)
-        frames = _visible(decoded, True)
+        frames = visible(decoded, True)
         frames[:, 0] = image
         return frames, state
 
@@ -152,7 +152,7 @@ class StudentPipeline(_Base):
             video: uint8 ``[T, H, W, 3]`` for all streams, or ``[B, T, H, W, 3]``; the last frame fills the last block.
             strength: how far from the video, up to 1 (free).
         """
-        require(_begins(state), "a video can only be followed from the first block of a stream")
+        require(begins(state), "a video can only be followed from the first block of a stream")
         start = jnp.int32(stream.strength_step(self.config.diffusion, strength))
         batch, length = state.seed.shape[0], video.shape[-4]
         pixels = np.broadcast_to(media.to_float(video), (batch, *video.shape[-4:]))
@@ -162,20 +162,21 @@ class StudentPipeline(_Base):
             ends = blocks.first_frame(block, self.config), blocks.first_frame(block + 1, self.config)
             chunk = jnp.asarray(pixels[:, np.minimum(np.arange(*ends), length - 1)])
             vae_config = self.config.vae
-            latents, cache = _encode_chunk(self._vae(), chunk, cache, config=vae_config, first=block == 0)
+            latents, cache = encode_chunk(self._vae(), chunk, cache, config=vae_config, first=block == 0)
             x, state = stream.next_block_from(self.params, state, latents, start, config=self.config)
             frames, state = stream.decode_block(self.params, state, x, config=self.config)
-            yield _visible(frames, block == 0)[:, : length - ends[0]], state
+            yield visible(frames, block == 0)[:, : length - ends[0]], state
 
     def _embeds(self, prompt: Prompts | jax.Array) -> jax.Array:
         return self.encode_prompt(prompt) if isinstance(prompt, (str, list, tuple)) else jnp.asarray(prompt)
 
 
-def _begins(state: StreamState) -> bool:
+def begins(state: StreamState) -> bool:
+    """Return whether a stream is before its first block."""
     return int(state.block) == 0
 
 
-def _visible(frames: jax.Array, first: bool) -> np.ndarray:
+def visible(frames: jax.Array, first: bool) -> np.ndarray:
     """Return decoded frames as uint8, without those of a first block that do not exist."""
     return media.to_uint8(np.asarray(frames))[:, stream.LEAD if first else 0 :]
 

@@ -12,12 +12,10 @@ from causvid_jax import media
 from causvid_jax.config import Recipe, require
 from causvid_jax.models import decoder, transformer, vae
 from causvid_jax.sampling import stream, weights
-from causvid_jax.sampling.pipeline import StudentPipeline
+from causvid_jax.sampling.pipeline import StudentPipeline, begins, encode_chunk, visible
 from causvid_jax.sampling.script import CONTEXTS
 from causvid_jax.sampling.stream import StreamState
 from causvid_jax.text import encoder
-
-_encode_chunk = jax.jit(vae.encode_chunk, static_argnames=("config", "first"))
 
 
 class Programs:
@@ -50,9 +48,9 @@ class Programs:
 
     def next(self, state: StreamState) -> tuple[np.ndarray, StreamState]:
         """Return the uint8 frames ``[n, H, W, 3]`` of the next block and the state after it."""
-        first = _begins(state)
+        first = begins(state)
         _, frames, state = stream.next_frames(self.pipe.params, state, config=self._play)
-        return _pixels(frames, first), state
+        return visible(frames, first)[0], state
 
     def switch(self, state: StreamState, embeds: np.ndarray, context: str) -> StreamState:
         """Return the state under the prompt embeddings ``[S, E]``."""
@@ -76,19 +74,19 @@ class Programs:
         self, state: StreamState, video: np.ndarray, strength: float, coder: Any
     ) -> tuple[np.ndarray, StreamState, Any]:
         """Return frames and state of a block that follows ``video``, and the encoder's past for the next one."""
-        first, begins = coder is None, _begins(state)
+        first, new = coder is None, begins(state)
         config, size = self._play.vae, {"height": video.shape[1], "width": video.shape[2]}
         coder = vae.init_encode_cache(config, batch=1, **size) if first else coder
         chunk = jnp.asarray(media.to_float(video))[None]
-        latents, coder = _encode_chunk(self.pipe.params["vae"], chunk, coder, config=config, first=first)
+        latents, coder = encode_chunk(self.pipe.params["vae"], chunk, coder, config=config, first=first)
         step = jnp.int32(stream.strength_step(self._play.diffusion, strength))
         x, state = stream.next_block_from(self.pipe.params, state, latents, step, config=self._play)
-        frames, state = self._decode(state, x, begins)
+        frames, state = self._decode(state, x, new)
         return frames, state, coder
 
     def _decode(self, state: StreamState, latents: jax.Array, first: bool) -> tuple[np.ndarray, StreamState]:
         frames, state = stream.decode_block(self.pipe.params, state, latents, config=self._play)
-        return _pixels(frames, first), state
+        return visible(frames, first)[0], state
 
     def warm_up(self) -> None:
         """Compile every program, or read it from the compilation cache, by running it once."""
@@ -134,15 +132,6 @@ def open_programs(
 
 def _with_context(recipe: Recipe, context: Any) -> Recipe:
     return dataclasses.replace(recipe, causal=dataclasses.replace(recipe.causal, on_prompt_switch=context))
-
-
-def _begins(state: StreamState) -> bool:
-    return int(state.block) == 0
-
-
-def _pixels(frames: jax.Array, first: bool) -> np.ndarray:
-    """Return decoded frames ``[1, n, H, W, 3]`` as uint8, without those of a first block that do not exist."""
-    return media.to_uint8(np.asarray(frames))[0, stream.LEAD if first else 0 :]
 
 
 def require_endless(recipe: Recipe) -> None:
