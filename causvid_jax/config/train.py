@@ -19,7 +19,9 @@ class DiffusionConfig(Config):
     ``v = v_uncond + g (v_cond - v_uncond)``; g = 1 is no guidance.
     ``denoising_timesteps`` are nominal timesteps ``1000 u`` before the shift, descending from 1000 (pure noise),
     without the final 0. With ``warp`` off they are the timesteps themselves (the 1000, 757, 522 of CausVid's three-step
-    checkpoints).
+    checkpoints). A first timestep below 1000 (999.375 of rCM) starts from noise times its noise level.
+    ``first_block_timesteps`` are those of a block without a past, such as the first of a stream; empty: the same.
+    Causal Forcing++ and Causal-rCM denoise it in four steps and all later blocks in one or two.
     """
 
     label: ClassVar[str] = "diffusion"
@@ -29,19 +31,24 @@ class DiffusionConfig(Config):
     solver: Literal["euler", "unipc"] = "euler"
     guidance_scale: NotNegative = 6.0
     denoising_timesteps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
+    first_block_timesteps: tuple[float, ...] = ()
     warp: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        steps = self.denoising_timesteps
-        require(
-            len(steps) >= 1
-            and steps[0] == 1000
-            and all(0 < step <= 1000 for step in steps)
-            and list(steps) == sorted(set(steps), reverse=True),
-            f"diffusion.denoising_timesteps is {steps}; it must be a list of distinct values in (0, 1000], descending, "
-            "that begins with 1000 (pure noise), for example (1000, 750, 500, 250)",
-        )
+        for name in ("denoising_timesteps", "first_block_timesteps"):
+            steps = getattr(self, name)
+            require(
+                (not steps and name == "first_block_timesteps")
+                or (
+                    len(steps) >= 1
+                    and 999 <= steps[0] <= 1000
+                    and all(0 < step <= 1000 for step in steps)
+                    and list(steps) == sorted(set(steps), reverse=True)
+                ),
+                f"diffusion.{name} is {steps}; it must be a list of distinct values in (0, 1000], descending, "
+                "that begins with 1000 (pure noise), for example (1000, 750, 500, 250)",
+            )
 
 
 @dataclasses.dataclass(frozen=True)

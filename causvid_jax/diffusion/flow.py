@@ -85,9 +85,18 @@ def student_timesteps(config: DiffusionConfig) -> tuple[float, ...]:
 
     At shift 8, (1000, 750, 500, 250) becomes (1000, 960, 888.9, 727.3).
     """
+    return _shifted(config.denoising_timesteps, config)
+
+
+def first_block_timesteps(config: DiffusionConfig) -> tuple[float, ...]:
+    """Return the shifted timesteps of a block without a past: those of every block unless the recipe has others."""
+    return _shifted(config.first_block_timesteps or config.denoising_timesteps, config)
+
+
+def _shifted(steps: tuple[float, ...], config: DiffusionConfig) -> tuple[float, ...]:
     if not config.warp:
-        return config.denoising_timesteps
-    return tuple(1000.0 * float(sigma_from_u(step / 1000.0, config.shift)) for step in config.denoising_timesteps)
+        return steps
+    return tuple(1000.0 * float(sigma_from_u(step / 1000.0, config.shift)) for step in steps)
 
 
 def nominal_steps(config: DiffusionConfig) -> tuple[float, ...]:

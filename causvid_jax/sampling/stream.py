@@ -184,6 +184,34 @@ def _schedule(config: Recipe, timesteps: tuple[float, ...] | None) -> tuple[tupl
     return steps, [_sigma(t, config) for t in steps] + [0.0]
 
 
+def _tables(
+    state: StreamState, config: Recipe, timesteps: tuple[float, ...] | None, *, cut: bool
+) -> tuple[jax.Array, jax.Array, jax.Array | int]:
+    """Return the timestep and the noise level of every pass on a block, and the number of passes.
+
+    With ``cut``, a block without a past has the passes of ``diffusion.first_block_timesteps``. One program serves
+    both: tables and number are traced then.
+    """
+    write = [config.causal.context_noise] if config.causal.context_pass else []
+
+    def table(steps: tuple[float, ...] | None, length: int) -> tuple[jax.Array, jax.Array]:
+        chosen, sigmas = _schedule(config, steps)
+        padded = np.zeros((2, length + 1), np.float32)
+        padded[0, : len(chosen) + len(write)] = [*chosen, *write]
+        padded[1, : len(sigmas)] = sigmas
+        return jnp.asarray(padded[0]), jnp.asarray(padded[1])
+
+    count = len(_schedule(config, timesteps)[0]) + len(write)
+    if not (cut and timesteps is None and config.diffusion.first_block_timesteps):
+        return *table(timesteps, count), count
+    opening = flow.first_block_timesteps(config.diffusion)
+    longest = max(count, len(opening) + len(write))
+    first, later = table(opening, longest), table(None, longest)
+    begins = state.cache.position == 0
+    times, levels = (jnp.where(begins, a, b) for a, b in zip(first, later, strict=True))
+    return times, levels, jnp.where(begins, len(opening) + len(write), count)
+
+
 def _denoise(
     params: Params,
     state: StreamState,
@@ -192,17 +220,14 @@ def _denoise(
     config: Recipe,
     noise: jax.Array | None,
     timesteps: tuple[float, ...] | None,
+    cut: bool = True,
 ) -> tuple[jax.Array, KVCache]:
     """Return x0 of the block ``x``, which is noisy at denoising step ``start``, and the cache with the block written.
 
     Step j computes ``x0 = x_t - sigma_j v`` and adds fresh noise at the next step's level. The cache write is one more
     iteration of the same loop, on x0 itself (sigma 0, ``context_noise``), so the network is compiled once.
     """
-    steps, sigmas = _schedule(config, timesteps)
-    write = [config.causal.context_noise] if config.causal.context_pass else []
-    count = len(steps) + len(write)
-    times = jnp.asarray([*steps, *write], jnp.float32)
-    levels = jnp.asarray([*sigmas, 0.0][: count + 1], jnp.float32)
+    times, levels, count = _tables(state, config, timesteps, cut=cut)
 
     def step(j: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
         x, cache = carry
@@ -232,7 +257,10 @@ def _next_block(
     noise: jax.Array | None = None,
     timesteps: tuple[float, ...] | None = None,
 ) -> tuple[jax.Array, StreamState]:
-    x0, cache = _denoise(params, state, _noise(state, 0, config, noise), 0, config, noise, timesteps)
+    x = _noise(state, 0, config, noise)
+    start = _schedule(config, timesteps)[1][0]
+    x = x if start == 1 else start * x
+    x0, cache = _denoise(params, state, x, 0, config, noise, timesteps)
     return x0, _finish(state, x0, cache)
 
 
@@ -327,7 +355,7 @@ def next_block_from(
     _check_block(state, latents, config)
     _, sigmas = _schedule(config, None)
     x = flow.add_noise(latents, _noise(state, start, config, noise), jnp.asarray(sigmas, jnp.float32)[start])
-    x0, cache = _denoise(params, state, precision.round_all(x, config.student), start, config, noise, None)
+    x0, cache = _denoise(params, state, precision.round_all(x, config.student), start, config, noise, None, cut=False)
     return x0, _finish(state, x0, cache)
 
 

@@ -451,3 +451,37 @@ def test_strength_is_a_nominal_noise_level():
 def test_impossible_clips_are_refused(params):
     with pytest.raises(ConfigError, match="7 latent frames do not fit"):
         stream.generate(params, prompt(0), config=PLAIN, frames=7)
+
+
+def test_a_block_without_a_past_has_timesteps_of_its_own(params):
+    """The first block is that of a recipe with the longer list, the next one that of the shorter; a cut begins anew."""
+    short = dataclasses.replace(WINDOW, diffusion=DiffusionConfig(shift=3.0, denoising_timesteps=(1000.0, 500.0)))
+    both = dataclasses.replace(
+        short, diffusion=dataclasses.replace(short.diffusion, first_block_timesteps=(1000.0, 750.0, 500.0, 250.0))
+    )
+    config = with_causal(both, on_prompt_switch="reset")
+    (first, second), state = run(params, config, 2)
+    (expected,), after = run(params, WINDOW, 1)
+    np.testing.assert_allclose(first, expected, atol=1e-5)
+    later, _ = stream.next_block(params, after, config=short)
+    np.testing.assert_allclose(second, later, atol=1e-5)
+    alike, _ = stream.next_block(params, run(params, short, 1)[1], config=short)
+    assert np.abs(alike - second).max() > 1e-3
+    state = stream.change_prompt(params, state, prompt(0), config=config)
+    cut, _ = stream.next_block(params, state, config=config)
+    fresh = stream.init_stream(params, prompt(0), config=WINDOW, seed=0)
+    fresh = dataclasses.replace(fresh, block=jnp.int32(2))  # the same noise
+    np.testing.assert_allclose(cut, stream.next_block(params, fresh, config=WINDOW)[0], atol=1e-5)
+
+
+def test_a_first_timestep_below_1000_starts_from_scaled_noise(params):
+    config = dataclasses.replace(
+        PLAIN, diffusion=DiffusionConfig(shift=1.0, denoising_timesteps=(999.375,)), causal=CausalConfig(2)
+    )
+    (block,), _ = run(params, config, 1)
+    noise = stream.block_noise(jnp.zeros(1, jnp.uint32), 0, 0, block.shape[1:]) * 0.999375
+    state = stream.init_stream(params, prompt(0), config=config)
+    velocity, _ = transformer.cached(
+        params["student"], noise, jnp.full((1, 2), 999.375), state.text, state.cache, config=NET, causal=config.causal
+    )
+    np.testing.assert_allclose(block, noise - 0.999375 * velocity, atol=1e-5)
