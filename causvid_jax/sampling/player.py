@@ -18,6 +18,7 @@ from causvid_jax.config import Recipe, require
 from causvid_jax.models import vae
 from causvid_jax.sampling import exported, stream
 from causvid_jax.sampling.blocks import covering_latents, first_frame
+from causvid_jax.sampling.pipeline import encode_chunk
 
 
 @dataclasses.dataclass
@@ -85,9 +86,6 @@ class _Bound:
         return self.function(*args, **self.static)
 
 
-_encode_chunk = jax.jit(vae.encode_chunk, static_argnames=("config", "first"))
-
-
 def play(
     params: stream.Params,
     text: np.ndarray,
@@ -151,7 +149,7 @@ def play(
             wanted = np.arange(first_frame(block, config), first_frame(block + 1, config))
             # Where the input ends inside a block, its last frame stays.
             chunk = pixels(video[np.minimum(wanted, len(video) - 1)])
-            given, coder = run(_encode_chunk, first, params["vae"], chunk, coder, config=config.vae, first=first)
+            given, coder = run(encode_chunk, first, params["vae"], chunk, coder, config=config.vae, first=first)
             x, state = run(stream.next_block_from, started, params, state, given, jnp.int32(start), config=config)
         elif image is not None and block == 0:
             x = run(stream.encode_image, started, params, pixels(image), config=config)

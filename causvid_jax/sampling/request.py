@@ -75,7 +75,11 @@ class SampleRequest:
         largest = SIDE // max(self.config.video.height, self.config.video.width)
         require(0 <= self.upscale <= largest, f"--upscale is {self.upscale}; accepted: 0 to {largest}")
         self._check_role()
-        self.switches((self.frames or FRAMES) if self.video else self.length)
+        switches = self.switches((self.frames or FRAMES) if self.video else self.length)
+        if self.config.text.kind == "words":
+            from causvid_jax.text import words  # it imports numpy
+
+            words.encode_words([*self.prompt, *(prompt for _, prompt in switches.values())], self.config.text)
 
     @staticmethod
     def config_of(values: Mapping[str, Any]) -> str | None:

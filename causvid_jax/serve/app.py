@@ -19,7 +19,7 @@ from causvid_jax import __version__
 from causvid_jax.config import ConfigError
 from causvid_jax.serve import uploads
 from causvid_jax.serve.engine import Engine
-from causvid_jax.serve.guard import Guard, TooLarge
+from causvid_jax.serve.guard import BODY_SECONDS, Guard, TooLarge, TooSlow
 from causvid_jax.serve.jobs import Job, Jobs
 from causvid_jax.serve.socket import Connection, describe
 
@@ -70,6 +70,7 @@ def create_app(engine: Engine) -> Any:
     app.add_exception_handler(ConfigError, _sentence)
     app.add_exception_handler(HTTPException, _sentence)
     app.add_exception_handler(TooLarge, _sentence)
+    app.add_exception_handler(TooSlow, _sentence)
     _add_probes(app, engine)
     _add_videos(app, engine, jobs)
 
@@ -89,8 +90,11 @@ async def _tick(engine: Engine) -> None:
 
 async def _sentence(_: Request, error: Exception) -> JSONResponse:
     """Answer an error in the API's shape."""
-    status = 413 if isinstance(error, TooLarge) else getattr(error, "status_code", 400)
-    message = "the request is too large" if isinstance(error, TooLarge) else getattr(error, "detail", str(error))
+    status, message = getattr(error, "status_code", 400), getattr(error, "detail", str(error))
+    if isinstance(error, TooLarge):
+        status, message = 413, "the request is too large"
+    if isinstance(error, TooSlow):
+        status, message = 408, f"the request did not arrive within {BODY_SECONDS:.0f} s"
     return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=status)
 
 

@@ -1,5 +1,6 @@
 """What every request passes before a handler sees it: host, origin, token, rate and size; and headers of the answer."""
 
+import asyncio
 import collections
 import hmac
 import time
@@ -32,6 +33,8 @@ HEADERS = {
 OPEN = ("/healthz", "/readyz")
 """Probes come without a token and as often as they like."""
 MOST_ADDRESSES = 10_000
+BODY_SECONDS = 60.0
+"""Time for the body of a request."""
 
 
 class Guard:
@@ -120,13 +123,24 @@ class TooLarge(Exception):
     """A body without a length turned out to be larger than is accepted."""
 
 
+class TooSlow(Exception):
+    """A body did not arrive within :data:`BODY_SECONDS`."""
+
+
 def _limited(receive: Receive, most: int) -> Receive:
-    total = 0
+    total, complete = 0, False
+    end = time.monotonic() + BODY_SECONDS
 
     async def receiver() -> MutableMapping[str, Any]:
-        nonlocal total
-        message = await receive()
+        nonlocal total, complete
+        if complete:  # the next message is the disconnection, which may take as long as it likes
+            return await receive()
+        try:
+            message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
+        except TimeoutError:
+            raise TooSlow from None
         total += len(message.get("body", b""))
+        complete = not message.get("more_body", False)
         if total > most:
             raise TooLarge
         return message

@@ -9,6 +9,7 @@ from causvid_jax.config import ConfigError
 from causvid_jax.serve.app import create_app
 from causvid_jax.serve.engine import Engine
 from causvid_jax.serve.settings import Settings
+from causvid_jax.serve.transport import PatientProtocol
 
 DRAIN_SECONDS = 10
 CONNECTIONS = 512
@@ -34,6 +35,7 @@ def configuration(engine: Engine) -> uvicorn.Config:
         log_level=logging.WARNING,
         access_log=False,
         server_header=False,
+        http=PatientProtocol,
         ws="websockets-sansio",
         ws_max_size=engine.settings.message_bytes,
         ws_per_message_deflate=False,

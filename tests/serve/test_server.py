@@ -16,6 +16,7 @@ from websockets.exceptions import ConnectionClosed
 from causvid_jax import media
 from causvid_jax.config import ConfigError
 from causvid_jax.sampling import script
+from causvid_jax.serve import guard, transport
 from causvid_jax.serve.film import Film, replay
 from causvid_jax.serve.settings import Settings
 from tests.serve.conftest import Server
@@ -197,6 +198,25 @@ def test_wrong_origin_host_rate_and_size_are_refused(programs, tmp_path):
             last = http.get("/")
         assert last.status_code == 429 and "12 requests a minute" in last.json()["error"]["message"]
         assert http.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /v1/stream HTTP/1.1\r\nHost: local",
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /healthz HT",
+        b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{",
+    ],
+)
+def test_a_request_that_does_not_arrive_is_closed(live, monkeypatch, sent):
+    """Nothing, half a head, half a second head and half a body; without a limit the answer would never come."""
+    monkeypatch.setattr(transport, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
+    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as client:
+        client.sendall(sent)
+        answer = b"".join(iter(lambda: client.recv(4096), b""))
+    assert b" 408 Request Timeout" in answer and answer.startswith(b"HTTP/1.1 200") == (b"healthz" in sent)
 
 
 def test_another_address_needs_a_token_and_the_token_opens(programs, tmp_path):
