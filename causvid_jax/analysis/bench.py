@@ -106,8 +106,8 @@ class Codec:
         return memory.codec_shapes(self.recipe, encodes=False)
 
     def programs(self) -> tuple[Any, Any]:
-        """Return jitted ``start() -> cache`` and ``decode(params, latents, cache) -> (frames, cache)``, the cache "
-        "donated."""
+        """Return jitted ``start() -> cache`` and ``decode(params, latents, cache) -> (frames, cache)``, the cache
+        donated."""
         height, width = self.recipe.latent_size
         size = {"batch": self.streams, "height": height, "width": width}
         start = functools.partial(decoder.init_decode_cache, self.recipe, **size)

@@ -150,8 +150,8 @@ def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, 
 
 
 def program(recipe: Recipe, stage: str, mesh: Mesh, *, batch: int = 1) -> tuple[Any, tuple[Any, ...]]:
-    """Return the jitted function of ``stage`` and its abstract arguments on ``mesh``; ``batch`` streams for "
-    ""stream"."""
+    """Return the jitted function of ``stage`` and its abstract arguments on ``mesh``, for ``batch`` streams
+    where the stage is "stream"."""
     require(stage in STAGES, f"stage is {stage!r}; accepted: {', '.join(STAGES)}")
     place = Placement(mesh, recipe.student.rules, recipe.parallel.offload_optimizer)
     return _stream_program(recipe, place, batch) if stage == "stream" else _training_program(recipe, stage, place)

@@ -182,23 +182,23 @@ class Network:
         return self.layers_whole * (1 - 1 / self.mesh.fsdp)
 
     def exchanged(self, frames: float) -> float:
-        """Return the bytes received in one forward pass of one example: all-to-all over context, all-reduce over "
-        "tensor."""
+        """Return the bytes received in one forward pass of one example: all-to-all over context, all-reduce over
+        tensor."""
         net, mesh, tokens = self.net, self.mesh, frames * self.frame
         heads = 4 * tokens * net.dim / mesh.tensor * _item(net) * (1 - 1 / mesh.context)
         sums = 3 * tokens * net.dim * F32 * 2 * (1 - 1 / mesh.tensor)
         return net.num_layers * (heads + sums)
 
     def trained(self, frames: float, examples: float) -> tuple[float, float]:
-        """Return (gathered, exchanged) bytes of a forward and backward pass: gathered twice, gradients scattered "
-        "once."""
+        """Return (gathered, exchanged) bytes of a forward and backward pass: gathered twice, gradients scattered
+        once."""
         again = 2 if self.net.remat in ("none", "dots") else 3
         return 3 * self.gather(), again * examples * self.exchanged(frames)
 
 
 def _moments(networks: list[tuple[Network, OptimizerConfig]], recipe: Recipe) -> tuple[dict[str, float], float]:
-    """Return the bytes of the moments on the device, by name, and on the host. Muon keeps one moment of a layer's "
-    "kernel."""
+    """Return the bytes of the moments on the device, by name, and on the host. Muon keeps one moment of a layer's
+    kernel."""
     moments = sum(2 * n.params - (n.kernels if config.kind == "muon" else 0.0) for n, config in networks)
     if not recipe.parallel.offload_optimizer:
         return {"moments": moments}, 0.0

@@ -81,8 +81,8 @@ def stream_block(recipe: Recipe, *, frames_cached: int | None = None) -> float:
 
 
 def recomputed(net: TransformerConfig, one_pass: float, frames: int, tokens: int, pairs: int) -> float:
-    """Return the FLOPs of ``one_pass`` (as counted by :func:`forward`) that ``net.remat`` repeats in the backward "
-    "pass."""
+    """Return the FLOPs of ``one_pass`` (as counted by :func:`forward`) that ``net.remat`` repeats in the backward
+    pass."""
     attention_work = float(net.num_layers * 4 * pairs * tokens**2 * net.dim)
     return {
         "none": 0.0,

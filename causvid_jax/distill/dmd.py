@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from einops import repeat
 
-from causvid_jax.config import DiffusionConfig, DistillStageConfig
+from causvid_jax.config import DiffusionConfig, DistillStageConfig, require
 from causvid_jax.diffusion import flow
 from causvid_jax.diffusion.guidance import guided_velocity
 
@@ -35,6 +35,32 @@ def score_timesteps(
     timestep = flow.timestep_from_sigma(flow.sigma_from_u(u, diffusion.shift))
     timestep = jnp.clip(timestep, distill.score_timestep_min, distill.score_timestep_max)
     return repeat(timestep, "b -> b f", f=frames)
+
+
+def noise_output(
+    x: jax.Array,
+    key: jax.Array | None,
+    timestep: jax.Array | None,
+    noise: jax.Array | None,
+    diffusion: DiffusionConfig,
+    distill: DistillStageConfig,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Return ``x_t = (1 - sigma) x + sigma noise``, the timesteps ``[B, F]``, sigma and the noise.
+
+    Timesteps and noise that are None are drawn with ``key``.
+    """
+    require(
+        key is not None or (timestep is not None and noise is not None),
+        "a loss without a key needs both timestep and noise",
+    )
+    if key is not None:
+        time_key, noise_key = jax.random.split(key)
+        if timestep is None:
+            timestep = score_timesteps(time_key, x.shape[0], x.shape[1], diffusion, distill)
+        noise = jax.random.normal(noise_key, x.shape) if noise is None else noise
+    assert timestep is not None and noise is not None
+    sigma = flow.sigma_from_timestep(timestep)
+    return flow.add_noise(x, noise, sigma), timestep, sigma, noise
 
 
 def dmd_gradient(x0: jax.Array, fake_x0: jax.Array, real_x0: jax.Array) -> jax.Array:
@@ -61,13 +87,15 @@ def generator_loss(
     x0: jax.Array,
     prompt_embeds: jax.Array,
     negative_prompt_embeds: jax.Array,
-    key: jax.Array,
+    key: jax.Array | None = None,
     *,
     teacher: ScoreFn,
     fake: ScoreFn,
     diffusion: DiffusionConfig,
     distill: DistillStageConfig,
     mask: jax.Array | None = None,
+    timestep: jax.Array | None = None,
+    noise: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the student's loss. Its gradient reaches ``x0`` only, not the scores.
 
@@ -81,16 +109,18 @@ def generator_loss(
       diffusion: the noise grid.
       distill: guidance scale and timestep range.
       mask: bool ``[B, F]``, the frames that the loss counts; default: all.
+      timestep: ``[B, F]``, instead of drawn ones.
+      noise: shape of ``x0``, instead of drawn noise. With both, no key is needed.
 
     Returns:
       The scalar loss and metrics: loss, mean absolute gradient, and mean timestep.
+
+    Raises:
+      ConfigError: neither a key nor both ``timestep`` and ``noise``.
     """
-    time_key, noise_key = jax.random.split(key)
     x0 = x0.astype(jnp.float32)
     x = jax.lax.stop_gradient(x0)  # no gradient through the scores' inputs
-    timestep = score_timesteps(time_key, x.shape[0], x.shape[1], diffusion, distill)
-    sigma = flow.sigma_from_timestep(timestep)
-    x_t = flow.add_noise(x, jax.random.normal(noise_key, x.shape), sigma)
+    x_t, timestep, sigma, _ = noise_output(x, key, timestep, noise, diffusion, distill)
 
     fake_velocity = fake(x_t, timestep, prompt_embeds)
     real_velocity = guided_velocity(
@@ -109,21 +139,21 @@ def generator_loss(
 def critic_loss(
     x0: jax.Array,
     prompt_embeds: jax.Array,
-    key: jax.Array,
+    key: jax.Array | None = None,
     *,
     fake: ScoreFn,
     diffusion: DiffusionConfig,
     distill: DistillStageConfig,
     mask: jax.Array | None = None,
+    timestep: jax.Array | None = None,
+    noise: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the fake score's flow-matching loss on the student's outputs: unweighted, on velocities.
 
     Arguments are those of :func:`generator_loss`; the trained parameters are inside ``fake``.
     """
-    time_key, noise_key = jax.random.split(key)
     x = jax.lax.stop_gradient(x0.astype(jnp.float32))  # the student's output is data here
-    timestep = score_timesteps(time_key, x.shape[0], x.shape[1], diffusion, distill)
-    noise = jax.random.normal(noise_key, x.shape)
-    velocity = fake(flow.add_noise(x, noise, flow.sigma_from_timestep(timestep)), timestep, prompt_embeds)
+    x_t, timestep, _, noise = noise_output(x, key, timestep, noise, diffusion, distill)
+    velocity = fake(x_t, timestep, prompt_embeds)
     loss = masked_mean(jnp.square(velocity.astype(jnp.float32) - flow.velocity_from(x, noise)), mask)
     return loss, {"loss": loss} | mask_weight(mask)

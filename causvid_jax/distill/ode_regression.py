@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import repeat
 
-from causvid_jax.config import require
+from causvid_jax.config import ConfigError, require
 from causvid_jax.diffusion import flow
 
 BlockCausalFn = Callable[..., jax.Array]  # (params, x, timestep, prompt_embeds) -> velocity
@@ -50,13 +50,14 @@ def ode_regression_loss(
     params: Any,
     states: jax.Array,
     prompt_embeds: jax.Array,
-    key: jax.Array,
+    key: jax.Array | None = None,
     *,
     timesteps: Sequence[float],
     block_sizes: Sequence[int],
     include_clean: bool,
     prompt_switch_prob: float = 0.0,
     context: jax.Array | None = None,
+    index: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the regression loss of a batch of trajectories.
 
@@ -73,6 +74,8 @@ def ode_regression_loss(
       prompt_switch_prob: fraction of the clips that get the context of the next clip in the batch.
       context: clean context of every block, ``[B, F, h, w, C]``. Every block is noisy then, and ``include_clean`` and
         ``prompt_switch_prob`` are ignored.
+      index: int32 ``[B, F]``, the state of each frame (Q: clean), instead of drawn ones. No key is needed then, and no
+        clip gets another's context.
 
     Returns:
       The scalar loss (0 when every block was drawn clean) and metrics: the loss, and the fraction of noisy frames.
@@ -81,12 +84,15 @@ def ode_regression_loss(
     require(states.shape[0] == q + 1, f"trajectories have {states.shape[0]} states; {q} timesteps need {q + 1}")
     require(sum(block_sizes) == frames, f"blocks {tuple(block_sizes)} do not add up to {frames} latent frames")
 
-    step_key, splice_key = jax.random.split(key)
-    index = sample_block_steps(step_key, batch, block_sizes, q + 1 if include_clean and context is None else q)
-    if prompt_switch_prob and context is None:
-        past = splice(splice_key, batch, block_sizes, prompt_switch_prob)
-        index = jnp.where(past, q, index)
-        states = jnp.where(past[None, :, :, None, None, None], jnp.roll(states, -1, axis=1), states)
+    if index is None:
+        if key is None:
+            raise ConfigError("a loss without a key needs index")
+        step_key, splice_key = jax.random.split(key)
+        index = sample_block_steps(step_key, batch, block_sizes, q + 1 if include_clean and context is None else q)
+        if prompt_switch_prob and context is None:
+            past = splice(splice_key, batch, block_sizes, prompt_switch_prob)
+            index = jnp.where(past, q, index)
+            states = jnp.where(past[None, :, :, None, None, None], jnp.roll(states, -1, axis=1), states)
     timestep = jnp.asarray((*timesteps, 0.0), jnp.float32)[index]
     # One state per sample and frame, [B, F, h, w, C].
     x_t = states.astype(jnp.float32)[index, jnp.arange(batch)[:, None], jnp.arange(frames)[None, :]]

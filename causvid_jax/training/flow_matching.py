@@ -43,7 +43,14 @@ def drop_captions(
 
 
 def teacher_loss(
-    params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe, negative_prompt_embeds: Any | None = None
+    params: Any,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    recipe: Recipe,
+    negative_prompt_embeds: Any | None = None,
+    sigma: jax.Array | None = None,
+    noise: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Return the loss of the bidirectional teacher: one t per clip on the shifted grid, captions dropped at random.
 
@@ -53,14 +60,17 @@ def teacher_loss(
       key: draws t, noise and which captions are dropped.
       recipe: grid, teacher, ``train_teacher.caption_dropout``.
       negative_prompt_embeds: ``[S, E]``, which replace dropped captions; None: zeros.
+      sigma: ``[B, F]``, instead of drawn ones.
+      noise: shape of the latents, instead of drawn noise.
     """
     latents, text = batch["latents"], batch["text"]
     size, frames = latents.shape[:2]
     u_key, noise_key, drop_key = jax.random.split(key, 3)
     # Stratified: one u in each of B equal cells, which lowers the variance of the loss.
-    u = (jnp.arange(size) + jax.random.uniform(u_key, (size,))) / size
-    sigma = jnp.broadcast_to(flow.sigma_from_u(u, recipe.diffusion.shift)[:, None], (size, frames))
-    noise = jax.random.normal(noise_key, latents.shape)
+    if sigma is None:
+        u = (jnp.arange(size) + jax.random.uniform(u_key, (size,))) / size
+        sigma = jnp.broadcast_to(flow.sigma_from_u(u, recipe.diffusion.shift)[:, None], (size, frames))
+    noise = jax.random.normal(noise_key, latents.shape) if noise is None else noise
     text = drop_captions(text, drop_key, recipe.train_teacher.caption_dropout, negative_prompt_embeds)
     x_t = flow.add_noise(latents, noise, sigma)
     velocity = transformer.bidirectional(params, x_t, flow.timestep_from_sigma(sigma), text, config=recipe.teacher)
@@ -69,7 +79,14 @@ def teacher_loss(
 
 
 def causal_loss(
-    params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe, negative_prompt_embeds: Any | None = None
+    params: Any,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    recipe: Recipe,
+    negative_prompt_embeds: Any | None = None,
+    sigma: jax.Array | None = None,
+    noise: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Return the teacher-forcing loss: every block has a t of its own and attends to the clean blocks before it.
 
@@ -80,9 +97,10 @@ def causal_loss(
     size, frames = latents.shape[:2]
     blocks = recipe.causal.block_sizes(frames)
     u_key, noise_key, drop_key, splice_key = jax.random.split(key, 4)
-    sigma = flow.sigma_from_u(jax.random.uniform(u_key, (size, len(blocks))), recipe.diffusion.shift)
-    sigma = jnp.repeat(sigma, np.asarray(blocks), axis=1, total_repeat_length=frames)
-    noise = jax.random.normal(noise_key, latents.shape)
+    if sigma is None:
+        sigma = flow.sigma_from_u(jax.random.uniform(u_key, (size, len(blocks))), recipe.diffusion.shift)
+        sigma = jnp.repeat(sigma, np.asarray(blocks), axis=1, total_repeat_length=frames)
+    noise = jax.random.normal(noise_key, latents.shape) if noise is None else noise
     text = drop_captions(text, drop_key, config.caption_dropout, negative_prompt_embeds)
     swapped = ode_regression.splice(splice_key, size, blocks, config.prompt_switch_prob)
     clean = jnp.where(swapped[:, :, None, None, None], jnp.roll(latents, -1, axis=0), latents)

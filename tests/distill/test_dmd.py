@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from causvid_jax.config import DiffusionConfig, DistillStageConfig
+from causvid_jax.config import ConfigError, DiffusionConfig, DistillStageConfig
 from causvid_jax.diffusion import flow
 from causvid_jax.distill import dmd
 
@@ -223,3 +223,19 @@ def test_critic_recovers_the_exact_linear_velocity(timestep):
     sigma = timestep / 1000
     w = (sigma - (1 - sigma) * STD**2) / ((1 - sigma) ** 2 * STD**2 + sigma**2)
     np.testing.assert_allclose(fit, [w, -MEAN - w * (1 - sigma) * MEAN], atol=0.02)
+
+
+def test_losses_take_noise_and_timesteps_instead_of_a_key():
+    rng = np.random.default_rng(7)
+    x0, noise = rng.standard_normal((2, *SHAPE)).astype(np.float32)
+    timestep = np.repeat(rng.uniform(20, 980, (SHAPE[0], 1)), SHAPE[1], 1).astype(np.float32)
+    sigma = (timestep / 1000)[:, :, None, None, None]
+    settings = {"fake": fake, "diffusion": DIFFUSION, "distill": DistillStageConfig()}
+    loss, _ = dmd.critic_loss(x0, TEXT, timestep=timestep, noise=noise, **settings)
+    x_t = (1 - sigma) * x0 + sigma * noise
+    v = 0.5 * x_t**2 - per_sample(np.cos(TEXT).sum((1, 2)) * 0.002 * timestep[:, 0])
+    np.testing.assert_allclose(loss, ((v - (noise - x0)) ** 2).mean(), rtol=1e-5)
+    _, metrics = dmd.generator_loss(x0, TEXT, NULL, teacher=teacher, timestep=timestep, noise=noise, **settings)
+    np.testing.assert_allclose(metrics["timestep"], timestep.mean(), rtol=1e-6)
+    with pytest.raises(ConfigError, match="without a key needs both"):
+        dmd.critic_loss(x0, TEXT, noise=noise, **settings)

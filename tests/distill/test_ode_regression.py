@@ -148,3 +148,19 @@ def test_with_a_clean_context_every_block_is_noisy_and_none_is_exchanged():
     for b in range(BATCH):
         for f in range(FRAMES):
             np.testing.assert_array_equal(x[b, f], STATES[TIMESTEPS.index(float(timestep[b, f])), b, f])
+
+
+def test_the_loss_takes_states_instead_of_a_key():
+    index = np.random.default_rng(2).integers(0, 4, (BATCH, FRAMES)).astype(np.int32)
+    zero = lambda params, x, timestep, text: jnp.zeros_like(x)  # noqa: E731
+    settings = {"timesteps": TIMESTEPS, "block_sizes": BLOCKS, "include_clean": True}
+    loss, _ = ode_regression.ode_regression_loss(zero, None, STATES, TEXT, index=index, **settings)
+    errors = [
+        (STATES[index[b, f], b, f] - STATES[3, b, f]) ** 2
+        for b in range(BATCH)
+        for f in range(FRAMES)
+        if index[b, f] < 3
+    ]
+    np.testing.assert_allclose(loss, np.mean(errors), rtol=1e-5)
+    with pytest.raises(ConfigError, match="without a key needs index"):
+        ode_regression.ode_regression_loss(zero, None, STATES, TEXT, **settings)

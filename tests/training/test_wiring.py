@@ -128,6 +128,9 @@ def test_teacher_loss_matches_numpy(inputs):
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     flow_matching.teacher_loss(None, batch, key, recipe=RECIPE)
     np.testing.assert_array_equal(inputs["text"], np.where(dropped, 0, batch["text"]))
+    handed = {"sigma": jnp.full((6, 3), 0.25), "noise": jnp.ones_like(batch["latents"])}
+    flow_matching.teacher_loss(None, batch, key, recipe=RECIPE, **handed)
+    np.testing.assert_allclose(inputs["x"], 0.75 * batch["latents"] + 0.25, atol=1e-6)
 
 
 def test_causal_loss_matches_numpy(inputs):
@@ -147,6 +150,9 @@ def test_causal_loss_matches_numpy(inputs):
     assert (own ^ other).all() and own[:, -1].all() and 0 < other[:, 0].sum() < 6
     assert (np.diff(own.astype(int), axis=1) >= 0).all()
     assert inputs["clean_timestep"] == RECIPE.causal.context_noise
+    handed = {"sigma": jnp.full((6, 3), 0.75), "noise": jnp.ones_like(batch["latents"])}
+    flow_matching.causal_loss(None, batch, key, recipe=RECIPE, **handed)
+    np.testing.assert_allclose(inputs["x"], 0.25 * batch["latents"] + 0.75, atol=1e-6)
 
 
 # ---- distillation ---------------------------------------------------------------------------------------------------
