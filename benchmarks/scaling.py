@@ -78,7 +78,7 @@ class Row:
 
 @functools.cache
 def load(name: str) -> Recipe:
-    """A recipe of :data:`RECIPES`, with a batch for the stage that the published ones do not have."""
+    """Return a recipe of :data:`RECIPES`, with a batch for the stage that the published ones do not have."""
     recipe = load_recipe(str(ROOT / RECIPES[name]))
     return dataclasses.replace(
         recipe, train_teacher=dataclasses.replace(recipe.train_teacher, batch_size=TEACHER_BATCH)
@@ -86,7 +86,7 @@ def load(name: str) -> Recipe:
 
 
 def row_of(recipe: str, stage: str, name: str, compiled: dict[str, dict]) -> Row:
-    """A cell, planned past what was found too large; with the compiler's figures of this plan where there are any."""
+    """Plan a cell, past what was found too large; with the compiler's figures of this plan where there are any."""
     machine, known = topology.parse(MACHINES[name]), compiled.get(f"{recipe}/{stage}/{name}", {})
     plan = mesh_search.search(load(recipe), stage, machine, too_large=known.get("too_large", ()))
     row = Row(recipe, stage, name, plan, compile_report.estimate_for(plan.recipe, stage, machine))
@@ -195,7 +195,7 @@ def cost_table(made: list[Row], recipe: str) -> list[str]:
 
 
 def few_devices(made: list[Row]) -> list[str]:
-    """What 1, 4, 8 and 64 devices can train, and with which settings."""
+    """Return what 1, 4, 8 and 64 devices can train, and with which settings."""
     lines = []
     for count, names in FEW.items():
         lines += ["", f"### {count} device{'s' if count > 1 else ''}", ""]
@@ -280,7 +280,7 @@ def document(made: list[Row]) -> str:
 
 
 def compile_row(row: Row, quick: bool) -> dict | None:
-    """The row's entry for docs/scaling.json, from a process of its own; without a report if the compiler refused a
+    """Return the row's entry for docs/scaling.json, from a process of its own; without a report if the compiler refused a
     program that is too large, none if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         output, log = pathlib.Path(folder) / "report.json", pathlib.Path(folder) / "log"

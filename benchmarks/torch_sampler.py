@@ -92,7 +92,7 @@ class Sampler:
         return x
 
     def write(self, ready, latents):
-        """The cache write."""
+        """Write the cache."""
         return self.stream.velocity(latents, self.told[self.clean], ready)
 
 
@@ -110,7 +110,7 @@ def timed(call, device: torch.device, repeats: int) -> tuple[float, ...]:
 
 
 def measure(recipe: Recipe, given: argparse.Namespace, device: torch.device) -> dict:
-    """The report, with the fields of ``launch.bench``."""
+    """Return the report, with the fields of ``launch.bench``."""
     begin = time.perf_counter()
     sampler = Sampler(recipe, device, given.mode if given.compile else None)
     stream, lines = sampler.stream, []
@@ -217,7 +217,7 @@ def check() -> None:
 
 
 def kernels(name: str):
-    """The context in which SDPA uses the kernel ``name``."""
+    """Return the context in which SDPA uses the kernel ``name``."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     kinds = {"cudnn": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH"}

@@ -16,7 +16,7 @@ TEXT_LENGTH = 16
 
 
 def in_turns(rounds: int, *stretches: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:
-    """A curriculum of ``rounds`` times the same ``(steps, latent frames, clips)`` one after the other.
+    """Return a curriculum of ``rounds`` times the same ``(steps, latent frames, clips)`` one after the other.
 
     What a network has learnt of first blocks it forgets over whole clips, so the turns are to be short. The last turn
     is the stage's own, to its last step, and not part of the curriculum.
@@ -30,7 +30,7 @@ def in_turns(rounds: int, *stretches: tuple[int, int, int]) -> tuple[tuple[int, 
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """The recipe as an ``ml_collections.ConfigDict``; ``two``: clips of two digits."""
+    """Return the recipe as an ``ml_collections.ConfigDict``; ``two``: clips of two digits."""
     if variant not in ("", "two"):
         raise ValueError(f"the variant is {variant!r}; accepted: none, 'two'")
     config = one_digit()
@@ -84,7 +84,7 @@ def two_digits(config: ml_collections.ConfigDict) -> None:
 
 
 def one_digit() -> ml_collections.ConfigDict:
-    """The recipe of one digit."""
+    """Return the recipe of one digit."""
     network = {
         "dim": 192,
         "ffn_dim": 768,

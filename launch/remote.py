@@ -14,7 +14,7 @@ Command = list[str]
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The arguments that say what to train; flags of ``launch.train`` beyond them follow after ``--``."""
+    """Return the arguments that say what to train; flags of ``launch.train`` beyond them follow after ``--``."""
     usage = "%(prog)s [options] [-- flags of launch.train]"
     made = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
     made.add_argument("--config", required=True, help="recipe file, as for launch.train")
@@ -26,7 +26,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def parse(made: argparse.ArgumentParser, given: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of ``given`` (None: the command line); ``flags`` holds what stands after ``--``."""
+    """Parse ``given`` (None: the command line). ``flags`` holds what stands after ``--``."""
     words = list(sys.argv[1:] if given is None else given)
     end = words.index("--") if "--" in words else len(words)
     arguments = made.parse_args(words[:end])
@@ -41,7 +41,7 @@ def train_command(arguments: argparse.Namespace, python: str = "python3", *extra
 
 
 def finished(arguments: argparse.Namespace) -> str:
-    """A shell test of whether the stage is trained to its end. SIGTERM ends a run with status 0 too."""
+    """Return a shell test of whether the stage is trained to its end. SIGTERM ends a run with status 0 too."""
     return f"test -e {shlex.quote(f'{arguments.workdir}/{arguments.stage}/weights.safetensors')}"
 
 

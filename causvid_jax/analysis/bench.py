@@ -281,12 +281,12 @@ class _Bench:
         self.compile_seconds = time.perf_counter() - begin
 
     def start(self) -> stream.StreamState:
-        """A new stream; the decoders of this benchmark keep their own caches."""
+        """Return a new stream. The decoders of this benchmark keep their own caches."""
         state = stream.init_stream(self.params, self.text, config=self.recipe)
         return dataclasses.replace(state, decode=None)  # type: ignore[arg-type]
 
     def pass_tflop(self, seen: int, frames: int | None = None) -> float:
-        """Of one pass over a block whose tokens see ``seen`` frames."""
+        """Return the TFLOP of one pass over a block whose tokens attend to ``seen`` frames."""
         frames = self.k if frames is None else frames
         one = flops.forward(self.recipe.student, frames, self.tokens, frames * seen, text=False)
         return self.options.streams * one / 1e12
@@ -297,7 +297,7 @@ class _Bench:
         self.lines.append(report_format.Line(what, seen, codec, p50, p99, len(each), ms=each, **more))
 
     def every_length(self) -> stream.StreamState:
-        """A denoising step and the cache write at every length; the state after the last block."""
+        """Time a denoising step and the cache write at every length; return the state after the last block."""
         state = self.start()
         if not state.started:
             _, state = self.first(self.params, state)
@@ -325,7 +325,7 @@ class _Bench:
         return state
 
     def blocks(self, state: stream.StreamState, decoder: "_Decoder | None") -> stream.StreamState:
-        """Blocks with a full window one after the other, as latents or decoded."""
+        """Time blocks with a full window one after the other, as latents or decoded."""
         here, seen = cache_lengths(self.recipe)[-1]
         back, repeats = rewinder(here), self.options.repeats
         passes = self.steps + self.recipe.causal.context_pass
@@ -368,7 +368,7 @@ class _Bench:
         return arrivals
 
     def clips(self, decoder: "_Decoder | None") -> None:
-        """The time to the first frame and to the last one of a clip of the recipe's length."""
+        """Time the first frame and the last one of a clip of the recipe's length."""
         recipe, title = self.recipe, "none" if decoder is None else decoder.title
         sizes = recipe.causal.block_sizes(recipe.video.latent_frames)
 
@@ -406,7 +406,7 @@ class _Decoder:
 
 
 def rewinder(position: int) -> Callable[[stream.StreamState], stream.StreamState]:
-    """Moves a stream back to latent frame ``position``: its next block takes the slots of the block just finished."""
+    """Return a function that moves a stream back to latent frame ``position``, to write its next block there again."""
 
     def back(state: stream.StreamState) -> stream.StreamState:
         # A new array each time: the state is donated.

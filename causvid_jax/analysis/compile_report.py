@@ -262,13 +262,13 @@ _SECONDS = ((86400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, 
 
 
 def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
-    """``value`` to three digits in the largest unit of which it holds one, else the smallest."""
+    """Format ``value`` to three digits, in the largest unit of which it has at least one, else in the smallest."""
     size, unit = next((u for u in units if abs(value) >= u[0]), units[-1])
     return f"{float(f'{value / size:.3g}'):g} {unit}"
 
 
 def readable_seconds(value: float) -> str:
-    """``1.2 s``, ``35 ms``, ``3.5 h``."""
+    """Format seconds: ``1.2 s``, ``35 ms``, ``3.5 h``."""
     return _scaled(value, _SECONDS)
 
 

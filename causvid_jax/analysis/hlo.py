@@ -23,7 +23,7 @@ class Collective:
 
 
 def _size(result: str) -> int:
-    """Bytes of a result type. An asynchronous start gives (operands, results): the largest array is what moves."""
+    """Return the bytes of a result type. An asynchronous start has (operands, results); its largest array is moved."""
     sizes = [
         math.prod(int(d) for d in dims.split(",") if d) * _BYTES.get(kind, 4) for kind, dims in _SHAPE.findall(result)
     ]
@@ -31,7 +31,7 @@ def _size(result: str) -> int:
 
 
 def collectives(text: str) -> Iterator[Collective]:
-    """Every collective of a compiled program (``compiled.as_text()``)."""
+    """Return every collective of a compiled program (``compiled.as_text()``)."""
     bodies = set(_BODY.findall(text))
     computation = ""
     for line in text.splitlines():
@@ -42,7 +42,7 @@ def collectives(text: str) -> Iterator[Collective]:
 
 
 def totals(text: str) -> dict[str, dict[str, int]]:
-    """By kind: ``count`` and ``bytes`` in the bodies of loops (a layer), ``count_once`` and ``bytes_once`` outside."""
+    """Return by kind ``count`` and ``bytes`` inside loops (a layer), ``count_once`` and ``bytes_once`` outside."""
     result: dict[str, dict[str, int]] = {}
     for one in collectives(text):
         entry = result.setdefault(one.kind, {"count": 0, "bytes": 0, "count_once": 0, "bytes_once": 0})

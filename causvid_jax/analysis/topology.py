@@ -105,7 +105,7 @@ class Topology:
 
 
 def parse(name: str) -> TopologySpec:
-    """The machine ``name``: KIND:AxB[xC][*SLICES] for TPU, KIND:N or KIND:NODESxN for GPU.
+    """Parse the machine ``name``: KIND:AxB[xC][*SLICES] for TPU, KIND:N or KIND:NODESxN for GPU.
 
     Raises:
         ConfigError: an unknown kind or shape.
@@ -128,7 +128,7 @@ def parse(name: str) -> TopologySpec:
 
 
 def describe(name: str) -> Topology:
-    """The machine ``name`` with devices to compile for, without one being there.
+    """Return the machine ``name`` with devices to compile for. No such device is needed.
 
     TPU needs libtpu (extra ``tpu``). GPU needs XLA's CUDA compiler (extra ``cuda12``, no driver).
 
@@ -164,7 +164,7 @@ def describe(name: str) -> Topology:
 
 
 def _gpu_target(chip: Chip) -> str:
-    """XLA's description of a Hopper GPU with the memory of ``chip``, as the text of its GpuTargetConfigProto."""
+    """Return XLA's description of a Hopper GPU with the memory of ``chip``, as the text of its GpuTargetConfigProto."""
     memory = round(chip.memory / 0.92)
     return f"""
 gpu_device_info {{

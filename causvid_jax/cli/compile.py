@@ -89,7 +89,7 @@ def main(options: Options) -> None:
 
 
 def with_mesh(recipe: Recipe, stage: str, machine: "TopologySpec") -> Recipe:
-    """The recipe as it is if it has a mesh, or the machine needs none; else as it should be fastest there."""
+    """Return the recipe unchanged if it has a mesh or needs none; else with the mesh estimated as fastest."""
     from causvid_jax.analysis import mesh_search
 
     if recipe.parallel != mesh_search.without_mesh(recipe.parallel) or machine.size == 1:
@@ -121,7 +121,7 @@ def build(options: Options) -> None:
 
 
 def advice(recipe: Recipe, stage: str, machine: "TopologySpec") -> str:
-    """What would make a program fit: other settings that should, by computation, or what else there is to change."""
+    """Say what would make a program fit: settings that fit by the estimate, or what else can be changed."""
     from causvid_jax.analysis import mesh_search
     from causvid_jax.config.files import format_bytes
 

@@ -191,7 +191,7 @@ def _check_identity(folder: pathlib.Path, identity: dict[str, Any]) -> None:
 
 
 def _change(name: str, before: Any, now: Any) -> str:
-    """Say how a setting differs; values that would fill lines are left out."""
+    """Return how a setting differs, in words. Long values are left out."""
     short = len(repr(before)) + len(repr(now)) <= 100
     return f"{name} was {before!r} and is now {now!r}" if short else f"{name} differs"
 

@@ -61,12 +61,12 @@ class Digit:
 
 
 def caption_of(specs: Sequence[Digit]) -> str:
-    """The caption of a clip that shows ``specs``: their phrases joined by " and "."""
+    """Return the caption of a clip that shows ``specs``: their phrases joined by " and "."""
     return " and ".join(map(str, specs))
 
 
 def parse_caption(caption: str) -> list[Digit]:
-    """The digits a caption names, inverse of :func:`caption_of`.
+    """Return the digits that a caption names; the inverse of :func:`caption_of`.
 
     Raises:
         ConfigError: the caption is not "a COLOUR DIGIT moving DIRECTION", or two of these joined by " and ".
@@ -90,7 +90,7 @@ def _parse_phrase(phrase: str, caption: str) -> Digit:
 
 
 def vocabulary(config: DataConfig) -> tuple[str, ...]:
-    """Every word a caption can contain, in a fixed order."""
+    """Return every word that a caption can contain, in a fixed order."""
     _check(config)
     return ("a", "and", "moving", "up", "down", "left", "right", *config.colors, *map(str, range(10)))
 
@@ -108,7 +108,7 @@ def captions(config: DataConfig, split: str) -> list[str]:
 
 
 def is_held_out(caption: str, config: DataConfig) -> bool:
-    """Whether a caption contains a combination that no training caption of ``config`` contains."""
+    """Return whether a caption contains a combination that is held out for reports."""
     return any(spec in _held_out(config) for spec in parse_caption(caption))
 
 
@@ -210,7 +210,7 @@ def _all_handwriting(source: str) -> dict[str, tuple[np.ndarray, np.ndarray, np.
 
 
 def handwriting(split: str, source: str = "sklearn") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Handwritten digits of one split, the same ones in every process and on every machine.
+    """Return the handwritten digits of one split, the same in every process and on every machine.
 
     Args:
         split: ``"train"`` (generators), ``"judge"`` (the evaluation's classifiers) or ``"test"`` (real test clips);
@@ -227,7 +227,7 @@ def handwriting(split: str, source: str = "sklearn") -> tuple[np.ndarray, np.nda
 
 @functools.lru_cache(maxsize=8)
 def _enlarge_matrix(source: int, target: int) -> np.ndarray:
-    """[target, source] rows of Keys cubic weights (a = -1/2), pixel centres aligned, zero outside the image."""
+    """Return [target, source] Keys cubic weights (a = -1/2), pixel centres aligned, zero outside the image."""
     centre = (np.arange(target)[:, None] + 0.5) * source / target - 0.5
     x = np.abs(centre - np.arange(source)[None])
     near = 1.5 * x**3 - 2.5 * x**2 + 1.0
@@ -268,7 +268,7 @@ def render(
     height: int,
     width: int,
 ) -> np.ndarray:
-    """A clip of moving digits on black; where digits overlap, the brighter value of each colour channel shows.
+    """Render a clip of moving digits on black. Where digits overlap, the brighter value of each channel is shown.
 
     Frame t shows digit n with its upper left corner at ``starts[n] + t * speed * direction``, modulo the frame.
 
@@ -308,7 +308,7 @@ def render(
 def sample_clip(
     rng: np.random.Generator, split: str, config: DataConfig, video: VideoConfig, caption: str | None = None
 ) -> tuple[np.ndarray, str]:
-    """A random clip: handwriting of ``split``, random start, and ``caption`` or a random one.
+    """Draw a clip: handwriting of ``split``, a random start, and ``caption`` or a random one.
 
     Without a caption, ``"train"`` draws from the training captions, ``"judge"`` and ``"test"`` from all captions.
 

@@ -474,7 +474,7 @@ def prompt_sequence(captions: Sequence[str], count: int, seed: int) -> list[str]
 
 
 def over_local_devices(function: Callable, params: dict[str, Any], batch: int, chunk: int) -> tuple[Callable, int]:
-    """Jit ``function(params, *inputs)`` for one shape, with its inputs split over this process's devices.
+    """Compile ``function(params, *inputs)`` for one shape, with its inputs split over this process's devices.
 
     Returns:
         (call, size): ``call(*inputs)`` takes up to ``size`` examples along axis 0 (about ``batch`` per device, not

@@ -120,7 +120,7 @@ def batches(
     rows: Sequence[int] | None = None,
     threads: int = 2,
 ) -> Batches:
-    """An endless iterator of batches of ``transform(example, rng)``, shuffled anew every epoch.
+    """Iterate without end over batches of ``transform(example, rng)``, shuffled anew every epoch.
 
     Args:
         source: the examples; a :class:`Mixture` of several.
@@ -171,7 +171,7 @@ def batches(
 
 
 def _endless(source: Examples | Mixture, seed: int, shuffle: bool, first: int = 0) -> grain.MapDataset:
-    """The global order: epoch after epoch of a source, or the interleaved orders of several."""
+    """Return the global order: epoch after epoch of a source, or the interleaved orders of several."""
     if isinstance(source, Mixture):
         firsts = itertools.accumulate((len(one) for one in source.sources), initial=0)
         orders = [
@@ -183,7 +183,7 @@ def _endless(source: Examples | Mixture, seed: int, shuffle: bool, first: int = 
 
 
 def this_process() -> dict[str, int]:
-    """``process_id`` and ``process_count`` of this JAX process, for everything that splits data over hosts."""
+    """Return ``process_id`` and ``process_count`` of this JAX process, for everything that splits data over hosts."""
     return {"process_id": jax.process_index(), "process_count": jax.process_count()}
 
 
@@ -207,7 +207,7 @@ def _prompt(example: dict[str, Any], text_length: int) -> dict[str, Any]:
 
 
 def clip_batches(source: Any, *, batch_size: int, seed: int, frames: int = 0, **options: Any) -> Batches:
-    """Batches of pixel clips, with a random contiguous crop of ``frames`` frames (0: whole clips).
+    """Iterate over batches of pixel clips, each a random contiguous crop of ``frames`` frames (0: whole clips).
 
     Returns:
         iterator of ``{"video": float32 [B, T, H, W, 3] in [-1, 1], "caption": str [B]}``; ``options`` as
@@ -225,7 +225,7 @@ def clip_batches(source: Any, *, batch_size: int, seed: int, frames: int = 0, **
 
 
 def stream_batches(source: Any, *, batch_size: int, seed: int, frames: int = 0, **options: Any) -> Batches:
-    """Batches of the student's clips: latents and what the VAE shows of them, cut to the first ``frames`` pixel frames.
+    """Iterate over batches of the student's clips: latents and their decoded frames, the first ``frames`` pixel frames.
 
     Returns:
         iterator of ``{"video": float32 [B, T, H, W, 3] in [-1, 1], "latents": float32 [B, F, h, w, C], "caption":
@@ -253,7 +253,7 @@ def stream_batches(source: Any, *, batch_size: int, seed: int, frames: int = 0, 
 def latent_batches(
     source: Any, *, batch_size: int, seed: int, frames: int = 0, text_length: int = 0, **options: Any
 ) -> Batches:
-    """Batches of latents, cut to their first ``frames`` frames (0: all).
+    """Iterate over batches of latents, cut to their first ``frames`` frames (0: all).
 
     The cut always starts at frame 0: the causal VAE's first latent frame holds one pixel frame, the others four.
 
@@ -272,7 +272,7 @@ def latent_batches(
 
 
 def trajectory_batches(source: Any, *, batch_size: int, seed: int, text_length: int = 0, **options: Any) -> Batches:
-    """Batches of ODE trajectories: the Q states at the student's timesteps, then the clean end.
+    """Iterate over batches of ODE trajectories: the Q states at the student's timesteps, then the clean end.
 
     Returns:
         iterator of ``{"trajectory": float32 [B, Q + 1, F, h, w, C], "caption": str [B]}``, with the ``context``
@@ -288,7 +288,7 @@ def trajectory_batches(source: Any, *, batch_size: int, seed: int, text_length: 
 
 
 def prompt_batches(source: Any, *, batch_size: int, seed: int, text_length: int = 0, **options: Any) -> Batches:
-    """Batches of prompts alone: ``{"caption": str [B]}`` and ``"text"`` as :func:`latent_batches`."""
+    """Iterate over batches of prompts alone: ``{"caption": str [B]}`` and ``"text"`` as :func:`latent_batches`."""
 
     def transform(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         return _prompt(example, text_length)

@@ -232,12 +232,12 @@ def write_clips(
 
 
 def used(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """``{"file", "caption", "clips"}`` of every video in the dataset so far; empty for a dataset of another kind."""
+    """Return ``{"file", "caption", "clips"}`` of every video in the dataset so far; empty for other datasets."""
     return _read_lines(pathlib.Path(folder) / USED)
 
 
 def skipped(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """``{"file", "reason"}`` of every video that gave no clip."""
+    """Return ``{"file", "reason"}`` of every video that gave no clip."""
     return _read_lines(pathlib.Path(folder) / SKIPPED)
 
 

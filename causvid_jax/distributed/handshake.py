@@ -71,7 +71,7 @@ def handshake(address: Address, *, wait: float = WAIT) -> list[Peer]:
 
 
 def _accept(address: Address, wait: float) -> tuple[str, list[Peer]]:
-    """In process 0: accept all others and answer them; return the error or "", and the peers."""
+    """Accept and answer all other processes, in process 0; return the error or "", and the peers."""
     host, port = address.handshake_address
     try:
         server = _listen(port, backlog=max(16, address.processes))
@@ -129,7 +129,7 @@ def _listen(port: int, backlog: int) -> socket.socket:
 
 
 def _connect(address: Address, wait: float) -> tuple[str, list[Peer]]:
-    """In any other process: connect as soon as process 0 listens; return its error or "", and process 0 as peer."""
+    """Connect to process 0 as soon as it listens; return its error or "", and process 0 as peer."""
     host, port = address.handshake_address
     start, reason = time.monotonic(), "no answer"
     message = {"process": address.process_id, "processes": address.processes, "host": socket.gethostname()}

@@ -33,7 +33,7 @@ NO_DIRECTION = "none"
 
 
 def init(seed: int, colors: int) -> dict[str, dict[str, np.ndarray]]:
-    """He-normal weights of the classifier for 10 digits and ``colors`` colours."""
+    """Return He-normal weights of the classifier for 10 digits and ``colors`` colours."""
     shapes: dict[str, tuple[int, ...]] = {}
     width = 12
     for name, channels, _ in LAYERS:
@@ -50,7 +50,7 @@ def init(seed: int, colors: int) -> dict[str, dict[str, np.ndarray]]:
 
 
 def classify(params: dict[str, Any], frames: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Logits and features of single frames.
+    """Return logits and features of single frames.
 
     Args:
       params: as from :func:`init`.
@@ -111,7 +111,7 @@ class Reading:
 
 
 def wanted(caption: str) -> tuple[Triple, ...]:
-    """The triples that a clip of ``caption`` must be read as, in the order of the caption."""
+    """Return the triples that a clip of ``caption`` must be read as, in the order of the caption."""
     return tuple((spec.digit, spec.color, spec.direction) for spec in digits.parse_caption(caption))
 
 
@@ -155,7 +155,7 @@ def frame_logits(judge: Judge, frames: np.ndarray) -> jax.Array:
 
 
 def read_digits(judge: Judge, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean log-probabilities ``[B, 10]`` and mean features ``[B, FEATURES]`` over frames spread over each clip."""
+    """Return mean log-probabilities ``[B, 10]`` and features ``[B, FEATURES]`` over frames spread over each clip."""
     frames = rearrange(
         video[:, color_separation.spread(video.shape[1])].astype(np.float32) / 255.0, "b t h w c -> (b t) h w c"
     )
@@ -168,7 +168,7 @@ def read_digits(judge: Judge, video: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def read_colors(video: np.ndarray, colors: tuple[str, ...]) -> tuple[str, ...]:
-    """The colour of each clip's digit: of ``colors``, the one at the smallest angle to the mean bright pixel.
+    """Return the colour of each clip's digit: of ``colors``, the one at the smallest angle to the mean bright pixel.
 
     Bright is at least half of the frame's brightest value. Angles ignore brightness, so a dim digit keeps its colour.
 
@@ -186,7 +186,7 @@ def read_colors(video: np.ndarray, colors: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _peak(surface: np.ndarray) -> np.ndarray:
-    """Displacement ``[..., 2]`` (dy, dx) of the highest point of circular correlations ``[..., H, W]``."""
+    """Return the displacement ``[..., 2]`` (dy, dx) of the highest point of circular correlations ``[..., H, W]``."""
     height, width = surface.shape[-2:]
     flat = np.argmax(surface.reshape(*surface.shape[:-2], height * width), axis=-1)
     shift = np.stack(np.unravel_index(flat, (height, width)), axis=-1)
@@ -207,7 +207,7 @@ def displacements(clip: np.ndarray) -> np.ndarray:
 
 
 def read_directions(video: np.ndarray, speed: int) -> tuple[str, ...]:
-    """The direction of each clip's motion, or ``"none"`` where it does not move as a caption can say.
+    """Return the direction of each clip's motion, or ``"none"`` where no caption describes it.
 
     The circular cross-correlation of two frames ``GAP`` apart peaks at the displacement between them. A direction is
     read where the peak of the mean over all such pairs lies near ``GAP * speed`` pixels along it, and where at least

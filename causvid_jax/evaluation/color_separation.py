@@ -22,12 +22,12 @@ NO_COLOR = "none"
 
 
 def spread(total: int, count: int = FRAMES_READ) -> np.ndarray:
-    """Numbers of ``count`` frames spread over a clip of ``total``, its first and its last among them."""
+    """Return the numbers of ``count`` frames spread over a clip of ``total``, the first and the last included."""
     return np.round(np.linspace(0, total - 1, count)).astype(int)
 
 
 def unmix(video: np.ndarray, first: str, second: str) -> np.ndarray:
-    """Pictures of the digits of two colours: ``[..., 3]`` in [0, 1] -> ``[..., 2]`` in [0, 1]."""
+    """Separate the digits of two colours: ``[..., 3]`` in [0, 1] -> ``[..., 2]`` in [0, 1]."""
     require(first != second, f"two digits of one colour ({first}) cannot be told apart")
     a, b = (np.array(digits.COLORS[name]) > 0 for name in (first, second))
     own_a, own_b = a & ~b, b & ~a
@@ -39,7 +39,7 @@ def unmix(video: np.ndarray, first: str, second: str) -> np.ndarray:
 
 
 def find_colors(clip: np.ndarray, colors: tuple[str, ...]) -> tuple[str, str]:
-    """The two colours that explain a clip best: the least mean error and ink over frames spread over it.
+    """Return the two colours that explain a clip best: the least mean error and ink over frames spread over it.
 
     Only pixels count that are at least half as bright as the brightest of their frame: any two colours without a
     channel in common would explain the noise around the digits.
@@ -62,7 +62,7 @@ def find_colors(clip: np.ndarray, colors: tuple[str, ...]) -> tuple[str, str]:
 
 
 def separate(clip: np.ndarray, colors: tuple[str, ...]) -> tuple[tuple[str, str], np.ndarray]:
-    """The colours of a clip's two digits and the clip of each, alone on black.
+    """Return the colours of a clip's two digits, and the clip of each, alone on black.
 
     Args:
       clip: uint8 ``[T, H, W, 3]``.

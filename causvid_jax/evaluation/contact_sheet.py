@@ -50,7 +50,7 @@ def _frames_table(frames: Mapping[str, Any], names: Mapping[str, str]) -> list[s
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report of ``report.evaluate`` as Markdown."""
+    """Return the report of ``report.evaluate`` as Markdown."""
     scores, passes, seconds = report["scores"], report["passes"], report["seconds_per_clip"]
     decoders = {role: {"vae": "VAE", "taehv": "tiny"}[name] for role, name in report["decoders"].items()}
     names = {**ROWS, "long": f"student, end of {report['plan']['long_factor']}x the length"}

@@ -15,7 +15,7 @@ ATTRIBUTES = ("digit", "color", "direction")
 
 
 def agreement(read: Sequence[Sequence[tuple]], wanted: Sequence[Sequence[tuple]]) -> np.ndarray:
-    """Which attributes are as wanted: bool ``[B, n, 3]``, the last in the order of :data:`ATTRIBUTES`.
+    """Return which attributes are correct: bool ``[B, n, 3]``, the last axis in the order of :data:`ATTRIBUTES`.
 
     The judge does not know which of a clip's digits the caption names first: of all ways to assign what was read to
     what was wanted, that with the most attributes right counts.
@@ -45,13 +45,13 @@ def accuracies(read: Sequence[Sequence[tuple]], wanted: Sequence[Sequence[tuple]
 
 
 def _sqrt(matrix: np.ndarray) -> np.ndarray:
-    """Square root of a symmetric positive semi-definite matrix; eigenvalues below zero are rounding, hence 0."""
+    """Return the square root of a symmetric positive semi-definite matrix. Eigenvalues below 0 count as 0."""
     values, vectors = np.linalg.eigh(matrix)
     return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Frechet (2-Wasserstein) distance of the Gaussians fitted to two sets of features.
+    """Return the squared Frechet (2-Wasserstein) distance of the Gaussians fitted to two sets of features.
 
     ``|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)`` (Heusel et al. 2017, arXiv 1706.08500). The inner
     matrix is symmetric, so an eigen-decomposition gives its root exactly where a general matrix root is fragile.
@@ -70,14 +70,14 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def block_starts(latent_frames: int, block_sizes: Sequence[int]) -> np.ndarray:
-    """First pixel frame of every block, and the clip's length as the last entry: int ``[blocks + 1]``."""
+    """Return the first pixel frame of every block, and the clip's length as the last entry: int ``[blocks + 1]``."""
     ends = np.cumsum([0, *block_sizes])
     require(int(ends[-1]) == latent_frames, f"blocks of {tuple(block_sizes)} are not {latent_frames} latent frames")
     return np.where(ends == 0, 0, 1 + 4 * (ends - 1))
 
 
 def discontinuity(video: np.ndarray, starts: Sequence[int] | np.ndarray) -> float:
-    """How much more the picture changes where one block meets the next than inside blocks; 1 is seamless.
+    """Return the change of the picture between blocks over the change inside blocks; 1 is seamless.
 
     Mean absolute difference of neighbouring frames over block borders, divided by the same inside blocks, both over
     all clips. Nothing is compensated: the motion itself is in both terms.
@@ -97,7 +97,7 @@ def discontinuity(video: np.ndarray, starts: Sequence[int] | np.ndarray) -> floa
 
 
 def blocks_until(holds: Sequence[bool]) -> int | None:
-    """How many blocks after a switch the new caption holds, every block read alone: 1 if at once, None if never.
+    """Return after how many blocks the new caption holds, every block read alone: 1 if at once, None if never.
 
     The strictest count: one block before the end that is misread, and the caption has not held until after it.
 
@@ -108,7 +108,7 @@ def blocks_until(holds: Sequence[bool]) -> int | None:
 
 
 def first_block(begins: Sequence[bool] | np.ndarray) -> int | None:
-    """The number, from 1, of the first block from which on the new caption holds, None if there is none.
+    """Return the number, from 1, of the first block from which on the new caption holds; None if there is none.
 
     Args:
       begins: for every block from the switch on, whether the new caption is read in it and in all that follows it.
@@ -118,7 +118,7 @@ def first_block(begins: Sequence[bool] | np.ndarray) -> int | None:
 
 
 def switch_scores(counts: Sequence[int | None], within: int = 3) -> dict[str, float]:
-    """Summary of :func:`first_block` or :func:`blocks_until` over clips.
+    """Summarize :func:`first_block` or :func:`blocks_until` over clips.
 
     Args:
       counts: blocks until the new caption holds, of each clip.
@@ -137,7 +137,7 @@ def switch_scores(counts: Sequence[int | None], within: int = 3) -> dict[str, fl
 
 
 def network_passes(*, block_sizes: Sequence[int], steps: int, guided: bool, extra: int = 0) -> dict[str, int]:
-    """How often the network is called for a clip, and how often each latent frame goes through it.
+    """Return how often the network is called for a clip, and how often each latent frame passes through it.
 
     Args:
       block_sizes: latent frames of each block; one block for the bidirectional teacher.

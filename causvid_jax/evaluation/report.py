@@ -346,7 +346,7 @@ def switch_report(
     starts: np.ndarray,
     at: int,
 ) -> dict[str, Any]:
-    """Block verdicts around a prompt switch.
+    """Report what every block around a prompt switch is read as.
 
     Args:
       video: uint8 ``[B, T, H, W, 3]``.
@@ -410,7 +410,7 @@ def machine() -> dict[str, Any]:
 
 
 def targets(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the digits recipe is to reach, each with the figure measured and whether it is met; nothing that is
+    """Return the targets of the digits recipe, each with the measured figure and whether it is met; nothing that is
     measured against the teacher where ``report`` has none."""
     scores, seconds, passes = report["scores"], report["seconds_per_clip"], report["passes"]
     result = []

@@ -21,7 +21,7 @@ LEARNING_RATE = 3e-3
 
 
 def place(key: jax.Array, mask: jax.Array, height: int, width: int) -> jax.Array:
-    """A digit ``[S, S]`` slightly turned, stretched and slanted, anywhere on the torus: ``[H, W]`` in [0, 1]."""
+    """Place a digit ``[S, S]``, slightly turned, stretched and slanted, anywhere on the torus: ``[H, W]`` in [0, 1]."""
     where, turn, stretch, slant = jax.random.split(key, 4)
     size = jnp.array([height, width], jnp.float32)
     centre = jax.random.uniform(where, (2,)) * size
@@ -37,7 +37,7 @@ def place(key: jax.Array, mask: jax.Array, height: int, width: int) -> jax.Array
 
 
 def augment_frame(key: jax.Array, mask: jax.Array, color: jax.Array, height: int, width: int) -> jax.Array:
-    """One training frame ``[H, W, 3]``: placed, blurred, coloured, dimmed and with noise."""
+    """Make one training frame ``[H, W, 3]``: placed, blurred, coloured, dimmed and with noise."""
     spot, blur, dim, tint, level, noise = jax.random.split(key, 6)
     gray = place(spot, mask, height, width)
     side = jax.random.uniform(blur, maxval=0.25)  # weights (side, 1 - 2 side, side) along each axis
@@ -124,7 +124,7 @@ def train(
 
 
 def accuracy(judge: judging.Judge, data: DataConfig, video: VideoConfig, split: str) -> dict[str, float]:
-    """Accuracies of a judge on one clip of every handwritten digit of ``split``, in random colours and directions."""
+    """Return a judge's accuracies on one clip of every digit of ``split``, in random colours and directions."""
     images, labels, _ = digits.handwriting(split, data.handwriting)
     rng = np.random.default_rng(0)
     data = dataclasses.replace(data, digits_per_clip=1)

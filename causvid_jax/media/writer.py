@@ -142,7 +142,7 @@ class VideoWriter:
             self._lock.release()
 
     def _keep(self) -> int:
-        """After a failed write, cut the file behind its last complete frame; return the frames that are left."""
+        """Cut the file behind its last complete frame after a failed write; return the frames that are left."""
         with contextlib.suppress(OSError, av.FFmpegError):
             self._container.close()
         if self._whole or not self._complete_bytes:

@@ -85,7 +85,7 @@ _register()
 
 
 def name_of(function: Any, started: bool) -> str:
-    """What the program of one of the stream's functions is called."""
+    """Return the name of the program of one of the stream's functions."""
     names = {
         stream.next_frames: "next_frames" if started else "first_frames",
         stream.change_prompt: "change_prompt",
@@ -97,7 +97,7 @@ def name_of(function: Any, started: bool) -> str:
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """Every setting of ``recipe`` that a stream's programs depend on, as JSON has it."""
+    """Return every setting of ``recipe`` that a stream's programs depend on, as JSON values."""
     groups = ["video", "text", "vae", "student", "causal", "diffusion"]
     groups += ["taehv"] if recipe.decoder == "taehv" else []
     kept: dict[str, Any] = {"decoder": recipe.decoder}
@@ -110,7 +110,7 @@ def identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def _difference(have: Mapping[str, Any], want: Mapping[str, Any], path: str = "") -> str:
-    """The first setting in which two identities differ, in words; empty if none does."""
+    """Return the first setting in which two identities differ, in words; empty if none does."""
     for name in [*want, *(name for name in have if name not in want)]:
         a, b, where = have.get(name), want.get(name), f"{path}{name}"
         if isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -123,7 +123,7 @@ def _difference(have: Mapping[str, Any], want: Mapping[str, Any], path: str = ""
 
 
 def this_platform() -> str:
-    """Of this process's default device, in the words of :data:`PLATFORMS`."""
+    """Return the platform of this process's default device, one of :data:`PLATFORMS`."""
     name = jax.default_backend()
     return "cuda" if name == "gpu" else name
 
@@ -140,7 +140,7 @@ def _start_arguments(recipe: Recipe, batch: int) -> tuple[dict[str, Any], jax.Sh
 
 
 def build(recipe: Recipe, platform: str, *, batch: int = 1) -> tuple[dict[str, Any], dict[str, export.Exported]]:
-    """(header, programs by name) of ``recipe``'s stream on one device of ``platform``.
+    """Return (header, programs by name) of ``recipe``'s stream on one device of ``platform``.
 
     The vectors that normalise latents are constants of the programs: ``recipe.vae`` must have those of the VAE.
 
@@ -236,23 +236,23 @@ class Programs:
         return self.header["frames"]
 
     def jitted(self, name: str) -> Any:
-        """A program as a jitted function of (params, ...), which donates the state as the sampler's own does."""
+        """Return a program as a jitted function of (params, ...) that donates the state, as the sampler's own does."""
         require(name in self.exported, f"{self.path} has no program {name!r}; it has {', '.join(self.exported)}")
         return jax.jit(self.exported[name].call, donate_argnums=() if name == "start" else (1,))
 
     def shapes(self) -> stream.StreamState:
-        """Shape and type of everything in the first state."""
+        """Return shape and type of every array of the first state."""
         first = self.exported["start"]
         leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in first.out_avals]
         return jax.tree.unflatten(first.out_tree, leaves)
 
     def start(self, params: stream.Params, text: jax.Array, seed: int | Sequence[int]) -> stream.StreamState:
-        """The state before the first block, as :func:`causvid_jax.sampling.stream.init_stream`."""
+        """Return the state before the first block, as :func:`causvid_jax.sampling.stream.init_stream`."""
         return self.jitted("start")(params, text, stream.seeds_of(seed, text.shape[0]))
 
 
 def load(path: str | os.PathLike, recipe: Recipe, *, batch: int, latents: int) -> Programs:
-    """The programs in ``path`` for ``batch`` streams of ``recipe`` of ``latents`` latent frames, on this platform.
+    """Load the programs in ``path`` for ``batch`` streams of ``recipe`` of ``latents`` latent frames, on this platform.
 
     Raises:
         ConfigError: no such file, a damaged one, or one that was built for something else, which is named.
@@ -334,7 +334,7 @@ def _check(path: pathlib.Path, header: Mapping[str, Any], recipe: Recipe, *, bat
 
 
 def describe(header: Mapping[str, Any], made: Mapping[str, export.Exported]) -> str:
-    """What was built, in lines."""
+    """Describe what was built, in lines."""
     lines = [
         f"{header['name']} for {header['platform']}, {header['streams']} video(s) at once, attention by "
         f"{header['attention']}, JAX {header['jax']}"

@@ -63,7 +63,7 @@ class _Programs:
         return self.compiled[key]
 
     def jitted(self, function: Any, started: bool, static: Mapping[str, Any]) -> Any:
-        """The function of its arrays alone: our own, or the one that was loaded in its place."""
+        """Return the function of its arrays alone: our own, or the one that was loaded in its place."""
         if self.loaded is not None:
             return self.loaded.jitted(exported.name_of(function, started))
         return _Bound(function, static)
@@ -100,7 +100,7 @@ def play(
     timing: Timing | None = None,
     loaded: exported.Programs | None = None,
 ) -> Iterator[np.ndarray]:
-    """Frames uint8 ``[B, n, H, W, 3]``, block by block, ``frames`` of them in all.
+    """Yield frames uint8 ``[B, n, H, W, 3]``, block by block, ``frames`` of them in all.
 
     Args:
         params: ``{"student", "vae"}``.
@@ -143,7 +143,7 @@ def play(
     def one(
         run: Callable, block: int, state: stream.StreamState, coder: vae.EncodeCache | None
     ) -> tuple[jax.Array, stream.StreamState, vae.EncodeCache | None]:
-        """(frames [B, 4K, H, W, 3], state, coder) by ``run``, which executes each program or only prepares it."""
+        """Return (frames [B, 4K, H, W, 3], state, coder) by ``run``, which executes or only prepares programs."""
         started, first = state.started, block == 0
         if video is not None:
             wanted = np.arange(first_frame(block, config), first_frame(block + 1, config))

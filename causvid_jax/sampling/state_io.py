@@ -20,7 +20,7 @@ def save_stream(path: str | pathlib.Path, state: StreamState) -> None:
 
 
 def load_stream(path: str | pathlib.Path, like: StreamState) -> StreamState:
-    """The state in ``path``; ``like`` is any state of the same recipe and batch, for example a new stream's.
+    """Load the state in ``path``; ``like`` is any state of the same recipe and batch, for example a new stream's.
 
     Raises:
         ConfigError: the file is missing or damaged, or holds the state of another recipe.

@@ -38,7 +38,7 @@ Params = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StreamState:
-    """All that a stream remembers. Its size never changes."""
+    """The state of a stream. Its size never changes."""
 
     cache: KVCache  # self-attention keys and values of the frames still in sight
     text: TextCache  # the prompt
@@ -52,12 +52,12 @@ class StreamState:
 
 
 def block_frames(state: StreamState, config: Recipe) -> int:
-    """Latent frames of the block that comes next."""
+    """Return the latent frames of the next block."""
     return config.causal.frames_per_block if state.started else 1
 
 
 def passes_per_block(config: Recipe) -> int:
-    """Network passes that one block costs: the denoising steps and, with ``causal.context_pass``, the cache write."""
+    """Return the network passes of a block: the denoising steps and, with ``causal.context_pass``, the cache write."""
     return len(config.diffusion.denoising_timesteps) + config.causal.context_pass
 
 
@@ -69,7 +69,7 @@ def init_stream(
     seed: int | Sequence[int] = 0,
     frames: int | None = None,
 ) -> StreamState:
-    """The state before the first block.
+    """Return the state before the first block.
 
     Args:
         params: ``{"student"}`` is read.
@@ -85,7 +85,7 @@ def init_stream(
 
 
 def seeds_of(seed: int | Sequence[int], batch: int) -> jax.Array:
-    """uint32 ``[batch]``: the seeds that :func:`init_stream` makes of ``seed``."""
+    """Return the seeds uint32 ``[batch]`` that :func:`init_stream` makes of ``seed``."""
     each = np.asarray(seed, np.int64)
     each = each + np.arange(batch) if each.ndim == 0 else each
     require(each.shape == (batch,), f"{each.size} seeds are given for {batch} prompts; accepted: 1 or {batch}")
@@ -96,7 +96,7 @@ def seeds_of(seed: int | Sequence[int], batch: int) -> jax.Array:
 def first_state(
     params: Params, text: jax.Array, seeds: jax.Array, *, config: Recipe, capacity: int | None = None
 ) -> StreamState:
-    """:func:`init_stream` of uint32 ``seeds [B]``; ``capacity`` latent frames at most, None with a window."""
+    """Return the first state for uint32 ``seeds [B]``; ``capacity`` latent frames at most, None with a window."""
     batch, (height, width), causal = text.shape[0], config.latent_size, config.causal
     size = {"batch": batch, "height": height, "width": width}
     # With a window, exactly the earlier blocks of which the next one sees a frame.
@@ -119,15 +119,16 @@ def first_state(
 
 
 def _prompt(params: Params, text: jax.Array, config: Recipe) -> TextCache:
-    """Keys and values in the type that attention reads them in: the same bits, at half of float32's memory. On a mesh
-    no device holds those of other devices' streams."""
+    """Return the prompt's keys and values in the type that attention reads: the same bits, half the memory of float32.
+
+    On a mesh no device holds those of other devices' streams."""
     net = config.student
     cache = transformer.encode_text(params["student"], text, config=net)
     return jax.tree.map(lambda x: constraints.constrain(x.astype(net.dtype), TEXT_AXES[-x.ndim :], net.rules), cache)
 
 
 def copy_stream(state: StreamState) -> StreamState:
-    """A state with buffers of its own, so that one stream can be continued in two ways."""
+    """Copy a state, so that one stream can be continued in two ways."""
     return jax.tree.map(jnp.copy, state)
 
 
@@ -135,7 +136,7 @@ def copy_stream(state: StreamState) -> StreamState:
 
 
 def block_noise(seed: jax.Array, block: jax.Array, step: jax.Array | int, shape: Sequence[int]) -> jax.Array:
-    """N(0, 1) of ``shape`` (one stream's) for each seed: ``[B, *shape]``, a function of (seed, block, step) only."""
+    """Draw N(0, 1) of one stream's ``shape`` for each seed, ``[B, *shape]``: a function of (seed, block, step) only."""
 
     def one(s: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(s), block), step)
@@ -156,7 +157,7 @@ def _noise(state: StreamState, step: jax.Array | int, config: Recipe, noise: jax
 
 
 def _sigma(timestep: float, config: Recipe) -> float:
-    """The noise level of a timestep: what it says, or what the published sampler reads from its table."""
+    """Return the noise level of a timestep: t / 1000, or what the published sampler reads from its table."""
     exact = config.student.precision == "causvid" and timestep > 0
     return flow.table_sigma(timestep, config.diffusion.shift) if exact else timestep / 1000.0
 
@@ -170,7 +171,7 @@ def _pass(
     config: Recipe,
     rewrites: bool = False,
 ) -> tuple[jax.Array, KVCache]:
-    """One network pass on the current block, all of whose frames are told ``timestep``."""
+    """Run one network pass on the current block; all its frames have ``timestep``."""
     timesteps = jnp.full(x.shape[:2], timestep, jnp.float32)
     student, causal = config.student, config.causal
     return transformer.cached(
@@ -320,7 +321,7 @@ def next_frames(
 def decode_block(
     params: Params, state: StreamState, latents: jax.Array, *, config: Recipe
 ) -> tuple[jax.Array, StreamState]:
-    """Frames ``[B, 4K, H, W, 3]`` of the block just finished; call it once per block, or never."""
+    """Decode the block just finished to frames ``[B, 4K, H, W, 3]``. Call it once per block, or never."""
     return _decode(params, state, latents, config)
 
 
@@ -345,7 +346,7 @@ def next_block_from(
     config: Recipe,
     noise: jax.Array | None = None,
 ) -> tuple[jax.Array, StreamState]:
-    """Video to video: generate the next block from an incoming one, ``latents [B, K, h, w, C]``.
+    """Generate the next block from an incoming one, ``latents [B, K, h, w, C]`` (video to video).
 
     The incoming block is noised to denoising step ``start`` (:func:`strength_step`; traced, so that one compilation
     serves every strength) and denoised by the steps that remain, under the prompt and all earlier blocks (paper,
@@ -360,7 +361,7 @@ def next_block_from(
 
 
 def strength_step(config: DiffusionConfig, strength: float) -> int:
-    """The student step that video to video starts from: the first whose nominal timestep is at most 1000 strength.
+    """Return the first step of video to video: the first whose nominal timestep is at most 1000 strength.
 
     Strength 1 keeps nothing of the input. Nominal means before the shift, so that four evenly spaced steps answer to
     1, 0.75, 0.5 and 0.25 whatever the shift is.
@@ -381,7 +382,7 @@ def _check_block(state: StreamState, latents: jax.Array, config: Recipe) -> None
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def encode_image(params: Params, image: jax.Array, *, config: Recipe) -> jax.Array:
-    """Latents of a first block that shows ``image [B, H, W, 3]`` (float, [-1, 1]), ready for :func:`append`.
+    """Return the latents of a first block that shows ``image [B, H, W, 3]`` (float, [-1, 1]), for :func:`append`.
 
     With an independent first frame that is the image as a video of one frame, ``[B, 1, h, w, C]``; else a still of
     1 + 4 (K - 1) frames, ``[B, K, h, w, C]`` (paper, section 5.3).
@@ -393,8 +394,9 @@ def encode_image(params: Params, image: jax.Array, *, config: Recipe) -> jax.Arr
 
 @_step
 def change_prompt(params: Params, state: StreamState, text: jax.Array, *, config: Recipe) -> StreamState:
-    """:func:`switch_prompt`, and of the cache what ``config.causal.on_prompt_switch`` says: it is kept, written again
-    under the new prompt (:func:`recompute_context`), or emptied, for a cut."""
+    """Switch the prompt, and treat the cache as ``config.causal.on_prompt_switch`` says.
+
+    It is kept, written again under the new prompt (:func:`recompute_context`), or emptied for a cut."""
     state = switch_prompt(params, state, text, config=config)
     if config.causal.on_prompt_switch == "recompute":
         return recompute_context(params, state, config=config)
@@ -403,12 +405,12 @@ def change_prompt(params: Params, state: StreamState, text: jax.Array, *, config
 
 @_step
 def switch_prompt(params: Params, state: StreamState, text: jax.Array, *, config: Recipe) -> StreamState:
-    """The stream under another prompt ``text [B, S, E]`` from its next block on. What it has shown stays as it is."""
+    """Put the stream under another prompt ``text [B, S, E]`` from its next block on."""
     return dataclasses.replace(state, text=_prompt(params, text, config))
 
 
 def _reset_context(state: StreamState, config: Recipe) -> StreamState:
-    """The stream with nothing in sight: its next block begins as a clip begins, for network and decoder alike.
+    """Empty the context: the next block begins as a clip begins, for the network and the decoder.
 
     What it shows is a cut. The first latent frame of a clip has one frame and a stream's block has four for each, so
     the three before it show the same.
@@ -456,7 +458,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     decode: bool = True,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """A whole clip in one jitted scan over its blocks: the same clip that the blocks give one by one.
+    """Generate a whole clip in one jitted scan over its blocks, equal to the blocks generated one by one.
 
     Args:
         frames: latent frames F, which must fit the blocks; default: the recipe's clip.

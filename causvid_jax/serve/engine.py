@@ -378,7 +378,7 @@ class Engine:
             return session
 
     def lose(self, session: Session) -> None:
-        """The session's connection broke; it can be taken up for ``resume_seconds``."""
+        """Note that the session's connection broke. It can be resumed for ``resume_seconds``."""
         with self._lock:
             if session.status != "ended":
                 session.lost = self.clock()

@@ -54,7 +54,7 @@ def open_encoder(
     tokenizer: str | os.PathLike | None = None,
     compute: bool = True,
 ) -> Encoder:
-    """The encoder of ``recipe``, checked; its weights are not read yet.
+    """Open the encoder of ``recipe`` and check it. Its weights are not read yet.
 
     Args:
         recipe: ``text`` and, for UMT5, ``umt5`` are read.
@@ -96,13 +96,13 @@ def _find_tokenizer(folder: pathlib.Path) -> pathlib.Path:
 
 
 def inference_shapes(config: UMT5Config) -> Any:
-    """Shape and type of every parameter as it is held: kernels and the table of tokens in the compute type."""
+    """Return shape and type of every parameter as it is held: kernels and token table in the compute type."""
     shapes = inference_tree(umt5.abstract(config), config.dtype)
     return shapes | {"token_embedding": jax.ShapeDtypeStruct(shapes["token_embedding"].shape, config.dtype)}
 
 
 def encode(encoder: Encoder, prompts: Sequence[str]) -> np.ndarray:
-    """Text rows float32 ``[B, length, dim]``, zero beyond each prompt's last token.
+    """Return the embeddings float32 ``[B, length, dim]``, zero beyond each prompt's last token.
 
     Raises:
         ConfigError: a word outside the vocabulary; a prompt that is not in the cache of an encoder that computes none.
@@ -158,14 +158,14 @@ def fill(encoder: Encoder, prompts: Sequence[str]) -> None:
 
 
 def missing(encoder: Encoder, prompts: Sequence[str]) -> list[str]:
-    """The ``prompts`` for which the encoder's weights would have to be read."""
+    """Return the ``prompts`` for which the encoder's weights would have to be read."""
     if encoder.umt5 is None or encoder.tokenizer is None:
         return []
     return umt5_prompts.not_cached(prompts, encoder.tokenizer, encoder.umt5, encoder.cache, encoder.config.length)
 
 
 def null_rows(encoder: Encoder) -> np.ndarray:
-    """Text rows ``[length, dim]`` of the unconditional branch: ``text.negative_prompt``, empty for words."""
+    """Return the embeddings ``[length, dim]`` of the negative prompt, which is empty for words."""
     return encode(encoder, [encoder.config.negative_prompt])[0]
 
 

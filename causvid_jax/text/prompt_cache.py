@@ -39,7 +39,7 @@ class PromptCache:
 
 
 def identity(cache: PromptCache, prompt: str, tokenizer: str, length: int, config: UMT5Config) -> dict[str, str]:
-    """What the rows of a cleaned ``prompt`` depend on; ``tokenizer`` is its file's digest."""
+    """Return all that the embeddings of a cleaned ``prompt`` depend on; ``tokenizer`` is its file's digest."""
     return {
         "prompt": prompt,
         "tokenizer": tokenizer,
@@ -51,13 +51,13 @@ def identity(cache: PromptCache, prompt: str, tokenizer: str, length: int, confi
 
 
 def path(cache: PromptCache, who: dict[str, str]) -> pathlib.Path:
-    """The file of an :func:`identity`, by its SHA-256; two letters of folder keep listings short."""
+    """Return the file of an :func:`identity`, by its SHA-256. Folders of two letters keep listings short."""
     name = hashlib.sha256(json.dumps(who, sort_keys=True).encode()).hexdigest()
     return pathlib.Path(cache.folder, name[:2], f"{name}.safetensors")
 
 
 def read(cache: PromptCache, who: dict[str, str]) -> np.ndarray | None:
-    """Rows float32 ``[tokens, dim]``, or None if there are none to rely on (an unreadable file is logged)."""
+    """Read embeddings float32 ``[tokens, dim]``; None if there are none or the file is damaged, which is logged."""
     source = path(cache, who)
     if not source.exists():
         return None

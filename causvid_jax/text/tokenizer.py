@@ -29,7 +29,7 @@ _SHORTEST = 32
 
 
 def clean_prompt(prompt: str) -> str:
-    """``prompt`` as Wan cleans it: mojibake repaired, HTML entities (even doubly escaped) resolved, white space single.
+    """Clean ``prompt`` as Wan does: repair mojibake, resolve HTML entities (also doubly escaped), single white space.
 
     Raises:
         ConfigError: the package ``ftfy`` is not installed.
@@ -50,7 +50,7 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer in ``path``, a ``tokenizer.json`` or a folder that holds one.
+    """Load the tokenizer in ``path``, a ``tokenizer.json`` or a folder with one.
 
     Raises:
         ConfigError: the package ``tokenizers`` is not installed, no such file, another kind of file, or a tokenizer
@@ -80,7 +80,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 
 def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int = LENGTH) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int32 ``[B, length]`` and mask bool ``[B, length]`` of cleaned prompts.
+    """Return token ids int32 ``[B, length]`` and the mask bool ``[B, length]`` of cleaned prompts.
 
     Each prompt ends with ``</s>``; a longer one is cut to ``length - 1`` tokens before it, a shorter one is padded.
     """
@@ -104,7 +104,7 @@ def encode_prompts(
     cache: PromptCache | None = None,
     batch: int = 4,
 ) -> np.ndarray:
-    """Text rows of ``prompts``, zero beyond each prompt's last token.
+    """Return the embeddings of ``prompts``, zero beyond each prompt's last token.
 
     A prompt is computed at the next power of two of its length (which changes its rows by rounding only), once even
     if it comes twice, and not at all if ``cache`` holds it. With a cache, rows are rounded to its type whether they
@@ -148,7 +148,7 @@ def encode_prompts(
 def not_cached(
     prompts: Sequence[str], tokenizer: Tokenizer, config: UMT5Config, cache: PromptCache | None, length: int = LENGTH
 ) -> list[str]:
-    """The ``prompts`` that :func:`encode_prompts` would have to compute."""
+    """Return the ``prompts`` that :func:`encode_prompts` would have to compute."""
     if cache is None:
         return list(prompts)
     named = {p: prompt_cache.identity(cache, clean_prompt(p), tokenizer.digest, length, config) for p in prompts}
@@ -158,7 +158,7 @@ def not_cached(
 def _encode(
     prompts: list[str], tokenizer: Tokenizer, params: Any, config: UMT5Config, length: int, batch: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(prompt, rows float32 [tokens, dim]) of distinct cleaned prompts, shortest first."""
+    """Yield (prompt, embeddings float32 [tokens, dim]) of distinct cleaned prompts, shortest first."""
     ids, mask = tokenize(tokenizer, prompts, length)
     require(
         ids.max(initial=0) < config.vocab_size,
@@ -177,7 +177,7 @@ _forward = functools.partial(jax.jit, static_argnames="config")(umt5.encode)
 
 
 def _extra(package: str) -> Any:
-    """A package of the extra ``text``."""
+    """Import a package of the extra ``text``."""
     try:
         return importlib.import_module(package)
     except ImportError as error:

@@ -193,7 +193,7 @@ class Checkpoints:
 
 
 def read(folder: str | os.PathLike, part: str, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
-    """One field of the state of a checkpoint, on the host, and nothing else of it: ``(step, tree, progress)``.
+    """Read one field of the state of a checkpoint to the host, nothing else: ``(step, tree, progress)``.
 
     The folder may be that of a run under way; nothing in it is touched.
 

@@ -12,7 +12,7 @@ from launch import remote
 
 
 def script(arguments: argparse.Namespace) -> str:
-    """The job script that ``sbatch`` is given."""
+    """Return the job script for ``sbatch``."""
     options = {
         "job-name": f"{arguments.name}-{arguments.stage}",
         "nodes": arguments.nodes,

@@ -23,7 +23,7 @@ CHIPS_PER_HOST = 4
 
 
 def jobset(arguments: argparse.Namespace, kind: str, topology: str) -> dict[str, Any]:
-    """The JobSet for slices of ``topology`` (``4x4x4``)."""
+    """Return the JobSet for slices of ``topology`` (``4x4x4``)."""
     chips = math.prod(int(size) for size in topology.split("x"))
     hosts = max(1, chips // CHIPS_PER_HOST)
     # Nodes appear one after another, so the first pods wait longer. Status 0 must mean trained to a Job.

@@ -21,7 +21,7 @@ GCLOUD = ["gcloud", "compute", "tpus"]
 
 
 def commands(arguments: argparse.Namespace) -> list[remote.Command]:
-    """What ``arguments.action`` runs, one command for each slice where each slice has its own."""
+    """Return the commands of ``arguments.action``, one command for each slice where each slice has its own."""
     place = [f"--zone={arguments.zone}", *([f"--project={arguments.project}"] if arguments.project else [])]
     name, slices = arguments.name, arguments.slices
     nodes = [name] if slices == 1 else [f"{name}-{i}" for i in range(slices)]

@@ -17,7 +17,7 @@ def _builder(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig) 
 
 
 def _is_complete(builder: Builder) -> bool:
-    """Whether the dataset on disk is whole. Files are only renamed into place at the end, but may be lost later."""
+    """Return whether the dataset on disk is complete. Files appear at the end, but may be lost later."""
     splits = builder.info.splits
     return bool(splits) and all(pathlib.Path(f).is_file() for s in splits.values() for f in s.filepaths)
 
@@ -46,7 +46,7 @@ def prepare(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig) -
 
 
 def source(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig, split: str) -> Sequence[dict[str, Any]]:
-    """Random access to one split: ``len(source)``, ``source[i] -> {"video", "caption", "held_out"}``.
+    """Open one split for random access: ``len(source)``, ``source[i] -> {"video", "caption", "held_out"}``.
 
     Raises:
         ConfigError: the dataset has not been written, or files of it are missing.

@@ -27,7 +27,7 @@ class MovingDigitsConfig(tfds.core.BuilderConfig):
 
     @classmethod
     def of(cls, data: DataConfig, video: VideoConfig) -> "MovingDigitsConfig":
-        """The builder configuration of a recipe; its name holds a digest of every field that changes a pixel.
+        """Return the builder configuration of a recipe. Its name has a digest of every field that changes a pixel.
 
         The number of clips is no part of the name: clip i is the same in a small and in a large dataset.
         """
