@@ -23,7 +23,7 @@ from causvid_jax.checkpoints import clip_vision, pickles, source, store, taehv, 
 from causvid_jax.checkpoints.safetensors_io import BUFFER, CHECKSUM, Tensor, array_tensor
 from causvid_jax.checkpoints.source import Source
 from causvid_jax.checkpoints.table import FORMATS, OURS, Config, Network, Row, Sizes
-from causvid_jax.config import CLIPConfig, ConfigError, TransformerConfig, VAEConfig, require
+from causvid_jax.config import CLIPConfig, ConfigError, TransformerConfig, VAEConfig, published, require
 
 NETWORKS = (wan_transformer.NETWORK, wan_vae.NETWORK, umt5.NETWORK, clip_vision.NETWORK, taehv.NETWORK)
 
@@ -156,7 +156,8 @@ def open_checkpoint(
             TAEHV, UMT5, CLIP, or ours; ``.safetensors``, ``.pt``, ``.pth``, sharded or not. Or a state dict in memory,
             or a nested tree of our parameters.
         config: the sizes that it must have; None recognises them by ``config.json``, metadata, presets or shapes.
-        part: the part of a checkpoint that has several, such as ``generator_ema``; None prefers averages.
+        part: the part of a checkpoint that has several, such as ``generator_ema``; None prefers the part that the
+            authors of a published model sample (``config.published``), else averages.
         num_heads: of a transformer whose width does not tell it; 0 otherwise.
 
     Raises:
@@ -165,7 +166,9 @@ def open_checkpoint(
     if isinstance(weights, Mapping):
         return recognise(_in_memory(weights), config, num_heads)
     path = pathlib.Path(weights)
-    return recognise(source.open_source(path, part, config=not is_named_file(path)), config, num_heads)
+    model = published.find(path)
+    preferred = (model.part, *source.PREFERRED) if model and model.part else source.PREFERRED
+    return recognise(source.open_source(path, part, preferred, not is_named_file(path)), config, num_heads)
 
 
 # Files of a published folder whose network the name tells; the folder's config.json is the transformer's.
@@ -245,7 +248,9 @@ def _fit(
 
 def _untie(opened: Source, network: Network) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the tensors that ``network`` reads, each under its first name, and the second copies."""
-    tensors = {name: tensor for name, tensor in opened.tensors.items() if not network.ignored(name)}
+    tensors = {
+        name: network.adapt(name, tensor) for name, tensor in opened.tensors.items() if not network.ignored(name)
+    }
     copies = {}
     for copy, name in network.tied.items():
         if copy in tensors and name in tensors:

@@ -57,6 +57,16 @@ class Tensor:
         """Return a context manager that yields the array. Only slices that are used are read."""
         return self._open()
 
+    def reshape(self, shape: tuple[int, ...]) -> "Tensor":
+        """Return the same elements in another shape."""
+
+        @contextlib.contextmanager
+        def view() -> Iterator[np.ndarray]:
+            with self.view() as array:
+                yield array.reshape(shape)
+
+        return Tensor(shape, self.dtype, view)
+
 
 def array_tensor(array: np.ndarray) -> Tensor:
     """Wrap an array in memory as a :class:`Tensor`."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from causvid_jax.checkpoints.safetensors_io import Tensor
 from causvid_jax.checkpoints.store import flatten
 from causvid_jax.config import CLIPConfig, ConfigError, TAEHVConfig, TransformerConfig, UMT5Config, VAEConfig
 
@@ -164,6 +165,7 @@ class Network:
         formats: the formats that exist.
         ignored: whether a key of a file belongs to no parameter.
         tied: keys that hold a copy of another key's tensor.
+        adapt: returns a tensor of a file in the shape that the table has, for files that store it in another one.
     """
 
     component: str
@@ -179,6 +181,7 @@ class Network:
     formats: tuple[str, ...] = FORMATS
     ignored: Callable[[str], bool] = lambda key: False
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    adapt: Callable[[str, Tensor], Tensor] = lambda key, tensor: tensor
 
     def rows(self, config: Config, form: str) -> tuple[Row, ...]:
         """Return the table of ``form``; the parts of one key are in order."""

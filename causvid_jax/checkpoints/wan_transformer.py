@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from causvid_jax.checkpoints.safetensors_io import Tensor
 from causvid_jax.checkpoints.table import (
     OURS,
     Network,
@@ -62,8 +63,9 @@ TABLE: Mapping[str, tuple[str, str]] = {
     "blocks/ffn/fc1": ("blocks.{n}.ffn.0", "blocks.{n}.ffn.net.0.proj"),
     "blocks/ffn/fc2": ("blocks.{n}.ffn.2", "blocks.{n}.ffn.net.2"),
 }
-# diffusers' files of image-to-video models may hold a query norm that no network reads.
+# Files of image-to-video models of diffusers may hold a query norm that no network reads; those of rCM hold counters.
 _IGNORED = "attn2.norm_added_q.weight"
+_COUNTERS = "accum_"
 _WAN_14B = TransformerConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 _I2V_14B = dataclasses.replace(_WAN_14B, in_channels=36, image_dim=1280)
 _ALIASES = {
@@ -83,6 +85,13 @@ def _published(config: TransformerConfig, form: str, shapes: Shapes) -> Iterator
         return patches(*config.patch_size) if path == "patch_embedding/kernel" else linear_transform(path)
 
     return rows_of(keys, shapes, transform)
+
+
+def _adapt(key: str, tensor: Tensor) -> Tensor:
+    """Return rCM's patch embedding, a matrix [out, (in 1 2 2)], as the convolution [out, in, 1, 2, 2] that it is."""
+    if key != "patch_embedding.weight" or len(tensor.shape) != 2 or tensor.shape[1] % 4:
+        return tensor
+    return tensor.reshape((tensor.shape[0], tensor.shape[1] // 4, 1, 2, 2))
 
 
 def _infer(size: Sizes, known: Mapping[str, Any]) -> TransformerConfig | None:
@@ -161,10 +170,12 @@ NETWORK = Network(
         _WAN_14B,
         _I2V_14B,
         dataclasses.replace(_WAN_14B, in_channels=36),
+        TransformerConfig(dim=3072, ffn_dim=14336, num_heads=24, in_channels=48, out_channels=48),  # Wan2.2-TI2V-5B
     ),
     infer=_infer,
     aliases=_ALIASES,
     describe=_describe,
     to_json=_to_json,
-    ignored=lambda key: key.endswith(_IGNORED),
+    ignored=lambda key: key.endswith(_IGNORED) or key.startswith(_COUNTERS),
+    adapt=_adapt,
 )

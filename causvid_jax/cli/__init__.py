@@ -13,6 +13,7 @@ PROGRAMS = {
     "evaluate": "measure a recipe's clips",
     "export": "write the weights of a checkpoint of a run",
     "curves": "draw the training curves of a run",
+    "models": "list the published models, with files, licence and settings",
     "convert": "convert published weights, or to published formats",
     "bench": "measure the speed of a stream on this machine",
     "compile": "tell whether a program fits a machine, or compile the sampler to a file",

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from causvid_jax.config import ConfigError, Recipe, require
+from causvid_jax.config import ConfigError, Recipe, published, require
 from causvid_jax.config.recipes import CONFIG_HELP, option
 from causvid_jax.sampling import blocks
 
@@ -83,9 +83,10 @@ class SampleRequest:
 
     @staticmethod
     def config_of(values: Mapping[str, Any]) -> str | None:
-        """Return the recipe's name where no ``--config`` is given: that of the video to replay."""
+        """Return the recipe where no ``--config`` is given: that of the video to replay or of the published file."""
         if not values.get("replay"):
-            return None
+            model = published.find(values.get("student") or values.get("checkpoint") or "")
+            return f"published:{model.name}" if model else None
         from causvid_jax.sampling.script import read_script  # it imports the video decoder
 
         return read_script(values["replay"]).recipe

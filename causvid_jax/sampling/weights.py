@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import logging
 import os
 import pathlib
 from collections.abc import Mapping
@@ -11,9 +12,10 @@ import jax
 
 from causvid_jax import checkpoints
 from causvid_jax.checkpoints import lineage, workdir
-from causvid_jax.config import CausalConfig, ConfigError, Recipe, require
+from causvid_jax.config import CausalConfig, ConfigError, Recipe, published, require
 from causvid_jax.models.unstacked import unstack
 
+_LOG = logging.getLogger("absl")
 Opened = dict[str, checkpoints.Checkpoint]  # network to checkpoint, of which only headers are read
 STAGES = {"student": "distill", "teacher": "teacher"}
 
@@ -56,6 +58,7 @@ def find(
     )
     if role == "student":
         _check_window(found[role], recipe.causal)
+        _note_settings(found[role], recipe)
     if recipe.decoder == "taehv":
         found["taehv"] = workdir.open_stage(recipe, "taehv", folder, own.get("taehv"))
         lineage.check_latents(found[role], found["taehv"])
@@ -82,6 +85,17 @@ def _check_window(opened: checkpoints.Checkpoint, causal: CausalConfig) -> None:
         f"{opened.path} was published with local_attn_size {size} and sink_size {sink}, which is causal.window "
         f"{size - sink} and causal.sink {sink}; the recipe has {causal.window} and {causal.sink}",
     )
+
+
+def _note_settings(opened: checkpoints.Checkpoint, recipe: Recipe) -> None:
+    """Log the settings of a published student that the recipe has otherwise."""
+    model = published.find(opened.path)
+    others = published.differences(model, recipe) if model else []
+    if model and others:
+        _LOG.warning(
+            "%s was published with %s; --config=published:%s has its settings",
+            *(opened.path, ", ".join(others), model.name),
+        )
 
 
 def _has_vae(recipe: Recipe, folder: pathlib.Path | None) -> bool:
