@@ -280,8 +280,9 @@ def document(made: list[Row]) -> str:
 
 
 def compile_row(row: Row, quick: bool) -> dict | None:
-    """Return the row's entry for docs/scaling.json, from a process of its own; without a report if the compiler refused a
-    program that is too large, none if it failed."""
+    """Return the row's entry for docs/scaling.json, computed in a process of its own.
+
+    The entry has no report if the compiler refused a program that is too large. None if the compiler failed."""
     with tempfile.TemporaryDirectory() as folder:
         output, log = pathlib.Path(folder) / "report.json", pathlib.Path(folder) / "log"
         command = [
