@@ -84,16 +84,17 @@ def test_image_to_video():
 
 
 def test_digits_recipes():
-    """One digit or two: every word has a row, and the longest caption fits."""
-    one, two = (load_recipe(str(CONFIGS / "digits.py") + variant) for variant in ("", ":two"))
-    assert (one.name, two.name) == ("digits", "two_digits")
-    assert (one.data.digits_per_clip, two.data.digits_per_clip) == (1, 2)
-    for recipe in (one, two):
+    """Every word has a row, and the longest caption fits, with one digit or two."""
+    one, two, quick = (load_recipe(str(CONFIGS / "digits.py") + variant) for variant in ("", ":two", ":quick"))
+    assert (one.name, two.name, quick.name) == ("digits", "two_digits", "digits_quick")
+    assert [recipe.data.digits_per_clip for recipe in (one, two, quick)] == [1, 2, 1]
+    assert quick.student == one.student and quick.vae == one.vae  # the same networks
+    for recipe in (one, two, quick):
         captions = digits.captions(recipe.data, "all")
         longest = max(captions, key=lambda caption: len(caption.split()))
         rows = encoder.encode(encoder.open_encoder(recipe), [longest])
         assert np.abs(rows).any(axis=-1).sum() == len(longest.split()) <= recipe.text.length
-    with pytest.raises(ConfigError, match="the variant is 'three'; accepted: none, 'two'"):
+    with pytest.raises(ConfigError, match="the variant is 'three'; accepted: none, 'two', 'quick'"):
         load_recipe(f"{CONFIGS / 'digits.py'}:three")
 
 
