@@ -1,4 +1,4 @@
-"""Measure the streaming sampler with random weights; values do not change the cost of a matmul.
+"""Measure the streaming sampler with random weights or given ones; values do not change the cost of a matmul.
 
 Programs are compiled before they are timed. A call is timed until its results are ready. Caches are donated as in a
 stream. The steps of a block run in one program, as in a stream; the time of a step is that of the program over their
@@ -12,7 +12,7 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -143,19 +143,15 @@ class Options:
       repeats: timed calls of each program; a fourth of them, at least 3, of clips and first frames.
       streams: videos side by side.
       codecs: which decoders, of ``CODECS``.
-      weights: ``"compute"`` keeps kernels in the type they are multiplied in, ``"float32"`` all in float32.
     """
 
     repeats: int = 20
     streams: int = 1
     codecs: tuple[str, ...] = CODECS
-    weights: str = "compute"
 
     def __post_init__(self) -> None:
         require(self.repeats >= 2, f"--repeats is {self.repeats}; it must be at least 2")
         require(self.streams >= 1, f"--streams is {self.streams}; it must be at least 1")
-        accepted = ("compute", "float32")
-        require(self.weights in accepted, f"--weights is {self.weights!r}; accepted: {', '.join(accepted)}")
         require(len(set(self.codecs)) == len(self.codecs), f"--codecs names {self.codecs} twice; give each once")
 
     @property
@@ -173,14 +169,6 @@ def cache_lengths(recipe: Recipe) -> list[tuple[int, int]]:
         seen = sum(b - a for a, b in attention.visible_frames(start + k, causal))
         start_of.setdefault(seen, start)
     return [(start, seen) for seen, start in start_of.items()]
-
-
-def abstract_weights(recipe: Recipe, options: Options) -> Any:
-    """Return shapes and stored types of the student's parameters, in the form that streams run (models.unstacked)."""
-    if options.weights == "compute":
-        return transformer.inference(recipe.student, unstacked=True)
-    unstack = functools.partial(transformer.unstack, config=recipe.student)
-    return jax.eval_shape(unstack, transformer.abstract(recipe.student))
 
 
 def random_weights(abstract: Any, seed: int = 0) -> Any:
@@ -257,13 +245,15 @@ def _processor() -> str:
 class _Bench:
     """The compiled programs of one recipe, and what they measured so far."""
 
-    def __init__(self, recipe: Recipe, options: Options):
+    def __init__(self, recipe: Recipe, options: Options, student: Any = None):
         self.recipe, self.options = recipe, options
         self.lines: list[report_format.Line] = []
         self.deliveries: list[Delivery] = []
         self.k, self.steps = recipe.causal.frames_per_block, len(recipe.diffusion.denoising_timesteps)
         self.tokens = flops.tokens_per_frame(recipe, recipe.student)
-        self.params = {"student": random_weights(abstract_weights(recipe, options))}
+        if student is None:
+            student = random_weights(transformer.inference(recipe.student, unstacked=True))
+        self.params = {"student": student}
         rows = (options.streams, recipe.text.length, recipe.text.dim)
         self.text = jax.random.normal(jax.random.key(1), rows)
         shape = (options.streams, self.k, *recipe.latent_size, recipe.vae.z_dim)
@@ -391,11 +381,12 @@ class _Bench:
 
 
 class _Decoder:
-    """A codec with random weights on the device, compiled for both lengths of a block."""
+    """A codec on the device, compiled for both lengths of a block; networks that ``params`` lacks are random."""
 
-    def __init__(self, codec: Codec):
+    def __init__(self, codec: Codec, params: Mapping[str, Any]):
         self.codec, self.title = codec, codec.title
-        self.params = random_weights(codec.shapes(), 3)
+        shapes = codec.shapes()
+        self.params = {n: params[n] if n in params else random_weights(shape, 3) for n, shape in shapes.items()}
         self.start, self.decode = codec.programs()
         self._tflop: dict[int, float] = {}
 
@@ -417,13 +408,22 @@ def rewinder(position: int) -> Callable[[stream.StreamState], stream.StreamState
     return back
 
 
-def run(recipe: Recipe, options: Options, log: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def run(
+    recipe: Recipe,
+    options: Options,
+    log: Callable[[str], None] = lambda _: None,
+    *,
+    params: Mapping[str, Any] | None = None,
+    weights: str = "random",
+) -> dict[str, Any]:
     """Measure; return the report of :mod:`causvid_jax.analysis.report`.
 
     Args:
         recipe: what is measured, on one device.
         options: what, and how often.
         log: called with the name of each measurement before it starts.
+        params: network to parameters, the student in the form of streams; what is missing is random.
+        weights: says in the report where ``params`` come from.
 
     Raises:
         ConfigError: what cannot work, before anything is computed.
@@ -431,7 +431,8 @@ def run(recipe: Recipe, options: Options, log: Callable[[str], None] = lambda _:
     codecs = check(recipe, options)
     peaks = {}
     log("compiling")
-    bench = _Bench(recipe, options)
+    params = params or {}
+    bench = _Bench(recipe, options, params.get("student"))
     log("every cache length")
     state = bench.every_length()
     log("steady stream and clips, latents only")
@@ -441,7 +442,7 @@ def run(recipe: Recipe, options: Options, log: Callable[[str], None] = lambda _:
     # The small codec first: a peak never falls.
     for codec in sorted(codecs, key=lambda c: c.recipe.decoder == "vae"):
         log(f"steady stream and clips, {codec.title}")
-        decoder = _Decoder(codec)
+        decoder = _Decoder(codec, params)
         state = bench.blocks(state, decoder)
         bench.clips(decoder)
         peaks[f"and {codec.title}"], _ = memory.memory_peak()
@@ -449,14 +450,13 @@ def run(recipe: Recipe, options: Options, log: Callable[[str], None] = lambda _:
     net = recipe.student
     peak, why = topology.peak_flops(str(device["kind"]), net.dtype)
     measured = settings(recipe, options)
-    stored = f"kernels in {net.dtype}" if options.weights == "compute" else "all in float32"
     return {
         "schema": report_format.SCHEMA,
         "program": "launch.bench",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": device,
         "settings": measured,
-        "weights": f"random, {stored}",
+        "weights": f"{weights}, kernels in {net.dtype}",
         "peak": why,
         "compile_seconds": bench.compile_seconds,
         "memory": {"of": of, "bytes": peaks},

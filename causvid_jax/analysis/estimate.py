@@ -2,8 +2,9 @@
 
 Memory of one device is the sum of all arrays that are live at once: parameters, moments, mean and gradients as the
 sharding rules split them (exact), what the layers keep for the backward pass by ``remat`` (exact for "full",
-"attention" and "offload"), caches (exact), and the working set of one layer (a formula, :meth:`Network.working`, meant
-to err on the large side). A compiled figure, where there is one, is the better one.
+"attention" and "offload"), caches (exact), and the working set of one layer (formulas meant to err on the large side:
+:meth:`Network.working` for training, :func:`memory.layer_work` for a stream). Prefer a compiled figure where there is
+one.
 
 Time is a roofline. Compute runs at 35% to 60% of the peak, traffic between devices at the full rate of its links. The
 lower bound overlaps all traffic with compute, the upper bound none.
@@ -17,7 +18,7 @@ from typing import Any
 
 import jax
 
-from causvid_jax.analysis import flops
+from causvid_jax.analysis import flops, memory
 from causvid_jax.analysis.topology import TopologySpec
 from causvid_jax.config import OptimizerConfig, ParallelConfig, Recipe, ShardingRules, TransformerConfig
 from causvid_jax.models import transformer
@@ -297,10 +298,14 @@ def _stream(recipe: Recipe, mesh: _Mesh) -> Estimate:
     net, block = Network(recipe.student, recipe, mesh), recipe.causal.frames_per_block
     item, passes = _item(net.net), passes_per_block(recipe)
     weights, cache = net.params * item / F32, net.cache()
+    causal = recipe.causal
+    seen = causal.window + causal.sink if causal.window else recipe.video.latent_frames
+    # GPUs and TPUs have a kernel for attention, which keeps no scores.
+    layer = memory.layer_work(net.net, 1, block, seen, *recipe.latent_size, backend="kernel")
     parts = {
         "parameters": weights,
         "caches": cache,
-        "layer at work": net.working(block) / 2,
+        "layer at work": sum(layer.values()) / (mesh.context * mesh.tensor),
         "gathered layers": net.gathered if mesh.fsdp > 1 else 0.0,
     }
     work = flops.StepFlops(flops.stream_block(recipe) * mesh.ways)

@@ -1,4 +1,7 @@
-"""Compute the device memory of sampling from shapes alone, before anything is loaded; read limits and peaks.
+"""Compute the memory of sampling on one device from shapes alone, before anything is loaded; read limits and peaks.
+
+The memory of a stage on a mesh is estimated by :mod:`causvid_jax.analysis.estimate`, with the same formula for the
+largest temporaries of a layer (:func:`layer_work`).
 
 Sampling has phases. Memory of a phase is freed before the next begins: the text encoder and the transformer are never
 loaded together, nor are the teacher, which makes a whole clip at once, and the decoder. Parameters and caches are
@@ -97,7 +100,7 @@ def sampling_phases(
             "prompt's keys and values": sizes(state.text),
             _codec_name(coder): sizes(coder),
             "decoder's past": sizes(state.decode),
-            "work, about": _largest(_transformer_work(net, batch, k, seen, height, width), decoding),
+            "work, about": _largest(layer_work(net, batch, k, seen, height, width), decoding),
         }
         if video:
             size = {"batch": batch, "height": recipe.video.height, "width": recipe.video.width}
@@ -110,7 +113,7 @@ def sampling_phases(
     denoise = {
         "transformer": sizes(weights),
         "latents": sizes([shown] * (4 if recipe.diffusion.solver == "unipc" else 2)),
-        "work, about": _transformer_work(net, both, latents, latents, height, width),
+        "work, about": layer_work(net, both, latents, latents, height, width),
     }
     if clip is not None:
         given = [
@@ -213,16 +216,25 @@ def _width(dtype: str) -> int:
     return jnp.dtype(dtype).itemsize
 
 
-def _transformer_work(
-    net: TransformerConfig, batch: int, frames: int, seen: int, height: int, width: int
+def layer_work(
+    net: TransformerConfig,
+    batch: int,
+    frames: int,
+    seen: int,
+    height: int,
+    width: int,
+    backend: str | None = None,
 ) -> dict[str, int]:
-    """Return the largest temporaries of one layer: the residual stream, and its MLP's hidden layer or its attention,
-    each in float32 and in the compute type; with XLA's attention all scores too."""
+    """Return the largest temporaries of one layer that is not differentiated.
+
+    They are the residual stream, and the MLP's hidden layer or attention, each in float32 and in the compute type.
+    XLA's attention also holds all scores. ``backend`` is that of attention; None: what this process would use.
+    """
     n = (height // net.patch_size[1]) * (width // net.patch_size[2])
     tokens, keys, size = batch * frames * n, batch * seen * n, 4 + _width(net.dtype)
     hidden = tokens * net.ffn_dim * size
     attended = (3 * tokens + 2 * keys) * net.dim * size
-    if attention.resolve(net.attention, net.dtype) == "xla":
+    if (backend or attention.resolve(net.attention, net.dtype)) == "xla":
         attended += tokens * seen * n * net.num_heads * size
     return {"float32 and less": 2 * tokens * net.dim * 4 + max(hidden, attended)}
 

@@ -3,16 +3,17 @@
 Measures milliseconds per denoising step at each cache length, of the cache write and of each decoder; time to first
 frame; steady frames/s and those of a clip, with and without a decoder; memory; TFLOP/s and their share of the device's
 peak; and what a viewer of the stream sees: first chunk, gaps between chunks, real-time factor, deadlines, underruns.
-Writes JSON and, beside it, a Markdown table (``.md``); ``--against`` compares it with an earlier report. Weights are
-random. One device is measured, with the
-recipe's settings: ``--config.causal.window=21 --config.student.dtype=bfloat16 --config.student.attention=cudnn``.
+Writes JSON and, beside it, a Markdown table (``.md``); ``--against`` compares it with an earlier report. One device is
+measured, with the recipe's settings, for example ``--config.causal.window=21 --config.student.attention=cudnn``.
+Weights are random, or those of ``--checkpoint`` and ``--student``, which take published files as ``causvid sample``
+does.
 """
 
 import dataclasses
 import json
 import os
 import pathlib
-from typing import Any, Literal
+from typing import Any
 
 from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, option
@@ -30,9 +31,8 @@ class Options:
     repeats: int = option(20, "Timed calls of each program.")
     streams: int = option(1, "Videos side by side.")
     codecs: str = option("wan,taehv", "Decoders to measure, of wan and taehv.")
-    weights: Literal["compute", "float32"] = option(
-        "compute", "Stored type of kernels: compute (the type they are multiplied in) or float32."
-    )
+    checkpoint: str | None = option(None, "Measure these weights: a folder or a file; none: random ones.")
+    student: str | None = option(None, "The student's file, also a published one; it goes before --checkpoint.")
     against: str | None = option(None, "An earlier report of this device: also print the ratios of its times to these.")
     serve: bool = option(False, "Measure causvid serve as its viewers see it, with the weights of the package.")
 
@@ -48,17 +48,37 @@ def main(options: Options) -> None:
 
     earlier = read_report(options.against) if options.against else None
     names = tuple(name.strip() for name in options.codecs.split(",") if name.strip())
-    plan = bench.Options(options.repeats, options.streams, names, options.weights)
+    plan = bench.Options(options.repeats, options.streams, names)
     bench.check(options.config, plan)
+    recipe, params, weights = read_weights(options)
     common.enable_compilation_cache()
-    common.log_start(options.config)
-    report = bench.run(options.config, plan, log=lambda what: print(f"... {what}", flush=True))
+    common.log_start(recipe)
+    report = bench.run(recipe, plan, log=lambda what: print(f"... {what}", flush=True), params=params, weights=weights)
     write_text(output, json.dumps(report, indent=1) + "\n")
     text = report_format.markdown(report)
     if earlier:
         text += "\n" + compare(report, earlier)
     write_text(output.with_suffix(".md"), text)
     print(text)
+
+
+def read_weights(options: Options) -> tuple[Recipe, dict[str, Any], str]:
+    """Return the recipe, the weights that are named, and where they come from.
+
+    Raises:
+        ConfigError: weights that are missing or do not fit the recipe.
+    """
+    from causvid_jax.models import decoder, transformer
+    from causvid_jax.sampling import weights
+
+    recipe = options.config
+    if not (options.checkpoint or options.student):
+        return recipe, {}, "random"
+    files = {"student": options.student} if options.student else {}
+    opened, recipe = weights.find(recipe, "student", options.checkpoint, files=files)
+    shapes = {"student": transformer.inference(recipe.student), **decoder.codec_shapes(recipe, encodes=False)}
+    params = weights.for_stream(weights.load(opened, shapes), recipe, free=True)
+    return recipe, params, ", ".join(f"{name} {checkpoint.path.name}" for name, checkpoint in opened.items())
 
 
 def read_report(path: str) -> dict[str, Any]:

@@ -108,7 +108,6 @@ def test_every_length_of_a_window_and_of_a_clip():
     [
         ({"repeats": 1}, "--repeats is 1; it must be at least 2"),
         ({"streams": 0}, "--streams is 0; it must be at least 1"),
-        ({"weights": "int3"}, "--weights is 'int3'; accepted: compute, float32"),
         ({"codecs": ("wan", "wan")}, "--codecs names .* twice"),
     ],
 )

@@ -3,6 +3,7 @@
 import pytest
 
 from causvid_jax.analysis import bench
+from causvid_jax.checkpoints.workdir import ASSETS
 from causvid_jax.cli import common
 from causvid_jax.config import ConfigError
 
@@ -17,7 +18,7 @@ CONFIG, OUTPUT = "--config=digits", "--output={folder}/bench.json"
         ([CONFIG, "--output=bench.txt"], "must end in .json"),
         ([CONFIG, OUTPUT, "--repeats=1"], "--repeats is 1; it must be at least 2"),
         ([CONFIG, OUTPUT, "--codecs=wan,h264"], "--codecs names 'h264'; accepted: wan, taehv"),
-        ([CONFIG, OUTPUT, "--weights=int4"], "--weights is 'int4'; accepted: compute, float32"),
+        ([CONFIG, OUTPUT, "--student=nothing.pt"], "student weights nothing.pt do not exist"),
         ([CONFIG, OUTPUT, "--against=nothing.json"], "--against nothing.json cannot be read"),
         ([CONFIG, OUTPUT, "--config.causal.window=1"], "causal.window is 1"),
         ([CONFIG, OUTPUT, "--streams=1000000"], "and the device has"),
@@ -28,3 +29,21 @@ def test_bad_flags_are_refused(tmp_path, monkeypatch, arguments, message):
     with pytest.raises(ConfigError) as error:
         common.call("bench", [argument.format(folder=tmp_path) for argument in arguments])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_named_weights_are_measured(tmp_path, monkeypatch):
+    """The student and its decoder come from files; the report says which."""
+    measured = {}
+
+    def run(recipe, plan, log, *, params, weights):
+        measured.update(params=params, weights=weights)
+        raise ConfigError("measured")
+
+    monkeypatch.setattr(bench, "run", run)
+    path = ASSETS / "digits" / "distill.safetensors"
+    with pytest.raises(ConfigError, match="measured"):
+        common.call("bench", [CONFIG, OUTPUT.format(folder=tmp_path), f"--student={path}"])
+    assert set(measured["params"]) == {"student", "taehv"} and isinstance(
+        measured["params"]["student"]["blocks"], tuple
+    )
+    assert measured["weights"] == "student distill.safetensors, taehv taehv.safetensors"
