@@ -68,6 +68,7 @@ def seed(name: str) -> bytes:
     elif name == "program":
         entries = {f"{part}.stablehlo": b"program" for part in ("start", "next_frames", "change_prompt")}
         header = {"version": causvid_jax.__version__, "platform": "cpu", "streams": 1, "frames": 6, "jax": "0.10"}
+        header["machine"] = ""
         identity = exported.identity(DIGITS)
         exported.write(path, {"format": exported.FORMAT, **header, "recipe": identity}, entries)
     elif name in ("csv", "tsv"):

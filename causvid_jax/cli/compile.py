@@ -13,7 +13,9 @@ shapes. The status is 1 if the program does not fit; then it is said what should
 
 lowers the streaming sampler for one device of a platform (cpu, cuda, tpu), at the recipe's size and ``--batch`` videos
 at once, and writes it to a file that ``causvid sample --program`` loads without tracing the model
-(``causvid_jax.sampling.exported``). The device need not be there, but cuDNN has to be, if it is the attention.
+(``causvid_jax.sampling.exported``). ``--stage=serve`` does so for ``causvid serve --program``. The device need not
+be there, but cuDNN has to be, if it is the attention. If the platform is that of this machine, the file also holds the
+executables, and a machine like this one starts without compiling.
 """
 
 import dataclasses
@@ -35,7 +37,7 @@ class Options:
     """The flags."""
 
     config: Recipe = config_option()
-    stage: str = option("", "What to compile: teacher, init, distill or stream.")
+    stage: str = option("", "What to compile: teacher, init, distill or stream; with --platform stream or serve.")
     topology: str | None = option(
         None,
         "TPU KIND:AxB[xC], *N for N slices; GPU KIND:N or KIND:NODESxN; for example v5p:4x4x4, h200:8x8.",
@@ -60,11 +62,11 @@ def main(options: Options) -> None:
     from causvid_jax.analysis import compile_report, topology
 
     stage, name = options.stage, options.topology or ""
-    require(stage in compile_report.STAGES, f"--stage is {stage!r}; accepted: {', '.join(compile_report.STAGES)}")
     if options.platform is not None:
         require(name == "", "--platform and --topology are both given; accepted: one of them")
         build(options)
         return
+    require(stage in compile_report.STAGES, f"--stage is {stage!r}; accepted: {', '.join(compile_report.STAGES)}")
     require(name != "", "no --topology is given; for example --topology=v5p:4x4x4 (or --platform=cuda)")
     output = common.check_output(options.output, (".json",)) if options.output else None
     machine = topology.parse(name)
@@ -108,14 +110,22 @@ def build(options: Options) -> None:
     from causvid_jax.models import precision
     from causvid_jax.sampling import exported
 
-    require(stage == "stream", f"--stage is {stage!r}; accepted with --platform: 'stream'")
+    require(stage in ("stream", "serve"), f"--stage is {stage!r}; accepted with --platform: 'stream' and 'serve'")
+    require(stage == "stream" or options.batch == 1, f"--batch is {options.batch}; accepted with --stage=serve: 1")
     output = common.check_output(options.output, (exported.SUFFIX,))
     if options.exact:
         recipe = precision.exact(recipe, teacher=False)
-    if recipe.decoder == "vae":
+    if recipe.decoder == "vae" or stage == "serve":
         recipe = dataclasses.replace(recipe, vae=workdir.find_statistics(recipe, options.checkpoint))
-    header, made = exported.build(recipe, options.platform or "", batch=options.batch)
-    exported.save(output, header, made)
+    platform = options.platform or ""
+    if stage == "serve":
+        from causvid_jax.serve import functions
+
+        header, made = functions.build(recipe, platform)
+    else:
+        header, made = exported.build(recipe, platform, batch=options.batch)
+    executables = exported.compiled(made) if platform == exported.this_platform() else {}
+    exported.save(output, header, made, executables)
     print(exported.describe(header, made))
     print(f"Wrote {output}, {format_bytes(output.stat().st_size)}")
 

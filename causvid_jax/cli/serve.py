@@ -26,6 +26,7 @@ class Options(Settings):
     student: str | None = option(None, "The student's weights; before --checkpoint.")
     vae: str | None = option(None, "The VAE's weights; before --checkpoint.")
     taehv: str | None = option(None, "The tiny decoder's weights; before --checkpoint.")
+    program: str | None = option(None, "A file of causvid compile --stage=serve, run instead of tracing the model.")
 
 
 def main(options: Options) -> None:
@@ -48,7 +49,9 @@ def main(options: Options) -> None:
 
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)  # a start reads them all
     files = {"student": options.student, "vae": options.vae, "taehv": options.taehv}
-    load = functools.partial(open_programs, options.config, options.checkpoint, files)
+    load = functools.partial(
+        open_programs, options.config, options.checkpoint, files, program=options.program, compiles=True
+    )
 
     print(
         f"Loading {options.config.name}. The page: {address}{'#token=' + options.token if options.token else ''}",

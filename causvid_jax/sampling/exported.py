@@ -2,8 +2,9 @@
 
 A file holds what :mod:`causvid_jax.sampling.player` needs for text to video and changes of prompt, each as versioned
 StableHLO (``jax.export``), and a header that says what it was built for: every setting of the recipe that the programs
-depend on, the number of streams side by side, the platform. It is a zip archive of ``header.json`` and one entry per
-program. XLA still compiles what is loaded, once; ``launch`` keeps the result in the compilation cache.
+depend on, the number of streams side by side, the platform. It is a zip archive of ``header.json``, one entry per
+program and, where it was built for the platform of the machine that built it, what XLA compiled of each. On a machine
+like that one (:func:`machine`) these go to JAX's compilation cache; elsewhere XLA compiles the programs once.
 
 A file is bound to the recipe, the version of this package and its own checksums, so that a damaged file, or one of
 another origin, is refused. The checksums do not prove who made a file: run only programs that you trust, as with code.
@@ -18,13 +19,16 @@ another origin, is refused. The checksums do not prove who made a file: run only
 Reference: JAX's export documentation; an artifact can be read by later versions of JAX for six months at least.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import pathlib
+import re
 import struct
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -32,8 +36,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from jax import export
+from jax.experimental.compilation_cache import compilation_cache
 
 from causvid_jax import __version__
 from causvid_jax.config import ConfigError, Recipe, require
@@ -42,15 +48,17 @@ from causvid_jax.models import attention, decoder, kv_cache, taehv, transformer,
 from causvid_jax.sampling import stream
 from causvid_jax.sharding import constraints
 
-FORMAT = 4
+FORMAT = 5
 PLATFORMS = ("cpu", "cuda", "tpu")
 SUFFIX = ".program"
 ENTRY = ".stablehlo"
+EXECUTABLE = "-cache"
+_EXECUTABLE = re.compile(r"[\w.-]{1,200}-cache", re.ASCII)
 HEADER_BYTES, ENTRY_BYTES = 2**24, 2**31
 """The largest header and programs that are read."""
 FIELDS: Mapping[str, Any] = {
     "version": str, "platform": str, "streams": int, "frames": (int, type(None)), "jax": str, "recipe": dict,
-    "sha256": dict, "checksum": str,
+    "machine": str, "sha256": dict, "checksum": str,
 }  # fmt: skip
 """Fields of the header that are read, and their types."""
 _CUSTOM_CALLS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaScaleBiasSoftmax", "tpu_custom_call")
@@ -69,6 +77,7 @@ def _register() -> None:
         "KVCache": kv_cache.KVCache,
         "TextCache": kv_cache.TextCache,
         "VAEDecodeCache": vae.DecodeCache,
+        "VAEEncodeCache": vae.EncodeCache,
         "TAEHVDecodeCache": taehv.DecodeCache,
         "StreamState": stream.StreamState,
     }
@@ -152,29 +161,41 @@ def build(recipe: Recipe, platform: str, *, batch: int = 1) -> tuple[dict[str, A
     Raises:
         ConfigError: an unknown platform, fewer than one stream, or a kernel that cannot be lowered here.
     """
-    require(platform in PLATFORMS, f"platform is {platform!r}; accepted: {', '.join(PLATFORMS)}")
     require(batch >= 1, f"batch is {batch}; it must be at least 1")
     capacity = None if recipe.causal.window else recipe.video.latent_frames
     params, rows, seeds = _start_arguments(recipe, batch)
+
+    def of(function: Callable[..., Any]) -> Any:
+        return jax.jit(functools.partial(function, config=recipe))
+
+    start = functools.partial(stream.first_state, config=recipe, capacity=capacity)
+    state = jax.eval_shape(start, params, rows, seeds)
+    calls: dict[str, tuple[Any, ...]] = {"start": (jax.jit(start), params, rows, seeds)}
+    if not state.started:
+        calls["first_frames"] = of(stream.next_frames), params, state
+        state = dataclasses.replace(state, started=True)
+    calls["next_frames"] = of(stream.next_frames), params, state
+    calls["change_prompt"] = of(stream.change_prompt), params, state, rows
+    return build_calls(recipe, platform, calls, batch=batch, capacity=capacity)
+
+
+def build_calls(
+    recipe: Recipe, platform: str, calls: Mapping[str, tuple[Any, ...]], *, batch: int, capacity: int | None
+) -> tuple[dict[str, Any], dict[str, export.Exported]]:
+    """Return header and programs of functions ``{name: (jitted, *shapes of its arguments)}``.
+
+    Raises:
+        ConfigError: an unknown platform, or a kernel that cannot be lowered here.
+    """
+    require(platform in PLATFORMS, f"platform is {platform!r}; accepted: {', '.join(PLATFORMS)}")
     checks = [export.DisabledSafetyCheck.custom_call(name) for name in _CUSTOM_CALLS]
     made: dict[str, export.Exported] = {}
-
-    def add(name: str, function: Callable[..., Any], *given: Any) -> Any:
-        """Export ``function`` and return the shapes that it gives."""
-        jitted = jax.jit(functools.partial(function, config=recipe))
-        made[name] = export.export(jitted, platforms=[platform], disabled_checks=checks)(params, *given)
-        return jax.tree.unflatten(
-            made[name].out_tree, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in made[name].out_avals]
-        )
-
     with constraints.lowering_for(platform):
         kernel = attention.resolve(recipe.student.attention, recipe.student.dtype)
         try:
-            state = add("start", functools.partial(stream.first_state, capacity=capacity), rows, seeds)
-            if not state.started:
-                _, _, state = add("first_frames", stream.next_frames, state)
-            add("next_frames", stream.next_frames, state)
-            add("change_prompt", stream.change_prompt, state, rows)
+            for name, (function, *shapes) in calls.items():
+                jitted = jax.jit(lambda *arrays, function=function: function(*arrays))
+                made[name] = export.export(jitted, platforms=[platform], disabled_checks=checks)(*shapes)
         except RuntimeError as error:
             if "cuDNN" not in str(error):
                 raise
@@ -191,16 +212,79 @@ def build(recipe: Recipe, platform: str, *, batch: int = 1) -> tuple[dict[str, A
         "frames": capacity,  # latent frames of a stream at most; null: no end
         "attention": kernel,
         "jax": jax.__version__,
+        "machine": machine(),
         "calling_convention": made["start"].calling_convention_version,
         "recipe": identity(recipe),
     }
     return header, made
 
 
-def save(path: str | os.PathLike, header: Mapping[str, Any], made: Mapping[str, export.Exported]) -> None:
-    """Write the result of :func:`build` with its checksums; the file appears complete or not at all."""
+def machine() -> str:
+    """Return a checksum of what a compiled program depends on besides the program: JAX, devices and processor."""
+    device = jax.devices()[0]
+    parts = [jax.__version__, jaxlib.__version__, device.platform, device.device_kind, os.environ.get("XLA_FLAGS", "")]
+    parts += [getattr(device.client, "platform_version", "")]
+    if device.platform == "cpu":
+        with contextlib.suppress(OSError):
+            lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+            parts += sorted({line for line in lines if line.startswith(("flags", "model name", "Features"))})
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+_SAME_KEYS = {"jax_persistent_cache_enable_xla_caches": "none"}
+"""Otherwise the names in JAX's compilation cache depend on where the cache is."""
+
+
+def compiled(made: Mapping[str, export.Exported]) -> dict[str, bytes]:
+    """Compile programs for this machine; return what JAX's compilation cache keeps of them, by its names.
+
+    They belong into a file for this platform: :func:`load` puts them into the cache of a machine like this one.
+    """
+    with tempfile.TemporaryDirectory(prefix="causvid_compiled_") as folder:
+        options = {
+            "jax_compilation_cache_dir": folder,
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
+            **_SAME_KEYS,
+        }
+        before = {name: getattr(jax.config, name) for name in options}
+        try:
+            for name, value in options.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+            for name, exported in made.items():
+                arguments, keywords = jax.tree.unflatten(exported.in_tree, _shapes(exported.in_avals))
+                _jitted(name, exported).lower(*arguments, **keywords).compile()
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+        return {path.name: path.read_bytes() for path in pathlib.Path(folder).glob(f"*{EXECUTABLE}")}
+
+
+def _shapes(avals: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals]
+
+
+KEEP = ("start", "encode_image", "encode_first", "encode_next")
+"""Programs that donate nothing; the others donate the state, their second argument."""
+
+
+def _jitted(name: str, exported: export.Exported) -> Any:
+    return jax.jit(exported.call, donate_argnums=() if name in KEEP else (1,))
+
+
+def save(
+    path: str | os.PathLike,
+    header: Mapping[str, Any],
+    made: Mapping[str, export.Exported],
+    executables: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write the result of :func:`build` with its checksums; the file appears complete or not at all.
+
+    ``executables`` are those of :func:`compiled`.
+    """
     entries = {f"{name}{ENTRY}": bytes(exported.serialize()) for name, exported in made.items()}
-    write(path, header, entries)
+    write(path, header, entries | dict(executables or {}))
 
 
 def write(path: str | os.PathLike, header: Mapping[str, Any], entries: Mapping[str, bytes]) -> None:
@@ -238,13 +322,12 @@ class Programs:
     def jitted(self, name: str) -> Any:
         """Return a program as a jitted function of (params, ...) that donates the state, as the sampler's own does."""
         require(name in self.exported, f"{self.path} has no program {name!r}; it has {', '.join(self.exported)}")
-        return jax.jit(self.exported[name].call, donate_argnums=() if name == "start" else (1,))
+        return _jitted(name, self.exported[name])
 
     def shapes(self) -> stream.StreamState:
         """Return shape and type of every array of the first state."""
         first = self.exported["start"]
-        leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in first.out_avals]
-        return jax.tree.unflatten(first.out_tree, leaves)
+        return jax.tree.unflatten(first.out_tree, _shapes(first.out_avals))
 
     def start(self, params: stream.Params, text: jax.Array, seed: int | Sequence[int]) -> stream.StreamState:
         """Return the state before the first block, as :func:`causvid_jax.sampling.stream.init_stream`."""
@@ -257,6 +340,18 @@ def load(path: str | os.PathLike, recipe: Recipe, *, batch: int, latents: int) -
     Raises:
         ConfigError: no such file, a damaged one, or one that was built for something else, which is named.
     """
+    names = ["start", "next_frames", "change_prompt", *(["first_frames"] * recipe.causal.independent_first_frame)]
+    arguments = dict.fromkeys(names) | {"start": _start_arguments(recipe, batch)}
+    return open_programs(path, recipe, arguments, batch=batch, latents=latents)
+
+
+def open_programs(
+    path: str | os.PathLike, recipe: Recipe, arguments: Mapping[str, Any], *, batch: int, latents: int
+) -> Programs:
+    """Return the programs of a file, which must be those of ``arguments``: name to the shapes that it takes, or None.
+
+    What the file holds of executables of a machine like this one goes to JAX's compilation cache, if that is on.
+    """
     place = pathlib.Path(path)
     require(place.is_file(), f"program {place} does not exist; launch.compile --platform builds one")
     try:
@@ -264,23 +359,40 @@ def load(path: str | os.PathLike, recipe: Recipe, *, batch: int, latents: int) -
     except _DAMAGE as error:
         raise ConfigError(f"{place} is not a readable program of launch.compile: {reason(error)}") from error
     _check(place, header, recipe, batch=batch, latents=latents)
-    names = ["start", "next_frames", "change_prompt", *(["first_frames"] * recipe.causal.independent_first_frame)]
+    programs = {name: data for name, data in entries.items() if name.endswith(ENTRY)}
     require(
-        sorted(entries) == sorted(f"{name}{ENTRY}" for name in names),
-        f"program {place} holds {', '.join(sorted(entries))}; it must hold {', '.join(sorted(names))}",
+        sorted(programs) == sorted(f"{name}{ENTRY}" for name in arguments),
+        f"program {place} holds {', '.join(sorted(programs))}; it must hold {', '.join(sorted(arguments))}",
     )
     try:
-        exported = {name.removesuffix(ENTRY): export.deserialize(bytearray(x)) for name, x in entries.items()}
+        exported = {name.removesuffix(ENTRY): export.deserialize(bytearray(x)) for name, x in programs.items()}
     except Exception as error:  # whatever flatbuffers and MLIR make of another version's bytes
         raise ConfigError(
             f"program {place} cannot be read by JAX {jax.__version__}; it was built by {header['jax']}"
         ) from error
-    start = [(x.shape, x.dtype) for x in jax.tree.leaves(_start_arguments(recipe, batch))]
-    require(
-        [(x.shape, x.dtype) for x in exported["start"].in_avals] == start,
-        f"program {place} takes other arrays than the recipe's weights and prompts; build it again",
-    )
+    for name, shapes in arguments.items():
+        require(
+            shapes is None
+            or [(x.shape, x.dtype) for x in exported[name].in_avals]
+            == [(x.shape, x.dtype) for x in jax.tree.leaves(shapes)],
+            f"program {place} takes other arrays than the recipe's weights and prompts; build it again",
+        )
+    if header["machine"] == machine():
+        _fill_cache({name: data for name, data in entries.items() if name.endswith(EXECUTABLE)})
     return Programs(place, header, exported)
+
+
+def _fill_cache(executables: Mapping[str, bytes]) -> None:
+    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    for option, value in _SAME_KEYS.items():
+        jax.config.update(option, value)
+    for name, data in executables.items() if folder else ():
+        target = pathlib.Path(folder) / name
+        with contextlib.suppress(OSError):  # it only costs the time to compile
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with atomic(target) as temporary:
+                    temporary.write_bytes(data)
 
 
 _DAMAGE = (
@@ -306,7 +418,7 @@ def _read(path: pathlib.Path) -> tuple[Mapping[str, Any], dict[str, bytes]]:
                 raise ValueError(f"its header has {name} {header[name]!r}")
         if header["checksum"] != _checksum(header):
             raise ValueError("its header was changed")
-        entries = {name: archive.read(name) for name in sizes if name.endswith(ENTRY)}
+        entries = {name: archive.read(name) for name in sizes if name.endswith(ENTRY) or _EXECUTABLE.fullmatch(name)}
     for name, data in entries.items():
         if header["sha256"].get(name) != hashlib.sha256(data).hexdigest():
             raise ValueError(f"its {name} was changed")

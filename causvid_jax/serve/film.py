@@ -66,6 +66,7 @@ class Film:
         self._events = [Event(0, prompt=prompt)]
         self._blend: _Blend | None = None
         self._coder: Any = None
+        self._places: Any = None  # of a snapshot: the shardings of state and coder on the device
         self._input, self._complete = 0, True
         self._digest = hashlib.sha256()
 
@@ -130,8 +131,10 @@ class Film:
         """Return the film as it is now, with its state in host memory. It does not change any more."""
         film = object.__new__(Film)
         film.__dict__.update(self.__dict__)
-        film._state = jax.device_get(self._state)
-        film._coder = None if self._coder is None else jax.device_get(self._coder)
+        on_device = self._state, self._coder
+        if not isinstance(self._state.block, np.ndarray):
+            film._places = jax.tree.map(lambda leaf: leaf.sharding, on_device)
+        film._state, film._coder = jax.device_get(on_device)
         film._events, film._digest = list(self._events), self._digest.copy()
         film._blend = dataclasses.replace(self._blend) if self._blend else None
         return film
@@ -139,8 +142,7 @@ class Film:
     def fork(self) -> "Film":
         """Return a film that goes on from a snapshot. The snapshot stays."""
         film = self.snapshot()
-        film._state = jax.device_put(film._state)
-        film._coder = None if film._coder is None else jax.device_put(film._coder)
+        film._state, film._coder = self.programs.put((film._state, film._coder), self._places)
         return film
 
     @property

@@ -1,7 +1,8 @@
 """The compiled programs of one recipe's streams, each with a batch of one."""
 
-import dataclasses
-from collections.abc import Mapping
+import concurrent.futures
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,9 +13,11 @@ from causvid_jax import media
 from causvid_jax.config import Recipe, require
 from causvid_jax.models import decoder, transformer, vae
 from causvid_jax.sampling import stream, weights
-from causvid_jax.sampling.pipeline import StudentPipeline, begins, encode_chunk, visible
+from causvid_jax.sampling.pipeline import StudentPipeline, begins, visible
 from causvid_jax.sampling.script import CONTEXTS
 from causvid_jax.sampling.stream import StreamState
+from causvid_jax.serve.functions import compile_all, functions, has_fixed_shapes, load, with_context
+from causvid_jax.sharding.placement import Placement, place, stream_params
 from causvid_jax.text import encoder
 
 
@@ -23,12 +26,27 @@ class Programs:
 
     A recipe fixes one of the three in ``causal.on_prompt_switch``. Here each change chooses, and blocks are decoded as
     "reset" decodes them: that differs from the others only where a clip begins after a cut.
+
+    Args:
+        pipe: recipe, weights and text encoder.
+        weights: their checksum.
+        placement: the mesh that the weights are on.
+        compiled: functions of :mod:`causvid_jax.serve.functions` that are compiled already; the others compile when
+            they are first called.
     """
 
-    def __init__(self, pipe: StudentPipeline, weights: str):
+    def __init__(
+        self,
+        pipe: StudentPipeline,
+        weights: str,
+        placement: Placement | None = None,
+        compiled: Mapping[str, Callable[..., Any]] | None = None,
+    ):
         self.pipe, self.weights = pipe, weights
-        self._of = {context: _with_context(pipe.config, context) for context in CONTEXTS}
-        self._play = self._of["reset"]
+        self.placement = placement or Placement()
+        self._compiled = dict(compiled or {})
+        self._functions = functions(pipe.config)
+        self._play = with_context(pipe.config, "reset")
 
     @property
     def recipe(self) -> Recipe:
@@ -40,26 +58,33 @@ class Programs:
         """Whether pictures and videos can become latents."""
         return "encoder" in self.pipe.params.get("vae", {})
 
+    def _run(self, name: str, *arrays: Any) -> Any:
+        function = self._functions[name]
+        with self.placement.current():
+            return self._compiled.get(name, function)(function.of(self.pipe.params), *arrays)
+
     def start(self, embeds: np.ndarray, seed: int, latents: int | None = None) -> StreamState:
         """Return the state before the first block; ``latents`` is the most latent frames of a recipe without window."""
-        return stream.init_stream(
-            self.pipe.params, jnp.asarray(embeds)[None], config=self._play, seed=seed, frames=latents
-        )
+        text = jnp.asarray(embeds)[None]
+        if latents is None or self.recipe.causal.window:
+            return self._run("start", text, stream.seeds_of(seed, 1))
+        with self.placement.current():
+            return stream.init_stream(self.pipe.params, text, config=self._play, seed=seed, frames=latents)
 
     def next(self, state: StreamState) -> tuple[np.ndarray, StreamState]:
         """Return the uint8 frames ``[n, H, W, 3]`` of the next block and the state after it."""
         first = begins(state)
-        _, frames, state = stream.next_frames(self.pipe.params, state, config=self._play)
+        _, frames, state = self._run("next_frames", state)
         return visible(frames, first)[0], state
 
     def switch(self, state: StreamState, embeds: np.ndarray, context: str) -> StreamState:
         """Return the state under the prompt embeddings ``[S, E]``."""
-        return stream.change_prompt(self.pipe.params, state, jnp.asarray(embeds)[None], config=self._of[context])
+        return self._run(f"change_prompt_{context}", state, jnp.asarray(embeds)[None])
 
     def show(self, state: StreamState, picture: np.ndarray) -> tuple[np.ndarray, StreamState]:
         """Make the picture uint8 ``[H, W, 3]`` the first block; its first frame is the picture itself."""
-        latents = stream.encode_image(self.pipe.params, jnp.asarray(media.to_float(picture))[None], config=self._play)
-        state = stream.append(self.pipe.params, state, latents, config=self._play)
+        latents = self._run("encode_image", jnp.asarray(media.to_float(picture))[None])
+        state = self._run("append", state, latents)
         frames, state = self._decode(state, latents, True)
         frames[0] = picture
         return frames, state
@@ -78,15 +103,19 @@ class Programs:
         config, size = self._play.vae, {"height": video.shape[1], "width": video.shape[2]}
         coder = vae.init_encode_cache(config, batch=1, **size) if first else coder
         chunk = jnp.asarray(media.to_float(video))[None]
-        latents, coder = encode_chunk(self.pipe.params["vae"], chunk, coder, config=config, first=first)
+        latents, coder = self._run("encode_first" if first else "encode_next", chunk, coder)
         step = jnp.int32(stream.strength_step(self._play.diffusion, strength))
-        x, state = stream.next_block_from(self.pipe.params, state, latents, step, config=self._play)
+        x, state = self._run("follow", state, latents, step)
         frames, state = self._decode(state, x, new)
         return frames, state, coder
 
     def _decode(self, state: StreamState, latents: jax.Array, first: bool) -> tuple[np.ndarray, StreamState]:
-        frames, state = stream.decode_block(self.pipe.params, state, latents, config=self._play)
+        frames, state = self._run("decode_block", state, latents)
         return visible(frames, first)[0], state
+
+    def put(self, state: Any, like: Any) -> Any:
+        """Return a state of the host on the device, or on the mesh as ``like``, its shardings, says."""
+        return jax.device_put(state) if self.placement.mesh is None else jax.device_put(state, like)
 
     def warm_up(self) -> None:
         """Compile every program, or read it from the compilation cache, by running it once."""
@@ -109,29 +138,46 @@ class Programs:
 
 
 def open_programs(
-    recipe: Recipe, checkpoint: str | None = None, files: Mapping[str, str | None] | None = None
+    recipe: Recipe,
+    checkpoint: str | None = None,
+    files: Mapping[str, str | None] | None = None,
+    *,
+    program: str | os.PathLike | None = None,
+    compiles: bool = False,
 ) -> Programs:
     """Load the student of a recipe, its decoder and, where it is to be had, the VAE's encoder for pictures.
 
+    Weights are read while programs compile.
+
     Args:
-        recipe: of the networks.
+        recipe: of the networks; ``parallel`` is the mesh that the student is split over.
         checkpoint: as in :func:`causvid_jax.load`.
         files: network to a weights file that goes before ``checkpoint``.
+        program: a file of ``causvid compile --stage=serve``, run instead of tracing the model.
+        compiles: whether to compile every program at once, where all have one shape on one device.
 
     Raises:
-        ConfigError: weights that are missing or do not fit.
+        ConfigError: weights or a program that are missing or do not fit.
     """
     own = {name: file for name, file in (files or {}).items() if file is not None}
     found, recipe = weights.find(recipe, "student", checkpoint, encodes=None, files=own)
+    placement = place(recipe.parallel, recipe.student.rules)
+    require(
+        program is None or placement.mesh is None,
+        "a program of causvid compile runs on one device; leave --program or the mesh out",
+    )
+    loaded = None if program is None else load(program, recipe)
+    reader = encoder.open_encoder(recipe, checkpoint)
     shapes = {"student": transformer.inference(recipe.student), **decoder.codec_shapes(recipe, encodes="vae" in found)}
-    params = weights.load(found, {name: shape for name, shape in shapes.items() if name in found})
+    compiled: dict[str, Callable[..., Any]] = {}
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        reading = pool.submit(weights.load, found, {name: shape for name, shape in shapes.items() if name in found})
+        if loaded or (compiles and placement.mesh is None and has_fixed_shapes(recipe)):
+            compiled = compile_all(recipe, "vae" in found, loaded, pool)()
+        params = reading.result()
+    params = stream_params(params, transformer.spec(recipe.student), recipe.student.rules, placement)
     params = weights.for_stream(params, recipe, free=True)
-    pipe = StudentPipeline(recipe, params, encoder.open_encoder(recipe, checkpoint))
-    return Programs(pipe, weights.checksum(found, recipe))
-
-
-def _with_context(recipe: Recipe, context: Any) -> Recipe:
-    return dataclasses.replace(recipe, causal=dataclasses.replace(recipe.causal, on_prompt_switch=context))
+    return Programs(StudentPipeline(recipe, params, reader), weights.checksum(found, recipe), placement, compiled)
 
 
 def require_endless(recipe: Recipe) -> None:

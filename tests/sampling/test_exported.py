@@ -21,6 +21,7 @@ HEADER = {
     "streams": 1,
     "frames": 6,
     "jax": "0.1",
+    "machine": "",
     "recipe": exported.identity(PLAIN),
 }
 
@@ -50,7 +51,7 @@ def refusal(path, recipe=PLAIN, **given):
 @pytest.mark.parametrize(
     "changes,recipe,given,words",
     [
-        ({"format": 1}, PLAIN, {}, "is of format 1; accepted: 4; build it again"),
+        ({"format": 1}, PLAIN, {}, "is of format 1; accepted: 5; build it again"),
         ({"version": "0.0.1"}, PLAIN, {}, "was built for causvid_jax 0.0.1; this is .*: build it again"),
         ({"platform": "tpu"}, PLAIN, {}, "was built for tpu; this machine is cpu"),
         ({}, with_group(PLAIN, "student", num_layers=3), {}, "student.num_layers = 2, and the recipe has 3"),
