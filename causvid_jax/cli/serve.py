@@ -26,7 +26,7 @@ class Options(Settings):
     student: str | None = option(None, "The student's weights; before --checkpoint.")
     vae: str | None = option(None, "The VAE's weights; before --checkpoint.")
     taehv: str | None = option(None, "The tiny decoder's weights; before --checkpoint.")
-    program: str | None = option(None, "A file of causvid compile --stage=serve, run instead of tracing the model.")
+    program: str | None = option(None, "A file that compile --stage=serve made, run instead of tracing.")
 
 
 def main(options: Options) -> None:
