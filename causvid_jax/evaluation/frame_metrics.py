@@ -111,10 +111,44 @@ def interval(values: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> dic
     return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 
+def nested_interval(groups: Sequence[np.ndarray], *, resamples: int = 1000, seed: int = 0) -> dict[str, float]:
+    """Return the mean over groups (training seeds) of clips, and its 95 % bootstrap interval over both levels.
+
+    Each resample draws groups with replacement, then clips within each of them (Davison and Hinkley 1997, section 3.8).
+    NaN marks a clip without a value.
+    """
+    values = [np.asarray(group, np.float64) for group in groups]
+    values = [group[~np.isnan(group)] for group in values]
+    values = [group for group in values if len(group)]
+    if not values:
+        return {"mean": float("nan"), "low": float("nan"), "high": float("nan")}
+    rng = np.random.default_rng(seed)
+    means = [
+        np.mean([rng.choice(values[i], len(values[i])).mean() for i in rng.integers(len(values), size=len(values))])
+        for _ in range(resamples)
+    ]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return {"mean": float(np.mean([group.mean() for group in values])), "low": float(low), "high": float(high)}
+
+
+def dynamic_degree(video: np.ndarray, speed: int) -> np.ndarray:
+    """Return the mean displacement ``[B]`` between frames, over that of real clips: 0 is frozen, 1 is right."""
+    reach = classifier.GAP * speed
+    return np.array([np.abs(classifier.displacements(clip)).max(axis=-1).mean() / reach for clip in video])
+
+
 def frame_scores(
     judge: classifier.Judge, video: np.ndarray, captions: Sequence[str], data: DataConfig, first_block: int
 ) -> dict[str, dict[str, float]]:
-    """Return every measure of a row of clips, each with its interval.
+    """Return the mean of every measure of :func:`frame_values` with its interval; arguments as there."""
+    values = frame_values(judge, video, captions, data, first_block)
+    return {name: interval(value) for name, value in values.items()}
+
+
+def frame_values(
+    judge: classifier.Judge, video: np.ndarray, captions: Sequence[str], data: DataConfig, first_block: int
+) -> dict[str, np.ndarray]:
+    """Return every measure of a row of clips, one value per clip ``[B]``.
 
     Args:
         judge: the classifier.
@@ -128,15 +162,15 @@ def frame_scores(
     reading = read_frames(judge, video)
     right = reading.log_probs.argmax(axis=-1) == np.array([digit for digit, _, _ in wanted])[:, None]
     color = reading.colors == np.array([judge.colors.index(name) for _, name, _ in wanted])[:, None]
-    values = {
+    return {
         "digit": _share(right, reading.visible),
         "first_block": _share(right[:, :first_block], reading.visible[:, :first_block]),
         "identity": identity_kept(reading),
         "color": color.mean(axis=1),
         "direction": direction_pairs(video, [direction for _, _, direction in wanted], data.speed),
+        "motion": dynamic_degree(video, data.speed),
         "sharpness": sharpness(video),
     }
-    return {name: interval(value) for name, value in values.items()}
 
 
 def _share(right: np.ndarray, counts: np.ndarray) -> np.ndarray:

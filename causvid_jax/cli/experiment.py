@@ -1,0 +1,51 @@
+"""Train and measure an experiment: ``causvid experiment --name=ablation --config=digits --base=runs/digits``.
+
+``--base`` is the working directory of a finished ``causvid road``. Every row trains only the stages that it changes,
+once for every seed, in a folder under ``--workdir``. The result goes to ``--output`` as JSON, beside it a table
+(``.md``) and a plot (``.png``). The same command continues an interrupted experiment. ``docs/evidence.md`` lists the
+experiments.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+from causvid_jax.cli import common
+from causvid_jax.cli.options import config_option, option
+from causvid_jax.config import Recipe, require
+from causvid_jax.config.files import atomic, write_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags."""
+
+    config: Recipe = config_option()
+    name: str = option("", "The experiment: a name of experiments/, or a Python file, which is run.")
+    base: str | None = option(None, "The finished road that every row starts from.")
+    workdir: str | None = option(None, "Where the rows are trained.")
+    output: str | None = option(None, "The result, a .json file; .md and .png go beside it.")
+    seeds: int = option(3, "Trainings of every row.")
+    samples: int = option(64, "Held-out clips of every training.")
+
+    def __post_init__(self) -> None:
+        require(self.base, "no --base is given; it must be the working directory of a finished causvid road")
+
+
+def main(options: Options) -> None:
+    """Run the experiment and write its result."""
+    require(pathlib.Path(options.base or "").is_dir(), f"--base {options.base} is not a directory")
+    output = common.check_output(options.output, (".json",))
+    workdir = common.writable_workdir(options.workdir)
+    from causvid_jax.training import experiment
+
+    budget = experiment.Budget(options.seeds, options.samples)
+    plan = experiment.load(options.name)
+    common.enable_compilation_cache()
+    common.log_start(options.config)
+    result = experiment.run(plan, options.config, pathlib.Path(options.base or ""), workdir, budget)
+    write_text(output, json.dumps(result, indent=1) + "\n")
+    write_text(output.with_suffix(".md"), experiment.markdown(result))
+    with atomic(output.with_suffix(".png")) as picture:
+        experiment.draw(result, picture)
+    print(experiment.markdown(result))

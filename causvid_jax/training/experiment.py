@@ -1,0 +1,314 @@
+"""Run a controlled experiment: rows of settings that are trained and measured alike, each with several seeds.
+
+An experiment is a file with ``get_experiment()`` (``experiments/``). Every row starts from the same finished road
+(``causvid road``). It trains only the stages that it names, in a folder of its own for every seed, and reads everything
+else from that road. Finished parts are skipped, so an interrupted experiment continues.
+
+Every figure is the mean over seeds and held-out prompts, with a 95 % interval by a bootstrap over both.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from causvid_jax.checkpoints import workdir as paths
+from causvid_jax.config import Recipe, require
+from causvid_jax.config.files import write_text
+from causvid_jax.config.recipes import override
+from causvid_jax.data import digits, prepare
+from causvid_jax.evaluation import classifier, frame_metrics, report
+from causvid_jax.sampling import batch, weights
+from causvid_jax.sampling.pipeline import StudentPipeline
+from causvid_jax.text import encoder
+from causvid_jax.training import provenance, road
+from causvid_jax.training.samples import CLASSIFIER, many_steps
+
+TRAINED = ("teacher", "causal", "init", "distill")
+CAUSAL_STEPS = 16
+"""Denoising steps of a causal teacher that is run as a stream."""
+BATCH = 16
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of an experiment.
+
+    Attributes:
+      name: in the table.
+      network: the stage whose weights are sampled: ``"teacher"`` makes clips, ``"causal"`` streams with
+        :data:`CAUSAL_STEPS` steps, ``"init"`` and ``"distill"`` stream as the recipe says.
+      stages: legs of the road (training stages, ``"trajectories"``) that the row makes again.
+      settings: recipe fields as text, such as ``{"train_distill.teacher": "causal"}``.
+      replace: stage to the stage of the road whose weights stand in for it, such as ``{"init": "causal"}``.
+      strength: follow a real clip of another colour at this strength (video to video); None: from text.
+      paper: the paper's figure of this row, in words; empty if it has none.
+    """
+
+    name: str
+    network: str = "distill"
+    stages: tuple[str, ...] = ()
+    settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    replace: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    strength: float | None = None
+    paper: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A claim and the rows that test it.
+
+    Attributes:
+      title: of the table and the plot.
+      claim: what the paper says, with its source.
+      rows: what is compared.
+      metric: the figure that is drawn, a name of :func:`frame_metrics.frame_values`.
+      lengths: where streams are measured, in trained lengths; each figure is that of the last trained length before.
+      settings: recipe fields of every row.
+    """
+
+    title: str
+    claim: str
+    rows: tuple[Row, ...]
+    metric: str = "digit"
+    lengths: tuple[int, ...] = (1,)
+    settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How much is done: seeds of every row, and clips of every seed."""
+
+    seeds: int = 3
+    samples: int = 64
+
+    def __post_init__(self) -> None:
+        require(1 <= self.seeds <= 100, f"--seeds is {self.seeds}; accepted: 1 to 100")
+        require(2 <= self.samples <= 10**5, f"--samples is {self.samples}; accepted: 2 to {10**5}")
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def folder() -> pathlib.Path:
+    """Return the folder of the experiments of a clone."""
+    return pathlib.Path(__file__).resolve().parents[2] / "experiments"
+
+
+def names() -> list[str]:
+    """Return the names of the experiments of a clone."""
+    return sorted(path.stem for path in folder().glob("*.py"))
+
+
+def load(name: str) -> Experiment:
+    """Load an experiment by name or by file. The file is Python and is run: use files that you trust.
+
+    Raises:
+        ConfigError: no such experiment, or a file without ``get_experiment``.
+    """
+    path = folder() / f"{name}.py" if re.fullmatch(r"\w+", name) else pathlib.Path(name)
+    require(path.is_file(), f"experiment {name!r} does not exist; accepted: {', '.join(names())}, or a file")
+    spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    require(hasattr(module, "get_experiment"), f"experiment file {path} has no get_experiment function")
+    return module.get_experiment()
+
+
+def link(base: pathlib.Path, part: pathlib.Path, stages: tuple[str, ...], replace: Mapping[str, str]) -> None:
+    """Make ``part`` a working directory that reads all of ``base`` but what the legs ``stages`` make again."""
+    again = ("causal_trajectories", "trajectories") if "trajectories" in stages else ()
+    (part / "data").mkdir(parents=True, exist_ok=True)
+    for source in (*base.glob("*"), *(base / "data").glob("*")):
+        target = part / source.relative_to(base)
+        made_here = source.name in (*stages, "data", road.RECORD, road.REPORT) or source.name.startswith(again or "\0")
+        if not made_here and not target.is_symlink():
+            source = base / replace[source.name] if source.parent == base and source.name in replace else source
+            target.symlink_to(source.resolve(), target_is_directory=source.is_dir())
+
+
+# ---- one row ---------------------------------------------------------------------------------------------------------
+
+
+def row_recipe(recipe: Recipe, experiment: Experiment, row: Row, seed: int) -> Recipe:
+    """Return the recipe of a row: its settings, the seed of the stages that it trains, decoded by the VAE."""
+    seeds = {f"train_{stage}.seed": str(seed) for stage in row.stages if stage in TRAINED}
+    changed = override(recipe, {**experiment.settings, **row.settings, **seeds})
+    return dataclasses.replace(changed, decoder="vae")
+
+
+def train(recipe: Recipe, row: Row, base: pathlib.Path, part: pathlib.Path, say: Say) -> None:
+    """Make the legs of a row in its folder; those that are done are skipped."""
+    require(
+        set(row.stages) <= {*TRAINED, "trajectories"},
+        f"row {row.name!r} makes {row.stages}; accepted: {', '.join((*TRAINED, 'trajectories'))}",
+    )
+    link(base, part, row.stages, row.replace)
+    legs = [leg for leg in road.legs(recipe, part, prepare.Options()) if leg.name in row.stages]
+    if legs:
+        road.travel(recipe, part, legs, say)
+
+
+def sample(
+    recipe: Recipe, row: Row, part: pathlib.Path, budget: Budget, lengths: tuple[int, ...], seed: int
+) -> tuple[list[str], dict[int, np.ndarray]]:
+    """Return the captions, and for each length the clips uint8 ``[B, T, H, W, 3]`` that end there."""
+    captions = report.held_out_prompts(recipe, budget.samples, seed)
+    params, recipe = paths.load_decoders(recipe, part)
+    trained, _ = paths.load_stage(recipe, row.network, part)
+    noise, frames = 1000 * seed, recipe.video.frames
+    if row.network == "teacher":
+        samplers = batch.make_samplers({**params, "teacher": trained, "student": trained}, recipe)
+        assert samplers.teacher is not None
+        clips = [samplers.teacher(captions[i : i + BATCH], noise + i) for i in range(0, len(captions), BATCH)]
+        return captions, {1: np.concatenate(clips)}
+    if row.network == "causal":
+        recipe = many_steps(recipe, CAUSAL_STEPS)
+    pipe = StudentPipeline(
+        recipe, weights.for_stream({**params, "student": trained}, recipe), encoder.open_encoder(recipe, part)
+    )
+    if row.strength is not None:
+        return captions, {1: follow(pipe, captions, row.strength, noise)}
+    ends = [int(report.stream_starts(recipe, length)[-1]) for length in lengths]
+    parts = [play(pipe, captions[i : i + BATCH], ends, noise + i) for i in range(0, len(captions), BATCH)]
+    return captions, {
+        n: np.concatenate([p[:, e - frames : e] for p in parts]) for n, e in zip(lengths, ends, strict=True)
+    }
+
+
+def play(pipe: StudentPipeline, captions: list[str], ends: list[int], seed: int) -> np.ndarray:
+    """Stream to the last of ``ends``; frames that no measured clip has are black, so that memory stays small."""
+    blocks = len(report.stream_starts(pipe.config, 1)) - 1
+    state = pipe.stream(captions, seed=seed, frames=None)
+    length, at = pipe.config.video.frames, 0
+    video = np.zeros((len(captions), ends[-1], pipe.config.video.height, pipe.config.video.width, 3), np.uint8)
+    for frames, _ in pipe.frames(state, blocks * -(-ends[-1] // length) + blocks):
+        frames = frames[:, : ends[-1] - at]
+        if any(end - length < at + frames.shape[1] and at < end for end in ends):
+            video[:, at : at + frames.shape[1]] = frames
+        at += frames.shape[1]
+        if at >= ends[-1]:
+            break
+    return video
+
+
+def follow(pipe: StudentPipeline, captions: list[str], strength: float, seed: int) -> np.ndarray:
+    """Video to video: follow real clips that differ from ``captions`` in their colour alone."""
+    recipe, result = pipe.config, []
+    sources = report.real_clips(recipe, [recolor(caption, recipe) for caption in captions], seed)
+    for i in range(0, len(captions), BATCH):
+        state = pipe.stream(captions[i : i + BATCH], seed=seed + i)
+        parts = [frames for frames, _ in pipe.follow(state, sources[i : i + BATCH], strength)]
+        result.append(np.concatenate(parts, axis=1))
+    return np.concatenate(result)
+
+
+def recolor(caption: str, recipe: Recipe) -> str:
+    """Return the caption with the next colour of the recipe."""
+    specs, colors = digits.parse_caption(caption), recipe.data.colors
+    following = {color: colors[(i + 1) % len(colors)] for i, color in enumerate(colors)}
+    return digits.caption_of([dataclasses.replace(spec, color=following[spec.color]) for spec in specs])
+
+
+# ---- the experiment --------------------------------------------------------------------------------------------------
+
+
+def run(
+    experiment: Experiment, recipe: Recipe, base: pathlib.Path, workdir: pathlib.Path, budget: Budget, say: Say = print
+) -> dict[str, Any]:
+    """Train and measure all rows and return the result; parts that are finished are read from ``workdir``.
+
+    Raises:
+        ConfigError: ``base`` lacks what the rows start from.
+    """
+    judge = classifier.load(recipe.data, base / CLASSIFIER)
+    values: dict[str, dict[int, dict[str, list[np.ndarray]]]] = {}
+    for row in experiment.rows:
+        for seed in range(budget.seeds):
+            part = workdir / f"{re.sub(r'[^a-z0-9]+', '_', row.name.lower()).strip('_')}_{seed}"
+            path = part / f"values_{budget.samples}.json"
+            if not path.is_file():
+                say(f"{row.name}, seed {seed}:")
+                own = row_recipe(recipe, experiment, row, seed)
+                train(own, row, base, part, say)
+                captions, clips = sample(own, row, part, budget, experiment.lengths, seed)
+                first = int(report.stream_starts(own, 1)[1])
+                measured = {
+                    n: frame_metrics.frame_values(judge, video, captions, own.data, first) for n, video in clips.items()
+                }
+                as_lists = {n: {k: v.tolist() for k, v in each.items()} for n, each in measured.items()}
+                write_text(path, json.dumps(as_lists) + "\n")
+            for length, each in json.loads(path.read_text(encoding="utf-8")).items():
+                for name, value in each.items():
+                    slot = values.setdefault(row.name, {}).setdefault(int(length), {})
+                    slot.setdefault(name, []).append(np.asarray(value, np.float64))
+    rows = {
+        name: {str(n): {k: frame_metrics.nested_interval(v) for k, v in each.items()} for n, each in lengths.items()}
+        for name, lengths in values.items()
+    }
+    return {
+        "title": experiment.title,
+        "claim": experiment.claim,
+        "recipe": recipe.name,
+        "seeds": budget.seeds,
+        "samples": budget.samples,
+        "metric": experiment.metric,
+        "paper": {row.name: row.paper for row in experiment.rows},
+        "rows": rows,
+        **provenance.origin(base),
+    }
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Return the result as a table, one line for every row and length."""
+    columns = list(next(iter(next(iter(result["rows"].values())).values())))
+    head = ["row", "length", *columns, "paper"]
+    lines = [f"# {result['title']}", result["claim"], "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, lengths in result["rows"].items():
+        for length, figures in lengths.items():
+            cells = [f"{f['mean']:.3f} ({f['low']:.3f} to {f['high']:.3f})" for f in figures.values()]
+            lines.append("| " + " | ".join([name, f"{length}x", *cells, result["paper"][name]]) + " |")
+    lines += [
+        "",
+        f"{result['seeds']} seeds, {result['samples']} held-out clips each; 95 % intervals by a bootstrap over",
+    ]
+    lines += [f"seeds and clips. {result['code']}; {result['machine']}.", ""]
+    return "\n".join(lines)
+
+
+def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Draw the metric of every row with its interval: over the length if there are several, else as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metric, rows = result["metric"], result["rows"]
+    figure, axis = plt.subplots(figsize=(8, 4))
+    many = any(len(lengths) > 1 for lengths in rows.values())
+    for number, (name, lengths) in enumerate(rows.items()):
+        figures = [each[metric] for each in lengths.values()]
+        mean = np.array([f["mean"] for f in figures])
+        error = np.array([[f["mean"] - f["low"] for f in figures], [f["high"] - f["mean"] for f in figures]])
+        if many:
+            axis.errorbar([int(n) for n in lengths], mean, np.maximum(error, 0), marker="o", capsize=3, label=name)
+        else:
+            axis.barh(number, mean, xerr=np.maximum(error, 0), capsize=3, color="tab:blue")
+    if many:
+        axis.set(xscale="log", xlabel="length of the stream, in trained lengths", ylabel=metric)
+        axis.legend()
+    else:
+        axis.set_yticks(range(len(rows)), list(rows))
+        axis.invert_yaxis()
+        axis.set_xlabel(metric)
+    axis.set_title(result["title"])
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

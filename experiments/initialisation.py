@@ -1,0 +1,26 @@
+"""What the student should start from, which the field disputes."""
+
+from causvid_jax.training.experiment import Experiment, Row
+
+
+def get_experiment() -> Experiment:
+    """Return students that start from ODE pairs of either teacher, or from a teacher itself."""
+    redo = ("trajectories", "init", "distill")
+    return Experiment(
+        title="Initialisation of the student",
+        claim="CausVid, section 4.3: ODE pairs of the bidirectional teacher. Causal Forcing: of a causal teacher.",
+        rows=(
+            Row(
+                "ODE pairs of the bidirectional teacher",
+                stages=redo,
+                settings={
+                    "train_init.teacher": "bidirectional",
+                    "train_init.extra_trajectories": "()",
+                    "train_init.curriculum": "()",
+                },
+            ),
+            Row("ODE pairs of the causal teacher", stages=redo, settings={"train_init.teacher": "causal"}),
+            Row("the causal teacher itself", stages=("distill",), replace={"init": "causal"}),
+            Row("the bidirectional teacher", stages=("distill",), settings={"train_distill.init": "teacher"}),
+        ),
+    )
