@@ -4,13 +4,14 @@ import shutil
 from fractions import Fraction
 
 import av
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
 from causvid_jax import media
 from causvid_jax.config import ConfigError, RunError
-from causvid_jax.media import output
+from causvid_jax.media import output, pixels
 
 
 @pytest.fixture
@@ -137,6 +138,18 @@ def test_pixels_convert_both_ways():
     np.testing.assert_array_equal(media.to_uint8(media.to_float(x)), x)
     assert (media.to_float(x)[0], media.to_float(x)[-1]) == (-1.0, 1.0)
     np.testing.assert_array_equal(media.to_uint8(np.array([-3.0, 3.0])), [0, 255])
+
+
+def test_pixels_are_converted_on_an_accelerator(monkeypatch):
+    """The conversion on the device gives the same bits, at rounding borders too, and sees what is not finite."""
+    video = np.concatenate([np.random.default_rng(0).uniform(-1.2, 1.2, 5000), (np.arange(512) / 2) / 127.5 - 1])
+    expected = media.to_uint8(video.astype(np.float32))
+    monkeypatch.setattr(pixels, "_is_accelerated", lambda _: True)
+    result = media.to_uint8(jnp.asarray(video, jnp.float32))
+    assert result.dtype == np.uint8
+    np.testing.assert_array_equal(result, expected)
+    with pytest.raises(ConfigError, match="the frames are not finite"):
+        media.to_uint8(jnp.array([0.0, np.nan]))
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):

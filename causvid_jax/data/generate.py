@@ -384,7 +384,7 @@ def write_streams(
         parts = []
         for _ in sizes:
             latents, frames, state = stream.next_frames(streamed, state, config=recipe)
-            parts.append((np.asarray(latents), to_uint8(np.asarray(frames))))
+            parts.append((np.asarray(latents), to_uint8(frames)))
         latents, video = (np.concatenate(x, axis=1) for x in zip(*parts, strict=True))
         return latents, video[:, stream.LEAD :]
 

@@ -1,28 +1,62 @@
 """Pixels and rates: conversions between files and arrays."""
 
+import functools
 from fractions import Fraction
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from causvid_jax.config import require
 
+if TYPE_CHECKING:
+    import jax
+
 MAX_PIXELS = 2**27
 """Largest frame or picture that is decoded (134 megapixels), checked against the file's header."""
 
 
-def to_uint8(video: np.ndarray) -> np.ndarray:
+def to_uint8(video: "np.ndarray | jax.Array") -> np.ndarray:
     """Return float pixels in [-1, 1] as uint8: ``round(127.5 (x + 1))``, clipped.
+
+    An array on an accelerator is converted there, so that a quarter of the bytes is copied.
 
     Raises:
         ConfigError: NaN or infinity, which would become black.
     """
-    video = np.asarray(video, np.float32)
+    if accelerated := _is_accelerated(video):
+        pixels, finite = _device_conversion()(video)
+    else:
+        video = np.asarray(video, np.float32)
+        finite = np.isfinite(video).all()
     require(
-        np.isfinite(video).all(),
+        bool(finite),
         "the frames are not finite (NaN or infinity); the weights or the latents that made them are damaged",
     )
-    return np.clip(np.rint((video + 1.0) * 127.5), 0, 255).astype(np.uint8)
+    return np.asarray(pixels) if accelerated else _scale(video, np)
+
+
+def _scale(video: Any, numpy: Any) -> Any:
+    """Scale finite pixels to uint8 by ``numpy`` or ``jax.numpy``; both give the same bits."""
+    return numpy.clip(numpy.rint((video + 1.0) * 127.5), 0, 255).astype(numpy.uint8)
+
+
+def _is_accelerated(video: Any) -> bool:
+    devices = getattr(video, "devices", None)
+    return callable(devices) and any(device.platform != "cpu" for device in devices())
+
+
+@functools.cache
+def _device_conversion() -> Any:
+    # Imported here: reading and writing files needs no JAX.
+    import jax
+    import jax.numpy as jnp
+
+    def convert(video: Any) -> tuple[Any, Any]:
+        video = video.astype(jnp.float32)
+        return _scale(video, jnp), jnp.isfinite(video).all()
+
+    return jax.jit(convert)
 
 
 def to_float(video: np.ndarray) -> np.ndarray:

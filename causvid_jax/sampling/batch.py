@@ -44,7 +44,7 @@ def make_samplers(
         return jnp.asarray(encoder.encode(reader, prompts))
 
     def pixels(latents: jax.Array, name: str = "vae") -> np.ndarray:
-        return files.to_uint8(np.asarray(_DECODE[name](params[name], latents, config=getattr(config, name))))
+        return files.to_uint8(_DECODE[name](params[name], latents, config=getattr(config, name)))
 
     def reconstruct(video: np.ndarray, name: str = "vae") -> np.ndarray:
         return pixels(_encode(params["vae"], jnp.asarray(files.to_float(video)), config=config.vae), name)
@@ -64,7 +64,7 @@ def make_samplers(
             latents, video = stream.generate(
                 streamed, embeds_of(prompts), config=config, frames=latent_frames, seed=seed, decode=decode
             )
-            return np.asarray(latents) if video is None else files.to_uint8(np.asarray(video))
+            return np.asarray(latents) if video is None else files.to_uint8(video)
         require(decode, "a stream with a prompt switch is always decoded")
         return _switched(prompts, seed, latent_frames, switch)
 
@@ -78,7 +78,7 @@ def make_samplers(
                 state = stream.change_prompt(streamed, state, embeds_of(after), config=config)
             _, frames, state = stream.next_frames(streamed, state, config=config)
             lead = 0 if parts else stream.LEAD
-            parts.append(files.to_uint8(np.asarray(frames))[:, lead:])
+            parts.append(files.to_uint8(frames)[:, lead:])
             frames_done += parts[-1].shape[1]
         return np.concatenate(parts, axis=1)
 

@@ -56,7 +56,7 @@ class _Base:
     def decode(self, latents: jax.Array) -> np.ndarray:
         """Return uint8 frames ``[B, 1 + 4 (F - 1), H, W, 3]`` of a clip's latents ``[B, F, h, w, C]``."""
         parts = decoder.decode_clip(self.params, latents, config=self.config)
-        return np.concatenate([media.to_uint8(np.asarray(part)) for part in parts], axis=1)
+        return np.concatenate([media.to_uint8(part) for part in parts], axis=1)
 
     def encode(self, video: np.ndarray) -> jax.Array:
         """Return latents ``[B, F, h, w, C]`` of uint8 frames ``[B, 1 + 4 (F - 1), H, W, 3]``."""
@@ -178,7 +178,7 @@ def begins(state: StreamState) -> bool:
 
 def visible(frames: jax.Array, first: bool) -> np.ndarray:
     """Return decoded frames as uint8, without those of a first block that do not exist."""
-    return media.to_uint8(np.asarray(frames))[:, stream.LEAD if first else 0 :]
+    return media.to_uint8(frames)[:, stream.LEAD if first else 0 :]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +238,7 @@ class TeacherPipeline(_Base):
         clip = self.latents(clip, timesteps=timesteps) if clip.latents is None else clip
         assert clip.latents is not None
         for part in decoder.decode_clip(self.params, clip.latents, config=self.config):
-            yield media.to_uint8(np.asarray(part)), clip
+            yield media.to_uint8(part), clip
 
 
 def _open(

@@ -221,7 +221,7 @@ def teacher_clips(session: Session, texts: Embeds, timing: player.Timing, say: S
     weights.free(params)
     params = weights.load(session.weights, decoder.codec_shapes(recipe, encodes=False))
     for part in decoder.decode_clip(params, latents, config=recipe):
-        clips = files.to_uint8(np.asarray(part))
+        clips = files.to_uint8(part)
         timing.add(clips.shape[1], time.perf_counter() - begin)
         yield clips
 

@@ -40,7 +40,7 @@ class StreamSampler:
     def __call__(self, student: Any) -> dict[str, float]:
         """Write a video of samples and return their scores."""
         params = {"student": student, "vae": replicated(self._vae, self._run.placement)}
-        return write(self._run, to_uint8(np.asarray(self._generate(params))), self._captions, self._recipe)
+        return write(self._run, to_uint8(self._generate(params)), self._captions, self._recipe)
 
 
 class TeacherSampler:
@@ -61,7 +61,7 @@ class TeacherSampler:
     def __call__(self, teacher: Any) -> dict[str, float]:
         """Write a video of samples and return their scores."""
         video = self._generate(teacher, replicated(self._vae, self._run.placement))
-        return write(self._run, to_uint8(np.asarray(video)), self._captions, self._recipe)
+        return write(self._run, to_uint8(video), self._captions, self._recipe)
 
 
 def many_steps(recipe: Recipe, steps: int) -> Recipe:
