@@ -27,13 +27,17 @@ PAGE = pathlib.Path(__file__).with_name("page")
 
 
 class VideoRequest(pydantic.BaseModel):
-    """What ``POST /v1/videos`` takes, as JSON or as a form; a form may add a picture, ``input_reference``."""
+    """What ``POST /v1/videos`` takes, as JSON or as a form.
+
+    A form may add a file ``input_reference``: a picture to start from, or a video to follow at ``strength``.
+    """
 
     prompt: str
     model: str = ""
-    seconds: float = pydantic.Field(4.0, gt=0)
+    seconds: float | None = pydantic.Field(None, gt=0, description="Default: as long as the video, or 4.")
     size: str = ""
     seed: int | None = None
+    strength: float = pydantic.Field(0.5, gt=0, le=1)
 
 
 class Video(pydantic.BaseModel):
@@ -133,8 +137,8 @@ def _add_videos(app: FastAPI, engine: Engine, jobs: Jobs) -> None:
 
     @app.post("/v1/videos", response_model=Video, openapi_extra=_BODY, summary="Make a video", tags=["videos"])
     async def create(request: Request) -> Any:
-        values, picture = await _video_request(request, engine)
-        job = await asyncio.to_thread(jobs.create, **values.model_dump(), picture=picture)
+        values, files = await _video_request(request, engine)
+        job = await asyncio.to_thread(jobs.create, **values.model_dump(), **files)
         return job.public()
 
     @app.get("/v1/videos", summary="All videos, the newest first", tags=["videos"])
@@ -162,19 +166,17 @@ def _add_videos(app: FastAPI, engine: Engine, jobs: Jobs) -> None:
         return {"id": key, "object": "video.deleted", "deleted": True}
 
 
-async def _video_request(request: Request, engine: Engine) -> tuple[VideoRequest, Any]:
-    """Return the request's values and its picture."""
+async def _video_request(request: Request, engine: Engine) -> tuple[VideoRequest, dict[str, Any]]:
+    """Return the request's values and its ``picture`` or ``video``."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    picture = None
+    files: dict[str, Any] = {}
     try:
         if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
             async with request.form(max_files=1, max_fields=16) as form:
                 texts = {name: value for name, value in form.items() if isinstance(value, str)}
                 file = form.get("input_reference")
                 if isinstance(file, UploadFile):
-                    video, most = engine.recipe.video, engine.settings.picture_pixels
-                    data = await file.read()
-                    picture = await asyncio.to_thread(uploads.decode_picture, data, video.height, video.width, most)
+                    files = await asyncio.to_thread(_decode, await file.read(), engine)
             values = VideoRequest.model_validate(texts)
         else:
             values = VideoRequest.model_validate(json.loads(await request.body()))
@@ -183,4 +185,13 @@ async def _video_request(request: Request, engine: Engine) -> tuple[VideoRequest
         raise HTTPException(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise HTTPException(400, "the body is no JSON") from None
-    return values, picture
+    return values, files
+
+
+def _decode(data: bytes, engine: Engine) -> dict[str, Any]:
+    """Return an uploaded file as the argument ``picture`` or ``video`` of a job."""
+    video, settings = engine.recipe.video, engine.settings
+    size = video.height, video.width
+    if uploads.is_video(data):
+        return {"video": uploads.decode_video(data, *size, round(settings.seconds * video.fps), video.fps)}
+    return {"picture": uploads.decode_picture(data, *size, settings.picture_pixels)}

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from causvid_jax.config import ConfigError, Recipe, RunError, require
+from causvid_jax.sampling import stream
 from causvid_jax.serve.film import Film, Replay
 from causvid_jax.serve.fragments import Recording
 from causvid_jax.serve.metrics import Metrics
@@ -184,6 +185,9 @@ class Engine:
             if session.picture is not None:
                 picture, session.picture = session.picture, None
                 return picture[None], None
+            if session.video is not None and session.film is not None:
+                frames = session.film.frames_of(session.video)
+                return frames, None if frames is None else session.strength
             if session.strength is not None and session.input:
                 return np.stack(session.input), session.strength
         return None, None
@@ -244,10 +248,15 @@ class Engine:
             playing = Replay(self.programs, start.script)
             film = playing.film
         else:
-            require(start.picture is None or self.has_encoder, "this server cannot start from a picture")
+            given = start.picture is not None or start.video is not None
+            require(not given or self.has_encoder, "this server reads neither pictures nor videos")
+            if start.video is not None:
+                stream.strength_step(self.recipe.diffusion, start.strength)  # refuses what is out of bounds
             film = Film(self.programs, start.seed, start.prompt)
         with self._lock:
             session.film, session.playing, session.picture = film, playing, start.picture
+            session.video = start.video
+            session.strength = start.strength if start.video is not None else session.strength
             session.take += 1
             session.shown = session.knows = 0
             session.play_end = session.last_chunk = None

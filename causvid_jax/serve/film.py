@@ -114,6 +114,12 @@ class Film:
         self._digest.update(shown.tobytes())
         return shown
 
+    def frames_of(self, video: np.ndarray) -> np.ndarray | None:
+        """Return the frames of a whole video that the next block follows; None if the video is over."""
+        count = self.programs.input_frames(self._state, self._coder)
+        frames = video[self.frame : self.frame + count]
+        return frames if len(frames) else None
+
     def script(self) -> Script:
         """Return what made the film so far."""
         return Script(

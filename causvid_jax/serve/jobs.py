@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from causvid_jax.config import ConfigError, require
-from causvid_jax.sampling import blocks
+from causvid_jax.sampling import blocks, stream
 from causvid_jax.serve.engine import Engine
 from causvid_jax.serve.fragments import Recording
 from causvid_jax.serve.session import Session, Start
@@ -30,6 +30,8 @@ class Job:
     seconds: float
     size: str
     picture: np.ndarray | None = None
+    video: np.ndarray | None = None
+    strength: float = 0.5
     status: Status = "queued"
     progress: float = 0.0
     created_at: int = dataclasses.field(default_factory=lambda: int(time.time()))
@@ -71,12 +73,14 @@ class Jobs:
         prompt: str,
         *,
         model: str = "",
-        seconds: float = 4.0,
+        seconds: float | None = None,
         size: str = "",
         seed: int | None = None,
+        strength: float = 0.5,
         picture: np.ndarray | None = None,
+        video: np.ndarray | None = None,
     ) -> Job:
-        """Queue a video.
+        """Queue a video that starts from a picture or follows a video; by default as long as that, or 4 s.
 
         Raises:
             ConfigError: a value that this recipe cannot make, or too many jobs.
@@ -85,6 +89,8 @@ class Jobs:
         ours = f"{recipe.video.width}x{recipe.video.height}"
         require(not model or model == recipe.name, f"model is {model!r}; accepted: {recipe.name}")
         require(not size or size == ours, f"size is {size!r}; accepted: {ours}")
+        if seconds is None:
+            seconds = 4.0 if video is None else len(video) / recipe.video.fps
         require(
             0 < seconds <= settings.seconds, f"seconds is {seconds:g}; accepted: above 0, up to {settings.seconds:g}"
         )
@@ -93,12 +99,14 @@ class Jobs:
             len(prompt) <= settings.prompt_characters,
             f"the prompt has {len(prompt)} characters; accepted: {settings.prompt_characters}",
         )
-        require(picture is None or self.engine.has_encoder, "this server cannot start from a picture")
+        if picture is not None or video is not None:
+            require(self.engine.has_encoder, "this server reads neither pictures nor videos")
+            stream.strength_step(recipe.diffusion, strength)  # refuses what is out of bounds
         if recipe.text.kind == "words":
             self.engine.programs.pipe.encode_prompt(prompt)
         seed = secrets.randbelow(2**32) if seed is None else seed
         require(0 <= seed < 2**32, f"seed is {seed}; accepted: 0 to {2**32 - 1}")
-        job = Job(f"video_{secrets.token_hex(12)}", recipe.name, prompt, seed, seconds, ours, picture)
+        job = Job(f"video_{secrets.token_hex(12)}", recipe.name, prompt, seed, seconds, ours, picture, video, strength)
         with self._lock:
             waiting = sum(other.status == "queued" for other in self._jobs.values())
             require(waiting < settings.jobs, f"{waiting} videos wait already; try again later")
@@ -148,8 +156,10 @@ class Jobs:
         last = blocks.block_of(max(total, 1) - 1, engine.recipe)
         path = pathlib.Path(engine.settings.recordings) / f"{job.id}.mp4"
         recording = Recording(path, engine.fps, engine.pixel_size, engine.settings.recording_bytes)
-        session = engine.open(Start(job.prompt, job.seed, picture=job.picture), keeps=False)
-        job.session, job.path, job.picture = session, path, None
+        session = engine.open(
+            Start(job.prompt, job.seed, picture=job.picture, video=job.video, strength=job.strength), keeps=False
+        )
+        job.session, job.path, job.picture, job.video = session, path, None, None
 
         def on_frames(frames: np.ndarray) -> None:
             recording.append(frames[: total - recording.frames])

@@ -23,13 +23,18 @@ Status = Literal["queued", "running", "ended"]
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a film starts from: a prompt, or a script to replay, or a snapshot to go on from."""
+    """What a film starts from: a prompt, or a script to replay, or a snapshot to go on from.
+
+    A film of a prompt may start from a picture, or follow a video to its end at a strength.
+    """
 
     prompt: str = ""
     seed: int = 0
     script: Script | None = None
     snapshot: str | None = None
     picture: np.ndarray | None = None
+    video: np.ndarray | None = None
+    strength: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +102,7 @@ class Session:
         self.input: collections.deque[np.ndarray] = collections.deque(maxlen=64)
         self.strength: float | None = None
         self.picture: np.ndarray | None = None
+        self.video: np.ndarray | None = None
         self.recording: Recording | None = None
         self.recorded_from = 0
         self.opened = self.seen = self.asked = now

@@ -1,4 +1,4 @@
-"""Pictures that clients send: sizes are checked before anything is decoded, and no name of theirs is used."""
+"""Pictures and videos that clients send: sizes are checked before decoding, and no name of theirs is used."""
 
 import io
 import pathlib
@@ -33,3 +33,24 @@ def decode_picture(data: bytes, height: int, width: int, most_pixels: int) -> np
             return media.read_image(path, height, width)
         except ConfigError as error:
             raise ConfigError(str(error).replace(f"image {str(path)!r}", "the picture")) from error
+
+
+def is_video(data: bytes) -> bool:
+    """Return whether an upload is a video by its first bytes: MP4 and MOV (except pictures in them), or Matroska."""
+    brand = data[8:12] if data[4:8] == b"ftyp" else b""
+    return data.startswith(b"\x1a\x45\xdf\xa3") or (bool(brand) and brand not in (b"avif", b"avis", b"heic", b"mif1"))
+
+
+def decode_video(data: bytes, height: int, width: int, frames: int, fps: float) -> np.ndarray:
+    """Return at most ``frames`` frames of a video at ``fps``, scaled to cover the size, uint8 ``[T, H, W, 3]``.
+
+    Raises:
+        ConfigError: it is damaged, or none that is read.
+    """
+    with tempfile.TemporaryDirectory(prefix="causvid_upload_") as folder:
+        path = pathlib.Path(folder) / "video"
+        path.write_bytes(data)
+        try:
+            return media.read_video(path, height, width, frames, fps)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(f"video {str(path)!r}", "the video")) from error

@@ -19,7 +19,7 @@ from causvid_jax.sampling import script
 from causvid_jax.serve import guard, transport
 from causvid_jax.serve.film import Film, replay
 from causvid_jax.serve.settings import Settings
-from tests.serve.conftest import Server
+from tests.serve.conftest import RECIPE, Server
 
 PROMPT = "a red 3 moving left"
 START = {"prompt": PROMPT, "seed": 4}
@@ -127,6 +127,27 @@ def test_videos_in_the_shape_of_openai(live, programs):
         ):
             answer = http.post("/v1/videos", json=bad)
             assert answer.status_code == 400 and sentence in answer.json()["error"]["message"]
+
+
+def test_a_video_is_followed_as_the_sampler_follows_it(live, programs, tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 256, (11, 16, 16, 3), np.uint8)
+    media.write_video(tmp_path / "in.mp4", pictures, RECIPE.video.fps)
+    with live.http() as http:
+        form = {"prompt": PROMPT, "seed": "3", "strength": "0.5"}
+        file = {"input_reference": ("x", (tmp_path / "in.mp4").read_bytes())}
+        job = http.post("/v1/videos", data=form, files=file).json()
+        while (now := http.get(f"/v1/videos/{job['id']}").json())["status"] in ("queued", "in_progress"):
+            time.sleep(0.02)
+        assert now["status"] == "completed" and float(now["seconds"]) == pytest.approx(11 / 16, abs=1e-3), now
+        damaged = {"input_reference": ("x", (tmp_path / "in.mp4").read_bytes()[:60])}
+        answer = http.post("/v1/videos", data=form, files=damaged)
+        assert answer.status_code == 400 and "cannot read the video" in answer.json()["error"]["message"]
+        answer = http.post("/v1/videos", data=form | {"strength": "0.01"}, files=file)
+        assert answer.status_code == 400 and "strength is 0.01" in answer.json()["error"]["message"]
+    written = script.read_script(f"{live.settings.recordings}/{job['id']}.mp4")
+    pipe, source = programs.pipe, media.read_video(tmp_path / "in.mp4", 16, 16, fps=16)
+    followed = [frames[0] for frames, _ in pipe.follow(pipe.stream(PROMPT, seed=3), source, 0.5)]
+    np.testing.assert_array_equal(np.concatenate(list(replay(programs, written))), np.concatenate(followed))
 
 
 def test_probes_metrics_page_and_headers(live):
