@@ -31,6 +31,8 @@ class Options:
     reference: int = option(256, "Real clips that Frechet distances are measured to.")
     batch: int = option(16, "Clips sampled at once.")
     long_factor: int = option(10, "Length of the long streams, in trained lengths.")
+    longest_factor: int = option(0, "Length of a further row of streams, 100 for example; 0: no such row.")
+    longest_samples: int = option(16, "Streams of that row.")
     repeats: int = option(3, "Timed runs of each sampler.")
     seed: int = option(0, "Of prompts, real clips and noise.")
     captions: Literal["test", "validation"] = option(

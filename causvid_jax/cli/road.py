@@ -39,7 +39,7 @@ def main(options: Options) -> None:
     from causvid_jax.evaluation import report
     from causvid_jax.training import road
 
-    plan = None if recipe.data.name == "videos" else report.Plan(samples=options.samples)
+    plan = None if recipe.data.name == "videos" else report.Plan(samples=options.samples, longest_factor=100)
     settings = prepare.Options(videos=options.videos or "", captions=options.captions or "")
     legs = road.legs(recipe, folder, settings, plan)
     if options.dry_run:

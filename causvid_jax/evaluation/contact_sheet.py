@@ -15,6 +15,7 @@ ROWS = {
     "teacher": "teacher",
     "student": "student",
     "long": "student, last frames of a long stream",
+    "longest": "student, last frames of the longest stream",
 }
 
 FRAME_MEASURES = {
@@ -23,6 +24,7 @@ FRAME_MEASURES = {
     "identity": "identity never changes",
     "color": "colour per frame",
     "direction": "direction per pair",
+    "motion": "motion against real",
     "sharpness": "sharpness against real",
 }
 
@@ -53,7 +55,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     """Return the report of ``report.evaluate`` as Markdown."""
     scores, passes, seconds = report["scores"], report["passes"], report["seconds_per_clip"]
     decoders = {role: {"vae": "VAE", "taehv": "tiny"}[name] for role, name in report["decoders"].items()}
-    names = {**ROWS, "long": f"student, end of {report['plan']['long_factor']}x the length"}
+    plan = report["plan"]
+    lengths = {"long": plan["long_factor"], "longest": plan.get("longest_factor")}
+    names = {**ROWS, **{key: f"student, end of {factor}x the length" for key, factor in lengths.items()}}
     rows = []
     for key, row in scores.items():
         cells = [f"{row[name]:.3f}" for name in (*metrics.ATTRIBUTES, "all")]
@@ -107,7 +111,7 @@ def contact_sheet(
       columns: frames shown of each clip.
       scale: whole-number enlargement.
     """
-    rows = [name for name in ("real", "vae", "teacher", "student", "long", "switch") if name in clips]
+    rows = [name for name in ("real", "vae", "teacher", "student", "long", "longest", "switch") if name in clips]
     examples = min(examples, *(len(clips[name][1]) for name in rows))
     height, width = clips[rows[0]][1].shape[2:4]
     cell_h, cell_w, label, gap = height * scale, width * scale, 14, 2

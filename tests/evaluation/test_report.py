@@ -12,7 +12,18 @@ from causvid_jax.data import digits
 from causvid_jax.evaluation import classifier, contact_sheet, report
 
 RECIPE = Recipe(name="fake", video=VideoConfig(height=32, width=32, frames=81))
-PLAN = report.Plan(samples=6, switch_samples=3, long_samples=4, reference=24, batch=4, long_factor=2, repeats=1, seed=1)
+PLAN = report.Plan(
+    samples=6,
+    switch_samples=3,
+    long_samples=4,
+    reference=24,
+    batch=4,
+    long_factor=2,
+    longest_factor=3,
+    longest_samples=2,
+    repeats=1,
+    seed=1,
+)
 
 
 def render(prompts, seed, frames):
@@ -65,6 +76,7 @@ def test_scores_of_every_row(result):
         "teacher": 6,
         "student": 6,
         "long": 4,
+        "longest": 2,
     }
     assert scores["vae"] == scores["real"]
     assert scores["taehv"]["color"] == 1.0 and scores["taehv"]["direction"] == 0.0
@@ -101,8 +113,9 @@ def test_targets_and_timing(result):
     assert seconds["student"]["without_decode"] < 0.01
     met = {target["name"]: target["met"] for target in result[0].report["targets"]}
     assert met["network passes per frame, teacher / student"]
-    assert met["teacher / real, digit"] and not met["teacher / real, direction"]
-    assert met["new prompt holds within 3 blocks"] and met["direction lost at 2x the length"]
+    assert met["teacher, digit"] and not met["teacher, direction"] and met["student, direction"]
+    assert met["new prompt holds within 2 blocks"] and met["longest, direction"] and met["longest, digit lost"]
+    assert met["VAE, PSNR at the worst frame index"] and met["VAE, PSNR lost at the first frame"]
     assert {size for _, size, _ in result[1].calls} == {PLAN.batch}  # one batch size: one compilation
 
 
@@ -117,7 +130,7 @@ def test_a_student_without_a_teacher(result):
     assert list(alone.report["passes"]) == list(alone.report["seconds_per_clip"]) == ["student"]
     assert alone.report["targets"] == [t for t in both["targets"] if "teacher" not in t["name"]]
     assert {name for name, *_ in fake.calls} == {"student"} and "teacher" not in contact_sheet.markdown(alone.report)
-    assert contact_sheet.contact_sheet(alone.clips, examples=2, columns=5, scale=2).size[1] == 5 * (64 + 18)
+    assert contact_sheet.contact_sheet(alone.clips, examples=2, columns=5, scale=2).size[1] == 6 * (64 + 18)
 
 
 def test_streams_of_whole_blocks():
