@@ -177,7 +177,7 @@ def test_report_is_json_and_markdown_and_a_picture(result):
     assert "| teacher | 100 | 100 |" in text and "| student | 35 | 5 |" in text
     assert "| within 2 blocks | 1.000 |" in text
     sheet = contact_sheet.contact_sheet(result[0].clips, examples=2, columns=5, scale=2)
-    assert sheet.size == (2 * (5 * 66 + 8) - 8, 6 * (64 + 18))
+    assert sheet.size == (2 * (5 * 66 + 8) - 8, 7 * (64 + 18))
     # The first tile of the first row is the first frame of the first real clip.
     tile = np.asarray(sheet)[14 : 14 + 64 : 2, 0:64:2]
     np.testing.assert_array_equal(tile, result[0].clips["real"][1][0, 0])
