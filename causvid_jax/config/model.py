@@ -297,6 +297,11 @@ class TransformerConfig(Config):
             f"transformer head size is {head_dim} (dim / num_heads); rotary embedding needs an even size of at least 6",
         )
         require(self.patch_size[0] == 1, f"transformer.patch_size is {self.patch_size}; its temporal size must be 1")
+        require(
+            self.dtype != "float32" or self.attention not in ("cudnn", "splash"),
+            f"transformer.attention is {self.attention!r}, whose products are not float32, with dtype 'float32'; "
+            "accepted: 'auto' or 'xla', or dtype 'bfloat16'",
+        )
         if isinstance(self.remat, bool):
             object.__setattr__(self, "remat", "full" if self.remat else "none")
 

@@ -3,13 +3,14 @@
 Compilers multiply float32 in TF32 or bfloat16 unless a product asks for all its bits.
 """
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from causvid_jax.config import CausalConfig, CLIPConfig, TransformerConfig, UMT5Config, VAEConfig
+from causvid_jax.config import CausalConfig, CLIPConfig, ConfigError, TransformerConfig, UMT5Config, VAEConfig
 from causvid_jax.models import attention, clip_vision, transformer, umt5, vae
 from causvid_jax.sharding import constraints
 
@@ -48,22 +49,37 @@ def check(lines, every=False):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("dtype,policy", [("float32", "default"), ("bfloat16", "default"), ("bfloat16", "wan")])
-def test_products_of_the_transformer_and_of_its_gradient(platform, dtype, policy):
-    config = TransformerConfig(**SIZES, dtype=dtype, precision=policy, attention="xla", remat="none")
+@pytest.mark.parametrize("policy,count", [("default", 3), ("fast", 3), ("wan", 4), ("causvid", 0)])
+def test_products_of_the_policies_in_bfloat16(platform, policy, count):
+    """The time embedding has three float32 products in every policy but ``causvid``; ``wan`` adds the head."""
+    config = TransformerConfig(**SIZES, dtype="bfloat16", precision=policy, attention="xla", remat="none")
+    inputs = transformer.abstract(config), spec(2, 4, 8, 8, 4), spec(2, 4), spec(2, 8, 5)
+    for forward in (transformer.bidirectional, functools.partial(transformer.block_causal, causal=CAUSAL)):
+        lines = products(lambda p, *rest, f=forward: f(p, *rest, config=config), platform, *inputs)
+        check(lines)
+        assert sum(float32 for float32, _ in lines) == count
+        results = {line.rsplit("x", 1)[1].split(">")[0] for float32, line in lines if not float32}
+        assert results == ({"f32", "bf16"} if policy == "fast" else {"f32"})
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_products_of_the_transformer_and_of_its_gradient_in_float32(platform):
+    config = TransformerConfig(**SIZES, dtype="float32", attention="xla", remat="none")
 
     def loss(params, x, timestep, text):
         one = transformer.bidirectional(params, x, timestep, text, config=config)
         return (one**2 + transformer.block_causal(params, x, timestep, text, config=config, causal=CAUSAL)).sum()
 
     inputs = transformer.abstract(config), spec(2, 4, 8, 8, 4), spec(2, 4), spec(2, 8, 5)
-    lines = products(loss, platform, *inputs)
-    check(lines, every=dtype == "float32")
-    assert any(float32 for float32, _ in lines)  # the time embedding is float32 in every policy
-    if (
-        dtype == "float32"
-    ):  # in bfloat16 the gradient of attention rounds its cotangents, as the forward pass its inputs
-        check(products(jax.grad(loss), platform, *inputs), every=True)
+    check(products(loss, platform, *inputs), every=True)
+    check(products(jax.grad(loss), platform, *inputs), every=True)
+
+
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_kernels_without_a_float32_product_are_refused_in_float32(kernel):
+    with pytest.raises(ConfigError, match=f"transformer.attention is '{kernel}', .* dtype 'float32'; accepted: .*xla"):
+        TransformerConfig(**SIZES, dtype="float32", attention=kernel)
+    TransformerConfig(**SIZES, dtype="bfloat16", attention=kernel)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
