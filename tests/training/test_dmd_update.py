@@ -164,7 +164,8 @@ def test_rollouts_go_on_where_the_one_before_them_ended(monkeypatch):
     def count(params, batch, key):
         start = jnp.where(batch["has_context"][0], batch["context"][:, -1, 0, 0, 0], 0.0)
         x0 = start[:, None] + jnp.arange(1.0, 4.0) + 0 * params["mean"]
-        jax.debug.callback(lambda *a: seen.append([np.asarray(x) for x in a]), x0[:, -1], batch["text"][:, 0, 0])
+        watched = x0[:, -1], batch["text"][:, 0, 0], batch["has_context"]
+        jax.debug.callback(lambda *a: seen.append([np.asarray(x) for x in a]), *watched)
         return x0[..., None, None, None], None
 
     monkeypatch.setattr(trainer, "generate", lambda params, batch, key, *, recipe: count(params, batch, key))
@@ -181,7 +182,9 @@ def test_rollouts_go_on_where_the_one_before_them_ended(monkeypatch):
         _, metrics = step(state, TEACHER, data, NULL)
         jax.effects_barrier()
         assert all(np.ndim(value) == 0 for value in metrics.values())
-        return [np.stack(x) for x in zip(*seen, strict=True)]  # ends and prompts, [3 + 1, 8]
+        ends, shown, has_context = (np.stack(x) for x in zip(*seen, strict=True))  # [3 + 1, 8]
+        np.testing.assert_array_equal(has_context, ends > 3)  # the first of a step continues nothing
+        return ends, shown
 
     ends, shown = run(continuation_prob=1.0)
     np.testing.assert_array_equal(ends, np.repeat([[3.0], [6.0], [9.0], [12.0]], 8, axis=1))
