@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -56,6 +57,7 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
     prompts = []
     for line, value in rows:
         text = _first(value, PROMPT_KEYS) if isinstance(value, dict) else value
+        _check_characters(text, f"{path}, line {line}")
         require(isinstance(text, str), f'{path}, line {line}: accepted: a JSON string or {{"prompt": "..."}}')
         prompts.append(str(text).strip())
     prompts = [prompt for prompt in prompts if prompt]
@@ -86,6 +88,8 @@ def read_captions(path: str | os.PathLike) -> dict[str, str]:
             f"{path}, line {line}: no file is named; every entry has a file and a caption",
         )
         name, caption = str(name).strip(), _first(row, CAPTION_KEYS)
+        _check_characters(name, f"{path}, line {line}")
+        _check_characters(caption, f"{path}, line {line}")
         require(
             caption is None or isinstance(caption, str), f"{path}, line {line}: the caption is {caption!r}, no text"
         )
@@ -179,6 +183,21 @@ def _resolve(name: str, spelled: dict[str, str]) -> str:
     return os.path.normpath(name)
 
 
+def _check_characters(text: Any, where: str) -> None:
+    """Refuse text with a control character or half of a surrogate pair, which no tokenizer and no file name has."""
+    letters = text if isinstance(text, str) else ""
+    bad = [c for c in letters if unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r"]
+    require(not bad, f"{where} has the character {bad and bad[0]!r}; accepted: text without control characters")
+
+
+def _object(path: pathlib.Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, whose names must differ."""
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    require(twice is None, f"{path}: an object names {twice!r} twice; accepted: different names")
+    return dict(pairs)
+
+
 def _is_json(path: pathlib.Path) -> bool:
     text = _text(path).lstrip()
     if not text.startswith(("[", "{")):
@@ -194,7 +213,7 @@ def _json(path: pathlib.Path, pairs: bool = False) -> Iterator[tuple[int, Any]]:
     """Yield (line, value) of a JSON list or of JSON lines; with ``pairs`` also of an object of file to caption."""
     text = _text(path)
     try:
-        whole = json.loads(text)
+        whole = json.loads(text, object_pairs_hook=functools.partial(_object, path))
     except (json.JSONDecodeError, RecursionError):
         yield from _json_lines(path, text)
         return
@@ -209,7 +228,7 @@ def _json_lines(path: pathlib.Path, text: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, json.loads(line, object_pairs_hook=functools.partial(_object, path))
             except (json.JSONDecodeError, RecursionError) as error:
                 raise ConfigError(f"{path}, line {number} is no JSON: {getattr(error, 'msg', error)}") from error
 
@@ -224,6 +243,8 @@ def _table(path: pathlib.Path, *columns: Sequence[str]) -> Iterator[tuple[int, d
         for row in reader:
             if not header:
                 header = [name.strip().lower() for name in row]
+                twice = {name for name in header if header.count(name) > 1}
+                require(not twice, f"{path} has the columns {header}; a column may be named once")
                 for group in columns:
                     require(set(group) & set(header), f"{path} has the columns {header}; it needs {' or '.join(group)}")
             elif row:

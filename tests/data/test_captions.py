@@ -157,3 +157,25 @@ def test_videos_outside_of_the_folder_are_refused(tmp_path, name):
     (tmp_path / "c.json").write_text(json.dumps({name: "a"}))
     with pytest.raises(ConfigError, match="is outside of the video folder"):
         captions.list_videos(tmp_path / "videos", tmp_path / "c.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", "a red\0 3\n", r"line 1 has the character '\\x00'; accepted: text without control characters"),
+        ("p.json", '["a red 3", "\\ud800"]', r"line 2 has the character '\\ud800'"),
+        (
+            "p.csv",
+            "prompt,prompt\na red 3,a blue 7\n",
+            r"has the columns \['prompt', 'prompt'\]; a column may be named",
+        ),
+        ("p.jsonl", '{"prompt": "a red 3", "prompt": "a blue 7"}', "p.jsonl: an object names 'prompt' twice"),
+        ("c.json", '{"a.mp4": "x", "a.mp4": "y"}', "c.json: an object names 'a.mp4' twice"),
+        ("c.jsonl", '{"file": "a\\u0000.mp4", "caption": "x"}', r"line 1 has the character '\\x00'"),
+    ],
+)
+def test_lists_that_say_two_things_or_hold_no_text_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    read = captions.read_captions if name.startswith("c") else captions.read_prompts
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path / name)
