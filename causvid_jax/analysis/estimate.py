@@ -22,7 +22,7 @@ from causvid_jax.analysis import flops, memory
 from causvid_jax.analysis.topology import TopologySpec
 from causvid_jax.config import OptimizerConfig, ParallelConfig, Recipe, ShardingRules, TransformerConfig
 from causvid_jax.models import transformer
-from causvid_jax.sampling.stream import passes_per_block
+from causvid_jax.sampling.schedule import passes_per_block
 from causvid_jax.sharding import constraints
 from causvid_jax.sharding.mesh import mesh_sizes
 from causvid_jax.sharding.params import ParamSpec

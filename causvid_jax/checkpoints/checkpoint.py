@@ -93,6 +93,9 @@ class Checkpoint:
 
         The sample is the key, shape and type, and the first and last 4 KiB, so that large files are not read whole.
         """
+        if self.updates:
+            parts = [dataclasses.replace(self, updates=()).identity(), *map(str, self.updates)]
+            return hashlib.sha256(" ".join(parts).encode()).hexdigest()
         if CHECKSUM in self.source.metadata:
             return self.source.metadata[CHECKSUM]
         digest = hashlib.sha256()

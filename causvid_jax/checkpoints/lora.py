@@ -97,6 +97,15 @@ class Lora:
         total = sum(term.reshape(self.shapes[original.key]) for term in terms)
         return original.transform.to_ours(np.float32(self.strength) * total)
 
+    def factors(self, row: Row) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return the matrices A [r, in] and B [out, r] of a kernel, B times alpha / rank; None if it has none."""
+        original = self.rows[row.path, row.layer]
+        update = self.updates.get(original.key.removesuffix(".weight"), _Update())
+        if not original.key.endswith(".weight") or update.down is None or update.up is None:
+            return None
+        down, up = _read(update.down), _read(update.up)
+        return down.reshape(len(down), -1), self._scale(update) * up.reshape(len(up), -1)
+
     def _scale(self, update: _Update) -> np.float32:
         assert update.down is not None
         rank = update.down.shape[0]

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Annotated, ClassVar, Literal
 
 from causvid_jax.config.errors import ConfigError, require
-from causvid_jax.config.fields import Bounds, Config, Count, CountOrZero, Positive, Size
+from causvid_jax.config.fields import Bounds, Config, Count, CountOrZero, NotNegative, Positive, Size
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 MeshAxes = tuple[str, ...]
@@ -245,6 +245,33 @@ class TAEHVConfig(Config):
         )
 
 
+LoraTarget = Literal["q", "k", "v", "o", "k_img", "v_img", "fc1", "fc2"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig(Config):
+    """Low-rank adapters of the layers (``models.adapters``): ``W + alpha / rank A B`` with A and B of ``rank``.
+
+    ``rank`` 0 means none. ``alpha`` 0 means the rank. ``targets`` names linear modules, of self-attention and
+    cross-attention alike.
+    """
+
+    label: ClassVar[str] = "lora"
+
+    rank: CountOrZero = 0
+    alpha: NotNegative = 0.0
+    targets: tuple[LoraTarget, ...] = ("q", "k", "v", "o", "fc1", "fc2")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.targets), "lora.targets is empty; name modules, or set lora.rank to 0 for no adapter")
+
+    @property
+    def scale(self) -> float:
+        """Factor of the product of the two matrices."""
+        return self.alpha / self.rank if self.alpha and self.rank else 1.0
+
+
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig(Config):
     """One Wan DiT. Defaults are Wan2.1-T2V-1.3B; ``dtype`` is the compute type of matmuls (parameters are float32).
@@ -261,6 +288,8 @@ class TransformerConfig(Config):
     result of self-attention (most of the work of a long clip, two bytes per feature and token), ``"full"`` nothing,
     and ``"offload"`` nothing, with its input in host memory until the backward pass (on CPU the same as "full"). True
     and False mean "full" and "none".
+
+    ``lora`` adds adapters; a stage that trains them sets it (``train_distill.lora``).
     """
 
     label: ClassVar[str] = "transformer"
@@ -283,6 +312,7 @@ class TransformerConfig(Config):
     precision: Literal["default", "fast", "wan", "causvid"] = "default"
     attention: Literal["auto", "xla", "cudnn", "splash"] = "xla"
     remat: Remat | bool = "none"
+    lora: LoraConfig = LoraConfig()
     rules: ShardingRules = ShardingRules()
 
     def __post_init__(self) -> None:

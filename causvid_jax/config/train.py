@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from causvid_jax.config.errors import require
 from causvid_jax.config.fields import Bounds, Config, Count, CountOrZero, NotNegative, Positive, Probability
+from causvid_jax.config.model import LoraConfig
 
 Stretch = tuple[Count, CountOrZero, Count]
 EmaDecay = Annotated[float, Bounds(least=0, below=1)]
@@ -126,6 +127,9 @@ class StageConfig(Config):
     (0: none). An update is rejected if its loss or gradient is not finite, or if its loss is above ``bad_loss_factor``
     (0: no limit) times the median of the last ``bad_loss_window``. ``on_bad_loss`` is ``"stop"`` (the run ends with a
     checkpoint of the step before) or ``"skip"`` (it continues with the next batch). The log names the batch's examples.
+
+    With ``lora.rank`` a stage of a transformer trains adapters on its frozen start. Optimizer and EMA hold these alone;
+    the stage writes ``lora/`` (peft's layout) and, as ever, the weights with the adapters merged.
     """
 
     label: ClassVar[str] = "stage"
@@ -146,6 +150,7 @@ class StageConfig(Config):
     on_bad_loss: Literal["stop", "skip"] = "stop"
     bad_loss_factor: NotNegative = 100.0
     bad_loss_window: Count = 64
+    lora: LoraConfig = LoraConfig()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from causvid_jax.config import Recipe, TransformerConfig
-from causvid_jax.models import attention, layers
+from causvid_jax.models import adapters, attention, layers
 from causvid_jax.models.layers import Params
 
 
@@ -51,6 +51,9 @@ def rounds_results(config: TransformerConfig) -> bool:
 
 def linear(p: Params, x: jax.Array, config: TransformerConfig) -> jax.Array:
     """Return ``x W + b`` with rounded operands; ``fast`` rounds the product, ``wan`` and ``causvid`` the result."""
+    if adapters.KEY in p:
+        base = {name: value for name, value in p.items() if name != adapters.KEY}
+        return linear(base, x, config) + adapters.product(p[adapters.KEY], x, config)
     if not rounds_results(config):
         return layers.linear(p, x, config.dtype, config.dtype if config.precision == "fast" else "float32")
     product = layers.matmul(x, p["kernel"], config.dtype)

@@ -137,4 +137,10 @@ def all_gather(p: Params, layer_spec: Any, config: TransformerConfig) -> Params:
         axes = [None if axis == "embed" else axis for axis in leaf.axes]
         return constraints.constrain(value, axes, config.rules)
 
-    return jax.tree.map(gather, layer_spec, p, is_leaf=lambda x: isinstance(x, ParamSpec))
+    def walk(spec: Any, value: Any) -> Any:
+        if isinstance(spec, ParamSpec):
+            return gather(spec, value)
+        # The scale of an adapter is no parameter; an adapter given at run time is not in the specification.
+        return {name: walk(spec[name], inner) if name in spec else inner for name, inner in value.items()}
+
+    return walk(layer_spec, p)

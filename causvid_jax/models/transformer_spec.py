@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 
 from causvid_jax.config import TransformerConfig
-from causvid_jax.models import image_branch
+from causvid_jax.models import adapters, image_branch
 from causvid_jax.sharding.params import ParamSpec, linear_spec, stack_spec
 
 
@@ -32,7 +32,7 @@ def _image_attention_spec(dim: int) -> dict[str, Any]:
 def block_spec(config: TransformerConfig) -> dict[str, Any]:
     """Return the parameters of one layer."""
     dim = config.dim
-    return {
+    spec = {
         "modulation": ParamSpec((6, dim), (None, None), nn.initializers.normal(dim**-0.5)),
         "self_attn": _attention_spec(dim),
         "norm3": {
@@ -45,6 +45,7 @@ def block_spec(config: TransformerConfig) -> dict[str, Any]:
             "fc2": linear_spec(config.ffn_dim, dim, ("mlp", "embed")),
         },
     }
+    return adapters.with_adapters(spec, config.lora)
 
 
 def outer_spec(config: TransformerConfig) -> dict[str, Any]:

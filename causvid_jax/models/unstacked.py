@@ -18,7 +18,10 @@ from einops import rearrange
 from causvid_jax.config import TransformerConfig
 from causvid_jax.models.layers import Params
 
-ROTATED = (("q", "kernel"), ("q", "bias"), ("k", "kernel"), ("k", "bias"), ("norm_q", "scale"), ("norm_k", "scale"))
+ROTATED: tuple[tuple[str, ...], ...] = (
+    *(("q", "kernel"), ("q", "bias"), ("k", "kernel"), ("k", "bias"), ("norm_q", "scale"), ("norm_k", "scale")),
+    *(("q", "lora", "up"), ("k", "lora", "up")),
+)
 """Parameters of self-attention whose last axis is the heads' columns and is rotated."""
 
 

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from causvid_jax import media
+from causvid_jax.checkpoints import lora_factors
 from causvid_jax.config import Recipe, require
 from causvid_jax.config.recipes import load_recipe
 from causvid_jax.models import decoder, transformer, vae
-from causvid_jax.sampling import blocks, stream, weights
+from causvid_jax.sampling import blocks, schedule, stream, weights
 from causvid_jax.sampling.stream import StreamState
 from causvid_jax.sampling.teacher import clip_noise, sample_clip
 from causvid_jax.text import encoder as text_encoder
@@ -73,7 +74,13 @@ encode_chunk = jax.jit(vae.encode_chunk, static_argnames=("config", "first"))
 
 @dataclasses.dataclass(frozen=True)
 class StudentPipeline(_Base):
-    """The few-step causal student: streams of any length, block by block. Made by :func:`load`."""
+    """The few-step causal student: streams of any length, block by block. Made by :func:`load`.
+
+    Attributes:
+        loras: names and columns of the LoRAs beside the weights; None without any.
+    """
+
+    loras: lora_factors.Factors | None = None
 
     def stream(
         self, prompt: Prompts | jax.Array, *, seed: int | Sequence[int] = 0, frames: int | None = None
@@ -86,7 +93,24 @@ class StudentPipeline(_Base):
             frames: the most latent frames; only a recipe without ``causal.window`` needs it.
         """
         embeds = self._embeds(prompt)
-        return stream.init_stream(self.params, embeds, config=self.config, seed=seed, frames=frames)
+        state = stream.init_stream(self.params, embeds, config=self.config, seed=seed, frames=frames)
+        if self.loras is None:
+            return state
+        return stream.set_adapters(self.params, state, jnp.asarray(self.loras.scale({})), embeds, config=self.config)
+
+    def lora(self, state: StreamState, strengths: Mapping[str, float]) -> StreamState:
+        """Return the state with other strengths of its LoRAs from the next block on: ``{"style": 0.8}``.
+
+        LoRAs that are not named keep theirs; all begin with 1. Strengths are numbers of one compiled program, so a
+        change costs no compilation. What is in the cache stays as it was written.
+
+        Raises:
+            ConfigError: a LoRA that was not loaded, or a strength that is no number.
+        """
+        require(self.loras is not None, "this student was loaded without LoRAs; give loras={name: FILE} to load()")
+        assert self.loras is not None and state.adapters is not None
+        scale = self.loras.scale(strengths, np.asarray(state.adapters.scale))
+        return stream.set_adapters(self.params, state, jnp.asarray(scale), config=self.config)
 
     def frames(
         self, state: StreamState, blocks: int = 1, *, noise: Sequence[jax.Array] | None = None
@@ -153,7 +177,7 @@ class StudentPipeline(_Base):
             strength: how far from the video, up to 1 (free).
         """
         require(begins(state), "a video can only be followed from the first block of a stream")
-        start = jnp.int32(stream.strength_step(self.config.diffusion, strength))
+        start = jnp.int32(schedule.strength_step(self.config.diffusion, strength))
         batch, length = state.seed.shape[0], video.shape[-4]
         pixels = np.broadcast_to(media.to_float(video), (batch, *video.shape[-4:]))
         size = {"height": self.config.video.height, "width": self.config.video.width}
@@ -260,6 +284,7 @@ def load(
     student: str | os.PathLike | None = None,
     vae: str | os.PathLike | None = None,
     taehv: str | os.PathLike | None = None,
+    loras: Mapping[str, str | os.PathLike] | None = None,
 ) -> StudentPipeline:
     """Load the student of a recipe with its decoder.
 
@@ -268,13 +293,19 @@ def load(
         checkpoint: a folder with the weights of every network, such as a training's working directory; None: the
             weights of the package.
         student, vae, taehv: single weight files that go before ``checkpoint``.
+        loras: name to file of LoRAs, which stay beside the weights; :meth:`StudentPipeline.lora` sets their strengths.
 
     Raises:
         ConfigError: no such recipe, or weights that are missing or do not fit it.
     """
     files = {"student": student, "vae": vae, "taehv": taehv}
     recipe, params, encoder = _open(config, "student", checkpoint, files)
-    return StudentPipeline(recipe, weights.for_stream(params, recipe, free=True), encoder)
+    factors = None
+    if loras:
+        factors = lora_factors.open_factors(loras, recipe.student)
+        params["student"] = lora_factors.attach(params["student"], factors)
+        factors = dataclasses.replace(factors, tree={})
+    return StudentPipeline(recipe, weights.for_stream(params, recipe, free=True), encoder, factors)
 
 
 def load_teacher(

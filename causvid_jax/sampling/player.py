@@ -16,7 +16,7 @@ import numpy as np
 from causvid_jax import media as files
 from causvid_jax.config import Recipe, require
 from causvid_jax.models import vae
-from causvid_jax.sampling import exported, stream
+from causvid_jax.sampling import exported, schedule, stream
 from causvid_jax.sampling.blocks import covering_latents, first_frame
 from causvid_jax.sampling.pipeline import encode_chunk
 
@@ -120,7 +120,7 @@ def play(
     switches = {} if switches is None else switches
     latents = covering_latents(frames, config)
     blocks = len(config.causal.block_sizes(latents))
-    start = stream.strength_step(config.diffusion, strength) if video is not None else 0
+    start = schedule.strength_step(config.diffusion, strength) if video is not None else 0
     require(
         loaded is None or (image is None and video is None),
         "a stream of loaded programs starts from text; accepted: no image and no video",

@@ -44,6 +44,7 @@ class SampleRequest:
     student: str | None = option(None, "The student's weights, such as self_forcing_dmd.pt; before --checkpoint.")
     vae: str | None = option(None, "The VAE's weights, such as Wan2.1_VAE.pth; before --checkpoint.")
     taehv: str | None = option(None, "The tiny decoder's weights, with --config.decoder=taehv; before --checkpoint.")
+    lora: tuple[str, ...] = option((), "FILE or FILE:STRENGTH, a LoRA of the student or teacher; several are added.")
     exact: bool = option(False, "Round as the published code does, and read its tables.")
     program: str | None = option(None, "Run this program of causvid compile instead of tracing the model.")
     replay: str | None = option(None, "Make the frames of this video again, whose metadata tell how it was made.")

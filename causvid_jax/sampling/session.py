@@ -15,7 +15,7 @@ from tqdm import tqdm
 from causvid_jax import media as files
 from causvid_jax.config import CLIPConfig, Recipe, require
 from causvid_jax.models import decoder, precision, transformer
-from causvid_jax.sampling import blocks, exported, image_to_video, player, stream, weights
+from causvid_jax.sampling import blocks, exported, image_to_video, player, schedule, weights
 from causvid_jax.sampling.request import SampleRequest, teacher_recipe
 from causvid_jax.sampling.script import MOST_INPUT, Event, Script, pack
 from causvid_jax.sampling.teacher import sample_clip
@@ -80,7 +80,7 @@ def open_session(request: SampleRequest) -> Session:
     picture = files.read_picture(request.image) if request.image and request.has_image_branch else None
     frames, video = request.length, None
     if request.video:
-        stream.strength_step(recipe.diffusion, _strength(request))
+        schedule.strength_step(recipe.diffusion, _strength(request))
         video = files.read_video(request.video, *size, frames=request.frames, fps=recipe.video.fps)
         frames = request.frames or len(video)
         require(len(video) >= frames, f"--frames is {frames}, but --video has only {len(video)} to follow")
@@ -92,6 +92,7 @@ def open_session(request: SampleRequest) -> Session:
         files.check_output(path, frames)
     role, encodes = "teacher" if request.teacher else "student", image is not None or video is not None
     found, recipe = weights.find(recipe, role, request.checkpoint, encodes=encodes, files=request.files)
+    found[role] = weights.with_loras(found[role], request.lora)
     program = None
     if request.program:
         latents = blocks.covering_latents(frames, recipe)

@@ -24,12 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 
-from causvid_jax.config import DiffusionConfig, Recipe, require
+from causvid_jax.config import Recipe, require
 from causvid_jax.diffusion import flow
-from causvid_jax.models import decoder, precision, transformer, vae
+from causvid_jax.models import adapters, decoder, precision, transformer, vae
 from causvid_jax.models.decoder import LEAD, DecodeCache
 from causvid_jax.models.kv_cache import TEXT_AXES, KVCache, TextCache
 from causvid_jax.models.unstacked import is_unstacked
+from causvid_jax.sampling import schedule
 from causvid_jax.sharding import constraints
 
 Params = dict[str, Any]
@@ -48,17 +49,22 @@ class StreamState:
     )  # [B, R, h, w, C] float32, the last latent frames, newest at the end: what recompute_context() replays
     seed: jax.Array  # [B] uint32
     block: jax.Array  # [] int32: blocks finished
+    adapters: "Adapters | None" = None  # strengths of LoRAs, if the student has any
     started: bool = dataclasses.field(default=True, metadata={"static": True})  # False: an independent frame is next
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """The strengths of a stream's LoRAs, and the prompt, whose keys and values depend on them."""
+
+    scale: jax.Array  # [r] float32: one factor per column of the adapters (models.adapters)
+    prompt_embeds: jax.Array  # [B, S, E]
 
 
 def block_frames(state: StreamState, config: Recipe) -> int:
     """Return the latent frames of the next block."""
     return config.causal.frames_per_block if state.started else 1
-
-
-def passes_per_block(config: Recipe) -> int:
-    """Return the network passes of a block: the denoising steps and, with ``causal.context_pass``, the cache write."""
-    return len(config.diffusion.denoising_timesteps) + config.causal.context_pass
 
 
 def init_stream(
@@ -118,12 +124,17 @@ def first_state(
     )
 
 
-def _prompt(params: Params, text: jax.Array, config: Recipe) -> TextCache:
+def _student(params: Params, strengths: Adapters | None) -> Any:
+    """Return the student's parameters, with the stream's strengths in its adapters."""
+    return params["student"] if strengths is None else adapters.scaled(params["student"], strengths.scale)
+
+
+def _prompt(params: Params, text: jax.Array, config: Recipe, strengths: Adapters | None = None) -> TextCache:
     """Return the prompt's keys and values in the type that attention reads: the same bits, half the memory of float32.
 
     On a mesh no device holds those of other devices' streams."""
     net = config.student
-    cache = transformer.encode_text(params["student"], text, config=net)
+    cache = transformer.encode_text(_student(params, strengths), text, config=net)
     return jax.tree.map(lambda x: constraints.constrain(x.astype(net.dtype), TEXT_AXES[-x.ndim :], net.rules), cache)
 
 
@@ -156,12 +167,6 @@ def _noise(state: StreamState, step: jax.Array | int, config: Recipe, noise: jax
     return precision.round_all(drawn, config.student)
 
 
-def _sigma(timestep: float, config: Recipe) -> float:
-    """Return the noise level of a timestep: t / 1000, or what the published sampler reads from its table."""
-    exact = config.student.precision == "causvid" and timestep > 0
-    return flow.table_sigma(timestep, config.diffusion.shift) if exact else timestep / 1000.0
-
-
 def _pass(
     params: Params,
     state: StreamState,
@@ -175,42 +180,15 @@ def _pass(
     timesteps = jnp.full(x.shape[:2], timestep, jnp.float32)
     student, causal = config.student, config.causal
     return transformer.cached(
-        params["student"], x, timesteps, state.text, cache, config=student, causal=causal, rewrites=rewrites
+        _student(params, state.adapters),
+        x,
+        timesteps,
+        state.text,
+        cache,
+        config=student,
+        causal=causal,
+        rewrites=rewrites,
     )
-
-
-def _schedule(config: Recipe, timesteps: tuple[float, ...] | None) -> tuple[tuple[float, ...], list[float]]:
-    """Return the denoising timesteps and their noise levels, with a 0 after the last."""
-    steps = tuple(flow.student_timesteps(config.diffusion)) if timesteps is None else timesteps
-    return steps, [_sigma(t, config) for t in steps] + [0.0]
-
-
-def _tables(
-    state: StreamState, config: Recipe, timesteps: tuple[float, ...] | None, *, cut: bool
-) -> tuple[jax.Array, jax.Array, jax.Array | int]:
-    """Return the timestep and the noise level of every pass on a block, and the number of passes.
-
-    With ``cut``, a block without a past has the passes of ``diffusion.first_block_timesteps``. One program serves
-    both: tables and number are traced then.
-    """
-    write = [config.causal.context_noise] if config.causal.context_pass else []
-
-    def table(steps: tuple[float, ...] | None, length: int) -> tuple[jax.Array, jax.Array]:
-        chosen, sigmas = _schedule(config, steps)
-        padded = np.zeros((2, length + 1), np.float32)
-        padded[0, : len(chosen) + len(write)] = [*chosen, *write]
-        padded[1, : len(sigmas)] = sigmas
-        return jnp.asarray(padded[0]), jnp.asarray(padded[1])
-
-    count = len(_schedule(config, timesteps)[0]) + len(write)
-    if not (cut and timesteps is None and config.diffusion.first_block_timesteps):
-        return *table(timesteps, count), count
-    opening = flow.first_block_timesteps(config.diffusion)
-    longest = max(count, len(opening) + len(write))
-    first, later = table(opening, longest), table(None, longest)
-    begins = state.cache.position == 0
-    times, levels = (jnp.where(begins, a, b) for a, b in zip(first, later, strict=True))
-    return times, levels, jnp.where(begins, len(opening) + len(write), count)
 
 
 def _denoise(
@@ -228,7 +206,8 @@ def _denoise(
     Step j computes ``x0 = x_t - sigma_j v`` and adds fresh noise at the next step's level. The cache write is one more
     iteration of the same loop, on x0 itself (sigma 0, ``context_noise``), so the network is compiled once.
     """
-    times, levels, count = _tables(state, config, timesteps, cut=cut)
+    begins = state.cache.position == 0 if cut else None
+    times, levels, count = schedule.tables(begins, config, timesteps)
 
     def step(j: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
         x, cache = carry
@@ -259,7 +238,7 @@ def _next_block(
     timesteps: tuple[float, ...] | None = None,
 ) -> tuple[jax.Array, StreamState]:
     x = _noise(state, 0, config, noise)
-    start = _schedule(config, timesteps)[1][0]
+    start = schedule.schedule(config, timesteps)[1][0]
     x = x if start == 1 else start * x
     x0, cache = _denoise(params, state, x, 0, config, noise, timesteps)
     return x0, _finish(state, x0, cache)
@@ -354,22 +333,10 @@ def next_block_from(
     ``noise`` is that of :func:`next_block`.
     """
     _check_block(state, latents, config)
-    _, sigmas = _schedule(config, None)
+    _, sigmas = schedule.schedule(config, None)
     x = flow.add_noise(latents, _noise(state, start, config, noise), jnp.asarray(sigmas, jnp.float32)[start])
     x0, cache = _denoise(params, state, precision.round_all(x, config.student), start, config, noise, None, cut=False)
     return x0, _finish(state, x0, cache)
-
-
-def strength_step(config: DiffusionConfig, strength: float) -> int:
-    """Return the first step of video to video: the first whose nominal timestep is at most 1000 strength.
-
-    Strength 1 keeps nothing of the input. Nominal means before the shift, so that four evenly spaced steps answer to
-    1, 0.75, 0.5 and 0.25 whatever the shift is.
-    """
-    nominal = flow.nominal_steps(config)
-    lowest = nominal[-1] / 1000.0
-    require(lowest <= strength <= 1.0, f"strength is {strength:g}; accepted: {lowest:g} (faithful) to 1 (free)")
-    return next(i for i, step in enumerate(nominal) if step <= 1000.0 * strength + 1e-6)
 
 
 def _check_block(state: StreamState, latents: jax.Array, config: Recipe) -> None:
@@ -406,7 +373,28 @@ def change_prompt(params: Params, state: StreamState, text: jax.Array, *, config
 @_step
 def switch_prompt(params: Params, state: StreamState, text: jax.Array, *, config: Recipe) -> StreamState:
     """Put the stream under another prompt ``text [B, S, E]`` from its next block on."""
-    return dataclasses.replace(state, text=_prompt(params, text, config))
+    if state.adapters is not None:
+        state = dataclasses.replace(state, adapters=dataclasses.replace(state.adapters, prompt_embeds=text))
+    return dataclasses.replace(state, text=_prompt(params, text, config, state.adapters))
+
+
+@_step
+def set_adapters(
+    params: Params, state: StreamState, scale: jax.Array, text: jax.Array | None = None, *, config: Recipe
+) -> StreamState:
+    """Return the stream with other strengths of its LoRAs from the next block on; one program serves all strengths.
+
+    Args:
+        params, state, config: as in :func:`init_stream`.
+        scale: ``[r]``, one factor per column of the student's adapters.
+        text: the prompt ``[B, S, E]``; needed once, for a state that has no strengths yet.
+    """
+    if state.adapters is not None:
+        text = state.adapters.prompt_embeds
+    require(text is not None, "the first strengths of a stream need its prompt; give text")
+    assert text is not None
+    strengths = Adapters(scale, text)
+    return dataclasses.replace(state, adapters=strengths, text=_prompt(params, text, config, strengths))
 
 
 def _reset_context(state: StreamState, config: Recipe) -> StreamState:

@@ -5,13 +5,13 @@ import hashlib
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from causvid_jax import checkpoints
-from causvid_jax.checkpoints import lineage, workdir
+from causvid_jax.checkpoints import convert, lineage, workdir
 from causvid_jax.config import CausalConfig, ConfigError, Recipe, published, require
 from causvid_jax.models.unstacked import unstack
 
@@ -103,6 +103,13 @@ def _has_vae(recipe: Recipe, folder: pathlib.Path | None) -> bool:
         return workdir.find(recipe.name, "vae", folder).exists()
     except ConfigError:
         return False
+
+
+def with_loras(opened: checkpoints.Checkpoint, loras: Sequence[str]) -> checkpoints.Checkpoint:
+    """Return a checkpoint to which ``FILE`` or ``FILE:STRENGTH`` are added while it is read."""
+    pairs = [convert.parse_lora(value) for value in loras]
+    updates = tuple(checkpoints.open_lora(path, strength, opened.config) for path, strength in pairs)
+    return dataclasses.replace(opened, updates=(*opened.updates, *updates))
 
 
 def load(opened: Opened, shapes: Mapping[str, Any]) -> dict[str, Any]:

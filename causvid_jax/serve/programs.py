@@ -12,7 +12,7 @@ import numpy as np
 from causvid_jax import media
 from causvid_jax.config import Recipe, require
 from causvid_jax.models import decoder, transformer, vae
-from causvid_jax.sampling import stream, weights
+from causvid_jax.sampling import schedule, stream, weights
 from causvid_jax.sampling.pipeline import StudentPipeline, begins, visible
 from causvid_jax.sampling.script import CONTEXTS
 from causvid_jax.sampling.stream import StreamState
@@ -104,7 +104,7 @@ class Programs:
         coder = vae.init_encode_cache(config, batch=1, **size) if first else coder
         chunk = jnp.asarray(media.to_float(video))[None]
         latents, coder = self._run("encode_first" if first else "encode_next", chunk, coder)
-        step = jnp.int32(stream.strength_step(self._play.diffusion, strength))
+        step = jnp.int32(schedule.strength_step(self._play.diffusion, strength))
         x, state = self._run("follow", state, latents, step)
         frames, state = self._decode(state, x, new)
         return frames, state, coder

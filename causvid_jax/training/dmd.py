@@ -23,7 +23,7 @@ from causvid_jax.diffusion import flow
 from causvid_jax.diffusion.guidance import per_branch
 from causvid_jax.distill import dmd
 from causvid_jax.distill.rollout import Rollout, data_rollout, self_rollout
-from causvid_jax.models import transformer
+from causvid_jax.models import adapters, transformer
 from causvid_jax.sharding.placement import Placement
 from causvid_jax.text import encoder
 from causvid_jax.training import guard, samples, weights
@@ -399,7 +399,7 @@ def compiled_step(recipe: Recipe, placement: Placement) -> TrainStep:
     networks = recipe.student, recipe.fake_score
     hosted = Optimizers(
         *(
-            placement.hosted(optimizer, transformer.spec(net), net.rules)
+            placement.hosted(optimizer, adapters.split(transformer.spec(net))[0], net.rules)
             for optimizer, net in zip(plain, networks, strict=True)
         )
     )
@@ -475,5 +475,5 @@ def train_distill(run: Run, init_from: pathlib.Path | None = None) -> None:
         state, metrics = step(state, teacher, batch, null_text, frames=run.frames)
         state = run.after_step(state, metrics)
         if run.samples_now:
-            run.log_samples(sample(state.student.ema))
-    run.finish(state.student.ema, weights.metadata(run, recipe))
+            run.log_samples(sample(state.student.averaged))
+    weights.finish(run, state.student, recipe, recipe.student)

@@ -5,6 +5,7 @@ import pathlib
 
 from causvid_jax.checkpoints import store
 from causvid_jax.config import ConfigError, from_json, require
+from causvid_jax.models import adapters
 from causvid_jax.training import autoencoder, checkpoint, provenance, weights
 
 EMA = dict.fromkeys(("vae", "taehv", "teacher", "causal", "init"), "network.ema") | {"distill": "student.ema"}
@@ -26,6 +27,10 @@ def export_checkpoint(workdir: pathlib.Path, name: str, output: pathlib.Path, st
     if not progress.get("config"):
         raise ConfigError(f"checkpoint {step} in {folder} holds no recipe")
     recipe = from_json(progress["config"])
+    config = recipe.teacher if name in ("teacher", "causal") else recipe.student
+    if name not in ("vae", "taehv") and config.lora.rank:
+        _, frozen, _ = checkpoint.read(folder, EMA[name].replace(".ema", ".params"), step)
+        params = adapters.merged(adapters.join(params, adapters.split(frozen)[1]), config)
     if name == "vae":
         metadata = autoencoder.vae_metadata(params, recipe, workdir)
     else:

@@ -210,5 +210,5 @@ def train(
         state, metrics = step.train_step(state, batch)
         state = run.after_step(state, metrics)
         if run.samples_now:
-            run.log_samples(sample(state.network.ema))
-    run.finish(state.network.ema, weights.metadata(run, recipe))
+            run.log_samples(sample(state.network.averaged))
+    weights.finish(run, state.network, recipe, recipe.teacher)

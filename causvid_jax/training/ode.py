@@ -1,5 +1,6 @@
 """ODE regression (paper section 4.3): the student learns to jump to the end of the teacher's trajectories."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -102,7 +103,7 @@ def train_init(run: Run, init_from: pathlib.Path | None = None) -> None:
     vae_params, recipe = weights.load_vae(run)
     trajectories = open_trajectories(recipe, run.workdir)
     reader, step, names = weights.open_encoder(run), init_step(recipe, run.placement), batch_shapes(recipe)
-    fresh = recipe.student != recipe.teacher
+    fresh = dataclasses.replace(recipe.student, lora=recipe.teacher.lora) != recipe.teacher
     state = weights.initial_state(
         run, step, recipe.student, init_from, stage=STAGE_OF[recipe.train_init.teacher], fresh=fresh
     )
@@ -116,5 +117,5 @@ def train_init(run: Run, init_from: pathlib.Path | None = None) -> None:
         state, metrics = step.train_step(state, batch)
         state = run.after_step(state, metrics)
         if run.samples_now:
-            run.log_samples(sample(state.network.ema))
-    run.finish(state.network.ema, weights.metadata(run, recipe))
+            run.log_samples(sample(state.network.averaged))
+    weights.finish(run, state.network, recipe, recipe.student)

@@ -1,11 +1,12 @@
 """The training stages of a recipe, in order."""
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable
 
 from causvid_jax.checkpoints import workdir as paths
-from causvid_jax.config import Recipe, StageConfig
+from causvid_jax.config import Recipe, StageConfig, require
 from causvid_jax.sharding.placement import place
 from causvid_jax.training import autoencoder, dmd, flow_matching, ode
 from causvid_jax.training.run import Run, open_run
@@ -36,11 +37,22 @@ def train(name: str, recipe: Recipe, workdir: pathlib.Path, init_from: str | os.
         RunError: a loss that stops the run, or a full disk.
     """
     path = None if init_from is None else initial_weights(name, recipe, init_from)
+    recipe = with_lora(name, recipe)
     config: StageConfig = getattr(recipe, f"train_{name}")
     rules = recipe.teacher.rules if name in ("teacher", "causal") else recipe.student.rules
     with open_run(name, recipe, config, workdir, place(recipe.parallel, rules)) as run:
         TRAINERS[name](run, path)
         run.note(f"next, with the same --config and --workdir: {next_command(name, recipe)}")
+
+
+def with_lora(name: str, recipe: Recipe) -> Recipe:
+    """Return ``recipe`` whose network that the stage ``name`` trains has the adapters of that stage's ``lora``."""
+    lora = getattr(recipe, f"train_{name}").lora
+    if not lora.rank:
+        return recipe
+    require(name not in ("vae", "taehv"), f"train_{name}.lora.rank is {lora.rank}; only transformers have adapters")
+    role = "teacher" if name in ("teacher", "causal") else "student"
+    return dataclasses.replace(recipe, **{role: dataclasses.replace(getattr(recipe, role), lora=lora)})
 
 
 def next_command(name: str, recipe: Recipe) -> str:

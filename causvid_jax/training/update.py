@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from causvid_jax.config import OptimizerConfig, ShardingRules, StageConfig
+from causvid_jax.models import adapters
 from causvid_jax.sharding.params import abstract_tree
 from causvid_jax.sharding.placement import Placement
 from causvid_jax.training import guard
@@ -28,11 +29,19 @@ TrainStep = Callable[..., tuple[Any, dict[str, jax.Array]]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trainable:
-    """A network in training: parameters, optimizer state and, where one is kept, the EMA that is sampled."""
+    """A network in training: parameters, optimizer state and, where one is kept, the EMA that is sampled.
+
+    With adapters (``models.adapters``) optimizer state and EMA are those of the adapters alone.
+    """
 
     params: Any
     opt: optax.OptState
     ema: Any = None
+
+    @property
+    def averaged(self) -> Any:
+        """All parameters, with the EMA of what is trained."""
+        return adapters.join(self.ema, adapters.split(self.params)[1])
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +56,8 @@ class TrainState:
 
 def init_trainable(params: Any, optimizer: optax.GradientTransformation, *, ema: bool = True) -> Trainable:
     """Return the state before the first update; the EMA is a copy, so that every buffer can be donated."""
-    return Trainable(params, optimizer.init(params), jax.tree.map(jnp.copy, params) if ema else None)
+    trained, _ = adapters.split(params)
+    return Trainable(params, optimizer.init(trained), jax.tree.map(jnp.copy, trained) if ema else None)
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, window: int = guard.WINDOW) -> TrainState:
@@ -91,13 +101,21 @@ def apply_update(
     Returns:
       The network and the history after it, whether the update was applied, and the metrics with ``gradient_norm``.
     """
-    gradient, metrics = accumulated_gradient(loss_fn, network.params, batch, key, config.accumulate)
+    trained, frozen = adapters.split(network.params)
+
+    def loss_of_trained(trained: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return loss_fn(adapters.join(trained, frozen), batch, key)
+
+    gradient, metrics = accumulated_gradient(loss_of_trained, trained, batch, key, config.accumulate)
     norm = optax.tree.norm(gradient)
     applied, history = guard.check_update(history, metrics["loss"], norm, config, row=row, finite=finite)
-    change, opt = optimizer.update(gradient, network.opt, network.params)
-    params = optax.apply_updates(network.params, change)
-    ema = None if network.ema is None else ema_update(network.ema, params, step, config.optimizer)
-    updated = guard.select(applied, Trainable(params, opt, ema), network)
+    change, opt = optimizer.update(gradient, network.opt, trained)
+    changed = optax.apply_updates(trained, change)
+    ema = None if network.ema is None else ema_update(network.ema, changed, step, config.optimizer)
+    # What is frozen passes through: the program returns the buffer that it was given.
+    kept = Trainable(trained, network.opt, network.ema)
+    updated = guard.select(applied, Trainable(changed, opt, ema), kept)
+    updated = dataclasses.replace(updated, params=adapters.join(updated.params, frozen))
     return updated, history, applied, metrics | {"gradient_norm": norm}
 
 
@@ -132,7 +150,9 @@ def trainable_shardings(
 ) -> Trainable:
     """Return where a :class:`Trainable` of the parameters ``spec`` lies on the mesh."""
     params = placement.params(spec, rules)
-    return Trainable(params, placement.optimizer(optimizer, spec, params), params if ema else None)
+    trained = adapters.split(params)[0]
+    state = placement.optimizer(optimizer, adapters.split(spec)[0], trained)
+    return Trainable(params, state, trained if ema else None)
 
 
 def history_shardings(placement: Placement) -> guard.LossHistory:
@@ -166,7 +186,9 @@ def network_step(
         network = trainable_shardings(placement, spec, rules, optimizer)
         shardings = TrainState(network, cast(Any, placement.whole()), history_shardings(placement))
     return NetworkStep(
-        train_step=make_train_step(loss_fn, placement.hosted(optimizer, spec, rules), config, shardings),
+        train_step=make_train_step(
+            loss_fn, placement.hosted(optimizer, adapters.split(spec)[0], rules), config, shardings
+        ),
         init=functools.partial(init_state, optimizer=optimizer, window=config.bad_loss_window),
         shardings=shardings,
     )

@@ -1,6 +1,7 @@
 """The weights and text encoders that a stage in training reads."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -8,15 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from causvid_jax.checkpoints import lineage, load, open_checkpoint
+from causvid_jax.checkpoints import lineage, load, lora_factors, open_checkpoint
 from causvid_jax.checkpoints import workdir as paths
-from causvid_jax.config import Recipe, TransformerConfig, require, to_json
+from causvid_jax.config import LoraConfig, Recipe, TransformerConfig, require, to_json
 from causvid_jax.distributed import collectives
-from causvid_jax.models import transformer
+from causvid_jax.models import adapters, transformer
+from causvid_jax.sharding.params import init_tree
 from causvid_jax.sharding.placement import Placement
 from causvid_jax.text import encoder
 from causvid_jax.training.run import Run
-from causvid_jax.training.update import NetworkStep, TrainState
+from causvid_jax.training.update import NetworkStep, Trainable, TrainState
 
 
 def load_vae(run: Run) -> tuple[Any, Recipe]:
@@ -50,13 +52,40 @@ def check_sink_positions(recipe: Recipe, stage: str, frames: int = 0) -> None:
 
 
 def load_network(run: Run, stage: str, config: TransformerConfig, path: pathlib.Path | None = None) -> Any:
-    """Return the weights that ``stage`` left, or those of ``path``, on the mesh; a host reads only what it holds."""
-    opened = open_checkpoint(path or paths.find(run.recipe.name, stage, run.workdir), config)
+    """Return the weights that ``stage`` left, or those of ``path``, on the mesh; a host reads only what it holds.
+
+    With ``config.lora`` new adapters are put beside them.
+    """
+    plain = dataclasses.replace(config, lora=LoraConfig())
+    opened = open_checkpoint(path or paths.find(run.recipe.name, stage, run.workdir), plain)
     if run.placement.mesh is None:
-        return load(opened)[0]
+        return with_new_adapters(load(opened)[0], config, run.config.seed)
     # A file has one checksum, so one process reads all of it, through a buffer.
     collectives.check_on_first(opened.check)
-    return load(opened, run.placement.params(transformer.spec(config), config.rules), check=False)[0]
+    params = load(opened, run.placement.params(transformer.spec(plain), config.rules), check=False)[0]
+    places = adapters.split(run.placement.params(transformer.spec(config), config.rules))[0]
+    return with_new_adapters(params, config, run.config.seed, places)
+
+
+def with_new_adapters(params: Any, config: TransformerConfig, seed: int, shardings: Any = None) -> Any:
+    """Return ``params`` with new adapters of ``config.lora`` beside their kernels, which stay the same arrays."""
+    if not config.lora.rank:
+        return params
+    spec = adapters.split(transformer.spec(config))[0]
+    new = jax.jit(functools.partial(init_tree, spec=spec), out_shardings=shardings)(jax.random.key(seed))
+    return adapters.join(new, params)
+
+
+def finish(run: Run, network: Trainable, recipe: Recipe, config: TransformerConfig) -> None:
+    """Write the weights of a finished stage; of adapters also ``WORKDIR/STAGE/lora``, under the names of peft."""
+    described = metadata(run, recipe)
+    if not config.lora.rank:
+        run.finish(network.ema, described)
+        return
+    trained = collectives.gather_to_first(network.ema)
+    if collectives.is_first():
+        lora_factors.save_lora(run.folder / "lora", trained, config)
+    run.finish(jax.jit(functools.partial(adapters.merged, config=config))(network.averaged), described)
 
 
 def initial_state(

@@ -20,7 +20,7 @@ from causvid_jax.config import (
 )
 from causvid_jax.diffusion import flow
 from causvid_jax.models import transformer, vae
-from causvid_jax.sampling import state_io, stream
+from causvid_jax.sampling import schedule, state_io, stream
 
 NET = TransformerConfig(
     dim=32,
@@ -228,7 +228,7 @@ def test_passes_and_their_timesteps(params, monkeypatch):
     without = with_causal(PLAIN, context_pass=False)
     noisy, other = count_passes(params, without, monkeypatch)
     np.testing.assert_allclose(noisy, [steps] * 2, atol=1e-3)
-    assert (stream.passes_per_block(PLAIN), stream.passes_per_block(without)) == (5, 4)
+    assert (schedule.passes_per_block(PLAIN), schedule.passes_per_block(without)) == (5, 4)
     # The first block has no context; the second sees other keys and values.
     np.testing.assert_array_equal(latents[0], other[0])
     assert np.abs(latents[1] - other[1]).max() > 1e-3
@@ -442,10 +442,10 @@ def test_video_to_video_starts_at_the_chosen_step(params):
 
 def test_strength_is_a_nominal_noise_level():
     config = DiffusionConfig()
-    assert [stream.strength_step(config, s) for s in (1.0, 0.99, 0.75, 0.6, 0.5, 0.25)] == [0, 1, 1, 2, 2, 3]
+    assert [schedule.strength_step(config, s) for s in (1.0, 0.99, 0.75, 0.6, 0.5, 0.25)] == [0, 1, 1, 2, 2, 3]
     for strength in (0.2, 0.0, 1.5, -1.0):
         with pytest.raises(ConfigError, match="accepted: 0.25"):
-            stream.strength_step(config, strength)
+            schedule.strength_step(config, strength)
 
 
 def test_impossible_clips_are_refused(params):
