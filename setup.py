@@ -83,6 +83,7 @@ setup(
         "torch": ["torch"],
         "parity": PARITY,
         "serve": SERVE,
+        "vbench": ["vbench>=0.1.5"],
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
         "dev": DEV,
     },

@@ -12,6 +12,7 @@ PROGRAMS = {
     "road": "make all weights of a recipe from nothing",
     "evaluate": "measure a recipe's clips",
     "experiment": "train and measure the rows of an experiment of the paper",
+    "vbench": "sample VBench's prompts, score them and compute the totals; drift curves",
     "export": "write the weights of a checkpoint of a run",
     "curves": "draw the training curves of a run",
     "models": "list the published models, with files, licence and settings",

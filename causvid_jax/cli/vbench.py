@@ -1,0 +1,125 @@
+"""Evaluate a student by VBench: sample its prompts, run its models, compute its totals (docs/vbench.md).
+
+``--stage=all`` does the three in order. A run that was stopped goes on; ``--shard=0/8`` samples an eighth. Scoring
+needs the extra ``vbench``, or for VBench-Long ``--long``, a checkout of VBench. ``--stage=drift`` measures the drift of
+videos without any model.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Literal
+
+from causvid_jax.cli import common
+from causvid_jax.cli.options import config_option, option
+from causvid_jax.config import Recipe, published, require
+
+Stage = Literal["all", "sample", "score", "totals", "drift"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags."""
+
+    config: Recipe = config_option()
+    stage: Stage = option("all", "What to do: all, sample, score, totals or drift.")
+    output: str | None = option(None, "The folder of the clips; results go to its results/.")
+    info: str | None = option(None, "VBench_full_info.json; default: that of the package vbench.")
+    extended: str | None = option(None, "A text to sample for every entry of --info, line by line.")
+    checkpoint: str | None = option(None, "Weights, as of causvid sample.")
+    student: str | None = option(None, "The student's weights; before --checkpoint.")
+    vae: str | None = option(None, "The VAE's weights; before --checkpoint.")
+    taehv: str | None = option(None, "The tiny decoder's weights; before --checkpoint.")
+    samples: int = option(5, "Clips of a prompt.")
+    flicker_samples: int = option(25, "Clips of a prompt of temporal flickering.")
+    frames: int = option(81, "Frames of a clip.")
+    seed: int = option(0, "Seed of the first clip of every prompt; the next ones follow.")
+    batch: int = option(1, "Clips sampled at once.")
+    shard: str = option("0/1", "I/N: sample the clips I, I + N, I + 2 N, ...")
+    long: str | None = option(None, "A checkout of VBench: score by VBench-Long.")
+    results: tuple[str, ...] = option((), "Result files for --stage=totals; default: those of --output.")
+    videos: tuple[str, ...] = option((), "Videos for --stage=drift.")
+
+    def __post_init__(self) -> None:
+        require(self.output, "no --output is given; it must be a folder for clips and results")
+        for name in ("samples", "flicker_samples", "frames", "batch"):
+            value = getattr(self, name)
+            require(1 <= value <= 10**6, f"--{name} is {value}; accepted: 1 to 1000000")
+        require(0 <= self.seed < 2**31, f"--seed is {self.seed}; accepted: 0 to {2**31 - 1}")
+        require(self.stage != "drift" or self.videos, "no --videos is given; --stage=drift measures videos")
+
+    @staticmethod
+    def config_of(values: dict[str, object]) -> str | None:
+        """Return the recipe of the published file where no ``--config`` is given."""
+        model = published.find(str(values.get("student") or values.get("checkpoint") or ""))
+        return f"published:{model.name}" if model else None
+
+
+def main(options: Options) -> None:
+    """Run the stages."""
+    folder = pathlib.Path(options.output or "")
+    if options.stage == "drift":
+        measure_drift(options, folder)
+        return
+    from causvid_jax.evaluation.vbench import clips, score, totals
+
+    index, count = clips.parse_shard(options.shard)
+    info = score.find_info(options.info)
+    entries = clips.read_entries(info, options.extended)
+    protocol = clips.Protocol(options.samples, options.flicker_samples, options.frames, options.seed, options.batch)
+    wanted = clips.plan(entries, protocol)
+    if options.stage in ("all", "sample"):
+        sample(options, wanted[index::count], wanted, protocol, folder)
+    if options.stage in ("all", "score"):
+        missing = clips.absent(wanted, folder)
+        require(
+            not missing,
+            f"{folder} lacks {len(missing)} of {len(wanted)} clips, first {missing[0].name if missing else ''!r}; "
+            "sample them first (--stage=sample on every shard)",
+        )
+        if options.long:
+            found = score.run_long(pathlib.Path(options.long), folder, folder / "results")
+        else:
+            found = score.run_short(folder, info, folder / "results")
+    else:
+        found = [pathlib.Path(path) for path in options.results] or sorted((folder / "results").rglob("*_results.json"))
+    if options.stage != "sample":
+        expected = {} if options.long else clips.expected_videos(entries, protocol)
+        text = totals.describe(totals.read_results(found, expected))
+        (folder / "totals.md").write_text(text, encoding="utf-8")
+        print(text)
+
+
+def sample(options: Options, clips_of_shard: list, wanted: list, protocol: object, folder: pathlib.Path) -> None:
+    """Sample the clips of this shard."""
+    common.writable_workdir(str(folder))
+    print(f"Loading {options.config.name} ...", flush=True)
+    from causvid_jax.evaluation.vbench import clips
+    from causvid_jax.sampling import pipeline, weights
+
+    assert isinstance(protocol, clips.Protocol)
+    common.enable_compilation_cache()
+    files = {"student": options.student, "vae": options.vae, "taehv": options.taehv}
+    pipe = pipeline.load(options.config, checkpoint=options.checkpoint, **files)
+    opened, recipe = weights.find(
+        options.config, "student", options.checkpoint, files={k: v for k, v in files.items() if v}
+    )
+    clips.claim(folder, clips.identity(pipe, weights.checksum(opened, recipe), wanted, protocol))
+    clips.sample(pipe, clips_of_shard, folder, protocol, lambda line: print(line, flush=True))
+
+
+def measure_drift(options: Options, folder: pathlib.Path) -> None:
+    """Write ``drift.json`` with the measures and curves of every video, and print the measures."""
+    common.writable_workdir(str(folder))
+    from causvid_jax import media
+    from causvid_jax.evaluation.vbench import drift
+    from causvid_jax.sampling import blocks
+
+    recipe, report = options.config, {}
+    for path in options.videos:
+        video = media.read_video(path, recipe.video.height, recipe.video.width, fps=recipe.video.fps)
+        first = blocks.first_frame(1, recipe)
+        result = drift.measure(video, recipe.video.fps, blocks.first_frame(2, recipe) - first, first)
+        report[path] = {**result.summary(), "curves": {k: v.round(5).tolist() for k, v in result.curves.items()}}
+        print(json.dumps({path: result.summary()}, indent=1), flush=True)
+    (folder / "drift.json").write_text(json.dumps(report), encoding="utf-8")

@@ -1,0 +1,186 @@
+"""VBench: totals against hand-computed ones, its clips end to end on the digits student, drift against known motion."""
+
+import json
+import types
+
+import av
+import numpy as np
+import pytest
+
+from causvid_jax.cli import common
+from causvid_jax.config import ConfigError
+from causvid_jax.evaluation.vbench import clips, drift, score, totals
+
+QUALITY = ("subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness")
+QUALITY += ("aesthetic_quality", "imaging_quality", "dynamic_degree")
+
+
+def test_totals_are_those_of_the_formula_by_hand():
+    """Scores at the ends of their ranges, and a mixture computed with pencil and paper."""
+    high = {name: entry.high for name, entry in totals.DIMENSIONS.items()}
+    low = {name: entry.low for name, entry in totals.DIMENSIONS.items()}
+    assert totals.totals(high) == pytest.approx({"quality": 1.0, "semantic": 1.0, "total": 1.0})
+    assert totals.totals(low) == pytest.approx({"quality": 0.0, "semantic": 0.0, "total": 0.0})
+    # dynamic degree counts half: 0.5 / 6.5 of quality; scene at half its range is a ninth of a half of semantic.
+    mixture = low | {"dynamic_degree": 1.0, "scene": 0.4111}
+    result = totals.totals(mixture)
+    assert result["quality"] == pytest.approx(0.5 / 6.5) and result["semantic"] == pytest.approx(0.5 / 9)
+    assert result["total"] == pytest.approx((4 * 0.5 / 6.5 + 0.5 / 9) / 5)
+    # motion smoothness 0.9 is (0.9 - 0.706) / 0.2915 = 0.66552
+    assert totals.normalised("motion_smoothness", 0.9) == pytest.approx(0.665523, abs=1e-6)
+    assert {name for name, entry in totals.DIMENSIONS.items() if entry.group == "quality"} == set(QUALITY)
+    text = totals.describe(high)
+    assert "| **total** | | **100.00** |" in text and "84.31" in text and "84.27" in text
+
+
+def test_partial_runs_are_refused(tmp_path):
+    scores = dict.fromkeys(totals.DIMENSIONS, 0.5)
+    without = {name: value for name, value in scores.items() if name != "color"}
+    with pytest.raises(ConfigError, match="1 of 16 dimensions have no score, first color; a partial run has no total"):
+        totals.totals(without)
+    with pytest.raises(ConfigError, match="the score of color is no number"):
+        totals.totals(scores | {"color": float("nan")})
+    result = tmp_path / "color_eval_results.json"
+    result.write_text(json.dumps({"color": [0.7, [{"video_path": "a"}] * 4]}))
+    assert totals.read_results([result], {"color": 4}) == {"color": 0.7}
+    with pytest.raises(ConfigError, match="scored color on 4 videos of 5; a partial run"):
+        totals.read_results([result], {"color": 5})
+    with pytest.raises(ConfigError, match="which another file has too"):
+        totals.read_results([result, result], {})
+
+
+INFO = [
+    {"prompt_en": "a red 3", "dimension": ["color", "object_class"]},
+    {"prompt_en": "a blue 7", "dimension": ["temporal_flickering"]},
+    {"prompt_en": "a red 3", "dimension": ["scene"]},
+]
+EXTENDED = "a red 3 moving left\na blue 7 moving up\na green 5 moving down\n"
+
+
+@pytest.fixture
+def lists(tmp_path):
+    (tmp_path / "info.json").write_text(json.dumps(INFO))
+    (tmp_path / "extended.txt").write_text(EXTENDED)
+    return tmp_path
+
+
+def test_the_plan_names_seeds_and_counts_clips_as_vbench_does(lists):
+    entries = clips.read_entries(lists / "info.json", lists / "extended.txt")
+    plan = clips.plan(entries, clips.Protocol())
+    assert [clip.name for clip in plan[:5]] == [f"a red 3-{i}.mp4" for i in range(5)]
+    assert len(plan) == 5 + 25 and [clip.seed for clip in plan[5:]] == list(range(25))
+    assert {clip.text for clip in plan} == {"a red 3 moving left", "a blue 7 moving up"}
+    expected = clips.expected_videos(entries, clips.Protocol())
+    assert (expected["color"], expected["scene"], expected["temporal_flickering"]) == (5, 5, 25)
+    parts = [plan[i::3] for i in range(3)]
+    assert sorted(clip.name for part in parts for clip in part) == sorted(clip.name for clip in plan)
+    for text, words in (("a\n", "has 1 lines and"), ("a\n\nb\n", "is empty")):
+        (lists / "extended.txt").write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            clips.read_entries(lists / "info.json", lists / "extended.txt")
+    for shard in ("3/3", "1", "-1/2", "a/b"):
+        with pytest.raises(ConfigError, match="accepted: I/N"):
+            clips.parse_shard(shard)
+
+
+def test_the_digits_student_is_sampled_end_to_end_and_resumed(lists, capsys):
+    """Two shards sample a fake list; a removed clip comes back bit for bit; another setting is refused."""
+    folder = lists / "clips"
+    flags = [f"--info={lists}/info.json", f"--extended={lists}/extended.txt", f"--output={folder}", "--config=digits"]
+    flags += ["--samples=1", "--flicker_samples=2", "--frames=10", "--batch=2"]
+    for shard in ("0/2", "1/2"):
+        common.call("vbench", [*flags, "--stage=sample", f"--shard={shard}"])
+    names = sorted(path.name for path in folder.glob("*.mp4"))
+    assert names == ["a blue 7-0.mp4", "a blue 7-1.mp4", "a red 3-0.mp4"]
+    with av.open(str(folder / names[0])) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        comment = json.loads(container.metadata["comment"])
+    assert len(frames) == 10 and np.std(frames) > 1
+    assert comment == {"text": "a blue 7 moving up", "seed": 0, "recipe": "digits"}
+    before = (folder / names[1]).read_bytes()
+    (folder / names[1]).unlink()
+    with pytest.raises(ConfigError, match="lacks 1 of 3 clips, first 'a blue 7-1.mp4'"):
+        common.call("vbench", [*flags, "--stage=score"])
+    capsys.readouterr()
+    common.call("vbench", [*flags, "--stage=sample"])
+    assert "2 of 3 clips are there, 1 to sample" in capsys.readouterr().out
+    assert (folder / names[1]).read_bytes() == before
+    with pytest.raises(ConfigError, match="were sampled with another frames; give another --output"):
+        common.call("vbench", [*flags, "--stage=sample", "--frames=11"])
+
+
+def test_scores_become_totals_and_missing_packages_are_named(lists, monkeypatch, capsys):
+    """A fake package stands in for VBench; what it wrote is not computed again."""
+    entries = [{"prompt_en": "a red 3", "dimension": list(totals.DIMENSIONS)}]
+    (lists / "info.json").write_text(json.dumps(entries))
+    folder, calls = lists / "clips", []
+    folder.mkdir()
+    for i in range(25):
+        (folder / f"a red 3-{i}.mp4").write_bytes(b"x")
+
+    class Fake:
+        def __init__(self, device, info, output):
+            self.output = output
+
+        def evaluate(self, *, videos_path, name, dimension_list, mode):
+            calls.append((name, mode, dimension_list))
+            videos = [{"video_path": videos_path}] * (25 if name == totals.FLICKER else 5)
+            with open(f"{self.output}/{name}_eval_results.json", "w") as file:
+                json.dump({name: [totals.DIMENSIONS[name].high, videos]}, file)
+
+    flags = [f"--info={lists}/info.json", f"--output={folder}", "--config=digits", "--stage=score"]
+    with pytest.raises(ConfigError, match="scoring needs vbench; install it"):
+        common.call("vbench", flags)
+    cuda = types.SimpleNamespace(is_available=lambda: False)
+    monkeypatch.setitem(__import__("sys").modules, "torch", types.SimpleNamespace(cuda=cuda, device=str))
+    monkeypatch.setitem(__import__("sys").modules, "vbench", types.SimpleNamespace(VBench=Fake))
+    monkeypatch.setattr(score.importlib.util, "find_spec", lambda name: name == "vbench")
+    common.call("vbench", flags)
+    assert len(calls) == 16 and calls[0] == ("subject_consistency", "vbench_standard", ["subject_consistency"])
+    assert "| **total** | | **100.00** |" in capsys.readouterr().out
+    common.call("vbench", flags)
+    assert len(calls) == 16 and "100.00" in (folder / "totals.md").read_text()
+    with pytest.raises(ConfigError, match="has no vbench2_beta_long/eval_long.py"):
+        common.call("vbench", [*flags, f"--long={lists}"])
+
+
+def texture(height, width, seed=0):
+    rng = np.random.default_rng(seed)
+    spectrum = np.fft.fftfreq(height)[:, None] ** 2 + np.fft.fftfreq(width) ** 2
+    noise = np.fft.fft2(rng.normal(size=(height, width))) * np.exp(-200 * spectrum)
+    image = np.real(np.fft.ifft2(noise))
+    return (image - image.min()) / np.ptp(image)
+
+
+def moving(shifts, size=64):
+    """Return a video of a texture at the given (x, y) shifts, uint8 ``[T, size, size, 3]``."""
+    image = texture(256, 256)
+    frames = [np.roll(image, (-int(y), -int(x)), (0, 1))[96 : 96 + size, 96 : 96 + size] for x, y in shifts]
+    return (255 * np.repeat(np.stack(frames)[..., None], 3, axis=-1)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("shift", [(1, 0), (0, -2), (3, 2)])
+def test_flow_is_the_shift_of_a_texture(shift):
+    video = moving([(0, 0), shift])
+    flow = drift.flow_pairs(video)[0][8:-8, 8:-8].reshape(-1, 2)
+    np.testing.assert_allclose(np.median(flow, axis=0), -np.array(shift), atol=0.15)
+
+
+def test_drift_sees_jumps_at_edges_of_blocks_brightness_and_frozen_frames():
+    steady = np.cumsum(np.full((24, 2), (1, 0)), axis=0)
+    jumps = (
+        steady
+        + np.where((np.arange(24) >= 8)[:, None], (0, 3), 0)
+        + np.where((np.arange(24) >= 16)[:, None], (0, 3), 0)
+    )
+    smooth, broken = (drift.measure(moving(shifts), 8.0, 8, 8) for shifts in (steady, jumps))
+    assert smooth.discontinuity < 1.5 < 3 < broken.discontinuity
+    fading = moving(steady) * np.linspace(1, 0.5, 24)[:, None, None, None]
+    faded = drift.measure(fading.astype(np.uint8), 8.0, 8, 8)
+    assert smooth.helios["luma"] < 0.02 and faded.helios["luma"] == pytest.approx(0.44 * smooth.first["luma"], rel=0.15)
+    fast = np.cumsum(np.full((24, 2), (3, 0)), axis=0)
+    frozen = np.where((np.arange(24) < 12)[:, None], fast, fast[11])
+    degree = [drift.measure(moving(shifts), 8.0, 8, 8).dynamic_degree for shifts in (fast, frozen, steady)]
+    assert degree[0] == 1.0 and degree[1] == pytest.approx(11 / 23, abs=0.05) and degree[2] == 0.0
+    with pytest.raises(ConfigError, match="less than two blocks"):
+        drift.measure(moving(steady[:6]), 8.0, 8, 8)
