@@ -176,7 +176,7 @@ def open_checkpoint(
 
 # Files of a published folder whose network the name tells; the folder's config.json is the transformer's.
 NAMED_FILES: Mapping[str, tuple[str, ...]] = {
-    "vae": ("Wan2.1_VAE.*",),
+    "vae": ("Wan2.1_VAE.*", "Wan2.2_VAE.*"),
     "text_encoder": ("models_t5_*",),
     "image_encoder": ("models_clip_*",),
     "taehv": ("taew2_1*", "taehv*"),

@@ -1,7 +1,8 @@
-"""The Wan2.1 VAE: its keys in published checkpoints, its preset and its ``config.json``.
+"""The VAEs of Wan2.1 and Wan2.2-TI2V-5B: their keys in published checkpoints, presets and ``config.json``.
 
 Original keys (``encoder.downsamples.0.residual.2.weight``) are those of ``Wan2.1_VAE.pth``; diffusers'
-``AutoencoderKLWan`` (``encoder.down_blocks.0.conv1.weight``) groups the decoder's layers by level. Which module a
+``AutoencoderKLWan`` (``encoder.down_blocks.0.conv1.weight``) groups the decoder's layers by level; those of Wan2.2 are
+grouped by level in both (``encoder.downsamples.0.downsamples.1.residual.2.weight``). Which module a
 numbered layer has depends on the configuration (``models.vae.encoder_layers``).
 """
 
@@ -22,7 +23,14 @@ from causvid_jax.checkpoints.table import (
     build,
     trailing,
 )
-from causvid_jax.config import WAN_LATENT_MEAN, WAN_LATENT_STD, VAEConfig
+from causvid_jax.config import (
+    WAN22_LATENT_MEAN,
+    WAN22_LATENT_STD,
+    WAN22_VAE,
+    WAN_LATENT_MEAN,
+    WAN_LATENT_STD,
+    VAEConfig,
+)
 from causvid_jax.models import vae
 
 STATISTICS = ("latent_mean", "latent_std")
@@ -63,6 +71,13 @@ def _layer_prefix(net: str, stack: str, index: str, config: VAEConfig, column: i
         return TABLE[f"{net}/middle/{index}"][column], "attention" if index == "1" else "residual"
     layers = vae.encoder_layers(config) if net == "encoder" else vae.decoder_layers(config)
     kind = layers[int(index)][0]
+    if config.is_residual:
+        level, place = divmod(int(index), config.num_res_blocks + (1 if net == "encoder" else 2))
+        if column == 0:
+            return f"{net}.{stack}.{level}.{stack}.{place}", kind
+        way = "down" if net == "encoder" else "up"
+        inner = f"resnets.{place}" if kind == "residual" else f"{way}sampler"
+        return f"{net}.{way}_blocks.{level}.{inner}", kind
     if column == 0:
         return f"{net}.{stack}.{index}", kind
     if net == "encoder":
@@ -136,6 +151,8 @@ def statistics(config: VAEConfig, known: Mapping[str, Any], form: str) -> VAECon
         mean, std = (tuple(map(float, value)) for value in values if value is not None)
     elif form != OURS and config.z_dim == len(WAN_LATENT_MEAN):
         mean, std = WAN_LATENT_MEAN, WAN_LATENT_STD
+    elif form != OURS and config.z_dim == len(WAN22_LATENT_MEAN):
+        mean, std = WAN22_LATENT_MEAN, WAN22_LATENT_STD
     else:
         return config
     return build(VAEConfig, **{**vars(config), "latent_mean": mean, "latent_std": std}) or config
@@ -161,6 +178,15 @@ def _to_json(config: VAEConfig, form: str) -> dict[str, Any] | None:
         "temperal_downsample": list(config.temporal_downsample),
         "dropout": 0.0,
     }
+    if config.is_residual:
+        content |= {
+            "decoder_base_dim": config.decoder_base_dim,
+            "patch_size": config.patch_size,
+            "is_residual": True,
+            "in_channels": 3 * config.patch_size**2,
+            "out_channels": 3 * config.patch_size**2,
+            "scale_factor_spatial": config.space_factor,
+        }
     if config.latent_mean:
         content |= {"latents_mean": list(config.latent_mean), "latents_std": list(config.latent_std)}
     return content
@@ -172,7 +198,7 @@ NETWORK = Network(
     abstract=vae.abstract,
     published=_published,
     template=VAEConfig(),
-    presets=(VAEConfig(),),
+    presets=(VAEConfig(), WAN22_VAE),
     infer=_infer,
     aliases=_ALIASES,
     describe=lambda config: f"VAE of width {config.base_dim} x {config.dim_mult}, {config.z_dim} latent channels",

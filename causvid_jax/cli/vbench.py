@@ -99,11 +99,16 @@ def sample(options: Options, clips_of_shard: list, wanted: list, protocol: objec
 
     assert isinstance(protocol, clips.Protocol)
     common.enable_compilation_cache()
-    files = {"student": options.student, "vae": options.vae, "taehv": options.taehv}
-    pipe = pipeline.load(options.config, checkpoint=options.checkpoint, **files)
-    opened, recipe = weights.find(
-        options.config, "student", options.checkpoint, files={k: v for k, v in files.items() if v}
+    own = {"student": options.student, "vae": options.vae, "taehv": options.taehv}
+    pipe = pipeline.load(
+        options.config,
+        checkpoint=options.checkpoint,
+        student=options.student,
+        vae=options.vae,
+        taehv=options.taehv,
     )
+    given = {name: file for name, file in own.items() if file}
+    opened, recipe = weights.find(options.config, "student", options.checkpoint, files=given)
     clips.claim(folder, clips.identity(pipe, weights.checksum(opened, recipe), wanted, protocol))
     clips.sample(pipe, clips_of_shard, folder, protocol, lambda line: print(line, flush=True))
 

@@ -10,6 +10,9 @@ from causvid_jax.config.errors import ConfigError, RunError, require
 from causvid_jax.config.fields import suggest
 from causvid_jax.config.model import (
     MESH_AXES,
+    WAN22_LATENT_MEAN,
+    WAN22_LATENT_STD,
+    WAN22_VAE,
     WAN_LATENT_MEAN,
     WAN_LATENT_STD,
     CausalConfig,
@@ -53,6 +56,9 @@ __all__ = [
     "MESH_AXES",
     "WAN_LATENT_MEAN",
     "WAN_LATENT_STD",
+    "WAN22_LATENT_MEAN",
+    "WAN22_LATENT_STD",
+    "WAN22_VAE",
     "VideoConfig",
     "TextConfig",
     "UMT5Config",

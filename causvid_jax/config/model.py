@@ -149,6 +149,10 @@ class CLIPConfig(Config):
 class VAEConfig(Config):
     """The Wan causal video VAE (``models.vae``); defaults are the published Wan2.1 sizes.
 
+    That of Wan2.2-TI2V-5B (:data:`WAN22_VAE`) codes squares of ``patch_size`` pixels as channels, has a decoder of
+    another width (``decoder_base_dim``, 0: ``base_dim``), and with ``is_residual`` every level adds an average of its
+    input (a copy in the decoder), and resampling keeps the channels.
+
     ``latent_mean`` and ``latent_std`` (length ``z_dim``) normalise latents: ``z = (mu - mean) / std``. Empty means
     0 and 1. The digits recipe measures them after training and stores them with its weights.
     """
@@ -160,6 +164,9 @@ class VAEConfig(Config):
     num_res_blocks: Annotated[int, Bounds(least=1, most=1000)] = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     z_dim: Size = 16
+    decoder_base_dim: CountOrZero = 0
+    patch_size: Annotated[int, Bounds(least=1, most=2)] = 1
+    is_residual: bool = False
     latent_mean: tuple[Annotated[float, Bounds()], ...] = ()
     latent_std: tuple[Positive, ...] = ()
     dtype: Dtype = "float32"
@@ -179,8 +186,26 @@ class VAEConfig(Config):
 
     @property
     def space_factor(self) -> int:
-        """Pixels per latent position along height and width: 8 in Wan."""
-        return 2 ** len(self.temporal_downsample)
+        """Pixels per latent position along height and width: 8 in Wan2.1, 16 in Wan2.2-TI2V-5B."""
+        return self.patch_size * 2 ** len(self.temporal_downsample)
+
+
+WAN22_LATENT_MEAN = (
+    *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891),
+    *(0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502),
+    *(-0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723),
+    *(-0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+)
+"""Mean of the latents of Wan2.2-TI2V-5B, per channel."""
+WAN22_LATENT_STD = (
+    *(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901),
+    *(0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659),
+    *(0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944),
+    *(0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
+)
+"""Standard deviation of the latents of Wan2.2-TI2V-5B, per channel."""
+WAN22_VAE = VAEConfig(base_dim=160, z_dim=48, decoder_base_dim=256, patch_size=2, is_residual=True)
+"""Sizes of the VAE of Wan2.2-TI2V-5B: 48 channels, 16 x 16 pixels and four frames per latent."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -138,7 +138,8 @@ class Recipe(Config):
     def _check_decoder(self) -> None:
         if self.decoder == "taehv":
             tiny = self.taehv.z_dim, len(self.taehv.temporal_upsample), sum(self.taehv.temporal_upsample)
-            large = self.vae.z_dim, len(self.vae.temporal_downsample), sum(self.vae.temporal_downsample)
+            doublings = len(self.vae.temporal_downsample) + self.vae.patch_size - 1
+            large = self.vae.z_dim, doublings, sum(self.vae.temporal_downsample)
             require(
                 tiny == large,
                 f"taehv decodes {tiny[0]} channels, {tiny[1]} doublings of space and {tiny[2]} of time; "

@@ -1,12 +1,13 @@
-"""The causal video VAE of Wan2.1 (arXiv 2503.20314, section 4.1), at any width.
+"""The causal video VAE of Wan2.1 (arXiv 2503.20314, section 4.1), at any width, and that of Wan2.2-TI2V-5B.
 
 The first frame of a video is one latent frame, and so is each later group of four, at an eighth of the height and
 width. Encoder and decoder are causal in time. A stream can therefore be coded in chunks with a bounded cache, and the
 result is equal to that of the whole clip.
 
 Video [B, T, H, W, 3] in [-1, 1]; latents [B, F, H/8, W/8, C], T = 1 + 4 (F - 1), normalized per channel with
-``config.latent_mean`` and ``config.latent_std``. Parameters are float32; ``config.dtype`` is the compute type.
-The parameter tree mirrors the published one (``causvid_jax.checkpoints.wan_vae`` converts).
+``config.latent_mean`` and ``config.latent_std``. Wan2.2's is the same network on squares of 2 x 2 pixels, with a path
+without parameters beside every level (``config.is_residual``). Parameters are float32; ``config.dtype`` is the compute
+type. The parameter tree mirrors the published one (``causvid_jax.checkpoints.wan_vae`` converts).
 """
 
 import dataclasses
@@ -73,26 +74,40 @@ def encoder_layers(config: VAEConfig) -> tuple[tuple[str, int, int], ...]:
 
 
 def decoder_layers(config: VAEConfig) -> tuple[tuple[str, int, int], ...]:
-    """Return (kind, channels in, channels out) of ``decoder/upsamples``; resampling halves the channels."""
-    plan, width = [], config.base_dim * config.dim_mult[-1]
+    """Return (kind, channels in, channels out) of ``decoder/upsamples``; resampling halves the channels in Wan2.1."""
+    base = _decoder_base(config)
+    plan, width = [], base * config.dim_mult[-1]
     for level, mult in enumerate(reversed(config.dim_mult)):
         for _ in range(config.num_res_blocks + 1):
-            plan.append(("residual", width, config.base_dim * mult))
-            width = config.base_dim * mult
+            plan.append(("residual", width, base * mult))
+            width = base * mult
         if level < len(config.temporal_downsample):
-            plan.append((_resample(config.temporal_downsample[-1 - level]), width, width // 2))
-            width //= 2
+            kept = width if config.is_residual else width // 2
+            plan.append((_resample(config.temporal_downsample[-1 - level]), width, kept))
+            width = kept
     return tuple(plan)
+
+
+def _decoder_base(config: VAEConfig) -> int:
+    return config.decoder_base_dim or config.base_dim
+
+
+def _level(index: int, layers_per_level: int, config: VAEConfig) -> tuple[int, bool, bool]:
+    """Return the level of a numbered layer, and whether the layer is the first and the last one of it."""
+    level, place = divmod(index, layers_per_level)
+    ends = place == layers_per_level - 1 or (level == len(config.temporal_downsample) and place == layers_per_level - 2)
+    return level, place == 0, ends
 
 
 def abstract(config: VAEConfig) -> Tree:
     """Return the parameter tree as ``jax.ShapeDtypeStruct``: kernels [(kt,) kh, kw, in, out], ``bias`` and ``gamma``
     [C]."""
     z, first, last = config.z_dim, config.base_dim, config.base_dim * config.dim_mult[-1]
+    pixels, wide = 3 * config.patch_size**2, _decoder_base(config) * config.dim_mult[-1]
     encoder_out, decoder_out = encoder_layers(config)[-1][2], decoder_layers(config)[-1][2]
     return {
         "encoder": {
-            "conv1": _conv_spec(3, 3, 3, 3, first),
+            "conv1": _conv_spec(3, 3, 3, pixels, first),
             "downsamples": _stack_spec(encoder_layers(config), time_width=1),
             "middle": _middle_spec(last),
             "head": {"norm": _gamma(encoder_out), "conv": _conv_spec(3, 3, 3, encoder_out, 2 * z)},
@@ -100,10 +115,10 @@ def abstract(config: VAEConfig) -> Tree:
         "conv1": _conv_spec(1, 1, 1, 2 * z, 2 * z),
         "conv2": _conv_spec(1, 1, 1, z, z),
         "decoder": {
-            "conv1": _conv_spec(3, 3, 3, z, last),
-            "middle": _middle_spec(last),
+            "conv1": _conv_spec(3, 3, 3, z, wide),
+            "middle": _middle_spec(wide),
             "upsamples": _stack_spec(decoder_layers(config), time_width=2),
-            "head": {"norm": _gamma(decoder_out), "conv": _conv_spec(3, 3, 3, decoder_out, 3)},
+            "head": {"norm": _gamma(decoder_out), "conv": _conv_spec(3, 3, 3, decoder_out, pixels)},
         },
     }
 
@@ -223,13 +238,20 @@ def _encoder(params: Tree, video: jax.Array, past: Tree, *, config: VAEConfig, s
     """Return ((mean, logvar) float32, new past)."""
     net = params["encoder"]
     new: Tree = {"downsamples": {}}
-    x, new["conv1"] = layers.causal(net["conv1"], video.astype(config.dtype), past.get("conv1"), None)
-    for i, (kind, _, _) in enumerate(encoder_layers(config)):
+    x = layers.patchify(video.astype(config.dtype), config.patch_size)
+    x, new["conv1"] = layers.causal(net["conv1"], x, past.get("conv1"), None)
+    whole = x
+    for i, (kind, _, width) in enumerate(encoder_layers(config)):
+        level, begins, ends = _level(i, config.num_res_blocks + 1, config)
+        whole = x if begins else whole
         layer, layer_past = net["downsamples"][str(i)], past.get("downsamples", {}).get(str(i), {})
         if kind == "residual":
             x, layer_past = layers.residual_block(layer, x, layer_past, None)
         else:
             x, layer_past = layers.downsample(layer, x, layer_past, starts=starts)
+        if config.is_residual and ends:
+            halves = (*config.temporal_downsample, False)[level], level < len(config.temporal_downsample)
+            x += layers.average_down(whole, width, halves, starts=starts)
         new["downsamples"][str(i)] = layer_past
     x, new["middle"] = layers.middle(net["middle"], x, past.get("middle", {}), None)
     x, new["head"] = layers.head(net["head"], x, past.get("head"), None)
@@ -247,18 +269,23 @@ def _decoder(
     x = conv.pointwise(params["conv2"], denormalize(latents, config).astype(config.dtype))
     x, new["conv1"] = layers.causal(net["conv1"], x, past.get("conv1"), None)
     x, new["middle"] = layers.middle(net["middle"], x, past.get("middle", {}), None)
-    for i, (kind, _, _) in enumerate(decoder_layers(config)):
+    whole = x
+    for i, (kind, _, width) in enumerate(decoder_layers(config)):
+        level, begins, ends = _level(i, config.num_res_blocks + 2, config)
+        whole = x if begins else whole
         layer, layer_past = net["upsamples"][str(i)], past.get("upsamples", {}).get(str(i), {})
         if kind == "residual":
             x, layer_past = layers.residual_block(layer, x, layer_past, present)
         else:
             x, layer_past = layers.upsample(layer, x, layer_past, start=start, frames=slots)
+        if config.is_residual and ends and level < len(config.temporal_downsample):
+            x += layers.copy_up(whole, width, config.temporal_downsample[-1 - level], starts=start is True)
         if kind == "resample3d":
             slots *= 2
             present = None if start is True else ~start | (jnp.arange(x.shape[1]) >= slots - 1)
         new["upsamples"][str(i)] = layer_past
     x, new["head"] = layers.head(net["head"], x, past.get("head"), present)
-    return x.astype(jnp.float32), new
+    return layers.unpatchify(x.astype(jnp.float32), config.patch_size), new
 
 
 def _zeros_like_past(

@@ -75,6 +75,42 @@ def middle(params: Tree, x: jax.Array, past: Tree, present: jax.Array | None) ->
     return x, {"0": first, "2": last}
 
 
+def patchify(video: jax.Array, size: int) -> jax.Array:
+    """Return squares of ``size`` x ``size`` pixels as channels (c, column, row), as Wan2.2 orders them."""
+    return rearrange(video, "b t (h q) (w r) c -> b t h w (c r q)", q=size, r=size) if size > 1 else video
+
+
+def unpatchify(x: jax.Array, size: int) -> jax.Array:
+    """Invert :func:`patchify`."""
+    return rearrange(x, "b t h w (c r q) -> b t (h q) (w r) c", q=size, r=size) if size > 1 else x
+
+
+def average_down(x: jax.Array, width: int, halves: tuple[bool, bool], *, starts: bool) -> jax.Array:
+    """Return x at half the frame rate and half the size (``halves``) with ``width`` channels, by means (Wan2.2).
+
+    Positions that become one are channels (c, time, row, column), of which every group of equal size becomes its mean.
+    The first frame of a video (``starts``) has a zero frame before it.
+    """
+    time, space = (2 if half else 1 for half in halves)
+    if time == 2 and starts:
+        x = jnp.concatenate([jnp.zeros_like(x[:, :1]), x], axis=1)
+    x = rearrange(x, "b (t p) (h q) (w r) c -> b t h w (c p q r)", p=time, q=space, r=space)
+    grouped = x.reshape(*x.shape[:-1], width, x.shape[-1] // width)
+    return grouped.astype(jnp.float32).mean(axis=-1).astype(x.dtype)
+
+
+def copy_up(x: jax.Array, width: int, in_time: bool, *, starts: bool) -> jax.Array:
+    """Return x at twice the size, and with ``in_time`` at twice the frame rate, by copies of its channels (Wan2.2).
+
+    Every channel is repeated; the result is read as channels (width, time, row, column). With ``starts`` (static) x
+    begins with the single frame of the first latent, of which the second copy stays.
+    """
+    time = 2 if in_time else 1
+    x = jnp.repeat(x, width * time * 4 // x.shape[-1], axis=-1)
+    x = rearrange(x, "b t h w (c p q r) -> b (t p) (h q) (w r) c", p=time, q=2, r=2)
+    return x[:, 1:] if starts and in_time else x
+
+
 def downsample(params: Tree, x: jax.Array, past: Tree, *, starts: bool) -> tuple[jax.Array, Tree]:
     """Halve height and width and, with a ``time_conv``, the frame rate.
 

@@ -166,6 +166,40 @@ class StudentPipeline(_Base):
         frames[:, 0] = image
         return frames, state
 
+    def extend(self, state: StreamState, video: np.ndarray) -> Iterator[tuple[np.ndarray, StreamState]]:
+        """Make a given clip the first blocks of a stream, so that the next block goes on from it.
+
+        Yield the clip's own frames and the next state of each block. The clip is written to the cache as it is.
+
+        Args:
+            state: of :meth:`stream`, before its first block.
+            video: uint8 ``[T, H, W, 3]`` for all streams, or ``[B, T, H, W, 3]``, of whole blocks: with blocks of K
+                latent frames T is ``1 + 4 (n K - 1)`` (9, 21, 33, ... for K = 3).
+
+        Raises:
+            ConfigError: a stream that has begun, a clip that is no whole number of blocks, or one that does not fit
+                the cache of a stream without a window.
+        """
+        require(begins(state), "a clip can only be continued from the first block of a stream")
+        length = video.shape[-4]
+        count = blocks.block_of(length - 1, self.config) + 1
+        ends = [blocks.first_frame(block, self.config) for block in range(count + 1)]
+        require(
+            ends[-1] == length,
+            f"the clip to continue has {length} frames; whole blocks have {ends[-2] or ends[-1]} or {ends[-1]}",
+        )
+        pixels = np.broadcast_to(video, (state.seed.shape[0], *video.shape[-4:]))
+        size = {"height": self.config.video.height, "width": self.config.video.width}
+        cache = vae.init_encode_cache(self.config.vae, batch=len(pixels), **size)
+        for block in range(count):
+            part = pixels[:, ends[block] : ends[block + 1]]
+            chunk, first = jnp.asarray(media.to_float(part)), block == 0
+            latents, cache = encode_chunk(self._vae(), chunk, cache, config=self.config.vae, first=first)
+            state = stream.append(self.params, state, latents, config=self.config)
+            # The decoder's past is that of the clip; its frames are shown without the decoder's error.
+            _, state = stream.decode_block(self.params, state, latents, config=self.config)
+            yield part, state
+
     def follow(
         self, state: StreamState, video: np.ndarray, strength: float = 0.5
     ) -> Iterator[tuple[np.ndarray, StreamState]]:

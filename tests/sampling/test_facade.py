@@ -139,3 +139,27 @@ def test_what_cannot_be_loaded_is_one_sentence(folder, tmp_path):
         cv.load(tiny.RECIPE, checkpoint=tmp_path / "nothing")
     with pytest.raises(ConfigError, match="student weights .* do not exist"):
         cv.load(tiny.RECIPE, checkpoint=folder, student=tmp_path / "none.safetensors")
+
+
+def test_a_stream_goes_on_from_several_frames_of_a_clip(pipe):
+    """Three blocks of its own film, put in as a clip, are the past of a stream as the cache would have them."""
+    config, params = pipe.config, pipe.params
+    video = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8)
+    parts, state = [], pipe.stream(RED, seed=3)
+    for frames, state in pipe.extend(state, video):  # noqa: B007, B020
+        parts.append(frames)
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1)[0], video)
+    (frames, after), *_ = pipe.frames(state)
+    assert frames.shape[1] == 4 and int(after.block) == 4
+    # By hand: the latents of the whole clip, appended one by one.
+    expected = stream.init_stream(params, pipe.encode_prompt(RED), config=config, seed=3)
+    latents = pipe.encode(video[None])
+    for block in range(3):
+        expected = stream.append(params, expected, latents[:, block : block + 1], config=config)
+        _, expected = stream.decode_block(params, expected, latents[:, block : block + 1], config=config)
+    _, wanted, _ = stream.next_frames(params, expected, config=config)
+    np.testing.assert_allclose(frames.astype(int), media.to_uint8(np.asarray(wanted)).astype(int), atol=1)
+    with pytest.raises(ConfigError, match="has 8 frames; whole blocks have 5 or 9"):
+        next(pipe.extend(pipe.stream(RED), video[:8]))
+    with pytest.raises(ConfigError, match="only be continued from the first block"):
+        next(pipe.extend(after, video))
