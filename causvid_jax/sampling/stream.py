@@ -31,6 +31,7 @@ from causvid_jax.models.decoder import LEAD, DecodeCache
 from causvid_jax.models.kv_cache import TEXT_AXES, KVCache, TextCache
 from causvid_jax.models.unstacked import is_unstacked
 from causvid_jax.sampling import schedule
+from causvid_jax.sampling.schedule import strength_step as strength_step
 from causvid_jax.sharding import constraints
 
 Params = dict[str, Any]
