@@ -56,6 +56,7 @@ def recipe(name: str, sizes: dict[str, int], guidance: float) -> ml_collections.
             "text": {"kind": "umt5", "length": 512, "dim": 4096, "negative_prompt": NEGATIVE_PROMPT},
             "data": {"name": "videos"},
             "vae": {"latent_mean": WAN_LATENT_MEAN, "latent_std": WAN_LATENT_STD, "dtype": "bfloat16"},
+            "taehv": {"dtype": "bfloat16"},
             "teacher": dict(network),
             "student": dict(network),
             "causal": {"frames_per_block": 3},

@@ -26,6 +26,7 @@ def count(tree):
 def test_published_recipes(name, parameters):
     recipe = load_recipe(str(CONFIGS / f"{name}.py"))
     assert recipe.name == name
+    assert recipe.student.dtype == recipe.vae.dtype == recipe.taehv.dtype == "bfloat16"
     for net in (recipe.teacher, recipe.student):
         assert count(transformer.abstract(net)) == parameters and net.head_dim == 128
     assert count(vae.abstract(recipe.vae)) == 126_892_531
