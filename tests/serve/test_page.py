@@ -158,6 +158,12 @@ def test_record_download_snapshot_and_replay(page, digits):
     beside = [b for b in page.find_elements(By.CSS_SELECTOR, "#kept button") if b.text == "Beside it"]
     beside[0].click()
     until(lambda: len(page.find_elements(By.CSS_SELECTOR, ".film")) == 2, "a film beside it")
+    page.find_elements(By.CSS_SELECTOR, ".film")[1].click()  # the fork is steered, the first film is not
+    page.find_element(By.CSS_SELECTOR, "#colors [data-word=green]").click()
+    captions = until(lambda: page.find_elements(By.CSS_SELECTOR, ".film .caption"), "captions")
+    until(lambda: captions[1].text == "a green 3 moving right", "a green fork")
+    assert captions[0].text == "a red 3 moving right"
+    page.find_elements(By.CSS_SELECTOR, ".film")[0].click()
     time.sleep(1.5)
     picture(page, "side_by_side")
     click(page, "link")

@@ -17,8 +17,6 @@ let prompt = options.get("prompt") || "";
 let confirmed = prompt; // the latest that the server has taken
 let held = new Set(); // arrow keys that are down
 let following = null;
-let timeline = [];
-let lastMark = "";
 
 // ---- films ----
 
@@ -38,35 +36,59 @@ const report = {
     if (act) act(from, message);
   },
   shown(from, header) {
-    if (from !== player || lastMark === header.take + header.prompt) return;
-    lastMark = header.take + header.prompt;
-    timeline.push({ at: header.frame / from.fps, prompt: header.prompt });
-    timeline = timeline.slice(-50);
-    drawTimeline();
+    const mark = header.take + header.prompt;
+    if (from.lastMark === mark) return;
+    from.lastMark = mark;
+    from.timeline = [...from.timeline, { at: header.frame / from.fps, prompt: header.prompt }].slice(-50);
+    if (from === player) drawTimeline();
   },
   error: say,
   closed(from, sentence) {
     players = players.filter((other) => other !== from);
     if (sentence) say(from === player ? sentence + " — Restart begins a new film." : sentence);
-    if (from === player && players.length) player = players[0];
+    if (from === player && players.length) choosePlayer(players[0]);
+    outline();
+  },
+  chosen(from) {
+    if (from !== player && !from.closed) choosePlayer(from);
   },
 };
+
+// Of films beside each other, steer the one that is clicked.
+function choosePlayer(next) {
+  player = next;
+  if (next.header) prompt = confirmed = next.header.prompt;
+  $("prompt").value = prompt;
+  $("pause").textContent = player.paused ? "Go on" : "Pause";
+  mark();
+  outline();
+  drawTimeline();
+}
+
+function outline() {
+  $("films").classList.toggle("several", players.length > 1);
+  for (const each of players) each.element.classList.toggle("steered", each === player);
+}
 
 const EVENTS = {
   queued: (_, m) => say(`All places are taken; yours is number ${m.position} in the queue.`, true),
   started(from, m) {
     say("");
+    from.timeline = [];
+    from.lastMark = "";
     if (from !== player) return;
     prompt = confirmed = m.prompt;
     $("prompt").value = prompt;
     $("seed").value = m.seed;
-    timeline = [];
-    lastMark = "";
     $("pause").textContent = "Pause";
     mark();
   },
   changed(from, m) {
-    if (from === player) confirmed = m.prompt;
+    if (from === player) {
+      confirmed = m.prompt;
+      if (m.id === from.connection.sent) prompt = m.prompt; // an earlier refusal may have reset it
+      mark();
+    }
     say("");
   },
   error(from, m) {
@@ -93,6 +115,7 @@ function newPlayer(closable) {
   const made = new Player(token, $("films"), report, closable);
   made.format = $("format").dataset.chosen;
   players.push(made);
+  setTimeout(outline);
   return made;
 }
 
@@ -136,7 +159,7 @@ function prepareDigits() {
   for (const word of colors()) {
     const made = button($("colors"), word, () => steer({ color: word }));
     made.dataset.word = word;
-    made.style.borderBottomColor = word;
+    made.style.borderBottomColor = word === "white" ? "light-dark(#b9bbbe, #fff)" : word;
   }
   for (const entry of COMPASS) {
     if (!entry) $("directions").append(document.createElement("span"));
@@ -159,7 +182,7 @@ function button(place, text, act) {
 }
 
 function steer(part) {
-  const match = CAPTION.exec(prompt) || [0, "red", "3", "left"];
+  const match = CAPTION.exec(prompt) || CAPTION.exec(confirmed) || [0, "red", "3", "left"];
   const now = { color: match[1], digit: match[2], direction: match[3], ...part };
   show(`a ${now.color} ${now.digit} moving ${now.direction}`);
 }
@@ -398,7 +421,7 @@ async function copyLink(script) {
 }
 
 function drawTimeline() {
-  $("timeline").replaceChildren(...timeline.map(({ at, prompt }) => {
+  $("timeline").replaceChildren(...player.timeline.map(({ at, prompt }) => {
     const part = document.createElement("span");
     part.textContent = `${clock(at)} ${prompt}`;
     return part;
@@ -409,11 +432,11 @@ function drawTimeline() {
 // ---- figures ----
 
 const FIGURES = [
-  ["generated", "Frames/s generated", (v) => v.toFixed(0)],
+  ["generated", "Frames/s made", (v) => v.toFixed(0)],
   ["shown", "Frames/s shown", (v) => v.toFixed(1)],
-  ["first", "Start to first frame", (v) => `${v.toFixed(2)} s`],
-  ["delay", "Key to first frame that knows", (v) => (v ? `${v.toFixed(2)} s` : "–")],
-  ["lead", "Film in hand when asking", (v) => `${v.toFixed(2)} s`],
+  ["first", "First frame", (v) => `${v.toFixed(2)} s`],
+  ["delay", "Key to its frame", (v) => (v ? `${v.toFixed(2)} s` : "–")],
+  ["lead", "Film in hand", (v) => `${v.toFixed(2)} s`],
   ["dropped", "Frames dropped", (v) => String(v)],
 ];
 for (const [name, label] of FIGURES) {

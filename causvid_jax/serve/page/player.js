@@ -6,7 +6,7 @@ import { Connection } from "./connection.js";
 const LEAST_LEAD = 0.12; // seconds of film left when the next block is asked for, at least
 
 export class Player {
-  // report: { hello, event(player, message), shown(player, prompt), error(sentence) }
+  // report: { hello, event(player, message), shown(player, prompt), error(sentence), chosen(player) }
   constructor(token, place, report, closable) {
     this.report = report;
     this.element = document.createElement("div");
@@ -22,9 +22,10 @@ export class Player {
       const close = document.createElement("button");
       close.className = "close";
       close.textContent = "Close";
-      close.onclick = () => this.close();
+      close.onclick = (event) => { event.stopPropagation(); this.close(); };
       this.element.append(close);
     }
+    this.element.addEventListener("click", () => report.chosen(this));
     place.append(this.element);
     this.context = this.canvas.getContext("2d", { willReadFrequently: true });
     this.connection = new Connection(token, {
@@ -41,6 +42,7 @@ export class Player {
     this.keys = new Map(); // id of a change to when its key was pressed
     this.numbers = { generated: 0, shown: 0, first: 0, delay: 0, dropped: 0, lead: 0 };
     this.marks = [];
+    this.timeline = [];
     this.tick = this.tick.bind(this);
     requestAnimationFrame(this.tick);
   }
