@@ -270,10 +270,10 @@ MODELS: tuple[PublishedModel, ...] = (
         {
             "causal": {"frames_per_block": 8, "window": 24, "sink": 8},
             "diffusion": {"shift": 5.0, "warp": False, "denoising_timesteps": (1000.0, 946.0, 854.0, 681.0)},
+            "video": {"frames": 125},
         },
         "published configs and a reader's list of files, bytes and settings",
-        "the transformer is read; the VAE of Wan2.2 and sinks of several shots are not implemented",
-        readable=False,
+        "the weights were not at hand; sinks and rotary offsets of several shots are not implemented",
     ),
     PublishedModel(
         "rolling_forcing",
@@ -352,10 +352,13 @@ MODELS: tuple[PublishedModel, ...] = (
         (("diffusion_pytorch_model-00001-of-00003.safetensors", None), ("Wan2.2_VAE.pth", 2_818_839_170)),
         "Apache-2.0",
         "2503.20314",
-        {"diffusion": {"shift": 5.0, "num_inference_steps": 50, "solver": "unipc", "guidance_scale": 5.0}},
+        {
+            "diffusion": {"shift": 5.0, "num_inference_steps": 50, "solver": "unipc", "guidance_scale": 5.0},
+            "causal": {"frames_per_block": 1},
+            "video": {"frames": 121},
+        },
         _WAN_CODE,
-        "the transformer is read; its VAE of 48 channels is not implemented",
-        readable=False,
+        "the weights were not at hand; the teacher starts from text only, not from a picture",
     ),
 )
 

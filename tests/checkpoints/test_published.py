@@ -37,6 +37,9 @@ def tiny_recipe(name):
     values["video"] |= {"height": 32, "width": 32}
     values["text"] = {"kind": "words", "vocabulary": tuple("abcdefg"), "length": 3, "dim": 10}
     values["vae"] = {"base_dim": 4, "dim_mult": (1, 1, 1, 1), "num_res_blocks": 1, "z_dim": 4}
+    if published.get(name).network == "5b":
+        values["video"] |= {"height": 64, "width": 64}
+        values["vae"] |= {"decoder_base_dim": 4, "patch_size": 2, "is_residual": True}
     for role in ("teacher", "student"):
         values[role] |= NETWORK
     return from_config_dict(values)
@@ -72,6 +75,8 @@ def test_settings_are_those_of_the_publications():
     causal = recipe["sgf_frame"].causal
     assert (causal.frames_per_block, causal.sink + causal.window, causal.positions) == (1, 4 + 16 + 1, "relative")
     assert (recipe["krea_14b"].causal.window, recipe["krea_14b"].student.num_layers) == (6, 40)
+    assert recipe["wan22_ti2v_5b"].latent_shape == (31, 44, 80, 48)
+    assert recipe["longlive2_5b"].causal.block_sizes(32) == (8, 8, 8, 8)
 
 
 def published_layout(state, layout):
@@ -94,6 +99,7 @@ LAYOUTS = {
     "causal_rcm_c1_2step": "rcm",
     "sgf_chunk": "generator_ema.model.",
     "krea_14b": "model.",
+    "longlive2_5b": "generator.model.",
 }
 
 
