@@ -7,7 +7,8 @@
 ``configs/digits.py:two`` has two digits in every clip, of two colours, in front of each other as they meet. Its frames
 are twice as wide: on 32 x 32 pixels two digits of 16 would be in each other's way all the time, on 32 x 64 half of it.
 
-``configs/digits.py:quick`` goes the whole road in under half an hour of two cores, with lower figures.
+``configs/digits.py:quick`` goes the whole road in about half an hour of two idle cores (estimated from the times of
+its steps), with lower figures.
 """
 
 import ml_collections
@@ -34,7 +35,7 @@ def in_turns(rounds: int, *stretches: tuple[int, int, int]) -> tuple[tuple[int, 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """Return the recipe as an ``ml_collections.ConfigDict``.
 
-    ``two``: clips of two digits. ``quick``: the whole road in under half an hour, with lower figures.
+    ``two``: clips of two digits. ``quick``: the whole road in fewer steps, with lower figures.
     """
     changes = {"": lambda config: None, "two": two_digits, "quick": quick}
     if variant not in changes:
