@@ -18,6 +18,7 @@ from typing import Any
 from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, option
 from causvid_jax.config import ConfigError, Recipe, require
+from causvid_jax.config.fields import BatchSize, Many
 from causvid_jax.config.files import reason, write_text
 from causvid_jax.config.recipes import load_recipe
 
@@ -28,8 +29,8 @@ class Options:
 
     config: Recipe = config_option()
     output: str | None = option(None, "The report to write, a .json file; .md goes beside it.")
-    repeats: int = option(20, "Timed calls of each program.")
-    streams: int = option(1, "Videos side by side.")
+    repeats: Many = option(20, "Timed calls of each program.")
+    streams: BatchSize = option(1, "Videos side by side.")
     codecs: str = option("wan,taehv", "Decoders to measure, of wan and taehv.")
     checkpoint: str | None = option(None, "Measure these weights: a folder or a file; none: random ones.")
     student: str | None = option(None, "The student's file, also a published one; it goes before --checkpoint.")

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, option
 from causvid_jax.config import Recipe, require
+from causvid_jax.config.fields import BatchSize
 from causvid_jax.config.files import write_text
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Options:
     quick: bool = option(False, "Have the compiler make the least effort.")
     output: str | None = option(None, "Write the report as JSON to this file, too; with --platform the program.")
     platform: str | None = option(None, "Write the stream's program for cpu, cuda or tpu to --output.")
-    batch: int = option(1, "With --platform: videos at once.")
+    batch: BatchSize = option(1, "With --platform: videos at once.")
     exact: bool = option(False, "With --platform: round as the published code does.")
     checkpoint: str | None = option(
         None, "With --platform: the folder whose VAE has the latent statistics, if the recipe does not."

@@ -20,9 +20,11 @@ directory.
 
 import dataclasses
 import pathlib
+from typing import Annotated
 
 from causvid_jax.cli.options import option
 from causvid_jax.config import require
+from causvid_jax.config.fields import Bounds
 
 STAGES = ("teacher", "init", "distill")
 
@@ -41,7 +43,7 @@ class Options:
     lora_layers: str | None = option(None, "Only these layers change, for example 0-9,20.")
     skip_foreign: bool = option(False, "Leave out LoRA targets that the transformer does not have.")
     dtype: str | None = option(None, "float32, float16 or bfloat16; default: as stored.")
-    num_heads: int = option(0, "Of a transformer whose heads are not 128 wide.")
+    num_heads: Annotated[int, Bounds(least=0, most=2**22)] = option(0, "Of a transformer whose heads are not 128 wide.")
     dry_run: bool = option(False, "Check and say what would be done, write nothing.")
 
     def __post_init__(self) -> None:

@@ -10,11 +10,12 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from causvid_jax.cli import common
 from causvid_jax.cli.options import option
 from causvid_jax.config import Recipe, require
+from causvid_jax.config.fields import Bounds
 from causvid_jax.config.files import atomic
 from causvid_jax.config.recipes import CONFIG_HELP
 
@@ -34,12 +35,11 @@ class Options:
     output: str = option("demo", "Directory for the videos and the picture.")
     workdir: str | None = option(None, "Weights of your own training instead of those of the package.")
     prompt: tuple[str, ...] = option((), "Prompts to compare on; the stream starts with the first, then the second.")
-    seconds: float = option(20.0, "Length of the stream in seconds of video.")
+    seconds: Annotated[float, Bounds(above=0, most=86400)] = option(20.0, "Length of the stream in seconds of video.")
     seed: int = option(0, "Seed of the noise.")
     upscale: int = option(4, "Size of a pixel in the files.")
 
     def __post_init__(self) -> None:
-        require(0 < self.seconds <= 86400, f"--seconds is {self.seconds:g}; accepted: above 0, up to 86400")
         largest = 8192 // max(self.config.video.height, self.config.video.width)
         require(1 <= self.upscale <= largest, f"--upscale is {self.upscale}; accepted: 1 to {largest}")
         require(0 <= self.seed < 2**31, f"--seed is {self.seed}; accepted: 0 to {2**31 - 1}")

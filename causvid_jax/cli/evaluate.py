@@ -6,11 +6,12 @@ instead, on handwriting that neither the generators nor the real test clips show
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, option
 from causvid_jax.config import Recipe, require
+from causvid_jax.config.fields import BatchSize, Bounds, Few, Many, ManyOrZero, Seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,16 +26,18 @@ class Options:
     student_only: bool = option(False, "Leave the teacher out, and all that is measured against it.")
     train_judge: bool = option(False, "Train the classifier and write it to --judge.")
     judge: str | None = option(None, "The classifier's weights; default: those of the package.")
-    samples: int = option(64, "Clips per row.")
-    long_samples: int = option(0, "Streams of many times the trained length; 0: as --samples.")
-    switch_samples: int = option(0, "Streams with a prompt switch; 0: as --samples.")
-    reference: int = option(256, "Real clips that Frechet distances are measured to.")
-    batch: int = option(16, "Clips sampled at once.")
-    long_factor: int = option(10, "Length of the long streams, in trained lengths.")
-    longest_factor: int = option(0, "Length of a further row of streams, 100 for example; 0: no such row.")
-    longest_samples: int = option(16, "Streams of that row.")
-    repeats: int = option(3, "Timed runs of each sampler.")
-    seed: int = option(0, "Of prompts, real clips and noise.")
+    samples: Many = option(64, "Clips per row.")
+    long_samples: ManyOrZero = option(0, "Streams of many times the trained length; 0: as --samples.")
+    switch_samples: ManyOrZero = option(0, "Streams with a prompt switch; 0: as --samples.")
+    reference: Many = option(256, "Real clips that Frechet distances are measured to.")
+    batch: BatchSize = option(16, "Clips sampled at once.")
+    long_factor: Few = option(10, "Length of the long streams, in trained lengths.")
+    longest_factor: Annotated[int, Bounds(least=0, most=10000)] = option(
+        0, "Length of a further row of streams, 100 for example; 0: no such row."
+    )
+    longest_samples: Many = option(16, "Streams of that row.")
+    repeats: Few = option(3, "Timed runs of each sampler.")
+    seed: Seed = option(0, "Of prompts, real clips and noise.")
     captions: Literal["test", "validation"] = option(
         "test", "The split of the prompts: choose settings on validation (data.validation_fraction), report on test."
     )

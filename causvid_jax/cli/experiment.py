@@ -13,6 +13,7 @@ import pathlib
 from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, option
 from causvid_jax.config import Recipe, require
+from causvid_jax.config.fields import Few, Many
 from causvid_jax.config.files import atomic, write_text
 
 
@@ -25,8 +26,8 @@ class Options:
     base: str | None = option(None, "The finished road that every row starts from.")
     workdir: str | None = option(None, "Where the rows are trained.")
     output: str | None = option(None, "The result, a .json file; .md and .png go beside it.")
-    seeds: int = option(3, "Trainings of every row.")
-    samples: int = option(64, "Held-out clips of every training.")
+    seeds: Few = option(3, "Trainings of every row.")
+    samples: Many = option(64, "Held-out clips of every training.")
 
     def __post_init__(self) -> None:
         require(self.base, "no --base is given; it must be the working directory of a finished causvid road")

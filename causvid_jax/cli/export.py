@@ -10,6 +10,7 @@ import pathlib
 from causvid_jax.cli import common
 from causvid_jax.cli.options import option
 from causvid_jax.config import require
+from causvid_jax.config.fields import CountOrZero
 
 STAGES = ("vae", "taehv", "teacher", "causal", "init", "distill")
 
@@ -20,7 +21,7 @@ class Options:
 
     workdir: str | None = option(None, "The directory of a training.")
     stage: str = option("", f"Whose checkpoint: {', '.join(STAGES)}.")
-    step: int | None = option(None, "Of which step; the newest by default.")
+    step: CountOrZero | None = option(None, "Of which step; the newest by default.")
     output: str | None = option(None, "The file to write, .safetensors.")
 
     def __post_init__(self) -> None:

@@ -1,7 +1,8 @@
 """Parse a command line into a dataclass whose fields are the flags. Imports no JAX.
 
 ``--name=value`` or ``--name value`` sets a field; ``--name`` and ``--noname`` set a bool; a tuple field may be given
-several times. A field ``config`` is a recipe: ``--config=digits`` names it and ``--config.group.field=value`` sets its
+several times. Bounds of a number are in its annotation, as in the config: ``Annotated[int, Bounds(least=1, most=9)]``.
+A field ``config`` is a recipe: ``--config=digits`` names it and ``--config.group.field=value`` sets its
 fields.
 """
 
@@ -12,9 +13,10 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from causvid_jax.config import ConfigError, Recipe, require
+from causvid_jax.config.fields import convert
 from causvid_jax.config.recipes import CONFIG_HELP, load_recipe, names, option
 
 __all__ = ["option", "config_option", "parse", "help_text"]
@@ -33,7 +35,7 @@ def parse(cls: type[T], arguments: Sequence[str]) -> T:
     Raises:
         ConfigError: an unknown flag, a value of another type, no recipe, or what ``cls`` itself refuses.
     """
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     fields = {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     config, overrides = None, {}
@@ -91,6 +93,8 @@ def _convert(name: str, text: str, hint: Any) -> Any:
     """Return ``text`` as the type of a field."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    if typing.get_origin(hint) is Annotated:
+        return convert(_convert(name, text, typing.get_args(hint)[0]), hint, f"--{name}")
     if typing.get_origin(hint) is tuple:
         return (_convert(name, text, typing.get_args(hint)[0]),)
     if typing.get_origin(hint) is typing.Literal:

@@ -21,6 +21,7 @@ import dataclasses
 from causvid_jax.cli import common, processes
 from causvid_jax.cli.options import config_option, option
 from causvid_jax.config import Recipe, require
+from causvid_jax.config.fields import BatchSize, Count, CountOrZero, Few, Many, ManyOrZero
 
 STAGES = ("data", "latents", "videos", "prompts", "trajectories", "streams", "assets")
 
@@ -32,17 +33,17 @@ class Options(processes.Processes):
     config: Recipe = config_option()
     stage: str = option("", f"What to make: {', '.join(STAGES)}.")
     workdir: str | None = option(None, "Where the recipe keeps its data, weights and logs.")
-    count: int = option(0, "How many examples to make; 0: the number that the recipe names.")
+    count: CountOrZero = option(0, "How many examples to make; 0: the number that the recipe names.")
     videos: str | None = option(None, "data, videos: the folder of your videos.")
     captions: str | None = option(None, "data, videos: csv, tsv, json or jsonl; none: a.txt by a.mp4.")
     prompts: str | None = option(None, "prompts, trajectories: the list; none: the recipe's data.prompt_file.")
     name: str = option("latents", "videos: the dataset's folder under WORKDIR/data.")
-    clips_per_video: int = option(0, "data, videos: the most that a video gives; 0: all.")
-    shard_videos: int = option(64, "data, videos: videos per shard, which a crash can cost.")
-    batch: int = option(1, "videos: clips per device and call of the VAE.")
-    workers: int = option(2, "data, videos: videos decoded at a time.")
-    host_index: int | None = option(None, "This machine's number from 0; none: JAX's process index.")
-    host_count: int | None = option(None, "How many machines share the stage; none: JAX's process count.")
+    clips_per_video: CountOrZero = option(0, "data, videos: the most that a video gives; 0: all.")
+    shard_videos: Count = option(64, "data, videos: videos per shard, which a crash can cost.")
+    batch: BatchSize = option(1, "videos: clips per device and call of the VAE.")
+    workers: Few = option(2, "data, videos: videos decoded at a time.")
+    host_index: ManyOrZero | None = option(None, "This machine's number from 0; none: JAX's process index.")
+    host_count: Many | None = option(None, "How many machines share the stage; none: JAX's process count.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,10 +8,10 @@ import dataclasses
 import importlib.metadata
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 from causvid_jax.cli.options import option
-from causvid_jax.config import require
+from causvid_jax.config.fields import Bounds, ManyOrZero, check_bounds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,12 +19,14 @@ class Processes:
     """Base of the options of programs that run on many hosts."""
 
     coordinator: str = option("", "HOST:PORT of process 0, if the processes cannot find each other.")
-    processes: int = option(0, "How many processes there are, with --coordinator.")
-    process: int = option(-1, "The number of this one, from 0, with --coordinator.")
-    wait: float = option(50.0, "Seconds to wait for the other processes.")
+    processes: ManyOrZero = option(0, "How many processes there are, with --coordinator.")
+    process: Annotated[int, Bounds(least=-1, most=10**6)] = option(
+        -1, "The number of this one, from 0, with --coordinator."
+    )
+    wait: Annotated[float, Bounds(above=0, most=10**6)] = option(50.0, "Seconds to wait for the other processes.")
 
     def __post_init__(self) -> None:
-        require(0 < self.wait <= 1e6, f"--wait is {self.wait:g} seconds; accepted: above 0, up to 1000000")
+        check_bounds(self, "--")
 
 
 @contextlib.contextmanager

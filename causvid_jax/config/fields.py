@@ -56,6 +56,11 @@ LARGE = 10**9
 
 Count = Annotated[int, Bounds(least=1, most=LARGE)]
 CountOrZero = Annotated[int, Bounds(least=0, most=LARGE)]
+Few = Annotated[int, Bounds(least=1, most=1000)]
+Many = Annotated[int, Bounds(least=1, most=10**6)]
+ManyOrZero = Annotated[int, Bounds(least=0, most=10**6)]
+BatchSize = Annotated[int, Bounds(least=1, most=4096)]
+Seed = Annotated[int, Bounds(least=0, most=2**31 - 1)]
 Size = Annotated[int, Bounds(least=1, most=2**22)]
 Positive = Annotated[float, Bounds(above=0)]
 NotNegative = Annotated[float, Bounds(least=0)]
@@ -78,6 +83,17 @@ class Config:
             checked = convert(value, hint, join(self.label, name))
             if checked is not value:
                 object.__setattr__(self, name, checked)
+
+
+def check_bounds(options: Any, prefix: str = "") -> None:
+    """Refuse a field of the dataclass ``options`` out of the bounds of its annotation.
+
+    Raises:
+        ConfigError: the message names the field as ``prefix`` and its name.
+    """
+    for name, hint in field_types(type(options)).items():
+        if typing.get_origin(hint) is Annotated:
+            convert(getattr(options, name), hint, prefix + name)
 
 
 def join(path: str, name: str) -> str:

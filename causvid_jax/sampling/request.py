@@ -3,9 +3,10 @@
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from causvid_jax.config import ConfigError, Recipe, published, require
+from causvid_jax.config.fields import Bounds
 from causvid_jax.config.recipes import CONFIG_HELP, option
 from causvid_jax.sampling import blocks
 
@@ -32,7 +33,9 @@ class SampleRequest:
     output: str = option("out.mp4", "The file to write, .mp4 or .gif; several videos are numbered.")
     image: str | None = option(None, "Start from this picture.")
     video: str | None = option(None, "Follow this video.")
-    strength: float | None = option(None, "With --video: how far from it, up to 1 (free). Default: 0.5.")
+    strength: Annotated[float, Bounds(least=0, most=1)] | None = option(
+        None, "With --video: how far from it, up to 1 (free). Default: 0.5."
+    )
     switch: tuple[str, ...] = option((), "FRAME:PROMPT, another prompt from the block with that frame on.")
     teacher: bool = option(False, "Sample a clip by the many-step teacher instead of a stream by the student.")
     checkpoint: str | None = option(
