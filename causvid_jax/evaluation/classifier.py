@@ -9,6 +9,7 @@ is then read as if it were alone.
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -177,12 +178,23 @@ def read_colors(video: np.ndarray, colors: tuple[str, ...]) -> tuple[str, ...]:
       colors: names in ``digits.COLORS``.
     """
     frames = video[:, color_separation.spread(video.shape[1])].astype(np.float32)
-    value = frames.max(axis=-1, keepdims=True)  # [B, t, H, W, 1]
-    bright = value >= np.maximum(0.5 * value.max(axis=(2, 3), keepdims=True), 1.0)
-    mean = (frames * bright).sum(axis=(1, 2, 3)) / np.maximum(bright.sum(axis=(1, 2, 3)), 1)  # [B, 3]
+    return tuple(colors[i] for i in nearest_colors(frames, colors, axis=(-4, -3, -2)))
+
+
+def nearest_colors(frames: np.ndarray, colors: Sequence[str], axis: tuple[int, ...]) -> np.ndarray:
+    """Return the index into ``colors`` at the smallest angle to the mean bright pixel, the mean taken over ``axis``.
+
+    Args:
+      frames: float ``[..., H, W, 3]``. Bright is at least half of the frame's brightest value.
+      colors: names in ``digits.COLORS``.
+      axis: ``(-3, -2)`` reads every frame, ``(-4, -3, -2)`` every clip ``[..., T, H, W, 3]``.
+    """
+    value = frames.max(axis=-1, keepdims=True)
+    bright = value >= np.maximum(0.5 * value.max(axis=(-3, -2), keepdims=True), 1.0)
+    mean = (frames * bright).sum(axis=axis) / np.maximum(bright.sum(axis=axis), 1)
     palette = np.array([digits.COLORS[name] for name in colors], np.float32)
     palette /= np.linalg.norm(palette, axis=-1, keepdims=True)
-    return tuple(colors[i] for i in np.argmax(mean @ palette.T, axis=-1))
+    return np.argmax(mean @ palette.T, axis=-1)
 
 
 def _peak(surface: np.ndarray) -> np.ndarray:

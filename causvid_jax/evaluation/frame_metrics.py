@@ -39,16 +39,11 @@ def read_frames(judge: classifier.Judge, video: np.ndarray) -> FrameReading:
     """Read every frame of uint8 clips ``[B, T, H, W, 3]``."""
     edge = [video[:, :, [0, -1]].max(axis=(2, 3, 4)), video[:, :, :, [0, -1]].max(axis=(2, 3, 4))]
     log_probs, colors = [], []
-    palette = np.array([digits.COLORS[name] for name in judge.colors], np.float32)
-    palette /= np.linalg.norm(palette, axis=-1, keepdims=True)
     for clip in video:  # one clip at a time: a long stream has thousands of frames
         frames = clip.astype(np.float32)
         logits = classifier.frame_logits(judge, frames / 255.0)
         log_probs.append(np.asarray(jax.nn.log_softmax(logits)))
-        value = frames.max(axis=-1, keepdims=True)
-        bright = value >= np.maximum(0.5 * value.max(axis=(1, 2), keepdims=True), 1.0)
-        mean = (frames * bright).sum(axis=(1, 2)) / np.maximum(bright.sum(axis=(1, 2)), 1)
-        colors.append(np.argmax(mean @ palette.T, axis=-1))
+        colors.append(classifier.nearest_colors(frames, judge.colors, axis=(-3, -2)))
     return FrameReading(np.stack(log_probs), np.stack(colors), np.maximum(*edge) < EDGE_INK)
 
 
@@ -91,10 +86,14 @@ def identity_kept(reading: FrameReading) -> np.ndarray:
     return np.array(kept)
 
 
-def psnr_by_frame(video: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Return the PSNR in dB of every frame index ``[T]`` over all clips, uint8 ``[B, T, H, W, 3]``."""
-    error = np.mean((video.astype(np.float32) - reference.astype(np.float32)) ** 2, axis=(0, 2, 3, 4))
-    return 10 * np.log10(255.0**2 / np.maximum(error, 1e-6))
+def error_by_frame(video: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return the mean square error of every frame index ``[T]`` over all clips ``[B, T, H, W, 3]``."""
+    return np.mean((video.astype(np.float32) - reference.astype(np.float32)) ** 2, axis=(0, 2, 3, 4))
+
+
+def psnr(error: np.ndarray, span: float = 255.0) -> np.ndarray:
+    """Return the PSNR in dB of mean square errors, ``10 log10(span^2 / error)``; ``span`` is the range of values."""
+    return 10 * np.log10(span**2 / np.maximum(error, 1e-12 * span**2))
 
 
 def interval(values: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> dict[str, float]:

@@ -269,7 +269,7 @@ def frames_report(
         video = videos[row.name]
         result[row.name] = frame_metrics.frame_scores(judge, video, row.captions, recipe.data, first_block)
         if row.name in ("vae", "taehv"):
-            psnr = frame_metrics.psnr_by_frame(video, videos["real"])
+            psnr = frame_metrics.psnr(frame_metrics.error_by_frame(video, videos["real"]))
             result[row.name]["psnr"] = {"mean": float(psnr.mean()), "first": float(psnr[0]), "worst": float(psnr.min())}
     sharp = result["real"]["sharpness"]["mean"]
     for scores in result.values():

@@ -15,6 +15,7 @@ from causvid_jax.checkpoints import workdir as paths
 from causvid_jax.config import Recipe, TAEHVConfig, VAEConfig
 from causvid_jax.data import pipeline, sources
 from causvid_jax.distributed import collectives
+from causvid_jax.evaluation import frame_metrics
 from causvid_jax.media import to_uint8
 from causvid_jax.models import taehv, vae
 from causvid_jax.sharding import placement as sharding
@@ -273,7 +274,7 @@ def sample(run: Run, recipe: Recipe, clips: Any, reconstruct: Callable[[Any], ja
     output = np.asarray(reconstruct(batch["video"]))
     path = run.folder / "samples" / f"{run.step:06d}.mp4"
     samples.show(to_uint8(np.concatenate([batch["video"], output], axis=3)), path, recipe)
-    error = np.mean((output - batch["video"]) ** 2, axis=(0, 2, 3, 4))  # by frame index
+    error = frame_metrics.error_by_frame(output, batch["video"])
     errors = {"psnr": np.mean(error), "psnr_first": error[0], "psnr_worst": np.max(error)}
-    psnr = {name: float(-10 * np.log10(value / 4)) for name, value in errors.items()}
+    psnr = {name: float(frame_metrics.psnr(value, span=2.0)) for name, value in errors.items()}
     return psnr | samples.scores(run, to_uint8(output), list(batch["caption"]), recipe)

@@ -2,15 +2,13 @@
 
 import hashlib
 import importlib.metadata
-import os
 import pathlib
 import platform
 import subprocess
 from typing import Any
 
-import jax
-
 from causvid_jax.data import arrays
+from causvid_jax.evaluation import report
 
 KEY = "provenance"
 """Name in the metadata of a weights file and in a checkpoint; the value is JSON."""
@@ -37,10 +35,10 @@ def code() -> str:
 
 def machine() -> str:
     """Return devices, cores and versions: "1 x cpu, 2 cores, x86_64, Python 3.11.7, JAX 0.10.2"."""
-    devices = jax.devices()
+    about = report.machine()
     return (
-        f"{len(devices)} x {devices[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}, "
-        f"Python {platform.python_version()}, JAX {jax.__version__}"
+        f"{about['devices']}, {about['cpu_cores']} cores, {platform.machine()}, "
+        f"Python {about['python']}, JAX {about['jax']}"
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 from causvid_jax.checkpoints import workdir as paths
 from causvid_jax.config import ConfigError, Recipe
-from causvid_jax.config.files import atomic
+from causvid_jax.config.files import write_text
 from causvid_jax.data import arrays, prepare, sources
 from causvid_jax.evaluation import measure, report
 from causvid_jax.training import provenance, stages
@@ -110,7 +110,8 @@ def travel(recipe: Recipe, workdir: pathlib.Path, road: list[Leg], say: Say = pr
         finally:
             # An interrupted leg adds to its time when it continues.
             seconds[leg.name] = round(seconds.get(leg.name, 0.0) + time.monotonic() - begin, 1)
-            _write(workdir / RECORD, {"recipe": recipe.name, **provenance.origin(workdir), "seconds": seconds})
+            record = {"recipe": recipe.name, **provenance.origin(workdir), "seconds": seconds}
+            write_text(workdir / RECORD, json.dumps(record, indent=1) + "\n")
     say(f"All weights of {recipe.name} are in {workdir}{_took(sum(seconds.values()))}.")
 
 
@@ -151,8 +152,3 @@ def _read(path: pathlib.Path) -> dict:
         if isinstance(content, dict):
             return content
     return {}
-
-
-def _write(path: pathlib.Path, record: dict) -> None:
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -77,7 +77,9 @@ def test_psnr_by_frame():
     reference = np.zeros((2, 3, 4, 4, 3), np.uint8)
     video = reference.copy()
     video[:, 1] = 51
-    np.testing.assert_allclose(frame_metrics.psnr_by_frame(video, reference)[1], 20 * np.log10(5), rtol=1e-6)
+    np.testing.assert_allclose(
+        frame_metrics.psnr(frame_metrics.error_by_frame(video, reference))[1], 20 * np.log10(5), rtol=1e-6
+    )
 
 
 def test_an_interval_is_that_of_the_normal_approximation_and_ignores_missing_clips():
