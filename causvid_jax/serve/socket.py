@@ -54,7 +54,7 @@ class Connection:
             done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in pending:
                 task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)  # both may have failed
             for task in done:
                 task.result()
         except Refused as refusal:
