@@ -13,6 +13,7 @@ from typing import Literal
 from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, option
 from causvid_jax.config import Recipe, published, require
+from causvid_jax.config.fields import BatchSize, Many, Seed
 
 Stage = Literal["all", "sample", "score", "totals", "drift"]
 
@@ -30,11 +31,11 @@ class Options:
     student: str | None = option(None, "The student's weights; before --checkpoint.")
     vae: str | None = option(None, "The VAE's weights; before --checkpoint.")
     taehv: str | None = option(None, "The tiny decoder's weights; before --checkpoint.")
-    samples: int = option(5, "Clips of a prompt.")
-    flicker_samples: int = option(25, "Clips of a prompt of temporal flickering.")
-    frames: int = option(81, "Frames of a clip.")
-    seed: int = option(0, "Seed of the first clip of every prompt; the next ones follow.")
-    batch: int = option(1, "Clips sampled at once.")
+    samples: Many = option(5, "Clips of a prompt.")
+    flicker_samples: Many = option(25, "Clips of a prompt of temporal flickering.")
+    frames: Many = option(81, "Frames of a clip.")
+    seed: Seed = option(0, "Seed of the first clip of every prompt; the next ones follow.")
+    batch: BatchSize = option(1, "Clips sampled at once.")
     shard: str = option("0/1", "I/N: sample the clips I, I + N, I + 2 N, ...")
     long: str | None = option(None, "A checkout of VBench: score by VBench-Long.")
     results: tuple[str, ...] = option((), "Result files for --stage=totals; default: those of --output.")
@@ -42,10 +43,6 @@ class Options:
 
     def __post_init__(self) -> None:
         require(self.output, "no --output is given; it must be a folder for clips and results")
-        for name in ("samples", "flicker_samples", "frames", "batch"):
-            value = getattr(self, name)
-            require(1 <= value <= 10**6, f"--{name} is {value}; accepted: 1 to 1000000")
-        require(0 <= self.seed < 2**31, f"--seed is {self.seed}; accepted: 0 to {2**31 - 1}")
         require(self.stage != "drift" or self.videos, "no --videos is given; --stage=drift measures videos")
 
     @staticmethod
