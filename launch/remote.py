@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-STAGES = ("vae", "taehv", "teacher", "causal", "init", "distill")
+STAGES = ("vae", "taehv", "teacher", "causal", "init", "consistency", "distill")
 Command = list[str]
 
 

@@ -81,11 +81,11 @@ MUTANTS = [
     Mutant("distill/rollout.py", "len(timesteps) + include_clean)", "len(timesteps))", ROLLOUT),
     Mutant("distill/rollout.py", "x0_cotangent), reverse=True)", "x0_cotangent), reverse=False)", ROLLOUT),
     Mutant("distill/rollout.py", "cache = kv_cache.undo(cache, replaced, shape[1], rollout.causal)", "cache = cache", ROLLOUT),
-    Mutant("distill/rollout.py", "block_key = jax.random.fold_in(key, index)", "block_key = key", ROLLOUT),
+    Mutant("distill/rollout.py", "block_key = jax.random.fold_in(key, inputs.number)", "block_key = key", ROLLOUT),
     Mutant("distill/rollout.py", "rollout.causal.context_noise, jnp.float32)", "0.0, jnp.float32)", ROLLOUT),
     Mutant("distill/rollout.py", "if rollout.causal.context_pass:", "if not rollout.causal.context_pass:", ROLLOUT),
     Mutant("distill/rollout.py", "flow.add_noise(x0, noise(step + 1)", "flow.add_noise(x0, noise(step)", ROLLOUT),
-    Mutant("distill/rollout.py", "jax.random.randint(exit_key, (), 0, steps)", "jax.random.randint(exit_key, (), 0, steps - 1)", ROLLOUT),
+    Mutant("distill/exit_steps.py", "shared = jax.random.randint(key, (), 0, steps)", "shared = jax.random.randint(key, (), 0, steps - 1)", ROLLOUT),
     # Cache and rotary positions
     Mutant("models/kv_cache.py", "(index - causal.sink) % causal.window", "index % causal.window", TRANSFORMER),
     Mutant("models/kv_cache.py", "frame >= end - causal.window", "frame > end - causal.window", TRANSFORMER),
@@ -98,8 +98,8 @@ MUTANTS = [
     # Transformer
     Mutant("models/transformer_layer.py", "x = precision.add(x, out, config, gate_sa)", "x = precision.add(x, out, config, gate_ffn)", TRANSFORMER),
     Mutant("models/transformer_layer.py", "shift_ffn, scale_ffn, config)", "scale_ffn, shift_ffn, config)", TRANSFORMER),
-    Mutant("models/transformer.py", "jnp.full_like(timestep, clean_timestep)", "jnp.zeros_like(timestep)", TRANSFORMER),
-    Mutant("models/transformer.py", "positions = jnp.concatenate([positions, positions])", "positions = jnp.arange(2 * frames)", TRANSFORMER),
+    Mutant("models/transformer.py", "jnp.full((timestep.shape[0], copies), clean_timestep,", "jnp.full((timestep.shape[0], copies), 0.0,", TRANSFORMER),
+    Mutant("models/transformer.py", "positions = jnp.concatenate([jnp.arange(copies), past + positions])", "positions = jnp.arange(copies + frames)", TRANSFORMER),
     Mutant("models/attention.py", "* q.shape[-1] ** -0.5\n    if mask is not None:", "* q.shape[-1] ** -1.0\n    if mask is not None:", TRANSFORMER),
     # Stream
     Mutant("sampling/stream.py", "write = [config.causal.context_noise]", "write = [0.0]", CONTEXT),
@@ -119,9 +119,9 @@ MUTANTS = [
     Mutant("training/update.py", "ema, 1.0 - decay)", "ema, decay)", WIRING),
     Mutant("training/update.py", "jax.tree.map(jnp.copy, params) if ema", "params if ema", WIRING),
     Mutant("training/update.py", "jax.random.fold_in(jax.random.key(config.seed), state.step)", "jax.random.key(config.seed)", WIRING),
-    Mutant("training/dmd.py", 'previous["exists"] & (jax.random', "(jax.random", UPDATE),
-    Mutant("training/dmd.py", "jnp.where(continued & ~switched,", "jnp.where(continued,", UPDATE),
-    Mutant("training/dmd.py", ".at[:, 0].set(~has_context)", ".at[:, 0].set(has_context)", WIRING),
+    Mutant("training/dmd_data.py", 'previous["exists"] & (jax.random', "(jax.random", UPDATE),
+    Mutant("training/dmd_data.py", "jnp.where(continued & ~switched,", "jnp.where(continued,", UPDATE),
+    Mutant("training/dmd.py", ".at[:, 0].set(begins)", ".at[:, 0].set(~begins)", WIRING),
     Mutant("training/dmd.py", "noisy if config.include_clean and config.mask_clean else None", "noisy if config.include_clean else None", WIRING),
     Mutant("training/checksums.py", "if have[name] != size:", "if False:", "tests/training/test_runs.py::test_a_file_of_another_size_is_named_with_both_sizes"),
     # Weights and data

@@ -136,7 +136,7 @@ def test_unknown_fields_and_wrong_types(groups, expected):
         (
             c.TransformerConfig,
             {"attention": "flash"},
-            "transformer.attention is 'flash'; accepted: 'auto', 'xla', 'cudnn', 'splash'",
+            "transformer.attention is 'flash'; accepted: 'auto', 'xla', 'cudnn', 'splash', 'blockwise'",
         ),
         (c.TransformerConfig, {"dtype": "int8"}, "transformer.dtype is 'int8'; accepted: 'float32', 'bfloat16'"),
         (
@@ -174,9 +174,9 @@ def test_unknown_fields_and_wrong_types(groups, expected):
         (
             c.DistillStageConfig,
             {"teacher": "big"},
-            "train_distill.teacher is 'big'; accepted: 'bidirectional', 'causal'",
+            "train_distill.teacher is 'big'; accepted: 'bidirectional', 'causal', 'chunk'",
         ),
-        (c.DistillStageConfig, {"init": "none"}, "train_distill.init is 'none'; accepted: 'ode', 'teacher'"),
+        (c.DistillStageConfig, {"init": "none"}, "train_distill.init is 'none'; accepted: 'ode', 'consistency'"),
         (
             c.DistillStageConfig,
             {"score_timestep_min": 990.0},

@@ -84,8 +84,12 @@ def _training_program(recipe: Recipe, stage: str, place: Placement) -> tuple[Any
     if stage == "distill":
         optimizers = dmd.make_optimizers(recipe.train_distill)
         student, critic, teacher = (
-            abstract_network(transformer.spec(net), place, net.rules)
-            for net in (recipe.student, recipe.fake_score, recipe.teacher)
+            abstract_network(spec, place, net.rules)
+            for net, spec in (
+                (recipe.student, transformer.spec(recipe.student)),
+                (recipe.fake_score, dmd.critic_spec(recipe)),
+                (recipe.teacher, transformer.spec(recipe.teacher)),
+            )
         )
         init = functools.partial(dmd.init_state, optimizers=optimizers)
         state = with_shardings(jax.eval_shape(init, student, critic), dmd.state_shardings(recipe, place, optimizers))

@@ -251,7 +251,9 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
     moments, host = _moments([(student, config.optimizer), (fake, config.critic_optimizer)], recipe)
     critic = local * (fake.saved(frames) + fake.working(frames))
     if self_rollout:
-        block = recipe.causal.frames_per_block
+        # Replay is one pass over the noisy frames and, with a context pass, their clean copies.
+        replayed = frames * (1 + recipe.causal.context_pass)
+        block = replayed if config.gradient == "replay" else recipe.causal.frames_per_block
         caches = local * student.cache() * CACHES
         generator = local * (student.saved(block) + student.working(block))
     else:

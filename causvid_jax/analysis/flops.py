@@ -128,7 +128,16 @@ def training_step(recipe: Recipe, stage: str) -> StepFlops:
         # The exit step is rematerialised whatever the network's own setting, and its layers once more by that.
         again = recomputed(student, one_pass, frames, n_student, causal_pairs)
         again += one_pass if config.rollout == "self" else 0.0
-        generator = StepFlops(clip + 2 * one_pass + 2 * full + fake, again)
+        back = 2 * one_pass
+        if config.rollout == "self" and config.gradient == "replay":
+            # The rollout, then a forward and a backward pass over the clean copies and the noisy frames.
+            clean = recipe.causal.context_pass
+            plan = attention.teacher_forcing(frames, recipe.causal) if clean else None
+            pairs = attention_pairs(plan) if plan else causal_pairs
+            replay = forward(student, 2 * frames if clean else frames, n_student, pairs)
+            back = 3 * replay
+            again = recomputed(student, replay, 2 * frames if clean else frames, n_student, pairs)
+        generator = StepFlops(clip + back + 2 * full + fake, again)
         parts = [
             (batch * config.critic_steps, StepFlops(clip + critic.model, critic.recomputed)),
             (batch, generator),

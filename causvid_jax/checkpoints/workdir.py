@@ -22,7 +22,7 @@ from causvid_jax.config import CLIPConfig, ConfigError, Recipe, TransformerConfi
 
 _LOG = logging.getLogger(__name__)
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
-STAGES = ("vae", "taehv", "teacher", "causal", "init", "distill")
+STAGES = ("vae", "taehv", "teacher", "causal", "init", "consistency", "distill")
 TOKENIZER = "text_encoder/tokenizer.json"
 """The text encoder's tokenizer in a working directory."""
 TOKENIZERS = ("text_encoder", "tokenizer", "google/umt5-xxl", ".")
@@ -31,7 +31,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_m
 
 # By component: folders that may hold it; of our working directories the last stage first.
 _FOLDERS = {
-    "transformer": ("transformer", "distill", "init", "teacher", "diffusion_models"),
+    "transformer": ("transformer", "distill", "consistency", "init", "teacher", "diffusion_models"),
     "vae": ("vae",),
     "text_encoder": ("text_encoder", "text_encoders"),
     "image_encoder": ("image_encoder", "clip_vision"),
@@ -185,7 +185,7 @@ def config_of(recipe: Recipe, stage: str) -> Config:
     """Return the sizes that ``recipe`` gives the network of ``stage``."""
     if stage in ("teacher", "causal"):
         return recipe.teacher
-    if stage in ("student", "init", "distill"):
+    if stage in ("student", "init", "consistency", "distill"):
         return recipe.student
     if stage == "vae":
         return recipe.vae
@@ -203,7 +203,7 @@ def open_stage(
 
     Args:
         recipe: gives the sizes.
-        stage: vae, taehv, teacher, causal, init, distill or text_encoder.
+        stage: vae, taehv, teacher, causal, init, consistency, distill or text_encoder.
         workdir: where to look (:func:`find`); a published folder serves too.
         path: a file or folder to open instead, of any known format.
         part: of a checkpoint with several.

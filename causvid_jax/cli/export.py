@@ -12,7 +12,7 @@ from causvid_jax.cli.options import option
 from causvid_jax.config import require
 from causvid_jax.config.fields import CountOrZero
 
-STAGES = ("vae", "taehv", "teacher", "causal", "init", "distill")
+STAGES = ("vae", "taehv", "teacher", "causal", "init", "consistency", "distill")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Train one stage: ``causvid train --config=digits --stage=STAGE --workdir=DIR``.
 
-Stages: vae, taehv, teacher, causal, init, distill. The same command continues a run that was stopped. Under
-``WORKDIR/STAGE`` are ``metrics.jsonl`` and ``tensorboard/``, ``samples/``, ``checkpoints/`` and, at the end,
+Stages: vae, taehv, teacher, causal, init, consistency, distill. The same command continues a run that was stopped.
+Under ``WORKDIR/STAGE`` are ``metrics.jsonl`` and ``tensorboard/``, ``samples/``, ``checkpoints/`` and, at the end,
 ``weights.safetensors``. Ctrl-C (status 130) and SIGTERM (status 0) save a checkpoint first; docs/training.md tells what
 happens to a run when something fails. On many hosts run the same command on each (docs/hosts.md).
 """
@@ -12,7 +12,7 @@ from causvid_jax.cli import common, processes
 from causvid_jax.cli.options import config_option, option
 from causvid_jax.config import Recipe, require
 
-STAGES = ("vae", "taehv", "teacher", "causal", "init", "distill")
+STAGES = ("vae", "taehv", "teacher", "causal", "init", "consistency", "distill")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,6 +37,7 @@ from causvid_jax.config.recipe import (
 )
 from causvid_jax.config.train import (
     CausalStageConfig,
+    ConsistencyStageConfig,
     DataConfig,
     DiffusionConfig,
     DistillStageConfig,
@@ -70,6 +71,7 @@ __all__ = [
     "TransformerConfig",
     "CausalConfig",
     "CausalStageConfig",
+    "ConsistencyStageConfig",
     "DataConfig",
     "DiffusionConfig",
     "DistillStageConfig",

@@ -335,7 +335,7 @@ class TransformerConfig(Config):
     image_tokens: Size = 257
     dtype: Dtype = "float32"
     precision: Literal["default", "fast", "wan", "causvid"] = "default"
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "xla"
+    attention: Literal["auto", "xla", "cudnn", "splash", "blockwise"] = "xla"
     remat: Remat | bool = "none"
     lora: LoraConfig = LoraConfig()
     rules: ShardingRules = ShardingRules()
@@ -379,7 +379,9 @@ class CausalConfig(Config):
     a sink grows) or ``"relative"`` (the sink directly precedes the window, so that a stream of any length stays in the
     trained range). Without a sink both give the same result, since rotary attention depends on differences only.
     ``context_pass`` runs one extra pass at ``context_noise`` that writes the finished block to the cache; without it
-    the keys and values of the last denoising step stay.
+    the keys and values of the last denoising step stay. ``add_context_noise`` says where that pass reads the block
+    with noise at the level of ``context_noise`` instead of the block itself: ``"never"``, in ``"training"`` (as the
+    published Self-Forcing trainer does) or ``"always"``, in streams too.
 
     ``on_prompt_switch`` is what a stream does with its cache when its prompt changes: ``"keep"`` leaves it (as
     published), ``"recompute"`` rewrites the blocks in the window under the new prompt, ``"reset"`` empties it and the
@@ -395,6 +397,7 @@ class CausalConfig(Config):
     positions: Literal["absolute", "relative"] = "absolute"
     context_pass: bool = True
     context_noise: Timestep = 0.0
+    add_context_noise: Literal["never", "training", "always"] = "never"
     on_prompt_switch: Literal["keep", "recompute", "reset"] = "recompute"
 
     def __post_init__(self) -> None:
@@ -403,6 +406,11 @@ class CausalConfig(Config):
             not (self.independent_first_frame and self.on_prompt_switch == "reset"),
             "causal.on_prompt_switch is 'reset' with causal.independent_first_frame: a clip would start with a block "
             "of one frame, but the blocks of a stream have one length; accepted: 'keep', 'recompute'",
+        )
+        require(
+            self.add_context_noise == "never" or (self.context_pass and self.context_noise > 0),
+            f"causal.add_context_noise is {self.add_context_noise!r}; it needs causal.context_pass and a "
+            f"causal.context_noise above 0, which is {self.context_noise:g}",
         )
         require(
             self.window == 0 or self.window >= self.frames_per_block,

@@ -19,6 +19,7 @@ from causvid_jax.config.model import (
 )
 from causvid_jax.config.train import (
     CausalStageConfig,
+    ConsistencyStageConfig,
     DataConfig,
     DiffusionConfig,
     DistillStageConfig,
@@ -28,7 +29,15 @@ from causvid_jax.config.train import (
     VAEStageConfig,
 )
 
-STAGES = ("train_vae", "train_taehv", "train_teacher", "train_causal", "train_init", "train_distill")
+STAGES = (
+    "train_vae",
+    "train_taehv",
+    "train_teacher",
+    "train_causal",
+    "train_init",
+    "train_consistency",
+    "train_distill",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +94,7 @@ class Recipe(Config):
     train_teacher: TeacherStageConfig = TeacherStageConfig()
     train_causal: CausalStageConfig = CausalStageConfig()
     train_init: InitStageConfig = InitStageConfig()
+    train_consistency: ConsistencyStageConfig = ConsistencyStageConfig()
     train_distill: DistillStageConfig = DistillStageConfig()
     parallel: ParallelConfig = ParallelConfig()
     umt5: UMT5Config = UMT5Config()
@@ -120,9 +130,38 @@ class Recipe(Config):
             f"train_distill.continuation_prob is {self.train_distill.continuation_prob}; rollouts that continue "
             "need a causal.window of more than one block and no independent first frame",
         )
+        self._check_scores()
         require(
             self.text.kind != "umt5" or self.umt5.dim == self.text.dim,
             f"umt5.dim is {self.umt5.dim}; text.dim is {self.text.dim}, and they must be equal",
+        )
+
+    def _check_scores(self) -> None:
+        config, causal = self.train_distill, self.causal
+        for name, needs in (("loss_frames", config.loss_frames), ("teacher", config.teacher == "chunk")):
+            require(
+                not needs or not causal.independent_first_frame,
+                f"train_distill.{name} is {getattr(config, name)!r} with causal.independent_first_frame, whose blocks "
+                "differ in length; set causal.independent_first_frame=False",
+            )
+        require(
+            config.loss_frames % causal.frames_per_block == 0,
+            f"train_distill.loss_frames is {config.loss_frames}; it must be a multiple of causal.frames_per_block, "
+            f"{causal.frames_per_block}",
+        )
+        require(
+            config.loss_frames <= (config.frames or self.video.latent_frames),
+            f"train_distill.loss_frames is {config.loss_frames}; a rollout has "
+            f"{config.frames or self.video.latent_frames} latent frames (train_distill.frames)",
+        )
+        require(
+            not self.diffusion.first_block_timesteps or (config.rollout == "self" and config.score_timesteps == "all"),
+            "diffusion.first_block_timesteps are set; they need train_distill.rollout 'self' and score_timesteps 'all'",
+        )
+        layers = self.fake_score.num_layers
+        require(
+            all(layer < layers for layer in config.gan_layers),
+            f"train_distill.gan_layers are {config.gan_layers}; the fake score has the layers 0 to {layers - 1}",
         )
 
     def _check_rollout(self, frames: int) -> None:

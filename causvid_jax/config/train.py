@@ -16,7 +16,8 @@ class DiffusionConfig(Config):
     """Flow matching: ``x_t = (1 - sigma) x0 + sigma noise``, ``timestep = 1000 sigma``.
 
     Every network of a recipe (teacher, fake score, student) uses this one grid,
-    ``sigma(u) = shift u / (1 + (shift - 1) u)``. ``guidance_scale`` is the weight g of
+    ``sigma(u) = shift u / (1 + (shift - 1) u)``. ``student_shift`` gives the student's timesteps a shift of their own
+    (0: ``shift``); Self-Forcing has 5 there and 8 in its scores. ``guidance_scale`` is the weight g of
     ``v = v_uncond + g (v_cond - v_uncond)``; g = 1 is no guidance.
     ``denoising_timesteps`` are nominal timesteps ``1000 u`` before the shift, descending from 1000 (pure noise),
     without the final 0. With ``warp`` off they are the timesteps themselves (the 1000, 757, 522 of CausVid's three-step
@@ -28,6 +29,7 @@ class DiffusionConfig(Config):
     label: ClassVar[str] = "diffusion"
 
     shift: Positive = 8.0
+    student_shift: NotNegative = 0.0
     num_inference_steps: Annotated[int, Bounds(least=1, most=10_000)] = 50
     solver: Literal["euler", "unipc"] = "euler"
     guidance_scale: NotNegative = 6.0
@@ -50,6 +52,11 @@ class DiffusionConfig(Config):
                 f"diffusion.{name} is {steps}; it must be a list of distinct values in (0, 1000], descending, "
                 "that begins with 1000 (pure noise), for example (1000, 750, 500, 250)",
             )
+        require(
+            self.warp or not self.student_shift,
+            f"diffusion.student_shift is {self.student_shift:g} with warp off, where denoising_timesteps are not "
+            "shifted; use 0, or warp=True",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,11 +252,16 @@ class TAEHVStageConfig(StageConfig):
 
 @dataclasses.dataclass(frozen=True)
 class TeacherStageConfig(StageConfig):
-    """Flow matching on latents; captions are dropped with probability ``caption_dropout``."""
+    """Flow matching on latents; captions are dropped with probability ``caption_dropout``.
+
+    With ``chunks`` every block of a clip is a clip of its own, with its own timestep: the score of single chunks that
+    ``train_distill.teacher="chunk"`` needs (RMD, arXiv 2609.37925).
+    """
 
     label: ClassVar[str] = "train_teacher"
 
     caption_dropout: Probability = 0.1
+    chunks: bool = False
 
 
 def _check_switches(config: StageConfig, prompt_switch_prob: float) -> None:
@@ -277,6 +289,9 @@ class CausalStageConfig(TeacherStageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_switches(self, self.prompt_switch_prob)
+        require(
+            not self.chunks, "train_causal.chunks is True; only train_teacher can be trained on chunks, so use False"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,17 +339,53 @@ class InitStageConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class ConsistencyStageConfig(StageConfig):
+    """Causal consistency distillation on real latents with a clean past: an initialisation instead of ``init``.
+
+    ``kind`` is ``"discrete"`` (Causal Forcing++: the causal teacher takes one Euler step on a grid of ``grid_steps``,
+    and the student's x0 before it must equal that of its EMA after it) or ``"continuous"`` (rCM, Causal-rCM: the
+    tangent of the student along the teacher's ODE, by ``jax.jvp``). ``guidance_scale`` is the teacher's.
+    ``tangent_warmup`` updates let the second part of the continuous tangent grow from 0 to 1. ``loss_scale`` multiplies
+    the continuous loss, which has unit length. The student starts from the causal teacher if it has its size.
+    """
+
+    label: ClassVar[str] = "train_consistency"
+
+    kind: Literal["discrete", "continuous"] = "discrete"
+    grid_steps: Annotated[int, Bounds(least=2, most=10_000)] = 48
+    guidance_scale: NotNegative = 3.0
+    tangent_warmup: Count = 1000
+    loss_scale: Positive = 100.0
+
+
+@dataclasses.dataclass(frozen=True)
 class DistillStageConfig(StageConfig):
-    """DMD. ``steps`` counts generator updates, each with ``critic_steps`` fake-score updates before it.
+    """Distillation. ``steps`` counts generator updates, each with ``critic_steps`` fake-score updates before it.
+
+    ``objective`` is the student's loss: ``"dmd"`` (the paper; ``distill.dmd``), ``"sid"`` (score identity distillation
+    with ``sid_alpha``; ``distill.sid``) or ``"dmd_gan"`` (DMD plus ``gan_weight`` times a logistic loss on features of
+    the fake score at the layers ``gan_layers``, empty for three of the upper half; ``distill.gan``). The last one needs
+    real latents, and adds ``gan_critic_weight`` times the discriminator's loss to the fake score's.
 
     ``rollout`` is ``"data"`` (the paper: real latents noised per block) or ``"self"`` (the student's own rollout).
     With ``include_clean`` a block of a data rollout may be clean (t = 0). ``mask_clean`` leaves such blocks, which the
     student does not change, out of both losses; False counts them, as the published code does.
     ``guidance_scale`` is the g of ``r = r_uncond + g (r_cond - r_uncond)``; the published code writes
     ``r = r_cond + h (r_cond - r_uncond)`` with ``h = g - 1``.
-    ``teacher`` is ``"bidirectional"`` or ``"causal"``, ``init`` is ``"ode"`` or ``"teacher"`` (Tab. 4 of the paper).
+    ``fake_guidance_scale`` is the same for the fake score in the student's loss; 1 is no guidance.
+    ``teacher`` is the forward mode of the real score: ``"bidirectional"``, ``"causal"`` (each block given the student's
+    clean past and no future; CMD) or ``"chunk"`` (each block alone; RMD). ``critic_mode`` is that of the fake score.
+    ``init`` is ``"ode"``, ``"consistency"`` or ``"teacher"`` (Tab. 4 of the paper).
+    ``score_timesteps`` are ``"all"``, or for the exit step i ``"above_exit"`` (at least the timestep of step i + 1) or
+    ``"at_exit"`` (between those of the steps i + 1 and i), as Self-Forcing's ``ts_schedule`` and ``ts_schedule_max``.
+    With ``loss_frames`` the losses see a window of so many latent frames of a longer rollout, the ``loss_window`` at a
+    ``"random"`` block (Self-Forcing++) or the ``"last"`` one (LongLive).
     ``critic_init`` is the network that the fake score starts from and shares its sizes with, ``"teacher"`` or
     ``"student"``: Self-Forcing distils a 14B teacher with a fake score of 1.3B.
+    ``gradient`` is ``"stop"`` (the keys and values of earlier blocks are constants) or ``"replay"`` (the gradient
+    passes through them too, in one block-causal pass after the rollout; ``distill.replay``).
+    ``exit_steps`` says where the blocks of a self rollout stop: all at one random step (``"shared"``), each at its own
+    (``"per_block"``), all at the ``"last"``, or the ``"first_block"`` at a random one and the others at the last.
     With probability ``continuation_prob`` a self rollout continues the previous one of the same update, so that the
     student is trained far into a stream. With probability ``prompt_switch_prob`` a clip that continues switches its
     prompt there. Both need a window. The losses leave out the first latent frame of a continued rollout. The scores
@@ -347,14 +398,26 @@ class DistillStageConfig(StageConfig):
     label: ClassVar[str] = "train_distill"
 
     rollout: Literal["data", "self"] = "self"
+    gradient: Literal["stop", "replay"] = "stop"
+    exit_steps: Literal["shared", "per_block", "last", "first_block"] = "shared"
+    objective: Literal["dmd", "sid", "dmd_gan"] = "dmd"
+    sid_alpha: NotNegative = 1.0
+    gan_weight: NotNegative = 0.03
+    gan_critic_weight: NotNegative = 0.03
+    gan_layers: tuple[CountOrZero, ...] = ()
     critic_steps: Count = 5
     guidance_scale: NotNegative = 4.5
-    teacher: Literal["bidirectional", "causal"] = "bidirectional"
-    init: Literal["ode", "teacher"] = "ode"
+    fake_guidance_scale: NotNegative = 1.0
+    teacher: Literal["bidirectional", "causal", "chunk"] = "bidirectional"
+    critic_mode: Literal["bidirectional", "causal", "chunk"] = "bidirectional"
+    init: Literal["ode", "consistency", "teacher"] = "ode"
     critic_init: Literal["teacher", "student"] = "teacher"
     critic_optimizer: OptimizerConfig = OptimizerConfig()
     score_timestep_min: float = 20.0
     score_timestep_max: float = 980.0
+    score_timesteps: Literal["all", "above_exit", "at_exit"] = "all"
+    loss_frames: CountOrZero = 0
+    loss_window: Literal["random", "last"] = "random"
     include_clean: bool = True
     mask_clean: bool = True
     continuation_prob: Probability = 0.0
@@ -366,4 +429,54 @@ class DistillStageConfig(StageConfig):
             0 < self.score_timestep_min < self.score_timestep_max <= 1000,
             f"train_distill.score_timestep_min and score_timestep_max are {self.score_timestep_min} and "
             f"{self.score_timestep_max}; accepted: 0 < min < max <= 1000",
+        )
+        for name in ("gradient", "exit_steps", "score_timesteps", "loss_frames"):
+            default = type(self).__dataclass_fields__[name].default
+            require(
+                self.rollout == "self" or getattr(self, name) == default,
+                f"train_distill.{name} is {getattr(self, name)!r} with rollout 'data', which has no steps of its own; "
+                f"use rollout 'self' or {name} {default!r}",
+            )
+        require(
+            self.score_timesteps == "all" or self.exit_steps in ("shared", "last"),
+            f"train_distill.score_timesteps is {self.score_timesteps!r} with exit_steps {self.exit_steps!r}; the "
+            "scores have one timestep for all blocks, so use exit_steps 'shared' or 'last'",
+        )
+        require(
+            (self.teacher == "chunk") == (self.critic_mode == "chunk"),
+            f"train_distill.teacher is {self.teacher!r} and critic_mode is {self.critic_mode!r}; 'chunk' needs both",
+        )
+        self._check_window()
+        self._check_gan()
+
+    def _check_window(self) -> None:
+        lengths = [frames for _, frames, _ in self.stretches if frames]
+        require(
+            not self.loss_frames or all(self.loss_frames <= frames for frames in lengths),
+            f"train_distill.loss_frames is {self.loss_frames}; the shortest rollout has "
+            f"{min(lengths, default=0)} latent frames",
+        )
+        require(
+            not (self.loss_frames and self.loss_window == "random" and self.continuation_prob),
+            "train_distill.loss_window is 'random' with continuation_prob above 0, which continues the end of what the "
+            "losses saw; use loss_window 'last' or continuation_prob 0",
+        )
+
+    def _check_gan(self) -> None:
+        if self.objective != "dmd_gan":
+            return
+        for name in ("continuation_prob", "loss_frames"):
+            require(
+                not getattr(self, name),
+                f"train_distill.{name} is {getattr(self, name)} with objective 'dmd_gan', whose real clips "
+                f"begin with a first frame; use {name} 0 or objective 'dmd'",
+            )
+        require(
+            not self.lora.rank or self.critic_init == "teacher",
+            f"train_distill.lora.rank is {self.lora.rank} with objective 'dmd_gan' and critic_init 'student', whose "
+            "discriminator would stay frozen; use critic_init 'teacher' or rank 0",
+        )
+        require(
+            self.critic_mode == "bidirectional",
+            f"train_distill.critic_mode is {self.critic_mode!r} with objective 'dmd_gan'; accepted: 'bidirectional'",
         )

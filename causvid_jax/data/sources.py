@@ -107,10 +107,10 @@ def trajectories(recipe: Recipe, workdir: str | os.PathLike, frames: int = 0) ->
     path = causal_folder(workdir, frames) if causal else folder(workdir, TRAJECTORIES)
     source = checked_source(path, recipe, workdir, teacher="causal" if causal else "teacher")
     stored = json.loads(arrays.read_identity(path).get("diffusion", "{}"))
-    for name in ("denoising_timesteps", "warp", "shift"):
+    for name in ("denoising_timesteps", "warp", "shift", "student_shift"):
         present = json.loads(json.dumps(getattr(recipe.diffusion, name)))
         require(
-            stored.get(name, present) == present,
+            stored.get(name, 0.0 if name == "student_shift" else present) == present,
             f"{path} was made with diffusion.{name} {stored.get(name)}, and the recipe has {present}; remove {path} "
             "and run launch.prepare --stage=trajectories",
         )

@@ -93,18 +93,27 @@ def first_block_timesteps(config: DiffusionConfig) -> tuple[float, ...]:
     return _shifted(config.first_block_timesteps or config.denoising_timesteps, config)
 
 
+def student_shift(config: DiffusionConfig) -> float:
+    """Return the shift of the student's timesteps: its own, or that of all networks."""
+    return config.student_shift or config.shift
+
+
 def _shifted(steps: tuple[float, ...], config: DiffusionConfig) -> tuple[float, ...]:
     if not config.warp:
         return steps
-    return tuple(1000.0 * float(sigma_from_u(step / 1000.0, config.shift)) for step in steps)
+    return tuple(1000.0 * float(sigma_from_u(step / 1000.0, student_shift(config))) for step in steps)
+
+
+def u_from_sigma(sigma: Any, shift: float) -> Any:
+    """Return the nominal time of a noise level, the inverse of :func:`sigma_from_u`."""
+    return sigma / (shift - (shift - 1) * sigma)
 
 
 def nominal_steps(config: DiffusionConfig) -> tuple[float, ...]:
     """Return the student's timesteps before the shift, ``1000 u``."""
     if config.warp:
         return config.denoising_timesteps
-    sigmas = (step / 1000.0 for step in config.denoising_timesteps)
-    return tuple(1000.0 * sigma / (config.shift - (config.shift - 1) * sigma) for sigma in sigmas)
+    return tuple(1000.0 * u_from_sigma(step / 1000.0, config.shift) for step in config.denoising_timesteps)
 
 
 def table_sigma(timestep: float, shift: float) -> float:

@@ -10,11 +10,12 @@ The fake score is trained by flow matching on the student's outputs:
 
     L_C = mean (v_fake(x_t, t) - (noise - x))^2
 
-Both losses draw ``t = 1000 sigma(u)``, u uniform in [0, 1), one per sample, clamped to the configured range. Guidance:
-``r = r_uncond + g (r_cond - r_uncond)`` (``diffusion/guidance.py``).
+Both losses draw ``t = 1000 sigma(u)``, u uniform in [0, 1), one per sample, clamped to the configured range
+(:class:`Levels` narrows it). Guidance: ``r = r_uncond + g (r_cond - r_uncond)`` (``diffusion/guidance.py``).
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +28,40 @@ from causvid_jax.diffusion.guidance import guided_velocity
 ScoreFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (x, timestep [B, F], prompt_embeds) -> velocity
 
 
+class Levels(NamedTuple):
+    """Where the scores' timesteps are drawn: nominal times in ``[low, high)``, one per block instead of one per clip.
+
+    Attributes:
+      low: scalar, the time of the step after the exit step where they are tied to it; None: 0.
+      high: scalar; None: 1.
+      block_sizes: frames of each block; empty: one timestep for the clip.
+    """
+
+    low: jax.Array | float | None = None
+    high: jax.Array | float | None = None
+    block_sizes: tuple[int, ...] = ()
+
+
 def score_timesteps(
-    key: jax.Array, batch: int, frames: int, diffusion: DiffusionConfig, distill: DistillStageConfig
+    key: jax.Array,
+    batch: int,
+    frames: int,
+    diffusion: DiffusionConfig,
+    distill: DistillStageConfig,
+    levels: Levels = Levels(),  # noqa: B008
 ) -> jax.Array:
-    """Draw the scores' timesteps ``[B, F]``: shifted uniform, clamped to the configured range, equal in all frames."""
-    u = jax.random.uniform(key, (batch,))
+    """Draw the scores' timesteps ``[B, F]``: shifted uniform, clamped to the configured range, equal in all frames.
+
+    ``levels`` narrows the nominal times, and draws one timestep per block.
+    """
+    u = jax.random.uniform(key, (batch, len(levels.block_sizes)) if levels.block_sizes else (batch,))
+    if levels.low is not None or levels.high is not None:
+        low, high = 0.0 if levels.low is None else levels.low, 1.0 if levels.high is None else levels.high
+        u = low + (high - low) * u
     timestep = flow.timestep_from_sigma(flow.sigma_from_u(u, diffusion.shift))
     timestep = jnp.clip(timestep, distill.score_timestep_min, distill.score_timestep_max)
+    if levels.block_sizes:
+        return jnp.repeat(timestep, jnp.asarray(levels.block_sizes), axis=1, total_repeat_length=frames)
     return repeat(timestep, "b -> b f", f=frames)
 
 
@@ -44,6 +72,7 @@ def noise_output(
     noise: jax.Array | None,
     diffusion: DiffusionConfig,
     distill: DistillStageConfig,
+    levels: Levels = Levels(),  # noqa: B008
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Return ``x_t = (1 - sigma) x + sigma noise``, the timesteps ``[B, F]``, sigma and the noise.
 
@@ -56,7 +85,7 @@ def noise_output(
     if key is not None:
         time_key, noise_key = jax.random.split(key)
         if timestep is None:
-            timestep = score_timesteps(time_key, x.shape[0], x.shape[1], diffusion, distill)
+            timestep = score_timesteps(time_key, x.shape[0], x.shape[1], diffusion, distill, levels)
         noise = jax.random.normal(noise_key, x.shape) if noise is None else noise
     assert timestep is not None and noise is not None
     sigma = flow.sigma_from_timestep(timestep)
@@ -83,6 +112,42 @@ def mask_weight(mask: jax.Array | None) -> dict[str, jax.Array]:
     return {} if mask is None else {"weight": jnp.sum(mask.astype(jnp.float32))}
 
 
+class Predictions(NamedTuple):
+    """What the two scores say of one noisy copy of the student's output, float32 ``[B, F, h, w, C]``."""
+
+    fake_x0: jax.Array
+    real_x0: jax.Array
+    timestep: jax.Array  # [B, F]
+
+
+def predictions(
+    x: jax.Array,
+    prompt_embeds: jax.Array,
+    negative_prompt_embeds: jax.Array,
+    key: jax.Array | None = None,
+    *,
+    teacher: ScoreFn,
+    fake: ScoreFn,
+    diffusion: DiffusionConfig,
+    distill: DistillStageConfig,
+    timestep: jax.Array | None = None,
+    noise: jax.Array | None = None,
+    levels: Levels = Levels(),  # noqa: B008
+) -> Predictions:
+    """Return the x0 predictions of both scores, each guided by its scale, at ``x_t = (1 - sigma) x + sigma noise``.
+
+    Arguments are those of :func:`generator_loss`; a gradient passes through ``x_t`` to ``x``.
+    """
+    x_t, timestep, sigma, _ = noise_output(x, key, timestep, noise, diffusion, distill, levels)
+
+    scales = (fake, distill.fake_guidance_scale), (teacher, distill.guidance_scale)
+    velocities = [
+        guided_velocity(score, x_t, timestep, prompt_embeds, negative_prompt_embeds, scale) for score, scale in scales
+    ]
+    fake_x0, real_x0 = (flow.x0_from_velocity(x_t, v.astype(jnp.float32), sigma) for v in velocities)
+    return Predictions(fake_x0, real_x0, timestep)
+
+
 def generator_loss(
     x0: jax.Array,
     prompt_embeds: jax.Array,
@@ -96,21 +161,23 @@ def generator_loss(
     mask: jax.Array | None = None,
     timestep: jax.Array | None = None,
     noise: jax.Array | None = None,
+    levels: Levels = Levels(),  # noqa: B008
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the student's loss. Its gradient reaches ``x0`` only, not the scores.
 
     Args:
       x0: output of the student, ``[B, F, h, w, C]``.
       prompt_embeds: ``[B, S, E]``, read by both scores.
-      negative_prompt_embeds: of the teacher's unconditional branch, ``[S, E]`` or ``[B, S, E]``.
+      negative_prompt_embeds: of the unconditional branches, ``[S, E]`` or ``[B, S, E]``.
       key: draws the timesteps and the noise.
       teacher: the real score, ``(x, timestep, prompt_embeds) -> velocity``.
-      fake: the fake score, likewise; it is not guided.
+      fake: the fake score, likewise; it is guided by ``fake_guidance_scale``, 1 in the paper.
       diffusion: the noise grid.
-      distill: guidance scale and timestep range.
+      distill: guidance scales and timestep range.
       mask: bool ``[B, F]``, the frames that the loss counts; default: all.
       timestep: ``[B, F]``, instead of drawn ones.
       noise: shape of ``x0``, instead of drawn noise. With both, no key is needed.
+      levels: where the timesteps are drawn.
 
     Returns:
       The scalar loss and metrics: loss, mean absolute gradient, and mean timestep.
@@ -120,14 +187,9 @@ def generator_loss(
     """
     x0 = x0.astype(jnp.float32)
     x = jax.lax.stop_gradient(x0)  # no gradient through the scores' inputs
-    x_t, timestep, sigma, _ = noise_output(x, key, timestep, noise, diffusion, distill)
-
-    fake_velocity = fake(x_t, timestep, prompt_embeds)
-    real_velocity = guided_velocity(
-        teacher, x_t, timestep, prompt_embeds, negative_prompt_embeds, distill.guidance_scale
-    )
-    fake_x0 = flow.x0_from_velocity(x_t, fake_velocity.astype(jnp.float32), sigma)
-    real_x0 = flow.x0_from_velocity(x_t, real_velocity.astype(jnp.float32), sigma)
+    scores: dict[str, Any] = {"teacher": teacher, "fake": fake, "diffusion": diffusion, "distill": distill}
+    draws: dict[str, Any] = {"timestep": timestep, "noise": noise, "levels": levels}
+    fake_x0, real_x0, timestep = predictions(x, prompt_embeds, negative_prompt_embeds, key, **scores, **draws)
     gradient = jax.lax.stop_gradient(dmd_gradient(x, fake_x0, real_x0))  # nor into their parameters
 
     # x0 - x is exactly zero. This is x - stopgrad(x - gradient) without its rounding (the published code uses float64).
@@ -147,13 +209,14 @@ def critic_loss(
     mask: jax.Array | None = None,
     timestep: jax.Array | None = None,
     noise: jax.Array | None = None,
+    levels: Levels = Levels(),  # noqa: B008
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the fake score's flow-matching loss on the student's outputs: unweighted, on velocities.
 
     Arguments are those of :func:`generator_loss`; the trained parameters are inside ``fake``.
     """
     x = jax.lax.stop_gradient(x0.astype(jnp.float32))  # the student's output is data here
-    x_t, timestep, _, noise = noise_output(x, key, timestep, noise, diffusion, distill)
+    x_t, timestep, _, noise = noise_output(x, key, timestep, noise, diffusion, distill, levels)
     velocity = fake(x_t, timestep, prompt_embeds)
     loss = masked_mean(jnp.square(velocity.astype(jnp.float32) - flow.velocity_from(x, noise)), mask)
     return loss, {"loss": loss} | mask_weight(mask)

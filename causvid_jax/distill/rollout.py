@@ -5,21 +5,21 @@ blocks are denoised in one block-causal pass. Earlier blocks, as noisy as they a
 
 ``self_rollout`` (Self-Forcing, arXiv 2506.08009): the student generates block by block through its KV cache, exactly as
 it will stream. Denoising stops at a random step, and only that step is differentiated. Cached context is a constant: no
-gradient reaches an earlier block through its keys and values. (In the published Self-Forcing code one does.)
+gradient reaches an earlier block through its keys and values. (In the published Self-Forcing code one does; here
+:mod:`causvid_jax.distill.replay` carries it.)
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 
-from causvid_jax.config import CausalConfig, TransformerConfig, require
+from causvid_jax.config import CausalConfig, require
 from causvid_jax.diffusion import flow
+from causvid_jax.distill.exit_steps import Rollout, exit_steps_of, noise_key, timestep_table
 from causvid_jax.distill.ode_regression import BlockCausalFn, sample_block_steps
 from causvid_jax.models import kv_cache, transformer
 from causvid_jax.models.kv_cache import KVCache, TextCache
@@ -65,26 +65,10 @@ def data_rollout(
     return flow.x0_from_velocity(x_t, velocity.astype(jnp.float32), sigma), timestep > 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Rollout:
-    """The static settings of a self rollout.
-
-    Attributes:
-      network: the student.
-      causal: block structure, window and context pass.
-      timesteps: the Q denoising timesteps, ``flow.student_timesteps``.
-    """
-
-    network: TransformerConfig
-    causal: CausalConfig
-    timesteps: tuple[float, ...]
-
-
 def predict_x0(
-    rollout: Rollout, params: Params, text_cache: TextCache, x: jax.Array, step: jax.Array | int, cache: KVCache
+    rollout: Rollout, params: Params, text_cache: TextCache, x: jax.Array, timestep: jax.Array, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
-    """Return ``x0 = x - sigma v(x, t_step)`` of one block ``[B, K, h, w, C]``, and the cache with the block written."""
-    timestep = jnp.asarray(np.asarray(rollout.timesteps, np.float32))[step]
+    """Return ``x0 = x - sigma v(x, t)`` of one block ``[B, K, h, w, C]``, and the cache with the block written."""
     velocity, cache = transformer.cached(
         params,
         x,
@@ -95,6 +79,17 @@ def predict_x0(
         causal=rollout.causal,
     )
     return flow.x0_from_velocity(x, velocity.astype(jnp.float32), flow.sigma_from_timestep(timestep)), cache
+
+
+def noisy_context(x0: jax.Array, key: jax.Array, index: int, causal: CausalConfig) -> jax.Array:
+    """Return what training writes to the cache for ``x0``: ``(1 - s) x0 + s noise``, ``s = context_noise / 1000``.
+
+    The noise is number ``index`` of ``key``. Without ``causal.add_context_noise`` the result is x0 itself.
+    """
+    if causal.add_context_noise == "never":
+        return x0
+    noise = jax.random.normal(jax.random.fold_in(key, index), x0.shape)
+    return flow.add_noise(x0, noise, flow.sigma_from_timestep(causal.context_noise))
 
 
 def write_context(rollout: Rollout, params: Params, text_cache: TextCache, x0: jax.Array, cache: KVCache) -> KVCache:
@@ -112,29 +107,39 @@ def generate_block(
     text_cache: TextCache,
     cache: KVCache,
     key: jax.Array,
-    exit_step: jax.Array | int,
+    exit_step: jax.Array,
+    timesteps: jax.Array,
     shape: tuple[int, ...],
-) -> tuple[jax.Array, jax.Array, KVCache]:
-    """Denoise one block of ``shape`` from noise to the exit step, and move the cache on.
+) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
+    """Denoise one block of ``shape`` from noise to the exit step of its ``timesteps [Q]``, and move the cache on.
 
     Returns:
-      The clean estimate x0, the noisy input of the exit step, and the cache after the block.
+      The clean estimate x0, the noisy input of the exit step, what the context pass wrote, and the cache after it.
     """
 
     def noise(step: jax.Array | int) -> jax.Array:
         return jax.random.normal(jax.random.fold_in(key, step), shape)
 
     def denoise(step: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
-        x0, cache = predict_x0(rollout, params, text_cache, carry[0], step, carry[1])
-        timesteps = jnp.asarray(np.asarray(rollout.timesteps, np.float32))
+        x0, cache = predict_x0(rollout, params, text_cache, carry[0], timesteps[step], carry[1])
         return flow.add_noise(x0, noise(step + 1), flow.sigma_from_timestep(timesteps[step + 1])), cache
 
     # The number of passes is known at run time only, so that none is wasted.
-    x, cache = jax.lax.fori_loop(0, exit_step, denoise, (noise(0), cache))
-    x0, cache = predict_x0(rollout, params, text_cache, x, exit_step, cache)
+    start = noise(0) * flow.sigma_from_timestep(timesteps[0])  # times 1 where the first timestep is 1000
+    x, cache = jax.lax.fori_loop(0, exit_step, denoise, (start, cache))
+    x0, cache = predict_x0(rollout, params, text_cache, x, timesteps[exit_step], cache)
+    written = noisy_context(x0, key, timesteps.shape[0], rollout.causal)
     if rollout.causal.context_pass:
-        cache = write_context(rollout, params, text_cache, x0, cache)
-    return x0, x, kv_cache.advance(cache, shape[1])
+        cache = write_context(rollout, params, text_cache, written, cache)
+    return x0, x, written, kv_cache.advance(cache, shape[1])
+
+
+class BlockInputs(NamedTuple):
+    """What distinguishes the blocks of one size: number ``[n]``, exit step ``[n]`` and timesteps ``[n, Q]``."""
+
+    number: jax.Array
+    exit_step: jax.Array
+    timesteps: jax.Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -144,11 +149,10 @@ def generate_blocks(
     params: Params,
     text_cache: TextCache,
     cache: KVCache,
-    indices: jax.Array,
+    blocks: BlockInputs,
     key: jax.Array,
-    exit_step: jax.Array | int,
 ) -> tuple[jax.Array, KVCache]:
-    """Generate the blocks ``indices`` of one ``shape`` (B, K, h, w, C), one after the other: ``lax.scan``.
+    """Generate ``blocks`` of one ``shape`` (B, K, h, w, C), one after the other: ``lax.scan``.
 
     Differentiable by ``params`` and ``text_cache``, through the exit step of each block alone. The backward pass goes
     from the last block to the first, repeats each exit step, and undoes the writes to the cache block by block. So one
@@ -157,7 +161,7 @@ def generate_blocks(
     Returns:
       x0 ``[n, B, K, h, w, C]`` and the cache after the last block.
     """
-    return _generate_blocks_forward(rollout, shape, params, text_cache, cache, indices, key, exit_step)[0]
+    return _generate_blocks_forward(rollout, shape, params, text_cache, cache, blocks, key)[0]
 
 
 def _generate_blocks_forward(
@@ -166,37 +170,40 @@ def _generate_blocks_forward(
     params: Params,
     text_cache: TextCache,
     cache: KVCache,
-    indices: jax.Array,
+    blocks: BlockInputs,
     key: jax.Array,
-    exit_step: jax.Array | int,
 ) -> tuple[tuple[jax.Array, KVCache], tuple[Any, ...]]:
-    def block(cache: KVCache, index: jax.Array) -> tuple[KVCache, tuple[jax.Array, jax.Array, Any]]:
+    def block(cache: KVCache, inputs: BlockInputs) -> tuple[KVCache, tuple[jax.Array, jax.Array, Any]]:
         replaced = kv_cache.overwritten(cache, shape[1], rollout.causal)
-        block_key = jax.random.fold_in(key, index)
-        x0, x, cache = generate_block(rollout, params, text_cache, cache, block_key, exit_step, shape)
+        block_key = jax.random.fold_in(key, inputs.number)
+        x0, x, _, cache = generate_block(
+            rollout, params, text_cache, cache, block_key, inputs.exit_step, inputs.timesteps, shape
+        )
         return cache, (x0, x, replaced)
 
-    cache, (x0, x, replaced) = jax.lax.scan(block, cache, indices)
-    return (x0, cache), (params, text_cache, cache, exit_step, x, replaced)
+    cache, (x0, x, replaced) = jax.lax.scan(block, cache, blocks)
+    return (x0, cache), (params, text_cache, cache, blocks, x, replaced)
 
 
 def _generate_blocks_backward(
     rollout: Rollout, shape: tuple[int, ...], residuals: tuple[Any, ...], cotangents: tuple[jax.Array, KVCache]
 ) -> tuple[Any, ...]:
-    params, text_cache, cache, exit_step, x, replaced = residuals
+    params, text_cache, cache, blocks, x, replaced = residuals
     # The context is a constant: the cotangent of the cache is dropped.
     x0_cotangent, _ = cotangents
 
-    def block(carry: tuple[KVCache, Any], inputs: tuple[jax.Array, Any, jax.Array]) -> tuple[tuple[KVCache, Any], None]:
+    def block(
+        carry: tuple[KVCache, Any], inputs: tuple[BlockInputs, jax.Array, Any, jax.Array]
+    ) -> tuple[tuple[KVCache, Any], None]:
         cache, total = carry
-        x, replaced, cotangent = inputs
+        (_, exit_step, timesteps), x, replaced, cotangent = inputs
         cache = kv_cache.undo(cache, replaced, shape[1], rollout.causal)
-        _, pull = jax.vjp(lambda p, t: predict_x0(rollout, p, t, x, exit_step, cache)[0], params, text_cache)
+        _, pull = jax.vjp(lambda p, t: predict_x0(rollout, p, t, x, timesteps[exit_step], cache)[0], params, text_cache)
         return (cache, jax.tree.map(jnp.add, total, pull(cotangent))), None
 
     zero = jax.tree.map(jnp.zeros_like, (params, text_cache))
-    (_, gradient), _ = jax.lax.scan(block, (cache, zero), (x, replaced, x0_cotangent), reverse=True)
-    return (*gradient, None, None, None, None)
+    (_, gradient), _ = jax.lax.scan(block, (cache, zero), (blocks, x, replaced, x0_cotangent), reverse=True)
+    return (*gradient, None, None, None)
 
 
 generate_blocks.defvjp(_generate_blocks_forward, _generate_blocks_backward)
@@ -220,6 +227,46 @@ def fill_context(
     return jax.lax.scan(write, cache, blocks)[0]
 
 
+def roll(
+    generate: Callable[..., tuple[Any, KVCache]],
+    rollout: Rollout,
+    params: Params,
+    text: jax.Array,
+    key: jax.Array,
+    exit_steps: jax.Array,
+    *,
+    shape: tuple[int, int, int, int, int],
+    context: jax.Array | None = None,
+    has_context: jax.Array | bool = True,
+) -> Any:
+    """Return what ``generate`` (:func:`generate_blocks` or ``replay.record_blocks``) makes of all blocks of a clip.
+
+    Arguments are those of :func:`self_rollout`; ``key`` draws the noise and ``exit_steps [n]`` is of every block.
+    Arrays ``[n, B, K, h, w, C]`` become ``[B, F, h, w, C]``.
+    """
+    batch, frames, height, width, _ = shape
+    sizes = rollout.causal.block_sizes(frames)
+    text_cache = transformer.encode_text(params, text, config=rollout.network)
+    cache = transformer.init_cache(
+        rollout.network, rollout.causal, batch=batch, height=height, width=width, frames=frames
+    )
+    if context is not None:
+        filled: Callable[[KVCache], KVCache] = functools.partial(fill_context, rollout, params, text_cache, context)
+        cache = jax.lax.stop_gradient(jax.lax.cond(has_context, filled, lambda cache: cache, cache))
+    table = timestep_table(rollout, len(sizes), False if context is None else has_context)
+    parts, start = [], 0
+    # A scan needs blocks of one size, so an independent first frame is generated by a scan of its own.
+    first = int(sizes[0] != rollout.causal.frames_per_block)
+    for size, count in ((sizes[0], first), (rollout.causal.frames_per_block, len(sizes) - first)):
+        if count:
+            end = start + count
+            inputs = BlockInputs(jnp.arange(start, end), exit_steps[start:end], table[start:end])
+            made, cache = generate(rollout, (batch, size, *shape[2:]), params, text_cache, cache, inputs, key)
+            cache, start = jax.lax.stop_gradient(cache), end
+            parts.append(jax.tree.map(lambda x: rearrange(x, "n b k h w c -> b (n k) h w c"), made))
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
+
+
 def self_rollout(
     rollout: Rollout,
     params: Params,
@@ -231,7 +278,7 @@ def self_rollout(
     context: jax.Array | None = None,
     has_context: jax.Array | bool = True,
 ) -> jax.Array:
-    """Return the student's own rollout; every block stops at the same random step, which alone carries a gradient.
+    """Return the student's own rollout; every block stops at a random step, which alone carries a gradient.
 
     Block i starts from noise that depends on ``(key, i)`` only. Step j predicts ``x0 = x - sigma_j v`` and, before the
     exit, adds fresh noise, ``x = (1 - sigma_{j+1}) x0 + sigma_{j+1} noise``. One more pass writes the finished x0 to
@@ -242,9 +289,9 @@ def self_rollout(
       rollout: network, block structure, timesteps.
       params: the student's parameters.
       text: prompt embeddings, ``[B, S, E]``.
-      key: draws the exit step (one for the batch and all blocks) and every noise.
+      key: draws the exit steps (:func:`exit_steps_of`) and every noise.
       shape: ``(B, F, h, w, C)`` of the clip; the blocks must fit F.
-      exit_step: index into the timesteps instead of a drawn one; Q - 1 is the whole chain.
+      exit_step: index into the timesteps of all blocks instead of drawn ones; Q - 1 is the whole chain.
       context: clean latents ``[B, P, h, w, C]``, P whole blocks, that the rollout continues.
       has_context: bool scalar; False ignores ``context`` in the same compiled program.
 
@@ -254,28 +301,6 @@ def self_rollout(
     Raises:
       ConfigError: a length or a context that the blocks do not fit.
     """
-    batch, frames, height, width, _ = shape
-    sizes, steps = rollout.causal.block_sizes(frames), len(rollout.timesteps)
-    exit_key, noise_key = jax.random.split(key)
-    if exit_step is None:
-        exit_step = jax.random.randint(exit_key, (), 0, steps)
-    text_cache = transformer.encode_text(params, text, config=rollout.network)
-    cache = transformer.init_cache(
-        rollout.network, rollout.causal, batch=batch, height=height, width=width, frames=frames
-    )
-    if context is not None:
-        filled: Callable[[KVCache], KVCache] = functools.partial(fill_context, rollout, params, text_cache, context)
-        cache = jax.lax.stop_gradient(jax.lax.cond(has_context, filled, lambda cache: cache, cache))
-    parts, start = [], 0
-    # A scan needs blocks of one size, so an independent first frame is generated by a scan of its own.
-    first = int(sizes[0] != rollout.causal.frames_per_block)
-    for size, count in ((sizes[0], first), (rollout.causal.frames_per_block, len(sizes) - first)):
-        if count:
-            indices = jnp.arange(start, start + count)
-            block_shape = (batch, size, *shape[2:])
-            blocks, cache = generate_blocks(
-                rollout, block_shape, params, text_cache, cache, indices, noise_key, exit_step
-            )
-            cache, start = jax.lax.stop_gradient(cache), start + count
-            parts.append(rearrange(blocks, "n b k h w c -> b (n k) h w c"))
-    return jnp.concatenate(parts, axis=1)
+    continued: dict[str, Any] = {"context": context, "has_context": has_context}
+    exits = exit_steps_of(rollout, key, shape[1], exit_step, **continued)
+    return roll(generate_blocks, rollout, params, text, noise_key(key), exits, shape=shape, **continued)

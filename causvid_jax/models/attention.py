@@ -60,7 +60,7 @@ def dense(
       dtype: type of the operands of both products.
       backend: ``"xla"`` (any device; stores all T x S scores), ``"late"`` (the same, but divides by the softmax's sum
         after the last product as flash attention does, which changes bfloat16 rounding), ``"cudnn"`` (bfloat16 on
-        GPU), ``"splash"`` (TPU) or ``"auto"`` (:func:`resolve`).
+        GPU), ``"splash"`` (TPU), ``"blockwise"`` (any device, for ``jax.jvp``) or ``"auto"`` (:func:`resolve`).
       mask: bool ``[S]``.
       used: scalar count for a mask that is true exactly for the first ``used`` keys. cuDNN then skips the other keys;
         any other mask becomes a T x S bias array.
@@ -71,6 +71,8 @@ def dense(
     backend = resolve(backend, dtype)
     if backend == "splash":
         return _splash(q, k, v, mask, name)
+    if backend == "blockwise":
+        return _named(_blockwise(q, k, v, mask), dtype, name)
     if backend == "cudnn":
         masking: dict[str, Any] = {}
         if used is not None:
@@ -126,6 +128,47 @@ def _by_queries(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
 
     out = jax.lax.map(one, (queries, jnp.arange(batch * heads).repeat(parts)))
     return rearrange(out, "(b n p) c d -> b (p c) n d", b=batch, n=heads)[:, :length]
+
+
+BLOCK = 1024
+"""Queries and keys of a block of scores of :func:`_blockwise`."""
+
+
+def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Compute :func:`dense` block by block with a running softmax, so that ``jax.jvp`` of it holds no T x S array.
+
+    The kernels for accelerators have no forward derivative. The maximum is a constant there: it cancels.
+    """
+    dtype, (length, keys) = v.dtype, (q.shape[1], k.shape[1])
+    queries_in, keys_in = min(BLOCK, length), min(BLOCK, keys)
+
+    def split(x: jax.Array, size: int) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)))
+        return rearrange(x, "b (p c) n d -> p b c n d", c=size)
+
+    visible = jnp.ones((keys,), bool) if mask is None else mask
+    visible = jnp.pad(visible, (0, -keys % keys_in)).reshape(-1, keys_in)
+    parts = (split(k, keys_in), split(v, keys_in), visible)
+    options: dict[str, Any] = {"precision": dot_precision(dtype), "preferred_element_type": jnp.float32}
+    lowest = jnp.finfo(jnp.float32).min
+
+    def one(queries: jax.Array) -> jax.Array:
+        def add(carry: Any, part: tuple[jax.Array, ...]) -> tuple[Any, None]:
+            k, v, visible = part
+            scores = jnp.einsum("btnd,bsnd->btns", queries, k, **options) * queries.shape[-1] ** -0.5
+            scores = jnp.where(visible, scores, lowest)
+            top = jax.lax.stop_gradient(scores.max(-1))
+            weights = jnp.where(visible, jnp.exp(scores - top[..., None]), 0.0)
+            out = jnp.einsum("btns,bsnd->btnd", weights.astype(dtype), v, **options)
+            return _merge(carry, (out, top, weights.sum(-1))), None
+
+        zero = jnp.zeros(queries.shape, jnp.float32)
+        start = (zero, jnp.full(queries.shape[:-1], lowest), zero[..., 0])
+        (out, _, total), _ = jax.lax.scan(add, start, parts)
+        return out / total[..., None]
+
+    out = jax.lax.map(one, split(q, queries_in))
+    return rearrange(out, "p b c n d -> b (p c) n d")[:, :length]
 
 
 def _named(x: jax.Array, dtype: str, name: str | None) -> jax.Array:
@@ -202,17 +245,19 @@ def block_causal(frames: int, causal: CausalConfig) -> Plan:
     return [(block, visible_frames(block[1], causal)) for block in _blocks(frames, causal)]
 
 
-def teacher_forcing(frames: int, causal: CausalConfig) -> Plan:
-    """Return the plan for ``2 frames`` frames, first the clean copies, then the noisy frames.
+def teacher_forcing(frames: int, causal: CausalConfig, past: int = 0) -> Plan:
+    """Return the plan for the clean copies of ``frames`` frames, and after them the noisy frames from ``past`` on.
 
     A noisy block attends to its own frames and to earlier *clean* blocks. A clean block attends to clean blocks up to
     and including its own.
     """
     noisy: Plan = []
     for start, end in _blocks(frames, causal):
+        if start < past:
+            continue
         # The window includes the block, so remove its clean copy.
         context = [(a, min(b, start)) for a, b in visible_frames(end, causal)]
-        own = (frames + start, frames + end)
+        own = (frames - past + start, frames - past + end)
         noisy.append((own, [*((a, b) for a, b in context if b > a), own]))
     return block_causal(frames, causal) + noisy
 

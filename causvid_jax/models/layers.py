@@ -4,7 +4,10 @@ Matmuls run in ``dtype`` and accumulate in float32; norms, modulation, rotary an
 are float32 whatever ``dtype`` is.
 """
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -28,22 +31,47 @@ def dot_precision(dtype: Any) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+_FORWARD_MODE = contextvars.ContextVar("forward_mode", default=False)
+
+
+@contextlib.contextmanager
+def forward_mode() -> Iterator[None]:
+    """Trace products so that ``jax.jvp`` can differentiate them, which it refuses of a ``custom_vjp``."""
+    token = _FORWARD_MODE.set(True)
+    try:
+        yield
+    finally:
+        _FORWARD_MODE.reset(token)
+
+
 def matmul(x: jax.Array, kernel: jax.Array, dtype: str, result: str = "float32") -> jax.Array:
     """Return ``x [..., in] @ kernel [in, out]`` with operands cast to ``dtype``, a float32 accumulator and ``result``.
+
+    Its derivative is explicit (:func:`_matmul`), except under :func:`forward_mode`.
+    """
+    return (_product if _FORWARD_MODE.get() else _matmul)(x, kernel, dtype, result)
+
+
+def _product(x: jax.Array, kernel: jax.Array, dtype: str, result: str) -> jax.Array:
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    return jnp.matmul(x, kernel, precision=dot_precision(dtype), preferred_element_type=jnp.dtype(result))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _matmul(x: jax.Array, kernel: jax.Array, dtype: str, result: str) -> jax.Array:
+    """Compute :func:`matmul` with a derivative of its own.
 
     The derivative is explicit. The automatic one multiplies the float32 cotangent by a ``dtype`` operand, and matrix
     units (AMX, tensor cores, MXU) cannot run such a mixed product. This one first rounds the cotangent to ``dtype``, as
     is usual in mixed-precision training; both gradients accumulate in float32.
     """
-    x, kernel = x.astype(dtype), kernel.astype(dtype)
-    return jnp.matmul(x, kernel, precision=dot_precision(dtype), preferred_element_type=jnp.dtype(result))
+    return _product(x, kernel, dtype, result)
 
 
 def _matmul_forward(x: jax.Array, kernel: jax.Array, dtype: str, result: str) -> tuple[jax.Array, Any]:
     # The backward pass needs the rounded operands only; they take half the memory.
     empty = (jnp.zeros((), x.dtype), jnp.zeros((), kernel.dtype))
-    return matmul(x, kernel, dtype, result), (x.astype(dtype), kernel.astype(dtype), empty)
+    return _product(x, kernel, dtype, result), (x.astype(dtype), kernel.astype(dtype), empty)
 
 
 def _matmul_backward(dtype: str, _: str, residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -76,7 +104,7 @@ def _transposed(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x.T, Layout(major_to_minor=(0, 1)))
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def linear(

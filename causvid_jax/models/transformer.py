@@ -17,7 +17,7 @@ Source: Wan2.1, arXiv 2503.20314, ``wan/modules/model.py``.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -42,8 +42,9 @@ from causvid_jax.models.kv_cache import (
     visible_slots,
     write_slots,
 )
-from causvid_jax.models.layers import PRODUCT, Params
+from causvid_jax.models.layers import Params
 from causvid_jax.models.precision import layer_norm, linear, modulate
+from causvid_jax.models.remat import LAYER_INPUT, rematerialize
 from causvid_jax.models.transformer_layer import (
     TOKEN_AXES,
     Attend,
@@ -53,6 +54,7 @@ from causvid_jax.models.transformer_layer import (
     cross_keys_values,
     embed_context,
     embed_time,
+    pool_tokens,
     text_layer,
 )
 from causvid_jax.models.transformer_spec import block_spec, outer_spec, spec
@@ -78,6 +80,7 @@ __all__ = [
     "init",
     "init_cache",
     "overwritten",
+    "pooled_features",
     "spec",
     "undo",
     "unstack",
@@ -108,50 +111,13 @@ def inference(config: TransformerConfig, *, unstacked: bool = False) -> Params:
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
 
-LAYER_INPUT = "layer_input"
-
-
-def attention_results(*names: str) -> Callable[..., Any]:
-    """Return the policy that keeps the results of these names, and the softmax sums of cuDNN's attention.
-
-    cuDNN's kernel returns both in one call without a name for the sums. If they were not kept, the backward pass would
-    compute the whole attention again.
-    """
-    policies = jax.checkpoint_policies
-
-    def is_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
-        return primitive.name.startswith("dot_product_attention_fwd")
-
-    return policies.save_from_both_policies(policies.save_only_these_names(*names), is_cudnn)
-
-
-def rematerialize(layer: Any, remat: str | bool) -> Any:
-    """Rematerialize the linen module ``layer``; ``remat`` (:class:`TransformerConfig`) says which results are kept."""
-    policies = jax.checkpoint_policies
-    if remat == "none":
-        return layer
-    if remat == "offload" and constraints.platform() == "cpu":
-        remat = "full"  # layer inputs are in host memory already
-    policy = {
-        "full": policies.nothing_saveable,
-        "attention": attention_results(attention.RESULT),
-        # Select by name: JAX's policies for products do not apply inside a function with a custom derivative (matmul).
-        "dots": attention_results(attention.RESULT, PRODUCT),
-        "offload": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=[LAYER_INPUT],
-            offload_src="device",
-            offload_dst="pinned_host",
-        ),
-    }[str(remat)]
-    return nn.remat(layer, prevent_cse=False, policy=policy)
-
 
 class _Layer(nn.Module):
     """Declare one layer's parameters to linen, for :func:`flax.linen.scan`."""
 
     config: TransformerConfig
     attend: Attend
+    pooled: bool = False
 
     @nn.compact
     def __call__(
@@ -162,6 +128,9 @@ class _Layer(nn.Module):
         x = checkpoint_name(x, LAYER_INPUT)
         text = context if text_cache is None else text_cache
         assert text is not None, "cross-attention needs embeddings or cached keys and values"
+        if self.pooled:
+            x, _ = block(p, x, time, text, None, self.attend, self.config)
+            return x, pool_tokens(x, layer_cache, self.config)
         return block(p, x, time, text, layer_cache, self.attend, self.config)
 
 
@@ -170,6 +139,7 @@ class _Transformer(nn.Module):
 
     config: TransformerConfig
     attend: Attend
+    pooled: bool = False
 
     @nn.compact
     def __call__(
@@ -221,7 +191,7 @@ class _Transformer(nn.Module):
             out_axes=0,
             length=self.config.num_layers,
         )
-        return scanned(self.config, self.attend, name="blocks")(tokens, time, context, layer_inputs)
+        return scanned(self.config, self.attend, self.pooled, name="blocks")(tokens, time, context, layer_inputs)
 
     def _loop(
         self,
@@ -256,13 +226,17 @@ def _apply(
     text_cache: TextCache | None = None,
     layer_caches: Any = None,
     keep_frames: int | None = None,
+    pooled: bool = False,
 ) -> tuple[jax.Array, Any]:
-    """Run the network with self-attention ``attend``; ``keep_frames`` limits the output to the last frames."""
+    """Run the network with self-attention ``attend``; ``keep_frames`` limits the output to the last frames.
+
+    If ``pooled``, ``layer_caches [L, M]`` are queries, and instead of caches their pooled features come back.
+    """
     require(
         x.shape[-1] == config.in_channels,
         f"the input has {x.shape[-1]} channels; this transformer requires {config.in_channels}",
     )
-    module = _Transformer(config, attend)
+    module = _Transformer(config, attend, pooled)
     unstacked = params["blocks"] if is_unstacked(params) else None
     declared = {name: value for name, value in params.items() if name != "blocks"} if unstacked else params
     return module.apply(
@@ -324,6 +298,24 @@ def bidirectional(
     return _apply(params, config, attend, x, timestep, prompt_embeds, image_embeds)[0]
 
 
+def pooled_features(
+    params: Params,
+    x: Float[jax.Array, "B F h w C"],
+    timestep: Float[jax.Array, "B F"],
+    prompt_embeds: Float[jax.Array, "B S E"],
+    queries: Float[jax.Array, "L M"],
+    *,
+    config: TransformerConfig,
+) -> Float[jax.Array, "L B M"]:
+    """Return the features after every layer of :func:`bidirectional`, pooled by one query per layer.
+
+    A discriminator reads them (``distill.gan``). Only the pooled features are kept, not the tokens of every layer.
+    """
+    angle = rope.angles(jnp.arange(x.shape[1]), **_grid(x, config))
+    attend = _attend_plan(attention.bidirectional(x.shape[1]), angle, params, config)
+    return _apply(params, config, attend, x, timestep, prompt_embeds, layer_caches=queries, pooled=True)[1]
+
+
 def block_causal(
     params: Params,
     x: Float[jax.Array, "B F h w C"],
@@ -333,24 +325,27 @@ def block_causal(
     *,
     config: TransformerConfig,
     causal: CausalConfig,
-    clean: Float[jax.Array, "B F h w C"] | None = None,
+    clean: Float[jax.Array, "B P h w C"] | None = None,
     clean_timestep: float = 0.0,
 ) -> Float[jax.Array, "B F h w V"]:
     """Return the velocity of all blocks in one pass; a token attends to its block and earlier ones (CausVid, eq. 5).
 
     All frames of a block have the same timestep; blocks may differ. With ``clean`` (teacher forcing) a block attends to
     its own noisy frames and to the *clean* copies of earlier blocks, which are conditioned on ``clean_timestep``.
+    ``clean`` may begin with whole blocks of a past that ``x`` continues: P frames, of which x has the last F.
     ``image_embeds`` is as in :func:`bidirectional`.
     """
     frames = x.shape[1]
     positions = jnp.arange(frames)
     plan = attention.block_causal(frames, causal)
     # In a clip of one block no token attends to the clean copy, so leave it out.
-    if clean is not None and len(causal.block_sizes(frames)) > 1:
+    if clean is not None and len(causal.block_sizes(clean.shape[1])) > 1:
+        copies, past = clean.shape[1], clean.shape[1] - frames
         x = jnp.concatenate([clean, x], axis=1)
-        timestep = jnp.concatenate([jnp.full_like(timestep, clean_timestep), timestep], axis=1)
-        positions = jnp.concatenate([positions, positions])
-        plan = attention.teacher_forcing(frames, causal)
+        at_clean = jnp.full((timestep.shape[0], copies), clean_timestep, timestep.dtype)
+        timestep = jnp.concatenate([at_clean, timestep], axis=1)
+        positions = jnp.concatenate([jnp.arange(copies), past + positions])
+        plan = attention.teacher_forcing(copies, causal, past)
     attend = _attend_plan(plan, rope.angles(positions, **_grid(x, config)), params, config)
     return _apply(params, config, attend, x, timestep, prompt_embeds, image_embeds, keep_frames=frames)[0]
 

@@ -121,6 +121,16 @@ def block(
     return constraints.constrain(x, TOKEN_AXES, config.rules), layer_cache
 
 
+def pool_tokens(x: jax.Array, query: jax.Array, config: TransformerConfig) -> jax.Array:
+    """Pool all tokens ``x [B, F, n, M]`` by attention to one query ``[M]``: ``[B, M]``.
+
+    ``y = LN(x)``, ``softmax(y q / sqrt(M)) y``.
+    """
+    y = layer_norm(x, config)
+    scores = jnp.einsum("bfnm,m->bfn", y, query) * y.shape[-1] ** -0.5
+    return jnp.einsum("bfn,bfnm->bm", jax.nn.softmax(scores, axis=(1, 2)), y)
+
+
 def embed_time(p: Params, timestep: jax.Array, config: TransformerConfig) -> tuple[jax.Array, jax.Array]:
     """Embed timesteps ``[B, F]`` for the head, ``[B, F, M]``, and for the layers, ``[B, F, 6, M]``."""
     apply, net = functools.partial(precision.time_linear, config=config), p["time_embedding"]

@@ -16,7 +16,7 @@ def passes_per_block(config: Recipe) -> int:
 def _sigma(timestep: float, config: Recipe) -> float:
     """Return the noise level of a timestep: t / 1000, or what the published sampler reads from its table."""
     exact = config.student.precision == "causvid" and timestep > 0
-    return flow.table_sigma(timestep, config.diffusion.shift) if exact else timestep / 1000.0
+    return flow.table_sigma(timestep, flow.student_shift(config.diffusion)) if exact else timestep / 1000.0
 
 
 def schedule(config: Recipe, timesteps: tuple[float, ...] | None) -> tuple[tuple[float, ...], list[float]]:

@@ -218,7 +218,15 @@ def _denoise(
         return precision.round_all(x, config.student), cache
 
     with jax.named_scope("denoise"):
-        return jax.lax.fori_loop(start, count, step, (x, state.cache))
+        if config.causal.add_context_noise != "always":
+            return jax.lax.fori_loop(start, count, step, (x, state.cache))
+        # The last pass reads the block with noise, so it is not one of the loop, which ends with the block itself.
+        x0, cache = jax.lax.fori_loop(start, count - 1, step, (x, state.cache))
+        level = flow.sigma_from_timestep(config.causal.context_noise)
+        written = flow.add_noise(x0, _noise(state, count - 1, config, noise), level)
+        written = precision.round_all(written, config.student)
+        _, cache = _pass(params, state, cache, written, config.causal.context_noise, config)
+        return x0, cache
 
 
 def _finish(state: StreamState, latents: jax.Array, cache: KVCache) -> StreamState:

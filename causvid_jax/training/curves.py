@@ -20,6 +20,7 @@ LOSSES = {
     "teacher": ("loss",),
     "causal": ("loss",),
     "init": ("loss",),
+    "consistency": ("loss",),
     "distill": ("critic_loss", "generator_loss"),
 }
 SCORES = ("sample_digit", "sample_color", "sample_direction", "sample_all")

@@ -1,4 +1,4 @@
-"""Distribution matching distillation (paper section 4.2, Algorithm 1): state, updates, batches, loop.
+"""Distillation of the student (paper section 4.2, Algorithm 1): state, scores, updates, loop.
 
 One train step is K updates of the critic (the fake score) and one update of the student with its EMA. The real score is
 the frozen teacher. The losses are in :mod:`causvid_jax.distill.dmd`, the student's outputs that they judge in
@@ -8,25 +8,33 @@ the frozen teacher. The losses are in :mod:`causvid_jax.distill.dmd`, the studen
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from causvid_jax.config import DistillStageConfig, Recipe, require
-from causvid_jax.data import arrays, pipeline
-from causvid_jax.data import sources as datasets
+from causvid_jax.config import CausalConfig, DistillStageConfig, Recipe, require
 from causvid_jax.diffusion import flow
-from causvid_jax.diffusion.guidance import per_branch
-from causvid_jax.distill import dmd
-from causvid_jax.distill.rollout import Rollout, data_rollout, self_rollout
+from causvid_jax.distill import dmd, gan, sid
+from causvid_jax.distill.replay import replay_rollout
+from causvid_jax.distill.rollout import data_rollout, self_rollout
 from causvid_jax.models import adapters, transformer
+from causvid_jax.sharding.params import init_tree
 from causvid_jax.sharding.placement import Placement
 from causvid_jax.text import encoder
 from causvid_jax.training import guard, samples, weights
+from causvid_jax.training.dmd_data import (
+    Batch,
+    batch_shapes,
+    clip_shape,
+    no_context,
+    read_batches,
+    with_context,
+    with_frames,
+)
+from causvid_jax.training.dmd_scores import critic_spec, fake_score, real_score, score_levels, scored, student_rollout
 from causvid_jax.training.optimizers import make_optimizer
 from causvid_jax.training.run import Run
 from causvid_jax.training.update import (
@@ -38,7 +46,6 @@ from causvid_jax.training.update import (
     trainable_shardings,
 )
 
-Batch = dict[str, Any]
 Metrics = dict[str, jax.Array]
 
 # ---- state -----------------------------------------------------------------------------------------------------------
@@ -94,7 +101,7 @@ def state_shardings(recipe: Recipe, placement: Placement, optimizers: Optimizers
     student, critic = recipe.student, recipe.fake_score
     return DMDState(
         student=trainable_shardings(placement, transformer.spec(student), student.rules, optimizers.student),
-        critic=trainable_shardings(placement, transformer.spec(critic), critic.rules, optimizers.critic, ema=False),
+        critic=trainable_shardings(placement, critic_spec(recipe), critic.rules, optimizers.critic, ema=False),
         step=cast(Any, placement.whole()),
         history=history_shardings(placement),
     )
@@ -103,37 +110,9 @@ def state_shardings(recipe: Recipe, placement: Placement, optimizers: Optimizers
 # ---- networks --------------------------------------------------------------------------------------------------------
 
 
-def real_score(
-    params: Any, x: jax.Array, timestep: jax.Array, text: jax.Array, *, clean: jax.Array, recipe: Recipe
-) -> jax.Array:
-    """Return the teacher's velocity, in the forward mode that ``train_distill.teacher`` names.
-
-    The causal teacher gets what the stage ``causal`` trained it with: the clean blocks before each block, which are
-    those of the student's output ``clean [B, F, h, w, C]``.
-    """
-    if recipe.train_distill.teacher == "bidirectional":
-        return transformer.bidirectional(params, x, timestep, text, config=recipe.teacher)
-    return transformer.block_causal(
-        params,
-        x,
-        timestep,
-        text,
-        config=recipe.teacher,
-        causal=recipe.causal,
-        clean=per_branch(clean, x),
-        clean_timestep=recipe.causal.context_noise,
-    )
-
-
-def fake_score(params: Any, x: jax.Array, timestep: jax.Array, text: jax.Array, *, recipe: Recipe) -> jax.Array:
-    """Return the critic's velocity."""
-    return transformer.bidirectional(params, x, timestep, text, config=recipe.fake_score)
-
-
 def generate(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> tuple[jax.Array, jax.Array | None]:
     """Return the student's x0 ``[B, F, h, w, C]`` and the mask ``[B, F]`` of the frames that count, None for all."""
     config, causal = recipe.train_distill, recipe.causal
-    timesteps = flow.student_timesteps(recipe.diffusion)
     if config.rollout == "data":
         velocity = functools.partial(transformer.block_causal, config=recipe.student, causal=causal)
         sizes = causal.block_sizes(batch["latents"].shape[1])
@@ -143,73 +122,56 @@ def generate(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> tu
             batch["latents"],
             batch["text"],
             key,
-            timesteps=timesteps,
+            timesteps=flow.student_timesteps(recipe.diffusion),
             block_sizes=sizes,
             include_clean=config.include_clean,
         )
         return x0, noisy if config.include_clean and config.mask_clean else None
     shape = (len(batch["text"]), *clip_shape(recipe))
-    rollout = Rollout(recipe.student, causal, tuple(timesteps))
-    if "context" not in batch:
-        return self_rollout(rollout, params, batch["text"], key, shape=shape), None
-    has_context = batch["has_context"][0]
-    x0 = self_rollout(
-        rollout, params, batch["text"], key, shape=shape, context=batch["context"], has_context=has_context
-    )
-    # The teacher knows clips whose first latent frame holds one pixel frame. A continued stream has no such frame, so
-    # the losses leave its place out. The scores still attend to it: their other frames are judged next to a first frame
-    # that they were not trained on.
-    return x0, jnp.ones(shape[:2], bool).at[:, 0].set(~has_context)
+    run = self_rollout if config.gradient == "stop" else replay_rollout
+    options = {"context": batch["context"], "has_context": batch["has_context"][0]} if "context" in batch else {}
+    x0 = run(student_rollout(recipe), params, batch["text"], key, shape=shape, **options)
+    return loss_window(x0, key, config, causal, options.get("has_context"))
 
 
-def clip_shape(recipe: Recipe) -> tuple[int, int, int, int]:
-    """Return ``(F, h, w, C)`` of a rollout: the clip's, or ``train_distill.frames`` latent frames of it."""
-    frames, *size = recipe.latent_shape
-    return (recipe.train_distill.frames or frames, *size)  # type: ignore[return-value]
+def loss_window(
+    x0: jax.Array, key: jax.Array, config: DistillStageConfig, causal: CausalConfig, continued: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return the window of a rollout that the losses see, and the mask of its frames that count, None for all.
 
-
-def with_frames(recipe: Recipe, frames: int) -> Recipe:
-    """Return ``recipe`` with rollouts of ``frames`` latent frames (0: the full clip).
-
-    Raises:
-      ConfigError: the blocks do not fit that length, or it is shorter than the context that a rollout continues.
+    The teacher knows clips whose first latent frame holds one pixel frame. A stream that goes on has no such frame, so
+    the losses leave the first place of a ``continued`` rollout, or of a window that starts later, out. The scores still
+    attend to it: their other frames are judged next to a first frame that they were not trained on. Single chunks have
+    no such first frame.
     """
-    return dataclasses.replace(recipe, train_distill=dataclasses.replace(recipe.train_distill, frames=frames))
-
-
-# ---- continued rollouts ----------------------------------------------------------------------------------------------
-
-
-def no_context(batch: Batch, recipe: Recipe) -> Batch | None:
-    """Return what the first rollout of a step continues: nothing; None if rollouts never continue one another."""
-    config = recipe.train_distill
-    if config.rollout != "self" or not config.continuation_prob:
-        return None
-    latents = jnp.zeros((len(batch["text"]), recipe.causal.past_frames(), *clip_shape(recipe)[1:]))
-    return {"latents": latents, "text": batch["text"], "exists": jnp.array(False)}
-
-
-def with_context(
-    batch: Batch, previous: Batch | None, key: jax.Array, config: DistillStageConfig
-) -> tuple[Batch, jax.Array]:
-    """Add the context of the previous rollout to ``batch``, and return the key that is left.
-
-    With probability ``continuation_prob`` the new rollout continues the previous one; then each clip keeps its prompt
-    or, with probability ``prompt_switch_prob``, takes the one of ``batch``. ``has_context`` is ``[B]``, all equal.
-    """
-    if previous is None:
-        return batch, key
-    context_key, key = jax.random.split(key)
-    continue_key, switch_key = jax.random.split(context_key)
-    size = len(batch["text"])
-    continued = previous["exists"] & (jax.random.uniform(continue_key) < config.continuation_prob)
-    switched = jax.random.uniform(switch_key, (size, 1, 1)) < config.prompt_switch_prob
-    text = jnp.where(continued & ~switched, previous["text"], batch["text"])
-    context = {"context": previous["latents"], "has_context": jnp.broadcast_to(continued, size)}
-    return batch | {"text": text} | context, key
+    later = (x0.shape[1] - config.loss_frames) // causal.frames_per_block if config.loss_frames else 0
+    if not later and continued is None:
+        return x0, None
+    begins = jnp.array(True) if continued is None else ~continued
+    if later:
+        drawn = jax.random.randint(jax.random.fold_in(key, 1), (), 0, later + 1)
+        block = drawn if config.loss_window == "random" else jnp.int32(later)
+        x0 = jax.lax.dynamic_slice_in_dim(x0, block * causal.frames_per_block, config.loss_frames, axis=1)
+        begins &= block == 0
+    if config.teacher == "chunk":
+        return x0, None
+    return x0, jnp.ones(x0.shape[:2], bool).at[:, 0].set(begins)
 
 
 # ---- updates ---------------------------------------------------------------------------------------------------------
+
+
+OBJECTIVES: dict[str, Callable[..., tuple[jax.Array, Metrics]]] = {
+    "dmd": dmd.generator_loss,
+    "sid": sid.generator_loss,
+    "dmd_gan": gan.generator_loss,
+}
+"""``train_distill.objective`` to the student's loss."""
+
+
+def judge(critic: Any, recipe: Recipe) -> gan.Discriminator:
+    """Return the discriminator on the features of the fake score."""
+    return functools.partial(gan.discriminator, critic, config=recipe.fake_score, distill=recipe.train_distill)
 
 
 def critic_update(
@@ -231,16 +193,18 @@ def critic_update(
     def loss_fn(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         rollout_key, loss_key = jax.random.split(key)
         x0, mask = generate(student, batch, rollout_key, recipe=recipe)
-        loss, metrics = dmd.critic_loss(
-            x0,
-            batch["text"],
-            loss_key,
-            fake=functools.partial(fake_score, params, recipe=recipe),
-            diffusion=recipe.diffusion,
-            distill=config,
-            mask=mask,
-        )
-        return loss, metrics if previous is None else metrics | {"end": x0[:, -previous["latents"].shape[1] :]}
+        end = {} if previous is None else {"end": x0[:, -previous["latents"].shape[1] :]}
+        levels = score_levels(rollout_key, x0.shape[1], recipe)
+        x, mask, text = scored(x0, mask, batch["text"], recipe)
+        settings: dict[str, Any] = {"diffusion": recipe.diffusion, "distill": config, "mask": mask, "levels": levels}
+        settings["fake"] = functools.partial(fake_score, params, clean=jax.lax.stop_gradient(x), recipe=recipe)
+        if config.objective == "dmd_gan":
+            loss, metrics = gan.critic_loss(
+                x, batch["latents"], text, loss_key, judge=judge(params, recipe), **settings
+            )
+        else:
+            loss, metrics = dmd.critic_loss(x, text, loss_key, **settings)
+        return loss, metrics | end
 
     critic, history, applied, metrics = apply_update(
         critic,
@@ -274,22 +238,26 @@ def student_update(
     recipe: Recipe,
     finite: jax.Array,
 ) -> tuple[Trainable, guard.LossHistory, jax.Array, Metrics]:
-    """Update the student along the difference of the two scores (equation 4)."""
+    """Update the student by its objective (equation 4 for DMD)."""
 
     def loss_fn(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         rollout_key, loss_key = jax.random.split(key)
         x0, mask = generate(params, batch, rollout_key, recipe=recipe)
-        return dmd.generator_loss(
-            x0,
-            batch["text"],
-            null_text,
-            loss_key,
-            teacher=functools.partial(real_score, teacher, clean=jax.lax.stop_gradient(x0), recipe=recipe),
-            fake=functools.partial(fake_score, critic, recipe=recipe),
-            diffusion=recipe.diffusion,
-            distill=recipe.train_distill,
-            mask=mask,
-        )
+        levels = score_levels(rollout_key, x0.shape[1], recipe)
+        x, mask, text = scored(x0, mask, batch["text"], recipe)
+        options: dict[str, Any] = {"clean": jax.lax.stop_gradient(x), "recipe": recipe}
+        settings: dict[str, Any] = {
+            "teacher": functools.partial(real_score, teacher, **options),
+            "fake": functools.partial(fake_score, critic, **options),
+            "diffusion": recipe.diffusion,
+            "distill": recipe.train_distill,
+            "mask": mask,
+            "levels": levels,
+        }
+        objective = recipe.train_distill.objective
+        if objective == "dmd_gan":
+            settings["judge"] = judge(critic, recipe)
+        return OBJECTIVES[objective](x, text, null_text, loss_key, **settings)
 
     return apply_update(
         student,
@@ -396,12 +364,10 @@ def compiled_step(recipe: Recipe, placement: Placement) -> TrainStep:
     """Return the jitted :func:`train_step` without its static arguments; it donates the state."""
     plain = make_optimizers(recipe.train_distill)
     shardings = state_shardings(recipe, placement, plain)
-    networks = recipe.student, recipe.fake_score
+    student, critic = recipe.student, recipe.fake_score
     hosted = Optimizers(
-        *(
-            placement.hosted(optimizer, adapters.split(transformer.spec(net))[0], net.rules)
-            for optimizer, net in zip(plain, networks, strict=True)
-        )
+        placement.hosted(plain.student, adapters.split(transformer.spec(student))[0], student.rules),
+        placement.hosted(plain.critic, adapters.split(critic_spec(recipe))[0], critic.rules),
     )
     return jax.jit(
         functools.partial(train_step, optimizers=hosted, recipe=recipe),
@@ -411,36 +377,25 @@ def compiled_step(recipe: Recipe, placement: Placement) -> TrainStep:
     )
 
 
-# ---- batches ---------------------------------------------------------------------------------------------------------
-
-
-def batch_shapes(recipe: Recipe) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of the arrays of one step, ``[K + 1, B, ...]``."""
-    config = recipe.train_distill
-    shapes: dict[str, tuple[int, ...]] = {"text": (recipe.text.length, recipe.text.dim)}
-    if config.rollout == "data":
-        shapes["latents"] = clip_shape(recipe)
-    count = config.critic_steps + 1
-    return {
-        name: jax.ShapeDtypeStruct((count, config.batch_size, *shape), np.float32) for name, shape in shapes.items()
-    }
-
-
-def read_batches(run: Run, *, batch_size: int, frames: int, seed: int) -> Iterator[Batch]:
-    """Read the examples of all K + 1 batches of a step together; a self rollout needs prompts alone."""
-    recipe, parts = run.recipe, range(run.recipe.train_distill.critic_steps + 1)
-    # A process reads its rows of every one of the K + 1 batches.
-    rows = [part * batch_size + row for part in parts for row in run.placement.rows(batch_size)]
-    options: dict[str, Any] = {"batch_size": batch_size * len(parts), "seed": seed, "rows": rows}
-    options["text_length"] = recipe.text.length
-    if recipe.train_distill.rollout == "self" and recipe.data.prompt_file:
-        source = arrays.source(datasets.folder(run.workdir, datasets.PROMPTS))
-        return pipeline.prompt_batches(source, **options)
-    length = frames if recipe.train_distill.rollout == "data" else 0  # of a self rollout only the captions are read
-    return pipeline.latent_batches(datasets.latents(recipe, run.workdir), frames=length, **options)
-
-
 # ---- loop ------------------------------------------------------------------------------------------------------------
+
+
+def first_critic(run: Run, student: Any, teacher: Any) -> Any:
+    """Return the parameters that the fake score starts from, with buffers of their own.
+
+    A network of the teacher's sizes starts from the teacher's weights for its forward mode.
+    """
+    recipe, config = run.recipe, run.recipe.train_distill
+    if config.critic_init == "teacher" and config.teacher == "causal" and config.critic_mode != "causal":
+        critic = weights.load_network(run, "teacher", recipe.teacher)
+    else:
+        # The critic's parameters are copied: a donated state shares no buffer with the teacher.
+        critic = jax.tree.map(jnp.copy, student if config.critic_init == "student" else teacher)
+    if config.objective != "dmd_gan":
+        return critic
+    head, rules = {gan.HEAD: gan.head_spec(recipe.fake_score, config)}, recipe.fake_score.rules
+    make = functools.partial(init_tree, jax.random.key(config.seed), head)
+    return critic | run.placement.init(make, run.placement.params(head, rules))
 
 
 def train_distill(run: Run, init_from: pathlib.Path | None = None) -> None:
@@ -452,13 +407,9 @@ def train_distill(run: Run, init_from: pathlib.Path | None = None) -> None:
     reader = weights.open_encoder(run)
     null_text = jnp.asarray(encoder.null_rows(reader))
     teacher = weights.load_network(run, "causal" if config.teacher == "causal" else "teacher", recipe.teacher)
-    start = "init" if config.init == "ode" else "teacher"
+    start = {"ode": "init", "consistency": "consistency", "teacher": "teacher"}[config.init]
     student = weights.load_network(run, start, recipe.student, init_from)
-    if config.critic_init == "teacher" and config.teacher == "causal":
-        critic = weights.load_network(run, "teacher", recipe.teacher)  # the fake score is bidirectional
-    else:
-        # The critic's parameters are copied: a donated state shares no buffer with the teacher.
-        critic = jax.tree.map(jnp.copy, student if config.critic_init == "student" else teacher)
+    critic = first_critic(run, student, teacher)
     optimizers = make_optimizers(config)
     init = functools.partial(init_state, optimizers=optimizers, window=config.bad_loss_window)
     state = run.restore(placement.init(init, state_shardings(recipe, placement, optimizers), student, critic))

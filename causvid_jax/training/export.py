@@ -8,7 +8,9 @@ from causvid_jax.config import ConfigError, from_json, require
 from causvid_jax.models import adapters
 from causvid_jax.training import autoencoder, checkpoint, provenance, weights
 
-EMA = dict.fromkeys(("vae", "taehv", "teacher", "causal", "init"), "network.ema") | {"distill": "student.ema"}
+EMA = dict.fromkeys(("vae", "taehv", "teacher", "causal", "init", "consistency"), "network.ema") | {
+    "distill": "student.ema"
+}
 """Path of the exported parameters in the state of every stage."""
 
 

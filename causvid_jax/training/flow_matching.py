@@ -11,12 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from causvid_jax.config import Recipe
 from causvid_jax.data import pipeline
 from causvid_jax.data import sources as datasets
 from causvid_jax.diffusion import flow
 from causvid_jax.distill import ode_regression
+from causvid_jax.distill.rollout import noisy_context
 from causvid_jax.models import transformer
 from causvid_jax.sharding.placement import Placement
 from causvid_jax.text import encoder
@@ -64,6 +66,9 @@ def teacher_loss(
       noise: shape of the latents, instead of drawn noise.
     """
     latents, text = batch["latents"], batch["text"]
+    if recipe.train_teacher.chunks:
+        latents = rearrange(latents, "b (n k) h w c -> (b n) k h w c", k=recipe.causal.frames_per_block)
+        text = jnp.repeat(text, len(latents) // len(text), axis=0)
     size, frames = latents.shape[:2]
     u_key, noise_key, drop_key = jax.random.split(key, 3)
     # Stratified: one u in each of B equal cells, which lowers the variance of the loss.
@@ -104,6 +109,7 @@ def causal_loss(
     text = drop_captions(text, drop_key, config.caption_dropout, negative_prompt_embeds)
     swapped = ode_regression.splice(splice_key, size, blocks, config.prompt_switch_prob)
     clean = jnp.where(swapped[:, :, None, None, None], jnp.roll(latents, -1, axis=0), latents)
+    clean = noisy_context(clean, key, 1, recipe.causal)
     x_t = flow.add_noise(latents, noise, sigma)
     velocity = transformer.block_causal(
         params,

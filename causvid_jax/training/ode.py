@@ -15,6 +15,7 @@ from causvid_jax.data import pipeline
 from causvid_jax.data import sources as datasets
 from causvid_jax.diffusion import flow
 from causvid_jax.distill.ode_regression import ode_regression_loss
+from causvid_jax.distill.rollout import noisy_context
 from causvid_jax.models import transformer
 from causvid_jax.sharding.placement import Placement
 from causvid_jax.training import samples, weights
@@ -31,6 +32,9 @@ STAGE_OF = {"bidirectional": "teacher", "causal": "causal"}
 def init_loss(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the regression loss of trajectories ``[B, Q + 1, F, h, w, C]``, with ``context`` of a causal teacher."""
     config, causal = recipe.train_init, recipe.causal
+    context = batch.get("context")
+    if context is not None:
+        context = noisy_context(context, key, 1, causal)
     velocity = functools.partial(
         transformer.block_causal, config=recipe.student, causal=causal, clean_timestep=causal.context_noise
     )
@@ -44,7 +48,7 @@ def init_loss(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> t
         block_sizes=causal.block_sizes(batch["trajectory"].shape[2]),
         include_clean=config.include_clean,
         prompt_switch_prob=config.prompt_switch_prob,
-        context=batch.get("context"),
+        context=context,
     )
 
 

@@ -75,9 +75,13 @@ def legs(recipe: Recipe, workdir: pathlib.Path, options: prepare.Options, plan: 
         path = workdir / CLASSIFIER
         result.append(Leg("classifier", path.is_file, lambda: measure.make_classifier(recipe, path)))
     result += [trained("vae"), prepared("latents", dataset(data / sources.LATENTS)), trained("teacher")]
-    if causal or recipe.train_distill.teacher == "causal":
+    consistency = recipe.train_distill.init == "consistency"
+    if causal or consistency or recipe.train_distill.teacher == "causal":
         result.append(trained("causal"))
-    result += [prepared("trajectories", dataset(*folders)), trained("init"), trained("distill")]
+    if consistency:
+        result += [trained("consistency"), trained("distill")]
+    else:
+        result += [prepared("trajectories", dataset(*folders)), trained("init"), trained("distill")]
     if recipe.decoder == "taehv":
         rollouts = [sources.streams_folder(workdir, clips) for clips, _ in recipe.train_taehv.rollouts]
         if rollouts:

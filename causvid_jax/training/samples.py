@@ -67,7 +67,9 @@ class TeacherSampler:
 def many_steps(recipe: Recipe, steps: int) -> Recipe:
     """Return a recipe whose student is the teacher, with ``steps`` denoising steps: the causal teacher as a stream."""
     timesteps = tuple(1000.0 * (1 - i / steps) for i in range(steps))
-    diffusion = dataclasses.replace(recipe.diffusion, denoising_timesteps=timesteps)
+    diffusion = dataclasses.replace(
+        recipe.diffusion, denoising_timesteps=timesteps, first_block_timesteps=(), student_shift=0.0
+    )
     return dataclasses.replace(recipe, student=recipe.teacher, diffusion=diffusion)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from causvid_jax.checkpoints import workdir as paths
 from causvid_jax.config import Recipe, StageConfig, require
 from causvid_jax.sharding.placement import place
-from causvid_jax.training import autoencoder, dmd, flow_matching, ode
+from causvid_jax.training import autoencoder, consistency, dmd, flow_matching, ode
 from causvid_jax.training.run import Run, open_run
 
 TRAINERS: dict[str, Callable[[Run, pathlib.Path | None], None]] = {
@@ -17,9 +17,10 @@ TRAINERS: dict[str, Callable[[Run, pathlib.Path | None], None]] = {
     "teacher": flow_matching.train_teacher,
     "causal": flow_matching.train_causal,
     "init": ode.train_init,
+    "consistency": consistency.train_consistency,
     "distill": dmd.train_distill,
 }
-"""Stage to trainer: the VAE, its tiny decoder, the teacher, the causal teacher, ODE regression, DMD."""
+"""Stage to trainer: the VAE, its tiny decoder, the teacher, the causal teacher, ODE regression, consistency, DMD."""
 
 
 def train(name: str, recipe: Recipe, workdir: pathlib.Path, init_from: str | os.PathLike | None = None) -> None:
@@ -64,6 +65,7 @@ def next_command(name: str, recipe: Recipe) -> str:
         "teacher": "launch.train --stage=causal" if causal else "launch.prepare --stage=trajectories",
         "causal": "launch.prepare --stage=trajectories",
         "init": "launch.train --stage=distill",
+        "consistency": "launch.train --stage=distill with --config.train_distill.init=consistency",
         "distill": "launch.sample --checkpoint=WORKDIR",
     }[name]
 

@@ -120,20 +120,22 @@ def apply_update(
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, config: StageConfig, shardings: Any = None
+    loss_fn: Callable[..., Any], optimizer: optax.GradientTransformation, config: StageConfig, shardings: Any = None
 ) -> TrainStep:
     """Return the jitted step ``(state, batch) -> (state, metrics)`` of one network; it donates the state.
 
-    Randomness is ``fold_in(key(config.seed), step)``, so a resumed run draws what an uninterrupted one would. A refused
-    update leaves the state as it was, ``step`` included; the metric ``skipped`` is then 1. On a mesh the state stays
-    where ``shardings`` (a tree of ``NamedSharding``, or one for all) put it.
+    A stage with ``frozen`` networks passes them after the batch, ``(state, batch, *frozen)``; its loss gets them and
+    the state as keywords. Randomness is ``fold_in(key(config.seed), step)``, so a resumed run draws what an
+    uninterrupted one would. A refused update leaves the state as it was, ``step`` included; the metric ``skipped`` is
+    then 1. On a mesh the state stays where ``shardings`` (a tree of ``NamedSharding``, or one for all) put it.
     """
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(state: TrainState, batch: Any, *frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        loss = functools.partial(loss_fn, state=state, frozen=frozen) if frozen else loss_fn
         network, history, applied, metrics = apply_update(
-            state.network, loss_fn, batch, key, state.history, state.step, optimizer=optimizer, config=config
+            state.network, loss, batch, key, state.history, state.step, optimizer=optimizer, config=config
         )
         counts = {"skipped": 1 - applied.astype(jnp.int32), "applied": applied, "skipped_total": history.skipped}
         step = jnp.where(applied, state.step + 1, state.step)
@@ -177,7 +179,7 @@ class NetworkStep:
 
 
 def network_step(
-    loss_fn: LossFn, config: StageConfig, spec: Any, rules: ShardingRules, placement: Placement
+    loss_fn: Callable[..., Any], config: StageConfig, spec: Any, rules: ShardingRules, placement: Placement
 ) -> NetworkStep:
     """Return the step of one network with the parameters ``spec`` on the mesh of ``placement``."""
     optimizer = make_optimizer(config.optimizer, config.steps)

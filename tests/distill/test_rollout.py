@@ -1,5 +1,6 @@
 """Rollouts against a numpy loop over a toy student whose cache can be differentiated by hand."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 from causvid_jax.config import CausalConfig, ConfigError, TransformerConfig
-from causvid_jax.distill import rollout
+from causvid_jax.distill import exit_steps, replay, rollout
 from causvid_jax.models import kv_cache, transformer
+from tests import tiny
 
 TIMESTEPS = (1000.0, 800.0, 500.0)
 SHAPE = (2, 6, 2, 1, 3)
@@ -238,16 +240,16 @@ NETWORK = TransformerConfig(
 )
 
 
-def unrolled(params, text, key, exit_step, causal, context):
-    """The self rollout of the real network as a plain loop, for autodiff: every cache is a constant."""
+def unrolled(params, text, key, exit_steps, causal, context, keep=jax.lax.stop_gradient):
+    """The self rollout of the real network as a plain loop, for autodiff; ``keep`` makes every cache a constant."""
     stop = jax.lax.stop_gradient
     text_cache = transformer.encode_text(params, text, config=NETWORK)
-    frames, noise_key = 6, jax.random.split(key)[1]
+    frames, noise_key = 4, jax.random.split(key)[1]
     cache = transformer.init_cache(NETWORK, causal, batch=2, height=4, width=4, frames=frames)
 
     def forward(x, timestep, cache):
         timestep = jnp.full(x.shape[:2], timestep, jnp.float32)
-        return transformer.cached(params, x, timestep, text_cache, stop(cache), config=NETWORK, causal=causal)
+        return transformer.cached(params, x, timestep, text_cache, keep(cache), config=NETWORK, causal=causal)
 
     for latents in [] if context is None else np.split(context, context.shape[1] // 2, axis=1):
         cache = kv_cache.advance(forward(latents, causal.context_noise, cache)[1], 2)
@@ -255,51 +257,89 @@ def unrolled(params, text, key, exit_step, causal, context):
     for i in range(frames // 2):
         block_key = jax.random.fold_in(noise_key, i)
         x = jax.random.normal(jax.random.fold_in(block_key, 0), (2, 2, 4, 4, 3))
-        for j in range(exit_step + 1):
+        for j in range(exit_steps[i] + 1):
             velocity, cache = forward(stop(x), TIMESTEPS[j], cache)
             x0 = stop(x) - TIMESTEPS[j] / 1000 * velocity
-            if j < exit_step:
+            if j < exit_steps[i]:
                 sigma = TIMESTEPS[j + 1] / 1000
                 x = (1 - sigma) * x0 + sigma * jax.random.normal(jax.random.fold_in(block_key, j + 1), x.shape)
         if causal.context_pass:
-            _, cache = forward(stop(x0), causal.context_noise, cache)
+            level = causal.context_noise / 1000 * (causal.add_context_noise != "never")
+            noise = jax.random.normal(jax.random.fold_in(block_key, len(TIMESTEPS)), x.shape)
+            _, cache = forward(stop((1 - level) * x0 + level * noise), causal.context_noise, cache)
         cache = kv_cache.advance(cache, 2)
         outputs.append(x0)
     return jnp.concatenate(outputs, axis=1)
 
 
+PLAIN = CausalConfig(frames_per_block=2)
+WINDOW = CausalConfig(frames_per_block=2, window=4, sink=2, context_noise=60.0)
+NOISY = dataclasses.replace(WINDOW, sink=0, add_context_noise="training")
+NO_PASS = CausalConfig(frames_per_block=2, window=4, positions="relative", context_pass=False)
+
+
 @pytest.mark.parametrize(
-    "causal,context_frames",
-    [
-        (CausalConfig(frames_per_block=2), 0),
-        (CausalConfig(frames_per_block=2, window=4, sink=2, context_noise=60.0), 4),
-        (CausalConfig(frames_per_block=2, window=4, positions="relative", context_pass=False), 2),
-    ],
-    ids=["plain", "window, sink, context", "relative, no context pass"],
+    "causal,context_frames,method",
+    [(PLAIN, 0, "replay"), (WINDOW, 4, "stop"), (WINDOW, 4, "replay"), (NOISY, 0, "replay"), (NO_PASS, 2, "stop")],
+    ids=["plain, replay", "window, stop", "window, replay", "noise, replay", "no pass, stop"],
 )
-def test_real_rollout_and_its_gradient_equal_autodiff_of_the_unrolled_loop(causal, context_frames):
+def test_real_rollout_and_its_gradient_equal_autodiff_of_the_unrolled_loop(causal, context_frames, method):
+    """Replay adds the gradient through all keys and values. The latents that pass from block to block are constants."""
     rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda p: np.asarray(p) + 0.1 * rng.standard_normal(p.shape).astype(np.float32),
-        transformer.init(jax.random.key(0), NETWORK),
-    )
+    params = tiny.random_transformer(NETWORK)
     text = rng.standard_normal((2, 4, 5)).astype(np.float32)
     context = rng.standard_normal((2, context_frames, 4, 4, 3)).astype(np.float32) if context_frames else None
-    weight = rng.standard_normal((2, 6, 4, 4, 3)).astype(np.float32)
-    key = jax.random.key(3)
-    settings = rollout.Rollout(NETWORK, causal, TIMESTEPS)
+    weight = rng.standard_normal((2, 4, 4, 4, 3)).astype(np.float32)
+    key, own = jax.random.key(0), causal == NOISY
+    settings = rollout.Rollout(NETWORK, causal, TIMESTEPS, exit_steps="per_block" if own else "shared")
+    run, keep = rollout.self_rollout, jax.lax.stop_gradient
+    if method == "replay":
+        run, keep = replay.replay_rollout, lambda x: x
+    exits = [int(i) for i in rollout.exit_steps_of(settings, key, 4, None if own else 1)]
+    assert len(set(exits)) == (1, 2)[own]
 
     def product(params):
-        x0 = rollout.self_rollout(settings, params, text, key, shape=(2, 6, 4, 4, 3), exit_step=1, context=context)
+        x0 = run(settings, params, text, key, shape=weight.shape, exit_step=None if own else 1, context=context)
         return jnp.sum(weight * x0), x0
 
     def oracle(params):
-        x0 = unrolled(params, text, key, 1, causal, context)
+        x0 = unrolled(params, text, key, exits, causal, context, keep)
         return jnp.sum(weight * x0), x0
 
-    (_, x0), gradient = jax.jit(jax.value_and_grad(product, has_aux=True))(params)
-    (_, expected), slopes = jax.jit(jax.value_and_grad(oracle, has_aux=True))(params)
-    np.testing.assert_allclose(x0, expected, atol=2e-5)
+    compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # in half the time
+    (_, x0), gradient = compiled(jax.value_and_grad(product, has_aux=True))(params)
+    (_, expected), slopes = compiled(jax.value_and_grad(oracle, has_aux=True))(params)
+    np.testing.assert_allclose(x0, expected, atol=1e-5)
     scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(slopes))
     assert scale > 1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * scale), gradient, slopes)
+
+
+def test_real_replay_repeats_the_rollout_whether_or_not_it_continues():
+    settings, params = rollout.Rollout(NETWORK, WINDOW, TIMESTEPS), tiny.random_transformer(NETWORK)
+    text, past = np.ones((2, 4, 5), np.float32), np.ones((2, 2, 4, 4, 3), np.float32)
+    results = {}
+    for continued in (True, False):
+        options = {"shape": (2, 8, 4, 4, 3), "context": past, "has_context": jnp.array(continued)}
+        rolled_out = rollout.self_rollout(settings, params, text, jax.random.key(1), **options)
+        results[continued] = replay.replay_rollout(settings, params, text, jax.random.key(1), **options)
+        np.testing.assert_allclose(results[continued], rolled_out, atol=1e-5)
+    assert np.abs(results[True] - results[False]).max() > 0.1
+    moved = dataclasses.replace(settings, causal=dataclasses.replace(WINDOW, positions="relative"))
+    with pytest.raises(ConfigError, match="a rollout ends at latent frame 8; .* moves its sink after 6 frames"):
+        replay.replay_rollout(moved, params, text, jax.random.key(1), shape=(2, 8, 4, 4, 3))
+
+
+@pytest.mark.parametrize(
+    "mode,expected",
+    [("shared", [1 / 3] * 3), ("per_block", [1 / 3] * 3), ("last", [0, 0, 1]), ("first_block", [0, 0, 1])],
+)
+def test_exit_steps_have_their_distribution(mode, expected):
+    settings = rollout.Rollout(NETWORK, PLAIN, TIMESTEPS, exit_steps=mode)
+    keys = jax.random.split(jax.random.key(0), 900)
+    exits = np.asarray(jax.vmap(lambda key: exit_steps.draw_exit_steps(settings, key, 4))(keys))
+    np.testing.assert_allclose(np.bincount(exits[:, 2], minlength=3) / 900, expected, atol=0.05)
+    first = [0, 0, 1] if mode == "last" else [1 / 3] * 3
+    np.testing.assert_allclose(np.bincount(exits[:, 0], minlength=3) / 900, first, atol=0.05)
+    same = (exits[:, 1] == exits[:, 2]).mean()
+    assert abs(same - (1 / 3 if mode == "per_block" else 1)) < 0.05

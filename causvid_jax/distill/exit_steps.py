@@ -1,0 +1,86 @@
+"""Settings of a self rollout: which timesteps each block has, and at which of them its denoising stops."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from causvid_jax.config import CausalConfig, TransformerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """The static settings of a self rollout.
+
+    Attributes:
+      network: the student.
+      causal: block structure, window and context pass.
+      timesteps: the Q denoising timesteps, ``flow.student_timesteps``.
+      first_timesteps: those of the first block of a stream; empty: ``timesteps``.
+      exit_steps: which step each block stops at (:func:`draw_exit_steps`).
+    """
+
+    network: TransformerConfig
+    causal: CausalConfig
+    timesteps: tuple[float, ...]
+    first_timesteps: tuple[float, ...] = ()
+    exit_steps: Literal["shared", "per_block", "last", "first_block"] = "shared"
+
+
+def draw_exit_steps(rollout: Rollout, key: jax.Array, blocks: int, has_context: jax.Array | bool = False) -> jax.Array:
+    """Draw the index of the exit step of every block, int32 ``[blocks]``.
+
+    ``"shared"`` draws one of the Q steps for all blocks, ``"per_block"`` one for each, ``"last"`` is always Q - 1, and
+    ``"first_block"`` draws the first block's and is Q - 1 for the others (RMD, arXiv 2609.37925). A first block with
+    timesteps of its own draws from those, unless the rollout continues another (``has_context``).
+    """
+    steps = len(rollout.timesteps)
+    shared = jax.random.randint(key, (), 0, steps)
+    if rollout.exit_steps == "per_block":
+        exits = jax.random.randint(jax.random.fold_in(key, 1), (blocks,), 0, steps)
+    elif rollout.exit_steps == "shared":
+        exits = jnp.broadcast_to(shared, (blocks,))
+    else:
+        exits = jnp.full((blocks,), steps - 1, jnp.int32)
+        exits = exits.at[0].set(shared) if rollout.exit_steps == "first_block" else exits
+    if not rollout.first_timesteps:
+        return exits
+    count = len(rollout.first_timesteps)
+    drawn = jax.random.randint(jax.random.fold_in(key, 2), (), 0, count)
+    first = count - 1 if rollout.exit_steps == "last" else drawn
+    return exits.at[0].set(jnp.where(has_context, exits[0], first))
+
+
+def timestep_table(rollout: Rollout, blocks: int, has_context: jax.Array | bool = False) -> jax.Array:
+    """Return the timesteps of every block, float32 ``[blocks, Q]``; rows are padded with 0 at the end.
+
+    A rollout that continues another (``has_context``) has no first block.
+    """
+    lists = (rollout.first_timesteps or rollout.timesteps, rollout.timesteps)
+    width = max(map(len, lists))
+    first, other = (np.pad(np.asarray(steps, np.float32), (0, width - len(steps))) for steps in lists)
+    table = jnp.asarray(np.stack([first] + [other] * (blocks - 1)))
+    return table.at[0].set(jnp.where(has_context, other, first)) if rollout.first_timesteps else table
+
+
+def noise_key(key: jax.Array) -> jax.Array:
+    """Return the part of a rollout's key that draws noise; the other draws the exit steps."""
+    return jax.random.split(key)[1]
+
+
+def exit_steps_of(
+    rollout: Rollout,
+    key: jax.Array,
+    frames: int,
+    exit_step: jax.Array | int | None = None,
+    *,
+    context: jax.Array | None = None,
+    has_context: jax.Array | bool = True,
+) -> jax.Array:
+    """Return the exit steps ``[n]`` of the rollout that ``key`` draws, or ``exit_step`` for every block."""
+    blocks = len(rollout.causal.block_sizes(frames))
+    if exit_step is not None:
+        return jnp.broadcast_to(jnp.asarray(exit_step, jnp.int32), (blocks,))
+    return draw_exit_steps(rollout, jax.random.split(key)[0], blocks, False if context is None else has_context)

@@ -1,0 +1,109 @@
+"""DMD with a logistic GAN on features of the fake score (DMD2, arXiv 2405.14867; One-Forcing, arXiv 2605.23458).
+
+Let D(x_t, t) be the logit of a small head on features that the fake score's network has at ``x_t``. Real clips and the
+student's are noised alike. With the weights w of the two networks (``gan_weight`` and ``gan_critic_weight``):
+
+    L_G = L_DMD + w mean softplus(-D(x_t))                                   x the student's output, through x_t
+    L_C = L_flow + w_C mean (softplus(-D(real_t)) + softplus(D(fake_t)))     the fake is a constant
+
+The best discriminator of fixed distributions is ``D = log p_real(x_t) - log p_student(x_t)``, which is 0 where they are
+equal; the gradient of L_G then vanishes as DMD's does.
+
+The head: at each chosen layer one learned query attends to all tokens (:func:`transformer.pooled_features`); a
+two-layer network turns the pooled features into the logit.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from causvid_jax.config import DistillStageConfig, TransformerConfig
+from causvid_jax.distill import dmd
+from causvid_jax.models import transformer
+from causvid_jax.models.layers import gelu_tanh, linear
+from causvid_jax.sharding.params import ParamSpec, linear_spec
+
+HEAD = "gan_head"
+"""Name of the discriminator's head among the fake score's parameters."""
+Discriminator = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (x_t, timestep, prompt_embeds) -> logit [B]
+
+
+def feature_layers(config: TransformerConfig, distill: DistillStageConfig) -> tuple[int, ...]:
+    """Return the layers whose features are read; by default One-Forcing's 13, 21 and 29 of 30, in proportion."""
+    return distill.gan_layers or tuple(sorted({max(0, round(config.num_layers * i / 30) - 1) for i in (14, 22, 30)}))
+
+
+def head_spec(config: TransformerConfig, distill: DistillStageConfig) -> dict[str, Any]:
+    """Return the parameters of the head: a query per layer and two linear layers, the last one zero at first."""
+    layers, dim = len(feature_layers(config, distill)), config.dim
+    return {
+        "queries": ParamSpec((layers, dim), (None, None), nn.initializers.normal(1.0)),
+        "fc1": linear_spec(layers * dim, dim, (None, "embed")),
+        "fc2": linear_spec(dim, 1, ("embed", None), nn.initializers.zeros),
+    }
+
+
+def discriminator(
+    params: Any,
+    x: jax.Array,
+    timestep: jax.Array,
+    prompt_embeds: jax.Array,
+    *,
+    config: TransformerConfig,
+    distill: DistillStageConfig,
+) -> jax.Array:
+    """Return the logit ``[B]`` that ``x [B, F, h, w, C]`` is a noised real clip; ``params`` contain :data:`HEAD`."""
+    head, network = params[HEAD], {name: value for name, value in params.items() if name != HEAD}
+    layers = jnp.asarray(feature_layers(config, distill))
+    queries = jnp.zeros((config.num_layers, config.dim)).at[layers].set(head["queries"])
+    pooled = transformer.pooled_features(network, x, timestep, prompt_embeds, queries, config=config)[layers]
+    features = jnp.moveaxis(pooled, 0, 1).reshape(len(x), -1)
+    return linear(head["fc2"], gelu_tanh(linear(head["fc1"], features)))[:, 0]
+
+
+def generator_loss(
+    x0: jax.Array,
+    prompt_embeds: jax.Array,
+    negative_prompt_embeds: jax.Array,
+    key: jax.Array,
+    *,
+    judge: Discriminator,
+    levels: dmd.Levels = dmd.Levels(),  # noqa: B008
+    **options: Any,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return L_G and metrics; ``judge`` is D, other arguments are those of ``dmd.generator_loss``."""
+    loss, metrics = dmd.generator_loss(x0, prompt_embeds, negative_prompt_embeds, key, levels=levels, **options)
+    diffusion, distill = options["diffusion"], options["distill"]
+    x = x0.astype(jnp.float32)
+    x_t, timestep, *_ = dmd.noise_output(x, jax.random.fold_in(key, 1), None, None, diffusion, distill, levels)
+    adversarial = jnp.mean(jax.nn.softplus(-judge(x_t, timestep, prompt_embeds)))
+    total = loss + distill.gan_weight * adversarial
+    return total, metrics | {"loss": total, "adversarial": adversarial}
+
+
+def critic_loss(
+    x0: jax.Array,
+    real: jax.Array,
+    prompt_embeds: jax.Array,
+    key: jax.Array,
+    *,
+    judge: Discriminator,
+    levels: dmd.Levels = dmd.Levels(),  # noqa: B008
+    **options: Any,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return L_C and metrics; ``real`` are real latents of the same prompts, ``[B, F, h, w, C]``."""
+    loss, metrics = dmd.critic_loss(x0, prompt_embeds, key, levels=levels, **options)
+    diffusion, distill = options["diffusion"], options["distill"]
+    fake = jax.lax.stop_gradient(x0.astype(jnp.float32))
+    logits = []
+    for i, x in ((1, fake), (2, real)):
+        key_of = jax.random.fold_in(key, i)
+        x_t, timestep, *_ = dmd.noise_output(x, key_of, None, None, diffusion, distill, levels)
+        logits.append(judge(x_t, timestep, prompt_embeds))
+    fake_logit, real_logit = logits
+    logistic = jnp.mean(jax.nn.softplus(-real_logit) + jax.nn.softplus(fake_logit))
+    total = loss + distill.gan_critic_weight * logistic
+    return total, metrics | {"loss": total, "discriminator": logistic}

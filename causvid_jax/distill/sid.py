@@ -1,0 +1,44 @@
+"""Score identity distillation (SiD, arXiv 2404.04057) as the student's loss, in the form of Self-Forcing (2506.08009).
+
+Let x be the student's output, ``x_t = (1 - sigma) x + sigma noise``, f the fake score's x0 prediction at x_t and r the
+guided teacher's, and ``a = train_distill.sid_alpha``:
+
+    L_G = mean (r - f) ((r - x) - a (r - f)) / mean |x - r|      the last mean per sample, a constant
+
+The gradient passes through x and, unlike in DMD, through x_t into r and f as well; the parameters of both scores are
+constants. If f is the exact score of the student's own distribution, ``E (f - x) g(x_t) = 0`` for every function g, so
+that the expected numerator is ``(1 - a) E (r - f)^2``, the Fisher divergence of the two distributions times
+``(1 - a) sigma^4 / (1 - sigma)^2``. The gradient with f held constant does not vanish at a = 1; for Gaussians of one
+width it is ``-(1 - (1 - sigma) k)^2 (mean_real - mean)`` by the mean, with the gain ``k`` of ``E[x0 | x_t]``, so that
+it moves the mean to the data's. The fake score has the loss of :func:`~causvid_jax.distill.dmd.critic_loss`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from causvid_jax.distill import dmd
+
+
+def generator_loss(
+    x0: jax.Array,
+    prompt_embeds: jax.Array,
+    negative_prompt_embeds: jax.Array,
+    key: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    **options: Any,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return the student's loss and metrics; arguments are those of :func:`causvid_jax.distill.dmd.generator_loss`."""
+    x = x0.astype(jnp.float32)
+    f, r, timestep = dmd.predictions(x, prompt_embeds, negative_prompt_embeds, key, **options)
+    axes = tuple(range(1, x.ndim))
+    scale = jax.lax.stop_gradient(jnp.mean(jnp.abs(x - r), axis=axes, keepdims=True))
+    values = (r - f) * ((r - x) - options["distill"].sid_alpha * (r - f))
+    # Of a sample that the teacher already predicts exactly, 0 / 0, nothing counts. A safe divisor keeps its slope 0.
+    values = jnp.where(scale > 0, values / jnp.where(scale > 0, scale, 1.0), 0.0)
+    loss = dmd.masked_mean(values, mask)
+    difference = dmd.masked_mean(jnp.abs(r - f), mask)
+    metrics = {"loss": loss, "gradient": difference, "timestep": jnp.mean(timestep)}
+    return loss, metrics | dmd.mask_weight(mask)

@@ -1,0 +1,107 @@
+"""Causal consistency distillation (Causal Forcing++, rCM): the stage ``consistency``, which initializes the student.
+
+It needs the causal teacher and real latents, and no trajectories.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from causvid_jax.config import Recipe, TransformerConfig
+from causvid_jax.diffusion import flow
+from causvid_jax.diffusion.guidance import guided_velocity, per_branch
+from causvid_jax.distill import consistency
+from causvid_jax.distill.rollout import noisy_context
+from causvid_jax.models import layers, transformer
+from causvid_jax.sharding.placement import Placement
+from causvid_jax.text import encoder
+from causvid_jax.training import flow_matching, samples, weights
+from causvid_jax.training.run import Run
+from causvid_jax.training.update import NetworkStep, TrainState, network_step
+
+Batch = dict[str, Any]
+
+
+def tangent_network(config: TransformerConfig) -> TransformerConfig:
+    """Return the student for ``jax.jvp``: attention in blocks, so that no T x T array exists, and nothing kept."""
+    return dataclasses.replace(config, attention="blockwise", remat="none")
+
+
+def consistency_loss(
+    params: Any, batch: Batch, key: jax.Array, *, state: TrainState, frozen: tuple[Any, jax.Array], recipe: Recipe
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return the loss that ``train_consistency.kind`` names.
+
+    Args:
+      params: of the student.
+      batch: ``latents [B, F, h, w, C]`` and ``text [B, S, E]``.
+      key: draws noise levels and noise.
+      state: its EMA is the discrete target, its step the progress of the continuous warm-up.
+      frozen: parameters of the causal teacher, and the embeddings of the negative prompt ``[S, E]``.
+      recipe: grid, networks, ``train_consistency``.
+    """
+    config, causal, (teacher, null_text) = recipe.train_consistency, recipe.causal, frozen
+    latents, text = batch["latents"], batch["text"]
+    blocks = causal.block_sizes(latents.shape[1])
+    clean = noisy_context(latents, key, 1, causal)
+
+    def velocity(params: Any, network: TransformerConfig, x: jax.Array, timestep: jax.Array, text: jax.Array) -> Any:
+        options: dict[str, Any] = {"clean": per_branch(clean, x), "clean_timestep": causal.context_noise}
+        return transformer.block_causal(params, x, timestep, text, config=network, causal=causal, **options)
+
+    def guided(x: jax.Array, timestep: jax.Array) -> jax.Array:
+        score = functools.partial(velocity, teacher, recipe.teacher)
+        return guided_velocity(score, x, timestep, text, null_text, config.guidance_scale)
+
+    def student(x: jax.Array, timestep: jax.Array) -> jax.Array:
+        return velocity(params, recipe.student, x, timestep, text)
+
+    if config.kind == "discrete":
+        sigmas = flow.teacher_sigmas(dataclasses.replace(recipe.diffusion, num_inference_steps=config.grid_steps))
+        networks = consistency.Networks(
+            student, lambda x, t: velocity(state.network.averaged, recipe.student, x, t, text), guided
+        )
+        return consistency.discrete_loss(networks, latents, key, sigmas=sigmas, block_sizes=blocks)
+
+    def differentiable(x: jax.Array, timestep: jax.Array) -> jax.Array:
+        constant = jax.lax.stop_gradient(params)
+        with layers.forward_mode():
+            return velocity(constant, tangent_network(recipe.student), x, timestep, text)
+
+    networks = consistency.Networks(student, differentiable, guided)
+    ratio = jnp.minimum(state.step / config.tangent_warmup, 1.0)
+    options: dict[str, Any] = {"shift": recipe.diffusion.shift, "block_sizes": blocks, "ratio": ratio}
+    return consistency.continuous_loss(networks, latents, key, scale=config.loss_scale, **options)
+
+
+def consistency_step(recipe: Recipe, placement: Placement) -> NetworkStep:
+    """Return the train step of the stage, ``(state, batch, teacher, null_text) -> (state, metrics)``."""
+    loss, net = functools.partial(consistency_loss, recipe=recipe), recipe.student
+    return network_step(loss, recipe.train_consistency, transformer.spec(net), net.rules, placement)
+
+
+def train_consistency(run: Run, init_from: pathlib.Path | None = None) -> None:
+    """Train the student; it starts from the causal teacher if it has its size, or from ``init_from``."""
+    for _, frames, _ in run.config.stretches:
+        weights.check_sink_positions(run.recipe, run.name, frames)
+    vae_params, recipe = weights.load_vae(run)
+    reader, step = weights.open_encoder(run), consistency_step(recipe, run.placement)
+    null_text = jnp.asarray(encoder.null_rows(reader))
+    teacher = weights.load_network(run, "causal", recipe.teacher)
+    fresh = dataclasses.replace(recipe.student, lora=recipe.teacher.lora) != recipe.teacher
+    state = weights.initial_state(run, step, recipe.student, init_from, stage="causal", fresh=fresh)
+    sample = samples.StreamSampler(run, recipe, vae_params, reader)
+
+    def to_device(batch: Batch) -> Batch:
+        return run.placement.batch({"latents": batch["latents"], "text": weights.prompt_embeds(batch, reader)})
+
+    for batch in run.batches(functools.partial(flow_matching.read_batches, run), to_device):
+        state, metrics = step.train_step(state, batch, teacher, null_text)
+        state = run.after_step(state, metrics)
+        if run.samples_now:
+            run.log_samples(sample(state.network.averaged))
+    weights.finish(run, state.network, recipe, recipe.student)

@@ -1,0 +1,92 @@
+"""Batches of the stage ``distill``, and the context of rollouts that continue one another."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from causvid_jax.config import DistillStageConfig, Recipe
+from causvid_jax.data import arrays, pipeline
+from causvid_jax.data import sources as datasets
+from causvid_jax.training.run import Run
+
+Batch = dict[str, Any]
+
+
+def clip_shape(recipe: Recipe) -> tuple[int, int, int, int]:
+    """Return ``(F, h, w, C)`` of a rollout: the clip's, or ``train_distill.frames`` latent frames of it."""
+    frames, *size = recipe.latent_shape
+    return (recipe.train_distill.frames or frames, *size)  # type: ignore[return-value]
+
+
+def with_frames(recipe: Recipe, frames: int) -> Recipe:
+    """Return ``recipe`` with rollouts of ``frames`` latent frames (0: the full clip).
+
+    Raises:
+      ConfigError: the blocks do not fit that length, or it is shorter than the context that a rollout continues.
+    """
+    return dataclasses.replace(recipe, train_distill=dataclasses.replace(recipe.train_distill, frames=frames))
+
+
+def no_context(batch: Batch, recipe: Recipe) -> Batch | None:
+    """Return what the first rollout of a step continues: nothing; None if rollouts never continue one another."""
+    config = recipe.train_distill
+    if config.rollout != "self" or not config.continuation_prob:
+        return None
+    latents = jnp.zeros((len(batch["text"]), recipe.causal.past_frames(), *clip_shape(recipe)[1:]))
+    return {"latents": latents, "text": batch["text"], "exists": jnp.array(False)}
+
+
+def with_context(
+    batch: Batch, previous: Batch | None, key: jax.Array, config: DistillStageConfig
+) -> tuple[Batch, jax.Array]:
+    """Add the context of the previous rollout to ``batch``, and return the key that is left.
+
+    With probability ``continuation_prob`` the new rollout continues the previous one; then each clip keeps its prompt
+    or, with probability ``prompt_switch_prob``, takes the one of ``batch``. ``has_context`` is ``[B]``, all equal.
+    """
+    if previous is None:
+        return batch, key
+    context_key, key = jax.random.split(key)
+    continue_key, switch_key = jax.random.split(context_key)
+    size = len(batch["text"])
+    continued = previous["exists"] & (jax.random.uniform(continue_key) < config.continuation_prob)
+    switched = jax.random.uniform(switch_key, (size, 1, 1)) < config.prompt_switch_prob
+    text = jnp.where(continued & ~switched, previous["text"], batch["text"])
+    context = {"context": previous["latents"], "has_context": jnp.broadcast_to(continued, size)}
+    return batch | {"text": text} | context, key
+
+
+def reads_latents(config: DistillStageConfig) -> bool:
+    """Return whether a step needs real clips: to start rollouts from, or as a discriminator's real ones."""
+    return config.rollout == "data" or config.objective == "dmd_gan"
+
+
+def batch_shapes(recipe: Recipe) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of the arrays of one step, ``[K + 1, B, ...]``."""
+    config = recipe.train_distill
+    shapes: dict[str, tuple[int, ...]] = {"text": (recipe.text.length, recipe.text.dim)}
+    if reads_latents(config):
+        shapes["latents"] = clip_shape(recipe)
+    count = config.critic_steps + 1
+    return {
+        name: jax.ShapeDtypeStruct((count, config.batch_size, *shape), np.float32) for name, shape in shapes.items()
+    }
+
+
+def read_batches(run: Run, *, batch_size: int, frames: int, seed: int) -> Iterator[Batch]:
+    """Read the examples of all K + 1 batches of a step together; a self rollout needs prompts alone."""
+    recipe, parts = run.recipe, range(run.recipe.train_distill.critic_steps + 1)
+    # A process reads its rows of every one of the K + 1 batches.
+    rows = [part * batch_size + row for part in parts for row in run.placement.rows(batch_size)]
+    options: dict[str, Any] = {"batch_size": batch_size * len(parts), "seed": seed, "rows": rows}
+    options["text_length"] = recipe.text.length
+    real = reads_latents(recipe.train_distill)
+    if not real and recipe.data.prompt_file:
+        source = arrays.source(datasets.folder(run.workdir, datasets.PROMPTS))
+        return pipeline.prompt_batches(source, **options)
+    length = frames if real else 0  # otherwise only the captions are read
+    return pipeline.latent_batches(datasets.latents(recipe, run.workdir), frames=length, **options)

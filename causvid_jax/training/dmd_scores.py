@@ -1,0 +1,106 @@
+"""The two score networks of the stage ``distill``: forward modes, timesteps, and what they judge."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from causvid_jax.config import Recipe, TransformerConfig
+from causvid_jax.diffusion import flow
+from causvid_jax.diffusion.guidance import per_branch
+from causvid_jax.distill import dmd, gan
+from causvid_jax.distill.exit_steps import Rollout, exit_steps_of
+from causvid_jax.models import transformer
+from causvid_jax.training.dmd_data import clip_shape
+
+
+def critic_spec(recipe: Recipe) -> dict[str, Any]:
+    """Return the parameters of the fake score, with the discriminator's head if the objective has one."""
+    config, net = recipe.train_distill, recipe.fake_score
+    head = {gan.HEAD: gan.head_spec(net, config)} if config.objective == "dmd_gan" else {}
+    return transformer.spec(net) | head
+
+
+def score(
+    params: Any,
+    x: jax.Array,
+    timestep: jax.Array,
+    text: jax.Array,
+    *,
+    clean: jax.Array,
+    mode: str,
+    network: TransformerConfig,
+    recipe: Recipe,
+) -> jax.Array:
+    """Return a score network's velocity in its forward mode.
+
+    ``"causal"`` reads what the stage ``causal`` trains: the clean blocks before each block, here those of the student's
+    output ``clean [B, F, h, w, C]``. ``"chunk"`` gets single blocks as clips (:func:`scored`).
+    """
+    if mode != "causal":
+        return transformer.bidirectional(params, x, timestep, text, config=network)
+    return transformer.block_causal(
+        params,
+        x,
+        timestep,
+        text,
+        config=network,
+        causal=recipe.causal,
+        clean=per_branch(clean, x),
+        clean_timestep=recipe.causal.context_noise,
+    )
+
+
+def real_score(
+    params: Any, x: jax.Array, timestep: jax.Array, text: jax.Array, *, clean: jax.Array, recipe: Recipe
+) -> jax.Array:
+    """Return the teacher's velocity, in the forward mode ``train_distill.teacher``."""
+    mode = recipe.train_distill.teacher
+    return score(params, x, timestep, text, clean=clean, mode=mode, network=recipe.teacher, recipe=recipe)
+
+
+def fake_score(
+    params: Any, x: jax.Array, timestep: jax.Array, text: jax.Array, *, clean: jax.Array, recipe: Recipe
+) -> jax.Array:
+    """Return the critic's velocity, in the forward mode ``train_distill.critic_mode``."""
+    mode, network = recipe.train_distill.critic_mode, recipe.fake_score
+    params = {name: value for name, value in params.items() if name != gan.HEAD}
+    return score(params, x, timestep, text, clean=clean, mode=mode, network=network, recipe=recipe)
+
+
+def student_rollout(recipe: Recipe) -> Rollout:
+    """Return the settings of the student's own rollouts."""
+    timesteps = tuple(flow.student_timesteps(recipe.diffusion))
+    first = flow.first_block_timesteps(recipe.diffusion) if recipe.diffusion.first_block_timesteps else ()
+    return Rollout(recipe.student, recipe.causal, timesteps, first, recipe.train_distill.exit_steps)
+
+
+def score_levels(key: jax.Array, frames: int, recipe: Recipe) -> dmd.Levels:
+    """Return where the timesteps of the scores of ``frames`` latent frames are drawn (:class:`dmd.Levels`).
+
+    Causal scores were trained with a timestep of its own for every block. ``key`` is the one of :func:`generate`, which
+    draws the exit steps.
+    """
+    config, diffusion = recipe.train_distill, recipe.diffusion
+    blocks = recipe.causal.block_sizes(frames) if config.teacher == config.critic_mode == "causal" else ()
+    if config.score_timesteps == "all":
+        return dmd.Levels(block_sizes=blocks)
+    exit_step = exit_steps_of(student_rollout(recipe), key, clip_shape(recipe)[0])[0]
+    sigmas = np.array([*flow.student_timesteps(diffusion), 0.0]) / 1000
+    times = jnp.asarray(flow.u_from_sigma(sigmas, diffusion.shift), jnp.float32)
+    high = times[exit_step] if config.score_timesteps == "at_exit" else None
+    return dmd.Levels(times[exit_step + 1], high, blocks)
+
+
+def scored(
+    x0: jax.Array, mask: jax.Array | None, text: jax.Array, recipe: Recipe
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """Return what the scores judge: the clips, or with ``teacher="chunk"`` every block as a clip of its own."""
+    if recipe.train_distill.teacher != "chunk":
+        return x0, mask, text
+    x0, mask = jax.tree.map(
+        lambda x: rearrange(x, "b (n k) ... -> (b n) k ...", k=recipe.causal.frames_per_block), (x0, mask)
+    )
+    return x0, mask, jnp.repeat(text, len(x0) // len(text), axis=0)
