@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from causvid_jax.config import CausalConfig, require
@@ -108,14 +109,18 @@ def generate_block(
     cache: KVCache,
     key: jax.Array,
     exit_step: jax.Array,
-    timesteps: jax.Array,
+    timesteps: jax.Array | None,
     shape: tuple[int, ...],
 ) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
     """Denoise one block of ``shape`` from noise to the exit step of its ``timesteps [Q]``, and move the cache on.
 
+    Without ``timesteps`` they are those of the rollout.
+
     Returns:
       The clean estimate x0, the noisy input of the exit step, what the context pass wrote, and the cache after it.
     """
+
+    timesteps = block_timesteps(rollout, timesteps)
 
     def noise(step: jax.Array | int) -> jax.Array:
         return jax.random.normal(jax.random.fold_in(key, step), shape)
@@ -125,7 +130,8 @@ def generate_block(
         return flow.add_noise(x0, noise(step + 1), flow.sigma_from_timestep(timesteps[step + 1])), cache
 
     # The number of passes is known at run time only, so that none is wasted.
-    start = noise(0) * flow.sigma_from_timestep(timesteps[0])  # times 1 where the first timestep is 1000
+    starts = {steps[0] for steps in (rollout.timesteps, rollout.first_timesteps) if steps}
+    start = noise(0) if starts == {1000.0} else noise(0) * flow.sigma_from_timestep(timesteps[0])
     x, cache = jax.lax.fori_loop(0, exit_step, denoise, (start, cache))
     x0, cache = predict_x0(rollout, params, text_cache, x, timesteps[exit_step], cache)
     written = noisy_context(x0, key, timesteps.shape[0], rollout.causal)
@@ -134,12 +140,17 @@ def generate_block(
     return x0, x, written, kv_cache.advance(cache, shape[1])
 
 
+def block_timesteps(rollout: Rollout, timesteps: jax.Array | None) -> jax.Array:
+    """Return ``timesteps``, or where they are None those of every block, as a constant of the program."""
+    return jnp.asarray(np.asarray(rollout.timesteps, np.float32)) if timesteps is None else timesteps
+
+
 class BlockInputs(NamedTuple):
-    """What distinguishes the blocks of one size: number ``[n]``, exit step ``[n]`` and timesteps ``[n, Q]``."""
+    """What distinguishes the blocks of one size: number ``[n]``, exit step ``[n]`` and timesteps ``[n, Q]`` or None."""
 
     number: jax.Array
     exit_step: jax.Array
-    timesteps: jax.Array
+    timesteps: jax.Array | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -197,6 +208,7 @@ def _generate_blocks_backward(
     ) -> tuple[tuple[KVCache, Any], None]:
         cache, total = carry
         (_, exit_step, timesteps), x, replaced, cotangent = inputs
+        timesteps = block_timesteps(rollout, timesteps)
         cache = kv_cache.undo(cache, replaced, shape[1], rollout.causal)
         _, pull = jax.vjp(lambda p, t: predict_x0(rollout, p, t, x, timesteps[exit_step], cache)[0], params, text_cache)
         return (cache, jax.tree.map(jnp.add, total, pull(cotangent))), None
@@ -260,7 +272,8 @@ def roll(
     for size, count in ((sizes[0], first), (rollout.causal.frames_per_block, len(sizes) - first)):
         if count:
             end = start + count
-            inputs = BlockInputs(jnp.arange(start, end), exit_steps[start:end], table[start:end])
+            own = table[start:end] if rollout.first_timesteps else None
+            inputs = BlockInputs(jnp.arange(start, end), exit_steps[start:end], own)
             made, cache = generate(rollout, (batch, size, *shape[2:]), params, text_cache, cache, inputs, key)
             cache, start = jax.lax.stop_gradient(cache), end
             parts.append(jax.tree.map(lambda x: rearrange(x, "n b k h w c -> b (n k) h w c"), made))
