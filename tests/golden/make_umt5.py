@@ -127,8 +127,8 @@ def check_pipeline(seed: int) -> None:
 
     from causvid_jax.checkpoints import load
     from causvid_jax.config import UMT5Config
+    from causvid_jax.config.recipes import load_recipe
     from causvid_jax.text import tokenizer as prompts
-    from configs import wan_1_3b
 
     length = 40
     config = UMT5Config(**SIZES, dtype="float32")
@@ -139,7 +139,7 @@ def check_pipeline(seed: int) -> None:
         tokenizer = prompts.load_tokenizer(path)
         theirs = PreTrainedTokenizerFast(tokenizer_file=str(path), pad_token="<pad>", eos_token="</s>")
         pipe = types.SimpleNamespace(tokenizer=theirs, text_encoder=model, _execution_device="cpu")
-        texts = [*PROMPTS, wan_1_3b.NEGATIVE_PROMPT]
+        texts = [*PROMPTS, load_recipe("wan_1_3b").text.negative_prompt]
         assert [prompts.clean_prompt(t) for t in texts] == [pipeline_wan.prompt_clean(t) for t in texts]
         want = WanPipeline._get_t5_prompt_embeds(pipe, list(texts), max_sequence_length=length).detach().numpy()
         params = load(state, config=config)[0]
