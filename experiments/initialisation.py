@@ -4,8 +4,8 @@ from causvid_jax.training.experiment import Experiment, Row
 
 
 def get_experiment() -> Experiment:
-    """Return students that start from ODE pairs of either teacher, or from a teacher itself."""
-    redo = ("trajectories", "init", "distill")
+    """Return students that start from ODE pairs of either teacher, from causal consistency, or from a teacher."""
+    redo, consistent = ("trajectories", "init", "distill"), {"train_distill.init": "consistency"}
     return Experiment(
         title="Initialisation of the student",
         claim="CausVid, section 4.3: ODE pairs of the bidirectional teacher. Causal Forcing: of a causal teacher.",
@@ -20,6 +20,12 @@ def get_experiment() -> Experiment:
                 },
             ),
             Row("ODE pairs of the causal teacher", stages=redo, settings={"train_init.teacher": "causal"}),
+            Row("discrete causal consistency", stages=("consistency", "distill"), settings=consistent),
+            Row(
+                "continuous causal consistency",
+                stages=("consistency", "distill"),
+                settings={**consistent, "train_consistency.kind": "continuous"},
+            ),
             Row("the causal teacher itself", stages=("distill",), replace={"init": "causal"}),
             Row("the bidirectional teacher", stages=("distill",), settings={"train_distill.init": "teacher"}),
         ),

@@ -4,7 +4,7 @@ from causvid_jax.training.experiment import Experiment, Row
 
 
 def get_experiment() -> Experiment:
-    """Return the two forms of ``train_distill.rollout``."""
+    """Return both forms of ``train_distill.rollout``, and cached context with a gradient (replay)."""
     return Experiment(
         title="Rollout of the distillation",
         claim="CausVid, section 4.2: noised data. Self-Forcing (arXiv 2506.08009): the student's own rollout.",
@@ -15,6 +15,7 @@ def get_experiment() -> Experiment:
                 settings={"train_distill.rollout": "data", "train_distill.continuation_prob": "0.0"},
             ),
             Row("own rollout", stages=("distill",), settings={"train_distill.rollout": "self"}),
+            Row("own rollout, gradient replay", stages=("distill",), settings={"train_distill.gradient": "replay"}),
         ),
         lengths=(1, 10),
     )

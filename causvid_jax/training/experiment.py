@@ -29,7 +29,7 @@ from causvid_jax.text import encoder
 from causvid_jax.training import provenance, road
 from causvid_jax.training.samples import CLASSIFIER, many_steps
 
-TRAINED = ("teacher", "causal", "init", "distill")
+TRAINED = ("teacher", "causal", "init", "consistency", "distill")
 CAUSAL_STEPS = 16
 """Denoising steps of a causal teacher that is run as a stream."""
 BATCH = 16
