@@ -12,7 +12,7 @@ from test_stream import FIRST, PLAIN, params, prompt  # noqa: F401
 
 import causvid_jax
 from causvid_jax.config import ConfigError
-from causvid_jax.sampling import exported, player, stream
+from causvid_jax.sampling import exported, player, stream, weights
 
 HEADER = {
     "format": exported.FORMAT,
@@ -123,16 +123,17 @@ def test_an_independent_first_frame_and_two_streams(params, tmp_path, monkeypatc
     assert list(made) == ["start", "first_frames", "next_frames", "change_prompt"]
     exported.save(tmp_path / "x.program", header, made)
     text, other = np.asarray(prompt(0, 2)), np.asarray(prompt(1, 2))
+    unstacked = weights.for_stream(params, FIRST)
     given = {"config": FIRST, "frames": 17, "seed": 5, "switches": {2: other}}
-    expected = list(player.play(params, text, **given))
+    expected = list(player.play(unstacked, text, **given))
     jax.clear_caches()
     for name in ("_next_block", "_decode", "_prompt", "_pass"):
         monkeypatch.setattr(stream, name, lambda *_, **__: pytest.fail("the model was traced"))
     loaded = exported.load(tmp_path / "x.program", FIRST, batch=2, latents=5)
-    for a, b in zip(player.play(params, text, loaded=loaded, **given), expected, strict=True):
+    for a, b in zip(player.play(unstacked, text, loaded=loaded, **given), expected, strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ConfigError, match="accepted: no image and no video"):
-        next(player.play(params, text, config=FIRST, frames=5, image=np.zeros((32, 32, 3), np.uint8), loaded=loaded))
+        next(player.play(unstacked, text, config=FIRST, frames=5, image=np.zeros((32, 32, 3), np.uint8), loaded=loaded))
 
 
 @pytest.mark.slow
