@@ -55,11 +55,11 @@ def main(options: Options) -> None:
     common.enable_compilation_cache()
     common.log_start(recipe)
     report = bench.run(recipe, plan, log=lambda what: print(f"... {what}", flush=True), params=params, weights=weights)
-    write_text(output, json.dumps(report, indent=1) + "\n")
     text = report_format.markdown(report)
     if earlier:
         text += "\n" + compare(report, earlier)
     write_text(output.with_suffix(".md"), text)
+    write_text(output, json.dumps(report, indent=1) + "\n")
     print(text)
 
 

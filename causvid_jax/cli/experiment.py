@@ -45,8 +45,8 @@ def main(options: Options) -> None:
     common.enable_compilation_cache()
     common.log_start(options.config)
     result = experiment.run(plan, options.config, pathlib.Path(options.base or ""), workdir, budget)
-    write_text(output, json.dumps(result, indent=1) + "\n")
     write_text(output.with_suffix(".md"), experiment.markdown(result))
     with atomic(output.with_suffix(".png")) as picture:
         experiment.draw(result, picture)
+    write_text(output, json.dumps(result, indent=1) + "\n")
     print(experiment.markdown(result))

@@ -14,6 +14,7 @@ from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, option
 from causvid_jax.config import Recipe, published, require
 from causvid_jax.config.fields import BatchSize, Many, Seed
+from causvid_jax.config.files import write_text
 
 Stage = Literal["all", "sample", "score", "totals", "drift"]
 
@@ -83,7 +84,7 @@ def main(options: Options) -> None:
     if options.stage != "sample":
         expected = {} if options.long else clips.expected_videos(entries, protocol)
         text = totals.describe(totals.read_results(found, expected))
-        (folder / "totals.md").write_text(text, encoding="utf-8")
+        write_text(folder / "totals.md", text)
         print(text)
 
 
@@ -124,4 +125,4 @@ def measure_drift(options: Options, folder: pathlib.Path) -> None:
         result = drift.measure(video, recipe.video.fps, blocks.first_frame(2, recipe) - first, first)
         report[path] = {**result.summary(), "curves": {k: v.round(5).tolist() for k, v in result.curves.items()}}
         print(json.dumps({path: result.summary()}, indent=1), flush=True)
-    (folder / "drift.json").write_text(json.dumps(report), encoding="utf-8")
+    write_text(folder / "drift.json", json.dumps(report))

@@ -33,7 +33,7 @@ def atomic_write(target: str | os.PathLike, directory: bool = False) -> Iterator
     """
     target = pathlib.Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(target)
+    remove_abandoned(target)
     temporary, lock = _locked_temporary(target, directory)
     try:
         yield temporary
@@ -70,7 +70,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _remove_abandoned(target: pathlib.Path) -> None:
+def remove_abandoned(target: pathlib.Path) -> None:
     """Remove temporaries of ``target`` that no process has locked."""
     for old in target.parent.glob(f".{target.name}.*.tmp"):
         with contextlib.suppress(OSError):

@@ -75,7 +75,7 @@ def _display(image: Image.Image, path: pathlib.Path) -> Image.Image:
     profile = image.info.get("icc_profile")
     picture = ImageOps.exif_transpose(image)
     if picture.mode.startswith("I") or picture.mode == "F":
-        return _from_high_depth(picture)
+        return _from_high_depth(picture, path)
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         if np.asarray(picture.getchannel("A")).min() < 255:
@@ -87,10 +87,10 @@ def _display(image: Image.Image, path: pathlib.Path) -> Image.Image:
     return _to_srgb(picture.convert("RGB"), profile)
 
 
-def _from_high_depth(picture: Image.Image) -> Image.Image:
+def _from_high_depth(picture: Image.Image, path: pathlib.Path) -> Image.Image:
     """Return a grey picture of 16 bits or floats (in [0, 1]) as RGB; Pillow's own conversion clips at 255."""
     values = np.asarray(picture, np.float64)
-    require(np.isfinite(values).all(), "the picture has values that are not finite")
+    require(np.isfinite(values).all(), f"image {str(path)!r} has values that are not finite")
     scale = 255.0 if picture.mode == "F" else 255.0 / 65535.0
     grey = np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")

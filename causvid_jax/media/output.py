@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 
-from causvid_jax.config import ConfigError, require
+from causvid_jax.config import ConfigError, files, require
 
 SUFFIXES = (".mp4", ".gif")
 SPACE = 2**20
@@ -86,6 +86,17 @@ class Lock:
             self._file.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def remove_abandoned(folder: pathlib.Path) -> None:
+    """Remove what killed writers have left beside the videos of ``folder``; the videos themselves stay."""
+    for file in folder.glob(".*.lock"):
+        path = file.with_name(file.name.removeprefix(".").removesuffix(".lock"))
+        with contextlib.suppress(ConfigError, OSError):
+            lock = Lock(path)  # ConfigError: another program is writing it
+            partial(path).unlink(missing_ok=True)
+            files.remove_abandoned(path)
+            lock.release()
 
 
 def partial(path: pathlib.Path) -> pathlib.Path:

@@ -16,10 +16,11 @@ MAX_PIXELS = 2**27
 """Largest frame or picture that is decoded (134 megapixels), checked against the file's header."""
 
 
-def to_uint8(video: "np.ndarray | jax.Array") -> np.ndarray:
+def to_uint8(video: "np.ndarray | jax.Array", what: str = "the frames") -> np.ndarray:
     """Return float pixels in [-1, 1] as uint8: ``round(127.5 (x + 1))``, clipped.
 
-    An array on an accelerator is converted there, so that a quarter of the bytes is copied.
+    An array on an accelerator is converted there, so that a quarter of the bytes is copied. ``what`` names the array
+    in the error.
 
     Raises:
         ConfigError: NaN or infinity, which would become black.
@@ -31,9 +32,10 @@ def to_uint8(video: "np.ndarray | jax.Array") -> np.ndarray:
         finite = np.isfinite(video).all()
     require(
         bool(finite),
-        "the frames are not finite (NaN or infinity); the weights or the latents that made them are damaged",
+        f"{what} are not finite (NaN or infinity); the weights or the latents that made them are damaged",
     )
-    return np.asarray(pixels) if accelerated else _scale(video, np)
+    # A copy: callers write to it, and an array of JAX is read-only.
+    return np.array(pixels) if accelerated else _scale(video, np)
 
 
 def _scale(video: Any, numpy: Any) -> Any:

@@ -184,7 +184,8 @@ def play(
             waiting, state, coder = one(programs, block, state, coder)
         if ready is None:
             continue
-        shown = files.to_uint8(ready)[:, stream.LEAD if timing.frames == 0 else 0 :][:, : frames - timing.frames]
+        decoded = files.to_uint8(ready, f"the frames of block {block - 1}")
+        shown = decoded[:, stream.LEAD if timing.frames == 0 else 0 :][:, : frames - timing.frames]
         if image is not None and timing.frames == 0:
             shown[:, 0] = image  # without the decoder's error
         timing.add(shown.shape[1], time.perf_counter() - begin)

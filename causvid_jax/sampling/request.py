@@ -76,8 +76,6 @@ class SampleRequest:
             self.strength is None or self.video is not None,
             f"--strength={self.strength} is given without --video; it says how far from a video to go",
         )
-        largest = SIDE // max(self.config.video.height, self.config.video.width)
-        require(0 <= self.upscale <= largest, f"--upscale is {self.upscale}; accepted: 0 to {largest}")
         self._check_role()
         switches = self.switches((self.frames or FRAMES) if self.video else self.length)
         if self.config.text.kind == "words":

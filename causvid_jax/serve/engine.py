@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from causvid_jax.config import ConfigError, Recipe, RunError, require
+from causvid_jax.media.output import remove_abandoned
 from causvid_jax.sampling import stream
 from causvid_jax.serve.film import Film, Replay
 from causvid_jax.serve.fragments import Recording
@@ -84,8 +85,9 @@ class Engine:
         return self._programs is not None and self._programs.has_encoder
 
     def load(self) -> None:
-        """Load the weights and compile every program."""
+        """Load the weights and compile every program; first remove what a killed server left unfinished."""
         begin = time.perf_counter()
+        remove_abandoned(pathlib.Path(self.settings.recordings))
         self._programs = self._load()
         self._programs.warm_up()
         self.ready.set()

@@ -310,5 +310,5 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
         axis.set_xlabel(metric)
     axis.set_title(result["title"])
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, format="png", dpi=100)  # the path may be a temporary without a suffix
     plt.close(figure)

@@ -11,6 +11,7 @@ from causvid_jax.config import CausalConfig, ConfigError
 from causvid_jax.config.recipes import load_recipe
 from causvid_jax.data import digits
 from causvid_jax.evaluation import classifier
+from causvid_jax.media import pixels
 from causvid_jax.models import vae
 from causvid_jax.sampling import blocks, pipeline, player, stream
 
@@ -47,7 +48,7 @@ def test_plays_what_a_scan_generates_and_cuts_it(params):  # noqa: F811
     assert 0 < timing.first < timing.total and timing.fps == pytest.approx(18 / timing.total)
 
 
-def test_plays_an_image_then_a_switch(params):  # noqa: F811
+def test_plays_an_image_then_a_switch(params, monkeypatch):  # noqa: F811
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     text, other = np.asarray(prompt(0)), np.asarray(prompt(1))
     plain = list(player.play(params, text, config=FIRST, frames=17, image=image))
@@ -56,6 +57,12 @@ def test_plays_an_image_then_a_switch(params):  # noqa: F811
         np.testing.assert_array_equal(a, b)
     assert (plain[2] != switched[2]).any()
     np.testing.assert_array_equal(plain[0][0, 0], image)
+    with pytest.raises(ConfigError, match="the frames of block 2 are not finite"):
+        nan = {2: np.full_like(other, np.nan)}
+        list(player.play(params, text, config=FIRST, frames=17, image=image, switches=nan))
+    with monkeypatch.context() as patch:
+        patch.setattr(pixels, "_is_accelerated", lambda video: True)
+        np.testing.assert_array_equal(next(player.play(params, text, config=FIRST, frames=1, image=image)), plain[0])
     # Whole blocks of one frame have no other frame; in PLAIN the rest of the block is the decoded picture.
     blocks_of_two = next(player.play(params, text, config=PLAIN, frames=5, image=image))
     still = np.repeat(media.to_float(image)[None, None], 5, axis=1)
