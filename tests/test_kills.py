@@ -63,10 +63,8 @@ PROGRAMS = {
         "--judge={run}/classifier.safetensors",
         "--output={run}/report.json",
         *("--samples=2", "--reference=4", "--batch=2", "--long_factor=2", "--repeats=1"),
-        *(
-            "--config.causal.frames_per_block=2",
-            "--config.causal.independent_first_frame=true",
-        ),  # motion needs 5 frames
+        # Motion is read in at least 5 frames.
+        *("--config.causal.frames_per_block=2", "--config.causal.independent_first_frame=true"),
     ],
     "demo": ["--workdir={run}", "--output={run}/demo", "--seconds=3", "--upscale=1"],
     "bench": ["--output={run}/bench.json", "--repeats=2"],
@@ -251,6 +249,6 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_was(start, tmp_path, na
     different = [key for key in expected if got[key] != expected[key] and "log" not in key]
     assert not different
     left = [path.name for path in killed.rglob("*") if path.name.endswith((".tmp", ".partial", ".lock"))]
-    assert left == (["run.lock"] if name == "train" else [])
+    assert set(left) <= {"run.lock"}  # of a training
     assert done >= KILLS // 3
     print(f"{name}: {done} kills within {seconds:.1f} s")

@@ -146,7 +146,7 @@ def test_pixels_are_converted_on_an_accelerator(monkeypatch):
     expected = media.to_uint8(video.astype(np.float32))
     monkeypatch.setattr(pixels, "_is_accelerated", lambda _: True)
     result = media.to_uint8(jnp.asarray(video, jnp.float32))
-    assert result.dtype == np.uint8
+    assert result.dtype == np.uint8 and result.flags.writeable
     np.testing.assert_array_equal(result, expected)
     with pytest.raises(ConfigError, match="the frames are not finite"):
         media.to_uint8(jnp.array([0.0, np.nan]))
