@@ -18,6 +18,7 @@ SERVE = [
     "prometheus-client>=0.22",
     "python-multipart>=0.0.20",
 ]
+WEBRTC = ["aiortc>=1.16"]
 DEV = [
     "pytest>=8",
     "pytest-xdist",
@@ -30,6 +31,7 @@ DEV = [
     COMPILER,
     *TEXT,
     *SERVE,
+    *WEBRTC,
     "httpx>=0.28",
     "selenium>=4.30",
 ]
@@ -83,6 +85,7 @@ setup(
         "torch": ["torch"],
         "parity": PARITY,
         "serve": SERVE,
+        "webrtc": [*SERVE, *WEBRTC],
         "vbench": ["vbench>=0.1.5"],
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
         "dev": DEV,

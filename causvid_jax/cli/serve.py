@@ -8,6 +8,7 @@ describes it.
 
 import dataclasses
 import functools
+import importlib.util
 import os
 
 from causvid_jax.cli import common
@@ -38,6 +39,8 @@ def main(options: Options) -> None:
         from causvid_jax.serve.engine import Engine
     except ModuleNotFoundError as error:
         raise ConfigError(f"causvid serve needs {error.name}; install it: pip install 'causvid_jax[serve]'") from error
+    if options.webrtc and importlib.util.find_spec("aiortc") is None:
+        raise ConfigError("--webrtc needs aiortc; install it: pip install 'causvid_jax[webrtc]'")
     from causvid_jax.serve.programs import open_programs, require_endless
 
     require_endless(options.config)

@@ -5,7 +5,7 @@ import contextlib
 import json
 import pathlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pydantic
@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from causvid_jax import __version__
 from causvid_jax.config import ConfigError
-from causvid_jax.serve import uploads
+from causvid_jax.serve import protocol, uploads
 from causvid_jax.serve.engine import Engine
 from causvid_jax.serve.guard import BODY_SECONDS, Guard, TooLarge, TooSlow
 from causvid_jax.serve.jobs import Job, Jobs
@@ -56,11 +56,17 @@ class Video(pydantic.BaseModel):
 
 _FORM = {"schema": VideoRequest.model_json_schema()}
 _BODY = {"requestBody": {"content": {"application/json": _FORM, "multipart/form-data": _FORM}, "required": True}}
+_OFFER = {"requestBody": {"content": {"application/json": {"schema": protocol.Offer.model_json_schema()}}}}
 
 
 def create_app(engine: Engine) -> Any:
     """Return the ASGI application. Its lifespan starts the engine and stops it."""
     jobs = Jobs(engine)
+    peers = None
+    if engine.settings.webrtc:
+        from causvid_jax.serve.webrtc import Peers  # the extra webrtc
+
+        peers = Peers(engine)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -68,6 +74,8 @@ def create_app(engine: Engine) -> Any:
         task = asyncio.create_task(_tick(engine))
         yield
         task.cancel()
+        if peers is not None:
+            await peers.close()
         await asyncio.to_thread(engine.stop)
 
     app = FastAPI(title="causvid_jax", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -80,7 +88,15 @@ def create_app(engine: Engine) -> Any:
 
     @app.websocket("/v1/stream")
     async def stream(socket: WebSocket) -> None:
-        await Connection(socket, engine).run()
+        await Connection(socket, engine, peers).run()
+
+    if peers is not None:
+
+        @app.post("/v1/webrtc", openapi_extra=_OFFER, summary="Answer a WebRTC offer", tags=["stream"])
+        async def webrtc(request: Request) -> dict[str, str]:
+            with _sentences():
+                offer = protocol.Offer.model_validate_json(await request.body())
+            return {"type": "answer", "sdp": await peers.answer(offer.session, offer.sdp)}
 
     app.mount("/", StaticFiles(directory=PAGE, html=True))
     return Guard(app, engine.settings)
@@ -170,7 +186,7 @@ async def _video_request(request: Request, engine: Engine) -> tuple[VideoRequest
     """Return the request's values and its ``picture`` or ``video``."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     files: dict[str, Any] = {}
-    try:
+    with _sentences():
         if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
             async with request.form(max_files=1, max_fields=16) as form:
                 texts = {name: value for name, value in form.items() if isinstance(value, str)}
@@ -180,12 +196,20 @@ async def _video_request(request: Request, engine: Engine) -> tuple[VideoRequest
             values = VideoRequest.model_validate(texts)
         else:
             values = VideoRequest.model_validate(json.loads(await request.body()))
+    return values, files
+
+
+@contextlib.contextmanager
+def _sentences() -> Iterator[None]:
+    """Turn the errors of a body into the status 400 with one sentence."""
+    try:
+        yield
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise HTTPException(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        where = ".".join(map(str, first["loc"]))
+        raise HTTPException(400, f"{where + ': ' if where else ''}{first['msg']}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise HTTPException(400, "the body is no JSON") from None
-    return values, files
 
 
 def _decode(data: bytes, engine: Engine) -> dict[str, Any]:

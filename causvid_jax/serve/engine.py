@@ -373,27 +373,37 @@ class Engine:
 
     # ---- coming and going ----
 
-    def attach(self, token: str, received: int, on_output: Callable[[], None]) -> Session | None:
+    def attach(self, token: str, received: int | None, on_output: Callable[[], None]) -> Session | None:
         """Give a lost session a new connection; None if there is none of this token.
 
-        Chunks from ``received`` on are sent again.
+        Chunks from ``received`` on are sent again; None: those that are not confirmed.
         """
         with self._lock:
             everyone = [*self._turns, *self._queue]
             session = next((s for s in everyone if secrets.compare_digest(s.token, token)), None)
-            if session is None or received < session.confirmed:
+            if session is None:
+                return None
+            received = session.confirmed if received is None else received
+            if received < session.confirmed:
                 return None
             session.confirm(received)
             session.lost, session.seen = None, self.clock()
             session.on_output = on_output
             return session
 
-    def lose(self, session: Session) -> None:
-        """Note that the session's connection broke. It can be resumed for ``resume_seconds``."""
+    def lose(self, session: Session, on_output: Callable[[], None]) -> bool:
+        """Note that the session's connection broke. It can be resumed for ``resume_seconds``.
+
+        Returns:
+            False if another connection, of another ``on_output``, has taken up the session before. It keeps it.
+        """
         with self._lock:
+            if session.on_output != on_output:
+                return False
             if session.status != "ended":
                 session.lost = self.clock()
                 session.on_output = lambda: None
+            return True
 
     def close(self, session: Session, reason: str) -> None:
         """End a session; its recording is finished."""

@@ -39,8 +39,7 @@ def encode_block(frames: np.ndarray, start: int, index: int, fps: float, upscale
         upscale: side of the square that replaces every pixel.
     """
     rate = frame_rate(fps)
-    frames = repeat(frames, "t h w c -> t (h a) (w b) c", a=upscale, b=upscale)
-    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    frames = enlarge(frames, upscale)
     file = io.BytesIO()
     options = {"movflags": _FLAGS, "fragment_index": str(index + 1), "use_editlist": "0"}
     with av.open(file, "w", format="mp4", options=options) as container:
@@ -57,6 +56,12 @@ def encode_block(frames: np.ndarray, start: int, index: int, fps: float, upscale
         container.mux(stream.encode(None))
     header, fragment = _split(file.getvalue())
     return header, _at(fragment, round(start * _CLOCK / rate))
+
+
+def enlarge(frames: np.ndarray, upscale: int) -> np.ndarray:
+    """Return frames ``[n, H, W, 3]`` with every pixel as a square of side ``upscale``, padded to even sides."""
+    frames = repeat(frames, "t h w c -> t (h a) (w b) c", a=upscale, b=upscale)
+    return np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
 
 
 def _at(fragment: bytes, time: int) -> bytes:

@@ -16,7 +16,7 @@ from causvid_jax.sampling.script import MOST_BLEND
 SUBPROTOCOL = "causvid.v1"
 TOKEN_PREFIX = "token."
 """A browser cannot set headers of a WebSocket, so the token comes as a second subprotocol, ``token.SECRET``."""
-Format = Literal["webp", "mp4"]
+Format = Literal["webp", "mp4", "webrtc"]
 
 
 class Message(pydantic.BaseModel):
@@ -101,6 +101,13 @@ class Stop(Message):
     """End the session."""
 
     type: Literal["stop"]
+
+
+class Offer(Message):
+    """Body of ``POST /v1/webrtc``: the token of a session that started with the format ``webrtc``, and an SDP offer."""
+
+    session: str = pydantic.Field(max_length=64)
+    sdp: str = pydantic.Field(max_length=65536)
 
 
 Any_ = Annotated[

@@ -73,6 +73,12 @@ class Chunk:
     knows: int
     seconds: float
 
+    def header(self, format: str) -> dict[str, Any]:
+        """Return what a client is told of the chunk."""
+        names = ("index", "take", "block", "frame", "start", "prompt", "knows")
+        header: dict[str, Any] = {"type": "chunk", **{name: getattr(self, name) for name in names}}
+        return header | {"format": format, "count": len(self.frames), "seconds": round(self.seconds, 4)}
+
 
 class Session:
     """A film, the commands for it, and the chunks and events that its viewer has not confirmed.
@@ -140,7 +146,7 @@ class Session:
         while self.chunks and self.chunks[0].index < self.confirmed:
             self.chunks.popleft()
 
-    def emit(self, kind: str, **values: Any) -> None:
+    def emit(self, type: str, **values: Any) -> None:
         """Queue an event for the client; of too many the oldest are dropped."""
-        self.events.append({"type": kind, **values})
+        self.events.append({"type": type, **values})
         self.on_output()

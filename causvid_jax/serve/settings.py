@@ -24,6 +24,7 @@ class Settings:
     port: Annotated[int, Bounds(least=0, most=65535)] = option(8000, "Port to listen at; 0 takes a free one.")
     token: str = option("", "Secret that clients must give; also read from CAUSVID_TOKEN.")
     origin: tuple[str, ...] = option((), "Another origin whose pages may connect, such as https://example.org.")
+    webrtc: bool = option(False, "Also send films by WebRTC (extra webrtc).")
     recordings: str = option("recordings", "Directory for recordings and finished jobs.")
     sessions: Few = option(4, "Films that run at the same time; further ones wait in a queue.")
     queue: ManyOrZero = option(16, "Most sessions that wait.")

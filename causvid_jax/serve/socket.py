@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
@@ -14,6 +14,9 @@ from causvid_jax.serve import fragments, protocol, uploads
 from causvid_jax.serve.engine import Engine
 from causvid_jax.serve.session import Change, Chunk, Session, Start
 from causvid_jax.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from causvid_jax.serve.webrtc import Peers
 
 _LOG = logging.getLogger(__name__)
 FIRST_MESSAGE_SECONDS = 10.0
@@ -35,8 +38,8 @@ class Refused(Exception):
 class Connection:
     """A connected client: a task that reads its messages, and one that sends events and chunks."""
 
-    def __init__(self, socket: WebSocket, engine: Engine):
-        self.socket, self.engine = socket, engine
+    def __init__(self, socket: WebSocket, engine: Engine, peers: "Peers | None" = None):
+        self.socket, self.engine, self.peers = socket, engine, peers
         self.settings: Settings = engine.settings
         self.session: Session | None = None
         self.format: protocol.Format = "webp" if engine.recipe.video.height < 256 else "mp4"
@@ -62,8 +65,8 @@ class Connection:
         except (WebSocketDisconnect, RuntimeError, OSError):
             code = 0  # it is gone
         finally:
-            if self.session is not None:
-                self.engine.lose(self.session)
+            if self.session is not None and self.engine.lose(self.session, self._wake) and self.peers is not None:
+                await self.peers.drop(self.session)
         if code and self.socket.client_state is WebSocketState.CONNECTED:
             await self._close(code, reason)
 
@@ -94,9 +97,13 @@ class Connection:
             raise Refused(REFUSED, f"no message came within {FIRST_MESSAGE_SECONDS:.0f} s") from None
         if not isinstance(message, protocol.Start | protocol.Resume):
             raise Refused(REFUSED, "the first message must be start or resume")
-        self.format = message.format or self.format
+        try:
+            self._choose(message.format)
+        except ConfigError as error:
+            raise Refused(REFUSED, str(error)) from error
         if isinstance(message, protocol.Resume):
-            self.session = self.engine.attach(message.token, message.received, self._wake)
+            received = None if self.format == "webrtc" else message.received  # the peer's track confirms
+            self.session = self.engine.attach(message.token, received, self._wake)
             if self.session is None:
                 raise Refused(ENDED, "this session has ended and cannot be resumed")
             self._next = message.received
@@ -107,6 +114,7 @@ class Connection:
             except ConfigError as error:
                 raise Refused(REFUSED, str(error)) from error
             self.session.on_output = self._wake
+        await self._use_peers(self.session)
         opened = {"type": "session", "token": self.session.token, "id": self.session.id}
         await self.socket.send_json(opened | {"resumed": isinstance(message, protocol.Resume)})
         self._output.set()
@@ -165,13 +173,26 @@ class Connection:
                 engine.record(session, message.on)
             case protocol.Start():
                 engine.restart(session, await self._start(message, payload))
+                await self._use_peers(session)
             case protocol.Stop():
                 await asyncio.to_thread(engine.close, session, "the client ended it")
             case _:
                 raise ConfigError("a session can be resumed by the first message only")
 
+    def _choose(self, format: protocol.Format | None) -> None:
+        offers = format != "webrtc" or self.peers is not None
+        require(offers, "this server has no WebRTC; it is started with --webrtc")
+        self.format = format or self.format
+
+    async def _use_peers(self, session: Session) -> None:
+        """Let a peer receive the session if the client chose WebRTC, and none otherwise."""
+        if self.peers is not None and self.format == "webrtc":
+            self.peers.admit(session)
+        elif self.peers is not None:
+            await self.peers.drop(session)
+
     async def _start(self, message: protocol.Start, payload: bytes) -> Start:
-        self.format = message.format or self.format
+        self._choose(message.format)
         if message.script is None and message.snapshot is None:
             self._check_prompt(message.prompt)
         return Start(
@@ -205,7 +226,7 @@ class Connection:
                 await self._send(self.socket.send_json(event))
                 if event["type"] == "ended":
                     raise Refused(ENDED if event["reason"] != "the client ended it" else 1000, event["reason"])
-            for chunk in self.engine.chunks(session, self._next):
+            for chunk in self.engine.chunks(session, self._next) if self.format != "webrtc" else ():
                 message = await asyncio.to_thread(self._encode, chunk)
                 await self._send(self.socket.send_bytes(message))
                 self._next = chunk.index + 1
@@ -217,10 +238,7 @@ class Connection:
             raise Refused(SLOW, f"the client took nothing for {SEND_SECONDS:.0f} s") from None
 
     def _encode(self, chunk: Chunk) -> bytes:
-        names = ("index", "take", "block", "frame", "start", "prompt", "knows")
-        header: dict[str, Any] = {name: getattr(chunk, name) for name in names}
-        header |= {"type": "chunk", "format": self.format, "count": len(chunk.frames)}
-        header["seconds"] = round(chunk.seconds, 4)
+        header = chunk.header(self.format)
         if self.format == "webp":
             return protocol.write(header, fragments.encode_strip(chunk.frames))
         engine = self.engine
@@ -240,6 +258,7 @@ def describe(engine: Engine) -> dict[str, Any]:
         "fps": engine.fps,
         "format": "webp" if recipe.video.height < 256 else "mp4",
         "codec": fragments.CODEC,
+        "webrtc": settings.webrtc,
         "vocabulary": list(recipe.text.vocabulary) if recipe.text.kind == "words" else None,
         "pictures": engine.has_encoder,
         "prompt_characters": settings.prompt_characters,

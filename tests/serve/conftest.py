@@ -14,6 +14,7 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from causvid_jax.config.recipes import load_recipe
 from causvid_jax.serve import server
 from causvid_jax.serve.engine import Engine
 from causvid_jax.serve.programs import open_programs
@@ -27,6 +28,12 @@ RECIPE = tiny_recipe(causal={"window": 2})
 def programs(tmp_path_factory):
     """Return the programs of a tiny recipe with random weights."""
     return open_programs(RECIPE, str(tiny_workdir(tmp_path_factory.mktemp("weights"), RECIPE)))
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """Return the programs of the digits recipe with the weights of the package."""
+    return open_programs(load_recipe("digits"))
 
 
 class Clock:

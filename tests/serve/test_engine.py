@@ -66,7 +66,7 @@ def test_a_lost_connection_is_taken_up_without_a_frame_lost(engine):
     run(engine)
     frames = frames_of(session)
     engine.pull(session, 2, 1)
-    engine.lose(session)
+    assert engine.lose(session, session.on_output)
     engine.clock.now = 59.0
     engine.tick()
     assert engine.attach("wrong", 1, print) is None and engine.attach(session.token, 0, print) is None
@@ -75,7 +75,8 @@ def test_a_lost_connection_is_taken_up_without_a_frame_lost(engine):
     whole = Replay(engine.programs, session.film.script())
     made = [whole.step() for _ in range(3)]
     np.testing.assert_array_equal(frames, np.concatenate(made))
-    engine.lose(session)
+    assert not engine.lose(session, print) and session.lost is None  # the end of a connection before
+    engine.lose(session, session.on_output)
     engine.clock.now = 59.0 + 61.0
     engine.tick()
     assert session.status == "ended" and engine.attach(session.token, 1, print) is None

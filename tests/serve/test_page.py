@@ -1,5 +1,6 @@
 """The page in a real browser: Chromium of Debian, driven by Selenium, on the digits recipe."""
 
+import importlib.util
 import io
 import os
 import pathlib
@@ -14,22 +15,16 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from causvid_jax import media
-from causvid_jax.config.recipes import load_recipe
 from causvid_jax.sampling import script
 from causvid_jax.serve.film import replay
-from causvid_jax.serve.programs import open_programs
 from tests.serve.conftest import Server
 
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+WEBRTC = importlib.util.find_spec("aiortc") is not None
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed (apt-get install chromium-driver)"
 )
 PICTURES = pathlib.Path(os.environ.get("PAGE_PICTURES", "/nowhere"))
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return open_programs(load_recipe("digits"))
 
 
 @pytest.fixture
@@ -48,7 +43,7 @@ def page(digits, tmp_path):
         options.add_argument(flag)
     options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with Server(digits, tmp_path / "recordings", sessions=4) as live:
+    with Server(digits, tmp_path / "recordings", sessions=4, webrtc=WEBRTC) as live:
         browser = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
         try:
             browser.live, browser.folder = live, tmp_path
@@ -70,9 +65,10 @@ def until(condition, what, seconds=30):
 
 
 def pixels(page):
-    """Return the film's canvas, uint8 ``[32, 32, 3]``."""
+    """Return what the film shows, on its canvas or in its video, uint8 ``[32, 32, 3]``."""
     data = page.execute_script(
-        "const c = document.querySelector('.film canvas');"
+        "let c = document.querySelector('.film canvas'); const v = document.querySelector('.film video');"
+        "if (v.srcObject) { c = new OffscreenCanvas(32, 32); c.getContext('2d').drawImage(v, 0, 0, 32, 32); }"
         "return Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data);"
     )
     return np.array(data, np.uint8).reshape(32, 32, 4)[..., :3]
@@ -192,6 +188,28 @@ def test_h264_picture_camera_and_a_lost_connection(page, tmp_path):
     page.find_element(By.CSS_SELECTOR, "#format option[value=mp4]").click()
     until(lambda: page.execute_script("return document.querySelector('.film video').currentTime") > 1.5, "H.264", 60)
     picture(page, "h264")
+    no_errors(page)
+
+
+@pytest.mark.skipif(not WEBRTC, reason="aiortc is not installed (pip install 'causvid_jax[webrtc]')")
+def test_webrtc_shows_the_film_and_takes_up_a_lost_connection(page):
+    until(lambda: is_color(page, 0), "a red film")
+    page.find_element(By.CSS_SELECTOR, "#format option[value=webrtc]").click()
+    until(lambda: page.execute_script("return document.querySelector('.film video').currentTime") > 0.5, "WebRTC")
+    until(lambda: is_color(page, 0), "a red film by WebRTC")
+    one = pixels(page)
+    until(lambda: np.any(pixels(page) != one), "movement")
+    page.find_element(By.CSS_SELECTOR, "#colors [data-word=green]").click()
+    until(lambda: is_color(page, 1), "a green film by WebRTC")
+    assert caption(page) == "a green 3 moving left"
+    picture(page, "webrtc")
+    page.execute_script("film.player.connection.socket.close()")
+    shown = page.execute_script("return film.player.connection.received")
+    until(lambda: page.execute_script("return film.player.connection.received") > shown + 2, "the film going on")
+    page.find_element(By.CSS_SELECTOR, "#colors [data-word=blue]").click()
+    until(lambda: is_color(page, 2), "a blue film by WebRTC")
+    page.find_element(By.CSS_SELECTOR, "#format option[value=webp]").click()
+    until(lambda: is_color(page, 2) and page.execute_script("return !film.player.peer"), "WebP again")
     no_errors(page)
 
 

@@ -56,6 +56,20 @@ def test_a_film_over_the_socket_is_the_film_of_the_sampler(live, programs):
     np.testing.assert_array_equal(shown, whole[: len(shown)])
 
 
+def test_a_connection_that_was_replaced_does_not_end_the_session(live):
+    """The old connection's end, which the server notices late, leaves the new one as it is."""
+    with live.connect() as old, live.connect() as new:
+        old.send("start", **START)
+        token = old.until("session")["token"]
+        old.pull(1)
+        new.send("resume", token=token, received=1)
+        assert new.until("session")["resumed"]
+        old.socket.socket.shutdown(socket.SHUT_RDWR)
+        time.sleep(0.3)
+        new.pull(3)
+        assert live.engine.sessions()[0].lost is None
+
+
 def test_record_fork_replay_picture_and_video(live, programs):
     with live.connect() as viewer, live.connect() as other:
         viewer.send("start", png(), **START)

@@ -25,6 +25,7 @@ const report = {
     if (hello) return;
     hello = message;
     $("about").textContent = `${message.recipe} · ${message.width} × ${message.height} · ${message.fps} frames/s`;
+    if (message.webrtc) $("format").append(new Option("WebRTC", "webrtc"));
     $("format").value = message.format;
     $("prompt").maxLength = message.prompt_characters;
     $("pictures").hidden = !message.pictures;

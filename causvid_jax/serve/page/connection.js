@@ -38,6 +38,7 @@ export class Connection {
       return;
     }
     const message = JSON.parse(data);
+    if (message.type === "chunk") this.received = message.index + 1; // its frames come by WebRTC
     if (message.type === "hello") {
       this.handlers.hello(message);
       if (this.session) this.send({ type: "resume", token: this.session, received: this.received, format: this.format });

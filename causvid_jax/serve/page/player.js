@@ -38,6 +38,8 @@ export class Player {
     this.reset();
     this.take = 0;
     this.credit = 0;
+    this.peer = null;
+    this.counted = 0; // frames that the element has shown by WebRTC
     this.delays = []; // seconds from asking to having
     this.keys = new Map(); // id of a change to when its key was pressed
     this.numbers = { generated: 0, shown: 0, first: 0, delay: 0, dropped: 0, lead: 0 };
@@ -64,6 +66,7 @@ export class Player {
 
   start(message, payload) {
     this.started = performance.now();
+    this.starting = true; // what is shown until then is of the film before
     this.numbers.first = 0;
     this.message = { type: "start", format: this.format, ...message };
     if (!this.connection.socket) this.connection.open(this.message, payload);
@@ -82,8 +85,18 @@ export class Player {
   }
 
   event(message) {
-    if (message.type === "session") this.asked = null;
+    if (message.type === "chunk") {
+      this.chunk(message);
+      return;
+    }
+    if (message.type === "session") {
+      this.asked = null;
+      this.hangUp(); // a new connection needs a new peer
+    }
+    if (message.type === "started" && this.format !== "webrtc") this.hangUp();
+    if (["session", "started"].includes(message.type) && this.format === "webrtc" && !this.peer) this.call();
     if (message.type === "started") {
+      this.starting = false;
       this.reset();
       this.take = message.take;
       this.asked = performance.now();
@@ -111,13 +124,17 @@ export class Player {
 
   async chunk(header, data) {
     if (header.take !== this.take) return;
+    this.numbers.generated = header.count / Math.max(header.seconds, 1e-6);
+    if (header.format === "webrtc") {
+      this.show(header, performance.now());
+      return;
+    }
     if (this.asked !== null) {
       this.delays.push((performance.now() - this.asked) / 1000);
       if (this.delays.length > 20) this.delays.shift();
       this.asked = null;
     }
     this.credit = header.index + 1;
-    this.numbers.generated = header.count / Math.max(header.seconds, 1e-6);
     if (header.format === "mp4") {
       this.append(header, data);
       return;
@@ -127,6 +144,51 @@ export class Player {
     const strip = await createImageBitmap(new Blob([data], { type: "image/webp" }));
     if (header.take !== this.take) return;
     for (let i = 0; i < header.count; i++) this.queue.push({ strip, row: i, header, last: i === header.count - 1 });
+  }
+
+  // ---- WebRTC: the server sets the pace, and sends the header of a block as its first frame leaves ----
+
+  async call() {
+    const peer = this.peer = new RTCPeerConnection();
+    this.canvas.hidden = true;
+    this.video.hidden = false;
+    peer.ontrack = (event) => (this.video.srcObject = new MediaStream([event.track]));
+    peer.onconnectionstatechange = () => peer.connectionState === "failed" && this.giveUp(peer, "its connection is lost");
+    peer.addTransceiver("video", { direction: "recvonly" });
+    try {
+      await peer.setLocalDescription();
+      const headers = { "content-type": "application/json" };
+      if (this.connection.token) headers.authorization = `Bearer ${this.connection.token}`;
+      const body = JSON.stringify({ session: this.connection.session, sdp: peer.localDescription.sdp });
+      const answer = await fetch("/v1/webrtc", { method: "POST", headers, body });
+      const content = await answer.json();
+      if (!answer.ok) throw new Error(content.error.message);
+      if (peer === this.peer) await peer.setRemoteDescription(content);
+    } catch (error) {
+      this.giveUp(peer, error.message);
+    }
+  }
+
+  giveUp(peer, reason) {
+    if (peer !== this.peer) return;
+    this.hangUp();
+    this.report.error(`WebRTC failed: ${reason} — Restart tries again.`);
+  }
+
+  hangUp() {
+    if (!this.peer) return;
+    this.peer.close();
+    this.peer = null;
+    this.video.srcObject = null;
+  }
+
+  tickPeer(now) {
+    if (this.video.paused && this.video.srcObject) this.video.play().catch(() => {});
+    const quality = this.video.getVideoPlaybackQuality();
+    if (quality.totalVideoFrames > this.counted) this.marks.push(now);
+    this.counted = quality.totalVideoFrames;
+    this.numbers.dropped = quality.droppedVideoFrames;
+    this.numbers.lead = 0;
   }
 
   // ---- H.264 by Media Source Extensions ----
@@ -205,7 +267,7 @@ export class Player {
   }
 
   show(header, now) {
-    if (!this.numbers.first) this.numbers.first = (now - this.started) / 1000;
+    if (!this.numbers.first && !this.starting) this.numbers.first = (now - this.started) / 1000;
     for (const [id, pressed] of this.keys) {
       if (id > header.knows) continue;
       if (id === header.knows) this.numbers.delay = (now - pressed) / 1000;
@@ -222,11 +284,12 @@ export class Player {
     if (this.closed) return;
     requestAnimationFrame(this.tick);
     if (!this.hello || this.paused) return;
-    if (this.buffer) this.tickVideo(now);
+    if (this.peer) this.tickPeer(now);
+    else if (this.buffer) this.tickVideo(now);
     else this.tickFrames(now);
     while (this.marks.length && this.marks[0] < now - 2000) this.marks.shift();
     this.numbers.shown = this.marks.length / 2;
-    this.pull(now);
+    if (this.format !== "webrtc") this.pull(now);
   }
 
   // Ask for the next block when as little is left as the last ones took to come, and half as much again.
@@ -241,11 +304,13 @@ export class Player {
 
   end(sentence) {
     this.closed = true;
+    this.hangUp();
     this.report.closed(this, sentence);
   }
 
   close() {
     this.closed = true;
+    this.hangUp();
     this.connection.close();
     this.element.remove();
     this.report.closed(this, "");
