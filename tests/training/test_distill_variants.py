@@ -20,11 +20,13 @@ from tests import tiny
 stop = jax.lax.stop_gradient
 SHIFT, TIMESTEPS = 3.0, (1000.0, 750.0)  # 1000 and 500 of the recipe, shifted by 3: 3 * 0.5 / (1 + 2 * 0.5)
 LOW, HIGH = 20.0, 980.0
+CONTINUED = "continued rollouts with prompt switches"
 VARIANTS: dict[str, dict[str, Any]] = {
     "data": {"rollout": "data"},
     "data, never clean": {"rollout": "data", "include_clean": False},
     "causal teacher, critic from the student": {"teacher": "causal", "critic_init": "student"},
     "from the teacher, not guided": {"init": "teacher", "guidance_scale": 1.0},
+    CONTINUED: {"continuation_prob": 0.6, "prompt_switch_prob": 0.5, "critic_steps": 4},
 }
 
 
@@ -156,7 +158,14 @@ def workdir(tmp_path_factory):
     return tiny.tiny_workdir(tmp_path_factory.mktemp("variants"))
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+# Continued rollouts are unrolled with and without context for either exit step, which compiles for minutes.
+CASES = [
+    pytest.param(changes, id=name, marks=pytest.mark.slow if name == CONTINUED else ())
+    for name, changes in VARIANTS.items()
+]
+
+
+@pytest.mark.parametrize("changes", CASES)
 def test_losses_and_gradients_of_every_variant_match_the_paper(workdir, monkeypatch, changes):
     still = {"optimizer": {"learning_rate": 0.0}, "critic_optimizer": {"learning_rate": 0.0}}
     recipe = tiny.tiny_recipe(
