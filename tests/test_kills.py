@@ -95,8 +95,8 @@ REMOVED = {
 }
 """What tiny_workdir has and the program makes."""
 WITHOUT_CONFIG = ("convert", "export", "curves", "recording")
-TIMES = ("seconds_per_clip", "targets", "seconds", "machine")
-"""Keys of reports that differ from run to run."""
+TIMES = ("seconds_per_clip", "targets", "seconds", "machine", "code")
+"""Keys of reports that differ from run to run, or if a commit comes in between."""
 ROWS = """
 from causvid_jax.training.experiment import Experiment, Row
 def get_experiment():
@@ -203,7 +203,7 @@ def content(folder):
             result[name] = video
         elif path.suffix == ".md" or path.name == "bench.json":
             result[name] = b"times"
-        elif path.name in ("report.json", "road.json"):
+        elif path.name in ("report.json", "road.json", "rows.json"):
             report = json.loads(path.read_text())
             result[name] = json.dumps({key: value for key, value in report.items() if key not in TIMES})
         else:
