@@ -60,6 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
             "train_teacher": train,
             "train_causal": {**train, "prompt_switch_prob": 0.5},
             "train_init": {**train, "trajectories": 4},
+            "train_consistency": train,
             "train_distill": {**train, "critic_steps": 2},
         }
     )

@@ -73,6 +73,7 @@ def make_recipe(**changes) -> Recipe:
             "train_teacher": TRAIN,
             "train_causal": TRAIN | {"prompt_switch_prob": 0.5},
             "train_init": TRAIN | {"trajectories": 4},
+            "train_consistency": TRAIN,
             "train_distill": TRAIN | {"critic_steps": 2},
         }
         | changes
