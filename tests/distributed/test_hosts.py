@@ -92,6 +92,7 @@ def make_recipe(quick: bool = False, **parallel) -> Recipe:
             "train_teacher": train | FAST | {"steps": STEPS["teacher"]},
             "train_causal": train,
             "train_init": train | {"trajectories": 4},
+            "train_consistency": train,
             "train_distill": train
             | {
                 "critic_steps": 2,
