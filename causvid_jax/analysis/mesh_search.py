@@ -11,7 +11,7 @@ from causvid_jax.analysis.topology import TopologySpec
 from causvid_jax.config import ConfigError, ParallelConfig, Recipe
 
 TRAIN = {"teacher": "train_teacher", "init": "train_init", "distill": "train_distill"}
-STAGES = ("train_vae", "train_taehv", "train_causal", "train_consistency", *TRAIN.values())
+STAGES = tuple(field.name for field in dataclasses.fields(Recipe) if field.name.startswith("train_"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,7 +69,6 @@ def read_weights(options: Options) -> tuple[Recipe, dict[str, Any], str]:
     Raises:
         ConfigError: weights that are missing or do not fit the recipe.
     """
-    from causvid_jax.models import decoder, transformer
     from causvid_jax.sampling import weights
 
     recipe = options.config
@@ -77,8 +76,7 @@ def read_weights(options: Options) -> tuple[Recipe, dict[str, Any], str]:
         return recipe, {}, "random"
     files = {"student": options.student} if options.student else {}
     opened, recipe = weights.find(recipe, "student", options.checkpoint, files=files)
-    shapes = {"student": transformer.inference(recipe.student), **decoder.codec_shapes(recipe, encodes=False)}
-    params = weights.for_stream(weights.load(opened, shapes), recipe, free=True)
+    params = weights.load_student(opened, recipe)
     return recipe, params, ", ".join(f"{name} {checkpoint.path.name}" for name, checkpoint in opened.items())
 
 

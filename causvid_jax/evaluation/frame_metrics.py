@@ -6,6 +6,7 @@ digit is fully visible (no ink at the frame's edge, where the digit wraps around
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,17 +48,25 @@ def read_frames(judge: classifier.Judge, video: np.ndarray) -> FrameReading:
     return FrameReading(np.stack(log_probs), np.stack(colors), np.maximum(*edge) < EDGE_INK)
 
 
-def direction_pairs(video: np.ndarray, directions: Sequence[str], speed: int) -> np.ndarray:
+def displacements(video: np.ndarray) -> np.ndarray:
+    """Return ``classifier.displacements`` of every clip, ``[B, T - GAP, 2]``."""
+    return np.stack([classifier.displacements(clip) for clip in video])
+
+
+def direction_pairs(peaks: np.ndarray, directions: Sequence[str], speed: int) -> np.ndarray:
     """Return the share ``[B]`` of frame pairs, ``classifier.GAP`` apart, that move as ``directions`` say.
 
-    The peak of the circular cross-correlation of the pair must lie within a quarter of the way of where it should.
+    The peak of the circular cross-correlation of the pair (:func:`displacements`) must lie within a quarter of the way
+    of where it should.
     """
-    reach, shares = classifier.GAP * speed, []
-    for clip, direction in zip(video, directions, strict=True):
-        peaks = classifier.displacements(clip)
-        target = reach * np.array(digits.DIRECTIONS[direction])
-        shares.append((np.abs(peaks - target).max(axis=-1) <= reach / 4).mean())
-    return np.array(shares)
+    reach = classifier.GAP * speed
+    targets = reach * np.array([digits.DIRECTIONS[direction] for direction in directions])
+    return (np.abs(peaks - targets[:, None]).max(axis=-1) <= reach / 4).mean(axis=1)
+
+
+def motion(peaks: np.ndarray, speed: int) -> np.ndarray:
+    """Return the mean displacement ``[B]`` of :func:`displacements` over what ``speed`` asks for; 0 is frozen."""
+    return np.abs(peaks).max(axis=-1).mean(axis=1) / (classifier.GAP * speed)
 
 
 def sharpness(video: np.ndarray) -> np.ndarray:
@@ -104,10 +113,9 @@ def interval(values: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> dic
     values = np.asarray(values, np.float64)
     values = values[~np.isnan(values)]
     if not len(values):
-        return {"mean": float("nan"), "low": float("nan"), "high": float("nan")}
+        return _summary(np.nan, [np.nan])
     picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[picks].mean(axis=1), (0.025, 0.975))
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+    return _summary(values.mean(), values[picks].mean(axis=1))
 
 
 def nested_interval(groups: Sequence[np.ndarray], *, resamples: int = 1000, seed: int = 0) -> dict[str, float]:
@@ -120,20 +128,19 @@ def nested_interval(groups: Sequence[np.ndarray], *, resamples: int = 1000, seed
     values = [group[~np.isnan(group)] for group in values]
     values = [group for group in values if len(group)]
     if not values:
-        return {"mean": float("nan"), "low": float("nan"), "high": float("nan")}
+        return _summary(np.nan, [np.nan])
     rng = np.random.default_rng(seed)
     means = [
         np.mean([rng.choice(values[i], len(values[i])).mean() for i in rng.integers(len(values), size=len(values))])
         for _ in range(resamples)
     ]
-    low, high = np.quantile(means, (0.025, 0.975))
-    return {"mean": float(np.mean([group.mean() for group in values])), "low": float(low), "high": float(high)}
+    return _summary(np.mean([group.mean() for group in values]), means)
 
 
-def dynamic_degree(video: np.ndarray, speed: int) -> np.ndarray:
-    """Return the mean displacement ``[B]`` between frames, over that of real clips: 0 is frozen, 1 is right."""
-    reach = classifier.GAP * speed
-    return np.array([np.abs(classifier.displacements(clip)).max(axis=-1).mean() / reach for clip in video])
+def _summary(mean: Any, resampled: Any) -> dict[str, float]:
+    """Return a mean with the 95 % interval of its resampled values."""
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return {"mean": float(mean), "low": float(low), "high": float(high)}
 
 
 def frame_scores(
@@ -161,13 +168,14 @@ def frame_values(
     reading = read_frames(judge, video)
     right = reading.log_probs.argmax(axis=-1) == np.array([digit for digit, _, _ in wanted])[:, None]
     color = reading.colors == np.array([judge.colors.index(name) for _, name, _ in wanted])[:, None]
+    peaks = displacements(video)
     return {
         "digit": _share(right, reading.visible),
         "first_block": _share(right[:, :first_block], reading.visible[:, :first_block]),
         "identity": identity_kept(reading),
         "color": color.mean(axis=1),
-        "direction": direction_pairs(video, [direction for _, _, direction in wanted], data.speed),
-        "motion": dynamic_degree(video, data.speed),
+        "direction": direction_pairs(peaks, [direction for _, _, direction in wanted], data.speed),
+        "motion": motion(peaks, data.speed),
         "sharpness": sharpness(video),
     }
 

@@ -232,9 +232,8 @@ def student_blocks(session: Session, texts: Embeds, timing: player.Timing) -> It
     recipe, request = session.recipe, session.request
     count = len(request.prompt)
     encodes = session.image is not None or session.video is not None
-    shapes = {"student": transformer.inference(recipe.student), **decoder.codec_shapes(recipe, encodes=encodes)}
     return player.play(
-        weights.for_stream(weights.load(session.weights, shapes), recipe, free=True),
+        weights.load_student(session.weights, recipe, encodes=encodes),
         np.stack([texts[p] for p in request.prompt]),
         config=recipe,
         frames=session.frames,

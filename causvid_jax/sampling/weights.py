@@ -13,6 +13,7 @@ import jax
 from causvid_jax import checkpoints
 from causvid_jax.checkpoints import convert, lineage, workdir
 from causvid_jax.config import CausalConfig, ConfigError, Recipe, published, require
+from causvid_jax.models import decoder, transformer
 from causvid_jax.models.unstacked import unstack
 
 _LOG = logging.getLogger("absl")
@@ -115,6 +116,12 @@ def with_loras(opened: checkpoints.Checkpoint, loras: Sequence[str]) -> checkpoi
 def load(opened: Opened, shapes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the weights of the networks in ``shapes`` on the device, in the types of ``shapes``."""
     return {name: checkpoints.load(opened[name], dtype=types)[0] for name, types in shapes.items()}
+
+
+def load_student(opened: Opened, recipe: Recipe, *, encodes: bool = False) -> dict[str, Any]:
+    """Return the student and its decoder as streams run them, with ``encodes`` also the VAE."""
+    shapes = {"student": transformer.inference(recipe.student), **decoder.codec_shapes(recipe, encodes=encodes)}
+    return for_stream(load(opened, shapes), recipe, free=True)
 
 
 def for_stream(params: Mapping[str, Any], recipe: Recipe, *, free: bool = False) -> dict[str, Any]:

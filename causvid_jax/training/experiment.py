@@ -7,6 +7,7 @@ else from that road. Finished parts are skipped, so an interrupted experiment co
 Every figure is the mean over seeds and held-out prompts, with a 95 % interval by a bootstrap over both.
 """
 
+import collections
 import dataclasses
 import importlib.util
 import json
@@ -23,7 +24,7 @@ from causvid_jax.config.files import write_text
 from causvid_jax.config.recipes import override
 from causvid_jax.data import digits, prepare
 from causvid_jax.evaluation import classifier, frame_metrics, report
-from causvid_jax.sampling import batch, weights
+from causvid_jax.sampling import batch, blocks, weights
 from causvid_jax.sampling.pipeline import StudentPipeline
 from causvid_jax.text import encoder
 from causvid_jax.training import provenance, road
@@ -128,7 +129,7 @@ def link(base: pathlib.Path, part: pathlib.Path, stages: tuple[str, ...], replac
     (part / "data").mkdir(parents=True, exist_ok=True)
     for source in (*base.glob("*"), *(base / "data").glob("*")):
         target = part / source.relative_to(base)
-        made_here = source.name in (*stages, "data", road.RECORD, road.REPORT) or source.name.startswith(again or "\0")
+        made_here = source.name in (*stages, "data", road.RECORD, road.REPORT) or source.name.startswith(again)
         if not made_here and not target.is_symlink():
             source = base / replace[source.name] if source.parent == base and source.name in replace else source
             target.symlink_to(source.resolve(), target_is_directory=source.is_dir())
@@ -163,11 +164,11 @@ def sample(
     captions = report.held_out_prompts(recipe, budget.samples, seed)
     params, recipe = paths.load_decoders(recipe, part)
     trained, _ = paths.load_stage(recipe, row.network, part)
-    noise, frames = 1000 * seed, recipe.video.frames
+    noise = 1000 * seed
     if row.network == "teacher":
         samplers = batch.make_samplers({**params, "teacher": trained, "student": trained}, recipe)
         assert samplers.teacher is not None
-        clips = [samplers.teacher(captions[i : i + BATCH], noise + i) for i in range(0, len(captions), BATCH)]
+        clips = [samplers.teacher(some, noise + first) for first, some in in_batches(captions)]
         return captions, {1: np.concatenate(clips)}
     if row.network == "causal":
         recipe = many_steps(recipe, CAUSAL_STEPS)
@@ -177,35 +178,37 @@ def sample(
     if row.strength is not None:
         return captions, {1: follow(pipe, captions, row.strength, noise)}
     ends = [int(report.stream_starts(recipe, length)[-1]) for length in lengths]
-    parts = [play(pipe, captions[i : i + BATCH], ends, noise + i) for i in range(0, len(captions), BATCH)]
-    return captions, {
-        n: np.concatenate([p[:, e - frames : e] for p in parts]) for n, e in zip(lengths, ends, strict=True)
-    }
+    parts = [play(pipe, some, ends, noise + first) for first, some in in_batches(captions)]
+    return captions, {length: np.concatenate([clips[i] for clips in parts]) for i, length in enumerate(lengths)}
 
 
-def play(pipe: StudentPipeline, captions: list[str], ends: list[int], seed: int) -> np.ndarray:
-    """Stream to the last of ``ends``; frames that no measured clip has are black, so that memory stays small."""
-    blocks = len(report.stream_starts(pipe.config, 1)) - 1
-    state = pipe.stream(captions, seed=seed, frames=None)
-    length, at = pipe.config.video.frames, 0
-    video = np.zeros((len(captions), ends[-1], pipe.config.video.height, pipe.config.video.width, 3), np.uint8)
-    for frames, _ in pipe.frames(state, blocks * -(-ends[-1] // length) + blocks):
-        frames = frames[:, : ends[-1] - at]
-        if any(end - length < at + frames.shape[1] and at < end for end in ends):
-            video[:, at : at + frames.shape[1]] = frames
-        at += frames.shape[1]
-        if at >= ends[-1]:
-            break
-    return video
+def in_batches(captions: list[str]) -> list[tuple[int, list[str]]]:
+    """Return the captions in batches, each with the number of its first one."""
+    return [(first, captions[first : first + BATCH]) for first in range(0, len(captions), BATCH)]
+
+
+def play(pipe: StudentPipeline, captions: list[str], ends: list[int], seed: int) -> list[np.ndarray]:
+    """Stream to the last of ``ends``; return the clip before each of them. No other frames are kept."""
+    config, clips, shown = pipe.config, [], 0
+    recent: collections.deque[np.ndarray] = collections.deque(
+        maxlen=blocks.block_of(config.video.frames - 1, config) + 1
+    )
+    state = pipe.stream(captions, seed=seed)
+    for frames, _ in pipe.frames(state, blocks.block_of(ends[-1] - 1, config) + 1):
+        recent.append(frames)
+        shown += frames.shape[1]
+        if shown in ends:
+            clips.append(np.concatenate(recent, axis=1)[:, -config.video.frames :])
+    return clips
 
 
 def follow(pipe: StudentPipeline, captions: list[str], strength: float, seed: int) -> np.ndarray:
     """Video to video: follow real clips that differ from ``captions`` in their colour alone."""
     recipe, result = pipe.config, []
     sources = report.real_clips(recipe, [recolor(caption, recipe) for caption in captions], seed)
-    for i in range(0, len(captions), BATCH):
-        state = pipe.stream(captions[i : i + BATCH], seed=seed + i)
-        parts = [frames for frames, _ in pipe.follow(state, sources[i : i + BATCH], strength)]
+    for first, some in in_batches(captions):
+        state = pipe.stream(some, seed=seed + first)
+        parts = [frames for frames, _ in pipe.follow(state, sources[first : first + len(some)], strength)]
         result.append(np.concatenate(parts, axis=1))
     return np.concatenate(result)
 

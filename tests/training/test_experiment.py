@@ -105,9 +105,10 @@ def test_the_interval_covers_seeds_and_clips():
     assert np.isnan(frame_metrics.nested_interval([np.array([np.nan])])["mean"])
 
 
-def test_dynamic_degree_of_frozen_and_moving_clips():
+def test_motion_of_frozen_and_moving_clips():
     frame = np.zeros((32, 32, 3), np.uint8)
     frame[8:20, 10:14] = 255
     still = np.repeat(frame[None], 12, axis=0)
     moving = np.stack([np.roll(frame, -t, axis=1) for t in range(12)])
-    np.testing.assert_allclose(frame_metrics.dynamic_degree(np.stack([still, moving]), speed=1), [0.0, 1.0], atol=0.1)
+    peaks = frame_metrics.displacements(np.stack([still, moving]))
+    np.testing.assert_allclose(frame_metrics.motion(peaks, speed=1), [0.0, 1.0], atol=0.1)
