@@ -1,4 +1,4 @@
-"""How much the first latent frame of a continued rollout moves the teacher's judgement of the other frames.
+"""How much the first latent frame of a continued rollout moves the teacher's velocity of the other frames.
 
 A continued rollout starts in the middle of a stream, where a latent frame holds four frames. The teacher was trained on
 clips whose first latent frame holds one. ``python benchmarks/first_frame.py`` takes the second clip of streams of the

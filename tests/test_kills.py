@@ -19,7 +19,7 @@ from PIL import Image
 from causvid_jax import media
 from causvid_jax.checkpoints import safetensors_io, store
 from causvid_jax.data import arrays
-from causvid_jax.evaluation import classifier
+from causvid_jax.evaluation import classifier as classifiers
 from causvid_jax.sampling import exported
 from tests.programs import write_recipe
 from tests.tiny import RECIPE, tiny_workdir
@@ -60,7 +60,7 @@ PROGRAMS = {
     ],
     "evaluate": [
         "--workdir={run}",
-        "--judge={run}/classifier.safetensors",
+        "--classifier={run}/classifier.safetensors",
         "--output={run}/report.json",
         *("--samples=2", "--reference=4", "--batch=2", "--long_factor=2", "--repeats=1"),
         # Motion is read in at least 5 frames.
@@ -151,8 +151,8 @@ def start(server, tmp_path_factory):
 
 def add_classifier(folder):
     colors = RECIPE.data.colors
-    judge = classifier.Judge(classifier.init(0, len(colors)), colors, RECIPE.data.digit_size)
-    classifier.save(folder / "classifier.safetensors", judge)
+    classifier = classifiers.Classifier(classifiers.init(0, len(colors)), colors, RECIPE.data.digit_size)
+    classifiers.save(folder / "classifier.safetensors", classifier)
 
 
 def visible(folder):

@@ -1,8 +1,8 @@
 """Measure a recipe's clips: ``causvid evaluate --config=digits --output=report.json``.
 
 Writes the report as JSON and, beside it, as Markdown tables (``.md``) and a contact sheet (``.png``).
-``--student_only`` leaves the teacher out; its weights are not needed then. ``--train_judge`` trains the classifier
-instead, on handwriting that neither the generators nor the real test clips show, and writes it to ``--judge``.
+``--student_only`` leaves the teacher out; its weights are not needed then. ``--train_classifier`` trains the classifier
+instead, on handwriting that neither the generators nor the real test clips show, and writes it to ``--classifier``.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ class Options:
     student: str | None = option(None, "Student weights to measure instead of the recipe's, a .safetensors file.")
     teacher: str | None = option(None, "Teacher weights to measure instead of the recipe's.")
     student_only: bool = option(False, "Leave the teacher out, and all that is measured against it.")
-    train_judge: bool = option(False, "Train the classifier and write it to --judge.")
-    judge: str | None = option(None, "The classifier's weights; default: those of the package.")
+    train_classifier: bool = option(False, "Train the classifier and write it to --classifier.")
+    classifier: str | None = option(None, "The classifier's weights; default: those of the package.")
     samples: Many = option(64, "Clips per row.")
     long_samples: ManyOrZero = option(0, "Streams of many times the trained length; 0: as --samples.")
     switch_samples: ManyOrZero = option(0, "Streams with a prompt switch; 0: as --samples.")
@@ -52,15 +52,16 @@ class Options:
 def main(options: Options) -> None:
     """Train the classifier, or measure."""
     path = None
-    if not options.train_judge:
+    if not options.train_classifier:
         output = common.check_output(options.output, (".json",))
-    elif options.judge:
-        path = common.check_output(options.judge, (".safetensors",), "judge")
+    elif options.classifier:
+        path = common.check_output(options.classifier, (".safetensors",), "classifier")
     common.enable_compilation_cache()
-    from causvid_jax.evaluation import classifier, measure, report
+    from causvid_jax.evaluation import classifier as classifiers
+    from causvid_jax.evaluation import measure, report
 
-    if options.train_judge:
-        measure.make_classifier(options.config, path or classifier.DEFAULT_PATH)
+    if options.train_classifier:
+        measure.make_classifier(options.config, path or classifiers.DEFAULT_PATH)
         return
     plan = report.Plan(**{field.name: getattr(options, field.name) for field in dataclasses.fields(report.Plan)})
     common.log_start(options.config)
@@ -69,7 +70,7 @@ def main(options: Options) -> None:
         output,
         plan,
         folder=options.workdir,
-        judge=options.judge,
+        classifier=options.classifier,
         student=options.student,
         teacher=options.teacher,
         student_only=options.student_only,

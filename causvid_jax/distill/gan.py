@@ -70,16 +70,16 @@ def generator_loss(
     negative_prompt_embeds: jax.Array,
     key: jax.Array,
     *,
-    judge: Discriminator,
+    discriminator: Discriminator,
     levels: dmd.Levels = dmd.Levels(),  # noqa: B008
     **options: Any,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return L_G and metrics; ``judge`` is D, other arguments are those of ``dmd.generator_loss``."""
+    """Return L_G and metrics; ``discriminator`` is D, other arguments are those of ``dmd.generator_loss``."""
     loss, metrics = dmd.generator_loss(x0, prompt_embeds, negative_prompt_embeds, key, levels=levels, **options)
     diffusion, distill = options["diffusion"], options["distill"]
     x = x0.astype(jnp.float32)
     x_t, timestep, *_ = dmd.noise_output(x, jax.random.fold_in(key, 1), None, None, diffusion, distill, levels)
-    adversarial = jnp.mean(jax.nn.softplus(-judge(x_t, timestep, prompt_embeds)))
+    adversarial = jnp.mean(jax.nn.softplus(-discriminator(x_t, timestep, prompt_embeds)))
     total = loss + distill.gan_weight * adversarial
     return total, metrics | {"loss": total, "adversarial": adversarial}
 
@@ -90,7 +90,7 @@ def critic_loss(
     prompt_embeds: jax.Array,
     key: jax.Array,
     *,
-    judge: Discriminator,
+    discriminator: Discriminator,
     levels: dmd.Levels = dmd.Levels(),  # noqa: B008
     **options: Any,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -102,7 +102,7 @@ def critic_loss(
     for i, x in ((1, fake), (2, real)):
         key_of = jax.random.fold_in(key, i)
         x_t, timestep, *_ = dmd.noise_output(x, key_of, None, None, diffusion, distill, levels)
-        logits.append(judge(x_t, timestep, prompt_embeds))
+        logits.append(discriminator(x_t, timestep, prompt_embeds))
     fake_logit, real_logit = logits
     logistic = jnp.mean(jax.nn.softplus(-real_logit) + jax.nn.softplus(fake_logit))
     total = loss + distill.gan_critic_weight * logistic

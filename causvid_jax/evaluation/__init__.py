@@ -1,1 +1,1 @@
-"""Judging of generated clips: a judge that reads digits, metrics, and the report that compares teacher and student."""
+"""Evaluation of generated clips: a classifier of digits, metrics, and the report that compares teacher and student."""

@@ -1,11 +1,10 @@
-"""The judge of moving-digits clips: which digit, in what colour, moving where.
+"""The classifier of moving-digits clips: which digit, in what colour, moving where.
 
-The digit is read by a small convolutional classifier that has seen handwriting of the split ``"judge"`` only, never
-what the generators or the real test clips show; colour is measured on the brightest pixels and direction by circular
-cross-correlation, both without learning, since a formula that can be audited beats a network where it suffices. The
-world is a torus, hence so are the convolutions. Two digits of a clip are taken apart by colour first (``layers``); each
-is then read as if it were alone.
-"""
+A small convolutional network reads the digit. It was trained on handwriting of the split ``"classifier"``, which
+neither the generators nor the real test clips show. Two formulas without learning read the rest: the colour is that of
+the brightest pixels, and the direction is the peak of a circular cross-correlation. Frames wrap around at their edges,
+so the convolutions are circular. Two digits of a clip are separated by colour first and then read one by one
+(:mod:`causvid_jax.evaluation.color_separation`).
 
 import dataclasses
 import pathlib
@@ -22,7 +21,7 @@ from causvid_jax.config import DataConfig, require
 from causvid_jax.data import digits
 from causvid_jax.evaluation import color_separation
 
-DEFAULT_PATH = pathlib.Path(__file__).resolve().parent.parent / "assets" / "judge.safetensors"
+DEFAULT_PATH = pathlib.Path(__file__).resolve().parent.parent / "assets" / "classifier.safetensors"
 
 # (name, output channels, stride); the input is 2x2 pixels folded into channels, so strides 1, 2, 1, 1 end at H / 4.
 LAYERS = (("conv0", 32, 1), ("conv1", 64, 2), ("conv2", 64, 1), ("conv3", 64, 1))
@@ -77,7 +76,7 @@ def classify(params: dict[str, Any], frames: jax.Array) -> tuple[jax.Array, jax.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Judge:
+class Classifier:
     """A trained classifier and the world it knows. ``params`` as in :func:`init`."""
 
     params: dict[str, Any]
@@ -92,7 +91,7 @@ Triple = tuple[int, str, str]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reading:
-    """What the judge reads in B clips of n digits, one row for each digit, those of a clip beside each other.
+    """What the classifier reads in B clips of n digits, one row for each digit, those of a clip beside each other.
 
     ``features`` ``[B n, FEATURES]`` and ``log_probs`` ``[B n, 10]`` are frame means.
     """
@@ -116,51 +115,54 @@ def wanted(caption: str) -> tuple[Triple, ...]:
     return tuple((spec.digit, spec.color, spec.direction) for spec in digits.parse_caption(caption))
 
 
-def save(path: str | pathlib.Path, judge: Judge) -> None:
-    """Write a judge as safetensors, in half precision."""
+def save(path: str | pathlib.Path, classifier: Classifier) -> None:
+    """Write a classifier as safetensors, in half precision."""
     metadata = {
-        "colors": " ".join(judge.colors),
-        "digit_size": str(judge.digit_size),
-        "handwriting": judge.handwriting,
+        "colors": " ".join(classifier.colors),
+        "digit_size": str(classifier.digit_size),
+        "handwriting": classifier.handwriting,
     }
-    store.save_params(path, judge.params, metadata, dtype="float16")
+    store.save_params(path, classifier.params, metadata, dtype="float16")
 
 
-def load(data: DataConfig, path: str | pathlib.Path = DEFAULT_PATH) -> Judge:
-    """Read a judge and make sure that it knows the digits and colours of ``data``."""
+def load(data: DataConfig, path: str | pathlib.Path = DEFAULT_PATH) -> Classifier:
+    """Read a classifier and make sure that it knows the digits and colours of ``data``."""
     params, metadata = store.load_params(path)
-    require({"colors", "digit_size"} <= set(metadata), f"weights file {path} is not a judge")
+    require({"colors", "digit_size"} <= set(metadata), f"weights file {path} is not a classifier")
     source = metadata.get("handwriting", "sklearn")
-    judge = Judge(params, tuple(metadata["colors"].split()), int(metadata["digit_size"]), source)
+    classifier = Classifier(params, tuple(metadata["colors"].split()), int(metadata["digit_size"]), source)
     require(
-        judge.handwriting == data.handwriting,
-        f"the judge {path} reads the handwriting {judge.handwriting!r}, the recipe has {data.handwriting!r}; train one "
-        "with causvid evaluate --train_judge",
+        classifier.handwriting == data.handwriting,
+        f"the classifier {path} reads the handwriting {classifier.handwriting!r}, the recipe has {data.handwriting!r}; "
+        "train one with causvid evaluate --train_classifier",
     )
     require(
-        judge.digit_size == data.digit_size,
-        f"the judge {path} reads digits of {judge.digit_size} pixels, the recipe has {data.digit_size}; train one with "
-        "python -m launch.evaluate --train_judge",
+        classifier.digit_size == data.digit_size,
+        f"the classifier {path} reads digits of {classifier.digit_size} pixels, the recipe has {data.digit_size}; "
+        "train one with causvid evaluate --train_classifier",
     )
-    unknown = [name for name in data.colors if name not in judge.colors]
-    require(not unknown, f"the judge {path} knows the colours {', '.join(judge.colors)}; the recipe also has {unknown}")
-    return judge
+    unknown = [name for name in data.colors if name not in classifier.colors]
+    require(
+        not unknown,
+        f"the classifier {path} knows the colours {', '.join(classifier.colors)}; the recipe also has {unknown}",
+    )
+    return classifier
 
 
 _classify = jax.jit(classify)
 
 
-def frame_logits(judge: Judge, frames: np.ndarray) -> jax.Array:
+def frame_logits(classifier: Classifier, frames: np.ndarray) -> jax.Array:
     """Return the digit logits ``[N, 10]`` of frames ``[N, H, W, 3]`` in [0, 1]."""
-    return _classify(judge.params, frames)[0]
+    return _classify(classifier.params, frames)[0]
 
 
-def read_digits(judge: Judge, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def read_digits(classifier: Classifier, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return mean log-probabilities ``[B, 10]`` and features ``[B, FEATURES]`` over frames spread over each clip."""
     frames = rearrange(
         video[:, color_separation.spread(video.shape[1])].astype(np.float32) / 255.0, "b t h w c -> (b t) h w c"
     )
-    logits, _, features = _classify(judge.params, frames)
+    logits, _, features = _classify(classifier.params, frames)
     log_probs, features = (
         np.asarray(reduce(x, "(b t) d -> b d", "mean", t=color_separation.FRAMES_READ))
         for x in (jax.nn.log_softmax(logits), features)
@@ -249,23 +251,23 @@ def read_directions(video: np.ndarray, speed: int) -> tuple[str, ...]:
     return tuple(result)
 
 
-def read(judge: Judge, video: np.ndarray, *, data: DataConfig) -> Reading:
+def read(classifier: Classifier, video: np.ndarray, *, data: DataConfig) -> Reading:
     """Read clips.
 
     Args:
-      judge: as from :func:`load`.
+      classifier: as from :func:`load`.
       video: uint8 ``[B, T, H, W, 3]``.
       data: gives ``speed`` in pixels per frame, and ``digits_per_clip``.
     """
     count = data.digits_per_clip
-    require(count in (1, 2), f"the judge reads clips of one or two digits; data.digits_per_clip is {count}")
+    require(count in (1, 2), f"the classifier reads clips of one or two digits; data.digits_per_clip is {count}")
     if count == 1:
-        colors = read_colors(video, judge.colors)
+        colors = read_colors(video, classifier.colors)
     else:
-        apart = [color_separation.separate(clip, judge.colors) for clip in video]
+        apart = [color_separation.separate(clip, classifier.colors) for clip in video]
         colors = tuple(name for names, _ in apart for name in names)
         video = np.concatenate([alone for _, alone in apart])
-    log_probs, features = read_digits(judge, video)
+    log_probs, features = read_digits(classifier, video)
     return Reading(
         digits=log_probs.argmax(axis=-1),
         colors=colors,

@@ -48,7 +48,7 @@ def find_colors(clip: np.ndarray, colors: tuple[str, ...]) -> tuple[str, str]:
       clip: ``[T, H, W, 3]`` in [0, 1].
       colors: names in ``digits.COLORS``, at least two.
     """
-    require(len(colors) > 1, f"two digits need two colours; the judge knows {', '.join(colors)}")
+    require(len(colors) > 1, f"two digits need two colours; the classifier knows {', '.join(colors)}")
     frames = clip[spread(len(clip))]
     value = frames.max(axis=-1)
     bright = frames[value >= np.maximum(0.5 * value.max(axis=(1, 2), keepdims=True), 1.0 / 255.0)]  # [N, 3]

@@ -13,7 +13,7 @@ import numpy as np
 
 from causvid_jax.config import DataConfig, require
 from causvid_jax.data import digits
-from causvid_jax.evaluation import classifier
+from causvid_jax.evaluation import classifier as classifiers
 
 BLOCK = 12
 """Frames of a window in which the identity of a digit is read."""
@@ -27,7 +27,7 @@ class FrameReading:
 
     Attributes:
         log_probs: of the digits, ``[B, T, 10]``.
-        colors: index into the judge's colours, ``[B, T]``.
+        colors: index into the classifier's colours, ``[B, T]``.
         visible: whether the digit is fully visible, ``[B, T]``.
     """
 
@@ -36,37 +36,37 @@ class FrameReading:
     visible: np.ndarray
 
 
-def read_frames(judge: classifier.Judge, video: np.ndarray) -> FrameReading:
+def read_frames(classifier: classifiers.Classifier, video: np.ndarray) -> FrameReading:
     """Read every frame of uint8 clips ``[B, T, H, W, 3]``."""
     edge = [video[:, :, [0, -1]].max(axis=(2, 3, 4)), video[:, :, :, [0, -1]].max(axis=(2, 3, 4))]
     log_probs, colors = [], []
     for clip in video:  # one clip at a time: a long stream has thousands of frames
         frames = clip.astype(np.float32)
-        logits = classifier.frame_logits(judge, frames / 255.0)
+        logits = classifiers.frame_logits(classifier, frames / 255.0)
         log_probs.append(np.asarray(jax.nn.log_softmax(logits)))
-        colors.append(classifier.nearest_colors(frames, judge.colors, axis=(-3, -2)))
+        colors.append(classifiers.nearest_colors(frames, classifier.colors, axis=(-3, -2)))
     return FrameReading(np.stack(log_probs), np.stack(colors), np.maximum(*edge) < EDGE_INK)
 
 
 def displacements(video: np.ndarray) -> np.ndarray:
-    """Return ``classifier.displacements`` of every clip, ``[B, T - GAP, 2]``."""
-    return np.stack([classifier.displacements(clip) for clip in video])
+    """Return ``classifiers.displacements`` of every clip, ``[B, T - GAP, 2]``."""
+    return np.stack([classifiers.displacements(clip) for clip in video])
 
 
 def direction_pairs(peaks: np.ndarray, directions: Sequence[str], speed: int) -> np.ndarray:
-    """Return the share ``[B]`` of frame pairs, ``classifier.GAP`` apart, that move as ``directions`` say.
+    """Return the share ``[B]`` of frame pairs, ``classifiers.GAP`` apart, that move as ``directions`` say.
 
     The peak of the circular cross-correlation of the pair (:func:`displacements`) must lie within a quarter of the way
     of where it should.
     """
-    reach = classifier.GAP * speed
+    reach = classifiers.GAP * speed
     targets = reach * np.array([digits.DIRECTIONS[direction] for direction in directions])
     return (np.abs(peaks - targets[:, None]).max(axis=-1) <= reach / 4).mean(axis=1)
 
 
 def motion(peaks: np.ndarray, speed: int) -> np.ndarray:
     """Return the mean displacement ``[B]`` of :func:`displacements` over what ``speed`` asks for; 0 is frozen."""
-    return np.abs(peaks).max(axis=-1).mean(axis=1) / (classifier.GAP * speed)
+    return np.abs(peaks).max(axis=-1).mean(axis=1) / (classifiers.GAP * speed)
 
 
 def sharpness(video: np.ndarray) -> np.ndarray:
@@ -144,30 +144,30 @@ def _summary(mean: Any, resampled: Any) -> dict[str, float]:
 
 
 def frame_scores(
-    judge: classifier.Judge, video: np.ndarray, captions: Sequence[str], data: DataConfig, first_block: int
+    classifier: classifiers.Classifier, video: np.ndarray, captions: Sequence[str], data: DataConfig, first_block: int
 ) -> dict[str, dict[str, float]]:
     """Return the mean of every measure of :func:`frame_values` with its interval; arguments as there."""
-    values = frame_values(judge, video, captions, data, first_block)
+    values = frame_values(classifier, video, captions, data, first_block)
     return {name: interval(value) for name, value in values.items()}
 
 
 def frame_values(
-    judge: classifier.Judge, video: np.ndarray, captions: Sequence[str], data: DataConfig, first_block: int
+    classifier: classifiers.Classifier, video: np.ndarray, captions: Sequence[str], data: DataConfig, first_block: int
 ) -> dict[str, np.ndarray]:
     """Return every measure of a row of clips, one value per clip ``[B]``.
 
     Args:
-        judge: the classifier.
+        classifier: the classifier.
         video: uint8 ``[B, T, H, W, 3]``.
         captions: one per clip, each of one digit.
         data: gives the speed.
         first_block: frames of the first block.
     """
     require(data.digits_per_clip == 1, f"frames are read in clips of one digit; these have {data.digits_per_clip}")
-    wanted = [classifier.wanted(caption)[0] for caption in captions]
-    reading = read_frames(judge, video)
+    wanted = [classifiers.wanted(caption)[0] for caption in captions]
+    reading = read_frames(classifier, video)
     right = reading.log_probs.argmax(axis=-1) == np.array([digit for digit, _, _ in wanted])[:, None]
-    color = reading.colors == np.array([judge.colors.index(name) for _, name, _ in wanted])[:, None]
+    color = reading.colors == np.array([classifier.colors.index(name) for _, name, _ in wanted])[:, None]
     peaks = displacements(video)
     return {
         "digit": _share(right, reading.visible),

@@ -9,7 +9,8 @@ import jax
 
 from causvid_jax.checkpoints import load, workdir
 from causvid_jax.config import ConfigError, Recipe, files
-from causvid_jax.evaluation import classifier, contact_sheet, report, train_classifier
+from causvid_jax.evaluation import classifier as classifiers
+from causvid_jax.evaluation import contact_sheet, report, train_classifier
 from causvid_jax.progress import Progress
 from causvid_jax.sampling import batch
 from causvid_jax.text import encoder
@@ -28,9 +29,9 @@ def make_classifier(
 
     trained = train_classifier.train(recipe.data, recipe.video, steps=steps, log=log)
     progress.close()
-    classifier.save(path, trained)
-    trained = classifier.load(recipe.data, path)
-    for split in ("test", "train", "judge"):
+    classifiers.save(path, trained)
+    trained = classifiers.load(recipe.data, path)
+    for split in ("test", "train", "classifier"):
         scores = train_classifier.accuracy(trained, recipe.data, recipe.video, split)
         say(f"{split} handwriting: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
 
@@ -41,7 +42,7 @@ def write_report(
     plan: report.Plan,
     *,
     folder: str | os.PathLike | None = None,
-    judge: str | pathlib.Path | None = None,
+    classifier: str | pathlib.Path | None = None,
     student: str | os.PathLike | None = None,
     teacher: str | os.PathLike | None = None,
     student_only: bool = False,
@@ -54,7 +55,7 @@ def write_report(
         output: the ``.json`` file.
         plan: how much is measured.
         folder: working directory with the weights; None takes those of the package.
-        judge: weights of the classifier; None takes that of the package.
+        classifier: weights of the classifier; None takes that of the package.
         student, teacher: weights to measure instead of those of ``folder``.
         student_only: leave the teacher out.
         say: receives the tables, and which weights are measured.
@@ -62,7 +63,7 @@ def write_report(
     Raises:
         ConfigError: weights that are missing or do not fit.
     """
-    trained = classifier.load(recipe.data, judge or classifier.DEFAULT_PATH)
+    trained = classifiers.load(recipe.data, classifier or classifiers.DEFAULT_PATH)
     params, recipe = workdir.load_decoders(recipe, folder)
     networks = [("student", "distill", student)] + ([] if student_only else [("teacher", "teacher", teacher)])
     for role, stage, file in networks:

@@ -17,11 +17,11 @@ ATTRIBUTES = ("digit", "color", "direction")
 def agreement(read: Sequence[Sequence[tuple]], wanted: Sequence[Sequence[tuple]]) -> np.ndarray:
     """Return which attributes are correct: bool ``[B, n, 3]``, the last axis in the order of :data:`ATTRIBUTES`.
 
-    The judge does not know which of a clip's digits the caption names first: of all ways to assign what was read to
-    what was wanted, that with the most attributes right counts.
+    The classifier does not know which of a clip's digits the caption names first. Of all assignments of the digits read
+    to those of the caption, the one with the most correct attributes counts.
 
     Args:
-      read: of each of B clips n triples (digit, color, direction) as the judge reads them.
+      read: of each of B clips n triples (digit, color, direction) as the classifier reads them.
       wanted: of each clip n triples as the caption wants them.
     """
     require(len(read) == len(wanted), f"{len(read)} clips were read but {len(wanted)} captions are given")

@@ -17,7 +17,7 @@ import numpy as np
 
 from causvid_jax.config import Recipe, require
 from causvid_jax.data import digits
-from causvid_jax.evaluation import classifier as judging
+from causvid_jax.evaluation import classifier as classifiers
 from causvid_jax.evaluation import frame_metrics, metrics
 from causvid_jax.progress import Progress
 from causvid_jax.sampling.protocols import Samplers
@@ -96,11 +96,11 @@ def held_out_prompts(recipe: Recipe, count: int, seed: int, split: str = "test")
 
 def switched_prompts(recipe: Recipe, prompts: Sequence[str], seed: int, split: str = "test") -> list[str]:
     """Return for each prompt a held-out one that differs in digit, colour and direction, for every pair of digits."""
-    captions = {caption: judging.wanted(caption) for caption in digits.captions(recipe.data, split)}
+    captions = {caption: classifiers.wanted(caption) for caption in digits.captions(recipe.data, split)}
     rng = np.random.default_rng([seed, 3])
     result = []
     for prompt in prompts:
-        old = [set(values) for values in zip(*judging.wanted(prompt), strict=True)]
+        old = [set(values) for values in zip(*classifiers.wanted(prompt), strict=True)]
         other = [
             c for c, new in captions.items() if not any(x in y for one in new for x, y in zip(one, old, strict=True))
         ]
@@ -243,11 +243,13 @@ def sample_row(row: Row, batch: int, progress: "_Work") -> np.ndarray:
     return np.concatenate(clips)
 
 
-def score(recipe: Recipe, judge: judging.Judge, row: Row, video: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+def score(
+    recipe: Recipe, classifier: classifiers.Classifier, row: Row, video: np.ndarray, reference: np.ndarray
+) -> dict[str, float]:
     """Return the figures of a row: accuracies, Frechet distance to ``reference`` features, discontinuity, clips."""
-    reading = judging.read(judge, video, data=recipe.data)
+    reading = classifiers.read(classifier, video, data=recipe.data)
     return {
-        **metrics.accuracies(reading.triples, [judging.wanted(caption) for caption in row.captions]),
+        **metrics.accuracies(reading.triples, [classifiers.wanted(caption) for caption in row.captions]),
         "frechet": metrics.frechet_distance(reading.features, reference),
         "discontinuity": metrics.discontinuity(video, row.starts),
         "clips": len(video),
@@ -255,7 +257,7 @@ def score(recipe: Recipe, judge: judging.Judge, row: Row, video: np.ndarray, ref
 
 
 def frames_report(
-    recipe: Recipe, judge: judging.Judge, rows: Sequence[Row], videos: Mapping[str, np.ndarray]
+    recipe: Recipe, classifier: classifiers.Classifier, rows: Sequence[Row], videos: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
     """Return ``frame_metrics.frame_scores`` of every row, sharpness relative to real clips, and PSNRs of codecs.
 
@@ -267,7 +269,7 @@ def frames_report(
     result: dict[str, Any] = {}
     for row in rows:
         video = videos[row.name]
-        result[row.name] = frame_metrics.frame_scores(judge, video, row.captions, recipe.data, first_block)
+        result[row.name] = frame_metrics.frame_scores(classifier, video, row.captions, recipe.data, first_block)
         if row.name in ("vae", "taehv"):
             psnr = frame_metrics.psnr(frame_metrics.error_by_frame(video, videos["real"]))
             result[row.name]["psnr"] = {"mean": float(psnr.mean()), "first": float(psnr[0]), "worst": float(psnr.min())}
@@ -296,7 +298,7 @@ def _passes(recipe: Recipe) -> dict[str, dict[str, int]]:
 
 def evaluate(
     recipe: Recipe,
-    judge: judging.Judge,
+    classifier: classifiers.Classifier,
     samplers: Samplers,
     plan: Plan,
     *,
@@ -306,7 +308,7 @@ def evaluate(
 
     Args:
       recipe: geometry, data and step counts.
-      judge: of ``classifier.load``.
+      classifier: of ``classifiers.load``.
       samplers: of the trained networks.
       plan: how many clips.
       progress: show a bar with the time left.
@@ -326,12 +328,12 @@ def evaluate(
     sampled = sum(row.passes * len(row.captions) for row in (*rows, switching))
     work = _Work(sampled + timed_clips * sum(cost.values()), progress)
     pool = held_out_prompts(recipe, plan.reference, plan.seed + 1, plan.captions)
-    reference = judging.read_digits(judge, real_clips(recipe, pool, plan.seed + 1))[1]
+    reference = classifiers.read_digits(classifier, real_clips(recipe, pool, plan.seed + 1))[1]
     clips = {row.name: (row.captions, sample_row(row, plan.batch, work)) for row in (*rows, switching)}
-    scores = {row.name: score(recipe, judge, row, clips[row.name][1], reference) for row in rows}
-    frames = frames_report(recipe, judge, rows, {name: video for name, (_, video) in clips.items()})
+    scores = {row.name: score(recipe, classifier, row, clips[row.name][1], reference) for row in rows}
+    frames = frames_report(recipe, classifier, rows, {name: video for name, (_, video) in clips.items()})
     video = clips["switch"][1]
-    switch = switch_report(recipe, judge, video, before, switching.captions, switching.starts, at)
+    switch = switch_report(recipe, classifier, video, before, switching.captions, switching.starts, at)
     work.begin("timing")
     timing = _timing(recipe, samplers, plan, rows[0].captions, lambda name: work.add(cost[name] * timed_clips / 2))
     work.close()
@@ -358,7 +360,7 @@ def _slice(values: Any, start: int, count: int) -> Any:
 
 def switch_report(
     recipe: Recipe,
-    judge: judging.Judge,
+    classifier: classifiers.Classifier,
     video: np.ndarray,
     before: Sequence[str],
     after: Sequence[str],
@@ -382,8 +384,8 @@ def switch_report(
     """
 
     def reads(captions: Sequence[str], first: int, last: int) -> np.ndarray:
-        reading = judging.read(judge, video[:, starts[first] : starts[last]], data=recipe.data)
-        agreed = metrics.agreement(reading.triples, [judging.wanted(c) for c in captions])
+        reading = classifiers.read(classifier, video[:, starts[first] : starts[last]], data=recipe.data)
+        agreed = metrics.agreement(reading.triples, [classifiers.wanted(c) for c in captions])
         return np.asarray(agreed.all(axis=(1, 2)))
 
     end = len(starts) - 1

@@ -1,4 +1,4 @@
-"""Training of the judge's classifier on single frames of the handwriting split ``"judge"``, about a minute on a CPU."""
+"""Training of the classifier on single frames of the handwriting split ``"classifier"``, minutes on a CPU."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ import optax
 
 from causvid_jax.config import DataConfig, VideoConfig
 from causvid_jax.data import digits
-from causvid_jax.evaluation import classifier as judging
+from causvid_jax.evaluation import classifier as classifiers
 from causvid_jax.evaluation import metrics
 
 BATCH = 64
@@ -55,7 +55,7 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
 
 
 def _loss(params: dict[str, Any], frames: jax.Array, digit: jax.Array, color: jax.Array) -> jax.Array:
-    digit_logits, color_logits, _ = judging.classify(params, frames)
+    digit_logits, color_logits, _ = classifiers.classify(params, frames)
     targets = optax.smooth_labels(jax.nn.one_hot(digit, 10), 0.05)
     loss = optax.softmax_cross_entropy(digit_logits, targets)
     return jnp.mean(loss + 0.2 * optax.softmax_cross_entropy_with_integer_labels(color_logits, color))
@@ -87,8 +87,8 @@ def _update(
 
 def train(
     data: DataConfig, video: VideoConfig, *, steps: int = STEPS, seed: int = 0, log: Callable[[int, float], None]
-) -> judging.Judge:
-    """Train a judge for the digits and colours of ``data``; the same arguments give the same judge.
+) -> classifiers.Classifier:
+    """Train a classifier for the digits and colours of ``data``; the same arguments give the same classifier.
 
     Args:
       data: digit size and colours.
@@ -97,11 +97,11 @@ def train(
       seed: of the initialisation and the augmentation.
       log: called with (step, mean loss) every 100 steps.
     """
-    images, labels, _ = digits.handwriting("judge", data.handwriting)
+    images, labels, _ = digits.handwriting("classifier", data.handwriting)
     masks = jnp.asarray(digits.resize(images, data))
     targets = jnp.asarray(labels)
     palette = jnp.asarray(np.array([digits.COLORS[name] for name in data.colors]) / 255.0, jnp.float32)
-    params = jax.tree.map(jnp.asarray, judging.init(seed, len(data.colors)))
+    params = jax.tree.map(jnp.asarray, classifiers.init(seed, len(data.colors)))
     state, losses = _optimizer(steps).init(params), []
     for step in range(steps):
         params, state, loss = _update(
@@ -120,11 +120,11 @@ def train(
         if (step + 1) % 100 == 0 or step + 1 == steps:
             log(step + 1, float(np.mean(jax.device_get(losses))))
             losses = []
-    return judging.Judge(jax.device_get(params), data.colors, data.digit_size, data.handwriting)
+    return classifiers.Classifier(jax.device_get(params), data.colors, data.digit_size, data.handwriting)
 
 
-def accuracy(judge: judging.Judge, data: DataConfig, video: VideoConfig, split: str) -> dict[str, float]:
-    """Return a judge's accuracies on one clip of every digit of ``split``, in random colours and directions."""
+def accuracy(classifier: classifiers.Classifier, data: DataConfig, video: VideoConfig, split: str) -> dict[str, float]:
+    """Return a classifier's accuracies on one clip of every digit of ``split``, in random colours and directions."""
     images, labels, _ = digits.handwriting(split, data.handwriting)
     rng = np.random.default_rng(0)
     data = dataclasses.replace(data, digits_per_clip=1)
@@ -134,4 +134,4 @@ def accuracy(judge: judging.Judge, data: DataConfig, video: VideoConfig, split: 
         start = (int(rng.integers(video.height)), int(rng.integers(video.width)))
         clips.append(digits.render([image], [spec], [start], data, video.frames, video.height, video.width))
         wanted.append([(spec.digit, spec.color, spec.direction)])
-    return metrics.accuracies(judging.read(judge, np.stack(clips), data=data).triples, wanted)
+    return metrics.accuracies(classifiers.read(classifier, np.stack(clips), data=data).triples, wanted)

@@ -1,7 +1,7 @@
 """Distillation of the student (paper section 4.2, Algorithm 1): state, scores, updates, loop.
 
 One train step is K updates of the critic (the fake score) and one update of the student with its EMA. The real score is
-the frozen teacher. The losses are in :mod:`causvid_jax.distill.dmd`, the student's outputs that they judge in
+the frozen teacher. The losses are in :mod:`causvid_jax.distill.dmd`, the student's outputs that they score in
 :mod:`causvid_jax.distill.rollout`.
 """
 
@@ -141,7 +141,7 @@ def loss_window(
 
     The teacher knows clips whose first latent frame holds one pixel frame. A stream that goes on has no such frame, so
     the losses leave the first place of a ``continued`` rollout, or of a window that starts later, out. The scores still
-    attend to it: their other frames are judged next to a first frame that they were not trained on. Single chunks have
+    attend to it: their other frames are scored next to a first frame that they were not trained on. Single chunks have
     no such first frame.
     """
     later = (x0.shape[1] - config.loss_frames) // causal.frames_per_block if config.loss_frames else 0
@@ -169,7 +169,7 @@ OBJECTIVES: dict[str, Callable[..., tuple[jax.Array, Metrics]]] = {
 """``train_distill.objective`` to the student's loss."""
 
 
-def judge(critic: Any, recipe: Recipe) -> gan.Discriminator:
+def discriminator(critic: Any, recipe: Recipe) -> gan.Discriminator:
     """Return the discriminator on the features of the fake score."""
     return functools.partial(gan.discriminator, critic, config=recipe.fake_score, distill=recipe.train_distill)
 
@@ -200,7 +200,7 @@ def critic_update(
         settings["fake"] = functools.partial(fake_score, params, clean=jax.lax.stop_gradient(x), recipe=recipe)
         if config.objective == "dmd_gan":
             loss, metrics = gan.critic_loss(
-                x, batch["latents"], text, loss_key, judge=judge(params, recipe), **settings
+                x, batch["latents"], text, loss_key, discriminator=discriminator(params, recipe), **settings
             )
         else:
             loss, metrics = dmd.critic_loss(x, text, loss_key, **settings)
@@ -256,7 +256,7 @@ def student_update(
         }
         objective = recipe.train_distill.objective
         if objective == "dmd_gan":
-            settings["judge"] = judge(critic, recipe)
+            settings["discriminator"] = discriminator(critic, recipe)
         return OBJECTIVES[objective](x, text, null_text, loss_key, **settings)
 
     return apply_update(

@@ -1,4 +1,4 @@
-"""The two score networks of the stage ``distill``: forward modes, timesteps, and what they judge."""
+"""The two score networks of the stage ``distill``: forward modes, timesteps, and their inputs."""
 
 from typing import Any
 
@@ -97,7 +97,7 @@ def score_levels(key: jax.Array, frames: int, recipe: Recipe) -> dmd.Levels:
 def scored(
     x0: jax.Array, mask: jax.Array | None, text: jax.Array, recipe: Recipe
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """Return what the scores judge: the clips, or with ``teacher="chunk"`` every block as a clip of its own."""
+    """Return the inputs of the scores: the clips, or with ``teacher="chunk"`` every block as a clip of its own."""
     if recipe.train_distill.teacher != "chunk":
         return x0, mask, text
     x0, mask = jax.tree.map(

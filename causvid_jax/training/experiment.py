@@ -23,7 +23,8 @@ from causvid_jax.config import Recipe, require
 from causvid_jax.config.files import write_text
 from causvid_jax.config.recipes import override
 from causvid_jax.data import digits, prepare
-from causvid_jax.evaluation import classifier, frame_metrics, report
+from causvid_jax.evaluation import classifier as classifiers
+from causvid_jax.evaluation import frame_metrics, report
 from causvid_jax.sampling import batch, blocks, weights
 from causvid_jax.sampling.pipeline import StudentPipeline
 from causvid_jax.text import encoder
@@ -231,7 +232,7 @@ def run(
     Raises:
         ConfigError: ``base`` lacks what the rows start from.
     """
-    judge = classifier.load(recipe.data, base / CLASSIFIER)
+    classifier = classifiers.load(recipe.data, base / CLASSIFIER)
     values: dict[str, dict[int, dict[str, list[np.ndarray]]]] = {}
     for row in experiment.rows:
         for seed in range(budget.seeds):
@@ -244,7 +245,8 @@ def run(
                 captions, clips = sample(own, row, part, budget, experiment.lengths, seed)
                 first = int(report.stream_starts(own, 1)[1])
                 measured = {
-                    n: frame_metrics.frame_values(judge, video, captions, own.data, first) for n, video in clips.items()
+                    n: frame_metrics.frame_values(classifier, video, captions, own.data, first)
+                    for n, video in clips.items()
                 }
                 as_lists = {n: {k: v.tolist() for k, v in each.items()} for n, each in measured.items()}
                 write_text(path, json.dumps(as_lists) + "\n")

@@ -88,8 +88,8 @@ def legs(recipe: Recipe, workdir: pathlib.Path, options: prepare.Options, plan: 
             result.append(prepared("streams", dataset(*rollouts)))
         result.append(trained("taehv"))
     if plan is not None:
-        output, judge = workdir / REPORT, workdir / CLASSIFIER
-        write = functools.partial(measure.write_report, recipe, output, plan, folder=workdir, judge=judge)
+        output, classifier = workdir / REPORT, workdir / CLASSIFIER
+        write = functools.partial(measure.write_report, recipe, output, plan, folder=workdir, classifier=classifier)
         result.append(Leg("report", output.is_file, write))
     return result
 

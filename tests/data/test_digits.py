@@ -113,7 +113,11 @@ def test_handwriting_splits_are_disjoint_stratified_and_fixed(source, count, sid
         np.testing.assert_allclose(counts, share * total, atol=1)
     # No picture of one split occurs in another under another index either.
     flat = {split: {image.tobytes() for image in p[0]} for split, p in parts.items()}
-    assert not flat["train"] & flat["judge"] and not flat["train"] & flat["test"] and not flat["judge"] & flat["test"]
+    assert (
+        not flat["train"] & flat["classifier"]
+        and not flat["train"] & flat["test"]
+        and not flat["classifier"] & flat["test"]
+    )
     assert int(parts["test"][2].sum()) == checksum
 
 
@@ -200,6 +204,6 @@ def test_impossible_settings_are_refused(change, message):
 
 
 def test_the_same_generator_gives_the_same_clip():
-    a, b = (digits.sample_clip(np.random.default_rng(7), "judge", DATA, VIDEO) for _ in range(2))
+    a, b = (digits.sample_clip(np.random.default_rng(7), "classifier", DATA, VIDEO) for _ in range(2))
     assert a[1] == b[1]
     np.testing.assert_array_equal(a[0], b[0])

@@ -89,14 +89,14 @@ def test_gan_losses_match_numpy():
     clips = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
     distill = DistillStageConfig(objective="dmd_gan", gan_weight=0.4, gan_critic_weight=0.7, guidance_scale=1.0)
     options = {"fake": fake, "diffusion": DIFFUSION, "distill": distill}
-    judge = lambda x, timestep, text: jnp.sum(x, axis=(1, 2, 3, 4)) / 5  # noqa: E731
+    discriminator = lambda x, timestep, text: jnp.sum(x, axis=(1, 2, 3, 4)) / 5  # noqa: E731
     logits = {i: noised(x, jax.random.fold_in(KEY, i))[1].sum((1, 2, 3, 4)) / 5 for i, x in ((1, x0), (2, clips))}
     plain = dmd.generator_loss(x0, TEXT, TEXT[0], KEY, teacher=real, **options)[0]
-    loss, metrics = gan.generator_loss(x0, TEXT, TEXT[0], KEY, teacher=real, judge=judge, **options)
+    loss, metrics = gan.generator_loss(x0, TEXT, TEXT[0], KEY, teacher=real, discriminator=discriminator, **options)
     np.testing.assert_allclose(loss - plain, 0.4 * np.log1p(np.exp(-logits[1])).mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["loss"], loss)
     plain = dmd.critic_loss(x0, TEXT, KEY, **options)[0]
-    loss, _ = gan.critic_loss(x0, clips, TEXT, KEY, judge=judge, **options)
+    loss, _ = gan.critic_loss(x0, clips, TEXT, KEY, discriminator=discriminator, **options)
     expected = 0.7 * (np.log1p(np.exp(-logits[2])) + np.log1p(np.exp(logits[1]))).mean()
     np.testing.assert_allclose(loss - plain, expected, rtol=1e-4)
 
@@ -118,8 +118,10 @@ def test_exact_scores_drive_mean_and_scale_to_the_data(objective):
         }
         if objective.startswith("sid"):
             return sid.generator_loss(x0, text, text[0], jax.random.fold_in(key, 1), **options)[0]
-        judge = lambda x, t, _: logit(x, t, mean, std)  # noqa: E731
-        value, metrics = gan.generator_loss(x0, text, text[0], jax.random.fold_in(key, 1), judge=judge, **options)
+        discriminator = lambda x, t, _: logit(x, t, mean, std)  # noqa: E731
+        value, metrics = gan.generator_loss(
+            x0, text, text[0], jax.random.fold_in(key, 1), discriminator=discriminator, **options
+        )
         return metrics["adversarial"] if objective == "gan alone" else value
 
     def step(carry, key):
@@ -141,9 +143,11 @@ def test_the_discriminator_that_the_loss_finds_is_the_ratio_of_the_densities():
     other = -0.3
 
     def loss(p):
-        judge = lambda x, t, _: p[0] * x[:, 0, 0, 0, 0] + p[1]  # noqa: E731
+        discriminator = lambda x, t, _: p[0] * x[:, 0, 0, 0, 0] + p[1]  # noqa: E731
         options = {"fake": lambda x, t, _: 0 * x, "diffusion": DIFFUSION, "distill": distill}
-        return gan.critic_loss(other + STD * noise[0], MEAN + STD * noise[1], None, KEY, judge=judge, **options)[0]
+        return gan.critic_loss(
+            other + STD * noise[0], MEAN + STD * noise[1], None, KEY, discriminator=discriminator, **options
+        )[0]
 
     p = jnp.zeros(2)
     for _ in range(6):
@@ -161,8 +165,8 @@ def test_features_are_pooled_at_the_chosen_layers_and_the_head_starts_at_zero():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 3, 4, 4, 4)).astype(np.float32)
     text = rng.standard_normal((2, config.text_length, config.text_dim)).astype(np.float32)
-    judge = functools.partial(gan.discriminator, config=config, distill=distill)
-    np.testing.assert_array_equal(judge(params | {gan.HEAD: head}, x, jnp.full((2, 3), 300.0), text), 0)
+    discriminator = functools.partial(gan.discriminator, config=config, distill=distill)
+    np.testing.assert_array_equal(discriminator(params | {gan.HEAD: head}, x, jnp.full((2, 3), 300.0), text), 0)
     assert gan.feature_layers(config, DistillStageConfig()) == (0, 1, 2)
     with_layers = dataclasses.replace(config, num_layers=30)
     assert gan.feature_layers(with_layers, DistillStageConfig()) == (13, 21, 29)

@@ -1,4 +1,4 @@
-"""The judge: the committed classifier on real clips, direction and colour on motion made by hand."""
+"""The classifier: the committed classifier on real clips, direction and colour on motion made by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,8 @@ import pytest
 
 from causvid_jax.config import ConfigError, DataConfig, VideoConfig
 from causvid_jax.data import digits
-from causvid_jax.evaluation import classifier, train_classifier
+from causvid_jax.evaluation import classifier as classifiers
+from causvid_jax.evaluation import train_classifier
 
 DATA = DataConfig()
 VIDEO = VideoConfig(height=32, width=32, frames=17)
@@ -31,15 +32,15 @@ def clips_of(split, count, seed):
     return np.stack([video for video, _ in pairs]), [caption for _, caption in pairs]
 
 
-def test_committed_judge_reads_real_clips_of_every_attribute():
-    """96 clips in handwriting nobody was trained on, and 96 in that of the generators, which the judge never saw."""
-    trained = classifier.load(DATA)
+def test_committed_classifier_reads_real_clips_of_every_attribute():
+    """Read 96 clips in handwriting of the test split, and 96 in that of the generators; the classifier saw neither."""
+    trained = classifiers.load(DATA)
     for split, least in (("test", 0.97), ("train", 0.95)):
         video, captions = clips_of(split, 96, seed=5)
         right = np.array(
             [
-                [a == b for a, b in zip(read, classifier.wanted(c)[0], strict=True)]
-                for (read,), c in zip(classifier.read(trained, video, data=DATA).triples, captions, strict=True)
+                [a == b for a, b in zip(read, classifiers.wanted(c)[0], strict=True)]
+                for (read,), c in zip(classifiers.read(trained, video, data=DATA).triples, captions, strict=True)
             ]
         )
         assert right[:, 0].mean() >= least
@@ -48,11 +49,11 @@ def test_committed_judge_reads_real_clips_of_every_attribute():
 
 def test_digit_does_not_depend_on_position_on_the_torus():
     """A shift by a multiple of the network's stride of 4 pixels changes nothing but rounding."""
-    trained = classifier.load(DATA)
+    trained = classifiers.load(DATA)
     video, _ = clips_of("test", 4, seed=1)
-    log_probs, features = classifier.read_digits(trained, video)
+    log_probs, features = classifiers.read_digits(trained, video)
     for shift in ((4, 12), (-8, 20)):
-        again, features_again = classifier.read_digits(trained, np.roll(video, shift, axis=(2, 3)))
+        again, features_again = classifiers.read_digits(trained, np.roll(video, shift, axis=(2, 3)))
         np.testing.assert_allclose(again, log_probs, atol=1e-4)
         np.testing.assert_allclose(features_again, features, atol=1e-4)
 
@@ -63,9 +64,9 @@ def test_direction_of_motion_round_the_edges(blob, name, speed):
     """24 frames at 2 pixels per frame leave the 32-pixel frame and come back at the other side."""
     dy, dx = digits.DIRECTIONS[name]
     video = moving(blob, speed * dy, speed * dx)[None]
-    assert classifier.read_directions(video, speed) == (name,)
+    assert classifiers.read_directions(video, speed) == (name,)
     noisy = np.clip(video + np.random.default_rng(0).normal(0, 20, video.shape), 0, 255).astype(np.uint8)
-    assert classifier.read_directions(noisy, speed) == (name,)
+    assert classifiers.read_directions(noisy, speed) == (name,)
 
 
 def test_no_direction_where_nothing_moves_as_a_caption_says(blob):
@@ -77,14 +78,14 @@ def test_no_direction_where_nothing_moves_as_a_caption_says(blob):
     # A jump at every border of 12-frame blocks: inside each block the motion is right.
     parts = np.concatenate([np.roll(moving(blob, 0, 1, 12), (9 * i, 14 * i), (1, 2)) for i in range(2)])
     video = np.stack([still, fast, jumping, back_and_forth, parts, np.zeros_like(still)])
-    assert classifier.read_directions(video, 1) == ("none",) * len(video)
+    assert classifiers.read_directions(video, 1) == ("none",) * len(video)
 
 
 def test_direction_needs_room_on_the_torus(blob):
     with pytest.raises(ConfigError, match="speed 4 moves 16 pixels"):
-        classifier.read_directions(moving(blob, 0, 4)[None], 4)
+        classifiers.read_directions(moving(blob, 0, 4)[None], 4)
     with pytest.raises(ConfigError, match="more than 4 frames"):
-        classifier.read_directions(moving(blob, 0, 1, 4)[None], 1)
+        classifiers.read_directions(moving(blob, 0, 1, 4)[None], 1)
 
 
 def test_color_is_read_dim_noisy_and_blurred(blob):
@@ -94,26 +95,26 @@ def test_color_is_read_dim_noisy_and_blurred(blob):
     colors = np.array([digits.COLORS[n] for n in names], np.float32)[:, None, None, None]
     noise = np.random.default_rng(0).normal(0, 10, (len(names), 8, 32, 32, 3))
     video = np.clip(0.6 * blurred * colors + 5 + noise, 0, 255).astype(np.uint8)
-    assert classifier.read_colors(video, names) == names
+    assert classifiers.read_colors(video, names) == names
 
 
 def test_wanted_is_what_the_caption_says():
-    assert classifier.wanted("a red 3 moving up left") == ((3, "red", "up left"),)
-    assert classifier.wanted("a red 3 moving left and a blue 1 moving up") == ((3, "red", "left"), (1, "blue", "up"))
+    assert classifiers.wanted("a red 3 moving up left") == ((3, "red", "up left"),)
+    assert classifiers.wanted("a red 3 moving left and a blue 1 moving up") == ((3, "red", "left"), (1, "blue", "up"))
 
 
-def test_saved_judge_is_the_same_and_refuses_other_data(tmp_path):
-    params = classifier.init(0, 2)
-    path = tmp_path / "judge.safetensors"
-    classifier.save(path, classifier.Judge(params, ("red", "blue"), 16))
+def test_saved_classifier_is_the_same_and_refuses_other_data(tmp_path):
+    params = classifiers.init(0, 2)
+    path = tmp_path / "classifier.safetensors"
+    classifiers.save(path, classifiers.Classifier(params, ("red", "blue"), 16))
     data = DataConfig(colors=("red", "blue"))
-    again = classifier.load(data, path)
+    again = classifiers.load(data, path)
     assert again.colors == ("red", "blue")
     np.testing.assert_allclose(again.params["conv1"]["kernel"], params["conv1"]["kernel"], rtol=1e-3, atol=1e-6)
     with pytest.raises(ConfigError, match="digits of 16 pixels, the recipe has 20"):
-        classifier.load(DataConfig(colors=("red", "blue"), digit_size=20), path)
+        classifiers.load(DataConfig(colors=("red", "blue"), digit_size=20), path)
     with pytest.raises(ConfigError, match="'white'"):
-        classifier.load(DataConfig(colors=("red", "white")), path)
+        classifiers.load(DataConfig(colors=("red", "white")), path)
 
 
 def test_training_is_deterministic():

@@ -8,7 +8,8 @@ import pytest
 
 from causvid_jax.config import ConfigError, DataConfig, VideoConfig
 from causvid_jax.data import digits
-from causvid_jax.evaluation import classifier, color_separation, metrics
+from causvid_jax.evaluation import classifier as classifiers
+from causvid_jax.evaluation import color_separation, metrics
 
 DATA = DataConfig(digits_per_clip=2)
 VIDEO = VideoConfig(height=32, width=32, frames=33)
@@ -47,14 +48,14 @@ def test_a_digit_that_is_not_there_has_no_color():
 
 
 @pytest.mark.parametrize("noise", [0, 15])
-def test_the_judge_reads_real_clips_of_two_digits(noise):
+def test_the_classifier_reads_real_clips_of_two_digits(noise):
     rng = np.random.default_rng(3)
     made = [digits.sample_clip(rng, "test", DATA, VIDEO) for _ in range(64)]
     video = np.stack([clip for clip, _ in made])
     if noise:
         video = np.clip(0.8 * video + rng.normal(0, noise, video.shape), 0, 255).astype(np.uint8)
-    wanted = [classifier.wanted(caption) for _, caption in made]
-    reading = classifier.read(classifier.load(DATA), video, data=DATA)
+    wanted = [classifiers.wanted(caption) for _, caption in made]
+    reading = classifiers.read(classifiers.load(DATA), video, data=DATA)
     assert len(reading.features) == 128 and len(reading.triples) == 64
     scores = metrics.accuracies(reading.triples, wanted)
     assert scores["digit"] >= 0.97 and scores["color"] >= 0.98 and scores["direction"] >= 0.97
@@ -74,5 +75,5 @@ def test_what_was_read_is_assigned_to_what_was_wanted():
 def test_two_digits_of_one_color_or_a_palette_of_one_are_refused():
     with pytest.raises(ConfigError, match="two digits of one colour .red. cannot be told apart"):
         color_separation.unmix(np.zeros((2, 3)), "red", "red")
-    with pytest.raises(ConfigError, match="two digits need two colours; the judge knows red"):
+    with pytest.raises(ConfigError, match="two digits need two colours; the classifier knows red"):
         color_separation.separate(np.zeros((5, 32, 32, 3), np.uint8), ("red",))

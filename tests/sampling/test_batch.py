@@ -101,7 +101,7 @@ def test_a_stream_is_shown_by_the_decoder_that_the_recipe_names(made):
     assert np.abs(again.astype(int) - expected).max() <= 1
 
 
-def test_without_a_teachers_weights_there_is_none_to_judge(made):
+def test_without_a_teachers_weights_there_is_none_to_measure(made):
     params = random_params()
     del params["teacher"]
     alone = batch.make_samplers(params, RECIPE)

@@ -10,7 +10,7 @@ from causvid_jax import media
 from causvid_jax.config import CausalConfig, ConfigError
 from causvid_jax.config.recipes import load_recipe
 from causvid_jax.data import digits
-from causvid_jax.evaluation import classifier
+from causvid_jax.evaluation import classifier as classifiers
 from causvid_jax.media import pixels
 from causvid_jax.models import vae
 from causvid_jax.sampling import blocks, pipeline, player, stream
@@ -86,10 +86,10 @@ def test_digits_start_from_the_picture_and_keep_its_colour_and_identity():
     np.testing.assert_array_equal(frames[:, 0], pictures)
     assert np.abs(frames.astype(int) - pictures[:, None]).mean() < 5
     later = np.concatenate([part for part, state in pipe.frames(state, 3)], axis=1)
-    judge = classifier.load(data)
+    classifier = classifiers.load(data)
     for video in (frames[:, 1:2], frames[:, 1:], later):
-        assert classifier.read_colors(video, data.colors) == tuple(one[0].color for one in specs)
-        assert classifier.read_digits(judge, video)[0].argmax(-1).tolist() == [one[0].digit for one in specs]
+        assert classifiers.read_colors(video, data.colors) == tuple(one[0].color for one in specs)
+        assert classifiers.read_digits(classifier, video)[0].argmax(-1).tolist() == [one[0].digit for one in specs]
 
 
 def test_follows_a_video_whose_last_block_is_not_whole(params):  # noqa: F811

@@ -9,7 +9,8 @@ from causvid_jax.checkpoints import store
 from causvid_jax.checkpoints import workdir as paths
 from causvid_jax.config import ConfigError
 from causvid_jax.config.recipes import load_recipe
-from causvid_jax.evaluation import classifier, frame_metrics
+from causvid_jax.evaluation import classifier as classifiers
+from causvid_jax.evaluation import frame_metrics
 from causvid_jax.training import experiment, stages
 from causvid_jax.training.experiment import Budget, Experiment, Row
 from tests.tiny import random_transformer, tiny_recipe, tiny_workdir
@@ -30,8 +31,8 @@ PLAN = Experiment(
 def base(tmp_path):
     folder = tiny_workdir(tmp_path / "base", RECIPE)
     colors = RECIPE.data.colors
-    judge = classifier.Judge(classifier.init(0, len(colors)), colors, RECIPE.data.digit_size)
-    classifier.save(folder / "classifier.safetensors", judge)
+    classifier = classifiers.Classifier(classifiers.init(0, len(colors)), colors, RECIPE.data.digit_size)
+    classifiers.save(folder / "classifier.safetensors", classifier)
     return folder
 
 

@@ -35,8 +35,8 @@ def short_measures(monkeypatch):
     monkeypatch.setattr(measure, "make_classifier", lambda recipe, path: make(recipe, path, steps=3))
     monkeypatch.setattr(train_classifier, "accuracy", lambda *_: {})
 
-    def write_report(recipe, output, plan, *, folder, judge):
-        assert recipe == RECIPE and judge == folder / "classifier.safetensors"
+    def write_report(recipe, output, plan, *, folder, classifier):
+        assert recipe == RECIPE and classifier == folder / "classifier.safetensors"
         output.write_text(json.dumps({"plan": {"samples": plan.samples}}))
 
     monkeypatch.setattr(measure, "write_report", write_report)  # what it measures is tested by itself
