@@ -1,6 +1,7 @@
 """The method and the training stages: diffusion grid, data, optimizers and the settings of every stage."""
 
 import dataclasses
+import itertools
 from typing import Annotated, ClassVar, Literal
 
 from causvid_jax.config.errors import require
@@ -101,6 +102,7 @@ class OptimizerConfig(Config):
 
     ``kind`` is ``"adamw"`` or ``"muon"``: the kernels of layers and of convolutions then take orthogonalised steps
     (``training.optimizers.make_optimizer``) and everything else AdamW's, with one ``learning_rate`` for both.
+    At each step of ``restarts`` warm-up and cosine begin anew, with moments and EMA as they are.
     The EMA of the parameters is sampled and exported: ``ema = d ema + (1 - d) params`` with ``d = ema_decay`` from step
     ``ema_start`` on. Before it the EMA is a copy of the parameters, so that it forgets the initialisation.
     """
@@ -111,12 +113,25 @@ class OptimizerConfig(Config):
     learning_rate: Annotated[float, Bounds(least=0, most=10)] = 1e-4
     warmup_steps: CountOrZero = 100
     schedule: Literal["constant", "cosine"] = "constant"
+    restarts: tuple[Count, ...] = ()
     b1: EmaDecay = 0.9
     b2: EmaDecay = 0.999
     weight_decay: NotNegative = 0.01
     clip_norm: Positive = 10.0
     ema_decay: EmaDecay = 0.0
     ema_start: CountOrZero = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            not self.restarts or self.schedule == "cosine",
+            f"optimizer.restarts is {self.restarts} with schedule {self.schedule!r}; only 'cosine' has restarts",
+        )
+        require(
+            all(b - a > self.warmup_steps for a, b in itertools.pairwise((0, *self.restarts))),
+            f"optimizer.restarts is {self.restarts}; each must be more than warmup_steps ({self.warmup_steps}) "
+            "after the one before",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

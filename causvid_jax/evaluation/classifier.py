@@ -5,6 +5,7 @@ neither the generators nor the real test clips show. Two formulas without learni
 the brightest pixels, and the direction is the peak of a circular cross-correlation. Frames wrap around at their edges,
 so the convolutions are circular. Two digits of a clip are separated by colour first and then read one by one
 (:mod:`causvid_jax.evaluation.color_separation`).
+"""
 
 import dataclasses
 import pathlib

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 
@@ -18,6 +19,9 @@ MUON_RMS = 0.2
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Return the optimizer ``config.kind`` after global-norm clipping; warm-up, then constant or cosine.
 
+    ``restarts`` begin warm-up and cosine again (SGDR, arXiv 1608.03983, section 3). A run of the first cycle alone is the
+    exact beginning of the longer run, so it can be continued.
+
     ``"muon"`` (Jordan 2024; scaled as in arXiv 2502.16982, section 2.2) updates every kernel ``W [in, out]`` of every
     layer, and every kernel of a convolution as one matrix ``[k k k in, out]``, by
     ``-rate (0.2 sqrt(max(in, out)) O + weight_decay W)``: O is the Nesterov momentum of its gradient with all singular
@@ -25,9 +29,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     biases and modulation take AdamW steps with Nesterov momentum (Nadam).
     """
     if config.schedule == "cosine":
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, config.learning_rate, config.warmup_steps, max(steps, config.warmup_steps + 1)
-        )
+        starts = [0, *(step for step in config.restarts if step < steps)]
+        lengths = np.diff([*starts, steps])
+        schedule = optax.join_schedules([_cycle(config, int(length)) for length in lengths], starts[1:])
     elif config.warmup_steps:
         schedule = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
     else:
@@ -46,6 +50,13 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     else:
         method = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), method)
+
+
+def _cycle(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Return a linear warm-up from 0 and half a cosine wave down to 0, ``steps`` long."""
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, config.warmup_steps, max(steps, config.warmup_steps + 1)
+    )
 
 
 def is_layer_kernel(path: Sequence[Any]) -> bool:

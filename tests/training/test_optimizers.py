@@ -7,14 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causvid_jax.config import OptimizerConfig
+from causvid_jax.config import ConfigError, OptimizerConfig
 from causvid_jax.training.optimizers import MUON_MOMENTUM, MUON_RMS, frozen, make_optimizer
 
 CONFIG = OptimizerConfig(learning_rate=0.1, warmup_steps=2, b1=0.9, b2=0.99, weight_decay=0.5, clip_norm=1.5)
 
 
 def rates(config, steps):
-    """Linear from 0, then constant, or a half wave that ends at 0 with the last of ``steps``."""
+    """Return rates: linear from 0, then constant, or half a wave down to 0 at the end and before each restart."""
+    parts = np.diff([0, *(step for step in config.restarts if step < steps), steps])
+    return np.concatenate([cycle(config, length) for length in parts])
+
+
+def cycle(config, steps):
     t = np.arange(steps)
     warm = np.minimum(t / config.warmup_steps, 1) if config.warmup_steps else np.ones(steps)
     if config.schedule == "constant":
@@ -36,9 +41,9 @@ def adamw(weights, gradients, config):
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 2])
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_frozen_groups_stay_and_the_others_move_by_the_formulas(schedule, warmup_steps):
-    config = dataclasses.replace(CONFIG, schedule=schedule, warmup_steps=warmup_steps)
+@pytest.mark.parametrize(("schedule", "restarts"), [("constant", ()), ("cosine", ()), ("cosine", (3, 40))])
+def test_frozen_groups_stay_and_the_others_move_by_the_formulas(schedule, restarts, warmup_steps):
+    config = dataclasses.replace(CONFIG, schedule=schedule, warmup_steps=warmup_steps, restarts=restarts)
     rng = np.random.default_rng(0)
     start = {name: rng.standard_normal(3).astype(np.float32) for name in ("encoder", "decoder")}
     gradients = rng.standard_normal((6, 3)).astype(np.float32)
@@ -136,3 +141,10 @@ def test_muon_takes_a_convolution_as_one_matrix():
     matrix = np.asarray(change["decoder"]["conv1"]["kernel"]).reshape(432, 32)
     lengths = np.linalg.svd(matrix, compute_uv=False) / (MUON_RMS * np.sqrt(432))
     assert lengths.min() > 0.5 and lengths.max() < 1.3
+
+
+def test_restarts_need_a_cosine_and_room_for_their_warm_up():
+    with pytest.raises(ConfigError, match=r"optimizer.restarts is \(3,\) with schedule 'constant'; only 'cosine' has"):
+        OptimizerConfig(restarts=(3,))
+    with pytest.raises(ConfigError, match=r"\(5, 7\); each must be more than warmup_steps \(2\) after the one before"):
+        OptimizerConfig(schedule="cosine", warmup_steps=2, restarts=(5, 7))
