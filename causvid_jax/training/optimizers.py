@@ -19,8 +19,8 @@ MUON_RMS = 0.2
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Return the optimizer ``config.kind`` after global-norm clipping; warm-up, then constant or cosine.
 
-    ``restarts`` begin warm-up and cosine again (SGDR, arXiv 1608.03983, section 3). A run of the first cycle alone is the
-    exact beginning of the longer run, so it can be continued.
+    ``restarts`` begin both again (SGDR, arXiv 1608.03983, section 3). A run that ended with the first cycle
+    can be continued, because the longer run begins with the same steps.
 
     ``"muon"`` (Jordan 2024; scaled as in arXiv 2502.16982, section 2.2) updates every kernel ``W [in, out]`` of every
     layer, and every kernel of a convolution as one matrix ``[k k k in, out]``, by
