@@ -91,37 +91,9 @@ def two_digits(config: ml_collections.ConfigDict) -> None:
     # Which colour goes with which digit: without it, cross-attention has to go by colour, position and neighbour.
     config.text.separator = "and"
     config.text.dim = config.teacher.text_dim = config.student.text_dim = 2 * len(VOCABULARY) + TEXT_LENGTH
-    for stage in (config.train_teacher, config.train_causal, config.train_init):
-        stage.optimizer.kind = "muon"
-    # These settings continue an earlier teacher (docs/research/digits.md); from nothing it takes about 10,000 steps.
-    config.train_teacher.update(
-        steps=3000, batch_size=16, curriculum=in_turns(13, (60, 6, 48), (100, 0, 16)), sample_every=1000, save_every=200
-    )
-    config.train_teacher.optimizer.update(learning_rate=1e-3, warmup_steps=50, ema_decay=0.995, ema_start=200)
     # A switch is a cut here (``on_prompt_switch``), so no stage needs clips that go on from another's past.
-    turns = (40, 3, 96), (30, 9, 20), (30, 0, 8)
-    config.train_causal.update(
-        steps=1200,
-        batch_size=8,
-        curriculum=in_turns(12, *turns),
-        prompt_switch_prob=0.0,
-        sample_every=400,
-        save_every=200,
-    )
-    config.train_causal.optimizer.update(learning_rate=6e-4, ema_decay=0.99, ema_start=100)
-    turns = (20, 3, 96), (15, 9, 20), (15, 0, 8)
-    config.train_init.update(
-        steps=500,
-        batch_size=8,
-        trajectories=192,
-        extra_trajectories=((3, 4096), (9, 512)),
-        curriculum=in_turns(10, *turns),
-        prompt_switch_prob=0.0,
-        sample_every=250,
-        save_every=100,
-    )
-    config.train_init.optimizer.update(learning_rate=4e-4, warmup_steps=30, ema_decay=0.98, ema_start=50)
-    config.train_distill.update(steps=60, guidance_scale=2.0, prompt_switch_prob=0.0)
+    for stage in (config.train_causal, config.train_init, config.train_distill):
+        stage.prompt_switch_prob = 0.0
 
 
 def one_digit() -> ml_collections.ConfigDict:

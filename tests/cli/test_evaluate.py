@@ -7,19 +7,20 @@ from causvid_jax.config import ConfigError
 
 
 @pytest.mark.parametrize(
-    "arguments,message",
+    "config,arguments,message",
     [
-        ([], "recipe 'two_digits' comes with no trained teacher; train it with launch.train --stage=teacher;"),
+        ("digits:two", [], "recipe 'two_digits' comes with no trained"),
         (
+            "digits",
             ["--student_only", "--teacher=own.safetensors"],
             "--teacher=own.safetensors and --student_only are both given",
         ),
-        (["--student_only", "--student=own.safetensors"], "own.safetensors"),
+        ("digits", ["--student_only", "--student=own.safetensors"], "own.safetensors"),
     ],
 )
-def test_weights_that_cannot_be_measured(tmp_path, monkeypatch, arguments, message):
+def test_weights_that_cannot_be_measured(tmp_path, monkeypatch, config, arguments, message):
     monkeypatch.setattr(common, "enable_compilation_cache", lambda: None)
     output = tmp_path / "report.json"
     with pytest.raises(ConfigError, match=message):
-        common.call("evaluate", ["--config=digits:two", f"--output={output}", *arguments])
+        common.call("evaluate", [f"--config={config}", f"--output={output}", *arguments])
     assert not output.exists()
