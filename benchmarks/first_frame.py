@@ -40,7 +40,7 @@ def main(count: int) -> None:
     recipe = teacher.config
     prompts = list(digits.captions(recipe.data, "train"))[:: max(1, 500 // count)][:count]
     x0, first = clips(prompts)
-    text, negative = teacher.encode_prompt(prompts), encoder.null_rows(teacher.encoder)
+    text, negative = teacher.encode_prompt(prompts), encoder.negative_prompt_embeds(teacher.encoder)
     noise = np.asarray(jax.random.normal(jax.random.key(0), x0.shape))
 
     @jax.jit

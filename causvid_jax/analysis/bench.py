@@ -195,13 +195,13 @@ def check(recipe: Recipe, options: Options) -> list[Codec]:
     Raises:
         ConfigError: a codec that does not fit the latents, or memory beyond the device's.
     """
-    made = [make_codec(name, recipe, options.streams) for name in options.codecs]
-    for variant in (recipe, *(c.recipe for c in made)):
+    codecs = [make_codec(name, recipe, options.streams) for name in options.codecs]
+    for variant in (recipe, *(c.recipe for c in codecs)):
         phases = memory.sampling_phases(
             variant, "student", batch=options.streams, latents=recipe.video.latent_frames, prompts=0
         )
         memory.check_fits(phases, memory.memory_limit())
-    return made
+    return codecs
 
 
 def settings(recipe: Recipe, options: Options) -> dict[str, Any]:
@@ -275,16 +275,18 @@ class _Bench:
         state = stream.init_stream(self.params, self.text, config=self.recipe)
         return dataclasses.replace(state, decode=None)  # type: ignore[arg-type]
 
-    def pass_tflop(self, seen: int, frames: int | None = None) -> float:
-        """Return the TFLOP of one pass over a block whose tokens attend to ``seen`` frames."""
+    def pass_tflop(self, context_frames: int, frames: int | None = None) -> float:
+        """Return the TFLOP of one pass over a block whose tokens attend to ``context_frames`` frames."""
         frames = self.k if frames is None else frames
-        one = flops.forward(self.recipe.student, frames, self.tokens, frames * seen, text=False)
+        one = flops.forward(self.recipe.student, frames, self.tokens, frames * context_frames, text=False)
         return self.options.streams * one / 1e12
 
-    def add(self, what: str, seen: int | None, codec: str, times: Times, *, parts: int = 1, **more: Any) -> None:
+    def add(
+        self, what: str, context_frames: int | None, codec: str, times: Times, *, parts: int = 1, **more: Any
+    ) -> None:
         p50, p99 = (times.percentile(p) * 1e3 / parts for p in (50, 99))
         each = tuple(seconds * 1e3 / parts for seconds in times.seconds)
-        self.lines.append(report_format.Line(what, seen, codec, p50, p99, len(each), ms=each, **more))
+        self.lines.append(report_format.Line(what, context_frames, codec, p50, p99, len(each), ms=each, **more))
 
     def every_length(self) -> stream.StreamState:
         """Time a denoising step and the cache write at every length; return the state after the last block."""
@@ -301,17 +303,17 @@ class _Bench:
             here += self.k
         return state
 
-    def _length(self, state: stream.StreamState, here: int, seen: int) -> stream.StreamState:
+    def _length(self, state: stream.StreamState, here: int, context_frames: int) -> stream.StreamState:
         back = rewinder(here)
-        repeats, full = self.options.repeats, seen == cache_lengths(self.recipe)[-1][1]
+        repeats, full = self.options.repeats, context_frames == cache_lengths(self.recipe)[-1][1]
         times, state = time_each(lambda s: self.denoise(self.params, s)[1], state, repeats, before=back)
-        one = self.pass_tflop(seen)
-        self.add("denoising step", seen, "none", times, parts=self.steps, tflop=one)
+        one = self.pass_tflop(context_frames)
+        self.add("denoising step", context_frames, "none", times, parts=self.steps, tflop=one)
         if full:
-            self.add(f"denoising, all {self.steps} steps", seen, "none", times, tflop=self.steps * one)
+            self.add(f"denoising, all {self.steps} steps", context_frames, "none", times, tflop=self.steps * one)
         write = lambda s: self.write(self.params, s, self.latents)  # noqa: E731
         times, state = time_each(write, state, repeats, before=back)
-        self.add("cache write", seen, "none", times, tflop=one)
+        self.add("cache write", context_frames, "none", times, tflop=one)
         return state
 
     def blocks(self, state: stream.StreamState, decoder: "_Decoder | None") -> stream.StreamState:

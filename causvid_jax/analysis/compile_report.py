@@ -94,8 +94,10 @@ def _training_program(recipe: Recipe, stage: str, place: Placement) -> tuple[Any
         init = functools.partial(dmd.init_state, optimizers=optimizers)
         state = with_shardings(jax.eval_shape(init, student, critic), dmd.state_shardings(recipe, place, optimizers))
         batch = _abstract_batch(dmd.batch_shapes(recipe), place, leading=1)
-        null_text = jax.ShapeDtypeStruct((recipe.text.length, recipe.text.dim), jnp.float32, sharding=place.whole())
-        return dmd.compiled_step(recipe, place), (state, teacher, batch, null_text)
+        negative_prompt_embeds = jax.ShapeDtypeStruct(
+            (recipe.text.length, recipe.text.dim), jnp.float32, sharding=place.replicated()
+        )
+        return dmd.compiled_step(recipe, place), (state, teacher, batch, negative_prompt_embeds)
     if stage == "teacher":
         net, step, shapes = (
             recipe.teacher,
@@ -167,8 +169,8 @@ def estimate_for(recipe: Recipe, stage: str, machine: TopologySpec) -> Report:
     Raises:
         ConfigError: a mesh that does not fit the devices.
     """
-    known = estimate.estimate(recipe, stage, machine)
-    peak_rate, seconds = machine.chip.flops * machine.size, known.seconds
+    estimated = estimate.estimate(recipe, stage, machine)
+    peak_rate, seconds = machine.chip.flops * machine.size, estimated.seconds
     data, fsdp, context, tensor = mesh_sizes(recipe.parallel, machine.size)
     return Report(
         topology=machine.name,
@@ -178,16 +180,16 @@ def estimate_for(recipe: Recipe, stage: str, machine: TopologySpec) -> Report:
         compile_seconds=0.0,
         arguments=0,
         temporaries=0,
-        peak=round(known.memory),
+        peak=round(estimated.memory),
         limit=machine.chip.memory,
-        host=round(known.host),
+        host=round(estimated.host),
         collectives={},
-        model_flops=known.work.model,
+        model_flops=estimated.work.model,
         step_seconds=seconds,
-        mfu=(known.work.model / (peak_rate * seconds[0]), known.work.model / (peak_rate * seconds[1])),
-        traffic=known.traffic,
-        parts={name: size for name, size in known.parts.items() if size},
-        streams=known.streams,
+        mfu=(estimated.work.model / (peak_rate * seconds[0]), estimated.work.model / (peak_rate * seconds[1])),
+        traffic=estimated.traffic,
+        parts={name: size for name, size in estimated.parts.items() if size},
+        streams=estimated.streams,
     )
 
 
@@ -227,9 +229,9 @@ def compile_for(recipe: Recipe, stage: str, topology: Topology, *, quick: bool =
         RuntimeError: the compiler's own refusal; a program that is too large for the device is one
             ("RESOURCE_EXHAUSTED").
     """
-    known = estimate_for(recipe, stage, topology.machine)
+    estimated = estimate_for(recipe, stage, topology.machine)
     mesh = make_mesh(recipe.parallel, topology.devices)
-    function, arguments = program(recipe, stage, mesh, batch=max(known.streams, 1))
+    function, arguments = program(recipe, stage, mesh, batch=max(estimated.streams, 1))
     start = time.process_time()
     # The abstract mesh: with the mesh itself, JAX would put constants on devices that do not exist.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -240,7 +242,7 @@ def compile_for(recipe: Recipe, stage: str, topology: Topology, *, quick: bool =
     memory, text = compiled.memory_analysis(), compiled.as_text()
     moved, on_way = _offloaded(recipe, stage, topology.machine) if topology.chip.platform == "cuda" else (0, 0)
     # The peak that XLA reports for GPUs leaves out arguments.
-    used = (
+    peak_bytes = (
         memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
         + memory.output_size_in_bytes
@@ -249,13 +251,13 @@ def compile_for(recipe: Recipe, stage: str, topology: Topology, *, quick: bool =
         + on_way
     )
     return dataclasses.replace(
-        known,
+        estimated,
         compiled=True,
         compile_seconds=seconds,
         quick=quick,
         arguments=memory.argument_size_in_bytes - moved,
         temporaries=memory.temp_size_in_bytes + on_way,
-        peak=used if topology.chip.platform == "cuda" else memory.peak_memory_in_bytes,
+        peak=peak_bytes if topology.chip.platform == "cuda" else memory.peak_memory_in_bytes,
         host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes + moved,
         collectives=hlo.totals(text),
     )

@@ -301,9 +301,9 @@ def _stream(recipe: Recipe, mesh: _Mesh) -> Estimate:
     item, passes = _item(net.net), passes_per_block(recipe)
     weights, cache = net.params * item / F32, net.cache()
     causal = recipe.causal
-    seen = causal.window + causal.sink if causal.window else recipe.video.latent_frames
+    context_frames = causal.window + causal.sink if causal.window else recipe.video.latent_frames
     # GPUs and TPUs have a kernel for attention, which keeps no scores.
-    layer = memory.layer_work(net.net, 1, block, seen, *recipe.latent_size, backend="kernel")
+    layer = memory.layer_work(net.net, 1, block, context_frames, *recipe.latent_size, backend="kernel")
     parts = {
         "parameters": weights,
         "caches": cache,

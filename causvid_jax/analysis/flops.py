@@ -2,7 +2,7 @@
 
 A multiply and an add are two operations. Nothing is measured here. A test compares the formula with the trace.
 
-One pass of the DiT over F frames of n tokens (T = F n, width M, MLP width P, S text rows, L layers)::
+One pass of the DiT over F frames of n tokens (T = F n, width M, MLP width P, S text tokens, L layers)::
 
     matmuls    L T (2 * 6 M^2 + 2 * 2 M P)          self-attention q, k, v, o; cross-attention q, o; MLP
     text       L S 2 * 2 M^2 + S (2 E M + 2 M^2)    cross-attention k, v; text embedding

@@ -35,10 +35,10 @@ def collectives(text: str) -> Iterator[Collective]:
     bodies = set(_BODY.findall(text))
     computation = ""
     for line in text.splitlines():
-        if found := _COMPUTATION.match(line.strip()):
-            computation = found.group(1)
-        elif found := _CALL.search(line):
-            yield Collective(found.group(2), _size(found.group(1)), computation in bodies)
+        if match := _COMPUTATION.match(line.strip()):
+            computation = match.group(1)
+        elif match := _CALL.search(line):
+            yield Collective(match.group(2), _size(match.group(1)), computation in bodies)
 
 
 def totals(text: str) -> dict[str, dict[str, int]]:

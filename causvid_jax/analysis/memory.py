@@ -90,17 +90,17 @@ def sampling_phases(
     decoding = _decoder_work(recipe, batch, k)
     if role == "student":
         if state is None:
-            rows = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
+            embeds = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
             start = functools.partial(stream.init_stream, config=recipe, frames=latents)
-            state = jax.eval_shape(start, {"student": weights}, rows)
-        seen = state.cache.frame.shape[0]
+            state = jax.eval_shape(start, {"student": weights}, embeds)
+        slots = state.cache.frame.shape[0]
         items = {
             "transformer": sizes(weights),
             "keys and values": sizes((state.cache.k, state.cache.v)),
             "prompt's keys and values": sizes(state.text),
             _codec_name(coder): sizes(coder),
             "decoder's past": sizes(state.decode),
-            "work, about": _largest(layer_work(net, batch, k, seen, height, width), decoding),
+            "work, about": _largest(layer_work(net, batch, k, slots, height, width), decoding),
         }
         if video:
             size = {"batch": batch, "height": recipe.video.height, "width": recipe.video.width}
@@ -116,12 +116,12 @@ def sampling_phases(
         "work, about": layer_work(net, both, latents, latents, height, width),
     }
     if clip is not None:
-        given = [
+        pictures = [
             jax.ShapeDtypeStruct((batch, clip.tokens, clip.dim), jnp.float32),
             jax.ShapeDtypeStruct((*shown.shape[:-1], net.in_channels - recipe.vae.z_dim), jnp.float32),
         ]
         phases += _picture_phases(recipe, clip)
-        denoise["picture's rows and latents"] = sizes(given)
+        denoise["picture's embeddings and latents"] = sizes(pictures)
     decode = {
         "latents": sizes(shown),
         _codec_name(coder): sizes(coder),
@@ -140,8 +140,10 @@ def describe(phases: tuple[Phase, ...], limit: int | None = None) -> str:
             parts = ", ".join(f"{format_bytes(count)} {kind}" for kind, count in sorted(types.items()) if count)
             lines.append(f"       {name:<26}{parts or 'nothing'}")
     peak = max(phases, key=lambda phase: phase.total)
-    known = f" of {format_bytes(limit)} that the device has" if limit else "; the device does not say how much it has"
-    lines.append(f"  Most: {format_bytes(peak.total)} ({peak.name}){known}.")
+    limit_text = (
+        f" of {format_bytes(limit)} that the device has" if limit else "; the device does not say how much it has"
+    )
+    lines.append(f"  Most: {format_bytes(peak.total)} ({peak.name}){limit_text}.")
     return "\n".join(lines)
 
 
@@ -220,7 +222,7 @@ def layer_work(
     net: TransformerConfig,
     batch: int,
     frames: int,
-    seen: int,
+    context_frames: int,
     height: int,
     width: int,
     backend: str | None = None,
@@ -231,11 +233,11 @@ def layer_work(
     XLA's attention also holds all scores. ``backend`` is that of attention; None: what this process would use.
     """
     n = (height // net.patch_size[1]) * (width // net.patch_size[2])
-    tokens, keys, size = batch * frames * n, batch * seen * n, 4 + _width(net.dtype)
+    tokens, keys, size = batch * frames * n, batch * context_frames * n, 4 + _width(net.dtype)
     hidden = tokens * net.ffn_dim * size
     attended = (3 * tokens + 2 * keys) * net.dim * size
     if (backend or attention.resolve(net.attention, net.dtype)) == "xla":
-        attended += tokens * seen * n * net.num_heads * size
+        attended += tokens * context_frames * n * net.num_heads * size
     return {"float32 and less": 2 * tokens * net.dim * 4 + max(hidden, attended)}
 
 

@@ -99,8 +99,8 @@ def _accumulated(recipe: Recipe, stage: str, ways: int) -> Iterator[Recipe]:
         yield dataclasses.replace(recipe, **quiet)
         return
     config = getattr(recipe, TRAIN[stage])
-    local, left = divmod(config.batch_size, ways)
-    if not local or left:
+    local, remainder = divmod(config.batch_size, ways)
+    if not local or remainder:
         return
     for accumulate in sorted({1, max(d for d in _divisors(local) if d <= max(1, local // 2)), local}):
         stages = quiet | {TRAIN[stage]: dataclasses.replace(config, accumulate=accumulate)}

@@ -27,13 +27,13 @@ from causvid_jax.config import CLIPConfig, ConfigError, TransformerConfig, VAECo
 
 NETWORKS = (wan_transformer.NETWORK, wan_vae.NETWORK, umt5.NETWORK, clip_vision.NETWORK, taehv.NETWORK)
 
-# Keys of networks and files that are known but not read, and what those are.
+# Parts of keys in files that are not read, and a description of these files for the error message.
 _FOREIGN = {
-    "img_emb.emb_pos": "a transformer between a first and a last frame, which this version does not have",
-    "image_embedder.pos_embed": "a transformer between a first and a last frame, which this version does not have",
+    "img_emb.emb_pos": "a transformer for first and last frame, which this version does not have",
+    "image_embedder.pos_embed": "a transformer for first and last frame, which this version does not have",
     "vace_": "a VACE transformer, which this version does not have",
-    "lora_A": "a LoRA, which is given with --lora beside the transformer it changes",
-    "lora_down": "a LoRA, which is given with --lora beside the transformer it changes",
+    "lora_A": "a LoRA; give it with --lora, and the transformer as the checkpoint",
+    "lora_down": "a LoRA; give it with --lora, and the transformer as the checkpoint",
     "lokr_": "a LoKr adapter, which is not read; accepted: LoRA",
     "hada_": "a LoHa adapter, which is not read; accepted: LoRA",
 }
@@ -83,7 +83,7 @@ class Checkpoint:
             self.source.of_parts,
             f"without {' '.join(self.source.prefixes)}" if self.source.prefixes else "",
             f"{self.source.dequantised} tensors times their 8-bit scales" if self.source.dequantised else "",
-            f"{self.ignored} tensors that nothing reads left out" if self.ignored else "",
+            f"{self.ignored} unused tensors ignored" if self.ignored else "",
         ]
         more = "".join(f", {note}" for note in notes if note)
         return f"{self.path}: {describe(self.config)}, {self.format} names, {self.dtypes}{more}"
@@ -109,9 +109,9 @@ class Checkpoint:
     @contextlib.contextmanager
     def read(self, row: Row) -> Iterator[np.ndarray]:
         """Yield a parameter in our layout, with the updates added: a view of the file where there are none."""
-        with self.source.tensors[row.key].view() as stored:
-            value = row.transform.to_ours(stored)
-            del stored
+        with self.source.tensors[row.key].view() as tensor:
+            value = row.transform.to_ours(tensor)
+            del tensor
             for update in self.updates:
                 delta = update.delta(row, self.config)
                 if delta is not None:
@@ -138,7 +138,7 @@ def describe(config: Config) -> str:
 
 
 def network_of(config: Config) -> Network:
-    """Return the network whose configuration ``config`` is."""
+    """Return the network that ``config`` describes."""
     for network in NETWORKS:
         if isinstance(config, network.config):
             return network
@@ -161,7 +161,7 @@ def open_checkpoint(
         config: the sizes that it must have; None recognises them by ``config.json``, metadata, presets or shapes.
         part: the part of a checkpoint that has several, such as ``generator_ema``; None prefers the part that the
             authors of a published model sample (``config.published``), else averages.
-        num_heads: of a transformer whose width does not tell it; 0 otherwise.
+        num_heads: of a transformer; 0 derives it from the width.
 
     Raises:
         ConfigError: the checkpoint is unreadable or has no known format, or other sizes than ``config``.
@@ -196,7 +196,7 @@ def _in_memory(weights: Mapping[str, Any]) -> Source:
 
 
 def recognise(opened: Source, config: Config | None = None, num_heads: int = 0) -> Checkpoint:
-    """Return the checkpoint that an opened source is; arguments and errors as in :func:`open_checkpoint`."""
+    """Recognise an opened source; arguments and errors are those of :func:`open_checkpoint`."""
     networks = NETWORKS if config is None else (network_of(config),)
     pairs = [(network, form) for network in networks for form in network.formats]
 
@@ -209,32 +209,32 @@ def recognise(opened: Source, config: Config | None = None, num_heads: int = 0) 
     tensors, copies = _untie(opened, network)
     ignored = len(opened.tensors) - len(tensors) - len(copies)
     adapted = dataclasses.replace(opened, tensors=tensors)
-    known = _known(network, opened)
+    metadata = _known(network, opened)
     if num_heads and network is wan_transformer.NETWORK:
-        known["num_heads"] = num_heads
-    chosen, problems = _fit(network, form, adapted, known, config)
-    if problems or chosen is None:
+        metadata["num_heads"] = num_heads
+    fitted, problems = _fit(network, form, adapted, metadata, config)
+    if problems or fitted is None:
         mark = next((what for key, what in _FOREIGN.items() if any(key in name for name in opened.tensors)), "")
         refused = "is no checkpoint that can be read" if config is None else "does not fit the configuration"
         where = f"{opened.path}{f' ({opened.of_parts})' if opened.part else ''} {refused}{mark and f', but {mark}'}"
         require(overlap((network, form)) > 0, f"{where}: no tensor of it is known, first {list(opened.tensors)[:2]}")
-        closest = f"{describe(chosen)}, {form} names" if chosen else f"a {network.component} with {form} names"
+        closest = f"{describe(fitted)}, {form} names" if fitted else f"a {network.component} with {form} names"
         raise ConfigError(f"{where}; the closest is {closest}: {problems or 'its sizes cannot be told'}")
-    if isinstance(chosen, VAEConfig):
-        chosen = wan_vae.statistics(chosen, known, form)
+    if isinstance(fitted, VAEConfig):
+        fitted = wan_vae.statistics(fitted, metadata, form)
     if config is None:
-        _require_heads(chosen, known, opened)
-    return Checkpoint(network, form, chosen, adapted, copies, ignored)
+        _require_heads(fitted, metadata, opened)
+    return Checkpoint(network, form, fitted, adapted, copies, ignored)
 
 
 def _fit(
-    network: Network, form: str, opened: Source, known: Mapping[str, Any], config: Config | None
+    network: Network, form: str, opened: Source, metadata: Mapping[str, Any], config: Config | None
 ) -> tuple[Config | None, str]:
     """Return the configuration whose shapes the file has and "", else the closest one and the first mismatches."""
     shapes, sizes = opened.shapes, Sizes(network, opened.shapes, form)
     if config is not None:
         return config, store.misfit(shapes, network.shapes(config, form))
-    inferred = network.infer(sizes, known)
+    inferred = network.infer(sizes, metadata)
     candidates: tuple[Config, ...] = (*(() if inferred is None else (inferred,)), *network.presets)
     problems: dict[Config, int] = {}
     for candidate in candidates:
@@ -290,15 +290,15 @@ def _known(network: Network, opened: Source) -> dict[str, Any]:
     return known
 
 
-def _require_heads(config: Config, known: Mapping[str, Any], opened: Source) -> None:
-    """Refuse a width that does not tell the number of heads, unless something else does."""
+def _require_heads(config: Config, metadata: Mapping[str, Any], opened: Source) -> None:
+    """Refuse a width from which the number of heads does not follow, unless the file states that number."""
     if isinstance(config, (TransformerConfig, CLIPConfig)):
         size = wan_transformer.HEAD_DIM if isinstance(config, TransformerConfig) else clip_vision.HEAD_DIM
         remedy = "--num_heads" if isinstance(config, TransformerConfig) else "it in a config.json beside the file"
         require(
-            "num_heads" in known or config.dim % size == 0,
-            f"the width {config.dim} of {opened.path} does not tell the number of heads (published ones have {size} "
-            f"each); give {remedy}",
+            "num_heads" in metadata or config.dim % size == 0,
+            f"the number of heads does not follow from the width {config.dim} of {opened.path} (published heads have "
+            f"size {size}); give {remedy}",
         )
 
 
@@ -338,8 +338,8 @@ def load(
         dtype: of floating arrays; None keeps the stored types; or a tree of leaves with a ``dtype``.
         part: as in :func:`open_checkpoint`.
         updates: LoRAs to add, in float32 (:func:`causvid_jax.checkpoints.lora.open_lora`).
-        check: whether to compare a file of ours with its checksum. Of many processes one is enough:
-            ``checkpoint.check()``.
+        check: whether to compare a file of ours with its checksum. In a run of many processes let one of them call
+            ``checkpoint.check()`` instead.
 
     Returns:
         The parameter tree, and the configuration; a VAE's has the latent statistics.
@@ -369,7 +369,7 @@ def load(
 
 
 def _per_leaf(value: Any, shapes: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """Return one value for each path, of one for all or of a tree."""
+    """Return the value of each path, from one value for all paths or from a tree of values."""
     if not isinstance(value, Mapping):
         return dict.fromkeys(shapes, value)
     flat = store.flatten(value)
@@ -379,7 +379,7 @@ def _per_leaf(value: Any, shapes: Mapping[str, Any], what: str) -> dict[str, Any
 
 
 def storage(opened: Checkpoint, rows: Sequence[Row], dtype: np.dtype | None) -> np.dtype:
-    """Return the type of an array that is made of ``rows``: ``dtype``, or the one that they are stored as."""
+    """Return the type of the array of ``rows``: ``dtype``, or by default the stored type."""
     kinds = {opened.source.tensors[row.key].dtype: row.key for row in rows}
     for kind, key in kinds.items():
         where = f"tensor {key} of {opened.path} is {kind.name}"
@@ -399,7 +399,7 @@ def storage(opened: Checkpoint, rows: Sequence[Row], dtype: np.dtype | None) -> 
 
 
 def read_array(opened: Checkpoint, rows: Sequence[Row], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
-    """Return the part ``index`` of the array that ``rows`` make."""
+    """Read the slice ``index`` of the array of ``rows``."""
     if rows[0].layer is None:
         with opened.read(rows[0]) as value:
             return finite(np.array(store.cast(rows[0].key, value[index], dtype), order="C"), opened, rows[0])

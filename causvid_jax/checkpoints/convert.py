@@ -1,4 +1,4 @@
-"""Convert a file or a folder of several networks: open everything, say what will be done, save."""
+"""Convert a file or a folder of several networks: open everything, print what will be done, save."""
 
 import dataclasses
 import pathlib
@@ -26,14 +26,14 @@ class Request:
         input: a file or folder of any known format.
         output: a ``.safetensors`` file, or a folder that is empty or absent.
         form: causvid_jax, original or diffusers.
-        part: of a transformer's file with several parts; None prefers averages.
+        part: of a transformer's file with several parts; None prefers the EMA.
         components: of a folder with several, only these; empty for all.
         stage: a transformer's place in a working directory: teacher, init or distill; None decides by the part.
         loras: (file, strength) of each LoRA to merge.
         layers: the layers that the LoRAs change; None for all.
         skip_foreign: whether to leave out targets of a LoRA that the transformer does not have.
         dtype: float32, float16 or bfloat16; None keeps the stored types.
-        num_heads: of a transformer whose width does not tell it; 0 otherwise.
+        num_heads: of a transformer; 0 derives it from the width.
     """
 
     input: pathlib.Path
@@ -52,9 +52,9 @@ class Request:
         require(self.stage in (None, *STAGES), f"--stage is {self.stage!r}; accepted: {', '.join(STAGES)}")
         require(self.form in FORMATS, f"--to is {self.form!r}; accepted: {', '.join(FORMATS)}")
         storage_type(self.dtype)
-        known = [network.component for network in NETWORKS]
+        components = [network.component for network in NETWORKS]
         for component in self.components:
-            require(component in known, f"--component is {component!r}; accepted: {', '.join(known)}")
+            require(component in components, f"--component is {component!r}; accepted: {', '.join(components)}")
         require(
             self.output.suffix not in pickles.SUFFIXES,
             f"--output is {str(self.output)!r}, a pickle; accepted: a .safetensors file, a folder",
@@ -89,7 +89,7 @@ def parse_layers(value: str | None) -> frozenset[int] | None:
 
 
 def convert(request: Request, dry_run: bool = False, say: Callable[[str], None] = print) -> None:
-    """Convert what ``request`` names; say what is recognised, what is left out and what will be written.
+    """Convert the input of ``request``; report what is recognised, what is ignored and what will be written.
 
     Raises:
         ConfigError: something cannot be read or written. Nothing is written then.
@@ -100,18 +100,18 @@ def convert(request: Request, dry_run: bool = False, say: Callable[[str], None] 
         part = request.part if is_transformer else None
         one = open_checkpoint(path, part=part, num_heads=request.num_heads)
         opened[name] = _with_loras(one, request, say) if is_transformer else one
-    placed = _places(opened, request)
-    copies = _tokenizer(placed, request, say)
-    for one in placed.values():
+    outputs = _places(opened, request)
+    copies = _tokenizer(outputs, request, say)
+    for one in outputs.values():
         say(summary(one, request.form, request.dtype))
     for target, file in copies.items():
         say(f"{file}: copied to {target}")
-    total = sum(size(layout(one, request.form, request.dtype)) for one in placed.values())
+    total = sum(size(layout(one, request.form, request.dtype)) for one in outputs.values())
     if dry_run:
         say("Nothing is written (--dry_run).")
         return
     with tqdm.tqdm(total=total, unit="B", unit_scale=True, mininterval=1.0, disable=None) as bar:
-        save(placed, request.output, request.form, request.dtype, progress=bar.update, copies=copies)
+        save(outputs, request.output, request.form, request.dtype, progress=bar.update, copies=copies)
     say(f"Wrote {request.output}")
 
 
@@ -127,7 +127,7 @@ def _with_loras(opened: Checkpoint, request: Request, say: Callable[[str], None]
     ]
     for lora in loras:
         if lora.skipped:
-            say(f"Left out: {len(lora.skipped)} tensors of {lora.path} that this transformer has no place for.")
+            say(f"Ignored: {len(lora.skipped)} tensors of {lora.path} that this transformer does not have.")
     return dataclasses.replace(opened, updates=tuple(loras))
 
 
@@ -137,16 +137,16 @@ def _choose(request: Request, say: Callable[[str], None]) -> dict[str, pathlib.P
     for component in request.components:
         require(
             not inside or component in inside,
-            f"{request.input} has no {component} that could be converted, but {', '.join(inside)}",
+            f"{request.input} has no {component}; accepted: {', '.join(inside)}",
         )
     for sentence in workdir.left_out(request.input):
-        say(f"Left out: {sentence}.")
+        say(f"Ignored: {sentence}.")
     if not inside:
         return {"": request.input}
-    chosen = {name: path for name, path in inside.items() if not request.components or name in request.components}
-    for name in inside.keys() - chosen.keys():
-        say(f"Left out: {name} ({inside[name]}).")
-    return chosen
+    selected = {name: path for name, path in inside.items() if not request.components or name in request.components}
+    for name in inside.keys() - selected.keys():
+        say(f"Ignored: {name} ({inside[name]}).")
+    return selected
 
 
 def _places(opened: Mapping[str, Checkpoint], request: Request) -> dict[str, Checkpoint]:
@@ -161,7 +161,7 @@ def _places(opened: Mapping[str, Checkpoint], request: Request) -> dict[str, Che
         return {"": only}
     if request.form != OURS and len(opened) == 1:
         return {"": only}
-    placed = {}
+    outputs = {}
     for one in opened.values():
         component = one.network.component
         if request.form == "diffusers":
@@ -173,22 +173,22 @@ def _places(opened: Mapping[str, Checkpoint], request: Request) -> dict[str, Che
             path = workdir.place(request.stage or ("distill" if student else "teacher"))
         else:
             path = workdir.place(component)
-        placed[path] = one
-    return placed
+        outputs[path] = one
+    return outputs
 
 
 def _tokenizer(
-    placed: Mapping[str, Checkpoint], request: Request, say: Callable[[str], None]
+    outputs: Mapping[str, Checkpoint], request: Request, say: Callable[[str], None]
 ) -> dict[str, pathlib.Path]:
-    """Return what to copy beside a text encoder: paths under the output to files."""
-    encoders: Sequence[Checkpoint] = [one for one in placed.values() if one.network.component == "text_encoder"]
-    whole = request.output.suffix != ".safetensors" and (request.form == OURS or len(placed) > 1)
+    """Return the tokenizer files to copy beside a text encoder: path under the output to file."""
+    encoders: Sequence[Checkpoint] = [one for one in outputs.values() if one.network.component == "text_encoder"]
+    whole = request.output.suffix != ".safetensors" and (request.form == OURS or len(outputs) > 1)
     if not whole or not encoders:
         return {}
     folder = request.input if workdir.components(request.input) else request.input.parent
     files = workdir.tokenizer_files(folder)
     if not files:
-        say(f"No tokenizer.json is near {request.input}: put the one of google/umt5-xxl beside the text encoder.")
+        say(f"No tokenizer.json was found in {request.input}; copy that of google/umt5-xxl beside the text encoder.")
     if request.form == OURS:
         return {workdir.TOKENIZER: files["tokenizer.json"]} if files else {}
     return {f"{_TOKENIZER_FOLDERS[request.form]}/{name}": file for name, file in files.items()}

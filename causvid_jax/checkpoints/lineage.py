@@ -1,8 +1,8 @@
-"""Compare what weights and datasets were made with: digests of parameters, and the VAE whose latents they know.
+"""Check that weights and datasets belong together: compare digests of parameters, and the VAE of their latents.
 
-Weights carry the digest of their VAE (:data:`VAE_DIGEST`) and its latent statistics in their metadata. The statistics
-decide where both sides have them: they change with the encoder, but not if only the decoder is trained on or if weights
-are stored in another type, and neither makes latents invalid.
+The metadata of weights contain the digest of their VAE (:data:`VAE_DIGEST`) and its latent statistics. If both sides
+have statistics, these are compared. Statistics change when the encoder is trained. They do not change when only the
+decoder is trained or when weights are stored in another type, and then latents stay valid.
 """
 
 import functools
@@ -26,7 +26,7 @@ TOLERANCE = 1e-4
 
 
 def weights_digest(opened: Checkpoint) -> str:
-    """Return a short SHA-256 of the parameters in float32, read layer by layer; every format of a network gives one."""
+    """Return a short SHA-256 of the parameters in float32, read layer by layer; it does not depend on the format."""
     digest = safetensors_io.Digest({})
     rows: dict[str, list[Row]] = {}
     for row in opened.network.rows(opened.config, opened.format):
@@ -39,14 +39,14 @@ def weights_digest(opened: Checkpoint) -> str:
 
 
 def check_latents(opened: Checkpoint, vae: Checkpoint) -> None:
-    """Refuse weights that were trained on the latents of another VAE; weights that do not say so are accepted.
+    """Refuse weights that were trained on the latents of another VAE; weights without this metadata are accepted.
 
     Raises:
         ConfigError: another VAE.
     """
     metadata = opened.source.metadata
     other = vae.source.metadata
-    own = vae.config if isinstance(vae.config, VAEConfig) else None  # a tiny codec has only what it says of its VAE
+    own = vae.config if isinstance(vae.config, VAEConfig) else None  # a tiny codec has metadata of its VAE only
     same = _equal(
         _statistics(_vae_fields(metadata)),
         (own.latent_mean, own.latent_std) if own else _statistics(_vae_fields(other)),

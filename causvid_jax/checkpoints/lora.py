@@ -1,11 +1,11 @@
 """Low-rank updates of a transformer: ``W + strength * alpha / rank * B A``, in float32, layer by layer.
 
-Read are the names of peft (``base_model.model.blocks.0.self_attn.q.lora_A.weight``), diffusers
+It reads the names of peft (``base_model.model.blocks.0.self_attn.q.lora_A.weight``), diffusers
 (``transformer.blocks.0.attn1.to_q.lora_A.weight``), DiffSynth (``pipe.dit.``), the original layout
 (``diffusion_model.blocks.0.self_attn.q.lora_down.weight``), kohya and VideoX-Fun
-(``lora_unet__blocks_0_self_attn_q.lora_down.weight``). ``alpha`` is given per target, by
-``adapter_config.json`` or by the metadata; without one it equals the rank. Whole differences are added, times the
-strength: ``.diff`` of a weight or modulation, ``.diff_b`` of a bias, ``.diff_m`` of a block's modulation.
+(``lora_unet__blocks_0_self_attn_q.lora_down.weight``). ``alpha`` comes from the target, from ``adapter_config.json`` or
+from the metadata; by default it equals the rank. Full differences are also added, times the strength: ``.diff`` of a
+weight or modulation, ``.diff_b`` of a bias, ``.diff_m`` of a block's modulation.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ _Key = tuple[str, int | None]
 
 @dataclasses.dataclass(frozen=True)
 class _Update:
-    """What a LoRA holds for one module; any of it may be absent."""
+    """The tensors of a LoRA for one module; each may be None."""
 
     down: Tensor | None = None
     up: Tensor | None = None
@@ -124,7 +124,7 @@ def open_lora(
     """Open the LoRA at ``path`` (a weights file, or a peft folder) for a transformer of ``config``'s sizes.
 
     Args:
-        path: see the module's text.
+        path: of a file with the names above.
         strength: factor of the whole update; 0 changes nothing.
         config: the transformer's sizes, which every target must fit.
         layers: only these change, and no parameter outside of the layers; None changes everything.
@@ -154,12 +154,12 @@ def open_lora(
         weight = shapes[module] if module in shapes else shapes[f"{module}.weight"]
         _check(f"target {module} of LoRA {path}", update, weight, shapes.get(f"{module}.bias"))
     if layers is not None:
-        absent = sorted(set(layers) - set(range(config.num_layers)))
-        require(not absent, f"LoRA layers {absent[:3]} do not exist; accepted: 0 to {config.num_layers - 1}")
+        nonexistent = sorted(set(layers) - set(range(config.num_layers)))
+        require(not nonexistent, f"LoRA layers {nonexistent[:3]} do not exist; accepted: 0 to {config.num_layers - 1}")
     alpha, stabilised = _adapter(opened)
     rows = {(row.path, row.layer): row for row in NETWORK.rows(config, "original")}
-    chosen = None if layers is None else frozenset(layers)
-    return Lora(opened.path, strength, updates, shapes, rows, alpha, stabilised, chosen, tuple(unknown))
+    changed_layers = None if layers is None else frozenset(layers)
+    return Lora(opened.path, strength, updates, shapes, rows, alpha, stabilised, changed_layers, tuple(unknown))
 
 
 def _by_module(opened: sources.Source, config: TransformerConfig) -> tuple[dict[str, dict[str, Tensor]], list[str]]:

@@ -1,4 +1,4 @@
-"""The two matrices of LoRA files as adapters beside a transformer's kernels, and back to files.
+"""Read LoRA files as adapters of a transformer, and write adapters as LoRA files.
 
 :func:`open_factors` reads several LoRAs for sampling with strengths that change while a stream runs;
 :func:`save_lora` writes trained adapters under the names of peft or diffusers (``checkpoints.lora`` reads both).
@@ -29,7 +29,7 @@ LoraNames = Literal["peft", "diffusers"]
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """Adapters of several LoRAs, whose columns follow each other.
+    """Adapters of several LoRAs, concatenated along r.
 
     Attributes:
         tree: ``blocks/.../lora/{down, up}`` with stacked layers, ``[L, in, r]`` and ``[L, r, out]``; alpha is in up.
@@ -52,8 +52,8 @@ class Factors:
         """
         scale = np.ones(self.rank, np.float32) if before is None else np.array(before, np.float32)
         for name, strength in strengths.items():
-            known = ", ".join(self.columns)
-            require(name in self.columns, f"no LoRA is called {name!r}; accepted: {known}")
+            accepted = ", ".join(self.columns)
+            require(name in self.columns, f"no LoRA is called {name!r}; accepted: {accepted}")
             require(np.isfinite(strength), f"the strength of LoRA {name!r} is {strength}; it must be a number")
             scale[self.columns[name]] = strength
         return scale
@@ -84,7 +84,7 @@ def open_factors(files: Mapping[str, str | os.PathLike], config: TransformerConf
 
 
 def _rank(lora: Lora) -> int:
-    """Return the largest rank of a LoRA's targets; refuse what is no product in the layers."""
+    """Return the largest rank of a LoRA's targets; refuse changes that are no product of two matrices."""
     ranks = []
     for module, update in lora.updates.items():
         plain = update.down is not None and update.diff is None and update.diff_b is None and update.up_bias is None
@@ -133,7 +133,7 @@ def save_lora(
             ``diffusers`` (as ``pytorch_lora_weights.safetensors``).
         params: of the transformer, stacked.
         config: its sizes.
-        names: whose names to write.
+        names: names to write, those of ``peft`` or of ``diffusers``.
 
     Raises:
         ConfigError: no adapters, or a place that cannot be written.

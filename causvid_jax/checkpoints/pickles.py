@@ -1,7 +1,7 @@
 """Open PyTorch checkpoints as lazy tensors, with PyTorch's weights-only loader only.
 
-A pickle is a program. The weights-only loader knows the few calls that build tensors and refuses every other. PyTorch
-is an optional extra; without it a checkpoint is refused with what to do instead.
+A pickle is a program. The weights-only loader allows only the few calls that build tensors. PyTorch is an optional
+extra; without it a checkpoint is refused with advice.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ _DEEPEST = 8
 def open_pickle(path: pathlib.Path) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of a PyTorch checkpoint by nested dict: ``{"generator_ema": {name: Tensor}, ...}``.
 
-    "" is the top level. What is no tensor is left out. The file is memory-mapped.
+    "" is the top level. Values other than tensors are ignored. The file is memory-mapped.
 
     Raises:
         ConfigError: PyTorch is not installed, the file is none of its checkpoints, or its pickle holds code.

@@ -1,8 +1,8 @@
 """Read safetensors files lazily and write them as a stream.
 
 ``safetensors.safe_open`` validates a file. Its tensors are then memory-mapped one by one, because the library's NumPy
-slices lack bfloat16 and its single map of the whole file keeps every page that was read. So a file of 57 GB passes
-through a process of a few hundred MiB.
+slices lack bfloat16 and its single map of the whole file keeps every page that was read. A process of a few hundred MiB
+can thus convert a file of 57 GB.
 """
 
 import contextlib

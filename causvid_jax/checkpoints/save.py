@@ -23,7 +23,7 @@ from causvid_jax.config.files import atomic, format_bytes
 SHARD_BYTES = 10_000_000_000
 """Size at which diffusers splits its shards."""
 _PART_BYTES = 1 << 26
-# Fields of a configuration that say how to run the network, not what its weights are.
+# Fields of a configuration that describe how the network runs, not its weights.
 _HOW_TO_RUN = ("dtype", "attention", "precision", "remat", "rules")
 _ORIGINAL_STEMS = {
     "vae": "Wan2.1_VAE",
@@ -50,10 +50,10 @@ def layout(opened: Checkpoint, form: str, dtype: str | None = None) -> Layout:
     require(form in FORMATS, f"--to is {form!r}; accepted: {', '.join(FORMATS)}")
     accepted = opened.network.formats
     require(form in accepted, f"--to is {form!r}, but {opened}; accepted: {', '.join(accepted)}")
-    kind, stored = store.storage_type(dtype), _stored(opened)
+    kind, source_rows = store.storage_type(dtype), _stored(opened)
     groups: dict[str, list[Row]] = {}
     for row in opened.network.rows(opened.config, form):
-        groups.setdefault(row.key, []).append(stored[row.path, row.layer])
+        groups.setdefault(row.key, []).append(source_rows[row.path, row.layer])
     shapes = opened.network.shapes(opened.config, form)
     return {key: (shapes[key], storage(opened, rows, kind)) for key, rows in groups.items()}
 
@@ -149,14 +149,14 @@ class _Job:
 
     def write(self, path: pathlib.Path, keys: Sequence[str] | None = None) -> None:
         """Write the tensors of ``keys`` (None: all) as one file."""
-        stored = _stored(self.opened)
+        source_rows = _stored(self.opened)
         rows: dict[str, list[Row]] = {}
         for row in self.opened.network.rows(self.opened.config, self.form):
             rows.setdefault(row.key, []).append(row)
 
         def pieces(key: str) -> Iterator[np.ndarray]:
             for row in rows[key]:
-                origin = stored[row.path, row.layer]
+                origin = source_rows[row.path, row.layer]
                 with self.opened.read(origin) as value:
                     # Our layers are stacked one after the other, so each is written as it is.
                     value = value if self.form == OURS else row.transform.to_file(value)
@@ -169,8 +169,8 @@ class _Job:
                         del array
                     del value
 
-        chosen = {key: self.written[key] for key in keys or self.written}
-        safetensors_io.write_safetensors(path, chosen, pieces, self.metadata(), checksum=self.form == OURS)
+        entries = {key: self.written[key] for key in keys or self.written}
+        safetensors_io.write_safetensors(path, entries, pieces, self.metadata(), checksum=self.form == OURS)
 
     def metadata(self) -> dict[str, str]:
         """Return the sizes, the latent statistics, and the metadata of a file of ours."""

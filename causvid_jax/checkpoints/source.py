@@ -32,7 +32,7 @@ _ANYWHERE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 _WRAPPERS = frozenset(("module", "model", "diffusion_model", "base_model", "net", "pipe", "dit", "transformer"))
 AVERAGES = ("generator_ema", "student_ema", "model_ema", "ema_model", "ema")
 PREFERRED = (*AVERAGES, "generator", "student", "state_dict", "model", "module")
-"""Parts that are chosen without being named, the best first. Any other part must be named."""
+"""Parts that are chosen by default, the best first. Any other part must be named."""
 LORA_PREFERRED = ("generator_lora", "lora", "state_dict")
 _FLATTENED_PARTS = frozenset(
     (*AVERAGES, "generator", "student", "critic", "generator_lora", "fake_score", "real_score")
@@ -74,7 +74,7 @@ class Source:
 
     @property
     def of_parts(self) -> str:
-        """Return which part was chosen of which, "" if there is one."""
+        """Return a text that names the chosen part and all parts; "" if there is only one."""
         if len(self.parts) > 1:
             return f"part {self.part!r} of {', '.join(map(repr, self.parts))}"
         return f"part {self.part!r}" if self.part else ""
@@ -92,8 +92,8 @@ def open_source(
         config: whether to read a ``config.json`` beside the weights.
 
     Raises:
-        ConfigError: nothing readable is there, a part does not exist or must be named, or two names are one without
-            their prefixes.
+        ConfigError: there is no readable checkpoint, a part does not exist or must be named, or two names are equal
+            without their prefixes.
     """
     path = pathlib.Path(path)
     require(path.exists(), f"{path} does not exist")
@@ -103,7 +103,7 @@ def open_source(
     else:
         path = _only_file(path) if path.is_dir() else path
         folder, (nested, metadata) = path.parent, _open_file(path)
-    described = read_json(folder / "config.json", missing={}) if config else {}
+    described = read_json(folder / "config.json", default={}) if config else {}
     parts, prefixes = split_parts(nested, path)
     chosen = _choose(path, parts, part, preferred)
     tensors, dequantised = _dequantise(parts[chosen], path)
@@ -185,9 +185,9 @@ def _dequantise(tensors: dict[str, Tensor], path: pathlib.Path) -> tuple[dict[st
 def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
     @contextlib.contextmanager
     def view() -> Iterator[np.ndarray]:
-        with weight.view() as stored, scale.view() as factor:
+        with weight.view() as quantised, scale.view() as factor:
             rows = np.asarray(factor, np.float32).reshape(-1, *(1,) * (len(weight.shape) - 1))
-            yield stored.astype(np.float32) * rows
+            yield quantised.astype(np.float32) * rows
 
     return Tensor(weight.shape, np.dtype(np.float32), view)
 
@@ -206,7 +206,7 @@ def _open_file(path: pathlib.Path) -> tuple[Parts, dict[str, str]]:
 
 
 def refuse_foreign(path: pathlib.Path) -> None:
-    """Refuse, by name and with what helps, what people have in place of weights.
+    """Refuse files that are mistaken for weights, with advice.
 
     Raises:
         ConfigError: a Git LFS pointer, GGUF, a distributed checkpoint of PyTorch, an LMDB.
@@ -280,14 +280,14 @@ def _open_shards(index: pathlib.Path) -> dict[str, Tensor]:
     return {name: shards[str(shard)][name] for name, shard in listed.items()}
 
 
-def read_json(path: pathlib.Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return the object in a JSON file, or ``missing`` if that is given and there is no file.
+def read_json(path: pathlib.Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the object in a JSON file, or ``default`` if that is set and there is no file.
 
     Raises:
         ConfigError: the file is unreadable, or not an object.
     """
-    if missing is not None and not path.is_file():
-        return missing
+    if default is not None and not path.is_file():
+        return default
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -66,7 +66,7 @@ def verify(path: str | os.PathLike) -> None:
     Raises:
         ConfigError: the file is unreadable or was changed, or carries no checksum of ours.
     """
-    tensors, stored, metadata = open_own(path)
+    tensors, expected, metadata = open_own(path)
     digest = safetensors_io.Digest(metadata)
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -75,7 +75,7 @@ def verify(path: str | os.PathLike) -> None:
         for start in range(0, int(np.prod(tensor.shape, dtype=np.int64)), step):
             with tensor.view() as array:
                 digest.update(array.reshape(-1)[start : start + step])
-    require(stored == digest.hexdigest(), f"weights file {path} is corrupt: its checksum does not match")
+    require(expected == digest.hexdigest(), f"weights file {path} is corrupt: its checksum does not match")
 
 
 def open_own(path: str | os.PathLike) -> tuple[dict[str, Tensor], str, dict[str, str]]:
@@ -85,10 +85,10 @@ def open_own(path: str | os.PathLike) -> tuple[dict[str, Tensor], str, dict[str,
         ConfigError: the file is unreadable or carries no checksum of ours.
     """
     tensors, metadata = safetensors_io.open_safetensors(path)
-    stored = metadata.pop(CHECKSUM, None)
-    if stored is None:
+    file_checksum = metadata.pop(CHECKSUM, None)
+    if file_checksum is None:
         raise ConfigError(f"weights file {path} carries no checksum; it was not written by causvid_jax")
-    return tensors, stored, metadata
+    return tensors, file_checksum, metadata
 
 
 def cast(name: str, array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
@@ -130,8 +130,8 @@ def save_params(
     Raises:
         ConfigError: ``dtype`` is unknown or cannot hold a value, or the path cannot be written.
     """
-    kept = storage_type(dtype)
-    flat = {name: cast(name, np.asarray(jax.device_get(leaf)), kept) for name, leaf in flatten(params).items()}
+    storage = storage_type(dtype)
+    flat = {name: cast(name, np.asarray(jax.device_get(leaf)), storage) for name, leaf in flatten(params).items()}
     layout = {name: (array.shape, array.dtype) for name, array in flat.items()}
     safetensors_io.write_safetensors(path, layout, lambda name: (flat[name],), metadata, checksum=True)
 
@@ -169,7 +169,7 @@ def stored_checksum(path: str | os.PathLike) -> str:
 
 
 def misfit(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], most: int = 3) -> str:
-    """Return what is missing, unexpected or misshapen in ``have``, up to ``most`` names of each; "" if nothing is."""
+    """Describe missing, unexpected and misshapen names in ``have``, up to ``most`` of each; "" if there are none."""
     problems = []
     for kind, names in (
         ("missing", [n for n in want if n not in have]),

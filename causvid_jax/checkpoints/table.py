@@ -112,7 +112,7 @@ def linear_transform(path: str) -> Transform:
 
 
 class Sizes:
-    """The sizes that a file's shapes give, read at one place each.
+    """Sizes of a network that follow from a file's shapes, each read from one tensor.
 
     ``sizes("blocks/ffn/fc1/bias", 0)`` is the length of that axis in our layout, 0 if the file lacks the tensor.
     """
@@ -149,7 +149,7 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
-    """What reading and writing checkpoints needs to know of one of our networks.
+    """Description of one of our networks for reading and writing its checkpoints.
 
     Attributes:
         component: its name: transformer, vae, text_encoder, image_encoder or taehv.
@@ -158,14 +158,14 @@ class Network:
         published: yields the rows of a published format, given ``(config, format, shapes of our paths)``.
         template: a configuration with every optional branch, used to recognise keys.
         presets: the published configurations.
-        infer: builds a configuration from :class:`Sizes` and from what the file says of itself; None if it cannot.
+        infer: builds a configuration from :class:`Sizes` and the file's metadata; None if it cannot.
         aliases: names in others' ``config.json`` -> fields of ``config``.
         describe: returns the sizes in a few words.
         to_json: returns ``config.json`` of a published format, None if it has none.
         formats: the formats that exist.
         ignored: whether a key of a file belongs to no parameter.
         tied: keys that hold a copy of another key's tensor.
-        adapt: returns a tensor of a file in the shape that the table has, for files that store it in another one.
+        adapt: reshapes a tensor of a file to the shape in the table, for files that store another shape.
     """
 
     component: str

@@ -1,8 +1,8 @@
 """The VAEs of Wan2.1 and Wan2.2-TI2V-5B: their keys in published checkpoints, presets and ``config.json``.
 
 Original keys (``encoder.downsamples.0.residual.2.weight``) are those of ``Wan2.1_VAE.pth``; diffusers'
-``AutoencoderKLWan`` (``encoder.down_blocks.0.conv1.weight``) groups the decoder's layers by level; those of Wan2.2 are
-grouped by level in both (``encoder.downsamples.0.downsamples.1.residual.2.weight``). Which module a
+``AutoencoderKLWan`` (``encoder.down_blocks.0.conv1.weight``) groups the decoder's layers by level. Wan2.2 groups the
+layers of encoder and decoder by level (``encoder.downsamples.0.downsamples.1.residual.2.weight``). Which module a
 numbered layer has depends on the configuration (``models.vae.encoder_layers``).
 """
 
@@ -145,7 +145,7 @@ def _infer(size: Sizes, known: Mapping[str, Any]) -> VAEConfig | None:
 
 
 def statistics(config: VAEConfig, known: Mapping[str, Any], form: str) -> VAEConfig:
-    """Return ``config`` with the latent statistics of the file, else those published for files of others."""
+    """Return ``config`` with the latent statistics of the file, else (in a published file) the published ones."""
     values = [known.get(name) for name in STATISTICS]
     if all(isinstance(value, list) and len(value) == config.z_dim for value in values):
         mean, std = (tuple(map(float, value)) for value in values if value is not None)
@@ -164,7 +164,7 @@ def metadata(config: VAEConfig) -> dict[str, str]:
 
 
 def _to_json(config: VAEConfig, form: str) -> dict[str, Any] | None:
-    """Return the constructor's arguments of diffusers' class; the original code has them in itself."""
+    """Return the constructor's arguments of diffusers' class; the original format has no ``config.json``."""
     if form == "original":
         return None
     content = {

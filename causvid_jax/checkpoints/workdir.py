@@ -1,8 +1,8 @@
-"""Where the weights of each stage are, and how they are loaded.
+"""Find and load the weights of each stage.
 
 A stage leaves ``WORKDIR/<stage>/weights.safetensors``; networks that are not trained (``text_encoder``,
-``image_encoder``, ``taehv``) may be there under their own names. A published folder serves as it is: original Wan2.1,
-diffusers, or ComfyUI's split files. Recipes whose weights come with the package have them in
+``image_encoder``, ``taehv``) may be there under their own names. A published folder is read unchanged: original Wan2.1,
+diffusers, or ComfyUI's split files. Weights that come with the package are in
 ``causvid_jax/assets/<recipe>/<stage>.safetensors``.
 """
 
@@ -66,24 +66,24 @@ def components(path: str | os.PathLike) -> dict[str, pathlib.Path]:
     folder = folder / "split_files" if (folder / "split_files").is_dir() else folder
     inside = {}
     for name, candidates in _FOLDERS.items():
-        chosen = next((folder / inner for inner in candidates if source.weights_files(folder / inner)), None)
-        if chosen is not None:
-            inside[name] = chosen
-    named = {}
+        candidate = next((folder / inner for inner in candidates if source.weights_files(folder / inner)), None)
+        if candidate is not None:
+            inside[name] = candidate
+    result = {}
     for name, patterns in NAMED_FILES.items():
         files = sorted(f for pattern in patterns for f in folder.glob(pattern) if f.suffix in source.SUFFIXES)
         if files:
-            # Both kinds beside each other are the same weights twice; safetensors need no PyTorch.
-            named[name] = min(files, key=lambda file: source.SUFFIXES.index(file.suffix))
+            # If a folder has both kinds, they are the same weights; safetensors need no PyTorch.
+            result[name] = min(files, key=lambda file: source.SUFFIXES.index(file.suffix))
     rest = [file for file in source.weights_files(folder) if not checkpoint.is_named_file(file)]
-    if named and "transformer" not in inside and rest:
+    if result and "transformer" not in inside and rest:
         inside["transformer"] = folder if len(rest) > 1 else rest[0]
-    inside = {**named, **inside}
+    inside = {**result, **inside}
     return {name: inside[name] for name in _FOLDERS if name in inside}
 
 
 def left_out(path: str | os.PathLike) -> list[str]:
-    """Return a sentence for each part of a published folder that no network of this version uses."""
+    """Describe each part of a published folder that no network of this version uses."""
     folder = pathlib.Path(path)
     experts = [name for name in _EXPERTS if source.weights_files(folder / name)]
     if not experts:
@@ -140,20 +140,20 @@ def find(recipe: str, stage: str, workdir: str | os.PathLike | None = None) -> p
             return published
     if own is not None and (own.parent / "checkpoints").is_dir():
         raise ConfigError(
-            f"{own} does not exist: the stage {stage!r} in {own.parent} has not ended; end it with launch.train "
-            f"--stage={stage}, or write its weights so far with launch.export --stage={stage} --output={own}"
+            f"{own} does not exist: the stage {stage!r} in {own.parent} has not ended; end it with causvid train "
+            f"--stage={stage}, or write its weights so far with causvid export --stage={stage} --output={own}"
         )
     packaged = ASSETS / recipe / f"{stage}.safetensors"
     if packaged.is_file():
         if workdir is not None:
-            _say_packaged(f"{workdir} holds no {stage}; uses the one that comes with the package")
+            _say_packaged(f"{workdir} holds no {stage}; the one of the package is used")
         return packaged
-    absent = f"{own} does not exist and " if own is not None else ""
+    prefix = f"{own} does not exist and " if own is not None else ""
     if stage in STAGES:
-        remedy = f"train it with launch.train --stage={stage}"
+        remedy = f"train it with causvid train --stage={stage}"
     else:
-        remedy = f"put the published one into {workdir}"
-    raise ConfigError(f"{absent}recipe {recipe!r} comes with no trained {stage}; {remedy}")
+        remedy = f"copy the published one to {workdir}"
+    raise ConfigError(f"{prefix}recipe {recipe!r} comes with no trained {stage}; {remedy}")
 
 
 @functools.cache
@@ -168,7 +168,7 @@ def is_packaged(path: pathlib.Path) -> bool:
 
 
 def check_known(folder: str | os.PathLike) -> None:
-    """Refuse a folder in which no weights are found, ours or published.
+    """Refuse a folder without any weights, ours or published.
 
     Raises:
         ConfigError: there are none.
@@ -177,7 +177,7 @@ def check_known(folder: str | os.PathLike) -> None:
     require(
         own or components(folder),
         f"{folder} holds no weights; accepted: a working directory (as distill/weights.safetensors), a published "
-        "folder, or what launch.convert makes",
+        "folder, or what causvid convert makes",
     )
 
 
@@ -272,7 +272,7 @@ def open_image_encoder(workdir: str | os.PathLike, teacher: TransformerConfig) -
     have, want = (config.tokens, config.dim), (teacher.image_tokens, teacher.image_dim)
     require(
         have == want,
-        f"image encoder {opened.path} gives {have[0]} rows of width {have[1]}; "
+        f"image encoder {opened.path} gives {have[0]} embeddings of width {have[1]}; "
         f"the teacher reads {want[0]} of {want[1]}",
     )
     return opened
@@ -284,15 +284,15 @@ def publish(recipe: str, workdir: str | os.PathLike, folder: str | os.PathLike =
     Raises:
         ConfigError: a stage is not trained yet; nothing is written then.
     """
-    written = []
+    paths = []
     tiny = ("taehv",) if stage_path(workdir, "taehv").is_file() else ()
     trained = {stage: store.load_params(stage_path(workdir, stage)) for stage in ("vae", *tiny, "teacher", "distill")}
     for stage, (params, metadata) in trained.items():
-        written.append(pathlib.Path(folder) / recipe / f"{stage}.safetensors")
-        # The digest is that of the VAE before it was rounded; the latent statistics in "config" stay.
-        kept = {key: value for key, value in metadata.items() if key != lineage.VAE_DIGEST}
-        store.save_params(written[-1], params, kept, dtype="float16")
-    return written
+        paths.append(pathlib.Path(folder) / recipe / f"{stage}.safetensors")
+        # The digest of the VAE before it was rounded does not match; the latent statistics in "config" do.
+        stored_metadata = {key: value for key, value in metadata.items() if key != lineage.VAE_DIGEST}
+        store.save_params(paths[-1], params, stored_metadata, dtype="float16")
+    return paths
 
 
 def vae_metadata(config: VAEConfig) -> dict[str, str]:

@@ -33,7 +33,7 @@ class Options:
     streams: BatchSize = option(1, "Videos side by side.")
     codecs: str = option("wan,taehv", "Decoders to measure, of wan and taehv.")
     checkpoint: str | None = option(None, "Measure these weights: a folder or a file; none: random ones.")
-    student: str | None = option(None, "The student's file, also a published one; it goes before --checkpoint.")
+    student: str | None = option(None, "The student's file, also a published one; it wins over --checkpoint.")
     against: str | None = option(None, "An earlier report of this device: also print the ratios of its times to these.")
     serve: bool = option(False, "Measure causvid serve as its viewers see it, with the weights of the package.")
 

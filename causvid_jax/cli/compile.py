@@ -122,12 +122,12 @@ def build(options: Options) -> None:
     if stage == "serve":
         from causvid_jax.serve import functions
 
-        header, made = functions.build(recipe, platform)
+        header, programs = functions.build(recipe, platform)
     else:
-        header, made = exported.build(recipe, platform, batch=options.batch)
-    executables = exported.compiled(made) if platform == exported.this_platform() else {}
-    exported.save(output, header, made, executables)
-    print(exported.describe(header, made))
+        header, programs = exported.build(recipe, platform, batch=options.batch)
+    executables = exported.compiled(programs) if platform == exported.this_platform() else {}
+    exported.save(output, header, programs, executables)
+    print(exported.describe(header, programs))
     print(f"Wrote {output}, {format_bytes(output.stat().st_size)}")
 
 

@@ -119,8 +119,8 @@ def help_text(cls: type, usage: str, description: str) -> str:
         hint = typing.get_type_hints(cls)[field.name]
         about = field.metadata.get("help", "").replace("{names}", ", ".join(names()))
         several = " Several may be given." if typing.get_origin(hint) is tuple else ""
-        shown = "" if field.default in (None, "", (), False, dataclasses.MISSING) else f" Default: {field.default}."
+        default = "" if field.default in (None, "", (), False, dataclasses.MISSING) else f" Default: {field.default}."
         flag = f"--[no]{field.name}" if hint is bool else f"--{field.name}={field.name.upper()}"
         lines.append(f"  {flag}")
-        lines += textwrap.wrap(about + several + shown, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += textwrap.wrap(about + several + default, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)

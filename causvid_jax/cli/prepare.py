@@ -63,7 +63,7 @@ def main(options: Options) -> None:
     from causvid_jax.distributed import collectives
 
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(prepare.Options)}
-    chosen = prepare.Options(**{name: value for name, value in values.items() if value is not None})
+    stage_options = prepare.Options(**{name: value for name, value in values.items() if value is not None})
     with processes.joined(options) as many:
         if many:
             processes.check(values | {"stage": stage, "config": dataclasses.asdict(recipe)}, folder)
@@ -74,7 +74,7 @@ def main(options: Options) -> None:
         if others_wait and not collectives.is_first():
             collectives.barrier(stage)
             return
-        summary = prepare.run(stage, recipe, folder, chosen)
+        summary = prepare.run(stage, recipe, folder, stage_options)
         if others_wait:
             collectives.barrier(stage)
         if not many or collectives.is_first():

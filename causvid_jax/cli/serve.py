@@ -24,9 +24,9 @@ class Options(Settings):
 
     config: Recipe = option("digits", CONFIG_HELP)
     checkpoint: str | None = option(None, "Weights, as of causvid sample. Default: those of the package.")
-    student: str | None = option(None, "The student's weights; before --checkpoint.")
-    vae: str | None = option(None, "The VAE's weights; before --checkpoint.")
-    taehv: str | None = option(None, "The tiny decoder's weights; before --checkpoint.")
+    student: str | None = option(None, "The student's weights; wins over --checkpoint.")
+    vae: str | None = option(None, "The VAE's weights; wins over --checkpoint.")
+    taehv: str | None = option(None, "The tiny decoder's weights; wins over --checkpoint.")
     program: str | None = option(None, "A file that compile --stage=serve made, run instead of tracing.")
 
 

@@ -29,9 +29,9 @@ class Options:
     info: str | None = option(None, "VBench_full_info.json; default: that of the package vbench.")
     extended: str | None = option(None, "A text to sample for every entry of --info, line by line.")
     checkpoint: str | None = option(None, "Weights, as of causvid sample.")
-    student: str | None = option(None, "The student's weights; before --checkpoint.")
-    vae: str | None = option(None, "The VAE's weights; before --checkpoint.")
-    taehv: str | None = option(None, "The tiny decoder's weights; before --checkpoint.")
+    student: str | None = option(None, "The student's weights; wins over --checkpoint.")
+    vae: str | None = option(None, "The VAE's weights; wins over --checkpoint.")
+    taehv: str | None = option(None, "The tiny decoder's weights; wins over --checkpoint.")
     samples: Many = option(5, "Clips of a prompt.")
     flicker_samples: Many = option(25, "Clips of a prompt of temporal flickering.")
     frames: Many = option(81, "Frames of a clip.")
@@ -65,30 +65,32 @@ def main(options: Options) -> None:
     info = score.find_info(options.info)
     entries = clips.read_entries(info, options.extended)
     protocol = clips.Protocol(options.samples, options.flicker_samples, options.frames, options.seed, options.batch)
-    wanted = clips.plan(entries, protocol)
+    all_clips = clips.plan(entries, protocol)
     if options.stage in ("all", "sample"):
-        sample(options, wanted[index::count], wanted, protocol, folder)
+        sample(options, all_clips[index::count], all_clips, protocol, folder)
     if options.stage in ("all", "score"):
-        missing = clips.absent(wanted, folder)
+        lacking = clips.absent(all_clips, folder)
         require(
-            not missing,
-            f"{folder} lacks {len(missing)} of {len(wanted)} clips, first {missing[0].name if missing else ''!r}; "
+            not lacking,
+            f"{folder} lacks {len(lacking)} of {len(all_clips)} clips, first {lacking[0].name if lacking else ''!r}; "
             "sample them first (--stage=sample on every shard)",
         )
         if options.long:
-            found = score.run_long(pathlib.Path(options.long), folder, folder / "results")
+            results = score.run_long(pathlib.Path(options.long), folder, folder / "results")
         else:
-            found = score.run_short(folder, info, folder / "results")
+            results = score.run_short(folder, info, folder / "results")
     else:
-        found = [pathlib.Path(path) for path in options.results] or sorted((folder / "results").rglob("*_results.json"))
+        results = [pathlib.Path(path) for path in options.results] or sorted(
+            (folder / "results").rglob("*_results.json")
+        )
     if options.stage != "sample":
         expected = {} if options.long else clips.expected_videos(entries, protocol)
-        text = totals.describe(totals.read_results(found, expected))
+        text = totals.describe(totals.read_results(results, expected))
         write_text(folder / "totals.md", text)
         print(text)
 
 
-def sample(options: Options, clips_of_shard: list, wanted: list, protocol: object, folder: pathlib.Path) -> None:
+def sample(options: Options, clips_of_shard: list, all_clips: list, protocol: object, folder: pathlib.Path) -> None:
     """Sample the clips of this shard."""
     common.writable_workdir(str(folder))
     print(f"Loading {options.config.name} ...", flush=True)
@@ -105,9 +107,9 @@ def sample(options: Options, clips_of_shard: list, wanted: list, protocol: objec
         vae=options.vae,
         taehv=options.taehv,
     )
-    given = {name: file for name, file in own.items() if file}
-    opened, recipe = weights.find(options.config, "student", options.checkpoint, files=given)
-    clips.claim(folder, clips.identity(pipe, weights.checksum(opened, recipe), wanted, protocol))
+    files = {name: file for name, file in own.items() if file}
+    opened, recipe = weights.find(options.config, "student", options.checkpoint, files=files)
+    clips.claim(folder, clips.identity(pipe, weights.checksum(opened, recipe), all_clips, protocol))
     clips.sample(pipe, clips_of_shard, folder, protocol, lambda line: print(line, flush=True))
 
 

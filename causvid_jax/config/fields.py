@@ -1,4 +1,4 @@
-"""The one checker of configuration fields: types, closed choices (``Literal``) and bounds (``Annotated``).
+"""Check configuration fields: types, closed choices (``Literal``) and bounds (``Annotated``).
 
 A field of a :class:`Config` says what it accepts in its annotation::
 
@@ -52,7 +52,7 @@ class Bounds:
 
 
 LARGE = 10**9
-"""Upper limit of counts: beyond it a number is a slip of the keyboard."""
+"""Upper limit of counts. A larger number is taken for a typing error."""
 
 Count = Annotated[int, Bounds(least=1, most=LARGE)]
 CountOrZero = Annotated[int, Bounds(least=0, most=LARGE)]
@@ -68,9 +68,9 @@ Probability = Annotated[float, Bounds(least=0, most=1)]
 
 
 class Config:
-    """Base of the configuration dataclasses: every field is checked when one is made.
+    """Base of the configuration dataclasses. Creating one checks every field.
 
-    ``label`` is the group's name in refusals of a value that did not come through :func:`build`, which knows the path.
+    ``label`` names the group in error messages, except those of :func:`build`, which has the field's path.
     """
 
     label: ClassVar[str] = ""
@@ -139,8 +139,8 @@ def convert(value: Any, hint: Any, path: str) -> Any:
             require(number in bounds, f"{path} is {number!r}; accepted: {bounds}")
         return number
     if origin is typing.Literal:
-        known = isinstance(value, str) and value in arguments
-        require(known, f"{path} is {value!r}; accepted: {', '.join(map(repr, arguments))}")
+        is_choice = isinstance(value, str) and value in arguments
+        require(is_choice, f"{path} is {value!r}; accepted: {', '.join(map(repr, arguments))}")
         return value
     if origin is tuple:
         require(isinstance(value, (tuple, list)), f"{path} is {value!r}; it must be a sequence")
@@ -188,8 +188,8 @@ def build(cls: type, values: Any, path: str = "", renamed: Mapping[str, str] | N
         else:
             converted[name] = convert(value, hint, inner)
     for field in dataclasses.fields(cls):
-        absent = field.name not in converted and field.default is field.default_factory is dataclasses.MISSING
-        require(not absent, f"config field {join(path, field.name)!r} is missing")
+        is_missing = field.name not in converted and field.default is field.default_factory is dataclasses.MISSING
+        require(not is_missing, f"config field {join(path, field.name)!r} is missing")
     return cls(**converted)
 
 

@@ -1,4 +1,4 @@
-"""Write files atomically; put sizes and errors in words. Every room may import this module."""
+"""Write files atomically; format sizes and error messages. Every room may import this module."""
 
 import contextlib
 import fcntl
@@ -25,8 +25,8 @@ def atomic(target: str | os.PathLike, directory: bool = False) -> Iterator[pathl
 def atomic_write(target: str | os.PathLike, directory: bool = False) -> Iterator[pathlib.Path]:
     """Yield a temporary file (or directory) beside ``target`` and rename it to ``target`` when the block succeeds.
 
-    If the block raises, the temporary is removed. It is locked while it is written, so the next call can tell and
-    remove the temporary of a killed process. An existing target directory must be empty.
+    If the block raises, the temporary is removed. It is locked while it is written: the next call removes unlocked
+    temporaries, which killed processes have left. An existing target directory must be empty.
 
     Raises:
         OSError: the folder cannot be written.
@@ -65,7 +65,7 @@ def _locked_temporary(target: pathlib.Path, directory: bool) -> tuple[pathlib.Pa
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file that appears complete or not at all; errors as of :func:`atomic`."""
+    """Write a text file atomically; it appears complete or not at all. Errors are those of :func:`atomic`."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -90,7 +90,7 @@ def _remove(path: pathlib.Path) -> None:
 
 
 def format_bytes(size: int) -> str:
-    """Return a number of bytes for people: 57.15 GB, 3.2 MB, 640 bytes."""
+    """Format a number of bytes: 57.15 GB, 3.2 MB, 640 bytes."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= scale:
             return f"{size / scale:.2f} {unit}"

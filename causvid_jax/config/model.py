@@ -149,9 +149,9 @@ class CLIPConfig(Config):
 class VAEConfig(Config):
     """The Wan causal video VAE (``models.vae``); defaults are the published Wan2.1 sizes.
 
-    That of Wan2.2-TI2V-5B (:data:`WAN22_VAE`) codes squares of ``patch_size`` pixels as channels, has a decoder of
-    another width (``decoder_base_dim``, 0: ``base_dim``), and with ``is_residual`` every level adds an average of its
-    input (a copy in the decoder), and resampling keeps the channels.
+    The VAE of Wan2.2-TI2V-5B (:data:`WAN22_VAE`) first moves squares of ``patch_size`` pixels into channels. Its
+    decoder has another width (``decoder_base_dim``, 0: ``base_dim``). With ``is_residual`` every level of the encoder
+    adds an average of its input, every level of the decoder a copy, and resampling keeps the channels.
 
     ``latent_mean`` and ``latent_std`` (length ``z_dim``) normalise latents: ``z = (mu - mean) / std``. Empty means
     0 and 1. The digits recipe measures them after training and stores them with its weights.
@@ -354,8 +354,8 @@ class TransformerConfig(Config):
         require(self.patch_size[0] == 1, f"transformer.patch_size is {self.patch_size}; its temporal size must be 1")
         require(
             self.dtype != "float32" or self.attention not in ("cudnn", "splash"),
-            f"transformer.attention is {self.attention!r}, whose products are not float32, with dtype 'float32'; "
-            "accepted: 'auto' or 'xla', or dtype 'bfloat16'",
+            f"transformer.attention is {self.attention!r} with dtype 'float32', but this kernel does not compute in "
+            "float32; accepted: 'auto' or 'xla', or dtype 'bfloat16'",
         )
         if isinstance(self.remat, bool):
             object.__setattr__(self, "remat", "full" if self.remat else "none")
@@ -383,9 +383,9 @@ class CausalConfig(Config):
     with noise at the level of ``context_noise`` instead of the block itself: ``"never"``, in ``"training"`` (as the
     published Self-Forcing trainer does) or ``"always"``, in streams too.
 
-    ``on_prompt_switch`` is what a stream does with its cache when its prompt changes: ``"keep"`` leaves it (as
-    published), ``"recompute"`` rewrites the blocks in the window under the new prompt, ``"reset"`` empties it and the
-    decoder's, so that the next block starts like a clip: a cut.
+    ``on_prompt_switch`` says what a stream does with its cache when its prompt changes: ``"keep"`` leaves it (as
+    published), ``"recompute"`` recomputes the blocks in the window with the new prompt, ``"reset"`` empties it and the
+    decoder's cache. After a reset the next block starts like a clip, and the video shows a cut.
     """
 
     label: ClassVar[str] = "causal"

@@ -2,8 +2,8 @@
 
 One table, :data:`MODELS`. ``causvid models`` prints it, ``configs/published.py`` makes a recipe of every row
 (``--config=published:self_forcing_dmd``), and :func:`find` tells the row of a file by its name, so that the settings
-come with the checkpoint. No weights were at hand: every fact is from published code and its readers, ``known_from``
-says which, and ``not_known`` what could not be checked. Imports no JAX.
+come with the checkpoint. The weights themselves were not available. Every fact comes from published code and
+third-party loaders; ``known_from`` names them, and ``not_known`` says what could not be checked. Imports no JAX.
 """
 
 import dataclasses
@@ -23,16 +23,16 @@ class PublishedModel:
     """One published model.
 
     Attributes:
-        name: after ``published:``.
-        what: in a few words.
+        name: the NAME of ``--config=published:NAME``.
+        what: a short description.
         kind: a causal ``student``, or a ``teacher`` (also a base to train from).
         network: sizes: 1.3b and 14b of Wan2.1 (also of Wan2.2-A14B), 5b of Wan2.2-TI2V.
-        repository: on Hugging Face.
-        files: of the transformer, the first one given as ``--student``; its bytes, None where not known.
+        repository: its name on Hugging Face.
+        files: weights of the transformer with their size in bytes (None: not known). ``--student`` takes the first.
         licence: as published.
         paper: arXiv number, "" without one.
         settings: fields of the recipe by group.
-        part: of a checkpoint with several that its authors sample; "" prefers averages.
+        part: the weights that the authors sample, of a checkpoint with several parts; "" takes the EMA if there is one.
         known_from: where names, shapes and settings come from.
         not_known: what could not be run or checked.
         readable: whether this version samples it.
@@ -48,7 +48,7 @@ class PublishedModel:
     paper: str
     settings: Settings
     known_from: str
-    not_known: str = "the weights were not at hand: frames were made from tiny files of the same layout only"
+    not_known: str = "the weights were not available: tests use tiny files of the same layout"
     part: str = ""
     readable: bool = True
 
@@ -162,7 +162,7 @@ def _sgf(name: str, folder: str, causal: dict[str, Any]) -> PublishedModel:
         "2607.20368",
         _join(_FIVE_SHIFT, {"causal": {"positions": "relative", **causal}}),
         "published README (cache geometry, files) and training code",
-        "the weights and the sampling configs were not at hand: the step list is that of Causal Forcing, its start",
+        "the weights and the sampling configs were not available: the step list is that of Causal Forcing, its start",
     )
 
 
@@ -255,8 +255,8 @@ MODELS: tuple[PublishedModel, ...] = (
         # A cache of three frames and the block itself; the published server also recomputes it from latents.
         _join(_FIVE_SHIFT, {"causal": {"frames_per_block": 3, "window": 6}}),
         "the published server's configuration in readers' ports (kv_cache_num_frames 3, shift 5)",
-        "the weights were not at hand; the published server recomputes its cache for every block and biases attention "
-        "to past frames, which this version does not",
+        "the weights were not available; the published server recomputes its cache for every block and biases "
+        "attention to past frames, which this version does not do",
     ),
     PublishedModel(
         "longlive2_5b",
@@ -273,7 +273,7 @@ MODELS: tuple[PublishedModel, ...] = (
             "video": {"frames": 125},
         },
         "published configs and a reader's list of files, bytes and settings",
-        "the weights were not at hand; sinks and rotary offsets of several shots are not implemented",
+        "the weights were not available; sinks and rotary offsets of several shots are not implemented",
     ),
     PublishedModel(
         "rolling_forcing",
@@ -358,7 +358,7 @@ MODELS: tuple[PublishedModel, ...] = (
             "video": {"frames": 121},
         },
         _WAN_CODE,
-        "the weights were not at hand; the teacher starts from text only, not from a picture",
+        "the weights were not available; the teacher starts from text only, not from a picture",
     ),
 )
 
@@ -367,16 +367,16 @@ _GENERIC = ("model", "diffusion_pytorch_model", "low_noise_model")
 
 
 def get(name: str) -> PublishedModel:
-    """Return the row ``name``; ConfigError names the nearest one."""
+    """Return the model ``name``. The ConfigError of an unknown name suggests the nearest one."""
     if name not in BY_NAME:
         raise ConfigError(f"no published model is called {name!r}; {suggest(name, BY_NAME)}")
     return BY_NAME[name]
 
 
 def find(path: str | os.PathLike) -> PublishedModel | None:
-    """Return the model whose file ``path`` is by its last words, ``chunkwise/causal_forcing.pt``; None if it is none.
+    """Return the model whose file has the name ``path``, such as ``chunkwise/causal_forcing.pt``, or None.
 
-    The suffix does not matter. A word that several files share, such as ``model.pt``, needs the folder before it.
+    The suffix does not matter. A name that several models share, such as ``model.pt``, needs its folder.
     """
     words = _words(path)
     matches: dict[int, list[PublishedModel]] = {}
@@ -401,7 +401,7 @@ def _words(path: str | os.PathLike) -> tuple[str, ...]:
 
 
 def differences(model: PublishedModel, recipe: Any) -> list[str]:
-    """Return a text for every setting of ``model`` that ``recipe`` has otherwise."""
+    """Describe every setting in which ``recipe`` differs from ``model``."""
     texts = []
     for group, fields in model.settings.items():
         for field, value in fields.items():

@@ -169,9 +169,9 @@ class Recipe(Config):
         context = self.causal.past_frames()
         require(
             not self.train_distill.continuation_prob or context <= frames,
-            f"train_distill.continuation_prob is {self.train_distill.continuation_prob}: rollouts continue the last "
-            f"{context} latent frames (causal.window {self.causal.window}) of the one before, which has {frames}; use "
-            "a smaller window, longer rollouts or continuation_prob 0",
+            f"train_distill.continuation_prob is {self.train_distill.continuation_prob}: a rollout continues the last "
+            f"{context} latent frames (causal.window {self.causal.window}) of the previous one, which has {frames}; "
+            "use a smaller window, longer rollouts or continuation_prob 0",
         )
 
     def _check_decoder(self) -> None:

@@ -15,7 +15,7 @@ from causvid_jax.config.recipe import Recipe, check_field, from_config_dict
 
 CONFIG_HELP = (
     "The recipe: a name ({names}) or a Python file with get_config(), which is run: use files that you trust. "
-    "digits:two hands 'two' to get_config. --config.GROUP.FIELD=VALUE sets a field, for example "
+    "digits:two calls get_config('two'). --config.GROUP.FIELD=VALUE sets a field, for example "
     "--config.video.frames=41; a tuple as "
     '"--config.diffusion.denoising_timesteps=(1000.,500.)".'
 )
@@ -38,7 +38,7 @@ def load_recipe(config: str, overrides: Mapping[str, str] | None = None) -> Reci
     """Return the validated recipe of a name or a file, with fields set from text.
 
     Args:
-        config: ``digits``, ``my/recipe.py``; ``digits:two`` or ``my/recipe.py:two`` hands ``"two"`` to ``get_config``.
+        config: ``digits`` or ``my/recipe.py``; ``digits:two`` and ``my/recipe.py:two`` call ``get_config("two")``.
         overrides: dotted field to its value as Python writes it, such as ``{"video.frames": "81"}``.
 
     Raises:
@@ -74,7 +74,7 @@ def override(recipe: Recipe, overrides: Mapping[str, str]) -> Recipe:
 
 
 def _parse(text: str, old: Any) -> Any:
-    """Return the value that ``text`` says, for a field whose value was ``old``."""
+    """Parse ``text`` as the value of a field whose value was ``old``."""
     if isinstance(old, str):
         return text
     if isinstance(old, bool) and text.lower() in ("true", "false", "1", "0"):
@@ -98,7 +98,7 @@ def _find(file: str) -> pathlib.Path:
 
 
 def _run(path: pathlib.Path, name: str) -> types.ModuleType:
-    """Run a recipe file as a module of a package that is its folder, so that it can import its neighbours by ``.``."""
+    """Run a recipe file as a module of a package, its folder, so that it can import files beside it by ``.``."""
     package = f"_recipes_{abs(hash(path.parent.resolve())):x}"
     if package not in sys.modules:
         parent = types.ModuleType(package)

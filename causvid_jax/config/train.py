@@ -138,10 +138,10 @@ class OptimizerConfig(Config):
 class StageConfig(Config):
     """Settings of every training stage. ``frames`` is a clip's length in the stage's own units (0: the full clip).
 
-    ``curriculum`` puts stretches of other clips before the main one, each ``(until_step, frames, batch_size)``: what
-    short clips can teach costs a fraction there. A stage with fewer ``steps`` than its curriculum ends within it
-    (:attr:`stretches`). ``accumulate`` splits every batch into that many parts, one after another, for the memory of
-    one.
+    ``curriculum`` lists stretches of steps before the main part, each ``(until_step, frames, batch_size)``. Short clips
+    teach much of the task at a fraction of the cost. A stage with fewer ``steps`` than its curriculum ends within it
+    (:attr:`stretches`). ``accumulate`` splits every batch into that many parts and processes them one after another,
+    with the memory of one part.
 
     Every ``sample_every`` steps ``samples`` clips are sampled and shown (0: none).
 
@@ -151,7 +151,7 @@ class StageConfig(Config):
     checkpoint of the step before) or ``"skip"`` (it continues with the next batch). The log names the batch's examples.
 
     With ``lora.rank`` a stage of a transformer trains adapters on its frozen start. Optimizer and EMA hold these alone;
-    the stage writes ``lora/`` (peft's layout) and, as ever, the weights with the adapters merged.
+    the stage writes ``lora/`` (peft's layout) and, as without LoRA, weights; the adapters are merged into them.
     """
 
     label: ClassVar[str] = "stage"
@@ -211,7 +211,7 @@ class VAEStageConfig(StageConfig):
 
     If ``train_encoder`` is false, only the decoder is trained: latents, and all networks trained on them, stay valid.
 
-    The decoder sees ``concat_clips`` clips of the batch as one video. It looks about 24 latent frames back; if it is
+    The decoder decodes ``concat_clips`` clips of the batch as one video. It looks about 24 latent frames back; if it is
     trained on single clips, its behaviour on longer histories is untested.
 
     If ``crop_frames > 0``, decode a random run of ``crop_frames`` latent frames with an empty decoder cache. Every
@@ -269,8 +269,8 @@ class TAEHVStageConfig(StageConfig):
 class TeacherStageConfig(StageConfig):
     """Flow matching on latents; captions are dropped with probability ``caption_dropout``.
 
-    With ``chunks`` every block of a clip is a clip of its own, with its own timestep: the score of single chunks that
-    ``train_distill.teacher="chunk"`` needs (RMD, arXiv 2609.37925).
+    With ``chunks`` every block is trained as a separate clip with its own timestep. ``train_distill.teacher="chunk"``
+    needs such a score of single chunks (RMD, arXiv 2609.37925).
     """
 
     label: ClassVar[str] = "train_teacher"
@@ -315,9 +315,8 @@ class InitStageConfig(StageConfig):
 
     ``teacher`` is ``"bidirectional"`` (the paper: trajectories of whole clips) or ``"causal"`` (Causal Forcing:
     trajectories of every block given the clean past, from the stage ``causal``). A student of the teacher's size starts
-    from its weights. If all blocks of a clip are denoised
-    jointly, each block depends on the noise of later blocks. A causal student cannot see that noise and learns only the
-    conditional mean.
+    from its weights. A bidirectional teacher denoises all blocks of a clip jointly, so each block depends on the noise
+    of later blocks. A causal student cannot see that noise and learns only the conditional mean.
 
     With probability ``prompt_switch_prob`` a clip continues another clip's past, like a stream after a prompt switch
     (``distill.ode_regression.splice``).
@@ -358,8 +357,8 @@ class ConsistencyStageConfig(StageConfig):
     """Causal consistency distillation on real latents with a clean past: an initialisation instead of ``init``.
 
     ``kind`` is ``"discrete"`` (Causal Forcing++: the causal teacher takes one Euler step on a grid of ``grid_steps``,
-    and the student's x0 before it must equal that of its EMA after it) or ``"continuous"`` (rCM, Causal-rCM: the
-    tangent of the student along the teacher's ODE, by ``jax.jvp``). ``guidance_scale`` is the teacher's.
+    and the student's x0 before the step must equal its EMA's x0 after the step) or ``"continuous"`` (rCM, Causal-rCM:
+    the tangent of the student along the teacher's ODE, by ``jax.jvp``). ``guidance_scale`` is the teacher's.
     ``tangent_warmup`` updates let the second part of the continuous tangent grow from 0 to 1. ``loss_scale`` multiplies
     the continuous loss, which has unit length. The student starts from the causal teacher if it has its size.
     """
@@ -393,8 +392,8 @@ class DistillStageConfig(StageConfig):
     ``init`` is ``"ode"``, ``"consistency"`` or ``"teacher"`` (Tab. 4 of the paper).
     ``score_timesteps`` are ``"all"``, or for the exit step i ``"above_exit"`` (at least the timestep of step i + 1) or
     ``"at_exit"`` (between those of the steps i + 1 and i), as Self-Forcing's ``ts_schedule`` and ``ts_schedule_max``.
-    With ``loss_frames`` the losses see a window of so many latent frames of a longer rollout, the ``loss_window`` at a
-    ``"random"`` block (Self-Forcing++) or the ``"last"`` one (LongLive).
+    With ``loss_frames`` the losses use a window of that many latent frames of a longer rollout: from a ``"random"``
+    block on (``loss_window``; Self-Forcing++) or the ``"last"`` ones (LongLive).
     ``critic_init`` is the network that the fake score starts from and shares its sizes with, ``"teacher"`` or
     ``"student"``: Self-Forcing distils a 14B teacher with a fake score of 1.3B.
     ``gradient`` is ``"stop"`` (the keys and values of earlier blocks are constants) or ``"replay"`` (the gradient
@@ -473,8 +472,8 @@ class DistillStageConfig(StageConfig):
         )
         require(
             not (self.loss_frames and self.loss_window == "random" and self.continuation_prob),
-            "train_distill.loss_window is 'random' with continuation_prob above 0, which continues the end of what the "
-            "losses saw; use loss_window 'last' or continuation_prob 0",
+            "train_distill.loss_window is 'random' with continuation_prob above 0, but rollouts continue the end of "
+            "the loss window; use loss_window 'last' or continuation_prob 0",
         )
 
     def _check_gan(self) -> None:

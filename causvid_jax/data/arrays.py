@@ -1,4 +1,4 @@
-"""Datasets of arrays, written chunk by chunk so that an interruption costs one chunk.
+"""Datasets of arrays, written chunk by chunk; an interruption loses at most one chunk.
 
 A dataset of ``chunks`` chunks becomes ``chunks`` ArrayRecord shards. Each is written under a temporary name and renamed
 when complete. The next run skips the shards that exist. When all exist, the metadata that makes the folder a tfds
@@ -24,7 +24,7 @@ _FINISHED = "FINISHED"
 
 
 def read_identity(folder: str | os.PathLike) -> dict[str, Any]:
-    """Return what decided the content of a dataset (``identity`` of :func:`write_dataset`); {} where nothing is said.
+    """Return the ``identity`` that :func:`write_dataset` stored with a dataset; {} if there is none.
 
     Raises:
         ConfigError: the file is damaged.
@@ -51,10 +51,10 @@ def array_features(more: Mapping[str, Any] | None = None, **shapes: Sequence[int
     return tfds.features.FeaturesDict(tensors | {"caption": tfds.features.Text()} | dict(more or {}))
 
 
-def trim_text(rows: np.ndarray) -> np.ndarray:
-    """Return prompt embeddings ``[length, dim]`` as float16 without the zeros at their end, which a reader restores."""
-    used = np.flatnonzero(np.any(rows != 0, axis=1))
-    return rows[: used[-1] + 1 if len(used) else 0].astype(np.float16)
+def trim_text(embeds: np.ndarray) -> np.ndarray:
+    """Return prompt embeddings ``[length, dim]`` as float16 without the zeros at the end, which readers restore."""
+    nonzero = np.flatnonzero(np.any(embeds != 0, axis=1))
+    return embeds[: nonzero[-1] + 1 if len(nonzero) else 0].astype(np.float16)
 
 
 def shard_path(folder: str | os.PathLike, name: str, index: int, chunks: int, split: str = "train") -> pathlib.Path:
@@ -75,7 +75,7 @@ FEATURES = {
     f"tensorflow_datasets.core.features.{name}"
     for name in ("features_dict.FeaturesDict", "tensor_feature.Tensor", "text_feature.Text", "scalar.Scalar")
 }
-"""Feature types that are read. tfds imports the module that ``features.json`` names, which can run any code."""
+"""Accepted feature types. tfds imports the module that ``features.json`` names, which could run any code."""
 
 
 def _open(folder: pathlib.Path) -> Any:
@@ -92,7 +92,7 @@ def _open(folder: pathlib.Path) -> Any:
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"the dataset {folder} cannot be read: its metadata is missing or damaged") from error
     unknown = sorted(names - FEATURES)
-    require(not unknown, f"the dataset {folder} has the feature type {next(iter(unknown), '')!r}, which is not read")
+    require(not unknown, f"the dataset {folder} has the feature type {next(iter(unknown), '')!r}; it is not accepted")
     require(kind == "array_record", f"the dataset {folder} has files of kind {kind!r}; accepted: 'array_record'")
     require(
         not any("/" in template or "\\" in template for template in templates),
@@ -119,7 +119,7 @@ def source(folder: str | os.PathLike, split: str = "train") -> Any:
     Raises:
         ConfigError: there is none at ``folder``, it is not finished, or it has features of an unknown type.
     """
-    require(is_complete(folder), f"no finished dataset at {folder}; write it with launch.prepare")
+    require(is_complete(folder), f"no finished dataset at {folder}; write it with causvid prepare")
     return _open(pathlib.Path(folder)).as_data_source(split=split)
 
 
@@ -142,11 +142,11 @@ def write_dataset(
         folder: the dataset's own folder.
         name: of the dataset; shards are ``NAME-SPLIT.array_record-00000-of-00004``.
         features: of one example.
-        chunks: how many; chunk i becomes shard i.
+        chunks: number of chunks; chunk i becomes shard i.
         make_chunk: chunk index to its examples; must depend on the index alone.
         identity: everything that decides the content (sizes, seeds, digests of weights), as JSON values. A folder that
             was started with another identity is refused, so that trajectories of two teachers never mix.
-        split: its name.
+        split: name of the split.
         process_id: this process writes chunks process_id, process_id + process_count, ...
         process_count: of processes that share ``folder``.
         progress: show a bar with the remaining time.
@@ -156,7 +156,7 @@ def write_dataset(
 
     Raises:
         ConfigError: the folder holds a dataset of another identity.
-        EmptyDataset: every chunk is there and none has an example.
+        EmptyDataset: all chunks are written and none has an example.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,10 +165,10 @@ def write_dataset(
         return True
     shards = [shard_path(folder, name, i, chunks, split) for i in range(chunks)]
     mine = range(process_id, chunks, process_count)
-    missing = [i for i in mine if not shards[i].is_file()]
-    bar = tqdm(total=len(mine), initial=len(mine) - len(missing), desc=name, unit="chunk", disable=not progress)
+    todo = [i for i in mine if not shards[i].is_file()]
+    bar = tqdm(total=len(mine), initial=len(mine) - len(todo), desc=name, unit="chunk", disable=not progress)
     with bar:
-        for index in missing:
+        for index in todo:
             _write_shard(shards[index], (features.serialize_example(example) for example in make_chunk(index)))
             bar.update()
     if not all(shard.is_file() for shard in shards):
@@ -178,20 +178,20 @@ def write_dataset(
 
 
 def _check_identity(folder: pathlib.Path, identity: dict[str, Any]) -> None:
-    wanted = json.loads(json.dumps(identity))
+    expected = json.loads(json.dumps(identity))
     path = folder / IDENTITY
     if not path.is_file():
-        replace_file(path, json.dumps(wanted, indent=1).encode())
+        replace_file(path, json.dumps(expected, indent=1).encode())
         return
-    found = read_identity(folder)
-    different = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
+    stored = read_identity(folder)
+    different = sorted(k for k in {*stored, *expected} if stored.get(k) != expected.get(k))
     if different:
-        changes = ", ".join(_change(name, found.get(name), wanted.get(name)) for name in different)
+        changes = ", ".join(_change(name, stored.get(name), expected.get(name)) for name in different)
         raise ConfigError(f"{folder} holds another dataset ({changes}); remove it or choose another workdir")
 
 
 def _change(name: str, before: Any, now: Any) -> str:
-    """Return how a setting differs, in words. Long values are left out."""
+    """Describe how a setting differs. Long values are omitted."""
     short = len(repr(before)) + len(repr(now)) <= 100
     return f"{name} was {before!r} and is now {now!r}" if short else f"{name} differs"
 

@@ -1,4 +1,4 @@
-"""Lists written by users: prompts, and the captions of a folder of videos."""
+"""Read lists of prompts, and the captions of a folder of videos."""
 
 import csv
 import dataclasses
@@ -41,7 +41,8 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
     anything else              one prompt per line; JSON is recognised by its content
     =========================  ====================================================================================
 
-    Suffixes may be in any case. Order and repetitions are kept; white space around a prompt and empty lines are not.
+    Suffixes may be in any case. Order and repetitions are kept. White space around a prompt and empty lines are
+    removed.
 
     Raises:
         ConfigError: no such file, a line that cannot be read, or no prompt at all.
@@ -174,7 +175,7 @@ def _first(row: dict[str, Any], keys: Sequence[str]) -> Any:
 
 
 def _resolve(name: str, spelled: dict[str, str]) -> str:
-    """Return the file that a captions file means by ``name``; ``spelled`` maps normalised names to those on disk."""
+    """Return the file on disk for ``name`` of a captions file; ``spelled`` maps normalised names to those on disk."""
     for spelling in (name, name.replace("\\", "/")):
         plain = os.path.normpath(spelling)
         file = spelled.get(unicodedata.normalize("NFC", plain))

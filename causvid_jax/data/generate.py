@@ -1,8 +1,8 @@
-"""Datasets that networks make: latents of clips (by the VAE), ODE trajectories (by the teacher), streams (by the
-student), embedded prompts.
+"""Datasets that networks make: latents, ODE trajectories, streams and embedded prompts.
 
-All are written chunk by chunk and resume (:mod:`causvid_jax.data.arrays`). An example depends on its index alone: how
-many are made, on how many devices and after how many interruptions changes nothing but rounding.
+The VAE makes latents of clips, the teacher makes ODE trajectories, the student makes streams. All datasets are written
+chunk by chunk and resume (:mod:`causvid_jax.data.arrays`). An example depends on its index alone. The number of
+examples, of devices and of interruptions changes it by rounding only.
 """
 
 import dataclasses
@@ -101,8 +101,8 @@ def write_latents(
         source: examples with ``video`` uint8 [T, H, W, 3] and ``caption``.
         params: of the VAE.
         config: of the VAE; its ``latent_mean`` and ``latent_std`` normalise what is stored.
-        clips: names the dataset ``source`` reads, so that latents of other clips are told apart.
-        count: how many clips.
+        clips: name of the dataset that ``source`` reads, part of the identity.
+        count: number of clips.
         chunk: clips per shard.
         batch: clips per device and call.
         prompt_encoder: keeps the embeddings of the captions as ``text``; None: readers encode the captions.
@@ -125,8 +125,8 @@ def write_latents(
         video = to_float(np.stack([e["video"] for e in examples]))
         captions_of = [pipeline.as_text(e["caption"]) for e in examples]
         embeds = encoder.encode(prompt_encoder, captions_of) if prompt_encoder else [None] * len(examples)
-        for caption, latents, rows in zip(captions_of, run(video), embeds, strict=True):
-            text = {} if rows is None else {"text": arrays.trim_text(rows)}
+        for caption, latents, text_of in zip(captions_of, run(video), embeds, strict=True):
+            text = {} if text_of is None else {"text": arrays.trim_text(text_of)}
             yield {"latents": latents.astype(np.float16), "caption": caption, **text}
 
     return generate(
@@ -173,15 +173,15 @@ def write_trajectories(
     """
     shape, diffusion, key = recipe.latent_shape, recipe.diffusion, jax.random.key(seed)
     reader = prompt_encoder or encoder.open_encoder(recipe)
-    null = jnp.asarray(encoder.null_rows(reader))
-    # Word embeddings are cheap to compute; those of a network are kept.
+    negative = jnp.asarray(encoder.negative_prompt_embeds(reader))
+    # Store the embeddings of a network; word embeddings are cheap to compute.
     embedded = recipe.text.kind != "words"
 
-    def trajectories(p: Any, numbers: jax.Array, rows: jax.Array) -> jax.Array:
+    def trajectories(p: Any, numbers: jax.Array, embeds: jax.Array) -> jax.Array:
         noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(numbers)
         network = functools.partial(transformer.bidirectional, p, config=recipe.teacher)
         states = teacher_trajectory(
-            lambda x, timestep: guided_velocity(network, x, timestep, rows, null, diffusion.guidance_scale),
+            lambda x, timestep: guided_velocity(network, x, timestep, embeds, negative, diffusion.guidance_scale),
             noise,
             diffusion,
         )
@@ -194,12 +194,12 @@ def write_trajectories(
         shapes["text"] = (None, recipe.text.dim)
 
     def make_batch(numbers: range) -> Iterator[dict[str, Any]]:
-        chosen = [prompts[i] for i in numbers]
-        rows = encoder.encode(reader, chosen)
-        states = run(np.asarray(numbers, np.uint32), rows)
-        for prompt, trajectory, row in zip(chosen, states, rows, strict=True):
-            kept = {"text": arrays.trim_text(row)} if embedded else {}
-            yield {"trajectory": trajectory.astype(np.float16), "caption": prompt, **kept}
+        batch_prompts = [prompts[i] for i in numbers]
+        embeds = encoder.encode(reader, batch_prompts)
+        states = run(np.asarray(numbers, np.uint32), embeds)
+        for prompt, trajectory, row in zip(batch_prompts, states, embeds, strict=True):
+            text = {"text": arrays.trim_text(row)} if embedded else {}
+            yield {"trajectory": trajectory.astype(np.float16), "caption": prompt, **text}
 
     return generate(
         folder,
@@ -223,8 +223,8 @@ def write_trajectories(
 def causal_key(seed: int, frames: int) -> jax.Array:
     """Return the key of the causal trajectories of ``frames`` latent frames (0: whole clips).
 
-    Each length has a key of its own. With one key the noise of a short clip would be the beginning of that of a whole
-    one, and the first blocks of both datasets would be the same examples.
+    Each length has its own key. With one key for all, the first blocks of short and whole clips would have the same
+    noise, and both datasets would contain the same examples.
     """
     key = jax.random.key(seed)
     return jax.random.fold_in(key, frames) if frames else key
@@ -252,12 +252,12 @@ def write_causal_trajectories(
 
     Args:
         folder: of the dataset; examples are ``trajectory`` as in :func:`write_trajectories`, ``context`` float16
-            [F, h, w, C], the past that was shown, and ``caption``.
+            [F, h, w, C], the clean past of every block, and ``caption``.
         params: of the causal teacher.
         recipe: its networks, blocks and diffusion.
-        clips: examples with ``latents`` and ``caption``; trajectory i takes clip i, from the start again when they end.
+        clips: examples with ``latents`` and ``caption``; trajectory i uses clip i modulo their number.
         count: trajectories to make.
-        identity: what tells these clips from others, a digest or a name.
+        identity: identifies these clips, a digest or a name.
         frames: latent frames of every clip, from its first one on; 0: all.
         seed, chunk, batch, options: as in :func:`write_trajectories`.
 
@@ -268,20 +268,20 @@ def write_causal_trajectories(
     shape = (frames or whole[0], *whole[1:])
     sizes, switched = recipe.causal.block_sizes(shape[0]), recipe.train_init.prompt_switch_prob
     reader = prompt_encoder or encoder.open_encoder(recipe)
-    null = jnp.asarray(encoder.null_rows(reader))
+    negative = jnp.asarray(encoder.negative_prompt_embeds(reader))
 
-    def trajectories(p: Any, numbers: jax.Array, rows: jax.Array, own: jax.Array, other: jax.Array) -> jax.Array:
+    def trajectories(p: Any, numbers: jax.Array, embeds: jax.Array, own: jax.Array, other: jax.Array) -> jax.Array:
         keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(numbers)
         noise = jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 0])
         past = jax.vmap(lambda k: splice(k, 1, sizes, switched)[0])(keys[:, 1])
         context = jnp.where(past[:, :, None, None, None], other, own)
 
-        def network(x: jax.Array, timestep: jax.Array, rows: jax.Array) -> jax.Array:
+        def network(x: jax.Array, timestep: jax.Array, embeds: jax.Array) -> jax.Array:
             return transformer.block_causal(
                 p,
                 x,
                 timestep,
-                rows,
+                embeds,
                 config=recipe.teacher,
                 causal=recipe.causal,
                 clean=per_branch(context, x),
@@ -289,7 +289,7 @@ def write_causal_trajectories(
             )
 
         states = teacher_trajectory(
-            lambda x, timestep: guided_velocity(network, x, timestep, rows, null, diffusion.guidance_scale),
+            lambda x, timestep: guided_velocity(network, x, timestep, embeds, negative, diffusion.guidance_scale),
             noise,
             diffusion,
         )
@@ -301,14 +301,14 @@ def write_causal_trajectories(
         return np.stack([clips[i % len(clips)]["latents"][: shape[0]] for i in numbers]).astype(np.float32)
 
     def make_batch(numbers: range) -> Iterator[dict[str, Any]]:
-        given = [pipeline.as_text(clips[i % len(clips)]["caption"]) for i in numbers]
+        batch_captions = [pipeline.as_text(clips[i % len(clips)]["caption"]) for i in numbers]
         states = run(
             np.asarray(numbers, np.uint32),
-            encoder.encode(reader, given),
+            encoder.encode(reader, batch_captions),
             latents(numbers),
             latents(i + 1 for i in numbers),
         )
-        for caption, state in zip(given, states.astype(np.float16), strict=True):
+        for caption, state in zip(batch_captions, states.astype(np.float16), strict=True):
             yield {"trajectory": state[:-1], "context": state[-1], "caption": caption}
 
     return generate(
@@ -370,17 +370,17 @@ def write_streams(
         ConfigError: no blocks make up so many clips.
     """
     recipe = dataclasses.replace(recipe, decoder="vae")
-    length, shown = recipe.video.latent_frames, recipe.video.frames
+    length, frames_per_clip = recipe.video.latent_frames, recipe.video.frames
     sizes, factor = recipe.causal.block_sizes(clips * length), vae.time_factor(recipe.vae)
     reader, batch = prompt_encoder or encoder.open_encoder(recipe), min(batch, chunk)
     streamed = weights.for_stream(jax.tree.map(jnp.asarray, params), recipe)
 
     def run(numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        # One batch size, hence one compilation: a short last batch is filled up.
+        # Pad a short last batch, so that there is one batch size and one compilation.
         full = [*numbers, *([numbers[-1]] * (batch - len(numbers)))]
-        rows = jnp.asarray(encoder.encode(reader, [prompts[i] for i in full]))
+        embeds = jnp.asarray(encoder.encode(reader, [prompts[i] for i in full]))
         seeds = [seed + i for i in full]
-        state = stream.init_stream(streamed, rows, config=recipe, seed=seeds, frames=clips * length)
+        state = stream.init_stream(streamed, embeds, config=recipe, seed=seeds, frames=clips * length)
         parts = []
         for _ in sizes:
             latents, frames, state = stream.next_frames(streamed, state, config=recipe)
@@ -394,11 +394,11 @@ def write_streams(
                 start = factor * first
                 yield {
                     "latents": latents[first : first + length].astype(np.float16),
-                    "video": video[start : start + shown],
+                    "video": video[start : start + frames_per_clip],
                     "caption": prompts[number],
                 }
 
-    shape = (shown, recipe.video.height, recipe.video.width, 3)
+    shape = (frames_per_clip, recipe.video.height, recipe.video.width, 3)
     pixels = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding="zlib")
     return generate(
         folder,
@@ -449,8 +449,8 @@ def write_prompts(
     reader = prompt_encoder or encoder.open_encoder(recipe)
 
     def make_batch(numbers: range) -> Iterator[dict[str, Any]]:
-        chosen = [prompts[i] for i in numbers]
-        for prompt, row in zip(chosen, encoder.encode(reader, chosen), strict=True):
+        batch_prompts = [prompts[i] for i in numbers]
+        for prompt, row in zip(batch_prompts, encoder.encode(reader, batch_prompts), strict=True):
             yield {"text": arrays.trim_text(row), "caption": prompt}
 
     return generate(

@@ -1,9 +1,9 @@
 """The input pipeline: Grain over random-access sources, in threads, with exact resume.
 
 There is one global order of examples, a function of the sources, their weights and the seed alone. Step k takes the
-next global batch of it, and of every global batch each process reads only its own rows. So an epoch loses and repeats
-no example on any number of processes, and a position is a number of examples of the global order: a run
-can continue on another number of processes.
+next global batch, and each process reads only its own examples of it. An epoch therefore loses and repeats no example
+on any number of processes. The position is a number of examples in the global order, so a run can continue on another
+number of processes.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from causvid_jax.media import to_float
 
 
 class Source(Protocol):
-    """Random access to examples; tfds data sources and plain lists of dicts are ones."""
+    """Random access to examples, such as a tfds data source or a list of dicts."""
 
     def __len__(self) -> int: ...
 
@@ -35,8 +35,7 @@ class Mixture:
 
     Attributes:
         sources: of examples with the same keys and shapes.
-        weights: how often each is read, in any unit: of every long enough stretch of the global order source i makes up
-            ``weights[i] / sum(weights)``.
+        weights: relative frequencies: source i makes up ``weights[i] / sum(weights)`` of the global order.
     """
 
     def __init__(self, sources: Sequence[Examples], weights: Sequence[float]):
@@ -49,7 +48,7 @@ class Mixture:
 
 
 class _Numbered:
-    """A source whose examples come with their number, counted on through the sources of a mixture."""
+    """A source that yields (number, example); numbers count on through the sources of a mixture."""
 
     def __init__(self, source: Examples, first: int):
         self._source, self._first = source, first
@@ -62,7 +61,7 @@ class _Numbered:
 
 
 class _Rows(grain.MapDataset):
-    """Of the batches of ``size`` examples that follow on example ``start``, some ``rows`` of each, one by one."""
+    """The examples ``rows`` of every batch of ``size`` examples from example ``start`` on, one by one."""
 
     def __init__(self, order: grain.MapDataset, start: int, size: int, rows: tuple[int, ...]):
         super().__init__(order)
@@ -132,8 +131,8 @@ def batches(
         process_id: of this process, usually ``jax.process_index()``.
         process_count: usually ``jax.process_count()``; process p reads the p-th equal part of every batch, so that the
             parts in the order of the processes are the batch of one process.
-        rows: instead of the two: which rows of every batch this process reads, 0 to batch_size - 1.
-        threads: that read and transform ahead.
+        rows: indices of the examples of every batch that this process reads, instead of ``process_id``.
+        threads: number of threads that read and transform ahead.
 
     Returns:
         an iterator of dicts of stacked numpy arrays; ``index`` in each are the numbers of its examples in ``source``
@@ -164,9 +163,9 @@ def batches(
     def numbered(example: tuple[int, dict[str, Any]], rng: np.random.Generator) -> dict[str, Any]:
         return {**transform(example[1], rng), "index": np.int64(example[0])}
 
-    # The transform stands before the rows are chosen, so that its randomness does not depend on the processes.
+    # Transform before the rows are chosen, so that randomness does not depend on the processes.
     order = _endless(source, seed, shuffle).random_map(numbered)
-    # Elements of the iterator are whole batches: each thread makes one, and as many wait.
+    # Elements of the iterator are whole batches: each thread makes one, and as many are buffered.
     return Batches(order, batch_size, mine, grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
 
 

@@ -3,8 +3,8 @@
 In the order of a training: ``data`` writes pixel clips (moving digits, or those of own videos) for the codec stages,
 ``latents`` encodes them with the trained VAE, ``videos`` splits and encodes a folder of videos at once with a VAE that
 exists already, ``prompts`` embeds a list of prompts, ``trajectories`` runs the trained teacher's ODE, ``streams`` runs
-the student for the tiny decoder to learn from, and ``assets`` publishes the trained weights. Every stage keeps what
-exists and resumes after an interruption.
+the student for the tiny decoder to learn from, and ``assets`` publishes the trained weights. Every stage keeps existing
+data and resumes after an interruption.
 """
 
 import dataclasses
@@ -32,11 +32,11 @@ class Options:
       captions: their captions (:func:`captions.read_captions`); "" takes ``a.txt`` beside ``a.mp4``.
       prompts: list of prompts (:func:`captions.read_prompts`); "" takes ``data.prompt_file``.
       name: dataset that the stage ``videos`` writes below ``WORKDIR/data``.
-      clips_per_video: clips that a video gives at most; 0 for all.
-      shard_videos: videos per shard, which is what an interruption can cost.
+      clips_per_video: maximum clips per video; 0 for all.
+      shard_videos: videos per shard; an interruption loses at most one shard.
       batch: clips per device and call of the VAE.
       workers: videos decoded at a time.
-      host_index, host_count: share of a machine that does not know the others; None takes JAX's processes.
+      host_index, host_count: share of a machine that runs by itself; None takes JAX's processes.
     """
 
     count: int = 0
@@ -68,7 +68,7 @@ class Options:
         require(
             jax.process_count() == 1,
             f"--host_index is {self.host_index}, but this is process {jax.process_index()} of {jax.process_count()} "
-            "that know each other; they share the stage without it",
+            "of one run, which share the stage without it",
         )
         return {"process_id": self.host_index, "process_count": self.host_count}
 
@@ -106,10 +106,10 @@ def latents(recipe: Recipe, workdir: pathlib.Path, options: Options = Options())
     before = arrays.is_complete(folder)
     reader = None
     if recipe.data.name == "videos":
-        given = sources.folder(workdir, sources.CLIPS)
-        name = captions.digest([(given / arrays.IDENTITY).read_text()])
+        clips_folder = sources.folder(workdir, sources.CLIPS)
+        name = captions.digest([(clips_folder / arrays.IDENTITY).read_text()])
         reader = encoder.open_encoder(recipe, workdir)
-        _fill(reader, [line["caption"] for line in videos.used(given)])
+        _fill(reader, [line["caption"] for line in videos.used(clips_folder)])
     else:
         name = moving_digits.MovingDigitsConfig.of(recipe.data, recipe.video).name
     generate.write_latents(
@@ -122,7 +122,7 @@ def encode_videos(recipe: Recipe, workdir: pathlib.Path, options: Options = Opti
     """Split and encode a folder of videos with a VAE that exists, without keeping pixels."""
     root, listed = _list_videos(options, "videos")
     reader = encoder.open_encoder(recipe, workdir)
-    # All at once, before the VAE is loaded: every chunk alone would load the text encoder again.
+    # Encode all captions before the VAE is loaded; otherwise every chunk would load the text encoder again.
     _fill(reader, [video.caption for video in listed])
     params, config = paths.load_stage(recipe, "vae", workdir)
     folder = sources.folder(workdir, options.name)
@@ -147,12 +147,13 @@ def prompts(recipe: Recipe, workdir: pathlib.Path, options: Options = Options())
     """Embed a list of prompts; without one, encode only the captions of the data into the prompt cache."""
     reader, listed = encoder.open_encoder(recipe, workdir), _prompt_list(recipe, options)
     if recipe.text.kind != "words":
-        known = listed if listed is not None else sources.prompts(recipe, workdir)
-        known = known[: options.count or len(known)]
-        absent = encoder.missing(reader, [recipe.text.negative_prompt, *known])
-        _fill(reader, absent)
+        prompt_list = listed if listed is not None else sources.prompts(recipe, workdir)
+        prompt_list = prompt_list[: options.count or len(prompt_list)]
+        uncached = encoder.missing(reader, [recipe.text.negative_prompt, *prompt_list])
+        _fill(reader, uncached)
         if listed is None:
-            return f"{workdir / 'prompts'}: {len(known)} captions and the negative prompt, {len(absent)} of them new"
+            counts = f"{len(prompt_list)} captions and the negative prompt, {len(uncached)} of them new"
+            return f"{workdir / 'prompts'}: {counts}"
     if listed is None:
         raise ConfigError("no --prompts is given and data.prompt_file is empty; --stage=prompts needs a list of them")
     folder = sources.folder(workdir, sources.PROMPTS)
@@ -167,8 +168,8 @@ def trajectories(recipe: Recipe, workdir: pathlib.Path, options: Options = Optio
     if recipe.train_init.teacher == "causal":
         return _causal_trajectories(recipe, workdir, options)
     params, _ = paths.load_stage(recipe, "teacher", workdir)
-    known = _prompt_list(recipe, options) or sources.prompts(recipe, workdir)
-    listed = generate.prompt_sequence(known, options.count or recipe.train_init.trajectories, recipe.data.seed)
+    prompt_list = _prompt_list(recipe, options) or sources.prompts(recipe, workdir)
+    listed = generate.prompt_sequence(prompt_list, options.count or recipe.train_init.trajectories, recipe.data.seed)
     folder = sources.folder(workdir, sources.TRAJECTORIES)
     before = arrays.is_complete(folder)
     reader = encoder.open_encoder(recipe, workdir, compute=False)
@@ -181,8 +182,8 @@ def trajectories(recipe: Recipe, workdir: pathlib.Path, options: Options = Optio
 def _causal_trajectories(recipe: Recipe, workdir: pathlib.Path, options: Options) -> str:
     params, _ = paths.load_stage(recipe, "causal", workdir)
     codec = paths.open_stage(recipe, "vae", workdir).config
-    given = sources.folder(workdir, sources.LATENTS)
-    clips, lines = sources.checked_source(given, recipe, workdir, vae="vae"), []
+    latents_folder = sources.folder(workdir, sources.LATENTS)
+    clips, lines = sources.checked_source(latents_folder, recipe, workdir, vae="vae"), []
     for frames, number in ((0, recipe.train_init.trajectories), *recipe.train_init.extra_trajectories):
         folder = sources.causal_folder(workdir, frames)
         before = arrays.is_complete(folder)
@@ -192,7 +193,7 @@ def _causal_trajectories(recipe: Recipe, workdir: pathlib.Path, options: Options
             dataclasses.replace(recipe, vae=codec),
             clips,
             count=options.count or number,
-            identity=(given / arrays.IDENTITY).read_text(),
+            identity=(latents_folder / arrays.IDENTITY).read_text(),
             frames=frames,
             seed=recipe.train_init.seed,
             prompt_encoder=encoder.open_encoder(recipe, workdir, compute=False),
@@ -210,11 +211,11 @@ def streams(recipe: Recipe, workdir: pathlib.Path, options: Options = Options())
     )
     params, recipe = paths.load_decoders(dataclasses.replace(recipe, decoder="vae"), workdir)
     params["student"], _ = paths.load_stage(recipe, "distill", workdir)
-    known = _prompt_list(recipe, options) or sources.prompts(recipe, workdir)
+    prompt_list = _prompt_list(recipe, options) or sources.prompts(recipe, workdir)
     reader = encoder.open_encoder(recipe, workdir, compute=False)
     lines, first = [], 0
     for clips, number in recipe.train_taehv.rollouts:
-        listed = generate.prompt_sequence(known, options.count or number, recipe.data.seed + clips)
+        listed = generate.prompt_sequence(prompt_list, options.count or number, recipe.data.seed + clips)
         folder = sources.streams_folder(workdir, clips)
         before = arrays.is_complete(folder)
         generate.write_streams(
@@ -226,7 +227,7 @@ def streams(recipe: Recipe, workdir: pathlib.Path, options: Options = Options())
 
 
 def assets(recipe: Recipe, workdir: pathlib.Path, options: Options = Options()) -> str:
-    """Make the trained weights those that come with the package."""
+    """Copy the trained weights into the package."""
     return "\n".join(f"{path}: {path.stat().st_size / 1e6:.1f} MB" for path in paths.publish(recipe.name, workdir))
 
 
@@ -259,7 +260,7 @@ def _prompt_list(recipe: Recipe, options: Options) -> list[str] | None:
 
 
 def _fill(reader: encoder.Encoder, prompts: list[str]) -> None:
-    """Encode ``prompts`` into the cache, each JAX process its share."""
+    """Encode this JAX process's share of ``prompts`` into the cache."""
     encoder.fill(reader, prompts[jax.process_index() :: jax.process_count()])
     collectives.barrier("captions encoded")
 
@@ -267,9 +268,9 @@ def _fill(reader: encoder.Encoder, prompts: list[str]) -> None:
 def _summary(folder: pathlib.Path, before: bool) -> str:
     collectives.barrier(f"{folder.name} written")
     if not arrays.is_complete(folder):
-        return f"{folder}: this process is done, others are not; the last one to end finishes the dataset"
-    done = "was complete already, nothing to do: " if before else ""
-    return f"{folder}: {done}{len(arrays.source(folder))} examples"
+        return f"{folder}: this process is done; the last process to end finishes the dataset"
+    prefix = "was complete already, nothing to do: " if before else ""
+    return f"{folder}: {prefix}{len(arrays.source(folder))} examples"
 
 
 def _video_summary(folder: pathlib.Path, before: bool) -> str:
@@ -281,6 +282,6 @@ def _video_summary(folder: pathlib.Path, before: bool) -> str:
 
 
 def run(stage: str, recipe: Recipe, workdir: pathlib.Path, options: Options = Options()) -> str:
-    """Run a stage of :data:`STAGES` and return what to tell the user."""
+    """Run a stage of :data:`STAGES` and return a summary for the user."""
     require(stage in STAGES, f"--stage is {stage!r}; accepted: {', '.join(STAGES)}")
     return STAGES[stage](recipe, workdir, options)

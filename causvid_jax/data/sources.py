@@ -53,22 +53,22 @@ def latents(recipe: Recipe, workdir: str | os.PathLike) -> pipeline.Examples | p
     Raises:
         ConfigError: one that is not finished, or one of another size than the first.
     """
-    chosen = _mixture(recipe.data)
-    sources = [checked_source(folder(workdir, name), recipe, workdir, vae="vae") for name, _ in chosen]
+    datasets = _mixture(recipe.data)
+    sources = [checked_source(folder(workdir, name), recipe, workdir, vae="vae") for name, _ in datasets]
     if len(sources) == 1:
         return sources[0]
     shapes = [source[0]["latents"].shape for source in sources]
-    for (name, _), shape in zip(chosen, shapes, strict=True):
+    for (name, _), shape in zip(datasets, shapes, strict=True):
         require(
             shape == shapes[0],
-            f"data.mixture: the latents of {name} are {list(shape)}, those of {chosen[0][0]} are {list(shapes[0])}; "
+            f"data.mixture: the latents of {name} are {list(shape)}, those of {datasets[0][0]} are {list(shapes[0])}; "
             "they must be the same",
         )
-    return pipeline.Mixture(sources, [weight for _, weight in chosen])
+    return pipeline.Mixture(sources, [weight for _, weight in datasets])
 
 
 def checked_source(path: pathlib.Path, recipe: Recipe, workdir: str | os.PathLike, **stages: str) -> Any:
-    """Return the examples of a dataset after comparing what it was made with.
+    """Return the examples of a dataset after checking that it was made with the weights of ``workdir``.
 
     Args:
         path: of the dataset.
@@ -86,12 +86,12 @@ def checked_source(path: pathlib.Path, recipe: Recipe, workdir: str | os.PathLik
         try:
             return weights.find(recipe.name, stage, workdir).exists()
         except ConfigError:
-            return False  # a dataset may be used where the weights that made it are not
+            return False  # a dataset may be used without the weights that made it
 
     def check() -> None:
-        known = {key: stage for key, stage in stages.items() if key in identity and has(stage)}
-        opened = {key: weights.open_stage(recipe, stage, workdir) for key, stage in known.items()}
-        lineage.check_dataset(path, identity, opened, f"launch.prepare --stage={_stage_of(identity)}")
+        made_by = {key: stage for key, stage in stages.items() if key in identity and has(stage)}
+        opened = {key: weights.open_stage(recipe, stage, workdir) for key, stage in made_by.items()}
+        lineage.check_dataset(path, identity, opened, f"causvid prepare --stage={_stage_of(identity)}")
 
     collectives.check_on_first(check)
     return source
@@ -112,13 +112,13 @@ def trajectories(recipe: Recipe, workdir: str | os.PathLike, frames: int = 0) ->
         require(
             stored.get(name, 0.0 if name == "student_shift" else present) == present,
             f"{path} was made with diffusion.{name} {stored.get(name)}, and the recipe has {present}; remove {path} "
-            "and run launch.prepare --stage=trajectories",
+            "and run causvid prepare --stage=trajectories",
         )
     return source
 
 
 def _stage_of(identity: dict[str, Any]) -> str:
-    """Return the stage of ``launch.prepare`` that makes a dataset of this identity."""
+    """Return the stage of ``causvid prepare`` that makes a dataset of this identity."""
     if "videos" in identity:
         return "videos"
     return {"trajectories": "trajectories", "causal_trajectories": "trajectories", "streams": "streams"}.get(

@@ -1,7 +1,7 @@
 """Turn a folder of videos into a dataset of pixels or latents, with a report of every video.
 
-A chunk is a number of videos, so that the clips of a video are written together and an interruption loses or doubles
-none. The folder also holds ``videos.jsonl`` (file, caption and number of clips of every video that was used) and
+A chunk is a group of videos, so the clips of a video are written together and an interruption neither loses nor repeats
+any. The folder also holds ``videos.jsonl`` (file, caption and number of clips of every video that was used) and
 ``skipped.jsonl`` (file and reason of every other one).
 """
 
@@ -143,7 +143,8 @@ def write_pixels(
 
 
 def held_out(videos: Sequence[Video], share: int = 50) -> tuple[list[Video], list[Video]]:
-    """Return the videos to train on and those to test on: every ``share``-th, at least one; a single one is both."""
+    """Return (training videos, test videos). Every ``share``-th video, at least one, is for tests; a single one is
+    both."""
     test = list(videos[::share])
     return [video for video in videos if video not in test] or test, test
 
@@ -201,7 +202,7 @@ def write_clips(
                 text = {} if encode_text is None else {"text": rows[video.file]}
                 start = np.float32(n * config.frames / config.fps)
                 yield {key: one.astype(kind), "caption": video.caption, **text, "file": video.file, "start": start}
-        # Written before the shard gets its name, so that no shard lacks its report.
+        # Write the report before the shard gets its name, so that no shard lacks its report.
         _write_lines(folder / _PARTS / f"{index:05d}.jsonl", report.lines)
 
     try:
@@ -260,7 +261,7 @@ class _Report:
 def _text_rows(
     videos: Sequence[Video], encode: Callable[[list[str]], np.ndarray] | None, report: _Report
 ) -> dict[str, np.ndarray]:
-    """Return file to trimmed embeddings of every video that can be tried; report the others."""
+    """Return file to trimmed caption embeddings of every video with a usable caption; report the other videos."""
     possible = []
     for video in videos:
         if video.size <= 0:
@@ -272,8 +273,8 @@ def _text_rows(
     if not possible or encode is None:
         return {video.file: np.zeros((0, 0), np.float16) for video in possible}
     try:
-        made = encode([video.caption for video in possible])
-        return {video.file: arrays.trim_text(rows) for video, rows in zip(possible, made, strict=True)}
+        embeds = encode([video.caption for video in possible])
+        return {video.file: arrays.trim_text(rows) for video, rows in zip(possible, embeds, strict=True)}
     except ConfigError:
         encode([""])  # raises if the encoder cannot work at all, whatever the caption
     kept = {}
@@ -294,8 +295,8 @@ def _encoded(
 ) -> Iterator[tuple[Video, list[np.ndarray]]]:
     """Yield every usable video with its encoded clips.
 
-    Batches of ``size`` clips run across videos. The clips of a video are kept back until its last frame is decoded,
-    because those of a damaged video are dropped.
+    Batches of ``size`` clips run across videos. The clips of a video are yielded after its last frame is decoded,
+    because the clips of a damaged video are dropped.
     """
     waiting: list[tuple[int, np.ndarray]] = []
     latents: dict[int, list[np.ndarray]] = {}
@@ -342,7 +343,7 @@ def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _collect(folder: pathlib.Path) -> None:
-    """Put the reports of all chunks so far, by file name, into the two files that people read."""
+    """Merge the reports of all chunks so far, sorted by file name, into ``videos.jsonl`` and ``skipped.jsonl``."""
     lines = [line for path in sorted((folder / _PARTS).glob("*.jsonl")) for line in _read_lines(path)]
     lines.sort(key=lambda line: line["file"])
     if lines:

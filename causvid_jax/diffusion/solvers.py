@@ -20,7 +20,7 @@ from causvid_jax.diffusion import flow
 VelocityFn = Callable[[jax.Array, jax.Array], jax.Array]  # (x [B, F, h, w, C], timestep [B, F]) -> velocity
 
 UNIPC_FIRST_U = float(np.float32(0.999))
-"""First nominal time of the published grid, a float32 there.
+"""First nominal time of the published grid, which is a float32.
 
 It is below 1 because the log-SNR at sigma 1 is infinite.
 """

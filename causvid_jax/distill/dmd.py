@@ -29,10 +29,10 @@ ScoreFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (x, timestep
 
 
 class Levels(NamedTuple):
-    """Where the scores' timesteps are drawn: nominal times in ``[low, high)``, one per block instead of one per clip.
+    """The range of the scores' timesteps: nominal times in ``[low, high)``, drawn per clip or per block.
 
     Attributes:
-      low: scalar, the time of the step after the exit step where they are tied to it; None: 0.
+      low: scalar; for timesteps tied to the exit step the time of the next step; None: 0.
       high: scalar; None: 1.
       block_sizes: frames of each block; empty: one timestep for the clip.
     """
@@ -108,12 +108,12 @@ def masked_mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def mask_weight(mask: jax.Array | None) -> dict[str, jax.Array]:
-    """Return the number of frames that a masked mean counts, as the metric ``weight``; nothing without a mask."""
+    """Return the number of frames that a masked mean counts as ``{"weight"}``; without a mask an empty dict."""
     return {} if mask is None else {"weight": jnp.sum(mask.astype(jnp.float32))}
 
 
 class Predictions(NamedTuple):
-    """What the two scores say of one noisy copy of the student's output, float32 ``[B, F, h, w, C]``."""
+    """Predictions of the two scores for one noisy copy of the student's output, float32 ``[B, F, h, w, C]``."""
 
     fake_x0: jax.Array
     real_x0: jax.Array

@@ -1,4 +1,4 @@
-"""Settings of a self rollout: which timesteps each block has, and at which of them its denoising stops."""
+"""Settings of a self rollout: the timesteps of each block and the step at which its denoising stops."""
 
 import dataclasses
 from typing import Literal
@@ -48,8 +48,8 @@ def draw_exit_steps(rollout: Rollout, key: jax.Array, blocks: int, has_context: 
     if not rollout.first_timesteps:
         return exits
     count = len(rollout.first_timesteps)
-    drawn = jax.random.randint(jax.random.fold_in(key, 2), (), 0, count)
-    first = count - 1 if rollout.exit_steps == "last" else drawn
+    first_exit = jax.random.randint(jax.random.fold_in(key, 2), (), 0, count)
+    first = count - 1 if rollout.exit_steps == "last" else first_exit
     return exits.at[0].set(jnp.where(has_context, exits[0], first))
 
 
@@ -66,7 +66,7 @@ def timestep_table(rollout: Rollout, blocks: int, has_context: jax.Array | bool 
 
 
 def noise_key(key: jax.Array) -> jax.Array:
-    """Return the part of a rollout's key that draws noise; the other draws the exit steps."""
+    """Return the part of a rollout's key that draws noise. The other part draws the exit steps."""
     return jax.random.split(key)[1]
 
 

@@ -4,7 +4,7 @@
 
 ``x_t`` is the teacher's state at a denoising timestep t, drawn per block, and ``x0`` the end of the same trajectory.
 Blocks may also be drawn clean (t = 0): they are context for later blocks and do not enter the loss. Trajectories of a
-causal teacher come with the clean context of each block, and the student is given the same (teacher forcing).
+causal teacher contain the clean context of each block, which the student also gets (teacher forcing).
 
 :func:`splice` prepares the student for a prompt switch: it replaces the clip's context by that of another clip.
 """

@@ -1,6 +1,6 @@
 """Gradient replay: a self rollout whose gradient also passes through the keys and values of earlier blocks.
 
-The rollout runs without a gradient and records, for every block, the noisy input ``x`` of its exit step and the clean
+The rollout runs without a gradient. For every block it records the noisy input ``x`` of its exit step and the clean
 estimate ``x0``. One block-causal pass then repeats all exit steps at once,
 
     x0_replayed = x - sigma v(x, t | clean copies of earlier blocks),
@@ -30,11 +30,11 @@ Params = Any
 
 
 class Record(NamedTuple):
-    """What a rollout without gradient leaves for the replay, ``[B, F, h, w, C]`` each.
+    """Results of a rollout without gradient that the replay needs, ``[B, F, h, w, C]`` each.
 
     Attributes:
       x: the noisy input of every block's exit step.
-      written: what the context pass wrote to the cache: the clean estimate, with noise if the recipe adds it.
+      written: the latents of the context pass: the clean estimate, with noise if the recipe adds it.
     """
 
     x: jax.Array
@@ -89,7 +89,7 @@ def replay(
       rollout: network and block structure.
       params: the student's parameters.
       text: prompt embeddings, ``[B, S, E]``.
-      record: noisy inputs of the exit steps, and what the context passes wrote.
+      record: noisy inputs of the exit steps and latents of the context passes.
       timestep: of the exit steps, ``[F]``.
       past: clean latents that the rollout continued, ``[B, P, h, w, C]``.
     """

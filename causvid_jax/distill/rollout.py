@@ -1,12 +1,12 @@
-"""Produce the student's x0 that distribution matching is applied to, in one of two ways.
+"""Two ways to produce the student's x0 for distribution matching.
 
 ``data_rollout`` (the paper, section 4.2): every block of a real clip is noised to a random denoising timestep, and all
-blocks are denoised in one block-causal pass. Earlier blocks, as noisy as they are, are the context of later ones.
+blocks are denoised in one block-causal pass. Later blocks attend to earlier blocks at the noise levels of these.
 
 ``self_rollout`` (Self-Forcing, arXiv 2506.08009): the student generates block by block through its KV cache, exactly as
 it will stream. Denoising stops at a random step, and only that step is differentiated. Cached context is a constant: no
-gradient reaches an earlier block through its keys and values. (In the published Self-Forcing code one does; here
-:mod:`causvid_jax.distill.replay` carries it.)
+gradient reaches an earlier block through its keys and values. (In the published Self-Forcing code a gradient does; here
+:mod:`causvid_jax.distill.replay` computes it.)
 """
 
 import functools
@@ -49,7 +49,7 @@ def data_rollout(
       key: draws one step per sample and block, and the noise.
       timesteps: the student's timesteps, ``flow.student_timesteps``.
       block_sizes: frames of each block, adding up to F.
-      include_clean: also draw t = 0; such a block comes back as it is and carries no gradient.
+      include_clean: also draw t = 0; such a block is returned unchanged and carries no gradient.
 
     Returns:
       x0 ``[B, F, h, w, C]``, and bool ``[B, F]``: True for frames that were noised, False for clean context, which is
@@ -83,7 +83,7 @@ def predict_x0(
 
 
 def noisy_context(x0: jax.Array, key: jax.Array, index: int, causal: CausalConfig) -> jax.Array:
-    """Return what training writes to the cache for ``x0``: ``(1 - s) x0 + s noise``, ``s = context_noise / 1000``.
+    """Return the latents of the context pass for ``x0``: ``(1 - s) x0 + s noise``, ``s = context_noise / 1000``.
 
     The noise is number ``index`` of ``key``. Without ``causal.add_context_noise`` the result is x0 itself.
     """
@@ -112,12 +112,11 @@ def generate_block(
     timesteps: jax.Array | None,
     shape: tuple[int, ...],
 ) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
-    """Denoise one block of ``shape`` from noise to the exit step of its ``timesteps [Q]``, and move the cache on.
-
-    Without ``timesteps`` they are those of the rollout.
+    """Denoise one block of ``shape`` from noise to the exit step of its ``timesteps [Q]``, and advance the cache.
+    Without ``timesteps`` the block has those of the rollout.
 
     Returns:
-      The clean estimate x0, the noisy input of the exit step, what the context pass wrote, and the cache after it.
+      The clean estimate x0, the noisy input of the exit step, the latents of the context pass, and the next cache.
     """
 
     timesteps = block_timesteps(rollout, timesteps)
@@ -129,24 +128,24 @@ def generate_block(
         x0, cache = predict_x0(rollout, params, text_cache, carry[0], timesteps[step], carry[1])
         return flow.add_noise(x0, noise(step + 1), flow.sigma_from_timestep(timesteps[step + 1])), cache
 
-    # The number of passes is known at run time only, so that none is wasted.
+    # The number of passes is a run-time value, so no pass is wasted.
     starts = {steps[0] for steps in (rollout.timesteps, rollout.first_timesteps) if steps}
     start = noise(0) if starts == {1000.0} else noise(0) * flow.sigma_from_timestep(timesteps[0])
     x, cache = jax.lax.fori_loop(0, exit_step, denoise, (start, cache))
     x0, cache = predict_x0(rollout, params, text_cache, x, timesteps[exit_step], cache)
-    written = noisy_context(x0, key, timesteps.shape[0], rollout.causal)
+    context_latents = noisy_context(x0, key, timesteps.shape[0], rollout.causal)
     if rollout.causal.context_pass:
-        cache = write_context(rollout, params, text_cache, written, cache)
-    return x0, x, written, kv_cache.advance(cache, shape[1])
+        cache = write_context(rollout, params, text_cache, context_latents, cache)
+    return x0, x, context_latents, kv_cache.advance(cache, shape[1])
 
 
 def block_timesteps(rollout: Rollout, timesteps: jax.Array | None) -> jax.Array:
-    """Return ``timesteps``, or where they are None those of every block, as a constant of the program."""
+    """Return ``timesteps``; if they are None, the rollout's timesteps as a constant of the program."""
     return jnp.asarray(np.asarray(rollout.timesteps, np.float32)) if timesteps is None else timesteps
 
 
 class BlockInputs(NamedTuple):
-    """What distinguishes the blocks of one size: number ``[n]``, exit step ``[n]`` and timesteps ``[n, Q]`` or None."""
+    """Inputs of n blocks of one size: number ``[n]``, exit step ``[n]`` and timesteps ``[n, Q]`` or None."""
 
     number: jax.Array
     exit_step: jax.Array
@@ -163,11 +162,11 @@ def generate_blocks(
     blocks: BlockInputs,
     key: jax.Array,
 ) -> tuple[jax.Array, KVCache]:
-    """Generate ``blocks`` of one ``shape`` (B, K, h, w, C), one after the other: ``lax.scan``.
+    """Generate ``blocks`` of one ``shape`` (B, K, h, w, C) one after the other by ``lax.scan``.
 
-    Differentiable by ``params`` and ``text_cache``, through the exit step of each block alone. The backward pass goes
-    from the last block to the first, repeats each exit step, and undoes the writes to the cache block by block. So one
-    cache is kept, not one per block (5.6 GiB each at 1.3B).
+    Only the exit step of each block is differentiated, by ``params`` and ``text_cache``. The backward pass goes from
+    the last block to the first, repeats each exit step, and undoes the writes to the cache block by block. It therefore
+    keeps one cache, not one per block (5.6 GiB each at 1.3B).
 
     Returns:
       x0 ``[n, B, K, h, w, C]`` and the cache after the last block.
@@ -251,9 +250,10 @@ def roll(
     context: jax.Array | None = None,
     has_context: jax.Array | bool = True,
 ) -> Any:
-    """Return what ``generate`` (:func:`generate_blocks` or ``replay.record_blocks``) makes of all blocks of a clip.
+    """Apply ``generate`` to all blocks of a clip and join the results.
 
-    Arguments are those of :func:`self_rollout`; ``key`` draws the noise and ``exit_steps [n]`` is of every block.
+    ``generate`` is :func:`generate_blocks` or ``replay.record_blocks``. The other arguments are those of
+    :func:`self_rollout`; ``key`` draws the noise and ``exit_steps [n]`` is of every block.
     Arrays ``[n, B, K, h, w, C]`` become ``[B, F, h, w, C]``.
     """
     batch, frames, height, width, _ = shape
@@ -274,9 +274,9 @@ def roll(
             end = start + count
             own = table[start:end] if rollout.first_timesteps else None
             inputs = BlockInputs(jnp.arange(start, end), exit_steps[start:end], own)
-            made, cache = generate(rollout, (batch, size, *shape[2:]), params, text_cache, cache, inputs, key)
+            outputs, cache = generate(rollout, (batch, size, *shape[2:]), params, text_cache, cache, inputs, key)
             cache, start = jax.lax.stop_gradient(cache), end
-            parts.append(jax.tree.map(lambda x: rearrange(x, "n b k h w c -> b (n k) h w c"), made))
+            parts.append(jax.tree.map(lambda x: rearrange(x, "n b k h w c -> b (n k) h w c"), outputs))
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
 
 

@@ -36,7 +36,7 @@ def generator_loss(
     axes = tuple(range(1, x.ndim))
     scale = jax.lax.stop_gradient(jnp.mean(jnp.abs(x - r), axis=axes, keepdims=True))
     values = (r - f) * ((r - x) - options["distill"].sid_alpha * (r - f))
-    # Of a sample that the teacher already predicts exactly, 0 / 0, nothing counts. A safe divisor keeps its slope 0.
+    # A sample that the teacher predicts exactly (0 / 0) does not count. A safe divisor gives it the gradient 0.
     values = jnp.where(scale > 0, values / jnp.where(scale > 0, scale, 1.0), 0.0)
     loss = dmd.masked_mean(values, mask)
     difference = dmd.masked_mean(jnp.abs(r - f), mask)

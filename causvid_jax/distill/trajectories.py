@@ -1,7 +1,7 @@
 """ODE trajectories of the teacher, for the initialisation of the student (paper section 4.3).
 
-The student is trained at a few timesteps only, so only the teacher's states at these timesteps are kept. The states
-must be exactly there: one at a neighbouring noise level would teach the student a wrong scale. The student's sigmas are
+The student is trained at a few timesteps only, so only the teacher's states at these timesteps are kept. Their noise
+levels must be exact: a state at a neighbouring level would teach the student a wrong scale. The student's sigmas are
 therefore inserted into the teacher's Euler grid where they are missing. For example 50 steps and timesteps
 1000/750/500/250 make 52 steps (750 and 250 are the halves 12.5 and 37.5), while 48 steps stay 48.
 """
@@ -24,8 +24,8 @@ def trajectory_grid(config: DiffusionConfig) -> tuple[np.ndarray, tuple[int, ...
     levels = np.asarray(flow.student_timesteps(config)) / 1000.0
     grid = flow.teacher_sigmas(config)
     distance = np.abs(levels[:, None] - grid[None, :]).min(axis=1)
-    missing = levels[distance > 1e-9]
-    sigmas = np.sort(np.concatenate([grid, missing]))[::-1]
+    inserted = levels[distance > 1e-9]
+    sigmas = np.sort(np.concatenate([grid, inserted]))[::-1]
     indices = [int(np.abs(sigmas - sigma).argmin()) for sigma in levels]
     return sigmas, (*indices, len(sigmas) - 1)
 

@@ -59,7 +59,7 @@ def log_stream() -> TextIO | None:
 
 @contextlib.contextmanager
 def single_process() -> Iterator[None]:
-    """Set a mesh of one local device, for work that one process does by itself while the run's mesh spans all."""
+    """Set a mesh of one local device, for work of a single process in a run whose mesh spans all processes."""
     if jax.process_count() == 1:
         yield
         return
@@ -146,9 +146,8 @@ def check_shared(folder: str | os.PathLike) -> None:
     blind = [i for i, exists in enumerate(visible) if not exists]
     require(
         not blind,
-        f"process(es) {join_numbers(blind)} do not see in {folder} what process 0 writes there; --workdir must lie "
-        f"on a file "
-        "system that all hosts share",
+        f"process(es) {join_numbers(blind)} cannot read in {folder} what process 0 writes there; --workdir must be "
+        "on a file system that all hosts share",
     )
 
 

@@ -16,7 +16,7 @@ from causvid_jax.distributed.watchdog import Peer
 
 WAIT = 50
 """Seconds to wait for the other processes, so that an error appears within a minute."""
-_FIRST_SLURM_PORT = 61440  # jax assigns coordinator ports from here to SLURM jobs, neighbours to neighbouring jobs
+_FIRST_SLURM_PORT = 61440  # JAX assigns coordinator ports from here on to SLURM jobs, by their numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def handshake(address: Address, *, wait: float = WAIT) -> list[Peer]:
     nothing.
 
     Raises:
-        ConfigError: a process that is missing, has the number of another, or was given another count; on every process.
+        ConfigError: on every process, if a process is missing, has the number of another, or another count.
     """
     error, peers = _accept(address, wait) if address.process_id == 0 else _connect(address, wait)
     require(not error, error)
@@ -89,10 +89,10 @@ def _accept(address: Address, wait: float) -> tuple[str, list[Peer]]:
             try:
                 connection = connections.enter_context(server.accept()[0])
             except TimeoutError:
-                missing = [i for i in range(1, address.processes) if i not in hosts]
+                absent = [i for i in range(1, address.processes) if i not in hosts]
                 error = (
-                    f"process(es) {join_numbers(missing)} of {address.processes} did not come within {wait:g} s; start "
-                    f"all of them, and see that they can reach process 0 at {host}, ports {port} and "
+                    f"process(es) {join_numbers(absent)} of {address.processes} did not connect within {wait:g} s; "
+                    f"start all of them, and check that they can reach process 0 at {host}, ports {port} and "
                     f"{address.coordinator.rpartition(':')[2]}"
                 )
                 break
@@ -103,12 +103,12 @@ def _accept(address: Address, wait: float) -> tuple[str, list[Peer]]:
                 continue
             if count != address.processes:
                 error = (
-                    f"process {number} on {name} was told of {count} processes, process 0 of {address.processes}; "
-                    "give all of them the same number"
+                    f"process {number} on {name} was started with {count} processes, process 0 with "
+                    f"{address.processes}; give all of them the same number"
                 )
             elif number in hosts or number == 0:
                 other = hosts[number] if number else socket.gethostname()
-                error = f"both {other} and {name} say that they are process {number}; number them 0 to {count - 1}"
+                error = f"{other} and {name} both have the process number {number}; number them 0 to {count - 1}"
             hosts[number] = name
             peers.append(Peer(number, name, connection))
         for peer in peers:
@@ -133,21 +133,23 @@ def _connect(address: Address, wait: float) -> tuple[str, list[Peer]]:
     host, port = address.handshake_address
     start, reason = time.monotonic(), "no answer"
     message = {"process": address.process_id, "processes": address.processes, "host": socket.gethostname()}
-    while (left := start + wait - time.monotonic()) > 0:
+    while (remaining := start + wait - time.monotonic()) > 0:
         try:
             with contextlib.ExitStack() as connections:
-                connection = connections.enter_context(socket.create_connection((host, port), timeout=min(5.0, left)))
+                connection = connections.enter_context(
+                    socket.create_connection((host, port), timeout=min(5.0, remaining))
+                )
                 connection.sendall(f"{json.dumps(message)}\n".encode())
-                # Process 0 may have started to wait later than this process.
+                # Process 0 may have started to wait after this process did.
                 error = _read_line(connection, wait + 5.0)
                 if not error:
                     connections.pop_all()
                 return error, [Peer(0, host, connection)]
         except OSError as problem:
             reason = problem.strerror or str(problem)
-            time.sleep(min(0.25, max(0.0, left)))
+            time.sleep(min(0.25, max(0.0, remaining)))
     return (
-        f"process 0 of {address.processes} did not come within {wait:g} s: process {address.process_id} cannot reach "
+        f"process 0 of {address.processes} did not answer within {wait:g} s: process {address.process_id} cannot reach "
         f"it at {host}, port {port} ({reason})",
         [],
     )

@@ -1,5 +1,4 @@
-"""Initialize a run of many processes: discover the others, connect to them, start ``jax.distributed`` and a "
-"watchdog."""
+"""Initialize a run of many processes: find the others, connect to them, start ``jax.distributed`` and a watchdog."""
 
 import contextlib
 import os
@@ -47,7 +46,7 @@ def discover(
         coordinator: ``host:port`` of process 0.
         processes: number of processes.
         process_id: number of this process, 0 to ``processes - 1``.
-        wait: seconds to wait for the coordinator's name to resolve, as in a Kubernetes cluster.
+        wait: seconds until the coordinator's name must resolve (in a Kubernetes cluster this takes a while).
         environment: environment variables.
 
     Raises:
@@ -61,8 +60,8 @@ def discover(
             coordinator = environment[names[0]]
             processes, process_id = (_integer(environment, name) for name in names[1:])
     if any(is_set.values()):
-        missing = ", ".join(name for name, exists in is_set.items() if not exists)
-        require(not missing, f"{missing} not given; {', '.join(is_set)} go together")
+        unset = ", ".join(name for name, exists in is_set.items() if not exists)
+        require(not unset, f"{unset} not given; {', '.join(is_set)} go together")
         address: Address | None = Address(coordinator, processes, process_id)
     else:
         address = _detect(wait, environment)
@@ -111,13 +110,13 @@ def initialize(address: Address | None, *, wait: float = WAIT) -> Watchdog | Non
         wait: seconds to wait for the others.
 
     Raises:
-        ConfigError: a process that is missing, has the number of another, or was given another count; on all processes.
+        ConfigError: on all processes, if a process is missing, has the number of another, or another count.
     """
     if address is None:
         return None
     peers = handshake(address, wait=wait)
     # All processes are running, so a failure now is a blocked port. JAX's client would abort without a message.
-    with _deadline(wait, f"no answer from the coordinator at {address.coordinator} within {wait:g} s; see that every "
+    with _deadline(wait, f"no answer from the coordinator at {address.coordinator} within {wait:g} s; check that every "
                          "host can reach this port of process 0"):  # fmt: skip
         try:
             jax.distributed.initialize(

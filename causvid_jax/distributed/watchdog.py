@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 STATUS = 1
 """Exit status of a process that ends because another one is lost."""
 GRACE = 10.0
-"""Seconds that a process may go on after another one failed, to report an error of its own."""
+"""Seconds that a process may continue after another one failed, to report its own error."""
 RELAY = 1.0
-"""Seconds for a message to leave before the connections close."""
+"""Seconds to wait for messages to be sent before the connections are closed."""
 # Seconds of silence, seconds between probes, probes: a host that lost its power is known after 40 s.
 _KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 _FINISHED, _FAILED, _LOST = "finished", "failed", "lost "
@@ -58,7 +58,7 @@ class Watchdog:
         self._lock = threading.Lock()
         self._done = False
         self.lost: str | None = None
-        """The sentence that names the lost process."""
+        """Error message that names the lost process; None while all are running."""
         self._selector = selectors.DefaultSelector()
         for peer in peers:
             _keep_alive(peer.connection)
@@ -67,7 +67,7 @@ class Watchdog:
         self._thread.start()
 
     def finish(self) -> None:
-        """Tell the others that this process has finished; from now on no loss ends it."""
+        """Tell the others that this process has finished. A loss does not end it any more."""
         self._done = True
         self._send_all(_FINISHED)
 
@@ -108,14 +108,14 @@ class Watchdog:
                     self._receive(peer, line)
                 if not piece and peer.number in self._peers:
                     self._drop(peer)
-                    self._stop(self._lost_sentence(peer, "is gone: it was killed, or its host does not answer"))
+                    self._stop(self._lost_sentence(peer, "was lost: it was killed, or its host does not answer"))
 
     def _receive(self, peer: Peer, line: str) -> None:
         if line == _FINISHED:
             self._drop(peer)
         elif line == _FAILED:
             self._drop(peer)
-            self.lost = self.lost or self._lost_sentence(peer, "has failed: its own log says why")
+            self.lost = self.lost or self._lost_sentence(peer, "has failed: see its own log")
             self._later(GRACE, self.abort)
         elif line.startswith(_LOST):
             self._drop(peer)
@@ -123,8 +123,8 @@ class Watchdog:
 
     def _lost_sentence(self, peer: Peer, how: str) -> str:
         return (
-            f"process {peer.number} of {self._processes} on {peer.host} {how}; this one ends too, and when all are "
-            "started again the run goes on from its last whole checkpoint"
+            f"process {peer.number} of {self._processes} on {peer.host} {how}; this process ends too. Start all "
+            "processes again to continue from the last complete checkpoint"
         )
 
     def _drop(self, peer: Peer) -> None:

@@ -1,4 +1,4 @@
-"""The classifier of moving-digits clips: which digit, in what colour, moving where.
+"""Classify moving-digits clips: digit, colour and direction.
 
 A small convolutional network reads the digit. It was trained on handwriting of the split ``"classifier"``, which
 neither the generators nor the real test clips show. Two formulas without learning read the rest: the colour is that of
@@ -78,7 +78,7 @@ def classify(params: dict[str, Any], frames: jax.Array) -> tuple[jax.Array, jax.
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Classifier:
-    """A trained classifier and the world it knows. ``params`` as in :func:`init`."""
+    """A trained classifier with the colours and digit size that it was trained on. ``params`` as in :func:`init`."""
 
     params: dict[str, Any]
     colors: tuple[str, ...]
@@ -92,7 +92,7 @@ Triple = tuple[int, str, str]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reading:
-    """What the classifier reads in B clips of n digits, one row for each digit, those of a clip beside each other.
+    """Predictions of the classifier for B clips of n digits, one row per digit; the digits of a clip are adjacent.
 
     ``features`` ``[B n, FEATURES]`` and ``log_probs`` ``[B n, 10]`` are frame means.
     """
@@ -106,12 +106,12 @@ class Reading:
 
     @property
     def triples(self) -> list[tuple[Triple, ...]]:
-        """For each clip its n triples."""
+        """The n triples of each clip."""
         flat = list(zip(self.digits.tolist(), self.colors, self.directions, strict=True))
         return [tuple(flat[i : i + self.count]) for i in range(0, len(flat), self.count)]
 
 
-def wanted(caption: str) -> tuple[Triple, ...]:
+def target_triples(caption: str) -> tuple[Triple, ...]:
     """Return the triples that a clip of ``caption`` must be read as, in the order of the caption."""
     return tuple((spec.digit, spec.color, spec.direction) for spec in digits.parse_caption(caption))
 
@@ -127,7 +127,7 @@ def save(path: str | pathlib.Path, classifier: Classifier) -> None:
 
 
 def load(data: DataConfig, path: str | pathlib.Path = DEFAULT_PATH) -> Classifier:
-    """Read a classifier and make sure that it knows the digits and colours of ``data``."""
+    """Load a classifier and check that it was trained on the digits and colours of ``data``."""
     params, metadata = store.load_params(path)
     require({"colors", "digit_size"} <= set(metadata), f"weights file {path} is not a classifier")
     source = metadata.get("handwriting", "sklearn")
@@ -224,9 +224,9 @@ def displacements(clip: np.ndarray) -> np.ndarray:
 def read_directions(video: np.ndarray, speed: int) -> tuple[str, ...]:
     """Return the direction of each clip's motion, or ``"none"`` where no caption describes it.
 
-    The circular cross-correlation of two frames ``GAP`` apart peaks at the displacement between them. A direction is
-    read where the peak of the mean over all such pairs lies near ``GAP * speed`` pixels along it, and where at least
-    ``AGREE`` of the pairs have their own peak there: a digit that stands still, or jumps, is read as ``"none"``.
+    The circular cross-correlation of two frames ``GAP`` apart has its peak at the displacement between them. A
+    direction is accepted if the peak of the mean over all such pairs is near ``GAP * speed`` pixels along it, and if at
+    least ``AGREE`` of the pairs have their own peak there. A digit that does not move, or jumps, gives ``"none"``.
 
     Args:
       video: uint8 ``[B, T, H, W, 3]``, T > GAP.
@@ -253,7 +253,7 @@ def read_directions(video: np.ndarray, speed: int) -> tuple[str, ...]:
 
 
 def read(classifier: Classifier, video: np.ndarray, *, data: DataConfig) -> Reading:
-    """Read clips.
+    """Classify clips.
 
     Args:
       classifier: as from :func:`load`.

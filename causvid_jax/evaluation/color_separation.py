@@ -1,9 +1,9 @@
-"""Two digits of a clip apart, by their colours: which two colours are there, and where each of them shows.
+"""Separate the two digits of a clip by their colours.
 
-A clip of two digits is ``max(u a, v b)`` channel by channel: ``a`` and ``b`` are two colours of the palette, vectors of
-zeros and ones, ``u`` and ``v`` in [0, 1] the digits' own pictures. Given the colours that is solved by formula. A
-channel that only one colour has holds that colour's picture; where all of a's channels are b's too (red, yellow), what
-those channels have beyond v is u, and what lies behind b is hidden. So no network has to learn what an overlap is.
+A clip of two digits is ``max(u a, v b)`` for each channel: ``a`` and ``b`` are two colours of the palette, vectors of
+zeros and ones, and ``u`` and ``v`` in [0, 1] are the digits' pictures. For known colours this has a closed solution. A
+channel of only one colour contains the picture of that colour. If all channels of a are also channels of b (red and
+yellow), u is the part of these channels above v, and the part behind b is hidden.
 """
 
 import itertools
@@ -14,9 +14,9 @@ from causvid_jax.config import require
 from causvid_jax.data import digits
 
 FRAMES_READ = 8
-# Ink has a price, beside the error: white may be yellow behind blue everywhere, but a single digit explains it better.
+# Penalty per unit of coverage, added to the reconstruction error. Without it white is explained as yellow over blue.
 INK = 0.2
-# A layer with less than this share of the other's ink is none.
+# A layer with less than this share of the other layer's coverage is ignored.
 FAINT = 0.1
 NO_COLOR = "none"
 
@@ -39,7 +39,7 @@ def unmix(video: np.ndarray, first: str, second: str) -> np.ndarray:
 
 
 def find_colors(clip: np.ndarray, colors: tuple[str, ...]) -> tuple[str, str]:
-    """Return the two colours that explain a clip best: the least mean error and ink over frames spread over it.
+    """Return the two colours with the least mean error plus coverage penalty, over frames spread over a clip.
 
     Only pixels count that are at least half as bright as the brightest of their frame: any two colours without a
     channel in common would explain the noise around the digits.
@@ -48,7 +48,7 @@ def find_colors(clip: np.ndarray, colors: tuple[str, ...]) -> tuple[str, str]:
       clip: ``[T, H, W, 3]`` in [0, 1].
       colors: names in ``digits.COLORS``, at least two.
     """
-    require(len(colors) > 1, f"two digits need two colours; the classifier knows {', '.join(colors)}")
+    require(len(colors) > 1, f"two digits need two colours; the classifier has {', '.join(colors)}")
     frames = clip[spread(len(clip))]
     value = frames.max(axis=-1)
     bright = frames[value >= np.maximum(0.5 * value.max(axis=(1, 2), keepdims=True), 1.0 / 255.0)]  # [N, 3]
@@ -62,14 +62,14 @@ def find_colors(clip: np.ndarray, colors: tuple[str, ...]) -> tuple[str, str]:
 
 
 def separate(clip: np.ndarray, colors: tuple[str, ...]) -> tuple[tuple[str, str], np.ndarray]:
-    """Return the colours of a clip's two digits, and the clip of each, alone on black.
+    """Return the colours of a clip's two digits, and a clip of each digit alone on black.
 
     Args:
       clip: uint8 ``[T, H, W, 3]``.
       colors: names in ``digits.COLORS``, at least two.
 
     Returns:
-      two names, :data:`NO_COLOR` for a digit that is not there, and uint8 ``[2, T, H, W, 3]``.
+      two names, :data:`NO_COLOR` for an absent digit, and uint8 ``[2, T, H, W, 3]``.
     """
     video = clip.astype(np.float32) / 255.0
     pair = find_colors(video, colors)

@@ -1,4 +1,4 @@
-"""The report for readers: a Markdown table and a contact sheet."""
+"""Format a report as Markdown tables and as a contact sheet."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

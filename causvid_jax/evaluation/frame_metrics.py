@@ -1,7 +1,7 @@
-"""Measures frame by frame, for clips of one digit: what a person who watches the whole clip would count.
+"""Measure clips of one digit frame by frame.
 
-A clip that is read by the mean over its frames hides frames of another digit. So every frame counts here, in which the
-digit is fully visible (no ink at the frame's edge, where the digit wraps around).
+The mean over the frames of a clip hides single frames of another digit. Here every frame counts in which the digit is
+fully visible: no stroke touches the frame's edge, where the digit wraps around.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ from causvid_jax.data import digits
 from causvid_jax.evaluation import classifier as classifiers
 
 BLOCK = 12
-"""Frames of a window in which the identity of a digit is read."""
+"""Frames of the windows of :func:`identity_kept`."""
 EDGE_INK = 64
-"""Brightness (0 to 255) from which on a pixel at the frame's edge is ink."""
+"""Brightness (0 to 255) from which a pixel at the frame's edge counts as stroke."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FrameReading:
-    """What the classifier reads in every frame of B clips.
+    """Predictions of the classifier for every frame of B clips.
 
     Attributes:
         log_probs: of the digits, ``[B, T, 10]``.
@@ -56,8 +56,8 @@ def displacements(video: np.ndarray) -> np.ndarray:
 def direction_pairs(peaks: np.ndarray, directions: Sequence[str], speed: int) -> np.ndarray:
     """Return the share ``[B]`` of frame pairs, ``classifiers.GAP`` apart, that move as ``directions`` say.
 
-    The peak of the circular cross-correlation of the pair (:func:`displacements`) must lie within a quarter of the way
-    of where it should.
+    The peak of the pair's circular cross-correlation (:func:`displacements`) may differ from the expected displacement
+    by a quarter of its length.
     """
     reach = classifiers.GAP * speed
     targets = reach * np.array([digits.DIRECTIONS[direction] for direction in directions])
@@ -65,7 +65,7 @@ def direction_pairs(peaks: np.ndarray, directions: Sequence[str], speed: int) ->
 
 
 def motion(peaks: np.ndarray, speed: int) -> np.ndarray:
-    """Return the mean displacement ``[B]`` of :func:`displacements` over what ``speed`` asks for; 0 is frozen."""
+    """Return the mean displacement ``[B]`` of :func:`displacements`, divided by that of ``speed``; 0 is frozen."""
     return np.abs(peaks).max(axis=-1).mean(axis=1) / (classifiers.GAP * speed)
 
 
@@ -84,15 +84,15 @@ def sharpness(video: np.ndarray) -> np.ndarray:
 
 def identity_kept(reading: FrameReading) -> np.ndarray:
     """Return for each clip whether all of its windows of :data:`BLOCK` frames are read as one digit, bool ``[B]``."""
-    kept = []
+    same = []
     for log_probs, visible in zip(reading.log_probs, reading.visible, strict=True):
         read = set()
         for start in range(0, len(visible), BLOCK):
             part = slice(start, start + BLOCK)
             if visible[part].any():
                 read.add(int(log_probs[part][visible[part]].mean(axis=0).argmax()))
-        kept.append(len(read) <= 1)
-    return np.array(kept)
+        same.append(len(read) <= 1)
+    return np.array(same)
 
 
 def error_by_frame(video: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -164,17 +164,17 @@ def frame_values(
         first_block: frames of the first block.
     """
     require(data.digits_per_clip == 1, f"frames are read in clips of one digit; these have {data.digits_per_clip}")
-    wanted = [classifiers.wanted(caption)[0] for caption in captions]
+    targets = [classifiers.target_triples(caption)[0] for caption in captions]
     reading = read_frames(classifier, video)
-    right = reading.log_probs.argmax(axis=-1) == np.array([digit for digit, _, _ in wanted])[:, None]
-    color = reading.colors == np.array([classifier.colors.index(name) for _, name, _ in wanted])[:, None]
+    right = reading.log_probs.argmax(axis=-1) == np.array([digit for digit, _, _ in targets])[:, None]
+    color = reading.colors == np.array([classifier.colors.index(name) for _, name, _ in targets])[:, None]
     peaks = displacements(video)
     return {
         "digit": _share(right, reading.visible),
         "first_block": _share(right[:, :first_block], reading.visible[:, :first_block]),
         "identity": identity_kept(reading),
         "color": color.mean(axis=1),
-        "direction": direction_pairs(peaks, [direction for _, _, direction in wanted], data.speed),
+        "direction": direction_pairs(peaks, [direction for _, _, direction in targets], data.speed),
         "motion": motion(peaks, data.speed),
         "sharpness": sharpness(video),
     }

@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 def make_classifier(
     recipe: Recipe, path: pathlib.Path, *, steps: int = train_classifier.STEPS, say: Say = print
 ) -> None:
-    """Train the classifier of ``recipe``, write it to ``path``, and say how well it reads each split."""
+    """Train the classifier of ``recipe``, write it to ``path``, and report its accuracy on each split."""
     progress = Progress("classifier", steps)
 
     def log(step: int, loss: float) -> None:
@@ -53,7 +53,7 @@ def write_report(
     Args:
         recipe: of the weights.
         output: the ``.json`` file.
-        plan: how much is measured.
+        plan: numbers of clips.
         folder: working directory with the weights; None takes those of the package.
         classifier: weights of the classifier; None takes that of the package.
         student, teacher: weights to measure instead of those of ``folder``.

@@ -14,32 +14,35 @@ from causvid_jax.config import require
 ATTRIBUTES = ("digit", "color", "direction")
 
 
-def agreement(read: Sequence[Sequence[tuple]], wanted: Sequence[Sequence[tuple]]) -> np.ndarray:
+def agreement(read: Sequence[Sequence[tuple]], targets: Sequence[Sequence[tuple]]) -> np.ndarray:
     """Return which attributes are correct: bool ``[B, n, 3]``, the last axis in the order of :data:`ATTRIBUTES`.
 
     The classifier does not know which of a clip's digits the caption names first. Of all assignments of the digits read
     to those of the caption, the one with the most correct attributes counts.
 
     Args:
-      read: of each of B clips n triples (digit, color, direction) as the classifier reads them.
-      wanted: of each clip n triples as the caption wants them.
+      read: n predicted triples (digit, color, direction) of each of B clips.
+      targets: n triples of each clip's caption.
     """
-    require(len(read) == len(wanted), f"{len(read)} clips were read but {len(wanted)} captions are given")
+    require(len(read) == len(targets), f"{len(read)} clips were read but {len(targets)} captions are given")
 
-    def best(seen: Sequence[tuple], asked: Sequence[tuple]) -> np.ndarray:
-        require(len(seen) == len(asked), f"{len(seen)} digits were read in a clip whose caption names {len(asked)}")
+    def best(predicted: Sequence[tuple], target: Sequence[tuple]) -> np.ndarray:
+        require(
+            len(predicted) == len(target),
+            f"{len(predicted)} digits were read in a clip whose caption names {len(target)}",
+        )
         ways = [
-            np.array([[r == w for r, w in zip(a, b, strict=True)] for a, b in zip(order, asked, strict=True)])
-            for order in itertools.permutations(seen)
+            np.array([[r == w for r, w in zip(a, b, strict=True)] for a, b in zip(order, target, strict=True)])
+            for order in itertools.permutations(predicted)
         ]
         return max(ways, key=np.sum)
 
-    return np.stack([best(*pair) for pair in zip(read, wanted, strict=True)])
+    return np.stack([best(*pair) for pair in zip(read, targets, strict=True)])
 
 
-def accuracies(read: Sequence[Sequence[tuple]], wanted: Sequence[Sequence[tuple]]) -> dict[str, float]:
-    """Share of digits right in each attribute, and of clips right in all attributes of all digits (``"all"``)."""
-    right = agreement(read, wanted)
+def accuracies(read: Sequence[Sequence[tuple]], targets: Sequence[Sequence[tuple]]) -> dict[str, float]:
+    """Return the share of digits correct in each attribute, and of clips correct in all attributes (``"all"``)."""
+    right = agreement(read, targets)
     scores = {name: float(right[..., i].mean()) for i, name in enumerate(ATTRIBUTES)}
     return scores | {"all": float(right.all(axis=(1, 2)).mean())}
 
@@ -54,7 +57,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Return the squared Frechet (2-Wasserstein) distance of the Gaussians fitted to two sets of features.
 
     ``|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)`` (Heusel et al. 2017, arXiv 1706.08500). The inner
-    matrix is symmetric, so an eigen-decomposition gives its root exactly where a general matrix root is fragile.
+    matrix is symmetric, so its root is computed by an eigendecomposition, which is more stable than a general root.
 
     Args:
       a, b: ``[N, D]``, ``[M, D]``, one row per clip; computed in float64.
@@ -79,8 +82,8 @@ def block_starts(latent_frames: int, block_sizes: Sequence[int]) -> np.ndarray:
 def discontinuity(video: np.ndarray, starts: Sequence[int] | np.ndarray) -> float:
     """Return the change of the picture between blocks over the change inside blocks; 1 is seamless.
 
-    Mean absolute difference of neighbouring frames over block borders, divided by the same inside blocks, both over
-    all clips. Nothing is compensated: the motion itself is in both terms.
+    It is the mean absolute difference of neighbouring frames across block borders, divided by that inside blocks, both
+    over all clips. Motion is not compensated; it is in both terms.
 
     Args:
       video: ``[B, T, H, W, 3]``.
@@ -97,12 +100,12 @@ def discontinuity(video: np.ndarray, starts: Sequence[int] | np.ndarray) -> floa
 
 
 def blocks_until(holds: Sequence[bool]) -> int | None:
-    """Return after how many blocks the new caption holds, every block read alone: 1 if at once, None if never.
+    """Return the number of blocks until every later block is classified correctly: 1 if at once, None if never.
 
-    The strictest count: one block before the end that is misread, and the caption has not held until after it.
+    This is the strictest count: a single late error restarts it.
 
     Args:
-      holds: for every block from the switch on, whether all attributes of the new caption are read in it.
+      holds: for every block from the switch on, whether all attributes of the new caption are predicted for it.
     """
     return first_block(np.logical_and.accumulate(np.asarray(holds, bool)[::-1])[::-1])
 
@@ -111,7 +114,7 @@ def first_block(begins: Sequence[bool] | np.ndarray) -> int | None:
     """Return the number, from 1, of the first block from which on the new caption holds; None if there is none.
 
     Args:
-      begins: for every block from the switch on, whether the new caption is read in it and in all that follows it.
+      begins: for every block from the switch on, whether the new caption is predicted for it and all later frames.
     """
     right = np.flatnonzero(begins)
     return int(right[0]) + 1 if len(right) else None

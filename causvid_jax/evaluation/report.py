@@ -25,13 +25,13 @@ from causvid_jax.sampling.protocols import Samplers
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How much is measured.
+    """Numbers of clips, streams and timed runs of a report.
 
     Attributes:
-      samples: clips per row; the held-out prompts are taken in turn, each time with other noise.
+      samples: clips per row; held-out prompts are repeated with other noise if there are fewer.
       long_samples: streams of ``long_factor`` times the trained length (0: as many as ``samples``).
       switch_samples: streams whose prompt changes half-way through twice the trained length (0: as ``samples``).
-      reference: real test clips that every row's Frechet distance is measured to.
+      reference: number of real test clips for the Frechet distance of every row.
       batch: clips sampled at once, also in the timing.
       long_factor: length of the long streams, in trained lengths.
       longest_factor: length of a further row of streams; 0 leaves it out.
@@ -71,21 +71,22 @@ class Plan:
 
     @property
     def most_samples(self) -> int:
-        """Prompts that any row needs."""
+        """Number of prompts of the longest row."""
         longest = self.longest_samples if self.longest_factor else 0
         return max(self.samples, self.long_samples, self.switch_samples, longest)
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The report as a JSON-able dict, and clips to look at: row name to (captions, uint8 ``[B, T, H, W, 3]``)."""
+    """The report as a dict for JSON, and clips for the contact sheet: row name to (captions, uint8 ``[B, T, H, W,
+    3]``)."""
 
     report: dict[str, Any]
     clips: dict[str, tuple[list[str], np.ndarray]]
 
 
 def held_out_prompts(recipe: Recipe, count: int, seed: int, split: str = "test") -> list[str]:
-    """Return ``count`` captions that no training clip has, shuffled, repeated only after all were used."""
+    """Return ``count`` captions that no training clip has, shuffled; they repeat after all are used."""
     captions = digits.captions(recipe.data, split)
     field = "held_out_fraction" if split == "test" else "validation_fraction"
     require(len(captions) > 0, f"data.{field} is {getattr(recipe.data, field)}; no caption is held out for it")
@@ -96,11 +97,11 @@ def held_out_prompts(recipe: Recipe, count: int, seed: int, split: str = "test")
 
 def switched_prompts(recipe: Recipe, prompts: Sequence[str], seed: int, split: str = "test") -> list[str]:
     """Return for each prompt a held-out one that differs in digit, colour and direction, for every pair of digits."""
-    captions = {caption: classifiers.wanted(caption) for caption in digits.captions(recipe.data, split)}
+    captions = {caption: classifiers.target_triples(caption) for caption in digits.captions(recipe.data, split)}
     rng = np.random.default_rng([seed, 3])
     result = []
     for prompt in prompts:
-        old = [set(values) for values in zip(*classifiers.wanted(prompt), strict=True)]
+        old = [set(values) for values in zip(*classifiers.target_triples(prompt), strict=True)]
         other = [
             c for c, new in captions.items() if not any(x in y for one in new for x, y in zip(one, old, strict=True))
         ]
@@ -156,7 +157,7 @@ def stream_starts(recipe: Recipe, factor: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of the report: clips and how they are made.
+    """One row of the report: captions and the sampler of its clips.
 
     Attributes:
       name: of the row.
@@ -237,7 +238,7 @@ def sample_row(row: Row, batch: int, progress: "_Work") -> np.ndarray:
     progress.begin(row.name)
     for first in range(0, len(row.captions), batch):
         part = row.captions[first : first + batch]
-        # One batch size means one compilation: a short last batch is padded and cut again.
+        # Pad a short last batch and cut the result, so that one batch size needs one compilation.
         clips.append(row.sample(_slice(row.captions, first, batch), first)[: len(part)])
         progress.add(row.passes * len(part))
     return np.concatenate(clips)
@@ -249,7 +250,7 @@ def score(
     """Return the figures of a row: accuracies, Frechet distance to ``reference`` features, discontinuity, clips."""
     reading = classifiers.read(classifier, video, data=recipe.data)
     return {
-        **metrics.accuracies(reading.triples, [classifiers.wanted(caption) for caption in row.captions]),
+        **metrics.accuracies(reading.triples, [classifiers.target_triples(caption) for caption in row.captions]),
         "frechet": metrics.frechet_distance(reading.features, reference),
         "discontinuity": metrics.discontinuity(video, row.starts),
         "clips": len(video),
@@ -367,7 +368,7 @@ def switch_report(
     starts: np.ndarray,
     at: int,
 ) -> dict[str, Any]:
-    """Report what every block around a prompt switch is read as.
+    """Report the predictions for every block around a prompt switch.
 
     Args:
       video: uint8 ``[B, T, H, W, 3]``.
@@ -376,16 +377,16 @@ def switch_report(
       at: index of the first block under the new caption.
 
     Returns:
-      ``metrics.switch_scores`` of how many blocks it takes until the new caption holds: until a block is read as it,
-      and the video from that block to the end, too, in the way every clip is read. ``every_block``: the same of the
-      strictest count (``metrics.blocks_until``), for which every single block to the end must be read right.
-      ``cache``: what the stream does with it (``CausalConfig.on_prompt_switch``). Share of clips that obeyed the old
-      caption in the block before, and of those that read the new one in each block after.
+      ``metrics.switch_scores`` of the number of blocks until the new caption holds: it is predicted for a block, and
+      for the video from that block to the end. ``every_block``: the same for the strictest count
+      (``metrics.blocks_until``), in which every single block to the end must be correct. ``cache``:
+      ``CausalConfig.on_prompt_switch``. Also the share of clips with the old caption in the block before, and with the
+      new one in each block after.
     """
 
     def reads(captions: Sequence[str], first: int, last: int) -> np.ndarray:
         reading = classifiers.read(classifier, video[:, starts[first] : starts[last]], data=recipe.data)
-        agreed = metrics.agreement(reading.triples, [classifiers.wanted(c) for c in captions])
+        agreed = metrics.agreement(reading.triples, [classifiers.target_triples(c) for c in captions])
         return np.asarray(agreed.all(axis=(1, 2)))
 
     end = len(starts) - 1
@@ -450,14 +451,14 @@ FRAME_TARGETS = {
     "long": {"identity": 0.9, "color": 0.96, "direction": 0.96, "sharpness": 0.85},
     "longest": {"identity": 0.9, "color": 0.96, "direction": 0.96, "sharpness": 0.85},
 }
-"""Least means of the frame by frame measures of one digit."""
+"""Minimum means of the measures frame by frame, for clips of one digit."""
 
 
 def targets(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the targets of the digits recipes, each with the measured figure and whether it is met.
 
-    Clips of one digit are held to :data:`FRAME_TARGETS`, those of two to accuracies per clip. Targets against the
-    teacher are left out where ``report`` has none.
+    Clips of one digit have the targets :data:`FRAME_TARGETS`, clips of two digits accuracies per clip. Targets relative
+    to the teacher are omitted if ``report`` has no teacher.
     """
     scores, seconds, passes = report["scores"], report["seconds_per_clip"], report["passes"]
     result = []
@@ -476,8 +477,8 @@ def targets(report: dict[str, Any]) -> list[dict[str, Any]]:
             add(f"{row}, {measure}", frames[row][measure]["mean"], bound)
     for row in ("long", "longest"):
         if row in frames:
-            lost = frames["student"]["digit"]["mean"] - frames[row]["digit"]["mean"]
-            add(f"{row}, digit lost", lost, 0.02, at_least=False)
+            drop = frames["student"]["digit"]["mean"] - frames[row]["digit"]["mean"]
+            add(f"{row}, digit lost", drop, 0.02, at_least=False)
     if frames:
         psnr = frames["vae"]["psnr"]
         add("VAE, PSNR at the worst frame index", psnr["worst"], 30)

@@ -128,10 +128,10 @@ def accuracy(classifier: classifiers.Classifier, data: DataConfig, video: VideoC
     images, labels, _ = digits.handwriting(split, data.handwriting)
     rng = np.random.default_rng(0)
     data = dataclasses.replace(data, digits_per_clip=1)
-    clips, wanted = [], []
+    clips, targets = [], []
     for image, label in zip(images, labels, strict=True):
         spec = digits.Digit(int(label), str(rng.choice(data.colors)), str(rng.choice(list(digits.DIRECTIONS))))
         start = (int(rng.integers(video.height)), int(rng.integers(video.width)))
         clips.append(digits.render([image], [spec], [start], data, video.frames, video.height, video.width))
-        wanted.append([(spec.digit, spec.color, spec.direction)])
-    return metrics.accuracies(classifiers.read(classifier, np.stack(clips), data=data).triples, wanted)
+        targets.append([(spec.digit, spec.color, spec.direction)])
+    return metrics.accuracies(classifiers.read(classifier, np.stack(clips), data=data).triples, targets)

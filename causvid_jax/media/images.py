@@ -14,7 +14,7 @@ from causvid_jax.config import ConfigError, require
 from causvid_jax.media.pixels import MAX_PIXELS, cover
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
-"""Formats that are opened; others of Pillow start foreign programs."""
+"""Formats that are opened. Pillow decodes some others by external programs."""
 _DAMAGE = (
     OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError, struct.error,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Output files: where one can be written, and a lock so that one program writes it at a time."""
+"""Check that an output file can be written, and lock it so that one program at a time writes it."""
 
 import contextlib
 import errno
@@ -11,20 +11,20 @@ from causvid_jax.config import ConfigError, files, require
 
 SUFFIXES = (".mp4", ".gif")
 SPACE = 2**20
-"""Free bytes without which no video is started; a frame needs at least :data:`FRAME_SPACE` more."""
+"""Free bytes that a new video needs; each frame needs at least :data:`FRAME_SPACE` more."""
 FRAME_SPACE = 64
 _HELD = (errno.EAGAIN, errno.EACCES)
 
 
 def check_output(path: str | pathlib.Path, frames: int = 0) -> pathlib.Path:
-    """Return the output path after testing that a video can be written there; its folder is created.
+    """Create the folder of an output path, check that a video can be written there, and return the path.
 
     Args:
         path: of the file.
-        frames: how many will be written, for the space that they need at least.
+        frames: number of frames that will be written; the disk must have room for them.
 
     Raises:
-        ConfigError: a suffix other than .mp4 or .gif, a directory, a place that cannot be written, a full disk, or a
+        ConfigError: a suffix other than .mp4 or .gif, a directory, a path that cannot be written, a full disk, or a
             file that another program is writing.
     """
     path = pathlib.Path(path)
@@ -73,7 +73,7 @@ class Lock:
                 raise ConfigError(
                     f"output {str(path)!r} is being written by another program; let it end, or choose another name"
                 ) from error
-            # The holder before may have removed the file after it was opened here: then this lock locks nothing.
+            # The previous holder may have removed the file after it was opened here; this lock is then useless.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(self._file)):
                     self._descriptor = descriptor
@@ -81,7 +81,7 @@ class Lock:
             os.close(descriptor)
 
     def release(self) -> None:
-        """Give the path free; a second call does nothing."""
+        """Release the path; a second call does nothing."""
         if self._descriptor is not None:
             self._file.unlink(missing_ok=True)
             os.close(self._descriptor)
@@ -89,7 +89,7 @@ class Lock:
 
 
 def remove_abandoned(folder: pathlib.Path) -> None:
-    """Remove what killed writers have left beside the videos of ``folder``; the videos themselves stay."""
+    """Remove the unfinished files and locks of killed writers from ``folder``; videos stay."""
     for file in folder.glob(".*.lock"):
         path = file.with_name(file.name.removeprefix(".").removesuffix(".lock"))
         with contextlib.suppress(ConfigError, OSError):
@@ -100,5 +100,5 @@ def remove_abandoned(folder: pathlib.Path) -> None:
 
 
 def partial(path: pathlib.Path) -> pathlib.Path:
-    """Return the name under which a file is begun."""
+    """Return the temporary name of a file that is being written."""
     return path.with_name(f".{path.name}.partial")

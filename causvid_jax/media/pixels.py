@@ -19,8 +19,8 @@ MAX_PIXELS = 2**27
 def to_uint8(video: "np.ndarray | jax.Array", what: str = "the frames") -> np.ndarray:
     """Return float pixels in [-1, 1] as uint8: ``round(127.5 (x + 1))``, clipped.
 
-    An array on an accelerator is converted there, so that a quarter of the bytes is copied. ``what`` names the array
-    in the error.
+    An array on an accelerator is converted there, since this copies a quarter of the bytes. ``what`` names the array in
+    the error.
 
     Raises:
         ConfigError: NaN or infinity, which would become black.

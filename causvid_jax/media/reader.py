@@ -22,7 +22,7 @@ CLOCK = 0.25
 FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,gif,flv,ogg,asf,mjpeg,apng"
 )
-"""Demuxers that are used. Others, playlists for instance, open files that their content names."""
+"""Accepted demuxers. Others, such as playlists, open further files that the content names."""
 
 BT709, BT601 = 1, 5
 UNSPECIFIED = 2
@@ -110,7 +110,7 @@ class _Clock:
         self.end = 0.0
 
     def advance(self, picture: av.VideoFrame) -> None:
-        """Take the next picture in the order of display."""
+        """Advance to the next picture in display order."""
         step = float(picture.duration * picture.time_base) if picture.duration and picture.time_base else self._step
         if self._offset is None:
             self._offset = -(picture.time or 0.0)
@@ -126,13 +126,13 @@ class _Clock:
 
 
 def _open(path: str | pathlib.Path) -> Any:
-    """Open a local file; the protocol is named, so that no file name is taken for a URL."""
+    """Open a local file. The explicit protocol prevents FFmpeg from reading a file name as a URL."""
     options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
     return av.open(f"file:{pathlib.Path(path).absolute()}", container_options=options)
 
 
 def _video_stream(container: Any) -> Any:
-    """Return the stream that a player shows; a cover picture is none.
+    """Return the video stream that a player shows, which is never a cover picture.
 
     Raises:
         IndexError: there is none.
@@ -162,7 +162,7 @@ def _declared_seconds(container: Any, stream: Any) -> float:
 
 
 def _show(picture: av.VideoFrame, height: int, width: int, aspect: float) -> np.ndarray:
-    """Return the picture as a player shows it, at the size asked for."""
+    """Return the picture as a player shows it, at the requested size."""
     image, turned = _upright(_rgb(picture), picture)
     return cover(image, height, width, 1 / aspect if turned else aspect)
 
@@ -177,7 +177,7 @@ def _rgb(picture: av.VideoFrame) -> Image.Image:
 
 
 def _upright(image: Image.Image, picture: av.VideoFrame) -> tuple[Image.Image, bool]:
-    """Return the picture turned and mirrored by its display matrix, and whether its sides were exchanged.
+    """Rotate and mirror the picture by its display matrix; return it and whether its sides were exchanged.
 
     The matrix maps a pixel (x, y) to ``(a x + c y, b x + d y)``; it is rounded to right angles.
     """

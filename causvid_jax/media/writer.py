@@ -1,4 +1,4 @@
-"""Video files that are written frame by frame, so that what was shown is playable whatever happens.
+"""Write video files frame by frame. A file that is interrupted at any time is playable up to its last frames.
 
 ``.mp4`` is H.264, yuv420p, tagged BT.709. While it grows every frame is a fragment of its own under the final name:
 after a kill or on a full disk all fragments so far are a playable file. When it is complete it is rewritten as a plain
@@ -24,7 +24,7 @@ from causvid_jax.media.output import Lock, check_output, partial
 from causvid_jax.media.pixels import MAX_PIXELS, frame_rate
 
 GIF_RATE = 50
-"""Most frames per second of a GIF: viewers show a picture of less than two hundredths of a second for ten."""
+"""Highest frame rate of a GIF. Viewers show a picture of less than 0.02 s for 0.1 s."""
 BT709, JPEG_RANGE, MPEG_RANGE = 1, 2, 1
 _FRAGMENTS = {"movflags": "frag_every_frame+empty_moov+default_base_moof"}
 # Without look-ahead every frame is in the file when ``append`` returns.
@@ -34,15 +34,17 @@ _ENCODER = {"crf": "16", "preset": "fast", "tune": "zerolatency"}
 class VideoWriter:
     """Write frames as they come: ``with VideoWriter(path, fps) as out: out.append(frames)``.
 
-    The constructor refuses what cannot be written and holds the path (:class:`~causvid_jax.media.output.Lock`), so
-    open it before computing. The file takes its name with its first frames; until then an older one stays. However the
-    ``with`` is left, the frames so far become a complete video. Without any frame there is no file.
+    The constructor refuses what cannot be written and locks the path (:class:`~causvid_jax.media.output.Lock`), so
+    create the writer before computing. The file gets its name with its first frames; until then an older file stays.
+    When the ``with`` block ends, also by an exception, the frames so far become a complete video. Without any frame
+    there is no file.
 
     Args:
         path: ``.mp4`` or ``.gif``.
         fps: frames per second; a GIF has at most 50.
-        upscale: side of the square of pixels that replaces every pixel, so that tiny videos can be seen.
-        whole: take the name only when the video is complete; an error then removes it and the older file stays.
+        upscale: side of the square of pixels that replaces every pixel, to enlarge tiny videos.
+        whole: give the file its name only when the video is complete; an error then removes it and keeps the older
+            file.
 
     Raises:
         ConfigError: a path, rate or size that cannot be written, or a path that another program is writing.
@@ -67,7 +69,7 @@ class VideoWriter:
         self._whole, self._file, self._complete_bytes = whole, partial(self.path), 0
         self._lock = Lock(self.path)
         options = {"flush_packets": "1", **(_FRAGMENTS if self._kind == "mp4" else {})}
-        # The protocol is named, so that a colon in a file name is no protocol.
+        # The explicit protocol prevents FFmpeg from reading a colon in a file name as the end of a protocol.
         self._container = av.open(f"file:{self._file.absolute()}", "w", format=self._kind, options=options)
         self._stream: av.VideoStream | None = None
         self._closed = False
@@ -133,7 +135,7 @@ class VideoWriter:
             self._lock.release()
 
     def discard(self) -> None:
-        """Stop without finishing; what has no name yet is removed, and the file that ``path`` named before stays."""
+        """Stop without finishing: remove the temporary file and keep the older file at ``path``."""
         if not self._closed:
             self._closed = True
             with contextlib.suppress(OSError, av.FFmpegError):

@@ -3,9 +3,9 @@
     y = x W + b + scale (x A) B,    A [in, r], B [r, out]
 
 A module with an adapter has the parameters ``lora/down`` (A) and ``lora/up`` (B) beside its ``kernel``. The scale is
-``alpha / rank`` of ``config.lora``, or ``lora/scale [r]``, one factor per column of A. Several adapters are one: their
-columns follow each other, and the entries of ``scale`` are each one's strength, so that strengths are numbers of a
-compiled program and not part of it. The kernel is neither changed nor copied.
+``alpha / rank`` of ``config.lora``, or ``lora/scale [r]``, one factor per column of A. Several adapters are
+concatenated along r, and ``scale`` holds the strength of each. A strength is then an input of the compiled program, not
+a constant in it. The kernel is neither changed nor copied.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ KEY = "lora"
 
 
 def with_adapters(spec: Tree, lora: LoraConfig) -> Tree:
-    """Return the parameters of a layer with adapters of ``lora`` beside the modules that it targets.
+    """Return the parameters of a layer with adapters for the modules that ``lora`` targets.
 
     A starts uniform in ``1 / sqrt(in)`` and B at zero, as peft's do, so that training starts from the base.
     """
@@ -77,7 +77,7 @@ def map_modules(change: Callable[[Tree], Tree], params: Any) -> Any:
 
 
 def scaled(params: Any, scale: jax.Array) -> Any:
-    """Return ``params`` whose adapters all have the scale ``[r]``."""
+    """Return ``params`` with the scale ``[r]`` in every adapter."""
     return map_modules(lambda module: {**module, KEY: {**module[KEY], "scale": scale}}, params)
 
 
@@ -97,14 +97,14 @@ def merged(params: Any, config: TransformerConfig) -> Any:
 
 
 def split(params: Any) -> tuple[Any, Any]:
-    """Return what is trained and what is frozen: the adapters and the rest; without any adapter everything and {}."""
+    """Split parameters into (trained, frozen): the adapters and the rest; without adapters everything and {}."""
     if not isinstance(params, dict) or not has_adapters(params):
         return params, {}
     return _pick(params, adapters=True), _pick(params, adapters=False)
 
 
 def join(trained: Any, frozen: Any) -> Any:
-    """Return the parameters that :func:`split` took apart."""
+    """Merge the two results of :func:`split`."""
     if not isinstance(frozen, dict) or not isinstance(trained, dict):
         return trained
     both = {name: join(trained[name], frozen[name]) for name in trained if name in frozen}
@@ -115,11 +115,11 @@ def _pick(params: Tree, *, adapters: bool) -> Tree:
     result: Tree = {}
     for name, inner in params.items():
         if name == KEY:
-            chosen = inner if adapters else {}
+            picked = inner if adapters else {}
         elif isinstance(inner, dict):
-            chosen = _pick(inner, adapters=adapters)
+            picked = _pick(inner, adapters=adapters)
         else:
-            chosen = {} if adapters else inner
-        if not isinstance(chosen, dict) or chosen:
-            result[name] = chosen
+            picked = {} if adapters else inner
+        if not isinstance(picked, dict) or picked:
+            result[name] = picked
     return result

@@ -22,7 +22,7 @@ LEAD = 3
 
 
 def codec_shapes(recipe: Recipe, *, encodes: bool) -> dict[str, Any]:
-    """Return shapes and types of the decoder's parameters, and with ``encodes`` of the VAE, which alone encodes."""
+    """Return shapes and types of the decoder's parameters; with ``encodes`` also those of the VAE, the only encoder."""
     shapes = vae_shapes(recipe) if recipe.decoder == "vae" or encodes else {}
     if recipe.decoder == "taehv":
         shapes["taehv"] = inference_tree(taehv.abstract(recipe.taehv), recipe.taehv.dtype)
@@ -30,7 +30,7 @@ def codec_shapes(recipe: Recipe, *, encodes: bool) -> dict[str, Any]:
 
 
 def vae_shapes(recipe: Recipe) -> dict[str, Any]:
-    """Return shapes and types of the VAE's parameters, ``{"vae"}``, whatever the decoder is."""
+    """Return shapes and types of the VAE's parameters, ``{"vae"}``, for any decoder."""
     return {"vae": inference_tree(vae.abstract(recipe.vae), recipe.vae.dtype)}
 
 

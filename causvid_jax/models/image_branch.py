@@ -1,8 +1,7 @@
 """Image conditioning of the transformer (Wan2.1-I2V).
 
 * **Condition channels.** The input also has the latents of a video (the image, then grey frames) and a mask of the
-known
-  frames (:func:`image_condition`)::
+  known frames (:func:`image_condition`)::
 
       x = concatenate([noisy, image_condition(latents)], axis=-1)  # 16 + 4 + 16 channels in Wan2.1-I2V
 

@@ -35,8 +35,8 @@ _FORWARD_MODE = contextvars.ContextVar("forward_mode", default=False)
 
 
 @contextlib.contextmanager
-def forward_mode() -> Iterator[None]:
-    """Trace products so that ``jax.jvp`` can differentiate them, which it refuses of a ``custom_vjp``."""
+def differentiable_by_jvp() -> Iterator[None]:
+    """Trace products without ``custom_vjp``, which ``jax.jvp`` cannot differentiate."""
     token = _FORWARD_MODE.set(True)
     try:
         yield
@@ -47,7 +47,7 @@ def forward_mode() -> Iterator[None]:
 def matmul(x: jax.Array, kernel: jax.Array, dtype: str, result: str = "float32") -> jax.Array:
     """Return ``x [..., in] @ kernel [in, out]`` with operands cast to ``dtype``, a float32 accumulator and ``result``.
 
-    Its derivative is explicit (:func:`_matmul`), except under :func:`forward_mode`.
+    Its derivative is explicit (:func:`_matmul`), except under :func:`differentiable_by_jvp`.
     """
     return (_product if _FORWARD_MODE.get() else _matmul)(x, kernel, dtype, result)
 

@@ -1,4 +1,4 @@
-"""Rematerialization of the layers in training: which results are kept for the backward pass."""
+"""Rematerialize layers in training: choose which results are kept for the backward pass."""
 
 from collections.abc import Callable
 from typing import Any

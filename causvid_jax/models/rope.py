@@ -20,10 +20,10 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
 def angles(
     frames: Shaped[jax.Array, "F"], rows: int, columns: int, *, head_dim: int, theta: float
 ) -> Float[jax.Array, "F n pairs"]:
-    """Return the rotation angles of all tokens, float32 ``[F, rows * columns, D / 2]``; ``frames [F]`` are time
-    positions.
+    """Return the rotation angles of all tokens, float32 ``[F, rows * columns, D / 2]``.
 
-    Positions of a clip are small enough for float32. :func:`stream_angles` serves a stream of any length.
+    ``frames [F]`` are time positions. Those of a clip are small enough for float32. :func:`stream_angles` serves a
+    stream of any length.
     """
     time = frames.astype(jnp.float32)[:, None] * _frequencies(axis_pairs(head_dim)[0], theta).astype(np.float32)
     return _grid(time, rows, columns, head_dim, theta)

@@ -230,7 +230,7 @@ def _apply(
 ) -> tuple[jax.Array, Any]:
     """Run the network with self-attention ``attend``; ``keep_frames`` limits the output to the last frames.
 
-    If ``pooled``, ``layer_caches [L, M]`` are queries, and instead of caches their pooled features come back.
+    If ``pooled``, ``layer_caches [L, M]`` are queries, and their pooled features are returned instead of caches.
     """
     require(
         x.shape[-1] == config.in_channels,

@@ -1,4 +1,4 @@
-"""One layer of the Wan diffusion transformer, and what feeds it: text and time embedding.
+"""One layer of the Wan diffusion transformer, and its inputs: text and time embedding.
 
 :func:`block` is a plain function of a layer's parameters. ``models.transformer`` scans it over stacked parameters, or
 calls it in a loop where every layer has arrays of its own (``models.unstacked``).

@@ -1,7 +1,7 @@
 """Parameters of the transformer for streaming: every layer has arrays of its own.
 
 Training stacks the parameters of all layers, so that one compiled layer is scanned. A scan copies each layer's slice of
-a stacked array before it can be multiplied, and a key/value cache that is scanned is copied whole. A stream therefore
+a stacked array before a product, and it copies a scanned key/value cache whole. A stream therefore
 runs its layers in a loop over tuples: nothing is sliced, and each layer's cache is written in place.
 
 In this form the columns of the q and k projections of self-attention are also reordered, in every head, from

@@ -1,13 +1,13 @@
-"""The causal video VAE of Wan2.1 (arXiv 2503.20314, section 4.1), at any width, and that of Wan2.2-TI2V-5B.
+"""The causal video VAE of Wan2.1 (arXiv 2503.20314, section 4.1) and of Wan2.2-TI2V-5B, at any width.
 
 The first frame of a video is one latent frame, and so is each later group of four, at an eighth of the height and
 width. Encoder and decoder are causal in time. A stream can therefore be coded in chunks with a bounded cache, and the
 result is equal to that of the whole clip.
 
 Video [B, T, H, W, 3] in [-1, 1]; latents [B, F, H/8, W/8, C], T = 1 + 4 (F - 1), normalized per channel with
-``config.latent_mean`` and ``config.latent_std``. Wan2.2's is the same network on squares of 2 x 2 pixels, with a path
-without parameters beside every level (``config.is_residual``). Parameters are float32; ``config.dtype`` is the compute
-type. The parameter tree mirrors the published one (``causvid_jax.checkpoints.wan_vae`` converts).
+``config.latent_mean`` and ``config.latent_std``. The VAE of Wan2.2 is the same network on squares of 2 x 2 pixels, with
+a parameter-free shortcut around every level (``config.is_residual``). Parameters are float32; ``config.dtype`` is the
+compute type. The parameter tree mirrors the published one (``causvid_jax.checkpoints.wan_vae`` converts).
 """
 
 import dataclasses
@@ -100,8 +100,10 @@ def _level(index: int, layers_per_level: int, config: VAEConfig) -> tuple[int, b
 
 
 def abstract(config: VAEConfig) -> Tree:
-    """Return the parameter tree as ``jax.ShapeDtypeStruct``: kernels [(kt,) kh, kw, in, out], ``bias`` and ``gamma``
-    [C]."""
+    """Return the parameter tree as ``jax.ShapeDtypeStruct``.
+
+    Kernels are [(kt,) kh, kw, in, out], ``bias`` and ``gamma`` [C].
+    """
     z, first, last = config.z_dim, config.base_dim, config.base_dim * config.dim_mult[-1]
     pixels, wide = 3 * config.patch_size**2, _decoder_base(config) * config.dim_mult[-1]
     encoder_out, decoder_out = encoder_layers(config)[-1][2], decoder_layers(config)[-1][2]

@@ -38,7 +38,7 @@ def make_samplers(
     """
     reader = prompt_encoder or encoder.open_encoder(config)
     streamed = weights.for_stream({name: params[name] for name in ("student", config.decoder)}, config)
-    null = jnp.asarray(encoder.null_rows(reader))
+    negative_embeds = jnp.asarray(encoder.negative_prompt_embeds(reader))
 
     def embeds_of(prompts: Sequence[str]) -> jax.Array:
         return jnp.asarray(encoder.encode(reader, prompts))
@@ -51,7 +51,7 @@ def make_samplers(
 
     def teacher(prompts: Sequence[str], seed: int, *, decode: bool = True) -> np.ndarray:
         seeds = jnp.asarray(seed + np.arange(len(prompts)), jnp.uint32)
-        latents = sample_clip(params["teacher"], embeds_of(prompts), null, seeds=seeds, config=config)
+        latents = sample_clip(params["teacher"], embeds_of(prompts), negative_embeds, seeds=seeds, config=config)
         if not decode:
             return np.asarray(latents)
         return pixels(latents)

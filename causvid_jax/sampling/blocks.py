@@ -1,4 +1,4 @@
-"""Which block of a stream holds which frame. Frames and blocks are counted from 0. Imports no JAX."""
+"""Map frames of a stream to its blocks and back. Frames and blocks are counted from 0. Imports no JAX."""
 
 from causvid_jax.config import Recipe, require
 

@@ -1,13 +1,13 @@
-"""A stream's programs as one file: traced and lowered once, for a platform and a shape, then run without the model.
+"""Export a stream's programs to one file: lowered for a platform and a shape, they run without tracing the model.
 
-A file holds what :mod:`causvid_jax.sampling.player` needs for text to video and changes of prompt, each as versioned
-StableHLO (``jax.export``), and a header that says what it was built for: every setting of the recipe that the programs
-depend on, the number of streams side by side, the platform. It is a zip archive of ``header.json``, one entry per
-program and, where it was built for the platform of the machine that built it, what XLA compiled of each. On a machine
-like that one (:func:`machine`) these go to JAX's compilation cache; elsewhere XLA compiles the programs once.
+A file holds the programs that :mod:`causvid_jax.sampling.player` needs for text to video and prompt switches, as
+versioned StableHLO (``jax.export``). Its header names what it was built for: every setting of the recipe that the
+programs depend on, the number of streams side by side, the platform. It is a zip archive of ``header.json`` and one
+entry per program. If the file was built on its own platform, it also holds the compiled executables. On an equal
+machine (:func:`machine`) these are copied to JAX's compilation cache; elsewhere XLA compiles the programs once.
 
-A file is bound to the recipe, the version of this package and its own checksums, so that a damaged file, or one of
-another origin, is refused. The checksums do not prove who made a file: run only programs that you trust, as with code.
+A file is bound to the recipe, the version of this package and its own checksums: damaged or unsuitable files are
+refused. The checksums do not prove who made a file, so run only files that you trust, as with code.
 
 | program | reads | gives |
 |---|---|---|
@@ -68,11 +68,11 @@ _ELSEWHERE = {
     "video": ("fps",),
     "text": ("kind", "vocabulary", "negative_prompt"),
 }
-"""Settings of a recipe's groups on which no program depends."""
+"""Fields of a recipe's groups that do not change a program."""
 
 
 def _register() -> None:
-    """Let the state of a stream stand in an exported signature; its static field is its name for it."""
+    """Register the state of a stream for export; its static field is part of the serialized name."""
     nodes = {
         "KVCache": kv_cache.KVCache,
         "TextCache": kv_cache.TextCache,
@@ -109,17 +109,17 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     """Return every setting of ``recipe`` that a stream's programs depend on, as JSON values."""
     groups = ["video", "text", "vae", "student", "causal", "diffusion"]
     groups += ["taehv"] if recipe.decoder == "taehv" else []
-    kept: dict[str, Any] = {"decoder": recipe.decoder}
+    settings: dict[str, Any] = {"decoder": recipe.decoder}
     for group in groups:
         values = dataclasses.asdict(getattr(recipe, group))
-        kept[group] = {name: value for name, value in values.items() if name not in _ELSEWHERE.get(group, ())}
-    if recipe.decoder == "taehv":  # of the VAE, the shape of its latents is all that is left
-        kept["vae"] = {name: kept["vae"][name] for name in ("z_dim", "temporal_downsample")}
-    return json.loads(json.dumps(kept))
+        settings[group] = {name: value for name, value in values.items() if name not in _ELSEWHERE.get(group, ())}
+    if recipe.decoder == "taehv":  # programs depend on the shape of the VAE's latents only
+        settings["vae"] = {name: settings["vae"][name] for name in ("z_dim", "temporal_downsample")}
+    return json.loads(json.dumps(settings))
 
 
 def _difference(have: Mapping[str, Any], want: Mapping[str, Any], path: str = "") -> str:
-    """Return the first setting in which two identities differ, in words; empty if none does."""
+    """Describe the first setting in which two identities differ; "" if they are equal."""
     for name in [*want, *(name for name in have if name not in want)]:
         a, b, where = have.get(name), want.get(name), f"{path}{name}"
         if isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -141,7 +141,7 @@ def this_platform() -> str:
 
 
 def _start_arguments(recipe: Recipe, batch: int) -> tuple[dict[str, Any], jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Return the shapes of what the program ``start`` reads: params, prompt embeddings and seeds."""
+    """Return the shapes of the arguments of the program ``start``: params, prompt embeddings and seeds."""
     params: dict[str, Any] = {"student": transformer.inference(recipe.student, unstacked=True)}
     params |= decoder.codec_shapes(recipe, encodes=False)
     embeds = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
@@ -154,7 +154,7 @@ def build(recipe: Recipe, platform: str, *, batch: int = 1) -> tuple[dict[str, A
     The vectors that normalise latents are constants of the programs: ``recipe.vae`` must have those of the VAE.
 
     Args:
-        recipe: with a window, or of the length that streams will have at most.
+        recipe: with a window, or with the maximum length of the streams.
         platform: one of :data:`PLATFORMS`; cuDNN's kernels can be lowered only where cuDNN is installed.
         batch: streams side by side.
 
@@ -163,19 +163,19 @@ def build(recipe: Recipe, platform: str, *, batch: int = 1) -> tuple[dict[str, A
     """
     require(batch >= 1, f"batch is {batch}; it must be at least 1")
     capacity = None if recipe.causal.window else recipe.video.latent_frames
-    params, rows, seeds = _start_arguments(recipe, batch)
+    params, embeds, seeds = _start_arguments(recipe, batch)
 
     def of(function: Callable[..., Any]) -> Any:
         return jax.jit(functools.partial(function, config=recipe))
 
     start = functools.partial(stream.first_state, config=recipe, capacity=capacity)
-    state = jax.eval_shape(start, params, rows, seeds)
-    calls: dict[str, tuple[Any, ...]] = {"start": (jax.jit(start), params, rows, seeds)}
+    state = jax.eval_shape(start, params, embeds, seeds)
+    calls: dict[str, tuple[Any, ...]] = {"start": (jax.jit(start), params, embeds, seeds)}
     if not state.started:
         calls["first_frames"] = of(stream.next_frames), params, state
         state = dataclasses.replace(state, started=True)
     calls["next_frames"] = of(stream.next_frames), params, state
-    calls["change_prompt"] = of(stream.change_prompt), params, state, rows
+    calls["change_prompt"] = of(stream.change_prompt), params, state, embeds
     return build_calls(recipe, platform, calls, batch=batch, capacity=capacity)
 
 
@@ -189,19 +189,19 @@ def build_calls(
     """
     require(platform in PLATFORMS, f"platform is {platform!r}; accepted: {', '.join(PLATFORMS)}")
     checks = [export.DisabledSafetyCheck.custom_call(name) for name in _CUSTOM_CALLS]
-    made: dict[str, export.Exported] = {}
+    programs: dict[str, export.Exported] = {}
     with constraints.lowering_for(platform):
         kernel = attention.resolve(recipe.student.attention, recipe.student.dtype)
         try:
             for name, (function, *shapes) in calls.items():
                 jitted = jax.jit(lambda *arrays, function=function: function(*arrays))
-                made[name] = export.export(jitted, platforms=[platform], disabled_checks=checks)(*shapes)
+                programs[name] = export.export(jitted, platforms=[platform], disabled_checks=checks)(*shapes)
         except RuntimeError as error:
             if "cuDNN" not in str(error):
                 raise
             raise ConfigError(
-                "attention by cuDNN can be lowered only where cuDNN is installed (extra cuda12 or cuda13), which is "
-                "not here; accepted: to build where it is, or --config.student.attention=xla"
+                "attention by cuDNN can be lowered only where cuDNN is installed (extra cuda12 or cuda13), and here it "
+                "is not; build on a machine that has it, or use --config.student.attention=xla"
             ) from error
     header = {
         "format": FORMAT,
@@ -213,14 +213,14 @@ def build_calls(
         "attention": kernel,
         "jax": jax.__version__,
         "machine": machine(),
-        "calling_convention": made["start"].calling_convention_version,
+        "calling_convention": programs["start"].calling_convention_version,
         "recipe": identity(recipe),
     }
-    return header, made
+    return header, programs
 
 
 def machine() -> str:
-    """Return a checksum of what a compiled program depends on besides the program: JAX, devices and processor."""
+    """Return a checksum of the JAX version, devices and processor, on which an executable also depends."""
     device = jax.devices()[0]
     parts = [jax.__version__, jaxlib.__version__, device.platform, device.device_kind, os.environ.get("XLA_FLAGS", "")]
     parts += [getattr(device.client, "platform_version", "")]
@@ -232,13 +232,13 @@ def machine() -> str:
 
 
 _SAME_KEYS = {"jax_persistent_cache_enable_xla_caches": "none"}
-"""Otherwise the names in JAX's compilation cache depend on where the cache is."""
+"""JAX's options without which the names in its compilation cache depend on the folder of the cache."""
 
 
-def compiled(made: Mapping[str, export.Exported]) -> dict[str, bytes]:
-    """Compile programs for this machine; return what JAX's compilation cache keeps of them, by its names.
+def compiled(programs: Mapping[str, export.Exported]) -> dict[str, bytes]:
+    """Compile programs for this machine; return the entries of JAX's compilation cache for them, by name.
 
-    They belong into a file for this platform: :func:`load` puts them into the cache of a machine like this one.
+    Save them to a file for this platform. :func:`load` copies them to the cache of an equal machine.
     """
     with tempfile.TemporaryDirectory(prefix="causvid_compiled_") as folder:
         options = {
@@ -251,7 +251,7 @@ def compiled(made: Mapping[str, export.Exported]) -> dict[str, bytes]:
             for name, value in options.items():
                 jax.config.update(name, value)
             compilation_cache.reset_cache()
-            for name, exported in made.items():
+            for name, exported in programs.items():
                 arguments, keywords = jax.tree.unflatten(exported.in_tree, _shapes(exported.in_avals))
                 _jitted(name, exported).lower(*arguments, **keywords).compile()
         finally:
@@ -266,7 +266,7 @@ def _shapes(avals: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
 
 
 KEEP = ("start", "encode_image", "encode_first", "encode_next")
-"""Programs that donate nothing; the others donate the state, their second argument."""
+"""Programs that donate no argument; the others donate the state, their second argument."""
 
 
 def _jitted(name: str, exported: export.Exported) -> Any:
@@ -276,14 +276,14 @@ def _jitted(name: str, exported: export.Exported) -> Any:
 def save(
     path: str | os.PathLike,
     header: Mapping[str, Any],
-    made: Mapping[str, export.Exported],
+    programs: Mapping[str, export.Exported],
     executables: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write the result of :func:`build` with its checksums; the file appears complete or not at all.
 
     ``executables`` are those of :func:`compiled`.
     """
-    entries = {f"{name}{ENTRY}": bytes(exported.serialize()) for name, exported in made.items()}
+    entries = {f"{name}{ENTRY}": bytes(exported.serialize()) for name, exported in programs.items()}
     write(path, header, entries | dict(executables or {}))
 
 
@@ -308,7 +308,7 @@ def _checksum(header: Mapping[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The programs of a file, checked: of :func:`load`."""
+    """The checked programs of a file, made by :func:`load`."""
 
     path: pathlib.Path
     header: Mapping[str, Any]
@@ -316,11 +316,11 @@ class Programs:
 
     @property
     def capacity(self) -> int | None:
-        """Latent frames of a stream at most; None: it has no end."""
+        """Maximum number of latent frames of a stream; None without a limit."""
         return self.header["frames"]
 
     def jitted(self, name: str) -> Any:
-        """Return a program as a jitted function of (params, ...) that donates the state, as the sampler's own does."""
+        """Return a program as a jitted function of (params, ...) that donates the state like the sampler's function."""
         require(name in self.exported, f"{self.path} has no program {name!r}; it has {', '.join(self.exported)}")
         return _jitted(name, self.exported[name])
 
@@ -338,7 +338,7 @@ def load(path: str | os.PathLike, recipe: Recipe, *, batch: int, latents: int) -
     """Load the programs in ``path`` for ``batch`` streams of ``recipe`` of ``latents`` latent frames, on this platform.
 
     Raises:
-        ConfigError: no such file, a damaged one, or one that was built for something else, which is named.
+        ConfigError: no such file, a damaged one, or one that was built for other settings; the message names them.
     """
     names = ["start", "next_frames", "change_prompt", *(["first_frames"] * recipe.causal.independent_first_frame)]
     arguments = dict.fromkeys(names) | {"start": _start_arguments(recipe, batch)}
@@ -348,16 +348,16 @@ def load(path: str | os.PathLike, recipe: Recipe, *, batch: int, latents: int) -
 def open_programs(
     path: str | os.PathLike, recipe: Recipe, arguments: Mapping[str, Any], *, batch: int, latents: int
 ) -> Programs:
-    """Return the programs of a file, which must be those of ``arguments``: name to the shapes that it takes, or None.
+    """Return the programs of a file, which must have the names and shapes of ``arguments`` (None: any shapes).
 
-    What the file holds of executables of a machine like this one goes to JAX's compilation cache, if that is on.
+    If the file holds executables for this machine, they are copied to JAX's compilation cache, if that is on.
     """
     place = pathlib.Path(path)
-    require(place.is_file(), f"program {place} does not exist; launch.compile --platform builds one")
+    require(place.is_file(), f"program {place} does not exist; causvid compile --platform builds one")
     try:
         header, entries = _read(place)
     except _DAMAGE as error:
-        raise ConfigError(f"{place} is not a readable program of launch.compile: {reason(error)}") from error
+        raise ConfigError(f"{place} is not a readable program of causvid compile: {reason(error)}") from error
     _check(place, header, recipe, batch=batch, latents=latents)
     programs = {name: data for name, data in entries.items() if name.endswith(ENTRY)}
     require(
@@ -366,7 +366,7 @@ def open_programs(
     )
     try:
         exported = {name.removesuffix(ENTRY): export.deserialize(bytearray(x)) for name, x in programs.items()}
-    except Exception as error:  # whatever flatbuffers and MLIR make of another version's bytes
+    except Exception as error:  # flatbuffers and MLIR raise errors of any type for another version's bytes
         raise ConfigError(
             f"program {place} cannot be read by JAX {jax.__version__}; it was built by {header['jax']}"
         ) from error
@@ -388,7 +388,7 @@ def _fill_cache(executables: Mapping[str, bytes]) -> None:
         jax.config.update(option, value)
     for name, data in executables.items() if folder else ():
         target = pathlib.Path(folder) / name
-        with contextlib.suppress(OSError):  # it only costs the time to compile
+        with contextlib.suppress(OSError):  # without the cache the program is compiled again
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with atomic(target) as temporary:
@@ -399,7 +399,7 @@ _DAMAGE = (
     OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, RecursionError,
     OverflowError, struct.error, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-"""What reading a damaged archive raises."""
+"""Exceptions that reading a damaged archive raises."""
 
 
 def _read(path: pathlib.Path) -> tuple[Mapping[str, Any], dict[str, bytes]]:
@@ -407,12 +407,12 @@ def _read(path: pathlib.Path) -> tuple[Mapping[str, Any], dict[str, bytes]]:
     with zipfile.ZipFile(path) as archive:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
         if sizes["header.json"] > HEADER_BYTES or sum(sizes.values()) > ENTRY_BYTES:
-            raise ValueError("it claims to hold more than a program does")
+            raise ValueError("its declared size is larger than that of any program")
         header = json.loads(archive.read("header.json"))
         if not isinstance(header, dict):
             raise ValueError("its header is no object")
         if header.get("format") != FORMAT:
-            return header, {}  # the format is refused with a sentence of its own
+            return header, {}  # the caller refuses the format
         for name, kind in FIELDS.items():
             if not isinstance(header[name], kind):
                 raise ValueError(f"its header has {name} {header[name]!r}")
@@ -440,18 +440,18 @@ def _check(path: pathlib.Path, header: Mapping[str, Any], recipe: Recipe, *, bat
     require(streams == batch, f"{built} {streams} video(s) at once, and {batch} prompt(s) are given")
     require(
         most is None or latents <= most,
-        f"{built} at most {most} latent frames, and {latents} are asked for; accepted: fewer --frames, or a program "
+        f"{built} at most {most} latent frames, and {latents} are requested; accepted: fewer --frames, or a program "
         "built with more --config.video.frames",
     )
 
 
-def describe(header: Mapping[str, Any], made: Mapping[str, export.Exported]) -> str:
+def describe(header: Mapping[str, Any], programs: Mapping[str, export.Exported]) -> str:
     """Describe what was built, in lines."""
     lines = [
         f"{header['name']} for {header['platform']}, {header['streams']} video(s) at once, attention by "
         f"{header['attention']}, JAX {header['jax']}"
     ]
-    for name, exported in made.items():
+    for name, exported in programs.items():
         inputs = sum(int(np.prod(x.shape, dtype=np.int64)) * x.dtype.itemsize for x in exported.in_avals)
         lines.append(f"  {name}: {len(exported.in_avals)} arrays in ({format_bytes(inputs)})")
     return "\n".join(lines)

@@ -1,9 +1,9 @@
 """Encode a picture for the image branch of Wan2.1-I2V (``causvid_jax.sampling.teacher``).
 
-``image_latents`` are the latents of a video that shows the picture once and is grey after it, and a mask of the one
-frame that counts (``models.image_branch.image_condition``). ``image_embeds`` are CLIP's (``models.clip_vision``). The
-published negative prompt of image to video is ``configs.wan_14b.NEGATIVE_PROMPT_IMAGE``, its grid has a shift of 3 at
-480p and of 5 at 720p, its solver is UniPC with 40 steps, its guidance scale 5.
+``image_latents`` are the latents of a video whose first frame is the picture and whose other frames are grey, and the
+mask of the known frame (``models.image_branch.image_condition``). ``image_embeds`` are CLIP's (``models.clip_vision``).
+The published negative prompt of image to video is ``configs.wan_14b.NEGATIVE_PROMPT_IMAGE``, its grid has a shift of 3
+at 480p and of 5 at 720p, its solver is UniPC with 40 steps, its guidance scale 5.
 
 Source: Wan2.1, ``wan/image2video.py``.
 """
@@ -22,7 +22,7 @@ from causvid_jax.models import clip_vision, image_branch, vae
 def image_latents(params: Any, pictures: jax.Array, *, config: Recipe) -> jax.Array:
     """Return mask and normalised latents ``[B, F, h, w, 4 + C]`` of videos that start with ``pictures``.
 
-    The padded video is encoded four frames at a time, so that the memory is that of a chunk.
+    The padded video is encoded four frames at a time, with the memory of one chunk.
 
     Args:
         params: of the VAE.

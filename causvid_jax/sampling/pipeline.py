@@ -6,7 +6,7 @@
         ...  # uint8 [B, n, H, W, 3]
     state = pipe.switch(state, "a blue 7 moving up")
 
-Every method that takes a ``state`` consumes it: go on with the state that it returns.
+Every method that takes a ``state`` consumes it: use the returned state from then on.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ Prompts = str | Sequence[str]
 
 @dataclasses.dataclass(frozen=True)
 class _Base:
-    """What student and teacher share.
+    """Attributes and methods of both student and teacher.
 
     Attributes:
         config: the recipe, with the VAE's latent statistics.
@@ -64,7 +64,7 @@ class _Base:
         return _encode(self._vae(), jnp.asarray(media.to_float(video)), config=self.config.vae)
 
     def _vae(self) -> Any:
-        require("vae" in self.params, "pixels become latents by the VAE, whose weights were not found; give vae=FILE")
+        require("vae" in self.params, "the VAE encodes pixels, and its weights were not found; give vae=FILE")
         return self.params["vae"]
 
 
@@ -101,8 +101,8 @@ class StudentPipeline(_Base):
     def lora(self, state: StreamState, strengths: Mapping[str, float]) -> StreamState:
         """Return the state with other strengths of its LoRAs from the next block on: ``{"style": 0.8}``.
 
-        LoRAs that are not named keep theirs; all begin with 1. Strengths are numbers of one compiled program, so a
-        change costs no compilation. What is in the cache stays as it was written.
+        LoRAs that are not named keep their strength; the first strength is 1. Strengths are inputs of one compiled
+        program, so a change costs no compilation. Keys and values in the cache do not change.
 
         Raises:
             ConfigError: a LoRA that was not loaded, or a strength that is no number.
@@ -117,12 +117,12 @@ class StudentPipeline(_Base):
     ) -> Iterator[tuple[np.ndarray, StreamState]]:
         """Generate ``blocks`` blocks and yield uint8 frames ``[B, n, H, W, 3]`` and the next state for each.
 
-        ``noise[i]`` is that of block i, ``[steps, B, K, h, w, C]``, instead of noise of the state's seeds.
+        ``noise[i] [steps, B, K, h, w, C]`` is the noise of block i; None draws it from the state's seeds.
         """
         start = begins(state)
         for i in range(blocks):
-            given = None if noise is None else noise[i]
-            _, frames, state = stream.next_frames(self.params, state, config=self.config, noise=given)
+            block_noise = None if noise is None else noise[i]
+            _, frames, state = stream.next_frames(self.params, state, config=self.config, noise=block_noise)
             yield visible(frames, start and i == 0), state
 
     def latents(
@@ -133,12 +133,12 @@ class StudentPipeline(_Base):
         No VAE is needed. ``noise`` is that of :meth:`frames`.
         """
         for i in range(blocks):
-            given = None if noise is None else noise[i]
-            latents, state = stream.next_block(self.params, state, config=self.config, noise=given)
+            block_noise = None if noise is None else noise[i]
+            latents, state = stream.next_block(self.params, state, config=self.config, noise=block_noise)
             yield latents, state
 
     def switch(self, state: StreamState, prompt: Prompts | jax.Array) -> StreamState:
-        """Return the state under another prompt from the next block on; ``causal.on_prompt_switch`` rules the cache."""
+        """Return the state with another prompt from the next block on (cache: ``causal.on_prompt_switch``)."""
         embeds = self._embeds(prompt)
         streams = state.seed.shape[0]
         embeds = jnp.broadcast_to(embeds, (streams, *embeds.shape[1:])) if len(embeds) == 1 else embeds
@@ -167,9 +167,9 @@ class StudentPipeline(_Base):
         return frames, state
 
     def extend(self, state: StreamState, video: np.ndarray) -> Iterator[tuple[np.ndarray, StreamState]]:
-        """Make a given clip the first blocks of a stream, so that the next block goes on from it.
+        """Make a clip the first blocks of a stream, so that the next block continues it.
 
-        Yield the clip's own frames and the next state of each block. The clip is written to the cache as it is.
+        Yield the frames of the clip and the next state for each block. The clip's latents are written to the cache.
 
         Args:
             state: of :meth:`stream`, before its first block.
@@ -196,7 +196,7 @@ class StudentPipeline(_Base):
             chunk, first = jnp.asarray(media.to_float(part)), block == 0
             latents, cache = encode_chunk(self._vae(), chunk, cache, config=self.config.vae, first=first)
             state = stream.append(self.params, state, latents, config=self.config)
-            # The decoder's past is that of the clip; its frames are shown without the decoder's error.
+            # Decode to fill the decoder's cache, but return the frames of the clip, which have no decoder error.
             _, state = stream.decode_block(self.params, state, latents, config=self.config)
             yield part, state
 
@@ -208,8 +208,7 @@ class StudentPipeline(_Base):
         Args:
             state: of :meth:`stream`, before its first block.
             video: uint8 ``[T, H, W, 3]`` for all streams, or ``[B, T, H, W, 3]``; the last frame fills the last block.
-            strength: how far from the video, up to 1 (free).
-        """
+            strength: distance from the video, up to 1 (independent of it)."""
         require(begins(state), "a video can only be followed from the first block of a stream")
         start = jnp.int32(schedule.strength_step(self.config.diffusion, strength))
         batch, length = state.seed.shape[0], video.shape[-4]
@@ -235,13 +234,13 @@ def begins(state: StreamState) -> bool:
 
 
 def visible(frames: jax.Array, first: bool) -> np.ndarray:
-    """Return decoded frames as uint8, without those of a first block that do not exist."""
+    """Return decoded frames as uint8, without the padding frames of a first block."""
     return media.to_uint8(frames)[:, stream.LEAD if first else 0 :]
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A clip that the teacher will make.
+    """A clip of the teacher, before or after sampling.
 
     Attributes:
         prompt_embeds: ``[B, S, E]``.
@@ -271,7 +270,7 @@ class TeacherPipeline(_Base):
         seed: int | Sequence[int] = 0,
         noise: jax.Array | None = None,
     ) -> Clip:
-        """Return what the sampler starts from: embeddings, and noise of ``seed`` or given, ``[B, F, h, w, C]``."""
+        """Return the clip before sampling: embeddings, and noise of ``seed`` or ``noise [B, F, h, w, C]``."""
         text = isinstance(prompt, (str, list, tuple))
         embeds = self.encode_prompt(prompt) if text else jnp.asarray(prompt)  # type: ignore[arg-type]
         if noise is None:
@@ -280,7 +279,7 @@ class TeacherPipeline(_Base):
 
     def latents(self, clip: Clip, *, timesteps: Sequence[float] | None = None) -> Clip:
         """Solve the guided ODE: ``num_inference_steps`` network passes, or one at each of ``timesteps``."""
-        negative = jnp.asarray(text_encoder.null_rows(self.encoder))
+        negative = jnp.asarray(text_encoder.negative_prompt_embeds(self.encoder))
         latents = sample_clip(
             self.params["teacher"],
             clip.prompt_embeds,
@@ -292,7 +291,7 @@ class TeacherPipeline(_Base):
         return dataclasses.replace(clip, latents=latents)
 
     def frames(self, clip: Clip, *, timesteps: Sequence[float] | None = None) -> Iterator[tuple[np.ndarray, Clip]]:
-        """Sample the clip unless it is sampled, then yield its uint8 frames ``[B, n, H, W, 3]`` in parts."""
+        """Sample the clip if it is not sampled yet, then yield its uint8 frames ``[B, n, H, W, 3]`` in parts."""
         clip = self.latents(clip, timesteps=timesteps) if clip.latents is None else clip
         assert clip.latents is not None
         for part in decoder.decode_clip(self.params, clip.latents, config=self.config):
@@ -304,11 +303,11 @@ def _open(
 ) -> tuple[Recipe, dict[str, Any], text_encoder.Encoder]:
     recipe = load_recipe(config) if isinstance(config, str) else config
     folder = None if checkpoint is None else os.fspath(checkpoint)
-    named = {k: v for k, v in files.items() if v is not None}
-    found, recipe = weights.find(recipe, role, folder, encodes=None if role == "student" else False, files=named)
+    own_files = {k: v for k, v in files.items() if v is not None}
+    opened, recipe = weights.find(recipe, role, folder, encodes=None if role == "student" else False, files=own_files)
     shapes = {role: transformer.inference(getattr(recipe, role)), **decoder.codec_shapes(recipe, encodes=True)}
-    shapes = {name: shape for name, shape in shapes.items() if name in found}
-    return recipe, weights.load(found, shapes), text_encoder.open_encoder(recipe, folder)
+    shapes = {name: shape for name, shape in shapes.items() if name in opened}
+    return recipe, weights.load(opened, shapes), text_encoder.open_encoder(recipe, folder)
 
 
 def load(
@@ -326,8 +325,8 @@ def load(
         config: a recipe's name (``"digits"``), its file, or a :class:`~causvid_jax.config.Recipe`.
         checkpoint: a folder with the weights of every network, such as a training's working directory; None: the
             weights of the package.
-        student, vae, taehv: single weight files that go before ``checkpoint``.
-        loras: name to file of LoRAs, which stay beside the weights; :meth:`StudentPipeline.lora` sets their strengths.
+        student, vae, taehv: weights files that replace those of ``checkpoint``.
+        loras: name to file of LoRAs, kept as adapters; :meth:`StudentPipeline.lora` sets their strengths.
 
     Raises:
         ConfigError: no such recipe, or weights that are missing or do not fit it.

@@ -1,7 +1,7 @@
-"""A stream as a Python generator of frames: what a program or a server sits on.
+"""Play a stream as a Python generator of frames.
 
-All programs a stream will need are compiled before its clock starts, so that a change of prompt does not stall it; the
-next block is already under way on the device while the frames of the last one are handed out.
+All programs of a stream are compiled before its clock starts, so a prompt switch does not stall it. While the frames of
+one block are returned, the device already computes the next block.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from causvid_jax.sampling.pipeline import encode_chunk
 
 @dataclasses.dataclass
 class Timing:
-    """How fast sampling is, filled in as it goes. Seconds; the clock starts when everything is compiled."""
+    """Timing of a stream in seconds, updated while it runs. The clock starts when everything is compiled."""
 
     compile: float = 0.0  # compilation, or reading compiled programs from the cache
     first: float = 0.0  # from the start of the clock to the first frames on the host
@@ -32,11 +32,11 @@ class Timing:
 
     @property
     def fps(self) -> float:
-        """Frames per second of each video, over all that the user waited for after compilation."""
+        """Frames per second of each video, over the whole time after compilation."""
         return self.frames / max(self.total, 1e-9)
 
     def add(self, frames: int, total: float) -> None:
-        """Count ``frames`` more, on the host ``total`` seconds after the start."""
+        """Count ``frames`` more frames, which reached the host ``total`` seconds after the start."""
         if not self.frames:
             self.first = total
         self.frames += frames
@@ -44,9 +44,9 @@ class Timing:
 
 
 class _Programs:
-    """Compiles a jitted function once per (function, whether the stream has started) and keeps count of the time.
+    """Compiles a jitted function once per (function, whether the stream has started) and adds up the seconds.
 
-    With ``loaded`` programs those stand in for the stream's functions, which then are never traced.
+    ``loaded`` programs replace the stream's functions, which are then never traced.
     """
 
     def __init__(self, timing: Timing, loaded: exported.Programs | None):
@@ -63,7 +63,7 @@ class _Programs:
         return self.compiled[key]
 
     def jitted(self, function: Any, started: bool, static: Mapping[str, Any]) -> Any:
-        """Return the function of its arrays alone: our own, or the one that was loaded in its place."""
+        """Return the loaded program of a function, or else the function with its static arguments."""
         if self.loaded is not None:
             return self.loaded.jitted(exported.name_of(function, started))
         return _Bound(function, static)
@@ -104,16 +104,16 @@ def play(
 
     Args:
         params: ``{"student", "vae"}``.
-        text: prompt rows ``[B, S, E]``; B streams side by side, stream b of seed ``seed + b``.
+        text: prompt embeddings ``[B, S, E]``; B streams side by side, stream b with seed ``seed + b``.
         config: the recipe.
-        frames: how many; the last block is cut to fit.
+        frames: number of frames; the last block is cut to fit.
         seed: of the noise.
-        switches: block to the text rows ``[B, S, E]`` that hold from that block on (:func:`block_of` of a frame).
-        image: uint8 ``[H, W, 3]`` that the streams start from: frame 0 is the picture itself, the rest of its block
-            the decoded latents of it.
+        switches: block to the prompt embeddings ``[B, S, E]`` from that block on (:func:`block_of` of a frame).
+        image: uint8 ``[H, W, 3]`` that the streams start from: frame 0 is the picture itself, the other frames of its
+            block are its decoded latents.
         video: uint8 ``[T, H, W, 3]``, T >= frames, that the streams follow, at ``strength``.
-        timing: filled in as the stream goes.
-        loaded: programs to run instead of tracing the model; they know text and switches only.
+        timing: updated while the stream runs.
+        loaded: programs to run instead of tracing the model; they support text and switches only.
     """
     timing = Timing() if timing is None else timing
     batch, k = text.shape[0], config.causal.frames_per_block
@@ -123,7 +123,7 @@ def play(
     start = schedule.strength_step(config.diffusion, strength) if video is not None else 0
     require(
         loaded is None or (image is None and video is None),
-        "a stream of loaded programs starts from text; accepted: no image and no video",
+        "loaded programs generate from text only; accepted: no image and no video",
     )
     programs = _Programs(timing, loaded)
 
@@ -146,19 +146,21 @@ def play(
         """Return (frames [B, 4K, H, W, 3], state, coder) by ``run``, which executes or only prepares programs."""
         started, first = state.started, block == 0
         if video is not None:
-            wanted = np.arange(first_frame(block, config), first_frame(block + 1, config))
-            # Where the input ends inside a block, its last frame stays.
-            chunk = pixels(video[np.minimum(wanted, len(video) - 1)])
-            given, coder = run(encode_chunk, first, params["vae"], chunk, coder, config=config.vae, first=first)
-            x, state = run(stream.next_block_from, started, params, state, given, jnp.int32(start), config=config)
+            indices = np.arange(first_frame(block, config), first_frame(block + 1, config))
+            # If the input ends inside a block, repeat its last frame.
+            chunk = pixels(video[np.minimum(indices, len(video) - 1)])
+            input_latents, coder = run(encode_chunk, first, params["vae"], chunk, coder, config=config.vae, first=first)
+            x, state = run(
+                stream.next_block_from, started, params, state, input_latents, jnp.int32(start), config=config
+            )
         elif image is not None and block == 0:
             x = run(stream.encode_image, started, params, pixels(image), config=config)
             state = run(stream.append, started, params, state, x, config=config)
         else:
-            _, shown, state = run(stream.next_frames, started, params, state, config=config)
-            return shown, state, coder
-        shown, state = run(stream.decode_block, x.shape[1] == k, params, state, x, config=config)
-        return shown, state, coder
+            _, decoded, state = run(stream.next_frames, started, params, state, config=config)
+            return decoded, state, coder
+        decoded, state = run(stream.decode_block, x.shape[1] == k, params, state, x, config=config)
+        return decoded, state, coder
 
     def switch(run: Callable, state: stream.StreamState, rows: np.ndarray) -> stream.StreamState:
         return run(stream.change_prompt, state.started, params, state, jnp.asarray(rows), config=config)
@@ -167,7 +169,7 @@ def play(
         programs.prepare(function, started, *args, **static)
         return jax.eval_shape(programs.jitted(function, started, static), *args)
 
-    # A dry run over shapes. From the third block on, and from the second switch on, all programs are known.
+    # A dry run over shapes compiles all programs: two blocks and one switch use every program of a stream.
     dry, dry_coder = jax.eval_shape(lambda x: x, (state, coder))
     for block in range(min(blocks, 2)):
         _, dry, dry_coder = one(prepare, block, dry, dry_coder)

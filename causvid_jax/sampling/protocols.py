@@ -1,4 +1,4 @@
-"""What an evaluation asks of samplers, so that what is measured does not depend on how clips are made."""
+"""Interfaces of samplers, so that an evaluation does not depend on how clips are made."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What a user asks of a sampler, checked before JAX is imported, a file is read or anything is computed."""
+"""Check a user's request for videos before JAX is imported, a file is read or anything is computed."""
 
 import dataclasses
 import pathlib
@@ -15,7 +15,7 @@ FRAMES = 10**7
 SIDE = 8192
 """The largest width and height of a file."""
 VISIBLE = 256
-"""Videos less high than this are enlarged unless ``upscale`` is given."""
+"""Videos of a smaller height are enlarged unless ``upscale`` is given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SampleRequest:
     image: str | None = option(None, "Start from this picture.")
     video: str | None = option(None, "Follow this video.")
     strength: Annotated[float, Bounds(least=0, most=1)] | None = option(
-        None, "With --video: how far from it, up to 1 (free). Default: 0.5."
+        None, "With --video: distance from it, up to 1 (independent of it). Default: 0.5."
     )
     switch: tuple[str, ...] = option((), "FRAME:PROMPT, another prompt from the block with that frame on.")
     teacher: bool = option(False, "Sample a clip by the many-step teacher instead of a stream by the student.")
@@ -44,21 +44,21 @@ class SampleRequest:
         "model. "
         "Default: the weights of the package.",
     )
-    student: str | None = option(None, "The student's weights, such as self_forcing_dmd.pt; before --checkpoint.")
-    vae: str | None = option(None, "The VAE's weights, such as Wan2.1_VAE.pth; before --checkpoint.")
-    taehv: str | None = option(None, "The tiny decoder's weights, with --config.decoder=taehv; before --checkpoint.")
+    student: str | None = option(None, "The student's weights, such as self_forcing_dmd.pt; wins over --checkpoint.")
+    vae: str | None = option(None, "The VAE's weights, such as Wan2.1_VAE.pth; wins over --checkpoint.")
+    taehv: str | None = option(None, "The tiny decoder's weights, for --config.decoder=taehv.")
     lora: tuple[str, ...] = option((), "FILE or FILE:STRENGTH, a LoRA of the student or teacher; several are added.")
-    exact: bool = option(False, "Round as the published code does, and read its tables.")
+    exact: bool = option(False, "Round as the published code does, and use its tables of noise levels.")
     program: str | None = option(None, "Run this program of causvid compile instead of tracing the model.")
-    replay: str | None = option(None, "Make the frames of this video again, whose metadata tell how it was made.")
-    upscale: int = option(0, "Size of a pixel in the file; 0: such that tiny videos can be seen.")
+    replay: str | None = option(None, "Make the frames of this video again, by the script in its metadata.")
+    upscale: int = option(0, "Size of a pixel in the file; 0: enlarge tiny videos.")
 
     def __post_init__(self) -> None:
         largest = SIDE // max(self.config.video.height, self.config.video.width)
         require(0 <= self.upscale <= largest, f"--upscale is {self.upscale}; accepted: 0 to {largest}")
         if self.replay:
             for name in ("prompt", "frames", "seed", "image", "video", "strength", "switch", "teacher", "program"):
-                require(not getattr(self, name), f"--{name} is given with --replay, which tells it; leave it out")
+                require(not getattr(self, name), f"--{name} is given with --replay, whose script sets it; leave it out")
             return
         require(bool(self.prompt), 'no --prompt is given; for example --prompt="a red 3 moving left"')
         require(len(self.prompt) <= 1024, f"--prompt is given {len(self.prompt)} times; accepted: up to 1024")
@@ -67,14 +67,14 @@ class SampleRequest:
         for name in ("teacher", "image", "video"):
             require(
                 not (getattr(self, name) and self.program),
-                f"--{name} is given with --program, which holds text to video only; leave one of them out",
+                f"--{name} is given with --program, which supports text to video only; leave one of them out",
             )
         require(0 <= self.seed < 2**32, f"--seed is {self.seed}; accepted: 0 to {2**32 - 1}")
         require(self.frames is None or self.frames >= 1, f"--frames is {self.frames}; it must be at least 1")
         require(self.frames is None or self.frames <= FRAMES, f"--frames is {self.frames}; accepted: up to {FRAMES}")
         require(
             self.strength is None or self.video is not None,
-            f"--strength={self.strength} is given without --video; it says how far from a video to go",
+            f"--strength={self.strength} is given without --video; it is the distance from that video",
         )
         self._check_role()
         switches = self.switches((self.frames or FRAMES) if self.video else self.length)
@@ -85,7 +85,7 @@ class SampleRequest:
 
     @staticmethod
     def config_of(values: Mapping[str, Any]) -> str | None:
-        """Return the recipe where no ``--config`` is given: that of the video to replay or of the published file."""
+        """Return the recipe if no ``--config`` is given: that of the video to replay or of the published file."""
         if not values.get("replay"):
             model = published.find(values.get("student") or values.get("checkpoint") or "")
             return f"published:{model.name}" if model else None
@@ -117,7 +117,7 @@ class SampleRequest:
 
     @property
     def has_image_branch(self) -> bool:
-        """Whether the network that samples reads a picture."""
+        """Whether the sampled network has an image branch."""
         return (self.config.teacher if self.teacher else self.config.student).image_dim > 0
 
     @property

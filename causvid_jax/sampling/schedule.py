@@ -1,4 +1,4 @@
-"""The timesteps and noise levels of the passes on a block. Imports no weights and no state."""
+"""Timesteps and noise levels of the network passes of a block."""
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,12 @@ from causvid_jax.diffusion import flow
 
 
 def passes_per_block(config: Recipe) -> int:
-    """Return the network passes of a block: the denoising steps and, with ``causal.context_pass``, the cache write."""
+    """Return the number of network passes of a block: denoising steps and, with ``causal.context_pass``, one more."""
     return len(config.diffusion.denoising_timesteps) + config.causal.context_pass
 
 
 def _sigma(timestep: float, config: Recipe) -> float:
-    """Return the noise level of a timestep: t / 1000, or what the published sampler reads from its table."""
+    """Return the noise level of a timestep: t / 1000, or that of the published sampler's table."""
     exact = config.student.precision == "causvid" and timestep > 0
     return flow.table_sigma(timestep, flow.student_shift(config.diffusion)) if exact else timestep / 1000.0
 
@@ -30,8 +30,8 @@ def tables(
 ) -> tuple[jax.Array, jax.Array, jax.Array | int]:
     """Return the timestep and the noise level of every pass on a block, and the number of passes.
 
-    A block without a past (``begins``, traced) has the passes of ``diffusion.first_block_timesteps``. One program
-    serves both: tables and number are traced then. With ``begins`` None every block has the same.
+    A block without a past (``begins``, traced) has the passes of ``diffusion.first_block_timesteps``. Tables and number
+    are then traced, so one program serves both kinds. With ``begins=None`` all blocks have the same passes.
     """
     write = [config.causal.context_noise] if config.causal.context_pass else []
 
@@ -55,10 +55,13 @@ def tables(
 def strength_step(config: DiffusionConfig, strength: float) -> int:
     """Return the first step of video to video: the first whose nominal timestep is at most 1000 strength.
 
-    Strength 1 keeps nothing of the input. Nominal means before the shift, so that four evenly spaced steps answer to
-    1, 0.75, 0.5 and 0.25 whatever the shift is.
+    Strength 1 keeps nothing of the input. Nominal means before the shift: for any shift, four evenly spaced steps
+    correspond to 1, 0.75, 0.5 and 0.25.
     """
     nominal = flow.nominal_steps(config)
     lowest = nominal[-1] / 1000.0
-    require(lowest <= strength <= 1.0, f"strength is {strength:g}; accepted: {lowest:g} (faithful) to 1 (free)")
+    require(
+        lowest <= strength <= 1.0,
+        f"strength is {strength:g}; accepted: {lowest:g} (close to it) to 1 (free)",
+    )
     return next(i for i, step in enumerate(nominal) if step <= 1000.0 * strength + 1e-6)

@@ -1,7 +1,7 @@
-"""Everything that determines a film: recipe, weights, seed and what happened at which block. It is kept as JSON.
+"""The script of a film: recipe, weights, seed and the events at its blocks, stored as JSON.
 
-Noise is a function of (seed, block), so a script is all it takes to make the same frames again, bit for bit, on the
-same kind of device.
+Noise is a function of (seed, block). A script therefore reproduces the same frames bit for bit on the same kind of
+device.
 """
 
 import base64
@@ -27,20 +27,20 @@ CONTEXTS: tuple[str, ...] = get_args(Context)
 MOST_EVENTS = 100_000
 MOST_BLEND = 64
 MOST_INPUT = 2**22
-"""Most characters of pictures and video that a script keeps. A film with more cannot be replayed."""
+"""Maximum characters of pictures and video in a script. A film with more input cannot be replayed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """What takes effect at a block.
+    """An event that takes effect at a block.
 
     Attributes:
         block: counted from 0.
         prompt: the new prompt; None keeps it.
-        context: what becomes of the past at a new prompt: kept, recomputed under it, or reset (a cut).
-        blend: over how many blocks the embeddings turn into those of the prompt; 0: at once.
+        context: ``keep``, ``recompute`` or ``reset`` (a cut) the context at a new prompt.
+        blend: number of blocks over which the embeddings change to those of the prompt; 0: at once.
         frames: input of this block, of :func:`pack`: a picture to start from, or video to follow.
-        strength: how far from the video; None: ``frames`` is a picture.
+        strength: distance from the video; None: ``frames`` is a picture.
     """
 
     block: int
@@ -66,11 +66,11 @@ class Script:
         weights: checksum of student and decoders.
         seed: of the noise.
         events: in the order of their blocks; the first is at block 0 and has the prompt.
-        first: block from which a recording shows the film.
-        blocks: how many there are in all, ``first`` included.
-        latents: the most latent frames, for a recipe without a window.
-        length: how many frames a recording shows; None: all of its blocks.
-        complete: False if inputs were too large to be kept.
+        first: first block that a recording shows.
+        blocks: number of blocks from the start of the film.
+        latents: maximum latent frames, for a recipe without a window.
+        length: number of frames that a recording shows; None: those of all its blocks.
+        complete: False if inputs were too large to be stored.
         sha256: of the uint8 frames from block ``first`` to the end; "" if it is not known.
     """
 
@@ -114,7 +114,7 @@ def _plain(value: Script | Event) -> dict[str, Any]:
 
 
 def from_json(text: str | Mapping[str, Any]) -> Script:
-    """Return the script of :meth:`Script.to_json`, or of the same as a mapping.
+    """Return the script of the JSON text of :meth:`Script.to_json`, or of the same values as a mapping.
 
     Raises:
         ConfigError: not a script.

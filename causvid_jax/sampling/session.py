@@ -27,15 +27,15 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """A request with its inputs read and its weight files found and checked.
+    """A checked request: its inputs are read, and its weights files are open.
 
     Attributes:
-        request: what the user asked.
+        request: of the user.
         recipe: with the VAE's latent statistics and, for a teacher, the clip's length.
         frames: of each video.
         switches: ``{block: (frame, prompt)}``.
         image: uint8 ``[H, W, 3]`` of the video's size.
-        picture: the same picture whole, which CLIP reads.
+        picture: the same picture uncropped, for CLIP.
         video: uint8 ``[T, H, W, 3]`` to follow.
         encoder: of the prompts.
         weights: network to checkpoint.
@@ -61,7 +61,7 @@ class Session:
 
     @property
     def texts(self) -> list[str]:
-        """Every prompt that will be needed, the negative one of a teacher included."""
+        """All prompts, including the negative prompt of a teacher."""
         negative = [self.recipe.text.negative_prompt] if self.request.teacher else []
         return [*self.request.prompt, *(prompt for _, prompt in self.switches.values()), *negative]
 
@@ -91,13 +91,13 @@ def open_session(request: SampleRequest) -> Session:
     for path in request.outputs:
         files.check_output(path, frames)
     role, encodes = "teacher" if request.teacher else "student", image is not None or video is not None
-    found, recipe = weights.find(recipe, role, request.checkpoint, encodes=encodes, files=request.files)
-    found[role] = weights.with_loras(found[role], request.lora)
+    opened, recipe = weights.find(recipe, role, request.checkpoint, encodes=encodes, files=request.files)
+    opened[role] = weights.with_loras(opened[role], request.lora)
     program = None
     if request.program:
         latents = blocks.covering_latents(frames, recipe)
         program = exported.load(request.program, recipe, batch=len(request.prompt), latents=latents)
-    return Session(request, recipe, frames, switches, image, picture, video, reader, found, program)
+    return Session(request, recipe, frames, switches, image, picture, video, reader, opened, program)
 
 
 def _strength(request: SampleRequest) -> float:
@@ -105,17 +105,17 @@ def _strength(request: SampleRequest) -> float:
 
 
 def run(session: Session, say: Say = print, *, progress: bool | None = None) -> player.Timing:
-    """Generate the videos of a session, write them while they are generated, and return how fast that was.
+    """Generate the videos of a session, write them block by block, and return the timing.
 
     Args:
         session: of :func:`open_session`.
-        say: receives what happens, one line at a time.
+        say: called with each line of progress.
         progress: whether to show a bar; None: on a terminal.
     """
     request, timing = session.request, player.Timing()
     fps, several = session.recipe.video.fps, len(request.prompt) > 1
     with contextlib.ExitStack() as stack:
-        # Opened first: another sampler with the same output is refused before anything is computed.
+        # Open the files first, to refuse an output that another sampler writes before anything is computed.
         writers = [stack.enter_context(files.VideoWriter(p, fps, request.pixel_size)) for p in request.outputs]
         for i, writer in enumerate(writers):
             writer.comment = comment_of(session, i)
@@ -143,7 +143,7 @@ def run(session: Session, say: Say = print, *, progress: bool | None = None) -> 
 
 
 def _say_kept(writers: list[files.VideoWriter], say: Say, kind: type[BaseException] | None, *_: Any) -> None:
-    """Tell what is left of a session that did not end well."""
+    """Report the frames that an interrupted session has written."""
     if kind is not None:
         for writer in writers:
             if writer.frames:
@@ -151,7 +151,7 @@ def _say_kept(writers: list[files.VideoWriter], say: Say, kind: type[BaseExcepti
 
 
 def comment_of(session: Session, index: int) -> str:
-    """Return the script of a video, which its metadata keep; of a teacher's clip or a video that is too long, ""."""
+    """Return the script of a video for its metadata; "" for a teacher's clip and for a video that is too long."""
     request, recipe = session.request, session.recipe
     if request.teacher:
         return ""
@@ -189,8 +189,8 @@ def _hidden(progress: bool | None) -> bool | None:
 def _encode_picture(session: Session) -> tuple[jax.Array, ...]:
     """Return image embeds ``[B, S, E]`` and image latents ``[B, F, h, w, 4 + C]``; nothing without a picture.
 
-    As in the published code CLIP reads the whole picture, squeezed to its square, and the VAE what fits the video.
-    Each encoder is freed before the next is loaded.
+    As in the published code, CLIP reads the whole picture resized to a square, and the VAE reads the picture cropped to
+    the video's size. Each encoder is freed before the next is loaded.
     """
     recipe, sizes = session.recipe, session.clip
     if session.image is None or session.picture is None or sizes is None:

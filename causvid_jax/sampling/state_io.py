@@ -1,4 +1,4 @@
-"""A stream on disk: stop it anywhere and go on later, bit for bit."""
+"""Save the state of a stream and load it again; the stream continues bit for bit."""
 
 import dataclasses
 import pathlib
@@ -14,13 +14,13 @@ FORMAT = "2"  # keys are stored rotated
 
 
 def save_stream(path: str | pathlib.Path, state: StreamState) -> None:
-    """Write the state as one safetensors file: the path of every array in the state is its name."""
+    """Write the state as one safetensors file. The name of an array is its path in the state."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     save_params(path, {_name(where): leaf for where, leaf in leaves}, {"started": str(state.started), "format": FORMAT})
 
 
 def load_stream(path: str | pathlib.Path, like: StreamState) -> StreamState:
-    """Load the state in ``path``; ``like`` is any state of the same recipe and batch, for example a new stream's.
+    """Load the state in ``path``; ``like`` is any state of the same recipe and batch, such as that of a new stream.
 
     Raises:
         ConfigError: the file is missing or damaged, or holds the state of another recipe.
@@ -30,17 +30,17 @@ def load_stream(path: str | pathlib.Path, like: StreamState) -> StreamState:
         metadata.get("format") == FORMAT,
         f"stream state {path} is of format {metadata.get('format', '1')}; accepted: {FORMAT}",
     )
-    held = flatten(params)
+    arrays = flatten(params)
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     for where, leaf in leaves:
-        found = held.get(_name(where))
-        described = "nothing" if found is None else f"{found.dtype}{list(found.shape)}"
-        wanted = f"{leaf.dtype}{list(leaf.shape)}"
+        array = arrays.get(_name(where))
+        described = "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
+        expected = f"{leaf.dtype}{list(leaf.shape)}"
         require(
-            described == wanted,
-            f"stream state {path} does not fit this recipe: {_name(where)} is {described}, not {wanted}",
+            described == expected,
+            f"stream state {path} does not fit this recipe: {_name(where)} is {described}, not {expected}",
         )
-    state = jax.tree.unflatten(structure, [jnp.asarray(held[_name(where)]) for where, _ in leaves])
+    state = jax.tree.unflatten(structure, [jnp.asarray(arrays[_name(where)]) for where, _ in leaves])
     return dataclasses.replace(state, started=metadata["started"] == "True")
 
 

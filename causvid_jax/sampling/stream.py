@@ -1,17 +1,16 @@
-"""The streaming sampler (paper, Algorithm 2): K latent frames in, K latent frames out, for ever.
+"""The streaming sampler (paper, Algorithm 2): generate K latent frames per call, for videos of any length.
 
     state = init_stream(params, text, config=recipe, seed=0)
     while True:
         latents, frames, state = next_frames(params, state, config=recipe)
 
-``params`` is ``{"student": ..., "vae": ...}``, with ``"taehv"`` where that is the recipe's decoder (which then needs
-``"vae"`` for images and videos only); ``config`` is the :class:`~causvid_jax.config.Recipe`, static. Every
-function is pure and jitted, and donates ``state``: use the state that comes back, or copy one that is to be kept
-(:func:`copy_stream`). One compilation serves every block. Only with ``causal.independent_first_frame`` has the first
-block, one frame long, a program of its own.
+``params`` is ``{"student": ..., "vae": ...}``, and also ``"taehv"`` if that is the recipe's decoder (then ``"vae"`` is
+needed for images and videos only). ``config`` is the static :class:`~causvid_jax.config.Recipe`. Every function is pure
+and jitted, and donates ``state``: use the returned state, or copy a state to keep it (:func:`copy_stream`). One
+compilation serves every block, except for the first block with ``causal.independent_first_frame``, which has one frame.
 
-The VAE gives one frame for the first latent frame of a stream and four for every other. Decoded blocks have a fixed
-shape, four frames per latent, so of a stream's first block the caller drops :data:`LEAD` frames.
+The VAE decodes the first latent frame of a stream to one frame and every other to four. Decoded blocks have a fixed
+shape, four frames per latent, so the caller drops the first :data:`LEAD` frames of a stream.
 """
 
 import dataclasses
@@ -42,12 +41,10 @@ Params = dict[str, Any]
 class StreamState:
     """The state of a stream. Its size never changes."""
 
-    cache: KVCache  # self-attention keys and values of the frames still in sight
+    cache: KVCache  # self-attention keys and values of the frames in the window and the sink
     text: TextCache  # the prompt
     decode: DecodeCache  # the decoder's past
-    recent: (
-        jax.Array
-    )  # [B, R, h, w, C] float32, the last latent frames, newest at the end: what recompute_context() replays
+    recent: jax.Array  # [B, R, h, w, C] float32, the last latent frames, newest at the end, for recompute_context()
     seed: jax.Array  # [B] uint32
     block: jax.Array  # [] int32: blocks finished
     adapters: "Adapters | None" = None  # strengths of LoRAs, if the student has any
@@ -80,12 +77,11 @@ def init_stream(
 
     Args:
         params: ``{"student"}`` is read.
-        text: prompt rows ``[B, S, E]``; B streams run side by side.
+        text: prompt embeddings ``[B, S, E]``; B streams run side by side.
         config: the recipe.
-        seed: one integer s, or B of them. Stream b of one s has seed s + b, and is the same video as a single stream
-            of seed s + b.
-        frames: the most latent frames the stream will have. Only a recipe without ``causal.window`` needs to know
-            (default: the length it was trained on); with a window a stream has no end.
+        seed: one integer s, or B integers. With one s, stream b has seed s + b and equals a single stream of that seed.
+        frames: maximum latent frames of the stream (default: the trained length). Only a recipe without
+            ``causal.window`` needs it; with a window a stream has no maximum.
     """
     capacity = None if config.causal.window else frames or config.video.latent_frames
     return first_state(params, text, seeds_of(seed, text.shape[0]), config=config, capacity=capacity)
@@ -106,19 +102,19 @@ def first_state(
     """Return the first state for uint32 ``seeds [B]``; ``capacity`` latent frames at most, None with a window."""
     batch, (height, width), causal = text.shape[0], config.latent_size, config.causal
     size = {"batch": batch, "height": height, "width": width}
-    # With a window, exactly the earlier blocks of which the next one sees a frame.
+    # With a window, these are the earlier blocks of which the next block sees at least one frame.
     if capacity is None:
-        kept = causal.past_frames()
+        recent_frames = causal.past_frames()
     else:
-        kept = capacity - int(causal.independent_first_frame)
-        kept -= kept % causal.frames_per_block
+        recent_frames = capacity - int(causal.independent_first_frame)
+        recent_frames -= recent_frames % causal.frames_per_block
     return StreamState(
         cache=transformer.init_cache(
             config.student, causal, frames=capacity, unstacked=is_unstacked(params["student"]), **size
         ),
         text=_prompt(params, text, config),
         decode=decoder.init_decode_cache(config, **size),
-        recent=jnp.zeros((batch, kept, height, width, config.vae.z_dim), jnp.float32),
+        recent=jnp.zeros((batch, recent_frames, height, width, config.vae.z_dim), jnp.float32),
         seed=seeds,
         block=jnp.zeros((), jnp.int32),
         started=not causal.independent_first_frame,
@@ -158,14 +154,14 @@ def block_noise(seed: jax.Array, block: jax.Array, step: jax.Array | int, shape:
 
 
 def _noise(state: StreamState, step: jax.Array | int, config: Recipe, noise: jax.Array | None = None) -> jax.Array:
-    """Return a step's noise ``[B, K, h, w, C]``: drawn from the state's seeds, or entry ``step`` of ``noise``."""
+    """Return the noise ``[B, K, h, w, C]`` of a step: from the state's seeds, or entry ``step`` of ``noise``."""
     shape = (block_frames(state, config), *config.latent_size, config.vae.z_dim)
     if noise is None:
-        drawn = block_noise(state.seed, state.block, step, shape)
+        values = block_noise(state.seed, state.block, step, shape)
     else:
         # The step after the last reads an entry that does not exist; its noise level is 0.
-        drawn = noise[jnp.minimum(step, len(noise) - 1)]
-    return precision.round_all(drawn, config.student)
+        values = noise[jnp.minimum(step, len(noise) - 1)]
+    return precision.round_all(values, config.student)
 
 
 def _pass(
@@ -202,7 +198,7 @@ def _denoise(
     timesteps: tuple[float, ...] | None,
     cut: bool = True,
 ) -> tuple[jax.Array, KVCache]:
-    """Return x0 of the block ``x``, which is noisy at denoising step ``start``, and the cache with the block written.
+    """Denoise the block ``x`` from denoising step ``start`` on; return its x0 and the cache with the block written.
 
     Step j computes ``x0 = x_t - sigma_j v`` and adds fresh noise at the next step's level. The cache write is one more
     iteration of the same loop, on x0 itself (sigma 0, ``context_noise``), so the network is compiled once.
@@ -220,12 +216,12 @@ def _denoise(
     with jax.named_scope("denoise"):
         if config.causal.add_context_noise != "always":
             return jax.lax.fori_loop(start, count, step, (x, state.cache))
-        # The last pass reads the block with noise, so it is not one of the loop, which ends with the block itself.
+        # With noise, the context pass reads another input than the loop's last pass, so it runs after the loop.
         x0, cache = jax.lax.fori_loop(start, count - 1, step, (x, state.cache))
         level = flow.sigma_from_timestep(config.causal.context_noise)
-        written = flow.add_noise(x0, _noise(state, count - 1, config, noise), level)
-        written = precision.round_all(written, config.student)
-        _, cache = _pass(params, state, cache, written, config.causal.context_noise, config)
+        context_latents = flow.add_noise(x0, _noise(state, count - 1, config, noise), level)
+        context_latents = precision.round_all(context_latents, config.student)
+        _, cache = _pass(params, state, cache, context_latents, config.causal.context_noise, config)
         return x0, cache
 
 
@@ -257,7 +253,7 @@ def _decode(params: Params, state: StreamState, latents: jax.Array, config: Reci
     with jax.named_scope("decode"):
         frames, decode = decoder.decode_chunk(params, latents, state.decode, config=config)
         if config.causal.on_prompt_switch == "reset":
-            # Of a stream's first block nobody sees the lead; where a clip begins after a switch everybody does.
+            # The caller drops the padding frames of a stream's first block, but not of a block after a reset.
             lead = (jnp.arange(frames.shape[1]) < LEAD) & (state.cache.position == latents.shape[1])
             frames = jnp.where(lead[:, None, None, None], frames[:, LEAD : LEAD + 1], frames)
     return frames, dataclasses.replace(state, decode=decode)
@@ -309,15 +305,15 @@ def next_frames(
 def decode_block(
     params: Params, state: StreamState, latents: jax.Array, *, config: Recipe
 ) -> tuple[jax.Array, StreamState]:
-    """Decode the block just finished to frames ``[B, 4K, H, W, 3]``. Call it once per block, or never."""
+    """Decode the last finished block to frames ``[B, 4K, H, W, 3]``. Call it once for every block, or for none."""
     return _decode(params, state, latents, config)
 
 
 @_step
 def append(params: Params, state: StreamState, latents: jax.Array, *, config: Recipe) -> StreamState:
-    """Let given clean latents ``[B, K, h, w, C]`` be the next block: one pass writes them to the cache.
+    """Append clean latents ``[B, K, h, w, C]`` as the next block: one pass writes them to the cache.
 
-    This is how an image (:func:`encode_image`) or the latents of a video become the past that a stream goes on from.
+    The stream then continues an image (:func:`encode_image`) or the latents of a video.
     """
     _check_block(state, latents, config)
     _, cache = _pass(params, state, state.cache, latents, config.causal.context_noise, config)
@@ -337,9 +333,8 @@ def next_block_from(
     """Generate the next block from an incoming one, ``latents [B, K, h, w, C]`` (video to video).
 
     The incoming block is noised to denoising step ``start`` (:func:`strength_step`; traced, so that one compilation
-    serves every strength) and denoised by the steps that remain, under the prompt and all earlier blocks (paper,
-    section 5.3).
-    ``noise`` is that of :func:`next_block`.
+    serves every strength) and denoised by the remaining steps, conditioned on the prompt and all earlier blocks (paper,
+    section 5.3). ``noise`` is that of :func:`next_block`.
     """
     _check_block(state, latents, config)
     _, sigmas = schedule.schedule(config, None)
@@ -360,8 +355,8 @@ def _check_block(state: StreamState, latents: jax.Array, config: Recipe) -> None
 def encode_image(params: Params, image: jax.Array, *, config: Recipe) -> jax.Array:
     """Return the latents of a first block that shows ``image [B, H, W, 3]`` (float, [-1, 1]), for :func:`append`.
 
-    With an independent first frame that is the image as a video of one frame, ``[B, 1, h, w, C]``; else a still of
-    1 + 4 (K - 1) frames, ``[B, K, h, w, C]`` (paper, section 5.3).
+    With an independent first frame the image is encoded as a video of one frame, ``[B, 1, h, w, C]``; otherwise as a
+    still video of 1 + 4 (K - 1) frames, ``[B, K, h, w, C]`` (paper, section 5.3).
     """
     latents = 1 if config.causal.independent_first_frame else config.causal.frames_per_block
     still = repeat(image, "b h w c -> b t h w c", t=1 + vae.time_factor(config.vae) * (latents - 1))
@@ -370,9 +365,10 @@ def encode_image(params: Params, image: jax.Array, *, config: Recipe) -> jax.Arr
 
 @_step
 def change_prompt(params: Params, state: StreamState, text: jax.Array, *, config: Recipe) -> StreamState:
-    """Switch the prompt, and treat the cache as ``config.causal.on_prompt_switch`` says.
+    """Switch the prompt, and keep, recompute or reset the cache as ``config.causal.on_prompt_switch`` says.
 
-    It is kept, written again under the new prompt (:func:`recompute_context`), or emptied for a cut."""
+    Recomputing uses the new prompt (:func:`recompute_context`). A reset shows as a cut.
+    """
     state = switch_prompt(params, state, text, config=config)
     if config.causal.on_prompt_switch == "recompute":
         return recompute_context(params, state, config=config)
@@ -381,7 +377,7 @@ def change_prompt(params: Params, state: StreamState, text: jax.Array, *, config
 
 @_step
 def switch_prompt(params: Params, state: StreamState, text: jax.Array, *, config: Recipe) -> StreamState:
-    """Put the stream under another prompt ``text [B, S, E]`` from its next block on."""
+    """Switch to the prompt embeddings ``text [B, S, E]`` from the next block on; the cache does not change."""
     if state.adapters is not None:
         state = dataclasses.replace(state, adapters=dataclasses.replace(state.adapters, prompt_embeds=text))
     return dataclasses.replace(state, text=_prompt(params, text, config, state.adapters))
@@ -407,10 +403,10 @@ def set_adapters(
 
 
 def _reset_context(state: StreamState, config: Recipe) -> StreamState:
-    """Empty the context: the next block begins as a clip begins, for the network and the decoder.
+    """Clear the KV cache and the decoder's cache, so that the next block is generated like the start of a clip.
 
-    What it shows is a cut. The first latent frame of a clip has one frame and a stream's block has four for each, so
-    the three before it show the same.
+    The video shows a cut. A first latent frame decodes to one pixel frame; it is repeated to fill the four of a
+    stream's block.
     """
     height, width = config.latent_size
     cache = state.cache
@@ -423,25 +419,25 @@ def _reset_context(state: StreamState, config: Recipe) -> StreamState:
 
 @_step
 def recompute_context(params: Params, state: StreamState, *, config: Recipe) -> StreamState:
-    """Write the blocks still in sight to the cache again, under the stream's present prompt.
+    """Recompute the keys and values of the blocks in the window with the current prompt.
 
-    Cached keys and values have seen the prompt of their time. After :func:`switch_prompt` this brings them up to date
-    at the cost of one pass per block in sight; the sink and an independent first frame keep what they have. What has
-    left a window is gone, so the oldest of these blocks are written with less context than they had.
+    Cached keys and values depend on the prompt with which they were computed. After :func:`switch_prompt` this updates
+    them, at the cost of one pass per block. The sink and an independent first frame are not updated. Blocks that have
+    left the window are not available, so the oldest blocks are recomputed with less context than before.
     """
     k, independent = config.causal.frames_per_block, int(config.causal.independent_first_frame)
-    kept = state.recent.shape[1]
-    if not kept:  # a window of one block: nothing earlier is in sight
+    recent_frames = state.recent.shape[1]
+    if not recent_frames:  # a window of one block holds no earlier block
         return state
     finished = (state.cache.position - independent) // k  # -1 before an independent first frame
-    blocks = jnp.clip(finished, 0, kept // k)
+    blocks = jnp.clip(finished, 0, recent_frames // k)
 
     def rewrite(i: jax.Array, cache: KVCache) -> transformer.KVCache:
-        latents = jax.lax.dynamic_slice_in_dim(state.recent, kept - (blocks - i) * k, k, axis=1)
+        latents = jax.lax.dynamic_slice_in_dim(state.recent, recent_frames - (blocks - i) * k, k, axis=1)
         _, cache = _pass(params, state, cache, latents, config.causal.context_noise, config, rewrites=True)
         return transformer.advance(cache, k)
 
-    # Slots tell which frame they hold, so moving the position back is all it takes to hide the later ones.
+    # Every slot stores the index of its frame, so moving the position back hides later frames.
     rewound = dataclasses.replace(state.cache, position=state.cache.position - blocks * k)
     return dataclasses.replace(state, cache=jax.lax.fori_loop(0, blocks, rewrite, rewound))
 

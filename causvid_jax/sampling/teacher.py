@@ -1,8 +1,8 @@
-"""The teacher's sampler: a whole clip at once by the many-step, guided ODE, from text or from text and a picture.
+"""The teacher's sampler: solve the guided ODE of a whole clip in many steps, from text or from text and a picture.
 
-With an image branch (Wan2.1-I2V) the network reads the picture twice: as ``image_latents``, in the channels beside the
-noisy latents, and as ``image_embeds``, attended beside the text (:mod:`causvid_jax.sampling.image_to_video`). Both are
-the same in the guided and in the unguided branch and in every step::
+With an image branch (Wan2.1-I2V) the network reads the picture twice: as ``image_latents``, further channels of its
+input, and as ``image_embeds``, to which it attends like text (:mod:`causvid_jax.sampling.image_to_video`). Both are the
+same in the conditional and the unconditional branch and in every step::
 
     x = concatenate([x_t, image_latents])   [B, F, h, w, 16 + 4 + 16]
     v = v(x, t, negative, embeds) + g (v(x, t, prompt, embeds) - v(x, t, negative, embeds))
@@ -68,7 +68,7 @@ def guided_velocity(
 
 
 def _with_image(x: jax.Array, embeds: jax.Array, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return ``x`` with the image latents as channels, and the image embeds, for the B or 2B rows of ``x``."""
+    """Return ``x`` with the image latents as channels, and the image embeds, both for the batch of ``x`` (B or 2B)."""
     beside = guidance.per_branch(latents, x).astype(x.dtype)
     return jnp.concatenate([x, beside], axis=-1), guidance.per_branch(embeds, x)
 

@@ -1,4 +1,4 @@
-"""Find and load the weights that a sampler needs, from files of ours or published ones as they are."""
+"""Find and load the weights that a sampler needs, from our files or from published ones."""
 
 import dataclasses
 import hashlib
@@ -35,9 +35,8 @@ def find(
         recipe: of the networks.
         role: ``"student"`` or ``"teacher"``.
         checkpoint: a folder, also a published one, or one weights file of the role; None: the weights of the package.
-        encodes: whether pixels become latents, which only the VAE does; the teacher also reads them by CLIP. None: if
-            there is a VAE.
-        files: network to a weights file or folder that goes before ``checkpoint``.
+        encodes: whether pixels are encoded, which needs the VAE (for a teacher also CLIP). None: if there is a VAE.
+        files: network to a weights file or folder that replaces that of ``checkpoint``.
 
     Raises:
         ConfigError: a file that is missing or does not fit the recipe.
@@ -51,29 +50,29 @@ def find(
     single = path if path and not folder else None
     if folder:
         workdir.check_known(folder)
-    found: Opened = {role: workdir.open_stage(recipe, STAGES[role], folder, own.get(role) or single)}
+    opened: Opened = {role: workdir.open_stage(recipe, STAGES[role], folder, own.get(role) or single)}
     require(
-        not (folder and workdir.is_packaged(found[role].path)),
+        not (folder and workdir.is_packaged(opened[role].path)),
         f"--checkpoint {checkpoint} holds no {role}; give a folder that has one"
         + (", or the file by --student" if role == "student" else ""),
     )
     if role == "student":
-        _check_window(found[role], recipe.causal)
-        _note_settings(found[role], recipe)
+        _check_window(opened[role], recipe.causal)
+        _note_settings(opened[role], recipe)
     if recipe.decoder == "taehv":
-        found["taehv"] = workdir.open_stage(recipe, "taehv", folder, own.get("taehv"))
-        lineage.check_latents(found[role], found["taehv"])
+        opened["taehv"] = workdir.open_stage(recipe, "taehv", folder, own.get("taehv"))
+        lineage.check_latents(opened[role], opened["taehv"])
         if not (encodes or (encodes is None and ("vae" in own or _has_vae(recipe, folder)))):
-            return found, recipe
+            return opened, recipe
     if role == "teacher" and encodes:
-        found["image_encoder"] = workdir.open_image_encoder(folder or ".", recipe.teacher)
-    found["vae"] = workdir.open_stage(recipe, "vae", folder, own.get("vae"))
-    lineage.check_latents(found[role], found["vae"])
-    return found, dataclasses.replace(recipe, vae=found["vae"].config)
+        opened["image_encoder"] = workdir.open_image_encoder(folder or ".", recipe.teacher)
+    opened["vae"] = workdir.open_stage(recipe, "vae", folder, own.get("vae"))
+    lineage.check_latents(opened[role], opened["vae"])
+    return opened, dataclasses.replace(recipe, vae=opened["vae"].config)
 
 
 def _check_window(opened: checkpoints.Checkpoint, causal: CausalConfig) -> None:
-    """Compare the recipe's window with what the published ``config.json`` of a causal student says.
+    """Compare the recipe's window with that in the published ``config.json`` of a causal student.
 
     The published ``local_attn_size`` (-1: no limit) counts the sink, ``window`` here does not (0: no limit).
     """
@@ -89,7 +88,7 @@ def _check_window(opened: checkpoints.Checkpoint, causal: CausalConfig) -> None:
 
 
 def _note_settings(opened: checkpoints.Checkpoint, recipe: Recipe) -> None:
-    """Log the settings of a published student that the recipe has otherwise."""
+    """Log the settings in which the recipe differs from a published student."""
     model = published.find(opened.path)
     others = published.differences(model, recipe) if model else []
     if model and others:
@@ -119,7 +118,7 @@ def load(opened: Opened, shapes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_student(opened: Opened, recipe: Recipe, *, encodes: bool = False) -> dict[str, Any]:
-    """Return the student and its decoder as streams run them, with ``encodes`` also the VAE."""
+    """Load the student in the form of a stream and its decoder; with ``encodes`` also the VAE."""
     shapes = {"student": transformer.inference(recipe.student), **decoder.codec_shapes(recipe, encodes=encodes)}
     return for_stream(load(opened, shapes), recipe, free=True)
 
@@ -133,9 +132,9 @@ def for_stream(params: Mapping[str, Any], recipe: Recipe, *, free: bool = False)
 
 
 def checksum(opened: Opened, recipe: Recipe) -> str:
-    """Return one checksum of what turns noise into frames: weights of student and decoder, and the sampler's settings.
+    """Return one checksum of everything that turns noise into frames: weights of student and decoder, and settings.
 
-    ``causal.on_prompt_switch`` is left out, since every change of prompt of a script tells it.
+    ``causal.on_prompt_switch`` does not count, because every prompt switch of a script has its own value.
     """
     causal = dataclasses.replace(recipe.causal, on_prompt_switch="keep")
     names = "student", "taehv" if recipe.decoder == "taehv" else "vae"
@@ -144,5 +143,5 @@ def checksum(opened: Opened, recipe: Recipe) -> str:
 
 
 def free(tree: Any) -> None:
-    """Release the memory of arrays now, whatever still refers to them."""
+    """Release the memory of arrays immediately, even if they are still referenced."""
     jax.tree.map(lambda leaf: leaf.delete(), tree)

@@ -159,6 +159,6 @@ def measure(flags: tuple[str, ...], seconds: float = 12.0, most: int = 4) -> dic
             )
         text = urllib.request.urlopen(f"{server.address}metrics").read().decode()
         for name in ("real_time_factor", "deadline_misses_total"):
-            found = re.search(rf"^causvid_{name}\{{.*\}} (\S+)$", text, re.M)
-            report[name] = float(found[1]) if found else None
+            match = re.search(rf"^causvid_{name}\{{.*\}} (\S+)$", text, re.M)
+            report[name] = float(match[1]) if match else None
     return report

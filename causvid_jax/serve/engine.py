@@ -239,19 +239,19 @@ class Engine:
     def _begin(self, session: Session, start: Start) -> None:
         """Make the session's film; the worker does."""
         with self._lock:
-            found = self._snapshots.get(start.snapshot or "")
+            snapshot = self._snapshots.get(start.snapshot or "")
         self._finish_recording(session)
         playing = None
         if start.snapshot is not None:
-            require(found is not None, "this snapshot is no longer kept")
-            assert found is not None
-            film = found[1].fork()
+            require(snapshot is not None, "this snapshot is no longer kept")
+            assert snapshot is not None
+            film = snapshot[1].fork()
         elif start.script is not None:
             playing = Replay(self.programs, start.script)
             film = playing.film
         else:
-            given = start.picture is not None or start.video is not None
-            require(not given or self.has_encoder, "this server reads neither pictures nor videos")
+            has_input = start.picture is not None or start.video is not None
+            require(not has_input or self.has_encoder, "this server reads neither pictures nor videos")
             if start.video is not None:
                 stream.strength_step(self.recipe.diffusion, start.strength)  # refuses what is out of bounds
             film = Film(self.programs, start.seed, start.prompt)

@@ -100,19 +100,19 @@ class Film:
             self._turn(self._blend)
         if frames is None:
             self._coder = None
-            shown, self._state = self.programs.next(self._state)
+            frames_out, self._state = self.programs.next(self._state)
         elif strength is None:
             require(self.block == 0, "a picture can only be the start of a film")
             self._keep(Event(0, frames=pack(frames[:1])))
-            shown, self._state = self.programs.show(self._state, frames[0])
+            frames_out, self._state = self.programs.show(self._state, frames[0])
         else:
             frames = _fit(frames, self.programs.input_frames(self._state, self._coder))
             self._keep(Event(self.block, frames=pack(frames), strength=strength))
-            shown, self._state, self._coder = self.programs.follow(self._state, frames, strength, self._coder)
+            frames_out, self._state, self._coder = self.programs.follow(self._state, frames, strength, self._coder)
         self.block += 1
-        self.frame += len(shown)
-        self._digest.update(shown.tobytes())
-        return shown
+        self.frame += len(frames_out)
+        self._digest.update(frames_out.tobytes())
+        return frames_out
 
     def frames_of(self, video: np.ndarray) -> np.ndarray | None:
         """Return the frames of a whole video that the next block follows; None if the video is over."""
@@ -170,7 +170,7 @@ class Film:
         self._input += len(event.frames or "")
         if self._input > MOST_INPUT or len(self._events) >= MOST_EVENTS:
             self._complete = False
-            self._events = [kept for kept in self._events if kept.frames is None]
+            self._events = [item for item in self._events if item.frames is None]
         else:
             self._events.append(event)
 
@@ -247,14 +247,14 @@ def replay(programs: Programs, script: Script) -> Iterator[np.ndarray]:
         ConfigError: :func:`check_script` refuses it, or the frames turn out not to be those of the recording.
     """
     playing = Replay(programs, script)
-    left = script.length
+    remaining = script.length
     digest = hashlib.sha256()
     while not playing.finished:
         frames = playing.step()
         if playing.film.block <= script.first:
             continue
-        frames = frames if left is None else frames[:left]
-        left = None if left is None else left - len(frames)
+        frames = frames if remaining is None else frames[:remaining]
+        remaining = None if remaining is None else remaining - len(frames)
         digest.update(frames.tobytes())
         yield frames
     if script.sha256 and digest.hexdigest() != script.sha256:

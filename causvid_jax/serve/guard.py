@@ -111,9 +111,9 @@ async def _close(receive: Receive, send: Send, status: int, reason: str) -> None
 def _with_headers(send: Send) -> Send:
     async def sender(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
-            given = {name.lower() for name, _ in message["headers"]}
+            present = {name.lower() for name, _ in message["headers"]}
             extra = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-            message = {**message, "headers": [*message["headers"], *(pair for pair in extra if pair[0] not in given)]}
+            message = {**message, "headers": [*message["headers"], *(pair for pair in extra if pair[0] not in present)]}
         await send(message)
 
     return sender

@@ -160,7 +160,7 @@ def open_programs(
         ConfigError: weights or a program that are missing or do not fit.
     """
     own = {name: file for name, file in (files or {}).items() if file is not None}
-    found, recipe = weights.find(recipe, "student", checkpoint, encodes=None, files=own)
+    opened, recipe = weights.find(recipe, "student", checkpoint, encodes=None, files=own)
     placement = place(recipe.parallel, recipe.student.rules)
     require(
         program is None or placement.mesh is None,
@@ -168,16 +168,16 @@ def open_programs(
     )
     loaded = None if program is None else load(program, recipe)
     reader = encoder.open_encoder(recipe, checkpoint)
-    shapes = {"student": transformer.inference(recipe.student), **decoder.codec_shapes(recipe, encodes="vae" in found)}
+    shapes = {"student": transformer.inference(recipe.student), **decoder.codec_shapes(recipe, encodes="vae" in opened)}
     compiled: dict[str, Callable[..., Any]] = {}
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        reading = pool.submit(weights.load, found, {name: shape for name, shape in shapes.items() if name in found})
+        reading = pool.submit(weights.load, opened, {name: shape for name, shape in shapes.items() if name in opened})
         if loaded or (compiles and placement.mesh is None and has_fixed_shapes(recipe)):
-            compiled = compile_all(recipe, "vae" in found, loaded, pool)()
+            compiled = compile_all(recipe, "vae" in opened, loaded, pool)()
         params = reading.result()
     params = stream_params(params, transformer.spec(recipe.student), recipe.student.rules, placement)
     params = weights.for_stream(params, recipe, free=True)
-    return Programs(StudentPipeline(recipe, params, reader), weights.checksum(found, recipe), placement, compiled)
+    return Programs(StudentPipeline(recipe, params, reader), weights.checksum(opened, recipe), placement, compiled)
 
 
 def require_endless(recipe: Recipe) -> None:

@@ -241,5 +241,5 @@ def _without_candidates(offer: str) -> str:
     lines = offer.splitlines()
     media = [line for line in lines if line.startswith("m=")]
     require(len(media) == 1 and media[0].startswith("m=video "), "the offer must have one video and nothing else")
-    kept = [line for line in lines if not line.startswith(("a=candidate:", "a=end-of-candidates"))]
-    return "\r\n".join(kept) + "\r\n"
+    result = [line for line in lines if not line.startswith(("a=candidate:", "a=end-of-candidates"))]
+    return "\r\n".join(result) + "\r\n"

@@ -37,13 +37,13 @@ def mesh_axes(axes: Axes, shape: Sequence[int], mesh: Mapping[str, int], rules: 
     used: set[str] = set()
     parts: list[tuple[str, ...]] = []
     for axis, size in zip(axes, shape, strict=True):
-        chosen: list[str] = []
+        axes_of_dimension: list[str] = []
         for name in getattr(rules, axis) if axis else ():
-            extent = math.prod(mesh[c] for c in chosen) * mesh.get(name, 1)
+            extent = math.prod(mesh[c] for c in axes_of_dimension) * mesh.get(name, 1)
             if mesh.get(name, 1) > 1 and name not in used and size % extent == 0:
-                chosen.append(name)
-        used.update(chosen)
-        parts.append(tuple(chosen))
+                axes_of_dimension.append(name)
+        used.update(axes_of_dimension)
+        parts.append(tuple(axes_of_dimension))
     return parts
 
 

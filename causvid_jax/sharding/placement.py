@@ -75,7 +75,7 @@ class Placement:
     Attributes:
       mesh: of the run.
       rules: of the batch axis. Parameters of a network follow the rules of its own configuration.
-      offload_optimizer: whether optimizers keep their moments in host memory (:meth:`hosted`).
+      offload_optimizer: whether optimizers keep their moments in host memory (:meth:`offloaded`).
     """
 
     mesh: Mesh | None = None
@@ -84,7 +84,7 @@ class Placement:
 
     @property
     def offloads(self) -> bool:
-        """Whether moments really move to the host; on CPU, host and device memory are the same."""
+        """Whether moments are moved to the host; on CPU, host and device memory are the same."""
         return self.offload_optimizer and self.mesh is not None and self.mesh.devices.flat[0].platform != "cpu"
 
     def current(self) -> contextlib.AbstractContextManager:
@@ -101,10 +101,10 @@ class Placement:
             return None
         return optimizer_shardings(optimizer, abstract_tree(spec), shardings, self.mesh, on_host=self.offloads)
 
-    def hosted(
+    def offloaded(
         self, optimizer: optax.GradientTransformation, spec: Any, rules: ShardingRules
     ) -> optax.GradientTransformation:
-        """Return ``optimizer`` with its state in host memory: it is fetched for an update and written back after it.
+        """Return ``optimizer`` with its state in host memory. Every update fetches the state and writes it back.
 
         Without offloading, ``optimizer`` is returned unchanged. The state has the shardings of :meth:`optimizer`.
         """
@@ -121,8 +121,8 @@ class Placement:
 
         return optax.GradientTransformation(optimizer.init, update)
 
-    def whole(self) -> NamedSharding | None:
-        """Return the sharding of an array that every device holds whole; None without a mesh."""
+    def replicated(self) -> NamedSharding | None:
+        """Return the sharding of a replicated array; None without a mesh."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
     def put(self, tree: Any, shardings: Any) -> Any:
@@ -134,12 +134,12 @@ class Placement:
         # device_put would first exchange every array, to check that all processes hold the same.
         return jax.tree.map(_from_whole, tree, jax.tree.broadcast(shardings, tree))
 
-    def everywhere(self, function: Callable[..., Any]) -> Any:
+    def jit_replicated(self, function: Callable[..., Any]) -> Any:
         """Return ``function`` jitted; its results are replicated, so that any process can read them."""
-        return jax.jit(function, out_shardings=self.whole())
+        return jax.jit(function, out_shardings=self.replicated())
 
-    def rows(self, size: int) -> list[int]:
-        """Return the indices of the examples of a batch of ``size`` that are on this process's devices, ascending.
+    def example_indices(self, size: int) -> list[int]:
+        """Return the ascending indices of the examples of a batch of ``size`` on the devices of this process.
 
         Processes over which the batch is not split (by ``context`` or ``tensor``) have the same examples.
 
@@ -161,13 +161,13 @@ class Placement:
         return sorted({row for share in shares for row in range(size)[share]})
 
     def init(self, make: Callable[..., Any], shardings: Any, *args: Any) -> Any:
-        """Return ``make(*args)`` computed straight into ``shardings``, so that no device holds all of it."""
+        """Compute ``make(*args)`` directly into ``shardings``, so that no device holds the whole result."""
         return make(*args) if self.mesh is None else jax.jit(make, out_shardings=shardings)(*args)
 
     def batch(self, tree: Any, leading: int = 0) -> Any:
         """Return the host arrays ``[..., B, ...]`` as global arrays split over the batch axis.
 
-        Every process passes the examples of its :meth:`rows`; ``leading`` axes come before the batch axis.
+        Every process passes the examples of its :meth:`example_indices`; ``leading`` axes come before the batch axis.
         """
         if self.mesh is None:
             return tree
@@ -180,7 +180,7 @@ def stream_params(params: dict[str, Any], spec: Any, rules: ShardingRules, place
 
     Under ``placement.current()`` every function of ``sampling.stream`` then runs sharded; the cache is split by heads.
     """
-    whole = {name: jax.tree.map(lambda _: placement.whole(), tree) for name, tree in params.items()}
+    whole = {name: jax.tree.map(lambda _: placement.replicated(), tree) for name, tree in params.items()}
     return placement.put(params, whole | {"student": placement.params(spec, rules)})
 
 

@@ -1,13 +1,13 @@
-"""A recipe's text encoder: prompts to rows ``[B, length, dim]``, whatever ``text.kind`` is.
+"""The text encoder of a recipe: encode prompts to embeddings ``[B, length, dim]``, for every ``text.kind``.
 
-``words`` needs nothing (:mod:`causvid_jax.text.words`). ``umt5`` reads, under the folder of a checkpoint,
+``words`` needs no files (:mod:`causvid_jax.text.words`). ``umt5`` reads these from the folder of a checkpoint:
 
     text_encoder/                        the encoder, ours or published (``checkpoints.workdir.components``)
     text_encoder/tokenizer.json          the tokenizer of google/umt5-xxl, or where published folders have it
                                          (``checkpoints.workdir.TOKENIZERS``)
-    prompts/                             prompts already encoded, made as they come
+    prompts/                             the cache of encoded prompts, filled on demand
 
-The weights are read when a prompt has to be computed, and given up when it is.
+Weights are loaded only if a prompt is not in the cache, and freed after it is encoded.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ from causvid_jax.text import words
 from causvid_jax.text.prompt_cache import PromptCache
 
 AT_ONCE = 256
-"""Prompts whose rows :func:`fill` holds at once: 2 GB of Wan's."""
+"""Prompts that :func:`fill` encodes before it writes them: 2 GB of Wan's embeddings."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """What encoding a prompt takes; of :func:`open_encoder`. All but ``config`` is of UMT5.
+    """An opened text encoder, made by :func:`open_encoder`. All fields but ``config`` are for UMT5.
 
-    ``compute`` False: only what ``cache`` holds is given, for programs whose memory is not the encoder's to take.
+    With ``compute=False`` it serves cached prompts only, for programs without memory for the encoder.
     """
 
     config: TextConfig
@@ -59,8 +59,8 @@ def open_encoder(
     Args:
         recipe: ``text`` and, for UMT5, ``umt5`` are read.
         folder: the checkpoint or working directory; words need none.
-        cache: where encoded prompts are kept; None: ``prompts`` under ``folder``, an empty text: nowhere.
-        tokenizer: the tokenizer's file or folder; None: looked for under ``folder``.
+        cache: folder of encoded prompts; None: ``prompts`` under ``folder``; "": no cache.
+        tokenizer: the tokenizer's file or folder; None: searched under ``folder``.
         compute: as in :class:`Encoder`.
 
     Raises:
@@ -69,34 +69,34 @@ def open_encoder(
     if recipe.text.kind == "words":
         return Encoder(recipe.text)
     if folder is None:
-        raise ConfigError("text.kind is 'umt5', whose weights come with no package; give the folder of a checkpoint")
+        raise ConfigError("text.kind is 'umt5', whose weights are not in the package; give the folder of a checkpoint")
     weights = open_checkpoint(workdir.find(recipe.name, "text_encoder", folder), recipe.umt5)
     file = pathlib.Path(tokenizer) if tokenizer is not None else _find_tokenizer(pathlib.Path(folder))
-    # Rows are rounded to the transformer's compute type before anything reads them, so nothing finer is kept.
-    kept = "float32" if "float32" in (recipe.student.dtype, recipe.teacher.dtype) else "bfloat16"
-    place = pathlib.Path(folder) / "prompts" if cache is None else cache
+    # The transformer rounds embeddings to its compute type, so the cache stores no more bits.
+    storage = "float32" if "float32" in (recipe.student.dtype, recipe.teacher.dtype) else "bfloat16"
+    cache_folder = pathlib.Path(folder) / "prompts" if cache is None else cache
     return Encoder(
         config=recipe.text,
         umt5=recipe.umt5,
         weights=weights,
         tokenizer=umt5_prompts.load_tokenizer(file),
-        cache=PromptCache(place, weights.identity(), kept) if place else None,
+        cache=PromptCache(cache_folder, weights.identity(), storage) if cache_folder else None,
         compute=compute,
     )
 
 
 def _find_tokenizer(folder: pathlib.Path) -> pathlib.Path:
-    found = workdir.tokenizer_files(folder)
+    files = workdir.tokenizer_files(folder)
     listed = ", ".join(f"{inner}/tokenizer.json" for inner in workdir.TOKENIZERS)
     require(
-        "tokenizer.json" in found,
+        "tokenizer.json" in files,
         f"{folder} holds no tokenizer of google/umt5-xxl; accepted: {listed} in it, or --tokenizer=FILE",
     )
-    return found["tokenizer.json"]
+    return files["tokenizer.json"]
 
 
 def inference_shapes(config: UMT5Config) -> Any:
-    """Return shape and type of every parameter as it is held: kernels and token table in the compute type."""
+    """Return shape and type of every parameter on the device: kernels and token table in the compute type."""
     shapes = inference_tree(umt5.abstract(config), config.dtype)
     return shapes | {"token_embedding": jax.ShapeDtypeStruct(shapes["token_embedding"].shape, config.dtype)}
 
@@ -105,17 +105,17 @@ def encode(encoder: Encoder, prompts: Sequence[str]) -> np.ndarray:
     """Return the embeddings float32 ``[B, length, dim]``, zero beyond each prompt's last token.
 
     Raises:
-        ConfigError: a word outside the vocabulary; a prompt that is not in the cache of an encoder that computes none.
+        ConfigError: a word outside the vocabulary; with ``compute=False``, a prompt that is not in the cache.
     """
     config = encoder.config
     if encoder.umt5 is None or encoder.tokenizer is None:
         return words.encode_words(prompts, config)
     if not encoder.compute:
-        absent = missing(encoder, prompts)
+        uncached = missing(encoder, prompts)
         require(
-            not absent,
-            f"{len(absent)} prompt(s) are not encoded yet, first {next(iter(absent), '')!r}; encode them with "
-            "launch.prepare --stage=prompts",
+            not uncached,
+            f"{len(uncached)} prompt(s) are not encoded yet, first {next(iter(uncached), '')!r}; encode them with "
+            "causvid prepare --stage=prompts",
         )
     loaded: list[Any] = []
 
@@ -133,24 +133,26 @@ def encode(encoder: Encoder, prompts: Sequence[str]) -> np.ndarray:
 
 
 def check(encoder: Encoder, prompts: Sequence[str]) -> None:
-    """Refuse ``prompts`` that cannot be encoded, without encoding them: a ConfigError names the word."""
+    """Raise a ConfigError for ``prompts`` that cannot be encoded; it names the word. Nothing is encoded."""
     if encoder.umt5 is None:
         words.encode_words(prompts, encoder.config)
 
 
 def fill(encoder: Encoder, prompts: Sequence[str]) -> None:
-    """Encode what the cache lacks of ``prompts``, reading the weights once, so that :func:`encode` will need none.
+    """Encode the ``prompts`` that are not in the cache, so that :func:`encode` needs no weights for them.
+
+    The weights are loaded once.
 
     Raises:
         ConfigError: there is no cache to fill, or it cannot be written.
     """
-    absent = missing(encoder, prompts)
-    if not absent or encoder.umt5 is None or encoder.tokenizer is None:
+    uncached = missing(encoder, prompts)
+    if not uncached or encoder.umt5 is None or encoder.tokenizer is None:
         return
-    require(encoder.cache is not None, "prompts are to be encoded for later, but there is no prompt cache")
+    require(encoder.cache is not None, "prompts cannot be encoded in advance without a prompt cache")
     params = _load(encoder)
-    for start in range(0, len(absent), AT_ONCE):
-        lot = absent[start : start + AT_ONCE]
+    for start in range(0, len(uncached), AT_ONCE):
+        lot = uncached[start : start + AT_ONCE]
         umt5_prompts.encode_prompts(
             lot, encoder.tokenizer, params, encoder.umt5, length=encoder.config.length, cache=encoder.cache
         )
@@ -158,13 +160,13 @@ def fill(encoder: Encoder, prompts: Sequence[str]) -> None:
 
 
 def missing(encoder: Encoder, prompts: Sequence[str]) -> list[str]:
-    """Return the ``prompts`` for which the encoder's weights would have to be read."""
+    """Return the ``prompts`` that are not in the cache, for which the weights must be loaded."""
     if encoder.umt5 is None or encoder.tokenizer is None:
         return []
     return umt5_prompts.not_cached(prompts, encoder.tokenizer, encoder.umt5, encoder.cache, encoder.config.length)
 
 
-def null_rows(encoder: Encoder) -> np.ndarray:
+def negative_prompt_embeds(encoder: Encoder) -> np.ndarray:
     """Return the embeddings ``[length, dim]`` of the negative prompt, which is empty for words."""
     return encode(encoder, [encoder.config.negative_prompt])[0]
 

@@ -1,8 +1,8 @@
-"""Encoded prompts on disk: one file per prompt, named by everything its rows depend on.
+"""A cache of encoded prompts on disk: one file per prompt, named by a hash of everything its embeddings depend on.
 
-A file holds the rows of real tokens only (a prompt of 60 tokens is 0.5 MB in bfloat16, not 4), who made them, and a
-checksum. It appears whole or not at all, and one that does not read back is made again, so that any number of processes
-may share a folder and be stopped at any moment.
+A file holds the embeddings of real tokens only (a prompt of 60 tokens takes 0.5 MB in bfloat16 instead of 4), their
+identity, and a checksum. Files are written atomically, and unreadable ones are recomputed. So many processes may share
+a folder, and each may be stopped at any time.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ _LOG = logging.getLogger(__name__)
 class PromptCache:
     """A folder of encoded prompts.
 
-    ``weights`` is a digest of the encoder's parameters (such as ``data.generate.weights_digest``): rows of other
-    weights are never found. ``dtype`` is the stored type, ``"float32"`` or ``"bfloat16"``.
+    ``weights`` is a digest of the encoder's parameters; embeddings of other weights are not read. ``dtype`` is the
+    stored type, ``"float32"`` or ``"bfloat16"``.
     """
 
     folder: str | os.PathLike
@@ -39,7 +39,7 @@ class PromptCache:
 
 
 def identity(cache: PromptCache, prompt: str, tokenizer: str, length: int, config: UMT5Config) -> dict[str, str]:
-    """Return all that the embeddings of a cleaned ``prompt`` depend on; ``tokenizer`` is its file's digest."""
+    """Return everything that the embeddings of a cleaned ``prompt`` depend on; ``tokenizer`` is its file's digest."""
     return {
         "prompt": prompt,
         "tokenizer": tokenizer,
@@ -50,32 +50,32 @@ def identity(cache: PromptCache, prompt: str, tokenizer: str, length: int, confi
     }
 
 
-def path(cache: PromptCache, who: dict[str, str]) -> pathlib.Path:
+def path(cache: PromptCache, key: dict[str, str]) -> pathlib.Path:
     """Return the file of an :func:`identity`, by its SHA-256. Folders of two letters keep listings short."""
-    name = hashlib.sha256(json.dumps(who, sort_keys=True).encode()).hexdigest()
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return pathlib.Path(cache.folder, name[:2], f"{name}.safetensors")
 
 
-def read(cache: PromptCache, who: dict[str, str]) -> np.ndarray | None:
+def read(cache: PromptCache, key: dict[str, str]) -> np.ndarray | None:
     """Read embeddings float32 ``[tokens, dim]``; None if there are none or the file is damaged, which is logged."""
-    source = path(cache, who)
+    source = path(cache, key)
     if not source.exists():
         return None
     try:
         tree, header = store.load_params(source)
-        require(header == who and set(tree) == {"rows"}, f"prompt file {source} is of another prompt")
+        require(header == key and set(tree) == {"rows"}, f"prompt file {source} is of another prompt")
     except ConfigError as error:
         _LOG.warning("%s; the prompt is encoded again", error)
         return None
     return tree["rows"]
 
 
-def write(cache: PromptCache, who: dict[str, str], rows: np.ndarray) -> np.ndarray:
-    """Keep ``rows [tokens, dim]``; returns what :func:`read` will find, rounded to the stored type.
+def write(cache: PromptCache, key: dict[str, str], embeds: np.ndarray) -> np.ndarray:
+    """Write embeddings ``[tokens, dim]`` and return them rounded to the stored type, as :func:`read` returns them.
 
     Raises:
         ConfigError: the folder cannot be written.
     """
-    stored = np.asarray(rows, np.float32).astype(store.STORAGE[cache.dtype])
-    store.save_params(path(cache, who), {"rows": stored}, who)
+    stored = np.asarray(embeds, np.float32).astype(store.STORAGE[cache.dtype])
+    store.save_params(path(cache, key), {"rows": stored}, key)
     return stored.astype(np.float32)

@@ -1,8 +1,8 @@
-"""Prompts to Wan2.1's text rows: cleaning, the UMT5 tokenizer, encoding, and what is already on disk.
+"""Encode prompts as Wan2.1 does: clean them, tokenize them, run UMT5 or read the cache.
 
-Reading a tokenizer file and a cache is no arithmetic, so it lives with the data; the network is
-:mod:`causvid_jax.models.umt5`. The tokenizer is the published ``tokenizer.json`` of google/umt5-xxl, read by the
-``tokenizers`` library: the one that produced the ids Wan was trained on. It and ``ftfy`` are the extra ``text``.
+The network is :mod:`causvid_jax.models.umt5`. The tokenizer is the published ``tokenizer.json`` of google/umt5-xxl,
+which also made the token ids that Wan was trained on. The packages ``tokenizers`` and ``ftfy`` come with the extra
+``text``.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def clean_prompt(prompt: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer file, read. ``digest`` is its SHA-256; ``pad_id`` and ``end_id`` are ``<pad>`` and ``</s>``."""
+    """A loaded tokenizer; ``digest`` is its file's SHA-256, ``pad_id`` and ``end_id`` are ``<pad>`` and ``</s>``."""
 
     library: Any
     digest: str
@@ -70,7 +70,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         tokenizer = library.Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises bare Exception
         raise ConfigError(f"tokenizer file {source} cannot be read: {' '.join(str(error).split())}") from error
-    # A file may carry its last user's settings; length is decided here.
+    # The file may set truncation and padding; here ``length`` decides.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     special = {name: tokenizer.token_to_id(name) for name in ("<pad>", "</s>")}
@@ -106,17 +106,16 @@ def encode_prompts(
 ) -> np.ndarray:
     """Return the embeddings of ``prompts``, zero beyond each prompt's last token.
 
-    A prompt is computed at the next power of two of its length (which changes its rows by rounding only), once even
-    if it comes twice, and not at all if ``cache`` holds it. With a cache, rows are rounded to its type whether they
-    were found or made.
+    A prompt is padded to the next power of two of its length, which changes its embeddings by rounding only. Equal
+    prompts are computed once, and prompts in ``cache`` are read. With a cache all embeddings are rounded to its type.
 
     Args:
         prompts: as written; they are cleaned here.
         tokenizer: of :func:`load_tokenizer`.
-        params: of :func:`umt5.spec`, or a function that loads them, called if a prompt has to be computed.
+        params: of :func:`umt5.spec`, or a function that loads them. It is called if a prompt must be computed.
         config: of the encoder.
-        length: rows per prompt.
-        cache: where encoded prompts are kept.
+        length: tokens per prompt.
+        cache: the cache of encoded prompts; None: no cache.
         batch: prompts per call of the network.
 
     Returns:
@@ -126,22 +125,22 @@ def encode_prompts(
         ConfigError: a missing extra, a tokenizer with more tokens than the encoder, a cache that cannot be written.
     """
     cleaned = [clean_prompt(prompt) for prompt in prompts]
-    rows: dict[str, np.ndarray] = {}
+    embeds: dict[str, np.ndarray] = {}
     names = {}
     for prompt in dict.fromkeys(cleaned):
         if cache is not None:
             names[prompt] = prompt_cache.identity(cache, prompt, tokenizer.digest, length, config)
-            found = prompt_cache.read(cache, names[prompt])
-            if found is not None:
-                rows[prompt] = found
-    missing = [prompt for prompt in dict.fromkeys(cleaned) if prompt not in rows]
-    if missing:
+            stored = prompt_cache.read(cache, names[prompt])
+            if stored is not None:
+                embeds[prompt] = stored
+    uncached = [prompt for prompt in dict.fromkeys(cleaned) if prompt not in embeds]
+    if uncached:
         tree = jax.device_put(params() if callable(params) else params)
-        for prompt, made in _encode(missing, tokenizer, tree, config, length, batch):
-            rows[prompt] = made if cache is None else prompt_cache.write(cache, names[prompt], made)
+        for prompt, computed in _encode(uncached, tokenizer, tree, config, length, batch):
+            embeds[prompt] = computed if cache is None else prompt_cache.write(cache, names[prompt], computed)
     out = np.zeros((len(cleaned), length, config.dim), np.float32)
     for b, prompt in enumerate(cleaned):
-        out[b, : len(rows[prompt])] = rows[prompt]
+        out[b, : len(embeds[prompt])] = embeds[prompt]
     return out
 
 
@@ -152,7 +151,7 @@ def not_cached(
     if cache is None:
         return list(prompts)
     named = {p: prompt_cache.identity(cache, clean_prompt(p), tokenizer.digest, length, config) for p in prompts}
-    return [p for p, who in named.items() if prompt_cache.read(cache, who) is None]
+    return [p for p, key in named.items() if prompt_cache.read(cache, key) is None]
 
 
 def _encode(
@@ -169,8 +168,8 @@ def _encode(
     for size in np.unique(padded):
         same = np.flatnonzero(padded == size)
         for numbers in (same[i : i + batch] for i in range(0, len(same), batch)):
-            made = np.asarray(_forward(params, ids[numbers, :size], mask[numbers, :size], config=config))
-            yield from ((prompts[n], made[i, : counts[n]]) for i, n in enumerate(numbers))
+            computed = np.asarray(_forward(params, ids[numbers, :size], mask[numbers, :size], config=config))
+            yield from ((prompts[n], computed[i, : counts[n]]) for i, n in enumerate(numbers))
 
 
 _forward = functools.partial(jax.jit, static_argnames="config")(umt5.encode)

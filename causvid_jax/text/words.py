@@ -30,9 +30,9 @@ def split_words(prompt: str, config: TextConfig) -> list[str]:
 def encode_words(prompts: Sequence[str], config: TextConfig) -> np.ndarray:
     """Encode prompts: the embedding of word i is its one-hot in the vocabulary and the one-hot of i.
 
-    Cross-attention has no other way to know the order of words. With ``config.separator`` the embedding also holds how
-    often each word of the vocabulary occurs in the word's phrase (between separators); a separator has zeros there. An
-    empty prompt is all zeros: the unconditional branch.
+    Cross-attention learns the order of words from the second part only. With ``config.separator`` the embedding also
+    counts how often each word of the vocabulary occurs in the word's phrase (between separators); the counts of a
+    separator are zero. An empty prompt is all zeros: the unconditional branch.
 
     Returns:
         float32 ``[B, length, dim]``.

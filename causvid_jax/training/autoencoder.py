@@ -139,7 +139,7 @@ def read_batches(
     run: Run, clips: Any, reader: Callable[..., Any], *, batch_size: int, frames: int, seed: int
 ) -> Iterator[Batch]:
     """Read this process's rows of batches of clips of ``frames`` pixel frames."""
-    rows = run.placement.rows(batch_size)
+    rows = run.placement.example_indices(batch_size)
     return reader(clips, batch_size=batch_size, frames=frames, seed=seed, rows=rows)
 
 
@@ -177,10 +177,10 @@ def train_vae(run: Run, init_from: pathlib.Path | None = None) -> None:
         clips=config.concat_clips,
         crop=config.crop_frames,
     )
-    reconstruct = run.placement.everywhere(
+    reconstruct = run.placement.jit_replicated(
         lambda params, video: vae.decode(params, vae.encode(params, video, config=recipe.vae), config=recipe.vae)
     )
-    train_step = make_train_step(loss, optimizer, config, run.placement.whole())
+    train_step = make_train_step(loss, optimizer, config, run.placement.replicated())
     state = initial_state(run, optimizer, functools.partial(init_vae, config=recipe.vae), init_from)
     test_clips = open_clips(run, "test")
     for batch in run.batches(
@@ -226,7 +226,7 @@ def train_taehv(run: Run, init_from: pathlib.Path | None = None) -> None:
     split = None if placement.mesh is None else sharding.batch_sharding(placement.mesh, placement.rules)
     encode = jax.jit(functools.partial(vae.encode, config=recipe.vae), out_shardings=split)
 
-    @placement.everywhere
+    @placement.jit_replicated
     def reconstruct(params: Any, vae_params: Any, video: jax.Array) -> jax.Array:
         return taehv.decode(params, vae.encode(vae_params, video, config=recipe.vae), config=tiny)
 
@@ -237,7 +237,7 @@ def train_taehv(run: Run, init_from: pathlib.Path | None = None) -> None:
 
     optimizer = make_optimizer(config.optimizer, config.steps)
     loss = functools.partial(taehv_loss, config=tiny, noise=config.noise)
-    train_step = make_train_step(loss, optimizer, config, placement.whole())
+    train_step = make_train_step(loss, optimizer, config, placement.replicated())
     state = initial_state(run, optimizer, functools.partial(taehv.init, config=tiny), init_from)
     for batch in run.batches(functools.partial(read_batches, run, clips, reader), to_device):
         state, metrics = train_step(state, batch)
@@ -262,7 +262,7 @@ def initial_state(
     if init_from:
         params, _ = paths.load_stage(run.recipe, run.name, None, "host", path=init_from)
         start.append(weights.replicated(params, run.placement))
-    return run.restore(run.placement.init(state, run.placement.whole(), *start))
+    return run.restore(run.placement.init(state, run.placement.replicated(), *start))
 
 
 def sample(run: Run, recipe: Recipe, clips: Any, reconstruct: Callable[[Any], jax.Array]) -> dict[str, float]:

@@ -78,21 +78,21 @@ class Checkpoints:
         Raises:
             RunError: there are checkpoints, and all of them are damaged.
         """
-        found = _steps(self._folder)
-        chosen: int | None = None
+        steps = _steps(self._folder)
+        newest: int | None = None
         aside: dict[int, str] = {}
-        for step in reversed(found):
+        for step in reversed(steps):
             why = _problem(self._folder / str(step))
             if why is None:
-                chosen = step
+                newest = step
                 break
             aside[step] = why
-        plain = [step for step in found if not checksums.present(self._folder / str(step))]
-        if chosen is None and plain:
-            chosen = plain[-1]
-            aside = {step: why for step, why in aside.items() if step > chosen}
-            self._reports.append(f"checkpoint {chosen} in {self._folder} has no checksums; it is used as it is")
-        if found and chosen is None:
+        plain = [step for step in steps if not checksums.present(self._folder / str(step))]
+        if newest is None and plain:
+            newest = plain[-1]
+            aside = {step: why for step, why in aside.items() if step > newest}
+            self._reports.append(f"checkpoint {newest} in {self._folder} has no checksums; it is used as it is")
+        if steps and newest is None:
             each = "; ".join(f"{step}: {why}" for step, why in sorted(aside.items()))
             raise RunError(
                 f"every checkpoint in {self._folder} is damaged ({each}); restore one, or move the folder away to "
@@ -100,7 +100,7 @@ class Checkpoints:
             )
         for other, why in aside.items():
             self._reports.append(
-                f"checkpoint {other} in {self._folder} is damaged: {why}; the one of step {chosen} is used"
+                f"checkpoint {other} in {self._folder} is damaged: {why}; the one of step {newest} is used"
             )
         if jax.process_index() == 0:
             for other in aside:
@@ -108,7 +108,7 @@ class Checkpoints:
                 shutil.rmtree(target, ignore_errors=True)
                 (self._folder / str(other)).rename(target)
         _together("set aside")
-        return chosen
+        return newest
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]] | None:
         """Return the last good checkpoint with the shapes, types and shardings of ``state`` (a dataclass), or None.
@@ -159,8 +159,8 @@ class Checkpoints:
         if reason is None:
             raise error
         self.failed = True
-        kept = f"the last good one is of step {self.last}" if self.last is not None else "there is none before it"
-        self._reports.append(f"checkpoint {step} could not be written to {self._folder}: {reason}; {kept}")
+        fallback = f"the last good one is of step {self.last}" if self.last is not None else "there is none before it"
+        self._reports.append(f"checkpoint {step} could not be written to {self._folder}: {reason}; {fallback}")
         # A new checkpointer removes what is half written and fills the disk.
         with contextlib.suppress(Exception):
             self._checkpointer.close()
@@ -206,26 +206,26 @@ def read(folder: str | os.PathLike, part: str, step: int | None = None) -> tuple
         ConfigError: no such checkpoint, or a damaged one.
     """
     folder = pathlib.Path(folder).resolve()
-    found = _steps(folder)
+    steps = _steps(folder)
     if step is None:
-        whole = (number for number in reversed(found) if _problem(folder / str(number)) is None)
-        step = next(whole, found[-1] if found else 0)
+        whole = (number for number in reversed(steps) if _problem(folder / str(number)) is None)
+        step = next(whole, steps[-1] if steps else 0)
     require(
-        step in found, f"there is no checkpoint {step} in {folder}; accepted: {', '.join(map(str, found)) or 'none'}"
+        step in steps, f"there is no checkpoint {step} in {folder}; accepted: {', '.join(map(str, steps)) or 'none'}"
     )
     path = folder / str(step)
     if checksums.present(path):
         why = checksums.problem(path)
         require(why is None, f"checkpoint {step} in {folder} is damaged: {why}")
     described: Any = ocp.checkpointables_metadata(path).metadata["state"]
-    wanted = jax.tree.map(lambda _: ocp.PLACEHOLDER, described)
+    placeholders = jax.tree.map(lambda _: ocp.PLACEHOLDER, described)
     *parents, name = part.split(".")
-    branch, chosen = described, wanted
+    branch, requested = described, placeholders
     for parent in parents:
-        branch, chosen = branch.get(parent, {}), chosen.get(parent, {})
+        branch, requested = branch.get(parent, {}), requested.get(parent, {})
     require(name in branch, f"checkpoint {step} in {folder} has no {part}; it has {', '.join(branch or described)}")
-    chosen[name] = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), branch[name])
-    loaded: Any = ocp.load_checkpointables(path, {"state": wanted, "progress": None})
+    requested[name] = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), branch[name])
+    loaded: Any = ocp.load_checkpointables(path, {"state": placeholders, "progress": None})
     tree = functools.reduce(lambda tree, key: tree[key], part.split("."), loaded["state"])
     return step, tree, json.loads(loaded["progress"]["json"])
 

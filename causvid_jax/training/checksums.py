@@ -35,10 +35,10 @@ def _pieces(sizes: dict[str, int], process: int, processes: int) -> list[tuple[s
 def _digest(path: pathlib.Path, piece: int) -> str:
     with open(path, "rb") as file:
         file.seek(piece * PIECE)
-        left, digest = PIECE, hashlib.sha256()
-        while left and (data := file.read(min(left, 1 << 20))):
+        remaining, digest = PIECE, hashlib.sha256()
+        while remaining and (data := file.read(min(remaining, 1 << 20))):
             digest.update(data)
-            left -= len(data)
+            remaining -= len(data)
     return digest.hexdigest()
 
 
@@ -53,10 +53,10 @@ def write(folder: str | os.PathLike, process: int = 0, processes: int = 1) -> No
     folder = pathlib.Path(folder)
     sizes = _files(folder)
     pieces = _pieces(sizes, process, processes)
-    found = [[name, i, digest] for (name, i), digest in zip(pieces, _digests(folder, pieces), strict=True)]
+    entries = [[name, i, digest] for (name, i), digest in zip(pieces, _digests(folder, pieces), strict=True)]
     target = folder / f"checksums.{process}-of-{processes}.json"
     with atomic_write(target) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        json.dump({"piece": PIECE, "sizes": sizes, "sha256": found}, file)
+        json.dump({"piece": PIECE, "sizes": sizes, "sha256": entries}, file)
         file.flush()
         os.fsync(file.fileno())
 
@@ -77,11 +77,11 @@ def problem(folder: str | os.PathLike, process: int = 0, processes: int = 1) -> 
     expected: dict[tuple[str, int], str] = {}
     for part in sorted(folder.glob("checksums.*-of-*.json")):
         try:
-            given = json.loads(part.read_text(encoding="utf-8"))
-            if given["piece"] != PIECE:
+            manifest = json.loads(part.read_text(encoding="utf-8"))
+            if manifest["piece"] != PIECE:
                 raise ValueError
-            sizes |= given["sizes"]
-            expected |= {(name, i): digest for name, i, digest in given["sha256"]}
+            sizes |= manifest["sizes"]
+            expected |= {(name, i): digest for name, i, digest in manifest["sha256"]}
         except (ValueError, KeyError, TypeError):
             return f"{part.name} is not readable"
     have = _files(folder)

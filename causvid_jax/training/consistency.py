@@ -44,7 +44,7 @@ def consistency_loss(
       frozen: parameters of the causal teacher, and the embeddings of the negative prompt ``[S, E]``.
       recipe: grid, networks, ``train_consistency``.
     """
-    config, causal, (teacher, null_text) = recipe.train_consistency, recipe.causal, frozen
+    config, causal, (teacher, negative_prompt_embeds) = recipe.train_consistency, recipe.causal, frozen
     latents, text = batch["latents"], batch["text"]
     blocks = causal.block_sizes(latents.shape[1])
     clean = noisy_context(latents, key, 1, causal)
@@ -55,7 +55,7 @@ def consistency_loss(
 
     def guided(x: jax.Array, timestep: jax.Array) -> jax.Array:
         score = functools.partial(velocity, teacher, recipe.teacher)
-        return guided_velocity(score, x, timestep, text, null_text, config.guidance_scale)
+        return guided_velocity(score, x, timestep, text, negative_prompt_embeds, config.guidance_scale)
 
     def student(x: jax.Array, timestep: jax.Array) -> jax.Array:
         return velocity(params, recipe.student, x, timestep, text)
@@ -69,7 +69,7 @@ def consistency_loss(
 
     def differentiable(x: jax.Array, timestep: jax.Array) -> jax.Array:
         constant = jax.lax.stop_gradient(params)
-        with layers.forward_mode():
+        with layers.differentiable_by_jvp():
             return velocity(constant, tangent_network(recipe.student), x, timestep, text)
 
     networks = consistency.Networks(student, differentiable, guided)
@@ -79,7 +79,7 @@ def consistency_loss(
 
 
 def consistency_step(recipe: Recipe, placement: Placement) -> NetworkStep:
-    """Return the train step of the stage, ``(state, batch, teacher, null_text) -> (state, metrics)``."""
+    """Return the train step of the stage, ``(state, batch, teacher, negative_prompt_embeds) -> (state, metrics)``."""
     loss, net = functools.partial(consistency_loss, recipe=recipe), recipe.student
     return network_step(loss, recipe.train_consistency, transformer.spec(net), net.rules, placement)
 
@@ -90,7 +90,7 @@ def train_consistency(run: Run, init_from: pathlib.Path | None = None) -> None:
         weights.check_sink_positions(run.recipe, run.name, frames)
     vae_params, recipe = weights.load_vae(run)
     reader, step = weights.open_encoder(run), consistency_step(recipe, run.placement)
-    null_text = jnp.asarray(encoder.null_rows(reader))
+    negative_prompt_embeds = jnp.asarray(encoder.negative_prompt_embeds(reader))
     teacher = weights.load_network(run, "causal", recipe.teacher)
     fresh = dataclasses.replace(recipe.student, lora=recipe.teacher.lora) != recipe.teacher
     state = weights.initial_state(run, step, recipe.student, init_from, stage="causal", fresh=fresh)
@@ -100,7 +100,7 @@ def train_consistency(run: Run, init_from: pathlib.Path | None = None) -> None:
         return run.placement.batch({"latents": batch["latents"], "text": weights.prompt_embeds(batch, reader)})
 
     for batch in run.batches(functools.partial(flow_matching.read_batches, run), to_device):
-        state, metrics = step.train_step(state, batch, teacher, null_text)
+        state, metrics = step.train_step(state, batch, teacher, negative_prompt_embeds)
         state = run.after_step(state, metrics)
         if run.samples_now:
             run.log_samples(sample(state.network.averaged))

@@ -102,7 +102,7 @@ def state_shardings(recipe: Recipe, placement: Placement, optimizers: Optimizers
     return DMDState(
         student=trainable_shardings(placement, transformer.spec(student), student.rules, optimizers.student),
         critic=trainable_shardings(placement, critic_spec(recipe), critic.rules, optimizers.critic, ema=False),
-        step=cast(Any, placement.whole()),
+        step=cast(Any, placement.replicated()),
         history=history_shardings(placement),
     )
 
@@ -149,8 +149,8 @@ def loss_window(
         return x0, None
     begins = jnp.array(True) if continued is None else ~continued
     if later:
-        drawn = jax.random.randint(jax.random.fold_in(key, 1), (), 0, later + 1)
-        block = drawn if config.loss_window == "random" else jnp.int32(later)
+        start = jax.random.randint(jax.random.fold_in(key, 1), (), 0, later + 1)
+        block = start if config.loss_window == "random" else jnp.int32(later)
         x0 = jax.lax.dynamic_slice_in_dim(x0, block * causal.frames_per_block, config.loss_frames, axis=1)
         begins &= block == 0
     if config.teacher == "chunk":
@@ -233,7 +233,7 @@ def student_update(
     step: jax.Array,
     teacher: Any,
     critic: Any,
-    null_text: jax.Array,
+    negative_prompt_embeds: jax.Array,
     optimizer: optax.GradientTransformation,
     recipe: Recipe,
     finite: jax.Array,
@@ -257,7 +257,7 @@ def student_update(
         objective = recipe.train_distill.objective
         if objective == "dmd_gan":
             settings["discriminator"] = discriminator(critic, recipe)
-        return OBJECTIVES[objective](x, text, null_text, loss_key, **settings)
+        return OBJECTIVES[objective](x, text, negative_prompt_embeds, loss_key, **settings)
 
     return apply_update(
         student,
@@ -298,7 +298,7 @@ def train_step(
     state: DMDState,
     teacher: Any,
     batches: Batch,
-    null_text: jax.Array,
+    negative_prompt_embeds: jax.Array,
     *,
     optimizers: Optimizers,
     recipe: Recipe,
@@ -313,7 +313,7 @@ def train_step(
       teacher: parameters of the real score, constant.
       batches: arrays ``[K + 1, B, ...]`` with an entry ``"text"`` ``[K + 1, B, S, E]`` (and ``"latents"`` for
         ``rollout="data"``): one batch per critic update, the last one for the student.
-      null_text: embeddings of the negative prompt, ``[S, E]``.
+      negative_prompt_embeds: embeddings of the negative prompt, ``[S, E]``.
       optimizers: made the two ``opt`` of ``state``.
       recipe: networks, grid, ``train_distill``.
       frames: length of self rollouts in latent frames, 0 for the full clip; None: ``train_distill.frames``.
@@ -342,7 +342,7 @@ def train_step(
         step=state.step,
         teacher=teacher,
         critic=critic.params,
-        null_text=null_text,
+        negative_prompt_embeds=negative_prompt_embeds,
         optimizer=optimizers.student,
         **shared,
     )
@@ -365,12 +365,12 @@ def compiled_step(recipe: Recipe, placement: Placement) -> TrainStep:
     plain = make_optimizers(recipe.train_distill)
     shardings = state_shardings(recipe, placement, plain)
     student, critic = recipe.student, recipe.fake_score
-    hosted = Optimizers(
-        placement.hosted(plain.student, adapters.split(transformer.spec(student))[0], student.rules),
-        placement.hosted(plain.critic, adapters.split(critic_spec(recipe))[0], critic.rules),
+    offloaded = Optimizers(
+        placement.offloaded(plain.student, adapters.split(transformer.spec(student))[0], student.rules),
+        placement.offloaded(plain.critic, adapters.split(critic_spec(recipe))[0], critic.rules),
     )
     return jax.jit(
-        functools.partial(train_step, optimizers=hosted, recipe=recipe),
+        functools.partial(train_step, optimizers=offloaded, recipe=recipe),
         donate_argnums=0,
         static_argnames="frames",
         out_shardings=None if shardings is None else (shardings, None),
@@ -405,7 +405,7 @@ def train_distill(run: Run, init_from: pathlib.Path | None = None) -> None:
     vae_params, recipe = weights.load_vae(run)
     config, placement = recipe.train_distill, run.placement
     reader = weights.open_encoder(run)
-    null_text = jnp.asarray(encoder.null_rows(reader))
+    negative_prompt_embeds = jnp.asarray(encoder.negative_prompt_embeds(reader))
     teacher = weights.load_network(run, "causal" if config.teacher == "causal" else "teacher", recipe.teacher)
     start = {"ode": "init", "consistency": "consistency", "teacher": "teacher"}[config.init]
     student = weights.load_network(run, start, recipe.student, init_from)
@@ -423,7 +423,7 @@ def train_distill(run: Run, init_from: pathlib.Path | None = None) -> None:
         return placement.batch(split, leading=1)
 
     for batch in run.batches(functools.partial(read_batches, run), to_device):
-        state, metrics = step(state, teacher, batch, null_text, frames=run.frames)
+        state, metrics = step(state, teacher, batch, negative_prompt_embeds, frames=run.frames)
         state = run.after_step(state, metrics)
         if run.samples_now:
             run.log_samples(sample(state.student.averaged))

@@ -81,7 +81,7 @@ def read_batches(run: Run, *, batch_size: int, frames: int, seed: int) -> Iterat
     """Read the examples of all K + 1 batches of a step together; a self rollout needs prompts alone."""
     recipe, parts = run.recipe, range(run.recipe.train_distill.critic_steps + 1)
     # A process reads its rows of every one of the K + 1 batches.
-    rows = [part * batch_size + row for part in parts for row in run.placement.rows(batch_size)]
+    rows = [part * batch_size + row for part in parts for row in run.placement.example_indices(batch_size)]
     options: dict[str, Any] = {"batch_size": batch_size * len(parts), "seed": seed, "rows": rows}
     options["text_length"] = recipe.text.length
     real = reads_latents(recipe.train_distill)

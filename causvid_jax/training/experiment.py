@@ -190,15 +190,15 @@ def in_batches(captions: list[str]) -> list[tuple[int, list[str]]]:
 
 def play(pipe: StudentPipeline, captions: list[str], ends: list[int], seed: int) -> list[np.ndarray]:
     """Stream to the last of ``ends``; return the clip before each of them. No other frames are kept."""
-    config, clips, shown = pipe.config, [], 0
+    config, clips, frame = pipe.config, [], 0
     recent: collections.deque[np.ndarray] = collections.deque(
         maxlen=blocks.block_of(config.video.frames - 1, config) + 1
     )
     state = pipe.stream(captions, seed=seed)
     for frames, _ in pipe.frames(state, blocks.block_of(ends[-1] - 1, config) + 1):
         recent.append(frames)
-        shown += frames.shape[1]
-        if shown in ends:
+        frame += frames.shape[1]
+        if frame in ends:
             clips.append(np.concatenate(recent, axis=1)[:, -config.video.frames :])
     return clips
 

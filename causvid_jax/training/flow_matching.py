@@ -145,7 +145,7 @@ def causal_step(recipe: Recipe, placement: Placement, negative_prompt_embeds: An
 
 def negative_embeds(reader: encoder.Encoder) -> np.ndarray | None:
     """Return the embeddings ``[S, E]`` of the negative prompt; None if they are zeros."""
-    embeds = encoder.null_rows(reader)
+    embeds = encoder.negative_prompt_embeds(reader)
     return embeds if embeds.any() else None
 
 
@@ -167,7 +167,7 @@ def read_batches(run: Run, *, batch_size: int, frames: int, seed: int) -> Iterat
         frames=frames,
         seed=seed,
         text_length=run.recipe.text.length,
-        rows=run.placement.rows(batch_size),
+        rows=run.placement.example_indices(batch_size),
     )
 
 

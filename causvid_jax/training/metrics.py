@@ -67,9 +67,9 @@ class MetricsWriter:
     def __init__(self, workdir: str | os.PathLike, step: int = 0):
         self._path = pathlib.Path(workdir) / JSONL
         try:
-            kept = [record for record in read_metrics(workdir) if record["step"] <= step]
+            records = [record for record in read_metrics(workdir) if record["step"] <= step]
             with atomic_write(self._path) as temporary:
-                temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+                temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         except OSError as error:
             raise ConfigError(f"metrics cannot be written to {self._path}: {error.strerror}") from error

@@ -93,7 +93,7 @@ def read_batches(
         batch_size=batch_size,
         seed=seed,
         text_length=run.recipe.text.length,
-        rows=run.placement.rows(batch_size),
+        rows=run.placement.example_indices(batch_size),
     )
 
 

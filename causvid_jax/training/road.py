@@ -124,16 +124,16 @@ def _reference(recipe: Recipe) -> dict[str, float]:
     return _read(paths.ASSETS / recipe.name / RECORD).get("seconds", {})
 
 
-def _forecast(reference: Mapping[str, float], seconds: Mapping[str, float], left: list[str]) -> str:
-    """Return how long the first of the legs ``left``, and all of them, will take at the speed of the legs so far."""
-    if any(name not in reference for name in left):
+def _forecast(reference: Mapping[str, float], seconds: Mapping[str, float], pending: list[str]) -> str:
+    """Return how long the first ``pending`` leg and all of them will take at the speed of the legs so far."""
+    if any(name not in reference for name in pending):
         return ""
-    common = [name for name in seconds if name in reference and name not in left]
-    known = sum(reference[name] for name in common)
-    speed = sum(seconds[name] for name in common) / known if known else 1.0
-    spent = seconds.get(left[0], 0.0)
-    first = max(speed * reference[left[0]] - spent, 0.0)
-    rest = first + speed * sum(reference[name] for name in left[1:])
+    common = [name for name in seconds if name in reference and name not in pending]
+    reference_seconds = sum(reference[name] for name in common)
+    speed = sum(seconds[name] for name in common) / reference_seconds if reference_seconds else 1.0
+    elapsed = seconds.get(pending[0], 0.0)
+    first = max(speed * reference[pending[0]] - elapsed, 0.0)
+    rest = first + speed * sum(reference[name] for name in pending[1:])
     return f": about {_duration(first)}, {_duration(rest)} to the end"
 
 

@@ -199,26 +199,26 @@ class Run:
             self._stop(signal)
         return state
 
-    def _check(self, done: _PendingStep, state: Any) -> Any:
+    def _check(self, pending: _PendingStep, state: Any) -> Any:
         """Read the metrics of a step; raise RunError, the state before it saved, if its update stops the run."""
-        if not int(done.metrics.get("skipped", 0)):
+        if not int(pending.metrics.get("skipped", 0)):
             return state
-        what = f"{self.name}: step {done.step}: {_bad(done.metrics, self.config)}, {_examples(done.examples)}"
+        what = f"{self.name}: step {pending.step}: {_bad(pending.metrics, self.config)}, {_examples(pending.examples)}"
         if self.config.on_bad_loss == "skip":
-            self._progress.note(f"{what}; its update is left out")
+            self._progress.note(f"{what}; its update is skipped")
             return state
         state = guard.reset_skipped(state)
         self._checkpoints.wait()
-        # If some updates of the step were applied, the state is that of no step: the checkpoint on disk has to do.
-        if not int(done.metrics["applied"]) and self._checkpoints.last != done.step - 1:
-            self._save(done.step - 1, state, done.data_position)
+        # If some updates of the step were applied, the state belongs to no step; the checkpoint on disk stays the last.
+        if not int(pending.metrics["applied"]) and self._checkpoints.last != pending.step - 1:
+            self._save(pending.step - 1, state, pending.data_position)
         self._checkpoints.close()
         self._report()
         last = self._checkpoints.last
-        left = "there is no checkpoint" if last is None else f"the checkpoint is of step {last}"
+        last_checkpoint = "there is no checkpoint" if last is None else f"the checkpoint is of step {last}"
         raise RunError(
-            f"{what}; {left} in {self.folder / 'checkpoints'}; with --config.train_{self.name}.on_bad_loss=skip the "
-            "same command goes on without such updates"
+            f"{what}; {last_checkpoint} in {self.folder / 'checkpoints'}; with "
+            f"--config.train_{self.name}.on_bad_loss=skip the same command continues without such updates"
         )
 
     def _stop(self, signal: int) -> None:

@@ -33,7 +33,7 @@ class StreamSampler:
         self._run, self._recipe, self._vae = run, recipe, vae_params
         self._captions = prompts(recipe, run.workdir, run.config.samples)
         embeds = jnp.asarray(encoder.encode(reader, self._captions)) if self._captions else None
-        self._generate = run.placement.everywhere(
+        self._generate = run.placement.jit_replicated(
             lambda params: stream.generate(params, embeds, config=recipe)[1]  # type: ignore[arg-type]
         )
 
@@ -50,13 +50,13 @@ class TeacherSampler:
         self._run, self._recipe, self._vae = run, recipe, vae_params
         self._captions = prompts(recipe, run.workdir, run.config.samples)
         embeds = encoder.encode(reader, self._captions) if self._captions else np.zeros(0)
-        null, seeds = encoder.null_rows(reader), np.arange(len(self._captions), dtype=np.uint32)
+        negative_embeds, seeds = encoder.negative_prompt_embeds(reader), np.arange(len(self._captions), dtype=np.uint32)
 
         def clips(params: Any, vae_params: Any) -> jax.Array:
-            latents = teacher_sampler.sample_clip(params, embeds, null, seeds=seeds, config=recipe)
+            latents = teacher_sampler.sample_clip(params, embeds, negative_embeds, seeds=seeds, config=recipe)
             return vae.decode(vae_params, latents, config=recipe.vae)
 
-        self._generate = run.placement.everywhere(clips)
+        self._generate = run.placement.jit_replicated(clips)
 
     def __call__(self, teacher: Any) -> dict[str, float]:
         """Write a video of samples and return their scores."""
@@ -111,4 +111,4 @@ def scores(run: Run, video: np.ndarray, captions: Sequence[str], recipe: Recipe)
         return {}
     with collectives.single_process():
         reading = classifier.read(reader, video, data=recipe.data)
-    return metrics.accuracies(reading.triples, [classifier.wanted(caption) for caption in captions])
+    return metrics.accuracies(reading.triples, [classifier.target_triples(caption) for caption in captions])

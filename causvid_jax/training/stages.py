@@ -60,13 +60,13 @@ def next_command(name: str, recipe: Recipe) -> str:
     """Return the command that usually follows the stage ``name``."""
     causal = recipe.train_init.teacher == "causal"
     return {
-        "vae": "launch.prepare --stage=latents",
-        "taehv": "launch.sample with --config.decoder=taehv",
-        "teacher": "launch.train --stage=causal" if causal else "launch.prepare --stage=trajectories",
-        "causal": "launch.prepare --stage=trajectories",
-        "init": "launch.train --stage=distill",
-        "consistency": "launch.train --stage=distill with --config.train_distill.init=consistency",
-        "distill": "launch.sample --checkpoint=WORKDIR",
+        "vae": "causvid prepare --stage=latents",
+        "taehv": "causvid sample with --config.decoder=taehv",
+        "teacher": "causvid train --stage=causal" if causal else "causvid prepare --stage=trajectories",
+        "causal": "causvid prepare --stage=trajectories",
+        "init": "causvid train --stage=distill",
+        "consistency": "causvid train --stage=distill with --config.train_distill.init=consistency",
+        "distill": "causvid sample --checkpoint=WORKDIR",
     }[name]
 
 

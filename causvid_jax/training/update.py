@@ -113,8 +113,8 @@ def apply_update(
     changed = optax.apply_updates(trained, change)
     ema = None if network.ema is None else ema_update(network.ema, changed, step, config.optimizer)
     # What is frozen passes through: the program returns the buffer that it was given.
-    kept = Trainable(trained, network.opt, network.ema)
-    updated = guard.select(applied, Trainable(changed, opt, ema), kept)
+    previous = Trainable(trained, network.opt, network.ema)
+    updated = guard.select(applied, Trainable(changed, opt, ema), previous)
     updated = dataclasses.replace(updated, params=adapters.join(updated.params, frozen))
     return updated, history, applied, metrics | {"gradient_norm": norm}
 
@@ -159,7 +159,7 @@ def trainable_shardings(
 
 def history_shardings(placement: Placement) -> guard.LossHistory:
     """Return where the history of losses lies: whole on every device."""
-    whole = cast(Any, placement.whole())
+    whole = cast(Any, placement.replicated())
     return guard.LossHistory(recent=whole, skipped=whole)
 
 
@@ -186,10 +186,10 @@ def network_step(
     shardings = None
     if placement.mesh is not None:
         network = trainable_shardings(placement, spec, rules, optimizer)
-        shardings = TrainState(network, cast(Any, placement.whole()), history_shardings(placement))
+        shardings = TrainState(network, cast(Any, placement.replicated()), history_shardings(placement))
     return NetworkStep(
         train_step=make_train_step(
-            loss_fn, placement.hosted(optimizer, adapters.split(spec)[0], rules), config, shardings
+            loss_fn, placement.offloaded(optimizer, adapters.split(spec)[0], rules), config, shardings
         ),
         init=functools.partial(init_state, optimizer=optimizer, window=config.bad_loss_window),
         shardings=shardings,

@@ -112,7 +112,7 @@ def replicated(params: Any, placement: Placement) -> Any:
     """Return a codec's parameters whole on every device; a codec is small."""
     if placement.mesh is None:
         return jax.tree.map(jnp.asarray, params)
-    return placement.put(params, placement.whole())
+    return placement.put(params, placement.replicated())
 
 
 def open_encoder(run: Run) -> encoder.Encoder:

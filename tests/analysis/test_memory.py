@@ -46,7 +46,7 @@ def test_a_picture_is_read_before_the_transformer_comes():
     assert phases["read the picture"].items["image encoder"] == {"float32": 4 * 632_076_800}
     assert "VAE" in phases["encode the picture"].items
     rows, condition = 2 * 257 * 1280, 2 * 21 * 60 * 104 * 20
-    assert phases["denoise"].items["picture's rows and latents"] == {"float32": 4 * (rows + condition)}
+    assert phases["denoise"].items["picture's embeddings and latents"] == {"float32": 4 * (rows + condition)}
 
 
 def test_published_student():

@@ -71,14 +71,14 @@ def test_a_dataset_is_read_with_the_weights_that_made_it(folder, key, stage):
     assert len(read(RECIPE, folder)) == 24
     if key == "teacher":
         other = tiny.tiny_recipe(diffusion={"shift": 5.0})
-        with pytest.raises(ConfigError, match="diffusion.shift 3.0, and the recipe has 5.0; remove .* and run launch"):
+        with pytest.raises(ConfigError, match="diffusion.shift 3.0, and the recipe has 5.0; remove .* and run causvid"):
             read(other, folder)
         store.save_params(workdir.stage_path(folder, stage), random_transformer(RECIPE.teacher, 9), {})
     else:
         save_vae(folder, 9)
     sentence = (
         f"{path} was made with another {key} than {workdir.stage_path(folder, stage)}; remove {path} and run "
-        f"launch.prepare --stage={name}"
+        f"causvid prepare --stage={name}"
     )
     with pytest.raises(ConfigError) as error:
         read(RECIPE, folder)
@@ -91,9 +91,9 @@ def test_a_dataset_is_read_with_the_weights_that_made_it(folder, key, stage):
 def test_a_stage_that_has_not_ended_is_not_replaced_by_the_package(tmp_path, caplog):
     (tmp_path / "vae").mkdir()
     assert workdir.is_packaged(workdir.find("digits", "vae", tmp_path))
-    assert f"{tmp_path} holds no vae; uses the one that comes with the package" in caplog.text
+    assert f"{tmp_path} holds no vae; the one of the package is used" in caplog.text
     (tmp_path / "vae" / "checkpoints").mkdir()
-    with pytest.raises(ConfigError, match="the stage 'vae' in .* has not ended; end it with launch.train --stage=vae"):
+    with pytest.raises(ConfigError, match="the stage 'vae' in .* has not ended; end it with causvid train --stage=vae"):
         workdir.find("digits", "vae", tmp_path)
 
 

@@ -133,7 +133,7 @@ def test_sizes_that_no_config_and_no_preset_gives(config):
 @pytest.mark.parametrize("form", FORMATS)
 def test_heads_come_from_metadata_or_must_be_given(form):
     shapes = network_of(TINY).shapes(TINY, form)
-    assert "the width 24 of x.safetensors does not tell the number of heads" in refusal(shapes)
+    assert "the number of heads does not follow from the width 24 of x.safetensors" in refusal(shapes)
     assert recognise(source_of(shapes), num_heads=2).config == TINY
     for known in ({"config": {"num_heads": 2}}, {"metadata": {"network": '{"num_heads": 2}'}}):
         assert recognise(source_of(shapes, **known)).config == TINY
@@ -186,9 +186,9 @@ def test_refusals_name_the_closest_network_and_what_does_not_fit():
 @pytest.mark.parametrize(
     "extra,sentence",
     [
-        ({"img_emb.emb_pos": (1, 514, 1280)}, "but a transformer between a first and a last frame"),
+        ({"img_emb.emb_pos": (1, 514, 1280)}, "but a transformer for first and last frame"),
         ({"vace_blocks.0.before_proj.weight": (3, 3)}, "but a VACE transformer"),
-        ({"blocks.0.ffn.0.lora_A.weight": (3, 3)}, "but a LoRA, which is given with --lora"),
+        ({"blocks.0.ffn.0.lora_A.weight": (3, 3)}, "but a LoRA; give it with --lora"),
         ({"blocks.0.ffn.0.lokr_w1": (3, 3)}, "but a LoKr adapter"),
         ({"blocks.0.ffn.0.hada_w1_a": (3, 3)}, "but a LoHa adapter"),
     ],

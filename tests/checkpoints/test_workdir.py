@@ -57,7 +57,7 @@ def test_a_published_folder_serves_a_recipe_as_it_is(tmp_path, save, pipeline):
     decoders, _ = workdir.load_decoders(dataclasses.replace(RECIPE, decoder="taehv"), folder)
     assert decoders.keys() == {"vae", "taehv"}
     # A base transformer is no student, unless it is named.
-    with pytest.raises(ConfigError, match="comes with no trained distill; train it with launch.train --stage=distill"):
+    with pytest.raises(ConfigError, match="comes with no trained distill; train it with causvid train --stage=distill"):
         workdir.open_stage(dataclasses.replace(RECIPE, name="mine"), "distill", folder)
     assert workdir.resolve(folder, "init") == folder / "diffusion_pytorch_model.safetensors"
     # What a working directory has of its own goes first.
@@ -126,5 +126,5 @@ def test_the_image_encoder_must_fit_the_teacher(tmp_path, save):
     save(tmp_path / "models_clip_open-clip.safetensors", state)
     teacher = dataclasses.replace(TINY, image_dim=80, image_tokens=5)
     jax.tree.map(np.testing.assert_array_equal, load(workdir.open_image_encoder(tmp_path, teacher))[0], params)
-    with pytest.raises(ConfigError, match="gives 5 rows of width 80; the teacher reads 257 of 1280"):
+    with pytest.raises(ConfigError, match="gives 5 embeddings of width 80; the teacher reads 257 of 1280"):
         workdir.open_image_encoder(tmp_path, dataclasses.replace(TINY, image_dim=1280))

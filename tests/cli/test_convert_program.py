@@ -75,14 +75,14 @@ BAD = [
     ([W, "--output=y.pth", "--num_heads=2"], "--output is 'y.pth', a pickle; accepted: a .safetensors file, a folder"),
     ([W, "--output=y", "--to=onnx"], "--to is 'onnx'; accepted: original, diffusers, causvid_jax"),
     ([W, "--output=y", "--dtype=int8"], "storage type is 'int8'; accepted: float32"),
-    ([W, "--output=y"], "does not tell the number of heads"),
+    ([W, "--output=y"], "the number of heads does not follow from the width"),
     ([W, "--output=y", "--lora=no.safetensors:2"], "no.safetensors does not exist; accepted: FILE or FILE:STRENGTH"),
     ([W, "--output=y", "--lora_layers=1-x"], "--lora_layers is '1-x'; accepted: numbers and ranges, as 0-9,20"),
     ([W, "--output=y", "--stage=vae"], "--stage is 'vae'; accepted: teacher, init, distill"),
     ([W, "--output=y", "--component=clip"], "--component is 'clip'; accepted: transformer, vae, text_encoder, image"),
     (
         ["--input=diffusers", "--output=y", "--component=taehv"],
-        "no taehv that could be converted, but transformer, vae",
+        "has no taehv; accepted: transformer, vae",
     ),
     (
         ["--input=wan", "--output=y", "--to=diffusers"],
@@ -199,7 +199,7 @@ def test_a_working_directory_goes_back_to_the_published_one(done):
     weights |= {f"{name}/model.safetensors" for name in ("text_encoder", "image_encoder")}
     described = {f"{name.partition('/')[0]}/config.json" for name in weights}
     assert files_of(folder / "diffusers") == weights | described | {f"tokenizer/{name}" for name in TOKENIZER}
-    assert "Left out: taehv (wan/taew2_1.safetensors).\n" in done[3]["diffusers"]["printed"]
+    assert "Ignored: taehv (wan/taew2_1.safetensors).\n" in done[3]["diffusers"]["printed"]
 
 
 def test_published_folders(done):

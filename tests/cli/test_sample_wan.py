@@ -148,7 +148,13 @@ def test_an_image_becomes_a_video(place, monkeypatch):
     image = [f"--image={place}/wide.gif"]
     many = ["--prompt=neon", PROMPT, "--config.diffusion.solver=unipc", "--seed=3"]
     (said,) = call(place, [*common_flags, *image, *many, f"--output={place}/shown.gif"])
-    for words in ("read the picture", "image encoder", "encode the picture", "denoise", "picture's rows and latents"):
+    for words in (
+        "read the picture",
+        "image encoder",
+        "encode the picture",
+        "denoise",
+        "picture's embeddings and latents",
+    ):
         assert words in said, said
     recipe = load_recipe(f"{place}/tiny.py:i2v")
     recipe = dataclasses.replace(recipe, diffusion=dataclasses.replace(recipe.diffusion, solver="unipc"))
@@ -165,7 +171,7 @@ def test_an_image_becomes_a_video(place, monkeypatch):
     square = media.to_float(media.read_image(place / "wide.gif", 32, 32))[None]
     sees = image_to_video.image_embeds(params["image_encoder"], whole, config=CLIP)
     given = image_to_video.image_latents(params["vae"], square, config=recipe)
-    null, seeds = encoder.null_rows(reader), np.array([3, 4], np.uint32)
+    null, seeds = encoder.negative_prompt_embeds(reader), np.array([3, 4], np.uint32)
     twice = [np.repeat(x, 2, axis=0) for x in (sees, given)]
     latents = teacher_sampler.sample_clip(params["teacher"], rows, null, *twice, seeds=seeds, config=recipe)
     frames = np.concatenate([media.to_uint8(x) for x in decoder.decode_clip(params, latents, config=recipe)], axis=1)
@@ -192,10 +198,10 @@ def test_a_program_is_built_once_and_runs_without_the_model(place, monkeypatch, 
     for arguments, words in (
         ([PROMPT, PROMPT, program], f"{built} 1 video(s) at once, and 2 prompt(s) are given"),
         ([PROMPT, "--config.video.width=48", program], f"{built} video.width = 32, and the recipe has 48"),
-        ([PROMPT, "--frames=14", program], f"{built} at most 4 latent frames, and 6 are asked for"),
+        ([PROMPT, "--frames=14", program], f"{built} at most 4 latent frames, and 6 are requested"),
         ([PROMPT, "--exact", program], f"{built} student.precision = 'default', and the recipe has 'causvid'"),
-        ([PROMPT, "--teacher", program], "--teacher is given with --program, which holds text to video only"),
-        ([PROMPT, f"--program={place}/tiny.py"], "tiny.py is not a readable program of launch.compile"),
+        ([PROMPT, "--teacher", program], "--teacher is given with --program, which supports text to video only"),
+        ([PROMPT, f"--program={place}/tiny.py"], "tiny.py is not a readable program of causvid compile"),
     ):
         assert words in refusal(place, arguments)
 
@@ -211,7 +217,7 @@ def test_what_is_missing_is_named(place, tmp_path):
     picture.append(f"--image={place}/wide.gif")
     cases = [
         ([PROMPT, f"--checkpoint={tmp_path}"], "text_encoder/weights.safetensors does not exist"),
-        (picture, "comes with no trained image_encoder; put the published one into"),
+        (picture, "comes with no trained image_encoder; copy the published one to"),
         ([*picture[:3], "--teacher"], "recipe 'tiny_wan' has an image branch; accepted: --teacher and --image, both"),
         ([PROMPT, "--teacher", f"--image={place}/wide.gif"], "--image is given with --teacher, which cannot stream"),
         ([PROMPT, "--config.umt5.num_layers=9"], "text_encoder/weights.safetensors does not fit the configuration"),

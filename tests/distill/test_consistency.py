@@ -147,7 +147,7 @@ CAUSAL = CausalConfig(frames_per_block=2)
 
 
 def network(params, x, timestep, text, config=NETWORK, clean=None):
-    with layers.forward_mode():
+    with layers.differentiable_by_jvp():
         return transformer.block_causal(
             params, x, timestep, text, config=tangent_network(config), causal=CAUSAL, clean=clean
         )

@@ -203,7 +203,7 @@ def trained(road, folder, count, names, **parallel):
         assert one["same"] is None and one["shared"] is None
         assert "config.train_vae.batch_size is 4 on process 0 and 5 on process 1" in one["other"]
         others = ", ".join(map(str, range(1, count)))
-        assert one["not shared"].startswith(f"process(es) {others} do not see in ")
+        assert one["not shared"].startswith(f"process(es) {others} cannot read in ")
     return said, [r[2] for r in results]
 
 
@@ -316,7 +316,7 @@ def test_a_process_that_is_killed_is_named_and_the_run_goes_on_from_its_last_che
     assert killed[0] == -9 and other[0] != 0
     assert other[3] - killed[3] < 60
     # JAX's own word on its coordinator may be faster.
-    assert "is gone: it was killed, or its host" in other[2] or (victim == 0 and "another task died" in other[2])
+    assert "was lost: it was killed, or its host" in other[2] or (victim == 0 and "another task died" in other[2])
     assert not (folder / "teacher" / "weights.safetensors").exists()
     # That of step 2 was under way: it is whole, or it does not count.
     step = saved(folder, "teacher")
@@ -340,7 +340,7 @@ def test_a_process_that_fails_alone_is_named_by_the_other(quick, tmp_path, where
     print(f"process {where} failed by {event}: status {failed[0]}, the other {other[0]} {seconds:.1f} s later")
     assert failed[0] != 0 and other[0] != 0 and abs(seconds) < 60
     assert said in failed[2]
-    assert f"error: process {where} of 2 on " in other[2] and "has failed: its own log says why" in other[2]
+    assert f"error: process {where} of 2 on " in other[2] and "has failed: see its own log" in other[2]
     assert saved(folder, "teacher") in ([], [2]) and not (folder / "teacher" / "weights.safetensors").exists()
 
 
@@ -383,7 +383,7 @@ def test_a_host_that_does_not_answer_is_named_and_the_run_goes_on(quick, tmp_pat
     assert lost[0] != 0 and other[0] != 0
     assert abs(other[3] - lost[3]) < 60
     said = f"process {victim} of 2 on "
-    assert (said in other[2] and "is gone: it was killed, or its host" in other[2]) or (
+    assert (said in other[2] and "was lost: it was killed, or its host" in other[2]) or (
         victim == 0 and "another task died" in other[2]
     )
     assert event != "UNPLUG" or f"process {1 - victim} of 2 on " in lost[2]

@@ -49,20 +49,22 @@ def test_the_missing_are_named_on_every_host_that_is_there_in_time():
     said = handshake_all(addresses([0, 2], [4, 4]), 1.5)
     assert time.monotonic() - began < 10
     assert said[0] == said[1]
-    assert said[0].startswith("process(es) 1, 3 of 4 did not come within 1.5 s; start all of them")
+    assert said[0].startswith("process(es) 1, 3 of 4 did not connect within 1.5 s; start all of them")
 
 
 def test_a_missing_process_0_is_named():
     said = handshake_all(addresses([1, 2], [3, 3]), 1.0)
     for i, sentence in enumerate(said, 1):
-        assert sentence.startswith(f"process 0 of 3 did not come within 1 s: process {i} cannot reach it at 127.0.0.1")
+        assert sentence.startswith(
+            f"process 0 of 3 did not answer within 1 s: process {i} cannot reach it at 127.0.0.1"
+        )
 
 
 def test_other_numbers_are_refused_on_all():
     said = handshake_all(addresses([0, 1], [2, 3]), 30)
-    assert said[0] == said[1] and "was told of 3 processes, process 0 of 2" in said[0]
+    assert said[0] == said[1] and "was started with 3 processes, process 0 with 2" in said[0]
     said = handshake_all(addresses([0, 1, 1], [3, 3, 3]), 30)
-    assert len(set(said)) == 1 and "say that they are process 1; number them 0 to 2" in said[0]
+    assert len(set(said)) == 1 and "both have the process number 1; number them 0 to 2" in said[0]
 
 
 def test_whatever_else_knocks_at_the_port_is_not_counted():
@@ -153,4 +155,4 @@ def test_the_program_says_who_is_missing_and_ends_with_status_2(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: process(es) 1, 2 of 3 did not come within 0.5 s")
+    assert done.stderr.startswith("error: process(es) 1, 2 of 3 did not connect within 0.5 s")

@@ -56,7 +56,7 @@ def test_whoever_is_killed_is_named_on_all_others(capfd):
     assert run.ended(0, 1, 3)
     assert all(run.ends[i] == 1 for i in (0, 1, 3))
     for i in (0, 1, 3):
-        assert run.watches[i].lost.startswith(f"process 2 of 4 on {socket.gethostname()} is gone: it was killed")
+        assert run.watches[i].lost.startswith(f"process 2 of 4 on {socket.gethostname()} was lost: it was killed")
     assert capfd.readouterr().err.count("error: process 2 of 4 on") >= 3
 
 
@@ -64,7 +64,7 @@ def test_process_0_is_missed_by_all():
     run = Run(3)
     run.kill(0)
     assert run.ended(1, 2)
-    assert "process 0 of 3 on 127.0.0.1 is gone" in run.watches[1].lost
+    assert "process 0 of 3 on 127.0.0.1 was lost" in run.watches[1].lost
     assert run.watches[1].lost == run.watches[2].lost
 
 
@@ -85,7 +85,7 @@ def test_after_a_failure_the_others_have_time_to_say_what_they_met(monkeypatch):
         raise ZeroDivisionError
     assert run.watches[0].wait_for_loss(0.1) and run.ends == {}
     assert run.ended(0, 2)
-    assert "process 1 of 3" in run.watches[2].lost and "has failed: its own log says why" in run.watches[2].lost
+    assert "process 1 of 3" in run.watches[2].lost and "has failed: see its own log" in run.watches[2].lost
 
 
 def test_an_orderly_stop_is_a_goodbye():

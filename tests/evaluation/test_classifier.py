@@ -39,7 +39,7 @@ def test_committed_classifier_reads_real_clips_of_every_attribute():
         video, captions = clips_of(split, 96, seed=5)
         right = np.array(
             [
-                [a == b for a, b in zip(read, classifiers.wanted(c)[0], strict=True)]
+                [a == b for a, b in zip(read, classifiers.target_triples(c)[0], strict=True)]
                 for (read,), c in zip(classifiers.read(trained, video, data=DATA).triples, captions, strict=True)
             ]
         )
@@ -99,8 +99,11 @@ def test_color_is_read_dim_noisy_and_blurred(blob):
 
 
 def test_wanted_is_what_the_caption_says():
-    assert classifiers.wanted("a red 3 moving up left") == ((3, "red", "up left"),)
-    assert classifiers.wanted("a red 3 moving left and a blue 1 moving up") == ((3, "red", "left"), (1, "blue", "up"))
+    assert classifiers.target_triples("a red 3 moving up left") == ((3, "red", "up left"),)
+    assert classifiers.target_triples("a red 3 moving left and a blue 1 moving up") == (
+        (3, "red", "left"),
+        (1, "blue", "up"),
+    )
 
 
 def test_saved_classifier_is_the_same_and_refuses_other_data(tmp_path):

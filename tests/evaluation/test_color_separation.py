@@ -54,7 +54,7 @@ def test_the_classifier_reads_real_clips_of_two_digits(noise):
     video = np.stack([clip for clip, _ in made])
     if noise:
         video = np.clip(0.8 * video + rng.normal(0, noise, video.shape), 0, 255).astype(np.uint8)
-    wanted = [classifiers.wanted(caption) for _, caption in made]
+    wanted = [classifiers.target_triples(caption) for _, caption in made]
     reading = classifiers.read(classifiers.load(DATA), video, data=DATA)
     assert len(reading.features) == 128 and len(reading.triples) == 64
     scores = metrics.accuracies(reading.triples, wanted)
@@ -75,5 +75,5 @@ def test_what_was_read_is_assigned_to_what_was_wanted():
 def test_two_digits_of_one_color_or_a_palette_of_one_are_refused():
     with pytest.raises(ConfigError, match="two digits of one colour .red. cannot be told apart"):
         color_separation.unmix(np.zeros((2, 3)), "red", "red")
-    with pytest.raises(ConfigError, match="two digits need two colours; the classifier knows red"):
+    with pytest.raises(ConfigError, match="two digits need two colours; the classifier has red"):
         color_separation.separate(np.zeros((5, 32, 32, 3), np.uint8), ("red",))

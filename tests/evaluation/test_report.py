@@ -165,7 +165,7 @@ def test_prompts_are_held_out_and_switches_change_everything(count):
     assert len(set(prompts[:56])) == 56 and all(digits.is_held_out(p, recipe.data) for p in prompts)
     for old, new in zip(prompts, report.switched_prompts(recipe, prompts, seed=0), strict=True):
         assert digits.is_held_out(new, recipe.data)
-        before, after = classifier.wanted(old), classifier.wanted(new)
+        before, after = classifier.target_triples(old), classifier.target_triples(new)
         assert len(after) == count
         assert not any(a == b for x in before for y in after for a, b in zip(x, y, strict=True))
 

@@ -59,7 +59,7 @@ def refusal(path, recipe=PLAIN, **given):
         ({}, with_group(PLAIN, "vae", latent_std=(1.0,) * 4), {}, r"vae.latent_std = \[\], and the recipe has \[1.0, "),
         ({}, TINY, {}, "decoder = 'vae', and the recipe has 'taehv'"),
         ({}, PLAIN, {"batch": 3}, r"1 video\(s\) at once, and 3 prompt\(s\) are given"),
-        ({}, PLAIN, {"latents": 8}, "at most 6 latent frames, and 8 are asked for"),
+        ({}, PLAIN, {"latents": 8}, "at most 6 latent frames, and 8 are requested"),
         ({}, PLAIN, {}, "cannot be read by JAX .*; it was built by 0.1"),
     ],
 )
@@ -99,9 +99,9 @@ def test_a_changed_or_foreign_program_is_refused(tmp_path):
 
 def test_what_is_no_program_is_refused(tmp_path):
     (tmp_path / "text.program").write_text("no archive")
-    with pytest.raises(ConfigError, match="text.program is not a readable program of launch.compile"):
+    with pytest.raises(ConfigError, match="text.program is not a readable program of causvid compile"):
         exported.load(tmp_path / "text.program", PLAIN, batch=1, latents=6)
-    with pytest.raises(ConfigError, match="none.program does not exist; launch.compile --platform builds one"):
+    with pytest.raises(ConfigError, match="none.program does not exist; causvid compile --platform builds one"):
         exported.load(tmp_path / "none.program", PLAIN, batch=1, latents=6)
     for platform, batch, words in (("gpu", 1, "platform is 'gpu'; accepted: cpu, cuda, tpu"), ("cpu", 0, "batch is 0")):
         with pytest.raises(ConfigError, match=words):

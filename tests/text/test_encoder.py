@@ -47,7 +47,7 @@ def test_rows_are_the_networks_and_are_kept(folder, tmp_path, monkeypatch):
     assert encoder.missing(reader, ["warm  neon"]) == []
     again = encoder.open_encoder(RECIPE, folder, cache=tmp_path / "kept", compute=False)
     np.testing.assert_array_equal(encoder.encode(again, ["warm neon"]), rows[:1])
-    np.testing.assert_array_equal(encoder.null_rows(again), rows[1])
+    np.testing.assert_array_equal(encoder.negative_prompt_embeds(again), rows[1])
     with pytest.raises(ConfigError, match="1 prompt.s. are not encoded yet, first 'cold'; .*--stage=prompts"):
         encoder.encode(again, ["neon", "cold"])
 
@@ -61,14 +61,14 @@ def test_filling_reads_the_weights_once(folder, tmp_path, monkeypatch):
     assert len(loads) == 1 and encoder.missing(reader, ["warm", "neon", "warm neon"]) == []
     encoder.fill(reader, ["neon"])
     assert len(loads) == 1
-    with pytest.raises(ConfigError, match="there is no prompt cache"):
+    with pytest.raises(ConfigError, match="without a prompt cache"):
         encoder.fill(encoder.open_encoder(RECIPE, folder, cache=""), ["neon"])
 
 
 def test_the_files_it_looks_for(folder, tmp_path):
     with pytest.raises(ConfigError, match="give the folder of a checkpoint"):
         encoder.open_encoder(RECIPE)
-    with pytest.raises(ConfigError, match="text_encoder/weights.safetensors does not exist .* put the published one"):
+    with pytest.raises(ConfigError, match="text_encoder/weights.safetensors does not exist .* copy the published one"):
         encoder.open_encoder(RECIPE, tmp_path)
     large = dataclasses.replace(RECIPE, umt5=dataclasses.replace(RECIPE.umt5, num_layers=5))
     with pytest.raises(ConfigError, match="text_encoder/weights.safetensors does not fit the configuration"):
@@ -96,7 +96,7 @@ def test_words_need_no_files():
     net = dataclasses.replace(NET, text_dim=4, text_length=2)
     reader = encoder.open_encoder(dataclasses.replace(RECIPE, text=text, teacher=net, student=net))
     np.testing.assert_array_equal(encoder.encode(reader, ["red 3"]), [[[1, 0, 1, 0], [0, 1, 0, 1]]])
-    assert not encoder.null_rows(reader).any() and encoder.missing(reader, ["red"]) == []
+    assert not encoder.negative_prompt_embeds(reader).any() and encoder.missing(reader, ["red"]) == []
     with pytest.raises(ConfigError, match="unknown word 'blue'"):
         encoder.check(reader, ["blue"])
 

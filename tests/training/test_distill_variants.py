@@ -177,9 +177,9 @@ def test_losses_and_gradients_of_every_variant_match_the_paper(workdir, monkeypa
     def recorded(recipe, placement):
         step = compiled(recipe, placement)
 
-        def run(state, teacher, batch, null_text, **options):
-            passed.append(jax.tree.map(np.array, (batch, null_text)))
-            return step(state, teacher, batch, null_text, **options)
+        def run(state, teacher, batch, negative_prompt_embeds, **options):
+            passed.append(jax.tree.map(np.array, (batch, negative_prompt_embeds)))
+            return step(state, teacher, batch, negative_prompt_embeds, **options)
 
         return run
 

@@ -214,7 +214,7 @@ def test_a_skipped_batch_leaves_the_parameters_of_a_run_without_it(tmp_path, cap
     skipped = run(tmp_path / "a", config, change=spoil(bad))
     equal(skipped, run(tmp_path / "b", SHORTER, read=without(bad)))
     told = capfd.readouterr().err
-    assert f"tiny: step {bad}: loss is nan and gradient_norm is nan, {examples(bad)}; its update is left out" in told
+    assert f"tiny: step {bad}: loss is nan and gradient_norm is nan, {examples(bad)}; its update is skipped" in told
     totals = [record["skipped_total"] for record in read_metrics(tmp_path / "a" / "tiny")]
     assert totals == [int(step >= bad) for step in range(1, 7)]
     # What was skipped once is no reason to stop later.
@@ -245,7 +245,7 @@ def test_an_exploding_loss_is_measured_by_the_median_of_those_before(tmp_path, c
     config = dataclasses.replace(CONFIG, on_bad_loss="skip", bad_loss_factor=50.0, bad_loss_window=3)
     # Before three losses are known anything goes; then 100 times the input is too much.
     early = run(tmp_path / "early", config, change=spoil(2, 100.0))
-    assert "left out" not in capfd.readouterr().err
+    assert "is skipped" not in capfd.readouterr().err
     assert np.isfinite(early["params/w"]).all()
     late = run(tmp_path / "late", config, change=spoil(5, 100.0))
     assert "is more than 50 times the median of the last" in capfd.readouterr().err

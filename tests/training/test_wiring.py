@@ -216,9 +216,9 @@ def test_optimizers_and_text_of_the_distillation(workdir, monkeypatch):
     def recorded(recipe, placement):
         step = compiled(recipe, placement)
 
-        def run(state, teacher, batch, null_text, **options):
-            inputs.append(jax.tree.map(np.array, (teacher, batch["text"], null_text)))
-            return step(state, teacher, batch, null_text, **options)
+        def run(state, teacher, batch, negative_prompt_embeds, **options):
+            inputs.append(jax.tree.map(np.array, (teacher, batch["text"], negative_prompt_embeds)))
+            return step(state, teacher, batch, negative_prompt_embeds, **options)
 
         return run
 
@@ -235,7 +235,7 @@ def test_optimizers_and_text_of_the_distillation(workdir, monkeypatch):
     tiny.RecordedRun("distill", recipe, workdir).train()
     config = recipe.train_distill
     assert set(made) == {(config.optimizer, 1), (config.critic_optimizer, 3)}
-    teacher, text, null_text = inputs[0]
+    teacher, text, negative_prompt_embeds = inputs[0]
     saved = store.load_params(workdir / "teacher" / "weights.safetensors")[0]
     jax.tree.map(np.testing.assert_array_equal, teacher, saved)
     words = {word: i for i, word in enumerate(recipe.text.vocabulary)}
@@ -244,7 +244,7 @@ def test_optimizers_and_text_of_the_distillation(workdir, monkeypatch):
         for i, word in enumerate((caption.decode() if isinstance(caption, bytes) else str(caption)).split()):
             one_hot[(*position, i, words[word])] = 1
     np.testing.assert_array_equal(text[..., : len(words)] != 0, one_hot != 0)
-    assert null_text[0, words["red"]] != 0 and (null_text != 0)[:, : len(words)].sum() == 1
+    assert negative_prompt_embeds[0, words["red"]] != 0 and (negative_prompt_embeds != 0)[:, : len(words)].sum() == 1
 
 
 @pytest.mark.parametrize("include_clean", [True, False])

@@ -23,9 +23,9 @@ def _is_complete(builder: Builder) -> bool:
 
 
 def prepare(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig) -> Builder:
-    """Write the dataset of ``data`` and ``video`` under ``data_dir``, or reuse it if it is there and whole.
+    """Write the dataset of ``data`` and ``video`` under ``data_dir``, or reuse it if it is complete.
 
-    What an interrupted run left behind is removed and made again; a dataset of another number of clips is replaced.
+    Remains of an interrupted run are removed; a dataset of another number of clips is replaced.
 
     Returns:
         the builder; ``builder.as_data_source("train")`` reads the clips.
@@ -35,10 +35,10 @@ def prepare(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig) -
         f"data.train_clips and test_clips are {data.train_clips} and {data.test_clips}; both must be positive",
     )
     builder = _builder(data_dir, data, video)
-    wanted = {split: getattr(data, f"{split}_clips") for split in SPLITS}
-    if {name: split.num_examples for name, split in builder.info.splits.items()} == wanted and _is_complete(builder):
+    sizes = {split: getattr(data, f"{split}_clips") for split in SPLITS}
+    if {name: split.num_examples for name, split in builder.info.splits.items()} == sizes and _is_complete(builder):
         return builder
-    # tfds writes beside the final folder and renames at the end; this removes what an interrupted run left there too.
+    # tfds writes beside the final folder and renames at the end; also remove remains of an interrupted run there.
     shutil.rmtree(pathlib.Path(builder.data_path).parent, ignore_errors=True)
     builder = _builder(data_dir, data, video)
     builder.download_and_prepare(file_format="array_record")
@@ -54,6 +54,6 @@ def source(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig, sp
     builder = _builder(data_dir, data, video)
     if not _is_complete(builder):
         raise ConfigError(
-            f"no complete {data.name} dataset at {builder.data_path}; write it with launch.prepare --stage=data"
+            f"no complete {data.name} dataset at {builder.data_path}; write it with causvid prepare --stage=data"
         )
     return builder.as_data_source(split=split)

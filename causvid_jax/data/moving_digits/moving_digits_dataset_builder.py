@@ -17,7 +17,7 @@ SPLITS = ("train", "test")
 
 @dataclasses.dataclass(eq=False, repr=False)
 class MovingDigitsConfig(tfds.core.BuilderConfig):
-    """What fixes every clip: how digits look and move (``data``) and the pixel geometry (``video``)."""
+    """Settings that determine every clip: ``data`` (digits and their motion) and ``video`` (pixel geometry)."""
 
     data: DataConfig = DataConfig()
     video: VideoConfig = VideoConfig(height=32, width=32)
@@ -33,9 +33,9 @@ class MovingDigitsConfig(tfds.core.BuilderConfig):
         """
         fixed = dataclasses.replace(data, train_clips=0, test_clips=0)
         fields = dataclasses.asdict(fixed)
-        for name in ("mixture", "prompt_file"):  # what is read later decides no pixel
+        for name in ("mixture", "prompt_file"):  # they do not change a pixel
             del fields[name]
-        if fixed.handwriting == "sklearn":  # as before there was a choice
+        if fixed.handwriting == "sklearn":  # keep the names of datasets from before this field existed
             del fields["handwriting"]
         if fixed.validation_fraction == 0:
             del fields["validation_fraction"]
@@ -45,9 +45,9 @@ class MovingDigitsConfig(tfds.core.BuilderConfig):
 
 
 def clip(data: DataConfig, video: VideoConfig, split: str, index: int) -> dict:
-    """Clip ``index`` of ``split``: a function of (data.seed, split, index), whatever the number of clips.
+    """Return clip ``index`` of ``split``, a function of (data.seed, split, index) for any number of clips.
 
-    Test clips show ``test`` handwriting; those of even index carry a held-out caption, the others a seen one.
+    Test clips show ``test`` handwriting. Those of even index have a held-out caption, the others a training caption.
     """
     rng = np.random.default_rng([data.seed, 2 + SPLITS.index(split), index])
     pool = "test" if split == "test" and index % 2 == 0 and data.held_out_fraction > 0 else "train"

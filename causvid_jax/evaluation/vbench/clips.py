@@ -1,7 +1,7 @@
-"""Which clips VBench asks for, and sampling them under its file names. A run that was stopped goes on where it was.
+"""Sample the clips of VBench under its file names. A run that was stopped continues.
 
-``{prompt}-{index}.mp4`` is named by the short prompt, while the text that is sampled may be longer: line i of an
-extended list belongs to entry i of VBench's list. Five clips a prompt; 25 where it serves temporal flickering.
+``{prompt}-{index}.mp4`` is named by the short prompt. The sampled text may be longer: line i of an extended list
+belongs to entry i of VBench's list. There are five clips per prompt, and 25 for prompts of temporal flickering.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One entry of VBench's list: a prompt, what is sampled for it, and the dimensions that it serves."""
+    """One entry of VBench's list: a prompt, the text sampled for it, and the dimensions that use its clips."""
 
     prompt: str
     text: str
@@ -47,7 +47,7 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How many clips of which length are sampled; the defaults are VBench's and 81 frames."""
+    """Number and length of the sampled clips; the defaults are VBench's numbers and 81 frames."""
 
     samples: int = 5
     flicker_samples: int = 25
@@ -89,7 +89,7 @@ def read_entries(info: str | os.PathLike, extended: str | os.PathLike | None = N
 
 
 def plan(entries: Sequence[Entry], protocol: Protocol) -> list[Clip]:
-    """Return every clip once; a prompt of two entries takes the text of its first one and the larger number.
+    """Return every clip once; a prompt with two entries has the text of the first entry and the larger number of clips.
 
     Clip i of every prompt has seed ``protocol.seed + i``.
     """
@@ -131,7 +131,7 @@ def absent(clips: Sequence[Clip], folder: pathlib.Path) -> list[Clip]:
 
 
 def claim(folder: pathlib.Path, identity: Mapping[str, object]) -> None:
-    """Record how the clips of ``folder`` are sampled; refuse to add clips that are sampled otherwise.
+    """Record the settings of the clips in ``folder``; refuse to add clips with other settings.
 
     Raises:
         ConfigError: the folder holds clips of other weights, texts or settings, or cannot be written.
@@ -152,7 +152,7 @@ def claim(folder: pathlib.Path, identity: Mapping[str, object]) -> None:
 
 
 def identity(pipe: "StudentPipeline", checksum: str, clips: Sequence[Clip], protocol: Protocol) -> dict[str, object]:
-    """Return what decides the pixels of a run: recipe, weights, texts, frames and seeds."""
+    """Return everything that determines the pixels of a run: recipe, weights, texts, frames and seeds."""
     texts = hashlib.sha256("\n".join(f"{clip.name}\t{clip.text}\t{clip.seed}" for clip in clips).encode()).hexdigest()
     return {"recipe": pipe.config.name, "weights": checksum, "clips": texts, "frames": protocol.frames}
 
@@ -160,12 +160,12 @@ def identity(pipe: "StudentPipeline", checksum: str, clips: Sequence[Clip], prot
 def sample(
     pipe: "StudentPipeline", clips: Sequence[Clip], folder: pathlib.Path, protocol: Protocol, say: Say = print
 ) -> int:
-    """Sample the clips that ``folder`` lacks and return how many that were; a video appears when it is complete."""
+    """Sample the clips that ``folder`` lacks and return their number; a video appears when it is complete."""
     todo = absent(clips, folder)
     say(f"{len(clips) - len(todo)} of {len(clips)} clips are there, {len(todo)} to sample")
     for start in range(0, len(todo), protocol.batch):
         group = todo[start : start + protocol.batch]
-        # A last, smaller group repeats its first clip, so that one program serves all groups.
+        # Pad a smaller last group with its first clip, so that one program serves all groups.
         padded = [*group, *[group[0]] * (protocol.batch - len(group))]
         videos = np.concatenate(list(_frames(pipe, padded, protocol.frames)), axis=1)
         for clip, video in zip(group, videos, strict=False):
@@ -182,8 +182,8 @@ def _frames(pipe: "StudentPipeline", clips: Sequence[Clip], frames: int) -> Iter
     latents = 1 + -(-(frames - 1) // factor)
     capacity = None if pipe.config.causal.window else latents
     state = pipe.stream([clip.text for clip in clips], seed=[clip.seed for clip in clips], frames=capacity)
-    made = 0
-    while made < frames:
+    count = 0
+    while count < frames:
         part, state = next(iter(pipe.frames(state)))
-        yield part[:, : frames - made]
-        made += part.shape[1]
+        yield part[:, : frames - count]
+        count += part.shape[1]

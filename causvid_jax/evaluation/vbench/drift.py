@@ -1,9 +1,9 @@
 """Drift of a long video without any model: curves over time, first against last part, jumps at the edges of blocks.
 
-``|M(first 15 %) - M(last 15 %)|`` is Helios' rule, here with measures M that need no network; first against last five
-seconds is Forcing-KV's. Motion is optical flow (Lucas and Kanade 1981, coarse to fine). VBench and Forcing-KV use RAFT,
-so the numbers here compare streams with each other and not with theirs. Dynamic degree stands beside every measure: a
-video that freezes drifts least.
+``|M(first 15 %) - M(last 15 %)|`` is the rule of Helios, here with measures M that need no network. The difference of
+the first and the last five seconds is the rule of Forcing-KV. Motion is optical flow (Lucas and Kanade 1981, coarse to
+fine). VBench and Forcing-KV use RAFT, so the numbers here compare streams with each other only. The dynamic degree is
+reported too, because a frozen video has the least drift.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Drift:
         curves: measure to its value in every frame; of ``motion`` in every pair of frames.
         helios: measure to ``|M(first 15 %) - M(last 15 %)|``.
         first, last: measure to its mean in the first and last five seconds.
-        discontinuity: jump of the flow at edges of blocks over the jump elsewhere; 1 means that edges are not seen.
+        discontinuity: jump of the flow at edges of blocks over the jump elsewhere; 1 means invisible edges.
         dynamic_degree: share of pairs of frames, at 8 frames a second, that move.
     """
 
@@ -89,7 +89,7 @@ def frame_curves(video: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def fastest(size: np.ndarray) -> float:
-    """Return the mean of the largest 5 % of the lengths of a flow field, as VBench's dynamic degree reads it."""
+    """Return the mean of the largest 5 % of the lengths of a flow field, as in VBench's dynamic degree."""
     ordered = np.sort(size.reshape(-1))
     return float(ordered[-max(1, round(0.05 * ordered.size)) :].mean())
 

@@ -4,7 +4,7 @@
     quality = sum n_d over seven dimensions / 6.5,  semantic = mean of n_d over nine
     total = (4 quality + semantic) / 5
 
-Published code counts a missing dimension as 0, so that a partial run looks absurd. Here it is refused.
+Published code counts a missing dimension as 0. Here a partial run is refused.
 Source: Vchitect/VBench, ``scripts/constant.py`` and ``scripts/cal_final_score.py``. Imports no JAX.
 """
 
@@ -101,7 +101,7 @@ def read_results(paths: Sequence[str | os.PathLike], expected: Mapping[str, int]
         for name, (score, videos) in _read(path).items():
             require(name not in scores, f"{path} holds {name}, which another file has too; give each dimension once")
             want = expected.get(name, 0)
-            # Of temporal flickering VBench leaves out the videos that move (its static filter).
+            # VBench's static filter removes videos with motion from temporal flickering.
             complete = len(videos) >= min(want, 1) if name == FLICKER else len(videos) == want
             require(
                 not want or complete,
