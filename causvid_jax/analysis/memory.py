@@ -81,7 +81,12 @@ def sampling_phases(
     if prompts and recipe.text.kind == "umt5":
         weights = encoder.inference_shapes(recipe.umt5)
         work = _encoder_work(recipe, min(prompts, PROMPTS))
-        phases.append(Phase("encode the prompts", {"text encoder": sizes(weights), "work, about": work}))
+        items = {"text encoder": sizes(weights), "work, about": work}
+        if recipe.umt5.weights == "int8":
+            # Each array comes in the compute type and is rounded on the device.
+            read = jax.tree.leaves(encoder.read_shapes(recipe.umt5))
+            items["array being read"] = max((sizes(leaf) for leaf in read), key=lambda size: sum(size.values()))
+        phases.append(Phase("encode the prompts", items))
     coder = codec_shapes(recipe, encodes=role == "student" and (image or video))
     height, width = recipe.latent_size
     k = recipe.causal.frames_per_block

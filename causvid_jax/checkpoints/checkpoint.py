@@ -325,6 +325,7 @@ def load(
     part: str | None = None,
     updates: Sequence[Update] = (),
     check: bool = True,
+    convert: Callable[[str, Any], Any] = lambda path, array: array,
 ) -> tuple[dict[str, Any], Any]:
     """Return ``(params, config)`` of a checkpoint of any known format.
 
@@ -340,6 +341,7 @@ def load(
         updates: LoRAs to add, in float32 (:func:`causvid_jax.checkpoints.lora.open_lora`).
         check: whether to compare a file of ours with its checksum. In a run of many processes let one of them call
             ``checkpoint.check()`` instead.
+        convert: ``(path, array) -> array or dict of arrays``, applied to each array before the next is read.
 
     Returns:
         The parameter tree, and the configuration; a VAE's has the latent statistics.
@@ -364,7 +366,8 @@ def load(
         if kind is not None:
             kind = np.dtype(kind if isinstance(kind, type | str) else getattr(kind, "dtype", kind))
         array_type = storage(opened, rows[path], kind)
-        flat[path] = _place(shape, each[path], functools.partial(read_array, opened, rows[path], array_type))
+        read = functools.partial(read_array, opened, rows[path], array_type)
+        flat[path] = convert(path, _place(shape, each[path], read))
     return store.unflatten(flat), opened.config
 
 

@@ -4,11 +4,13 @@ It is a T5 encoder: pre-norm layers without biases and gated GELU. Positions ent
 scores that depends on the bucketed distance of two tokens. UMT5 has one bias table per layer; T5 shares one. Scores
 are not scaled by ``1 / sqrt(D)``, because the published weights include that factor.
 
-Matmuls run in ``config.dtype``; norms, softmax, the bias and the residual stream are float32.
+Matmuls run in ``config.dtype``; norms, softmax, the bias and the residual stream are float32. Kernels and the token
+table are arrays, or int8 with scales (:func:`quantize`).
 """
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -76,6 +78,30 @@ def abstract(config: UMT5Config) -> Params:
     return abstract_tree(spec(config))
 
 
+def quantize(path: str, x: jax.Array) -> Any:
+    """Return the parameter at ``path`` in 8 bits, ``{"int8", "scale"}``; unchanged if no product or table reads it.
+
+    A kernel ``[..., in, out]`` has a float32 scale ``[..., 1, out]`` for every output channel, the token table
+    ``[V, M]`` one ``[V, 1]`` for every token: ``s = max |x| / 127`` over the other axis, and ``round(x / s)``.
+    """
+    axis = {"kernel": -2, "token_embedding": -1}.get(path.rpartition("/")[2])
+    return x if axis is None else _quantize(x, axis)
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def _quantize(x: jax.Array, axis: int) -> dict[str, jax.Array]:
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(axis, keepdims=True) / 127.0
+    return {"int8": jnp.round(x / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8), "scale": scale}
+
+
+def _product(x: jax.Array, kernel: Any, dtype: str) -> jax.Array:
+    """Return ``x W`` in float32. Integers of 8 bits are exact in ``dtype``, so an int8 kernel's scale follows."""
+    if not isinstance(kernel, Mapping):
+        return matmul(x, kernel, dtype)
+    return matmul(x, kernel["int8"], dtype) * kernel["scale"][0]
+
+
 # ---- relative positions ---------------------------------------------------------------------------------------------
 
 
@@ -120,7 +146,7 @@ def attention(p: Params, bias: jax.Array, x: jax.Array, mask: jax.Array, config:
     """
     dtype = config.dtype
     q, k, v = (
-        rearrange(matmul(x, p[name]["kernel"], dtype), "b s (N D) -> b s N D", N=config.num_heads).astype(dtype)
+        rearrange(_product(x, p[name]["kernel"], dtype), "b s (N D) -> b s N D", N=config.num_heads).astype(dtype)
         for name in ("q", "k", "v")
     )
     scores = (
@@ -131,13 +157,13 @@ def attention(p: Params, bias: jax.Array, x: jax.Array, mask: jax.Array, config:
     out = jnp.einsum(
         "bnqk,bknd->bqnd", weights, v, precision=dot_precision(v.dtype), preferred_element_type=jnp.float32
     )
-    return matmul(rearrange(out, "b s N D -> b s (N D)"), p["o"]["kernel"], dtype)
+    return _product(rearrange(out, "b s N D -> b s (N D)"), p["o"]["kernel"], dtype)
 
 
 def feed_forward(p: Params, x: jax.Array, dtype: str) -> jax.Array:
     """Return ``fc2(gelu(gate(x)) * fc1(x))``."""
-    hidden = gelu_tanh(matmul(x, p["gate"]["kernel"], dtype)) * matmul(x, p["fc1"]["kernel"], dtype)
-    return matmul(hidden, p["fc2"]["kernel"], dtype)
+    hidden = gelu_tanh(_product(x, p["gate"]["kernel"], dtype)) * _product(x, p["fc1"]["kernel"], dtype)
+    return _product(hidden, p["fc2"]["kernel"], dtype)
 
 
 def _layer_params(blocks: Params, index: jax.Array) -> Params:
@@ -163,7 +189,7 @@ def encode(
     An embedding does not depend on padding, so short prompts can be encoded at their own length.
 
     Args:
-        params: of :func:`spec`, of any floating type.
+        params: of :func:`spec`, of any floating type, or what :func:`quantize` makes of them.
         ids: token ids in ``[0, vocab_size)``; other ids are clamped without a warning.
         mask: bool or 0/1, true for tokens of the prompt, at least one for each prompt (``</s>``).
         config: sizes and compute type.
@@ -185,6 +211,8 @@ def encode(
         return x, None
 
     with jax.named_scope("embed"):
-        x = params["token_embedding"][ids].astype(jnp.float32)  # [B, S, M]
+        table = params["token_embedding"]
+        quantized = isinstance(table, Mapping)
+        x = table["int8"][ids] * table["scale"][ids] if quantized else table[ids].astype(jnp.float32)  # [B, S, M]
     x, _ = jax.lax.scan(layer, x, jnp.arange(config.num_layers))
     return jnp.where(mask[..., None], rms_norm(x, params["norm"]["scale"], config.eps), 0.0)

@@ -95,10 +95,22 @@ def _find_tokenizer(folder: pathlib.Path) -> pathlib.Path:
     return files["tokenizer.json"]
 
 
-def inference_shapes(config: UMT5Config) -> Any:
-    """Return shape and type of every parameter on the device: kernels and token table in the compute type."""
+def read_shapes(config: UMT5Config) -> Any:
+    """Return shape and type of every parameter as it is read: kernels and token table in the compute type."""
     shapes = inference_tree(umt5.abstract(config), config.dtype)
     return shapes | {"token_embedding": jax.ShapeDtypeStruct(shapes["token_embedding"].shape, config.dtype)}
+
+
+def inference_shapes(config: UMT5Config) -> Any:
+    """Return shape and type of every parameter as the device holds it (``config.weights``)."""
+    shapes = read_shapes(config)
+    return jax.eval_shape(_quantized, shapes) if config.weights == "int8" else shapes
+
+
+def _quantized(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: umt5.quantize(jax.tree_util.keystr(path, simple=True, separator="/"), leaf), params
+    )
 
 
 def encode(encoder: Encoder, prompts: Sequence[str]) -> np.ndarray:
@@ -173,4 +185,5 @@ def negative_prompt_embeds(encoder: Encoder) -> np.ndarray:
 
 def _load(encoder: Encoder) -> Any:
     assert encoder.umt5 is not None and encoder.weights is not None
-    return load(encoder.weights, dtype=inference_shapes(encoder.umt5))[0]
+    given: dict[str, Any] = {"convert": umt5.quantize} if encoder.umt5.weights == "int8" else {}
+    return load(encoder.weights, dtype=read_shapes(encoder.umt5), **given)[0]

@@ -37,6 +37,16 @@ def test_published_text_encoder():
     assert items["bfloat16"] == 2 * (5_680_910_336 - small // 4)
 
 
+def test_an_int8_text_encoder_fits_24_gb_with_the_array_being_read():
+    recipe = dataclasses.replace(WAN, umt5=dataclasses.replace(WAN.umt5, weights="int8"))
+    found = memory.sampling_phases(recipe, "student", batch=1, latents=21)[0]
+    small = 24 * (2 * 4096 + 32 * 64) + 4096
+    scales = 24 * (4 * 4096 + 2 * 10240 + 4096) + 256384
+    assert found.items["text encoder"] == {"int8": 5_680_910_336 - small, "float32": 4 * (small + scales)}
+    assert found.items["array being read"] == {"bfloat16": 2 * 256384 * 4096}
+    assert found.total < 9 * 10**9
+
+
 def test_a_picture_is_read_before_the_transformer_comes():
     recipe = load_recipe(str(pathlib.Path(__file__).parents[2] / "configs" / "wan_14b.py:i2v"))
     given = {"batch": 2, "latents": 21, "prompts": 0, "image": True, "clip": CLIPConfig()}

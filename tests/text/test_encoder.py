@@ -65,6 +65,40 @@ def test_filling_reads_the_weights_once(folder, tmp_path, monkeypatch):
         encoder.fill(encoder.open_encoder(RECIPE, folder, cache=""), ["neon"])
 
 
+def stands_for(params):
+    """Return int8 weights as what they stand for."""
+    if not isinstance(params, dict):
+        return params
+    if "int8" in params:
+        return params["int8"] * params["scale"]
+    return {name: stands_for(value) for name, value in params.items()}
+
+
+@pytest.mark.parametrize("dtype,atol", [("float32", 2e-5), ("bfloat16", 0.1)])
+def test_int8_weights_are_rounded_by_channel_and_kept_apart(folder, tmp_path, dtype, atol):
+    """The rows are those of the rounded weights, near those of the weights, and no prompt file mixes them."""
+    sizes = dataclasses.replace(RECIPE.umt5, dtype=dtype, weights="int8")
+    reader = encoder.open_encoder(dataclasses.replace(RECIPE, umt5=sizes), folder, cache=tmp_path / "kept")
+    params, held = encoder._load(reader), encoder.inference_shapes(sizes)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), held)
+    whole, _ = store.load_params(workdir.stage_path(folder, "text_encoder"))
+    for path in (("blocks", "ffn", "fc2", "kernel"), ("blocks", "attn", "q", "kernel"), ("token_embedding",)):
+        ours, exact = params, whole
+        for name in path:
+            ours, exact = ours[name], exact[name]
+        scale = np.abs(exact).max(-1 if len(path) == 1 else -2, keepdims=True) / 127
+        np.testing.assert_allclose(ours["scale"], scale, rtol=1e-6 if dtype == "float32" else 5e-3)
+        bound = 0.5001 * scale if dtype == "float32" else 0.5001 * scale + np.abs(exact) * 2**-8
+        assert ours["int8"].dtype == np.int8 and np.all(np.abs(ours["int8"] * ours["scale"] - exact) <= bound)
+    rows = encoder.encode(reader, ["warm neon"])
+    plain = dataclasses.replace(RECIPE.umt5, dtype="float32")
+    oracle = tokenizer.encode_prompts(["warm neon"], reader.tokenizer, stands_for(params), plain, length=32)
+    np.testing.assert_allclose(rows, oracle, atol=atol)
+    exact = tokenizer.encode_prompts(["warm neon"], reader.tokenizer, whole, plain, length=32)
+    assert 1e-4 < np.abs(rows - exact).max() < 0.1 * np.abs(exact).max()
+    assert encoder.missing(encoder.open_encoder(RECIPE, folder, cache=tmp_path / "kept"), ["warm neon"])
+
+
 def test_the_files_it_looks_for(folder, tmp_path):
     with pytest.raises(ConfigError, match="give the folder of a checkpoint"):
         encoder.open_encoder(RECIPE)
