@@ -174,7 +174,9 @@ class Network:
         slots = causal.window + causal.sink if causal.window else self.recipe.video.latent_frames
         split = self.mesh.tensor * self.mesh.context
         tokens = flops.tokens_per_frame(self.recipe, net)
-        return 2 * net.num_layers * slots * tokens * net.dim * _item(net) / split
+        scales = F32 / tokens if net.kv_cache == "int8" else 0.0  # one per frame, head and channel
+        item = 1 if net.kv_cache == "int8" else _item(net)
+        return 2 * net.num_layers * slots * tokens * net.dim * (item + scales) / split
 
     # ---- traffic ----
 

@@ -101,7 +101,7 @@ def sampling_phases(
         slots = state.cache.frame.shape[0]
         items = {
             "transformer": sizes(weights),
-            "keys and values": sizes((state.cache.k, state.cache.v)),
+            "keys and values": sizes(state.cache.arrays),
             "prompt's keys and values": sizes(state.text),
             _codec_name(coder): sizes(coder),
             "decoder's past": sizes(state.decode),

@@ -307,6 +307,9 @@ class TransformerConfig(Config):
     the products of linear layers, ``"wan"`` and ``"causvid"`` what the code of Wan2.1 and of CausVid and Self-Forcing
     rounds.
 
+    ``kv_cache`` is how a stream stores keys and values (``models.kv_cache``): ``"dtype"`` as they are, ``"int8"`` in 8
+    bits with scales, which halves the memory of bfloat16. Training and self-rollouts refuse ``"int8"``.
+
     ``image_dim > 0`` adds the image branch of Wan2.1-I2V (``models.image_branch``): tokens attend to ``image_tokens``
     embeddings of that width besides the text. The published values are ``image_dim=1280, in_channels=36``.
 
@@ -337,7 +340,8 @@ class TransformerConfig(Config):
     image_tokens: Size = 257
     dtype: Dtype = "float32"
     precision: Literal["default", "fast", "wan", "causvid"] = "default"
-    attention: Literal["auto", "xla", "cudnn", "splash", "blockwise"] = "xla"
+    kv_cache: Literal["dtype", "int8"] = "dtype"
+    attention: Literal["auto", "xla", "cudnn", "splash", "blockwise", "int8"] = "xla"
     remat: Remat | bool = "none"
     lora: LoraConfig = LoraConfig()
     rules: ShardingRules = ShardingRules()
@@ -355,7 +359,7 @@ class TransformerConfig(Config):
         )
         require(self.patch_size[0] == 1, f"transformer.patch_size is {self.patch_size}; its temporal size must be 1")
         require(
-            self.dtype != "float32" or self.attention not in ("cudnn", "splash"),
+            self.dtype != "float32" or self.attention not in ("cudnn", "splash", "int8"),
             f"transformer.attention is {self.attention!r} with dtype 'float32', but this kernel does not compute in "
             "float32; accepted: 'auto' or 'xla', or dtype 'bfloat16'",
         )

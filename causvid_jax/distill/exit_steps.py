@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from causvid_jax.config import CausalConfig, TransformerConfig
+from causvid_jax.config import CausalConfig, TransformerConfig, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,10 @@ class Rollout:
     timesteps: tuple[float, ...]
     first_timesteps: tuple[float, ...] = ()
     exit_steps: Literal["shared", "per_block", "last", "first_block"] = "shared"
+
+    def __post_init__(self) -> None:
+        kind = self.network.kv_cache
+        require(kind == "dtype", f"the student's kv_cache is {kind!r} in a self rollout; accepted: 'dtype'")
 
 
 def draw_exit_steps(rollout: Rollout, key: jax.Array, blocks: int, has_context: jax.Array | bool = False) -> jax.Array:

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float
 
 from causvid_jax.config import CausalConfig, ShardingRules, require
+from causvid_jax.models import int8_attention
 from causvid_jax.models.layers import dot_precision
 from causvid_jax.sharding import constraints
 
@@ -60,15 +61,18 @@ def dense(
       dtype: type of the operands of both products.
       backend: ``"xla"`` (any device; stores all T x S scores), ``"late"`` (the same, but divides by the softmax's sum
         after the last product as flash attention does, which changes bfloat16 rounding), ``"cudnn"`` (bfloat16 on
-        GPU), ``"splash"`` (TPU), ``"blockwise"`` (any device, for ``jax.jvp``) or ``"auto"`` (:func:`resolve`).
+        GPU), ``"splash"`` (TPU), ``"blockwise"`` (any device, for ``jax.jvp``), ``"int8"`` (GPU, TPU; sampling only,
+        :mod:`causvid_jax.models.int8_attention`) or ``"auto"`` (:func:`resolve`).
       mask: bool ``[S]``.
       used: scalar count for a mask that is true exactly for the first ``used`` keys. cuDNN then skips the other keys;
         any other mask becomes a T x S bias array.
       name: checkpoint name of the result, rounded to ``dtype``, for rematerialization. The splash kernel names its
         softmax sums too, so its backward pass recomputes nothing.
     """
-    q, k, v = (x.astype(dtype) for x in (q, k, v))
     backend = resolve(backend, dtype)
+    if backend == "int8":  # It rounds what was not rounded to ``dtype`` before.
+        return _named(int8_attention.attention(q, k, v, dtype, mask, used), dtype, name)
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
     if backend == "splash":
         return _splash(q, k, v, mask, name)
     if backend == "blockwise":
@@ -412,14 +416,16 @@ def attend_cache(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    cache: tuple[jax.Array, jax.Array],
+    cache: tuple[jax.Array, ...],
     *replicated: jax.Array,
+    dtype: str,
     rules: ShardingRules,
 ) -> tuple[jax.Array, Any]:
     """Run ``kernel(q, k, v, cache, *replicated) -> (output, cache)`` on all tokens of each device's heads.
 
-    A cache ``[B, S, n, N, D]`` stays split by heads between calls. Only queries, keys, values and output of the new
-    block are exchanged. ``replicated`` arrays are equal on all devices.
+    The arrays ``[B, S, n, N, D]`` of a cache (of an int8 one also the scales) stay split by heads between calls. Only
+    queries, keys, values and output of the new block are exchanged, values and output in ``dtype``. ``replicated``
+    arrays are equal on all devices.
     """
     layout = _layout(q.shape, rules)
     if layout is None:
@@ -429,15 +435,13 @@ def attend_cache(
         f"{q.shape[3]} attention heads cannot be split over tensor x context in a stream; the product must divide them",
     )
 
-    dtype = cache[0].dtype
-
     def local(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, *replicated: jax.Array) -> tuple[jax.Array, Any]:
-        # Values are exchanged in the type of the cache. Queries and keys are rotated before they are rounded.
+        # Queries and keys are rotated before they are rounded.
         q, k, v = (_to_heads(x, layout) for x in (q, k, v.astype(dtype)))
         out, cache = kernel(q, k, v, cache, *replicated)
         return _to_tokens(out.astype(dtype), layout).astype(jnp.float32), cache
 
-    inside = (layout.inside, layout.inside)
+    inside = (layout.inside,) * len(cache)
     return jax.shard_map(
         local,
         in_specs=(layout.outside, layout.outside, layout.outside, inside, *(PartitionSpec() for _ in replicated)),

@@ -5,6 +5,10 @@ alone. Angles wrap around exactly (``rope.stream_angles``), hence a stream has n
 with the window (``positions="relative"``), keys are stored unrotated and rotated when they are read. The slots are a
 fixed array: the first ``sink`` frames keep their slots, all later frames share a ring buffer.
 
+With ``TransformerConfig.kv_cache="int8"`` keys and values are stored in 8 bits. Every latent frame, head and channel
+has a scale of its own, taken over the tokens of the frame (:func:`quantize`). A pass reads its own block as it is and
+the past times its scales; of one layer at a time there is then a copy in the compute type.
+
 A cache has the form of the parameters it is used with: one array ``[L, ...]`` of all layers, or a tuple of L arrays
 (``models.unstacked``), each of which a pass updates in place.
 """
@@ -32,6 +36,13 @@ class KVCache:
     v: Layers  # [L, B, S, n, N, D]
     frame: jax.Array  # [S] int32: index of the latent frame in each slot, -1 if empty
     position: jax.Array  # [] int32: number of finished latent frames, which is where the current block starts
+    k_scale: Layers | None = None  # [L, B, S, 1, N, D] float32, of int8 keys; None: keys and values have no scales
+    v_scale: Layers | None = None  # [L, B, S, 1, N, D] float32
+
+    @property
+    def arrays(self) -> tuple[Layers, ...]:
+        """Keys and values, then their scales if they have any."""
+        return (self.k, self.v) if self.k_scale is None else (self.k, self.v, self.k_scale, self.v_scale)
 
 
 @jax.tree_util.register_dataclass
@@ -70,18 +81,22 @@ def init_cache(
     tokens = (height // patch_h) * (width // patch_w)
     shape = (batch, slots, tokens, config.num_heads, config.head_dim)
 
-    def zeros(*shape: int) -> jax.Array:
+    def zeros(dtype: str, *shape: int) -> jax.Array:
         # On a mesh the constraint splits the heads at once.
-        return constraints.constrain(jnp.zeros(shape, config.dtype), CACHE_AXES[-len(shape) :], config.rules)
+        return constraints.constrain(jnp.zeros(shape, dtype), CACHE_AXES[-len(shape) :], config.rules)
 
-    def empty() -> Layers:
+    def empty(dtype: str, *shape: int) -> Layers:
         layers = config.num_layers
-        return tuple(zeros(*shape) for _ in range(layers)) if unstacked else zeros(layers, *shape)
+        return tuple(zeros(dtype, *shape) for _ in range(layers)) if unstacked else zeros(dtype, layers, *shape)
 
+    int8 = config.kv_cache == "int8"
+    stored, scales = "int8" if int8 else config.dtype, (batch, slots, 1, config.num_heads, config.head_dim)
     # Allocate buffers of their own: a donated cache must not alias itself.
     return KVCache(
-        k=empty(),
-        v=empty(),
+        k=empty(stored, *shape),
+        v=empty(stored, *shape),
+        k_scale=empty("float32", *scales) if int8 else None,
+        v_scale=empty("float32", *scales) if int8 else None,
         frame=jnp.full((slots,), -1, jnp.int32),
         position=jnp.zeros((), jnp.int32),
     )
@@ -115,6 +130,32 @@ def undo(cache: KVCache, replaced: tuple[jax.Array, Any], frames: int, causal: C
 def stores_rotated(causal: CausalConfig) -> bool:
     """Return whether keys are stored rotated: they are, unless the position of the sink changes with the window."""
     return causal.positions == "absolute" or not (causal.window and causal.sink)
+
+
+def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return ``x [..., n, N, D]`` as int8 and its float32 scales ``[..., 1, N, D]``.
+
+    ``s = max |x| / 127`` over the n tokens and ``round(x / s)``, so that ``|s q - x| <= s / 2``.
+    """
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(-3, keepdims=True) / 127.0
+    return jnp.round(x / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8), scale
+
+
+def stored(k: jax.Array, v: jax.Array, layer: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Return keys and values of a block as the arrays of a layer's cache ``layer`` hold them."""
+    if len(layer) == 2:
+        return k.astype(layer[0].dtype), v.astype(layer[1].dtype)
+    (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
+    return k, v, k_scale, v_scale
+
+
+def readable(layer: tuple[jax.Array, ...], dtype: str) -> tuple[jax.Array, jax.Array]:
+    """Return the keys and values of a layer's cache for attention; int8 ones in ``dtype``."""
+    if len(layer) == 2:
+        return layer[0], layer[1]
+    k, v, k_scale, v_scale = layer
+    return (k * k_scale).astype(dtype), (v * v_scale).astype(dtype)
 
 
 def write_slots(old: jax.Array, new: jax.Array, slots: jax.Array, *, axis: int) -> jax.Array:

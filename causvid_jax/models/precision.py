@@ -86,6 +86,11 @@ def attention_backend(config: TransformerConfig) -> str:
     return config.attention if keep else "late"
 
 
+def text_attention_backend(config: TransformerConfig) -> str:
+    """Return the kernel of cross-attention, which has few keys and stays in ``config.dtype`` beside ``"int8"``."""
+    return "auto" if config.attention == "int8" else attention_backend(config)
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, config: TransformerConfig) -> jax.Array:
     """Return ``x / sqrt(mean(x^2) + eps) * scale``."""
     if not rounds_results(config):

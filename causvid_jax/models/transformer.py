@@ -37,6 +37,8 @@ from causvid_jax.models.kv_cache import (
     init_cache,
     overwritten,
     read_positions,
+    readable,
+    stored,
     stores_rotated,
     undo,
     visible_slots,
@@ -399,15 +401,14 @@ def cached(
         timestep,
         None,
         text_cache=text_cache,
-        layer_caches=tuple(zip(cache.k, cache.v, strict=True)) if unstacked else (cache.k, cache.v),
+        layer_caches=tuple(zip(*cache.arrays, strict=True)) if unstacked else cache.arrays,
     )
-    k: Any
-    v: Any
     if unstacked:
-        k, v = zip(*new, strict=True)
+        arrays: tuple[Any, ...] = tuple(zip(*new, strict=True))
     else:
-        k, v = (write_slots(old, block, slots, axis=2) for old, block in zip((cache.k, cache.v), new, strict=True))
-    return velocity, dataclasses.replace(cache, k=k, v=v, frame=slot_frames)
+        arrays = tuple(write_slots(old, block, slots, axis=2) for old, block in zip(cache.arrays, new, strict=True))
+    named: dict[str, Any] = dict(zip(("k", "v", "k_scale", "v_scale"), arrays, strict=False))
+    return velocity, dataclasses.replace(cache, frame=slot_frames, **named)
 
 
 def _attend_cached(
@@ -447,16 +448,20 @@ def _attend_cached(
     ) -> tuple[jax.Array, Any]:
         slots, mask, in_use, query_angle, *key_angle = replicated
         q, k = rotate(q, query_angle), k if key_angle else rotate(k, query_angle)
-        block = tuple(new.astype(old.dtype) for old, new in zip(layer_cache, (k, v), strict=True))
-        keys, values = (write_slots(old, new, slots, axis=1) for old, new in zip(layer_cache, block, strict=True))
+        block = stored(k, v, layer_cache)
+        written = tuple(write_slots(old, new, slots, axis=1) for old, new in zip(layer_cache, block, strict=True))
+        keys, values = readable(written, config.dtype)
+        if len(written) > 2:  # Of the block itself attention reads what was not rounded to 8 bits.
+            own = (k.astype(keys.dtype), v.astype(values.dtype))
+            keys, values = (write_slots(old, new, slots, axis=1) for old, new in zip((keys, values), own, strict=True))
         visible = rotate(keys, key_angle[0]) if key_angle else keys
         flat = [attention.flatten_frames(z) for z in (q, visible, values)]
         backend, used = precision.attention_backend(config), None if rewrites else in_use
         out = attention.dense(*flat, dtype=config.dtype, backend=backend, mask=mask, used=used)
-        return out.reshape(q.shape), (keys, values) if unstacked else block
+        return out.reshape(q.shape), written if unstacked else block
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer_cache: Any) -> tuple[jax.Array, Any]:
         replicated = (slots, mask, in_use, *angles)
-        return attention.attend_cache(kernel, q, k, v, layer_cache, *replicated, rules=config.rules)
+        return attention.attend_cache(kernel, q, k, v, layer_cache, *replicated, dtype=config.dtype, rules=config.rules)
 
     return attend

@@ -107,7 +107,7 @@ def block(
             attention.attend_text,
             q,
             dtype=config.dtype,
-            backend=precision.attention_backend(config),
+            backend=precision.text_attention_backend(config),
             rules=config.rules,
         )
         out = attend_text(text.k, text.v)

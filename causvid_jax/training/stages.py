@@ -37,6 +37,7 @@ def train(name: str, recipe: Recipe, workdir: pathlib.Path, init_from: str | os.
         ConfigError: weights or data that are missing, unreadable or of other shapes; a folder in use by another run.
         RunError: a loss that stops the run, or a full disk.
     """
+    check_trainable(recipe)
     path = None if init_from is None else initial_weights(name, recipe, init_from)
     recipe = with_lora(name, recipe)
     config: StageConfig = getattr(recipe, f"train_{name}")
@@ -44,6 +45,21 @@ def train(name: str, recipe: Recipe, workdir: pathlib.Path, init_from: str | os.
     with open_run(name, recipe, config, workdir, place(recipe.parallel, rules)) as run:
         TRAINERS[name](run, path)
         run.note(f"next, with the same --config and --workdir: {next_command(name, recipe)}")
+
+
+def check_trainable(recipe: Recipe) -> None:
+    """Refuse settings of the networks that only sampling has; a ConfigError names the setting."""
+    require(
+        recipe.student.kv_cache == "dtype",
+        f"student.kv_cache is {recipe.student.kv_cache!r}, which is for sampling; training accepts: 'dtype'",
+    )
+    for role in ("teacher", "student"):
+        backend = getattr(recipe, role).attention
+        require(
+            backend != "int8",
+            f"{role}.attention is 'int8', which has no gradient and is for sampling; training accepts: 'auto', 'xla', "
+            "'cudnn', 'splash', 'blockwise'",
+        )
 
 
 def with_lora(name: str, recipe: Recipe) -> Recipe:

@@ -23,11 +23,13 @@ COMPILERS = {"cpu": "jaxlib", "h200:1": "jax_cuda12_plugin", "v6e:2x2": "libtpu"
 COPIES = {"cpu": 3, "h200:1": 1, "v6e:2x2": 4}
 """Bound on temporaries in layers' keys. XLA's attention and splash transpose the keys and values of the layer at hand,
 of the 2 x LAYERS that the cache has; cuDNN reads the cache itself."""
+INT8_COPIES = {"cpu": 3, "h200:1": 3, "v6e:2x2": 3}
+"""The same with an int8 cache, of which the keys and values of one layer are copied to the compute type."""
 
 
-def recipe_for(machine):
+def recipe_for(machine, kv_cache="dtype"):
     recipe = tiny.RECIPE
-    net = dataclasses.replace(recipe.student, **NETWORK, attention="auto")
+    net = dataclasses.replace(recipe.student, **NETWORK, attention="auto", kv_cache=kv_cache)
     if machine != "cpu":
         net = dataclasses.replace(net, dtype="bfloat16", precision="fast")
     return dataclasses.replace(recipe, student=net, causal=CausalConfig(frames_per_block=1, window=WINDOW))
@@ -47,6 +49,18 @@ def compiled_block(recipe, machine, unstacked):
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arguments)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_matmul_precision("default"):
         return stream.next_block.lower(*arguments, config=recipe).compile()
+
+
+@pytest.mark.parametrize("machine", COMPILERS)
+def test_a_block_with_an_int8_cache_holds_one_layer_in_the_compute_type(machine):
+    if importlib.util.find_spec(COMPILERS[machine]) is None:
+        pytest.skip(f"{COMPILERS[machine]} is not installed: no compiler for {machine}")
+    recipe = recipe_for(machine, "int8")
+    net, (height, width) = recipe.student, recipe.latent_size
+    elements = WINDOW * (height // 2) * (width // 2) * net.dim
+    memory = compiled_block(recipe, machine, unstacked=True).memory_analysis()
+    assert memory.alias_size_in_bytes >= 2 * LAYERS * elements
+    assert memory.temp_size_in_bytes < INT8_COPIES[machine] * elements * jnp.dtype(net.dtype).itemsize
 
 
 @pytest.mark.parametrize("machine", COMPILERS)
