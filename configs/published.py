@@ -40,5 +40,5 @@ def get_config(variant: str = "self_forcing_dmd") -> ml_collections.ConfigDict:
             "dtype": "bfloat16",
         }
     for group, fields in model.settings.items():
-        config[group].update(fields)
+        config[group] = {**config.get(group, {}), **fields}
     return config

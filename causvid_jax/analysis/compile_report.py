@@ -18,7 +18,7 @@ from causvid_jax.analysis import estimate, hlo
 from causvid_jax.analysis.topology import Topology, TopologySpec
 from causvid_jax.config import Recipe, require
 from causvid_jax.config.files import format_bytes
-from causvid_jax.models import transformer
+from causvid_jax.models import experts, transformer
 from causvid_jax.models.kv_cache import CACHE_AXES, TEXT_AXES
 from causvid_jax.models.transformer_spec import block_spec, outer_spec
 from causvid_jax.sampling import stream
@@ -91,6 +91,7 @@ def _training_program(recipe: Recipe, stage: str, place: Placement) -> tuple[Any
                 (recipe.teacher, transformer.spec(recipe.teacher)),
             )
         )
+        teacher = experts.per_expert(teacher, recipe.experts)
         init = functools.partial(dmd.init_state, optimizers=optimizers)
         state = with_shardings(jax.eval_shape(init, student, critic), dmd.state_shardings(recipe, place, optimizers))
         batch = _abstract_batch(dmd.batch_shapes(recipe), place, leading=1)

@@ -247,6 +247,8 @@ def _one_network(recipe: Recipe, stage: str, mesh: _Mesh) -> Estimate:
 def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
     config, frames = recipe.train_distill, recipe.video.latent_frames
     student, fake, teacher = (Network(n, recipe, mesh) for n in (recipe.student, recipe.fake_score, recipe.teacher))
+    # Both experts of a teacher of two run on the whole batch, since its timesteps fall on both sides of the boundary.
+    scorers = 2 if recipe.experts.boundary else 1
     local = config.batch_size / mesh.ways / config.accumulate
     self_rollout = config.rollout == "self"
     blocks = len(recipe.causal.block_sizes(frames))
@@ -266,7 +268,7 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
         "student": student.params,
         "running mean": student.params,
         "fake score": fake.params,
-        "teacher": teacher.params,
+        "teacher": teacher.params * scorers,
         **moments,
         "gradients": max(student.params, fake.params) * (2 if config.accumulate > 1 else 1),
         "caches and activations": max(critic, caches + generator, caches + scores),
@@ -281,7 +283,10 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
         roll = student.gather(), local * student.exchanged(frames)
         back = 2 * student.gather(), 2 * local * student.exchanged(frames)
     trained = fake.trained(frames, local)
-    scored = fake.gather() + teacher.gather(), local * (fake.exchanged(frames) + 2 * teacher.exchanged(frames))
+    scored = (
+        fake.gather() + scorers * teacher.gather(),
+        local * (fake.exchanged(frames) + 2 * scorers * teacher.exchanged(frames)),
+    )
     updates, parts_of_batch = config.critic_steps, config.accumulate
     gathered, exchanged = (
         parts_of_batch * (updates * (roll[i] + trained[i]) + roll[i] + back[i] + scored[i]) for i in (0, 1)

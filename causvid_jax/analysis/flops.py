@@ -137,7 +137,9 @@ def training_step(recipe: Recipe, stage: str) -> StepFlops:
             replay = forward(student, 2 * frames if clean else frames, n_student, pairs)
             back = 3 * replay
             again = recomputed(student, replay, 2 * frames if clean else frames, n_student, pairs)
-        generator = StepFlops(clip + back + 2 * full + fake, again)
+        # Both experts of a teacher of two run on the whole batch (models.experts).
+        scored = (4 if recipe.experts.boundary else 2) * full
+        generator = StepFlops(clip + back + scored + fake, again)
         parts = [
             (batch * config.critic_steps, StepFlops(clip + critic.model, critic.recomputed)),
             (batch, generator),

@@ -23,7 +23,7 @@ import numpy as np
 
 from causvid_jax.config import CLIPConfig, Recipe, TransformerConfig, require
 from causvid_jax.config.files import format_bytes
-from causvid_jax.models import attention, decoder, transformer, vae
+from causvid_jax.models import attention, decoder, experts, transformer, vae
 from causvid_jax.models.decoder import codec_shapes, image_encoder_shapes, vae_shapes
 from causvid_jax.sampling import stream
 from causvid_jax.text import encoder
@@ -115,18 +115,17 @@ def sampling_phases(
     shown = jax.ShapeDtypeStruct((batch, latents, height, width, recipe.vae.z_dim), jnp.float32)
     both = batch * (1 if recipe.diffusion.guidance_scale == 1.0 else 2)
     past = jax.eval_shape(functools.partial(decoder.init_decode_cache, recipe, batch=batch, height=height, width=width))
+    name = "both experts" if recipe.experts.boundary else "transformer"
     denoise = {
-        "transformer": sizes(weights),
+        name: sizes(experts.per_expert(weights, recipe.experts)),
         "latents": sizes([shown] * (4 if recipe.diffusion.solver == "unipc" else 2)),
         "work, about": layer_work(net, both, latents, latents, height, width),
     }
-    if clip is not None:
-        pictures = [
-            jax.ShapeDtypeStruct((batch, clip.tokens, clip.dim), jnp.float32),
-            jax.ShapeDtypeStruct((*shown.shape[:-1], net.in_channels - recipe.vae.z_dim), jnp.float32),
-        ]
+    if image and net.image_channels:
+        condition = jax.ShapeDtypeStruct((*shown.shape[:-1], net.image_channels), jnp.float32)
+        read = [] if clip is None else [jax.ShapeDtypeStruct((batch, clip.tokens, clip.dim), jnp.float32)]
         phases += _picture_phases(recipe, clip)
-        denoise["picture's embeddings and latents"] = sizes(pictures)
+        denoise["picture's embeddings and latents"] = sizes([*read, condition])
     decode = {
         "latents": sizes(shown),
         _codec_name(coder): sizes(coder),
@@ -187,19 +186,20 @@ def memory_limit() -> int | None:
     return None
 
 
-def _picture_phases(recipe: Recipe, encoder: CLIPConfig) -> tuple[Phase, Phase]:
-    """Return the phases that encode an image by CLIP, then by the VAE."""
-    hidden = encoder.tokens * max(encoder.ffn_dim, 4 * encoder.dim) * 4
-    scores = encoder.num_heads * encoder.tokens**2 * 2 * 4
+def _picture_phases(recipe: Recipe, encoder: CLIPConfig | None) -> tuple[Phase, ...]:
+    """Return the phases that encode an image by CLIP, if the network reads it, then by the VAE."""
+    read: tuple[Phase, ...] = ()
+    if encoder is not None:
+        hidden = encoder.tokens * max(encoder.ffn_dim, 4 * encoder.dim) * 4
+        scores = encoder.num_heads * encoder.tokens**2 * 2 * 4
+        items = {"image encoder": sizes(image_encoder_shapes(encoder)), "work, about": {"float32": hidden + scores}}
+        read = (Phase("read the picture", items),)
     size = {"batch": 1, "height": recipe.video.height, "width": recipe.video.width}
     past = jax.eval_shape(functools.partial(vae.init_encode_cache, recipe.vae, **size))
     pixels = vae.time_factor(recipe.vae) * recipe.video.height * recipe.video.width
     work = pixels * (5 * recipe.vae.base_dim * _width(recipe.vae.dtype) + 3 * 4)
     return (
-        Phase(
-            "read the picture",
-            {"image encoder": sizes(image_encoder_shapes(encoder)), "work, about": {"float32": hidden + scores}},
-        ),
+        *read,
         Phase(
             "encode the picture",
             {

@@ -19,6 +19,7 @@ from causvid_jax.checkpoints import checkpoint, lineage, source, store, wan_vae
 from causvid_jax.checkpoints.checkpoint import NAMED_FILES, Checkpoint
 from causvid_jax.checkpoints.table import OURS, Config
 from causvid_jax.config import CLIPConfig, ConfigError, Recipe, TransformerConfig, VAEConfig, require
+from causvid_jax.models.experts import NAMES
 
 _LOG = logging.getLogger(__name__)
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
@@ -37,8 +38,8 @@ _FOLDERS = {
     "image_encoder": ("image_encoder", "clip_vision"),
     "taehv": ("taehv",),
 }
-# Folders of a published model that hold a second transformer, of Wan2.2.
-_EXPERTS = ("transformer_2", "high_noise_model", "low_noise_model")
+# Folders of the two experts of Wan2.2-A14B, (high noise, low noise): original, diffusers, ours.
+_EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"), NAMES)
 _COMPONENTS = {"teacher": "transformer", "causal": "transformer"} | {
     name: name for name in ("vae", "taehv", "text_encoder", "image_encoder")
 }
@@ -85,13 +86,50 @@ def components(path: str | os.PathLike) -> dict[str, pathlib.Path]:
 def left_out(path: str | os.PathLike) -> list[str]:
     """Describe each part of a published folder that no network of this version uses."""
     folder = pathlib.Path(path)
-    experts = [name for name in _EXPERTS if source.weights_files(folder / name)]
+    one, other = _EXPERTS[0], (_EXPERTS[1][1],)
+    experts = [name for name in (*one, *other) if source.weights_files(folder / name)]
     if not experts:
         return []
     return [
-        f"{folder} is Wan2.2 with two experts; this version runs one transformer and does not use "
-        f"{' and '.join(experts)} (give one of the folders to use it alone)"
+        f"{' and '.join(experts)}: {folder} is Wan2.2 with two experts, which are converted one at a time "
+        f"(--input={folder / experts[0]}); a teacher is sampled from the folder as it is"
     ]
+
+
+def find_experts(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
+    """Return the weights of both experts in a folder, ``{"high_noise": ..., "low_noise": ...}``.
+
+    Raises:
+        ConfigError: there are none, or one of them is missing.
+    """
+    root = pathlib.Path(folder)
+    for pair in _EXPERTS:
+        inside = [place(inner) if pair == NAMES else inner for inner in pair]
+        have = [inner for inner in inside if (root / inner).exists()]
+        require(
+            len(have) != 1,
+            f"{root} holds {' '.join(have)} but no {' '.join(inner for inner in inside if inner not in have)}; a "
+            "teacher of two experts needs both",
+        )
+        if have:
+            return {name: root / inner for name, inner in zip(NAMES, inside, strict=True)}
+    accepted = "; ".join(" and ".join(pair) for pair in _EXPERTS)
+    raise ConfigError(f"{root} holds no teacher of two experts; accepted: {accepted}")
+
+
+def check_boundary(recipe: Recipe, expert: pathlib.Path) -> None:
+    """Compare the recipe's boundary with ``boundary_ratio`` in the ``model_index.json`` of a diffusers folder.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    ratio = source.read_json(expert.parent / "model_index.json", default={}).get("boundary_ratio")
+    published = 1000 * ratio if isinstance(ratio, (int, float)) else recipe.experts.boundary
+    require(
+        abs(published - recipe.experts.boundary) < 1e-3,
+        f"{expert.parent} was published with boundary_ratio {ratio}, which is experts.boundary {published:g}; the "
+        f"recipe has {recipe.experts.boundary:g}",
+    )
 
 
 def tokenizer_files(path: str | os.PathLike) -> dict[str, pathlib.Path]:
@@ -131,9 +169,14 @@ def find(recipe: str, stage: str, workdir: str | os.PathLike | None = None) -> p
     Raises:
         ConfigError: there are none.
     """
+    if stage in NAMES:
+        require(workdir is not None, "the package comes with no teacher of two experts; give a folder by --checkpoint")
+        return find_experts(workdir or ".")[stage]
     own = stage_path(workdir, stage) if workdir is not None else None
     if own is not None and own.is_file():
         return own
+    if workdir is not None and _COMPONENTS.get(stage) == "transformer":
+        _refuse_experts(pathlib.Path(workdir))
     if workdir is not None and stage in _COMPONENTS:
         published = _published(workdir, _COMPONENTS[stage])
         if published is not None:
@@ -156,6 +199,16 @@ def find(recipe: str, stage: str, workdir: str | os.PathLike | None = None) -> p
     raise ConfigError(f"{prefix}recipe {recipe!r} comes with no trained {stage}; {remedy}")
 
 
+def _refuse_experts(folder: pathlib.Path) -> None:
+    """Refuse to take one expert of a published folder for the whole teacher."""
+    for high, low in _EXPERTS[:2]:
+        require(
+            not source.weights_files(folder / low),
+            f"{folder} holds two experts, {high} and {low}, and the recipe has one teacher (experts.boundary 0); use "
+            "--config=published:wan22_t2v_a14b, or give the folder of one expert",
+        )
+
+
 @functools.cache
 def _say_packaged(text: str) -> None:
     """Log ``text`` once per process."""
@@ -173,9 +226,10 @@ def check_known(folder: str | os.PathLike) -> None:
     Raises:
         ConfigError: there are none.
     """
-    own = any(stage_path(folder, stage).is_file() for stage in (*STAGES, "text_encoder", "image_encoder"))
+    own = any(stage_path(folder, stage).is_file() for stage in (*STAGES, *NAMES, "text_encoder", "image_encoder"))
+    original = any((pathlib.Path(folder) / name).is_dir() for name in _EXPERTS[0])
     require(
-        own or components(folder),
+        own or original or components(folder),
         f"{folder} holds no weights; accepted: a working directory (as distill/weights.safetensors), a published "
         "folder, or what causvid convert makes",
     )
@@ -183,7 +237,7 @@ def check_known(folder: str | os.PathLike) -> None:
 
 def config_of(recipe: Recipe, stage: str) -> Config:
     """Return the sizes that ``recipe`` gives the network of ``stage``."""
-    if stage in ("teacher", "causal"):
+    if stage in ("teacher", "causal", *NAMES):
         return recipe.teacher
     if stage in ("student", "init", "consistency", "distill"):
         return recipe.student
@@ -203,7 +257,8 @@ def open_stage(
 
     Args:
         recipe: gives the sizes.
-        stage: vae, taehv, teacher, causal, init, consistency, distill or text_encoder.
+        stage: vae, taehv, teacher, causal, init, consistency, distill or text_encoder; or high_noise or low_noise, an
+            expert of a teacher of two.
         workdir: where to look (:func:`find`); a published folder serves too.
         path: a file or folder to open instead, of any known format.
         part: of a checkpoint with several.
@@ -212,6 +267,8 @@ def open_stage(
         ConfigError: there are no weights, or they are unreadable or of other sizes.
     """
     path = find(recipe.name, stage, workdir) if path is None else pathlib.Path(path)
+    if stage in NAMES:
+        check_boundary(recipe, path)
     opened = checkpoint.open_checkpoint(path, config_of(recipe, stage), part=part)
     trained = opened.source.metadata.get("stage")
     wrong = stage == "distill" and opened.format == OURS and trained in ("teacher", "causal")

@@ -371,6 +371,37 @@ class TransformerConfig(Config):
         """Features of an attention head."""
         return self.dim // self.num_heads
 
+    @property
+    def image_channels(self) -> int:
+        """Input channels of a picture's mask and latents, beside the noisy latents: 20 of the 36 in Wan's I2V."""
+        return self.in_channels - self.out_channels
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsConfig(Config):
+    """A teacher of two networks of one size, chosen by the timestep (Wan2.2-A14B; ``models.experts``).
+
+    With ``boundary > 0`` the high-noise expert computes timesteps ``t >= boundary``, the low-noise expert those below;
+    t is the timestep after the shift. 0 means one network. ``diffusion.guidance_scale`` is then that of the high-noise
+    expert and ``low_noise_guidance_scale`` that of the other; for the real score of a distillation
+    ``train_distill.guidance_scale`` and ``low_noise_distill_guidance_scale`` are. A scale of 0 means the same for both.
+    """
+
+    label: ClassVar[str] = "experts"
+
+    boundary: Timestep = 0.0
+    low_noise_guidance_scale: NotNegative = 0.0
+    low_noise_distill_guidance_scale: NotNegative = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("low_noise_guidance_scale", "low_noise_distill_guidance_scale"):
+            require(
+                not getattr(self, name) or self.boundary,
+                f"experts.{name} is {getattr(self, name):g} without experts.boundary, which tells the two experts "
+                "apart; set the boundary, 875 for Wan2.2-T2V-A14B",
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class CausalConfig(Config):

@@ -166,6 +166,15 @@ def _sgf(name: str, folder: str, causal: dict[str, Any]) -> PublishedModel:
     )
 
 
+_A14B_FILES = (("high_noise_model", None), ("low_noise_model", None), ("Wan2.1_VAE.pth", 507_609_880))
+
+
+def _a14b(shift: float, guidance_scale: float, experts: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """Return the settings of a Wan2.2-A14B; a fake score of two experts is not trained, so it is the student's."""
+    diffusion = {"shift": shift, "num_inference_steps": 40, "solver": "unipc", "guidance_scale": guidance_scale}
+    return {"diffusion": diffusion, "experts": experts, "train_distill": {"critic_init": "student"}}
+
+
 _BASE_14B: Settings = {"diffusion": {"num_inference_steps": 50, "solver": "unipc"}}
 
 
@@ -330,18 +339,28 @@ MODELS: tuple[PublishedModel, ...] = (
     ),
     PublishedModel(
         "wan22_t2v_a14b",
-        "Wan2.2-T2V-A14B: two experts, one for high and one for low noise",
+        "Wan2.2-T2V-A14B: two experts; the folder is given whole by --checkpoint",
         "teacher",
         "14b",
         "Wan-AI/Wan2.2-T2V-A14B",
-        (("low_noise_model", None), ("high_noise_model", None), ("Wan2.1_VAE.pth", 507_609_880)),
+        _A14B_FILES,
         "Apache-2.0",
         "2503.20314",
-        {"diffusion": {"shift": 12.0, "num_inference_steps": 40, "solver": "unipc", "guidance_scale": 3.0}},
+        # sample_guide_scale (3.0, 4.0) is (low noise, high noise); boundary 0.875.
+        _a14b(12.0, 4.0, {"boundary": 875.0, "low_noise_guidance_scale": 3.0}),
         _WAN_CODE,
-        "one expert at a time is read; the change of experts at timestep 875 (guidance 4 above, 3 below) is not "
-        "implemented",
-        readable=False,
+    ),
+    PublishedModel(
+        "wan22_i2v_a14b",
+        "Wan2.2-I2V-A14B: two experts that read the picture's latents, without CLIP",
+        "teacher",
+        "14b",
+        "Wan-AI/Wan2.2-I2V-A14B",
+        _A14B_FILES,
+        "Apache-2.0",
+        "2503.20314",
+        _join(_a14b(5.0, 3.5, {"boundary": 900.0}), {"teacher": {"in_channels": 36}}),
+        _WAN_CODE,
     ),
     PublishedModel(
         "wan22_ti2v_5b",

@@ -10,6 +10,7 @@ from causvid_jax.config.errors import require
 from causvid_jax.config.fields import Config, Count, CountOrZero, build, check_path
 from causvid_jax.config.model import (
     CausalConfig,
+    ExpertsConfig,
     TAEHVConfig,
     TextConfig,
     TransformerConfig,
@@ -100,10 +101,12 @@ class Recipe(Config):
     umt5: UMT5Config = UMT5Config()
     decoder: Literal["vae", "taehv"] = "vae"
     taehv: TAEHVConfig = TAEHVConfig()
+    experts: ExpertsConfig = ExpertsConfig()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_networks()
+        self._check_experts()
         self._check_decoder()
         self._check_heads_and_tokens()
         self._check_batches()
@@ -135,6 +138,20 @@ class Recipe(Config):
             self.text.kind != "umt5" or self.umt5.dim == self.text.dim,
             f"umt5.dim is {self.umt5.dim}; text.dim is {self.text.dim}, and they must be equal",
         )
+
+    def _check_experts(self) -> None:
+        """Refuse what reads the teacher as one network, if it is two."""
+        config = self.train_distill
+        for path, value, accepted in (
+            ("train_distill.teacher", config.teacher, "bidirectional"),
+            ("train_distill.critic_init", config.critic_init, "student"),
+            ("train_init.teacher", self.train_init.teacher, "bidirectional"),
+        ):
+            require(
+                not self.experts.boundary or value == accepted,
+                f"{path} is {value!r} with a teacher of two experts (experts.boundary {self.experts.boundary:g}); "
+                f"accepted: {accepted!r}",
+            )
 
     def _check_scores(self) -> None:
         config, causal = self.train_distill, self.causal

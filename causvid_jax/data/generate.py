@@ -26,8 +26,9 @@ from causvid_jax.diffusion.guidance import guided_velocity, per_branch
 from causvid_jax.distill.ode_regression import splice
 from causvid_jax.distill.trajectories import teacher_trajectory
 from causvid_jax.media import to_float, to_uint8
-from causvid_jax.models import transformer, vae
+from causvid_jax.models import experts, transformer, vae
 from causvid_jax.sampling import stream, weights
+from causvid_jax.sampling.teacher import expert_scale
 from causvid_jax.text import encoder
 
 
@@ -159,7 +160,7 @@ def write_trajectories(
     Args:
         folder: of the dataset; examples are ``trajectory`` float16 [Q + 1, F, h, w, C] (state q at
             ``flow.student_timesteps(...)[q]``, the last one clean) and ``caption``.
-        params: of the teacher.
+        params: of the teacher, or of its two experts by name.
         recipe: its networks and its diffusion.
         prompts: one per trajectory.
         seed: of the noise; trajectory i starts from ``fold_in(key(seed), i)``.
@@ -179,9 +180,9 @@ def write_trajectories(
 
     def trajectories(p: Any, numbers: jax.Array, embeds: jax.Array) -> jax.Array:
         noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(numbers)
-        network = functools.partial(transformer.bidirectional, p, config=recipe.teacher)
+        network = functools.partial(experts.bidirectional, p, config=recipe.teacher, experts=recipe.experts)
         states = teacher_trajectory(
-            lambda x, timestep: guided_velocity(network, x, timestep, embeds, negative, diffusion.guidance_scale),
+            lambda x, timestep: guided_velocity(network, x, timestep, embeds, negative, expert_scale(recipe, timestep)),
             noise,
             diffusion,
         )
@@ -212,12 +213,20 @@ def write_trajectories(
         identity={
             "prompts": captions.digest(prompts),
             "seed": seed,
-            "teacher": weights_digest(params),
+            **teacher_identity(params, recipe),
             "diffusion": to_json(diffusion),
             **({"text": to_json(recipe.text)} if embedded else {}),
         },
         **options,
     )
+
+
+def teacher_identity(params: dict[str, Any], recipe: Recipe) -> dict[str, str]:
+    """Return the digest of the teacher, or those of its two experts and how they share the timesteps."""
+    if not recipe.experts.boundary:
+        return {"teacher": weights_digest(params)}
+    digests = {name: weights_digest(params[name]) for name in experts.NAMES}
+    return {**digests, "experts": to_json(recipe.experts)}
 
 
 def causal_key(seed: int, frames: int) -> jax.Array:

@@ -17,6 +17,7 @@ from causvid_jax.checkpoints import workdir as paths
 from causvid_jax.config import ConfigError, Recipe, require
 from causvid_jax.data import arrays, captions, generate, moving_digits, pipeline, sources, videos
 from causvid_jax.distributed import collectives
+from causvid_jax.sampling.weights import networks
 from causvid_jax.text import encoder
 
 LIMIT = 10**9
@@ -167,7 +168,9 @@ def trajectories(recipe: Recipe, workdir: pathlib.Path, options: Options = Optio
     """Run the teacher's ODE for as many training captions as the init stage asks for."""
     if recipe.train_init.teacher == "causal":
         return _causal_trajectories(recipe, workdir, options)
-    params, _ = paths.load_stage(recipe, "teacher", workdir)
+    names = networks(recipe, "teacher")
+    loaded = {name: paths.load_stage(recipe, name, workdir)[0] for name in names}
+    params = loaded if len(names) > 1 else loaded["teacher"]
     prompt_list = _prompt_list(recipe, options) or sources.prompts(recipe, workdir)
     listed = generate.prompt_sequence(prompt_list, options.count or recipe.train_init.trajectories, recipe.data.seed)
     folder = sources.folder(workdir, sources.TRAJECTORIES)

@@ -10,6 +10,7 @@ from causvid_jax.checkpoints import workdir as weights
 from causvid_jax.config import ConfigError, DataConfig, Recipe, require
 from causvid_jax.data import arrays, captions, digits, moving_digits, pipeline, videos
 from causvid_jax.distributed import collectives
+from causvid_jax.models import experts
 
 LATENTS, PROMPTS, TRAJECTORIES, CLIPS = "latents", "prompts", "trajectories", "clips"
 
@@ -105,7 +106,8 @@ def trajectories(recipe: Recipe, workdir: str | os.PathLike, frames: int = 0) ->
     """
     causal = recipe.train_init.teacher == "causal"
     path = causal_folder(workdir, frames) if causal else folder(workdir, TRAJECTORIES)
-    source = checked_source(path, recipe, workdir, teacher="causal" if causal else "teacher")
+    made_by = {name: name for name in experts.NAMES} | {"teacher": "causal" if causal else "teacher"}
+    source = checked_source(path, recipe, workdir, **made_by)
     stored = json.loads(arrays.read_identity(path).get("diffusion", "{}"))
     for name in ("denoising_timesteps", "warp", "shift", "student_shift"):
         present = json.loads(json.dumps(getattr(recipe.diffusion, name)))

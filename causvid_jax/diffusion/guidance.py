@@ -14,10 +14,22 @@ from jaxtyping import Float
 
 
 def guide(
-    unconditional: Float[jax.Array, "*shape"], conditional: Float[jax.Array, "*shape"], guidance_scale: float
+    unconditional: Float[jax.Array, "*shape"],
+    conditional: Float[jax.Array, "*shape"],
+    guidance_scale: float | Float[jax.Array, "..."],
 ) -> Float[jax.Array, "*shape"]:
     """Return ``uncond + g (cond - uncond)`` with g = ``guidance_scale``, for velocities or for x0 predictions."""
     return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def scale_at(
+    timestep: Float[jax.Array, "B F"], high: float, low: float, boundary: float
+) -> float | Float[jax.Array, "B F"]:
+    """Return the guidance scale of each frame: ``high`` at timesteps from ``boundary`` on, ``low`` below it.
+
+    ``high`` itself if there is one scale for all: no boundary, or ``low`` is 0, which means the same.
+    """
+    return jnp.where(timestep >= boundary, high, low) if boundary and low and low != high else high
 
 
 def per_branch(value: jax.Array, x: jax.Array) -> jax.Array:
@@ -34,7 +46,7 @@ def guided_velocity(
     timestep: Float[jax.Array, "B F"],
     prompt_embeds: Float[jax.Array, "B S E"],
     negative_prompt_embeds: Float[jax.Array, "*batch S E"],
-    guidance_scale: float,
+    guidance_scale: float | Float[jax.Array, "B F"],
 ) -> Float[jax.Array, "B F h w D"]:
     """Return the guided velocity from one call of the network on a batch of 2B.
 
@@ -47,12 +59,15 @@ def guided_velocity(
       timestep: ``[B, F]``, in [0, 1000].
       prompt_embeds: ``[B, S, E]``.
       negative_prompt_embeds: ``[S, E]`` or ``[B, S, E]``.
-      guidance_scale: static weight g. With exactly 1 the unconditional branch is not computed.
+      guidance_scale: weight g, static or one per frame (:func:`scale_at`). With a static 1 the unconditional branch
+        is not computed.
     """
-    if guidance_scale == 1.0:
+    per_frame = isinstance(guidance_scale, jax.Array)
+    if not per_frame and guidance_scale == 1.0:
         return velocity_fn(x, timestep, prompt_embeds)
     negative = jnp.broadcast_to(negative_prompt_embeds, prompt_embeds.shape).astype(prompt_embeds.dtype)
     embeds = rearrange([negative, prompt_embeds], "two b ... -> (b two) ...")
     both = velocity_fn(jnp.repeat(x, 2, axis=0), jnp.repeat(timestep, 2, axis=0), embeds)
     unconditional, conditional = rearrange(both, "(b two) ... -> two b ...", two=2)
-    return guide(unconditional, conditional, guidance_scale)
+    scale = jnp.asarray(guidance_scale)[..., None, None, None] if per_frame else guidance_scale
+    return guide(unconditional, conditional, scale)

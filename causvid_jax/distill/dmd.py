@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 from einops import repeat
 
-from causvid_jax.config import DiffusionConfig, DistillStageConfig, require
+from causvid_jax.config import DiffusionConfig, DistillStageConfig, ExpertsConfig, require
 from causvid_jax.diffusion import flow
-from causvid_jax.diffusion.guidance import guided_velocity
+from causvid_jax.diffusion.guidance import guided_velocity, scale_at
 
 ScoreFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (x, timestep [B, F], prompt_embeds) -> velocity
 
@@ -133,6 +133,7 @@ def predictions(
     timestep: jax.Array | None = None,
     noise: jax.Array | None = None,
     levels: Levels = Levels(),  # noqa: B008
+    experts: ExpertsConfig = ExpertsConfig(),  # noqa: B008
 ) -> Predictions:
     """Return the x0 predictions of both scores, each guided by its scale, at ``x_t = (1 - sigma) x + sigma noise``.
 
@@ -140,7 +141,9 @@ def predictions(
     """
     x_t, timestep, sigma, _ = noise_output(x, key, timestep, noise, diffusion, distill, levels)
 
-    scales = (fake, distill.fake_guidance_scale), (teacher, distill.guidance_scale)
+    low = experts.low_noise_distill_guidance_scale
+    real_scale = scale_at(timestep, distill.guidance_scale, low, experts.boundary)
+    scales = (fake, distill.fake_guidance_scale), (teacher, real_scale)
     velocities = [
         guided_velocity(score, x_t, timestep, prompt_embeds, negative_prompt_embeds, scale) for score, scale in scales
     ]
@@ -162,6 +165,7 @@ def generator_loss(
     timestep: jax.Array | None = None,
     noise: jax.Array | None = None,
     levels: Levels = Levels(),  # noqa: B008
+    experts: ExpertsConfig = ExpertsConfig(),  # noqa: B008
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the student's loss. Its gradient reaches ``x0`` only, not the scores.
 
@@ -178,6 +182,7 @@ def generator_loss(
       timestep: ``[B, F]``, instead of drawn ones.
       noise: shape of ``x0``, instead of drawn noise. With both, no key is needed.
       levels: where the timesteps are drawn.
+      experts: of a teacher of two networks, with a guidance scale for each.
 
     Returns:
       The scalar loss and metrics: loss, mean absolute gradient, and mean timestep.
@@ -188,7 +193,7 @@ def generator_loss(
     x0 = x0.astype(jnp.float32)
     x = jax.lax.stop_gradient(x0)  # no gradient through the scores' inputs
     scores: dict[str, Any] = {"teacher": teacher, "fake": fake, "diffusion": diffusion, "distill": distill}
-    draws: dict[str, Any] = {"timestep": timestep, "noise": noise, "levels": levels}
+    draws: dict[str, Any] = {"timestep": timestep, "noise": noise, "levels": levels, "experts": experts}
     fake_x0, real_x0, timestep = predictions(x, prompt_embeds, negative_prompt_embeds, key, **scores, **draws)
     gradient = jax.lax.stop_gradient(dmd_gradient(x, fake_x0, real_x0))  # nor into their parameters
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 
 from causvid_jax.checkpoints import load, workdir
-from causvid_jax.config import ConfigError, Recipe, files
+from causvid_jax.config import ConfigError, Recipe, files, require
 from causvid_jax.evaluation import classifier as classifiers
 from causvid_jax.evaluation import contact_sheet, report, train_classifier
 from causvid_jax.progress import Progress
@@ -65,6 +65,10 @@ def write_report(
     """
     trained = classifiers.load(recipe.data, classifier or classifiers.DEFAULT_PATH)
     params, recipe = workdir.load_decoders(recipe, folder)
+    require(
+        student_only or not recipe.experts.boundary,
+        "the recipe's teacher is two experts (experts.boundary), which a report does not measure; use --student_only",
+    )
     networks = [("student", "distill", student)] + ([] if student_only else [("teacher", "teacher", teacher)])
     for role, stage, file in networks:
         try:

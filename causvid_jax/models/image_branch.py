@@ -64,6 +64,13 @@ def check(image_embeds: jax.Array | None, config: TransformerConfig) -> None:
     require(fits, f"image_embeds of shape {shape} do not fit this transformer; accepted: {accepted}")
 
 
+def accepted(config: TransformerConfig) -> str:
+    """Return what a network needs of a picture, in words."""
+    if config.image_dim:
+        return "image_embeds and image_latents"
+    return "image_latents alone" if config.image_channels else "no image; image to video needs an image branch"
+
+
 def image_condition(
     latents: Float[jax.Array, "B F h w C"], *, known_frames: Sequence[int] = (0,)
 ) -> Float[jax.Array, "B F h w D"]:

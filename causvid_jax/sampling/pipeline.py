@@ -22,7 +22,7 @@ from causvid_jax import media
 from causvid_jax.checkpoints import lora_factors
 from causvid_jax.config import Recipe, require
 from causvid_jax.config.recipes import load_recipe
-from causvid_jax.models import decoder, transformer, vae
+from causvid_jax.models import decoder, vae
 from causvid_jax.sampling import blocks, schedule, stream, weights
 from causvid_jax.sampling.stream import StreamState
 from causvid_jax.sampling.teacher import clip_noise, sample_clip
@@ -305,7 +305,7 @@ def _open(
     folder = None if checkpoint is None else os.fspath(checkpoint)
     own_files = {k: v for k, v in files.items() if v is not None}
     opened, recipe = weights.find(recipe, role, folder, encodes=None if role == "student" else False, files=own_files)
-    shapes = {role: transformer.inference(getattr(recipe, role)), **decoder.codec_shapes(recipe, encodes=True)}
+    shapes = {**weights.shapes(recipe, role), **decoder.codec_shapes(recipe, encodes=True)}
     shapes = {name: shape for name, shape in shapes.items() if name in opened}
     return recipe, weights.load(opened, shapes), text_encoder.open_encoder(recipe, folder)
 
@@ -348,5 +348,8 @@ def load_teacher(
     teacher: str | os.PathLike | None = None,
     vae: str | os.PathLike | None = None,
 ) -> TeacherPipeline:
-    """Load the teacher of a recipe with the VAE; arguments and errors as in :func:`load`."""
+    """Load the teacher of a recipe with the VAE; arguments and errors as in :func:`load`.
+
+    A teacher of two experts (``experts.boundary``) is a folder that holds both.
+    """
     return TeacherPipeline(*_open(config, "teacher", checkpoint, {"teacher": teacher, "vae": vae}))

@@ -118,7 +118,8 @@ class SampleRequest:
     @property
     def has_image_branch(self) -> bool:
         """Whether the sampled network has an image branch."""
-        return (self.config.teacher if self.teacher else self.config.student).image_dim > 0
+        net = self.config.teacher if self.teacher else self.config.student
+        return net.image_dim > 0 or net.image_channels > 0
 
     @property
     def files(self) -> dict[str, str]:

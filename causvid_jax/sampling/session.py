@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from causvid_jax import media as files
 from causvid_jax.config import CLIPConfig, Recipe, require
-from causvid_jax.models import decoder, precision, transformer
+from causvid_jax.models import decoder, precision
 from causvid_jax.sampling import blocks, exported, image_to_video, player, schedule, weights
 from causvid_jax.sampling.request import SampleRequest, teacher_recipe
 from causvid_jax.sampling.script import MOST_INPUT, Event, Script, pack
@@ -92,7 +92,12 @@ def open_session(request: SampleRequest) -> Session:
         files.check_output(path, frames)
     role, encodes = "teacher" if request.teacher else "student", image is not None or video is not None
     opened, recipe = weights.find(recipe, role, request.checkpoint, encodes=encodes, files=request.files)
-    opened[role] = weights.with_loras(opened[role], request.lora)
+    names = weights.networks(recipe, role)
+    require(
+        not request.lora or len(names) == 1,
+        "--lora is given with a teacher of two experts, each of which would need its own; leave it out",
+    )
+    opened |= {name: weights.with_loras(opened[name], request.lora) for name in names}
     program = None
     if request.program:
         latents = blocks.covering_latents(frames, recipe)
@@ -186,23 +191,27 @@ def _hidden(progress: bool | None) -> bool | None:
     return None if progress is None else not progress
 
 
-def _encode_picture(session: Session) -> tuple[jax.Array, ...]:
+def _encode_picture(session: Session) -> tuple[jax.Array | None, ...]:
     """Return image embeds ``[B, S, E]`` and image latents ``[B, F, h, w, 4 + C]``; nothing without a picture.
 
     As in the published code, CLIP reads the whole picture resized to a square, and the VAE reads the picture cropped to
-    the video's size. Each encoder is freed before the next is loaded.
+    the video's size. Each encoder is freed before the next is loaded. Without an image encoder (Wan2.2's I2V) the
+    embeds are None.
     """
     recipe, sizes = session.recipe, session.clip
-    if session.image is None or session.picture is None or sizes is None:
+    if session.image is None or session.picture is None:
         return ()
     whole, cropped = (jnp.asarray(files.to_float(x))[None] for x in (session.picture, session.image))
-    params = weights.load(session.weights, {"image_encoder": decoder.image_encoder_shapes(sizes)})
-    embeds = jax.block_until_ready(image_to_video.image_embeds(params["image_encoder"], whole, config=sizes))
-    weights.free(params)
+    embeds = None
+    if sizes is not None:
+        params = weights.load(session.weights, {"image_encoder": decoder.image_encoder_shapes(sizes)})
+        embeds = jax.block_until_ready(image_to_video.image_embeds(params["image_encoder"], whole, config=sizes))
+        weights.free(params)
     params = weights.load(session.weights, decoder.vae_shapes(recipe))
     latents = jax.block_until_ready(image_to_video.image_latents(params["vae"], cropped, config=recipe))
     weights.free(params)
-    return tuple(jnp.repeat(x, len(session.request.prompt), axis=0) for x in (embeds, latents))
+    count = len(session.request.prompt)
+    return tuple(None if x is None else jnp.repeat(x, count, axis=0) for x in (embeds, latents))
 
 
 def teacher_clips(session: Session, texts: Embeds, timing: player.Timing, say: Say = print) -> Iterator[np.ndarray]:
@@ -212,7 +221,7 @@ def teacher_clips(session: Session, texts: Embeds, timing: player.Timing, say: S
     negative = jnp.asarray(texts[recipe.text.negative_prompt])
     seeds = jnp.asarray(request.seed + np.arange(len(prompts)), jnp.uint32)
     arguments = prompts, negative, *_encode_picture(session)
-    params = weights.load(session.weights, {"teacher": transformer.inference(recipe.teacher)})
+    params = weights.load(session.weights, weights.shapes(recipe, "teacher"))
     begin = time.perf_counter()
     sample = sample_clip.lower(params["teacher"], *arguments, seeds=seeds, config=recipe).compile()
     timing.compile = time.perf_counter() - begin

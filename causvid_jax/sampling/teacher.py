@@ -6,6 +6,9 @@ same in the conditional and the unconditional branch and in every step::
 
     x = concatenate([x_t, image_latents])   [B, F, h, w, 16 + 4 + 16]
     v = v(x, t, negative, embeds) + g (v(x, t, prompt, embeds) - v(x, t, negative, embeds))
+
+Wan2.2-A14B is two networks, chosen by t, each with its g (:mod:`causvid_jax.models.experts`). Its image-to-video model
+reads ``image_latents`` alone.
 """
 
 import functools
@@ -17,7 +20,7 @@ import numpy as np
 
 from causvid_jax.config import Recipe, require
 from causvid_jax.diffusion import guidance, solvers
-from causvid_jax.models import transformer
+from causvid_jax.models import experts, image_branch
 from causvid_jax.sampling import stream
 
 
@@ -38,7 +41,7 @@ def guided_velocity(
     """Return the guided velocity as a function ``(x, timestep [B, F])`` of the noisy latents alone.
 
     Args:
-        params: of the teacher.
+        params: of the teacher, or of its two experts by name (``models.experts``).
         prompt_embeds, negative_prompt_embeds: ``[B, S, E]``; the second may be ``[S, E]``.
         image_embeds, image_latents: ``[B, tokens, width]`` and ``[B, F, h, w, 4 + C]``, with an image branch only.
         config: the recipe.
@@ -46,31 +49,31 @@ def guided_velocity(
     Raises:
         ConfigError: a picture for a teacher without an image branch, or none for one with it.
     """
-    branch = config.teacher.image_dim > 0
-    has_image = image_embeds is not None and image_latents is not None
+    net = config.teacher
     require(
-        branch == has_image,
-        f"the teacher has image_dim = {config.teacher.image_dim}; accepted: "
-        + ("image_embeds and image_latents" if branch else "no image; image to video needs an image branch"),
+        (net.image_dim > 0) == (image_embeds is not None)
+        and (net.image_channels > 0 or net.image_dim > 0) == (image_latents is not None),
+        f"the teacher has image_dim = {net.image_dim} and {net.image_channels} image channels; accepted: "
+        + image_branch.accepted(net),
     )
 
     def velocity(x: jax.Array, timestep: jax.Array, text: jax.Array) -> jax.Array:
-        if image_embeds is None or image_latents is None:
-            return transformer.bidirectional(params, x, timestep, text, config=config.teacher)
-        x, image = _with_image(x, image_embeds, image_latents)
-        return transformer.bidirectional(params, x, timestep, text, image, config=config.teacher)
+        images = [guidance.per_branch(z, x) for z in (image_embeds,) if z is not None]
+        if image_latents is not None:
+            x = jnp.concatenate([x, guidance.per_branch(image_latents, x).astype(x.dtype)], axis=-1)
+        return experts.bidirectional(params, x, timestep, text, *images, config=net, experts=config.experts)
 
     def guided(x: jax.Array, timestep: jax.Array) -> jax.Array:
-        scale = config.diffusion.guidance_scale
+        scale = expert_scale(config, timestep)
         return guidance.guided_velocity(velocity, x, timestep, prompt_embeds, negative_prompt_embeds, scale)
 
     return guided
 
 
-def _with_image(x: jax.Array, embeds: jax.Array, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return ``x`` with the image latents as channels, and the image embeds, both for the batch of ``x`` (B or 2B)."""
-    beside = guidance.per_branch(latents, x).astype(x.dtype)
-    return jnp.concatenate([x, beside], axis=-1), guidance.per_branch(embeds, x)
+def expert_scale(config: Recipe, timestep: jax.Array) -> float | jax.Array:
+    """Return the guidance scale of the teacher at ``timestep [B, F]``: one, or that of each frame's expert."""
+    low, boundary = config.experts.low_noise_guidance_scale, config.experts.boundary
+    return guidance.scale_at(timestep, config.diffusion.guidance_scale, low, boundary)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "timesteps"))

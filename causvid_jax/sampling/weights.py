@@ -13,12 +13,13 @@ import jax
 from causvid_jax import checkpoints
 from causvid_jax.checkpoints import convert, lineage, workdir
 from causvid_jax.config import CausalConfig, ConfigError, Recipe, published, require
-from causvid_jax.models import decoder, transformer
+from causvid_jax.models import decoder, experts, transformer
 from causvid_jax.models.unstacked import unstack
 
 _LOG = logging.getLogger("absl")
 Opened = dict[str, checkpoints.Checkpoint]  # network to checkpoint, of which only headers are read
-STAGES = {"student": "distill", "teacher": "teacher"}
+STAGES = {"student": "distill"}
+"""Role to the stage that left its weights, where their names differ."""
 
 
 def find(
@@ -30,6 +31,8 @@ def find(
     files: Mapping[str, str | os.PathLike] | None = None,
 ) -> tuple[Opened, Recipe]:
     """Open the checkpoints of ``role`` and of its codecs; return them and the recipe with the VAE's latent statistics.
+
+    A teacher of two experts is opened as ``"high_noise"`` and ``"low_noise"``.
 
     Args:
         recipe: of the networks.
@@ -50,25 +53,48 @@ def find(
     single = path if path and not folder else None
     if folder:
         workdir.check_known(folder)
-    opened: Opened = {role: workdir.open_stage(recipe, STAGES[role], folder, own.get(role) or single)}
+    opened = _open_role(recipe, role, folder, own.get(role) or single)
+    first = next(iter(opened.values()))
     require(
-        not (folder and workdir.is_packaged(opened[role].path)),
+        not (folder and workdir.is_packaged(first.path)),
         f"--checkpoint {checkpoint} holds no {role}; give a folder that has one"
         + (", or the file by --student" if role == "student" else ""),
     )
     if role == "student":
-        _check_window(opened[role], recipe.causal)
-        _note_settings(opened[role], recipe)
+        _check_window(first, recipe.causal)
+        _note_settings(first, recipe)
     if recipe.decoder == "taehv":
         opened["taehv"] = workdir.open_stage(recipe, "taehv", folder, own.get("taehv"))
-        lineage.check_latents(opened[role], opened["taehv"])
+        lineage.check_latents(first, opened["taehv"])
         if not (encodes or (encodes is None and ("vae" in own or _has_vae(recipe, folder)))):
             return opened, recipe
-    if role == "teacher" and encodes:
-        opened["image_encoder"] = workdir.open_image_encoder(folder or ".", recipe.teacher)
+    if getattr(recipe, role).image_dim and encodes:
+        opened["image_encoder"] = workdir.open_image_encoder(folder or ".", getattr(recipe, role))
     opened["vae"] = workdir.open_stage(recipe, "vae", folder, own.get("vae"))
-    lineage.check_latents(opened[role], opened["vae"])
+    lineage.check_latents(first, opened["vae"])
     return opened, dataclasses.replace(recipe, vae=opened["vae"].config)
+
+
+def networks(recipe: Recipe, role: str) -> tuple[str, ...]:
+    """Return the names under which the weights of a role are opened: its own, or those of the teacher's experts."""
+    return experts.NAMES if role == "teacher" and recipe.experts.boundary else (role,)
+
+
+def _open_role(recipe: Recipe, role: str, folder: pathlib.Path | None, path: pathlib.Path | None) -> Opened:
+    names = networks(recipe, role)
+    if len(names) == 1:
+        return {role: workdir.open_stage(recipe, STAGES.get(role, role), folder, path)}
+    require(
+        path is None or path.is_dir(),
+        f"{path} is one file; a teacher of two experts (experts.boundary {recipe.experts.boundary:g}) is a folder with "
+        "both",
+    )
+    return {name: workdir.open_stage(recipe, name, path or folder) for name in names}
+
+
+def shapes(recipe: Recipe, role: str) -> dict[str, Any]:
+    """Return the shapes and types in which a role's weights are sampled, by the names of :func:`networks`."""
+    return dict.fromkeys(networks(recipe, role), transformer.inference(getattr(recipe, role)))
 
 
 def _check_window(opened: checkpoints.Checkpoint, causal: CausalConfig) -> None:
@@ -113,8 +139,14 @@ def with_loras(opened: checkpoints.Checkpoint, loras: Sequence[str]) -> checkpoi
 
 
 def load(opened: Opened, shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the weights of the networks in ``shapes`` on the device, in the types of ``shapes``."""
-    return {name: checkpoints.load(opened[name], dtype=types)[0] for name, types in shapes.items()}
+    """Return the weights of the networks in ``shapes`` on the device, in the types of ``shapes``.
+
+    Those of two experts become one entry, ``"teacher"``.
+    """
+    params = {name: checkpoints.load(opened[name], dtype=types)[0] for name, types in shapes.items()}
+    if experts.HIGH_NOISE in params:
+        params["teacher"] = {name: params.pop(name) for name in experts.NAMES}
+    return params
 
 
 def load_student(opened: Opened, recipe: Recipe, *, encodes: bool = False) -> dict[str, Any]:

@@ -253,6 +253,7 @@ def student_update(
             "distill": recipe.train_distill,
             "mask": mask,
             "levels": levels,
+            "experts": recipe.experts,
         }
         objective = recipe.train_distill.objective
         if objective == "dmd_gan":
@@ -406,7 +407,7 @@ def train_distill(run: Run, init_from: pathlib.Path | None = None) -> None:
     config, placement = recipe.train_distill, run.placement
     reader = weights.open_encoder(run)
     negative_prompt_embeds = jnp.asarray(encoder.negative_prompt_embeds(reader))
-    teacher = weights.load_network(run, "causal" if config.teacher == "causal" else "teacher", recipe.teacher)
+    teacher = weights.load_teacher(run, "causal" if config.teacher == "causal" else "teacher")
     start = {"ode": "init", "consistency": "consistency", "teacher": "teacher"}[config.init]
     student = weights.load_network(run, start, recipe.student, init_from)
     critic = first_critic(run, student, teacher)

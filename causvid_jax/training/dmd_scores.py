@@ -12,7 +12,7 @@ from causvid_jax.diffusion import flow
 from causvid_jax.diffusion.guidance import per_branch
 from causvid_jax.distill import dmd, gan
 from causvid_jax.distill.exit_steps import Rollout, exit_steps_of
-from causvid_jax.models import transformer
+from causvid_jax.models import experts, transformer
 from causvid_jax.training.dmd_data import clip_shape
 
 
@@ -58,6 +58,8 @@ def real_score(
 ) -> jax.Array:
     """Return the teacher's velocity, in the forward mode ``train_distill.teacher``."""
     mode = recipe.train_distill.teacher
+    if mode != "causal":
+        return experts.bidirectional(params, x, timestep, text, config=recipe.teacher, experts=recipe.experts)
     return score(params, x, timestep, text, clean=clean, mode=mode, network=recipe.teacher, recipe=recipe)
 
 

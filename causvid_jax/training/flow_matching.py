@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from causvid_jax.config import Recipe
+from causvid_jax.config import Recipe, require
 from causvid_jax.data import pipeline
 from causvid_jax.data import sources as datasets
 from causvid_jax.diffusion import flow
@@ -176,6 +176,11 @@ def read_batches(run: Run, *, batch_size: int, frames: int, seed: int) -> Iterat
 
 def train_teacher(run: Run, init_from: pathlib.Path | None = None) -> None:
     """Train the bidirectional teacher on latents, from fresh weights or from ``init_from``."""
+    require(
+        not run.recipe.experts.boundary,
+        f"the stage teacher trains one network, and the recipe's teacher is two experts (experts.boundary "
+        f"{run.recipe.experts.boundary:g}); use the published ones, or experts.boundary=0",
+    )
     vae_params, recipe = weights.load_vae(run)
     reader = weights.open_encoder(run)
     step = teacher_step(recipe, run.placement, negative_embeds(reader))

@@ -13,7 +13,7 @@ from causvid_jax.checkpoints import lineage, load, lora_factors, open_checkpoint
 from causvid_jax.checkpoints import workdir as paths
 from causvid_jax.config import LoraConfig, Recipe, TransformerConfig, require, to_json
 from causvid_jax.distributed import collectives
-from causvid_jax.models import adapters, transformer
+from causvid_jax.models import adapters, experts, transformer
 from causvid_jax.sharding.params import init_tree
 from causvid_jax.sharding.placement import Placement
 from causvid_jax.text import encoder
@@ -55,9 +55,20 @@ def load_network(run: Run, stage: str, config: TransformerConfig, path: pathlib.
     """Return the weights that ``stage`` left, or those of ``path``, on the mesh; a host reads only what it holds.
 
     With ``config.lora`` new adapters are put beside them.
+
+    Raises:
+        ConfigError: weights that are missing or do not fit, or a start from a teacher that is two networks.
     """
+    require(
+        path is not None or stage != "teacher" or not run.recipe.experts.boundary,
+        f"the stage {run.name} starts from the teacher, which is two experts (experts.boundary "
+        f"{run.recipe.experts.boundary:g}); give the folder of one of them by --init_from",
+    )
     plain = dataclasses.replace(config, lora=LoraConfig())
-    opened = open_checkpoint(path or paths.find(run.recipe.name, stage, run.workdir), plain)
+    path = path or paths.find(run.recipe.name, stage, run.workdir)
+    if stage in experts.NAMES:
+        paths.check_boundary(run.recipe, path)
+    opened = open_checkpoint(path, plain)
     if run.placement.mesh is None:
         return with_new_adapters(load(opened)[0], config, run.config.seed)
     # A file has one checksum, so one process reads all of it, through a buffer.
@@ -65,6 +76,13 @@ def load_network(run: Run, stage: str, config: TransformerConfig, path: pathlib.
     params = load(opened, run.placement.params(transformer.spec(plain), config.rules), check=False)[0]
     places = adapters.split(run.placement.params(transformer.spec(config), config.rules))[0]
     return with_new_adapters(params, config, run.config.seed, places)
+
+
+def load_teacher(run: Run, stage: str) -> Any:
+    """Return the frozen teacher of ``stage`` on the mesh; of two experts a tree of each, sharded alike."""
+    if not run.recipe.experts.boundary:
+        return load_network(run, stage, run.recipe.teacher)
+    return {name: load_network(run, name, run.recipe.teacher) for name in experts.NAMES}
 
 
 def with_new_adapters(params: Any, config: TransformerConfig, seed: int, shardings: Any = None) -> Any:

@@ -116,7 +116,7 @@ def test_split_files_and_a_second_expert(tmp_path, save, states, vae_states):
     for name in ("transformer", "transformer_2"):
         save(tmp_path / "wan22" / name / "diffusion_pytorch_model.safetensors", states["diffusers"])
     (sentence,) = workdir.left_out(tmp_path / "wan22")
-    assert "is Wan2.2 with two experts; this version runs one transformer and does not use transformer_2" in sentence
+    assert sentence.startswith("transformer_2: ") and "two experts, which are converted one at a time" in sentence
     assert workdir.left_out(tmp_path / "comfy") == []
 
 

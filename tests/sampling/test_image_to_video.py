@@ -49,7 +49,12 @@ def test_a_clip_is_a_function_of_its_own_picture_and_seed():
 @pytest.mark.parametrize("column", ["default", "wan"])
 def test_only_the_published_numerics_tell_whole_timesteps(column, monkeypatch):
     config, told = golden.recipe(), {}
-    config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, precision=column, image_dim=0))
+    config = dataclasses.replace(
+        config,
+        teacher=dataclasses.replace(
+            config.teacher, precision=column, image_dim=0, in_channels=config.teacher.out_channels
+        ),
+    )
 
     def solve(diffusion, velocity, noise, *, integer_timesteps):
         told["whole"] = integer_timesteps
