@@ -147,15 +147,17 @@ def load_params(path: str | os.PathLike, dtype: Any = np.float32) -> tuple[dict[
         (nested dict of NumPy arrays, metadata).
 
     Raises:
-        ConfigError: the file is unreadable or was changed.
+        ConfigError: the file is unreadable or was changed, or a tensor holds a NaN or an infinity.
     """
     verify(path)
     tensors, _, metadata = open_own(path)
     flat = {}
     for name, tensor in tensors.items():
-        floating = dtype is not None and jnp.issubdtype(tensor.dtype, jnp.floating)
+        floating = jnp.issubdtype(tensor.dtype, jnp.floating)
         with tensor.view() as array:
             flat[name] = np.array(array, dtype if floating else None)
+        finite = not floating or np.isfinite(flat[name]).all()
+        require(bool(finite), f"tensor {name} of {path} holds a NaN or an infinity; the file is unusable")
     return unflatten(flat), metadata
 
 

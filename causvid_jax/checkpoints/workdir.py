@@ -88,12 +88,26 @@ def left_out(path: str | os.PathLike) -> list[str]:
     folder = pathlib.Path(path)
     one, other = _EXPERTS[0], (_EXPERTS[1][1],)
     experts = [name for name in (*one, *other) if source.weights_files(folder / name)]
-    if not experts:
-        return []
-    return [
-        f"{' and '.join(experts)}: {folder} is Wan2.2 with two experts, which are converted one at a time "
-        f"(--input={folder / experts[0]}); a teacher is sampled from the folder as it is"
-    ]
+    sentences = [_unread(folder)] if _unread(folder) else []
+    if experts:
+        sentences.append(
+            f"{' and '.join(experts)}: {folder} is Wan2.2 with two experts, which are converted one at a time "
+            f"(--input={folder / experts[0]}); a teacher is sampled from the folder as it is"
+        )
+    return sentences
+
+
+def _unread(folder: pathlib.Path) -> str:
+    """Return a sentence about the folders of weights that no network of this version reads, "" without any."""
+    folder = folder / "split_files" if (folder / "split_files").is_dir() else folder
+    if not folder.is_dir():
+        return ""
+    known = {*STAGES, *(inner for pair in _EXPERTS for inner in pair)}
+    known |= {inner for candidates in _FOLDERS.values() for inner in candidates}
+    others = [path.name for path in sorted(folder.iterdir()) if path.name not in known and source.weights_files(path)]
+    if not others or not components(folder):
+        return ""
+    return f"{folder} also holds weights in {', '.join(others)}, which no network of this version reads"
 
 
 def find_experts(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
@@ -151,7 +165,12 @@ def resolve(path: str | os.PathLike, stage: str) -> pathlib.Path:
     own = stage_path(path, stage)
     if not path.is_dir() or own.is_file():
         return own if own.is_file() else path
-    published = _published(path, _COMPONENTS.get(stage, "transformer"))
+    component = _COMPONENTS.get(stage, "transformer")
+    if component == "transformer":
+        _refuse_experts(path)
+    published = _published(path, component)
+    if published and _unread(path):
+        _say_once(_unread(path))
     return published or path
 
 
@@ -180,6 +199,8 @@ def find(recipe: str, stage: str, workdir: str | os.PathLike | None = None) -> p
     if workdir is not None and stage in _COMPONENTS:
         published = _published(workdir, _COMPONENTS[stage])
         if published is not None:
+            if unread := _unread(pathlib.Path(workdir)):
+                _say_once(unread)
             return published
     if own is not None and (own.parent / "checkpoints").is_dir():
         raise ConfigError(
@@ -189,7 +210,7 @@ def find(recipe: str, stage: str, workdir: str | os.PathLike | None = None) -> p
     packaged = ASSETS / recipe / f"{stage}.safetensors"
     if packaged.is_file():
         if workdir is not None:
-            _say_packaged(f"{workdir} holds no {stage}; the one of the package is used")
+            _say_once(f"{workdir} holds no {stage}; the one of the package is used")
         return packaged
     prefix = f"{own} does not exist and " if own is not None else ""
     if stage in STAGES:
@@ -210,7 +231,7 @@ def _refuse_experts(folder: pathlib.Path) -> None:
 
 
 @functools.cache
-def _say_packaged(text: str) -> None:
+def _say_once(text: str) -> None:
     """Log ``text`` once per process."""
     _LOG.warning(text)
 
@@ -270,6 +291,8 @@ def open_stage(
     if stage in NAMES:
         check_boundary(recipe, path)
     opened = checkpoint.open_checkpoint(path, config_of(recipe, stage), part=part)
+    if part is None and len(opened.source.parts) > 1:
+        _say_once(f"{opened.path}: uses {opened.source.of_parts}")
     trained = opened.source.metadata.get("stage")
     wrong = stage == "distill" and opened.format == OURS and trained in ("teacher", "causal")
     require(not wrong, f"{path} holds the weights of the stage {trained!r}, not of a student")

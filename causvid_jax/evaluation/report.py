@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from causvid_jax.config import Recipe, require
+from causvid_jax.config import ConfigError, Recipe, require
 from causvid_jax.data import digits
 from causvid_jax.evaluation import classifier as classifiers
 from causvid_jax.evaluation import frame_metrics, metrics
@@ -239,7 +239,11 @@ def sample_row(row: Row, batch: int, progress: "_Work") -> np.ndarray:
     for first in range(0, len(row.captions), batch):
         part = row.captions[first : first + batch]
         # Pad a short last batch and cut the result, so that one batch size needs one compilation.
-        clips.append(row.sample(_slice(row.captions, first, batch), first)[: len(part)])
+        try:
+            made = row.sample(_slice(row.captions, first, batch), first)
+        except ConfigError as error:  # frames that are not finite
+            raise ConfigError(f"row {row.name!r} of the report, clips from {first} on: {error}") from error
+        clips.append(made[: len(part)])
         progress.add(row.passes * len(part))
     return np.concatenate(clips)
 

@@ -118,6 +118,47 @@ def test_split_files_and_a_second_expert(tmp_path, save, states, vae_states):
     (sentence,) = workdir.left_out(tmp_path / "wan22")
     assert sentence.startswith("transformer_2: ") and "two experts, which are converted one at a time" in sentence
     assert workdir.left_out(tmp_path / "comfy") == []
+    save(files / "model_patches" / "control.safetensors", states["original"])
+    assert workdir.left_out(tmp_path / "comfy") == [
+        f"{files} also holds weights in model_patches, which no network of this version reads"
+    ]
+
+
+def test_what_is_used_in_part_is_said_or_refused(tmp_path, save, caplog):
+    """Two experts in three layouts, weights that nothing reads, and averages beside raw weights."""
+    recipe = dataclasses.replace(RECIPE, name="mine")
+    _, state = published(recipe.teacher, "original")
+    _, coder = published(dataclasses.replace(RECIPE.vae, latent_mean=(), latent_std=()), "original")
+    for names in (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2")):
+        folder = tmp_path / names[0]
+        for name in names:
+            save(folder / name / "diffusion_pytorch_model.safetensors", state)
+        save(folder / "vae" / "Wan2.1_VAE.safetensors", coder)
+        for stage in ("teacher", "causal"):
+            with pytest.raises(ConfigError, match=f"holds two experts, {names[0]} and {names[1]}, and the recipe has"):
+                workdir.open_stage(recipe, stage, folder)
+        with pytest.raises(ConfigError, match="holds two experts"):
+            workdir.resolve(folder, "init")
+        with pytest.raises(ConfigError, match=f"holds 0 weights files and weights in {names[0]}, {names[1]}"):
+            open_checkpoint(folder)
+        assert workdir.open_stage(recipe, "teacher", path=folder / names[1]).format == "original"
+        workdir.open_stage(recipe, "vae", folder)
+    for noise in ("high", "low"):
+        save(tmp_path / "comfy" / "diffusion_models" / f"wan2.2_t2v_{noise}_noise_14B_fp16.safetensors", state)
+    with pytest.raises(ConfigError, match="holds 2 weights files .wan2.2_t2v_high_noise_14B_fp16.safetensors, wan2.2_"):
+        workdir.open_stage(recipe, "teacher", tmp_path / "comfy")
+    assert caplog.messages == []
+
+    save(folder / "controlnet" / "model.safetensors", state)
+    for _ in range(2):
+        workdir.open_stage(recipe, "vae", folder)
+    assert caplog.messages == [f"{folder} also holds weights in controlnet, which no network of this version reads"]
+    for average, raw in (("model_ema", "model."), ("ema", "")):
+        both = {raw + name: x for name, x in state.items()} | {f"{average}.{name}": x for name, x in state.items()}
+        path = save(tmp_path / f"{average}.safetensors", both)
+        opened = workdir.open_stage(recipe, "teacher", path=path)
+        assert opened.source.part == average and f"part {average!r} of '', {average!r}" in str(opened)
+        assert caplog.messages[-1] == f"{path}: uses part {average!r} of '', {average!r}"
 
 
 def test_the_image_encoder_must_fit_the_teacher(tmp_path, save):
