@@ -9,6 +9,7 @@ from typing import Annotated
 
 import pytest
 
+from causvid_jax.analysis import memory
 from causvid_jax.cli import PROGRAMS, common
 from causvid_jax.config import ConfigError, Recipe
 from causvid_jax.config.fields import field_types
@@ -71,6 +72,52 @@ def test_an_absurd_number_of_a_field_is_refused(path, kind, several):
         with pytest.raises(ConfigError) as error:
             load_recipe("digits", {path: f"({text},)" if several else text})
         assert path.rsplit(".", 1)[1] in str(error.value) and "\n" not in str(error.value)
+
+
+SQUARE = ("--config.video.height=4096", "--config.video.width=4096")
+LONG = ("--config.video.frames=99993",)
+ENDLESS = (
+    "--config.causal.window=0",
+    "--config.causal.sink=0",
+    "--config.train_distill.continuation_prob=0",
+)
+TOGETHER = [
+    ("sample", ["--prompt=a red 3", "--frames=9999999", *ENDLESS, *SQUARE], "to stream takes about"),
+    ("sample", [*["--prompt=a red 3"] * 1024, *SQUARE], "to stream takes about"),
+    ("sample", ["--prompt=a red 3", "--teacher", "--frames=99993", *SQUARE], "to denoise takes about"),
+    ("serve", ["--sessions=1000", "--port=0", *SQUARE], "to serve 1000 sessions takes about"),
+    ("bench", ["--output=bench.json", "--streams=4096", *SQUARE], "to stream takes about"),
+    ("prepare", ["--stage=data", *SQUARE, *LONG], "to make the stage 'data' takes about"),
+    ("prepare", ["--stage=latents", *SQUARE, *LONG], "to encode a batch of clips takes about"),
+    ("prepare", ["--stage=videos", "--batch=4096", *SQUARE], "to encode a batch of clips takes about"),
+    ("prepare", ["--stage=trajectories", *SQUARE], "to denoise takes about"),
+    ("prepare", ["--stage=streams", *SQUARE], "to stream takes about"),
+    (
+        "evaluate",
+        ["--output=r.json", "--student_only", "--batch=4096", "--long_factor=1000"],
+        "to evaluate takes about",
+    ),
+    ("evaluate", ["--output=r.json", "--student_only", "--samples=1000000", "--batch=1"], "to evaluate takes about"),
+    ("evaluate", ["--output=r.json", "--batch=64", *SQUARE], "to stream takes about"),
+    ("compile", ["--stage=stream", "--platform=cpu", "--output=x.program", "--batch=4096", *SQUARE], "the device has"),
+    ("compile", ["--stage=stream", "--platform=cuda", "--output=x.program", "--batch=4096", *SQUARE], "has less than"),
+]
+
+
+@pytest.mark.parametrize("program,flags,words", TOGETHER)
+def test_numbers_too_large_together_are_refused_before_memory_is_asked_for(
+    program, flags, words, tmp_path, monkeypatch
+):
+    """On a machine of 64 GiB. The memory of this process grows by less than a batch of any of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "host_memory", lambda: 2**36)
+    monkeypatch.setattr(common, "enable_compilation_cache", lambda: None)
+    before = memory.peak_rss()
+    flags = [*flags, "--workdir=run"] if program == "prepare" else flags
+    with pytest.raises(ConfigError) as error:
+        common.call(program, ["--config=digits", *flags])
+    assert re.search(rf"{words}.*; what makes it less: ", str(error.value)) and "\n" not in str(error.value)
+    assert memory.peak_rss() - before < 2**30 and [p.name for p in tmp_path.iterdir()] in ([], ["run"])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import functools
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -151,14 +151,20 @@ def describe(phases: tuple[Phase, ...], limit: int | None = None) -> str:
     return "\n".join(lines)
 
 
-def check_fits(phases: tuple[Phase, ...], limit: int | None) -> None:
-    """Refuse phases that are larger than the device (``limit`` bytes; None: unknown)."""
+LESS = "a smaller video.height and video.width, fewer --frames or prompts at once, a causal.window, decoder=taehv"
+"""What makes the memory of sampling less."""
+
+
+def check_fits(phases: Sequence[Phase], limit: int | None, less: str = LESS, owner: str = "the device has") -> None:
+    """Refuse phases that are larger than the memory (``limit`` bytes; None: unknown) that ``owner`` names.
+
+    ``less`` names what makes them smaller.
+    """
     for phase in phases:
         require(
             limit is None or phase.total <= limit,
-            f"to {phase.name} takes about {format_bytes(phase.total)}, and the device has {format_bytes(limit or 0)}; "
-            "what makes it less: a smaller video.height and video.width, fewer --frames or prompts at once, a "
-            "causal.window, decoder=taehv",
+            f"to {phase.name} takes about {format_bytes(phase.total)}, and {owner} {format_bytes(limit or 0)}; "
+            f"what makes it less: {less}",
         )
 
 
@@ -181,9 +187,12 @@ def memory_limit() -> int | None:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    if jax.default_backend() == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    return host_memory() if jax.default_backend() == "cpu" else None
+
+
+def host_memory() -> int | None:
+    """Return the bytes of memory of this machine; None if unknown."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in os.sysconf_names else None
 
 
 def _picture_phases(recipe: Recipe, encoder: CLIPConfig | None) -> tuple[Phase, ...]:

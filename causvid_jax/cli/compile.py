@@ -106,6 +106,7 @@ def with_mesh(recipe: Recipe, stage: str, machine: "TopologySpec") -> Recipe:
 def build(options: Options) -> None:
     """Lower the stream's programs and write them."""
     recipe, stage = options.config, options.stage
+    from causvid_jax.analysis import bounds
     from causvid_jax.checkpoints import workdir
     from causvid_jax.config.files import format_bytes
     from causvid_jax.models import precision
@@ -119,6 +120,7 @@ def build(options: Options) -> None:
     if recipe.decoder == "vae" or stage == "serve":
         recipe = dataclasses.replace(recipe, vae=workdir.find_statistics(recipe, options.checkpoint))
     platform = options.platform or ""
+    bounds.check_program(recipe, options.batch, here=platform == exported.this_platform())
     if stage == "serve":
         from causvid_jax.serve import functions
 

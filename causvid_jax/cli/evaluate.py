@@ -57,6 +57,7 @@ def main(options: Options) -> None:
     elif options.classifier:
         path = common.check_output(options.classifier, (".safetensors",), "classifier")
     common.enable_compilation_cache()
+    from causvid_jax.analysis import bounds
     from causvid_jax.evaluation import classifier as classifiers
     from causvid_jax.evaluation import measure, report
 
@@ -64,6 +65,7 @@ def main(options: Options) -> None:
         measure.make_classifier(options.config, path or classifiers.DEFAULT_PATH)
         return
     plan = report.Plan(**{field.name: getattr(options, field.name) for field in dataclasses.fields(report.Plan)})
+    bounds.check_evaluation(options.config, plan, teacher=not options.student_only)
     common.log_start(options.config)
     measure.write_report(
         options.config,

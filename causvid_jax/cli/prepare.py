@@ -59,12 +59,14 @@ def main(options: Options) -> None:
     import jax
     from absl import logging
 
+    from causvid_jax.analysis import bounds
     from causvid_jax.data import prepare
     from causvid_jax.distributed import collectives
 
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(prepare.Options)}
     stage_options = prepare.Options(**{name: value for name, value in values.items() if value is not None})
     with processes.joined(options) as many:
+        bounds.check_stage(stage, recipe, chosen)
         if many:
             processes.check(values | {"stage": stage, "config": dataclasses.asdict(recipe)}, folder)
         if stage != "data":

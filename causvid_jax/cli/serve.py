@@ -41,9 +41,11 @@ def main(options: Options) -> None:
         raise ConfigError(f"causvid serve needs {error.name}; install it: pip install 'causvid_jax[serve]'") from error
     if options.webrtc and importlib.util.find_spec("aiortc") is None:
         raise ConfigError("--webrtc needs aiortc; install it: pip install 'causvid_jax[webrtc]'")
+    from causvid_jax.analysis import bounds
     from causvid_jax.serve.programs import open_programs, require_endless
 
     require_endless(options.config)
+    bounds.check_server(options.config, options.sessions)
     listener = server.listen(options)
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"

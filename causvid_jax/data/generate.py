@@ -31,6 +31,11 @@ from causvid_jax.sampling import stream, weights
 from causvid_jax.sampling.teacher import expert_scale
 from causvid_jax.text import encoder
 
+CLIPS_AT_ONCE = 8
+"""Clips per device and call of the VAE."""
+STREAMS_AT_ONCE = 16
+"""Trajectories per device and call, streams side by side."""
+
 
 def weights_digest(params: dict[str, Any]) -> str:
     """Return a short digest of a parameter tree, for the identity of a dataset."""
@@ -91,7 +96,7 @@ def write_latents(
     clips: str,
     count: int = 0,
     chunk: int = 256,
-    batch: int = 8,
+    batch: int = CLIPS_AT_ONCE,
     prompt_encoder: encoder.Encoder | None = None,
     **options: Any,
 ) -> bool:
@@ -151,7 +156,7 @@ def write_trajectories(
     *,
     seed: int = 0,
     chunk: int = 64,
-    batch: int = 16,
+    batch: int = STREAMS_AT_ONCE,
     prompt_encoder: encoder.Encoder | None = None,
     **options: Any,
 ) -> bool:
@@ -250,7 +255,7 @@ def write_causal_trajectories(
     frames: int = 0,
     seed: int = 0,
     chunk: int = 64,
-    batch: int = 16,
+    batch: int = STREAMS_AT_ONCE,
     prompt_encoder: encoder.Encoder | None = None,
     **options: Any,
 ) -> bool:
@@ -350,7 +355,7 @@ def write_streams(
     clips: int,
     seed: int = 0,
     chunk: int = 32,
-    batch: int = 16,
+    batch: int = STREAMS_AT_ONCE,
     prompt_encoder: encoder.Encoder | None = None,
     **options: Any,
 ) -> bool:

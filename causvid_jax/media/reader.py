@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import pathlib
 import re
 import typing
@@ -47,12 +48,29 @@ def read_video(
     """
     path = pathlib.Path(path)
     require(path.is_file(), f"video {str(path)!r} does not exist")
+    result: list[np.ndarray] = []
+    large = False
     try:
-        result = list(itertools.islice(iterate_frames(path, height, width, fps), frames))
+        for frame in itertools.islice(iterate_frames(path, height, width, fps), frames):
+            large = 2 * (len(result) + 1) * frame.nbytes > _memory()  # once as a list and once as an array
+            if large:
+                break
+            result.append(frame)
     except (OSError, ValueError, IndexError, av.FFmpegError) as error:
         raise ConfigError(f"cannot read video {str(path)!r}: it is not a video or it is damaged") from error
+    require(
+        not large,
+        f"video {str(path)!r} has more frames of {width} x {height} pixels than this machine's memory holds; "
+        "give fewer frames, or smaller ones",
+    )
     require(bool(result), f"cannot read video {str(path)!r}: it holds no frames")
     return np.stack(result)
+
+
+def _memory() -> float:
+    """Return the bytes of memory of this machine; infinity if unknown."""
+    known = "SC_PHYS_PAGES" in os.sysconf_names
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else math.inf
 
 
 def iterate_frames(
