@@ -161,9 +161,10 @@ def main() -> None:
     """Run all mutants, or those with a word in them, and list what became of each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="only mutants with this text in file or lines")
+    parser.add_argument("--start", type=int, default=1, help="number of the first mutant, to go on with a list")
     parser.add_argument("--jobs", type=int, default=1, help="copies of the repository to run tests in")
     options = parser.parse_args()
-    chosen = [m for m in MUTANTS if options.only in f"{m.file} {m.old} {m.new}"]
+    chosen = [m for m in MUTANTS[options.start - 1 :] if options.only in f"{m.file} {m.old} {m.new}"]
     outcomes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         copies: queue.Queue[pathlib.Path] = queue.Queue()
