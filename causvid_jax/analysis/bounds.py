@@ -6,6 +6,7 @@ their own plans.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 
@@ -65,7 +66,7 @@ def check_evaluation(recipe: Recipe, plan: Plan, teacher: bool = True) -> None:
     latents = blocks.covering_latents(longest, recipe)
     phases = [*memory.sampling_phases(recipe, "student", batch=plan.batch, latents=latents, prompts=0)]
     if teacher:
-        size = {"batch": plan.batch, "latents": recipe.video.latent_frames, "prompts": 0}
+        size: dict[str, Any] = {"batch": plan.batch, "latents": recipe.video.latent_frames, "prompts": 0}
         phases += memory.sampling_phases(recipe, "teacher", **size)
     pixels = _pixels(recipe)
     clips = 5 * plan.samples + plan.reference + (plan.long_samples or plan.samples)
@@ -89,6 +90,7 @@ def check_stage(stage: str, recipe: Recipe, options: prepare.Options) -> None:
         ConfigError: the batch does not fit the device, or its frames do not fit the host.
     """
     frames, pixels = recipe.video.frames, _pixels(recipe)
+    size: dict[str, Any]
     less = "shorter or smaller videos (video.frames, video.height, video.width)"
     limit = None if stage == "data" else memory.memory_limit()  # digits are drawn without a device
     held = frames * pixels * (options.workers if recipe.data.name == "videos" else 1)

@@ -66,7 +66,7 @@ def main(options: Options) -> None:
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(prepare.Options)}
     stage_options = prepare.Options(**{name: value for name, value in values.items() if value is not None})
     with processes.joined(options) as many:
-        bounds.check_stage(stage, recipe, chosen)
+        bounds.check_stage(stage, recipe, stage_options)
         if many:
             processes.check(values | {"stage": stage, "config": dataclasses.asdict(recipe)}, folder)
         if stage != "data":
