@@ -379,7 +379,8 @@ class DistillStageConfig(StageConfig):
     ``objective`` is the student's loss: ``"dmd"`` (the paper; ``distill.dmd``), ``"sid"`` (score identity distillation
     with ``sid_alpha``; ``distill.sid``) or ``"dmd_gan"`` (DMD plus ``gan_weight`` times a logistic loss on features of
     the fake score at the layers ``gan_layers``, empty for three of the upper half; ``distill.gan``). The last one needs
-    real latents, and adds ``gan_critic_weight`` times the discriminator's loss to the fake score's.
+    real latents, and adds ``gan_critic_weight`` times the discriminator's loss to the fake score's, and its squared
+    slope at real and generated clips (``gan_r1_weight``, ``gan_r2_weight``), by differences of ``gan_r_sigma``.
 
     ``rollout`` is ``"data"`` (the paper: real latents noised per block) or ``"self"`` (the student's own rollout).
     With ``include_clean`` a block of a data rollout may be clean (t = 0). ``mask_clean`` leaves such blocks, which the
@@ -419,6 +420,9 @@ class DistillStageConfig(StageConfig):
     gan_weight: NotNegative = 0.03
     gan_critic_weight: NotNegative = 0.03
     gan_layers: tuple[CountOrZero, ...] = ()
+    gan_r1_weight: NotNegative = 0.0
+    gan_r2_weight: NotNegative = 0.0
+    gan_r_sigma: Positive = 0.01
     critic_steps: Count = 5
     guidance_scale: NotNegative = 4.5
     fake_guidance_scale: NotNegative = 1.0

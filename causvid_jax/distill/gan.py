@@ -5,6 +5,12 @@ student's are noised alike. With the weights w of the two networks (``gan_weight
 
     L_G = L_DMD + w mean softplus(-D(x_t))                                   x the student's output, through x_t
     L_C = L_flow + w_C mean (softplus(-D(real_t)) + softplus(D(fake_t)))     the fake is a constant
+          + r_1 mean ((D(real_t + s e) - D(real_t)) / s)^2 + r_2 (the same of fake_t)
+
+The last line is R1 and R2, the squared slope of D at real and at generated clips, by differences along noise e
+of N(0, 1) and not by a second derivative. For small s its mean is ``|grad D|^2``. The weights ``gan_r1_weight`` and
+``gan_r2_weight`` are 0 as published, s is ``gan_r_sigma``. Source: Seaweed-APT, arXiv 2501.08316, which does not divide
+by s^2.
 
 The best discriminator of fixed distributions is ``D = log p_real(x_t) - log p_student(x_t)``, which is 0 where they are
 equal; the gradient of L_G then vanishes as DMD's does.
@@ -98,12 +104,17 @@ def critic_loss(
     loss, metrics = dmd.critic_loss(x0, prompt_embeds, key, levels=levels, **options)
     diffusion, distill = options["diffusion"], options["distill"]
     fake = jax.lax.stop_gradient(x0.astype(jnp.float32))
-    logits = []
-    for i, x in ((1, fake), (2, real)):
+    logits, slopes = [], {}
+    for i, x, name, weight in ((1, fake, "r2", distill.gan_r2_weight), (2, real, "r1", distill.gan_r1_weight)):
         key_of = jax.random.fold_in(key, i)
         x_t, timestep, *_ = dmd.noise_output(x, key_of, None, None, diffusion, distill, levels)
         logits.append(discriminator(x_t, timestep, prompt_embeds))
+        if weight:
+            moved = x_t + distill.gan_r_sigma * jax.random.normal(jax.random.fold_in(key, i + 2), x_t.shape)
+            slope = (discriminator(moved, timestep, prompt_embeds) - logits[-1]) / distill.gan_r_sigma
+            slopes[name] = jnp.mean(jnp.square(slope))
+            loss = loss + weight * slopes[name]
     fake_logit, real_logit = logits
     logistic = jnp.mean(jax.nn.softplus(-real_logit) + jax.nn.softplus(fake_logit))
     total = loss + distill.gan_critic_weight * logistic
-    return total, metrics | {"loss": total, "discriminator": logistic}
+    return total, metrics | {"loss": total, "discriminator": logistic} | slopes

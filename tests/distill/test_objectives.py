@@ -101,6 +101,34 @@ def test_gan_losses_match_numpy():
     np.testing.assert_allclose(loss - plain, expected, rtol=1e-4)
 
 
+def test_r1_and_r2_match_numpy_and_the_slope():
+    """Of D = sum of squares / 5 by the same draws; of a linear D the mean over many draws is the squared slope."""
+    rng = np.random.default_rng(0)
+    x0, clips = (rng.standard_normal(SHAPE).astype(np.float32) for _ in range(2))
+    options = {"fake": fake, "diffusion": DIFFUSION}
+    plain = DistillStageConfig(objective="dmd_gan")
+    both = dataclasses.replace(plain, gan_r1_weight=0.3, gan_r2_weight=0.2, gan_r_sigma=0.5)
+    square = lambda x, timestep, text: jnp.sum(jnp.square(x), axis=(1, 2, 3, 4)) / 5  # noqa: E731
+    run = lambda distill, d: gan.critic_loss(x0, clips, TEXT, KEY, discriminator=d, distill=distill, **options)  # noqa: E731
+    (without, _), (loss, metrics) = run(plain, square), run(both, square)
+    expected = {}
+    for i, name, x in ((1, "r2", x0), (2, "r1", clips)):
+        x_t = np.asarray(noised(x, jax.random.fold_in(KEY, i))[1], np.float64)
+        noise = np.asarray(jax.random.normal(jax.random.fold_in(KEY, i + 2), SHAPE), np.float64)
+        moved = ((x_t + 0.5 * noise) ** 2 - x_t**2).sum((1, 2, 3, 4)) / 5 / 0.5
+        expected[name] = np.mean(moved**2)
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-4)
+    np.testing.assert_allclose(loss - without, 0.3 * expected["r1"] + 0.2 * expected["r2"], rtol=1e-3)
+
+    slope = rng.standard_normal((1, 2, 2, 1)).astype(np.float32)
+    linear = lambda x, timestep, text: jnp.sum(slope * x, axis=(1, 2, 3, 4))  # noqa: E731
+    many = np.zeros((4096, 1, 2, 2, 1), np.float32)
+    config = dataclasses.replace(both, gan_r_sigma=0.1)
+    settings = {"discriminator": linear, "distill": config, "fake": lambda x, t, _: x, "diffusion": DIFFUSION}
+    _, metrics = gan.critic_loss(many, many, np.zeros((4096, 1, 1), np.float32), KEY, **settings)
+    np.testing.assert_allclose([metrics["r1"], metrics["r2"]], (slope**2).sum(), rtol=0.1)
+
+
 @pytest.mark.parametrize("objective", ["sid", "sid half", "dmd_gan", "gan alone"])
 def test_exact_scores_drive_mean_and_scale_to_the_data(objective):
     """With exact scores (and the best discriminator) each objective finds the data from mean -1 and deviation 1.4."""
