@@ -1,8 +1,8 @@
 """Wan2.1-T2V-14B: the recipe ``wan_1_3b`` with the large network as teacher and student.
 
 ``configs/wan_14b.py:i2v`` is Wan2.1-I2V-14B at 480p: the same network with the image branch, and the published sampler
-(UniPC, 40 steps, shift 3) and negative prompt. It is sampled with ``--teacher --image``; no stage trains a student with
-an image branch.
+(UniPC, 40 steps, shift 3) and negative prompt. It is sampled with ``--teacher --image``; its student has the branch too
+(docs/training.md).
 """
 
 import ml_collections

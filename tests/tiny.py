@@ -14,7 +14,7 @@ import numpy as np
 from causvid_jax.checkpoints import store
 from causvid_jax.checkpoints import workdir as stage_files
 from causvid_jax.config import Recipe, from_config_dict
-from causvid_jax.data import arrays, digits
+from causvid_jax.data import arrays, digits, pictures
 from causvid_jax.models import taehv, transformer, vae
 from causvid_jax.sharding.placement import place
 from causvid_jax.training import stages
@@ -73,14 +73,16 @@ def tiny_workdir(folder: pathlib.Path, recipe: Recipe = RECIPE, examples: int = 
         ("latents", "latents", recipe.latent_shape),
         ("trajectories", "trajectory", (states, *recipe.latent_shape)),
     ):
+        shapes = {key: shape, **pictures.shapes(recipe)}
         rows = [
-            {key: rng.standard_normal(shape).astype(np.float16), "caption": captions[i % len(captions)]}
+            {part: rng.standard_normal(size).astype(np.float16) for part, size in shapes.items()}
+            | {"caption": captions[i % len(captions)]}
             for i in range(examples)
         ]
         arrays.write_dataset(
             folder / "data" / name,
             name=name,
-            features=arrays.array_features(**{key: shape}),
+            features=arrays.array_features(**shapes),
             chunks=1,
             make_chunk=lambda _, rows=rows: rows,
             identity={},

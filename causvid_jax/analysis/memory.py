@@ -15,7 +15,7 @@ import os
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from causvid_jax.config import CLIPConfig, Recipe, TransformerConfig, require
 from causvid_jax.config.files import format_bytes
 from causvid_jax.models import attention, decoder, experts, transformer, vae
 from causvid_jax.models.decoder import codec_shapes, image_encoder_shapes, vae_shapes
+from causvid_jax.models.image_branch import Picture, has_branch
 from causvid_jax.sampling import stream
 from causvid_jax.text import encoder
 
@@ -89,15 +90,20 @@ def sampling_phases(
         phases.append(Phase("encode the prompts", items))
     coder = codec_shapes(recipe, encodes=role == "student" and (image or video))
     height, width = recipe.latent_size
-    k = recipe.causal.frames_per_block
     net = getattr(recipe, role)
+    picture = _picture_shapes(recipe, net, batch, latents) if image else None
+    if picture is not None:
+        phases += _picture_phases(recipe, clip)
+    k = recipe.causal.frames_per_block
     weights = transformer.inference(net, unstacked=role == "student")
     decoding = _decoder_work(recipe, batch, k)
     if role == "student":
         if state is None:
             embeds = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
-            start = functools.partial(stream.init_stream, config=recipe, frames=latents)
-            state = jax.eval_shape(start, {"student": weights}, embeds)
+            seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)
+            capacity = None if recipe.causal.window else latents
+            start = functools.partial(stream.first_state, config=recipe, capacity=capacity)
+            state = jax.eval_shape(lambda *z: start(*z[:3], picture=z[3]), {"student": weights}, embeds, seeds, picture)
         slots = state.cache.frame.shape[0]
         items = {
             "transformer": sizes(weights),
@@ -112,22 +118,19 @@ def sampling_phases(
             past = jax.eval_shape(functools.partial(vae.init_encode_cache, recipe.vae, **size))
             items["encoder's past"] = sizes(past)
         return (*phases, Phase("stream", items))
-    shown = jax.ShapeDtypeStruct((batch, latents, height, width, recipe.vae.z_dim), jnp.float32)
+    clean = jax.ShapeDtypeStruct((batch, latents, height, width, recipe.vae.z_dim), jnp.float32)
     both = batch * (1 if recipe.diffusion.guidance_scale == 1.0 else 2)
     past = jax.eval_shape(functools.partial(decoder.init_decode_cache, recipe, batch=batch, height=height, width=width))
     name = "both experts" if recipe.experts.boundary else "transformer"
     denoise = {
         name: sizes(experts.per_expert(weights, recipe.experts)),
-        "latents": sizes([shown] * (4 if recipe.diffusion.solver == "unipc" else 2)),
+        "latents": sizes([clean] * (4 if recipe.diffusion.solver == "unipc" else 2)),
         "work, about": layer_work(net, both, latents, latents, height, width),
     }
-    if image and net.image_channels:
-        condition = jax.ShapeDtypeStruct((*shown.shape[:-1], net.image_channels), jnp.float32)
-        read = [] if clip is None else [jax.ShapeDtypeStruct((batch, clip.tokens, clip.dim), jnp.float32)]
-        phases += _picture_phases(recipe, clip)
-        denoise["picture's embeddings and latents"] = sizes([*read, condition])
+    if picture is not None:
+        denoise["picture's embeddings and latents"] = sizes(picture)
     decode = {
-        "latents": sizes(shown),
+        "latents": sizes(clean),
         _codec_name(coder): sizes(coder),
         "decoder's past": sizes(past),
         "work, about": decoding,
@@ -193,6 +196,15 @@ def memory_limit() -> int | None:
 def host_memory() -> int | None:
     """Return the bytes of memory of this machine; None if unknown."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in os.sysconf_names else None
+
+
+def _picture_shapes(recipe: Recipe, net: TransformerConfig, batch: int, latents: int) -> Picture | None:
+    """Return the shapes of what a network with an image branch reads of a picture; None without one."""
+    if not has_branch(net):
+        return None
+    condition = jax.ShapeDtypeStruct((batch, latents, *recipe.latent_size, net.image_channels), jnp.float32)
+    embeds = jax.ShapeDtypeStruct((batch, net.image_tokens, net.image_dim), jnp.float32) if net.image_dim else None
+    return Picture(cast(Any, condition), cast(Any, embeds))
 
 
 def _picture_phases(recipe: Recipe, encoder: CLIPConfig | None) -> tuple[Phase, ...]:

@@ -107,6 +107,7 @@ class Recipe(Config):
         super().__post_init__()
         self._check_networks()
         self._check_experts()
+        self._check_pictures()
         self._check_decoder()
         self._check_heads_and_tokens()
         self._check_batches()
@@ -151,6 +152,34 @@ class Recipe(Config):
                 not self.experts.boundary or value == accepted,
                 f"{path} is {value!r} with a teacher of two experts (experts.boundary {self.experts.boundary:g}); "
                 f"accepted: {accepted!r}",
+            )
+
+    def _check_pictures(self) -> None:
+        """Refuse what does not go with a network that reads the picture which a clip starts from."""
+        both = 4 + self.vae.z_dim
+        clip = {(net.image_tokens, net.image_dim) for net in (self.teacher, self.student) if net.image_dim}
+        for role in ("teacher", "student"):
+            net = getattr(self, role)
+            require(
+                net.image_channels in (0, both),
+                f"{role}.in_channels is {net.in_channels}; accepted: {net.out_channels}, or {net.out_channels + both} "
+                "with the mask and the latents of a picture",
+            )
+        require(len(clip) < 2, f"teacher and student read CLIP of the sizes {sorted(clip)}; they must be the same")
+        distill = self.train_distill
+        for path, value, accepted in (
+            ("train_causal.prompt_switch_prob", self.train_causal.prompt_switch_prob, 0),
+            ("train_init.prompt_switch_prob", self.train_init.prompt_switch_prob, 0),
+            ("train_distill.continuation_prob", distill.continuation_prob, 0),
+            ("train_distill.loss_frames", distill.loss_frames, 0),
+            ("train_teacher.chunks", self.train_teacher.chunks, False),
+            ("train_distill.teacher", "chunk" if distill.teacher == "chunk" else "", ""),
+            ("train_distill.objective", "dmd_gan" if distill.objective == "dmd_gan" else "", ""),
+        ):
+            require(
+                not self.reads_picture or value == accepted,
+                f"{path} is {value!r} with a network that reads the picture of a clip's first frame, which such clips "
+                "do not begin with" + (f"; use {accepted!r}" if accepted != "" else ""),
             )
 
     def _check_scores(self) -> None:
@@ -232,6 +261,11 @@ class Recipe(Config):
                     f"{stage} has a batch of {size}; slices x data x fsdp x accumulate is {parts}, which does not "
                     f"divide it; the nearest that it divides are {f'{below} and ' if below else ''}{below + parts}",
                 )
+
+    @property
+    def reads_picture(self) -> bool:
+        """Whether teacher or student has an image branch, so that training needs the first frames of clips."""
+        return any(net.image_dim or net.image_channels for net in (self.teacher, self.student))
 
     @property
     def fake_score(self) -> TransformerConfig:

@@ -17,16 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 from einops import rearrange
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from causvid_jax.checkpoints import store
 from causvid_jax.config import Recipe, VAEConfig, to_json
-from causvid_jax.data import arrays, captions, pipeline
+from causvid_jax.data import arrays, captions, pictures, pipeline
+from causvid_jax.data.devices import over_local_devices
+from causvid_jax.data.identity import teacher_identity, weights_digest
 from causvid_jax.diffusion.guidance import guided_velocity, per_branch
 from causvid_jax.distill.ode_regression import splice
 from causvid_jax.distill.trajectories import teacher_trajectory
 from causvid_jax.media import to_float, to_uint8
 from causvid_jax.models import experts, transformer, vae
+from causvid_jax.models.image_branch import Picture, conditioned
 from causvid_jax.sampling import stream, weights
 from causvid_jax.sampling.teacher import expert_scale
 from causvid_jax.text import encoder
@@ -35,11 +36,6 @@ CLIPS_AT_ONCE = 8
 """Clips per device and call of the VAE."""
 STREAMS_AT_ONCE = 16
 """Trajectories per device and call, streams side by side."""
-
-
-def weights_digest(params: dict[str, Any]) -> str:
-    """Return a short digest of a parameter tree, for the identity of a dataset."""
-    return store.checksum(store.flatten(params), {})[:16]
 
 
 def generate(
@@ -98,6 +94,7 @@ def write_latents(
     chunk: int = 256,
     batch: int = CLIPS_AT_ONCE,
     prompt_encoder: encoder.Encoder | None = None,
+    clip_encoder: pictures.ClipEncoder | None = None,
     **options: Any,
 ) -> bool:
     """Encode the first ``count`` clips (0: all) to ``latents`` float16 [F, h, w, C] with their ``caption``.
@@ -112,17 +109,26 @@ def write_latents(
         chunk: clips per shard.
         batch: clips per device and call.
         prompt_encoder: keeps the embeddings of the captions as ``text``; None: readers encode the captions.
+        clip_encoder: encodes the clips' first frames too (:mod:`causvid_jax.data.pictures`); None: no pictures.
         options: ``process_id``, ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
 
     Returns:
         whether the dataset is finished.
     """
     count = min(count or len(source), len(source))
-    encode = functools.partial(vae.encode, config=config)
+    identity = {"clips": clips, "vae": weights_digest(params), "config": to_json(config)}
+
+    def encode(p: Any, video: jax.Array) -> dict[str, jax.Array]:
+        if clip_encoder is not None:
+            return clip_encoder.encode(p, video)
+        return {"latents": vae.encode(p, video, config=config)}
+
+    if clip_encoder is not None:
+        params = clip_encoder.params
+        identity |= clip_encoder.identity
     one = jax.ShapeDtypeStruct((1, *source[0]["video"].shape), jnp.float32)
-    shape = jax.eval_shape(encode, params, one).shape[1:]
+    shapes: dict[str, Any] = {name: x.shape[1:] for name, x in jax.eval_shape(encode, params, one).items()}
     run, size = over_local_devices(encode, params, batch, chunk)
-    shapes: dict[str, Any] = {"latents": shape}
     if prompt_encoder:
         shapes["text"] = (None, prompt_encoder.config.dim)
 
@@ -131,9 +137,10 @@ def write_latents(
         video = to_float(np.stack([e["video"] for e in examples]))
         captions_of = [pipeline.as_text(e["caption"]) for e in examples]
         embeds = encoder.encode(prompt_encoder, captions_of) if prompt_encoder else [None] * len(examples)
-        for caption, latents, text_of in zip(captions_of, run(video), embeds, strict=True):
+        arrays_of = run(video)
+        for i, (caption, text_of) in enumerate(zip(captions_of, embeds, strict=True)):
             text = {} if text_of is None else {"text": arrays.trim_text(text_of)}
-            yield {"latents": latents.astype(np.float16), "caption": caption, **text}
+            yield {name: x[i].astype(np.float16) for name, x in arrays_of.items()} | {"caption": caption, **text}
 
     return generate(
         folder,
@@ -143,7 +150,7 @@ def write_latents(
         arrays.array_features(**shapes),
         chunk=chunk,
         batch=size,
-        identity={"clips": clips, "vae": weights_digest(params), "config": to_json(config)},
+        identity=identity,
         **options,
     )
 
@@ -158,6 +165,7 @@ def write_trajectories(
     chunk: int = 64,
     batch: int = STREAMS_AT_ONCE,
     prompt_encoder: encoder.Encoder | None = None,
+    clips: pipeline.Source | None = None,
     **options: Any,
 ) -> bool:
     """Run the teacher's guided ODE once per prompt and keep its states at the student's timesteps.
@@ -172,6 +180,8 @@ def write_trajectories(
         chunk: trajectories per shard.
         batch: trajectories per device and call.
         prompt_encoder: of the prompts; a recipe of words needs none.
+        clips: examples whose pictures the trajectories start from, for a recipe with image branches: trajectory i has
+            that of clip i, from the start again when they end.
         options: ``process_id``, ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
 
     Returns:
@@ -183,9 +193,10 @@ def write_trajectories(
     # Store the embeddings of a network; word embeddings are cheap to compute.
     embedded = recipe.text.kind != "words"
 
-    def trajectories(p: Any, numbers: jax.Array, embeds: jax.Array) -> jax.Array:
+    def trajectories(p: Any, numbers: jax.Array, embeds: jax.Array, *picture: jax.Array) -> jax.Array:
         noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(numbers)
-        network = functools.partial(experts.bidirectional, p, config=recipe.teacher, experts=recipe.experts)
+        network = conditioned(experts.bidirectional, Picture(*picture) if picture else None, recipe.teacher)
+        network = functools.partial(network, p, config=recipe.teacher, experts=recipe.experts)
         states = teacher_trajectory(
             lambda x, timestep: guided_velocity(network, x, timestep, embeds, negative, expert_scale(recipe, timestep)),
             noise,
@@ -195,17 +206,18 @@ def write_trajectories(
 
     run, size = over_local_devices(trajectories, params, batch, chunk)
 
-    shapes: dict[str, Any] = {"trajectory": (len(diffusion.denoising_timesteps) + 1, *shape)}
+    shapes: dict[str, Any] = {"trajectory": (len(diffusion.denoising_timesteps) + 1, *shape), **pictures.shapes(recipe)}
     if embedded:
         shapes["text"] = (None, recipe.text.dim)
 
     def make_batch(numbers: range) -> Iterator[dict[str, Any]]:
         batch_prompts = [prompts[i] for i in numbers]
         embeds = encoder.encode(reader, batch_prompts)
-        states = run(np.asarray(numbers, np.uint32), embeds)
-        for prompt, trajectory, row in zip(batch_prompts, states, embeds, strict=True):
+        batch_pictures = pictures.of_numbers(clips, numbers, recipe)
+        states = run(np.asarray(numbers, np.uint32), embeds, *pictures.stacked(batch_pictures))
+        for prompt, trajectory, row, picture in zip(batch_prompts, states, embeds, batch_pictures, strict=True):
             text = {"text": arrays.trim_text(row)} if embedded else {}
-            yield {"trajectory": trajectory.astype(np.float16), "caption": prompt, **text}
+            yield {"trajectory": trajectory.astype(np.float16), "caption": prompt, **text, **pictures.half(picture)}
 
     return generate(
         folder,
@@ -224,14 +236,6 @@ def write_trajectories(
         },
         **options,
     )
-
-
-def teacher_identity(params: dict[str, Any], recipe: Recipe) -> dict[str, str]:
-    """Return the digest of the teacher, or those of its two experts and how they share the timesteps."""
-    if not recipe.experts.boundary:
-        return {"teacher": weights_digest(params)}
-    digests = {name: weights_digest(params[name]) for name in experts.NAMES}
-    return {**digests, "experts": to_json(recipe.experts)}
 
 
 def causal_key(seed: int, frames: int) -> jax.Array:
@@ -284,14 +288,17 @@ def write_causal_trajectories(
     reader = prompt_encoder or encoder.open_encoder(recipe)
     negative = jnp.asarray(encoder.negative_prompt_embeds(reader))
 
-    def trajectories(p: Any, numbers: jax.Array, embeds: jax.Array, own: jax.Array, other: jax.Array) -> jax.Array:
+    def trajectories(
+        p: Any, numbers: jax.Array, embeds: jax.Array, own: jax.Array, other: jax.Array, *picture: jax.Array
+    ) -> jax.Array:
+        block_causal = conditioned(transformer.block_causal, Picture(*picture) if picture else None, recipe.teacher)
         keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(numbers)
         noise = jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 0])
         past = jax.vmap(lambda k: splice(k, 1, sizes, switched)[0])(keys[:, 1])
         context = jnp.where(past[:, :, None, None, None], other, own)
 
         def network(x: jax.Array, timestep: jax.Array, embeds: jax.Array) -> jax.Array:
-            return transformer.block_causal(
+            return block_causal(
                 p,
                 x,
                 timestep,
@@ -310,27 +317,31 @@ def write_causal_trajectories(
         return rearrange([*states, context], "q b ... -> b q ...")
 
     run, size = over_local_devices(trajectories, params, batch, chunk)
+    shapes = {"trajectory": (len(diffusion.denoising_timesteps) + 1, *shape), "context": shape}
+    shapes |= pictures.shapes(recipe, shape[0])
 
     def latents(numbers: Iterable[int]) -> np.ndarray:
         return np.stack([clips[i % len(clips)]["latents"][: shape[0]] for i in numbers]).astype(np.float32)
 
     def make_batch(numbers: range) -> Iterator[dict[str, Any]]:
         batch_captions = [pipeline.as_text(clips[i % len(clips)]["caption"]) for i in numbers]
+        batch_pictures = pictures.of_numbers(clips, numbers, recipe, shape[0])
         states = run(
             np.asarray(numbers, np.uint32),
             encoder.encode(reader, batch_captions),
             latents(numbers),
             latents(i + 1 for i in numbers),
+            *pictures.stacked(batch_pictures),
         )
-        for caption, state in zip(batch_captions, states.astype(np.float16), strict=True):
-            yield {"trajectory": state[:-1], "context": state[-1], "caption": caption}
+        for caption, state, picture in zip(batch_captions, states.astype(np.float16), batch_pictures, strict=True):
+            yield {"trajectory": state[:-1], "context": state[-1], "caption": caption, **pictures.half(picture)}
 
     return generate(
         folder,
         "causal_trajectories",
         count,
         make_batch,
-        arrays.array_features(trajectory=(len(diffusion.denoising_timesteps) + 1, *shape), context=shape),
+        arrays.array_features(None, **shapes),
         chunk=chunk,
         batch=size,
         identity={
@@ -485,25 +496,3 @@ def prompt_sequence(captions: Sequence[str], count: int, seed: int) -> list[str]
     rounds = math.ceil(count / len(captions))
     orders = [np.random.default_rng([seed, r]).permutation(len(captions)) for r in range(rounds)]
     return [captions[i] for order in orders for i in order][:count]
-
-
-def over_local_devices(function: Callable, params: dict[str, Any], batch: int, chunk: int) -> tuple[Callable, int]:
-    """Compile ``function(params, *inputs)`` for one shape, with its inputs split over this process's devices.
-
-    Returns:
-        (call, size): ``call(*inputs)`` takes up to ``size`` examples along axis 0 (about ``batch`` per device, not
-        many more than ``chunk`` in all) and returns as many, as a numpy array.
-    """
-    devices = jax.local_devices()
-    size = len(devices) * max(1, min(batch, chunk // len(devices)))
-    mesh = jax.make_mesh((len(devices),), ("data",), devices=devices, axis_types=(AxisType.Auto,))
-    split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-    compiled = jax.jit(function, out_shardings=split)
-    params = jax.device_put(params, whole)
-
-    def call(*inputs: np.ndarray) -> np.ndarray:
-        count = len(inputs[0])
-        padded = [np.concatenate([x, np.repeat(x[:1], size - count, axis=0)]) for x in inputs]
-        return np.asarray(compiled(params, *jax.device_put(padded, split)))[:count]
-
-    return call, size

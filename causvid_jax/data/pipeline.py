@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from causvid_jax.config import nearest_divisors, require
+from causvid_jax.data import pictures
 from causvid_jax.media import to_float
 
 
@@ -258,14 +259,16 @@ def latent_batches(
 
     Returns:
         iterator of ``{"latents": float32 [B, F, h, w, C], "caption": str [B]}`` and, from a dataset with embedded
-        captions and with ``text_length``, ``"text": float32 [B, text_length, dim]``; ``options`` as :func:`batches`.
+        captions and with ``text_length``, ``"text": float32 [B, text_length, dim]``; with pictures those of
+        :mod:`causvid_jax.data.pictures`; ``options`` as :func:`batches`.
     """
 
     def transform(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         latents = example["latents"]
         total = len(latents)
         require(0 <= frames <= total, f"frames is {frames}; the latents have {total}, so accepted: 0 to {total}")
-        return {"latents": latents[: frames or total].astype(np.float32), **_prompt(example, text_length)}
+        cut = {"latents": latents[: frames or total].astype(np.float32), **pictures.of_example(example, frames)}
+        return cut | _prompt(example, text_length)
 
     return batches(source, transform, batch_size=batch_size, seed=seed, **options)
 
@@ -281,7 +284,7 @@ def trajectory_batches(source: Any, *, batch_size: int, seed: int, text_length: 
 
     def transform(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         states = {key: example[key].astype(np.float32) for key in ("trajectory", "context") if key in example}
-        return states | _prompt(example, text_length)
+        return states | pictures.of_example(example) | _prompt(example, text_length)
 
     return batches(source, transform, batch_size=batch_size, seed=seed, **options)
 

@@ -15,7 +15,7 @@ import jax
 
 from causvid_jax.checkpoints import workdir as paths
 from causvid_jax.config import ConfigError, Recipe, require
-from causvid_jax.data import arrays, captions, generate, moving_digits, pipeline, sources, videos
+from causvid_jax.data import arrays, captions, generate, moving_digits, pictures, pipeline, sources, videos
 from causvid_jax.distributed import collectives
 from causvid_jax.sampling.weights import networks
 from causvid_jax.text import encoder
@@ -103,6 +103,7 @@ def latents(recipe: Recipe, workdir: pathlib.Path, options: Options = Options())
     """Encode the pixel clips with the trained VAE."""
     clips = sources.clips(recipe, workdir, "train")
     params, config = paths.load_stage(recipe, "vae", workdir)
+    clip_encoder = pictures.open_encoder(dataclasses.replace(recipe, vae=config), params, workdir)
     folder = sources.folder(workdir, sources.LATENTS)
     before = arrays.is_complete(folder)
     reader = None
@@ -114,7 +115,15 @@ def latents(recipe: Recipe, workdir: pathlib.Path, options: Options = Options())
     else:
         name = moving_digits.MovingDigitsConfig.of(recipe.data, recipe.video).name
     generate.write_latents(
-        folder, clips, params, config, clips=name, count=options.count, prompt_encoder=reader, **options.host()
+        folder,
+        clips,
+        params,
+        config,
+        clips=name,
+        count=options.count,
+        prompt_encoder=reader,
+        clip_encoder=clip_encoder,
+        **options.host(),
     )
     return _summary(folder, before)
 
@@ -135,6 +144,7 @@ def encode_videos(recipe: Recipe, workdir: pathlib.Path, options: Options = Opti
         params,
         dataclasses.replace(recipe, vae=config),
         prompt_encoder=reader,
+        clip_encoder=pictures.open_encoder(dataclasses.replace(recipe, vae=config), params, workdir),
         clips_per_video=options.clips_per_video,
         shard_videos=options.shard_videos,
         batch=options.batch,
@@ -171,13 +181,27 @@ def trajectories(recipe: Recipe, workdir: pathlib.Path, options: Options = Optio
     names = networks(recipe, "teacher")
     loaded = {name: paths.load_stage(recipe, name, workdir)[0] for name in names}
     params = loaded if len(names) > 1 else loaded["teacher"]
-    prompt_list = _prompt_list(recipe, options) or sources.prompts(recipe, workdir)
-    listed = generate.prompt_sequence(prompt_list, options.count or recipe.train_init.trajectories, recipe.data.seed)
+    count = options.count or recipe.train_init.trajectories
+    clips: pipeline.Source | None = None
+    if recipe.reads_picture:
+        # A picture belongs to the caption of its clip, so the captions come from the clips too.
+        clips = sources.with_pictures(recipe, workdir)
+        listed = [pipeline.as_text(clips[i % len(clips)]["caption"]) for i in range(count)]
+    else:
+        prompt_list = _prompt_list(recipe, options) or sources.prompts(recipe, workdir)
+        listed = generate.prompt_sequence(prompt_list, count, recipe.data.seed)
     folder = sources.folder(workdir, sources.TRAJECTORIES)
     before = arrays.is_complete(folder)
     reader = encoder.open_encoder(recipe, workdir, compute=False)
     generate.write_trajectories(
-        folder, params, recipe, listed, seed=recipe.train_init.seed, prompt_encoder=reader, **options.host()
+        folder,
+        params,
+        recipe,
+        listed,
+        seed=recipe.train_init.seed,
+        prompt_encoder=reader,
+        clips=clips,
+        **options.host(),
     )
     return _summary(folder, before)
 

@@ -8,7 +8,7 @@ from typing import Any
 from causvid_jax.checkpoints import lineage
 from causvid_jax.checkpoints import workdir as weights
 from causvid_jax.config import ConfigError, DataConfig, Recipe, require
-from causvid_jax.data import arrays, captions, digits, moving_digits, pipeline, videos
+from causvid_jax.data import arrays, captions, digits, moving_digits, pictures, pipeline, videos
 from causvid_jax.distributed import collectives
 from causvid_jax.models import experts
 
@@ -56,6 +56,8 @@ def latents(recipe: Recipe, workdir: str | os.PathLike) -> pipeline.Examples | p
     """
     datasets = _mixture(recipe.data)
     sources = [checked_source(folder(workdir, name), recipe, workdir, vae="vae") for name, _ in datasets]
+    for (name, _), source in zip(datasets, sources, strict=True):
+        _check_pictures(source, name, recipe, workdir)
     if len(sources) == 1:
         return sources[0]
     shapes = [source[0]["latents"].shape for source in sources]
@@ -66,6 +68,23 @@ def latents(recipe: Recipe, workdir: str | os.PathLike) -> pipeline.Examples | p
             "they must be the same",
         )
     return pipeline.Mixture(sources, [weight for _, weight in datasets])
+
+
+def with_pictures(recipe: Recipe, workdir: str | os.PathLike) -> pipeline.Source:
+    """Return the dataset ``latents``, whose pictures trajectories and samples start from; errors as :func:`latents`."""
+    source: pipeline.Source = checked_source(folder(workdir, LATENTS), recipe, workdir, vae="vae")
+    _check_pictures(source, LATENTS, recipe, workdir)
+    return source
+
+
+def _check_pictures(source: Any, name: str, recipe: Recipe, workdir: str | os.PathLike) -> None:
+    """Refuse latents without what the recipe's networks read of the clips' first frames."""
+    absent = [key for key in pictures.shapes(recipe) if key not in source[0]]
+    require(
+        not absent,
+        f"the latents of {name} have no {' and no '.join(absent)}, which a network with an image branch reads; remove "
+        f"{folder(workdir, name)} and prepare it again with this recipe",
+    )
 
 
 def checked_source(path: pathlib.Path, recipe: Recipe, workdir: str | os.PathLike, **stages: str) -> Any:

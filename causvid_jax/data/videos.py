@@ -9,16 +9,18 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from causvid_jax.config import ConfigError, Recipe, VideoConfig, require, to_json
-from causvid_jax.data import arrays, captions, clips, generate
+from causvid_jax.data import arrays, captions, clips, devices, generate, pictures
 from causvid_jax.data.captions import Video
 from causvid_jax.models import vae
 from causvid_jax.text import encoder
@@ -39,6 +41,7 @@ def write_latents(
     clips_per_video: int = 0,
     workers: int = 2,
     prompt_encoder: encoder.Encoder | None = None,
+    clip_encoder: pictures.ClipEncoder | None = None,
     **options: Any,
 ) -> bool:
     """Split ``videos`` into clips of the recipe's size, length and rate, and encode them.
@@ -55,6 +58,7 @@ def write_latents(
         shard_videos: videos per shard.
         batch: clips per device and call of the VAE.
         prompt_encoder: of the captions; a recipe of words needs none.
+        clip_encoder: encodes the clips' first frames too (:mod:`causvid_jax.data.pictures`); None: no pictures.
         clips_per_video: at most (0: all there are).
         workers: videos decoded at a time.
         options: ``process_id``, ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
@@ -65,9 +69,15 @@ def write_latents(
     Raises:
         ConfigError: the folder holds a dataset of other videos or settings, or no video gave any clip.
     """
-    encode, size = generate.over_local_devices(
-        lambda p, video: vae.encode(p, video.astype(jnp.float32) / 127.5 - 1.0, config=recipe.vae), params, batch, 2**16
-    )
+
+    def latents_of(p: Any, video: jax.Array) -> Any:
+        pixels = video.astype(jnp.float32) / 127.5 - 1.0
+        if clip_encoder is not None:
+            return clip_encoder.encode(p, pixels)
+        return vae.encode(p, pixels, config=recipe.vae)
+
+    everything = params if clip_encoder is None else clip_encoder.params
+    encode, size = devices.over_local_devices(latents_of, everything, batch, 2**16)
     identity = {
         "videos": captions.digest([(v.file, v.caption, v.size) for v in videos]),
         "count": len(videos),
@@ -77,15 +87,24 @@ def write_latents(
         "vae": generate.weights_digest(params),
         "config": to_json(recipe.vae),
         "text": to_json(recipe.text),
+        **({} if clip_encoder is None else clip_encoder.identity),
     }
+
+    def encode_each(clips: np.ndarray) -> Any:
+        made = encode(clips)
+        if not isinstance(made, dict):
+            return made
+        return [{name: x[i] for name, x in made.items()} for i in range(len(clips))]
+
     return write_clips(
         folder,
         root,
         videos,
-        encode,
+        encode_each,
         functools.partial(encoder.encode, prompt_encoder or encoder.open_encoder(recipe)),
         config=recipe.video,
         shape=recipe.latent_shape,
+        more={} if clip_encoder is None else pictures.shapes(recipe),
         text_dim=recipe.text.dim,
         identity=identity,
         size=size,
@@ -153,11 +172,12 @@ def write_clips(
     folder: str | os.PathLike,
     root: str | os.PathLike,
     videos: Sequence[Video],
-    encode: Callable[[np.ndarray], np.ndarray],
+    encode: Callable[[np.ndarray], Any],
     encode_text: Callable[[list[str]], np.ndarray] | None,
     *,
     config: VideoConfig,
     shape: Sequence[int],
+    more: Mapping[str, Sequence[int]] = types.MappingProxyType({}),
     text_dim: int,
     identity: dict[str, Any],
     size: int,
@@ -172,11 +192,12 @@ def write_clips(
     """Write a dataset of videos with any encoders, as :func:`write_latents` does.
 
     ``encode`` maps up to ``size`` clips uint8 [B, T, H, W, 3] to [B, ``*shape``]: latents, or pixels where ``name`` is
-    "clips". ``encode_text`` maps captions to embeddings [B, length, text_dim]; None keeps the captions only.
+    "clips". With ``more``, names of further arrays to their shapes, it returns a dict of arrays for each clip.
+    ``encode_text`` maps captions to embeddings [B, length, text_dim]; None keeps the captions only.
     """
     key, kind = ("video", np.uint8) if name == "clips" else ("latents", np.float16)
     pixels = {"video": tfds.features.Tensor(shape=tuple(shape), dtype=np.uint8, encoding="zlib")}
-    shapes: dict[str, Any] = {} if name == "clips" else {"latents": shape}
+    shapes: dict[str, Any] = {} if name == "clips" else {"latents": shape, **more}
     if encode_text is not None:
         shapes["text"] = (None, text_dim)
     folder, root = pathlib.Path(folder), pathlib.Path(root)
@@ -201,7 +222,9 @@ def write_clips(
             for n, one in enumerate(encoded):
                 text = {} if encode_text is None else {"text": rows[video.file]}
                 start = np.float32(n * config.frames / config.fps)
-                yield {key: one.astype(kind), "caption": video.caption, **text, "file": video.file, "start": start}
+                encoded_arrays = one if isinstance(one, dict) else {key: one}
+                example = {name: x.astype(kind) for name, x in encoded_arrays.items()}
+                yield {**example, "caption": video.caption, **text, "file": video.file, "start": start}
         # Write the report before the shard gets its name, so that no shard lacks its report.
         _write_lines(folder / _PARTS / f"{index:05d}.jsonl", report.lines)
 
@@ -289,26 +312,26 @@ def _text_rows(
 def _encoded(
     videos: Sequence[Video],
     pieces: Iterator[tuple[int, np.ndarray | clips.Unusable | None]],
-    encode: Callable[[np.ndarray], np.ndarray],
+    encode: Callable[[np.ndarray], Any],
     size: int,
     report: _Report,
-) -> Iterator[tuple[Video, list[np.ndarray]]]:
+) -> Iterator[tuple[Video, list[Any]]]:
     """Yield every usable video with its encoded clips.
 
     Batches of ``size`` clips run across videos. The clips of a video are yielded after its last frame is decoded,
     because the clips of a damaged video are dropped.
     """
     waiting: list[tuple[int, np.ndarray]] = []
-    latents: dict[int, list[np.ndarray]] = {}
+    latents: dict[int, list[Any]] = {}
     whole: list[int] = []
 
     def run() -> None:
         if waiting:
             for (i, _), one in zip(waiting, encode(np.stack([clip for _, clip in waiting])), strict=True):
-                latents[i].append(np.asarray(one))
+                latents[i].append(one if isinstance(one, dict) else np.asarray(one))
             waiting.clear()
 
-    def ready(last: bool) -> Iterator[tuple[Video, list[np.ndarray]]]:
+    def ready(last: bool) -> Iterator[tuple[Video, list[Any]]]:
         if last:
             run()
         unfinished = {i for i, _ in waiting}

@@ -24,6 +24,7 @@ from causvid_jax.diffusion import flow
 from causvid_jax.distill.exit_steps import Rollout, exit_steps_of, noise_key, timestep_table
 from causvid_jax.distill.rollout import BlockInputs, generate_block, roll
 from causvid_jax.models import transformer
+from causvid_jax.models.image_branch import Picture, conditioned
 from causvid_jax.models.kv_cache import KVCache, TextCache
 
 Params = Any
@@ -55,7 +56,7 @@ def record_blocks(
     def block(cache: KVCache, inputs: BlockInputs) -> tuple[KVCache, Record]:
         block_key = jax.random.fold_in(key, inputs.number)
         _, x, written, cache = generate_block(
-            rollout, params, text_cache, cache, block_key, inputs.exit_step, inputs.timesteps, shape
+            rollout, params, text_cache, cache, block_key, inputs.exit_step, inputs.timesteps, shape, inputs.channels
         )
         return cache, Record(x, written)
 
@@ -82,6 +83,7 @@ def replay(
     record: Record,
     timestep: jax.Array,
     past: jax.Array | None = None,
+    picture: Picture | None = None,
 ) -> jax.Array:
     """Return the x0 of a recorded rollout, ``[B, F, h, w, C]``, with a gradient to ``params`` and ``text``.
 
@@ -92,6 +94,7 @@ def replay(
       record: noisy inputs of the exit steps and latents of the context passes.
       timestep: of the exit steps, ``[F]``.
       past: clean latents that the rollout continued, ``[B, P, h, w, C]``.
+      picture: what the clip starts from, for a student with an image branch.
     """
     causal, (batch, frames) = rollout.causal, record.x.shape[:2]
     x, written = jax.lax.stop_gradient(record)
@@ -106,7 +109,8 @@ def replay(
     elif past is not None:
         inputs = jnp.concatenate([past, x], axis=1)
         times = jnp.concatenate([jnp.full((batch, before), causal.context_noise), timestep], axis=1)
-    velocity = transformer.block_causal(params, inputs, times, text, config=rollout.network, causal=causal, **options)
+    network = conditioned(transformer.block_causal, picture, rollout.network)
+    velocity = network(params, inputs, times, text, config=rollout.network, causal=causal, **options)
     velocity = velocity[:, -frames:].astype(jnp.float32)
     return flow.x0_from_velocity(x, velocity, flow.sigma_from_timestep(timestep))
 
@@ -121,6 +125,7 @@ def replay_rollout(
     exit_step: jax.Array | int | None = None,
     context: jax.Array | None = None,
     has_context: jax.Array | bool = True,
+    picture: Picture | None = None,
 ) -> jax.Array:
     """Return the student's own rollout with a gradient through the keys and values of earlier blocks.
 
@@ -129,14 +134,14 @@ def replay_rollout(
     continued: dict[str, Any] = {"context": context, "has_context": has_context}
     exits = exit_steps_of(rollout, key, shape[1], exit_step, **continued)
     constant = jax.lax.stop_gradient((params, text))
-    record = roll(record_blocks, rollout, *constant, noise_key(key), exits, shape=shape, **continued)
+    record = roll(record_blocks, rollout, *constant, noise_key(key), exits, shape=shape, picture=picture, **continued)
 
     sizes = rollout.causal.block_sizes(shape[1])
     table = timestep_table(rollout, len(sizes), False if context is None else has_context)
     timestep = jnp.take_along_axis(table, exits[:, None], axis=1)[:, 0]
     timestep = jnp.repeat(timestep, jnp.asarray(sizes), total_repeat_length=shape[1])
     if context is None:
-        return replay(rollout, params, text, record, timestep)
+        return replay(rollout, params, text, record, timestep, picture=picture)
     return jax.lax.cond(
         has_context,
         lambda p, t: replay(rollout, p, t, record, timestep, context),

@@ -23,6 +23,7 @@ from causvid_jax.diffusion import flow
 from causvid_jax.distill.exit_steps import Rollout, exit_steps_of, noise_key, timestep_table
 from causvid_jax.distill.ode_regression import BlockCausalFn, sample_block_steps
 from causvid_jax.models import kv_cache, transformer
+from causvid_jax.models.image_branch import Picture
 from causvid_jax.models.kv_cache import KVCache, TextCache
 
 Params = Any
@@ -66,13 +67,24 @@ def data_rollout(
     return flow.x0_from_velocity(x_t, velocity.astype(jnp.float32), sigma), timestep > 0
 
 
+def beside(x: jax.Array, channels: jax.Array | None) -> jax.Array:
+    """Return a block with the picture's channels, or itself."""
+    return x if channels is None else jnp.concatenate([x, channels.astype(x.dtype)], axis=-1)
+
+
 def predict_x0(
-    rollout: Rollout, params: Params, text_cache: TextCache, x: jax.Array, timestep: jax.Array, cache: KVCache
+    rollout: Rollout,
+    params: Params,
+    text_cache: TextCache,
+    x: jax.Array,
+    timestep: jax.Array,
+    cache: KVCache,
+    channels: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Return ``x0 = x - sigma v(x, t)`` of one block ``[B, K, h, w, C]``, and the cache with the block written."""
     velocity, cache = transformer.cached(
         params,
-        x,
+        beside(x, channels),
         jnp.full(x.shape[:2], timestep),
         text_cache,
         cache,
@@ -93,11 +105,18 @@ def noisy_context(x0: jax.Array, key: jax.Array, index: int, causal: CausalConfi
     return flow.add_noise(x0, noise, flow.sigma_from_timestep(causal.context_noise))
 
 
-def write_context(rollout: Rollout, params: Params, text_cache: TextCache, x0: jax.Array, cache: KVCache) -> KVCache:
+def write_context(
+    rollout: Rollout,
+    params: Params,
+    text_cache: TextCache,
+    x0: jax.Array,
+    cache: KVCache,
+    channels: jax.Array | None = None,
+) -> KVCache:
     """Write a finished block to the cache at ``causal.context_noise``."""
     timestep = jnp.full(x0.shape[:2], rollout.causal.context_noise, jnp.float32)
     _, cache = transformer.cached(
-        params, x0, timestep, text_cache, cache, config=rollout.network, causal=rollout.causal
+        params, beside(x0, channels), timestep, text_cache, cache, config=rollout.network, causal=rollout.causal
     )
     return cache
 
@@ -111,9 +130,10 @@ def generate_block(
     exit_step: jax.Array,
     timesteps: jax.Array | None,
     shape: tuple[int, ...],
+    channels: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
     """Denoise one block of ``shape`` from noise to the exit step of its ``timesteps [Q]``, and advance the cache.
-    Without ``timesteps`` the block has those of the rollout.
+    Without ``timesteps`` the block has those of the rollout. ``channels`` are the picture's, if the student reads one.
 
     Returns:
       The clean estimate x0, the noisy input of the exit step, the latents of the context pass, and the next cache.
@@ -125,17 +145,17 @@ def generate_block(
         return jax.random.normal(jax.random.fold_in(key, step), shape)
 
     def denoise(step: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
-        x0, cache = predict_x0(rollout, params, text_cache, carry[0], timesteps[step], carry[1])
+        x0, cache = predict_x0(rollout, params, text_cache, carry[0], timesteps[step], carry[1], channels)
         return flow.add_noise(x0, noise(step + 1), flow.sigma_from_timestep(timesteps[step + 1])), cache
 
     # The number of passes is a run-time value, so no pass is wasted.
     starts = {steps[0] for steps in (rollout.timesteps, rollout.first_timesteps) if steps}
     start = noise(0) if starts == {1000.0} else noise(0) * flow.sigma_from_timestep(timesteps[0])
     x, cache = jax.lax.fori_loop(0, exit_step, denoise, (start, cache))
-    x0, cache = predict_x0(rollout, params, text_cache, x, timesteps[exit_step], cache)
+    x0, cache = predict_x0(rollout, params, text_cache, x, timesteps[exit_step], cache, channels)
     context_latents = noisy_context(x0, key, timesteps.shape[0], rollout.causal)
     if rollout.causal.context_pass:
-        cache = write_context(rollout, params, text_cache, context_latents, cache)
+        cache = write_context(rollout, params, text_cache, context_latents, cache, channels)
     return x0, x, context_latents, kv_cache.advance(cache, shape[1])
 
 
@@ -145,11 +165,15 @@ def block_timesteps(rollout: Rollout, timesteps: jax.Array | None) -> jax.Array:
 
 
 class BlockInputs(NamedTuple):
-    """Inputs of n blocks of one size: number ``[n]``, exit step ``[n]`` and timesteps ``[n, Q]`` or None."""
+    """Inputs of n blocks of one size: number ``[n]``, exit step ``[n]`` and timesteps ``[n, Q]`` or None.
+
+    ``channels [n, B, K, h, w, D]`` are the picture's condition channels of a student with an image branch, or None.
+    """
 
     number: jax.Array
     exit_step: jax.Array
     timesteps: jax.Array | None
+    channels: jax.Array | None = None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -187,7 +211,7 @@ def _generate_blocks_forward(
         replaced = kv_cache.overwritten(cache, shape[1], rollout.causal)
         block_key = jax.random.fold_in(key, inputs.number)
         x0, x, _, cache = generate_block(
-            rollout, params, text_cache, cache, block_key, inputs.exit_step, inputs.timesteps, shape
+            rollout, params, text_cache, cache, block_key, inputs.exit_step, inputs.timesteps, shape, inputs.channels
         )
         return cache, (x0, x, replaced)
 
@@ -206,10 +230,14 @@ def _generate_blocks_backward(
         carry: tuple[KVCache, Any], inputs: tuple[BlockInputs, jax.Array, Any, jax.Array]
     ) -> tuple[tuple[KVCache, Any], None]:
         cache, total = carry
-        (_, exit_step, timesteps), x, replaced, cotangent = inputs
+        (_, exit_step, timesteps, channels), x, replaced, cotangent = inputs
         timesteps = block_timesteps(rollout, timesteps)
         cache = kv_cache.undo(cache, replaced, shape[1], rollout.causal)
-        _, pull = jax.vjp(lambda p, t: predict_x0(rollout, p, t, x, timesteps[exit_step], cache)[0], params, text_cache)
+
+        def exit_pass(p: Any, t: TextCache) -> jax.Array:
+            return predict_x0(rollout, p, t, x, timesteps[exit_step], cache, channels)[0]
+
+        _, pull = jax.vjp(exit_pass, params, text_cache)
         return (cache, jax.tree.map(jnp.add, total, pull(cotangent))), None
 
     zero = jax.tree.map(jnp.zeros_like, (params, text_cache))
@@ -249,6 +277,7 @@ def roll(
     shape: tuple[int, int, int, int, int],
     context: jax.Array | None = None,
     has_context: jax.Array | bool = True,
+    picture: Picture | None = None,
 ) -> Any:
     """Apply ``generate`` to all blocks of a clip and join the results.
 
@@ -258,7 +287,8 @@ def roll(
     """
     batch, frames, height, width, _ = shape
     sizes = rollout.causal.block_sizes(frames)
-    text_cache = transformer.encode_text(params, text, config=rollout.network)
+    embeds = () if picture is None or not rollout.network.image_dim else (picture.embeds,)
+    text_cache = transformer.encode_text(params, text, *embeds, config=rollout.network)
     cache = transformer.init_cache(
         rollout.network, rollout.causal, batch=batch, height=height, width=width, frames=frames
     )
@@ -273,7 +303,11 @@ def roll(
         if count:
             end = start + count
             own = table[start:end] if rollout.first_timesteps else None
-            inputs = BlockInputs(jnp.arange(start, end), exit_steps[start:end], own)
+            channels = None
+            if picture is not None and rollout.network.image_channels:
+                channels = picture.channels(sum(sizes[:start]), count * size)
+                channels = rearrange(channels, "b (n k) ... -> n b k ...", k=size)
+            inputs = BlockInputs(jnp.arange(start, end), exit_steps[start:end], own, channels)
             outputs, cache = generate(rollout, (batch, size, *shape[2:]), params, text_cache, cache, inputs, key)
             cache, start = jax.lax.stop_gradient(cache), end
             parts.append(jax.tree.map(lambda x: rearrange(x, "n b k h w c -> b (n k) h w c"), outputs))
@@ -290,6 +324,7 @@ def self_rollout(
     exit_step: jax.Array | int | None = None,
     context: jax.Array | None = None,
     has_context: jax.Array | bool = True,
+    picture: Picture | None = None,
 ) -> jax.Array:
     """Return the student's own rollout; every block stops at a random step, which alone carries a gradient.
 
@@ -307,6 +342,7 @@ def self_rollout(
       exit_step: index into the timesteps of all blocks instead of drawn ones; Q - 1 is the whole chain.
       context: clean latents ``[B, P, h, w, C]``, P whole blocks, that the rollout continues.
       has_context: bool scalar; False ignores ``context`` in the same compiled program.
+      picture: what the clip starts from, for a student with an image branch; it does not go with a context.
 
     Returns:
       x0, ``[B, F, h, w, C]`` float32.
@@ -316,4 +352,5 @@ def self_rollout(
     """
     continued: dict[str, Any] = {"context": context, "has_context": has_context}
     exits = exit_steps_of(rollout, key, shape[1], exit_step, **continued)
+    continued["picture"] = picture
     return roll(generate_blocks, rollout, params, text, noise_key(key), exits, shape=shape, **continued)

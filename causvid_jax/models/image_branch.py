@@ -12,8 +12,8 @@
 Source: Wan2.1, ``wan/modules/model.py`` (``img_emb``) and ``wan/image2video.py`` (mask).
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float
 
 from causvid_jax.config import TransformerConfig, require
+from causvid_jax.diffusion.guidance import per_branch
 from causvid_jax.models.layers import Params, gelu_exact, layer_norm, mlp
 from causvid_jax.sharding.params import ParamSpec, linear_spec
 
@@ -62,6 +63,76 @@ def check(image_embeds: jax.Array | None, config: TransformerConfig) -> None:
     else:
         fits, accepted = shape is None, "none (its config has image_dim = 0)"
     require(fits, f"image_embeds of shape {shape} do not fit this transformer; accepted: {accepted}")
+
+
+class Picture(NamedTuple):
+    """The picture that a video starts from, as networks with an image branch read it.
+
+    Attributes:
+        latents: condition channels of every latent frame (:func:`image_condition`), ``[B, F, h, w, 4 + C]``.
+        embeds: CLIP's ``[B, image_tokens, image_dim]``; None where the network reads none (Wan2.2-I2V).
+    """
+
+    latents: jax.Array
+    embeds: jax.Array | None = None
+
+    def channels(self, start: jax.Array | int, frames: int) -> jax.Array:
+        """Return the condition channels of ``frames`` latent frames from frame ``start`` on, ``[B, frames, ...]``.
+
+        The frames after the last one have its channels: the video stays grey, and the mask zero.
+        """
+        index = jnp.minimum(start + jnp.arange(frames), self.latents.shape[1] - 1)
+        return jnp.take(self.latents, index, axis=1)
+
+
+def has_branch(config: TransformerConfig) -> bool:
+    """Return whether a network reads a picture, by channels or by tokens."""
+    return config.image_dim > 0 or config.image_channels > 0
+
+
+def check_picture(picture: Picture | None, config: TransformerConfig, role: str) -> None:
+    """Refuse a picture for a network without an image branch, and none for one with it.
+
+    Raises:
+        ConfigError: the sentence says what the network ``role`` needs.
+    """
+    parts = (picture is not None, picture is not None and picture.embeds is not None)
+    require(
+        parts == (has_branch(config), config.image_dim > 0),
+        f"the {role} has image_dim = {config.image_dim} and {config.image_channels} image channels; accepted: "
+        + accepted(config),
+    )
+
+
+def with_channels(x: jax.Array, picture: Picture | None, config: TransformerConfig, start: Any = 0) -> jax.Array:
+    """Return ``x [B, F, h, w, C]`` with the picture's channels of its frames; x itself for a network without them.
+
+    ``x`` may have 2B rows, two for each picture (``diffusion.guidance``).
+    """
+    if picture is None or not config.image_channels:
+        return x
+    beside = per_branch(picture.channels(start, x.shape[1]), x).astype(x.dtype)
+    return jnp.concatenate([x, beside], axis=-1)
+
+
+def conditioned(network: Callable[..., Any], picture: Picture | None, config: TransformerConfig) -> Callable[..., Any]:
+    """Return ``network(params, x, timestep, prompt_embeds, clean=...)`` as a function of latents without condition.
+
+    The picture's channels are added to ``x`` and to the clean copies, and its embeds are passed on. A network without
+    an image branch stays what it is.
+    """
+    if picture is None or not has_branch(config):
+        return network
+
+    def call(params: Any, x: jax.Array, timestep: jax.Array, prompt_embeds: jax.Array, **options: Any) -> jax.Array:
+        embeds = () if picture.embeds is None or not config.image_dim else (per_branch(picture.embeds, x),)
+        past = 0
+        if options.get("clean") is not None:
+            past = options["clean"].shape[1] - x.shape[1]
+            options["clean"] = with_channels(options["clean"], picture, config)
+        return network(params, with_channels(x, picture, config, past), timestep, prompt_embeds, *embeds, **options)
+
+    return call
 
 
 def accepted(config: TransformerConfig) -> str:

@@ -51,6 +51,22 @@ def image_latents(params: Any, pictures: jax.Array, *, config: Recipe) -> jax.Ar
     return image_branch.image_condition(latents)
 
 
+def picture_of(
+    params: Any, whole: jax.Array, fitted: jax.Array, *, config: Recipe, clip: CLIPConfig | None
+) -> image_branch.Picture:
+    """Return what networks with an image branch read of pictures.
+
+    Args:
+        params: ``{"vae"}``, and ``"image_encoder"`` with ``clip``.
+        whole: ``[B, H, W, 3]`` in [-1, 1] of any size, which CLIP reads.
+        fitted: the same pictures in the recipe's size, which the VAE reads.
+        config: the recipe.
+        clip: sizes of CLIP; None for networks that do not read it.
+    """
+    embeds = None if clip is None else image_embeds(params["image_encoder"], whole, config=clip)
+    return image_branch.Picture(image_latents(params["vae"], fitted, config=config), embeds)
+
+
 @functools.partial(jax.jit, static_argnames=("config",))
 def image_embeds(params: Any, pictures: jax.Array, *, config: CLIPConfig) -> jax.Array:
     """Return CLIP's embeddings ``[B, tokens, width]`` of ``pictures [B, H, W, 3]`` in [-1, 1], of any size."""

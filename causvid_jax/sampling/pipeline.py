@@ -20,10 +20,11 @@ import numpy as np
 
 from causvid_jax import media
 from causvid_jax.checkpoints import lora_factors
-from causvid_jax.config import Recipe, require
+from causvid_jax.config import CLIPConfig, Recipe, require
 from causvid_jax.config.recipes import load_recipe
 from causvid_jax.models import decoder, vae
-from causvid_jax.sampling import blocks, schedule, stream, weights
+from causvid_jax.models.image_branch import Picture, has_branch
+from causvid_jax.sampling import blocks, image_to_video, schedule, stream, weights
 from causvid_jax.sampling.stream import StreamState
 from causvid_jax.sampling.teacher import clip_noise, sample_clip
 from causvid_jax.text import encoder as text_encoder
@@ -39,11 +40,13 @@ class _Base:
         config: the recipe, with the VAE's latent statistics.
         params: network to parameters.
         encoder: of the prompts.
+        clip: sizes of the image encoder, for a network that reads CLIP.
     """
 
     config: Recipe
     params: dict[str, Any]
     encoder: text_encoder.Encoder
+    clip: CLIPConfig | None = dataclasses.field(default=None, kw_only=True)
 
     def encode_prompt(self, prompt: Prompts) -> jax.Array:
         """Return prompt embeddings ``[B, S, E]`` of one prompt or B of them.
@@ -62,6 +65,17 @@ class _Base:
     def encode(self, video: np.ndarray) -> jax.Array:
         """Return latents ``[B, F, h, w, C]`` of uint8 frames ``[B, 1 + 4 (F - 1), H, W, 3]``."""
         return _encode(self._vae(), jnp.asarray(media.to_float(video)), config=self.config.vae)
+
+    def picture(self, image: np.ndarray | None, batch: int) -> Picture | None:
+        """Return what a network with an image branch reads of an image: uint8 ``[H, W, 3]`` or ``[B, H, W, 3]``.
+
+        The image has the recipe's size; CLIP and the VAE both read all of it.
+        """
+        if image is None:
+            return None
+        pixels = jnp.asarray(np.broadcast_to(media.to_float(image), (batch, *image.shape[-3:])))
+        params = {**self.params, "vae": self._vae()}
+        return image_to_video.picture_of(params, pixels, pixels, config=self.config, clip=self.clip)
 
     def _vae(self) -> Any:
         require("vae" in self.params, "the VAE encodes pixels, and its weights were not found; give vae=FILE")
@@ -83,7 +97,12 @@ class StudentPipeline(_Base):
     loras: lora_factors.Factors | None = None
 
     def stream(
-        self, prompt: Prompts | jax.Array, *, seed: int | Sequence[int] = 0, frames: int | None = None
+        self,
+        prompt: Prompts | jax.Array,
+        *,
+        seed: int | Sequence[int] = 0,
+        frames: int | None = None,
+        image: np.ndarray | None = None,
     ) -> StreamState:
         """Return the state before the first block of one stream, or of B streams side by side.
 
@@ -91,9 +110,17 @@ class StudentPipeline(_Base):
             prompt: one text, B texts, or embeddings ``[B, S, E]``.
             seed: of the noise; stream b of one seed s has seed s + b.
             frames: the most latent frames; only a recipe without ``causal.window`` needs it.
+            image: what a student with an image branch starts from, uint8 ``[H, W, 3]`` or ``[B, H, W, 3]``. Other
+                students start from a picture by :meth:`show`.
+
+        Raises:
+            ConfigError: an image for a student without an image branch, or none for one with it.
         """
         embeds = self._embeds(prompt)
-        state = stream.init_stream(self.params, embeds, config=self.config, seed=seed, frames=frames)
+        options: dict[str, Any] = {"seed": seed, "frames": frames}
+        if image is not None or has_branch(self.config.student):
+            options["picture"] = self.picture(image, len(embeds))
+        state = stream.init_stream(self.params, embeds, config=self.config, **options)
         if self.loras is None:
             return state
         return stream.set_adapters(self.params, state, jnp.asarray(self.loras.scale({})), embeds, config=self.config)
@@ -246,11 +273,13 @@ class Clip:
         prompt_embeds: ``[B, S, E]``.
         noise: ``[B, F, h, w, C]``.
         latents: ``[B, F, h, w, C]`` once they are sampled.
+        picture: what a teacher with an image branch starts from.
     """
 
     prompt_embeds: jax.Array
     noise: jax.Array
     latents: jax.Array | None = None
+    picture: Picture | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,21 +298,27 @@ class TeacherPipeline(_Base):
         *,
         seed: int | Sequence[int] = 0,
         noise: jax.Array | None = None,
+        image: np.ndarray | None = None,
     ) -> Clip:
-        """Return the clip before sampling: embeddings, and noise of ``seed`` or ``noise [B, F, h, w, C]``."""
+        """Return the clip before sampling: embeddings, and noise of ``seed`` or ``noise [B, F, h, w, C]``.
+
+        ``image`` is what a teacher with an image branch starts from, uint8 ``[H, W, 3]`` or ``[B, H, W, 3]``.
+        """
         text = isinstance(prompt, (str, list, tuple))
         embeds = self.encode_prompt(prompt) if text else jnp.asarray(prompt)  # type: ignore[arg-type]
         if noise is None:
             noise = clip_noise(stream.seeds_of(seed, len(embeds)), self.config)
-        return Clip(embeds, noise)
+        return Clip(embeds, noise, picture=self.picture(image, len(embeds)))
 
     def latents(self, clip: Clip, *, timesteps: Sequence[float] | None = None) -> Clip:
         """Solve the guided ODE: ``num_inference_steps`` network passes, or one at each of ``timesteps``."""
         negative = jnp.asarray(text_encoder.negative_prompt_embeds(self.encoder))
+        pictures = () if clip.picture is None else (clip.picture.embeds, clip.picture.latents)
         latents = sample_clip(
             self.params["teacher"],
             clip.prompt_embeds,
             negative,
+            *pictures,
             config=self.config,
             noise=clip.noise,
             timesteps=None if timesteps is None else tuple(map(float, timesteps)),
@@ -300,14 +335,18 @@ class TeacherPipeline(_Base):
 
 def _open(
     config: str | Recipe, role: str, checkpoint: str | os.PathLike | None, files: Mapping[str, str | os.PathLike | None]
-) -> tuple[Recipe, dict[str, Any], text_encoder.Encoder]:
+) -> tuple[Recipe, dict[str, Any], text_encoder.Encoder, CLIPConfig | None]:
     recipe = load_recipe(config) if isinstance(config, str) else config
     folder = None if checkpoint is None else os.fspath(checkpoint)
     own_files = {k: v for k, v in files.items() if v is not None}
-    opened, recipe = weights.find(recipe, role, folder, encodes=None if role == "student" else False, files=own_files)
+    encodes = True if has_branch(getattr(recipe, role)) else None if role == "student" else False
+    opened, recipe = weights.find(recipe, role, folder, encodes=encodes, files=own_files)
+    clip = opened["image_encoder"].config if "image_encoder" in opened else None
     shapes = {**weights.shapes(recipe, role), **decoder.codec_shapes(recipe, encodes=True)}
+    if clip is not None:
+        shapes["image_encoder"] = decoder.image_encoder_shapes(clip)
     shapes = {name: shape for name, shape in shapes.items() if name in opened}
-    return recipe, weights.load(opened, shapes), text_encoder.open_encoder(recipe, folder)
+    return recipe, weights.load(opened, shapes), text_encoder.open_encoder(recipe, folder), clip
 
 
 def load(
@@ -332,13 +371,13 @@ def load(
         ConfigError: no such recipe, or weights that are missing or do not fit it.
     """
     files = {"student": student, "vae": vae, "taehv": taehv}
-    recipe, params, encoder = _open(config, "student", checkpoint, files)
+    recipe, params, encoder, clip = _open(config, "student", checkpoint, files)
     factors = None
     if loras:
         factors = lora_factors.open_factors(loras, recipe.student)
         params["student"] = lora_factors.attach(params["student"], factors)
         factors = dataclasses.replace(factors, tree={})
-    return StudentPipeline(recipe, weights.for_stream(params, recipe, free=True), encoder, factors)
+    return StudentPipeline(recipe, weights.for_stream(params, recipe, free=True), encoder, factors, clip=clip)
 
 
 def load_teacher(
@@ -352,4 +391,5 @@ def load_teacher(
 
     A teacher of two experts (``experts.boundary``) is a folder that holds both.
     """
-    return TeacherPipeline(*_open(config, "teacher", checkpoint, {"teacher": teacher, "vae": vae}))
+    recipe, params, encoder, clip = _open(config, "teacher", checkpoint, {"teacher": teacher, "vae": vae})
+    return TeacherPipeline(recipe, params, encoder, clip=clip)

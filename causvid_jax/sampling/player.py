@@ -16,6 +16,7 @@ import numpy as np
 from causvid_jax import media as files
 from causvid_jax.config import Recipe, require
 from causvid_jax.models import vae
+from causvid_jax.models.image_branch import Picture
 from causvid_jax.sampling import exported, schedule, stream
 from causvid_jax.sampling.blocks import covering_latents, first_frame
 from causvid_jax.sampling.pipeline import encode_chunk
@@ -99,6 +100,7 @@ def play(
     strength: float = 0.5,
     timing: Timing | None = None,
     loaded: exported.Programs | None = None,
+    picture: Picture | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield frames uint8 ``[B, n, H, W, 3]``, block by block, ``frames`` of them in all.
 
@@ -114,6 +116,7 @@ def play(
         video: uint8 ``[T, H, W, 3]``, T >= frames, that the streams follow, at ``strength``.
         timing: updated while the stream runs.
         loaded: programs to run instead of tracing the model; they support text and switches only.
+        picture: what the streams of a student with an image branch start from, instead of ``image``.
     """
     timing = Timing() if timing is None else timing
     batch, k = text.shape[0], config.causal.frames_per_block
@@ -130,7 +133,8 @@ def play(
     begin = time.perf_counter()
     params = jax.tree.map(jnp.asarray, params)
     if loaded is None:
-        state = stream.init_stream(params, jnp.asarray(text), config=config, seed=seed, frames=latents)
+        embeds = jnp.asarray(text)
+        state = stream.init_stream(params, embeds, config=config, seed=seed, frames=latents, picture=picture)
     else:
         state = loaded.start(params, jnp.asarray(text), seed)
     timing.compile += time.perf_counter() - begin

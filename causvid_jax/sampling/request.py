@@ -96,8 +96,14 @@ class SampleRequest:
     def _check_role(self) -> None:
         branch = self.has_image_branch
         require(
-            not branch or (self.teacher and self.image),
-            f"recipe {self.config.name!r} has an image branch; accepted: --teacher and --image, both",
+            not branch or self.image,
+            f"the {'teacher' if self.teacher else 'student'} of recipe {self.config.name!r} has an image branch; it "
+            "starts from a picture, which --image gives",
+        )
+        require(
+            not (branch and not self.teacher and (self.video or self.program)),
+            f"recipe {self.config.name!r} has a student with an image branch, which starts from --image alone; leave "
+            "--video and --program out",
         )
         for name, value in (("image", not branch and self.image), ("video", self.video), ("switch", self.switch)):
             require(

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from causvid_jax import media as files
 from causvid_jax.config import CLIPConfig, Recipe, require
 from causvid_jax.models import decoder, precision
+from causvid_jax.models.image_branch import Picture
 from causvid_jax.sampling import blocks, exported, image_to_video, player, schedule, weights
 from causvid_jax.sampling.request import SampleRequest, teacher_recipe
 from causvid_jax.sampling.script import MOST_INPUT, Event, Script, pack
@@ -191,8 +192,8 @@ def _hidden(progress: bool | None) -> bool | None:
     return None if progress is None else not progress
 
 
-def _encode_picture(session: Session) -> tuple[jax.Array | None, ...]:
-    """Return image embeds ``[B, S, E]`` and image latents ``[B, F, h, w, 4 + C]``; nothing without a picture.
+def _encode_picture(session: Session) -> Picture | None:
+    """Return what a network with an image branch reads of the picture; None without one.
 
     As in the published code, CLIP reads the whole picture resized to a square, and the VAE reads the picture cropped to
     the video's size. Each encoder is freed before the next is loaded. Without an image encoder (Wan2.2's I2V) the
@@ -200,7 +201,7 @@ def _encode_picture(session: Session) -> tuple[jax.Array | None, ...]:
     """
     recipe, sizes = session.recipe, session.clip
     if session.image is None or session.picture is None:
-        return ()
+        return None
     whole, cropped = (jnp.asarray(files.to_float(x))[None] for x in (session.picture, session.image))
     embeds = None
     if sizes is not None:
@@ -211,7 +212,7 @@ def _encode_picture(session: Session) -> tuple[jax.Array | None, ...]:
     latents = jax.block_until_ready(image_to_video.image_latents(params["vae"], cropped, config=recipe))
     weights.free(params)
     count = len(session.request.prompt)
-    return tuple(None if x is None else jnp.repeat(x, count, axis=0) for x in (embeds, latents))
+    return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), Picture(latents, embeds))
 
 
 def teacher_clips(session: Session, texts: Embeds, timing: player.Timing, say: Say = print) -> Iterator[np.ndarray]:
@@ -220,7 +221,8 @@ def teacher_clips(session: Session, texts: Embeds, timing: player.Timing, say: S
     prompts = jnp.asarray(np.stack([texts[p] for p in request.prompt]))
     negative = jnp.asarray(texts[recipe.text.negative_prompt])
     seeds = jnp.asarray(request.seed + np.arange(len(prompts)), jnp.uint32)
-    arguments = prompts, negative, *_encode_picture(session)
+    picture = _encode_picture(session)
+    arguments = prompts, negative, *(() if picture is None else (picture.embeds, picture.latents))
     params = weights.load(session.weights, weights.shapes(recipe, "teacher"))
     begin = time.perf_counter()
     sample = sample_clip.lower(params["teacher"], *arguments, seeds=seeds, config=recipe).compile()
@@ -240,7 +242,8 @@ def student_blocks(session: Session, texts: Embeds, timing: player.Timing) -> It
     """Return the student's streams, uint8 ``[B, n, H, W, 3]`` block by block."""
     recipe, request = session.recipe, session.request
     count = len(request.prompt)
-    encodes = session.image is not None or session.video is not None
+    picture = _encode_picture(session)
+    encodes = picture is None and (session.image is not None or session.video is not None)
     return player.play(
         weights.load_student(session.weights, recipe, encodes=encodes),
         np.stack([texts[p] for p in request.prompt]),
@@ -248,7 +251,8 @@ def student_blocks(session: Session, texts: Embeds, timing: player.Timing) -> It
         frames=session.frames,
         seed=request.seed,
         switches={block: np.stack([texts[p]] * count) for block, (_, p) in session.switches.items()},
-        image=session.image,
+        image=session.image if picture is None else None,
+        picture=picture,
         video=session.video,
         strength=_strength(request),
         timing=timing,

@@ -27,6 +27,7 @@ from causvid_jax.config import Recipe, require
 from causvid_jax.diffusion import flow
 from causvid_jax.models import adapters, decoder, precision, transformer, vae
 from causvid_jax.models.decoder import LEAD, DecodeCache
+from causvid_jax.models.image_branch import Picture, check_picture, with_channels
 from causvid_jax.models.kv_cache import TEXT_AXES, KVCache, TextCache
 from causvid_jax.models.unstacked import is_unstacked
 from causvid_jax.sampling import schedule
@@ -48,6 +49,7 @@ class StreamState:
     seed: jax.Array  # [B] uint32
     block: jax.Array  # [] int32: blocks finished
     adapters: "Adapters | None" = None  # strengths of LoRAs, if the student has any
+    picture: Picture | None = None  # what the video starts from, if the student has an image branch
     started: bool = dataclasses.field(default=True, metadata={"static": True})  # False: an independent frame is next
 
 
@@ -72,6 +74,7 @@ def init_stream(
     config: Recipe,
     seed: int | Sequence[int] = 0,
     frames: int | None = None,
+    picture: Picture | None = None,
 ) -> StreamState:
     """Return the state before the first block.
 
@@ -82,9 +85,12 @@ def init_stream(
         seed: one integer s, or B integers. With one s, stream b has seed s + b and equals a single stream of that seed.
         frames: maximum latent frames of the stream (default: the trained length). Only a recipe without
             ``causal.window`` needs it; with a window a stream has no maximum.
+        picture: of a student with an image branch, which generates the first block too; refused for any other.
     """
+    check_picture(picture, config.student, "student")
     capacity = None if config.causal.window else frames or config.video.latent_frames
-    return first_state(params, text, seeds_of(seed, text.shape[0]), config=config, capacity=capacity)
+    seeds = seeds_of(seed, text.shape[0])
+    return first_state(params, text, seeds, config=config, capacity=capacity, picture=picture)
 
 
 def seeds_of(seed: int | Sequence[int], batch: int) -> jax.Array:
@@ -97,7 +103,13 @@ def seeds_of(seed: int | Sequence[int], batch: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity"))
 def first_state(
-    params: Params, text: jax.Array, seeds: jax.Array, *, config: Recipe, capacity: int | None = None
+    params: Params,
+    text: jax.Array,
+    seeds: jax.Array,
+    *,
+    config: Recipe,
+    capacity: int | None = None,
+    picture: Picture | None = None,
 ) -> StreamState:
     """Return the first state for uint32 ``seeds [B]``; ``capacity`` latent frames at most, None with a window."""
     batch, (height, width), causal = text.shape[0], config.latent_size, config.causal
@@ -112,12 +124,13 @@ def first_state(
         cache=transformer.init_cache(
             config.student, causal, frames=capacity, unstacked=is_unstacked(params["student"]), **size
         ),
-        text=_prompt(params, text, config),
+        text=_prompt(params, text, config, None, picture),
         decode=decoder.init_decode_cache(config, **size),
         recent=jnp.zeros((batch, recent_frames, height, width, config.vae.z_dim), jnp.float32),
         seed=seeds,
         block=jnp.zeros((), jnp.int32),
         started=not causal.independent_first_frame,
+        picture=picture,
     )
 
 
@@ -126,12 +139,15 @@ def _student(params: Params, strengths: Adapters | None) -> Any:
     return params["student"] if strengths is None else adapters.scaled(params["student"], strengths.scale)
 
 
-def _prompt(params: Params, text: jax.Array, config: Recipe, strengths: Adapters | None = None) -> TextCache:
+def _prompt(
+    params: Params, text: jax.Array, config: Recipe, strengths: Adapters | None, picture: Picture | None
+) -> TextCache:
     """Return the prompt's keys and values in the type that attention reads: the same bits, half the memory of float32.
 
-    On a mesh no device holds those of other devices' streams."""
+    They include those of the picture's embeds. On a mesh no device holds those of other devices' streams."""
     net = config.student
-    cache = transformer.encode_text(_student(params, strengths), text, config=net)
+    embeds = () if picture is None or picture.embeds is None else (picture.embeds,)
+    cache = transformer.encode_text(_student(params, strengths), text, *embeds, config=net)
     return jax.tree.map(lambda x: constraints.constrain(x.astype(net.dtype), TEXT_AXES[-x.ndim :], net.rules), cache)
 
 
@@ -176,6 +192,7 @@ def _pass(
     """Run one network pass on the current block; all its frames have ``timestep``."""
     timesteps = jnp.full(x.shape[:2], timestep, jnp.float32)
     student, causal = config.student, config.causal
+    x = with_channels(x, state.picture, student, cache.position)
     return transformer.cached(
         _student(params, state.adapters),
         x,
@@ -380,7 +397,7 @@ def switch_prompt(params: Params, state: StreamState, text: jax.Array, *, config
     """Switch to the prompt embeddings ``text [B, S, E]`` from the next block on; the cache does not change."""
     if state.adapters is not None:
         state = dataclasses.replace(state, adapters=dataclasses.replace(state.adapters, prompt_embeds=text))
-    return dataclasses.replace(state, text=_prompt(params, text, config, state.adapters))
+    return dataclasses.replace(state, text=_prompt(params, text, config, state.adapters, state.picture))
 
 
 @_step
@@ -399,7 +416,7 @@ def set_adapters(
     require(text is not None, "the first strengths of a stream need its prompt; give text")
     assert text is not None
     strengths = Adapters(scale, text)
-    return dataclasses.replace(state, adapters=strengths, text=_prompt(params, text, config, strengths))
+    return dataclasses.replace(state, adapters=strengths, text=_prompt(params, text, config, strengths, state.picture))
 
 
 def _reset_context(state: StreamState, config: Recipe) -> StreamState:
@@ -450,19 +467,20 @@ def generate(
     frames: int | None = None,
     seed: int | Sequence[int] = 0,
     decode: bool = True,
+    picture: Picture | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Generate a whole clip in one jitted scan over its blocks, equal to the blocks generated one by one.
 
     Args:
         frames: latent frames F, which must fit the blocks; default: the recipe's clip.
         decode: static; without it the second result is None.
-        params, text, config, seed: as in :func:`init_stream`.
+        params, text, config, seed, picture: as in :func:`init_stream`.
 
     Returns:
         latents ``[B, F, h, w, C]`` and video ``[B, 1 + 4 (F - 1), H, W, 3]`` in [-1, 1].
     """
     frames = frames or config.video.latent_frames
-    state = init_stream(params, text, config=config, seed=seed, frames=frames)
+    state = init_stream(params, text, config=config, seed=seed, frames=frames, picture=picture)
     return _scan_blocks(params, state, config=config, sizes=config.causal.block_sizes(frames), decode=decode)
 
 

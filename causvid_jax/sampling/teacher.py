@@ -50,18 +50,11 @@ def guided_velocity(
         ConfigError: a picture for a teacher without an image branch, or none for one with it.
     """
     net = config.teacher
-    require(
-        (net.image_dim > 0) == (image_embeds is not None)
-        and (net.image_channels > 0 or net.image_dim > 0) == (image_latents is not None),
-        f"the teacher has image_dim = {net.image_dim} and {net.image_channels} image channels; accepted: "
-        + image_branch.accepted(net),
+    picture = None if image_latents is None else image_branch.Picture(image_latents, image_embeds)
+    image_branch.check_picture(picture, net, "teacher")
+    velocity = functools.partial(
+        image_branch.conditioned(experts.bidirectional, picture, net), params, config=net, experts=config.experts
     )
-
-    def velocity(x: jax.Array, timestep: jax.Array, text: jax.Array) -> jax.Array:
-        images = [guidance.per_branch(z, x) for z in (image_embeds,) if z is not None]
-        if image_latents is not None:
-            x = jnp.concatenate([x, guidance.per_branch(image_latents, x).astype(x.dtype)], axis=-1)
-        return experts.bidirectional(params, x, timestep, text, *images, config=net, experts=config.experts)
 
     def guided(x: jax.Array, timestep: jax.Array) -> jax.Array:
         scale = expert_scale(config, timestep)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from causvid_jax.config import Recipe, TransformerConfig
+from causvid_jax.config import Recipe, TransformerConfig, require
 from causvid_jax.diffusion import flow
 from causvid_jax.diffusion.guidance import guided_velocity, per_branch
 from causvid_jax.distill import consistency
@@ -86,6 +86,10 @@ def consistency_step(recipe: Recipe, placement: Placement) -> NetworkStep:
 
 def train_consistency(run: Run, init_from: pathlib.Path | None = None) -> None:
     """Train the student; it starts from the causal teacher if it has its size, or from ``init_from``."""
+    require(
+        not run.recipe.reads_picture,
+        "the stage consistency does not train networks with an image branch; use the stage init",
+    )
     for _, frames, _ in run.config.stretches:
         weights.check_sink_positions(run.recipe, run.name, frames)
     vae_params, recipe = weights.load_vae(run)

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import optax
 
 from causvid_jax.config import CausalConfig, DistillStageConfig, Recipe, require
+from causvid_jax.data import pictures
 from causvid_jax.diffusion import flow
 from causvid_jax.distill import dmd, gan, sid
 from causvid_jax.distill.replay import replay_rollout
 from causvid_jax.distill.rollout import data_rollout, self_rollout
 from causvid_jax.models import adapters, transformer
+from causvid_jax.models.image_branch import conditioned, has_branch
 from causvid_jax.sharding.params import init_tree
 from causvid_jax.sharding.placement import Placement
 from causvid_jax.text import encoder
@@ -112,9 +114,10 @@ def state_shardings(recipe: Recipe, placement: Placement, optimizers: Optimizers
 
 def generate(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> tuple[jax.Array, jax.Array | None]:
     """Return the student's x0 ``[B, F, h, w, C]`` and the mask ``[B, F]`` of the frames that count, None for all."""
-    config, causal = recipe.train_distill, recipe.causal
+    config, causal, picture = recipe.train_distill, recipe.causal, pictures.picture_of(batch)
     if config.rollout == "data":
-        velocity = functools.partial(transformer.block_causal, config=recipe.student, causal=causal)
+        network = conditioned(transformer.block_causal, picture, recipe.student)
+        velocity = functools.partial(network, config=recipe.student, causal=causal)
         sizes = causal.block_sizes(batch["latents"].shape[1])
         x0, noisy = data_rollout(
             velocity,
@@ -129,7 +132,11 @@ def generate(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> tu
         return x0, noisy if config.include_clean and config.mask_clean else None
     shape = (len(batch["text"]), *clip_shape(recipe))
     run = self_rollout if config.gradient == "stop" else replay_rollout
-    options = {"context": batch["context"], "has_context": batch["has_context"][0]} if "context" in batch else {}
+    options: dict[str, Any] = {}
+    if "context" in batch:
+        options = {"context": batch["context"], "has_context": batch["has_context"][0]}
+    if picture is not None and has_branch(recipe.student):
+        options["picture"] = picture
     x0 = run(student_rollout(recipe), params, batch["text"], key, shape=shape, **options)
     return loss_window(x0, key, config, causal, options.get("has_context"))
 
@@ -197,7 +204,9 @@ def critic_update(
         levels = score_levels(rollout_key, x0.shape[1], recipe)
         x, mask, text = scored(x0, mask, batch["text"], recipe)
         settings: dict[str, Any] = {"diffusion": recipe.diffusion, "distill": config, "mask": mask, "levels": levels}
-        settings["fake"] = functools.partial(fake_score, params, clean=jax.lax.stop_gradient(x), recipe=recipe)
+        options: dict[str, Any] = {"clean": jax.lax.stop_gradient(x), "recipe": recipe}
+        options["picture"] = pictures.picture_of(batch)
+        settings["fake"] = functools.partial(fake_score, params, **options)
         if config.objective == "dmd_gan":
             loss, metrics = gan.critic_loss(
                 x, batch["latents"], text, loss_key, discriminator=discriminator(params, recipe), **settings
@@ -246,6 +255,7 @@ def student_update(
         levels = score_levels(rollout_key, x0.shape[1], recipe)
         x, mask, text = scored(x0, mask, batch["text"], recipe)
         options: dict[str, Any] = {"clean": jax.lax.stop_gradient(x), "recipe": recipe}
+        options["picture"] = pictures.picture_of(batch)
         settings: dict[str, Any] = {
             "teacher": functools.partial(real_score, teacher, **options),
             "fake": functools.partial(fake_score, critic, **options),

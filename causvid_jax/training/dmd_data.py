@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from causvid_jax.config import DistillStageConfig, Recipe
-from causvid_jax.data import arrays, pipeline
+from causvid_jax.data import arrays, pictures, pipeline
 from causvid_jax.data import sources as datasets
 from causvid_jax.training.run import Run
 
@@ -71,6 +71,7 @@ def batch_shapes(recipe: Recipe) -> dict[str, jax.ShapeDtypeStruct]:
     shapes: dict[str, tuple[int, ...]] = {"text": (recipe.text.length, recipe.text.dim)}
     if reads_latents(config):
         shapes["latents"] = clip_shape(recipe)
+    shapes |= pictures.shapes(recipe, config.frames)
     count = config.critic_steps + 1
     return {
         name: jax.ShapeDtypeStruct((count, config.batch_size, *shape), np.float32) for name, shape in shapes.items()
@@ -84,7 +85,7 @@ def read_batches(run: Run, *, batch_size: int, frames: int, seed: int) -> Iterat
     rows = [part * batch_size + row for part in parts for row in run.placement.example_indices(batch_size)]
     options: dict[str, Any] = {"batch_size": batch_size * len(parts), "seed": seed, "rows": rows}
     options["text_length"] = recipe.text.length
-    real = reads_latents(recipe.train_distill)
+    real = reads_latents(recipe.train_distill) or recipe.reads_picture
     if not real and recipe.data.prompt_file:
         source = arrays.source(datasets.folder(run.workdir, datasets.PROMPTS))
         return pipeline.prompt_batches(source, **options)

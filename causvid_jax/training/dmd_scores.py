@@ -13,6 +13,7 @@ from causvid_jax.diffusion.guidance import per_branch
 from causvid_jax.distill import dmd, gan
 from causvid_jax.distill.exit_steps import Rollout, exit_steps_of
 from causvid_jax.models import experts, transformer
+from causvid_jax.models.image_branch import Picture, conditioned
 from causvid_jax.training.dmd_data import clip_shape
 
 
@@ -33,15 +34,17 @@ def score(
     mode: str,
     network: TransformerConfig,
     recipe: Recipe,
+    picture: Picture | None = None,
 ) -> jax.Array:
-    """Return a score network's velocity in its forward mode.
+    """Return a score network's velocity in its forward mode; with an image branch it reads ``picture``.
 
     ``"causal"`` reads what the stage ``causal`` trains: the clean blocks before each block, here those of the student's
     output ``clean [B, F, h, w, C]``. ``"chunk"`` gets single blocks as clips (:func:`scored`).
     """
     if mode != "causal":
-        return transformer.bidirectional(params, x, timestep, text, config=network)
-    return transformer.block_causal(
+        bidirectional = conditioned(transformer.bidirectional, picture, network)
+        return bidirectional(params, x, timestep, text, config=network)
+    return conditioned(transformer.block_causal, picture, network)(
         params,
         x,
         timestep,
@@ -54,22 +57,39 @@ def score(
 
 
 def real_score(
-    params: Any, x: jax.Array, timestep: jax.Array, text: jax.Array, *, clean: jax.Array, recipe: Recipe
+    params: Any,
+    x: jax.Array,
+    timestep: jax.Array,
+    text: jax.Array,
+    *,
+    clean: jax.Array,
+    recipe: Recipe,
+    picture: Picture | None = None,
 ) -> jax.Array:
     """Return the teacher's velocity, in the forward mode ``train_distill.teacher``."""
-    mode = recipe.train_distill.teacher
+    mode, net = recipe.train_distill.teacher, recipe.teacher
     if mode != "causal":
-        return experts.bidirectional(params, x, timestep, text, config=recipe.teacher, experts=recipe.experts)
-    return score(params, x, timestep, text, clean=clean, mode=mode, network=recipe.teacher, recipe=recipe)
+        network = conditioned(experts.bidirectional, picture, net)
+        return network(params, x, timestep, text, config=net, experts=recipe.experts)
+    options: dict[str, Any] = {"clean": clean, "mode": mode, "network": net, "recipe": recipe, "picture": picture}
+    return score(params, x, timestep, text, **options)
 
 
 def fake_score(
-    params: Any, x: jax.Array, timestep: jax.Array, text: jax.Array, *, clean: jax.Array, recipe: Recipe
+    params: Any,
+    x: jax.Array,
+    timestep: jax.Array,
+    text: jax.Array,
+    *,
+    clean: jax.Array,
+    recipe: Recipe,
+    picture: Picture | None = None,
 ) -> jax.Array:
     """Return the critic's velocity, in the forward mode ``train_distill.critic_mode``."""
     mode, network = recipe.train_distill.critic_mode, recipe.fake_score
     params = {name: value for name, value in params.items() if name != gan.HEAD}
-    return score(params, x, timestep, text, clean=clean, mode=mode, network=network, recipe=recipe)
+    options: dict[str, Any] = {"clean": clean, "mode": mode, "network": network, "recipe": recipe, "picture": picture}
+    return score(params, x, timestep, text, **options)
 
 
 def student_rollout(recipe: Recipe) -> Rollout:

@@ -14,12 +14,13 @@ import numpy as np
 from einops import rearrange
 
 from causvid_jax.config import Recipe, require
-from causvid_jax.data import pipeline
+from causvid_jax.data import pictures, pipeline
 from causvid_jax.data import sources as datasets
 from causvid_jax.diffusion import flow
 from causvid_jax.distill import ode_regression
 from causvid_jax.distill.rollout import noisy_context
 from causvid_jax.models import transformer
+from causvid_jax.models.image_branch import conditioned
 from causvid_jax.sharding.placement import Placement
 from causvid_jax.text import encoder
 from causvid_jax.training import samples, weights
@@ -58,7 +59,7 @@ def teacher_loss(
 
     Args:
       params: of the teacher.
-      batch: ``latents [B, F, h, w, C]`` and ``text [B, S, E]``.
+      batch: ``latents [B, F, h, w, C]`` and ``text [B, S, E]``, with pictures for an image branch.
       key: draws t, noise and which captions are dropped.
       recipe: grid, teacher, ``train_teacher.caption_dropout``.
       negative_prompt_embeds: ``[S, E]``, which replace dropped captions; None: zeros.
@@ -78,7 +79,8 @@ def teacher_loss(
     noise = jax.random.normal(noise_key, latents.shape) if noise is None else noise
     text = drop_captions(text, drop_key, recipe.train_teacher.caption_dropout, negative_prompt_embeds)
     x_t = flow.add_noise(latents, noise, sigma)
-    velocity = transformer.bidirectional(params, x_t, flow.timestep_from_sigma(sigma), text, config=recipe.teacher)
+    network = conditioned(transformer.bidirectional, pictures.picture_of(batch), recipe.teacher)
+    velocity = network(params, x_t, flow.timestep_from_sigma(sigma), text, config=recipe.teacher)
     loss = jnp.mean((velocity - flow.velocity_from(latents, noise)) ** 2)
     return loss, {"loss": loss}
 
@@ -111,7 +113,8 @@ def causal_loss(
     clean = jnp.where(swapped[:, :, None, None, None], jnp.roll(latents, -1, axis=0), latents)
     clean = noisy_context(clean, key, 1, recipe.causal)
     x_t = flow.add_noise(latents, noise, sigma)
-    velocity = transformer.block_causal(
+    network = conditioned(transformer.block_causal, pictures.picture_of(batch), recipe.teacher)
+    velocity = network(
         params,
         x_t,
         flow.timestep_from_sigma(sigma),
@@ -155,7 +158,8 @@ def negative_embeds(reader: encoder.Encoder) -> np.ndarray | None:
 def batch_shapes(recipe: Recipe) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of the arrays of one step of the stage ``teacher``."""
     size = recipe.train_teacher.batch_size
-    shapes = {"latents": recipe.latent_shape, "text": (recipe.text.length, recipe.text.dim)}
+    text = (recipe.text.length, recipe.text.dim)
+    shapes = {"latents": recipe.latent_shape, "text": text, **pictures.shapes(recipe)}
     return {name: jax.ShapeDtypeStruct((size, *shape), np.float32) for name, shape in shapes.items()}
 
 
@@ -215,7 +219,8 @@ def train(
     """Run the steps of a stage on latents, then write the EMA."""
 
     def to_device(batch: Batch) -> Batch:
-        return run.placement.batch({"latents": batch["latents"], "text": weights.prompt_embeds(batch, reader)})
+        values = {**batch, "text": weights.prompt_embeds(batch, reader)}
+        return run.placement.batch({name: values[name] for name in batch_shapes(recipe)})
 
     for batch in run.batches(functools.partial(read_batches, run), to_device):
         state, metrics = step.train_step(state, batch)

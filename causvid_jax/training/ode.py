@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from causvid_jax.config import Recipe
-from causvid_jax.data import pipeline
+from causvid_jax.data import pictures, pipeline
 from causvid_jax.data import sources as datasets
 from causvid_jax.diffusion import flow
 from causvid_jax.distill.ode_regression import ode_regression_loss
 from causvid_jax.distill.rollout import noisy_context
 from causvid_jax.models import transformer
+from causvid_jax.models.image_branch import conditioned
 from causvid_jax.sharding.placement import Placement
 from causvid_jax.training import samples, weights
 from causvid_jax.training.run import Run
@@ -35,9 +36,8 @@ def init_loss(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> t
     context = batch.get("context")
     if context is not None:
         context = noisy_context(context, key, 1, causal)
-    velocity = functools.partial(
-        transformer.block_causal, config=recipe.student, causal=causal, clean_timestep=causal.context_noise
-    )
+    network = conditioned(transformer.block_causal, pictures.picture_of(batch), recipe.student)
+    velocity = functools.partial(network, config=recipe.student, causal=causal, clean_timestep=causal.context_noise)
     return ode_regression_loss(
         velocity,
         params,
@@ -64,7 +64,7 @@ def init_step(recipe: Recipe, placement: Placement) -> NetworkStep:
 def batch_shapes(recipe: Recipe) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of the arrays of one step."""
     states = len(flow.student_timesteps(recipe.diffusion)) + 1
-    shapes: dict[str, tuple[int, ...]] = {"trajectory": (states, *recipe.latent_shape)}
+    shapes = {"trajectory": (states, *recipe.latent_shape), **pictures.shapes(recipe)}
     if recipe.train_init.teacher == "causal":
         shapes["context"] = recipe.latent_shape
     shapes["text"] = (recipe.text.length, recipe.text.dim)

@@ -11,11 +11,13 @@ import numpy as np
 from einops import rearrange
 
 from causvid_jax.config import ConfigError, Recipe
+from causvid_jax.data import pictures, pipeline
 from causvid_jax.data import sources as datasets
 from causvid_jax.distributed import collectives
 from causvid_jax.evaluation import classifier, metrics
 from causvid_jax.media import to_uint8, write_video
 from causvid_jax.models import vae
+from causvid_jax.models.image_branch import Picture, has_branch
 from causvid_jax.sampling import stream
 from causvid_jax.sampling import teacher as teacher_sampler
 from causvid_jax.text import encoder
@@ -31,10 +33,11 @@ class StreamSampler:
 
     def __init__(self, run: Run, recipe: Recipe, vae_params: Any, reader: encoder.Encoder):
         self._run, self._recipe, self._vae = run, recipe, vae_params
-        self._captions = prompts(recipe, run.workdir, run.config.samples)
+        self._captions, picture = examples(recipe, run.workdir, run.config.samples)
         embeds = jnp.asarray(encoder.encode(reader, self._captions)) if self._captions else None
+        options = {"picture": picture} if has_branch(recipe.student) else {}
         self._generate = run.placement.jit_replicated(
-            lambda params: stream.generate(params, embeds, config=recipe)[1]  # type: ignore[arg-type]
+            lambda params: stream.generate(params, embeds, config=recipe, **options)[1]  # type: ignore[arg-type]
         )
 
     def __call__(self, student: Any) -> dict[str, float]:
@@ -48,12 +51,14 @@ class TeacherSampler:
 
     def __init__(self, run: Run, recipe: Recipe, vae_params: Any, reader: encoder.Encoder):
         self._run, self._recipe, self._vae = run, recipe, vae_params
-        self._captions = prompts(recipe, run.workdir, run.config.samples)
+        self._captions, picture = examples(recipe, run.workdir, run.config.samples)
         embeds = encoder.encode(reader, self._captions) if self._captions else np.zeros(0)
+        pictures_of = () if picture is None or not has_branch(recipe.teacher) else (picture.embeds, picture.latents)
         negative_embeds, seeds = encoder.negative_prompt_embeds(reader), np.arange(len(self._captions), dtype=np.uint32)
 
         def clips(params: Any, vae_params: Any) -> jax.Array:
-            latents = teacher_sampler.sample_clip(params, embeds, negative_embeds, seeds=seeds, config=recipe)
+            options: dict[str, Any] = {"seeds": seeds, "config": recipe}
+            latents = teacher_sampler.sample_clip(params, embeds, negative_embeds, *pictures_of, **options)
             return vae.decode(vae_params, latents, config=recipe.vae)
 
         self._generate = run.placement.jit_replicated(clips)
@@ -71,6 +76,17 @@ def many_steps(recipe: Recipe, steps: int) -> Recipe:
         recipe.diffusion, denoising_timesteps=timesteps, first_block_timesteps=(), student_shift=0.0
     )
     return dataclasses.replace(recipe, student=recipe.teacher, diffusion=diffusion)
+
+
+def examples(recipe: Recipe, workdir: pathlib.Path, count: int) -> tuple[list[str], Picture | None]:
+    """Return ``count`` training captions and, for networks with an image branch, the pictures of their clips."""
+    if not (recipe.reads_picture and count):
+        return prompts(recipe, workdir, count), None
+    source = datasets.with_pictures(recipe, workdir)
+    clips = [source[i % len(source)] for i in range(count)]
+    rows = [pictures.of_example(clip) for clip in clips]
+    picture = pictures.picture_of({name: np.stack([row[name] for row in rows]) for name in pictures.shapes(recipe)})
+    return [pipeline.as_text(clip["caption"]) for clip in clips], picture
 
 
 def prompts(recipe: Recipe, workdir: pathlib.Path, count: int) -> list[str]:

@@ -1,0 +1,104 @@
+"""What networks with an image branch read of the clips that they are trained on: the first frame of each as a picture.
+
+Examples and batches hold it as ``image_latents [F, h, w, 4 + C]`` (``models.image_branch.image_condition`` of a video
+that shows the first frame and is grey after it) and, for networks that read CLIP, ``image_embeds [tokens, width]``.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from causvid_jax.checkpoints import lineage, load, workdir
+from causvid_jax.config import CLIPConfig, Recipe
+from causvid_jax.models import vae
+from causvid_jax.models.image_branch import Picture
+from causvid_jax.sampling import image_to_video
+
+LATENTS, EMBEDS = "image_latents", "image_embeds"
+
+
+def shapes(recipe: Recipe, frames: int = 0) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of an example's picture, cut to ``frames`` latent frames (0: all); {} without image branch."""
+    if not recipe.reads_picture:
+        return {}
+    length, height, width, channels = recipe.latent_shape
+    sizes: dict[str, tuple[int, ...]] = {LATENTS: (min(frames or length, length), height, width, 4 + channels)}
+    for net in (recipe.teacher, recipe.student):
+        if net.image_dim:
+            sizes[EMBEDS] = net.image_tokens, net.image_dim
+    return sizes
+
+
+def picture_of(batch: Mapping[str, Any]) -> Picture | None:
+    """Return the pictures of a batch; None if it has none."""
+    return Picture(batch[LATENTS], batch.get(EMBEDS)) if LATENTS in batch else None
+
+
+def of_example(example: Mapping[str, Any], frames: int = 0) -> dict[str, np.ndarray]:
+    """Return the picture of an example in float32, cut to ``frames`` latent frames (0: all); {} if it has none."""
+    arrays = {name: example[name].astype(np.float32) for name in (LATENTS, EMBEDS) if name in example}
+    return arrays | ({LATENTS: arrays[LATENTS][: frames or None]} if LATENTS in arrays else {})
+
+
+def of_numbers(clips: Any, numbers: range, recipe: Recipe, frames: int = 0) -> list[dict[str, Any]]:
+    """Return the picture of each example, cut to ``frames``; empty ones for a recipe without image branches."""
+    if not recipe.reads_picture:
+        return [{} for _ in numbers]
+    assert clips is not None, "a network with an image branch reads the pictures of clips"
+    return [of_example(clips[i % len(clips)], frames) for i in numbers]
+
+
+def stacked(examples: Sequence[dict[str, Any]]) -> list[np.ndarray]:
+    """Return what the pictures of a batch have, stacked: latents, then embeds."""
+    return [np.stack([example[name] for example in examples]) for name in examples[0]]
+
+
+def half(picture: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return a picture in the type that datasets store."""
+    return {name: x.astype(np.float16) for name, x in picture.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipEncoder:
+    """The encoders of clips for networks with an image branch.
+
+    Attributes:
+        recipe: with the VAE's latent statistics.
+        params: ``{"vae"}``, and ``"image_encoder"`` if a network reads CLIP.
+        clip: sizes of CLIP, if a network reads it.
+        identity: what tells the encoders from others.
+    """
+
+    recipe: Recipe
+    params: dict[str, Any]
+    clip: CLIPConfig | None
+    identity: dict[str, str]
+
+    def encode(self, params: Any, video: jax.Array) -> dict[str, jax.Array]:
+        """Return latents and picture of clips ``[B, T, H, W, 3]`` in [-1, 1]; ``params`` are :attr:`params`."""
+        arrays = {"latents": vae.encode(params["vae"], video, config=self.recipe.vae)}
+        arrays[LATENTS] = image_to_video.image_latents(params["vae"], video[:, 0], config=self.recipe)
+        if self.clip is not None:
+            arrays[EMBEDS] = image_to_video.image_embeds(params["image_encoder"], video[:, 0], config=self.clip)
+        return arrays
+
+
+def open_encoder(recipe: Recipe, vae_params: Any, folder: str | os.PathLike) -> ClipEncoder | None:
+    """Load what encodes clips with their pictures; None for a recipe without image branches.
+
+    Raises:
+        ConfigError: CLIP's weights are missing in ``folder``, or do not fit the network that reads them.
+    """
+    if not recipe.reads_picture:
+        return None
+    params, sizes, identity = {"vae": vae_params}, None, {"pictures": "first frame"}
+    for net in (recipe.teacher, recipe.student):
+        if net.image_dim:
+            opened = workdir.open_image_encoder(folder, net)
+            params["image_encoder"], sizes = load(opened)
+            identity["image_encoder"] = lineage.weights_digest(opened)
+    return ClipEncoder(recipe, params, sizes, identity)
