@@ -1,4 +1,4 @@
-"""Progress of a loop: one live line on a terminal, one line every half minute in a log file; by tqdm."""
+"""Show the progress of a loop: one live line on a terminal, one line every half minute in a log file (by tqdm)."""
 
 import sys
 import time
@@ -14,8 +14,8 @@ LOG_SECONDS = 30.0
 class Progress:
     """The progress of ``total`` steps, with speed, time left and a few values.
 
-    The clock of the speed starts at the first update, so that compilation does not spoil the estimate. ``values`` is a
-    function that is called only when a line is shown: reading a device array makes the host wait.
+    The clock of the speed starts at the first update, so that compilation does not affect the estimate. The function
+    ``values`` is called only when a line is shown, because reading a device array makes the host wait.
     """
 
     def __init__(self, name: str, total: int, stream: TextIO | None = None):
@@ -27,7 +27,7 @@ class Progress:
         self._shown_at = -float("inf")
 
     def update(self, step: int, values: Callable[[], Mapping[str, float]] = dict) -> None:
-        """Show that ``step`` steps are done: the first, the last, and whatever is due in between."""
+        """Record that ``step`` steps are done; show the first, the last, and updates that are due in between."""
         now = time.monotonic()
         if self._first is None:
             self._first = step, now
@@ -64,7 +64,7 @@ class Progress:
         )
 
     def note(self, text: str) -> None:
-        """Write a line that does not garble the live one."""
+        """Write a line above the live one."""
         if self._live:
             tqdm.write(text, file=self._stream)
         else:

@@ -1,1 +1,1 @@
-"""Will it fit, how fast is it: memory, FLOPs, compiled programs, benchmarks."""
+"""Predict and measure memory and speed: estimates, FLOPs, compiled programs, benchmarks."""

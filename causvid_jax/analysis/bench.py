@@ -1,8 +1,8 @@
-"""Measure the streaming sampler with random weights or given ones; values do not change the cost of a matmul.
+"""Measure the speed of the streaming sampler. Weights may be random, because the cost does not depend on values.
 
 Programs are compiled before they are timed. A call is timed until its results are ready. Caches are donated as in a
-stream. The steps of a block run in one program, as in a stream; the time of a step is that of the program over their
-number. A cache length is timed repeatedly by moving the cache's position back after every call.
+stream. The steps of a block run in one program, as in a stream, so the time of a step is the time of the program
+divided by the number of steps. To time a cache length repeatedly, the cache's position is moved back after every call.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class Times:
     seconds: tuple[float, ...]
 
     def percentile(self, percent: float) -> float:
-        """Return the linearly interpolated percentile; of few calls p99 is close to the slowest."""
+        """Return the linearly interpolated percentile; for few calls p99 is close to the slowest call."""
         return float(np.percentile(self.seconds, percent))
 
     @property
@@ -71,7 +71,7 @@ def time_each(
 
 
 def time_pipelined(call: Callable[[Any], Any], carry: Any, repeats: int) -> tuple[float, Any]:
-    """Return the seconds per call of ``repeats`` calls ``carry = call(carry)`` of which only the last is waited for.
+    """Return the seconds per call of ``repeats`` calls ``carry = call(carry)``, waiting only for the last one.
 
     This is the throughput of a stream: the host prepares the next call while the device works on this one.
     """
@@ -88,7 +88,7 @@ CODECS = ("wan", "taehv")
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """A decoder of latent blocks, the one that ``recipe`` names, for ``streams`` videos side by side."""
+    """The decoder of ``recipe`` for ``streams`` videos side by side."""
 
     recipe: Recipe
     streams: int
@@ -106,8 +106,10 @@ class Codec:
         return memory.codec_shapes(self.recipe, encodes=False)
 
     def programs(self) -> tuple[Any, Any]:
-        """Return jitted ``start() -> cache`` and ``decode(params, latents, cache) -> (frames, cache)``, the cache
-        donated."""
+        """Return jitted ``start() -> cache`` and ``decode(params, latents, cache) -> (frames, cache)``.
+
+        ``decode`` donates the cache.
+        """
         height, width = self.recipe.latent_size
         size = {"batch": self.streams, "height": height, "width": width}
         start = functools.partial(decoder.init_decode_cache, self.recipe, **size)
@@ -137,12 +139,12 @@ def make_codec(name: str, recipe: Recipe, streams: int = 1) -> Codec:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is measured, and how often.
+    """Options of the measurement.
 
     Attributes:
-      repeats: timed calls of each program; a fourth of them, at least 3, of clips and first frames.
+      repeats: timed calls of each program; for clips and first frames a fourth of that, at least 3.
       streams: videos side by side.
-      codecs: which decoders, of ``CODECS``.
+      codecs: names of decoders, of ``CODECS``.
     """
 
     repeats: int = 20
@@ -205,7 +207,7 @@ def check(recipe: Recipe, options: Options) -> list[Codec]:
 
 
 def settings(recipe: Recipe, options: Options) -> dict[str, Any]:
-    """Return the settings that every line of the report repeats."""
+    """Return the settings that are part of every line of the report."""
     causal, net = recipe.causal, recipe.student
     sink = f" + sink {causal.sink}" if causal.sink else ""
     write = " + write" if causal.context_pass else ""
@@ -243,7 +245,7 @@ def _processor() -> str:
 
 
 class _Bench:
-    """The compiled programs of one recipe, and what they measured so far."""
+    """The compiled programs of one recipe, and the measurements so far."""
 
     def __init__(self, recipe: Recipe, options: Options, student: Any = None):
         self.recipe, self.options = recipe, options
@@ -343,7 +345,7 @@ class _Bench:
         return carry[0]
 
     def play(self, blocks: int, decoder: "_Decoder | None") -> list[float]:
-        """Run a new stream; return when each block was on the host, in seconds since its start."""
+        """Run a new stream; return the times at which each block reached the host, in seconds since its start."""
         begin = time.perf_counter()
         arrivals: list[float] = []
         state, waiting = self.start(), None
@@ -360,7 +362,7 @@ class _Bench:
         return arrivals
 
     def clips(self, decoder: "_Decoder | None") -> None:
-        """Time the first frame and the last one of a clip of the recipe's length."""
+        """Time the first and the last frame of a clip of the recipe's length."""
         recipe, title = self.recipe, "none" if decoder is None else decoder.title
         sizes = recipe.causal.block_sizes(recipe.video.latent_frames)
 
@@ -441,7 +443,7 @@ def run(
     state = bench.blocks(state, None)
     bench.clips(None)
     peaks["student"], of = memory.memory_peak()
-    # The small codec first: a peak never falls.
+    # Measure the small codec first, because the peak memory never decreases.
     for codec in sorted(codecs, key=lambda c: c.recipe.decoder == "vae"):
         log(f"steady stream and clips, {codec.title}")
         decoder = _Decoder(codec, params)

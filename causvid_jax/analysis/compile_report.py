@@ -39,8 +39,9 @@ class Report:
       topology: the machine's name.
       devices: how many.
       mesh: axis sizes.
-      compiled: whether the memory is the compiler's, or computed from shapes (:mod:`causvid_jax.analysis.estimate`).
-      compile_seconds: of this process's processor time; 0 where nothing was compiled.
+      compiled: whether the memory comes from the compiler or is computed from shapes
+          (:mod:`causvid_jax.analysis.estimate`).
+      compile_seconds: processor time of this process; 0 if nothing was compiled.
       quick: whether the compiler was told to make the least effort (:func:`compile_for`).
       arguments, temporaries, peak, limit: bytes per device; ``peak`` is the compiler's own figure.
       host: bytes of the host's memory per device; offloaded moments of a described GPU are computed.
@@ -49,8 +50,8 @@ class Report:
       step_seconds: pessimistic and optimistic.
       mfu: model FLOPs over peak in these times.
       traffic: computed bytes that one device receives in a step.
-      parts: the computed memory by what it is.
-      streams: side by side; 0 in training.
+      parts: the computed memory by kind of array.
+      streams: number of streams side by side; 0 in training.
     """
 
     topology: str
@@ -157,8 +158,7 @@ def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, 
 
 
 def program(recipe: Recipe, stage: str, mesh: Mesh, *, batch: int = 1) -> tuple[Any, tuple[Any, ...]]:
-    """Return the jitted function of ``stage`` and its abstract arguments on ``mesh``, for ``batch`` streams
-    where the stage is "stream"."""
+    """Return the jitted function of ``stage`` and its abstract arguments on ``mesh``; ``batch`` is for "stream"."""
     require(stage in STAGES, f"stage is {stage!r}; accepted: {', '.join(STAGES)}")
     place = Placement(mesh, recipe.student.rules, recipe.parallel.offload_optimizer)
     return _stream_program(recipe, place, batch) if stage == "stream" else _training_program(recipe, stage, place)
@@ -195,28 +195,28 @@ def estimate_for(recipe: Recipe, stage: str, machine: TopologySpec) -> Report:
 
 
 _OPTIONS = {
-    # Tiles of Triton's matrix products are chosen by timing them; with no device to do that, XLA takes some that fit,
-    # and gives up on operands of odd shapes (42 timesteps). cuBLAS has no such trouble.
+    # XLA chooses the tiles of Triton's matrix products by timing. Without a device it takes any that fit, and fails for
+    # operands of odd shapes (42 timesteps). cuBLAS works for all shapes.
     "cuda": {"xla_gpu_enable_triton_gemm": False},
 }
 """Compiler options by platform."""
 
 
 _QUICK = {"optimization_level": 9}
-"""XLA's level O0. On TPU, where most of the time goes into ordering and merging, a seventh of the time."""
+"""XLA's level O0. On TPU it takes a seventh of the time, because scheduling and fusion take most of it."""
 
 
 def _offloaded(recipe: Recipe, stage: str, machine: TopologySpec) -> tuple[int, int]:
     """Return the bytes of a described GPU's moments on the host, and of those in transfer; 0 without offload.
 
-    JAX knows no host memory of a described GPU, so offloaded moments are compiled as if they were on the device. Their
-    bytes are subtracted here, and the buffers of the transfer added.
+    JAX has no host memory for a GPU known only by topology, so offloaded moments are compiled as if they were on the
+    device. The caller subtracts their bytes and adds the buffers in transfer.
     """
-    on_way = estimate.estimate(recipe, stage, machine).parts.get("moments on their way", 0)
-    if not on_way:
+    in_transfer = estimate.estimate(recipe, stage, machine).parts.get("moments in transfer", 0)
+    if not in_transfer:
         return 0, 0
     here = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, offload_optimizer=False))
-    return round(estimate.estimate(here, stage, machine).parts["moments"]), round(on_way)
+    return round(estimate.estimate(here, stage, machine).parts["moments"]), round(in_transfer)
 
 
 def compile_for(recipe: Recipe, stage: str, topology: Topology, *, quick: bool = False) -> Report:
@@ -227,29 +227,29 @@ def compile_for(recipe: Recipe, stage: str, topology: Topology, *, quick: bool =
 
     Raises:
         ConfigError: a mesh that does not fit the devices.
-        RuntimeError: the compiler's own refusal; a program that is too large for the device is one
+        RuntimeError: the compiler's error, for example of a program that is too large for the device
             ("RESOURCE_EXHAUSTED").
     """
     estimated = estimate_for(recipe, stage, topology.machine)
     mesh = make_mesh(recipe.parallel, topology.devices)
     function, arguments = program(recipe, stage, mesh, batch=max(estimated.streams, 1))
     start = time.process_time()
-    # The abstract mesh: with the mesh itself, JAX would put constants on devices that do not exist.
+    # Use the abstract mesh; with the mesh itself, JAX would put constants on devices that do not exist.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = function.lower(*arguments)
     options = _OPTIONS.get(topology.chip.platform, {}) | (_QUICK if quick else {})
     compiled = lowered.compile(options)  # type: ignore[arg-type]  # numbers are accepted as well
     seconds = time.process_time() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    moved, on_way = _offloaded(recipe, stage, topology.machine) if topology.chip.platform == "cuda" else (0, 0)
-    # The peak that XLA reports for GPUs leaves out arguments.
+    moved, in_transfer = _offloaded(recipe, stage, topology.machine) if topology.chip.platform == "cuda" else (0, 0)
+    # The peak that XLA reports for GPUs does not include arguments.
     peak_bytes = (
         memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
         - moved
-        + on_way
+        + in_transfer
     )
     return dataclasses.replace(
         estimated,
@@ -257,7 +257,7 @@ def compile_for(recipe: Recipe, stage: str, topology: Topology, *, quick: bool =
         compile_seconds=seconds,
         quick=quick,
         arguments=memory.argument_size_in_bytes - moved,
-        temporaries=memory.temp_size_in_bytes + on_way,
+        temporaries=memory.temp_size_in_bytes + in_transfer,
         peak=peak_bytes if topology.chip.platform == "cuda" else memory.peak_memory_in_bytes,
         host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes + moved,
         collectives=hlo.totals(text),

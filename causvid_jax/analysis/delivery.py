@@ -1,8 +1,8 @@
-"""How a stream reaches a viewer: gaps between chunks, real-time factor, deadlines and underruns.
+"""Measure how a stream reaches a viewer: gaps between chunks, real-time factor, deadlines and underruns.
 
 A chunk is the frames of one block. The viewer starts to play when ``start_chunks`` chunks have arrived and then shows
-``fps`` frames a second. Chunk i must be there when the frames before it have been shown. If it is late, the picture
-stops until it comes (an underrun), and all later deadlines move by the delay.
+``fps`` frames a second. The deadline of chunk i is the time at which all frames before it have been shown. If it is
+late, the picture stops until it arrives (an underrun), and all later deadlines move by the delay.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ class Delivery:
     Attributes:
       codec: the decoder.
       chunks: how many chunks arrived.
-      first_ms: from the start of the stream to the first chunk, everything being compiled.
+      first_ms: from the start of the stream to the first chunk, with compiled programs.
       gap_p50_ms, gap_p95_ms, gap_p99_ms: between one arrival and the next.
       fps: frames per second from the first arrival to the last.
-      real_time: ``fps`` over the frame rate of the video; at least 1 keeps up.
+      real_time: ``fps`` over the frame rate of the video; at least 1 is real time.
       on_time: share of the chunks after the start that arrived by their deadline.
-      underruns: how often the viewer's picture stopped.
-      stalled_ms: how long it stood still in all.
+      underruns: number of stops of the viewer's picture.
+      stalled_ms: total duration of these stops.
     """
 
     codec: str
@@ -43,7 +43,7 @@ class Delivery:
 def delivery(arrivals: Sequence[float], frames: int, fps: float, *, codec: str, start_chunks: int = 2) -> Delivery:
     """Return the figures of chunks of ``frames`` frames that arrived at ``arrivals`` seconds after the start.
 
-    At least ``start_chunks + 1`` chunks are needed, and two.
+    It needs at least ``start_chunks + 1`` chunks, and at least two.
     """
     assert len(arrivals) > max(start_chunks, 1), "too few chunks for a viewer"
     gaps = np.diff(arrivals)
@@ -75,8 +75,7 @@ def ratio_interval(
 ) -> tuple[float, float]:
     """Return the bootstrap interval of ``median(theirs) / median(ours)``: above 1, ours is faster.
 
-    Calls of one program are drawn with replacement; that they follow each other, hence resemble each other, is not
-    considered.
+    Calls of each program are resampled independently; correlation of consecutive calls is ignored.
     """
     rng = np.random.default_rng(0)
     medians = [np.median(rng.choice(np.asarray(x, np.float64), (draws, len(x))), axis=1) for x in (theirs, ours)]

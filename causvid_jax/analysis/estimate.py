@@ -31,7 +31,7 @@ from causvid_jax.training import optimizers
 EFFICIENCY = (0.35, 0.6)
 """Share of peak FLOP/s that well-sharded transformers of these sizes reach: pessimistic, optimistic."""
 MARGIN = 0.9
-"""Share of a device's memory up to which a computed program is said to fit; the rest is for what is not counted."""
+"""Fraction of device memory that an estimate may use; the rest covers what it omits."""
 F32 = 4
 
 
@@ -84,7 +84,7 @@ class _Mesh:
         """Bytes a second at which a device receives what its fsdp group holds."""
         chip, ici_size = self.machine.chip, self.machine.ici_size
         crosses_dcn = self.fsdp * self.context * self.tensor > ici_size
-        # Every node or slice receives the whole once, through the ports of all its devices.
+        # Every node or slice receives all data once, through the ports of all its devices.
         return min(chip.ici_bandwidth, chip.dcn_bandwidth * ici_size) if crosses_dcn else chip.ici_bandwidth
 
 
@@ -110,8 +110,7 @@ def param_bytes(spec: Any, mesh: Mapping[str, int], rules: ShardingRules, size: 
 
 @functools.cache
 def _sizes(net: TransformerConfig, axes: tuple[tuple[str, int], ...]) -> tuple[float, float, float, float]:
-    """Return the bytes on one device: all parameters, all layers whole along fsdp, the largest array, the layers' "
-    "kernels."""
+    """Return bytes on one device: all parameters, layers gathered along fsdp, the largest array, layers' kernels."""
     spec, mesh = transformer.spec(net), dict(axes)
     leaves = jax.tree_util.tree_leaves_with_path(spec, is_leaf=lambda x: isinstance(x, ParamSpec))
     return (
@@ -133,7 +132,7 @@ class Network:
         self.net, self.mesh, self.recipe = net, mesh, recipe
         sizes = _sizes(dataclasses.replace(net, remat="none"), tuple(mesh.axes.items()))
         self.params, self.layers_whole, self.largest, self.kernels = sizes
-        # The layer at work and the next one, in float32 as gathered and in the type of the matmuls.
+        # The current layer and the next one, in float32 as gathered and in the type of the matmuls.
         self.gathered = 2 * self.layers_whole / net.num_layers * (F32 + _item(net)) / F32
         self.frame = flops.tokens_per_frame(recipe, net) / mesh.context
 
@@ -143,7 +142,7 @@ class Network:
         m, p = net.dim, net.ffn_dim
         attention = (_item(net) * m + F32 * net.num_heads) / tensor
         products = F32 * (4 * m / tensor + 3 * m + p / tensor)  # q, k, v, q; o, o, fc2; fc1
-        # Beside these: norms, rotations, modulations, activations, roughly.
+        # Also norms, rotations, modulations and activations, roughly.
         rest = F32 * (14 * m + 2 * p / tensor)
         own = F32 * m
         return (
@@ -185,28 +184,31 @@ class Network:
         return self.layers_whole * (1 - 1 / self.mesh.fsdp)
 
     def exchanged(self, frames: float) -> float:
-        """Return the bytes received in one forward pass of one example: all-to-all over context, all-reduce over
-        tensor."""
+        """Return the bytes received in a forward pass of one example: all-to-all (context), all-reduce (tensor)."""
         net, mesh, tokens = self.net, self.mesh, frames * self.frame
         heads = 4 * tokens * net.dim / mesh.tensor * _item(net) * (1 - 1 / mesh.context)
         sums = 3 * tokens * net.dim * F32 * 2 * (1 - 1 / mesh.tensor)
         return net.num_layers * (heads + sums)
 
     def trained(self, frames: float, examples: float) -> tuple[float, float]:
-        """Return (gathered, exchanged) bytes of a forward and backward pass: gathered twice, gradients scattered
-        once."""
+        """Return (gathered, exchanged) bytes of a forward and backward pass.
+
+        Parameters are gathered twice, gradients are scattered once.
+        """
         again = 2 if self.net.remat in ("none", "dots") else 3
         return 3 * self.gather(), again * examples * self.exchanged(frames)
 
 
 def _moments(networks: list[tuple[Network, OptimizerConfig]], recipe: Recipe) -> tuple[dict[str, float], float]:
-    """Return the bytes of the moments on the device, by name, and on the host. Muon keeps one moment of a layer's
-    kernel."""
+    """Return the bytes of the moments on the device, by name, and on the host.
+
+    Muon keeps one moment of a layer's kernel.
+    """
     moments = sum(2 * n.params - (n.kernels if config.kind == "muon" else 0.0) for n, config in networks)
     if not recipe.parallel.offload_optimizer:
         return {"moments": moments}, 0.0
-    # Fetched, renewed and sent back array by array: the old and the new one of both kinds.
-    return {"moments on their way": 4 * max(n.largest for n, _ in networks)}, moments
+    # Moments are fetched, updated and sent back array by array: old and new values of both kinds.
+    return {"moments in transfer": 4 * max(n.largest for n, _ in networks)}, moments
 
 
 def _times(mesh: _Mesh, work: flops.StepFlops, traffic_seconds: float, floor: float = 0.0) -> tuple[float, float]:
@@ -255,14 +257,14 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
     moments, host = _moments([(student, config.optimizer), (fake, config.critic_optimizer)], recipe)
     critic = local * (fake.saved(frames) + fake.working(frames))
     if self_rollout:
-        # Replay is one pass over the noisy frames and, with a context pass, their clean copies.
+        # Replay is one pass over the noisy frames and, with a context pass, over their clean copies.
         replayed = frames * (1 + recipe.causal.context_pass)
         block = replayed if config.gradient == "replay" else recipe.causal.frames_per_block
         caches = local * student.cache() * CACHES
         generator = local * (student.saved(block) + student.working(block))
     else:
         caches, generator = 0.0, local * (student.saved(frames) + student.working(frames))
-    # Forward only; the teacher reads two clips, with the prompt and without.
+    # Forward only. The teacher has a batch of two per clip, with and without the prompt.
     scores = local * max(fake.working(frames) / 2, teacher.working(frames))
     parts = {
         "student": student.params,
@@ -325,8 +327,9 @@ def _stream(recipe: Recipe, mesh: _Mesh) -> Estimate:
 
 
 def estimate(recipe: Recipe, stage: str, machine: TopologySpec) -> Estimate:
-    """Estimate one step of ``stage`` ("teacher", "init", "distill"), or one block of "stream", on the mesh of
-    ``recipe.parallel`` over ``machine``.
+    """Estimate one step of ``stage`` ("teacher", "init", "distill") or one block of "stream".
+
+    The mesh is that of ``recipe.parallel`` over ``machine``.
 
     Raises:
         ConfigError: a mesh that does not fit the devices.

@@ -63,15 +63,17 @@ def forward(net: TransformerConfig, frames: int, tokens: int, pairs: int, *, tex
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one training step or one streamed block: ``model`` counts, ``recomputed`` is done on top of it."""
+    """FLOPs of one training step or one streamed block: ``model`` FLOPs, and ``recomputed`` ones in addition."""
 
     model: float
     recomputed: float = 0.0
 
 
 def stream_block(recipe: Recipe, *, frames_cached: int | None = None) -> float:
-    """Return the FLOPs of one streamed block with a full window (or ``frames_cached`` earlier frames): all steps and
-    the cache write. The prompt is encoded once per stream and does not count."""
+    """Return the FLOPs of one streamed block with a full window (or ``frames_cached`` earlier frames).
+
+    All denoising steps and the context pass count. The prompt is encoded once per stream and does not count.
+    """
     net, causal = recipe.student, recipe.causal
     k = causal.frames_per_block
     past = causal.window - k + causal.sink if causal.window else recipe.video.latent_frames - k
@@ -81,8 +83,7 @@ def stream_block(recipe: Recipe, *, frames_cached: int | None = None) -> float:
 
 
 def recomputed(net: TransformerConfig, one_pass: float, frames: int, tokens: int, pairs: int) -> float:
-    """Return the FLOPs of ``one_pass`` (as counted by :func:`forward`) that ``net.remat`` repeats in the backward
-    pass."""
+    """Return the FLOPs of ``one_pass`` (of :func:`forward`) that ``net.remat`` repeats in the backward pass."""
     attention_work = float(net.num_layers * 4 * pairs * tokens**2 * net.dim)
     return {
         "none": 0.0,
@@ -96,9 +97,9 @@ def recomputed(net: TransformerConfig, one_pass: float, frames: int, tokens: int
 def training_step(recipe: Recipe, stage: str) -> StepFlops:
     """Return the FLOPs of one step of ``teacher``, ``init`` or ``distill`` over its whole batch.
 
-    A DMD cycle: every fake-score update streams a clip (the exit step is uniform, so (Q + 1) / 2 denoising passes a
-    block and the cache write) and trains on it; the student's update adds its own clip, the backward pass through one
-    step of it, two passes of the teacher (with and without the prompt) and one of the fake score.
+    A DMD step: every fake-score update generates a clip (the exit step is uniform, so a block has (Q + 1) / 2 denoising
+    passes and the context pass) and trains on it. The student's update generates another clip, differentiates one step
+    of it, and runs the teacher twice (with and without the prompt) and the fake score once.
     """
     frames = recipe.video.latent_frames
     teacher, student = recipe.teacher, recipe.student
@@ -125,7 +126,7 @@ def training_step(recipe: Recipe, stage: str) -> StepFlops:
         fake_score = recipe.fake_score
         fake = forward(fake_score, frames, tokens_per_frame(recipe, fake_score), frames**2)
         critic = trained(fake, fake_score, frames**2)
-        # The exit step is rematerialised whatever the network's own setting, and its layers once more by that.
+        # The exit step is always rematerialised, and its layers once more if the network's setting says so.
         again = recomputed(student, one_pass, frames, n_student, causal_pairs)
         again += one_pass if config.rollout == "self" else 0.0
         back = 2 * one_pass
@@ -148,10 +149,10 @@ def training_step(recipe: Recipe, stage: str) -> StepFlops:
 
 
 def count_traced(function: Callable[..., Any], *arguments: Any) -> float:
-    """Return the FLOPs of the matmuls and convolutions of ``function(*arguments)``; arguments may be
-    ``jax.ShapeDtypeStruct``.
+    """Return the FLOPs of the matmuls and convolutions of ``function(*arguments)``.
 
-    A loop counts once for each iteration. Of the branches of a conditional the most expensive one counts.
+    Arguments may be ``jax.ShapeDtypeStruct``. A loop counts once for each iteration. A conditional counts as its most
+    expensive branch.
 
     Raises:
         NotImplementedError: a loop of unknown length.

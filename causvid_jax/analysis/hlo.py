@@ -1,4 +1,4 @@
-"""Collectives in a compiled program's text: how many, of which kind, how many bytes, in a layer or outside."""
+"""Count the collectives in the text of a compiled program: kind, number and bytes, inside and outside of layers."""
 
 import dataclasses
 import math

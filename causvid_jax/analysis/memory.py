@@ -1,12 +1,12 @@
-"""Compute the memory of sampling on one device from shapes alone, before anything is loaded; read limits and peaks.
+"""Compute the memory of sampling on one device from shapes, before anything is loaded; read limits and peaks.
 
 The memory of a stage on a mesh is estimated by :mod:`causvid_jax.analysis.estimate`, with the same formula for the
 largest temporaries of a layer (:func:`layer_work`).
 
 Sampling has phases. Memory of a phase is freed before the next begins: the text encoder and the transformer are never
 loaded together, nor are the teacher, which makes a whole clip at once, and the decoder. Parameters and caches are
-counted to the byte by ``jax.eval_shape``. ``work`` is an estimate of the
-largest temporaries of a layer, since the compiler decides what it keeps.
+exact, by ``jax.eval_shape``. ``work`` is an estimate of the largest temporaries of a layer, because they depend on the
+compiler.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ PROMPTS = 4  # prompts that the encoder computes at once
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Arrays that are on the device together: bytes by type of element, for each of ``items``."""
+    """Arrays that are on the device at the same time: for each of ``items`` bytes by type of element."""
 
     name: str
     items: Mapping[str, Sizes]
@@ -73,7 +73,7 @@ def sampling_phases(
         role: ``"student"`` streams, ``"teacher"`` makes a clip.
         batch: videos side by side.
         latents: latent frames of each.
-        prompts: how many a network has to encode; with 0 that phase is left out.
+        prompts: number of prompts that a network encodes; with 0 there is no such phase.
         image, video: whether the stream starts from an image or a video, which needs the VAE's encoder.
         clip: the image encoder of a teacher with an image branch, for image to video.
         state: shapes of the stream's state, if not those that the model gives.
@@ -140,28 +140,26 @@ def sampling_phases(
 
 def describe(phases: tuple[Phase, ...], limit: int | None = None) -> str:
     """Return the phases as lines of text."""
-    lines = ["Memory on the device; what a phase holds is freed before the next."]
+    lines = ["Memory on the device; each phase is freed before the next one."]
     for number, phase in enumerate(phases, 1):
         lines.append(f"  {number}. {phase.name}: {format_bytes(phase.total)}")
         for name, types in phase.items.items():
             parts = ", ".join(f"{format_bytes(count)} {kind}" for kind, count in sorted(types.items()) if count)
             lines.append(f"       {name:<26}{parts or 'nothing'}")
     peak = max(phases, key=lambda phase: phase.total)
-    limit_text = (
-        f" of {format_bytes(limit)} that the device has" if limit else "; the device does not say how much it has"
-    )
+    limit_text = f" of {format_bytes(limit)} on the device" if limit else "; the memory of the device is not known"
     lines.append(f"  Most: {format_bytes(peak.total)} ({peak.name}){limit_text}.")
     return "\n".join(lines)
 
 
 LESS = "a smaller video.height and video.width, fewer --frames or prompts at once, a causal.window, decoder=taehv"
-"""What makes the memory of sampling less."""
+"""Settings that reduce the memory of sampling."""
 
 
 def check_fits(phases: Sequence[Phase], limit: int | None, less: str = LESS, owner: str = "the device has") -> None:
-    """Refuse phases that are larger than the memory (``limit`` bytes; None: unknown) that ``owner`` names.
+    """Refuse phases that need more than the memory of ``owner`` (``limit`` bytes; None: unknown).
 
-    ``less`` names what makes them smaller.
+    ``less`` names settings that reduce it.
     """
     for phase in phases:
         require(
@@ -178,7 +176,7 @@ def peak_rss() -> int:
 
 
 def memory_peak() -> tuple[int, str]:
-    """Return the peak bytes in use and their owner: the device where it counts them, else this process."""
+    """Return the peak bytes in use and their owner: the device if it counts them, else this process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"]), "device"
@@ -214,7 +212,7 @@ def _picture_phases(recipe: Recipe, encoder: CLIPConfig | None) -> tuple[Phase, 
         hidden = encoder.tokens * max(encoder.ffn_dim, 4 * encoder.dim) * 4
         scores = encoder.num_heads * encoder.tokens**2 * 2 * 4
         items = {"image encoder": sizes(image_encoder_shapes(encoder)), "work, about": {"float32": hidden + scores}}
-        read = (Phase("read the picture", items),)
+        read = (Phase("embed the picture", items),)
     size = {"batch": 1, "height": recipe.video.height, "width": recipe.video.width}
     past = jax.eval_shape(functools.partial(vae.init_encode_cache, recipe.vae, **size))
     pixels = vae.time_factor(recipe.vae) * recipe.video.height * recipe.video.width
@@ -256,7 +254,7 @@ def layer_work(
     """Return the largest temporaries of one layer that is not differentiated.
 
     They are the residual stream, and the MLP's hidden layer or attention, each in float32 and in the compute type.
-    XLA's attention also holds all scores. ``backend`` is that of attention; None: what this process would use.
+    XLA's attention also holds all scores. ``backend`` is that of attention; None: the one this process would use.
     """
     n = (height // net.patch_size[1]) * (width // net.patch_size[2])
     tokens, keys, size = batch * frames * n, batch * context_frames * n, 4 + _width(net.dtype)

@@ -1,4 +1,4 @@
-"""Find the fastest mesh of a recipe that fits a machine: estimate every legal mesh, compare."""
+"""Find the fastest mesh of a recipe that fits a machine, by estimating every legal mesh."""
 
 import dataclasses
 import itertools
@@ -28,7 +28,7 @@ class Candidate:
         return self.estimate.memory <= estimates.MARGIN * self.limit
 
     def settings(self, stage: str) -> str:
-        """Return the flags that turn the recipe's file into this candidate."""
+        """Return the flags that set this candidate's mesh and memory settings."""
         return settings(self.recipe, self.base, stage)
 
 
@@ -51,7 +51,7 @@ def settings(recipe: Recipe, base: Recipe, stage: str) -> str:
 
 
 def without_mesh(parallel: ParallelConfig) -> ParallelConfig:
-    """Return ``parallel`` for one device; settings other than the axes stay."""
+    """Return ``parallel`` for one device; settings other than the axes do not change."""
     return ParallelConfig(offload_optimizer=parallel.offload_optimizer, ring=parallel.ring)
 
 
@@ -108,7 +108,7 @@ def _accumulated(recipe: Recipe, stage: str, ways: int) -> Iterator[Recipe]:
 
 
 def _policies(recipe: Recipe) -> Iterator[Recipe]:
-    """Yield the recipe with settings from the fastest to those of least memory: remat policy, offloaded moments."""
+    """Yield the recipe with remat policies and offloading, from the fastest to that of least memory."""
     for offload in (False, True):
         for remat in ("attention", "full", "offload"):
             yield dataclasses.replace(

@@ -22,11 +22,11 @@ class Line:
 
     Attributes:
       what: name of the measured call.
-      seen: latent frames that the block sees, itself included; None where lengths mix.
+      seen: latent frames that the block attends to, including itself; None if lengths vary.
       codec: the decoder, "none" for latents.
       p50_ms, p99_ms: of ``calls`` calls, each waited for.
-      tflop: model TFLOP of one call, over all streams; None where it is not counted.
-      fps: pixel frames per second of each stream; None where a call makes none.
+      tflop: model TFLOP of one call, over all streams; None if it is not counted.
+      fps: pixel frames per second of each stream; None if a call makes none.
       ms: of each call; empty if the report has percentiles only.
     """
 
@@ -49,7 +49,7 @@ def line(item: Line, settings: Mapping[str, Any], peak: float | None) -> dict[st
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    """Format ``value`` with so many significant digits, without an exponent."""
+    """Format ``value`` with ``digits`` significant digits, without an exponent."""
     if value is None:
         return "-"
     if value == 0 or abs(value) >= 10 ** (digits - 1):
@@ -104,7 +104,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def _deliveries(items: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the paragraph and the table of what a viewer sees; nothing without deliveries."""
+    """Return the paragraph and the table of the viewer's figures; empty without deliveries."""
     if not items:
         return []
     header = ["codec", "chunks", "first chunk ms", "gap p50 ms", "p95", "p99", "frames/s", "of real time"]
@@ -121,13 +121,14 @@ def _deliveries(items: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         for item in items
     ]
-    words = "A stream as its viewer sees it, who begins to play when two chunks have arrived (`analysis/delivery.py`):"
+    words = "For a viewer who starts to play when two chunks have arrived (`analysis/delivery.py`):"
     return [words, _table(header, rows)]
 
 
 def comparison(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """Return a table of the common lines of two reports, with the ratio of their medians (above 1: the first is faster)
-    and its 95% interval where both have the times of every call.
+    """Return a table of the common lines of two reports, with the ratio of their medians.
+
+    A ratio above 1 means that the first is faster. It has a 95% interval if both reports have the times of every call.
 
     Raises:
         ValueError: reports of different devices or settings, or without a common line.

@@ -1,7 +1,8 @@
 """Describe machines by name, without access to them, and list the published figures of their chips.
 
 TPU ``v5p:4x4x4``, ``v6e:16x16``, two slices as ``v5p:4x4x8*2``; GPU ``h100:8`` (one node), ``h200:8x8`` (eight nodes of
-eight). Sizes are chips: what is sold as v5p-64 counts cores and has 32 of them, ``v5p:2x4x4``; v5e and v6e count chips.
+eight). Sizes are chips. Google's name v5p-64 counts cores, that is 32 chips, ``v5p:2x4x4``; names of v5e and v6e count
+chips.
 """
 
 import dataclasses
@@ -37,9 +38,9 @@ class Chip:
 
 
 GIB = 2.0**30
-# TPU: Google Cloud's documentation; memory is what XLA reports as available, the network between slices an assumption
-# (100 Gbit/s a chip at best). GPU: NVIDIA's data sheets (SXM5), NVLink in one direction, one 400 Gbit/s port a device;
-# of the memory 92%, as the rest is the driver's, NCCL's and the allocator's.
+# TPU: Google Cloud's documentation; memory as XLA reports it, the network between slices is an assumption (100 Gbit/s
+# per chip at best). GPU: NVIDIA's data sheets (SXM5), NVLink in one direction, one 400 Gbit/s port per device; 92% of
+# the memory, because driver, NCCL and allocator use the rest.
 CHIPS = {
     "v5e": Chip(15.75 * GIB, 197e12, 0.819e12, 200e9, 12.5e9, ("TPU v5 lite", "TPU v5e")),
     "v5p": Chip(95.74 * GIB, 459e12, 2.765e12, 600e9, 12.5e9, ("TPU v5", "TPU v5p")),
@@ -59,7 +60,7 @@ GPU_EXTRA = "jax-cuda12-plugin, jax-cuda12-pjrt, nvidia-cuda-nvcc-cu12 and nvidi
 
 @dataclasses.dataclass(frozen=True)
 class TopologySpec:
-    """Kind, shape and number of devices that a name stands for; needs no compiler.
+    """Kind, shape and number of devices of a named machine; it needs no compiler.
 
     Attributes:
       name: as given.
@@ -90,7 +91,7 @@ class TopologySpec:
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A described machine and its devices, which a compiler takes for real."""
+    """A described machine, with devices that a compiler accepts."""
 
     machine: TopologySpec
     devices: list[Any]
@@ -136,11 +137,11 @@ def describe(name: str) -> Topology:
         ConfigError: an unknown kind or shape, or no compiler for it.
     """
     machine = parse(name)
-    # libtpu takes a lock file and looks for a metadata server unless told that this is no TPU host.
+    # On a host without TPU, libtpu would create a lock file and search for a metadata server.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")  # any that exists; what is compiled for is said below
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")  # any existing type; the compilation target is set below
     from jax.experimental import topologies
 
     shape = "x".join(map(str, machine.shape))

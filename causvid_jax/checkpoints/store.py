@@ -161,15 +161,6 @@ def load_params(path: str | os.PathLike, dtype: Any = np.float32) -> tuple[dict[
     return unflatten(flat), metadata
 
 
-def stored_checksum(path: str | os.PathLike) -> str:
-    """Return the checksum in the header of a file of :func:`save_params`. It identifies the weights.
-
-    Raises:
-        ConfigError: the file is unreadable or carries no checksum of ours.
-    """
-    return open_own(path)[1]
-
-
 def misfit(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], most: int = 3) -> str:
     """Describe missing, unexpected and misshapen names in ``have``, up to ``most`` of each; "" if there are none."""
     problems = []

@@ -5,11 +5,11 @@ import sys
 
 PROGRAMS = {
     "sample": "generate videos, as a stream of any length or, by the teacher, as a clip",
-    "demo": "see it work: a stream with a change of prompt, and student beside teacher",
-    "serve": "serve a live film and a page that steers it",
+    "demo": "sample a stream with a prompt switch, and compare student and teacher",
+    "serve": "serve a live film and a page that controls it",
     "prepare": "make a recipe's data",
     "train": "train one stage",
-    "road": "make all weights of a recipe from nothing",
+    "road": "make all weights of a recipe from scratch",
     "evaluate": "measure a recipe's clips",
     "experiment": "train and measure the rows of an experiment of the paper",
     "vbench": "sample VBench's prompts, score them and compute the totals; drift curves",
@@ -18,7 +18,7 @@ PROGRAMS = {
     "models": "list the published models, with files, licence and settings",
     "convert": "convert published weights, or to published formats",
     "bench": "measure the speed of a stream on this machine",
-    "compile": "tell whether a program fits a machine, or compile the sampler to a file",
+    "compile": "check whether a program fits a machine, or compile the sampler to a file",
 }
 
 

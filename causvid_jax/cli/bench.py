@@ -2,7 +2,7 @@
 
 Measures milliseconds per denoising step at each cache length, of the cache write and of each decoder; time to first
 frame; steady frames/s and those of a clip, with and without a decoder; memory; TFLOP/s and their share of the device's
-peak; and what a viewer of the stream sees: first chunk, gaps between chunks, real-time factor, deadlines, underruns.
+peak; and delivery to a viewer: first chunk, gaps between chunks, real-time factor, deadlines, underruns.
 Writes JSON and, beside it, a Markdown table (``.md``); ``--against`` compares it with an earlier report. One device is
 measured, with the recipe's settings, for example ``--config.causal.window=21 --config.student.attention=cudnn``.
 Weights are random, or those of ``--checkpoint`` and ``--student``, which take published files as ``causvid sample``
@@ -34,8 +34,8 @@ class Options:
     codecs: str = option("wan,taehv", "Decoders to measure, of wan and taehv.")
     checkpoint: str | None = option(None, "Measure these weights: a folder or a file; none: random ones.")
     student: str | None = option(None, "The student's file, also a published one; it wins over --checkpoint.")
-    against: str | None = option(None, "An earlier report of this device: also print the ratios of its times to these.")
-    serve: bool = option(False, "Measure causvid serve as its viewers see it, with the weights of the package.")
+    against: str | None = option(None, "An earlier report of this device, to print ratios of times.")
+    serve: bool = option(False, "Measure causvid serve from its viewers' side, with the weights of the package.")
 
 
 def main(options: Options) -> None:
@@ -64,7 +64,7 @@ def main(options: Options) -> None:
 
 
 def read_weights(options: Options) -> tuple[Recipe, dict[str, Any], str]:
-    """Return the recipe, the weights that are named, and where they come from.
+    """Return the recipe, the weights of the flags, and a text about their origin.
 
     Raises:
         ConfigError: weights that are missing or do not fit the recipe.
@@ -96,7 +96,7 @@ def read_report(path: str) -> dict[str, Any]:
 
 
 def compare(report: dict[str, Any], earlier: dict[str, Any]) -> str:
-    """Return the table of ratios, or one sentence that says why there is none: the new report is kept in any case."""
+    """Return the table of ratios, or a sentence why there is none."""
     from causvid_jax.analysis import report as report_format
 
     try:
@@ -106,7 +106,7 @@ def compare(report: dict[str, Any], earlier: dict[str, Any]) -> str:
 
 
 def measure_server(recipe: Recipe, output: pathlib.Path) -> None:
-    """Start a server of its own, view it, and write the figures."""
+    """Start a server, view its films, and write the figures."""
     require(recipe == load_recipe(recipe.name), "--serve measures a recipe as it is named; leave --config.FIELD out")
     try:
         from causvid_jax.serve import bench

@@ -1,4 +1,4 @@
-"""What every program shares: parsing, one-sentence errors with an exit status, the compilation cache, the log.
+"""Shared parts of all programs: parsing, one-sentence errors with an exit status, compilation cache, log.
 
 A program is a module with ``Options``, a dataclass whose fields are its flags, and ``main(options)``. Modules import
 JAX inside ``main``, so that ``--help`` and a refused flag answer at once.
@@ -39,7 +39,7 @@ def call(program: str, arguments: Sequence[str]) -> None:
 
     Raises:
         ConfigError: a flag or an input that cannot work.
-        RunError: a run that cannot go on.
+        RunError: a run that cannot continue.
     """
     module = importlib.import_module(f"causvid_jax.cli.{program}")
     if any(word in ("--help", "-h", "-help") for word in arguments):
@@ -53,8 +53,8 @@ def call(program: str, arguments: Sequence[str]) -> None:
 def run(program: str, arguments: Sequence[str]) -> None:
     """Run a program as a process: a ConfigError becomes one sentence on stderr and status 2, a RunError status 1.
 
-    Ctrl-C becomes one line and status 130, SIGTERM status 143 and SIGHUP status 129. Files that are being written are
-    finished or removed first. Any other exception is a defect and keeps its traceback.
+    Ctrl-C becomes one line and status 130, SIGTERM status 143 and SIGHUP status 129. Open files are first finished or
+    removed. Any other exception is a bug and keeps its traceback.
     """
     try:
         with _stoppable():
@@ -78,7 +78,7 @@ def _stoppable() -> Iterator[None]:
     """Raise :class:`Stopped` on the first signal of :data:`SIGNALS`; ignored ones (``nohup``) stay ignored."""
 
     def stop(number: int, _: types.FrameType | None) -> None:
-        for other in SIGNALS:  # a second one must not interrupt the cleaning up
+        for other in SIGNALS:  # a second signal must not interrupt the cleanup
             signal.signal(other, signal.SIG_IGN)
         raise Stopped(number)
 
@@ -109,7 +109,7 @@ def _line(error: BaseException) -> str:
 
 
 def prepare_logging() -> None:
-    """Show our log on stderr and silence what XLA, JAX and tensorflow-datasets say of their own affairs."""
+    """Show our log on stderr and silence the messages of XLA, JAX and tensorflow-datasets below errors."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's C++ log
     os.environ.setdefault("TQDM_DYNAMIC_NCOLS", "1")
     from absl import flags, logging
@@ -120,7 +120,7 @@ def prepare_logging() -> None:
     handler = logging.get_absl_handler()
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     handler.addFilter(_is_ours)
-    # At INFO JAX reports every accelerator that is not there.
+    # At INFO JAX reports every accelerator that it does not find.
     python_logging.getLogger("jax").setLevel(python_logging.WARNING)
 
 
@@ -130,10 +130,10 @@ def _is_ours(record: python_logging.LogRecord) -> bool:
 
 
 def writable_workdir(workdir: str | None) -> pathlib.Path:
-    """Return ``workdir`` as a path, made if need be.
+    """Create the folder ``workdir`` if necessary and return its path.
 
     Raises:
-        ConfigError: no path, or nothing can be written there.
+        ConfigError: no path, or it cannot be written.
     """
     if not workdir:
         raise ConfigError("no --workdir is given; it must be a directory for data and weights")

@@ -1,21 +1,21 @@
-"""Compile ahead of time: to say whether a program fits a machine that is not at hand, or to keep the sampler as a file.
+"""Compile ahead of time: check whether a program fits a machine without access to it, or write the sampler to a file.
 
 ``causvid compile --config=wan_14b --stage=distill --topology=v5p:4x4x4``
 
-The mesh is ``--config.parallel.*``. Where none is given for several devices, it is the one that is computed to be the
-fastest of those that fit, with what it needs of rematerialisation, accumulation and offload; its flags are printed.
-Nothing of the machine is needed but a compiler for it: the extra ``tpu``, or for GPUs ``cuda12``. ``--quick`` has it
-make the least effort: for a TPU that takes a seventh of the time and gives much the same memory, but more and smaller
-collectives than those of the program that would run. ``--estimate`` needs no compiler: it computes memory and time from
-shapes. The status is 1 if the program does not fit; then it is said what should make it fit.
+The mesh is ``--config.parallel.*``. Without one, several devices get the mesh that is estimated to be the fastest of
+those that fit, with the necessary rematerialisation, accumulation and offloading; its flags are printed. Only a
+compiler for the machine is needed: the extra ``tpu``, or for GPUs ``cuda12``. ``--quick`` compiles with the least
+optimisation. For a TPU this takes a seventh of the time and gives almost the same memory, but more and smaller
+collectives than in the real program. ``--estimate`` needs no compiler: it computes memory and time from shapes. If the
+program does not fit, the status is 1 and settings that should fit are printed.
 
 ``causvid compile --config=wan_1_3b --stage=stream --platform=cuda --output=stream.program``
 
-lowers the streaming sampler for one device of a platform (cpu, cuda, tpu), at the recipe's size and ``--batch`` videos
-at once, and writes it to a file that ``causvid sample --program`` loads without tracing the model
-(``causvid_jax.sampling.exported``). ``--stage=serve`` does so for ``causvid serve --program``. The device need not
-be there, but cuDNN has to be, if it is the attention. If the platform is that of this machine, the file also holds the
-executables, and a machine like this one starts without compiling.
+lowers the streaming sampler for one device of a platform (cpu, cuda, tpu), at the recipe's size and with ``--batch``
+videos at once, and writes it to a file that ``causvid sample --program`` loads without tracing the model
+(``causvid_jax.sampling.exported``). ``--stage=serve`` writes the file for ``causvid serve --program``. The device is
+not needed, but attention by cuDNN needs cuDNN. If the platform is that of this machine, the file also holds
+executables, and an equal machine starts without compiling.
 """
 
 import dataclasses
@@ -44,8 +44,8 @@ class Options:
         "TPU KIND:AxB[xC], *N for N slices; GPU KIND:N or KIND:NODESxN; for example v5p:4x4x4, h200:8x8.",
     )
     estimate: bool = option(False, "Compute the figures from shapes; nothing is compiled.")
-    quick: bool = option(False, "Have the compiler make the least effort.")
-    output: str | None = option(None, "Write the report as JSON to this file, too; with --platform the program.")
+    quick: bool = option(False, "Compile with the least optimisation.")
+    output: str | None = option(None, "Also write the report as JSON here; with --platform: the program.")
     platform: str | None = option(None, "Write the stream's program for cpu, cuda or tpu to --output.")
     batch: BatchSize = option(1, "With --platform: videos at once.")
     exact: bool = option(False, "With --platform: round as the published code does.")
@@ -98,8 +98,8 @@ def with_mesh(recipe: Recipe, stage: str, machine: "TopologySpec") -> Recipe:
     if recipe.parallel != mesh_search.without_mesh(recipe.parallel) or machine.size == 1:
         return recipe
     best = mesh_search.search(recipe, stage, machine)
-    how = "the fastest that should fit" if best.fits else "the one that needs least memory"
-    print(f"no mesh was given; of those of {machine.name} {how}, computed: {best.settings(stage)}")
+    how = "the fastest mesh that fits" if best.fits else "the mesh of least memory on"
+    print(f"no mesh is given; by estimate {how} {machine.name} is: {best.settings(stage)}")
     return best.recipe
 
 
@@ -134,7 +134,7 @@ def build(options: Options) -> None:
 
 
 def advice(recipe: Recipe, stage: str, machine: "TopologySpec") -> str:
-    """Say what would make a program fit: settings that fit by the estimate, or what else can be changed."""
+    """Suggest settings with which a program fits by the estimate, or other changes if there are none."""
     from causvid_jax.analysis import mesh_search
     from causvid_jax.config.files import format_bytes
 

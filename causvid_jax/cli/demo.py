@@ -1,4 +1,4 @@
-"""See it work: ``causvid demo --output=demo``.
+"""Sample a stream and compare student and teacher: ``causvid demo --output=demo``.
 
 Streams a video with one change of prompt while it is generated, and compares the few-step student with the teacher on a
 few prompts. Writes ``stream.mp4``, ``stream.gif``, ``comparison.mp4``, ``comparison.gif`` and ``comparison.png``.
@@ -65,7 +65,7 @@ def show_stream(pipe: "StudentPipeline", options: Options, prompts: tuple[str, .
         bar = stack.enter_context(tqdm(total=count, unit="block", disable=None))
         for half, prompt in ((count - count // 2, None), (count // 2, prompts[1] if len(prompts) > 1 else None)):
             state = state if prompt is None else pipe.switch(state, prompt)
-            # The loop's state goes on after it.
+            # The state after the loop continues the stream.
             for part, state in pipe.frames(state, blocks=half):  # noqa: B007, B020
                 first = first or time.perf_counter() - start
                 frames += part.shape[1]
@@ -107,7 +107,7 @@ def compare(
         clips[name] = list(prompts), np.stack([sample(p, options.seed + i) for i, p in enumerate(prompts)])
         seconds[name] = (time.perf_counter() - start) / len(prompts)
         print(f"  {seconds[name]:.2f} s per clip, {video.frames / seconds[name]:.1f} frames/s", flush=True)
-    print(f"The student takes {seconds['teacher'] / seconds['student']:.1f} times less time.", flush=True)
+    print(f"The student is {seconds['teacher'] / seconds['student']:.1f} times faster.", flush=True)
     with atomic(output / "comparison.png") as picture:
         contact_sheet.contact_sheet(clips, examples=len(prompts), columns=7).save(picture, format="PNG")
     grid = np.concatenate([np.concatenate(list(clips[name][1]), axis=2) for name in clips], axis=1)

@@ -1,9 +1,9 @@
 """Train and measure an experiment: ``causvid experiment --name=ablation --config=digits --base=runs/digits``.
 
 ``--base`` is the working directory of a finished ``causvid road``. Every row trains only the stages that it changes,
-once for every seed, in a folder under ``--workdir``. The result goes to ``--output`` as JSON, beside it a table
-(``.md``) and a plot (``.png``). The same command continues an interrupted experiment. ``docs/evidence.md`` lists the
-experiments.
+once for every seed, in a folder under ``--workdir``. It writes the result to ``--output`` as JSON, and a table
+(``.md``) and a plot (``.png``) beside it. The same command continues an interrupted experiment. ``docs/evidence.md``
+lists the experiments.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class Options:
 
     config: Recipe = config_option()
     name: str = option("", "The experiment: a name of experiments/, or a Python file, which is run.")
-    base: str | None = option(None, "The finished road that every row starts from.")
+    base: str | None = option(None, "Working directory of a finished causvid road, from which every row starts.")
     workdir: str | None = option(None, "Where the rows are trained.")
     output: str | None = option(None, "The result, a .json file; .md and .png go beside it.")
     seeds: Few = option(3, "Trainings of every row.")

@@ -1,7 +1,7 @@
 """Write the weights of a checkpoint: ``causvid export --workdir=DIR --stage=distill --step=50 --output=FILE``.
 
-Writes what a run exports at its end, from any checkpoint that it kept, also while it goes on. Of a distillation that is
-the student alone. Without ``--step`` the newest checkpoint is taken.
+Writes the weights of any kept checkpoint in the form of a finished run, also while the run continues. A distillation
+exports the student only. Without ``--step`` it exports the newest checkpoint.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ class Options:
 
     workdir: str | None = option(None, "The directory of a training.")
     stage: str = option("", f"Whose checkpoint: {', '.join(STAGES)}.")
-    step: CountOrZero | None = option(None, "Of which step; the newest by default.")
+    step: CountOrZero | None = option(None, "Step of the checkpoint; default: the newest.")
     output: str | None = option(None, "The file to write, .safetensors.")
 
     def __post_init__(self) -> None:

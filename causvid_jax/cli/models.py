@@ -30,14 +30,14 @@ def main(options: Options) -> None:
 
 
 def _row(model: published.PublishedModel) -> dict[str, object]:
-    """Return a model as JSON has it, with the name of its recipe."""
+    """Return a model as values for JSON, with the name of its recipe."""
     row = dataclasses.asdict(model)
     row["files"] = [{"file": file, "bytes": size} for file, size in model.files]
     return row | {"config": f"published:{model.name}" if model.readable else None}
 
 
 def _describe(model: published.PublishedModel) -> str:
-    """Return a few lines about a model."""
+    """Describe a model in a few lines."""
     files = ", ".join(f"{file} ({format_bytes(size) if size else 'size not known'})" for file, size in model.files)
     paper = f"arXiv {model.paper}, " if model.paper else ""
     settings = [
@@ -57,7 +57,7 @@ def _describe(model: published.PublishedModel) -> str:
 
 
 def _short(value: object) -> str:
-    """Return a setting as the command line takes it, without needless digits."""
+    """Format a setting for the command line, without needless digits."""
     if isinstance(value, tuple):
         return f"({','.join(f'{math.floor(x * 1000 + 0.5) / 1000:g}' for x in value)},)".replace(" ", "")
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -33,7 +33,7 @@ def parse(cls: type[T], arguments: Sequence[str]) -> T:
     """Return the options of a command line.
 
     Raises:
-        ConfigError: an unknown flag, a value of another type, no recipe, or what ``cls`` itself refuses.
+        ConfigError: an unknown flag, a value of another type, no recipe, or a value that ``cls`` refuses.
     """
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -105,7 +105,7 @@ def _convert(name: str, text: str, hint: Any) -> Any:
     if hint not in kinds:
         return text
     try:
-        # Digits of other scripts and 1_000 are numbers to Python and typing errors to everyone else.
+        # Python also accepts digits of other scripts and 1_000, which are typing errors here.
         require(text.isascii() and "_" not in text, "")
         return hint(text)
     except (ValueError, ConfigError):

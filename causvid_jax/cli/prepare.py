@@ -9,10 +9,10 @@ Stages, in the order of a training:
   ``WORKDIR/prompts``, which trajectories and training read.
 * ``trajectories`` runs the trained teacher's ODE.
 * ``streams`` runs the trained student for the tiny decoder to learn from.
-* ``assets`` makes the weights of ``WORKDIR`` those of the package.
+* ``assets`` copies the weights of ``WORKDIR`` into the package.
 
-Each writes a tfds dataset under ``WORKDIR/data``, keeps what exists and resumes after an interruption. Several machines
-share a stage as they share a training (docs/hosts.md), or each by itself with ``--host_index=I --host_count=N``.
+Each writes a tfds dataset under ``WORKDIR/data``, keeps existing data and resumes after an interruption. Several
+machines share a stage like a training (docs/hosts.md), or separately with ``--host_index=I --host_count=N``.
 Formats and rules: docs/data.md.
 """
 
@@ -33,17 +33,17 @@ class Options(processes.Processes):
     config: Recipe = config_option()
     stage: str = option("", f"What to make: {', '.join(STAGES)}.")
     workdir: str | None = option(None, "Where the recipe keeps its data, weights and logs.")
-    count: CountOrZero = option(0, "How many examples to make; 0: the number that the recipe names.")
+    count: CountOrZero = option(0, "Number of examples; 0: that of the recipe.")
     videos: str | None = option(None, "data, videos: the folder of your videos.")
     captions: str | None = option(None, "data, videos: csv, tsv, json or jsonl; none: a.txt by a.mp4.")
     prompts: str | None = option(None, "prompts, trajectories: the list; none: the recipe's data.prompt_file.")
     name: str = option("latents", "videos: the dataset's folder under WORKDIR/data.")
-    clips_per_video: CountOrZero = option(0, "data, videos: the most that a video gives; 0: all.")
-    shard_videos: Count = option(64, "data, videos: videos per shard, which a crash can cost.")
+    clips_per_video: CountOrZero = option(0, "data, videos: maximum clips per video; 0: all.")
+    shard_videos: Count = option(64, "data, videos: videos per shard; a crash loses at most one shard.")
     batch: BatchSize = option(1, "videos: clips per device and call of the VAE.")
     workers: Few = option(2, "data, videos: videos decoded at a time.")
     host_index: ManyOrZero | None = option(None, "This machine's number from 0; none: JAX's process index.")
-    host_count: Many | None = option(None, "How many machines share the stage; none: JAX's process count.")
+    host_count: Many | None = option(None, "Number of machines that share the stage; none: JAX's process count.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

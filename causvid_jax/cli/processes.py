@@ -1,6 +1,6 @@
 """Flags of a program that runs as many processes: ``--coordinator``, ``--processes``, ``--process``, ``--wait``.
 
-None is needed on one host, under SLURM, under Open MPI or on a TPU pod (docs/hosts.md).
+None of them is needed on one host, under SLURM, under Open MPI or on a TPU pod (docs/hosts.md).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ class Processes:
     """Base of the options of programs that run on many hosts."""
 
     coordinator: str = option("", "HOST:PORT of process 0, if the processes cannot find each other.")
-    processes: ManyOrZero = option(0, "How many processes there are, with --coordinator.")
+    processes: ManyOrZero = option(0, "Number of processes, with --coordinator.")
     process: Annotated[int, Bounds(least=-1, most=10**6)] = option(
         -1, "The number of this one, from 0, with --coordinator."
     )
@@ -31,7 +31,7 @@ class Processes:
 
 @contextlib.contextmanager
 def joined(options: Processes) -> Iterator[bool]:
-    """Join the other processes before anything touches a device; yield whether there are any.
+    """Connect to the other processes before anything uses a device; yield whether there are any.
 
     Raises:
         ConfigError: see :mod:`causvid_jax.distributed.initialize`.
@@ -51,10 +51,10 @@ def joined(options: Processes) -> Iterator[bool]:
 
 
 def check(arguments: dict[str, Any], workdir: pathlib.Path) -> None:
-    """Refuse to go on unless all processes have the same arguments, versions and working directory.
+    """Check that all processes have the same arguments, versions and working directory.
 
     Raises:
-        ConfigError: naming what differs.
+        ConfigError: they differ; the message names the values.
     """
     import jax
 

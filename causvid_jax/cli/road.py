@@ -1,8 +1,8 @@
-"""Make all weights of a recipe from nothing: ``causvid road --config=digits --workdir=DIR``.
+"""Make all weights of a recipe from scratch: ``causvid road --config=digits --workdir=DIR``.
 
-Data, VAE, latents, teacher, causal teacher, trajectories, ODE regression, distillation, tiny decoder, classifier and
-report, one after the other. What is finished is skipped. Ctrl-C and SIGTERM save a checkpoint; the same command
-continues. The recipe holds every setting, so the same command on the same machine gives the same weights.
+It runs data, VAE, latents, teacher, causal teacher, trajectories, ODE regression, distillation, tiny decoder,
+classifier and report, one after the other. Finished legs are skipped. Ctrl-C and SIGTERM save a checkpoint; the same
+command continues. The recipe holds every setting, so the same command on the same machine gives the same weights.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ class Options:
     """The flags."""
 
     config: Recipe = config_option()
-    workdir: str | None = option(None, "Where data, weights, logs and the report go.")
-    videos: str | None = option(None, "The folder of your videos, where the recipe's data.name is 'videos'.")
+    workdir: str | None = option(None, "Folder for data, weights, logs and the report.")
+    videos: str | None = option(None, "The folder of your videos, if the recipe's data.name is 'videos'.")
     captions: str | None = option(None, "Their captions: csv, tsv, json or jsonl; none: a.txt by a.mp4.")
     samples: int = option(64, "Clips per row of the report.")
     dry_run: bool = option(False, "Only list the legs and which of them are done.")

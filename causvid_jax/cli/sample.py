@@ -1,24 +1,24 @@
 """Generate videos: ``causvid sample --config=digits --prompt="a red 3 moving left"``.
 
-Streams with the four-step student, of any length, and writes while it generates. Several ``--prompt`` run side by side
+The few-step student streams videos of any length and writes them block by block. Several ``--prompt`` run side by side
 into ``out_0.mp4``, ``out_1.mp4``, .... ``--image`` starts from a picture, ``--video`` follows a video, and
-``--switch "405:a blue 7 moving up"`` changes the prompt at the block that holds frame 405. ``--teacher`` samples the
-many-step bidirectional model instead, on one clip; one with an image branch (``--config=wan_14b:i2v``) starts from
+``--switch "405:a blue 7 moving up"`` changes the prompt at the block that holds frame 405. ``--teacher`` samples one
+clip by the many-step bidirectional model instead; with an image branch (``--config=wan_14b:i2v``) it starts from
 ``--image``. Default weights are those of the package.
 
-Published weights are read as they are: ``--config=wan_1_3b --checkpoint=Wan2.1-T2V-1.3B
---student=self_forcing_dmd.pt``. DIR of ``--checkpoint=DIR`` may also be a working directory or what ``causvid convert``
-makes. Such a folder holds
+Published weights are read without conversion: ``--config=wan_1_3b --checkpoint=Wan2.1-T2V-1.3B
+--student=self_forcing_dmd.pt``. DIR of ``--checkpoint=DIR`` may also be a working directory or the output of
+``causvid convert``. Such a folder holds
 
     distill/weights.safetensors          the student, or with --teacher teacher/weights.safetensors
     vae/weights.safetensors
     text_encoder/weights.safetensors     UMT5; beside it tokenizer.json, of google/umt5-xxl
     image_encoder/weights.safetensors    CLIP, for a teacher with an image branch
     taehv/weights.safetensors            with --config.decoder=taehv; or taew2_1.safetensors as published
-    prompts/                             encoded prompts, kept from run to run
+    prompts/                             the cache of encoded prompts
 
-``--program=FILE`` runs what ``causvid compile --platform`` built of the same recipe. ``--exact`` follows the published
-code's numerics (docs/wan.md).
+``--program=FILE`` runs a program that ``causvid compile --platform`` built from the same recipe. ``--exact`` follows
+the published code's numerics (docs/wan.md).
 """
 
 import os
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Options = SampleRequest
 
 LARGE = 2 * 10**9
-"""Bytes from which on the memory of a run is shown."""
+"""Bytes above which the memory plan of a run is printed."""
 
 
 def main(request: SampleRequest) -> None:
@@ -72,7 +72,7 @@ def main(request: SampleRequest) -> None:
 
 
 def replay(request: SampleRequest) -> None:
-    """Make the frames of a video again and write them with the same script."""
+    """Generate the frames of a video again and write them with the same script."""
     from causvid_jax import media
     from causvid_jax.models import precision
     from causvid_jax.sampling.script import read_script
@@ -93,7 +93,7 @@ def replay(request: SampleRequest) -> None:
 
 
 def memory_plan(opened: "Session") -> "tuple[Phase, ...]":
-    """Return what the device will hold, phase by phase."""
+    """Return the memory of the device, phase by phase."""
     from causvid_jax.analysis import memory
     from causvid_jax.sampling import blocks
     from causvid_jax.text import encoder
@@ -113,7 +113,7 @@ def memory_plan(opened: "Session") -> "tuple[Phase, ...]":
 
 
 def unlike_captions(opened: "Session") -> list[str]:
-    """Return a line for every prompt of a recipe of digits that no caption of its training is like."""
+    """Return a note for every prompt of a digits recipe that is unlike all captions of its training."""
     from causvid_jax.data import digits
     from causvid_jax.text import words
 
@@ -128,6 +128,6 @@ def unlike_captions(opened: "Session") -> list[str]:
             count = 0
         if count != recipe.data.digits_per_clip:
             lines.append(
-                f"Note: the recipe was trained on captions like {example!r} only; what {prompt!r} shows is not defined."
+                f"Note: the recipe was trained on captions like {example!r}; the video of {prompt!r} may be anything."
             )
     return lines

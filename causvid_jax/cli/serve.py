@@ -1,4 +1,4 @@
-"""Serve a live film and a page that steers it: ``causvid serve``, then open the address that it prints.
+"""Serve a live film and a page that controls it: ``causvid serve``, then open the address that it prints.
 
 The page changes the prompt while the film runs, starts from pictures, follows a video or the camera, keeps snapshots
 and forks them, records and replays. The same server has ``/v1/videos`` (in the shape of OpenAI's video API), the
@@ -23,11 +23,11 @@ class Options(Settings):
     """The flags."""
 
     config: Recipe = option("digits", CONFIG_HELP)
-    checkpoint: str | None = option(None, "Weights, as of causvid sample. Default: those of the package.")
+    checkpoint: str | None = option(None, "Weights, as for causvid sample. Default: those of the package.")
     student: str | None = option(None, "The student's weights; wins over --checkpoint.")
     vae: str | None = option(None, "The VAE's weights; wins over --checkpoint.")
     taehv: str | None = option(None, "The tiny decoder's weights; wins over --checkpoint.")
-    program: str | None = option(None, "A file that compile --stage=serve made, run instead of tracing.")
+    program: str | None = option(None, "A file of compile --stage=serve, to run instead of tracing the model.")
 
 
 def main(options: Options) -> None:

@@ -2,8 +2,8 @@
 
 Stages: vae, taehv, teacher, causal, init, consistency, distill. The same command continues a run that was stopped.
 Under ``WORKDIR/STAGE`` are ``metrics.jsonl`` and ``tensorboard/``, ``samples/``, ``checkpoints/`` and, at the end,
-``weights.safetensors``. Ctrl-C (status 130) and SIGTERM (status 0) save a checkpoint first; docs/training.md tells what
-happens to a run when something fails. On many hosts run the same command on each (docs/hosts.md).
+``weights.safetensors``. Ctrl-C (status 130) and SIGTERM (status 0) save a checkpoint first; docs/training.md lists
+failures of a run and their effects. On many hosts run the same command on each (docs/hosts.md).
 """
 
 import dataclasses

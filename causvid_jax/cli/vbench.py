@@ -1,6 +1,6 @@
 """Evaluate a student by VBench: sample its prompts, run its models, compute its totals (docs/vbench.md).
 
-``--stage=all`` does the three in order. A run that was stopped goes on; ``--shard=0/8`` samples an eighth. Scoring
+``--stage=all`` runs the three in order. A run that was stopped continues; ``--shard=0/8`` samples an eighth. Scoring
 needs the extra ``vbench``, or for VBench-Long ``--long``, a checkout of VBench. ``--stage=drift`` measures the drift of
 videos without any model.
 """
@@ -27,8 +27,8 @@ class Options:
     stage: Stage = option("all", "What to do: all, sample, score, totals or drift.")
     output: str | None = option(None, "The folder of the clips; results go to its results/.")
     info: str | None = option(None, "VBench_full_info.json; default: that of the package vbench.")
-    extended: str | None = option(None, "A text to sample for every entry of --info, line by line.")
-    checkpoint: str | None = option(None, "Weights, as of causvid sample.")
+    extended: str | None = option(None, "File with the text to sample for each entry of --info, line by line.")
+    checkpoint: str | None = option(None, "Weights, as for causvid sample.")
     student: str | None = option(None, "The student's weights; wins over --checkpoint.")
     vae: str | None = option(None, "The VAE's weights; wins over --checkpoint.")
     taehv: str | None = option(None, "The tiny decoder's weights; wins over --checkpoint.")
@@ -48,7 +48,7 @@ class Options:
 
     @staticmethod
     def config_of(values: dict[str, object]) -> str | None:
-        """Return the recipe of the published file where no ``--config`` is given."""
+        """Return the recipe of the published file if no ``--config`` is given."""
         model = published.find(str(values.get("student") or values.get("checkpoint") or ""))
         return f"published:{model.name}" if model else None
 

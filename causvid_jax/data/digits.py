@@ -107,11 +107,6 @@ def captions(config: DataConfig, split: str) -> list[str]:
     return list(_captions(config, split))
 
 
-def is_held_out(caption: str, config: DataConfig) -> bool:
-    """Return whether a caption contains a combination that is held out for reports."""
-    return any(spec in _held_out(config) for spec in parse_caption(caption))
-
-
 @functools.lru_cache(maxsize=8)
 def _combinations(config: DataConfig) -> tuple[Digit, ...]:
     _check(config)

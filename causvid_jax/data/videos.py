@@ -162,8 +162,10 @@ def write_pixels(
 
 
 def held_out(videos: Sequence[Video], share: int = 50) -> tuple[list[Video], list[Video]]:
-    """Return (training videos, test videos). Every ``share``-th video, at least one, is for tests; a single one is
-    both."""
+    """Return (training videos, test videos).
+
+    Every ``share``-th video, at least one, is for tests. A single video is both.
+    """
     test = list(videos[::share])
     return [video for video in videos if video not in test] or test, test
 

@@ -66,20 +66,6 @@ def x0_from_velocity(
     return x_t - expand(sigma, x_t) * velocity
 
 
-def noise_from_velocity(
-    x_t: Float[jax.Array, "*shape"], velocity: Float[jax.Array, "*shape"], sigma: Sigma
-) -> Float[jax.Array, "*shape"]:
-    """Return ``noise = x_t + (1 - sigma) v``."""
-    return x_t + (1 - expand(sigma, x_t)) * velocity
-
-
-def velocity_from_x0(
-    x_t: Float[jax.Array, "*shape"], x0: Float[jax.Array, "*shape"], sigma: Sigma
-) -> Float[jax.Array, "*shape"]:
-    """Return ``v = (x_t - x0) / sigma``; sigma must not be 0."""
-    return (x_t - x0) / expand(sigma, x_t)
-
-
 def student_timesteps(config: DiffusionConfig) -> tuple[float, ...]:
     """Return the student's shifted timesteps in descending order, without a final 0.
 

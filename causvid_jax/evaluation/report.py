@@ -78,8 +78,10 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The report as a dict for JSON, and clips for the contact sheet: row name to (captions, uint8 ``[B, T, H, W,
-    3]``)."""
+    """The report as a dict for JSON, and the clips of the contact sheet.
+
+    ``clips``: row name to (captions, uint8 ``[B, T, H, W, 3]``).
+    """
 
     report: dict[str, Any]
     clips: dict[str, tuple[list[str], np.ndarray]]

@@ -1,5 +1,5 @@
-"""Live films: streams that listen while they run, and the server that brings them to a page.
+"""Live films: streams that take commands while they run, and the server with its page.
 
-``programs``, ``film`` and ``fragments`` need the package alone; ``sample --replay`` uses them. The rest
-needs the extra ``serve``.
+``programs``, ``film`` and ``fragments`` need no extra; ``sample --replay`` uses them. The other modules need the extra
+``serve``.
 """

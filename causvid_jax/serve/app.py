@@ -27,7 +27,7 @@ PAGE = pathlib.Path(__file__).with_name("page")
 
 
 class VideoRequest(pydantic.BaseModel):
-    """What ``POST /v1/videos`` takes, as JSON or as a form.
+    """The body of ``POST /v1/videos``, as JSON or as a form.
 
     A form may add a file ``input_reference``: a picture to start from, or a video to follow at ``strength``.
     """
@@ -60,7 +60,7 @@ _OFFER = {"requestBody": {"content": {"application/json": {"schema": protocol.Of
 
 
 def create_app(engine: Engine) -> Any:
-    """Return the ASGI application. Its lifespan starts the engine and stops it."""
+    """Return the ASGI application. Its lifespan starts and stops the engine."""
     jobs = Jobs(engine)
     peers = None
     if engine.settings.webrtc:
@@ -109,7 +109,7 @@ async def _tick(engine: Engine) -> None:
 
 
 async def _sentence(_: Request, error: Exception) -> JSONResponse:
-    """Answer an error in the API's shape."""
+    """Return the response to an error in the format of the API."""
     status, message = getattr(error, "status_code", 400), getattr(error, "detail", str(error))
     if isinstance(error, TooLarge):
         status, message = 413, "the request is too large"
@@ -119,7 +119,7 @@ async def _sentence(_: Request, error: Exception) -> JSONResponse:
 
 
 def _add_probes(app: FastAPI, engine: Engine) -> None:
-    @app.get("/healthz", summary="Whether the process lives", tags=["operation"])
+    @app.get("/healthz", summary="Whether the process is alive", tags=["operation"])
     async def healthz() -> Response:
         return JSONResponse({"status": engine.failure or "ok"}, status_code=500 if engine.failure else 200)
 
@@ -201,7 +201,7 @@ async def _video_request(request: Request, engine: Engine) -> tuple[VideoRequest
 
 @contextlib.contextmanager
 def _sentences() -> Iterator[None]:
-    """Turn the errors of a body into the status 400 with one sentence."""
+    """Turn errors of a request's body into status 400 with one sentence."""
     try:
         yield
     except pydantic.ValidationError as error:

@@ -1,4 +1,4 @@
-"""Measure a server as its viewers see it: start, first frame, delay of a change of prompt, films in real time."""
+"""Measure a server from its viewers' side: start, first frame, delay of a prompt switch, films in real time."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from websockets.sync.client import ClientConnection, connect
 from causvid_jax.config import RunError
 
 LEAD = 0.2
-"""Seconds of film that a viewer has in hand when it asks for the next block."""
+"""Seconds of film that a viewer has buffered when it requests the next block."""
 PROMPTS = ("a green 7 moving up", "a red 3 moving left")
 
 
@@ -25,9 +25,9 @@ class Viewer(threading.Thread):
 
     Attributes:
         first: seconds from the message ``start`` to the first frame.
-        delays: seconds from each change to the first frame shown that knows of it.
+        delays: seconds from each prompt switch to the first frame with the new prompt.
         intervals: seconds between chunks.
-        stalls: how often there was nothing to show, and for how many seconds in all.
+        stalls: number of times without a frame to show, and their total seconds.
     """
 
     def __init__(self, address: str, seconds: float, every: float = 0.0):

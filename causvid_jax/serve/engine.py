@@ -1,4 +1,4 @@
-"""The device's worker: sessions take turns, block by block, and nobody else touches the device.
+"""The worker of the device: it generates the blocks of all sessions in turn, and no other thread uses the device.
 
 Any thread may call the public methods; they only change the sessions under a lock. :meth:`Engine.run` is the worker
 thread. Tests call :meth:`Engine.step` instead, with a clock of their own.
@@ -35,11 +35,11 @@ class Engine:
         recipe: that is served.
         load: returns its programs; the worker calls it.
         settings: limits and times.
-        clock: seconds that never go back.
+        clock: returns monotonic seconds.
 
     Attributes:
         ready: set once every program is compiled.
-        failure: why the worker has ended, if it has.
+        failure: error message of a worker that has ended; None otherwise.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Engine:
 
     @property
     def programs(self) -> Programs:
-        """What runs on the device.
+        """The compiled programs.
 
         Raises:
             ConfigError: it is not loaded yet.
@@ -85,7 +85,7 @@ class Engine:
         return self._programs is not None and self._programs.has_encoder
 
     def load(self) -> None:
-        """Load the weights and compile every program; first remove what a killed server left unfinished."""
+        """Load the weights and compile every program; first remove unfinished files of a killed server."""
         begin = time.perf_counter()
         remove_abandoned(pathlib.Path(self.settings.recordings))
         self._programs = self._load()
@@ -114,7 +114,7 @@ class Engine:
                 self.close(session, "the server's device has failed")
 
     def step(self) -> bool:
-        """Run the commands of the session whose turn it is and make a block of it; False if there is nothing to do."""
+        """Run the commands of the next session and generate a block of it; return False if there is no work."""
         with self._lock:
             session = next((session for session in self._turns if session.wants_device()), None)
             if session is None:
@@ -133,7 +133,7 @@ class Engine:
         return True
 
     def _guarded(self, session: Session, action: Callable[[], None], fatal: bool = False) -> None:
-        """Run an action of one session; its failure is an event of that session and harms no other."""
+        """Run an action of one session. An error becomes an event of that session and does not affect others."""
         try:
             action()
         except (ConfigError, RunError) as error:
@@ -145,7 +145,7 @@ class Engine:
             self.close(session, "the server failed on this film; the log says why")
 
     def _apply(self, session: Session) -> None:
-        """Let the latest change of prompt take effect; earlier ones that no block has shown are skipped."""
+        """Apply the latest change of prompt; earlier changes that no block has used are skipped."""
         with self._lock:
             change, session.change = session.change, None
         if change is None or session.film is None:
@@ -182,7 +182,7 @@ class Engine:
             session.paused = True
 
     def _input(self, session: Session) -> tuple[np.ndarray | None, float | None]:
-        """Return what the next block starts from or follows."""
+        """Return the picture or video frames for the next block, and the strength."""
         with self._lock:
             if session.picture is not None:
                 picture, session.picture = session.picture, None
@@ -210,7 +210,7 @@ class Engine:
         """Return a new session, running or in the queue.
 
         Raises:
-            ConfigError: the queue is full, the address has too many sessions, or ``start`` cannot be played.
+            ConfigError: the queue is full, the address has too many sessions, or ``start`` is not possible.
         """
         require(not self._stopping, "the server is stopping")
         session = Session(address, self.clock(), ahead=self.settings.ahead, keeps=keeps)
@@ -229,7 +229,7 @@ class Engine:
         return session
 
     def restart(self, session: Session, start: Start) -> None:
-        """Let the session begin a new film."""
+        """Start a new film in the session."""
         with self._work:
             session.post(lambda: self._begin(session, start))
             session.change, session.strength, session.paused = None, None, False
@@ -237,7 +237,7 @@ class Engine:
             self._work.notify()
 
     def _begin(self, session: Session, start: Start) -> None:
-        """Make the session's film; the worker does."""
+        """Create the session's film, in the worker thread."""
         with self._lock:
             snapshot = self._snapshots.get(start.snapshot or "")
         self._finish_recording(session)
@@ -271,7 +271,7 @@ class Engine:
         )
 
     def change(self, session: Session, change: Change) -> None:
-        """Let another prompt hold from the next block on."""
+        """Switch the prompt from the next block on."""
         with self._work:
             session.change = change
             self._work.notify()
@@ -285,25 +285,25 @@ class Engine:
             self._work.notify()
 
     def chunks(self, session: Session, start: int) -> list[Chunk]:
-        """Return the chunks from index ``start`` on that are not confirmed."""
+        """Return the unconfirmed chunks from index ``start`` on."""
         with self._lock:
             return [chunk for chunk in session.chunks if chunk.index >= start]
 
     def pause(self, session: Session, paused: bool) -> None:
-        """Stop making blocks, or go on."""
+        """Pause or resume generation."""
         with self._work:
             session.paused = paused
             session.play_end = None
             self._work.notify()
 
     def follow(self, session: Session, frame: np.ndarray | None, strength: float | None) -> None:
-        """Take a frame of the video that the film follows; None ends it."""
+        """Add a frame of the video that the film follows; None ends it."""
         with self._lock:
             session.strength = None if frame is None else strength
             session.input.append(frame) if frame is not None else session.input.clear()
 
     def snapshot(self, session: Session, name: int) -> None:
-        """Keep the film as it is; the event ``snapshot`` gives the id that a fork names."""
+        """Keep a copy of the film; the event ``snapshot`` has the id for a fork."""
 
         def take() -> None:
             require(session.film is not None, "there is no film yet")
@@ -374,7 +374,7 @@ class Engine:
     # ---- coming and going ----
 
     def attach(self, token: str, received: int | None, on_output: Callable[[], None]) -> Session | None:
-        """Give a lost session a new connection; None if there is none of this token.
+        """Connect a client to a lost session; return None if no session has this token.
 
         Chunks from ``received`` on are sent again; None: those that are not confirmed.
         """
@@ -392,10 +392,10 @@ class Engine:
             return session
 
     def lose(self, session: Session, on_output: Callable[[], None]) -> bool:
-        """Note that the session's connection broke. It can be resumed for ``resume_seconds``.
+        """Record that the session's connection is lost. It can be resumed for ``resume_seconds``.
 
         Returns:
-            False if another connection, of another ``on_output``, has taken up the session before. It keeps it.
+            False if another connection, with another ``on_output``, has already resumed the session; it keeps it.
         """
         with self._lock:
             if session.on_output != on_output:
@@ -422,7 +422,7 @@ class Engine:
             self._admit()
 
     def tick(self) -> None:
-        """End sessions that are idle or whose connection is lost for good; call it every second or so."""
+        """End sessions that are idle or lost for too long; call it about every second."""
         now, limits = self.clock(), self.settings
         for session in self.sessions():
             if not session.keeps:  # a job

@@ -1,6 +1,6 @@
-"""One film: a stream that is stepped block by block and writes down what happens to it.
+"""One film: a stream that is generated block by block and records its events.
 
-Live sessions and replays run the same code. That is why a replay has the same frames.
+Live sessions and replays run the same code, so a replay has the same frames.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ def slerp(start: np.ndarray, end: np.ndarray, share: float) -> np.ndarray:
 
 @dataclasses.dataclass
 class _Blend:
-    """Embeddings on their way to those of a prompt."""
+    """A gradual change of embeddings to those of a prompt."""
 
     start: np.ndarray
     end: np.ndarray
@@ -52,9 +52,9 @@ class Film:
     """A stream with its script.
 
     Attributes:
-        block: how many blocks there are so far.
-        frame: how many frames there are so far.
-        prompt: the one that holds now.
+        block: number of blocks so far.
+        frame: number of frames so far.
+        prompt: the current prompt.
     """
 
     def __init__(self, programs: Programs, seed: int, prompt: str, latents: int | None = None):
@@ -71,7 +71,7 @@ class Film:
         self._digest = hashlib.sha256()
 
     def change(self, prompt: str, context: str = "reset", blend: int = 0) -> None:
-        """Let a prompt hold from the next block on, or be reached ``blend`` blocks later.
+        """Switch to a prompt at the next block, or gradually over ``blend`` blocks.
 
         Raises:
             ConfigError: a prompt that cannot be encoded, or a value out of bounds.
@@ -79,7 +79,7 @@ class Film:
         event = Event(self.block, prompt=prompt, context=context, blend=blend)
         require(len(self._events) < MOST_EVENTS, f"the film has {MOST_EVENTS} changes of prompt; start a new one")
         embeds = self._encode(prompt)
-        if self.block == 0:  # nothing is past: this is the prompt that the film starts with
+        if self.block == 0:  # before the first block, this is the prompt of the start
             self._embeds, self._events[0] = embeds, Event(0, prompt=prompt)
             self._state = self.programs.start(embeds, self.seed, self._latents)
         else:
@@ -94,7 +94,7 @@ class Film:
 
         Args:
             frames: uint8 ``[n, H, W, 3]``: a picture to start from, or the latest frames of a video to follow.
-            strength: how far from the video; None: ``frames`` is a picture.
+            strength: distance from the video; None: ``frames`` is a picture.
         """
         if self._blend:
             self._turn(self._blend)
@@ -121,7 +121,7 @@ class Film:
         return frames if len(frames) else None
 
     def script(self) -> Script:
-        """Return what made the film so far."""
+        """Return the script of the film so far."""
         return Script(
             recipe=self.programs.recipe.name,
             weights=self.programs.weights,
@@ -134,7 +134,7 @@ class Film:
         )
 
     def snapshot(self) -> "Film":
-        """Return the film as it is now, with its state in host memory. It does not change any more."""
+        """Return a constant copy of the film, with its state in host memory."""
         film = object.__new__(Film)
         film.__dict__.update(self.__dict__)
         on_device = self._state, self._coder
@@ -146,21 +146,21 @@ class Film:
         return film
 
     def fork(self) -> "Film":
-        """Return a film that goes on from a snapshot. The snapshot stays."""
+        """Return a film that continues a snapshot. The snapshot does not change."""
         film = self.snapshot()
         film._state, film._coder = self.programs.put((film._state, film._coder), self._places)
         return film
 
     @property
     def state_bytes(self) -> int:
-        """Size of the state; it never changes."""
+        """Bytes of the state, a constant."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
 
     def _turn(self, blend: _Blend) -> None:
         blend.done += 1
         last = blend.done >= blend.length
         self._embeds = blend.end if last else slerp(blend.start, blend.end, blend.done / blend.length)
-        # A blend cuts once, where it starts. Later a reset would show nothing but first blocks.
+        # A blend resets the context at its start only. With a reset at every block all blocks would be first blocks.
         context = "keep" if blend.context == "reset" and blend.done > 1 else blend.context
         self._state = self.programs.switch(self._state, self._embeds, context)
         self._coder = None if context == "reset" else self._coder
@@ -179,13 +179,13 @@ class Film:
 
 
 def _fit(frames: np.ndarray, count: int) -> np.ndarray:
-    """Return the latest ``count`` frames; where there are fewer the last one stays."""
+    """Return the latest ``count`` frames; if there are fewer, repeat the last one."""
     frames = frames[-count:]
     return np.concatenate([frames, np.repeat(frames[-1:], count - len(frames), axis=0)])
 
 
 def check_script(script: Script, programs: Programs) -> None:
-    """Refuse a script that these weights cannot play.
+    """Refuse a script that these weights cannot replay.
 
     Raises:
         ConfigError: it was made by another recipe or other weights, or its inputs were not kept.
@@ -199,10 +199,10 @@ def check_script(script: Script, programs: Programs) -> None:
         script.weights == programs.weights,
         f"the film was made by other weights (checksum {script.weights[:12]}, here {programs.weights[:12]})",
     )
-    require(script.complete, "the film followed a video that was too long to be kept, so it cannot be replayed")
+    require(script.complete, "the film followed a video that was too long to be stored, so it cannot be replayed")
     require(
         programs.has_encoder or all(event.frames is None for event in script.events),
-        "the film starts from a picture or follows a video, which needs the weights of the VAE's encoder",
+        "the film starts from a picture or follows a video; this needs the weights of the VAE's encoder",
     )
 
 
@@ -244,7 +244,7 @@ def replay(programs: Programs, script: Script) -> Iterator[np.ndarray]:
     """Yield the uint8 frames ``[n, H, W, 3]`` of every block that the script's recording shows.
 
     Raises:
-        ConfigError: :func:`check_script` refuses it, or the frames turn out not to be those of the recording.
+        ConfigError: :func:`check_script` refuses it, or the frames differ from those of the recording.
     """
     playing = Replay(programs, script)
     remaining = script.length

@@ -1,7 +1,7 @@
 """Blocks as fragments of MP4 (H.264) for Media Source Extensions, or as lossless WebP; and recordings.
 
-A fragment is encoded alone: it starts with a key frame, and nothing waits for the next block. All fragments of a film
-share one header, so any run of them after the header is a film.
+A fragment is encoded alone: it starts with a key frame and does not depend on other blocks. All fragments of a film
+share one header; the header and any consecutive fragments form a video.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from causvid_jax.media.writer import BT709, MPEG_RANGE, VideoWriter, tagged_fram
 from causvid_jax.sampling.script import Script
 
 CODEC = "avc1.640028"
-"""What a browser is asked for: H.264 High, level 4.0, at which blocks up to 1920 x 1080 at 30 frames/s are encoded."""
+"""MIME codec for browsers: H.264 High, level 4.0, which covers 1920 x 1080 at 30 frames/s."""
 _OPTIONS = {"preset": "veryfast", "tune": "zerolatency", "crf": "16", "profile": "high", "level": "4.0"}
 _FLAGS = "empty_moov+default_base_moof+skip_trailer+frag_keyframe"
 _CLOCK = 90_000
@@ -89,7 +89,7 @@ def encode_strip(frames: np.ndarray) -> bytes:
 
 
 class Recording:
-    """A film on disk: playable up to the last frames at any time, and with its script once it is closed."""
+    """A film on disk. It is playable up to its last frames at any time, and has its script after :meth:`close`."""
 
     def __init__(self, path: pathlib.Path, fps: float, upscale: int, most_bytes: int):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The functions of a stream that a server runs, with the shapes of all that they read.
+"""The functions of a stream that a server runs, with the shapes of their arguments.
 
-Since shapes are known before the weights are, everything compiles while the weights are read, and
-``causvid compile --stage=serve`` writes the same functions to a file, traced and compiled.
+Shapes do not depend on weights, so functions compile while the weights are read. ``causvid compile --stage=serve``
+writes the same functions to a file, traced and compiled.
 """
 
 import concurrent.futures
@@ -22,7 +22,7 @@ from causvid_jax.sampling.pipeline import encode_chunk
 from causvid_jax.sampling.script import CONTEXTS
 
 ENCODING = ("encode_image", "append", "encode_first", "encode_next", "follow", "decode_block")
-"""Functions of pictures and videos, which need the VAE's encoder."""
+"""Functions for pictures and videos, which need the VAE's encoder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Function:
 
     Attributes:
         function: with static keyword arguments.
-        static: these.
-        reads: the networks whose parameters it takes, as a dict; or one network's name, whose tree it takes.
-        shapes: of the arrays that follow the parameters; empty where they are not known beforehand.
+        static: the static arguments.
+        reads: names of the networks whose parameters it takes as a dict, or one name for that network's tree.
+        shapes: of the arrays after the parameters; empty if they are not known in advance.
     """
 
     function: Any
@@ -66,7 +66,7 @@ def parameter_shapes(recipe: Recipe) -> dict[str, Any]:
 
 
 def functions(recipe: Recipe) -> dict[str, Function]:
-    """Return every function of a server without shapes. Blocks are decoded as "reset" decodes them."""
+    """Return every function of a server without shapes. Blocks are decoded as with ``on_prompt_switch="reset"``."""
     play = with_context(recipe, "reset")
     still, codec = {"config": play}, recipe.decoder
     capacity = None if recipe.causal.window else recipe.video.latent_frames
@@ -168,12 +168,12 @@ def compile_all(
 
     Args:
         recipe: of the networks.
-        encodes: whether those of :data:`ENCODING` are needed.
+        encodes: whether the functions of :data:`ENCODING` are needed.
         loaded: programs to compile instead of tracing the model.
-        pool: threads. Tracing takes turns in them; XLA and the compilation cache work beside it.
+        pool: threads. Python traces one function at a time; XLA and the compilation cache run in parallel.
     """
     params, waiting = parameter_shapes(recipe), {}
-    # The longest first.
+    # Start with the longest compilations.
     for name, each in sorted(shaped(recipe).items(), key=lambda item: item[0] not in ("next_frames", "follow")):
         if encodes or name not in ENCODING:
             jitted = each if loaded is None else loaded.jitted(name)

@@ -1,4 +1,4 @@
-"""What every request passes before a handler sees it: host, origin, token, rate and size; and headers of the answer."""
+"""Check every request before a handler gets it: host, origin, token, rate and size; add headers to the response."""
 
 import asyncio
 import collections
@@ -31,7 +31,7 @@ HEADERS = {
     "cache-control": "no-store",
 }
 OPEN = ("/healthz", "/readyz")
-"""Probes come without a token and as often as they like."""
+"""Paths of probes, without token and rate limit."""
 MOST_ADDRESSES = 10_000
 BODY_SECONDS = 60.0
 """Time for the body of a request."""
@@ -62,7 +62,7 @@ class Guard:
             await self.app(scope, _limited(receive, self.settings.upload_bytes), _with_headers(send))
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
-        """Return the status and the reason for which a request is refused."""
+        """Return the status and the reason if a request is refused, else None."""
         headers, path = Headers(scope=scope), scope["path"]
         if path in OPEN:
             return None
@@ -102,7 +102,7 @@ class Guard:
 
 
 async def _close(receive: Receive, send: Send, status: int, reason: str) -> None:
-    """Accept a WebSocket and close it at once: only so does a browser learn the reason."""
+    """Accept a WebSocket and close it at once; otherwise a browser does not get the reason."""
     await receive()
     await send({"type": "websocket.accept"})
     await send({"type": "websocket.close", "code": 4000 + status, "reason": reason[:120]})
@@ -120,7 +120,7 @@ def _with_headers(send: Send) -> Send:
 
 
 class TooLarge(Exception):
-    """A body without a length turned out to be larger than is accepted."""
+    """A body without a declared length is larger than accepted."""
 
 
 class TooSlow(Exception):
@@ -133,7 +133,7 @@ def _limited(receive: Receive, most: int) -> Receive:
 
     async def receiver() -> MutableMapping[str, Any]:
         nonlocal total, complete
-        if complete:  # the next message is the disconnection, which may take as long as it likes
+        if complete:  # the next message is the disconnection, which has no time limit
             return await receive()
         try:
             message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))

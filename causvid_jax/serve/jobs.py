@@ -1,4 +1,4 @@
-"""Videos made in the background, in the shape of OpenAI's video API; every job is a session like a viewer's."""
+"""Generate videos in the background, in the format of OpenAI's video API; every job is a session like a viewer's."""
 
 import collections
 import dataclasses
@@ -61,7 +61,7 @@ class Job:
 
 
 class Jobs:
-    """The jobs of one server. One at a time is made, beside the viewers' sessions and at their pace."""
+    """The jobs of one server. One job runs at a time, in turn with the viewers' sessions."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -80,7 +80,7 @@ class Jobs:
         picture: np.ndarray | None = None,
         video: np.ndarray | None = None,
     ) -> Job:
-        """Queue a video that starts from a picture or follows a video; by default as long as that, or 4 s.
+        """Queue a video; it may start from a picture or follow a video. By default it is as long as that video, or 4 s.
 
         Raises:
             ConfigError: a value that this recipe cannot make, or too many jobs.

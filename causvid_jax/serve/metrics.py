@@ -1,8 +1,8 @@
-"""What ``/metrics`` tells, as Prometheus reads it, and the same as numbers for the benchmark.
+"""Metrics of the server, for ``/metrics`` (Prometheus) and for the benchmark.
 
-A simulated viewer starts at a session's first chunk and plays without a pause. A chunk is late if the viewer has
-nothing left to show when it is made, and it also took longer than it lasts since it was asked for; so a slow client
-does not count against the server.
+A simulated viewer starts at a session's first chunk and plays without a pause. A chunk is late if the viewer has no
+frame left when it is ready, and if it also took longer than its own duration since it was requested. The second
+condition excludes slow clients.
 """
 
 import collections
@@ -67,7 +67,7 @@ class Metrics:
         session.play_end = max(due, now) + film_seconds
 
     def sessions(self, running: int, waiting: int) -> None:
-        """Tell how many sessions run and wait."""
+        """Set the number of running and of waiting sessions."""
         self._running.set(running)
         self._waiting.set(waiting)
 

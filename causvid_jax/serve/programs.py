@@ -25,14 +25,13 @@ class Programs:
     """Steps of a stream with the past kept, recomputed or reset at every change of prompt.
 
     A recipe fixes one of the three in ``causal.on_prompt_switch``. Here each change chooses, and blocks are decoded as
-    "reset" decodes them: that differs from the others only where a clip begins after a cut.
+    with "reset", which differs from the others only at the start of a clip after a reset.
 
     Args:
         pipe: recipe, weights and text encoder.
         weights: their checksum.
         placement: the mesh that the weights are on.
-        compiled: functions of :mod:`causvid_jax.serve.functions` that are compiled already; the others compile when
-            they are first called.
+        compiled: compiled functions of :mod:`causvid_jax.serve.functions`; the others compile at their first call.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class Programs:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe as it was loaded."""
+        """The loaded recipe."""
         return self.pipe.config
 
     @property
@@ -90,7 +89,7 @@ class Programs:
         return frames, state
 
     def input_frames(self, state: StreamState, coder: Any) -> int:
-        """Return how many frames of a video the next block follows; ``coder`` None: the video begins."""
+        """Return the number of video frames that the next block follows; ``coder`` None: the video begins."""
         latents = stream.block_frames(state, self._play)
         factor = vae.time_factor(self._play.vae)
         return factor * latents if coder is not None else 1 + factor * (latents - 1)
@@ -114,7 +113,7 @@ class Programs:
         return visible(frames, first)[0], state
 
     def put(self, state: Any, like: Any) -> Any:
-        """Return a state of the host on the device, or on the mesh as ``like``, its shardings, says."""
+        """Copy a state from the host to the device, or to the mesh with the shardings ``like``."""
         return jax.device_put(state) if self.placement.mesh is None else jax.device_put(state, like)
 
     def warm_up(self) -> None:
@@ -145,16 +144,16 @@ def open_programs(
     program: str | os.PathLike | None = None,
     compiles: bool = False,
 ) -> Programs:
-    """Load the student of a recipe, its decoder and, where it is to be had, the VAE's encoder for pictures.
+    """Load the student of a recipe, its decoder and, if available, the VAE's encoder for pictures.
 
     Weights are read while programs compile.
 
     Args:
         recipe: of the networks; ``parallel`` is the mesh that the student is split over.
         checkpoint: as in :func:`causvid_jax.load`.
-        files: network to a weights file that goes before ``checkpoint``.
+        files: network to a weights file that replaces that of ``checkpoint``.
         program: a file of ``causvid compile --stage=serve``, run instead of tracing the model.
-        compiles: whether to compile every program at once, where all have one shape on one device.
+        compiles: whether to compile every program at once, if all have one shape on one device.
 
     Raises:
         ConfigError: weights or a program that are missing or do not fit.

@@ -15,7 +15,7 @@ from causvid_jax.sampling.script import MOST_BLEND
 
 SUBPROTOCOL = "causvid.v1"
 TOKEN_PREFIX = "token."
-"""A browser cannot set headers of a WebSocket, so the token comes as a second subprotocol, ``token.SECRET``."""
+"""A browser cannot set headers of a WebSocket, so the token is a second subprotocol, ``token.SECRET``."""
 Format = Literal["webp", "mp4", "webrtc"]
 
 
@@ -26,7 +26,7 @@ class Message(pydantic.BaseModel):
 
 
 class Start(Message):
-    """Begin a film; the first message, and again for a new one. The payload is a picture to start from, or nothing."""
+    """Start a film: the first message, and later for a new film. The payload may be a picture to start from."""
 
     type: Literal["start"]
     prompt: str = ""
@@ -37,7 +37,7 @@ class Start(Message):
 
 
 class Resume(Message):
-    """Take up a lost connection: the first message instead of ``start``. ``received`` chunks have arrived."""
+    """Resume a lost connection: the first message instead of ``start``. ``received`` chunks have arrived."""
 
     type: Literal["resume"]
     token: str = pydantic.Field(max_length=64)
@@ -46,7 +46,7 @@ class Resume(Message):
 
 
 class Prompt(Message):
-    """Let another prompt hold from the next block on."""
+    """Switch the prompt from the next block on."""
 
     type: Literal["prompt"]
     prompt: str
@@ -64,21 +64,21 @@ class Pull(Message):
 
 
 class Pause(Message):
-    """Stop making blocks, or go on."""
+    """Pause or resume generation."""
 
     type: Literal["pause"]
     paused: bool
 
 
 class Input(Message):
-    """A frame of a video to follow, as the payload; no payload: follow none."""
+    """A frame of a video to follow, as the payload; without a payload the video ends."""
 
     type: Literal["input"]
     strength: float = pydantic.Field(0.5, gt=0, le=1)
 
 
 class Snapshot(Message):
-    """Keep the film as it is."""
+    """Keep a copy of the film."""
 
     type: Literal["snapshot"]
     name: int = pydantic.Field(0, ge=0, lt=2**53)
@@ -127,7 +127,7 @@ def read(message: str | bytes) -> tuple[Any, bytes]:
     if isinstance(message, bytes):
         size = int.from_bytes(message[:4], "big")
         if len(message) < 4 or size > min(len(message) - 4, 65536):
-            raise ConfigError("a binary message has no header of the length that it tells")
+            raise ConfigError("a binary message has no header of the length that it declares")
         header, payload = message[4 : 4 + size], message[4 + size :]
     try:
         return _READER.validate_json(header), payload

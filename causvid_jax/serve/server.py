@@ -16,10 +16,10 @@ CONNECTIONS = 512
 
 
 def listen(settings: Settings) -> sockets.socket:
-    """Return a socket that listens at the address.
+    """Return a socket that listens at the address of ``settings``.
 
     Raises:
-        ConfigError: the address cannot be had.
+        ConfigError: the address cannot be used.
     """
     try:
         family = sockets.AF_INET6 if ":" in settings.host else sockets.AF_INET
@@ -29,7 +29,7 @@ def listen(settings: Settings) -> sockets.socket:
 
 
 def configuration(engine: Engine) -> uvicorn.Config:
-    """Return how the application is served."""
+    """Return uvicorn's configuration of the application."""
     return uvicorn.Config(
         create_app(engine),
         log_level=logging.WARNING,
@@ -45,5 +45,5 @@ def configuration(engine: Engine) -> uvicorn.Config:
 
 
 def serve(engine: Engine, listener: sockets.socket) -> None:
-    """Serve until SIGTERM or Ctrl-C; then connections are closed and recordings finished."""
+    """Serve until SIGTERM or Ctrl-C; then close connections and finish recordings."""
     uvicorn.Server(configuration(engine)).run(sockets=[listener])

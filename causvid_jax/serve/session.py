@@ -1,4 +1,4 @@
-"""One viewer's film on the server: what the viewer asks for, and what waits to be sent.
+"""One viewer's film on the server: the viewer's commands, and the output that is not sent yet.
 
 The engine's lock guards all of it.
 """
@@ -23,9 +23,9 @@ Status = Literal["queued", "running", "ended"]
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a film starts from: a prompt, or a script to replay, or a snapshot to go on from.
+    """The start of a film: a prompt, a script to replay, or a snapshot to continue.
 
-    A film of a prompt may start from a picture, or follow a video to its end at a strength.
+    A film with a prompt may start from a picture, or follow a video to its end at a strength.
     """
 
     prompt: str = ""
@@ -52,15 +52,15 @@ class Chunk:
     """The frames of a block.
 
     Attributes:
-        index: of the chunk in the session; a reconnecting client names the next one that it wants.
-        take: counts the films of the session: each start is a new one.
+        index: of the chunk in the session; a reconnecting client names the next one that it needs.
+        take: number of the film in the session; each start has a new one.
         block: of the film.
         frame: of the film, the first of the chunk.
         start: frames of this take before the chunk, where a player puts it.
         frames: uint8 ``[n, H, W, 3]``.
-        prompt: that holds.
-        knows: ``id`` of the latest change that the frames know of.
-        seconds: the device's time for it.
+        prompt: of these frames.
+        knows: ``id`` of the latest change that affects these frames.
+        seconds: time of the device.
     """
 
     index: int
@@ -74,7 +74,7 @@ class Chunk:
     seconds: float
 
     def header(self, format: str) -> dict[str, Any]:
-        """Return what a client is told of the chunk."""
+        """Return the header of the chunk for a client."""
         names = ("index", "take", "block", "frame", "start", "prompt", "knows")
         header: dict[str, Any] = {"type": "chunk", **{name: getattr(self, name) for name in names}}
         return header | {"format": format, "count": len(self.frames), "seconds": round(self.seconds, 4)}
@@ -84,12 +84,12 @@ class Session:
     """A film, the commands for it, and the chunks and events that its viewer has not confirmed.
 
     Attributes:
-        id: names the session in logs; it is no secret.
-        token: lets a lost connection be taken up again.
-        credit: the client's permission: chunks with an index below it may be made.
+        id: name of the session in logs; it is not secret.
+        token: secret for resuming a lost connection.
+        credit: chunks with an index below it may be made; the client sets it.
         confirmed: chunks below this index have arrived.
-        seen: when the client last said something.
-        lost: when its connection broke; None while it has one.
+        seen: time of the client's last message.
+        lost: time when the connection was lost; None while it exists.
     """
 
     def __init__(self, address: str, now: float, *, ahead: int, keeps: bool = True):
@@ -119,10 +119,10 @@ class Session:
         self.on_frames: Callable[[np.ndarray], None] = lambda frames: None
 
     def post(self, command: Callable[[], None]) -> None:
-        """Let the worker run ``command`` before the next block.
+        """Queue ``command``, which the worker runs before the next block.
 
         Raises:
-            ConfigError: too many wait already.
+            ConfigError: too many commands are waiting.
         """
         require(len(self.commands) < MOST_COMMANDS, "too many commands at once; wait for their answers")
         self.commands.append(command)
@@ -147,6 +147,6 @@ class Session:
             self.chunks.popleft()
 
     def emit(self, type: str, **values: Any) -> None:
-        """Queue an event for the client; of too many the oldest are dropped."""
+        """Queue an event for the client; if there are too many, drop the oldest."""
         self.events.append({"type": type, **values})
         self.on_output()

@@ -14,7 +14,7 @@ Bytes = Annotated[int, Bounds(least=1, most=2**36)]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How many, how long and how large.
+    """Limits of numbers, times and sizes.
 
     Raises:
         ConfigError: a value out of bounds.

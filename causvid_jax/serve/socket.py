@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 FIRST_MESSAGE_SECONDS = 10.0
 SEND_SECONDS = 20.0
-"""A client that takes nothing for so long is cut off; its session can be resumed."""
+"""Time after which a client that accepts no data is disconnected; its session can be resumed."""
 BURST, RATE = 2000, 200
-"""Messages that a client may send at once, and a second in the long run."""
+"""Messages that a client may send at once, and per second on average."""
 REFUSED, SLOW, TOO_MANY, ENDED = 4400, 4408, 4429, 4410
 
 
@@ -63,7 +63,7 @@ class Connection:
         except Refused as refusal:
             code, reason = refusal.code, refusal.reason
         except (WebSocketDisconnect, RuntimeError, OSError):
-            code = 0  # it is gone
+            code = 0  # the client has disconnected
         finally:
             if self.session is not None and self.engine.lose(self.session, self._wake) and self.peers is not None:
                 await self.peers.drop(self.session)
@@ -78,14 +78,14 @@ class Connection:
             _LOG.info("a connection was cut off: %s", reason)
 
     def _wake(self) -> None:
-        """Tell the writing task that there is something to send; any thread may call it."""
+        """Wake the writing task because there is something to send; any thread may call it."""
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._output.set)
 
     # ---- reading ----
 
     async def _hello(self) -> None:
-        """Accept, introduce the server, and open or resume a session by the first message."""
+        """Accept, describe the server, and open or resume a session by the first message."""
         offered = self.socket.scope.get("subprotocols", [])
         await self.socket.accept(protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in offered else None)
         if not self.engine.ready.is_set():
@@ -248,7 +248,7 @@ class Connection:
 
 
 def describe(engine: Engine) -> dict[str, Any]:
-    """Return what a client needs to know of the server."""
+    """Return the server's description for a client."""
     recipe, settings = engine.recipe, engine.settings
     return {
         "version": protocol.SUBPROTOCOL,

@@ -1,4 +1,4 @@
-"""Pictures and videos that clients send: sizes are checked before decoding, and no name of theirs is used."""
+"""Decode pictures and videos of clients. Sizes are checked before decoding, and file names are not used."""
 
 import io
 import pathlib

@@ -33,9 +33,9 @@ _CLOCK = 90_000
 
 
 class FilmTrack(MediaStreamTrack):
-    """The frames of a session, one by one when they are due.
+    """A video track with the frames of a session, each at its time.
 
-    Chunks are confirmed when their last frame is sent. So at most ``--ahead`` blocks wait, and none is lost.
+    Chunks are confirmed when their last frame is sent, so at most ``--ahead`` blocks wait, and no block is lost.
     """
 
     kind = "video"
@@ -53,18 +53,18 @@ class FilmTrack(MediaStreamTrack):
         session.on_frames = self._wake
 
     def _wake(self, _: np.ndarray) -> None:
-        """Tell the track that a block is made; the worker calls it."""
+        """Notify the track of a new block; the worker calls it."""
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._event_loop.call_soon_threadsafe(self._made.set)
 
     def stop(self) -> None:
-        """End the track: it asks for nothing any more."""
+        """End the track; it requests no further blocks."""
         if self._session.on_frames == self._wake:
             self._session.on_frames = lambda frames: None
         super().stop()
 
     async def recv(self) -> av.VideoFrame:
-        """Return the next frame when it is due. Where none is made in time, the film goes on later."""
+        """Return the next frame at its time. If it is late, all later frames move by the delay."""
         chunk, position = await self._take()
         self._session.seen = self._engine.clock()
         now = self._event_loop.time()
@@ -105,7 +105,7 @@ class FilmTrack(MediaStreamTrack):
             self._frames.popleft()
 
     def _pull(self) -> None:
-        """Confirm what is sent; ask for a block when as much is left as the last ones took, and half as much again."""
+        """Confirm sent chunks; request a block when the remaining film is 1.5 times the recent delay."""
         received = self._frames[0][0].index if self._frames else self._next
         lead = max(LEAST_LEAD, 1.5 * max(self._delays))
         asks = self._asked is None and len(self._frames) / self._engine.fps <= lead
@@ -125,11 +125,11 @@ class Peers:
         self._lock = asyncio.Lock()  # one offer at a time
 
     def admit(self, session: Session) -> None:
-        """Let a peer receive the session."""
+        """Allow a peer to receive the session."""
         self._peers.setdefault(session, None)
 
     async def drop(self, session: Session) -> None:
-        """Close the session's peer, and admit no other."""
+        """Close the session's peer and admit no other."""
         peer = self._peers.pop(session, None)
         if peer is not None:
             await _close(peer)
@@ -140,7 +140,7 @@ class Peers:
             await self.drop(session)
 
     async def answer(self, token: str, offer: str) -> str:
-        """Return the SDP that answers a client's. It replaces a peer that the session has.
+        """Return the SDP answer to a client's offer. The new peer replaces an existing one.
 
         Raises:
             ConfigError: the offer asks for anything but one video, or no session of this token chose WebRTC.
@@ -178,7 +178,7 @@ class Peers:
         return str(peer.localDescription.sdp)
 
     def _watch(self, peer: RTCPeerConnection, session: Session) -> None:
-        """Close the peer when its connection ends, or does not come about."""
+        """Close the peer when its connection ends or is not established in time."""
 
         async def end() -> None:
             if self._peers.get(session) is peer:
@@ -219,7 +219,7 @@ def addresses(settings: Settings) -> list[str] | None:
 
 
 def _listen_at(transceiver: Any, hosts: list[str] | None) -> None:
-    """Let the peer use no other address; aiortc itself uses all but loopback."""
+    """Restrict the peer to these addresses; by default aiortc uses all except loopback."""
     connection = transceiver.sender.transport.transport.iceGatherer._connection
     gather = connection.get_component_candidates
 
@@ -232,8 +232,8 @@ def _listen_at(transceiver: Any, hosts: list[str] | None) -> None:
 def _without_candidates(offer: str) -> str:
     """Return the offer without the client's addresses.
 
-    The server learns an address from the check that arrives from there with the answer's password. So no client can
-    make it send to others.
+    The server uses only an address from which a check with the answer's password arrives, so a client cannot make it
+    send to others.
 
     Raises:
         ConfigError: the offer has other media than one video.

@@ -1,1 +1,1 @@
-"""State, jitted steps, the loop, checkpoints, metrics and progress."""
+"""Train the stages of a recipe: state, jitted steps, runs, checkpoints, metrics and progress."""

@@ -1,4 +1,4 @@
-"""Training of the causal VAE on pixel clips, and of the tiny codec TAEHV on the VAE's latents."""
+"""Train the causal VAE on pixel clips, and the tiny codec TAEHV on the VAE's latents."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ from causvid_jax.training.update import TrainState, init_state, make_train_step
 Batch = dict[str, Any]
 Metrics = dict[str, jax.Array]
 ENCODER = ("encoder", "conv1")
-"""The VAE's parameters that make latents of pixels."""
+"""Top-level parameter groups of the VAE's encoder."""
 
 # ---- updates ---------------------------------------------------------------------------------------------------------
 
@@ -35,7 +35,7 @@ ENCODER = ("encoder", "conv1")
 def init_vae(key: jax.Array, config: VAEConfig) -> Any:
     """Return fresh VAE parameters with a small posterior variance, ``exp(-10)``.
 
-    At unit variance the noise hides the first signal, and training settles on latents without content.
+    At unit variance noise dominates at first, and training converges to latents without content.
     """
     params = vae.init(key, config)
     params["conv1"]["bias"] = params["conv1"]["bias"].at[config.z_dim :].set(-10.0)
@@ -43,7 +43,7 @@ def init_vae(key: jax.Array, config: VAEConfig) -> Any:
 
 
 def concat_clips(x: jax.Array, clips: int) -> jax.Array:
-    """Append to each clip of ``x [B, F, ...]`` the next ``clips - 1`` of the batch, without their first frame."""
+    """Append to each clip of ``x [B, F, ...]`` the next ``clips - 1`` clips of the batch, without their first frame."""
     return jnp.concatenate([x, *(jnp.roll(x, -i, axis=0)[:, 1:] for i in range(1, clips))], axis=1)
 
 
@@ -79,7 +79,7 @@ def vae_loss(
 ) -> tuple[jax.Array, Metrics]:
     """Return ``mean d^2 + 0.1 mean |d| + kl_weight KL``: d the reconstruction error of a sampled latent.
 
-    The squared term dominates: the L1 optimum of mostly black frames is all black, and training stays there.
+    The squared term dominates. With L1 alone training of mostly black frames stops at the optimum "all black".
 
     Args:
       params: of the VAE.
@@ -148,7 +148,7 @@ def latent_statistics(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the mean per channel and one standard deviation for all channels, over ``count`` clips.
 
-    One scale for all: unit variance per channel would make fine detail as expensive as shape.
+    One scale serves all channels: unit variance per channel would weight fine detail as much as shape.
     """
     encode = jax.jit(functools.partial(vae.encode_moments, config=config))
     batches = pipeline.clip_batches(clips, batch_size=16, seed=0)
@@ -266,7 +266,7 @@ def initial_state(
 
 
 def sample(run: Run, recipe: Recipe, clips: Any, reconstruct: Callable[[Any], jax.Array]) -> dict[str, float]:
-    """Write test clips beside their reconstructions; return PSNRs in dB and what the classifier reads.
+    """Write test clips beside their reconstructions; return PSNRs in dB and the classifier's accuracies.
 
     ``psnr`` is of all frames, ``psnr_first`` of the first frame, ``psnr_worst`` of the worst frame index.
     """

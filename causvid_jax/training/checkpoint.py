@@ -1,7 +1,8 @@
 """Checkpoints of a training run: Orbax v1, one folder per step, with the state and the position of the run.
 
 A checkpoint is used if its checksums are complete and correct (:mod:`causvid_jax.training.checksums`). A damaged one is
-renamed to ``STEP.damaged``, and the step before it is used. Only this file calls Orbax, whose v1 interface still moves.
+renamed to ``STEP.damaged``, and the step before it is used. Only this file calls Orbax, because its v1 interface may
+still change.
 """
 
 import concurrent.futures
@@ -139,8 +140,8 @@ class Checkpoints:
         """
         self.wait()
         if jax.default_backend() == "cpu":
-            # On CPU the arrays are written from where they are, while the next step, which they are donated to, changes
-            # them. From an accelerator they are copied to the host before this returns.
+            # On CPU Orbax writes the arrays in the background from their own buffers, which the next step overwrites
+            # (they are donated). From an accelerator it copies them to the host before this returns.
             state = jax.tree.map(jnp.copy, state)
         items = {"state": state, "progress": {"json": json.dumps(progress)}}
         try:
@@ -161,7 +162,7 @@ class Checkpoints:
         self.failed = True
         fallback = f"the last good one is of step {self.last}" if self.last is not None else "there is none before it"
         self._reports.append(f"checkpoint {step} could not be written to {self._folder}: {reason}; {fallback}")
-        # A new checkpointer removes what is half written and fills the disk.
+        # A new checkpointer removes the incomplete files, which fill the disk.
         with contextlib.suppress(Exception):
             self._checkpointer.close()
         self._open()
@@ -179,7 +180,7 @@ class Checkpoints:
             self.last, self.failed = step, False
 
     def reports(self) -> list[str]:
-        """Return what happened since the last call, in sentences."""
+        """Return the messages since the last call."""
         if self._saving is not None and self._saving[1].done():
             self.wait()
         reports, self._reports = self._reports, []
@@ -193,14 +194,14 @@ class Checkpoints:
 
 
 def read(folder: str | os.PathLike, part: str, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
-    """Read one field of the state of a checkpoint to the host, nothing else: ``(step, tree, progress)``.
+    """Read only one field of the state of a checkpoint to the host; return ``(step, tree, progress)``.
 
-    The folder may be that of a run under way; nothing in it is touched.
+    The folder may be that of an active run; nothing in it is changed.
 
     Args:
         folder: of the run's checkpoints.
         part: path of the field, for example ``"network.ema"``.
-        step: of the checkpoint; None takes the newest that is whole.
+        step: of the checkpoint; None takes the newest complete one.
 
     Raises:
         ConfigError: no such checkpoint, or a damaged one.
@@ -249,9 +250,9 @@ def _steps(folder: pathlib.Path) -> list[int]:
 
 
 def _problem(path: pathlib.Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None; every process checks its share."""
+    """Describe the damage of a checkpoint, or return None; every process checks its share."""
     if not checksums.present(path):
-        return "it has no checksums, its save was interrupted"
+        return "it has no checksums, because its save was interrupted"
     process, processes = jax.process_index(), jax.process_count()
     own = checksums.problem(path, process, processes)
     if processes == 1:
@@ -261,6 +262,6 @@ def _problem(path: pathlib.Path) -> str | None:
 
 
 def _together(what: str) -> None:
-    """Wait until all processes have come here."""
+    """Wait until all processes have reached this point."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)

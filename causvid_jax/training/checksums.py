@@ -1,7 +1,7 @@
-"""Checksums of a checkpoint's files. Orbax does not notice a flipped bit; these do, before training continues from it.
+"""Checksums of a checkpoint's files. They detect changed bits, which Orbax does not, before training continues.
 
 ``checksums.P-of-N.json`` in the checkpoint holds the SHA-256 of every chunk of 64 MiB that process P of N read:
-every N-th chunk. One core takes about a second per GB: in the background after each save, and once when a run starts.
+every N-th chunk. One core takes about a second per GB, in the background after each save and once when a run starts.
 """
 
 import concurrent.futures
@@ -68,7 +68,7 @@ def present(folder: str | os.PathLike) -> bool:
 
 
 def problem(folder: str | os.PathLike, process: int = 0, processes: int = 1) -> str | None:
-    """Return what is wrong with the chunks of a checkpoint that this process reads, or None.
+    """Describe the damage in the chunks of a checkpoint that this process reads, or return None.
 
     The sentence names the file: "state/d/0f1e is 100 bytes instead of 4096", "... is missing", "... has changed".
     """
@@ -90,7 +90,7 @@ def problem(folder: str | os.PathLike, process: int = 0, processes: int = 1) -> 
             return f"{name} is missing"
         if have[name] != size:
             return f"{name} is {have[name]} bytes instead of {size}"
-    # A damaged name or number in the manifest must not leave a piece unchecked.
+    # Check that a damaged name or number in the manifest does not exclude a chunk.
     if set(expected) != set(_pieces(sizes, 0, 1)):
         return "the checksums do not cover every file"
     pieces = _pieces(sizes, process, processes)

@@ -27,7 +27,7 @@ Batch = dict[str, Any]
 
 
 def tangent_network(config: TransformerConfig) -> TransformerConfig:
-    """Return the student for ``jax.jvp``: attention in blocks, so that no T x T array exists, and nothing kept."""
+    """Return the student's configuration for ``jax.jvp``: blockwise attention without T x T arrays, and no remat."""
     return dataclasses.replace(config, attention="blockwise", remat="none")
 
 

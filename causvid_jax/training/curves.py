@@ -27,7 +27,7 @@ SCORES = ("sample_digit", "sample_color", "sample_direction", "sample_all")
 
 
 def _smooth(values: np.ndarray, width: int = 9) -> np.ndarray:
-    """Return a running mean; at the ends it averages over fewer values."""
+    """Return a moving average, over fewer values at the ends."""
     kernel = np.ones(min(width, len(values)))
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 

@@ -97,7 +97,7 @@ def init_state(student: Any, critic: Any, optimizers: Optimizers, window: int = 
 
 
 def state_shardings(recipe: Recipe, placement: Placement, optimizers: Optimizers) -> DMDState | None:
-    """Return where the state lies on the mesh; None without one."""
+    """Return the shardings of the state; None without a mesh."""
     if placement.mesh is None:
         return None
     student, critic = recipe.student, recipe.fake_score
@@ -144,10 +144,10 @@ def generate(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> tu
 def loss_window(
     x0: jax.Array, key: jax.Array, config: DistillStageConfig, causal: CausalConfig, continued: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Return the window of a rollout that the losses see, and the mask of its frames that count, None for all.
+    """Return the window of a rollout that the losses use, and the mask of its frames that count, None for all.
 
-    The teacher knows clips whose first latent frame holds one pixel frame. A stream that goes on has no such frame, so
-    the losses leave the first place of a ``continued`` rollout, or of a window that starts later, out. The scores still
+    The teacher expects the first latent frame to hold one pixel frame. A continued stream has no such frame, so the
+    losses exclude the first frame of a ``continued`` rollout, or of a window that starts later. The scores still
     attend to it: their other frames are scored next to a first frame that they were not trained on. Single chunks have
     no such first frame.
     """
@@ -293,7 +293,7 @@ def critic_updates(
     recipe: Recipe,
     finite: jax.Array,
 ) -> tuple[tuple[Trainable, guard.LossHistory, Batch | None], Metrics]:
-    """Take one critic update per key on the first batches, in a scan: the last carry, and the metrics of all."""
+    """Take one critic update per key on the first batches, in a scan; return the last carry and all metrics."""
 
     def update(carry: Any, inputs: Any) -> tuple[Any, Metrics]:
         *carry, metrics = critic_update(
@@ -331,7 +331,7 @@ def train_step(
 
     Returns:
       The next state and scalar metrics: ``generator_*``, ``critic_*`` as means over the K updates, and how many of the
-      K + 1 updates were ``applied`` and ``skipped``. A refused update leaves its network as it was, and none is applied
+      K + 1 updates were ``applied`` and ``skipped``. A refused update does not change its network, and none is applied
       if an input is not finite.
     """
     recipe = recipe if frames is None else with_frames(recipe, frames)
@@ -360,7 +360,7 @@ def train_step(
     skipped = history.skipped - state.history.skipped
     metrics = step_metrics(metrics, critic_metrics)
     metrics |= {"skipped": skipped, "applied": updates + 1 - skipped, "skipped_total": history.skipped}
-    # If only the student's update was refused, the step counts: else the next one would repeat the critic's noise.
+    # Count the step if only the student's update was refused; otherwise the next step would repeat the critic's noise.
     step = jnp.where(skipped <= updates, state.step + 1, state.step)
     return DMDState(student, critic, step, history), metrics
 

@@ -32,7 +32,7 @@ def with_frames(recipe: Recipe, frames: int) -> Recipe:
 
 
 def no_context(batch: Batch, recipe: Recipe) -> Batch | None:
-    """Return what the first rollout of a step continues: nothing; None if rollouts never continue one another."""
+    """Return the empty context of the first rollout of a step; None if rollouts never continue one another."""
     config = recipe.train_distill
     if config.rollout != "self" or not config.continuation_prob:
         return None
@@ -43,7 +43,7 @@ def no_context(batch: Batch, recipe: Recipe) -> Batch | None:
 def with_context(
     batch: Batch, previous: Batch | None, key: jax.Array, config: DistillStageConfig
 ) -> tuple[Batch, jax.Array]:
-    """Add the context of the previous rollout to ``batch``, and return the key that is left.
+    """Add the context of the previous rollout to ``batch``; return the batch and the next key.
 
     With probability ``continuation_prob`` the new rollout continues the previous one; then each clip keeps its prompt
     or, with probability ``prompt_switch_prob``, takes the one of ``batch``. ``has_context`` is ``[B]``, all equal.
@@ -61,7 +61,7 @@ def with_context(
 
 
 def reads_latents(config: DistillStageConfig) -> bool:
-    """Return whether a step needs real clips: to start rollouts from, or as a discriminator's real ones."""
+    """Return whether a step needs real clips: for data rollouts, or as real examples of a discriminator."""
     return config.rollout == "data" or config.objective == "dmd_gan"
 
 
@@ -81,7 +81,7 @@ def batch_shapes(recipe: Recipe) -> dict[str, jax.ShapeDtypeStruct]:
 def read_batches(run: Run, *, batch_size: int, frames: int, seed: int) -> Iterator[Batch]:
     """Read the examples of all K + 1 batches of a step together; a self rollout needs prompts alone."""
     recipe, parts = run.recipe, range(run.recipe.train_distill.critic_steps + 1)
-    # A process reads its rows of every one of the K + 1 batches.
+    # A process reads its examples of each of the K + 1 batches.
     rows = [part * batch_size + row for part in parts for row in run.placement.example_indices(batch_size)]
     options: dict[str, Any] = {"batch_size": batch_size * len(parts), "seed": seed, "rows": rows}
     options["text_length"] = recipe.text.length

@@ -38,8 +38,8 @@ def score(
 ) -> jax.Array:
     """Return a score network's velocity in its forward mode; with an image branch it reads ``picture``.
 
-    ``"causal"`` reads what the stage ``causal`` trains: the clean blocks before each block, here those of the student's
-    output ``clean [B, F, h, w, C]``. ``"chunk"`` gets single blocks as clips (:func:`scored`).
+    ``"causal"`` is the mode of the stage ``causal``: each block attends to the clean blocks before it, here those of
+    the student's output ``clean [B, F, h, w, C]``. ``"chunk"`` gets single blocks as clips (:func:`scored`).
     """
     if mode != "causal":
         bidirectional = conditioned(transformer.bidirectional, picture, network)
@@ -100,10 +100,10 @@ def student_rollout(recipe: Recipe) -> Rollout:
 
 
 def score_levels(key: jax.Array, frames: int, recipe: Recipe) -> dmd.Levels:
-    """Return where the timesteps of the scores of ``frames`` latent frames are drawn (:class:`dmd.Levels`).
+    """Return the range of the scores' timesteps for ``frames`` latent frames (:class:`dmd.Levels`).
 
-    Causal scores were trained with a timestep of its own for every block. ``key`` is the one of :func:`generate`, which
-    draws the exit steps.
+    Causal scores were trained with one timestep per block. ``key`` is that of :func:`generate`, which draws the exit
+    steps.
     """
     config, diffusion = recipe.train_distill, recipe.diffusion
     blocks = recipe.causal.block_sizes(frames) if config.teacher == config.critic_mode == "causal" else ()

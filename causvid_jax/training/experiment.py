@@ -1,8 +1,8 @@
-"""Run a controlled experiment: rows of settings that are trained and measured alike, each with several seeds.
+"""Run a controlled experiment: train and measure rows of settings in the same way, each with several seeds.
 
-An experiment is a file with ``get_experiment()`` (``experiments/``). Every row starts from the same finished road
-(``causvid road``). It trains only the stages that it names, in a folder of its own for every seed, and reads everything
-else from that road. Finished parts are skipped, so an interrupted experiment continues.
+An experiment is a file with ``get_experiment()`` (``experiments/``). Every row starts from the same working directory
+of a finished ``causvid road``. It trains only the stages that it names, in its own folder for every seed, and reads
+everything else from that directory. Finished parts are skipped, so an interrupted experiment continues.
 
 Every figure is the mean over seeds and held-out prompts, with a 95 % interval by a bootstrap over both.
 """
@@ -46,11 +46,11 @@ class Row:
       name: in the table.
       network: the stage whose weights are sampled: ``"teacher"`` makes clips, ``"causal"`` streams with
         :data:`CAUSAL_STEPS` steps, ``"init"`` and ``"distill"`` stream as the recipe says.
-      stages: legs of the road (training stages, ``"trajectories"``) that the row makes again.
+      stages: stages that the row trains again (or ``"trajectories"``, which it makes again).
       settings: recipe fields as text, such as ``{"train_distill.teacher": "causal"}``.
-      replace: stage to the stage of the road whose weights stand in for it, such as ``{"init": "causal"}``.
+      replace: stage to another stage whose weights are used instead, such as ``{"init": "causal"}``.
       strength: follow a real clip of another colour at this strength (video to video); None: from text.
-      paper: the paper's figure of this row, in words; empty if it has none.
+      paper: the paper's figure for this row, as text; empty if there is none.
     """
 
     name: str
@@ -68,10 +68,10 @@ class Experiment:
 
     Attributes:
       title: of the table and the plot.
-      claim: what the paper says, with its source.
-      rows: what is compared.
-      metric: the figure that is drawn, a name of :func:`frame_metrics.frame_values`.
-      lengths: where streams are measured, in trained lengths; each figure is that of the last trained length before.
+      claim: the claim of the paper, with its source.
+      rows: settings to compare.
+      metric: the plotted figure, a name of :func:`frame_metrics.frame_values`.
+      lengths: ends of the measured clips, in trained lengths; each clip has one trained length.
       settings: recipe fields of every row.
     """
 
@@ -85,7 +85,7 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """How much is done: seeds of every row, and clips of every seed."""
+    """Number of seeds per row, and of clips per seed."""
 
     seeds: int = 3
     samples: int = 64
@@ -125,7 +125,7 @@ def load(name: str) -> Experiment:
 
 
 def link(base: pathlib.Path, part: pathlib.Path, stages: tuple[str, ...], replace: Mapping[str, str]) -> None:
-    """Make ``part`` a working directory that reads all of ``base`` but what the legs ``stages`` make again."""
+    """Make ``part`` a working directory that reads everything from ``base`` except the results of ``stages``."""
     again = ("causal_trajectories", "trajectories") if "trajectories" in stages else ()
     (part / "data").mkdir(parents=True, exist_ok=True)
     for source in (*base.glob("*"), *(base / "data").glob("*")):
@@ -147,10 +147,10 @@ def row_recipe(recipe: Recipe, experiment: Experiment, row: Row, seed: int) -> R
 
 
 def train(recipe: Recipe, row: Row, base: pathlib.Path, part: pathlib.Path, say: Say) -> None:
-    """Make the legs of a row in its folder; those that are done are skipped."""
+    """Run the stages of a row in its folder; finished ones are skipped."""
     require(
         set(row.stages) <= {*TRAINED, "trajectories"},
-        f"row {row.name!r} makes {row.stages}; accepted: {', '.join((*TRAINED, 'trajectories'))}",
+        f"row {row.name!r} has the stages {row.stages}; accepted: {', '.join((*TRAINED, 'trajectories'))}",
     )
     link(base, part, row.stages, row.replace)
     legs = [leg for leg in road.legs(recipe, part, prepare.Options()) if leg.name in row.stages]
@@ -227,7 +227,7 @@ def recolor(caption: str, recipe: Recipe) -> str:
 def run(
     experiment: Experiment, recipe: Recipe, base: pathlib.Path, workdir: pathlib.Path, budget: Budget, say: Say = print
 ) -> dict[str, Any]:
-    """Train and measure all rows and return the result; parts that are finished are read from ``workdir``.
+    """Train and measure all rows and return the result; finished parts are read from ``workdir``.
 
     Raises:
         ConfigError: ``base`` lacks what the rows start from.

@@ -1,4 +1,4 @@
-"""Write the weights of any checkpoint of a run, as a finished run writes them."""
+"""Write the weights of any checkpoint of a run in the form of a finished run."""
 
 import json
 import pathlib
@@ -17,7 +17,7 @@ EMA = dict.fromkeys(("vae", "taehv", "teacher", "causal", "init", "consistency")
 def export_checkpoint(workdir: pathlib.Path, name: str, output: pathlib.Path, step: int | None = None) -> int:
     """Write the EMA of stage ``name`` at ``step`` (None: its newest checkpoint) to ``output``; return the step.
 
-    The recipe is the one in the checkpoint. The file equals what the run would have written had it ended there. Only
+    The recipe is the one in the checkpoint. The file is equal to that of a run which ends at this step. Only
     the EMA is read: no optimizer state and no fake score.
 
     Raises:

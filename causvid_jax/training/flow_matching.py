@@ -38,8 +38,8 @@ def drop_captions(
 ) -> jax.Array:
     """Replace the embeddings of each caption by those of the negative prompt with ``probability``.
 
-    So the unconditional branch is trained on what guidance reads there. Without ``negative_prompt_embeds [S, E]`` they
-    are zeros, which is what the negative prompt of a recipe of words encodes to.
+    The unconditional branch is thus trained on the embeddings that guidance uses. Without ``negative_prompt_embeds [S,
+    E]`` they are zeros, as is the negative prompt of a recipe of words.
     """
     keep = jax.random.uniform(key, (len(text), 1, 1)) >= probability
     return text * keep if negative_prompt_embeds is None else jnp.where(keep, text, negative_prompt_embeds)
@@ -63,7 +63,7 @@ def teacher_loss(
       key: draws t, noise and which captions are dropped.
       recipe: grid, teacher, ``train_teacher.caption_dropout``.
       negative_prompt_embeds: ``[S, E]``, which replace dropped captions; None: zeros.
-      sigma: ``[B, F]``, instead of drawn ones.
+      sigma: ``[B, F]``, instead of random ones.
       noise: shape of the latents, instead of drawn noise.
     """
     latents, text = batch["latents"], batch["text"]
@@ -193,7 +193,7 @@ def train_teacher(run: Run, init_from: pathlib.Path | None = None) -> None:
 
 
 CAUSAL_SAMPLE_STEPS = 16
-"""Steps of a causal teacher's samples, which are streams without guidance."""
+"""Denoising steps of a causal teacher's samples, which are streams without guidance."""
 
 
 def train_causal(run: Run, init_from: pathlib.Path | None = None) -> None:

@@ -1,6 +1,6 @@
 """Refuse updates whose loss or gradient is not finite, or whose loss is far above the losses before it.
 
-The decision is made on the device, where the old state still is: the host does not have to look at a loss first.
+The decision is made on the device, which still has the old state. The host does not have to wait for a loss.
 """
 
 import dataclasses

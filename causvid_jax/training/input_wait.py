@@ -1,4 +1,4 @@
-"""Measure how much of its time a training loop waits for input."""
+"""Measure the share of the time that a training loop waits for input."""
 
 import time
 from collections.abc import Callable

@@ -41,7 +41,7 @@ class NoWriter:
     """A writer that writes nothing."""
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Do nothing, and do not wait for JAX arrays."""
+        """Do nothing; do not wait for JAX arrays."""
 
     def __enter__(self) -> "NoWriter":
         return self
@@ -73,7 +73,7 @@ class MetricsWriter:
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         except OSError as error:
             raise ConfigError(f"metrics cannot be written to {self._path}: {error.strerror}") from error
-        # Hide records that an interrupted run wrote beyond the step that this run starts from.
+        # Drop records that an interrupted run wrote after the step from which this run starts.
         self._board = tensorboardX.SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ class Terminated(SystemExit, Stopped):
 
 
 def stop(number: int) -> None:
-    """Leave after signal ``number``: raise :class:`Interrupted` (status 130) or :class:`Terminated` (status 0)."""
+    """Stop after signal ``number``: raise :class:`Interrupted` (status 130) or :class:`Terminated` (status 0)."""
     raise Interrupted if number == signal.SIGINT else Terminated
 
 
@@ -34,7 +34,7 @@ def stop(number: int) -> None:
 def requests() -> Iterator[Callable[[int], int]]:
     """Turn the first Ctrl-C or SIGTERM into a request; a second Ctrl-C stops at once.
 
-    Yields ``requested(step)``, to be called once after every step: it returns the signal to obey after this step, or 0.
+    Yields ``requested(step)``, to be called once after every step: it returns the signal that stops the run now, or 0.
     Among many processes a signal to any one of them is a request to all. JAX's preemption service names the step at
     which all stop: the first that none of them has passed.
     """

@@ -1,4 +1,4 @@
-"""Where weights come from: code, data, steps, time and machine. Every weights file of a run carries this."""
+"""Provenance of weights: code, data, steps, time and machine, in the metadata of every weights file of a run."""
 
 import hashlib
 import importlib.metadata
@@ -15,7 +15,7 @@ KEY = "provenance"
 
 
 def origin(workdir: pathlib.Path) -> dict[str, Any]:
-    """Return what does not change during a run: ``code``, ``machine`` and ``data``."""
+    """Return the constant entries of a run: ``code``, ``machine`` and ``data``."""
     return {"code": code(), "machine": machine(), "data": data(workdir)}
 
 
@@ -45,8 +45,8 @@ def machine() -> str:
 def data(workdir: pathlib.Path) -> dict[str, str]:
     """Return a digest of every dataset under ``WORKDIR/data``, by the name of its folder.
 
-    A dataset of arrays is identified by what it was made from (``arrays.IDENTITY``). The name of generated digits holds
-    a digest of every setting that changes a pixel.
+    A dataset of arrays is identified by its inputs (``arrays.IDENTITY``). The name of generated digits contains a
+    digest of every setting that changes a pixel.
     """
     folder = workdir / "data"
     digests = {

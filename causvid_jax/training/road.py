@@ -1,7 +1,7 @@
-"""Make all weights of a recipe from nothing: data, every stage in order, classifier and report.
+"""Make all weights of a recipe from scratch: data, every stage in order, classifier and report.
 
-A leg that is finished is skipped, and an interrupted one continues. ``WORKDIR/road.json`` records the seconds of every
-leg, so that the time that is left can be told.
+A leg is one step of the road, such as a training stage. A finished leg is skipped, and an interrupted one continues.
+``WORKDIR/road.json`` records the seconds of every leg, from which the remaining time is estimated.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ class Leg:
 
     Attributes:
         name: of the stage.
-        is_done: whether a working directory has what the leg makes.
-        run: makes it.
+        is_done: returns whether the working directory has the result of the leg.
+        run: runs the leg.
     """
 
     name: str
@@ -46,9 +46,9 @@ def legs(recipe: Recipe, workdir: pathlib.Path, options: prepare.Options, plan: 
 
     Args:
         recipe: what to train.
-        workdir: where everything goes.
+        workdir: of the results.
         options: of ``causvid prepare``; own videos need ``videos`` and ``captions``.
-        plan: how much the report measures; None leaves classifier and report out, which only digits have.
+        plan: numbers of clips of the report; None skips classifier and report, which only digits have.
     """
     data = workdir / "data"
 
@@ -98,7 +98,7 @@ def travel(recipe: Recipe, workdir: pathlib.Path, road: list[Leg], say: Say = pr
     """Run the legs that are not done; record their seconds in ``WORKDIR/road.json``.
 
     Raises:
-        ConfigError, RunError: of a leg. The same call continues there.
+        ConfigError, RunError: a leg failed. The same call continues from there.
     """
     record = _read(workdir / RECORD)
     seconds: dict[str, float] = record.get("seconds", {})
@@ -120,7 +120,7 @@ def travel(recipe: Recipe, workdir: pathlib.Path, road: list[Leg], say: Say = pr
 
 
 def _reference(recipe: Recipe) -> dict[str, float]:
-    """Return the seconds of every leg where the weights of the package were made, empty if they are not known."""
+    """Return the seconds of every leg for the weights of the package, empty if they are not known."""
     return _read(paths.ASSETS / recipe.name / RECORD).get("seconds", {})
 
 

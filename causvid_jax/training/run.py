@@ -1,6 +1,6 @@
-"""The run of one training stage: everything but the arithmetic.
+"""The run of one training stage: data position, checkpoints, metrics, samples and preemption.
 
-A trainer reads from top to bottom::
+A trainer uses it like this::
 
     state = run.restore(initial_state)
     for batch in run.batches(read, to_device):
@@ -44,27 +44,27 @@ ReadBatches = Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True)
 class _PendingStep:
-    """A step that runs on the device and whose metrics nobody has read yet."""
+    """A step that runs on the device and whose metrics are not read yet."""
 
     step: int
     metrics: Metrics
     data_position: dict[str, Any]  # of the data before the step
-    examples: Any  # their numbers in the dataset, as far as this process read them
+    examples: Any  # numbers in the dataset of the examples that this process has read
 
 
 class Run:
     """One stage in training in ``WORKDIR/STAGE``: data position, checkpoints, metrics, samples, preemption.
 
-    Ctrl-C or SIGTERM, to any one of the processes of the run, makes all of them finish the same step, save a checkpoint
-    and raise KeyboardInterrupt or :class:`preemption.Terminated`. Started again, the run goes on from there and ends
-    with the parameters of an uninterrupted run (bit for bit on CPU).
+    After Ctrl-C or SIGTERM to any process of the run, all processes finish the same step, save a checkpoint and raise
+    KeyboardInterrupt or :class:`preemption.Terminated`. Started again, the run continues from there and ends with the
+    parameters of an uninterrupted run (bit for bit on CPU).
 
     Attributes:
       name: of the stage, and of its folder.
       recipe: the recipe.
       config: the settings of this stage.
       workdir: holds the data and the folders of all stages.
-      placement: the mesh and what lies where.
+      placement: the mesh and the shardings on it.
       step: steps done.
       frames: length of the clips of the current stretch of the curriculum; 0: the full clip.
     """
@@ -92,7 +92,7 @@ class Run:
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def restore(self, state: Any) -> Any:
-        """Return the state of the last good checkpoint, or ``state`` where there is none."""
+        """Return the state of the last good checkpoint, or ``state`` if there is none."""
         restored = self._checkpoints.restore(state)
         if restored is not None:
             state, saved = restored
@@ -105,12 +105,12 @@ class Run:
             if self.step == self.config.steps:
                 self._provenance = saved.get(provenance.KEY, self._provenance)
             if self.config.on_bad_loss == "stop":
-                state = guard.reset_skipped(state)  # refused updates of the time when it was "skip"
+                state = guard.reset_skipped(state)  # updates refused while on_bad_loss was "skip"
             for change in _changes(saved.get("config"), self._recipe_json):
                 self._progress.note(f"{self.name}: the checkpoint was made with {change}")
         self._report()
         if self.step:
-            self._progress.note(f"{self.name}: going on from step {self.step}")
+            self._progress.note(f"{self.name}: continuing from step {self.step}")
         if collectives.is_first():
             write_text(self.folder / "config.json", json.dumps(dataclasses.asdict(self.config), indent=1))
         return state
@@ -136,7 +136,7 @@ class Run:
     def batches(self, read: ReadBatches, to_device: Callable[[dict[str, Any]], Any]) -> Iterator[Any]:
         """Yield the batches of the remaining steps on the devices: the curriculum's stretches, then the main one.
 
-        Each stretch reads the data in an order of its own, ``read(batch_size=, frames=, seed=)``.
+        Each stretch has its own order of the data, ``read(batch_size=, frames=, seed=)``.
         """
         config = self.config
         self._open()
@@ -168,16 +168,16 @@ class Run:
 
     @property
     def samples_now(self) -> bool:
-        """Whether the step just done is one that shows samples."""
+        """Whether samples are due after the step just done."""
         due = self.step % self.config.sample_every == 0 or self.step == self.config.steps
         return due and self.config.samples > 0
 
     def after_step(self, state: Any, metrics: Metrics) -> Any:
-        """Log, save and stop as is due after a step; return the state.
+        """Log, save and stop if that is due after a step; return the state.
 
         Raises:
             RunError: a loss that stops the run (``StageConfig.on_bad_loss``), or a stop without a checkpoint.
-            Interrupted, Terminated: a signal was obeyed, and everything is saved.
+            Interrupted, Terminated: a signal stopped the run, and everything is saved.
         """
         self.step, self._metrics = self.step + 1, metrics
         self._pending.append(dataclasses.replace(self._pending.pop(), metrics=metrics))
@@ -200,7 +200,7 @@ class Run:
         return state
 
     def _check(self, pending: _PendingStep, state: Any) -> Any:
-        """Read the metrics of a step; raise RunError, the state before it saved, if its update stops the run."""
+        """Read the metrics of a step. If its update stops the run, save the state before it and raise RunError."""
         if not int(pending.metrics.get("skipped", 0)):
             return state
         what = f"{self.name}: step {pending.step}: {_bad(pending.metrics, self.config)}, {_examples(pending.examples)}"
@@ -227,20 +227,20 @@ class Run:
         if self._checkpoints.failed:
             raise RunError(f"{self.name}: stopped at step {self.step} without a checkpoint of it")
         name = preemption.NAMES[signal]
-        self._progress.note(f"{self.name}: stopped by {name} at step {self.step}; the same command goes on from here")
+        self._progress.note(f"{self.name}: stopped by {name} at step {self.step}; the same command continues from here")
         preemption.stop(signal)
 
     def log_samples(self, scores: dict[str, float]) -> None:
-        """Record what the samples of this step scored."""
+        """Record the scores of this step's samples."""
         if scores:
             self._writer.write(self.step, {f"sample_{name}": value for name, value in scores.items()})
             text = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
             self._progress.note(f"{self.name}: step {self.step}: {text}")
 
     def finish(self, params: Any, metadata: dict[str, str]) -> None:
-        """Write ``WORKDIR/STAGE/weights.safetensors`` of the finished run, and say where it is.
+        """Write ``WORKDIR/STAGE/weights.safetensors`` of the finished run, and print its path.
 
-        ``params`` are on the mesh, or gathered already (``collectives.gather_to_first``).
+        ``params`` are on the mesh, or already gathered (``collectives.gather_to_first``).
         """
         self._progress.close()
         self._checkpoints.close()
@@ -257,7 +257,7 @@ class Run:
         self._progress.note(f"{self.name}: {text}")
 
     def close(self) -> None:
-        """Close the metrics and give the signals back."""
+        """Close the metrics and restore the signal handlers."""
         self._exit.close()
 
 
@@ -265,11 +265,11 @@ class Run:
 def open_run(
     name: str, recipe: Recipe, config: StageConfig, workdir: pathlib.Path, placement: Placement
 ) -> Iterator[Run]:
-    """Open the run of a stage on its mesh and hold its folder, so that no other run uses it.
+    """Open the run of a stage on its mesh and lock its folder, so that no other run uses it.
 
     Raises:
         ConfigError: another run is training there.
-        RunError: a disk that is full; the sentence names the last good checkpoint.
+        RunError: the disk is full; the message names the last good checkpoint.
     """
     folder = workdir / name
     with placement.current():
@@ -283,18 +283,18 @@ def open_run(
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise RunError(
-                f"{name}: {workdir} cannot be written: {error.strerror}; make room, and the same command goes on from "
-                "the last checkpoint"
+                f"{name}: {workdir} cannot be written: {error.strerror}; make room, and the same command continues "
+                "from the last checkpoint"
             ) from error
 
 
 def _losses(metrics: dict[str, Any]) -> dict[str, float]:
-    """Return what the progress line shows; reading the values waits for the device."""
+    """Return the values of the progress line; reading them waits for the device."""
     return {name: float(value) for name, value in metrics.items() if "loss" in name}
 
 
 def _bad(metrics: dict[str, Any], config: StageConfig) -> str:
-    """Say what is wrong with the metrics of a step whose update was refused."""
+    """Describe why the update of a step was refused, from its metrics."""
     names = [*(k for k in metrics if k.endswith("loss")), *(k for k in metrics if k.endswith("gradient_norm"))]
     values = {name: float(metrics[name]) for name in names}
     wrong = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]

@@ -1,4 +1,4 @@
-"""Allow one run at a time in a folder: two would delete each other's unfinished checkpoints."""
+"""Allow one run at a time in a folder. Two runs would delete each other's unfinished checkpoints."""
 
 import contextlib
 import errno
@@ -24,13 +24,13 @@ _LOG = logging.getLogger("absl")
 
 @contextlib.contextmanager
 def claimed(folder: pathlib.Path, wait: float = WAIT_SECONDS) -> Iterator[None]:
-    """Hold ``folder`` for this run: its first process locks ``folder/run.lock``.
+    """Lock ``folder`` for this run: its first process locks ``folder/run.lock``.
 
-    The lock is the operating system's (a POSIX record lock, which works over NFS and Lustre). It ends with the process,
-    however that ends; the file that remains means nothing. A file system without locks gets a logged warning.
+    It is a POSIX record lock, which works over NFS and Lustre. The operating system releases it when the process ends
+    for any reason; the remaining file has no meaning. A file system without locks is only warned about.
 
     Raises:
-        ConfigError: another run still holds it after ``wait`` seconds; the sentence names its process and host.
+        ConfigError: another run still holds the lock after ``wait`` seconds; the message names its process and host.
     """
     with contextlib.ExitStack() as stack:
         collectives.check_on_first(lambda: stack.enter_context(_locked(folder, wait)))
@@ -45,7 +45,7 @@ def _locked(folder: pathlib.Path, wait: float) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            _LOG.warning("%s is on a file system without locks (%s): start no second run there", folder, error.strerror)
+            _LOG.warning("%s has no file locks (%s): do not start a second run there", folder, error.strerror)
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}")

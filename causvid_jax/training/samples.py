@@ -1,4 +1,4 @@
-"""Samples of a stage in training: videos, a picture of them, and what the classifier reads in them."""
+"""Samples of a stage in training: videos, and the classifier's scores for them."""
 
 import dataclasses
 import pathlib
@@ -114,7 +114,7 @@ def show(video: np.ndarray, path: pathlib.Path, recipe: Recipe, columns: int = 4
 
 
 def scores(run: Run, video: np.ndarray, captions: Sequence[str], recipe: Recipe) -> dict[str, float]:
-    """Return how often the classifier reads what the captions say; empty for data that has no classifier.
+    """Return the classifier's accuracies for the captions; empty for data that has no classifier.
 
     The classifier is that of the working directory, else that of the package.
     """

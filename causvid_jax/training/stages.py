@@ -24,12 +24,12 @@ TRAINERS: dict[str, Callable[[Run, pathlib.Path | None], None]] = {
 
 
 def train(name: str, recipe: Recipe, workdir: pathlib.Path, init_from: str | os.PathLike | None = None) -> None:
-    """Train the stage ``name`` of ``recipe`` to its last step, from where ``workdir`` left it; write its weights.
+    """Train the stage ``name`` of ``recipe`` to its last step, resuming a run in ``workdir``; write its weights.
 
     Args:
       name: one of :data:`TRAINERS`.
       recipe: the recipe.
-      workdir: holds what earlier stages left, and a folder for this one.
+      workdir: contains the data and weights of earlier stages, and a folder for this stage.
       init_from: weights that the trained network starts from: a file, or the working directory of another recipe, of
         which the weights of the same stage are read.
 

@@ -29,7 +29,7 @@ TrainStep = Callable[..., tuple[Any, dict[str, jax.Array]]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trainable:
-    """A network in training: parameters, optimizer state and, where one is kept, the EMA that is sampled.
+    """A network in training: parameters, optimizer state and, if there is one, the EMA that is sampled.
 
     With adapters (``models.adapters``) optimizer state and EMA are those of the adapters alone.
     """
@@ -40,7 +40,7 @@ class Trainable:
 
     @property
     def averaged(self) -> Any:
-        """All parameters, with the EMA of what is trained."""
+        """All parameters, with the EMA of the trained ones."""
         return adapters.join(self.ema, adapters.split(self.params)[1])
 
 
@@ -112,7 +112,7 @@ def apply_update(
     change, opt = optimizer.update(gradient, network.opt, trained)
     changed = optax.apply_updates(trained, change)
     ema = None if network.ema is None else ema_update(network.ema, changed, step, config.optimizer)
-    # What is frozen passes through: the program returns the buffer that it was given.
+    # Frozen parameters pass through: the program returns the input buffer.
     previous = Trainable(trained, network.opt, network.ema)
     updated = guard.select(applied, Trainable(changed, opt, ema), previous)
     updated = dataclasses.replace(updated, params=adapters.join(updated.params, frozen))
@@ -126,7 +126,7 @@ def make_train_step(
 
     A stage with ``frozen`` networks passes them after the batch, ``(state, batch, *frozen)``; its loss gets them and
     the state as keywords. Randomness is ``fold_in(key(config.seed), step)``, so a resumed run draws what an
-    uninterrupted one would. A refused update leaves the state as it was, ``step`` included; the metric ``skipped`` is
+    uninterrupted one would. A refused update does not change the state, not even ``step``; the metric ``skipped`` is
     then 1. On a mesh the state stays where ``shardings`` (a tree of ``NamedSharding``, or one for all) put it.
     """
 
@@ -150,7 +150,7 @@ def make_train_step(
 def trainable_shardings(
     placement: Placement, spec: Any, rules: ShardingRules, optimizer: optax.GradientTransformation, *, ema: bool = True
 ) -> Trainable:
-    """Return where a :class:`Trainable` of the parameters ``spec`` lies on the mesh."""
+    """Return the shardings of a :class:`Trainable` of the parameters ``spec``."""
     params = placement.params(spec, rules)
     trained = adapters.split(params)[0]
     state = placement.optimizer(optimizer, adapters.split(spec)[0], trained)
@@ -158,7 +158,7 @@ def trainable_shardings(
 
 
 def history_shardings(placement: Placement) -> guard.LossHistory:
-    """Return where the history of losses lies: whole on every device."""
+    """Return the sharding of the history of losses: replicated."""
     whole = cast(Any, placement.replicated())
     return guard.LossHistory(recent=whole, skipped=whole)
 
@@ -170,7 +170,7 @@ class NetworkStep:
     Attributes:
       train_step: jitted ``(state, batch) -> (state, metrics)``.
       init: ``params -> TrainState``, traceable.
-      shardings: where the state lies; None without a mesh.
+      shardings: of the state; None without a mesh.
     """
 
     train_step: TrainStep

@@ -35,8 +35,8 @@ def measured_vae(recipe: Recipe, workdir: pathlib.Path) -> tuple[Any, Recipe]:
 def check_sink_positions(recipe: Recipe, stage: str, frames: int = 0) -> None:
     """Refuse to train in block-causal mode on positions that a stream does not have.
 
-    With ``causal.positions = "relative"`` a stream keeps the sink right before its window. Block-causal mode reads the
-    sink at its true positions, which differ as soon as a clip is longer than sink and window.
+    With ``causal.positions = "relative"`` a stream places the sink directly before its window. Block-causal mode uses
+    the true positions of the sink, which differ if a clip is longer than sink and window.
 
     Raises:
         ConfigError: ``frames`` latent frames (0: the full clip) are longer than sink and window.
@@ -45,16 +45,16 @@ def check_sink_positions(recipe: Recipe, stage: str, frames: int = 0) -> None:
     longest = causal.sink + causal.window
     require(
         not (causal.sink and causal.window and causal.positions == "relative" and frames > longest),
-        f"stage {stage} reads clips of {frames} latent frames in block-causal mode, where the sink keeps its place; "
+        f"stage {stage} reads clips of {frames} latent frames in block-causal mode, where the sink does not move; "
         f"with causal.positions 'relative' a stream moves the sink (causal.sink {causal.sink}) after {longest} frames: "
         f"use causal.positions=absolute, causal.sink=0 or clips of at most {longest} latent frames",
     )
 
 
 def load_network(run: Run, stage: str, config: TransformerConfig, path: pathlib.Path | None = None) -> Any:
-    """Return the weights that ``stage`` left, or those of ``path``, on the mesh; a host reads only what it holds.
+    """Return the weights of ``stage``, or those of ``path``, on the mesh; a host reads only its own shards.
 
-    With ``config.lora`` new adapters are put beside them.
+    With ``config.lora`` new adapters are added.
 
     Raises:
         ConfigError: weights that are missing or do not fit, or a start from a teacher that is two networks.
@@ -71,7 +71,7 @@ def load_network(run: Run, stage: str, config: TransformerConfig, path: pathlib.
     opened = open_checkpoint(path, plain)
     if run.placement.mesh is None:
         return with_new_adapters(load(opened)[0], config, run.config.seed)
-    # A file has one checksum, so one process reads all of it, through a buffer.
+    # The checksum covers the whole file, so one process reads all of it through a buffer.
     collectives.check_on_first(opened.check)
     params = load(opened, run.placement.params(transformer.spec(plain), config.rules), check=False)[0]
     places = adapters.split(run.placement.params(transformer.spec(config), config.rules))[0]
@@ -86,7 +86,7 @@ def load_teacher(run: Run, stage: str) -> Any:
 
 
 def with_new_adapters(params: Any, config: TransformerConfig, seed: int, shardings: Any = None) -> Any:
-    """Return ``params`` with new adapters of ``config.lora`` beside their kernels, which stay the same arrays."""
+    """Return ``params`` with new adapters of ``config.lora``; the kernels stay the same arrays."""
     if not config.lora.rank:
         return params
     spec = adapters.split(transformer.spec(config))[0]
@@ -127,14 +127,14 @@ def initial_state(
 
 
 def replicated(params: Any, placement: Placement) -> Any:
-    """Return a codec's parameters whole on every device; a codec is small."""
+    """Return a codec's parameters replicated on every device; a codec is small."""
     if placement.mesh is None:
         return jax.tree.map(jnp.asarray, params)
     return placement.put(params, placement.replicated())
 
 
 def open_encoder(run: Run) -> encoder.Encoder:
-    """Open the text encoder of a run: it serves cached captions, since the device's memory belongs to the stage."""
+    """Open the text encoder of a run with cached captions only, since the stage needs the device's memory."""
     return encoder.open_encoder(run.recipe, run.workdir, compute=False)
 
 
@@ -144,14 +144,14 @@ def prompt_embeds(batch: dict[str, Any], reader: encoder.Encoder) -> np.ndarray:
 
 
 def metadata(run: Run, recipe: Recipe) -> dict[str, str]:
-    """Return what a weights file says of itself; ``recipe`` holds the VAE's latent statistics."""
+    """Return the metadata of a weights file; ``recipe`` holds the VAE's latent statistics."""
     return weights_metadata(run.name, recipe, run.workdir)
 
 
 def weights_metadata(stage: str, recipe: Recipe, workdir: pathlib.Path | None = None) -> dict[str, str]:
     """Return the metadata of the weights of ``stage``, with the digest of the VAE of ``workdir`` whose latents it read.
 
-    Only the first process computes the digest, since it alone writes weights.
+    Only the first process computes the digest, because only it writes weights.
     """
     described = {"recipe": recipe.name, "stage": stage, "config": to_json(recipe)}
     if workdir is not None and collectives.is_first():

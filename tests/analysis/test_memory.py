@@ -51,9 +51,9 @@ def test_a_picture_is_read_before_the_transformer_comes():
     recipe = load_recipe(str(pathlib.Path(__file__).parents[2] / "configs" / "wan_14b.py:i2v"))
     given = {"batch": 2, "latents": 21, "prompts": 0, "image": True, "clip": CLIPConfig()}
     phases = {p.name: p for p in memory.sampling_phases(recipe, "teacher", **given)}
-    assert list(phases) == ["read the picture", "encode the picture", "denoise", "decode"]
+    assert list(phases) == ["embed the picture", "encode the picture", "denoise", "decode"]
     # ViT-H/14: the tower and its projection.
-    assert phases["read the picture"].items["image encoder"] == {"float32": 4 * 632_076_800}
+    assert phases["embed the picture"].items["image encoder"] == {"float32": 4 * 632_076_800}
     assert "VAE" in phases["encode the picture"].items
     rows, condition = 2 * 257 * 1280, 2 * 21 * 60 * 104 * 20
     assert phases["denoise"].items["picture's embeddings and latents"] == {"float32": 4 * (rows + condition)}
@@ -93,7 +93,7 @@ def test_in_words_and_against_a_limit():
     said = memory.describe(plan)
     for words in ("1. encode the prompts: ", "2. stream: ", "text encoder", "11.36 GB bfloat16", "6.04 GB bfloat16"):
         assert words in said
-    assert "does not say how much it has" in said and "80.00 GB that the device has" in memory.describe(
+    assert "the memory of the device is not known" in said and "80.00 GB on the device" in memory.describe(
         plan, 80 * 10**9
     )
     memory.check_fits(plan, None)

@@ -149,7 +149,7 @@ def test_an_image_becomes_a_video(place, monkeypatch):
     many = ["--prompt=neon", PROMPT, "--config.diffusion.solver=unipc", "--seed=3"]
     (said,) = call(place, [*common_flags, *image, *many, f"--output={place}/shown.gif"])
     for words in (
-        "read the picture",
+        "embed the picture",
         "image encoder",
         "encode the picture",
         "denoise",

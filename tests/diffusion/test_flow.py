@@ -28,8 +28,6 @@ def test_conversions_match_numpy_per_frame():
     np.testing.assert_allclose(flow.add_noise(x0, noise, sigma), x_t, atol=1e-6)
     np.testing.assert_allclose(flow.velocity_from(x0, noise), velocity, atol=1e-6)
     np.testing.assert_allclose(flow.x0_from_velocity(x_t, velocity, sigma), x0, atol=1e-6)
-    np.testing.assert_allclose(flow.noise_from_velocity(x_t, velocity, sigma), noise, atol=1e-6)
-    np.testing.assert_allclose(flow.velocity_from_x0(x_t, x0, sigma), velocity, atol=2e-5)
 
 
 def test_no_noise_at_sigma_zero_is_exact():

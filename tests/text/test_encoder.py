@@ -121,7 +121,7 @@ def test_the_files_it_looks_for(folder, tmp_path):
     published.write_text(given.read_text())
     reader = encoder.open_encoder(RECIPE, tmp_path)
     assert reader.tokenizer.digest == digest and reader.cache.folder == pathlib.Path(tmp_path) / "prompts"
-    assert reader.cache.weights == store.stored_checksum(weights) and reader.cache.dtype == "float32"
+    assert reader.cache.weights == store.open_own(weights)[1] and reader.cache.dtype == "float32"
     assert encoder.open_encoder(RECIPE, tmp_path, cache="").cache is None
 
 

@@ -63,7 +63,7 @@ def test_killed_again_and_again_it_ends_like_a_run_that_never_was(tmp_path):
             process.send_signal(signal.SIGKILL)
         told = process.communicate(timeout=600)[1]
         if reached:
-            assert f"going on from step {reached}\n" in told
+            assert f"continuing from step {reached}\n" in told
         assert "Traceback" not in told, told
         if process.returncode == 0:
             break
@@ -95,4 +95,4 @@ def test_a_second_run_in_the_same_folder_waits_and_is_refused_until_the_first_is
     first.communicate(timeout=600)
     assert second.stdout.readline() == "step\n", second.stderr.read()  # it has the folder and goes on
     second.send_signal(signal.SIGKILL)
-    assert "going on from step" in second.communicate(timeout=600)[1]
+    assert "continuing from step" in second.communicate(timeout=600)[1]

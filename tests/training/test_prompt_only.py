@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import numpy as np
-from test_stages import RECIPE
 
 from causvid_jax.checkpoints import store
 from causvid_jax.checkpoints import workdir as weight_files
@@ -13,6 +12,7 @@ from causvid_jax.models import transformer, vae
 from causvid_jax.text import words
 from causvid_jax.training import stages
 from causvid_jax.training.run import Run
+from tests.tiny import RECIPE
 
 
 def test_distillation_by_self_rollout_reads_the_prompt_list(tmp_path, monkeypatch):

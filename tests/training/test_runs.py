@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_step_before_is_used(finished,
     equal(run(tmp_path), weights(finished))
     told = capfd.readouterr().err
     assert f"checkpoint 6 in {newest.parent} is damaged: state/" in told
-    assert "has changed; the one of step 4 is used" in told and "going on from step 4" in told
+    assert "has changed; the one of step 4 is used" in told and "continuing from step 4" in told
     assert steps_of(tmp_path) == ["2", "4", "6", "6.damaged"]
     assert [record["step"] for record in read_metrics(tmp_path / "tiny")] == [1, 2, 3, 4, 5, 6]
     # Both bad, the manifest itself among them: the one before those.
@@ -313,7 +313,7 @@ def test_a_disk_that_is_really_full(small_disk, tmp_path, capfd):
     assert "could not be written" in told and "No space left on device" in told and "Traceback" not in told
     filler.unlink()
     again = run(small_disk, config)
-    assert re.search("going on from step [24]\n", capfd.readouterr().err)
+    assert re.search("continuing from step [24]\n", capfd.readouterr().err)
     equal(again, run(tmp_path / "other", config))
 
 

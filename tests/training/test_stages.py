@@ -11,76 +11,14 @@ import numpy as np
 import pytest
 
 from causvid_jax.checkpoints import store
-from causvid_jax.config import ConfigError, DataConfig, Recipe, from_config_dict
-from causvid_jax.data import digits, pipeline, prepare, sources
+from causvid_jax.config import ConfigError
+from causvid_jax.data import pipeline, prepare, sources
 from causvid_jax.models import taehv, vae
 from causvid_jax.training import autoencoder, checkpoint, export, stages, weights
 from causvid_jax.training.metrics import read_metrics
 from causvid_jax.training.run import Run
+from tests.tiny import RECIPE, tiny_recipe
 
-WORDS = digits.vocabulary(DataConfig())
-NET = {
-    "dim": 16,
-    "ffn_dim": 16,
-    "num_heads": 2,
-    "num_layers": 1,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_length": 8,
-    "text_dim": len(WORDS) + 8,
-    "freq_dim": 8,
-}
-TINY = {
-    "z_dim": 4,
-    "encoder_dim": 8,
-    "decoder_dims": (8, 8, 8),
-    "blocks": 1,
-    "temporal_downsample": (True, True),
-    "temporal_upsample": (True, True),
-}
-TRAIN = {
-    "steps": 5,
-    "batch_size": 2,
-    "log_every": 1,
-    "sample_every": 100,
-    "samples": 2,
-    "save_every": 2,
-    "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1, "ema_decay": 0.9},
-}
-
-
-def make_recipe(**changes) -> Recipe:
-    return from_config_dict(
-        {
-            "name": "tiny",
-            "video": {"height": 16, "width": 16, "frames": 9},
-            "data": {"train_clips": 6, "test_clips": 2, "digit_size": 8},
-            "text": {"kind": "words", "vocabulary": WORDS, "length": 8, "dim": len(WORDS) + 8},
-            "vae": {
-                "base_dim": 2,
-                "dim_mult": (1, 1, 1),
-                "temporal_downsample": (True, True),
-                "num_res_blocks": 1,
-                "z_dim": 4,
-            },
-            "taehv": TINY,
-            "teacher": NET,
-            "student": NET,
-            "causal": {"frames_per_block": 1, "window": 2},
-            "diffusion": {"shift": 3.0, "num_inference_steps": 2, "denoising_timesteps": (1000.0, 500.0)},
-            "train_vae": TRAIN | {"frames": 9, "curriculum": ((3, 5, 3),)},
-            "train_taehv": TRAIN,
-            "train_teacher": TRAIN,
-            "train_causal": TRAIN | {"prompt_switch_prob": 0.5},
-            "train_init": TRAIN | {"trajectories": 4},
-            "train_consistency": TRAIN,
-            "train_distill": TRAIN | {"critic_steps": 2},
-        }
-        | changes
-    )
-
-
-RECIPE = make_recipe()
 PREPARED = {"vae": "data", "teacher": "latents", "init": "trajectories"}
 
 
@@ -228,7 +166,7 @@ def test_continued_rollouts_with_prompt_switches_take_a_step(road, tmp_path):
     (tmp_path / "data").symlink_to(road / "data")
     for other in ("vae", "teacher", "causal", "init"):
         (tmp_path / other).symlink_to(road / other)
-    recipe = make_recipe(train_distill=TRAIN | {"critic_steps": 1, "steps": 1} | changes)
+    recipe = tiny_recipe(train_distill={"critic_steps": 1, "steps": 1} | changes)
     stages.train("distill", recipe, tmp_path)
     record = read_metrics(tmp_path / "distill")[0]
     assert np.isfinite(record["generator_loss"]) and np.isfinite(record["critic_loss"])
@@ -239,10 +177,8 @@ def test_a_student_learns_from_a_causal_teacher(road, tmp_path):
         (tmp_path / other).symlink_to(road / other)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "latents").symlink_to(road / "data" / "latents")
-    recipe = make_recipe(
-        train_init=TRAIN
-        | {"trajectories": 4, "teacher": "causal", "extra_trajectories": ((1, 6),), "curriculum": ((3, 1, 4),)}
-    )
+    changes = {"teacher": "causal", "extra_trajectories": ((1, 6),), "curriculum": ((3, 1, 4),)}
+    recipe = tiny_recipe(train_init=changes)
     with pytest.raises(ConfigError, match=r"no finished dataset at .*causal_trajectories"):
         stages.train("init", recipe, tmp_path)
     said = prepare.STAGES["trajectories"](recipe, tmp_path).splitlines()
@@ -256,7 +192,7 @@ def test_a_student_learns_from_a_causal_teacher(road, tmp_path):
 def test_a_student_of_another_size_than_the_teacher(road, tmp_path):
     for other in ("data", "vae", "teacher"):
         (tmp_path / other).symlink_to(road / other)
-    recipe = make_recipe(student=NET | {"dim": 24, "num_layers": 2})
+    recipe = tiny_recipe(student={"dim": 24, "num_layers": 2})
     for name in ("init", "distill"):
         stages.train(name, recipe, tmp_path)
     kernel = store.load_params(tmp_path / "distill" / "weights.safetensors")[0]["blocks"]["ffn"]["fc1"]["kernel"]
@@ -307,7 +243,7 @@ def test_a_stage_starts_with_the_weights_of_another_recipe(road, tmp_path, first
 
 
 def test_weights_to_start_with_that_do_not_fit_are_refused_by_name(road, tmp_path):
-    recipe = make_recipe(teacher=NET | {"ffn_dim": 24})
+    recipe = tiny_recipe(teacher={"ffn_dim": 24})
     with pytest.raises(
         ConfigError, match=r"does not fit the configuration.*misshapen: blocks/ffn/fc1/bias \(1, 16\) instead of"
     ):
@@ -323,7 +259,7 @@ def test_the_tiny_decoder_learns_from_streams_of_the_student(road, tmp_path):
     for other in ("vae", "data", "distill"):
         (tmp_path / other).mkdir() if other == "data" else (tmp_path / other).symlink_to(road / other)
     (tmp_path / "data" / "moving_digits").symlink_to(road / "data" / "moving_digits")
-    recipe = make_recipe(train_taehv=TRAIN | {"rollouts": ((1, 3), (2, 2)), "noise": 0.0})
+    recipe = tiny_recipe(train_taehv={"rollouts": ((1, 3), (2, 2)), "noise": 0.0})
     with pytest.raises(ConfigError, match=r"no finished dataset at .*streams_1"):
         stages.train("taehv", recipe, tmp_path)
     with pytest.raises(ConfigError, match="train_taehv.rollouts is empty"):
