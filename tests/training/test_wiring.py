@@ -21,7 +21,24 @@ def workdir(tmp_path_factory):
     return tiny.tiny_workdir(tmp_path_factory.mktemp("wiring"))
 
 
-def test_rollouts_have_the_length_of_the_stretch(workdir, monkeypatch):
+@pytest.fixture
+def only_traced(monkeypatch):
+    """Trace the steps of the distillation instead of compiling and running them; their metrics are zeros."""
+    compiled = dmd.compiled_step
+
+    def traced(recipe, placement):
+        step = compiled(recipe, placement)
+
+        def run(state, *inputs, **options):
+            _, metrics = step.eval_shape(state, *inputs, **options)
+            return state, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics)
+
+        return run
+
+    monkeypatch.setattr(dmd, "compiled_step", traced)
+
+
+def test_rollouts_have_the_length_of_the_stretch(workdir, monkeypatch, only_traced):
     shapes = []
     original = rollout.self_rollout
 
@@ -33,12 +50,12 @@ def test_rollouts_have_the_length_of_the_stretch(workdir, monkeypatch):
     changes = {"steps": 2, "frames": 4, "curriculum": ((1, 1, 3),), "critic_steps": 1}
     recipe = tiny.tiny_recipe(train_distill=changes)
     run = tiny.RecordedRun("distill", recipe, workdir).train()
-    assert len(run.records) == 2 and all(np.isfinite(record["generator_loss"]) for record in run.records)
+    assert len(run.records) == 2
     # One trace of the critic's and one of the student's rollout for each length.
     assert [(size, frames) for size, frames, *_ in dict.fromkeys(shapes)] == [(3, 1), (2, 4)]
 
 
-def test_a_data_rollout_is_cut_to_its_length(workdir):
+def test_a_data_rollout_is_cut_to_its_length(workdir, only_traced):
     recipe = tiny.tiny_recipe(train_distill={"steps": 1, "frames": 2, "rollout": "data", "critic_steps": 1})
     run = tiny.RecordedRun("distill", recipe, workdir).train()
     assert run.batches_read[0]["latents"].shape == (2, 2, 2, *recipe.latent_shape[1:])
@@ -52,7 +69,10 @@ def test_clean_blocks_count_in_the_losses_only_if_asked_for():
         text = np.zeros((4, recipe.text.length, recipe.text.dim), np.float32)
         batch = {"latents": rng.standard_normal((4, *recipe.latent_shape)).astype(np.float32), "text": text}
         params = tiny.random_transformer(recipe.student)
-        _, mask = dmd.generate(params, batch, jax.random.key(0), recipe=recipe)
+        # Only what the mask needs is compiled.
+        mask = jax.jit(lambda p, b, recipe=recipe: dmd.generate(p, b, jax.random.key(0), recipe=recipe)[1])(
+            params, batch
+        )
         assert mask is None if not masked else 0 < int(mask.sum()) < mask.size
 
 
@@ -201,7 +221,7 @@ def test_the_causal_teacher_is_read_as_it_was_trained(inputs):
     assert inputs["clean_timestep"] == recipe.causal.context_noise and inputs["causal"] == recipe.causal
 
 
-def test_optimizers_and_text_of_the_distillation(workdir, monkeypatch):
+def test_optimizers_and_text_of_the_distillation(workdir, monkeypatch, only_traced):
     """Each network has an optimizer and steps of its own; the real score reads captions and the negative prompt."""
     made, inputs, captions = [], [], []
     original, embeds = dmd.make_optimizer, weights.prompt_embeds
