@@ -86,7 +86,7 @@ def test_no_buffer_of_a_state_is_two_of_its_arrays():
 def test_lengths_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="5 latent frames do not fit blocks"):
         tiny.tiny_recipe(causal={"frames_per_block": 3, "window": 3}, train_distill={"frames": 5})
-    with pytest.raises(ConfigError, match=r"continue the last 3 latent frames \(causal.window 4\) .* which has 2"):
+    with pytest.raises(ConfigError, match=r"continues the last 3 latent frames \(causal.window 4\) .* which has 2"):
         tiny.tiny_recipe(causal={"window": 4}, train_distill={"frames": 2, "continuation_prob": 0.5})
 
 
