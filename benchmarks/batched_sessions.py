@@ -1,8 +1,8 @@
-"""Are four sessions faster as one batch than in turns? ``python benchmarks/batched_sessions.py [STREAMS [ROUNDS]]``.
+"""Compare four sessions as one batch and one by one: ``python benchmarks/batched_sessions.py [STREAMS [ROUNDS]]``.
 
-Makes blocks of the digits recipe, interleaved: STREAMS sessions in turns, and the same sessions as one program under
-``jax.vmap``, which gives every stream a position of its own, on other seeds. Prints medians of the wall time and of the
-processor time of a round, their ratios, and whether the batch gives the bits of the turns, which replay relies on.
+It generates blocks of the digits recipe, alternately by STREAMS single sessions and by the same sessions as one program
+under ``jax.vmap``, each at its own position. It prints medians of the wall time and of the processor time of a round,
+their ratios, and whether both give the same bits, which replay needs.
 """
 
 import functools

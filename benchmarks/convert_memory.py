@@ -30,11 +30,11 @@ GIB = 2**30
 
 
 def write_random(folder: pathlib.Path, config: TransformerConfig, naming: str, dtype: np.dtype) -> int:
-    """Shards of at most 10 GB as diffusers cuts them; the bytes of the largest file."""
+    """Write shards of at most 10 GB like diffusers; return the bytes of the largest file."""
     noise = np.random.default_rng(0).standard_normal(1 << 24, np.float32).astype(dtype)
 
     def pieces(name: str):
-        # The same noise from another place in each tensor: random enough for a copy, and fast.
+        # Each tensor is another slice of the same noise, which is fast and random enough.
         start, left = hash(name) % len(noise), int(np.prod(layout[name][0]))
         while left:
             piece = noise[start : start + left]
@@ -61,7 +61,7 @@ def write_random(folder: pathlib.Path, config: TransformerConfig, naming: str, d
 
 
 def peak(*arguments: str) -> tuple[int, float]:
-    """Peak resident bytes and seconds of ``python -m launch.convert``."""
+    """Return the peak resident bytes and the seconds of ``python -m launch.convert``."""
     program = (
         "import resource, runpy, sys\n"
         "try:\n    runpy.run_module('launch.convert', run_name='__main__', alter_sys=True)\n"
@@ -98,7 +98,7 @@ def main() -> None:
         took = time.perf_counter() - begin
         print(f"wrote random {given.size} of {config.num_layers} layers, {given.dtype}, in {took:.0f} s", flush=True)
         arguments = f"--input={folder}", f"--output={folder / 'ours.safetensors'}"
-        # A dry run does all but move weights: imports, headers, the plan.
+        # A dry run does everything except moving weights: imports, headers, the plan.
         idle, _ = peak(*arguments, "--dry_run")
         used, seconds = peak(*arguments)
         limit = 4 * GIB if given.size == "1.3B" else int(1.5 * largest) + 2 * GIB

@@ -1,14 +1,14 @@
-"""Moving handwritten digits: the whole road on two CPU cores. Every network is the Wan2.1 one at a small size.
+"""Moving handwritten digits: all stages on two CPU cores. Every network is that of Wan2.1 at a small size.
 
-32 x 32 pixels, because at 64 x 64 the four times as many tokens would not train in hours on a CPU. Digits of 16 pixels
-(twice the 8 x 8 handwriting) move 1 pixel a frame: half their size per second, once round the frame in two seconds,
-2.5 times in a clip of 81 frames, so that motion shows and wrap-around happens in every clip.
+Frames have 32 x 32 pixels; 64 x 64 have four times as many tokens, which do not train in hours on a CPU. Digits of 16
+pixels (twice the 8 x 8 handwriting) move 1 pixel per frame: half their size per second, once around the frame in two
+seconds, 2.5 times in a clip of 81 frames. So motion is visible, and every clip has a wrap-around.
 
-``configs/digits.py:two`` has two digits in every clip, of two colours, in front of each other as they meet. Its frames
-are twice as wide: on 32 x 32 pixels two digits of 16 would be in each other's way all the time, on 32 x 64 half of it.
+``configs/digits.py:two`` has two digits of two colours in every clip, which may overlap. Its frames are twice as wide,
+because on 32 x 32 pixels two digits of 16 overlap all the time, on 32 x 64 half of the time.
 
-``configs/digits.py:quick`` goes the whole road in about half an hour of two idle cores (estimated from the times of
-its steps), with lower figures.
+``configs/digits.py:quick`` trains all stages in about half an hour of two idle cores (estimated from the times of its
+steps), with lower figures.
 """
 
 import ml_collections
@@ -21,8 +21,8 @@ TEXT_LENGTH = 16
 def in_turns(rounds: int, *stretches: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:
     """Return a curriculum of ``rounds`` times the same ``(steps, latent frames, clips)`` one after the other.
 
-    What a network has learnt of first blocks it forgets over whole clips, so the turns are to be short. The last turn
-    is the stage's own, to its last step, and not part of the curriculum.
+    A network forgets first blocks while it trains on whole clips, so the stretches must be short. The last stretch is
+    the main part of the stage and not part of the curriculum.
     """
     result, step = [], 0
     for _ in range(rounds):
@@ -35,7 +35,7 @@ def in_turns(rounds: int, *stretches: tuple[int, int, int]) -> tuple[tuple[int, 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """Return the recipe as an ``ml_collections.ConfigDict``.
 
-    ``two``: clips of two digits. ``quick``: the whole road in fewer steps, with lower figures.
+    ``two``: clips of two digits. ``quick``: all stages in fewer steps, with lower figures.
     """
     changes = {"": lambda config: None, "two": two_digits, "quick": quick}
     if variant not in changes:
@@ -46,17 +46,17 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 
 def quick(config: ml_collections.ConfigDict) -> None:
-    """Change the recipe to the same road in fewer steps."""
+    """Change the recipe to the same stages in fewer steps."""
     config.name = "digits_quick"
     config.data.update(train_clips=1024, test_clips=128, handwriting="mnist")
     config.train_vae.update(
         steps=1000,
         batch_size=3,
         frames=21,
-        # Images teach shapes and colours, and the first frame of a clip is one; clips teach motion.
+        # Images teach shapes, colours and first frames; clips teach motion.
         curriculum=((400, 1, 64), (750, 5, 12)),
         kl_weight=1e-6,
-        # The first clips after the images are far worse than they: no reason to stop.
+        # The loss of the first clips after the images is far higher, which is no error.
         bad_loss_factor=0.0,
     )
     config.train_vae.optimizer.update(kind="muon", learning_rate=2e-2)
@@ -84,14 +84,14 @@ def two_digits(config: ml_collections.ConfigDict) -> None:
     """Change the recipe of one digit to that of two."""
     config.name = "two_digits"
     config.data.digits_per_clip = 2
-    # Pairs of phrases are hundreds of times as many as phrases.
+    # There are hundreds of times more pairs of phrases than phrases.
     config.data.train_clips = 8192
     config.video.width = 64
     config.decoder = "vae"
-    # Which colour goes with which digit: without it, cross-attention has to go by colour, position and neighbour.
+    # It tells which colour belongs to which digit. Cross-attention alone would have to infer that.
     config.text.separator = "and"
     config.text.dim = config.teacher.text_dim = config.student.text_dim = 2 * len(VOCABULARY) + TEXT_LENGTH
-    # A switch is a cut here (``on_prompt_switch``), so no stage needs clips that go on from another's past.
+    # A prompt switch resets the context here, so no stage trains on the context of other clips.
     for stage in (config.train_causal, config.train_init, config.train_distill):
         stage.prompt_switch_prob = 0.0
 
@@ -107,17 +107,17 @@ def one_digit() -> ml_collections.ConfigDict:
         "out_channels": 16,
         "text_dim": len(VOCABULARY) + TEXT_LENGTH,
         "text_length": TEXT_LENGTH,
-        # 21 x 2 x 2 positions: the base of 10000 would leave most rotary pairs without any turn.
+        # 21 x 2 x 2 positions: with the base of 10000 most rotary pairs would hardly rotate.
         "rope_theta": 50.0,
         "dtype": "bfloat16",
-        # On CPU writing activations for the backward pass costs more than computing them again (2x, measured).
+        # On CPU storing activations for the backward pass takes longer than recomputing them (2x, measured).
         "remat": "full",
     }
     return ml_collections.ConfigDict(
         {
             "name": "digits",
             "video": {"height": 32, "width": 32, "frames": 81, "fps": 16},
-            # Streams are shown by the tiny decoder: the VAE's would take longer than the student.
+            # Streams are decoded by the tiny decoder; the VAE's decoder would take longer than the student.
             "decoder": "taehv",
             "text": {
                 "kind": "words",
@@ -129,17 +129,17 @@ def one_digit() -> ml_collections.ConfigDict:
             "vae": {"base_dim": 8, "dim_mult": (1, 2, 4, 4), "num_res_blocks": 1, "z_dim": 16},
             "teacher": network,
             "student": network,
-            # Even written again under the new prompt, a cache keeps old colours and motion for blocks: we cut.
+            # Even a recomputed cache keeps old colours and motion for several blocks, so reset it.
             "causal": {"frames_per_block": 3, "window": 9, "on_prompt_switch": "reset"},
             "diffusion": {"shift": 3.0, "num_inference_steps": 50, "solver": "euler", "guidance_scale": 4.0},
             "train_vae": {
                 "steps": 7500,
                 "batch_size": 2,
                 "frames": 49,
-                # (until step, frames, clips): short clips teach the pixels, long ones how to stay as they are.
+                # (until step, frames, clips): short clips teach pixels, long ones teach constancy.
                 "curriculum": ((2838, 5, 8), (5000, 17, 4)),
                 "kl_weight": 1e-5,
-                # Whole clips would let the latents of later frames leave out the colour, which does not change.
+                # With whole clips the latents of later frames would not contain the constant colour.
                 "crop_frames": 4,
                 "optimizer": {
                     "learning_rate": 3e-3,
@@ -157,7 +157,7 @@ def one_digit() -> ml_collections.ConfigDict:
             "train_taehv": {
                 "steps": 6000,
                 "batch_size": 2,
-                # Latents further into a clip are other ones than the first few: whole clips at the end.
+                # Latents late in a clip differ from the first ones, so train on whole clips at the end.
                 "curriculum": ((4000, 17, 8),),
                 "optimizer": {
                     "learning_rate": 1.5e-3,
@@ -191,7 +191,7 @@ def one_digit() -> ml_collections.ConfigDict:
             "train_causal": {
                 "steps": 2300,
                 "batch_size": 32,
-                # First blocks alone, a seventh of a clip and the hardest part; cuts between captions; whole clips.
+                # First blocks only (a seventh of a clip and the hardest part), prompt switches, whole clips.
                 "curriculum": in_turns(20, (60, 3, 128), (40, 9, 48), (15, 0, 32)),
                 "prompt_switch_prob": 0.5,
                 "optimizer": {
@@ -233,7 +233,7 @@ def one_digit() -> ml_collections.ConfigDict:
                 "batch_size": 16,
                 "rollout": "self",
                 "critic_steps": 5,
-                # The student starts where the guidance of its trajectories has brought it; more here costs its colours.
+                # The student's trajectories are already guided; more guidance here degrades its colours.
                 "guidance_scale": 1.5,
                 "continuation_prob": 0.5,
                 "prompt_switch_prob": 0.7,

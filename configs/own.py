@@ -1,4 +1,4 @@
-"""A recipe for your own videos: copy this file, change what is marked, and train every stage on your clips.
+"""A recipe for your own videos: copy this file, change the marked lines, and train every stage on your clips.
 
 ::
 

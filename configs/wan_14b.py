@@ -12,7 +12,10 @@ from causvid_jax.config import require
 from . import wan_1_3b
 
 SIZES = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
-IMAGE = {"in_channels": 16 + 4 + 16, "image_dim": 1280}  # noisy latents, mask, latents of the picture; rows of CLIP
+IMAGE = {
+    "in_channels": 16 + 4 + 16,
+    "image_dim": 1280,
+}  # noisy latents, mask, latents of the picture; width of CLIP's embeddings
 GUIDANCE = 5.0
 NEGATIVE_PROMPT_IMAGE = "镜头晃动，" + wan_1_3b.NEGATIVE_PROMPT
 """The published negative prompt of image to video, which also names a shaking camera."""

@@ -4,8 +4,8 @@
         --prompts "a red panda in the snow" "a red panda on a beach" --output=panda.mp4
 
 ``--wan`` is the published folder: it has the VAE, the text encoder and its tokenizer. ``--student`` is a causal student
-of CausVid, Self-Forcing or a relative. Both are read as they are. At 480 x 832 and ``causal.window = 12`` the stream
-takes about 14 GB of device memory, whatever its length (docs/wan.md).
+of CausVid, Self-Forcing or a relative. Both are read without conversion. At 480 x 832 and ``causal.window = 12`` the
+stream takes about 14 GB of device memory at any length (docs/wan.md).
 """
 
 import argparse

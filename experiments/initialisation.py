@@ -1,4 +1,4 @@
-"""What the student should start from, which the field disputes."""
+"""Initialisation of the student, on which published methods differ."""
 
 from causvid_jax.training.experiment import Experiment, Row
 

@@ -4,7 +4,8 @@ from causvid_jax.training.experiment import Experiment, Row
 
 
 def get_experiment() -> Experiment:
-    """Return streams up to 100 times the trained length. Motion is measured too, so that a frozen one does not win."""
+    """Return streams up to 100 times the trained length. Motion is measured too, because a frozen stream has few
+    errors."""
     return Experiment(
         title="Quality over the length of a stream",
         claim="CausVid, Fig. 8: the distilled causal student does not accumulate errors; the causal teacher does.",

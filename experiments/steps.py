@@ -1,4 +1,4 @@
-"""How many denoising steps a student needs."""
+"""Quality over the number of denoising steps of the student."""
 
 from causvid_jax.training.experiment import Experiment, Row
 

@@ -1,4 +1,4 @@
-"""Zero-shot video to video: what is kept of the video and what the caption changes, by strength."""
+"""Zero-shot video to video: agreement with the video and with the caption, by strength."""
 
 from causvid_jax.training.experiment import Experiment, Row
 

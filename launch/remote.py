@@ -1,4 +1,4 @@
-"""What the programs share that start training elsewhere: their arguments, the command there, the dry run.
+"""Shared parts of the programs that start training on other machines: arguments, remote command, dry run.
 
 They are for login nodes and laptops: nothing here imports JAX.
 """
@@ -14,7 +14,8 @@ Command = list[str]
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Return the arguments that say what to train; flags of ``launch.train`` beyond them follow after ``--``."""
+    """Return the parser of the arguments that name the training; other flags of ``launch.train`` follow after
+    ``--``."""
     usage = "%(prog)s [options] [-- flags of launch.train]"
     made = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
     made.add_argument("--config", required=True, help="recipe file, as for launch.train")
@@ -26,7 +27,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def parse(made: argparse.ArgumentParser, given: Sequence[str] | None) -> argparse.Namespace:
-    """Parse ``given`` (None: the command line). ``flags`` holds what stands after ``--``."""
+    """Parse ``given`` (None: the command line). ``flags`` holds the arguments after ``--``."""
     words = list(sys.argv[1:] if given is None else given)
     end = words.index("--") if "--" in words else len(words)
     arguments = made.parse_args(words[:end])
@@ -35,7 +36,7 @@ def parse(made: argparse.ArgumentParser, given: Sequence[str] | None) -> argpars
 
 
 def train_command(arguments: argparse.Namespace, python: str = "python3", *extra: str) -> str:
-    """``launch.train`` as a line of shell."""
+    """Return the shell command of ``launch.train``."""
     flags = [f"--config={arguments.config}", f"--stage={arguments.stage}", f"--workdir={arguments.workdir}"]
     return shlex.join([python, "-m", "launch.train", *flags, *extra, *arguments.flags])
 
@@ -46,9 +47,9 @@ def finished(arguments: argparse.Namespace) -> str:
 
 
 def execute(commands: Sequence[Command], *, dry_run: bool, text: str = "") -> int:
-    """Run ``commands`` side by side, each given ``text`` on its standard input; the first status that is not 0.
+    """Run ``commands`` in parallel with ``text`` as standard input; return the first status that is not 0, else 0.
 
-    The dry run prints them, and the text, as they could be typed.
+    The dry run prints the commands and the text in shell syntax.
     """
     if dry_run:
         for command in commands:

@@ -1,8 +1,8 @@
 """Submit a training to SLURM: ``python3 -m launch.slurm.train --nodes=4 --config=... --stage=... --workdir=...``.
 
-One task a node, with all its GPUs. Two minutes before the time limit the tasks get SIGTERM, save the same step and
-leave; the job then puts itself back in the queue until the stage is trained. A job that lost a node is requeued by
-SLURM. ``--dry_run`` prints the job script.
+Each node has one task with all its GPUs. Two minutes before the time limit the tasks get SIGTERM, save the same step
+and end; the job then requeues itself until the stage is trained. SLURM requeues a job that lost a node. ``--dry_run``
+prints the job script.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def script(arguments: argparse.Namespace) -> str:
 
 
 def main(given: list[str] | None = None) -> int:
-    """Submit, or print what would be submitted."""
+    """Submit the job, or print its script."""
     parser = remote.parser("Submit a training to SLURM.")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus", type=int, default=8, help="per node; 0 for none")

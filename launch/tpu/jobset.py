@@ -1,8 +1,8 @@
 """Train on TPU slices of a GKE cluster: ``python3 -m launch.tpu.jobset --image=... --topology=v5p:4x4x4 ...``.
 
-Gives ``kubectl`` a JobSet with a job for each slice and a pod for each of its hosts, on a cluster where JobSet is
-installed. The hosts find each other by what GKE tells them. A pod that is taken away saves, and the JobSet starts all
-of them again from there. ``--dry_run`` prints the JobSet.
+Applies by ``kubectl`` a JobSet with a job for each slice and a pod for each of its hosts, on a cluster where JobSet is
+installed. The hosts find each other by GKE's environment variables. A preempted pod saves a checkpoint, and the JobSet
+restarts all pods from there. ``--dry_run`` prints the JobSet.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def jobset(arguments: argparse.Namespace, kind: str, topology: str) -> dict[str,
     """Return the JobSet for slices of ``topology`` (``4x4x4``)."""
     chips = math.prod(int(size) for size in topology.split("x"))
     hosts = max(1, chips // CHIPS_PER_HOST)
-    # Nodes appear one after another, so the first pods wait longer. Status 0 must mean trained to a Job.
+    # Nodes appear one after another, so the first pods wait longer. For a Job status 0 must mean "trained".
     line = f"{remote.train_command(arguments, 'python3', '--wait=900')} && {remote.finished(arguments)}"
     container = {
         "name": "train",

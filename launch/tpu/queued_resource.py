@@ -1,7 +1,7 @@
 """Train on TPU VMs from a queued resource: ``python3 -m launch.tpu.queued_resource ACTION --zone=... --type=v5p-128``.
 
-``create`` asks for the slices, ``copy`` puts this checkout on every host, ``install`` installs it there, ``train`` runs
-``launch.train`` on all hosts until the stage is trained or stopped, ``delete`` gives the slices back. The hosts find
+``create`` requests the slices, ``copy`` copies this checkout to every host, ``install`` installs it there, ``train``
+runs ``launch.train`` on all hosts until the stage is trained or stopped, ``delete`` deletes the slices. The hosts find
 each other by the metadata of the pod. ``--dry_run`` prints the ``gcloud`` commands.
 """
 
@@ -45,7 +45,7 @@ def commands(arguments: argparse.Namespace) -> list[remote.Command]:
 
 
 def main(given: list[str] | None = None) -> int:
-    """Run one action, or print what it would run."""
+    """Run one action, or print its commands."""
     parser = remote.parser("Train on TPU VMs from a queued resource.")
     parser.add_argument("action", choices=("create", "copy", "install", "train", "delete"))
     parser.add_argument("--zone", required=True)
