@@ -47,6 +47,8 @@ def call(program: str, arguments: Sequence[str]) -> None:
         return
     options = parse(module.Options, arguments)
     prepare_logging()
+    if not hasattr(options, "coordinator"):  # programs of many processes first find each other
+        quiet_libtpu()
     module.main(options)
 
 
@@ -166,12 +168,29 @@ def check_output(path: str | None, suffixes: Sequence[str], flag: str = "output"
     return target
 
 
+NO_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
+"""Variables with which libtpu searches for no TPU; any existing type will do."""
+
+
+def quiet_libtpu(devices: str | os.PathLike = "/dev") -> None:
+    """Keep libtpu (extra ``tpu``) from reporting on stderr that a machine without a TPU has none.
+
+    A host of a TPU has ``/dev/accel*`` or ``/dev/vfio``; its environment and its messages stay unchanged. Call this
+    before JAX looks for devices, and after the processes of a run have found each other.
+    """
+    folder = pathlib.Path(devices)
+    if not any(folder.glob("accel*")) and not (folder / "vfio").exists():
+        for name, value in NO_TPU.items():
+            os.environ.setdefault(name, value)
+
+
 def enable_compilation_cache() -> str | None:
     """Keep compiled programs on disk between runs; return the directory, or None.
 
     ``JAX_COMPILATION_CACHE_DIR`` (JAX's own) wins, then ``CAUSVID_JAX_CACHE`` (empty: no cache), then
     ``~/.cache/causvid_jax``. A directory that cannot be written only costs the time to compile.
     """
+    quiet_libtpu()
     import jax
     from absl import logging
 

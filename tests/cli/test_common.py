@@ -227,6 +227,15 @@ def test_output_paths(tmp_path):
         common.check_output(str(tmp_path / "file" / "x.png"), (".png",), flag="contact")
 
 
+@pytest.mark.parametrize("device, quiet", [("null", True), ("accel0", False), ("vfio", False)])
+def test_libtpu_is_quiet_only_on_a_machine_without_a_tpu(device, quiet, tmp_path, monkeypatch):
+    environment = {"TPU_ACCELERATOR_TYPE": "v6e-8"}
+    monkeypatch.setattr(os, "environ", environment)
+    (tmp_path / device).touch()
+    common.quiet_libtpu(tmp_path)
+    assert environment == (common.NO_TPU if quiet else {}) | {"TPU_ACCELERATOR_TYPE": "v6e-8"}
+
+
 def test_compilation_cache_goes_where_the_environment_says(tmp_path, monkeypatch):
     before = {name: getattr(jax.config, name) for name in (CACHE_DIR, CACHE_SECONDS)}
     try:
