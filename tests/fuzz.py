@@ -1,4 +1,4 @@
-"""Give damaged and random input to every parser: ``python tests/fuzz.py --seconds 60 [--only captions]``.
+"""Give damaged and random input to every parser: ``python -m tests.fuzz --seconds 60 [--only captions]``.
 
 A target reads bytes or text of a user. Whatever they are, it returns or raises a ConfigError. Inputs are
 valid ones with a few bytes changed, inserted or cut off, and text of any kind (hypothesis). ``tests/test_parsers.py``
@@ -13,7 +13,6 @@ import io
 import json
 import logging
 import pathlib
-import sys
 import tempfile
 import time
 import warnings
@@ -212,5 +211,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
     main()
