@@ -290,7 +290,8 @@ def compile_row(row: Row, quick: bool) -> dict | None:
             *(f"--topology={MACHINES[row.machine]}", f"--output={output}", f"--quick={quick}"),
             *(f"--config.train_teacher.batch_size={TEACHER_BATCH}", *row.plan.settings(row.stage).split()),
         ]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        packages = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": packages}
         with log.open("w") as told:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=told, stderr=subprocess.STDOUT)
             _, status, used = os.wait4(process.pid, 0)

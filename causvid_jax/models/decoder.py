@@ -54,7 +54,7 @@ def decode_chunk(params: Params, latents: jax.Array, cache: Any, *, config: Reci
     return vae.decode_chunk(params["vae"], latents, cache, config=config.vae)
 
 
-_decode_chunk = functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))(decode_chunk)
+decode_next = functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))(decode_chunk)
 
 
 def decode_clip(params: Params, latents: jax.Array, *, config: Recipe) -> Iterator[jax.Array]:
@@ -68,5 +68,5 @@ def decode_clip(params: Params, latents: jax.Array, *, config: Recipe) -> Iterat
     k = k if frames % k == 0 else 1
     cache = init_decode_cache(config, batch=batch, height=height, width=width)
     for start in range(0, frames, k):
-        part, cache = _decode_chunk(params, latents[:, start : start + k], cache, config=config)
+        part, cache = decode_next(params, latents[:, start : start + k], cache, config=config)
         yield part[:, LEAD:] if start == 0 else part

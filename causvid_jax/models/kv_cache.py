@@ -6,8 +6,8 @@ with the window (``positions="relative"``), keys are stored unrotated and rotate
 fixed array: the first ``sink`` frames keep their slots, all later frames share a ring buffer.
 
 With ``TransformerConfig.kv_cache="int8"`` keys and values are stored in 8 bits. Every latent frame, head and channel
-has a scale of its own, taken over the tokens of the frame (:func:`quantize`). A pass reads its own block as it is and
-the past times its scales; of one layer at a time there is then a copy in the compute type.
+has a scale of its own, taken over the tokens of the frame (``models.int8_cache``). A pass reads its own block as it is
+and the past times its scales; of one layer at a time there is then a copy in the compute type.
 
 A cache has the form of the parameters it is used with: one array ``[L, ...]`` of all layers, or a tuple of L arrays
 (``models.unstacked``), each of which a pass updates in place.
@@ -130,32 +130,6 @@ def undo(cache: KVCache, replaced: tuple[jax.Array, Any], frames: int, causal: C
 def stores_rotated(causal: CausalConfig) -> bool:
     """Return whether keys are stored rotated: they are, unless the position of the sink changes with the window."""
     return causal.positions == "absolute" or not (causal.window and causal.sink)
-
-
-def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return ``x [..., n, N, D]`` as int8 and its float32 scales ``[..., 1, N, D]``.
-
-    ``s = max |x| / 127`` over the n tokens and ``round(x / s)``, so that ``|s q - x| <= s / 2``.
-    """
-    x = x.astype(jnp.float32)
-    scale = jnp.abs(x).max(-3, keepdims=True) / 127.0
-    return jnp.round(x / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8), scale
-
-
-def stored(k: jax.Array, v: jax.Array, layer: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Return keys and values of a block as the arrays of a layer's cache ``layer`` hold them."""
-    if len(layer) == 2:
-        return k.astype(layer[0].dtype), v.astype(layer[1].dtype)
-    (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
-    return k, v, k_scale, v_scale
-
-
-def readable(layer: tuple[jax.Array, ...], dtype: str) -> tuple[jax.Array, jax.Array]:
-    """Return the keys and values of a layer's cache for attention; int8 ones in ``dtype``."""
-    if len(layer) == 2:
-        return layer[0], layer[1]
-    k, v, k_scale, v_scale = layer
-    return (k * k_scale).astype(dtype), (v * v_scale).astype(dtype)
 
 
 def write_slots(old: jax.Array, new: jax.Array, slots: jax.Array, *, axis: int) -> jax.Array:

@@ -29,6 +29,7 @@ from jaxtyping import Float
 
 from causvid_jax.config import CausalConfig, TransformerConfig, require
 from causvid_jax.models import attention, precision, rope
+from causvid_jax.models.int8_cache import readable, stored
 from causvid_jax.models.kv_cache import (
     KVCache,
     TextCache,
@@ -37,8 +38,6 @@ from causvid_jax.models.kv_cache import (
     init_cache,
     overwritten,
     read_positions,
-    readable,
-    stored,
     stores_rotated,
     undo,
     visible_slots,

@@ -15,7 +15,7 @@ import numpy as np
 
 from causvid_jax import media as files
 from causvid_jax.config import Recipe, require
-from causvid_jax.models import vae
+from causvid_jax.models import decoder, vae
 from causvid_jax.models.image_branch import Picture
 from causvid_jax.sampling import exported, schedule, stream
 from causvid_jax.sampling.blocks import covering_latents, first_frame
@@ -87,6 +87,34 @@ class _Bound:
         return self.function(*args, **self.static)
 
 
+@dataclasses.dataclass
+class _Elsewhere:
+    """The decoder on a device of its own: its parameters and its past there."""
+
+    params: stream.Params
+    past: Any
+    config: Recipe
+    device: jax.Device
+
+    @classmethod
+    def place(cls, params: stream.Params, batch: int, config: Recipe, device: jax.Device) -> "_Elsewhere":
+        height, width = config.latent_size
+        past = decoder.init_decode_cache(config, batch=batch, height=height, width=width)
+        weights = {config.decoder: params[config.decoder]}
+        weights, past = jax.device_put((weights, past), device)
+        return cls(weights, past, config, device)
+
+    def decode(self, run: Callable, latents: Any, started: bool) -> jax.Array:
+        """Return the frames of the next block; calls return before they are computed, so the devices overlap."""
+        if isinstance(latents, jax.ShapeDtypeStruct):  # a dry run: it compiles, and the past stays
+            where = jax.sharding.SingleDeviceSharding(self.device)
+            shape = jax.ShapeDtypeStruct(latents.shape, latents.dtype, sharding=where)
+            return run(decoder.decode_next, started, self.params, shape, self.past, config=self.config)[0]
+        latents = jax.device_put(latents, self.device)
+        decoded, self.past = run(decoder.decode_next, started, self.params, latents, self.past, config=self.config)
+        return decoded
+
+
 def play(
     params: stream.Params,
     text: np.ndarray,
@@ -101,6 +129,7 @@ def play(
     timing: Timing | None = None,
     loaded: exported.Programs | None = None,
     picture: Picture | None = None,
+    decode_device: jax.Device | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield frames uint8 ``[B, n, H, W, 3]``, block by block, ``frames`` of them in all.
 
@@ -117,6 +146,7 @@ def play(
         timing: updated while the stream runs.
         loaded: programs to run instead of tracing the model; they support text and switches only.
         picture: what the streams of a student with an image branch start from, instead of ``image``.
+        decode_device: decodes the blocks while the default device generates the next one; None: both on the default.
     """
     timing = Timing() if timing is None else timing
     batch, k = text.shape[0], config.causal.frames_per_block
@@ -127,6 +157,10 @@ def play(
     require(
         loaded is None or (image is None and video is None),
         "loaded programs generate from text only; accepted: no image and no video",
+    )
+    require(
+        decode_device is None or (loaded is None and config.causal.on_prompt_switch != "reset"),
+        "decode_device is given; accepted: no loaded programs, and causal.on_prompt_switch 'keep' or 'recompute'",
     )
     programs = _Programs(timing, loaded)
 
@@ -139,6 +173,7 @@ def play(
         state = loaded.start(params, jnp.asarray(text), seed)
     timing.compile += time.perf_counter() - begin
     size = {"batch": batch, "height": config.video.height, "width": config.video.width}
+    elsewhere = None if decode_device is None else _Elsewhere.place(params, batch, config, decode_device)
     coder = None if video is None else vae.init_encode_cache(config.vae, **size)
 
     def pixels(array: np.ndarray) -> jax.Array:
@@ -160,9 +195,13 @@ def play(
         elif image is not None and block == 0:
             x = run(stream.encode_image, started, params, pixels(image), config=config)
             state = run(stream.append, started, params, state, x, config=config)
+        elif elsewhere is not None:
+            x, state = run(stream.next_block, started, params, state, config=config)
         else:
             _, decoded, state = run(stream.next_frames, started, params, state, config=config)
             return decoded, state, coder
+        if elsewhere is not None:
+            return elsewhere.decode(run, x, x.shape[1] == k), state, coder
         decoded, state = run(stream.decode_block, x.shape[1] == k, params, state, x, config=config)
         return decoded, state, coder
 

@@ -50,6 +50,9 @@ class SampleRequest:
     lora: tuple[str, ...] = option((), "FILE or FILE:STRENGTH, a LoRA of the student or teacher; several are added.")
     exact: bool = option(False, "Round as the published code does, and use its tables of noise levels.")
     program: str | None = option(None, "Run this program of causvid compile instead of tracing the model.")
+    decode_device: Annotated[int, Bounds(least=0)] | None = option(
+        None, "Number of the device that decodes while the first one generates; default: the first one does both."
+    )
     replay: str | None = option(None, "Make the frames of this video again, by the script in its metadata.")
     upscale: int = option(0, "Size of a pixel in the file; 0: enlarge tiny videos.")
 
@@ -69,6 +72,16 @@ class SampleRequest:
                 not (getattr(self, name) and self.program),
                 f"--{name} is given with --program, which supports text to video only; leave one of them out",
             )
+        for name in ("teacher", "program"):
+            require(
+                self.decode_device is None or not getattr(self, name),
+                f"--decode_device is given with --{name}, which decodes on its own device; leave one of them out",
+            )
+        require(
+            self.decode_device is None or self.config.causal.on_prompt_switch != "reset",
+            f"--decode_device={self.decode_device} is given with causal.on_prompt_switch 'reset'; accepted: 'keep', "
+            "'recompute'",
+        )
         require(0 <= self.seed < 2**32, f"--seed is {self.seed}; accepted: 0 to {2**32 - 1}")
         require(self.frames is None or self.frames >= 1, f"--frames is {self.frames}; it must be at least 1")
         require(self.frames is None or self.frames <= FRAMES, f"--frames is {self.frames}; accepted: up to {FRAMES}")

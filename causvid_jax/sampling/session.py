@@ -76,6 +76,11 @@ def open_session(request: SampleRequest) -> Session:
     recipe = precision.exact(request.config, request.teacher) if request.exact else request.config
     reader = encoder.open_encoder(recipe, request.checkpoint)
     encoder.check(reader, request.prompt)
+    available = len(jax.local_devices()) if request.decode_device is not None else 0
+    require(
+        request.decode_device is None or request.decode_device < available,
+        f"--decode_device is {request.decode_device}; this machine has devices 0 to {available - 1}",
+    )
     size = recipe.video.height, recipe.video.width
     image = files.read_image(request.image, *size) if request.image else None
     picture = files.read_picture(request.image) if request.image and request.has_image_branch else None
@@ -257,4 +262,5 @@ def student_blocks(session: Session, texts: Embeds, timing: player.Timing) -> It
         strength=_strength(request),
         timing=timing,
         loaded=session.program,
+        decode_device=None if request.decode_device is None else jax.local_devices()[request.decode_device],
     )

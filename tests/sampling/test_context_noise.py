@@ -1,10 +1,11 @@
-"""A stream whose context pass reads noise: the block itself is the same, and the cache is that of the noisy block."""
+"""What the cache of a stream holds: the block with noise, or the keys of the last denoising step."""
 
 import jax.numpy as jnp
 import numpy as np
 
+from causvid_jax.diffusion import flow
 from causvid_jax.models import transformer
-from causvid_jax.sampling import stream
+from causvid_jax.sampling import schedule, stream
 from tests import tiny
 
 
@@ -27,3 +28,30 @@ def test_the_cache_of_a_stream_holds_the_block_with_noise():
             params["student"], latents, jnp.full((1, 1), 200.0), before.text, before.cache, **networks
         )
         np.testing.assert_allclose(end.cache.k[:, :, 0], cache.k[:, :, 0], atol=1e-5)
+
+
+def test_without_a_context_pass_the_keys_and_values_of_the_last_step_stay():
+    recipe = tiny.tiny_recipe(causal={"context_pass": False})
+    params = {"student": tiny.random_transformer(recipe.student)}
+    text = jnp.ones((1, recipe.text.length, recipe.text.dim))
+    state = stream.init_stream(params, text, config=recipe, seed=3)
+    before = stream.copy_stream(state)
+    result, end = stream.next_block(params, state, config=recipe)
+    cache, x0 = before.cache, jnp.zeros_like(result)
+    for step, timestep in enumerate(flow.student_timesteps(recipe.diffusion)):
+        sigma = timestep / 1000
+        x = (1 - sigma) * x0 + sigma * stream.block_noise(before.seed, before.block, step, x0.shape[1:])
+        velocity, cache = transformer.cached(
+            params["student"],
+            x,
+            jnp.full((1, 1), timestep),
+            before.text,
+            cache,
+            config=recipe.student,
+            causal=recipe.causal,
+        )
+        x0 = x - sigma * velocity
+    assert schedule.passes_per_block(recipe) == 2
+    np.testing.assert_allclose(result, x0, atol=1e-5)
+    np.testing.assert_allclose(end.cache.k, cache.k, atol=1e-5)
+    np.testing.assert_allclose(end.cache.v, cache.v, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from test_stream import FIRST, PLAIN, params, prompt  # noqa: F401
@@ -107,3 +108,18 @@ def test_follows_a_video_whose_last_block_is_not_whole(params):  # noqa: F811
     shown = vae.decode(params["vae"], np.concatenate(expected, axis=1), config=PLAIN.vae)
     difference = np.abs(np.concatenate(parts, axis=1).astype(int) - media.to_uint8(shown)[:, :15])
     assert difference.max() <= 1
+
+
+def test_a_decoder_on_another_device_shows_the_same_frames(params):  # noqa: F811
+    """Text with a switch, a picture and a video; the frames come from the other device."""
+    text, other = np.asarray(prompt(0)), np.asarray(prompt(1))
+    rng = np.random.default_rng(0)
+    image, video = rng.integers(0, 256, (32, 32, 3), np.uint8), rng.integers(0, 256, (17, 32, 32, 3), np.uint8)
+    for given in ({"switches": {2: other}}, {"image": image}, {"video": video}):
+        expected = list(player.play(params, text, config=FIRST, frames=17, **given))
+        parts = list(player.play(params, text, config=FIRST, frames=17, decode_device=jax.devices()[1], **given))
+        for a, b in zip(parts, expected, strict=True):
+            assert np.abs(a.astype(int) - b).max() <= 1  # one program is compiled here, two there
+    cut = dataclasses.replace(PLAIN, causal=dataclasses.replace(PLAIN.causal, on_prompt_switch="reset"))
+    with pytest.raises(ConfigError, match="decode_device is given; accepted: no loaded programs, and causal.on_prompt"):
+        next(player.play(params, text, config=cut, frames=5, decode_device=jax.devices()[1]))

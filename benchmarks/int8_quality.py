@@ -1,0 +1,45 @@
+"""What 8 bits change in the clips of the digits student: ``python benchmarks/int8_quality.py [CLIPS]``.
+
+Samples the same prompts and noise with the recipe's settings, with ``student.kv_cache="int8"`` and with
+``student.attention="int8"``, twice the trained length. Prints for each the PSNR of the first and of the second half of
+its frames against those of the first setting, and how often the classifier reads the second half as prompted.
+"""
+
+import dataclasses
+import sys
+
+import numpy as np
+
+import causvid_jax as cv
+from causvid_jax.data import digits
+from causvid_jax.evaluation import classifier, metrics
+
+SETTINGS = {"as it is": {}, "kv_cache int8": {"kv_cache": "int8"}, "attention int8": {"attention": "int8"}}
+
+
+def main(count: int) -> None:
+    """Print a line for each setting."""
+    pipe = cv.load("digits")
+    recipe = pipe.config
+    reader = classifier.load(recipe.data)
+    prompts = [str(p) for p in np.random.default_rng(0).permutation(digits.captions(recipe.data, "test"))[:count]]
+    blocks = 2 * recipe.video.latent_frames // recipe.causal.frames_per_block
+    targets = [classifier.target_triples(prompt) for prompt in prompts]
+    first: np.ndarray | None = None
+    for name, changes in SETTINGS.items():
+        student = dataclasses.replace(recipe.student, **changes)
+        changed = dataclasses.replace(pipe, config=dataclasses.replace(recipe, student=student))
+        frames = np.concatenate([x for x, _ in changed.frames(changed.stream(prompts, seed=0), blocks)], axis=1)
+        first = frames if first is None else first
+        half = frames.shape[1] // 2
+        error = np.square(frames.astype(np.float64) - first)
+        psnr = [
+            "same" if not e.any() else f"{10 * np.log10(255**2 / e.mean()):.1f} dB" for e in np.split(error, [half], 1)
+        ]
+        reading = classifier.read(reader, frames[:, half:], data=recipe.data)
+        shares = metrics.accuracies(reading.triples, targets)
+        print(f"{name}: PSNR {psnr[0]}, {psnr[1]}; {' '.join(f'{k} {v:.3f}' for k, v in shares.items())}", flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 32)
