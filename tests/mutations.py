@@ -80,7 +80,7 @@ MUTANTS = [
     Mutant("distill/rollout.py", "sigma), timestep > 0", "sigma), timestep >= 0", ROLLOUT),
     Mutant("distill/rollout.py", "len(timesteps) + include_clean)", "len(timesteps))", ROLLOUT),
     Mutant("distill/rollout.py", "x0_cotangent), reverse=True)", "x0_cotangent), reverse=False)", ROLLOUT),
-    Mutant("distill/rollout.py", "cache = kv_cache.undo(cache, replaced, shape[1], rollout.causal)", "cache = cache", ROLLOUT),
+    Mutant("distill/rollout.py", "cache = cache_undo.undo(cache, replaced, shape[1], rollout.causal)", "cache = cache", ROLLOUT),
     Mutant("distill/rollout.py", "block_key = jax.random.fold_in(key, inputs.number)", "block_key = key", ROLLOUT),
     Mutant("distill/rollout.py", "rollout.causal.context_noise, jnp.float32)", "0.0, jnp.float32)", ROLLOUT),
     Mutant("distill/rollout.py", "if rollout.causal.context_pass:", "if not rollout.causal.context_pass:", ROLLOUT),
@@ -92,7 +92,7 @@ MUTANTS = [
     Mutant("models/kv_cache.py", " | (frame < causal.sink)", "", TRANSFORMER),
     Mutant("models/kv_cache.py", "(frame >= 0) & (frame < end)", "(frame >= 0)", f"{TRANSFORMER} {STREAM}"),
     Mutant("models/kv_cache.py", "relative + window_start - causal.sink", "relative + window_start", TRANSFORMER),
-    Mutant("models/kv_cache.py", "frame=cache.frame.at[slots].set(frame), position=position", "position=position", "tests/models/test_cache_undo.py"),
+    Mutant("models/cache_undo.py", "frame=cache.frame.at[slots].set(frame), position=position", "position=position", "tests/models/test_cache_undo.py"),
     Mutant("models/rope.py", "even * sin + odd * cos", "odd * cos - even * sin", TRANSFORMER),
     Mutant("models/rope.py", "return head_dim // 2 - 2 * side, side, side", "return side, side, head_dim // 2 - 2 * side", TRANSFORMER),
     # Transformer

@@ -22,7 +22,7 @@ from causvid_jax.config import CausalConfig, require
 from causvid_jax.diffusion import flow
 from causvid_jax.distill.exit_steps import Rollout, exit_steps_of, noise_key, timestep_table
 from causvid_jax.distill.ode_regression import BlockCausalFn, sample_block_steps
-from causvid_jax.models import kv_cache, transformer
+from causvid_jax.models import cache_undo, kv_cache, transformer
 from causvid_jax.models.image_branch import Picture
 from causvid_jax.models.kv_cache import KVCache, TextCache
 
@@ -208,7 +208,7 @@ def _generate_blocks_forward(
     key: jax.Array,
 ) -> tuple[tuple[jax.Array, KVCache], tuple[Any, ...]]:
     def block(cache: KVCache, inputs: BlockInputs) -> tuple[KVCache, tuple[jax.Array, jax.Array, Any]]:
-        replaced = kv_cache.overwritten(cache, shape[1], rollout.causal)
+        replaced = cache_undo.overwritten(cache, shape[1], rollout.causal)
         block_key = jax.random.fold_in(key, inputs.number)
         x0, x, _, cache = generate_block(
             rollout, params, text_cache, cache, block_key, inputs.exit_step, inputs.timesteps, shape, inputs.channels
@@ -232,7 +232,7 @@ def _generate_blocks_backward(
         cache, total = carry
         (_, exit_step, timesteps, channels), x, replaced, cotangent = inputs
         timesteps = block_timesteps(rollout, timesteps)
-        cache = kv_cache.undo(cache, replaced, shape[1], rollout.causal)
+        cache = cache_undo.undo(cache, replaced, shape[1], rollout.causal)
 
         def exit_pass(p: Any, t: TextCache) -> jax.Array:
             return predict_x0(rollout, p, t, x, timesteps[exit_step], cache, channels)[0]

@@ -107,26 +107,6 @@ def advance(cache: KVCache, frames: int) -> KVCache:
     return dataclasses.replace(cache, position=cache.position + frames)
 
 
-def overwritten(cache: KVCache, frames: int, causal: CausalConfig) -> tuple[jax.Array, Any]:
-    """Return the slots that the next block of ``frames`` frames will overwrite, for :func:`undo`."""
-    slots = block_slots(cache.position, frames, causal)
-    # Without a window each slot is written by one block only, so there are no older keys and values.
-    old = (cache.k[:, :, slots], cache.v[:, :, slots]) if causal.window else None
-    return cache.frame[slots], old
-
-
-def undo(cache: KVCache, replaced: tuple[jax.Array, Any], frames: int, causal: CausalConfig) -> KVCache:
-    """Restore the cache from before its last block of ``frames`` frames; ``replaced`` is from :func:`overwritten`."""
-    position = cache.position - frames
-    slots = block_slots(position, frames, causal)
-    frame, old = replaced
-    cache = dataclasses.replace(cache, frame=cache.frame.at[slots].set(frame), position=position)
-    if old is None:
-        return cache
-    k, v = (new.at[:, :, slots].set(previous) for new, previous in zip((cache.k, cache.v), old, strict=True))
-    return dataclasses.replace(cache, k=k, v=v)
-
-
 def stores_rotated(causal: CausalConfig) -> bool:
     """Return whether keys are stored rotated: they are, unless the position of the sink changes with the window."""
     return causal.positions == "absolute" or not (causal.window and causal.sink)

@@ -36,10 +36,8 @@ from causvid_jax.models.kv_cache import (
     advance,
     block_slots,
     init_cache,
-    overwritten,
     read_positions,
     stores_rotated,
-    undo,
     visible_slots,
     write_slots,
 )
@@ -80,10 +78,8 @@ __all__ = [
     "inference",
     "init",
     "init_cache",
-    "overwritten",
     "pooled_features",
     "spec",
-    "undo",
     "unstack",
 ]
 

@@ -47,6 +47,11 @@ def toy(request, monkeypatch):
             rollout.kv_cache,
             {
                 "advance": lambda cache, frames: cache | {"memory": cache["memory"] + frames * cache["block"]},
+            },
+        ),
+        (
+            rollout.cache_undo,
+            {
                 "overwritten": lambda cache, frames, causal: cache,
                 "undo": lambda cache, replaced, frames, causal: replaced,
             },

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from causvid_jax.config import CausalConfig, TransformerConfig
+from causvid_jax.models import cache_undo
 from causvid_jax.models import kv_cache as caches
 
 NET = TransformerConfig(dim=12, num_heads=2, num_layers=2)
@@ -24,7 +25,7 @@ def test_undo_takes_blocks_back(name):
     before, replaced = [], []
     for _ in range(6):
         before.append(cache)
-        replaced.append(caches.overwritten(cache, 2, causal))
+        replaced.append(cache_undo.overwritten(cache, 2, causal))
         slots = caches.block_slots(cache.position, 2, causal)
         new = rng.standard_normal((2, *cache.k[:, :, slots].shape)).astype(np.float32)
         cache = dataclasses.replace(
@@ -35,7 +36,7 @@ def test_undo_takes_blocks_back(name):
         )
         cache = caches.advance(cache, 2)
     for then, old in zip(reversed(before), reversed(replaced), strict=True):
-        cache = caches.undo(cache, old, 2, causal)
+        cache = cache_undo.undo(cache, old, 2, causal)
         np.testing.assert_array_equal(cache.position, then.position)
         np.testing.assert_array_equal(cache.frame, then.frame)
         held = np.asarray(then.frame) >= 0

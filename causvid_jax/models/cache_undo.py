@@ -1,0 +1,29 @@
+"""Take the last block out of a key/value cache again, for the backward pass of a rollout (``distill.rollout``)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from causvid_jax.config import CausalConfig
+from causvid_jax.models.kv_cache import KVCache, block_slots
+
+
+def overwritten(cache: KVCache, frames: int, causal: CausalConfig) -> tuple[jax.Array, Any]:
+    """Return the slots that the next block of ``frames`` frames will overwrite, for :func:`undo`."""
+    slots = block_slots(cache.position, frames, causal)
+    # Without a window each slot is written by one block only, so there are no older keys and values.
+    old = (cache.k[:, :, slots], cache.v[:, :, slots]) if causal.window else None
+    return cache.frame[slots], old
+
+
+def undo(cache: KVCache, replaced: tuple[jax.Array, Any], frames: int, causal: CausalConfig) -> KVCache:
+    """Restore the cache from before its last block of ``frames`` frames; ``replaced`` is from :func:`overwritten`."""
+    position = cache.position - frames
+    slots = block_slots(position, frames, causal)
+    frame, old = replaced
+    cache = dataclasses.replace(cache, frame=cache.frame.at[slots].set(frame), position=position)
+    if old is None:
+        return cache
+    k, v = (new.at[:, :, slots].set(previous) for new, previous in zip((cache.k, cache.v), old, strict=True))
+    return dataclasses.replace(cache, k=k, v=v)
