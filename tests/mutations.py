@@ -36,6 +36,7 @@ DMD, ODE, ROLLOUT = "tests/distill/test_dmd.py", "tests/distill/test_ode_regress
 TRANSFORMER, STREAM = "tests/models/test_transformer.py", "tests/sampling/test_stream.py"
 CONTEXT = f"{STREAM}::test_finished_given_and_rewritten_blocks_are_written_at_the_context_noise"
 UPDATE, WIRING = "tests/training/test_dmd_update.py", "tests/training/test_wiring.py"
+SETTINGS = "tests/training/test_distill_settings.py::test_score_timesteps_follow_the_exit_step"
 LOAD, PIPELINE = "tests/checkpoints/test_load.py", "tests/data/test_pipeline.py"
 
 MUTANTS = [
@@ -43,13 +44,13 @@ MUTANTS = [
     Mutant("diffusion/flow.py", "shift * u / (1 + (shift - 1) * u)", "shift * u / (1 + shift * u)", FLOW),
     Mutant("diffusion/flow.py", "return (1 - sigma) * x0 + sigma * noise", "return (1 - sigma) * noise + sigma * x0", FLOW),
     Mutant("diffusion/flow.py", "return noise - x0", "return x0 - noise", FLOW),
-    Mutant("diffusion/flow.py", "x_t + (1 - expand(sigma, x_t)) * velocity", "x_t + expand(sigma, x_t) * velocity", FLOW),
-    Mutant("diffusion/flow.py", "return (x_t - x0) / expand(sigma, x_t)", "return (x0 - x_t) / expand(sigma, x_t)", FLOW),
+    Mutant("diffusion/flow.py", "return x_t - expand(sigma, x_t) * velocity", "return x_t + expand(sigma, x_t) * velocity", FLOW),
+    Mutant("diffusion/flow.py", "sigma / (shift - (shift - 1) * sigma)", "sigma / (shift + (shift - 1) * sigma)", SETTINGS),
     Mutant("diffusion/flow.py", "if not config.warp:", "if config.warp:", FLOW),
     Mutant("diffusion/flow.py", "np.arange(1000, 0, -1)", "np.arange(1, 1001)", FLOW),
     Mutant("diffusion/flow.py", "1 - steps / config.num_inference_steps, config.shift", "1 - steps / config.num_inference_steps, 1.0", FLOW),
     Mutant("diffusion/guidance.py", "return unconditional + guidance_scale", "return conditional + guidance_scale", FLOW),
-    Mutant("diffusion/guidance.py", "if guidance_scale == 1.0:", "if guidance_scale <= 1.0:", FLOW),
+    Mutant("diffusion/guidance.py", "not per_frame and guidance_scale == 1.0:", "not per_frame and guidance_scale <= 1.0:", FLOW),
     Mutant("diffusion/guidance.py", "rearrange([negative, prompt_embeds]", "rearrange([prompt_embeds, negative]", FLOW),
     Mutant("diffusion/guidance.py", "return jnp.repeat(value, len(x) // len(value), axis=0)", "return jnp.concatenate([value] * (len(x) // len(value)))", FLOW),
     # Solvers
@@ -132,7 +133,7 @@ MUTANTS = [
         LOAD,
     ),
     Mutant("checkpoints/table.py", "LINEAR = Transform(lambda x: x.T, lambda x: x.T)", "LINEAR = SAME", LOAD),
-    Mutant("checkpoints/store.py", "require(stored == digest.hexdigest()", "require(True", "tests/checkpoints/test_store.py tests/checkpoints/test_safetensors_io.py"),
+    Mutant("checkpoints/store.py", "require(expected == digest.hexdigest()", "require(True", "tests/checkpoints/test_store.py tests/checkpoints/test_safetensors_io.py"),
     Mutant("checkpoints/lineage.py", "return other is None or digest == other", "return True", "tests/checkpoints/test_lineage.py"),
     Mutant("data/pipeline.py", "latents[: frames or total]", "latents[-(frames or total) :]", PIPELINE),
     Mutant("data/pipeline.py", "range(process_id * part, (process_id + 1) * part)", "range(process_id, batch_size, process_count)", PIPELINE),
