@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from causvid_jax.config import CausalConfig, DistillStageConfig, Recipe, require
+from causvid_jax.config import DistillStageConfig, Recipe, require
 from causvid_jax.data import pictures
 from causvid_jax.diffusion import flow
 from causvid_jax.distill import dmd, gan, sid
@@ -31,6 +31,7 @@ from causvid_jax.training.dmd_data import (
     Batch,
     batch_shapes,
     clip_shape,
+    loss_window,
     no_context,
     read_batches,
     with_context,
@@ -139,30 +140,6 @@ def generate(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> tu
         options["picture"] = picture
     x0 = run(student_rollout(recipe), params, batch["text"], key, shape=shape, **options)
     return loss_window(x0, key, config, causal, options.get("has_context"))
-
-
-def loss_window(
-    x0: jax.Array, key: jax.Array, config: DistillStageConfig, causal: CausalConfig, continued: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
-    """Return the window of a rollout that the losses use, and the mask of its frames that count, None for all.
-
-    The teacher expects the first latent frame to hold one pixel frame. A continued stream has no such frame, so the
-    losses exclude the first frame of a ``continued`` rollout, or of a window that starts later. The scores still
-    attend to it: their other frames are scored next to a first frame that they were not trained on. Single chunks have
-    no such first frame.
-    """
-    later = (x0.shape[1] - config.loss_frames) // causal.frames_per_block if config.loss_frames else 0
-    if not later and continued is None:
-        return x0, None
-    begins = jnp.array(True) if continued is None else ~continued
-    if later:
-        start = jax.random.randint(jax.random.fold_in(key, 1), (), 0, later + 1)
-        block = start if config.loss_window == "random" else jnp.int32(later)
-        x0 = jax.lax.dynamic_slice_in_dim(x0, block * causal.frames_per_block, config.loss_frames, axis=1)
-        begins &= block == 0
-    if config.teacher == "chunk":
-        return x0, None
-    return x0, jnp.ones(x0.shape[:2], bool).at[:, 0].set(begins)
 
 
 # ---- updates ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Batches of the stage ``distill``, and the context of rollouts that continue one another."""
+"""Batches of the stage ``distill``, the context of rollouts that continue one another, and the window of the losses."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from causvid_jax.config import DistillStageConfig, Recipe
+from causvid_jax.config import CausalConfig, DistillStageConfig, Recipe
 from causvid_jax.data import arrays, pictures, pipeline
 from causvid_jax.data import sources as datasets
 from causvid_jax.training.run import Run
@@ -58,6 +58,30 @@ def with_context(
     text = jnp.where(continued & ~switched, previous["text"], batch["text"])
     context = {"context": previous["latents"], "has_context": jnp.broadcast_to(continued, size)}
     return batch | {"text": text} | context, key
+
+
+def loss_window(
+    x0: jax.Array, key: jax.Array, config: DistillStageConfig, causal: CausalConfig, continued: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return the window of a rollout that the losses use, and the mask of its frames that count, None for all.
+
+    The teacher expects the first latent frame to hold one pixel frame. A continued stream has no such frame, so the
+    losses exclude the first frame of a ``continued`` rollout, or of a window that starts later. The scores still
+    attend to it: their other frames are scored next to a first frame that they were not trained on. Single chunks have
+    no such first frame.
+    """
+    later = (x0.shape[1] - config.loss_frames) // causal.frames_per_block if config.loss_frames else 0
+    if not later and continued is None:
+        return x0, None
+    begins = jnp.array(True) if continued is None else ~continued
+    if later:
+        start = jax.random.randint(jax.random.fold_in(key, 1), (), 0, later + 1)
+        block = start if config.loss_window == "random" else jnp.int32(later)
+        x0 = jax.lax.dynamic_slice_in_dim(x0, block * causal.frames_per_block, config.loss_frames, axis=1)
+        begins &= block == 0
+    if config.teacher == "chunk":
+        return x0, None
+    return x0, jnp.ones(x0.shape[:2], bool).at[:, 0].set(begins)
 
 
 def reads_latents(config: DistillStageConfig) -> bool:

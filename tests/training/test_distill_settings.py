@@ -10,7 +10,7 @@ import pytest
 from causvid_jax.config import ConfigError
 from causvid_jax.diffusion import flow
 from causvid_jax.models import transformer
-from causvid_jax.training import dmd, dmd_scores, flow_matching
+from causvid_jax.training import dmd_data, dmd_scores, flow_matching
 from tests import tiny
 
 
@@ -42,18 +42,18 @@ def test_the_losses_see_a_window_of_a_longer_rollout():
     x0 = jnp.broadcast_to(jnp.arange(8.0)[None, :, None, None, None], (2, 8, 1, 1, 1))
     starts = set()
     for seed in range(40):
-        window, mask = dmd.loss_window(x0, jax.random.key(seed), config, recipe.causal, None)
+        window, mask = dmd_data.loss_window(x0, jax.random.key(seed), config, recipe.causal, None)
         start = int(window[0, 0, 0, 0, 0])
         np.testing.assert_array_equal(window[0, :, 0, 0, 0], start + np.arange(4))
         np.testing.assert_array_equal(mask, [[start == 0, True, True, True]] * 2)
         starts.add(start)
     assert starts == {0, 2, 4}
     last = dataclasses.replace(config, loss_window="last")
-    assert dmd.loss_window(x0, jax.random.key(0), last, recipe.causal, None)[0][0, 0, 0, 0, 0] == 4
+    assert dmd_data.loss_window(x0, jax.random.key(0), last, recipe.causal, None)[0][0, 0, 0, 0, 0] == 4
     whole = dataclasses.replace(config, loss_frames=0)
-    assert dmd.loss_window(x0, jax.random.key(0), whole, recipe.causal, None)[1] is None
+    assert dmd_data.loss_window(x0, jax.random.key(0), whole, recipe.causal, None)[1] is None
     for continued in (True, False):
-        mask = dmd.loss_window(x0, jax.random.key(0), whole, recipe.causal, jnp.array(continued))[1]
+        mask = dmd_data.loss_window(x0, jax.random.key(0), whole, recipe.causal, jnp.array(continued))[1]
         assert bool(mask[0, 0]) != continued and mask[:, 1:].all()
 
 
