@@ -50,7 +50,7 @@ class SampleRequest:
     lora: tuple[str, ...] = option((), "FILE or FILE:STRENGTH, a LoRA of the student or teacher; several are added.")
     exact: bool = option(False, "Round as the published code does, and use its tables of noise levels.")
     program: str | None = option(None, "Run this program of causvid compile instead of tracing the model.")
-    decode_device: Annotated[int, Bounds(least=0)] | None = option(
+    decode_device: Annotated[int, Bounds(least=0, most=4095)] | None = option(
         None, "Number of the device that decodes while the first one generates; default: the first one does both."
     )
     replay: str | None = option(None, "Make the frames of this video again, by the script in its metadata.")

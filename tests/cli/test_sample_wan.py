@@ -218,7 +218,10 @@ def test_what_is_missing_is_named(place, tmp_path):
     cases = [
         ([PROMPT, f"--checkpoint={tmp_path}"], "text_encoder/weights.safetensors does not exist"),
         (picture, "comes with no trained image_encoder; copy the published one to"),
-        ([*picture[:3], "--teacher"], "recipe 'tiny_wan' has an image branch; accepted: --teacher and --image, both"),
+        (
+            [*picture[:3], "--teacher"],
+            "recipe 'tiny_wan' has an image branch; it starts from a picture, which --image gives",
+        ),
         ([PROMPT, "--teacher", f"--image={place}/wide.gif"], "--image is given with --teacher, which cannot stream"),
         ([PROMPT, "--config.umt5.num_layers=9"], "text_encoder/weights.safetensors does not fit the configuration"),
         (

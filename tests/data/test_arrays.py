@@ -100,7 +100,7 @@ def test_a_dataset_folder_runs_no_code(tmp_path, monkeypatch):
     features, info = tmp_path / "d" / "features.json", tmp_path / "d" / "dataset_info.json"
     whole = features.read_text()
     features.write_text(whole.replace("tensorflow_datasets.core.features.tensor_feature.Tensor", "evil.Tensor"))
-    with pytest.raises(ConfigError, match="has the feature type 'evil.Tensor', which is not read"):
+    with pytest.raises(ConfigError, match="has the feature type 'evil.Tensor'; it is not accepted"):
         arrays.source(tmp_path / "d")
     assert not (tmp_path / "ran").exists()
     features.write_text("{")

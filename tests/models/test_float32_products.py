@@ -77,7 +77,9 @@ def test_products_of_the_transformer_and_of_its_gradient_in_float32(platform):
 
 @pytest.mark.parametrize("kernel", ["splash", "cudnn"])
 def test_kernels_without_a_float32_product_are_refused_in_float32(kernel):
-    with pytest.raises(ConfigError, match=f"transformer.attention is '{kernel}', .* dtype 'float32'; accepted: .*xla"):
+    with pytest.raises(
+        ConfigError, match=f"transformer.attention is '{kernel}' with dtype 'float32', .*; accepted: .*xla"
+    ):
         TransformerConfig(**SIZES, dtype="float32", attention=kernel)
     TransformerConfig(**SIZES, dtype="bfloat16", attention=kernel)
 

@@ -75,7 +75,7 @@ def test_a_reset_is_the_one_of_the_sampler(programs):
     [
         ({"recipe": "other"}, "made by recipe 'other'"),
         ({"weights": "other"}, "made by other weights"),
-        ({"complete": False}, "too long to be kept"),
+        ({"complete": False}, "too long to be stored"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": True}, "field 'seed' of a script is True"),
         ({"first": 9}, "cannot start at block 9"),

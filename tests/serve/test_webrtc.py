@@ -100,7 +100,7 @@ async def watch(live, viewer, token):
 
 def alive(kind):
     gc.collect()
-    return [each for each in gc.get_objects() if isinstance(each, kind)]
+    return [each for each in gc.get_objects() if issubclass(type(each), kind)]  # isinstance asks foreign objects
 
 
 def nothing_is_left(before):

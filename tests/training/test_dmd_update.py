@@ -40,7 +40,7 @@ def gaussian(mean, std):
 def gaussian_networks(monkeypatch):
     """Gaussians in the place of the three networks and of the rollout."""
 
-    def score(params, x, timestep, text, *, recipe, clean=None):
+    def score(params, x, timestep, text, *, recipe, clean=None, picture=None):
         return velocity(params, x, timestep, text)
 
     monkeypatch.setattr(trainer, "real_score", score)
