@@ -122,7 +122,7 @@ MUTANTS = [
     Mutant("training/update.py", "jax.random.fold_in(jax.random.key(config.seed), state.step)", "jax.random.key(config.seed)", WIRING),
     Mutant("training/dmd_data.py", 'previous["exists"] & (jax.random', "(jax.random", UPDATE),
     Mutant("training/dmd_data.py", "jnp.where(continued & ~switched,", "jnp.where(continued,", UPDATE),
-    Mutant("training/dmd.py", ".at[:, 0].set(begins)", ".at[:, 0].set(~begins)", WIRING),
+    Mutant("training/dmd_data.py", ".at[:, 0].set(begins)", ".at[:, 0].set(~begins)", WIRING),
     Mutant("training/dmd.py", "noisy if config.include_clean and config.mask_clean else None", "noisy if config.include_clean else None", WIRING),
     Mutant("training/checksums.py", "if have[name] != size:", "if False:", "tests/training/test_runs.py::test_a_file_of_another_size_is_named_with_both_sizes"),
     # Weights and data
