@@ -5,11 +5,10 @@ what one test has compiled is kept for the others of the same run, in other proc
 """
 
 import atexit
-import importlib.util
-import mmap
 import os
-import pathlib
 import shutil
+import subprocess
+import sys
 import tempfile
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -35,23 +34,17 @@ FAST = (
 """Flags of XLA that only save time. They come and go with its versions, and it ends the process at an unknown one."""
 
 
-def _known(flags: tuple[str, ...]) -> list[str]:
-    """Return the flags whose names are in the library of the installed jaxlib."""
-    spec = importlib.util.find_spec("jaxlib")
-    folders = spec.submodule_search_locations if spec else None
-    libraries = [library for folder in folders or () for library in pathlib.Path(folder).glob("*.so")]
-    if not libraries:
-        return []
-    with (
-        open(max(libraries, key=lambda library: library.stat().st_size), "rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-    ):
-        return [flag for flag in flags if content.find(flag[2:].partition("=")[0].encode()) >= 0]
+def _accepted(flag: str) -> bool:
+    """Return whether the installed jaxlib takes ``flag``, by starting a client in another process."""
+    start = "from jaxlib import xla_client; xla_client.make_cpu_client()"
+    environment = {**os.environ, "XLA_FLAGS": flag}
+    return not subprocess.run([sys.executable, "-c", start], env=environment, capture_output=True).returncode
 
 
 given = os.environ.get("XLA_FLAGS", "").split()
 if FLAGS[0] not in given:  # workers and programs under test inherit them
-    os.environ["XLA_FLAGS"] = " ".join([*given, *(flag for flag in (*FLAGS, *_known(FAST)) if flag not in given)])
+    flags = (*FLAGS, *filter(_accepted, FAST))
+    os.environ["XLA_FLAGS"] = " ".join([*given, *(flag for flag in flags if flag not in given)])
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
