@@ -266,10 +266,7 @@ def score(
 def frames_report(
     recipe: Recipe, classifier: classifiers.Classifier, rows: Sequence[Row], videos: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Return ``frame_metrics.frame_scores`` of every row, sharpness relative to real clips, and PSNRs of codecs.
-
-    Empty for clips of two digits.
-    """
+    """Return frame scores of every row (sharpness relative to real clips) and PSNRs of codecs; {} for two digits."""
     if recipe.data.digits_per_clip != 1:
         return {}
     first_block = int(stream_starts(recipe, 1)[1])

@@ -4,13 +4,10 @@
     while True:
         latents, frames, state = next_frames(params, state, config=recipe)
 
-``params`` is ``{"student": ..., "vae": ...}``, and also ``"taehv"`` if that is the recipe's decoder (then ``"vae"`` is
-needed for images and videos only). ``config`` is the static :class:`~causvid_jax.config.Recipe`. Every function is pure
-and jitted, and donates ``state``: use the returned state, or copy a state to keep it (:func:`copy_stream`). One
-compilation serves every block, except for the first block with ``causal.independent_first_frame``, which has one frame.
-
-The VAE decodes the first latent frame of a stream to one frame and every other to four. Decoded blocks have a fixed
-shape, four frames per latent, so the caller drops the first :data:`LEAD` frames of a stream.
+``params`` is ``{"student": ..., "vae": ...}``, and also ``"taehv"`` if that is the recipe's decoder. Every function is
+pure and jitted, and donates ``state``: :func:`copy_stream` keeps one. One compilation serves every block, except for
+the first with ``causal.independent_first_frame``, which has one frame. The VAE decodes the first latent frame to one
+frame and others to four; a decoded block has four per latent, so drop the first :data:`LEAD` frames of a stream.
 """
 
 import dataclasses
