@@ -24,8 +24,10 @@ COPIES = {"cpu": 3, "h200:1": 1, "v6e:2x2": 4}
 """Bound on temporaries in layers' keys. XLA's attention and splash transpose the keys and values of the layer at hand,
 of the 2 x LAYERS that the cache has; cuDNN reads the cache itself."""
 INT8_COPIES = {"cpu": 3, "h200:1": 3, "v6e:2x2": 4}
-"""The same with an int8 cache, of which the keys and values of one layer are copied to the compute type. The compiler for
-the v6e takes 3.07 with JAX 0.12."""
+"""The same with an int8 cache, of which the keys and values of one layer are copied to the compute type.
+
+The compiler for the v6e takes 3.07 with JAX 0.12.
+"""
 
 
 def recipe_for(machine, kv_cache="dtype"):
