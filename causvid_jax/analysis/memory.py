@@ -11,7 +11,6 @@ compiler.
 
 import dataclasses
 import functools
-import os
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from causvid_jax.config import CLIPConfig, Recipe, TransformerConfig, require
-from causvid_jax.config.files import format_bytes
+from causvid_jax.config.files import format_bytes, host_memory
 from causvid_jax.models import attention, decoder, experts, transformer, vae
 from causvid_jax.models.decoder import codec_shapes, image_encoder_shapes, vae_shapes
 from causvid_jax.models.image_branch import Picture, has_branch
@@ -189,11 +188,6 @@ def memory_limit() -> int | None:
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
     return host_memory() if jax.default_backend() == "cpu" else None
-
-
-def host_memory() -> int | None:
-    """Return the bytes of memory of this machine; None if unknown."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in os.sysconf_names else None
 
 
 def _picture_shapes(recipe: Recipe, net: TransformerConfig, batch: int, latents: int) -> Picture | None:

@@ -21,7 +21,6 @@ Published weights are read without conversion: ``--config=wan_1_3b --checkpoint=
 the published code's numerics (docs/wan.md).
 """
 
-import os
 from typing import TYPE_CHECKING
 
 from causvid_jax.cli import common
@@ -41,7 +40,6 @@ LARGE = 2 * 10**9
 def main(request: SampleRequest) -> None:
     """Check the request against files and memory, then generate and write."""
     print(f"Loading {request.config.name} ...", flush=True)
-    import jax
 
     from causvid_jax.analysis import memory
     from causvid_jax.checkpoints.table import OURS
@@ -58,8 +56,6 @@ def main(request: SampleRequest) -> None:
         print(line, flush=True)
     phases = memory_plan(opened)
     limit = memory.memory_limit()
-    if limit is None and jax.default_backend() == "cpu":
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     peak = max(phase.total for phase in phases)
     if peak > min(LARGE, (limit or LARGE) // 2):
         print(memory.describe(phases, limit), flush=True)

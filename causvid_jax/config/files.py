@@ -1,4 +1,4 @@
-"""Write files atomically; format sizes and error messages. Every room may import this module."""
+"""Write files atomically; format sizes and error messages; tell the host's memory. Every room may import this."""
 
 import contextlib
 import fcntl
@@ -87,6 +87,11 @@ def _remove(path: pathlib.Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def host_memory() -> int | None:
+    """Return the bytes of memory of this machine; None if unknown."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in os.sysconf_names else None
 
 
 def format_bytes(size: int) -> str:

@@ -23,7 +23,7 @@ from causvid_jax.diffusion import flow
 from causvid_jax.distill.exit_steps import Rollout, exit_steps_of, noise_key, timestep_table
 from causvid_jax.distill.ode_regression import BlockCausalFn, sample_block_steps
 from causvid_jax.models import cache_undo, kv_cache, transformer
-from causvid_jax.models.image_branch import Picture
+from causvid_jax.models.image_branch import Picture, beside
 from causvid_jax.models.kv_cache import KVCache, TextCache
 
 Params = Any
@@ -65,11 +65,6 @@ def data_rollout(
     x_t = flow.add_noise(latents, jax.random.normal(noise_key, latents.shape), sigma)
     velocity = velocity_fn(params, x_t, timestep, text)
     return flow.x0_from_velocity(x_t, velocity.astype(jnp.float32), sigma), timestep > 0
-
-
-def beside(x: jax.Array, channels: jax.Array | None) -> jax.Array:
-    """Return a block with the picture's channels, or itself."""
-    return x if channels is None else jnp.concatenate([x, channels.astype(x.dtype)], axis=-1)
 
 
 def predict_x0(

@@ -2,9 +2,9 @@
 
 import itertools
 import math
-import os
 import pathlib
 import re
+import sys
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from causvid_jax.config import ConfigError, require
+from causvid_jax.config.files import host_memory
 from causvid_jax.media import hdr
 from causvid_jax.media.pixels import MAX_PIXELS, cover
 
@@ -48,29 +49,19 @@ def read_video(
     """
     path = pathlib.Path(path)
     require(path.is_file(), f"video {str(path)!r} does not exist")
-    result: list[np.ndarray] = []
-    large = False
+    most = (host_memory() or sys.maxsize) // (2 * 3 * height * width)  # once as a list and once as an array
+    last = most + 1 if frames is None else min(frames, most + 1)
     try:
-        for frame in itertools.islice(iterate_frames(path, height, width, fps), frames):
-            large = 2 * (len(result) + 1) * frame.nbytes > _memory()  # once as a list and once as an array
-            if large:
-                break
-            result.append(frame)
+        result = list(itertools.islice(iterate_frames(path, height, width, fps), last))
     except (OSError, ValueError, IndexError, av.FFmpegError) as error:
         raise ConfigError(f"cannot read video {str(path)!r}: it is not a video or it is damaged") from error
     require(
-        not large,
+        len(result) <= most,
         f"video {str(path)!r} has more frames of {width} x {height} pixels than this machine's memory holds; "
         "give fewer frames, or smaller ones",
     )
     require(bool(result), f"cannot read video {str(path)!r}: it holds no frames")
     return np.stack(result)
-
-
-def _memory() -> float:
-    """Return the bytes of memory of this machine; infinity if unknown."""
-    known = "SC_PHYS_PAGES" in os.sysconf_names
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else math.inf
 
 
 def iterate_frames(

@@ -43,15 +43,13 @@ def bidirectional(
     if not experts.boundary:
         return transformer.bidirectional(params, x, timestep, prompt_embeds, *image_embeds, config=config)
     high = timestep >= experts.boundary
-    shape = jax.eval_shape(
-        lambda p: transformer.bidirectional(p, x, timestep, prompt_embeds, *image_embeds, config=config),
-        params[HIGH_NOISE],
-    )
+
+    def run(p: Any) -> jax.Array:
+        return transformer.bidirectional(p, x, timestep, prompt_embeds, *image_embeds, config=config)
+
+    shape = jax.eval_shape(run, params[HIGH_NOISE])
 
     def velocity(name: str, needed: jax.Array) -> jax.Array:
-        def run(p: Any) -> jax.Array:
-            return transformer.bidirectional(p, x, timestep, prompt_embeds, *image_embeds, config=config)
-
         return jax.lax.cond(needed, run, lambda _: jnp.zeros(shape.shape, shape.dtype), params[name])
 
     by_high, by_low = velocity(HIGH_NOISE, jnp.any(high)), velocity(LOW_NOISE, jnp.any(~high))

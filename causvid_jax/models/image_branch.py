@@ -104,6 +104,11 @@ def check_picture(picture: Picture | None, config: TransformerConfig, role: str)
     )
 
 
+def beside(x: jax.Array, channels: jax.Array | None) -> jax.Array:
+    """Return ``x`` with the picture's condition channels, or itself."""
+    return x if channels is None else jnp.concatenate([x, channels.astype(x.dtype)], axis=-1)
+
+
 def with_channels(x: jax.Array, picture: Picture | None, config: TransformerConfig, start: Any = 0) -> jax.Array:
     """Return ``x [B, F, h, w, C]`` with the picture's channels of its frames; x itself for a network without them.
 
@@ -111,8 +116,7 @@ def with_channels(x: jax.Array, picture: Picture | None, config: TransformerConf
     """
     if picture is None or not config.image_channels:
         return x
-    beside = per_branch(picture.channels(start, x.shape[1]), x).astype(x.dtype)
-    return jnp.concatenate([x, beside], axis=-1)
+    return beside(x, per_branch(picture.channels(start, x.shape[1]), x))
 
 
 def conditioned(network: Callable[..., Any], picture: Picture | None, config: TransformerConfig) -> Callable[..., Any]:

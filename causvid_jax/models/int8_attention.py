@@ -22,18 +22,13 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from causvid_jax.config import ConfigError, require
+from causvid_jax.models.quantization import quantize
 from causvid_jax.sharding import constraints
 
 LOWEST = -1e30
 """Score of a key that is masked; finite, so that a block without visible keys has no NaN."""
 BLOCKS = {"tpu": (512, 512), "gpu": (128, 64)}
 """Queries and keys of a block of scores."""
-
-
-def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return ``x [..., D]`` as int8 and its scales ``[..., 1]``: ``s = max |x| / 127``, ``round(x / s)``."""
-    scale = jnp.abs(x).max(-1, keepdims=True) / 127.0
-    return jnp.round(x / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8), scale
 
 
 def smoothed(k: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -75,8 +70,8 @@ def attention(
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, width - size)))
         return rearrange(x, "b t n d -> (b n) t d")
 
-    queries, q_scale = quantize(rows(q.astype(jnp.float32) / math.sqrt(size), block_q))
-    smooth, k_scale = quantize(rows(smoothed(k, mask), block_k))
+    queries, q_scale = quantize(rows(q.astype(jnp.float32) / math.sqrt(size), block_q), -1)
+    smooth, k_scale = quantize(rows(smoothed(k, mask), block_k), -1)
     visible = jnp.ones((keys,), bool) if mask is None else mask
     bias = jnp.where(jnp.pad(visible, (0, -keys % block_k)), 0.0, LOWEST).reshape(-1, block_k)
     count = jnp.asarray(keys if used is None else used, jnp.int32)

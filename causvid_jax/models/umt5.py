@@ -21,6 +21,7 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 
 from causvid_jax.config import UMT5Config
+from causvid_jax.models import quantization
 from causvid_jax.models.layers import Params, dot_precision, gelu_tanh, matmul, rms_norm
 from causvid_jax.sharding import constraints
 from causvid_jax.sharding.params import Init, ParamSpec, abstract_tree, init_tree, stack_spec
@@ -85,14 +86,10 @@ def quantize(path: str, x: jax.Array) -> Any:
     ``[V, M]`` one ``[V, 1]`` for every token: ``s = max |x| / 127`` over the other axis, and ``round(x / s)``.
     """
     axis = {"kernel": -2, "token_embedding": -1}.get(path.rpartition("/")[2])
-    return x if axis is None else _quantize(x, axis)
+    return x if axis is None else dict(zip(("int8", "scale"), _quantize(x, axis), strict=True))
 
 
-@functools.partial(jax.jit, static_argnames="axis")
-def _quantize(x: jax.Array, axis: int) -> dict[str, jax.Array]:
-    x = x.astype(jnp.float32)
-    scale = jnp.abs(x).max(axis, keepdims=True) / 127.0
-    return {"int8": jnp.round(x / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8), "scale": scale}
+_quantize = jax.jit(quantization.quantize, static_argnames="axis")
 
 
 def _product(x: jax.Array, kernel: Any, dtype: str) -> jax.Array:

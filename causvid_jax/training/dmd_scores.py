@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from causvid_jax.config import Recipe, TransformerConfig
+from causvid_jax.config import ExpertsConfig, Recipe, TransformerConfig
 from causvid_jax.diffusion import flow
 from causvid_jax.diffusion.guidance import per_branch
 from causvid_jax.distill import dmd, gan
@@ -35,15 +35,17 @@ def score(
     network: TransformerConfig,
     recipe: Recipe,
     picture: Picture | None = None,
+    pair: ExpertsConfig = ExpertsConfig(),  # noqa: B008
 ) -> jax.Array:
     """Return a score network's velocity in its forward mode; with an image branch it reads ``picture``.
 
     ``"causal"`` is the mode of the stage ``causal``: each block attends to the clean blocks before it, here those of
-    the student's output ``clean [B, F, h, w, C]``. ``"chunk"`` gets single blocks as clips (:func:`scored`).
+    the student's output ``clean [B, F, h, w, C]``. ``"chunk"`` gets single blocks as clips (:func:`scored`). ``pair``
+    is of a network of two experts, which is bidirectional.
     """
     if mode != "causal":
-        bidirectional = conditioned(transformer.bidirectional, picture, network)
-        return bidirectional(params, x, timestep, text, config=network)
+        bidirectional = conditioned(experts.bidirectional, picture, network)
+        return bidirectional(params, x, timestep, text, config=network, experts=pair)
     return conditioned(transformer.block_causal, picture, network)(
         params,
         x,
@@ -67,12 +69,9 @@ def real_score(
     picture: Picture | None = None,
 ) -> jax.Array:
     """Return the teacher's velocity, in the forward mode ``train_distill.teacher``."""
-    mode, net = recipe.train_distill.teacher, recipe.teacher
-    if mode != "causal":
-        network = conditioned(experts.bidirectional, picture, net)
-        return network(params, x, timestep, text, config=net, experts=recipe.experts)
-    options: dict[str, Any] = {"clean": clean, "mode": mode, "network": net, "recipe": recipe, "picture": picture}
-    return score(params, x, timestep, text, **options)
+    mode, network, pair = recipe.train_distill.teacher, recipe.teacher, recipe.experts
+    options: dict[str, Any] = {"clean": clean, "mode": mode, "network": network, "recipe": recipe, "picture": picture}
+    return score(params, x, timestep, text, pair=pair, **options)
 
 
 def fake_score(

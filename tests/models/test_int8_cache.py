@@ -12,7 +12,7 @@ import causvid_jax as cv
 from causvid_jax.config import CausalConfig, ConfigError
 from causvid_jax.config.recipes import load_recipe
 from causvid_jax.distill import rollout
-from causvid_jax.models import int8_cache, transformer
+from causvid_jax.models import int8_cache, quantization, transformer
 from causvid_jax.sampling import exported, player, state_io, stream, weights
 from causvid_jax.training import stages
 from tests import tiny
@@ -36,7 +36,7 @@ def with_int8(pipe, causal=CAUSAL):
 def test_rounding_is_that_of_numpy():
     x = np.random.default_rng(0).standard_normal((2, 3, 5, 2, 6)).astype(np.float32) * np.geomspace(1e-3, 1e3, 6)
     x[:, :, :, 1, 2] = 0.0
-    q, scale = jax.jit(int8_cache.quantize)(jnp.asarray(x, jnp.float32))
+    q, scale = jax.jit(quantization.quantize, static_argnums=1)(jnp.asarray(x, jnp.float32), int8_cache.TOKENS)
     expected = np.abs(x).max(2, keepdims=True) / 127
     assert q.dtype == jnp.int8 and scale.shape == (2, 3, 1, 2, 6)
     np.testing.assert_allclose(scale, expected, rtol=1e-6)

@@ -1,0 +1,14 @@
+"""Round arrays to 8-bit integers with scales, for caches, scores of attention and weights of the text encoder."""
+
+import jax
+import jax.numpy as jnp
+
+
+def quantize(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Return ``x`` as int8 and its float32 scales, which have length 1 along ``axis``.
+
+    ``s = max |x| / 127`` over ``axis`` and ``round(x / s)``, so that ``|s q - x| <= s / 2``. Zeros have the scale 0.
+    """
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(axis, keepdims=True) / 127.0
+    return jnp.round(x / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8), scale
