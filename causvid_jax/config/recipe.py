@@ -279,6 +279,12 @@ class Recipe(Config):
         return self.video.height // factor, self.video.width // factor
 
     @property
+    def trajectory_diffusion(self) -> DiffusionConfig:
+        """The diffusion with the Euler steps of ODE trajectories (``train_init.num_inference_steps``)."""
+        steps = self.train_init.num_inference_steps or self.diffusion.num_inference_steps
+        return dataclasses.replace(self.diffusion, num_inference_steps=steps)
+
+    @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """Shape ``(F, h, w, C)`` of the latents of a clip."""
         return (self.video.latent_frames, *self.latent_size, self.vae.z_dim)

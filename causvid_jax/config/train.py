@@ -323,13 +323,13 @@ class InitStageConfig(StageConfig):
 
     ``extra_trajectories`` asks for more trajectories of a causal teacher, ``(latent frames, how many)``, for the
     curriculum's stretches of that many frames. Only the first block of a clip or after a cut depends on noise and
-    prompt alone. It needs far more examples than the blocks that continue a clip, and short clips give these at a
-    fraction of the cost.
+    prompt alone, so it needs more examples. ``num_inference_steps`` are a trajectory's Euler steps, 0 the teacher's.
     """
 
     label: ClassVar[str] = "train_init"
 
     teacher: Literal["bidirectional", "causal"] = "bidirectional"
+    num_inference_steps: Annotated[int, Bounds(least=0, most=10_000)] = 0
     trajectories: Count = 1024
     extra_trajectories: tuple[tuple[Count, Count], ...] = ()
     include_clean: bool = True

@@ -187,7 +187,7 @@ def write_trajectories(
     Returns:
         whether the dataset is finished.
     """
-    shape, diffusion, key = recipe.latent_shape, recipe.diffusion, jax.random.key(seed)
+    shape, diffusion, key = recipe.latent_shape, recipe.trajectory_diffusion, jax.random.key(seed)
     reader = prompt_encoder or encoder.open_encoder(recipe)
     negative = jnp.asarray(encoder.negative_prompt_embeds(reader))
     # Store the embeddings of a network; word embeddings are cheap to compute.
@@ -282,7 +282,7 @@ def write_causal_trajectories(
     Returns:
         whether the dataset is finished.
     """
-    whole, diffusion, key = recipe.latent_shape, recipe.diffusion, causal_key(seed, frames)
+    whole, diffusion, key = recipe.latent_shape, recipe.trajectory_diffusion, causal_key(seed, frames)
     shape = (frames or whole[0], *whole[1:])
     sizes, switched = recipe.causal.block_sizes(shape[0]), recipe.train_init.prompt_switch_prob
     reader = prompt_encoder or encoder.open_encoder(recipe)

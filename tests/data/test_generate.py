@@ -177,7 +177,7 @@ def block_states(params, recipe, rows, null, past, noise):
         without = velocity(null, x, timestep)
         return without + g * (velocity(rows, x, timestep) - without)
 
-    return teacher_trajectory(guided, noise, recipe.diffusion)
+    return teacher_trajectory(guided, noise, recipe.trajectory_diffusion)
 
 
 def test_short_and_whole_causal_trajectories_begin_with_different_noise():
@@ -193,7 +193,7 @@ def test_causal_trajectories_are_those_of_a_stream_over_the_clean_past(tmp_path,
         RECIPE,
         video=dataclasses.replace(RECIPE.video, frames=13),
         causal=CausalConfig(frames_per_block=1, window=3),
-        train_init=dataclasses.replace(RECIPE.train_init, prompt_switch_prob=0.4),
+        train_init=dataclasses.replace(RECIPE.train_init, prompt_switch_prob=0.4, num_inference_steps=3),
     )
     shape, rng = recipe.latent_shape, np.random.default_rng(3)
     clips = [{"latents": rng.normal(size=shape).astype(np.float16), "caption": p} for p in PROMPTS[:3]]
