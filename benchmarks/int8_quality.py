@@ -1,8 +1,9 @@
 """What 8 bits change in the clips of the digits student: ``python benchmarks/int8_quality.py [CLIPS]``.
 
-Samples the same prompts and noise with the recipe's settings, with ``student.kv_cache="int8"`` and with
-``student.attention="int8"``, twice the trained length. Prints for each the PSNR of the first and of the second half of
-its frames against those of the first setting, and how often the classifier reads the second half as prompted.
+Samples the same prompts and noise with the recipe's settings, with each of ``student.kv_cache``, ``student.attention``
+and ``student.linear`` set to ``"int8"``, and with all three, twice the trained length. Prints for each the PSNR of the
+first and of the second half of its frames against those of the first setting, and how often the classifier reads the
+second half as prompted.
 """
 
 import dataclasses
@@ -11,16 +12,21 @@ import sys
 import numpy as np
 
 import causvid_jax as cv
+from causvid_jax.config.recipes import load_recipe
 from causvid_jax.data import digits
 from causvid_jax.evaluation import classifier, metrics
 
-SETTINGS = {"as it is": {}, "kv_cache int8": {"kv_cache": "int8"}, "attention int8": {"attention": "int8"}}
+NAMES = ("kv_cache", "attention", "linear")
+SETTINGS: dict[str, dict[str, str]] = {
+    "as it is": {},
+    **{f"{name} int8": {name: "int8"} for name in NAMES},
+    "all three": dict.fromkeys(NAMES, "int8"),
+}
 
 
 def main(count: int) -> None:
     """Print a line for each setting."""
-    pipe = cv.load("digits")
-    recipe = pipe.config
+    recipe = load_recipe("digits")
     reader = classifier.load(recipe.data)
     prompts = [str(p) for p in np.random.default_rng(0).permutation(digits.captions(recipe.data, "test"))[:count]]
     blocks = 2 * recipe.video.latent_frames // recipe.causal.frames_per_block
@@ -28,8 +34,8 @@ def main(count: int) -> None:
     first: np.ndarray | None = None
     for name, changes in SETTINGS.items():
         student = dataclasses.replace(recipe.student, **changes)
-        changed = dataclasses.replace(pipe, config=dataclasses.replace(recipe, student=student))
-        frames = np.concatenate([x for x, _ in changed.frames(changed.stream(prompts, seed=0), blocks)], axis=1)
+        pipe = cv.load(dataclasses.replace(recipe, student=student))
+        frames = np.concatenate([x for x, _ in pipe.frames(pipe.stream(prompts, seed=0), blocks)], axis=1)
         first = frames if first is None else first
         half = frames.shape[1] // 2
         error = np.square(frames.astype(np.float64) - first)

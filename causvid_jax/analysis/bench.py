@@ -8,6 +8,7 @@ divided by the number of steps. To time a cache length repeatedly, the cache's p
 import dataclasses
 import datetime
 import functools
+import math
 import os
 import pathlib
 import platform
@@ -173,8 +174,12 @@ def cache_lengths(recipe: Recipe) -> list[tuple[int, int]]:
     return [(start, seen) for seen, start in start_of.items()]
 
 
+UNIFORM_INT8 = math.sqrt((255**2 - 1) / 12)
+"""Standard deviation of an integer drawn uniformly from -127 to 127."""
+
+
 def random_weights(abstract: Any, seed: int = 0) -> Any:
-    """Make parameters on the device: scales 1, biases 0, all else N(0, 0.02^2)."""
+    """Make parameters on the device: scales 1, biases 0, all else N(0, 0.02^2); kernels in 8 bits uniform, of 0.02."""
 
     def make() -> Any:
         flat, structure = jax.tree_util.tree_flatten_with_path(abstract)
@@ -182,7 +187,11 @@ def random_weights(abstract: Any, seed: int = 0) -> Any:
         keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(flat))
         leaves = []
         for key, (path, leaf) in zip(keys, flat, strict=True):
-            if path[-1].key in ("scale", "gamma", "bias"):
+            if leaf.dtype == jnp.int8:
+                leaves.append(jax.random.randint(key, leaf.shape, -127, 128, jnp.int8))
+            elif path[-1].key == "scale" and path[-2].key == "kernel":
+                leaves.append(jnp.full(leaf.shape, 0.02 / UNIFORM_INT8, leaf.dtype))
+            elif path[-1].key in ("scale", "gamma", "bias"):
                 leaves.append(jnp.full(leaf.shape, path[-1].key != "bias", leaf.dtype))
             else:
                 leaves.append((0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype))
@@ -211,6 +220,7 @@ def settings(recipe: Recipe, options: Options) -> dict[str, Any]:
     causal, net = recipe.causal, recipe.student
     sink = f" + sink {causal.sink}" if causal.sink else ""
     write = " + write" if causal.context_pass else ""
+    precision = net.dtype if net.precision == "default" else f"{net.dtype}, rounded as {net.precision}"
     return {
         "recipe": recipe.name,
         "resolution": f"{recipe.video.height}x{recipe.video.width}",
@@ -218,7 +228,7 @@ def settings(recipe: Recipe, options: Options) -> dict[str, Any]:
         "frames_per_block": causal.frames_per_block,
         "window": f"{causal.window}{sink}" if causal.window else f"{recipe.video.latent_frames}",
         "steps": f"{len(recipe.diffusion.denoising_timesteps)}{write}",
-        "precision": net.dtype if net.precision == "default" else f"{net.dtype}, rounded as {net.precision}",
+        "precision": f"{precision}, linear layers in int8" if net.linear == "int8" else precision,
         "attention": attention.resolve(net.attention, net.dtype),
     }
 

@@ -30,6 +30,8 @@ from causvid_jax.training import optimizers
 
 EFFICIENCY = (0.35, 0.6)
 """Share of peak FLOP/s that well-sharded transformers of these sizes reach: pessimistic, optimistic."""
+INT8_RATE = 2.0
+"""Peak rate of int8 products over that of bfloat16, of every chip of ``topology.CHIPS`` by its data sheet."""
 MARGIN = 0.9
 """Fraction of device memory that an estimate may use; the rest covers what it omits."""
 F32 = 4
@@ -99,13 +101,15 @@ def make_mesh(config: ParallelConfig, machine: TopologySpec) -> _Mesh:
 
 
 def param_bytes(spec: Any, mesh: Mapping[str, int], rules: ShardingRules, size: int = F32) -> float:
-    """Return the bytes of the parameters ``spec`` on one device of ``mesh``."""
+    """Return the bytes of the parameters ``spec`` on one device of ``mesh``: ``size`` each, 1 of kernels in 8 bits."""
 
-    def one(leaf: ParamSpec) -> float:
+    def one(path: Any, leaf: ParamSpec) -> float:
         split = constraints.mesh_axes(leaf.axes, leaf.shape, mesh, rules)
-        return math.prod(leaf.shape) * size / math.prod(mesh[a] for part in split for a in part)
+        each = 1 if path and getattr(path[-1], "key", None) == "int8" else size
+        return math.prod(leaf.shape) * each / math.prod(mesh[a] for part in split for a in part)
 
-    return sum(one(leaf) for leaf in jax.tree.leaves(spec, is_leaf=lambda x: isinstance(x, ParamSpec)))
+    leaves = jax.tree_util.tree_leaves_with_path(spec, is_leaf=lambda x: isinstance(x, ParamSpec))
+    return sum(one(path, leaf) for path, leaf in leaves)
 
 
 @functools.cache
@@ -308,7 +312,8 @@ def _stream(recipe: Recipe, mesh: _Mesh) -> Estimate:
     """Estimate one block of data x fsdp streams side by side."""
     net, block = Network(recipe.student, recipe, mesh), recipe.causal.frames_per_block
     item, passes = _item(net.net), passes_per_block(recipe)
-    weights, cache = net.params * item / F32, net.cache()
+    weights = param_bytes(transformer.inference_spec(net.net), mesh.axes, net.net.rules, item)
+    cache = net.cache()
     causal = recipe.causal
     context_frames = causal.window + causal.sink if causal.window else recipe.video.latent_frames
     # GPUs and TPUs have a kernel for attention, which keeps no scores.
@@ -320,10 +325,14 @@ def _stream(recipe: Recipe, mesh: _Mesh) -> Estimate:
         "gathered layers": net.gathered if mesh.fsdp > 1 else 0.0,
     }
     work = flops.StepFlops(flops.stream_block(recipe) * mesh.ways)
-    gathered, exchanged = passes * net.gather() * item / F32, passes * net.exchanged(block)
+    gathered, exchanged = passes * net.gather() * weights / net.params, passes * net.exchanged(block)
     seconds = gathered / mesh.gather_rate + exchanged / mesh.machine.chip.ici_bandwidth
     read = passes * (weights + cache) / mesh.machine.chip.bandwidth
-    return Estimate(parts, 0.0, work, gathered + exchanged, _times(mesh, work, seconds, read), streams=mesh.ways)
+    timed = work
+    if net.net.linear == "int8":
+        linear = passes * flops.linear_layers(net.net, block * flops.tokens_per_frame(recipe, net.net)) * mesh.ways
+        timed = flops.StepFlops(work.model - linear * (1 - 1 / INT8_RATE))
+    return Estimate(parts, 0.0, work, gathered + exchanged, _times(mesh, timed, seconds, read), streams=mesh.ways)
 
 
 def estimate(recipe: Recipe, stage: str, machine: TopologySpec) -> Estimate:

@@ -50,15 +50,21 @@ def forward(net: TransformerConfig, frames: int, tokens: int, pairs: int, *, tex
       pairs: (query frame, key frame) pairs of self-attention, :func:`attention_pairs`; F^2 for full attention.
       text: whether the prompt's keys and values are computed in this pass (a stream keeps them).
     """
-    m, p, s, total = net.dim, net.ffn_dim, net.text_length, frames * tokens
+    m, s, total = net.dim, net.text_length, frames * tokens
     patch = net.patch_size[0] * net.patch_size[1] * net.patch_size[2]
-    layer = total * (12 * m * m + 4 * m * p) + 4 * total * s * m + 4 * pairs * tokens**2 * m
+    layer = 4 * total * s * m + 4 * pairs * tokens**2 * m
     ends = total * 2 * m * patch * (net.in_channels + net.out_channels)
     ends += frames * (2 * net.freq_dim * m + 2 * m * m + 12 * m * m)
     if text:
         layer += 4 * s * m * m
         ends += s * (2 * net.text_dim * m + 2 * m * m)
-    return float(net.num_layers * layer + ends)
+    return float(net.num_layers * layer + ends) + linear_layers(net, total)
+
+
+def linear_layers(net: TransformerConfig, tokens: int) -> float:
+    """Return the FLOPs of the products of ``tokens`` tokens with the layers' weights."""
+    m, p = net.dim, net.ffn_dim
+    return float(net.num_layers * tokens * (12 * m * m + 4 * m * p))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,9 +83,7 @@ def sampling_phases(
         work = _encoder_work(recipe, min(prompts, PROMPTS))
         items = {"text encoder": sizes(weights), "work, about": work}
         if recipe.umt5.weights == "int8":
-            # Each array comes in the compute type and is rounded on the device.
-            read = jax.tree.leaves(encoder.read_shapes(recipe.umt5))
-            items["array being read"] = max((sizes(leaf) for leaf in read), key=lambda size: sum(size.values()))
+            items["array being read"] = _largest_array(encoder.read_shapes(recipe.umt5))
         phases.append(Phase("encode the prompts", items))
     coder = codec_shapes(recipe, encodes=role == "student" and (image or video))
     height, width = recipe.latent_size
@@ -95,6 +93,9 @@ def sampling_phases(
         phases += _picture_phases(recipe, clip)
     k = recipe.causal.frames_per_block
     weights = transformer.inference(net, unstacked=role == "student")
+    if net.linear == "int8":
+        items = {"transformer": sizes(weights), "array being read": _largest_array(transformer.read_shapes(net))}
+        phases.append(Phase("read the weights", items))
     decoding = _decoder_work(recipe, batch, k)
     if role == "student":
         if state is None:
@@ -226,6 +227,11 @@ def _picture_phases(recipe: Recipe, encoder: CLIPConfig | None) -> tuple[Phase, 
 
 def _codec_name(coder: Mapping[str, Any]) -> str:
     return " and ".join({"vae": "VAE", "taehv": "TAEHV"}[name] for name in coder)
+
+
+def _largest_array(shapes: Any) -> dict[str, int]:
+    """Return the size of the largest array; in 8 bits each comes in the compute type and is rounded on the device."""
+    return _largest(*(sizes(leaf) for leaf in jax.tree.leaves(shapes)))
 
 
 def _largest(*works: dict[str, int]) -> dict[str, int]:

@@ -310,6 +310,9 @@ class TransformerConfig(Config):
     ``kv_cache`` is how a stream stores keys and values (``models.kv_cache``): ``"dtype"`` as they are, ``"int8"`` in 8
     bits with scales, which halves the memory of bfloat16. Training and self-rollouts refuse ``"int8"``.
 
+    ``linear`` is how the linear layers of the blocks multiply when sampling (``models.int8_linear``): ``"dtype"`` in
+    that type, ``"int8"`` in 8 bits, which also halves the memory of bfloat16 weights. Training refuses ``"int8"``.
+
     ``image_dim > 0`` adds the image branch of Wan2.1-I2V (``models.image_branch``): tokens attend to ``image_tokens``
     embeddings of that width besides the text. The published values are ``image_dim=1280, in_channels=36``.
 
@@ -341,6 +344,7 @@ class TransformerConfig(Config):
     dtype: Dtype = "float32"
     precision: Literal["default", "fast", "wan", "causvid"] = "default"
     kv_cache: Literal["dtype", "int8"] = "dtype"
+    linear: Literal["dtype", "int8"] = "dtype"
     attention: Literal["auto", "xla", "cudnn", "splash", "blockwise", "int8"] = "xla"
     remat: Remat | bool = "none"
     lora: LoraConfig = LoraConfig()

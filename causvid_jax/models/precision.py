@@ -20,13 +20,13 @@ and float64 there (at most 4e-6 rad), and flash attention rescales its partial s
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
 from causvid_jax.config import Recipe, TransformerConfig
-from causvid_jax.models import adapters, attention, layers
+from causvid_jax.models import adapters, attention, int8_linear, layers
 from causvid_jax.models.layers import Params
 
 
@@ -50,13 +50,20 @@ def rounds_results(config: TransformerConfig) -> bool:
 
 
 def linear(p: Params, x: jax.Array, config: TransformerConfig) -> jax.Array:
-    """Return ``x W + b`` with rounded operands; ``fast`` rounds the product, ``wan`` and ``causvid`` the result."""
+    """Return ``x W + b`` with rounded operands; ``fast`` rounds the product, ``wan`` and ``causvid`` the result.
+
+    A kernel in 8 bits is multiplied by ``models.int8_linear``.
+    """
     if adapters.KEY in p:
         base = {name: value for name, value in p.items() if name != adapters.KEY}
         return linear(base, x, config) + adapters.product(p[adapters.KEY], x, config)
+    eight_bits = isinstance(p["kernel"], Mapping)
     if not rounds_results(config):
-        return layers.linear(p, x, config.dtype, config.dtype if config.precision == "fast" else "float32")
-    product = layers.matmul(x, p["kernel"], config.dtype)
+        result = config.dtype if config.precision == "fast" else "float32"
+        if eight_bits:
+            return int8_linear.product(x, p["kernel"]).astype(result) + p["bias"]
+        return layers.linear(p, x, config.dtype, result)
+    product = int8_linear.product(x, p["kernel"]) if eight_bits else layers.matmul(x, p["kernel"], config.dtype)
     return rounded(product + rounded(p["bias"].astype(jnp.float32), config.dtype), config.dtype)
 
 

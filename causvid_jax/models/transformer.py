@@ -28,8 +28,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from causvid_jax.config import CausalConfig, TransformerConfig, require
-from causvid_jax.models import attention, precision, rope
+from causvid_jax.models import attention, int8_linear, precision, rope
 from causvid_jax.models.int8_cache import readable, stored
+from causvid_jax.models.int8_linear import round_parameter, round_params
 from causvid_jax.models.kv_cache import (
     KVCache,
     TextCache,
@@ -56,7 +57,7 @@ from causvid_jax.models.transformer_layer import (
     pool_tokens,
     text_layer,
 )
-from causvid_jax.models.transformer_spec import block_spec, outer_spec, spec
+from causvid_jax.models.transformer_spec import block_spec, inference_spec, outer_spec, spec
 from causvid_jax.models.unstacked import is_unstacked, unstack
 from causvid_jax.sharding import constraints
 from causvid_jax.sharding.params import (
@@ -76,9 +77,13 @@ __all__ = [
     "cached",
     "encode_text",
     "inference",
+    "inference_spec",
     "init",
     "init_cache",
     "pooled_features",
+    "read_shapes",
+    "round_parameter",
+    "round_params",
     "spec",
     "unstack",
 ]
@@ -98,12 +103,18 @@ def abstract(config: TransformerConfig) -> Params:
 
 
 def inference(config: TransformerConfig, *, unstacked: bool = False) -> Params:
-    """Return :func:`abstract` with a sampler's types: parameters that every use rounds are stored rounded.
+    """Return shapes and types as a sampler holds them: parameters that every use rounds are stored rounded.
 
     ``unstacked``: in the form of ``models.unstacked``.
     """
-    stacked = inference_tree(abstract(config), config.dtype, precision.float32_kernels(config))
+    shapes = abstract_tree(inference_spec(config))
+    stacked = inference_tree(shapes, config.dtype, precision.float32_kernels(config))
     return jax.eval_shape(functools.partial(unstack, config=config), stacked) if unstacked else stacked
+
+
+def read_shapes(config: TransformerConfig) -> Params:
+    """Return shapes and types as a sampler reads them from a file, before :func:`round_parameter`."""
+    return inference(dataclasses.replace(config, linear="dtype"))
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
@@ -233,6 +244,7 @@ def _apply(
         x.shape[-1] == config.in_channels,
         f"the input has {x.shape[-1]} channels; this transformer requires {config.in_channels}",
     )
+    int8_linear.check(params, config)
     module = _Transformer(config, attend, pooled)
     unstacked = params["blocks"] if is_unstacked(params) else None
     declared = {name: value for name, value in params.items() if name != "blocks"} if unstacked else params
@@ -358,6 +370,7 @@ def encode_text(
 
     ``image_embeds`` is as in :func:`bidirectional`; the cache includes its keys and values.
     """
+    int8_linear.check(params, config)
     context = embed_context(params, prompt_embeds, image_embeds, config)
     if is_unstacked(params):
         layers = [cross_keys_values(p["cross_attn"], context, config) for p in params["blocks"]]

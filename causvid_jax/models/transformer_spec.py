@@ -1,11 +1,12 @@
 """Parameters of the Wan diffusion transformer: shapes, logical axes and initializers."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
 
 from causvid_jax.config import TransformerConfig
-from causvid_jax.models import adapters, image_branch
+from causvid_jax.models import adapters, image_branch, int8_linear
 from causvid_jax.sharding.params import ParamSpec, linear_spec, stack_spec
 
 
@@ -30,7 +31,7 @@ def _image_attention_spec(dim: int) -> dict[str, Any]:
 
 
 def block_spec(config: TransformerConfig) -> dict[str, Any]:
-    """Return the parameters of one layer."""
+    """Return the parameters of one layer; with ``linear="int8"`` as a sampler holds them."""
     dim = config.dim
     spec = {
         "modulation": ParamSpec((6, dim), (None, None), nn.initializers.normal(dim**-0.5)),
@@ -45,7 +46,8 @@ def block_spec(config: TransformerConfig) -> dict[str, Any]:
             "fc2": linear_spec(config.ffn_dim, dim, ("mlp", "embed")),
         },
     }
-    return adapters.with_adapters(spec, config.lora)
+    spec = adapters.with_adapters(spec, config.lora)
+    return int8_linear.rounded_spec(spec) if config.linear == "int8" else spec
 
 
 def outer_spec(config: TransformerConfig) -> dict[str, Any]:
@@ -72,5 +74,13 @@ def outer_spec(config: TransformerConfig) -> dict[str, Any]:
 
 
 def spec(config: TransformerConfig) -> dict[str, Any]:
-    """Return shape, logical axes and initializer of every parameter; ``blocks`` has the stacked layers."""
+    """Return shape, logical axes and initializer of every parameter; ``blocks`` has the stacked layers.
+
+    These are the parameters of files and training, whatever ``linear`` is.
+    """
+    return inference_spec(dataclasses.replace(config, linear="dtype"))
+
+
+def inference_spec(config: TransformerConfig) -> dict[str, Any]:
+    """Return :func:`spec` of the parameters as a sampler holds them: kernels in 8 bits with ``linear="int8"``."""
     return {**outer_spec(config), "blocks": stack_spec(block_spec(config), config.num_layers)}

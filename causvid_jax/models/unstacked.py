@@ -20,6 +20,7 @@ from causvid_jax.models.layers import Params
 
 ROTATED: tuple[tuple[str, ...], ...] = (
     *(("q", "kernel"), ("q", "bias"), ("k", "kernel"), ("k", "bias"), ("norm_q", "scale"), ("norm_k", "scale")),
+    *(("q", "kernel", "int8"), ("q", "kernel", "scale"), ("k", "kernel", "int8"), ("k", "kernel", "scale")),
     *(("q", "lora", "up"), ("k", "lora", "up")),
 )
 """Parameters of self-attention whose last axis is the heads' columns and is rotated."""
@@ -42,7 +43,7 @@ def unstack(params: Params, config: TransformerConfig, *, free: bool = False) ->
     """Return ``params`` with ``blocks`` as a tuple of layers and rotary halves; unchanged if they are so already.
 
     Args:
-      params: parameters of :func:`models.transformer.spec`; also shapes, inside ``jax.eval_shape``.
+      params: parameters of :func:`models.transformer.inference_spec`; also shapes, inside ``jax.eval_shape``.
       config: of the network.
       free: release each stacked array as soon as it is split, so that the peak is one array above the parameters.
     """

@@ -13,7 +13,7 @@ import numpy as np
 
 from causvid_jax import media as files
 from causvid_jax.config import Recipe, require
-from causvid_jax.models import taehv, vae
+from causvid_jax.models import taehv, transformer, vae
 from causvid_jax.sampling import stream, weights
 from causvid_jax.sampling.protocols import Samplers, Switch
 from causvid_jax.sampling.teacher import sample_clip
@@ -37,6 +37,8 @@ def make_samplers(
         prompt_encoder: of the prompts; a recipe of words needs none.
     """
     reader = prompt_encoder or encoder.open_encoder(config)
+    if "teacher" in params:
+        params = {**params, "teacher": transformer.round_params(params["teacher"], config.teacher)}
     streamed = weights.for_stream({name: params[name] for name in ("student", config.decoder)}, config)
     negative_embeds = jnp.asarray(encoder.negative_prompt_embeds(reader))
 

@@ -1,6 +1,7 @@
 """Find and load the weights that a sampler needs, from our files or from published ones."""
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -12,7 +13,7 @@ import jax
 
 from causvid_jax import checkpoints
 from causvid_jax.checkpoints import convert, lineage, workdir
-from causvid_jax.config import CausalConfig, ConfigError, Recipe, published, require
+from causvid_jax.config import CausalConfig, ConfigError, Recipe, TransformerConfig, published, require
 from causvid_jax.models import decoder, experts, transformer
 from causvid_jax.models.unstacked import unstack
 
@@ -93,8 +94,8 @@ def _open_role(recipe: Recipe, role: str, folder: pathlib.Path | None, path: pat
 
 
 def shapes(recipe: Recipe, role: str) -> dict[str, Any]:
-    """Return the shapes and types in which a role's weights are sampled, by the names of :func:`networks`."""
-    return dict.fromkeys(networks(recipe, role), transformer.inference(getattr(recipe, role)))
+    """Return the shapes and types in which a role's weights are read, by the names of :func:`networks`."""
+    return dict.fromkeys(networks(recipe, role), transformer.read_shapes(getattr(recipe, role)))
 
 
 def _check_window(opened: checkpoints.Checkpoint, causal: CausalConfig) -> None:
@@ -141,26 +142,36 @@ def with_loras(opened: checkpoints.Checkpoint, loras: Sequence[str]) -> checkpoi
 def load(opened: Opened, shapes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the weights of the networks in ``shapes`` on the device, in the types of ``shapes``.
 
-    Those of two experts become one entry, ``"teacher"``.
+    Those of two experts become one entry, ``"teacher"``. With ``linear="int8"`` each kernel of a transformer is rounded
+    before the next one is read, so that the device holds one stacked array in the compute type at a time.
     """
-    params = {name: checkpoints.load(opened[name], dtype=types)[0] for name, types in shapes.items()}
+    params = {name: _load(opened[name], types) for name, types in shapes.items()}
     if experts.HIGH_NOISE in params:
         params["teacher"] = {name: params.pop(name) for name in experts.NAMES}
     return params
 
 
+def _load(opened: checkpoints.Checkpoint, types: Any) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if isinstance(opened.config, TransformerConfig) and opened.config.linear == "int8":
+        options["convert"] = functools.partial(transformer.round_parameter, config=opened.config)
+    return checkpoints.load(opened, dtype=types, **options)[0]
+
+
 def load_student(opened: Opened, recipe: Recipe, *, encodes: bool = False) -> dict[str, Any]:
     """Load the student in the form of a stream and its decoder; with ``encodes`` also the VAE."""
-    shapes = {"student": transformer.inference(recipe.student), **decoder.codec_shapes(recipe, encodes=encodes)}
-    return for_stream(load(opened, shapes), recipe, free=True)
+    read = {**shapes(recipe, "student"), **decoder.codec_shapes(recipe, encodes=encodes)}
+    return for_stream(load(opened, read), recipe, free=True)
 
 
 def for_stream(params: Mapping[str, Any], recipe: Recipe, *, free: bool = False) -> dict[str, Any]:
     """Return ``params`` with the student in the form that streams fastest (``models.unstacked``).
 
-    ``free`` releases the stacked arrays on the way; they must not be used again.
+    Kernels that are not rounded yet are rounded if ``student.linear`` is ``"int8"``. ``free`` releases the stacked
+    arrays on the way; they must not be used again.
     """
-    return {**params, "student": unstack(params["student"], recipe.student, free=free)}
+    student = transformer.round_params(params["student"], recipe.student)
+    return {**params, "student": unstack(student, recipe.student, free=free)}
 
 
 def checksum(opened: Opened, recipe: Recipe) -> str:
@@ -170,7 +181,9 @@ def checksum(opened: Opened, recipe: Recipe) -> str:
     """
     causal = dataclasses.replace(recipe.causal, on_prompt_switch="keep")
     names = "student", "taehv" if recipe.decoder == "taehv" else "vae"
-    parts = [*(opened[name].identity() for name in names), recipe.student.dtype, recipe.student.precision]
+    net = recipe.student
+    parts = [*(opened[name].identity() for name in names), net.dtype, net.precision]
+    parts += [f"{name} int8" for name in ("attention", "kv_cache", "linear") if getattr(net, name) == "int8"]
     return hashlib.sha256(" ".join(map(str, [*parts, causal, recipe.diffusion])).encode()).hexdigest()
 
 

@@ -167,14 +167,14 @@ def open_programs(
     )
     loaded = None if program is None else load(program, recipe)
     reader = encoder.open_encoder(recipe, checkpoint)
-    shapes = {"student": transformer.inference(recipe.student), **decoder.codec_shapes(recipe, encodes="vae" in opened)}
+    shapes = {**weights.shapes(recipe, "student"), **decoder.codec_shapes(recipe, encodes="vae" in opened)}
     compiled: dict[str, Callable[..., Any]] = {}
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         reading = pool.submit(weights.load, opened, {name: shape for name, shape in shapes.items() if name in opened})
         if loaded or (compiles and placement.mesh is None and has_fixed_shapes(recipe)):
             compiled = compile_all(recipe, "vae" in opened, loaded, pool)()
         params = reading.result()
-    params = stream_params(params, transformer.spec(recipe.student), recipe.student.rules, placement)
+    params = stream_params(params, transformer.inference_spec(recipe.student), recipe.student.rules, placement)
     params = weights.for_stream(params, recipe, free=True)
     return Programs(StudentPipeline(recipe, params, reader), weights.checksum(opened, recipe), placement, compiled)
 

@@ -75,12 +75,14 @@ def inference_tree(abstract: Any, dtype: str, islands: Container[str] = ()) -> A
     """Return ``abstract`` with every ``kernel`` of type ``dtype``, except under the top-level names ``islands``.
 
     A kernel is rounded to the compute type wherever it is used, so parameters stored like this give the same bits as
-    float32 ones at half the memory. All other parameters (norms, biases, modulation) stay float32.
+    float32 ones at half the memory. The ``int8`` of a kernel in 8 bits has that type. All other parameters (norms,
+    biases, modulation, scales) stay float32.
     """
+    types = {"kernel": dtype, "int8": "int8"}
 
     def narrow(path: Any, leaf: Any) -> Any:
-        keeps = path[-1].key != "kernel" or path[0].key in islands
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if keeps else jnp.dtype(dtype))
+        keeps = path[-1].key not in types or path[0].key in islands
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if keeps else jnp.dtype(types[path[-1].key]))
 
     return jax.tree_util.tree_map_with_path(narrow, abstract)
 

@@ -54,7 +54,12 @@ def check_trainable(recipe: Recipe) -> None:
         f"student.kv_cache is {recipe.student.kv_cache!r}, which is for sampling; training accepts: 'dtype'",
     )
     for role in ("teacher", "student"):
-        backend = getattr(recipe, role).attention
+        net = getattr(recipe, role)
+        require(
+            net.linear == "dtype",
+            f"{role}.linear is {net.linear!r}, which has no gradient and is for sampling; training accepts: 'dtype'",
+        )
+        backend = net.attention
         require(
             backend != "int8",
             f"{role}.attention is 'int8', which has no gradient and is for sampling; training accepts: 'auto', 'xla', "
