@@ -1,6 +1,6 @@
 """Report a benchmark as JSON and as a Markdown table, and compare two reports.
 
-Every line repeats its settings. ``benchmarks/torch_sampler.py`` writes the same JSON.
+Every line repeats its settings.
 """
 
 import dataclasses

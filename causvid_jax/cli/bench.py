@@ -81,7 +81,7 @@ def read_weights(options: Options) -> tuple[Recipe, dict[str, Any], str]:
 
 
 def read_report(path: str) -> dict[str, Any]:
-    """Return an earlier report of this program or of ``benchmarks/torch_sampler.py``.
+    """Return an earlier report of this program.
 
     Raises:
         ConfigError: no such file, or one that is no report.
