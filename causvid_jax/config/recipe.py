@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import ml_collections
 
+from causvid_jax.config import machine
 from causvid_jax.config.errors import require
 from causvid_jax.config.fields import Config, Count, CountOrZero, build, check_path
 from causvid_jax.config.model import (
@@ -323,10 +325,13 @@ def check_field(path: str) -> None:
 def from_config_dict(values: ml_collections.ConfigDict | dict[str, Any]) -> Recipe:
     """Return the validated :class:`Recipe` of an ``ml_collections.ConfigDict`` or a plain dict.
 
+    A ``dtype`` of ``"auto"`` becomes the type that suits this machine (``config.machine``).
+
     Raises:
         ConfigError: an unknown field, a value of another type or out of bounds, or groups that do not fit each other.
     """
-    return build(Recipe, values, "", RENAMED)
+    plain = values.to_dict() if hasattr(values, "to_dict") else values
+    return build(Recipe, machine.resolve(plain) if isinstance(plain, Mapping) else plain, "", RENAMED)
 
 
 def to_json(config: Any) -> str:

@@ -20,6 +20,8 @@ from causvid_jax.config import ConfigError, require
 from causvid_jax.config.files import atomic
 
 IDENTITY = "identity.json"
+ADDED = ("dtype",)
+"""Settings of an identity that older datasets do not have, which may have any value there."""
 _FINISHED = "FINISHED"
 
 
@@ -184,6 +186,7 @@ def _check_identity(folder: pathlib.Path, identity: dict[str, Any]) -> None:
         replace_file(path, json.dumps(expected, indent=1).encode())
         return
     stored = read_identity(folder)
+    stored = {name: expected[name] for name in ADDED if name in expected} | stored
     different = sorted(k for k in {*stored, *expected} if stored.get(k) != expected.get(k))
     if different:
         changes = ", ".join(_change(name, stored.get(name), expected.get(name)) for name in different)

@@ -13,8 +13,9 @@ def weights_digest(params: dict[str, Any]) -> str:
 
 
 def teacher_identity(params: dict[str, Any], recipe: Recipe) -> dict[str, str]:
-    """Return the digest of the teacher, or those of its two experts and how they share the timesteps."""
+    """Return the teacher's type and digest, or the digests of its two experts and how they share the timesteps."""
+    dtype = {"dtype": recipe.teacher.dtype}
     if not recipe.experts.boundary:
-        return {"teacher": weights_digest(params)}
+        return dtype | {"teacher": weights_digest(params)}
     digests = {name: weights_digest(params[name]) for name in experts.NAMES}
-    return {**digests, "experts": to_json(recipe.experts)}
+    return {**dtype, **digests, "experts": to_json(recipe.experts)}

@@ -89,6 +89,10 @@ def test_another_identity_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="weights was 'abc' and is now 'xyz'"):
         _write(tmp_path, identity={"weights": "xyz"})
     assert json.loads((tmp_path / "identity.json").read_text())["weights"] == "abc"
+    _write(tmp_path, identity={"weights": "abc", "dtype": "float32"})  # written before identities had a type
+    _write(tmp_path / "typed", identity={"dtype": "bfloat16"})
+    with pytest.raises(ConfigError, match="dtype was 'bfloat16' and is now 'float32'"):
+        _write(tmp_path / "typed", identity={"dtype": "float32"})
 
 
 def test_a_dataset_folder_runs_no_code(tmp_path, monkeypatch):
