@@ -225,4 +225,5 @@ def log_start(recipe: Recipe) -> None:
     for role in ("teacher", "student"):
         net = getattr(recipe, role)
         kernel = attention.resolve(net.attention, net.dtype)
-        logging.info("%s: %d layers of width %d, %s attention, %s.", role, net.num_layers, net.dim, kernel, net.dtype)
+        dtype = f"{net.dtype}, linear layers in int8" if net.linear == "int8" else net.dtype
+        logging.info("%s: %d layers of width %d, %s attention, %s.", role, net.num_layers, net.dim, kernel, dtype)

@@ -21,12 +21,17 @@ def with_mesh(**changes):
     return dataclasses.replace(RECIPE, parallel=dataclasses.replace(MESH, **changes))
 
 
-@pytest.mark.parametrize("stage,quick", [("teacher", False), ("teacher", True), ("stream", False)])
-def test_a_compiled_program_holds_what_is_computed(stage, quick):
+@pytest.mark.parametrize(
+    "stage,quick,linear",
+    [("teacher", False, "dtype"), ("teacher", True, "dtype"), ("stream", False, "dtype"), ("stream", False, "int8")],
+)
+def test_a_compiled_program_holds_what_is_computed(stage, quick, linear):
     """The pretended machine has the figures of eight GPUs and the CPU devices of this process."""
     machine = topology.Topology(topology.parse("h100:8"), jax.devices())
-    report = compile_report.compile_for(with_mesh(), stage, machine, quick=quick)
-    known = compile_report.estimate_for(with_mesh(), stage, machine.machine)
+    recipe = with_mesh()
+    recipe = dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, linear=linear))
+    report = compile_report.compile_for(recipe, stage, machine, quick=quick)
+    known = compile_report.estimate_for(recipe, stage, machine.machine)
     assert report.compiled and report.fits and report.mesh == {"data": 2, "fsdp": 2, "context": 2, "tensor": 1}
     state = sum(known.parts[name] for name in ("parameters", "running mean", "moments") if name in known.parts)
     state += known.parts["caches"] if stage == "stream" else 0.0
