@@ -37,7 +37,16 @@ from causvid_jax.training.dmd_data import (
     with_context,
     with_frames,
 )
-from causvid_jax.training.dmd_scores import critic_spec, fake_score, real_score, score_levels, scored, student_rollout
+from causvid_jax.training.dmd_scores import (
+    critic_spec,
+    fake_params,
+    fake_score,
+    real_score,
+    score_levels,
+    scored,
+    shares_base,
+    student_rollout,
+)
 from causvid_jax.training.optimizers import make_optimizer
 from causvid_jax.training.run import Run
 from causvid_jax.training.update import (
@@ -61,7 +70,8 @@ class DMDState:
 
     Attributes:
       student: the generator, with its EMA.
-      critic: the fake score, which may be of another size; without an EMA.
+      critic: the fake score, which may be of another size; without an EMA. Of adapters on the student's base, only
+        these (:func:`~causvid_jax.training.dmd_scores.fake_params`).
       step: int32 scalar, steps of which at least one update was applied.
       history: recent losses of the critic (row 0) and the student (row 1).
     """
@@ -183,7 +193,7 @@ def critic_update(
         settings: dict[str, Any] = {"diffusion": recipe.diffusion, "distill": config, "mask": mask, "levels": levels}
         options: dict[str, Any] = {"clean": jax.lax.stop_gradient(x), "recipe": recipe}
         options["picture"] = pictures.picture_of(batch)
-        settings["fake"] = functools.partial(fake_score, params, **options)
+        settings["fake"] = functools.partial(fake_score, fake_params(params, student, recipe), **options)
         if config.objective == "dmd_gan":
             loss, metrics = gan.critic_loss(
                 x, batch["latents"], text, loss_key, discriminator=discriminator(params, recipe), **settings
@@ -329,7 +339,7 @@ def train_step(
         key,
         step=state.step,
         teacher=teacher,
-        critic=critic.params,
+        critic=fake_params(critic.params, state.student.params, recipe),
         negative_prompt_embeds=negative_prompt_embeds,
         optimizer=optimizers.student,
         **shared,
@@ -371,9 +381,12 @@ def compiled_step(recipe: Recipe, placement: Placement) -> TrainStep:
 def first_critic(run: Run, student: Any, teacher: Any) -> Any:
     """Return the parameters that the fake score starts from, with buffers of their own.
 
-    A network of the teacher's sizes starts from the teacher's weights for its forward mode.
+    A network of the teacher's sizes starts from the teacher's weights for its forward mode. Of a fake score that shares
+    the student's base, the result is the adapters.
     """
     recipe, config = run.recipe, run.recipe.train_distill
+    if shares_base(recipe):
+        return jax.tree.map(jnp.copy, adapters.split(student)[0])
     if config.critic_init == "teacher" and config.teacher == "causal" and config.critic_mode != "causal":
         critic = weights.load_network(run, "teacher", recipe.teacher)
     else:

@@ -12,16 +12,31 @@ from causvid_jax.diffusion import flow
 from causvid_jax.diffusion.guidance import per_branch
 from causvid_jax.distill import dmd, gan
 from causvid_jax.distill.exit_steps import Rollout, exit_steps_of
-from causvid_jax.models import experts, transformer
+from causvid_jax.models import adapters, experts, transformer
 from causvid_jax.models.image_branch import Picture, conditioned
 from causvid_jax.training.dmd_data import clip_shape
 
 
+def shares_base(recipe: Recipe) -> bool:
+    """Return whether the fake score is adapters on the student's frozen base, which is then stored once."""
+    return recipe.train_distill.critic_init == "student" and recipe.student.lora.rank > 0
+
+
 def critic_spec(recipe: Recipe) -> dict[str, Any]:
-    """Return the parameters of the fake score, with the discriminator's head if the objective has one."""
+    """Return the parameters that the state holds for the fake score.
+
+    They are all of its network, or its adapters alone (:func:`shares_base`), and the discriminator's head if the
+    objective has one.
+    """
     config, net = recipe.train_distill, recipe.fake_score
+    spec = transformer.spec(net)
     head = {gan.HEAD: gan.head_spec(net, config)} if config.objective == "dmd_gan" else {}
-    return transformer.spec(net) | head
+    return (adapters.split(spec)[0] if shares_base(recipe) else spec) | head
+
+
+def fake_params(critic: Any, student: Any, recipe: Recipe) -> Any:
+    """Return all parameters of the fake score: those of the state, with the student's base if they share it."""
+    return adapters.join(critic, adapters.split(student)[1]) if shares_base(recipe) else critic
 
 
 def score(

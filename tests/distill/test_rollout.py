@@ -245,9 +245,12 @@ NETWORK = TransformerConfig(
 )
 
 
-def unrolled(params, text, key, exit_steps, causal, context, keep=jax.lax.stop_gradient):
-    """The self rollout of the real network as a plain loop, for autodiff; ``keep`` makes every cache a constant."""
-    stop = jax.lax.stop_gradient
+def unrolled(params, text, key, exit_steps, causal, context, keep=jax.lax.stop_gradient, first=TIMESTEPS):
+    """The self rollout of the real network as a plain loop, for autodiff; ``keep`` makes every cache a constant.
+
+    ``first`` are the timesteps of the first block.
+    """
+    stop, most = jax.lax.stop_gradient, max(len(first), len(TIMESTEPS))
     text_cache = transformer.encode_text(params, text, config=NETWORK)
     frames, noise_key = 4, jax.random.split(key)[1]
     cache = transformer.init_cache(NETWORK, causal, batch=2, height=4, width=4, frames=frames)
@@ -260,17 +263,17 @@ def unrolled(params, text, key, exit_steps, causal, context, keep=jax.lax.stop_g
         cache = kv_cache.advance(forward(latents, causal.context_noise, cache)[1], 2)
     outputs = []
     for i in range(frames // 2):
-        block_key = jax.random.fold_in(noise_key, i)
+        block_key, timesteps = jax.random.fold_in(noise_key, i), TIMESTEPS if i else first
         x = jax.random.normal(jax.random.fold_in(block_key, 0), (2, 2, 4, 4, 3))
         for j in range(exit_steps[i] + 1):
-            velocity, cache = forward(stop(x), TIMESTEPS[j], cache)
-            x0 = stop(x) - TIMESTEPS[j] / 1000 * velocity
+            velocity, cache = forward(stop(x), timesteps[j], cache)
+            x0 = stop(x) - timesteps[j] / 1000 * velocity
             if j < exit_steps[i]:
-                sigma = TIMESTEPS[j + 1] / 1000
+                sigma = timesteps[j + 1] / 1000
                 x = (1 - sigma) * x0 + sigma * jax.random.normal(jax.random.fold_in(block_key, j + 1), x.shape)
         if causal.context_pass:
             level = causal.context_noise / 1000 * (causal.add_context_noise != "never")
-            noise = jax.random.normal(jax.random.fold_in(block_key, len(TIMESTEPS)), x.shape)
+            noise = jax.random.normal(jax.random.fold_in(block_key, most), x.shape)
             _, cache = forward(stop((1 - level) * x0 + level * noise), causal.context_noise, cache)
         cache = kv_cache.advance(cache, 2)
         outputs.append(x0)
@@ -281,12 +284,14 @@ PLAIN = CausalConfig(frames_per_block=2)
 WINDOW = CausalConfig(frames_per_block=2, window=4, sink=2, context_noise=60.0)
 NOISY = dataclasses.replace(WINDOW, sink=0, add_context_noise="training")
 NO_PASS = CausalConfig(frames_per_block=2, window=4, positions="relative", context_pass=False)
+FIRST = (1000.0, 900.0, 700.0, 400.0)
+"""Timesteps of the first block in the case with noise, where each block has an exit step of its own."""
 
 
 @pytest.mark.parametrize(
     "causal,context_frames,method",
     [(PLAIN, 0, "replay"), (WINDOW, 4, "stop"), (WINDOW, 4, "replay"), (NOISY, 0, "replay"), (NO_PASS, 2, "stop")],
-    ids=["plain, replay", "window, stop", "window, replay", "noise, replay", "no pass, stop"],
+    ids=["plain, replay", "window, stop", "window, replay", "noise and first block, replay", "no pass, stop"],
 )
 def test_real_rollout_and_its_gradient_equal_autodiff_of_the_unrolled_loop(causal, context_frames, method):
     """Replay adds the gradient through all keys and values. The latents that pass from block to block are constants."""
@@ -295,20 +300,27 @@ def test_real_rollout_and_its_gradient_equal_autodiff_of_the_unrolled_loop(causa
     text = rng.standard_normal((2, 4, 5)).astype(np.float32)
     context = rng.standard_normal((2, context_frames, 4, 4, 3)).astype(np.float32) if context_frames else None
     weight = rng.standard_normal((2, 4, 4, 4, 3)).astype(np.float32)
-    key, own = jax.random.key(0), causal == NOISY
-    settings = rollout.Rollout(NETWORK, causal, TIMESTEPS, exit_steps="per_block" if own else "shared")
+    own = causal == NOISY
+    settings, first = rollout.Rollout(NETWORK, causal, TIMESTEPS), TIMESTEPS
+    if own:
+        settings, first = dataclasses.replace(settings, exit_steps="per_block", first_timesteps=FIRST), FIRST
+
+    def exits_of(key):
+        return [int(i) for i in rollout.exit_steps_of(settings, key, 4, None if own else 1)]
+
+    # With exit steps of their own: the last of the first block's four, and the second of the three of the other.
+    exits = [3, 1] if own else [1, 1]
+    key = next(key for key in map(jax.random.key, range(99)) if exits_of(key) == exits)
     run, keep = rollout.self_rollout, jax.lax.stop_gradient
     if method == "replay":
         run, keep = replay.replay_rollout, lambda x: x
-    exits = [int(i) for i in rollout.exit_steps_of(settings, key, 4, None if own else 1)]
-    assert len(set(exits)) == (1, 2)[own]
 
     def product(params):
         x0 = run(settings, params, text, key, shape=weight.shape, exit_step=None if own else 1, context=context)
         return jnp.sum(weight * x0), x0
 
     def oracle(params):
-        x0 = unrolled(params, text, key, exits, causal, context, keep)
+        x0 = unrolled(params, text, key, exits, causal, context, keep, first)
         return jnp.sum(weight * x0), x0
 
     compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # in half the time

@@ -7,13 +7,15 @@ import tempfile
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from causvid_jax.checkpoints import store
 from causvid_jax.checkpoints import workdir as weight_files
-from causvid_jax.config import OptimizerConfig, ParallelConfig, from_config_dict
+from causvid_jax.config import LoraConfig, OptimizerConfig, ParallelConfig, from_config_dict
 from causvid_jax.data import arrays, digits
-from causvid_jax.models import transformer, vae
-from causvid_jax.training import checkpoint, stages
+from causvid_jax.models import adapters, transformer, vae
+from causvid_jax.sharding.placement import place
+from causvid_jax.training import checkpoint, dmd, stages
 from causvid_jax.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("compiled_anew")
@@ -164,6 +166,53 @@ def test_sharded_step_equals_the_single_device_step(workdir, alone, name, mesh):
         if path.endswith("k/bias"):
             continue
         np.testing.assert_allclose(np.asarray(sharded), np.asarray(value), rtol=1e-5, atol=2e-5, err_msg=path)
+
+
+LORA = LoraConfig(rank=3, alpha=6.0, targets=("q", "o", "fc1", "fc2"))
+MODULES = (("self_attn", "q"), ("self_attn", "o"), ("cross_attn", "q"), ("ffn", "fc1"), ("ffn", "fc2"))
+
+
+def with_lora(name, mesh=None, **changes):
+    config = dataclasses.replace(getattr(RECIPE, f"train_{name}"), lora=LORA, **changes)
+    parallel = {} if mesh is None else {"parallel": MESHES[mesh]}
+    return dataclasses.replace(RECIPE, **{f"train_{name}": config}, **parallel)
+
+
+def lies_like(tree, base):
+    """A of every module is split as the input axis of its kernel, B as the output axis; the rank is whole."""
+    for group, name in MODULES:
+        kernel, lora = (part["blocks"][group][name] for part in (base, tree))
+        layers, rows, columns = (*kernel["kernel"].spec, None, None, None)[:3]
+        assert {rows, columns} == {"fsdp", "tensor"}
+        for side, axes in (("down", (layers, rows, None)), ("up", (layers, None, columns))):
+            expected = NamedSharding(kernel["kernel"].mesh, PartitionSpec(*axes))
+            assert lora["lora"][side].is_equivalent_to(expected, 3), (group, name, side)
+
+
+def test_adapters_take_the_single_device_step_split_like_their_kernels(workdir):
+    """The third step is the first one that moves A: the rate warms up, and A has no gradient while B is zero."""
+    expected, single = take_steps("init", with_lora("init"), workdir, count=3)
+    losses, state = take_steps("init", with_lora("init", "all"), workdir, count=3)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    whole = store.flatten(single.network.params)
+    for path, value in store.flatten(state.network.params).items():
+        np.testing.assert_allclose(np.asarray(value), np.asarray(whole[path]), rtol=1e-5, atol=2e-5, err_msg=path)
+    for module in adapters.modules(single.network.params):
+        assert all(np.abs(np.asarray(module["lora"]["up"])).max(axis=(1, 2)) > 1e-4)
+    shardings = jax.tree.map(lambda x: x.sharding, state.network)
+    moments = shardings.opt[1][0]
+    for tree in (shardings.params, shardings.ema, moments.mu, moments.nu):
+        lies_like(tree, shardings.params)
+
+
+def test_a_fake_score_of_adapters_shares_the_base_of_the_student():
+    recipe = stages.with_lora("distill", with_lora("distill", "all", critic_init="student"))
+    optimizers = dmd.make_optimizers(recipe.train_distill)
+    state = dmd.state_shardings(recipe, place(recipe.parallel, recipe.student.rules), optimizers)
+    student, critic = state.student, state.critic
+    for tree in (student.params, student.ema, student.opt[1][0].mu, critic.params, critic.opt[1][0].nu):
+        lies_like(tree, student.params)
+    assert len(jax.tree.leaves(critic.params)) == len(jax.tree.leaves(student.ema)) == 2 * (len(MODULES) + 1)
 
 
 def test_muons_steps_on_matrices_that_are_split(workdir):

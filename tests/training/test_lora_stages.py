@@ -10,7 +10,7 @@ from causvid_jax.checkpoints import load, open_checkpoint, open_lora
 from causvid_jax.checkpoints import workdir as paths
 from causvid_jax.config import ConfigError
 from causvid_jax.models import adapters, transformer
-from causvid_jax.training import stages
+from causvid_jax.training import dmd_scores, stages
 from tests import tiny
 
 LORA = {"lora": {"rank": 2, "alpha": 4.0, "targets": ("q", "fc1")}}
@@ -45,6 +45,12 @@ def test_a_stage_trains_adapters_on_a_frozen_base(name, start, folder):
     first = adapters.split(networks[0].params)[0]
     assert np.abs(first["blocks"]["ffn"]["fc1"]["lora"]["up"]).max() == 0
     assert size(networks[0].ema) == size(own) and size(networks[0].opt) <= 2 * size(own) + 4
+    if name == "distill":  # the fake score is adapters on the student's base, which is stored once
+        critic = run.states[-1].critic.params
+        assert size(critic) == size(own) and all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(critic))
+        whole = dmd_scores.fake_params(critic, networks[-1].params, recipe)
+        jax.tree.map(np.testing.assert_array_equal, adapters.split(whole)[1], base)
+        assert jax.tree.structure(whole) == jax.tree.structure(networks[-1].params)
     # What is exported is the base plus the adapters, and lora/ holds these.
     averaged = adapters.merged(networks[-1].averaged, net)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), run.exported, averaged)
