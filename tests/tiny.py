@@ -13,9 +13,9 @@ import numpy as np
 
 from causvid_jax.checkpoints import store
 from causvid_jax.checkpoints import workdir as stage_files
-from causvid_jax.config import Recipe, from_config_dict
+from causvid_jax.config import CLIPConfig, Recipe, from_config_dict
 from causvid_jax.data import arrays, digits, pictures
-from causvid_jax.models import taehv, transformer, vae
+from causvid_jax.models import clip_vision, taehv, transformer, vae
 from causvid_jax.sharding.placement import place
 from causvid_jax.training import stages
 from causvid_jax.training.run import Run
@@ -35,6 +35,11 @@ def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 RECIPE = tiny_recipe()
+
+CLIP = CLIPConfig(image_size=8, patch_size=4, dim=80, ffn_dim=24, num_heads=1, num_layers=2, projection_dim=3)
+BRANCH = {"in_channels": 12, "image_dim": 80, "image_tokens": 5}
+IMAGE = {"teacher": BRANCH, "student": BRANCH, "train_causal": {"prompt_switch_prob": 0.0, "steps": 2}}
+"""Changes of :func:`tiny_recipe` for networks with an image branch, whose image encoder is :data:`CLIP`."""
 
 
 def random_params(params: Any, seed: int = 0, scale: float = 0.1) -> Any:
@@ -89,6 +94,14 @@ def tiny_workdir(folder: pathlib.Path, recipe: Recipe = RECIPE, examples: int = 
             progress=False,
         )
     return folder
+
+
+def image_workdir(folder: pathlib.Path, recipe: Recipe) -> pathlib.Path:
+    """Fill ``folder`` like :func:`tiny_workdir` for a recipe of :data:`IMAGE`, with random weights of its CLIP."""
+    place = tiny_workdir(folder, recipe)
+    clip = random_params(clip_vision.abstract(CLIP), 8)
+    store.save_params(stage_files.stage_path(place, "image_encoder"), clip, {})
+    return place
 
 
 class RecordedRun(Run):

@@ -16,6 +16,7 @@ import numpy as np
 
 from causvid_jax.config import ConfigError, Recipe, RunError, require
 from causvid_jax.media.output import remove_abandoned
+from causvid_jax.models.image_branch import has_branch
 from causvid_jax.sampling import stream
 from causvid_jax.serve.film import Film, Replay
 from causvid_jax.serve.fragments import Recording
@@ -81,8 +82,27 @@ class Engine:
 
     @property
     def has_encoder(self) -> bool:
-        """Whether pictures and videos are accepted."""
+        """Whether pictures are accepted."""
         return self._programs is not None and self._programs.has_encoder
+
+    @property
+    def has_branch(self) -> bool:
+        """Whether the student has an image branch, so that every film starts from a picture and follows no video."""
+        return has_branch(self.recipe.student)
+
+    def check_input(self, picture: bool, video: bool) -> None:
+        """Refuse a picture or a video that the student cannot read, and a start without the picture that it needs.
+
+        Raises:
+            ConfigError: the sentence says what is accepted.
+        """
+        require(not (picture or video) or self.has_encoder, "this server reads neither pictures nor videos")
+        require(
+            not (self.has_branch and video), "this student has an image branch and follows no video; send a picture"
+        )
+        require(
+            picture or not self.has_branch, "this student has an image branch; send the picture that it starts from"
+        )
 
     def load(self) -> None:
         """Load the weights and compile every program; first remove unfinished files of a killed server."""
@@ -250,13 +270,14 @@ class Engine:
             playing = Replay(self.programs, start.script)
             film = playing.film
         else:
-            has_input = start.picture is not None or start.video is not None
-            require(not has_input or self.has_encoder, "this server reads neither pictures nor videos")
+            self.check_input(start.picture is not None, start.video is not None)
             if start.video is not None:
                 stream.strength_step(self.recipe.diffusion, start.strength)  # refuses what is out of bounds
-            film = Film(self.programs, start.seed, start.prompt)
+            # An image branch keeps the picture; for other students it is the first block.
+            film = Film(self.programs, start.seed, start.prompt, picture=start.picture if self.has_branch else None)
+        first_block = None if self.has_branch else start.picture
         with self._lock:
-            session.film, session.playing, session.picture = film, playing, start.picture
+            session.film, session.playing, session.picture = film, playing, first_block
             session.video = start.video
             session.strength = start.strength if start.video is not None else session.strength
             session.take += 1

@@ -51,24 +51,36 @@ class _Blend:
 class Film:
     """A stream with its script.
 
+    A student with an image branch needs ``picture``, uint8 ``[H, W, 3]``, which stays through every change of prompt.
+    Other students start from a picture as the first block (:meth:`step`).
+
     Attributes:
         block: number of blocks so far.
         frame: number of frames so far.
         prompt: the current prompt.
     """
 
-    def __init__(self, programs: Programs, seed: int, prompt: str, latents: int | None = None):
+    def __init__(
+        self,
+        programs: Programs,
+        seed: int,
+        prompt: str,
+        latents: int | None = None,
+        picture: np.ndarray | None = None,
+    ):
         self.programs, self.seed, self.prompt = programs, seed, prompt
         self.block, self.frame = 0, 0
-        self._latents = latents
+        self._latents, self._picture = latents, picture
         self._embeds = self._encode(prompt)
-        self._state: StreamState = programs.start(self._embeds, seed, latents)
+        self._state: StreamState = programs.start(self._embeds, seed, latents, picture)
         self._events = [Event(0, prompt=prompt)]
         self._blend: _Blend | None = None
         self._coder: Any = None
         self._places: Any = None  # of a snapshot: the shardings of state and coder on the device
         self._input, self._complete = 0, True
         self._digest = hashlib.sha256()
+        if picture is not None:
+            self._keep(Event(0, frames=pack(picture[None])))
 
     def change(self, prompt: str, context: str = "reset", blend: int = 0) -> None:
         """Switch to a prompt at the next block, or gradually over ``blend`` blocks.
@@ -81,7 +93,7 @@ class Film:
         embeds = self._encode(prompt)
         if self.block == 0:  # before the first block, this is the prompt of the start
             self._embeds, self._events[0] = embeds, Event(0, prompt=prompt)
-            self._state = self.programs.start(embeds, self.seed, self._latents)
+            self._state = self.programs.start(embeds, self.seed, self._latents, self._picture)
         else:
             if self._events[-1].block == self.block and self._events[-1].prompt is not None:
                 self._events.pop()
@@ -96,6 +108,10 @@ class Film:
             frames: uint8 ``[n, H, W, 3]``: a picture to start from, or the latest frames of a video to follow.
             strength: distance from the video; None: ``frames`` is a picture.
         """
+        require(
+            frames is None or not self.programs.has_branch,
+            "a student with an image branch reads a picture at its start only, and follows no video",
+        )
         if self._blend:
             self._turn(self._blend)
         if frames is None:
@@ -204,6 +220,11 @@ def check_script(script: Script, programs: Programs) -> None:
         programs.has_encoder or all(event.frames is None for event in script.events),
         "the film starts from a picture or follows a video; this needs the weights of the VAE's encoder",
     )
+    pictures = [event for event in script.events if event.frames is not None and event.block == 0]
+    require(
+        not programs.has_branch or (len(pictures) == 1 and pictures[0].strength is None),
+        "the film has no picture at its start, which a student with an image branch needs",
+    )
 
 
 class Replay:
@@ -214,8 +235,12 @@ class Replay:
         prompt = script.events[0].prompt
         assert prompt is not None
         self.script = script
-        self.film = Film(programs, script.seed, prompt, script.latents)
-        self._events = list(script.events[1:])
+        self._events, picture = list(script.events[1:]), None
+        if programs.has_branch:
+            event = next(event for event in self._events if event.frames is not None)
+            self._events.remove(event)
+            picture = unpack(event.frames or "", programs.recipe.video.height)[0]
+        self.film = Film(programs, script.seed, prompt, script.latents, picture)
 
     @property
     def finished(self) -> bool:

@@ -17,6 +17,7 @@ from jax import export
 
 from causvid_jax.config import Recipe, require
 from causvid_jax.models import decoder, transformer, vae
+from causvid_jax.models.image_branch import Picture, has_branch
 from causvid_jax.sampling import exported, stream
 from causvid_jax.sampling.pipeline import encode_chunk
 from causvid_jax.sampling.script import CONTEXTS
@@ -54,6 +55,20 @@ class Function:
         return self.function.lower(params, *arrays, **self.static)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "capacity"))
+def start_from(
+    params: stream.Params,
+    text: jax.Array,
+    seeds: jax.Array,
+    picture: Picture,
+    *,
+    config: Recipe,
+    capacity: int | None = None,
+) -> stream.StreamState:
+    """Return the first state of a student with an image branch, :func:`causvid_jax.sampling.stream.first_state`."""
+    return stream.first_state(params, text, seeds, config=config, capacity=capacity, picture=picture)
+
+
 def with_context(recipe: Recipe, context: Any) -> Recipe:
     """Return the recipe with another ``causal.on_prompt_switch``."""
     return dataclasses.replace(recipe, causal=dataclasses.replace(recipe.causal, on_prompt_switch=context))
@@ -76,8 +91,9 @@ def functions(recipe: Recipe) -> dict[str, Function]:
         )
         for context in CONTEXTS
     }
+    start = start_from if has_branch(recipe.student) else stream.first_state
     return {
-        "start": Function(stream.first_state, still | {"capacity": capacity}, ("student",)),
+        "start": Function(start, still | {"capacity": capacity}, ("student",)),
         "next_frames": Function(stream.next_frames, still, ("student", codec)),
         **changes,
         "encode_image": Function(stream.encode_image, still, ("vae",)),
@@ -90,8 +106,12 @@ def functions(recipe: Recipe) -> dict[str, Function]:
 
 
 def has_fixed_shapes(recipe: Recipe) -> bool:
-    """Return whether every function of a stream has one shape only: with a window, and blocks of one size."""
-    return bool(recipe.causal.window) and not recipe.causal.independent_first_frame
+    """Return whether every function of a stream has one shape only, which is known without weights.
+
+    That needs a window, blocks of one size, and no image branch, whose picture has the shape of CLIP's tokens.
+    """
+    endless = bool(recipe.causal.window) and not recipe.causal.independent_first_frame
+    return endless and not has_branch(recipe.student)
 
 
 def shaped(recipe: Recipe) -> dict[str, Function]:
@@ -102,8 +122,8 @@ def shaped(recipe: Recipe) -> dict[str, Function]:
     """
     require(
         has_fixed_shapes(recipe),
-        f"recipe {recipe.name!r} has streams of changing shapes; accepted: causal.window, and no "
-        "causal.independent_first_frame",
+        f"recipe {recipe.name!r} has streams of changing shapes, or from pictures; accepted: causal.window, no "
+        "causal.independent_first_frame, and a student without an image branch",
     )
     every, params = functions(recipe), parameter_shapes(recipe)
     video, k = recipe.video, recipe.causal.frames_per_block

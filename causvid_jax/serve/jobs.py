@@ -99,8 +99,8 @@ class Jobs:
             len(prompt) <= settings.prompt_characters,
             f"the prompt has {len(prompt)} characters; accepted: {settings.prompt_characters}",
         )
+        self.engine.check_input(picture is not None, video is not None)
         if picture is not None or video is not None:
-            require(self.engine.has_encoder, "this server reads neither pictures nor videos")
             stream.strength_step(recipe.diffusion, strength)  # refuses what is out of bounds
         if recipe.text.kind == "words":
             self.engine.programs.pipe.encode_prompt(prompt)

@@ -12,6 +12,7 @@ import numpy as np
 from causvid_jax import media
 from causvid_jax.config import Recipe, require
 from causvid_jax.models import decoder, transformer, vae
+from causvid_jax.models.image_branch import has_branch
 from causvid_jax.sampling import schedule, stream, weights
 from causvid_jax.sampling.pipeline import StudentPipeline, begins, visible
 from causvid_jax.sampling.script import CONTEXTS
@@ -57,18 +58,33 @@ class Programs:
         """Whether pictures and videos can become latents."""
         return "encoder" in self.pipe.params.get("vae", {})
 
+    @property
+    def has_branch(self) -> bool:
+        """Whether the student has an image branch: every stream starts from a picture, and none follows a video."""
+        return has_branch(self.recipe.student)
+
     def _run(self, name: str, *arrays: Any) -> Any:
         function = self._functions[name]
         with self.placement.current():
             return self._compiled.get(name, function)(function.of(self.pipe.params), *arrays)
 
-    def start(self, embeds: np.ndarray, seed: int, latents: int | None = None) -> StreamState:
-        """Return the state before the first block; ``latents`` is the most latent frames of a recipe without window."""
+    def start(
+        self, embeds: np.ndarray, seed: int, latents: int | None = None, picture: np.ndarray | None = None
+    ) -> StreamState:
+        """Return the state before the first block.
+
+        ``latents`` is the most latent frames of a recipe without window. ``picture`` uint8 ``[H, W, 3]`` is what a
+        student with an image branch starts from; CLIP and the VAE both read all of it.
+        """
         text = jnp.asarray(embeds)[None]
-        if latents is None or self.recipe.causal.window:
-            return self._run("start", text, stream.seeds_of(seed, 1))
         with self.placement.current():
-            return stream.init_stream(self.pipe.params, text, config=self._play, seed=seed, frames=latents)
+            read = self.pipe.picture(picture, 1)
+        if latents is None or self.recipe.causal.window:
+            return self._run("start", text, stream.seeds_of(seed, 1), *(() if read is None else (read,)))
+        with self.placement.current():
+            return stream.init_stream(
+                self.pipe.params, text, config=self._play, seed=seed, frames=latents, picture=read
+            )
 
     def next(self, state: StreamState) -> tuple[np.ndarray, StreamState]:
         """Return the uint8 frames ``[n, H, W, 3]`` of the next block and the state after it."""
@@ -119,15 +135,15 @@ class Programs:
     def warm_up(self) -> None:
         """Compile every program, or read it from the compilation cache, by running it once."""
         text = self.pipe.encode_prompt("")[0]
-        state = self.start(np.asarray(text), 0)
+        size = self.recipe.video.height, self.recipe.video.width, 3
+        state = self.start(np.asarray(text), 0, picture=np.zeros(size, np.uint8) if self.has_branch else None)
         for _ in range(2):
             _, state = self.next(state)
         for context in CONTEXTS:
             state = self.switch(state, np.asarray(text), context)
         jax.block_until_ready(state)
-        if not self.has_encoder:
+        if not self.has_encoder or self.has_branch:
             return
-        size = self.recipe.video.height, self.recipe.video.width, 3
         _, state = self.show(self.start(np.asarray(text), 0), np.zeros(size, np.uint8))
         coder = None
         for _ in range(2):
@@ -144,7 +160,7 @@ def open_programs(
     program: str | os.PathLike | None = None,
     compiles: bool = False,
 ) -> Programs:
-    """Load the student of a recipe, its decoder and, if available, the VAE's encoder for pictures.
+    """Load the student of a recipe, its decoder and, if available, the encoders of pictures.
 
     Weights are read while programs compile.
 
@@ -159,7 +175,9 @@ def open_programs(
         ConfigError: weights or a program that are missing or do not fit.
     """
     own = {name: file for name, file in (files or {}).items() if file is not None}
-    opened, recipe = weights.find(recipe, "student", checkpoint, encodes=None, files=own)
+    encodes = True if has_branch(recipe.student) else None  # an image branch needs the encoders
+    opened, recipe = weights.find(recipe, "student", checkpoint, encodes=encodes, files=own)
+    clip = opened["image_encoder"].config if "image_encoder" in opened else None
     placement = place(recipe.parallel, recipe.student.rules)
     require(
         program is None or placement.mesh is None,
@@ -168,6 +186,8 @@ def open_programs(
     loaded = None if program is None else load(program, recipe)
     reader = encoder.open_encoder(recipe, checkpoint)
     shapes = {**weights.shapes(recipe, "student"), **decoder.codec_shapes(recipe, encodes="vae" in opened)}
+    if clip is not None:
+        shapes["image_encoder"] = decoder.image_encoder_shapes(clip)
     compiled: dict[str, Callable[..., Any]] = {}
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         reading = pool.submit(weights.load, opened, {name: shape for name, shape in shapes.items() if name in opened})
@@ -176,7 +196,8 @@ def open_programs(
         params = reading.result()
     params = stream_params(params, transformer.inference_spec(recipe.student), recipe.student.rules, placement)
     params = weights.for_stream(params, recipe, free=True)
-    return Programs(StudentPipeline(recipe, params, reader), weights.checksum(opened, recipe), placement, compiled)
+    pipe = StudentPipeline(recipe, params, reader, clip=clip)
+    return Programs(pipe, weights.checksum(opened, recipe), placement, compiled)
 
 
 def require_endless(recipe: Recipe) -> None:

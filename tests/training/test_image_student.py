@@ -11,8 +11,8 @@ from PIL import Image
 
 import causvid_jax as cv
 from causvid_jax import media
-from causvid_jax.checkpoints import store, workdir
-from causvid_jax.config import CLIPConfig, ConfigError
+from causvid_jax.checkpoints import workdir
+from causvid_jax.config import ConfigError
 from causvid_jax.data import arrays, generate, pictures, pipeline
 from causvid_jax.distill import exit_steps, replay, rollout
 from causvid_jax.models import clip_vision, transformer
@@ -22,9 +22,7 @@ from causvid_jax.sampling.request import SampleRequest
 from causvid_jax.training import dmd, flow_matching, ode, samples
 from tests import tiny
 
-CLIP = CLIPConfig(image_size=8, patch_size=4, dim=80, ffn_dim=24, num_heads=1, num_layers=2, projection_dim=3)
-BRANCH = {"in_channels": 12, "image_dim": 80, "image_tokens": 5}
-CHANGES = {"teacher": BRANCH, "student": BRANCH, "train_causal": {"prompt_switch_prob": 0.0, "steps": 2}}
+CLIP, CHANGES = tiny.CLIP, tiny.IMAGE
 RECIPE = tiny.tiny_recipe(
     **CHANGES, train_init={"steps": 2}, train_distill={"steps": 2, "critic_steps": 1}, diffusion={"guidance_scale": 2.0}
 )
@@ -120,10 +118,7 @@ def test_losses_have_the_slope_of_the_image_embeds(loss):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A working directory with random weights, CLIP included, and random data with pictures."""
-    place = tiny.tiny_workdir(tmp_path_factory.mktemp("image"), RECIPE)
-    clip = tiny.random_params(clip_vision.abstract(CLIP), 8)
-    store.save_params(workdir.stage_path(place, "image_encoder"), clip, {})
-    return place
+    return tiny.image_workdir(tmp_path_factory.mktemp("image"), RECIPE)
 
 
 @pytest.mark.parametrize("stage", ["causal", "init", "distill"])

@@ -17,6 +17,7 @@ let prompt = options.get("prompt") || "";
 let confirmed = prompt; // the latest that the server has taken
 let held = new Set(); // arrow keys that are down
 let following = null;
+let firstPicture = null; // of a student with an image branch; every new film starts from it
 
 // ---- films ----
 
@@ -29,6 +30,7 @@ const report = {
     $("format").value = message.format;
     $("prompt").maxLength = message.prompt_characters;
     $("pictures").hidden = !message.pictures;
+    for (const each of document.querySelectorAll(".follow")) each.hidden = !message.videos;
     prepareDigits();
     if (!message.vocabulary) $("hint").textContent = "Say what to show; Enter shows it from the next block on.";
   },
@@ -125,7 +127,8 @@ function begin(message = {}, payload) {
     if (player) player.element.remove();
     player = newPlayer(false);
   }
-  player.start({ prompt: prompt || "a red 3 moving left", seed: seed(), ...message }, payload);
+  if (hello && hello.needs_picture && !message.script) payload = firstPicture = payload || firstPicture;
+  player.start({ prompt: prompt || "a red 3 moving left", seed: seed(), ...message }, payload || undefined);
 }
 
 const seed = () => Math.min(2 ** 32 - 1, Math.max(0, Math.floor(Number($("seed").value)) || 0));
@@ -297,7 +300,7 @@ async function jpeg(source, width, height) {
 
 async function fromPicture(file) {
   if (!file) return;
-  if (file.type.startsWith("video/")) return followFile(file);
+  if (file.type.startsWith("video/")) return hello.videos ? followFile(file) : say("This student follows no video.");
   unfollow();
   begin({}, new Uint8Array(await file.arrayBuffer()));
 }
@@ -343,7 +346,7 @@ function unfollow() {
   source.removeAttribute("src");
   $("unfollow").hidden = true;
   $("camera").setAttribute("aria-pressed", false);
-  if (player && hello && hello.pictures) player.send({ type: "input" });
+  if (player && hello && hello.videos) player.send({ type: "input" });
 }
 
 $("picture").onchange = (event) => fromPicture(event.target.files[0]);
