@@ -131,20 +131,20 @@ def _is_ours(record: python_logging.LogRecord) -> bool:
     return record.levelno >= python_logging.ERROR or "tensorflow_datasets" not in record.pathname
 
 
-def writable_workdir(workdir: str | None) -> pathlib.Path:
-    """Create the folder ``workdir`` if necessary and return its path.
+def writable_workdir(workdir: str | None, flag: str = "--workdir") -> pathlib.Path:
+    """Create the folder ``workdir`` of the flag ``flag`` if necessary and return its path.
 
     Raises:
         ConfigError: no path, or it cannot be written.
     """
     if not workdir:
-        raise ConfigError("no --workdir is given; it must be a directory for data and weights")
+        raise ConfigError(f"no {flag} is given; it must be a directory for data and weights")
     path = pathlib.Path(workdir)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--workdir {workdir} cannot be made: {error.strerror}") from error
-    require(os.access(path, os.W_OK | os.X_OK), f"--workdir {workdir} cannot be written; it needs write permission")
+        raise ConfigError(f"{flag} {workdir} cannot be made: {error.strerror}") from error
+    require(os.access(path, os.W_OK | os.X_OK), f"{flag} {workdir} cannot be written; it needs write permission")
     return path
 
 

@@ -25,7 +25,7 @@ class Options:
 
     config: Recipe = config_option()
     stage: Stage = option("all", "What to do: all, sample, score, totals or drift.")
-    output: str | None = option(None, "The folder of the clips; results go to its results/.")
+    output: str | None = option(None, "The folder of the run: clips in its videos/, results in its results/.")
     info: str | None = option(None, "VBench_full_info.json; default: that of the package vbench.")
     extended: str | None = option(None, "File with the text to sample for each entry of --info, line by line.")
     checkpoint: str | None = option(None, "Weights, as for causvid sample.")
@@ -60,25 +60,27 @@ def main(options: Options) -> None:
         measure_drift(options, folder)
         return
     from causvid_jax.evaluation.vbench import clips, score, totals
+    from causvid_jax.media.output import remove_abandoned
 
     index, count = clips.parse_shard(options.shard)
     info = score.find_info(options.info)
     entries = clips.read_entries(info, options.extended)
     protocol = clips.Protocol(options.samples, options.flicker_samples, options.frames, options.seed, options.batch)
-    all_clips = clips.plan(entries, protocol)
+    all_clips, videos = clips.plan(entries, protocol), folder / clips.VIDEOS
     if options.stage in ("all", "sample"):
         sample(options, all_clips[index::count], all_clips, protocol, folder)
     if options.stage in ("all", "score"):
-        lacking = clips.absent(all_clips, folder)
+        remove_abandoned(videos)  # VBench would take them for clips
+        lacking = clips.absent(all_clips, videos)
         require(
             not lacking,
-            f"{folder} lacks {len(lacking)} of {len(all_clips)} clips, first {lacking[0].name if lacking else ''!r}; "
+            f"{videos} lacks {len(lacking)} of {len(all_clips)} clips, first {lacking[0].name if lacking else ''!r}; "
             "sample them first (--stage=sample on every shard)",
         )
         if options.long:
-            results = score.run_long(pathlib.Path(options.long), folder, folder / "results")
+            results = score.run_long(pathlib.Path(options.long), videos, folder / "results")
         else:
-            results = score.run_short(folder, info, folder / "results")
+            results = score.run_short(videos, info, folder / "results")
     else:
         results = [pathlib.Path(path) for path in options.results] or sorted(
             (folder / "results").rglob("*_results.json")
@@ -92,13 +94,18 @@ def main(options: Options) -> None:
 
 def sample(options: Options, clips_of_shard: list, all_clips: list, protocol: object, folder: pathlib.Path) -> None:
     """Sample the clips of this shard."""
-    common.writable_workdir(str(folder))
+    common.writable_workdir(str(folder), "--output")
     print(f"Loading {options.config.name} ...", flush=True)
     from causvid_jax.evaluation.vbench import clips
     from causvid_jax.sampling import pipeline, weights
+    from causvid_jax.text import encoder
 
     assert isinstance(protocol, clips.Protocol)
     common.enable_compilation_cache()
+    videos = folder / clips.VIDEOS
+    # All texts are encoded first: the encoder is loaded once, and freed before the student is loaded.
+    texts = dict.fromkeys(clip.text for clip in clips.absent(clips_of_shard, videos))
+    encoder.fill(encoder.open_encoder(options.config, options.checkpoint), list(texts))
     own = {"student": options.student, "vae": options.vae, "taehv": options.taehv}
     pipe = pipeline.load(
         options.config,
@@ -110,12 +117,12 @@ def sample(options: Options, clips_of_shard: list, all_clips: list, protocol: ob
     files = {name: file for name, file in own.items() if file}
     opened, recipe = weights.find(options.config, "student", options.checkpoint, files=files)
     clips.claim(folder, clips.identity(pipe, weights.checksum(opened, recipe), all_clips, protocol))
-    clips.sample(pipe, clips_of_shard, folder, protocol, lambda line: print(line, flush=True))
+    clips.sample(pipe, clips_of_shard, videos, protocol, lambda line: print(line, flush=True))
 
 
 def measure_drift(options: Options, folder: pathlib.Path) -> None:
     """Write ``drift.json`` with the measures and curves of every video, and print the measures."""
-    common.writable_workdir(str(folder))
+    common.writable_workdir(str(folder), "--output")
     from causvid_jax import media
     from causvid_jax.evaluation.vbench import drift
     from causvid_jax.sampling import blocks

@@ -1,6 +1,10 @@
 """VBench: totals against hand-computed ones, its clips end to end on the digits student, drift against known motion."""
 
 import json
+import os
+import pathlib
+import shutil
+import sys
 import types
 
 import av
@@ -30,7 +34,10 @@ def test_totals_are_those_of_the_formula_by_hand():
     assert totals.normalised("motion_smoothness", 0.9) == pytest.approx(0.665523, abs=1e-6)
     assert {name for name, entry in totals.DIMENSIONS.items() if entry.group == "quality"} == set(QUALITY)
     text = totals.describe(high)
-    assert "| **total** | | **100.00** |" in text and "84.31" in text and "84.27" in text
+    assert "| **total** | | **100.00** |" in text and "| here | 100.00 | 100.00 | 100.00 |" in text
+    assert "(arXiv 2506.08009, table 1) | 84.31 | 85.07 | 81.28 |" in text
+    for total, quality, semantic in totals.PUBLISHED.values():
+        assert total == pytest.approx((4 * quality + semantic) / 5, abs=0.02)
 
 
 def test_partial_runs_are_refused(tmp_path):
@@ -45,6 +52,14 @@ def test_partial_runs_are_refused(tmp_path):
     assert totals.read_results([result], {"color": 4}) == {"color": 0.7}
     with pytest.raises(ConfigError, match="scored color on 4 videos of 5; a partial run"):
         totals.read_results([result], {"color": 5})
+    flicker = tmp_path / "flicker_eval_results.json"
+    for count, accepted in ((0, False), (3, True), (5, True), (6, False)):  # static clips, of at most five a prompt
+        flicker.write_text(json.dumps({totals.FLICKER: [0.9, [{"video_path": "a"}] * count]}))
+        if accepted:
+            assert totals.read_results([flicker], {totals.FLICKER: 5}) == {totals.FLICKER: 0.9}
+        else:
+            with pytest.raises(ConfigError, match=f"on {count} videos of 5; a partial run"):
+                totals.read_results([flicker], {totals.FLICKER: 5})
     with pytest.raises(ConfigError, match="which another file has too"):
         totals.read_results([result, result], {})
 
@@ -71,7 +86,8 @@ def test_the_plan_names_seeds_and_counts_clips_as_vbench_does(lists):
     assert len(plan) == 5 + 25 and [clip.seed for clip in plan[5:]] == list(range(25))
     assert {clip.text for clip in plan} == {"a red 3 moving left", "a blue 7 moving up"}
     expected = clips.expected_videos(entries, clips.Protocol())
-    assert (expected["color"], expected["scene"], expected["temporal_flickering"]) == (5, 5, 25)
+    assert (expected["color"], expected["scene"], expected["temporal_flickering"]) == (5, 5, 5)
+    assert clips.expected_videos(entries, clips.Protocol(samples=3, flicker_samples=2))["color"] == 3
     parts = [plan[i::3] for i in range(3)]
     assert sorted(clip.name for part in parts for clip in part) == sorted(clip.name for clip in plan)
     for text, words in (("a\n", "has 1 lines and"), ("a\n\nb\n", "is empty")):
@@ -85,12 +101,13 @@ def test_the_plan_names_seeds_and_counts_clips_as_vbench_does(lists):
 
 def test_the_digits_student_is_sampled_end_to_end_and_resumed(lists, capsys):
     """Two shards sample a fake list; a removed clip comes back bit for bit; another setting is refused."""
-    folder = lists / "clips"
-    flags = [f"--info={lists}/info.json", f"--extended={lists}/extended.txt", f"--output={folder}", "--config=digits"]
+    folder = lists / "run" / clips.VIDEOS
+    flags = [f"--info={lists}/info.json", f"--extended={lists}/extended.txt", f"--output={lists}/run"]
+    flags += ["--config=digits"]
     flags += ["--samples=1", "--flicker_samples=2", "--frames=10", "--batch=2"]
     for shard in ("0/2", "1/2"):
         common.call("vbench", [*flags, "--stage=sample", f"--shard={shard}"])
-    names = sorted(path.name for path in folder.glob("*.mp4"))
+    names = sorted(os.listdir(folder))  # and no other file, whose suffix VBench could take for that of the clips
     assert names == ["a blue 7-0.mp4", "a blue 7-1.mp4", "a red 3-0.mp4"]
     with av.open(str(folder / names[0])) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
@@ -109,39 +126,105 @@ def test_the_digits_student_is_sampled_end_to_end_and_resumed(lists, capsys):
         common.call("vbench", [*flags, "--stage=sample", "--frames=11"])
 
 
-def test_scores_become_totals_and_missing_packages_are_named(lists, monkeypatch, capsys):
-    """A fake package stands in for VBench; what it wrote is not computed again."""
-    entries = [{"prompt_en": "a red 3", "dimension": list(totals.DIMENSIONS)}]
-    (lists / "info.json").write_text(json.dumps(entries))
-    folder, calls = lists / "clips", []
-    folder.mkdir()
-    for i in range(25):
-        (folder / f"a red 3-{i}.mp4").write_bytes(b"x")
+@pytest.fixture
+def package(monkeypatch):
+    """A stand-in for the package ``vbench`` that finds clips as it does: by the suffix of the first file, 0 to 4.
 
-    class Fake:
+    ``static`` is the set of clips that its filter finds static; ``calls`` are the evaluations.
+    """
+    fake = types.SimpleNamespace(calls=[], static={"a red 3-2.mp4", "a red 3-11.mp4", "a red 3-24.mp4"})
+
+    class VBench:
         def __init__(self, device, info, output):
-            self.output = output
+            self.entries, self.output = json.loads(pathlib.Path(info).read_text()), output
 
         def evaluate(self, *, videos_path, name, dimension_list, mode):
-            calls.append((name, mode, dimension_list))
-            videos = [{"video_path": videos_path}] * (25 if name == totals.FLICKER else 5)
+            names = sorted(os.listdir(videos_path), reverse=True)
+            suffix = os.path.splitext(names[0])[1]
+            wanted = [f"{e['prompt_en']}-{i}{suffix}" for e in self.entries for i in range(5)]
+            videos = [{"video_path": f"{videos_path}/{each}"} for each in wanted if each in names]
+            fake.calls.append((name, mode, dimension_list, videos_path))
             with open(f"{self.output}/{name}_eval_results.json", "w") as file:
                 json.dump({name: [totals.DIMENSIONS[name].high, videos]}, file)
 
-    flags = [f"--info={lists}/info.json", f"--output={folder}", "--config=digits", "--stage=score"]
-    with pytest.raises(ConfigError, match="scoring needs vbench; install it"):
-        common.call("vbench", flags)
+    def register_subparsers(subparsers):
+        parser = subparsers.add_parser("static_filter")
+        parser.add_argument("--videos_path", required=True)
+        parser.add_argument("--result_path", default="./filter_results")
+        parser.set_defaults(func=copy_static)
+
+    def copy_static(arguments):
+        chosen = pathlib.Path(arguments.result_path) / "filtered_videos"
+        chosen.mkdir(parents=True)
+        for i, name in enumerate(sorted(fake.static)):
+            shutil.copy(pathlib.Path(arguments.videos_path) / name, chosen / f"a red 3-{i}.mp4")
+
     cuda = types.SimpleNamespace(is_available=lambda: False)
-    monkeypatch.setitem(__import__("sys").modules, "torch", types.SimpleNamespace(cuda=cuda, device=str))
-    monkeypatch.setitem(__import__("sys").modules, "vbench", types.SimpleNamespace(VBench=Fake))
+    static_filter = types.SimpleNamespace(register_subparsers=register_subparsers)
+    for name, module in {
+        "torch": types.SimpleNamespace(cuda=cuda, device=str),
+        "vbench": types.SimpleNamespace(VBench=VBench),
+        "vbench.cli": types.SimpleNamespace(static_filter=static_filter),
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(score.importlib.util, "find_spec", lambda name: name == "vbench")
-    common.call("vbench", flags)
-    assert len(calls) == 16 and calls[0] == ("subject_consistency", "vbench_standard", ["subject_consistency"])
-    assert "| **total** | | **100.00** |" in capsys.readouterr().out
-    common.call("vbench", flags)
-    assert len(calls) == 16 and "100.00" in (folder / "totals.md").read_text()
+    return fake
+
+
+@pytest.fixture
+def sampled(lists):
+    """Return the flags of a run whose clips, of one prompt of every dimension, are there."""
+    entries = [{"prompt_en": "a red 3", "dimension": list(totals.DIMENSIONS)}]
+    (lists / "info.json").write_text(json.dumps(entries))
+    (lists / "run" / clips.VIDEOS).mkdir(parents=True)
+    for i in range(25):
+        (lists / "run" / clips.VIDEOS / f"a red 3-{i}.mp4").write_bytes(b"x")
+    (lists / "run" / clips.VIDEOS / ".a red 3-7.mp4.lock").touch()  # of a killed sampler
+    return [f"--info={lists}/info.json", f"--output={lists}/run", "--config=digits", "--stage=score"]
+
+
+def test_scores_become_totals(sampled, package, lists, capsys):
+    """Temporal flickering is computed last and on static clips; what VBench wrote is not computed again."""
+    common.call("vbench", sampled)
+    videos = str(lists / "run" / clips.VIDEOS)
+    assert package.calls[0] == ("subject_consistency", "vbench_standard", ["subject_consistency"], videos)
+    assert len(package.calls) == 16 and [call[0] for call in package.calls].index(totals.FLICKER) == 15
+    assert {call[3] for call in package.calls[:15]} == {videos} and "static" in package.calls[15][3]
+    out = capsys.readouterr().out
+    assert "| **total** | | **100.00** |" in out and "temporal_flickering is computed on 3 static clips" in out
+    common.call("vbench", sampled)
+    assert len(package.calls) == 16 and "100.00" in (lists / "run" / "totals.md").read_text()
+
+
+def test_a_run_whose_clips_all_move_has_no_total(sampled, package):
+    package.static = set()
+    with pytest.raises(ConfigError, match="no clip of temporal flickering in .* is static"):
+        common.call("vbench", sampled)
+
+
+def test_missing_packages_are_named(sampled, lists):
+    with pytest.raises(ConfigError, match="scoring needs vbench; install it"):
+        common.call("vbench", sampled)
     with pytest.raises(ConfigError, match="has no vbench2_beta_long/eval_long.py"):
-        common.call("vbench", [*flags, f"--long={lists}"])
+        common.call("vbench", [*sampled, f"--long={lists}"])
+
+
+def test_the_program_of_long_videos_filters_static_clips_of_flickering_alone(tmp_path):
+    program = tmp_path / "vbench2_beta_long" / "eval_long.py"
+    program.parent.mkdir()
+    program.write_text(
+        "import json, os, sys\n"
+        "folder = sys.argv[sys.argv.index('--output_path') + 1]\n"
+        "os.makedirs(folder)\n"
+        "json.dump(sys.argv[1:], open(folder + '/results_1_eval_results.json', 'w'))\n"
+    )
+    results = score.run_long(tmp_path, tmp_path / "videos", tmp_path / "results", ("color", totals.FLICKER))
+    color, flicker = (json.loads(path.read_text()) for path in results)
+    assert color[: color.index("--output_path")] == [
+        *("--videos_path", str(tmp_path / "videos"), "--dimension", "color"),
+        *("--mode", "long_vbench_standard", "--dev_flag"),
+    ]
+    assert "--static_filter_flag" in flicker and "--static_filter_flag" not in color
 
 
 def texture(height, width, seed=0):

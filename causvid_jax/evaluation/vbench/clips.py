@@ -17,12 +17,14 @@ import numpy as np
 from causvid_jax import media
 from causvid_jax.config import ConfigError, require
 from causvid_jax.config.files import reason, write_text
-from causvid_jax.evaluation.vbench.totals import DIMENSIONS, FLICKER
+from causvid_jax.evaluation.vbench.totals import CLIPS, DIMENSIONS, FLICKER
 
 if TYPE_CHECKING:
     from causvid_jax.sampling.pipeline import StudentPipeline
 
 MANIFEST = "sampling.json"
+VIDEOS = "videos"
+"""The folder of the clips. VBench takes the suffix of any file there for that of all, so it holds no other file."""
 Say = Callable[[str], None]
 
 
@@ -107,11 +109,11 @@ def plan(entries: Sequence[Entry], protocol: Protocol) -> list[Clip]:
 
 
 def expected_videos(entries: Sequence[Entry], protocol: Protocol) -> dict[str, int]:
-    """Return dimension to the number of videos that its score is computed on."""
+    """Return dimension to the number of videos that its score is computed on; of temporal flickering, the most."""
     result: dict[str, int] = {}
     for name in DIMENSIONS:
         prompts = {entry.prompt for entry in entries if name in entry.dimensions}
-        result[name] = len(prompts) * (protocol.flicker_samples if name == FLICKER else protocol.samples)
+        result[name] = len(prompts) * min(CLIPS, protocol.flicker_samples if name == FLICKER else protocol.samples)
     return result
 
 

@@ -1,14 +1,16 @@
 """Run VBench's own models on sampled clips, where the package ``vbench`` is installed (extra ``vbench``)."""
 
+import argparse
 import importlib.util
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
 from causvid_jax.config import ConfigError, RunError, require
-from causvid_jax.evaluation.vbench.totals import DIMENSIONS
+from causvid_jax.evaluation.vbench.totals import DIMENSIONS, FLICKER
 
 INFO = "VBench_full_info.json"
 
@@ -34,10 +36,11 @@ def run_short(
 ) -> list[pathlib.Path]:
     """Score clips of under five seconds by VBench, one dimension after the other; return the result files.
 
-    Dimensions that have a result are not computed again.
+    Dimensions that have a result are not computed again. Temporal flickering is computed on static clips
+    (:func:`static_videos`), and last, because the filter reads the weights that dynamic degree downloads.
 
     Raises:
-        ConfigError: ``vbench`` is not installed.
+        ConfigError: ``vbench`` is not installed, or no clip of temporal flickering is static.
     """
     if importlib.util.find_spec("vbench") is None:
         raise ConfigError("scoring needs vbench; install it: pip install 'causvid_jax[vbench]'")
@@ -47,12 +50,42 @@ def run_short(
     output.mkdir(parents=True, exist_ok=True)
     bench = VBench(torch.device("cuda" if torch.cuda.is_available() else "cpu"), str(info), str(output))
     results = []
-    for name in dimensions:
+    for name in sorted(dimensions, key=lambda name: name == FLICKER):
         result = output / f"{name}_eval_results.json"
         if not result.is_file():
-            bench.evaluate(videos_path=str(videos), name=name, dimension_list=[name], mode="vbench_standard")
+            source = static_videos(videos, output) if name == FLICKER else videos
+            bench.evaluate(videos_path=str(source), name=name, dimension_list=[name], mode="vbench_standard")
         results.append(result)
     return results
+
+
+def static_videos(videos: pathlib.Path, output: pathlib.Path) -> pathlib.Path:
+    """Return a folder with up to five static clips of every prompt of temporal flickering, numbered from 0.
+
+    VBench's command ``static_filter`` chooses them by optical flow and copies them.
+
+    Raises:
+        ConfigError: no clip is static.
+    """
+    done, partial = output / "static", output / "static.partial"
+    if not done.is_dir():
+        from vbench.cli import static_filter  # type: ignore[import-not-found]
+
+        shutil.rmtree(partial, ignore_errors=True)
+        parser = argparse.ArgumentParser()
+        static_filter.register_subparsers(parser.add_subparsers())
+        flags = ["static_filter", "--videos_path", str(videos), "--result_path", str(partial)]
+        arguments = parser.parse_args(flags)
+        arguments.func(arguments)
+        partial.rename(done)
+    chosen = done / "filtered_videos"
+    count = len(list(chosen.glob("*.mp4")))
+    require(
+        count > 0,
+        f"no clip of temporal flickering in {videos} is static, so the dimension has no score and the run no total",
+    )
+    print(f"temporal_flickering is computed on {count} static clips", flush=True)
+    return chosen
 
 
 def run_long(
@@ -73,6 +106,7 @@ def run_long(
         if not found:
             command = [sys.executable, str(program), "--videos_path", str(videos.absolute()), "--dimension", name]
             command += ["--mode", "long_vbench_standard", "--dev_flag", "--output_path", str(folder.absolute())]
+            command += ["--static_filter_flag"] if name == FLICKER else []
             environment: Mapping[str, str] = {**os.environ, "PYTHONPATH": str(checkout.absolute())}
             status = subprocess.run(command, cwd=checkout, env=environment, check=False).returncode
             found = sorted(folder.glob("*_eval_results.json"))
