@@ -6,6 +6,9 @@ sharding rules split them (exact), what the layers keep for the backward pass by
 :meth:`Network.working` for training, :func:`memory.layer_work` for a stream). Prefer a compiled figure where there is
 one.
 
+With LoRA (``training.stages.with_lora``) moments, mean and gradients are those of the adapters. FLOPs are counted as if
+all weights were trained, so time is an upper bound.
+
 Time is a roofline. Compute runs at 35% to 60% of the peak, traffic between devices at the full rate of its links. The
 lower bound overlaps all traffic with compute, the upper bound none.
 """
@@ -21,12 +24,12 @@ import jax
 from causvid_jax.analysis import flops, memory
 from causvid_jax.analysis.topology import TopologySpec
 from causvid_jax.config import OptimizerConfig, ParallelConfig, Recipe, ShardingRules, TransformerConfig
-from causvid_jax.models import transformer
+from causvid_jax.models import adapters, transformer
 from causvid_jax.sampling.schedule import passes_per_block
 from causvid_jax.sharding import constraints
 from causvid_jax.sharding.mesh import mesh_sizes
 from causvid_jax.sharding.params import ParamSpec
-from causvid_jax.training import optimizers
+from causvid_jax.training import dmd_scores, optimizers
 
 EFFICIENCY = (0.35, 0.6)
 """Share of peak FLOP/s that well-sharded transformers of these sizes reach: pessimistic, optimistic."""
@@ -113,13 +116,16 @@ def param_bytes(spec: Any, mesh: Mapping[str, int], rules: ShardingRules, size: 
 
 
 @functools.cache
-def _sizes(net: TransformerConfig, axes: tuple[tuple[str, int], ...]) -> tuple[float, float, float, float]:
-    """Return bytes on one device: all parameters, layers gathered along fsdp, the largest array, layers' kernels."""
+def _sizes(net: TransformerConfig, axes: tuple[tuple[str, int], ...]) -> tuple[float, float, float, float, float]:
+    """Return bytes on one device: all parameters, layers gathered along fsdp, and of what is trained: all parameters,
+    the largest array, layers' kernels."""
     spec, mesh = transformer.spec(net), dict(axes)
-    leaves = jax.tree_util.tree_leaves_with_path(spec, is_leaf=lambda x: isinstance(x, ParamSpec))
+    trained = adapters.split(spec)[0]
+    leaves = jax.tree_util.tree_leaves_with_path(trained, is_leaf=lambda x: isinstance(x, ParamSpec))
     return (
         param_bytes(spec, mesh, net.rules),
         param_bytes(spec["blocks"], mesh | {"fsdp": 1}, net.rules),
+        param_bytes(trained, mesh, net.rules),
         max(param_bytes(leaf, mesh, net.rules) for _, leaf in leaves),
         param_bytes([leaf for path, leaf in leaves if optimizers.is_layer_kernel(path)], mesh, net.rules),
     )
@@ -135,7 +141,7 @@ class Network:
     def __init__(self, net: TransformerConfig, recipe: Recipe, mesh: _Mesh):
         self.net, self.mesh, self.recipe = net, mesh, recipe
         sizes = _sizes(dataclasses.replace(net, remat="none"), tuple(mesh.axes.items()))
-        self.params, self.layers_whole, self.largest, self.kernels = sizes
+        self.params, self.layers_whole, self.updated, self.largest, self.kernels = sizes
         # The current layer and the next one, in float32 as gathered and in the type of the matmuls.
         self.gathered = 2 * self.layers_whole / net.num_layers * (F32 + _item(net)) / F32
         self.frame = flops.tokens_per_frame(recipe, net) / mesh.context
@@ -200,7 +206,8 @@ class Network:
         Parameters are gathered twice, gradients are scattered once.
         """
         again = 2 if self.net.remat in ("none", "dots") else 3
-        return 3 * self.gather(), again * examples * self.exchanged(frames)
+        scattered = self.gather() * self.updated / self.params
+        return 2 * self.gather() + scattered, again * examples * self.exchanged(frames)
 
 
 def _moments(networks: list[tuple[Network, OptimizerConfig]], recipe: Recipe) -> tuple[dict[str, float], float]:
@@ -208,7 +215,7 @@ def _moments(networks: list[tuple[Network, OptimizerConfig]], recipe: Recipe) ->
 
     Muon keeps one moment of a layer's kernel.
     """
-    moments = sum(2 * n.params - (n.kernels if config.kind == "muon" else 0.0) for n, config in networks)
+    moments = sum(2 * n.updated - (n.kernels if config.kind == "muon" else 0.0) for n, config in networks)
     if not recipe.parallel.offload_optimizer:
         return {"moments": moments}, 0.0
     # Moments are fetched, updated and sent back array by array: old and new values of both kinds.
@@ -234,9 +241,9 @@ def _one_network(recipe: Recipe, stage: str, mesh: _Mesh) -> Estimate:
     moments, host = _moments([(net, config.optimizer)], recipe)
     parts = {
         "parameters": net.params,
-        "running mean": net.params,
+        "running mean": net.updated,
         **moments,
-        "gradients": net.params * (2 if config.accumulate > 1 else 1),
+        "gradients": net.updated * (2 if config.accumulate > 1 else 1),
         "kept for the backward pass": local * net.saved(frames),
         "layer at work": local * net.working(frames),
         "gathered layers": net.gathered if mesh.fsdp > 1 else 0.0,
@@ -244,7 +251,7 @@ def _one_network(recipe: Recipe, stage: str, mesh: _Mesh) -> Estimate:
     gathered, exchanged = net.trained(frames, local)
     gathered, exchanged = config.accumulate * gathered, config.accumulate * exchanged
     seconds = (
-        gathered / mesh.gather_rate + exchanged / mesh.machine.chip.ici_bandwidth + _gradient_seconds(mesh, net.params)
+        gathered / mesh.gather_rate + exchanged / mesh.machine.chip.ici_bandwidth + _gradient_seconds(mesh, net.updated)
     )
     work = flops.training_step(recipe, stage)
     return Estimate(parts, host + local * net.on_host(frames), work, gathered + exchanged, _times(mesh, work, seconds))
@@ -272,11 +279,11 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
     scores = local * max(fake.working(frames) / 2, teacher.working(frames))
     parts = {
         "student": student.params,
-        "running mean": student.params,
-        "fake score": fake.params,
+        "running mean": student.updated,
+        "fake score": fake.updated if dmd_scores.shares_base(recipe) else fake.params,
         "teacher": teacher.params * scorers,
         **moments,
-        "gradients": max(student.params, fake.params) * (2 if config.accumulate > 1 else 1),
+        "gradients": max(student.updated, fake.updated) * (2 if config.accumulate > 1 else 1),
         "caches and activations": max(critic, caches + generator, caches + scores),
         "gathered layers": max(student.gathered, fake.gathered, teacher.gathered) if mesh.fsdp > 1 else 0.0,
     }
@@ -298,7 +305,7 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
         parts_of_batch * (updates * (roll[i] + trained[i]) + roll[i] + back[i] + scored[i]) for i in (0, 1)
     )
     seconds = gathered / mesh.gather_rate + exchanged / mesh.machine.chip.ici_bandwidth
-    seconds += updates * _gradient_seconds(mesh, fake.params) + _gradient_seconds(mesh, student.params)
+    seconds += updates * _gradient_seconds(mesh, fake.updated) + _gradient_seconds(mesh, student.updated)
     work = flops.training_step(recipe, "distill")
     on_host = host + local * max(fake.on_host(frames), student.on_host(recipe.causal.frames_per_block))
     return Estimate(parts, on_host, work, gathered + exchanged, _times(mesh, work, seconds))

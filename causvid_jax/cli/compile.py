@@ -61,6 +61,7 @@ def main(options: Options) -> None:
     """Compile and report."""
     recipe = options.config
     from causvid_jax.analysis import compile_report, topology
+    from causvid_jax.training import stages
 
     stage, name = options.stage, options.topology or ""
     if options.platform is not None:
@@ -71,6 +72,7 @@ def main(options: Options) -> None:
     require(name != "", "no --topology is given; for example --topology=v5p:4x4x4 (or --platform=cuda)")
     output = common.check_output(options.output, (".json",)) if options.output else None
     machine = topology.parse(name)
+    recipe = recipe if stage == "stream" else stages.with_lora(stage, recipe)
     recipe = with_mesh(recipe, stage, machine)
     try:
         if options.estimate:

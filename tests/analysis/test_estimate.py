@@ -1,6 +1,7 @@
 """Computed memory and time: against arrays that are really placed, sums by hand, and what must grow with what."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -12,7 +13,8 @@ from causvid_jax.config.recipes import load_recipe
 from causvid_jax.models import transformer
 from causvid_jax.sharding import placement
 from causvid_jax.sharding.mesh import make_mesh
-from tests.sharding.test_sharded_training import MESHES, RECIPE
+from causvid_jax.training import stages
+from tests.sharding.test_sharded_training import MESHES, RECIPE, with_lora
 
 SMALL = load_recipe("configs/wan_1_3b.py")
 LARGE = load_recipe("configs/wan_14b.py")
@@ -77,6 +79,36 @@ def test_a_training_state_by_hand():
     less = estimate.estimate(dataclasses.replace(recipe, train_init=muon), "init", topology.parse("h100:8"))
     kernels = 30 * (8 * 1536**2 + 2 * 1536 * 8960)  # q, k, v, o twice, and the MLP
     assert less.parts["moments"] == pytest.approx((8 * count - 4 * kernels) / 8, rel=1e-2)
+
+
+@pytest.mark.parametrize("stage", ["init", "distill"])
+def test_the_state_of_a_lora_is_that_of_the_stage(stage):
+    """Bytes of one device by the shapes and shardings that the stage itself gives to its state."""
+    recipe = stages.with_lora(
+        stage, with_lora(stage, "all", **({"critic_init": "student"} if stage == "distill" else {}))
+    )
+    mesh = make_mesh(recipe.parallel)
+    _, (state, *_) = compile_report.program(recipe, stage, mesh)
+
+    def held(tree):
+        leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim > 1]  # without counters and losses
+        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+    machine = topology.parse("h100:8")
+    parts = estimate.estimate(recipe, stage, machine).parts
+    plain = estimate.estimate(dataclasses.replace(RECIPE, parallel=recipe.parallel), stage, machine).parts
+    network = state.student if stage == "distill" else state.network
+    biases = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4
+        for leaf in jax.tree.leaves(network.params)
+        if leaf.ndim == 1
+    )
+    assert parts["student" if stage == "distill" else "parameters"] == held(network.params) + biases
+    assert parts["running mean"] == held(network.ema)
+    critic = held(state.critic.params) if stage == "distill" else 0
+    assert parts.get("fake score", 0) == critic
+    assert parts["moments"] == held(network.opt) + 2 * critic
+    assert parts["gradients"] == held(network.ema) and parts["moments"] < plain["moments"] / 3
 
 
 def test_self_forcings_published_cost():
