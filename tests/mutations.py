@@ -66,7 +66,7 @@ MUTANTS = [
     Mutant("distill/dmd.py", "loss = 0.5 * masked_mean", "loss = masked_mean", DMD),
     Mutant("distill/dmd.py", "flow.velocity_from(x, noise)), mask)", "flow.velocity_from(x, noise)), None)", DMD),
     Mutant("distill/dmd.py", "jnp.square((x0 - x) + gradient), mask)", "jnp.square((x0 - x) + gradient), None)", DMD),
-    Mutant("distill/dmd.py", "jnp.clip(timestep, distill.score_timestep_min, distill.score_timestep_max)", "jnp.clip(timestep, 0.0, 1000.0)", DMD),
+    Mutant("distill/scores.py", "jnp.clip(timestep, distill.score_timestep_min, distill.score_timestep_max)", "jnp.clip(timestep, 0.0, 1000.0)", DMD),
     Mutant("distill/dmd.py", "return jnp.where(jnp.isfinite(gradient), gradient, 0.0)", "return gradient", DMD),
     Mutant("distill/dmd.py", "x = jax.lax.stop_gradient(x0)  #", "x = x0  #", DMD),
     Mutant("distill/dmd.py", "jax.lax.stop_gradient(x0.astype(jnp.float32))", "x0.astype(jnp.float32)", DMD),

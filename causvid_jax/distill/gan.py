@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from causvid_jax.config import DistillStageConfig, TransformerConfig
-from causvid_jax.distill import dmd
+from causvid_jax.distill import dmd, scores
 from causvid_jax.models import transformer
 from causvid_jax.models.layers import gelu_tanh, linear
 from causvid_jax.sharding.params import ParamSpec, linear_spec
@@ -77,14 +77,14 @@ def generator_loss(
     key: jax.Array,
     *,
     discriminator: Discriminator,
-    levels: dmd.Levels = dmd.Levels(),  # noqa: B008
+    levels: scores.Levels = scores.Levels(),  # noqa: B008
     **options: Any,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return L_G and metrics; ``discriminator`` is D, other arguments are those of ``dmd.generator_loss``."""
     loss, metrics = dmd.generator_loss(x0, prompt_embeds, negative_prompt_embeds, key, levels=levels, **options)
     diffusion, distill = options["diffusion"], options["distill"]
     x = x0.astype(jnp.float32)
-    x_t, timestep, *_ = dmd.noise_output(x, jax.random.fold_in(key, 1), None, None, diffusion, distill, levels)
+    x_t, timestep, *_ = scores.noise_output(x, jax.random.fold_in(key, 1), None, None, diffusion, distill, levels)
     adversarial = jnp.mean(jax.nn.softplus(-discriminator(x_t, timestep, prompt_embeds)))
     total = loss + distill.gan_weight * adversarial
     return total, metrics | {"loss": total, "adversarial": adversarial}
@@ -97,7 +97,7 @@ def critic_loss(
     key: jax.Array,
     *,
     discriminator: Discriminator,
-    levels: dmd.Levels = dmd.Levels(),  # noqa: B008
+    levels: scores.Levels = scores.Levels(),  # noqa: B008
     **options: Any,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return L_C and metrics; ``real`` are real latents of the same prompts, ``[B, F, h, w, C]``."""
@@ -107,7 +107,7 @@ def critic_loss(
     logits, slopes = [], {}
     for i, x, name, weight in ((1, fake, "r2", distill.gan_r2_weight), (2, real, "r1", distill.gan_r1_weight)):
         key_of = jax.random.fold_in(key, i)
-        x_t, timestep, *_ = dmd.noise_output(x, key_of, None, None, diffusion, distill, levels)
+        x_t, timestep, *_ = scores.noise_output(x, key_of, None, None, diffusion, distill, levels)
         logits.append(discriminator(x_t, timestep, prompt_embeds))
         if weight:
             moved = x_t + distill.gan_r_sigma * jax.random.normal(jax.random.fold_in(key, i + 2), x_t.shape)

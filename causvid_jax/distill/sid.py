@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from causvid_jax.distill import dmd
+from causvid_jax.distill import scores
 
 
 def generator_loss(
@@ -32,13 +32,13 @@ def generator_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the student's loss and metrics; arguments are those of :func:`causvid_jax.distill.dmd.generator_loss`."""
     x = x0.astype(jnp.float32)
-    f, r, timestep = dmd.predictions(x, prompt_embeds, negative_prompt_embeds, key, **options)
+    f, r, timestep = scores.predictions(x, prompt_embeds, negative_prompt_embeds, key, **options)
     axes = tuple(range(1, x.ndim))
     scale = jax.lax.stop_gradient(jnp.mean(jnp.abs(x - r), axis=axes, keepdims=True))
     values = (r - f) * ((r - x) - options["distill"].sid_alpha * (r - f))
     # A sample that the teacher predicts exactly (0 / 0) does not count. A safe divisor gives it the gradient 0.
     values = jnp.where(scale > 0, values / jnp.where(scale > 0, scale, 1.0), 0.0)
-    loss = dmd.masked_mean(values, mask)
-    difference = dmd.masked_mean(jnp.abs(r - f), mask)
+    loss = scores.masked_mean(values, mask)
+    difference = scores.masked_mean(jnp.abs(r - f), mask)
     metrics = {"loss": loss, "gradient": difference, "timestep": jnp.mean(timestep)}
-    return loss, metrics | dmd.mask_weight(mask)
+    return loss, metrics | scores.mask_weight(mask)

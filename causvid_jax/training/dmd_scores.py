@@ -10,7 +10,7 @@ from einops import rearrange
 from causvid_jax.config import ExpertsConfig, Recipe, TransformerConfig
 from causvid_jax.diffusion import flow
 from causvid_jax.diffusion.guidance import per_branch
-from causvid_jax.distill import dmd, gan
+from causvid_jax.distill import gan, scores
 from causvid_jax.distill.exit_steps import Rollout, exit_steps_of
 from causvid_jax.models import adapters, experts, transformer
 from causvid_jax.models.image_branch import Picture, conditioned
@@ -113,8 +113,8 @@ def student_rollout(recipe: Recipe) -> Rollout:
     return Rollout(recipe.student, recipe.causal, timesteps, first, recipe.train_distill.exit_steps)
 
 
-def score_levels(key: jax.Array, frames: int, recipe: Recipe) -> dmd.Levels:
-    """Return the range of the scores' timesteps for ``frames`` latent frames (:class:`dmd.Levels`).
+def score_levels(key: jax.Array, frames: int, recipe: Recipe) -> scores.Levels:
+    """Return the range of the scores' timesteps for ``frames`` latent frames (:class:`scores.Levels`).
 
     Causal scores were trained with one timestep per block. ``key`` is that of :func:`generate`, which draws the exit
     steps.
@@ -122,12 +122,12 @@ def score_levels(key: jax.Array, frames: int, recipe: Recipe) -> dmd.Levels:
     config, diffusion = recipe.train_distill, recipe.diffusion
     blocks = recipe.causal.block_sizes(frames) if config.teacher == config.critic_mode == "causal" else ()
     if config.score_timesteps == "all":
-        return dmd.Levels(block_sizes=blocks)
+        return scores.Levels(block_sizes=blocks)
     exit_step = exit_steps_of(student_rollout(recipe), key, clip_shape(recipe)[0])[0]
     sigmas = np.array([*flow.student_timesteps(diffusion), 0.0]) / 1000
     times = jnp.asarray(flow.u_from_sigma(sigmas, diffusion.shift), jnp.float32)
     high = times[exit_step] if config.score_timesteps == "at_exit" else None
-    return dmd.Levels(times[exit_step + 1], high, blocks)
+    return scores.Levels(times[exit_step + 1], high, blocks)
 
 
 def scored(

@@ -17,7 +17,7 @@ from causvid_jax.checkpoints import load, state_dict, workdir
 from causvid_jax.config import ConfigError, ExpertsConfig
 from causvid_jax.config.recipes import load_recipe
 from causvid_jax.diffusion import flow, guidance
-from causvid_jax.distill import dmd
+from causvid_jax.distill import scores
 from causvid_jax.models import experts, transformer, vae
 from causvid_jax.sampling import teacher, weights
 from causvid_jax.training import dmd_scores
@@ -120,7 +120,7 @@ def test_each_timestep_has_its_expert_and_its_scale():
 
     config = dataclasses.replace(RECIPE.train_distill, guidance_scale=4.0)
     both = ExpertsConfig(boundary=875.0, low_noise_distill_guidance_scale=3.0)
-    got = dmd.predictions(
+    got = scores.predictions(
         x,
         text,
         0 * text,

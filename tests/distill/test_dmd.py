@@ -8,7 +8,7 @@ import pytest
 
 from causvid_jax.config import ConfigError, DiffusionConfig, DistillStageConfig
 from causvid_jax.diffusion import flow
-from causvid_jax.distill import dmd
+from causvid_jax.distill import dmd, scores
 
 DIFFUSION = DiffusionConfig(shift=3.0)
 SHAPE = (4, 3, 2, 2, 2)
@@ -120,7 +120,7 @@ def test_gradients_stop_at_scores_and_at_the_critics_data():
 
 def test_score_timesteps_are_shifted_uniform_clamped_and_equal_over_frames():
     distill = DistillStageConfig(score_timestep_min=20.0, score_timestep_max=980.0)
-    t = np.asarray(dmd.score_timesteps(jax.random.key(0), 20000, 3, DiffusionConfig(shift=8.0), distill))
+    t = np.asarray(scores.score_timesteps(jax.random.key(0), 20000, 3, DiffusionConfig(shift=8.0), distill))
     assert t.shape == (20000, 3) and t.min() == 20 and t.max() == 980
     np.testing.assert_array_equal(t, t[:, :1].repeat(3, 1))
     for level in (0.3, 0.6, 0.9):  # P(t < 1000 sigma) = u(sigma) = sigma / (shift - (shift - 1) sigma)
