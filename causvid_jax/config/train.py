@@ -68,8 +68,7 @@ class DataConfig(Config):
     absolute path, and its share. Empty means ``latents`` alone. ``prompt_file`` is a list of prompts
     (``data.captions``) for everything that needs no video: ODE trajectories, self rollouts, samples. ``test_clips``
     counts the clips that are held out; of own videos a fiftieth is held out, at least one. The other fields describe
-    digits: ``handwriting`` is ``"sklearn"`` (1,797 scans of 8 x 8 pixels, enlarged) or ``"mnist"`` (5,000 of 28 x 28,
-    scaled down), ``digit_size`` is in pixels, ``speed`` in pixels per frame. No training clip has the share
+    digits: ``digit_size`` is in pixels, ``speed`` in pixels per frame. No training clip has the share
     ``held_out_fraction`` of the combinations of digit, colour and direction, which reports use, nor the further share
     ``validation_fraction``, on which settings are chosen.
     """
@@ -79,7 +78,6 @@ class DataConfig(Config):
     name: Literal["moving_digits", "videos"] = "moving_digits"
     train_clips: CountOrZero = 4096
     test_clips: CountOrZero = 512
-    handwriting: Literal["sklearn", "mnist"] = "sklearn"
     digit_size: Annotated[int, Bounds(least=1, most=8192)] = 16
     speed: Annotated[int, Bounds(least=1, most=8192)] = 1
     colors: tuple[str, ...] = ("red", "green", "blue", "yellow", "cyan", "magenta", "white")

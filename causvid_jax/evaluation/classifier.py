@@ -83,7 +83,6 @@ class Classifier:
     params: dict[str, Any]
     colors: tuple[str, ...]
     digit_size: int
-    handwriting: str = "sklearn"
 
 
 Triple = tuple[int, str, str]
@@ -121,7 +120,6 @@ def save(path: str | pathlib.Path, classifier: Classifier) -> None:
     metadata = {
         "colors": " ".join(classifier.colors),
         "digit_size": str(classifier.digit_size),
-        "handwriting": classifier.handwriting,
     }
     store.save_params(path, classifier.params, metadata, dtype="float16")
 
@@ -130,13 +128,7 @@ def load(data: DataConfig, path: str | pathlib.Path = DEFAULT_PATH) -> Classifie
     """Load a classifier and check that it was trained on the digits and colours of ``data``."""
     params, metadata = store.load_params(path)
     require({"colors", "digit_size"} <= set(metadata), f"weights file {path} is not a classifier")
-    source = metadata.get("handwriting", "sklearn")
-    classifier = Classifier(params, tuple(metadata["colors"].split()), int(metadata["digit_size"]), source)
-    require(
-        classifier.handwriting == data.handwriting,
-        f"the classifier {path} reads the handwriting {classifier.handwriting!r}, the recipe has {data.handwriting!r}; "
-        "train one with causvid evaluate --train_classifier",
-    )
+    classifier = Classifier(params, tuple(metadata["colors"].split()), int(metadata["digit_size"]))
     require(
         classifier.digit_size == data.digit_size,
         f"the classifier {path} reads digits of {classifier.digit_size} pixels, the recipe has {data.digit_size}; "

@@ -16,7 +16,7 @@ from causvid_jax.evaluation import classifier as classifiers
 from causvid_jax.evaluation import metrics
 
 BATCH = 64
-STEPS = 1500
+STEPS = 3000
 LEARNING_RATE = 3e-3
 
 
@@ -97,7 +97,7 @@ def train(
       seed: of the initialisation and the augmentation.
       log: called with (step, mean loss) every 100 steps.
     """
-    images, labels, _ = digits.handwriting("classifier", data.handwriting)
+    images, labels, _ = digits.handwriting("classifier")
     masks = jnp.asarray(digits.resize(images, data))
     targets = jnp.asarray(labels)
     palette = jnp.asarray(np.array([digits.COLORS[name] for name in data.colors]) / 255.0, jnp.float32)
@@ -120,12 +120,12 @@ def train(
         if (step + 1) % 100 == 0 or step + 1 == steps:
             log(step + 1, float(np.mean(jax.device_get(losses))))
             losses = []
-    return classifiers.Classifier(jax.device_get(params), data.colors, data.digit_size, data.handwriting)
+    return classifiers.Classifier(jax.device_get(params), data.colors, data.digit_size)
 
 
 def accuracy(classifier: classifiers.Classifier, data: DataConfig, video: VideoConfig, split: str) -> dict[str, float]:
     """Return a classifier's accuracies on one clip of every digit of ``split``, in random colours and directions."""
-    images, labels, _ = digits.handwriting(split, data.handwriting)
+    images, labels, _ = digits.handwriting(split)
     rng = np.random.default_rng(0)
     data = dataclasses.replace(data, digits_per_clip=1)
     clips, targets = [], []

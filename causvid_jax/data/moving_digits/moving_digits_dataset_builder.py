@@ -35,8 +35,6 @@ class MovingDigitsConfig(tfds.core.BuilderConfig):
         fields = dataclasses.asdict(fixed)
         for name in ("mixture", "prompt_file"):  # they do not change a pixel
             del fields[name]
-        if fixed.handwriting == "sklearn":  # keep the names of datasets from before this field existed
-            del fields["handwriting"]
         if fixed.validation_fraction == 0:
             del fields["validation_fraction"]
         values = [fields, video.height, video.width, video.frames]
