@@ -90,6 +90,11 @@ class Engine:
         """Whether the student has an image branch, so that every film starts from a picture and follows no video."""
         return has_branch(self.recipe.student)
 
+    @property
+    def follows_videos(self) -> bool:
+        """Whether videos are accepted."""
+        return self.has_encoder and not self.has_branch
+
     def check_input(self, picture: bool, video: bool) -> None:
         """Refuse a picture or a video that the student cannot read, and a start without the picture that it needs.
 

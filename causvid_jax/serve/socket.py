@@ -162,7 +162,7 @@ class Connection:
             case protocol.Pause():
                 engine.pause(session, message.paused)
             case protocol.Input():
-                require(engine.has_encoder and not engine.has_branch, "this server cannot follow a video")
+                require(engine.follows_videos, "this server cannot follow a video")
                 frame = await self._picture(payload) if payload else None
                 engine.follow(session, frame, message.strength)
             case protocol.Snapshot():
@@ -261,7 +261,7 @@ def describe(engine: Engine) -> dict[str, Any]:
         "webrtc": settings.webrtc,
         "vocabulary": list(recipe.text.vocabulary) if recipe.text.kind == "words" else None,
         "pictures": engine.has_encoder,
-        "videos": engine.has_encoder and not engine.has_branch,
+        "videos": engine.follows_videos,
         "needs_picture": engine.has_branch,
         "prompt_characters": settings.prompt_characters,
         "resume_seconds": settings.resume_seconds,
