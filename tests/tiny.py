@@ -36,6 +36,10 @@ def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 RECIPE = tiny_recipe()
 
+NETWORK = {"dim": 32, "ffn_dim": 16, "num_heads": 2, "num_layers": 2, "in_channels": 4, "out_channels": 4}
+NETWORK |= {"text_dim": 5, "text_length": 8, "freq_dim": 8}
+"""Sizes of a transformer that belongs to no recipe, for tests that only lower or trace it."""
+
 CLIP = CLIPConfig(image_size=8, patch_size=4, dim=80, ffn_dim=24, num_heads=1, num_layers=2, projection_dim=3)
 BRANCH = {"in_channels": 12, "image_dim": 80, "image_tokens": 5}
 IMAGE = {"teacher": BRANCH, "student": BRANCH, "train_causal": {"prompt_switch_prob": 0.0, "steps": 2}}

@@ -13,19 +13,9 @@ import pytest
 from causvid_jax.config import CausalConfig, CLIPConfig, ConfigError, TransformerConfig, UMT5Config, VAEConfig
 from causvid_jax.models import attention, clip_vision, transformer, umt5, vae
 from causvid_jax.sharding import constraints
+from tests.tiny import NETWORK
 
 PRODUCT = re.compile(r"stablehlo\.(?:dot_general|convolution).*")
-SIZES = {
-    "dim": 32,
-    "ffn_dim": 16,
-    "num_heads": 2,
-    "num_layers": 2,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 5,
-    "text_length": 8,
-    "freq_dim": 8,
-}
 CAUSAL = CausalConfig(frames_per_block=2, window=4)
 
 
@@ -52,7 +42,7 @@ def check(lines, every=False):
 @pytest.mark.parametrize("policy,count", [("default", 3), ("fast", 3), ("wan", 4), ("causvid", 0)])
 def test_products_of_the_policies_in_bfloat16(platform, policy, count):
     """The time embedding has three float32 products in every policy but ``causvid``; ``wan`` adds the head."""
-    config = TransformerConfig(**SIZES, dtype="bfloat16", precision=policy, attention="xla", remat="none")
+    config = TransformerConfig(**NETWORK, dtype="bfloat16", precision=policy, attention="xla", remat="none")
     inputs = transformer.abstract(config), spec(2, 4, 8, 8, 4), spec(2, 4), spec(2, 8, 5)
     for forward in (transformer.bidirectional, functools.partial(transformer.block_causal, causal=CAUSAL)):
         lines = products(lambda p, *rest, f=forward: f(p, *rest, config=config), platform, *inputs)
@@ -64,7 +54,7 @@ def test_products_of_the_policies_in_bfloat16(platform, policy, count):
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_products_of_the_transformer_and_of_its_gradient_in_float32(platform):
-    config = TransformerConfig(**SIZES, dtype="float32", attention="xla", remat="none")
+    config = TransformerConfig(**NETWORK, dtype="float32", attention="xla", remat="none")
 
     def loss(params, x, timestep, text):
         one = transformer.bidirectional(params, x, timestep, text, config=config)
@@ -80,13 +70,13 @@ def test_kernels_without_a_float32_product_are_refused_in_float32(kernel):
     with pytest.raises(
         ConfigError, match=f"transformer.attention is '{kernel}' with dtype 'float32', .*; accepted: .*xla"
     ):
-        TransformerConfig(**SIZES, dtype="float32", attention=kernel)
-    TransformerConfig(**SIZES, dtype="bfloat16", attention=kernel)
+        TransformerConfig(**NETWORK, dtype="float32", attention=kernel)
+    TransformerConfig(**NETWORK, dtype="bfloat16", attention=kernel)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_products_of_a_stream(platform):
-    config = TransformerConfig(**SIZES, dtype="float32", attention="auto", remat="none")
+    config = TransformerConfig(**NETWORK, dtype="float32", attention="auto", remat="none")
     cache = jax.eval_shape(lambda: transformer.init_cache(config, CAUSAL, batch=2, height=8, width=8))
     params = transformer.abstract(config)
     text = jax.eval_shape(lambda p, t: transformer.encode_text(p, t, config=config), params, spec(2, 8, 5))

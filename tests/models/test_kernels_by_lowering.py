@@ -13,21 +13,9 @@ import pytest
 from causvid_jax.config import CausalConfig, TransformerConfig
 from causvid_jax.models import transformer
 from causvid_jax.sharding import constraints
+from tests.tiny import NETWORK
 
-CONFIG = TransformerConfig(
-    dim=32,
-    ffn_dim=16,
-    num_heads=2,
-    num_layers=2,
-    in_channels=4,
-    out_channels=4,
-    text_dim=5,
-    text_length=8,
-    freq_dim=8,
-    dtype="bfloat16",
-    attention="auto",
-    remat="none",
-)
+CONFIG = TransformerConfig(**NETWORK, dtype="bfloat16", attention="auto", remat="none")
 CAUSAL = CausalConfig(frames_per_block=2, window=4)
 HEIGHT, WIDTH, BATCH = 8, 8, 3
 TOKENS = (HEIGHT // 2) * (WIDTH // 2)  # of a frame

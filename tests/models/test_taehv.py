@@ -167,10 +167,7 @@ def test_the_published_size():
         (lambda p: taehv.encode(p, jnp.zeros((1, 4, 18, 16, 3)), config=SMALL), "18 x 16 .*multiples of 8"),
         (lambda p: taehv.encode(p, jnp.zeros((1, 4, 16, 16, 4)), config=SMALL), "16, 4\\) cannot .*height, width, 3"),
         (lambda p: taehv.decode(p, jnp.zeros((1, 2, 2, 2, 16)), config=SMALL), "\\(1, 2, 2, 2, 16\\).*h, w, 3"),
-        (
-            lambda p: taehv.encode_chunk(p, jnp.zeros((1, 5, 16, 16, 3)), None, config=SMALL),
-            "5 frames .*accepted: 4n",
-        ),
+        (lambda p: taehv.encode_chunk(p, jnp.zeros((1, 5, 16, 16, 3)), None, config=SMALL), "5 frames .*accepted: 4n"),
         (
             lambda p: TAEHVConfig(temporal_upsample=(False, True, False)),
             "the same length and the same number of true entries",
