@@ -62,17 +62,6 @@ def test_pieces_make_a_tensor(tmp_path):
     store.verify(tmp_path / "w.safetensors")
 
 
-@pytest.mark.parametrize("damage", ["bit", "truncated"])
-def test_verify_finds_damage(tmp_path, damage):
-    path = tmp_path / "w.safetensors"
-    write(path)
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 1
-    path.write_bytes(data if damage == "bit" else data[:-1])
-    with pytest.raises(ConfigError, match="corrupt" if damage == "bit" else "not a readable safetensors file"):
-        store.verify(path)
-
-
 def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "w.safetensors"
     write(path)

@@ -209,10 +209,7 @@ def test_a_damaged_header_is_one_sentence(data, position, prefixed):
 
 
 def test_what_is_no_checkpoint(tmp_path, save):
-    for path, sentence in (
-        (tmp_path / "nowhere", "nowhere does not exist"),
-        (tmp_path, "holds 0 weights files"),
-    ):
+    for path, sentence in ((tmp_path / "nowhere", "nowhere does not exist"), (tmp_path, "holds 0 weights files")):
         with pytest.raises(ConfigError, match=sentence):
             source.open_source(path)
     (tmp_path / "x.txt").write_text("")

@@ -91,9 +91,10 @@ def test_every_kind_of_damage_is_one_sentence(tmp_path):
     for name, (data, message) in damages.items():
         bad = tmp_path / "bad.safetensors"
         bad.write_bytes(data)
-        with pytest.raises(ConfigError, match=message) as caught:
-            store.load_params(bad)
-        assert "\n" not in str(caught.value) and str(bad) in str(caught.value), name
+        for read in (store.load_params, store.verify):
+            with pytest.raises(ConfigError, match=message) as caught:
+                read(bad)
+            assert "\n" not in str(caught.value) and str(bad) in str(caught.value), name
 
 
 def test_missing_directory_and_foreign_files(tmp_path):
