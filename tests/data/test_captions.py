@@ -17,15 +17,36 @@ def test_prompts_come_one_per_line_or_as_jsonl(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", " \n", "holds no prompt"),
-        ("a.jsonl", '"a"\n{"words": "b"}\n', "line 2: accepted: a JSON string or"),
-        ("a.jsonl", '"a\n', "line 1 is no JSON"),
+        ("p.txt", " \n", "holds no prompt"),
+        ("p.txt", "a red\0 3\n", r"line 1 has the character '\\x00'; accepted: text without control characters"),
+        ("p.jsonl", '"a"\n{"words": "b"}\n', "line 2: accepted: a JSON string or"),
+        ("p.jsonl", '"a\n', "line 1 is no JSON"),
+        ("p.jsonl", '{"prompt": "a red 3", "prompt": "a blue 7"}', "an object names 'prompt' twice"),
+        ("p.json", "[" * 100_000, "line 1 is no JSON"),
+        ("p.json", '["a red 3", "\\ud800"]', r"line 2 has the character '\\ud800'"),
+        ("p.csv", "prompt,seed\na cat, sitting,1\n", "line 2 has 3 fields and the header 2; a text with ',' or quotes"),
+        ("p.csv", 'prompt\na dog\n"a cat\n', "line 3 is not a table row: unexpected end of data"),
+        ("p.csv", "prompt\n" + "x" * 140_000, "line 2 is not a table row: field larger than field limit"),
+        ("p.csv", "words\na\n", r"has the columns \['words'\]; it needs prompt or prompt_en"),
+        ("p.csv", "prompt,prompt\na,b\n", r"has the columns \['prompt', 'prompt'\]; a column may be named"),
+        ("c.txt", "", "is of no accepted kind; accepted: .csv, .tsv, .json"),
+        ("c.csv", "name,caption\nx,y\n", r"has the columns \['name', 'caption'\]; it needs file or file_name"),
+        ("c.csv", "file,caption\na.mp4,x\na.mp4,y\n", "line 3: 'a.mp4' is named twice"),
+        ("c.csv", "file,caption\n", "names no video"),
+        ("c.json", '{"a.mp4": "x", "a.mp4": "y"}', "an object names 'a.mp4' twice"),
+        ("c.jsonl", '{"file": "a.mp4", "caption": 3}', "the caption is 3, no text"),
+        ("c.jsonl", '["a.mp4"]', "line 1: no file is named"),
+        ("c.jsonl", '{"file": "a\\u0000.mp4", "caption": "x"}', r"line 1 has the character '\\x00'"),
     ],
 )
-def test_prompt_lists_that_cannot_be_read(tmp_path, name, content, message):
+def test_lists_of_prompts_and_of_captions_that_cannot_be_read_name_file_and_line(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
-    with pytest.raises(ConfigError, match=message):
-        captions.read_prompts(tmp_path / name)
+    read = captions.read_captions if name.startswith("c") else captions.read_prompts
+    with pytest.raises(ConfigError, match=f"{name}.*{message}"):
+        read(tmp_path / name)
+
+
+def test_prompt_files_that_are_missing_or_no_text(tmp_path):
     with pytest.raises(ConfigError, match="prompt file .*none.txt does not exist"):
         captions.read_prompts(tmp_path / "none.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
@@ -46,23 +67,6 @@ def test_captions_come_as_csv_or_jsonl(tmp_path):
     objects.write_text("\n".join(map(json.dumps, rows)))
     expected = {"b/x.mp4": "one, two\nthree", "a.webm": ""}
     assert captions.read_captions(table) == captions.read_captions(objects) == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("c.txt", "", "is of no accepted kind; accepted: .csv, .tsv, .json"),
-        ("c.csv", "name,caption\nx,y\n", r"has the columns \['name', 'caption'\]; it needs file or file_name"),
-        ("c.csv", "file,caption\na.mp4,x\na.mp4,y\n", "line 3: 'a.mp4' is named twice"),
-        ("c.jsonl", '{"file": "a.mp4", "caption": 3}', "the caption is 3, no text"),
-        ("c.jsonl", '["a.mp4"]', "line 1: no file is named"),
-        ("c.csv", "file,caption\n", "names no video"),
-    ],
-)
-def test_captions_that_cannot_be_read(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ConfigError, match=message):
-        captions.read_captions(tmp_path / name)
 
 
 def test_videos_are_found_by_suffix_and_captioned_by_their_sidecars_or_the_file(tmp_path):
@@ -123,22 +127,6 @@ def test_prompts_are_read_by_content_and_suffix(tmp_path, name, text):
     assert captions.read_prompts(tmp_path / name) == PAIR
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.csv", "prompt,seed\na cat, sitting,1\n", "line 2 has 3 fields and the header 2; a text with ',' or quotes"),
-        ("a.csv", 'prompt\na dog\n"a cat\n', "line 3 is not a table row: unexpected end of data"),
-        ("a.csv", "prompt\n" + "x" * 140_000, "line 2 is not a table row: field larger than field limit"),
-        ("a.csv", "words\na\n", r"has the columns \['words'\]; it needs prompt or prompt_en"),
-        ("a.json", "[" * 100_000, "line 1 is no JSON"),
-    ],
-)
-def test_tables_that_do_not_parse_name_file_and_line(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError, match=f"{name}.*{message}"):
-        captions.read_prompts(tmp_path / name)
-
-
 def test_names_in_another_spelling_are_the_files_on_disk(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("caf\u00e9.mp4", "sub/b.mp4", "c.mp4"):
@@ -157,25 +145,3 @@ def test_videos_outside_of_the_folder_are_refused(tmp_path, name):
     (tmp_path / "c.json").write_text(json.dumps({name: "a"}))
     with pytest.raises(ConfigError, match="is outside of the video folder"):
         captions.list_videos(tmp_path / "videos", tmp_path / "c.json")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("p.txt", "a red\0 3\n", r"line 1 has the character '\\x00'; accepted: text without control characters"),
-        ("p.json", '["a red 3", "\\ud800"]', r"line 2 has the character '\\ud800'"),
-        (
-            "p.csv",
-            "prompt,prompt\na red 3,a blue 7\n",
-            r"has the columns \['prompt', 'prompt'\]; a column may be named",
-        ),
-        ("p.jsonl", '{"prompt": "a red 3", "prompt": "a blue 7"}', "p.jsonl: an object names 'prompt' twice"),
-        ("c.json", '{"a.mp4": "x", "a.mp4": "y"}', "c.json: an object names 'a.mp4' twice"),
-        ("c.jsonl", '{"file": "a\\u0000.mp4", "caption": "x"}', r"line 1 has the character '\\x00'"),
-    ],
-)
-def test_lists_that_say_two_things_or_hold_no_text_are_refused(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    read = captions.read_captions if name.startswith("c") else captions.read_prompts
-    with pytest.raises(ConfigError, match=message):
-        read(tmp_path / name)

@@ -121,42 +121,6 @@ def test_a_mixture_keeps_its_weights_and_the_epochs_of_every_dataset(count):
     np.testing.assert_array_equal(same, videos[4:])
 
 
-@pytest.mark.parametrize("shares", [[[0, 1, 2, 3, 4, 5]], [[0, 1, 2], [3, 4, 5]], [[0, 1], [2, 3], [4], [5]], [[0, 3]]])
-def test_processes_read_their_rows_of_the_batches_of_one_process(shares):
-    def take(count, rows, state=None):
-        batches = pipeline.clip_batches(_source(), batch_size=6, seed=5, frames=5, rows=rows)
-        if state is not None:
-            batches.set_state(state)
-        return [next(batches) for _ in range(count)], batches.get_state()
-
-    alone = pipeline.clip_batches(_source(), batch_size=6, seed=5, frames=5)
-    expected = [next(alone) for _ in range(5)]
-    _, state = take(2, [0])  # any other share: the state counts batches, so it holds for all of them
-    for rows in shares:
-        (got, end), (rest, again) = take(5, rows), take(3, rows, state)
-        assert end == again
-        for batch, whole in [*zip(got, expected, strict=True), *zip(rest, expected[2:], strict=True)]:
-            np.testing.assert_array_equal(batch["video"], whole["video"][rows])
-            assert batch["caption"].tolist() == whole["caption"][rows].tolist()
-
-
-def test_resume_continues_exactly():
-    def fresh():
-        return pipeline.clip_batches(_source(), batch_size=5, seed=1, frames=9)
-
-    batches = fresh()
-    for _ in range(4):
-        next(batches)
-    state = batches.get_state()
-    expected = [next(batches) for _ in range(6)]
-    resumed = fresh()
-    resumed.set_state(state)
-    for batch in expected:
-        again = next(resumed)
-        np.testing.assert_array_equal(again["video"], batch["video"])
-        np.testing.assert_array_equal(again["caption"], batch["caption"])
-
-
 def test_seed_and_threads():
     def captions(seed, threads):
         batches = pipeline.clip_batches(_source(), batch_size=12, seed=seed, threads=threads)
