@@ -1,10 +1,9 @@
 """The conversion program: what it writes and says, and the one sentence for what it cannot do."""
 
+import contextlib
+import dataclasses
+import io
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -14,39 +13,17 @@ import safetensors.numpy
 from causvid_jax.checkpoints import load, open_checkpoint, state_dict, store, workdir
 from causvid_jax.checkpoints.checkpoint import network_of
 from causvid_jax.checkpoints.source import open_source
-from causvid_jax.config import CLIPConfig, TAEHVConfig, TransformerConfig, UMT5Config, VAEConfig
+from causvid_jax.cli import common
+from causvid_jax.config import ConfigError
 from causvid_jax.models import transformer, vae
+from tests.checkpoints.tiny_files import EVERY, TINY, TINY_VAE, arrays, assert_states
+from tests.tiny import random_params
 
-ROOT = pathlib.Path(__file__).parents[2]
-CONFIG = TransformerConfig(
-    dim=24, ffn_dim=40, num_heads=2, num_layers=3, in_channels=4, out_channels=4, text_dim=10, freq_dim=8
-)
-CODER = VAEConfig(base_dim=4, z_dim=2)
+CONFIG, CODER = TINY, TINY_VAE
 T5, VISION = "models_t5_umt5-xxl-enc-bf16", "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
-OTHERS = {
-    T5: UMT5Config(vocab_size=11, dim=6, ffn_dim=10, num_heads=2, head_dim=4, num_layers=3),
-    VISION: CLIPConfig(image_size=8, patch_size=4, dim=80, ffn_dim=6, num_heads=1, num_layers=2, projection_dim=3),
-    "taew2_1": TAEHVConfig(z_dim=2, encoder_dim=10, decoder_dims=(14, 12, 8, 6)),
-}
+OTHERS = {T5: EVERY[3], VISION: EVERY[4], "taew2_1": dataclasses.replace(EVERY[5], z_dim=2)}
 TOKENIZER = {"tokenizer.json": '{"model": 1}', "spiece.model": "pieces"}
 ENCODERS = "--component=transformer,vae,text_encoder,image_encoder"
-DRIVER = """
-import contextlib, io, json, sys
-
-from causvid_jax.config import ConfigError
-from causvid_jax.cli import common
-
-results = []
-for arguments in json.load(sys.stdin):
-    printed, error = io.StringIO(), None
-    with contextlib.redirect_stdout(printed):
-        try:
-            common.call("convert", arguments)
-        except ConfigError as caught:
-            error = str(caught)
-    results.append({"printed": printed.getvalue(), "error": error})
-print(json.dumps(results))
-"""
 UPDATE = {
     "blocks.0.ffn.2.lora_A.weight": np.ones((1, 40), np.float32),
     "blocks.0.ffn.2.lora_B.weight": np.ones((24, 1), np.float32),
@@ -80,10 +57,7 @@ BAD = [
     ([W, "--output=y", "--lora_layers=1-x"], "--lora_layers is '1-x'; accepted: numbers and ranges, as 0-9,20"),
     ([W, "--output=y", "--stage=vae"], "--stage is 'vae'; accepted: teacher, init, distill"),
     ([W, "--output=y", "--component=clip"], "--component is 'clip'; accepted: transformer, vae, text_encoder, image"),
-    (
-        ["--input=diffusers", "--output=y", "--component=taehv"],
-        "has no taehv; accepted: transformer, vae",
-    ),
+    (["--input=diffusers", "--output=y", "--component=taehv"], "has no taehv; accepted: transformer, vae"),
     (
         ["--input=wan", "--output=y", "--to=diffusers"],
         "TAEHV of widths 10 and (14, 12, 8, 6), 2 latent channels, origi",
@@ -95,11 +69,10 @@ BAD = [
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """(folder, results by name, errors in order), after one process that served every request."""
+    """Return the folder, the parameters, results by name and errors in order, after every request."""
     folder = tmp_path_factory.mktemp("convert")
     rng = np.random.default_rng(0)
-    draw = lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32)  # noqa: E731
-    params, coder = (jax.tree.map(draw, tree) for tree in (transformer.abstract(CONFIG), vae.abstract(CODER)))
+    params, coder = random_params(transformer.abstract(CONFIG)), random_params(vae.abstract(CODER), 1)
     (folder / "wan").mkdir()
     state = state_dict(params, CONFIG, "original")
     save = safetensors.numpy.save_file
@@ -116,33 +89,22 @@ def done(tmp_path_factory):
     save(state, folder / "w.safetensors")
     save({f"generator.model.{name}": value for name, value in state.items()}, folder / "student.safetensors")
     save(UPDATE, folder / "lora.safetensors")
-    requests = [*GOOD.values(), *(arguments for arguments, _ in BAD)]
-    process = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input=json.dumps(requests),
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert process.returncode == 0, process.stderr
-    results = json.loads(process.stdout)
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for arguments in (*GOOD.values(), *(arguments for arguments, _ in BAD)):
+            error = None
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                try:
+                    common.call("convert", arguments)
+                except ConfigError as caught:
+                    error = str(caught)
+            results.append({"printed": printed.getvalue(), "error": error})
     return folder, params, coder, dict(zip(GOOD, results, strict=False)), results[len(GOOD) :]
 
 
-def states_of(place):
-    out = {}
-    for name, tensor in open_source(place).tensors.items():
-        with tensor.view() as view:
-            out[name] = np.array(view)
-    return out
-
-
-def same(have, want):
-    assert have.keys() == want.keys()
-    for name, value in want.items():
-        np.testing.assert_array_equal(have[name], value)
+def arrays_of(place):
+    return arrays(open_source(place))
 
 
 def test_an_original_folder_becomes_a_working_directory(done):
@@ -181,7 +143,7 @@ def test_a_working_directory_holds_everything_under_its_name(done):
     assert (folder / "run" / workdir.TOKENIZER).read_text() == TOKENIZER["tokenizer.json"]
     for name, published in own.items():
         config = OTHERS[published]
-        state = states_of(folder / "wan" / f"{published}.safetensors")
+        state = arrays_of(folder / "wan" / f"{published}.safetensors")
         expected = load(state, config=config)[0]
         for place in ("run", "again"):
             if name in files_of(folder / place):
@@ -194,7 +156,7 @@ def test_a_working_directory_goes_back_to_the_published_one(done):
     tokenizer = {"google/umt5-xxl/tokenizer.json"}
     assert files_of(folder / "back") == files_of(folder / "wan") - {"google/umt5-xxl/spiece.model"}
     for name in files_of(folder / "back") - tokenizer - {"config.json"}:
-        same(states_of(folder / "back" / name), states_of(folder / "wan" / name))
+        assert_states(arrays_of(folder / "back" / name), arrays_of(folder / "wan" / name))
     weights = {f"{name}/diffusion_pytorch_model.safetensors" for name in ("transformer", "vae")}
     weights |= {f"{name}/model.safetensors" for name in ("text_encoder", "image_encoder")}
     described = {f"{name.partition('/')[0]}/config.json" for name in weights}
@@ -209,12 +171,12 @@ def test_published_folders(done):
         found["transformer"] == folder / "original" / "diffusion_pytorch_model.safetensors"
         and found["vae"].name == "Wan2.1_VAE.safetensors"
     )
-    same(states_of(found["transformer"]), state_dict(params, CONFIG, "original"))
-    same(states_of(found["vae"]), state_dict(coder, CODER, "original"))
+    assert_states(arrays_of(found["transformer"]), state_dict(params, CONFIG, "original"))
+    assert_states(arrays_of(found["vae"]), state_dict(coder, CODER, "original"))
     assert json.loads((folder / "original" / "config.json").read_text())["_class_name"] == "WanModel"
     found = workdir.components(folder / "diffusers")
-    same(states_of(found["transformer"]), state_dict(params, CONFIG, "diffusers"))
-    same(states_of(found["vae"]), state_dict(coder, CODER, "diffusers"))
+    assert_states(arrays_of(found["transformer"]), state_dict(params, CONFIG, "diffusers"))
+    assert_states(arrays_of(found["vae"]), state_dict(coder, CODER, "diffusers"))
     opened = open_checkpoint(folder / "coder.safetensors")
     assert (opened.network.component, opened.format) == ("vae", "causvid_jax")
 
@@ -239,14 +201,3 @@ def test_bad_requests_are_one_sentence_and_write_nothing(done):
         assert result["error"] is not None and sentence in result["error"], (arguments, result["error"])
         assert "\n" not in result["error"]
     assert not list(folder.glob("y*")) and not list(folder.glob(".*"))
-
-
-def test_the_program_as_a_process_exits_with_2(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.convert", "--input=nowhere", f"--output={tmp_path / 'y'}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: nowhere does not exist\n")

@@ -57,8 +57,9 @@ def refused(trained, output, capsys, *flags):
     return capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("name", ["vae", "distill", "teacher", "classifier"])
+@pytest.mark.parametrize(
+    "name,value", [("vae", np.nan), ("distill", np.inf), ("teacher", np.nan), ("classifier", np.inf)]
+)
 def test_weights_that_are_not_finite_are_named_and_nothing_is_written(trained, tmp_path, capsys, name, value):
     path = trained / ("classifier.safetensors" if name == "classifier" else f"{name}/weights.safetensors")
     whole = path.read_bytes()

@@ -3,26 +3,18 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
-from causvid_jax.checkpoints import store, workdir
 from causvid_jax.cli import common
-from causvid_jax.config import ConfigError, DataConfig, from_config_dict
+from causvid_jax.config import ConfigError
 from causvid_jax.data import arrays, digits, moving_digits, prepare
-from causvid_jax.models import transformer, vae
 from tests.programs import free_port, write_recipe
-
-SMALL = {
-    "name": "small",
-    "video": {"height": 16, "width": 16, "frames": 9},
-    "data": {"train_clips": 4, "test_clips": 2, "digit_size": 8},
-}
+from tests.tiny import RECIPE, tiny_recipe, tiny_workdir
 
 
 def test_data_stage_writes_the_clips_and_count_replaces_their_number(tmp_path):
-    recipe = from_config_dict(SMALL)
+    recipe = tiny_recipe(data={"train_clips": 4})
     assert "4 training and 2 test clips" in prepare.data(recipe, tmp_path)
     assert len(moving_digits.source(tmp_path / "data", recipe.data, recipe.video, "train")) == 4
     assert "6 training" in prepare.data(recipe, tmp_path, prepare.Options(count=6))
@@ -31,77 +23,42 @@ def test_data_stage_writes_the_clips_and_count_replaces_their_number(tmp_path):
 
 
 def test_later_stages_name_what_is_missing(tmp_path):
-    recipe = from_config_dict(SMALL)
     with pytest.raises(ConfigError, match="no complete moving_digits dataset .*--stage=data"):
-        prepare.latents(recipe, tmp_path)
-    prepare.data(recipe, tmp_path)
+        prepare.latents(RECIPE, tmp_path)
+    prepare.data(RECIPE, tmp_path)
     with pytest.raises(ConfigError, match="no trained vae.*--stage=vae"):
-        prepare.latents(recipe, tmp_path)
+        prepare.latents(RECIPE, tmp_path)
     with pytest.raises(ConfigError, match="no trained teacher.*--stage=teacher"):
-        prepare.trajectories(recipe, tmp_path)
+        prepare.trajectories(RECIPE, tmp_path)
 
 
 def with_weights(folder):
-    """A recipe with tiny networks, and weights of its VAE and teacher in ``folder``."""
-    words = digits.vocabulary(DataConfig())
-    net = {"dim": 16, "ffn_dim": 16, "num_heads": 2, "num_layers": 1, "in_channels": 4, "out_channels": 4}
-    net |= {"text_length": 8, "text_dim": len(words) + 8, "freq_dim": 8}
-    recipe = from_config_dict(
-        SMALL
-        | {
-            "text": {"kind": "words", "vocabulary": words, "length": 8, "dim": len(words) + 8},
-            "vae": {
-                "base_dim": 2,
-                "dim_mult": (1, 1, 1),
-                "temporal_downsample": (True, True),
-                "num_res_blocks": 1,
-                "z_dim": 4,
-            },
-            "teacher": net,
-            "student": net,
-            "diffusion": {"num_inference_steps": 4},
-        }
-    )
-    for stage, tree, metadata in (
-        ("vae", vae.abstract(recipe.vae), workdir.vae_metadata(recipe.vae)),
-        ("teacher", transformer.abstract(recipe.teacher), {}),
-    ):
-        store.save_params(
-            workdir.stage_path(folder, stage), jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), tree), metadata
-        )
-    return recipe
+    """Fill ``folder`` with the weights of every stage of the tiny recipe, without datasets."""
+    shutil.rmtree(tiny_workdir(folder) / "data")
 
 
 def test_latents_and_trajectories_from_the_weights_of_their_stages(tmp_path):
-    recipe = with_weights(tmp_path)
-    prepare.data(recipe, tmp_path)
-    assert "latents: 3 examples" in prepare.latents(recipe, tmp_path, prepare.Options(count=3))
-    assert "trajectories: 5 examples" in prepare.trajectories(recipe, tmp_path, prepare.Options(count=5))
+    with_weights(tmp_path)
+    prepare.data(RECIPE, tmp_path)
+    assert "latents: 3 examples" in prepare.latents(RECIPE, tmp_path, prepare.Options(count=3))
+    assert "trajectories: 5 examples" in prepare.trajectories(RECIPE, tmp_path, prepare.Options(count=5))
     latents, trajectories = (arrays.source(tmp_path / "data" / name) for name in ("latents", "trajectories"))
-    assert latents[2]["latents"].shape == (3, 4, 4, 4) and trajectories[4]["trajectory"].shape == (5, 3, 4, 4, 4)
-    assert trajectories[4]["caption"].decode() in digits.captions(recipe.data, "train")
+    assert latents[2]["latents"].shape == (3, 4, 4, 4) and trajectories[4]["trajectory"].shape == (3, 3, 4, 4, 4)
+    assert trajectories[4]["caption"].decode() in digits.captions(RECIPE.data, "train")
 
 
 def test_prompts_of_a_file_replace_the_captions(tmp_path):
-    words = digits.vocabulary(DataConfig())
-    net = {"dim": 16, "num_heads": 2, "in_channels": 16, "text_length": 8, "text_dim": len(words) + 8}
     listed = tmp_path / "prompts.txt"
     listed.write_text("a red 3\na blue 4\n")
-    values = SMALL | {
-        "text": {"kind": "words", "vocabulary": words, "length": 8, "dim": len(words) + 8},
-        "teacher": net,
-        "student": net,
-        "causal": {"frames_per_block": 1},
-    }
-    recipe = from_config_dict(values | {"data": SMALL["data"] | {"prompt_file": str(listed)}})
+    recipe = tiny_recipe(data={"prompt_file": str(listed)})
     assert prepare.prompts(recipe, tmp_path).endswith("prompts: 2 examples")
     assert prepare.prompts(recipe, tmp_path).endswith("was complete already, nothing to do: 2 examples")
     source = arrays.source(tmp_path / "data" / "prompts")
     assert [source[i]["caption"] for i in range(2)] == [b"a red 3", b"a blue 4"]
-    assert source[0]["text"].shape == (3, len(words) + 8)
+    assert source[0]["text"].shape == (3, RECIPE.text.dim)
     with pytest.raises(ConfigError, match="no --prompts is given and data.prompt_file is empty"):
-        prepare.prompts(from_config_dict(values), tmp_path)
-    films = from_config_dict(values | {"data": {"name": "videos"}})
+        prepare.prompts(RECIPE, tmp_path)
+    films = tiny_recipe(data={"name": "videos"})
     with pytest.raises(ConfigError, match="no clips at .*--stage=data --videos=DIR"):
         prepare.latents(films, tmp_path)
     with pytest.raises(ConfigError, match="no --videos is given; --stage=data needs the folder"):
@@ -126,9 +83,9 @@ def test_an_unknown_stage_is_refused(tmp_path):
 @pytest.mark.slow
 def test_processes_that_know_each_other_share_a_stage(tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
-    recipe = with_weights(alone)
+    with_weights(alone)
     shutil.copytree(alone, together)
-    path = write_recipe(tmp_path, recipe)
+    path = write_recipe(tmp_path, RECIPE)
     flags = [f"--config={path}", f"--workdir={together}", "--stage=trajectories", "--count=66"]
     flags += [f"--coordinator=127.0.0.1:{free_port()}", "--processes=2"]
     processes = [
@@ -147,7 +104,7 @@ def test_processes_that_know_each_other_share_a_stage(tmp_path):
     assert all("1/1" in error for _, error in said)
     assert "trajectories: 66 examples" in said[0][0] and "examples" not in said[1][0]
 
-    assert "66 examples" in prepare.trajectories(recipe, alone, prepare.Options(count=66))
+    assert "66 examples" in prepare.trajectories(RECIPE, alone, prepare.Options(count=66))
     one, many = (arrays.source(folder / "data" / "trajectories") for folder in (alone, together))
     for i in (0, 63, 64, 65):
         assert one[i]["caption"] == many[i]["caption"]

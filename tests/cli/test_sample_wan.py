@@ -20,13 +20,13 @@ from causvid_jax import media
 from causvid_jax.checkpoints import load, state_dict, workdir
 from causvid_jax.checkpoints.checkpoint import network_of
 from causvid_jax.cli import common, sample
-from causvid_jax.config import CLIPConfig
 from causvid_jax.config.recipes import load_recipe
 from causvid_jax.models import decoder, precision, transformer, umt5
 from causvid_jax.sampling import image_to_video, player, stream
 from causvid_jax.sampling import teacher as teacher_sampler
 from causvid_jax.text import encoder
 from configs.wan_1_3b import NEGATIVE_PROMPT
+from tests.tiny import CLIP, random_params
 
 pytest.importorskip("tokenizers", reason="the extra 'text' is not installed")
 pytest.importorskip("ftfy", reason="the extra 'text' is not installed")
@@ -54,17 +54,9 @@ def get_config(variant="t2v"):
 PROMPT = "--prompt=warm neon"
 
 
-CLIP = CLIPConfig(image_size=8, patch_size=4, dim=80, ffn_dim=24, num_heads=1, num_layers=2, projection_dim=3)
-
-
-def random_tree(abstract, seed):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape, scale=0.2).astype(np.float32), abstract)
-
-
 def publish(path, config, naming, seed, *, prefix="", tree=None):
     """A safetensors file of random weights, named and laid out as others write it."""
-    params = random_tree(network_of(config).abstract(config), seed) if tree is None else tree
+    params = random_params(network_of(config).abstract(config), seed, 0.2) if tree is None else tree
     state = {prefix + name: value for name, value in state_dict(params, config, naming).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(state, path, {"format": "pt"})
@@ -224,10 +216,7 @@ def test_what_is_missing_is_named(place, tmp_path):
         ),
         ([PROMPT, "--teacher", f"--image={place}/wide.gif"], "--image is given with --teacher, which cannot stream"),
         ([PROMPT, "--config.umt5.num_layers=9"], "text_encoder/weights.safetensors does not fit the configuration"),
-        (
-            [PROMPT, "--config.decoder=taehv", "--config.taehv.blocks=2"],
-            "unexpected: decoder/levels/0/blocks/2",
-        ),
+        ([PROMPT, "--config.decoder=taehv", "--config.taehv.blocks=2"], "unexpected: decoder/levels/0/blocks/2"),
     ]
     for arguments, words in cases:
         assert words in refusal(place, arguments)
