@@ -210,12 +210,7 @@ def test_critic_recovers_the_exact_linear_velocity(timestep):
 
     def loss(p):
         return dmd.critic_loss(
-            x0,
-            None,
-            jax.random.key(1),
-            fake=lambda x, t, _: p[0] * x + p[1],
-            diffusion=DIFFUSION,
-            distill=distill,
+            x0, None, jax.random.key(1), fake=lambda x, t, _: p[0] * x + p[1], diffusion=DIFFUSION, distill=distill
         )[0]
 
     start = jnp.zeros(2)

@@ -119,14 +119,7 @@ def test_exact_jump_has_zero_loss():
 
     def loss(scale):
         return ode_regression.ode_regression_loss(
-            network,
-            scale,
-            states,
-            TEXT,
-            jax.random.key(0),
-            timesteps=TIMESTEPS,
-            block_sizes=BLOCKS,
-            include_clean=True,
+            network, scale, states, TEXT, jax.random.key(0), timesteps=TIMESTEPS, block_sizes=BLOCKS, include_clean=True
         )[0]
 
     value, slope = jax.value_and_grad(loss)(1.0)

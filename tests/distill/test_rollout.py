@@ -45,9 +45,7 @@ def toy(request, monkeypatch):
         ),
         (
             rollout.kv_cache,
-            {
-                "advance": lambda cache, frames: cache | {"memory": cache["memory"] + frames * cache["block"]},
-            },
+            {"advance": lambda cache, frames: cache | {"memory": cache["memory"] + frames * cache["block"]}},
         ),
         (
             rollout.cache_undo,

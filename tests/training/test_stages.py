@@ -161,17 +161,6 @@ def test_the_vae_file_carries_the_statistics_of_its_latents(road):
     assert len(mean) == 4 and len(set(std)) == 1 and std[0] > 0
 
 
-def test_continued_rollouts_with_prompt_switches_take_a_step(road, tmp_path):
-    changes = {"continuation_prob": 0.7, "prompt_switch_prob": 0.5, "critic_steps": 2}
-    (tmp_path / "data").symlink_to(road / "data")
-    for other in ("vae", "teacher", "causal", "init"):
-        (tmp_path / other).symlink_to(road / other)
-    recipe = tiny_recipe(train_distill={"critic_steps": 1, "steps": 1} | changes)
-    stages.train("distill", recipe, tmp_path)
-    record = read_metrics(tmp_path / "distill")[0]
-    assert np.isfinite(record["generator_loss"]) and np.isfinite(record["critic_loss"])
-
-
 def test_a_student_learns_from_a_causal_teacher(road, tmp_path):
     for other in ("vae", "causal"):
         (tmp_path / other).symlink_to(road / other)

@@ -61,21 +61,6 @@ def test_a_data_rollout_is_cut_to_its_length(workdir, only_traced):
     assert run.batches_read[0]["latents"].shape == (2, 2, 2, *recipe.latent_shape[1:])
 
 
-def test_clean_blocks_count_in_the_losses_only_if_asked_for():
-    """The published code counts them."""
-    rng = np.random.default_rng(0)
-    for masked in (True, False):
-        recipe = tiny.tiny_recipe(train_distill={"rollout": "data", "mask_clean": masked})
-        text = np.zeros((4, recipe.text.length, recipe.text.dim), np.float32)
-        batch = {"latents": rng.standard_normal((4, *recipe.latent_shape)).astype(np.float32), "text": text}
-        params = tiny.random_transformer(recipe.student)
-        # Only what the mask needs is compiled.
-        mask = jax.jit(lambda p, b, recipe=recipe: dmd.generate(p, b, jax.random.key(0), recipe=recipe)[1])(
-            params, batch
-        )
-        assert mask is None if not masked else 0 < int(mask.sum()) < mask.size
-
-
 def test_no_buffer_of_a_state_is_two_of_its_arrays():
     """A donated state whose EMA shares the buffers of its parameters would be freed under a checkpoint."""
     network = update.init_trainable({"a": jnp.ones(4), "b": jnp.zeros((2, 2))}, optax.adam(1e-3))
@@ -267,13 +252,15 @@ def test_optimizers_and_text_of_the_distillation(workdir, monkeypatch, only_trac
     assert negative_prompt_embeds[0, words["red"]] != 0 and (negative_prompt_embeds != 0)[:, : len(words)].sum() == 1
 
 
-@pytest.mark.parametrize("include_clean", [True, False])
-def test_the_losses_of_a_data_rollout_count_its_noisy_frames(inputs, include_clean):
-    recipe = tiny.tiny_recipe(train_distill={"rollout": "data", "include_clean": include_clean})
+@pytest.mark.parametrize("include_clean,mask_clean", [(True, True), (True, False), (False, True)])
+def test_the_losses_of_a_data_rollout_count_its_noisy_frames(inputs, include_clean, mask_clean):
+    """Without ``mask_clean`` they count all frames, as the published code does."""
+    changes = {"rollout": "data", "include_clean": include_clean, "mask_clean": mask_clean}
+    recipe = tiny.tiny_recipe(train_distill=changes)
     _, mask = dmd.generate(None, batch_of(), jax.random.key(1), recipe=recipe)
     noisy = inputs["timestep"] > 0
     assert noisy.all() != include_clean
-    if include_clean:
+    if include_clean and mask_clean:
         assert mask.dtype == bool
         np.testing.assert_array_equal(mask, noisy)
     else:
