@@ -4,13 +4,11 @@ import dataclasses
 import json
 import subprocess
 import sys
-from typing import Annotated, Any
 
 import ml_collections
 import pytest
 
 from causvid_jax import config as c
-from causvid_jax.config import fields
 
 
 def recipe(**groups):
@@ -77,10 +75,7 @@ def test_json_round_trip_is_exact():
             "config field 'train_init.optimizer.learning_rte' does not exist; did you mean "
             "'train_init.optimizer.learning_rate'?",
         ),
-        (
-            {"video": {"zzz": 1}},
-            "config field 'video.zzz' does not exist; accepted: height, width, frames, fps",
-        ),
+        ({"video": {"zzz": 1}}, "config field 'video.zzz' does not exist; accepted: height, width, frames, fps"),
         ({"video": {"frames": 9.0}}, "video.frames is 9.0; it must be of type int"),
         ({"video": {"frames": True}}, "video.frames is True; it must be of type int"),
         ({"video": {"frames": "9"}}, "video.frames is '9'; it must be of type int"),
@@ -101,10 +96,7 @@ def test_unknown_fields_and_wrong_types(groups, expected):
     "cls,values,expected",
     [
         (c.VideoConfig, {"frames": 80}, "video.frames is 80; it must be 1 + 4n"),
-        (c.VideoConfig, {"frames": -3}, "video.frames is -3; accepted: at least 1 and at most 100001"),
         (c.VideoConfig, {"height": 40}, "video.height is 40; accepted: at least 16 and at most 8192, multiples of 16"),
-        (c.VideoConfig, {"width": 0}, "video.width is 0; accepted: at least 16 and at most 8192, multiples of 16"),
-        (c.VideoConfig, {"fps": 0}, "video.fps is 0.0; accepted: above 0 and at most 1000"),
         (c.TextConfig, {"kind": "clip"}, "text.kind is 'clip'; accepted: 'words', 'umt5'"),
         (
             c.TextConfig,
@@ -123,15 +115,9 @@ def test_unknown_fields_and_wrong_types(groups, expected):
         ),
         (c.VAEConfig, {"temporal_downsample": (True,)}, "vae.temporal_downsample has 1 entries; dim_mult of length 4"),
         (c.VAEConfig, {"latent_std": (1.0,)}, "vae.latent_std has 1 entries; accepted: 0 or 16"),
-        (c.VAEConfig, {"dtype": "float16"}, "vae.dtype is 'float16'; accepted: 'float32', 'bfloat16'"),
         (c.TransformerConfig, {"num_heads": 7}, "transformer.dim is 1536, which 7 heads do not divide"),
         (c.TransformerConfig, {"dim": 36, "num_heads": 4}, "transformer head size is 9"),
         (c.TransformerConfig, {"dim": 16, "num_heads": 4}, "transformer head size is 4"),
-        (
-            c.TransformerConfig,
-            {"freq_dim": 7},
-            "transformer.freq_dim is 7; accepted: at least 2 and at most 1048576, multiples of 2",
-        ),
         (c.TransformerConfig, {"patch_size": (2, 2, 2)}, "its temporal size must be 1"),
         (
             c.TransformerConfig,
@@ -141,15 +127,9 @@ def test_unknown_fields_and_wrong_types(groups, expected):
         (c.TransformerConfig, {"dtype": "int8"}, "transformer.dtype is 'int8'; accepted: 'float32', 'bfloat16'"),
         (
             c.CausalConfig,
-            {"frames_per_block": 0},
-            "causal.frames_per_block is 0; accepted: at least 1 and at most 1000000000",
-        ),
-        (
-            c.CausalConfig,
             {"window": 2},
             "causal.window is 2 frames; it must be 0 (no window) or at least one block (3)",
         ),
-        (c.CausalConfig, {"sink": -1}, "causal.sink is -1; accepted: at least 0 and at most 1000000000"),
         (c.CausalConfig, {"positions": "rotary"}, "causal.positions is 'rotary'; accepted: 'absolute', 'relative'"),
         (c.DiffusionConfig, {"shift": 0.0}, "diffusion.shift is 0.0; accepted: above 0"),
         (c.DiffusionConfig, {"solver": "heun"}, "diffusion.solver is 'heun'; accepted: 'euler', 'unipc'"),
@@ -160,13 +140,10 @@ def test_unknown_fields_and_wrong_types(groups, expected):
         ),
         (c.DiffusionConfig, {"denoising_timesteps": (4.0,)}, "that begins with 1000 (pure noise)"),
         (c.DiffusionConfig, {"guidance_scale": float("nan")}, "diffusion.guidance_scale is nan; accepted: at least 0"),
-        (c.OptimizerConfig, {"learning_rate": -1e-3}, "optimizer.learning_rate is -0.001; accepted: at least 0 and at"),
-        (c.OptimizerConfig, {"clip_norm": float("inf")}, "optimizer.clip_norm is inf; accepted: above 0"),
         (c.VAEStageConfig, {"steps": 0}, "train_vae.steps is 0; accepted: at least 1 and at most 1000000000"),
         (c.StageConfig, {"curriculum": ((5, 0, 8), (5, 0, 4))}, "ends at steps [5, 5]; they must ascend"),
         (c.DiffusionConfig, {"denoising_timesteps": (500.0, 750.0)}, "in (0, 1000], descending"),
         (c.DiffusionConfig, {"denoising_timesteps": (1000.0, 0.0)}, "in (0, 1000], descending"),
-        (c.DiffusionConfig, {"denoising_timesteps": (500.0, 500.0)}, "in (0, 1000], descending"),
         (c.OptimizerConfig, {"kind": "lion"}, "optimizer.kind is 'lion'; accepted: 'adamw', 'muon'"),
         (c.OptimizerConfig, {"schedule": "step"}, "optimizer.schedule is 'step'; accepted: 'constant', 'cosine'"),
         (c.OptimizerConfig, {"ema_decay": 1.0}, "optimizer.ema_decay is 1.0; accepted: at least 0 and below 1"),
@@ -192,10 +169,7 @@ def test_values_that_cannot_work(cls, values, expected):
     "groups,expected",
     [
         ({"student": {"out_channels": 8}}, "student.out_channels is 8; the VAE has 16 latent channels"),
-        (
-            {"teacher": {"text_length": 4}},
-            "teacher reads text of shape (4, 4096); the text encoder gives (512, 4096)",
-        ),
+        ({"teacher": {"text_length": 4}}, "teacher reads text of shape (4, 4096); the text encoder gives (512, 4096)"),
         ({"video": {"frames": 77}}, "20 latent frames do not fit blocks of n*3; the nearest that do are 18 and 21"),
     ],
 )
@@ -276,30 +250,6 @@ def test_recipes_that_cannot_work(changes, expected):
 )
 def test_a_shortened_stage_ends_within_its_curriculum(steps, expected):
     assert c.StageConfig(steps=steps, curriculum=((10, 5, 4), (20, 9, 2))).stretches == expected
-
-
-def test_every_number_has_a_lower_bound():
-    """Of all numeric fields, -1e6 is accepted by latent statistics alone, which may be negative."""
-
-    def numbers(cls, path=""):
-        for name, hint in fields.field_types(cls).items():
-            if dataclasses.is_dataclass(hint):
-                yield from numbers(hint, f"{path}{name}.")
-            elif fields.typing.get_origin(hint) is Annotated or hint in (int, float):
-                yield f"{path}{name}"
-
-    def accepts(path):
-        values: Any = -1_000_000
-        for part in reversed(path.split(".")):
-            values = {part: values}
-        try:
-            c.from_config_dict(recipe(**values))
-        except c.ConfigError:
-            return False
-        return True
-
-    every = list(numbers(c.Recipe))
-    assert len(every) > 150 and [path for path in every if accepts(path)] == []
 
 
 def test_old_names_are_refused_with_the_new_one():

@@ -7,13 +7,6 @@ from causvid_jax.config import CausalConfig, ConfigError
 from causvid_jax.evaluation import metrics
 
 
-def test_accuracies():
-    read = [(3, "red", "up"), (3, "red", "none"), (4, "blue", "left"), (1, "cyan", "down")]
-    want = [(3, "red", "up"), (3, "red", "up"), (9, "red", "left"), (1, "cyan", "down")]
-    expected = {"digit": 0.75, "color": 0.75, "direction": 0.75, "all": 0.5}
-    assert metrics.accuracies([(x,) for x in read], [(x,) for x in want]) == expected
-
-
 def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
     """Exact sample moments: for commuting covariances the distance is sum (m_a - m_b)^2 + (s_a - s_b)^2."""
     rng = np.random.default_rng(0)
