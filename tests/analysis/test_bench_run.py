@@ -8,30 +8,17 @@ import pytest
 
 from causvid_jax.analysis import bench, flops
 from causvid_jax.analysis import report as report_format
-from causvid_jax.config import CausalConfig, ConfigError, Recipe, TextConfig, TransformerConfig, VAEConfig, VideoConfig
+from causvid_jax.config import ConfigError
 from causvid_jax.models import transformer
 from causvid_jax.sampling import stream
+from tests.tiny import tiny_recipe
 
-NET = TransformerConfig(
-    dim=32,
-    ffn_dim=48,
-    num_heads=2,
-    num_layers=1,
-    in_channels=4,
-    out_channels=4,
-    text_dim=11,
-    text_length=4,
-    freq_dim=16,
+RECIPE = tiny_recipe(
+    video={"frames": 29},
+    causal={"frames_per_block": 2, "window": 4},
+    diffusion={"denoising_timesteps": (1000.0, 750.0, 500.0, 250.0)},
 )
-RECIPE = Recipe(
-    name="tiny",
-    video=VideoConfig(height=32, width=32, frames=29),
-    text=TextConfig(kind="words", vocabulary=tuple("abcdefg"), length=4, dim=11),
-    vae=VAEConfig(base_dim=4, dim_mult=(1, 2, 2, 2), num_res_blocks=1, z_dim=4),
-    teacher=NET,
-    student=NET,
-    causal=CausalConfig(frames_per_block=2, window=4),
-)
+NET = RECIPE.student
 
 
 def test_every_promised_line_is_there():
@@ -58,7 +45,7 @@ def test_every_promised_line_is_there():
     for line in lines.values():
         assert len(line["ms"]) == line["calls"]
         assert 0 < line["p50_ms"] <= line["p99_ms"] and line["calls"] >= 2
-        assert (line["resolution"], line["window"], line["precision"]) == ("32x32", "4", "float32")
+        assert (line["resolution"], line["window"], line["precision"]) == ("16x16", "4", "float32")
         assert line["share_of_peak"] is None
     one = flops.forward(NET, 2, 4, 2 * 4, text=False) / 1e12
     assert lines["denoising step", 4, "none"]["tflop"] == pytest.approx(one)
@@ -68,12 +55,12 @@ def test_every_promised_line_is_there():
     assert lines["clip of 29 frames", None, "none"]["tflop"] == pytest.approx(5 * (first + 3 * one))
     assert report["weights"].startswith("random") and "cpu" in report["device"]["platform"]
     assert "no published peak" in report["peak"]
-    assert report_format.markdown(report).count("| 32x32 |") == len(lines)
+    assert report_format.markdown(report).count("| 16x16 |") == len(lines)
 
 
 def test_a_stream_moved_back_makes_its_block_again():
     params = {"student": bench.random_weights(transformer.inference(RECIPE.student, unstacked=True))}
-    state = stream.init_stream(params, jnp.ones((1, 4, 11)), config=RECIPE)
+    state = stream.init_stream(params, jnp.ones((1, RECIPE.text.length, RECIPE.text.dim)), config=RECIPE)
     for _ in range(3):
         _, state = stream.next_block(params, state, config=RECIPE)
     once, state = stream.next_block(params, stream.copy_stream(state), config=RECIPE)

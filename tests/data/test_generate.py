@@ -5,19 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causvid_jax.checkpoints import store, workdir
-from causvid_jax.config import (
-    CausalConfig,
-    ConfigError,
-    DataConfig,
-    DiffusionConfig,
-    Recipe,
-    TAEHVConfig,
-    TextConfig,
-    TransformerConfig,
-    VAEConfig,
-    VideoConfig,
-)
+from causvid_jax.config import CausalConfig, ConfigError, TAEHVConfig
 from causvid_jax.data import arrays, digits, generate, moving_digits, pipeline
 from causvid_jax.diffusion import flow
 from causvid_jax.distill.trajectories import teacher_trajectory
@@ -25,39 +13,26 @@ from causvid_jax.media import to_uint8
 from causvid_jax.models import transformer, vae
 from causvid_jax.sampling import stream
 from causvid_jax.text import words as text
+from tests.tiny import random_params, tiny_recipe
 
-DATA = DataConfig(train_clips=5, test_clips=1, digit_size=8)
-WORDS = digits.vocabulary(DATA)
-NET = TransformerConfig(
-    dim=16, ffn_dim=16, num_heads=2, num_layers=1, in_channels=4, out_channels=4, patch_size=(1, 2, 2), text_length=8,
-    text_dim=len(WORDS) + 8, freq_dim=8,
-)  # fmt: skip
-RECIPE = Recipe(
-    name="small",
-    video=VideoConfig(height=16, width=16, frames=5),
-    text=TextConfig(kind="words", vocabulary=WORDS, length=8, dim=len(WORDS) + 8),
-    data=DATA,
-    vae=VAEConfig(base_dim=4, dim_mult=(1, 1, 1), temporal_downsample=(True, True), num_res_blocks=1, z_dim=4),
-    teacher=NET,
-    student=NET,
-    causal=CausalConfig(frames_per_block=1),
-    diffusion=DiffusionConfig(
-        shift=3.0, num_inference_steps=4, guidance_scale=2.0, denoising_timesteps=(1000.0, 500.0)
-    ),
+RECIPE = tiny_recipe(
+    video={"frames": 5},
+    data={"train_clips": 5, "test_clips": 1},
+    causal={"window": 0},
+    diffusion={"num_inference_steps": 4, "guidance_scale": 2.0},
 )
+DATA, NET = RECIPE.data, RECIPE.teacher
 PROMPTS = generate.prompt_sequence(digits.captions(DATA, "train"), 5, 0)
 
 
 @pytest.fixture(scope="module")
 def teacher():
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), transformer.abstract(NET))
+    return random_params(transformer.abstract(NET), 0, 0.3)
 
 
 @pytest.fixture(scope="module")
 def autoencoder():
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape).astype(np.float32), vae.abstract(RECIPE.vae))
+    return random_params(vae.abstract(RECIPE.vae), 1, 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -141,22 +116,6 @@ def test_prompts_cover_every_caption_once_per_round_and_grow_at_the_end():
     assert sorted(prompts[:504]) == sorted(prompts[504:1008]) == sorted(captions) and len(prompts) == 1200
     assert prompts[:504] != prompts[504:1008]
     assert generate.prompt_sequence(captions, 700, 0) == prompts[:700]
-
-
-def test_stage_weights_are_found_and_carry_latent_statistics(tmp_path, autoencoder):
-    with pytest.raises(ConfigError, match="--stage=vae"):
-        workdir.find("small", "vae", tmp_path)
-    path = workdir.stage_path(tmp_path, "vae")
-    params = autoencoder
-    config = dataclasses.replace(RECIPE.vae, latent_mean=(0.25,) * 4, latent_std=(2.0,) * 4)
-    store.save_params(path, params, workdir.vae_metadata(config))
-    assert workdir.find("small", "vae", tmp_path) == path
-    loaded, measured = workdir.load_stage(RECIPE, "vae", tmp_path)
-    assert measured == config
-    assert generate.weights_digest(loaded) == generate.weights_digest(params)
-    with pytest.raises(ConfigError, match="vae/weights.safetensors does not fit the configuration"):
-        other = dataclasses.replace(RECIPE, vae=dataclasses.replace(RECIPE.vae, base_dim=8))
-        workdir.load_stage(other, "vae", tmp_path)
 
 
 def block_states(params, recipe, rows, null, past, noise):

@@ -7,64 +7,35 @@ import numpy as np
 import pytest
 
 from causvid_jax import media as files
-from causvid_jax.config import (
-    CausalConfig,
-    DiffusionConfig,
-    Recipe,
-    TAEHVConfig,
-    TextConfig,
-    TransformerConfig,
-    VAEConfig,
-    VideoConfig,
-)
 from causvid_jax.data import digits
 from causvid_jax.models import taehv, transformer, vae
 from causvid_jax.sampling import batch
+from tests.tiny import random_params, tiny_recipe
 
-VOCABULARY = ("a", "red", "blue", "3", "7", "moving", "left", "up")
-NET = TransformerConfig(
-    dim=12,
-    ffn_dim=16,
-    num_heads=2,
-    num_layers=1,
-    in_channels=4,
-    out_channels=4,
-    text_dim=14,
-    text_length=6,
-    freq_dim=8,
-)
-RECIPE = Recipe(
-    name="small",
-    video=VideoConfig(height=16, width=16, frames=13),
-    text=TextConfig(kind="words", vocabulary=VOCABULARY, length=6, dim=14),
-    vae=VAEConfig(base_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1, z_dim=4),
-    teacher=NET,
-    student=NET,
-    causal=CausalConfig(frames_per_block=2),
-    diffusion=DiffusionConfig(num_inference_steps=3, guidance_scale=2.0, denoising_timesteps=(1000.0, 500.0)),
+RECIPE = tiny_recipe(
+    video={"frames": 13},
+    causal={"frames_per_block": 2, "window": 0},
+    diffusion={"num_inference_steps": 3, "guidance_scale": 2.0},
 )
 PROMPTS = ["a red 3 moving left", "a blue 7 moving up"]
 
 
-def random_params():
-    rng = np.random.default_rng(0)
-    shapes = {
-        "vae": vae.abstract(RECIPE.vae),
-        "teacher": transformer.abstract(NET),
-        "student": transformer.abstract(NET),
-    }
-    # Noise in every parameter, also where a fresh network holds zeros: the prompt and the past must matter.
-    return jax.tree.map(lambda leaf: rng.normal(0.0, 0.3, leaf.shape).astype(np.float32), shapes)
+def random_weights():
+    """Return noise in every parameter, also where a fresh network holds zeros: the prompt and the past must matter."""
+    shapes = {"vae": vae.abstract(RECIPE.vae)} | dict.fromkeys(
+        ("teacher", "student"), transformer.abstract(RECIPE.student)
+    )
+    return random_params(shapes, scale=0.3)
 
 
 @pytest.fixture(scope="module")
 def made():
-    return batch.make_samplers(random_params(), RECIPE)
+    return batch.make_samplers(random_weights(), RECIPE)
 
 
 def test_teacher_clip_depends_on_prompt_and_seed_but_not_on_its_batch(made):
     latents = made.teacher(PROMPTS, 5, decode=False)
-    assert latents.shape == (2, 4, 2, 2, 4)
+    assert latents.shape == (2, 4, 4, 4, 4)
     swapped = made.teacher(PROMPTS[::-1], 6, decode=False)
     np.testing.assert_allclose(swapped[0], latents[1], atol=1e-5)  # clip b of seed s is clip 0 of seed s + b
     other = made.teacher([PROMPTS[1]] * 2, 5, decode=False)
@@ -81,13 +52,12 @@ def test_student_before_a_switch_is_the_student_without_one(made):
     # One program scans the blocks, the other takes them one by one: rounding to uint8 may differ by one.
     assert apart[:, :13].max() <= 1
     assert apart[:, 13:].max() > 1
-    assert made.student(PROMPTS, 0, frames=29, decode=False).shape == (2, 8, 2, 2, 4)
+    assert made.student(PROMPTS, 0, frames=29, decode=False).shape == (2, 8, 4, 4, 4)
 
 
 def test_a_stream_is_shown_by_the_decoder_that_the_recipe_names(made):
-    tiny = TAEHVConfig(z_dim=4, encoder_dim=4, decoder_dims=(8, 8, 8, 8), blocks=1)
-    recipe = dataclasses.replace(RECIPE, decoder="taehv", taehv=tiny)
-    params = random_params() | {"taehv": taehv.init(jax.random.key(0), tiny)}
+    tiny, recipe = RECIPE.taehv, dataclasses.replace(RECIPE, decoder="taehv")
+    params = random_weights() | {"taehv": taehv.init(jax.random.key(0), tiny)}
     other = batch.make_samplers(params, recipe)
     np.testing.assert_array_equal(other.teacher(PROMPTS, 5), made.teacher(PROMPTS, 5))
     latents = other.student(PROMPTS, 0, frames=13, decode=False)
@@ -102,7 +72,7 @@ def test_a_stream_is_shown_by_the_decoder_that_the_recipe_names(made):
 
 
 def test_without_a_teachers_weights_there_is_none_to_measure(made):
-    params = random_params()
+    params = random_weights()
     del params["teacher"]
     alone = batch.make_samplers(params, RECIPE)
     assert alone.teacher is None
