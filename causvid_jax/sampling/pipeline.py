@@ -146,6 +146,7 @@ class StudentPipeline(_Base):
 
         ``noise[i] [steps, B, K, h, w, C]`` is the noise of block i; None draws it from the state's seeds.
         """
+        self._check_room(state, blocks)
         start = begins(state)
         for i in range(blocks):
             block_noise = None if noise is None else noise[i]
@@ -159,6 +160,7 @@ class StudentPipeline(_Base):
 
         No VAE is needed. ``noise`` is that of :meth:`frames`.
         """
+        self._check_room(state, blocks)
         for i in range(blocks):
             block_noise = None if noise is None else noise[i]
             latents, state = stream.next_block(self.params, state, config=self.config, noise=block_noise)
@@ -184,6 +186,7 @@ class StudentPipeline(_Base):
             image: uint8 ``[H, W, 3]`` for all streams, or ``[B, H, W, 3]``.
         """
         require(begins(state), "a picture can only be the first block of a stream")
+        self._check_room(state, 1)
         shape = (state.seed.shape[0], *image.shape[-3:])
         picture = jnp.asarray(np.broadcast_to(media.to_float(image), shape))
         latents = stream.encode_image({"vae": self._vae()}, picture, config=self.config)
@@ -215,6 +218,7 @@ class StudentPipeline(_Base):
             ends[-1] == length,
             f"the clip to continue has {length} frames; whole blocks have {ends[-2] or ends[-1]} or {ends[-1]}",
         )
+        self._check_room(state, count)
         pixels = np.broadcast_to(video, (state.seed.shape[0], *video.shape[-4:]))
         size = {"height": self.config.video.height, "width": self.config.video.width}
         cache = vae.init_encode_cache(self.config.vae, batch=len(pixels), **size)
@@ -239,10 +243,12 @@ class StudentPipeline(_Base):
         require(begins(state), "a video can only be followed from the first block of a stream")
         start = jnp.int32(schedule.strength_step(self.config.diffusion, strength))
         batch, length = state.seed.shape[0], video.shape[-4]
+        count = blocks.block_of(length - 1, self.config) + 1
+        self._check_room(state, count)
         pixels = np.broadcast_to(media.to_float(video), (batch, *video.shape[-4:]))
         size = {"height": self.config.video.height, "width": self.config.video.width}
         cache = vae.init_encode_cache(self.config.vae, batch=batch, **size)
-        for block in range(blocks.block_of(length - 1, self.config) + 1):
+        for block in range(count):
             ends = blocks.first_frame(block, self.config), blocks.first_frame(block + 1, self.config)
             chunk = jnp.asarray(pixels[:, np.minimum(np.arange(*ends), length - 1)])
             vae_config = self.config.vae
@@ -250,6 +256,18 @@ class StudentPipeline(_Base):
             x, state = stream.next_block_from(self.params, state, latents, start, config=self.config)
             frames, state = stream.decode_block(self.params, state, x, config=self.config)
             yield visible(frames, block == 0)[:, : length - ends[0]], state
+
+    def _check_room(self, state: StreamState, count: int) -> None:
+        """Refuse ``count`` further blocks for which the cache of a stream without a window has no slots."""
+        causal = self.config.causal
+        end = int(state.cache.position) + count * causal.frames_per_block
+        end -= 0 if state.started else causal.frames_per_block - 1
+        slots = state.cache.frame.shape[0]
+        require(
+            causal.window > 0 or end <= slots,
+            f"the stream has room for {slots} latent frames, and {end} are asked for; give frames={end} to stream(), "
+            "or a recipe with causal.window",
+        )
 
     def _embeds(self, prompt: Prompts | jax.Array) -> jax.Array:
         return self.encode_prompt(prompt) if isinstance(prompt, (str, list, tuple)) else jnp.asarray(prompt)

@@ -14,6 +14,7 @@ import pytest
 from causvid_jax.cli import common
 from causvid_jax.config import ConfigError
 from causvid_jax.evaluation.vbench import clips, drift, score, totals
+from tests import tiny
 
 QUALITY = ("subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness")
 QUALITY += ("aesthetic_quality", "imaging_quality", "dynamic_degree")
@@ -124,6 +125,17 @@ def test_the_digits_student_is_sampled_end_to_end_and_resumed(lists, capsys):
     assert (folder / names[1]).read_bytes() == before
     with pytest.raises(ConfigError, match="were sampled with another frames; give another --output"):
         common.call("vbench", [*flags, "--stage=sample", "--frames=11"])
+
+
+def test_a_clip_that_ends_inside_a_block_has_room_for_the_block():
+    recipe, rooms = tiny.tiny_recipe(causal={"window": 0, "frames_per_block": 3}), []
+    pipe = types.SimpleNamespace(
+        config=recipe,
+        stream=lambda texts, seed, frames: rooms.append(frames),
+        frames=lambda state: iter([(np.zeros((1, 13, 16, 16, 3), np.uint8), None)]),
+    )
+    list(clips._frames(pipe, [clips.Clip("a red 3", "a red 3", 0, "a red 3-0.mp4")], 13))
+    assert rooms == [6]  # 13 frames are four latent frames, in blocks of three
 
 
 @pytest.fixture

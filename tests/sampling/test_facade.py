@@ -163,3 +163,18 @@ def test_a_stream_goes_on_from_several_frames_of_a_clip(pipe):
         next(pipe.extend(pipe.stream(RED), video[:8]))
     with pytest.raises(ConfigError, match="only be continued from the first block"):
         next(pipe.extend(after, video))
+
+
+def test_a_stream_without_a_window_ends_with_its_cache(folder):
+    """Beyond it blocks would be written over the last slot without a word."""
+    pipe = cv.load(tiny.tiny_recipe(causal={"window": 0}), checkpoint=folder)  # clips of three latent frames
+    video = np.zeros((13, 16, 16, 3), np.uint8)
+    for blocks in (
+        pipe.frames(pipe.stream(RED), blocks=4),
+        pipe.latents(pipe.stream(RED), blocks=4),
+        pipe.extend(pipe.stream(RED), video),
+        pipe.follow(pipe.stream(RED), video),
+    ):
+        with pytest.raises(ConfigError, match="room for 3 latent frames, and 4 are asked for; give frames=4"):
+            next(blocks)
+    assert len(list(pipe.latents(pipe.stream(RED, frames=4), blocks=4))) == 4

@@ -18,6 +18,7 @@ from causvid_jax import media
 from causvid_jax.config import ConfigError, require
 from causvid_jax.config.files import reason, write_text
 from causvid_jax.evaluation.vbench.totals import CLIPS, DIMENSIONS, FLICKER
+from causvid_jax.sampling import blocks
 
 if TYPE_CHECKING:
     from causvid_jax.sampling.pipeline import StudentPipeline
@@ -180,9 +181,7 @@ def sample(
 
 def _frames(pipe: "StudentPipeline", clips: Sequence[Clip], frames: int) -> Iterator[np.ndarray]:
     """Yield the frames of a group of clips block by block, ``frames`` in all."""
-    factor = 2 ** sum(pipe.config.vae.temporal_downsample)
-    latents = 1 + -(-(frames - 1) // factor)
-    capacity = None if pipe.config.causal.window else latents
+    capacity = None if pipe.config.causal.window else blocks.covering_latents(frames, pipe.config)
     state = pipe.stream([clip.text for clip in clips], seed=[clip.seed for clip in clips], frames=capacity)
     count = 0
     while count < frames:
