@@ -357,7 +357,7 @@ def _open(
     recipe = load_recipe(config) if isinstance(config, str) else config
     folder = None if checkpoint is None else os.fspath(checkpoint)
     own_files = {k: v for k, v in files.items() if v is not None}
-    encodes = True if has_branch(getattr(recipe, role)) else None if role == "student" else False
+    encodes = True if has_branch(getattr(recipe, role)) else None
     opened, recipe = weights.find(recipe, role, folder, encodes=encodes, files=own_files)
     clip = opened["image_encoder"].config if "image_encoder" in opened else None
     shapes = {**weights.shapes(recipe, role), **decoder.codec_shapes(recipe, encodes=True)}

@@ -178,3 +178,9 @@ def test_a_stream_without_a_window_ends_with_its_cache(folder):
         with pytest.raises(ConfigError, match="room for 3 latent frames, and 4 are asked for; give frames=4"):
             next(blocks)
     assert len(list(pipe.latents(pipe.stream(RED, frames=4), blocks=4))) == 4
+
+
+def test_a_teacher_whose_recipe_decodes_by_the_tiny_decoder_encodes_by_the_vae(folder):
+    clips = cv.load_teacher(tiny.tiny_recipe(decoder="taehv"), checkpoint=folder)
+    video = np.zeros((1, 9, 16, 16, 3), np.uint8)
+    assert clips.encode(video).shape == (1, *clips.config.latent_shape)
