@@ -40,6 +40,12 @@ def load_stream(path: str | pathlib.Path, like: StreamState) -> StreamState:
             described == expected,
             f"stream state {path} does not fit this recipe: {_name(where)} is {described}, not {expected}",
         )
+    extra = sorted(set(arrays) - {_name(where) for where, _ in leaves})
+    require(
+        not extra,
+        f"stream state {path} does not fit this recipe: it also holds {', '.join(extra)}; a new stream has no LoRA and "
+        "no picture here",
+    )
     state = jax.tree.unflatten(structure, [jnp.asarray(arrays[_name(where)]) for where, _ in leaves])
     return dataclasses.replace(state, started=metadata["started"] == "True")
 

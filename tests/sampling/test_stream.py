@@ -202,6 +202,10 @@ def test_saved_stream_continues_bit_for_bit(params, tmp_path):
     other = stream.init_stream(params, prompt(9), config=PLAIN)
     with pytest.raises(ConfigError, match=r"does not fit this recipe: cache\.k is float32"):
         state_io.load_stream(tmp_path / "stream.safetensors", other)
+    adapted = dataclasses.replace(fresh, adapters=stream.Adapters(jnp.ones(2), prompt(9)))
+    state_io.save_stream(tmp_path / "adapted.safetensors", adapted)
+    with pytest.raises(ConfigError, match=r"also holds adapters\.prompt_embeds, adapters\.scale"):
+        state_io.load_stream(tmp_path / "adapted.safetensors", fresh)
     with pytest.raises(ConfigError, match="does not exist"):
         state_io.load_stream(tmp_path / "nothing.safetensors", fresh)
 
