@@ -232,11 +232,31 @@ def _denoise(
             return jax.lax.fori_loop(start, count, step, (x, state.cache))
         # With noise, the context pass reads another input than the loop's last pass, so it runs after the loop.
         x0, cache = jax.lax.fori_loop(start, count - 1, step, (x, state.cache))
-        level = flow.sigma_from_timestep(config.causal.context_noise)
-        context_latents = flow.add_noise(x0, _noise(state, count - 1, config, noise), level)
-        context_latents = precision.round_all(context_latents, config.student)
-        _, cache = _pass(params, state, cache, context_latents, config.causal.context_noise, config)
-        return x0, cache
+        return x0, _write_context(params, state, cache, x0, config, count - 1, noise)
+
+
+def _write_context(
+    params: Params,
+    state: StreamState,
+    cache: KVCache,
+    latents: jax.Array,
+    config: Recipe,
+    step: jax.Array | int | None = None,
+    noise: jax.Array | None = None,
+    rewrites: bool = False,
+) -> KVCache:
+    """Write the finished block ``state.block`` to the cache by one pass at ``context_noise``.
+
+    With ``add_context_noise="always"`` the pass reads ``(1 - s) x0 + s noise``, ``s = context_noise / 1000``, with the
+    noise of ``step``; None: the step after a block's denoising steps, so that a block is always written alike.
+    """
+    causal = config.causal
+    if causal.add_context_noise == "always":
+        step = schedule.tables(cache.position == 0, config)[2] - 1 if step is None else step
+        level = flow.sigma_from_timestep(causal.context_noise)
+        latents = flow.add_noise(latents, _noise(state, step, config, noise), level)
+        latents = precision.round_all(latents, config.student)
+    return _pass(params, state, cache, latents, causal.context_noise, config, rewrites)[1]
 
 
 def _finish(state: StreamState, latents: jax.Array, cache: KVCache) -> StreamState:
@@ -330,8 +350,7 @@ def append(params: Params, state: StreamState, latents: jax.Array, *, config: Re
     The stream then continues an image (:func:`encode_image`) or the latents of a video.
     """
     _check_block(state, latents, config)
-    _, cache = _pass(params, state, state.cache, latents, config.causal.context_noise, config)
-    return _finish(state, latents, cache)
+    return _finish(state, latents, _write_context(params, state, state.cache, latents, config))
 
 
 @_step
@@ -448,8 +467,8 @@ def recompute_context(params: Params, state: StreamState, *, config: Recipe) -> 
 
     def rewrite(i: jax.Array, cache: KVCache) -> transformer.KVCache:
         latents = jax.lax.dynamic_slice_in_dim(state.recent, recent_frames - (blocks - i) * k, k, axis=1)
-        _, cache = _pass(params, state, cache, latents, config.causal.context_noise, config, rewrites=True)
-        return transformer.advance(cache, k)
+        block = dataclasses.replace(state, block=state.block - blocks + i)  # whose noise is drawn again
+        return transformer.advance(_write_context(params, block, cache, latents, config, rewrites=True), k)
 
     # Every slot stores the index of its frame, so moving the position back hides later frames.
     rewound = dataclasses.replace(state.cache, position=state.cache.position - blocks * k)

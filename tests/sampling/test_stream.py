@@ -50,6 +50,9 @@ FIRST = dataclasses.replace(
     causal=CausalConfig(frames_per_block=2, independent_first_frame=True),
 )
 NOISED = dataclasses.replace(PLAIN, causal=CausalConfig(frames_per_block=2, context_noise=300.0))
+ADDED = dataclasses.replace(
+    PLAIN, causal=CausalConfig(frames_per_block=2, context_noise=300.0, add_context_noise="always")
+)
 
 
 def with_causal(recipe, **changes):
@@ -281,7 +284,7 @@ def test_prompt_switch_keeps_the_past_and_changes_the_future(params):
         assert np.abs(switched - kept).max() > 1e-2
 
 
-@pytest.mark.parametrize("config", [FIRST, NOISED], ids=["first", "context noise"])
+@pytest.mark.parametrize("config", [FIRST, NOISED, ADDED], ids=["first", "context noise", "added noise"])
 def test_recache_without_a_switch_changes_nothing_in_sight(params, config):
     """Under the same prompt the keys and values that come back are those that were there (full history in sight)."""
     _, state = run(params, config, 3)
@@ -290,6 +293,14 @@ def test_recache_without_a_switch_changes_nothing_in_sight(params, config):
     np.testing.assert_allclose(again.cache.k, kept.cache.k, atol=1e-5)
     np.testing.assert_allclose(again.cache.v, kept.cache.v, atol=1e-5)
     assert int(again.cache.position) == int(kept.cache.position)
+
+
+def test_an_appended_block_is_written_with_the_noise_of_a_generated_one(params):
+    (latents,), state = run(params, ADDED, 1)
+    again = stream.append(params, stream.init_stream(params, prompt(0), config=ADDED), latents, config=ADDED)
+    np.testing.assert_allclose(again.cache.k, state.cache.k, atol=1e-5)
+    plain = stream.append(params, stream.init_stream(params, prompt(0), config=NOISED), latents, config=NOISED)
+    assert np.abs(again.cache.k - plain.cache.k).max() > 1e-2
 
 
 def test_appended_and_forced_context_is_read_at_its_noise(params):
