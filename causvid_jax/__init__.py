@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from causvid_jax.sampling.pipeline import load as load
     from causvid_jax.sampling.pipeline import load_teacher as load_teacher
     from causvid_jax.sampling.request import SampleRequest as SampleRequest
+    from causvid_jax.sampling.state import StreamState as StreamState
+    from causvid_jax.sampling.state import init_stream as init_stream
     from causvid_jax.sampling.state_io import load_stream as load_stream
     from causvid_jax.sampling.state_io import save_stream as save_stream
-    from causvid_jax.sampling.stream import StreamState as StreamState
     from causvid_jax.sampling.stream import append as append
     from causvid_jax.sampling.stream import change_prompt as change_prompt
     from causvid_jax.sampling.stream import encode_image as encode_image
     from causvid_jax.sampling.stream import generate as generate
-    from causvid_jax.sampling.stream import init_stream as init_stream
     from causvid_jax.sampling.stream import next_block as next_block
     from causvid_jax.sampling.stream import next_block_from as next_block_from
     from causvid_jax.sampling.stream import next_frames as next_frames
@@ -58,8 +58,6 @@ _HOMES = {
     "sampling.pipeline": ("load", "load_teacher", "StudentPipeline", "TeacherPipeline"),
     "sampling.request": ("SampleRequest",),
     "sampling.stream": (
-        "StreamState",
-        "init_stream",
         "next_block",
         "next_frames",
         "next_block_from",
@@ -68,6 +66,7 @@ _HOMES = {
         "change_prompt",
         "generate",
     ),
+    "sampling.state": ("StreamState", "init_stream"),
     "sampling.state_io": ("save_stream", "load_stream"),
     "sampling.teacher": ("sample_clip",),
 }

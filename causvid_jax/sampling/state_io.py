@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from causvid_jax.checkpoints.store import flatten, load_params, save_params
 from causvid_jax.config import require
-from causvid_jax.sampling.stream import StreamState
+from causvid_jax.sampling.state import StreamState
 
 FORMAT = "2"  # keys are stored rotated
 

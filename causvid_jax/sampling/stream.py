@@ -8,156 +8,44 @@
 pure and jitted, and donates ``state``: :func:`copy_stream` keeps one. One compilation serves every block, except for
 the first with ``causal.independent_first_frame``, which has one frame. The VAE decodes the first latent frame to one
 frame and others to four; a decoded block has four per latent, so drop the first :data:`LEAD` frames of a stream.
+
+Letters: B streams, K latent frames of a block, ``[h, w, C]`` one latent frame, ``[H, W]`` pixels, S tokens of width E.
+K is 1 for an independent first frame. Timesteps are in [0, 1000], noise levels ``sigma = timestep / 1000``.
 """
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange, repeat
 
 from causvid_jax.config import Recipe, require
 from causvid_jax.diffusion import flow
-from causvid_jax.models import adapters, decoder, precision, transformer, vae
-from causvid_jax.models.decoder import LEAD, DecodeCache
-from causvid_jax.models.image_branch import Picture, check_picture, with_channels
-from causvid_jax.models.kv_cache import TEXT_AXES, KVCache, TextCache
-from causvid_jax.models.unstacked import is_unstacked
+from causvid_jax.models import decoder, precision, transformer, vae
+from causvid_jax.models.decoder import LEAD
+from causvid_jax.models.image_branch import Picture, with_channels
+from causvid_jax.models.kv_cache import KVCache
 from causvid_jax.sampling import schedule
-from causvid_jax.sampling.schedule import strength_step as strength_step
-from causvid_jax.sharding import constraints
-
-Params = dict[str, Any]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class StreamState:
-    """The state of a stream. Its size never changes."""
-
-    cache: KVCache  # self-attention keys and values of the frames in the window and the sink
-    text: TextCache  # the prompt
-    decode: DecodeCache  # the decoder's past
-    recent: jax.Array  # [B, R, h, w, C] float32, the last latent frames, newest at the end, for recompute_context()
-    seed: jax.Array  # [B] uint32
-    block: jax.Array  # [] int32: blocks finished
-    adapters: "Adapters | None" = None  # strengths of LoRAs, if the student has any
-    picture: Picture | None = None  # what the video starts from, if the student has an image branch
-    started: bool = dataclasses.field(default=True, metadata={"static": True})  # False: an independent frame is next
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Adapters:
-    """The strengths of a stream's LoRAs, and the prompt, whose keys and values depend on them."""
-
-    scale: jax.Array  # [r] float32: one factor per column of the adapters (models.adapters)
-    prompt_embeds: jax.Array  # [B, S, E]
-
-
-def block_frames(state: StreamState, config: Recipe) -> int:
-    """Return the latent frames of the next block."""
-    return config.causal.frames_per_block if state.started else 1
-
-
-def init_stream(
-    params: Params,
-    text: jax.Array,
-    *,
-    config: Recipe,
-    seed: int | Sequence[int] = 0,
-    frames: int | None = None,
-    picture: Picture | None = None,
-) -> StreamState:
-    """Return the state before the first block.
-
-    Args:
-        params: ``{"student"}`` is read.
-        text: prompt embeddings ``[B, S, E]``; B streams run side by side.
-        config: the recipe.
-        seed: one integer s, or B integers. With one s, stream b has seed s + b and equals a single stream of that seed.
-        frames: maximum latent frames of the stream (default: the trained length). Only a recipe without
-            ``causal.window`` needs it; with a window a stream has no maximum.
-        picture: of a student with an image branch, which generates the first block too; refused for any other.
-    """
-    check_picture(picture, config.student, "student")
-    capacity = None if config.causal.window else frames or config.video.latent_frames
-    seeds = seeds_of(seed, text.shape[0])
-    return first_state(params, text, seeds, config=config, capacity=capacity, picture=picture)
-
-
-def seeds_of(seed: int | Sequence[int], batch: int) -> jax.Array:
-    """Return the seeds uint32 ``[batch]`` that :func:`init_stream` makes of ``seed``."""
-    each = np.asarray(seed, np.int64)
-    each = each + np.arange(batch) if each.ndim == 0 else each
-    require(each.shape == (batch,), f"{each.size} seeds are given for {batch} prompts; accepted: 1 or {batch}")
-    return jnp.asarray(each.astype(np.uint32))
-
-
-@functools.partial(jax.jit, static_argnames=("config", "capacity"))
-def first_state(
-    params: Params,
-    text: jax.Array,
-    seeds: jax.Array,
-    *,
-    config: Recipe,
-    capacity: int | None = None,
-    picture: Picture | None = None,
-) -> StreamState:
-    """Return the first state for uint32 ``seeds [B]``; ``capacity`` latent frames at most, None with a window."""
-    batch, (height, width), causal = text.shape[0], config.latent_size, config.causal
-    size = {"batch": batch, "height": height, "width": width}
-    # With a window, these are the earlier blocks of which the next block sees at least one frame.
-    if capacity is None:
-        recent_frames = causal.past_frames()
-    else:
-        recent_frames = capacity - int(causal.independent_first_frame)
-        recent_frames -= recent_frames % causal.frames_per_block
-    return StreamState(
-        cache=transformer.init_cache(
-            config.student, causal, frames=capacity, unstacked=is_unstacked(params["student"]), **size
-        ),
-        text=_prompt(params, text, config, None, picture),
-        decode=decoder.init_decode_cache(config, **size),
-        recent=jnp.zeros((batch, recent_frames, height, width, config.vae.z_dim), jnp.float32),
-        seed=seeds,
-        block=jnp.zeros((), jnp.int32),
-        started=not causal.independent_first_frame,
-        picture=picture,
-    )
-
-
-def _student(params: Params, strengths: Adapters | None) -> Any:
-    """Return the student's parameters, with the stream's strengths in its adapters."""
-    return params["student"] if strengths is None else adapters.scaled(params["student"], strengths.scale)
-
-
-def _prompt(
-    params: Params, text: jax.Array, config: Recipe, strengths: Adapters | None, picture: Picture | None
-) -> TextCache:
-    """Return the prompt's keys and values in the type that attention reads: the same bits, half the memory of float32.
-
-    They include those of the picture's embeds. On a mesh no device holds those of other devices' streams."""
-    net = config.student
-    embeds = () if picture is None or picture.embeds is None else (picture.embeds,)
-    cache = transformer.encode_text(_student(params, strengths), text, *embeds, config=net)
-    return jax.tree.map(lambda x: constraints.constrain(x.astype(net.dtype), TEXT_AXES[-x.ndim :], net.rules), cache)
-
-
-def copy_stream(state: StreamState) -> StreamState:
-    """Copy a state, so that one stream can be continued in two ways."""
-    return jax.tree.map(jnp.copy, state)
-
+from causvid_jax.sampling.state import Adapters as Adapters
+from causvid_jax.sampling.state import Params as Params
+from causvid_jax.sampling.state import StreamState as StreamState
+from causvid_jax.sampling.state import block_frames as block_frames
+from causvid_jax.sampling.state import copy_stream as copy_stream
+from causvid_jax.sampling.state import encode_prompt, student_params
+from causvid_jax.sampling.state import first_state as first_state
+from causvid_jax.sampling.state import init_stream as init_stream
+from causvid_jax.sampling.state import seeds_of as seeds_of
 
 # ---- one block ------------------------------------------------------------------------------------------------------
 
 
 def block_noise(seed: jax.Array, block: jax.Array, step: jax.Array | int, shape: Sequence[int]) -> jax.Array:
-    """Draw N(0, 1) of one stream's ``shape`` for each seed, ``[B, *shape]``: a function of (seed, block, step) only."""
+    """Draw N(0, 1) of one stream's ``shape`` for each of the uint32 ``seed [B]``: float32 ``[B, *shape]``.
+
+    The values depend on seed, block and step only, not on the batch: ``fold_in(fold_in(key(seed), block), step)``.
+    """
 
     def one(s: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(s), block), step)
@@ -191,7 +79,7 @@ def _pass(
     student, causal = config.student, config.causal
     x = with_channels(x, state.picture, student, cache.position)
     return transformer.cached(
-        _student(params, state.adapters),
+        student_params(params, state.adapters),
         x,
         timesteps,
         state.text,
@@ -306,13 +194,25 @@ def next_block(
     noise: jax.Array | None = None,
     timesteps: tuple[float, ...] | None = None,
 ) -> tuple[jax.Array, StreamState]:
-    """Generate the next block: clean latents ``[B, K, h, w, C]`` and the next state. Nothing is decoded.
+    """Generate the next block without decoding it (paper, Algorithm 2).
+
+    For each denoising timestep t, with level s, and the next level s' (0 after the last)::
+
+        x0 = x_t - s v(x_t, t, prompt, cache),   x_t' = (1 - s') x0 + s' noise
+
+    Then a pass on x0 at ``causal.context_noise`` writes the block to the cache (``causal.context_pass``).
 
     Args:
-        params, state, config: as in :func:`init_stream`.
+        params: ``{"student"}`` is read.
+        state: of :func:`init_stream` or of the block before. It is donated. Without ``causal.window`` the block must
+            fit the stream's maximum length: this function cannot check that.
+        config: the recipe.
         noise: ``[steps, B, K, h, w, C]``, the noise that the block starts from and that each later step adds; None
             draws it from the state's seeds.
         timesteps: static denoising timesteps, descending from at most 1000; None: those of ``config``.
+
+    Returns:
+        Clean latents ``[B, K, h, w, C]`` and the next state.
     """
     return _next_block(params, state, config, noise, timesteps)
 
@@ -326,9 +226,15 @@ def next_frames(
     noise: jax.Array | None = None,
     timesteps: tuple[float, ...] | None = None,
 ) -> tuple[jax.Array, jax.Array, StreamState]:
-    """Generate and decode the next block: latents ``[B, K, h, w, C]``, frames ``[B, 4K, H, W, 3]``, the next state.
+    """Generate and decode the next block: :func:`next_block`, then :func:`decode_block`.
 
-    Arguments are those of :func:`next_block`.
+    Args:
+        params: ``{"student"}`` and the recipe's decoder, ``"vae"`` or ``"taehv"``.
+        state, config, noise, timesteps: as in :func:`next_block`.
+
+    Returns:
+        Latents ``[B, K, h, w, C]``, float frames ``[B, 4K, H, W, 3]`` in [-1, 1], and the next state. The first
+        :data:`LEAD` frames of a stream are padding.
     """
     latents, state = _next_block(params, state, config, noise, timesteps)
     frames, state = _decode(params, state, latents, config)
@@ -339,15 +245,36 @@ def next_frames(
 def decode_block(
     params: Params, state: StreamState, latents: jax.Array, *, config: Recipe
 ) -> tuple[jax.Array, StreamState]:
-    """Decode the last finished block to frames ``[B, 4K, H, W, 3]``. Call it once for every block, or for none."""
+    """Decode the last finished block; return float frames ``[B, 4K, H, W, 3]`` in [-1, 1] and the next state.
+
+    The decoder is causal and keeps its past in the state, so call this once for every block, or for none.
+
+    Args:
+        params: the recipe's decoder, ``"vae"`` or ``"taehv"``.
+        state: after that block. It is donated.
+        latents: of that block, ``[B, K, h, w, C]``.
+        config: the recipe.
+    """
     return _decode(params, state, latents, config)
 
 
 @_step
 def append(params: Params, state: StreamState, latents: jax.Array, *, config: Recipe) -> StreamState:
-    """Append clean latents ``[B, K, h, w, C]`` as the next block: one pass writes them to the cache.
+    """Append clean latents as the next block: one pass at ``causal.context_noise`` writes them to the cache.
 
     The stream then continues an image (:func:`encode_image`) or the latents of a video.
+
+    Args:
+        params: ``{"student"}`` is read.
+        state: before the block, as in :func:`next_block`. It is donated.
+        latents: ``[B, K, h, w, C]``.
+        config: the recipe.
+
+    Returns:
+        The next state. :func:`decode_block` gives the frames.
+
+    Raises:
+        ConfigError: latents of another shape.
     """
     _check_block(state, latents, config)
     return _finish(state, latents, _write_context(params, state, state.cache, latents, config))
@@ -363,11 +290,25 @@ def next_block_from(
     config: Recipe,
     noise: jax.Array | None = None,
 ) -> tuple[jax.Array, StreamState]:
-    """Generate the next block from an incoming one, ``latents [B, K, h, w, C]`` (video to video).
+    """Generate the next block from an incoming one (video to video; paper, section 5.3).
 
-    The incoming block is noised to denoising step ``start`` (:func:`strength_step`; traced, so that one compilation
-    serves every strength) and denoised by the remaining steps, conditioned on the prompt and all earlier blocks (paper,
-    section 5.3). ``noise`` is that of :func:`next_block`.
+    The incoming block is noised to the level s of denoising step ``start``, ``x = (1 - s) latents + s noise``, and
+    denoised by the remaining steps, conditioned on the prompt and all earlier blocks. The paper takes one step, the
+    last; :func:`~causvid_jax.sampling.schedule.strength_step` chooses any.
+
+    Args:
+        params: ``{"student"}`` is read.
+        state: before the block, as in :func:`next_block`. It is donated.
+        latents: of the incoming block, ``[B, K, h, w, C]``.
+        start: index of the first denoising step; traced, so that one compilation serves every strength.
+        config: the recipe.
+        noise: as in :func:`next_block`; entry ``start`` is the first that is used.
+
+    Returns:
+        Clean latents ``[B, K, h, w, C]`` and the next state.
+
+    Raises:
+        ConfigError: latents of another shape.
     """
     _check_block(state, latents, config)
     _, sigmas = schedule.schedule(config, None)
@@ -386,10 +327,17 @@ def _check_block(state: StreamState, latents: jax.Array, config: Recipe) -> None
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def encode_image(params: Params, image: jax.Array, *, config: Recipe) -> jax.Array:
-    """Return the latents of a first block that shows ``image [B, H, W, 3]`` (float, [-1, 1]), for :func:`append`.
+    """Encode an image as the latents of a first block, for :func:`append` (image to video without an image branch).
 
-    With an independent first frame the image is encoded as a video of one frame, ``[B, 1, h, w, C]``; otherwise as a
-    still video of 1 + 4 (K - 1) frames, ``[B, K, h, w, C]`` (paper, section 5.3).
+    The image is repeated to fill the first block, as in the paper: a still video of 1 + 4 (K - 1) frames.
+
+    Args:
+        params: ``{"vae"}`` is read.
+        image: float ``[B, H, W, 3]`` in [-1, 1], of the recipe's size.
+        config: the recipe.
+
+    Returns:
+        Latents ``[B, K, h, w, C]``; K is 1 with ``causal.independent_first_frame``.
     """
     latents = 1 if config.causal.independent_first_frame else config.causal.frames_per_block
     still = repeat(image, "b h w c -> b t h w c", t=1 + vae.time_factor(config.vae) * (latents - 1))
@@ -398,9 +346,19 @@ def encode_image(params: Params, image: jax.Array, *, config: Recipe) -> jax.Arr
 
 @_step
 def change_prompt(params: Params, state: StreamState, text: jax.Array, *, config: Recipe) -> StreamState:
-    """Switch the prompt, and keep, recompute or reset the cache as ``config.causal.on_prompt_switch`` says.
+    """Switch the prompt from the next block on, and treat the cache as ``config.causal.on_prompt_switch`` says.
 
-    Recomputing uses the new prompt (:func:`recompute_context`). A reset shows as a cut.
+    ``"keep"`` leaves the cache, ``"recompute"`` recomputes it with the new prompt (:func:`recompute_context`), and
+    ``"reset"`` clears it, which shows as a cut.
+
+    Args:
+        params: ``{"student"}`` is read.
+        state: between two blocks. It is donated.
+        text: prompt embeddings ``[B, S, E]``.
+        config: the recipe.
+
+    Returns:
+        The state with the new prompt.
     """
     state = switch_prompt(params, state, text, config=config)
     if config.causal.on_prompt_switch == "recompute":
@@ -413,26 +371,33 @@ def switch_prompt(params: Params, state: StreamState, text: jax.Array, *, config
     """Switch to the prompt embeddings ``text [B, S, E]`` from the next block on; the cache does not change."""
     if state.adapters is not None:
         state = dataclasses.replace(state, adapters=dataclasses.replace(state.adapters, prompt_embeds=text))
-    return dataclasses.replace(state, text=_prompt(params, text, config, state.adapters, state.picture))
+    return dataclasses.replace(state, text=encode_prompt(params, text, config, state.adapters, state.picture))
 
 
 @_step
 def set_adapters(
     params: Params, state: StreamState, scale: jax.Array, text: jax.Array | None = None, *, config: Recipe
 ) -> StreamState:
-    """Return the stream with other strengths of its LoRAs from the next block on; one program serves all strengths.
+    """Return the state with other strengths of its LoRAs from the next block on; one program serves all strengths.
 
     Args:
-        params, state, config: as in :func:`init_stream`.
-        scale: ``[r]``, one factor per column of the student's adapters.
+        params: ``{"student"}``, with adapters.
+        state: between two blocks. It is donated.
+        scale: float ``[r]``, one factor per column of the adapters (``models.adapters``).
         text: the prompt ``[B, S, E]``; needed once, for a state that has no strengths yet.
+        config: the recipe.
+
+    Raises:
+        ConfigError: a state without strengths, and no ``text``.
     """
     if state.adapters is not None:
         text = state.adapters.prompt_embeds
     require(text is not None, "the first strengths of a stream need its prompt; give text")
     assert text is not None
     strengths = Adapters(scale, text)
-    return dataclasses.replace(state, adapters=strengths, text=_prompt(params, text, config, strengths, state.picture))
+    return dataclasses.replace(
+        state, adapters=strengths, text=encode_prompt(params, text, config, strengths, state.picture)
+    )
 
 
 def _reset_context(state: StreamState, config: Recipe) -> StreamState:
@@ -457,6 +422,11 @@ def recompute_context(params: Params, state: StreamState, *, config: Recipe) -> 
     Cached keys and values depend on the prompt with which they were computed. After :func:`switch_prompt` this updates
     them, at the cost of one pass per block. The sink and an independent first frame are not updated. Blocks that have
     left the window are not available, so the oldest blocks are recomputed with less context than before.
+
+    Args:
+        params: ``{"student"}`` is read.
+        state: between two blocks; ``state.recent`` has the latents. It is donated.
+        config: the recipe.
     """
     k, independent = config.causal.frames_per_block, int(config.causal.independent_first_frame)
     recent_frames = state.recent.shape[1]
@@ -488,12 +458,16 @@ def generate(
     """Generate a whole clip in one jitted scan over its blocks, equal to the blocks generated one by one.
 
     Args:
-        frames: latent frames F, which must fit the blocks; default: the recipe's clip.
-        decode: static; without it the second result is None.
-        params, text, config, seed, picture: as in :func:`init_stream`.
+        params: ``{"student"}``, and the recipe's decoder if ``decode``.
+        text, config, seed, picture: as in :func:`init_stream`.
+        frames: latent frames F, which must fit the blocks; None: those of the recipe's clip.
+        decode: whether to decode; static.
 
     Returns:
-        latents ``[B, F, h, w, C]`` and video ``[B, 1 + 4 (F - 1), H, W, 3]`` in [-1, 1].
+        Latents ``[B, F, h, w, C]``, and float video ``[B, 1 + 4 (F - 1), H, W, 3]`` in [-1, 1] or None.
+
+    Raises:
+        ConfigError: latent frames that do not fit the blocks, and the errors of :func:`init_stream`.
     """
     frames = frames or config.video.latent_frames
     state = init_stream(params, text, config=config, seed=seed, frames=frames, picture=picture)

@@ -17,7 +17,7 @@ import numpy as np
 from causvid_jax.config import ConfigError, Recipe, RunError, require
 from causvid_jax.media.output import remove_abandoned
 from causvid_jax.models.image_branch import has_branch
-from causvid_jax.sampling import stream
+from causvid_jax.sampling import schedule
 from causvid_jax.serve.film import Film, Replay
 from causvid_jax.serve.fragments import Recording
 from causvid_jax.serve.metrics import Metrics
@@ -277,7 +277,7 @@ class Engine:
         else:
             self.check_input(start.picture is not None, start.video is not None)
             if start.video is not None:
-                stream.strength_step(self.recipe.diffusion, start.strength)  # refuses what is out of bounds
+                schedule.strength_step(self.recipe.diffusion, start.strength)  # refuses what is out of bounds
             # An image branch keeps the picture; for other students it is the first block.
             film = Film(self.programs, start.seed, start.prompt, picture=start.picture if self.has_branch else None)
         first_block = None if self.has_branch else start.picture

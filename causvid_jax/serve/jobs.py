@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from causvid_jax.config import ConfigError, require
-from causvid_jax.sampling import blocks, stream
+from causvid_jax.sampling import blocks, schedule
 from causvid_jax.serve.engine import Engine
 from causvid_jax.serve.fragments import Recording
 from causvid_jax.serve.session import Session, Start
@@ -101,7 +101,7 @@ class Jobs:
         )
         self.engine.check_input(picture is not None, video is not None)
         if picture is not None or video is not None:
-            stream.strength_step(recipe.diffusion, strength)  # refuses what is out of bounds
+            schedule.strength_step(recipe.diffusion, strength)  # refuses what is out of bounds
         if recipe.text.kind == "words":
             self.engine.programs.pipe.encode_prompt(prompt)
         seed = secrets.randbelow(2**32) if seed is None else seed
