@@ -7,6 +7,9 @@
     state = pipe.switch(state, "a blue 7 moving up")
 
 Every method that takes a ``state`` consumes it: use the returned state from then on.
+
+Letters: B streams or clips, F latent frames ``[h, w, C]`` of a clip, K of a block, ``[H, W]`` pixels, S tokens of width
+E. Frames are pixel frames: latent frame 0 is one of them, every later one four.
 """
 
 import dataclasses
@@ -38,8 +41,8 @@ class _Base:
 
     Attributes:
         config: the recipe, with the VAE's latent statistics.
-        params: network to parameters.
-        encoder: of the prompts.
+        params: name of a network to its parameters.
+        encoder: the text encoder of the prompts.
         clip: sizes of the image encoder, for a network that reads CLIP.
     """
 
@@ -52,24 +55,31 @@ class _Base:
         """Return prompt embeddings ``[B, S, E]`` of one prompt or B of them.
 
         Raises:
-            ConfigError: a word outside the vocabulary of a recipe of words.
+            ConfigError: a word outside the vocabulary of a recipe of words, or a text encoder that is missing.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         return jnp.asarray(text_encoder.encode(self.encoder, prompts))
 
     def decode(self, latents: jax.Array) -> np.ndarray:
-        """Return uint8 frames ``[B, 1 + 4 (F - 1), H, W, 3]`` of a clip's latents ``[B, F, h, w, C]``."""
+        """Decode a clip's latents ``[B, F, h, w, C]`` to uint8 frames ``[B, 1 + 4 (F - 1), H, W, 3]``."""
         parts = decoder.decode_clip(self.params, latents, config=self.config)
         return np.concatenate([media.to_uint8(part) for part in parts], axis=1)
 
     def encode(self, video: np.ndarray) -> jax.Array:
-        """Return latents ``[B, F, h, w, C]`` of uint8 frames ``[B, 1 + 4 (F - 1), H, W, 3]``."""
+        """Encode uint8 frames ``[B, 1 + 4 (F - 1), H, W, 3]`` as a clip's latents ``[B, F, h, w, C]``.
+
+        Raises:
+            ConfigError: the weights of the VAE were not found.
+        """
         return _encode(self._vae(), jnp.asarray(media.to_float(video)), config=self.config.vae)
 
     def picture(self, image: np.ndarray | None, batch: int) -> Picture | None:
-        """Return what a network with an image branch reads of an image: uint8 ``[H, W, 3]`` or ``[B, H, W, 3]``.
+        """Encode the image that a network with an image branch starts from; None without an image.
 
-        The image has the recipe's size; CLIP and the VAE both read all of it.
+        The image is uint8 ``[H, W, 3]`` or ``[B, H, W, 3]`` of the recipe's size; CLIP and the VAE both read all of it.
+
+        Raises:
+            ConfigError: an image of another size, or no weights of the VAE.
         """
         if image is None:
             return None
@@ -90,7 +100,14 @@ encode_chunk = jax.jit(vae.encode_chunk, static_argnames=("config", "first"))
 class StudentPipeline(_Base):
     """The few-step causal student: streams of any length, block by block. Made by :func:`load`.
 
+    With ``causal.window`` a stream has no end. Without it a stream has at most the latent frames that :meth:`stream`
+    reserves; methods that generate refuse more (ConfigError).
+
     Attributes:
+        config: the recipe, with the VAE's latent statistics.
+        params: name of a network to its parameters: ``"student"``, the decoder's, and ``"vae"`` if it was found.
+        encoder: the text encoder of the prompts.
+        clip: sizes of the image encoder, for a student that reads CLIP.
         loras: names and columns of the LoRAs beside the weights; None without any.
     """
 
@@ -109,12 +126,14 @@ class StudentPipeline(_Base):
         Args:
             prompt: one text, B texts, or embeddings ``[B, S, E]``.
             seed: of the noise; stream b of one seed s has seed s + b.
-            frames: the most latent frames; only a recipe without ``causal.window`` needs it.
+            frames: the most latent frames of the stream; None: those of the recipe's clip. Only a recipe without
+                ``causal.window`` needs it.
             image: what a student with an image branch starts from, uint8 ``[H, W, 3]`` or ``[B, H, W, 3]``. Other
                 students start from a picture by :meth:`show`.
 
         Raises:
-            ConfigError: an image for a student without an image branch, or none for one with it.
+            ConfigError: an unknown word, not as many seeds as prompts, an image for a student without an image branch,
+                or none for one with it.
         """
         embeds = self._embeds(prompt)
         options: dict[str, Any] = {"seed": seed, "frames": frames}
@@ -128,8 +147,9 @@ class StudentPipeline(_Base):
     def lora(self, state: StreamState, strengths: Mapping[str, float]) -> StreamState:
         """Return the state with other strengths of its LoRAs from the next block on: ``{"style": 0.8}``.
 
-        LoRAs that are not named keep their strength; the first strength is 1. Strengths are inputs of one compiled
-        program, so a change costs no compilation. Keys and values in the cache do not change.
+        A strength s adds s times the LoRA's update to the weights; 0 turns it off. LoRAs that are not named keep their
+        strength; the first strength is 1. Strengths are inputs of one compiled program, so a change costs no
+        compilation. Keys and values in the cache do not change.
 
         Raises:
             ConfigError: a LoRA that was not loaded, or a strength that is no number.
@@ -144,7 +164,11 @@ class StudentPipeline(_Base):
     ) -> Iterator[tuple[np.ndarray, StreamState]]:
         """Generate ``blocks`` blocks and yield uint8 frames ``[B, n, H, W, 3]`` and the next state for each.
 
-        ``noise[i] [steps, B, K, h, w, C]`` is the noise of block i; None draws it from the state's seeds.
+        A block has ``n = 4 K`` frames, the first block of a stream 4 K - 3. ``noise[i] [steps, B, K, h, w, C]`` is the
+        noise of block i; None draws it from the state's seeds.
+
+        Raises:
+            ConfigError: the blocks do not fit the cache of a stream without a window.
         """
         self._check_room(state, blocks)
         start = begins(state)
@@ -158,7 +182,7 @@ class StudentPipeline(_Base):
     ) -> Iterator[tuple[jax.Array, StreamState]]:
         """Generate ``blocks`` blocks without decoding; yield latents ``[B, K, h, w, C]`` and the next state for each.
 
-        No VAE is needed. ``noise`` is that of :meth:`frames`.
+        No VAE is needed. ``noise`` and errors are those of :meth:`frames`.
         """
         self._check_room(state, blocks)
         for i in range(blocks):
@@ -167,7 +191,13 @@ class StudentPipeline(_Base):
             yield latents, state
 
     def switch(self, state: StreamState, prompt: Prompts | jax.Array) -> StreamState:
-        """Return the state with another prompt from the next block on (cache: ``causal.on_prompt_switch``)."""
+        """Return the state with another prompt from the next block on (cache: ``causal.on_prompt_switch``).
+
+        ``prompt`` is one text for all streams, B texts, or embeddings ``[B, S, E]`` or ``[1, S, E]``.
+
+        Raises:
+            ConfigError: an unknown word, or neither 1 nor B prompts.
+        """
         embeds = self._embeds(prompt)
         streams = state.seed.shape[0]
         embeds = jnp.broadcast_to(embeds, (streams, *embeds.shape[1:])) if len(embeds) == 1 else embeds
@@ -177,13 +207,17 @@ class StudentPipeline(_Base):
         return stream.change_prompt(self.params, state, embeds, config=self.config)
 
     def show(self, state: StreamState, image: np.ndarray) -> tuple[np.ndarray, StreamState]:
-        """Make a picture the first block (image to video); return its frames and the next state.
+        """Make a picture the first block (image to video; paper, section 5.3); return its frames and the next state.
 
-        The first frame is the picture itself, the others are its decoded latents.
+        The frames are uint8 ``[B, 4 K - 3, H, W, 3]``: the first is the picture itself, the others are its decoded
+        latents.
 
         Args:
             state: of :meth:`stream`, before its first block.
-            image: uint8 ``[H, W, 3]`` for all streams, or ``[B, H, W, 3]``.
+            image: uint8 ``[H, W, 3]`` for all streams, or ``[B, H, W, 3]``, of the recipe's size.
+
+        Raises:
+            ConfigError: a stream that has begun, or no weights of the VAE.
         """
         require(begins(state), "a picture can only be the first block of a stream")
         self._check_room(state, 1)
@@ -207,8 +241,8 @@ class StudentPipeline(_Base):
                 latent frames T is ``1 + 4 (n K - 1)`` (9, 21, 33, ... for K = 3).
 
         Raises:
-            ConfigError: a stream that has begun, a clip that is no whole number of blocks, or one that does not fit
-                the cache of a stream without a window.
+            ConfigError: a stream that has begun, a clip that is no whole number of blocks or does not fit the cache of
+                a stream without a window, or no weights of the VAE.
         """
         require(begins(state), "a clip can only be continued from the first block of a stream")
         length = video.shape[-4]
@@ -234,12 +268,20 @@ class StudentPipeline(_Base):
     def follow(
         self, state: StreamState, video: np.ndarray, strength: float = 0.5
     ) -> Iterator[tuple[np.ndarray, StreamState]]:
-        """Video to video: yield frames and the next state of each block until ``video`` ends.
+        """Video to video (paper, section 5.3): yield frames and the next state of each block until ``video`` ends.
+
+        The frames are uint8 ``[B, n, H, W, 3]``, T in all.
 
         Args:
             state: of :meth:`stream`, before its first block.
             video: uint8 ``[T, H, W, 3]`` for all streams, or ``[B, T, H, W, 3]``; the last frame fills the last block.
-            strength: distance from the video, up to 1 (independent of it)."""
+            strength: distance from the video, from the last denoising timestep over 1000 (close to it) to 1
+                (independent of it), see :func:`~causvid_jax.sampling.schedule.strength_step`.
+
+        Raises:
+            ConfigError: a stream that has begun, a strength out of bounds, a video that does not fit the cache of a
+                stream without a window, or no weights of the VAE.
+        """
         require(begins(state), "a video can only be followed from the first block of a stream")
         start = jnp.int32(schedule.strength_step(self.config.diffusion, strength))
         batch, length = state.seed.shape[0], video.shape[-4]
@@ -279,7 +321,7 @@ def begins(state: StreamState) -> bool:
 
 
 def visible(frames: jax.Array, first: bool) -> np.ndarray:
-    """Return decoded frames as uint8, without the padding frames of a first block."""
+    """Return decoded float frames ``[B, 4 K, H, W, 3]`` as uint8, without the padding frames of a first block."""
     return media.to_uint8(frames)[:, stream.LEAD if first else 0 :]
 
 
@@ -304,10 +346,16 @@ class Clip:
 class TeacherPipeline(_Base):
     """The many-step bidirectional teacher: one clip of the recipe's length. Made by :func:`load_teacher`.
 
-    It has the student's shape::
+    It has the student's methods::
 
         clip = teacher.stream("a red 3 moving left", seed=0)
         for frames, clip in teacher.frames(clip): ...
+
+    Attributes:
+        config: the recipe, with the VAE's latent statistics.
+        params: name of a network to its parameters: ``"teacher"`` (of two experts: a dict of both) and the decoder's.
+        encoder: the text encoder of the prompts.
+        clip: sizes of the image encoder, for a teacher that reads CLIP.
     """
 
     def stream(
@@ -318,9 +366,16 @@ class TeacherPipeline(_Base):
         noise: jax.Array | None = None,
         image: np.ndarray | None = None,
     ) -> Clip:
-        """Return the clip before sampling: embeddings, and noise of ``seed`` or ``noise [B, F, h, w, C]``.
+        """Return B clips before sampling.
 
-        ``image`` is what a teacher with an image branch starts from, uint8 ``[H, W, 3]`` or ``[B, H, W, 3]``.
+        Args:
+            prompt: one text, B texts, or embeddings ``[B, S, E]``.
+            seed: of the noise; clip b of one seed s has seed s + b.
+            noise: ``[B, F, h, w, C]`` instead of ``seed``.
+            image: what a teacher with an image branch starts from, uint8 ``[H, W, 3]`` or ``[B, H, W, 3]``.
+
+        Raises:
+            ConfigError: an unknown word, not as many seeds as prompts, or an image of another size.
         """
         text = isinstance(prompt, (str, list, tuple))
         embeds = self.encode_prompt(prompt) if text else jnp.asarray(prompt)  # type: ignore[arg-type]
@@ -329,7 +384,10 @@ class TeacherPipeline(_Base):
         return Clip(embeds, noise, picture=self.picture(image, len(embeds)))
 
     def latents(self, clip: Clip, *, timesteps: Sequence[float] | None = None) -> Clip:
-        """Solve the guided ODE: ``num_inference_steps`` network passes, or one at each of ``timesteps``."""
+        """Solve the guided ODE and return the clip with latents (:func:`~causvid_jax.sampling.teacher.sample_clip`).
+
+        ``timesteps`` are descending, one per step; None: those of ``num_inference_steps`` steps of the recipe.
+        """
         negative = jnp.asarray(text_encoder.negative_prompt_embeds(self.encoder))
         pictures = () if clip.picture is None else (clip.picture.embeds, clip.picture.latents)
         latents = sample_clip(
@@ -344,7 +402,10 @@ class TeacherPipeline(_Base):
         return dataclasses.replace(clip, latents=latents)
 
     def frames(self, clip: Clip, *, timesteps: Sequence[float] | None = None) -> Iterator[tuple[np.ndarray, Clip]]:
-        """Sample the clip if it is not sampled yet, then yield its uint8 frames ``[B, n, H, W, 3]`` in parts."""
+        """Sample the clip if it has no latents yet, then yield its uint8 frames ``[B, n, H, W, 3]`` in parts.
+
+        ``timesteps`` are those of :meth:`latents`. Every part comes with the sampled clip.
+        """
         clip = self.latents(clip, timesteps=timesteps) if clip.latents is None else clip
         assert clip.latents is not None
         for part in decoder.decode_clip(self.params, clip.latents, config=self.config):
@@ -376,14 +437,19 @@ def load(
     taehv: str | os.PathLike | None = None,
     loras: Mapping[str, str | os.PathLike] | None = None,
 ) -> StudentPipeline:
-    """Load the student of a recipe with its decoder.
+    """Load the student of a recipe with its decoder, its text encoder and, if it is found, the VAE's encoder.
+
+    Published files and folders (Wan, diffusers, CausVid, Self-Forcing and relatives) are read as they are.
 
     Args:
         config: a recipe's name (``"digits"``), its file, or a :class:`~causvid_jax.config.Recipe`.
-        checkpoint: a folder with the weights of every network, such as a training's working directory; None: the
-            weights of the package.
+        checkpoint: a folder with the weights of every network, such as a training's working directory or a published
+            folder, or one weights file of the student; None: the weights of the package.
         student, vae, taehv: weights files that replace those of ``checkpoint``.
         loras: name to file of LoRAs, kept as adapters; :meth:`StudentPipeline.lora` sets their strengths.
+
+    Returns:
+        The student with its weights on the default device.
 
     Raises:
         ConfigError: no such recipe, or weights that are missing or do not fit it.
@@ -405,9 +471,18 @@ def load_teacher(
     teacher: str | os.PathLike | None = None,
     vae: str | os.PathLike | None = None,
 ) -> TeacherPipeline:
-    """Load the teacher of a recipe with the VAE; arguments and errors as in :func:`load`.
+    """Load the teacher of a recipe with its decoder, its text encoder and, if it is found, the VAE's encoder.
 
-    A teacher of two experts (``experts.boundary``) is a folder that holds both.
+    Args:
+        config, checkpoint: as in :func:`load`.
+        teacher, vae: weights files that replace those of ``checkpoint``. A teacher of two experts
+            (``experts.boundary``) is a folder that holds both.
+
+    Returns:
+        The teacher with its weights on the default device.
+
+    Raises:
+        ConfigError: no such recipe, or weights that are missing or do not fit it.
     """
     recipe, params, encoder, clip = _open(config, "teacher", checkpoint, {"teacher": teacher, "vae": vae})
     return TeacherPipeline(recipe, params, encoder, clip=clip)
