@@ -77,47 +77,70 @@ def sampling_phases(
         clip: the image encoder of a teacher with an image branch, for image to video.
         state: shapes of the stream's state, if not those that the model gives.
     """
-    phases = []
-    if prompts and recipe.text.kind == "umt5":
-        weights = encoder.inference_shapes(recipe.umt5)
-        work = _encoder_work(recipe, min(prompts, PROMPTS))
-        items = {"text encoder": sizes(weights), "work, about": work}
-        if recipe.umt5.weights == "int8":
-            items["array being read"] = _largest_array(encoder.read_shapes(recipe.umt5))
-        phases.append(Phase("encode the prompts", items))
-    coder = codec_shapes(recipe, encodes=role == "student" and (image or video))
-    height, width = recipe.latent_size
+    phases = _prompt_phases(recipe, prompts)
     net = getattr(recipe, role)
     picture = _picture_shapes(recipe, net, batch, latents) if image else None
     if picture is not None:
         phases += _picture_phases(recipe, clip)
-    k = recipe.causal.frames_per_block
     weights = transformer.inference(net, unstacked=role == "student")
     if net.linear == "int8":
         items = {"transformer": sizes(weights), "array being read": _largest_array(transformer.read_shapes(net))}
-        phases.append(Phase("read the weights", items))
-    decoding = _decoder_work(recipe, batch, k)
-    if role == "student":
-        if state is None:
-            embeds = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
-            seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)
-            capacity = None if recipe.causal.window else latents
-            start = functools.partial(stream.first_state, config=recipe, capacity=capacity)
-            state = jax.eval_shape(lambda *z: start(*z[:3], picture=z[3]), {"student": weights}, embeds, seeds, picture)
-        slots = state.cache.frame.shape[0]
-        items = {
-            "transformer": sizes(weights),
-            "keys and values": sizes(state.cache.arrays),
-            "prompt's keys and values": sizes(state.text),
-            _codec_name(coder): sizes(coder),
-            "decoder's past": sizes(state.decode),
-            "work, about": _largest(layer_work(net, batch, k, slots, height, width), decoding),
-        }
-        if video:
-            size = {"batch": batch, "height": recipe.video.height, "width": recipe.video.width}
-            past = jax.eval_shape(functools.partial(vae.init_encode_cache, recipe.vae, **size))
-            items["encoder's past"] = sizes(past)
-        return (*phases, Phase("stream", items))
+        phases += (Phase("read the weights", items),)
+    if role == "teacher":
+        return phases + _teacher_phases(recipe, weights, batch, latents, picture)
+    if state is None:
+        state = _stream_shapes(recipe, weights, batch, latents, picture)
+    return (*phases, _stream_phase(recipe, weights, batch, state, image=image, video=video))
+
+
+def _prompt_phases(recipe: Recipe, prompts: int) -> tuple[Phase, ...]:
+    """Return the phase that encodes prompts by UMT5; none without prompts or with a recipe of words."""
+    if not prompts or recipe.text.kind != "umt5":
+        return ()
+    work = _encoder_work(recipe, min(prompts, PROMPTS))
+    items: dict[str, Sizes] = {"text encoder": sizes(encoder.inference_shapes(recipe.umt5)), "work, about": work}
+    if recipe.umt5.weights == "int8":
+        items["array being read"] = _largest_array(encoder.read_shapes(recipe.umt5))
+    return (Phase("encode the prompts", items),)
+
+
+def _stream_shapes(
+    recipe: Recipe, weights: Any, batch: int, latents: int, picture: Picture | None
+) -> stream.StreamState:
+    """Return the shapes of the first state of ``batch`` streams of at most ``latents`` latent frames."""
+    embeds = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
+    seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)
+    capacity = None if recipe.causal.window else latents
+    start = functools.partial(stream.first_state, config=recipe, capacity=capacity)
+    return jax.eval_shape(lambda *z: start(*z[:3], picture=z[3]), {"student": weights}, embeds, seeds, picture)
+
+
+def _stream_phase(
+    recipe: Recipe, weights: Any, batch: int, state: stream.StreamState, *, image: bool, video: bool
+) -> Phase:
+    """Return the phase that generates and decodes the blocks of ``batch`` streams."""
+    coder, k = codec_shapes(recipe, encodes=image or video), recipe.causal.frames_per_block
+    work = layer_work(recipe.student, batch, k, state.cache.frame.shape[0], *recipe.latent_size)
+    items = {
+        "transformer": sizes(weights),
+        "keys and values": sizes(state.cache.arrays),
+        "prompt's keys and values": sizes(state.text),
+        _codec_name(coder): sizes(coder),
+        "decoder's past": sizes(state.decode),
+        "work, about": _largest(work, _decoder_work(recipe, batch, k)),
+    }
+    if video:
+        size = {"batch": batch, "height": recipe.video.height, "width": recipe.video.width}
+        past = jax.eval_shape(functools.partial(vae.init_encode_cache, recipe.vae, **size))
+        items["encoder's past"] = sizes(past)
+    return Phase("stream", items)
+
+
+def _teacher_phases(
+    recipe: Recipe, weights: Any, batch: int, latents: int, picture: Picture | None
+) -> tuple[Phase, ...]:
+    """Return the phases that denoise and decode ``batch`` clips of the teacher."""
+    height, width = recipe.latent_size
     clean = jax.ShapeDtypeStruct((batch, latents, height, width, recipe.vae.z_dim), jnp.float32)
     both = batch * (1 if recipe.diffusion.guidance_scale == 1.0 else 2)
     past = jax.eval_shape(functools.partial(decoder.init_decode_cache, recipe, batch=batch, height=height, width=width))
@@ -125,17 +148,18 @@ def sampling_phases(
     denoise = {
         name: sizes(experts.per_expert(weights, recipe.experts)),
         "latents": sizes([clean] * (4 if recipe.diffusion.solver == "unipc" else 2)),
-        "work, about": layer_work(net, both, latents, latents, height, width),
+        "work, about": layer_work(recipe.teacher, both, latents, latents, height, width),
     }
     if picture is not None:
         denoise["picture's embeddings and latents"] = sizes(picture)
+    coder = codec_shapes(recipe, encodes=False)
     decode = {
         "latents": sizes(clean),
         _codec_name(coder): sizes(coder),
         "decoder's past": sizes(past),
-        "work, about": decoding,
+        "work, about": _decoder_work(recipe, batch, recipe.causal.frames_per_block),
     }
-    return (*phases, Phase("denoise", denoise), Phase("decode", decode))
+    return Phase("denoise", denoise), Phase("decode", decode)
 
 
 def describe(phases: tuple[Phase, ...], limit: int | None = None) -> str:
