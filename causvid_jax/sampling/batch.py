@@ -14,7 +14,7 @@ import numpy as np
 from causvid_jax import media as files
 from causvid_jax.config import Recipe, require
 from causvid_jax.models import taehv, transformer, vae
-from causvid_jax.sampling import stream, weights
+from causvid_jax.sampling import blocks, stream, weights
 from causvid_jax.sampling.protocols import Samplers, Switch
 from causvid_jax.sampling.teacher import sample_clip
 from causvid_jax.text import encoder
@@ -68,22 +68,30 @@ def make_samplers(
             )
             return np.asarray(latents) if video is None else files.to_uint8(video)
         require(decode, "a stream with a prompt switch is always decoded")
-        return _switched(prompts, seed, latent_frames, switch)
-
-    def _switched(prompts: Sequence[str], seed: int, latent_frames: int, switch: Switch) -> np.ndarray:
         at, after = switch
         state = stream.init_stream(streamed, embeds_of(prompts), config=config, seed=seed, frames=latent_frames)
-        parts: list[np.ndarray] = []
-        frames_done = 0
-        for _ in config.causal.block_sizes(latent_frames):
-            if frames_done == at:
-                state = stream.change_prompt(streamed, state, embeds_of(after), config=config)
-            _, frames, state = stream.next_frames(streamed, state, config=config)
-            lead = 0 if parts else stream.LEAD
-            parts.append(files.to_uint8(frames)[:, lead:])
-            frames_done += parts[-1].shape[1]
-        return np.concatenate(parts, axis=1)
+        return _switched(streamed, state, config, latent_frames, at, embeds_of(after))
 
     tiny = functools.partial(reconstruct, name="taehv") if config.decoder == "taehv" else None
     teacher_or_none = teacher if "teacher" in params else None
     return Samplers(reconstruct=reconstruct, teacher=teacher_or_none, student=student, reconstruct_tiny=tiny)
+
+
+def _switched(
+    params: Mapping[str, Any], state: stream.StreamState, config: Recipe, latent_frames: int, at: int, after: jax.Array
+) -> np.ndarray:
+    """Return the frames uint8 ``[B, T, H, W, 3]`` of a stream whose prompt changes at the block that begins at ``at``.
+
+    Raises:
+        ConfigError: no block begins at frame ``at``.
+    """
+    networks, parts = dict(params), []
+    sizes = config.causal.block_sizes(latent_frames)
+    starts = [blocks.first_frame(block, config) for block in range(len(sizes))]
+    require(at in starts, f"the prompt changes at frame {at}; blocks begin at {', '.join(map(str, starts))}")
+    for start in starts:
+        if start == at:
+            state = stream.change_prompt(networks, state, after, config=config)
+        _, frames, state = stream.next_frames(networks, state, config=config)
+        parts.append(files.to_uint8(frames)[:, 0 if parts else stream.LEAD :])
+    return np.concatenate(parts, axis=1)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from causvid_jax import media as files
+from causvid_jax.config import ConfigError
 from causvid_jax.data import digits
 from causvid_jax.models import taehv, transformer, vae
 from causvid_jax.sampling import batch
@@ -52,6 +53,8 @@ def test_student_before_a_switch_is_the_student_without_one(made):
     # One program scans the blocks, the other takes them one by one: rounding to uint8 may differ by one.
     assert apart[:, :13].max() <= 1
     assert apart[:, 13:].max() > 1
+    with pytest.raises(ConfigError, match="changes at frame 12; blocks begin at 0, 5, 13, 21"):
+        made.student(PROMPTS, 0, frames=29, switch=(12, PROMPTS))  # it would be ignored
     assert made.student(PROMPTS, 0, frames=29, decode=False).shape == (2, 8, 4, 4, 4)
 
 
