@@ -28,12 +28,12 @@ class Timing:
 
     compile: float = 0.0  # compilation, or reading compiled programs from the cache
     first: float = 0.0  # from the start of the clock to the first frames on the host
-    frames: int = 0  # frames of each video so far
+    frames: int = 0  # pixel frames of each video so far
     total: float = 0.0  # from the start of the clock to the last frames on the host
 
     @property
     def fps(self) -> float:
-        """Frames per second of each video, over the whole time after compilation."""
+        """Pixel frames per second of each video, over the whole time after compilation."""
         return self.frames / max(self.total, 1e-9)
 
     def add(self, frames: int, total: float) -> None:
@@ -115,6 +115,91 @@ class _Elsewhere:
         return decoded
 
 
+class _Player:
+    """The inputs of a played stream, and the programs of one block.
+
+    Every method takes ``run(function, started, *arguments, **static)``, which executes a program or only prepares it.
+    """
+
+    def __init__(
+        self,
+        params: stream.Params,
+        config: Recipe,
+        batch: int,
+        *,
+        image: np.ndarray | None,
+        video: np.ndarray | None,
+        strength: float,
+        decode_device: jax.Device | None,
+    ):
+        self.params, self.config, self.batch = params, config, batch
+        self.image, self.video = image, video
+        self.start = schedule.strength_step(config.diffusion, strength) if video is not None else 0
+        self.elsewhere: _Elsewhere | None = None
+        if decode_device is not None:
+            self.elsewhere = _Elsewhere.place(params, batch, config, decode_device)
+
+    def coder(self) -> vae.EncodeCache | None:
+        """Return the encoder's past before a video; None without one."""
+        size = {"batch": self.batch, "height": self.config.video.height, "width": self.config.video.width}
+        return None if self.video is None else vae.init_encode_cache(self.config.vae, **size)
+
+    def pixels(self, array: np.ndarray) -> jax.Array:
+        """Return uint8 pixels as floats for every stream."""
+        return jnp.asarray(np.broadcast_to(files.to_float(array), (self.batch, *array.shape)))
+
+    def block(
+        self, run: Callable, block: int, state: stream.StreamState, coder: vae.EncodeCache | None
+    ) -> tuple[jax.Array, stream.StreamState, vae.EncodeCache | None]:
+        """Return (frames [B, 4K, H, W, 3], state, coder) of the next block."""
+        params, config, started = self.params, self.config, state.started
+        if self.video is not None:
+            latents, coder = self._encode(run, block, self.video, coder)
+            start = jnp.int32(self.start)
+            x, state = run(stream.next_block_from, started, params, state, latents, start, config=config)
+        elif self.image is not None and block == 0:
+            x = run(stream.encode_image, started, params, self.pixels(self.image), config=config)
+            state = run(stream.append, started, params, state, x, config=config)
+        elif self.elsewhere is not None:
+            x, state = run(stream.next_block, started, params, state, config=config)
+        else:
+            _, decoded, state = run(stream.next_frames, started, params, state, config=config)
+            return decoded, state, coder
+        whole = x.shape[1] == config.causal.frames_per_block
+        if self.elsewhere is not None:
+            return self.elsewhere.decode(run, x, whole), state, coder
+        decoded, state = run(stream.decode_block, whole, params, state, x, config=config)
+        return decoded, state, coder
+
+    def _encode(
+        self, run: Callable, block: int, video: np.ndarray, coder: vae.EncodeCache | None
+    ) -> tuple[jax.Array, vae.EncodeCache | None]:
+        """Encode the frames of the video that the block follows."""
+        indices = np.arange(first_frame(block, self.config), first_frame(block + 1, self.config))
+        # If the input ends inside a block, repeat its last frame.
+        chunk, first = self.pixels(video[np.minimum(indices, len(video) - 1)]), block == 0
+        return run(encode_chunk, first, self.params["vae"], chunk, coder, config=self.config.vae, first=first)
+
+    def switch(self, run: Callable, state: stream.StreamState, embeds: np.ndarray) -> stream.StreamState:
+        """Return the state with another prompt."""
+        return run(stream.change_prompt, state.started, self.params, state, jnp.asarray(embeds), config=self.config)
+
+    def prepare(
+        self, programs: _Programs, blocks: int, state: stream.StreamState, switches: Mapping[int, np.ndarray]
+    ) -> None:
+        """Compile all programs by a dry run over shapes: two blocks and one switch use every program of a stream."""
+
+        def run(function: Any, started: bool, *args: Any, **static: Any) -> Any:
+            programs.prepare(function, started, *args, **static)
+            return jax.eval_shape(programs.jitted(function, started, static), *args)
+
+        shapes, coder = jax.eval_shape(lambda x: x, (state, self.coder()))
+        for block in range(min(blocks, 2)):
+            _, shapes, coder = self.block(run, block, shapes, coder)
+        for embeds in list(switches.values())[:1]:
+            self.switch(run, shapes, embeds)
+
+
 def play(
     params: stream.Params,
     text: np.ndarray,
@@ -134,104 +219,79 @@ def play(
     """Yield frames uint8 ``[B, n, H, W, 3]``, block by block, ``frames`` of them in all.
 
     Args:
-        params: ``{"student", "vae"}``.
+        params: ``{"student"}`` and the recipe's decoder; also ``"vae"`` with an image or a video.
         text: prompt embeddings ``[B, S, E]``; B streams side by side, stream b with seed ``seed + b``.
         config: the recipe.
-        frames: number of frames; the last block is cut to fit.
+        frames: number of pixel frames; the last block is cut to fit.
         seed: of the noise.
-        switches: block to the prompt embeddings ``[B, S, E]`` from that block on (:func:`block_of` of a frame).
+        switches: block to the prompt embeddings ``[B, S, E]`` from that block on (``blocks.block_of`` of a frame).
         image: uint8 ``[H, W, 3]`` that the streams start from: frame 0 is the picture itself, the other frames of its
             block are its decoded latents.
         video: uint8 ``[T, H, W, 3]``, T >= frames, that the streams follow, at ``strength``.
+        strength: distance from the video, up to 1 (:func:`~causvid_jax.sampling.schedule.strength_step`).
         timing: updated while the stream runs.
         loaded: programs to run instead of tracing the model; they support text and switches only.
         picture: what the streams of a student with an image branch start from, instead of ``image``.
         decode_device: decodes the blocks while the default device generates the next one; None: both on the default.
+
+    Raises:
+        ConfigError: at the first frame: an input that loaded programs do not support, a strength out of bounds, or
+            ``decode_device`` with loaded programs or with a reset at prompt switches. At any frame: one that is not
+            finite.
     """
     timing = Timing() if timing is None else timing
-    batch, k = text.shape[0], config.causal.frames_per_block
     switches = {} if switches is None else switches
-    latents = covering_latents(frames, config)
+    _check_inputs(config, loaded, decode_device, image is not None or video is not None)
+    programs, latents = _Programs(timing, loaded), covering_latents(frames, config)
     blocks = len(config.causal.block_sizes(latents))
-    start = schedule.strength_step(config.diffusion, strength) if video is not None else 0
+    begin = time.perf_counter()
+    params, embeds = jax.tree.map(jnp.asarray, params), jnp.asarray(text)
+    if loaded is None:
+        state = stream.init_stream(params, embeds, config=config, seed=seed, frames=latents, picture=picture)
+    else:
+        state = loaded.start(params, embeds, seed)
+    timing.compile += time.perf_counter() - begin
+    inputs: dict[str, Any] = {"image": image, "video": video, "strength": strength, "decode_device": decode_device}
+    player = _Player(params, config, len(text), **inputs)
+    player.prepare(programs, blocks, state, switches)
+    yield from _deliver(player, programs, blocks, state, switches, frames, timing)
+
+
+def _check_inputs(
+    config: Recipe, loaded: exported.Programs | None, decode_device: jax.Device | None, pixels: bool
+) -> None:
     require(
-        loaded is None or (image is None and video is None),
+        loaded is None or not pixels,
         "loaded programs generate from text only; accepted: no image and no video",
     )
     require(
         decode_device is None or (loaded is None and config.causal.on_prompt_switch != "reset"),
         "decode_device is given; accepted: no loaded programs, and causal.on_prompt_switch 'keep' or 'recompute'",
     )
-    programs = _Programs(timing, loaded)
 
-    begin = time.perf_counter()
-    params = jax.tree.map(jnp.asarray, params)
-    if loaded is None:
-        embeds = jnp.asarray(text)
-        state = stream.init_stream(params, embeds, config=config, seed=seed, frames=latents, picture=picture)
-    else:
-        state = loaded.start(params, jnp.asarray(text), seed)
-    timing.compile += time.perf_counter() - begin
-    size = {"batch": batch, "height": config.video.height, "width": config.video.width}
-    elsewhere = None if decode_device is None else _Elsewhere.place(params, batch, config, decode_device)
-    coder = None if video is None else vae.init_encode_cache(config.vae, **size)
 
-    def pixels(array: np.ndarray) -> jax.Array:
-        return jnp.asarray(np.broadcast_to(files.to_float(array), (batch, *array.shape)))
-
-    def one(
-        run: Callable, block: int, state: stream.StreamState, coder: vae.EncodeCache | None
-    ) -> tuple[jax.Array, stream.StreamState, vae.EncodeCache | None]:
-        """Return (frames [B, 4K, H, W, 3], state, coder) by ``run``, which executes or only prepares programs."""
-        started, first = state.started, block == 0
-        if video is not None:
-            indices = np.arange(first_frame(block, config), first_frame(block + 1, config))
-            # If the input ends inside a block, repeat its last frame.
-            chunk = pixels(video[np.minimum(indices, len(video) - 1)])
-            input_latents, coder = run(encode_chunk, first, params["vae"], chunk, coder, config=config.vae, first=first)
-            x, state = run(
-                stream.next_block_from, started, params, state, input_latents, jnp.int32(start), config=config
-            )
-        elif image is not None and block == 0:
-            x = run(stream.encode_image, started, params, pixels(image), config=config)
-            state = run(stream.append, started, params, state, x, config=config)
-        elif elsewhere is not None:
-            x, state = run(stream.next_block, started, params, state, config=config)
-        else:
-            _, decoded, state = run(stream.next_frames, started, params, state, config=config)
-            return decoded, state, coder
-        if elsewhere is not None:
-            return elsewhere.decode(run, x, x.shape[1] == k), state, coder
-        decoded, state = run(stream.decode_block, x.shape[1] == k, params, state, x, config=config)
-        return decoded, state, coder
-
-    def switch(run: Callable, state: stream.StreamState, rows: np.ndarray) -> stream.StreamState:
-        return run(stream.change_prompt, state.started, params, state, jnp.asarray(rows), config=config)
-
-    def prepare(function: Any, started: bool, *args: Any, **static: Any) -> Any:
-        programs.prepare(function, started, *args, **static)
-        return jax.eval_shape(programs.jitted(function, started, static), *args)
-
-    # A dry run over shapes compiles all programs: two blocks and one switch use every program of a stream.
-    dry, dry_coder = jax.eval_shape(lambda x: x, (state, coder))
-    for block in range(min(blocks, 2)):
-        _, dry, dry_coder = one(prepare, block, dry, dry_coder)
-    for rows in list(switches.values())[:1]:
-        switch(prepare, dry, rows)
-
-    begin = time.perf_counter()
-    waiting = None
+def _deliver(
+    player: _Player,
+    programs: _Programs,
+    blocks: int,
+    state: stream.StreamState,
+    switches: Mapping[int, np.ndarray],
+    frames: int,
+    timing: Timing,
+) -> Iterator[np.ndarray]:
+    """Yield the frames of every block on the host, while the device computes the next block."""
+    begin, coder, waiting = time.perf_counter(), player.coder(), None
     for block in range(blocks + 1):
         ready, waiting = waiting, None
         if block < blocks:
             if block in switches:
-                state = switch(programs, state, switches[block])
-            waiting, state, coder = one(programs, block, state, coder)
+                state = player.switch(programs, state, switches[block])
+            waiting, state, coder = player.block(programs, block, state, coder)
         if ready is None:
             continue
         decoded = files.to_uint8(ready, f"the frames of block {block - 1}")
-        shown = decoded[:, stream.LEAD if timing.frames == 0 else 0 :][:, : frames - timing.frames]
-        if image is not None and timing.frames == 0:
-            shown[:, 0] = image  # without the decoder's error
-        timing.add(shown.shape[1], time.perf_counter() - begin)
-        yield shown
+        visible = decoded[:, stream.LEAD if timing.frames == 0 else 0 :][:, : frames - timing.frames]
+        if player.image is not None and timing.frames == 0:
+            visible[:, 0] = player.image  # without the decoder's error
+        timing.add(visible.shape[1], time.perf_counter() - begin)
+        yield visible
