@@ -34,7 +34,11 @@ def make_samplers(
     Args:
         params: ``{"vae", "student"}``, ``"teacher"`` if there is one, ``"taehv"`` if that is the recipe's decoder.
         config: the recipe, with the statistics of the VAE's latents.
-        prompt_encoder: of the prompts; a recipe of words needs none.
+        prompt_encoder: the text encoder; None opens that of the recipe.
+
+    Returns:
+        Samplers of uint8 clips. Clip b of seed s has the noise of seed s + b. They raise ConfigError for a length that
+        is no whole number of blocks, a prompt switch inside a block, or frames that are not finite.
     """
     reader = prompt_encoder or encoder.open_encoder(config)
     if "teacher" in params:

@@ -1,16 +1,24 @@
-"""Map frames of a stream to its blocks and back. Frames and blocks are counted from 0. Imports no JAX."""
+"""Map pixel frames of a stream to its blocks and back. Imports no JAX.
+
+Frames and blocks are counted from 0. With a time factor of 4, latent frame 0 is frame 0, and latent frame i is frames
+4 i - 3 to 4 i. Blocks have K latent frames (``causal.frames_per_block``); an independent first frame is block 0.
+"""
 
 from causvid_jax.config import Recipe, require
 
 
 def covering_latents(frames: int, config: Recipe) -> int:
-    """Return the fewest latent frames that fit the blocks and hold ``frames`` frames."""
+    """Return the number of latent frames of the fewest blocks that hold ``frames`` pixel frames.
+
+    Raises:
+        ConfigError: fewer than one frame.
+    """
     require(frames >= 1, f"frames is {frames}; a stream has at least 1")
     return _latents_through(block_of(frames - 1, config), config)
 
 
 def block_of(frame: int, config: Recipe) -> int:
-    """Return the block that holds a frame."""
+    """Return the block that holds pixel frame ``frame``."""
     latent = -(-frame // _time_factor(config))  # frame 0 is latent 0 alone, 1..4 are latent 1, ...
     size = config.causal.frames_per_block
     if config.causal.independent_first_frame and latent:
@@ -19,7 +27,7 @@ def block_of(frame: int, config: Recipe) -> int:
 
 
 def first_frame(block: int, config: Recipe) -> int:
-    """Return the first frame of a block."""
+    """Return the first pixel frame of a block."""
     latents = _latents_through(block - 1, config)
     return 1 + _time_factor(config) * (latents - 1) if latents else 0
 

@@ -94,7 +94,10 @@ _register()
 
 
 def name_of(function: Any, started: bool) -> str:
-    """Return the name of the program of one of the stream's functions."""
+    """Return the name of the program of ``stream.next_frames`` or ``stream.change_prompt``.
+
+    ``started`` is that of the state: False if an independent first frame is next.
+    """
     names = {
         stream.next_frames: "next_frames" if started else "first_frames",
         stream.change_prompt: "change_prompt",
@@ -182,7 +185,9 @@ def build(recipe: Recipe, platform: str, *, batch: int = 1) -> tuple[dict[str, A
 def build_calls(
     recipe: Recipe, platform: str, calls: Mapping[str, tuple[Any, ...]], *, batch: int, capacity: int | None
 ) -> tuple[dict[str, Any], dict[str, export.Exported]]:
-    """Return header and programs of functions ``{name: (jitted, *shapes of its arguments)}``.
+    """Lower functions ``{name: (jitted, *shapes of its arguments)}`` for a platform; return header and programs.
+
+    ``batch`` streams and at most ``capacity`` latent frames (None: no end) are only noted in the header.
 
     Raises:
         ConfigError: an unknown platform, or a kernel that cannot be lowered here.
@@ -279,7 +284,7 @@ def save(
     programs: Mapping[str, export.Exported],
     executables: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write the result of :func:`build` with its checksums; the file appears complete or not at all.
+    """Write the result of :func:`build` with its SHA-256 checksums; the file appears complete or not at all.
 
     ``executables`` are those of :func:`compiled`.
     """
@@ -288,7 +293,7 @@ def save(
 
 
 def write(path: str | os.PathLike, header: Mapping[str, Any], entries: Mapping[str, bytes]) -> None:
-    """Write a header and serialized programs with their checksums."""
+    """Write a header and serialized programs ``{name: bytes}`` with their SHA-256 checksums."""
     header = {**header, "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in entries.items()}}
     header["checksum"] = _checksum(header)
     with atomic(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -320,17 +325,21 @@ class Programs:
         return self.header["frames"]
 
     def jitted(self, name: str) -> Any:
-        """Return a program as a jitted function of (params, ...) that donates the state like the sampler's function."""
+        """Return a program as a jitted function of (params, ...) that donates the state like the sampler's function.
+
+        Raises:
+            ConfigError: the file has no such program.
+        """
         require(name in self.exported, f"{self.path} has no program {name!r}; it has {', '.join(self.exported)}")
         return _jitted(name, self.exported[name])
 
     def shapes(self) -> stream.StreamState:
-        """Return shape and type of every array of the first state."""
+        """Return the first state with the shape and type of every array."""
         first = self.exported["start"]
         return jax.tree.unflatten(first.out_tree, _shapes(first.out_avals))
 
     def start(self, params: stream.Params, text: jax.Array, seed: int | Sequence[int]) -> stream.StreamState:
-        """Return the state before the first block, as :func:`causvid_jax.sampling.stream.init_stream`."""
+        """Return the state before the first block, like :func:`causvid_jax.sampling.state.init_stream`."""
         return self.jitted("start")(params, text, stream.seeds_of(seed, text.shape[0]))
 
 
@@ -351,6 +360,9 @@ def open_programs(
     """Return the programs of a file, which must have the names and shapes of ``arguments`` (None: any shapes).
 
     If the file holds executables for this machine, they are copied to JAX's compilation cache, if that is on.
+
+    Raises:
+        ConfigError: as :func:`load`.
     """
     place = pathlib.Path(path)
     require(place.is_file(), f"program {place} does not exist; causvid compile --platform builds one")
@@ -446,7 +458,7 @@ def _check(path: pathlib.Path, header: Mapping[str, Any], recipe: Recipe, *, bat
 
 
 def describe(header: Mapping[str, Any], programs: Mapping[str, export.Exported]) -> str:
-    """Describe what was built, in lines."""
+    """Return lines of text about a file: what it was built for, and the number and bytes of each program's inputs."""
     lines = [
         f"{header['name']} for {header['platform']}, {header['streams']} video(s) at once, attention by "
         f"{header['attention']}, JAX {header['jax']}"

@@ -26,7 +26,7 @@ def image_latents(params: Any, pictures: jax.Array, *, config: Recipe) -> jax.Ar
 
     Args:
         params: of the VAE.
-        pictures: ``[B, H, W, 3]`` in [-1, 1], of the recipe's size.
+        pictures: float ``[B, H, W, 3]`` in [-1, 1], of the recipe's size.
         config: the recipe.
 
     Raises:
@@ -54,7 +54,7 @@ def image_latents(params: Any, pictures: jax.Array, *, config: Recipe) -> jax.Ar
 def picture_of(
     params: Any, whole: jax.Array, fitted: jax.Array, *, config: Recipe, clip: CLIPConfig | None
 ) -> image_branch.Picture:
-    """Return what networks with an image branch read of pictures.
+    """Return what networks with an image branch read of pictures: condition channels, and CLIP's embeddings if any.
 
     Args:
         params: ``{"vae"}``, and ``"image_encoder"`` with ``clip``.
@@ -62,6 +62,9 @@ def picture_of(
         fitted: the same pictures in the recipe's size, which the VAE reads.
         config: the recipe.
         clip: sizes of CLIP; None for networks that do not read it.
+
+    Raises:
+        ConfigError: ``fitted`` has another size than the recipe.
     """
     embeds = None if clip is None else image_embeds(params["image_encoder"], whole, config=clip)
     return image_branch.Picture(image_latents(params["vae"], fitted, config=config), embeds)
@@ -69,5 +72,8 @@ def picture_of(
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def image_embeds(params: Any, pictures: jax.Array, *, config: CLIPConfig) -> jax.Array:
-    """Return CLIP's embeddings ``[B, tokens, width]`` of ``pictures [B, H, W, 3]`` in [-1, 1], of any size."""
+    """Return CLIP's embeddings ``[B, tokens, width]`` of ``pictures [B, H, W, 3]`` in [-1, 1], of any size.
+
+    They are the penultimate features of ViT-H/14 in the published models: 257 tokens of width 1280.
+    """
     return clip_vision.encode(params, clip_vision.preprocess(pictures, config=config), config=config)

@@ -7,17 +7,27 @@ from typing import Protocol
 import numpy as np
 
 Switch = tuple[int, Sequence[str]]
-"""A pixel frame and the prompts from it on."""
+"""The first pixel frame of a block, and the prompts from it on, one per clip."""
 
 
 class Teacher(Protocol):
-    """Sample clips of the recipe's length: uint8 ``[B, T, H, W, 3]``; latents if not ``decode``."""
+    """Sample one clip of the recipe's length for each prompt.
+
+    Returns:
+      uint8 ``[B, T, H, W, 3]``; without ``decode`` latents ``[B, F, h, w, C]``.
+    """
 
     def __call__(self, prompts: Sequence[str], seed: int, *, decode: bool = True) -> np.ndarray: ...
 
 
 class Student(Protocol):
-    """Sample streams of ``frames`` pixel frames; with ``switch = (frame, new prompts)`` the prompts change there."""
+    """Sample one stream of ``frames`` pixel frames for each prompt.
+
+    With ``switch = (frame, new prompts)`` the prompts change at that frame, the first of a block.
+
+    Returns:
+      uint8 ``[B, frames, H, W, 3]``; without ``decode`` latents ``[B, F, h, w, C]``.
+    """
 
     def __call__(
         self, prompts: Sequence[str], seed: int, *, frames: int, switch: Switch | None = None, decode: bool = True
@@ -30,8 +40,8 @@ class Samplers:
 
     Attributes:
       reconstruct: uint8 clips ``[B, T, H, W, 3]`` encoded and decoded by the VAE.
-      teacher: None leaves the teacher's row, seconds and ratios out of a report.
-      student: streams.
+      teacher: samples clips; None leaves the teacher's row, seconds and ratios out of a report.
+      student: samples streams.
       reconstruct_tiny: clips encoded by the VAE and decoded by the tiny codec, if that decodes the student's streams.
     """
 

@@ -98,7 +98,11 @@ class SampleRequest:
 
     @staticmethod
     def config_of(values: Mapping[str, Any]) -> str | None:
-        """Return the recipe if no ``--config`` is given: that of the video to replay or of the published file."""
+        """Return the recipe if no ``--config`` is given: that of the video to replay or of the published file.
+
+        Raises:
+            ConfigError: the video to replay has no script.
+        """
         if not values.get("replay"):
             model = published.find(values.get("student") or values.get("checkpoint") or "")
             return f"published:{model.name}" if model else None
@@ -142,17 +146,17 @@ class SampleRequest:
 
     @property
     def files(self) -> dict[str, str]:
-        """Return network to its own weights file."""
+        """Names of networks to the weights files that replace those of ``checkpoint``."""
         return {name: file for name in ("student", "vae", "taehv") if (file := getattr(self, name))}
 
     @property
     def length(self) -> int:
-        """Frames of a request that follows no video."""
+        """Number of pixel frames of a request that follows no video."""
         return self.frames or self.config.video.frames
 
     @property
     def pixel_size(self) -> int:
-        """Size of a pixel in the file."""
+        """Side of the square of pixels in the file that shows one pixel of the video."""
         return self.upscale or max(1, VISIBLE // self.config.video.height)
 
     @property
@@ -162,7 +166,14 @@ class SampleRequest:
         return [path] if count == 1 else [path.with_name(f"{path.stem}_{i}{path.suffix}") for i in range(count)]
 
     def switches(self, frames: int) -> dict[int, tuple[int, str]]:
-        """Return ``{block: (frame it takes effect at, prompt)}`` for a video of ``frames`` frames."""
+        """Return ``{block: (first pixel frame of the block, prompt)}`` of the flag ``--switch``.
+
+        ``frames`` is the length of the video in pixel frames.
+
+        Raises:
+            ConfigError: a value that is not FRAME:PROMPT, a frame outside the video or in its first block, or two in
+                one block.
+        """
         result: dict[int, tuple[int, str]] = {}
         for value in self.switch:
             number, _, prompt = value.partition(":")
@@ -182,7 +193,11 @@ class SampleRequest:
 
 
 def teacher_recipe(recipe: Recipe, frames: int) -> Recipe:
-    """Return the recipe of a teacher's clip of ``frames``, which must be whole latent frames and whole blocks."""
+    """Return the recipe with clips of ``frames`` pixel frames, which must be whole latent frames and whole blocks.
+
+    Raises:
+        ConfigError: no block structure fits; the message names the nearest lengths.
+    """
     factor = 2 ** sum(recipe.vae.temporal_downsample)
     try:
         clip = dataclasses.replace(recipe.video, frames=frames)

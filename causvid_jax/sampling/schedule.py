@@ -1,4 +1,4 @@
-"""Timesteps and noise levels of the network passes of a block."""
+"""Timesteps in [0, 1000] and noise levels ``sigma = timestep / 1000`` of the network passes of a block."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,11 @@ def _sigma(timestep: float, config: Recipe) -> float:
 
 
 def schedule(config: Recipe, timesteps: tuple[float, ...] | None) -> tuple[tuple[float, ...], list[float]]:
-    """Return the denoising timesteps and their noise levels, with a 0 after the last."""
+    """Return the Q denoising timesteps and their Q + 1 noise levels, the last of which is 0.
+
+    ``timesteps`` replace those of the recipe. With ``student.precision="causvid"`` a level is that of the published
+    sampler's table.
+    """
     steps = tuple(flow.student_timesteps(config.diffusion)) if timesteps is None else timesteps
     return steps, [_sigma(t, config) for t in steps] + [0.0]
 
@@ -28,10 +32,11 @@ def schedule(config: Recipe, timesteps: tuple[float, ...] | None) -> tuple[tuple
 def tables(
     begins: jax.Array | None, config: Recipe, timesteps: tuple[float, ...] | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array | int]:
-    """Return the timestep and the noise level of every pass on a block, and the number of passes.
+    """Return the timestep and the noise level of every pass on a block, float32 ``[passes + 1]``, and their number.
 
-    A block without a past (``begins``, traced) has the passes of ``diffusion.first_block_timesteps``. Tables and number
-    are then traced, so one program serves both kinds. With ``begins=None`` all blocks have the same passes.
+    The context pass is the last one, at noise level 0. A block without a past (``begins``, traced) has the passes of
+    ``diffusion.first_block_timesteps``. Tables and number are then traced, so one program serves both kinds. With
+    ``begins=None`` all blocks have the same passes. ``timesteps`` replace those of the recipe in all blocks.
     """
     write = [config.causal.context_noise] if config.causal.context_pass else []
 
@@ -53,10 +58,13 @@ def tables(
 
 
 def strength_step(config: DiffusionConfig, strength: float) -> int:
-    """Return the first step of video to video: the first whose nominal timestep is at most 1000 strength.
+    """Return the first step of video to video: the first whose nominal timestep is at most ``1000 strength``.
 
     Strength 1 keeps nothing of the input. Nominal means before the shift: for any shift, four evenly spaced steps
-    correspond to 1, 0.75, 0.5 and 0.25.
+    correspond to 1, 0.75, 0.5 and 0.25. The paper (section 5.3) takes the last step alone, the lowest strength.
+
+    Raises:
+        ConfigError: a strength above 1, or below the nominal timestep of the last step over 1000.
     """
     nominal = flow.nominal_steps(config)
     lowest = nominal[-1] / 1000.0

@@ -40,7 +40,10 @@ class Event:
         context: ``keep``, ``recompute`` or ``reset`` (a cut) the context at a new prompt.
         blend: number of blocks over which the embeddings change to those of the prompt; 0: at once.
         frames: input of this block, of :func:`pack`: a picture to start from, or video to follow.
-        strength: distance from the video; None: ``frames`` is a picture.
+        strength: distance from the video, up to 1; None: ``frames`` is a picture.
+
+    Raises:
+        ConfigError: a value out of bounds, or neither a prompt nor frames.
     """
 
     block: int
@@ -69,9 +72,13 @@ class Script:
         first: first block that a recording shows.
         blocks: number of blocks from the start of the film.
         latents: maximum latent frames, for a recipe without a window.
-        length: number of frames that a recording shows; None: those of all its blocks.
+        length: number of pixel frames that a recording shows; None: those of all its blocks.
         complete: False if inputs were too large to be stored.
         sha256: of the uint8 frames from block ``first`` to the end; "" if it is not known.
+
+    Raises:
+        ConfigError: another version, a value out of bounds, or events that are out of order or do not start with a
+            prompt at block 0.
     """
 
     recipe: str
@@ -161,10 +168,10 @@ def pack(frames: np.ndarray) -> str:
 
 
 def unpack(text: str, height: int) -> np.ndarray:
-    """Return the frames of :func:`pack`.
+    """Return the frames uint8 ``[T, height, W, 3]`` of a text of :func:`pack`.
 
     Raises:
-        ConfigError: not such a text, or too large.
+        ConfigError: a text that is damaged or too large, or frames of another height.
     """
     require(len(text) <= MOST_INPUT, "the frames in a script are too large")
     try:

@@ -33,13 +33,13 @@ class Session:
     Attributes:
         request: of the user.
         recipe: with the VAE's latent statistics and, for a teacher, the clip's length.
-        frames: of each video.
-        switches: ``{block: (frame, prompt)}``.
-        image: uint8 ``[H, W, 3]`` of the video's size.
-        picture: the same picture uncropped, for CLIP.
-        video: uint8 ``[T, H, W, 3]`` to follow.
-        encoder: of the prompts.
-        weights: network to checkpoint.
+        frames: number of pixel frames of each video.
+        switches: ``{block: (first pixel frame, prompt)}``.
+        image: uint8 ``[H, W, 3]`` of the video's size, to start from; None without one.
+        picture: the same picture uncropped, uint8, for CLIP.
+        video: uint8 ``[T, H, W, 3]`` to follow; None without one.
+        encoder: the text encoder of the prompts.
+        weights: name of a network to its checkpoint.
         program: a compiled sampler to run instead of the model.
     """
 
@@ -122,6 +122,10 @@ def run(session: Session, say: Say = print, *, progress: bool | None = None) -> 
         session: of :func:`open_session`.
         say: called with each line of progress.
         progress: whether to show a bar; None: on a terminal.
+
+    Raises:
+        ConfigError: an output that another program is writing, or frames that are not finite.
+        RunError: an output that cannot be written any more, for example on a full disk.
     """
     request, timing = session.request, player.Timing()
     fps, several = session.recipe.video.fps, len(request.prompt) > 1
@@ -227,7 +231,11 @@ def _encode_picture(session: Session) -> Picture | None:
 
 
 def teacher_clips(session: Session, texts: Embeds, timing: player.Timing, say: Say = print) -> Iterator[np.ndarray]:
-    """Yield the teacher's clips in parts, uint8 ``[B, n, H, W, 3]``: denoised all at once, then decoded."""
+    """Yield the teacher's clips in parts, uint8 ``[B, n, H, W, 3]``: denoised all at once, then decoded.
+
+    ``texts`` has the embeddings of every prompt, ``timing`` is updated, and ``say`` gets a line before denoising. The
+    teacher is freed before the decoder is loaded.
+    """
     recipe, request = session.recipe, session.request
     prompts = jnp.asarray(np.stack([texts[p] for p in request.prompt]))
     negative = jnp.asarray(texts[recipe.text.negative_prompt])
@@ -250,7 +258,10 @@ def teacher_clips(session: Session, texts: Embeds, timing: player.Timing, say: S
 
 
 def student_blocks(session: Session, texts: Embeds, timing: player.Timing) -> Iterator[np.ndarray]:
-    """Return the student's streams, uint8 ``[B, n, H, W, 3]`` block by block."""
+    """Load the student and return the frames of its streams, uint8 ``[B, n, H, W, 3]`` block by block.
+
+    ``texts`` has the embeddings of every prompt; ``timing`` is updated while the result is iterated.
+    """
     recipe, request = session.recipe, session.request
     count = len(request.prompt)
     picture = _encode_picture(session)

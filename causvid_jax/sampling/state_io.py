@@ -14,16 +14,30 @@ FORMAT = "2"  # keys are stored rotated
 
 
 def save_stream(path: str | pathlib.Path, state: StreamState) -> None:
-    """Write the state as one safetensors file. The name of an array is its path in the state."""
+    """Write the state as one safetensors file, from which :func:`load_stream` continues the stream bit for bit.
+
+    The name of an array is its path in the state, such as ``cache.k``.
+
+    Args:
+        path: of the file, which an existing one is replaced by.
+        state: between two blocks. It is not consumed.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(state)
     save_params(path, {_name(where): leaf for where, leaf in leaves}, {"started": str(state.started), "format": FORMAT})
 
 
 def load_stream(path: str | pathlib.Path, like: StreamState) -> StreamState:
-    """Load the state in ``path``; ``like`` is any state of the same recipe and batch, such as that of a new stream.
+    """Load a state that :func:`save_stream` wrote.
+
+    Args:
+        path: of the file.
+        like: any state of the same recipe, batch and maximum length, such as that of a new stream.
+
+    Returns:
+        The state on the default device.
 
     Raises:
-        ConfigError: the file is missing or damaged, or holds the state of another recipe.
+        ConfigError: the file is missing or damaged, or holds the state of another recipe, batch or student.
     """
     params, metadata = load_params(path, dtype=None)
     require(

@@ -44,7 +44,7 @@ def guided_velocity(
         params: of the teacher, or of its two experts by name (``models.experts``).
         prompt_embeds, negative_prompt_embeds: ``[B, S, E]``; the second may be ``[S, E]``.
         image_embeds, image_latents: ``[B, tokens, width]`` and ``[B, F, h, w, 4 + C]``, with an image branch only.
-        config: the recipe.
+        config: the recipe, which gives the guidance scale g (of each expert).
 
     Raises:
         ConfigError: a picture for a teacher without an image branch, or none for one with it.
@@ -82,17 +82,29 @@ def sample_clip(
     noise: jax.Array | None = None,
     timesteps: tuple[float, ...] | None = None,
 ) -> jax.Array:
-    """Solve the guided ODE in one program and return latents ``[B, F, h, w, C]``.
+    """Sample clips by solving the guided ODE ``dx / dsigma = v(x, 1000 sigma)`` from noise to sigma 0, in one program.
+
+    v is :func:`guided_velocity`; the solver is ``diffusion.solver`` (:mod:`causvid_jax.diffusion.solvers`), with
+    ``diffusion.num_inference_steps`` steps on the shifted grid.
 
     Args:
-        params, prompt_embeds, negative_prompt_embeds, image_embeds, image_latents, config: as in
-            :func:`guided_velocity`.
+        params: of the teacher, or of its two experts by name (``models.experts``).
+        prompt_embeds: ``[B, S, E]``.
+        negative_prompt_embeds: ``[B, S, E]`` or ``[S, E]``.
+        image_embeds: CLIP's ``[B, tokens, width]``, for a teacher that reads them.
+        image_latents: mask and latents of the picture, ``[B, F, h, w, 4 + C]``, for a teacher with an image branch.
+        config: the recipe.
         seeds: uint32 ``[B]``, one per clip.
         noise: ``[B, F, h, w, C]`` instead of ``seeds``.
-        timesteps: static and descending, one per network pass, instead of the recipe's grid; the solver ends at 0.
+        timesteps: static and descending in [0, 1000], one per step, instead of the recipe's grid; the solver ends at 0.
+            UniPC needs them below 1000.
+
+    Returns:
+        Clean latents ``[B, F, h, w, C]``.
 
     Raises:
-        ConfigError: both or neither of ``seeds`` and ``noise``.
+        ConfigError: both or neither of ``seeds`` and ``noise``, timesteps that the solver refuses, a picture for a
+            teacher without an image branch, or none for one with it.
     """
     require((seeds is None) != (noise is None), "a teacher's clip takes either seeds or noise")
     if seeds is not None:

@@ -36,7 +36,7 @@ def find(
     A teacher of two experts is opened as ``"high_noise"`` and ``"low_noise"``.
 
     Args:
-        recipe: of the networks.
+        recipe: gives the sizes of the networks and the decoder.
         role: ``"student"`` or ``"teacher"``.
         checkpoint: a folder, also a published one, or one weights file of the role; None: the weights of the package.
         encodes: whether pixels are encoded, which needs the VAE (for a teacher also CLIP). None: if there is a VAE.
@@ -94,7 +94,7 @@ def _open_role(recipe: Recipe, role: str, folder: pathlib.Path | None, path: pat
 
 
 def shapes(recipe: Recipe, role: str) -> dict[str, Any]:
-    """Return the shapes and types in which a role's weights are read, by the names of :func:`networks`."""
+    """Return the shapes and types in which a role's weights are read, under the names of :func:`networks`."""
     return dict.fromkeys(networks(recipe, role), transformer.read_shapes(getattr(recipe, role)))
 
 
@@ -133,7 +133,11 @@ def _has_vae(recipe: Recipe, folder: pathlib.Path | None) -> bool:
 
 
 def with_loras(opened: checkpoints.Checkpoint, loras: Sequence[str]) -> checkpoints.Checkpoint:
-    """Return a checkpoint to which ``FILE`` or ``FILE:STRENGTH`` are added while it is read."""
+    """Return the checkpoint with LoRAs (``FILE`` or ``FILE:STRENGTH``) that are added to the weights as they are read.
+
+    Raises:
+        ConfigError: a file that is missing or does not fit the network.
+    """
     pairs = [convert.parse_lora(value) for value in loras]
     updates = tuple(checkpoints.open_lora(path, strength, opened.config) for path, strength in pairs)
     return dataclasses.replace(opened, updates=(*opened.updates, *updates))
@@ -159,7 +163,7 @@ def _load(opened: checkpoints.Checkpoint, types: Any) -> dict[str, Any]:
 
 
 def load_student(opened: Opened, recipe: Recipe, *, encodes: bool = False) -> dict[str, Any]:
-    """Load the student in the form of a stream and its decoder; with ``encodes`` also the VAE."""
+    """Load the student in the form of a stream (:func:`for_stream`) and its decoder; with ``encodes`` the whole VAE."""
     read = {**shapes(recipe, "student"), **decoder.codec_shapes(recipe, encodes=encodes)}
     return for_stream(load(opened, read), recipe, free=True)
 
@@ -175,7 +179,7 @@ def for_stream(params: Mapping[str, Any], recipe: Recipe, *, free: bool = False)
 
 
 def checksum(opened: Opened, recipe: Recipe) -> str:
-    """Return one checksum of everything that turns noise into frames: weights of student and decoder, and settings.
+    """Return one SHA-256 of everything that turns noise into frames: weights of student and decoder, and settings.
 
     ``causal.on_prompt_switch`` does not count, because every prompt switch of a script has its own value.
     """
