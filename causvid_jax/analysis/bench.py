@@ -44,11 +44,12 @@ class Times:
     seconds: tuple[float, ...]
 
     def percentile(self, percent: float) -> float:
-        """Return the linearly interpolated percentile; for few calls p99 is close to the slowest call."""
+        """Return the linearly interpolated percentile in seconds; for few calls p99 is close to the slowest call."""
         return float(np.percentile(self.seconds, percent))
 
     @property
     def median(self) -> float:
+        """Median seconds of a call."""
         return self.percentile(50)
 
 
@@ -96,20 +97,20 @@ class Codec:
 
     @property
     def title(self) -> str:
-        """Name in tables."""
+        """Name of the decoder and its compute type, for tables."""
         if self.recipe.decoder == "taehv":
             return f"TAEHV, {self.recipe.taehv.dtype}"
         model = "Wan" if self.recipe.vae.base_dim == 96 else self.recipe.name
         return f"{model} VAE, {self.recipe.vae.dtype}"
 
     def shapes(self) -> Any:
-        """Return shapes and types of its weights."""
+        """Return the shapes and types of the decoder's weights, by network."""
         return memory.codec_shapes(self.recipe, encodes=False)
 
     def programs(self) -> tuple[Any, Any]:
         """Return jitted ``start() -> cache`` and ``decode(params, latents, cache) -> (frames, cache)``.
 
-        ``decode`` donates the cache.
+        Latents are ``[B, K, h, w, C]``, frames ``[B, 4K, H, W, 3]`` in [-1, 1]. ``decode`` donates the cache.
         """
         height, width = self.recipe.latent_size
         size = {"batch": self.streams, "height": height, "width": width}
@@ -146,6 +147,9 @@ class Options:
       repeats: timed calls of each program; for clips and first frames a fourth of that, at least 3.
       streams: videos side by side.
       codecs: names of decoders, of ``CODECS``.
+
+    Raises:
+      ConfigError: fewer than two repeats, no stream, or a decoder named twice.
     """
 
     repeats: int = 20
@@ -159,11 +163,15 @@ class Options:
 
     @property
     def few(self) -> int:
+        """Number of timed clips and first frames."""
         return max(3, self.repeats // 4)
 
 
 def cache_lengths(recipe: Recipe) -> list[tuple[int, int]]:
-    """Return (frames before a block, frames in its context) of every block of K frames until the cache is full."""
+    """Return the lengths of context at which a block is timed, until the cache is full.
+
+    Each is (index of the block's first latent frame, number of latent frames that it attends to, with its own).
+    """
     causal, k = recipe.causal, recipe.causal.frames_per_block
     first = int(causal.independent_first_frame)
     last = causal.window + causal.sink + first if causal.window else recipe.video.latent_frames - k
@@ -179,7 +187,10 @@ UNIFORM_INT8 = math.sqrt((255**2 - 1) / 12)
 
 
 def random_weights(abstract: Any, seed: int = 0) -> Any:
-    """Make parameters on the device: scales 1, biases 0, all else N(0, 0.02^2); kernels in 8 bits uniform, of 0.02."""
+    """Make parameters of the shapes and types ``abstract`` on the device.
+
+    Scales are 1, biases 0, all else N(0, 0.02^2). Kernels in 8 bits are uniform with a standard deviation of 0.02.
+    """
 
     def make() -> Any:
         flat, structure = jax.tree_util.tree_flatten_with_path(abstract)
@@ -434,13 +445,13 @@ def run(
 
     Args:
         recipe: what is measured, on one device.
-        options: what, and how often.
+        options: numbers of calls and streams, and the decoders.
         log: called with the name of each measurement before it starts.
-        params: network to parameters, the student in the form of streams; what is missing is random.
+        params: name of a network to its parameters, the student in the form of streams; missing ones are random.
         weights: says in the report where ``params`` come from.
 
     Raises:
-        ConfigError: what cannot work, before anything is computed.
+        ConfigError: a decoder that does not fit the recipe's latents, or memory beyond the device's.
     """
     codecs = check(recipe, options)
     peaks = {}

@@ -25,7 +25,7 @@ _OF_A_STREAM = ("keys and values", "prompt's keys and values", "decoder's past")
 
 
 def check_server(recipe: Recipe, sessions: int) -> None:
-    """Refuse more sessions of a recipe than the devices hold.
+    """Refuse more sessions of a recipe than the memory of one device, or of all devices of a mesh, holds.
 
     Raises:
         ConfigError: the weights and the states of all sessions exceed the memory.

@@ -45,10 +45,10 @@ class Report:
       quick: whether the compiler was told to make the least effort (:func:`compile_for`).
       arguments, temporaries, peak, limit: bytes per device; ``peak`` is the compiler's own figure.
       host: bytes of the host's memory per device; offloaded moments of a described GPU are computed.
-      collectives: :func:`hlo.totals`.
+      collectives: by kind, of :func:`causvid_jax.analysis.hlo.totals`.
       model_flops: of one step over all devices; of one block of ``streams`` streams.
-      step_seconds: pessimistic and optimistic.
-      mfu: model FLOPs over peak in these times.
+      step_seconds: of one step or block by the roofline: pessimistic, optimistic.
+      mfu: model FLOPs over the FLOPs at peak rate in these times, in [0, 1].
       traffic: computed bytes that one device receives in a step.
       parts: the computed memory by kind of array.
       streams: number of streams side by side; 0 in training.
@@ -165,7 +165,13 @@ def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, 
 
 
 def program(recipe: Recipe, stage: str, mesh: Mesh, *, batch: int = 1) -> tuple[Any, tuple[Any, ...]]:
-    """Return the jitted function of ``stage`` and its abstract arguments on ``mesh``; ``batch`` is for "stream"."""
+    """Return the jitted function of ``stage`` (one of :data:`STAGES`) and its abstract arguments on ``mesh``.
+
+    The function is the train step that the stage runs, or one denoising pass of ``batch`` streams at a full window.
+
+    Raises:
+        ConfigError: an unknown stage.
+    """
     require(stage in STAGES, f"stage is {stage!r}; accepted: {', '.join(STAGES)}")
     place = Placement(mesh, recipe.student.rules, recipe.parallel.offload_optimizer)
     return _stream_program(recipe, place, batch) if stage == "stream" else _training_program(recipe, stage, place)
@@ -292,7 +298,7 @@ def _size(value: float) -> str:
 
 
 def table(report: Report) -> str:
-    """Return the report as lines of text."""
+    """Return the report as lines of text: memory, host memory, collectives, time and MFU."""
     per = {name: size for name, size in report.mesh.items() if size > 1}
     mesh = " x ".join(f"{n} {s}" for n, s in per.items()) or "one device"
     fits = "fits" if report.fits else "does NOT fit"

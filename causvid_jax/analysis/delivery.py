@@ -17,14 +17,14 @@ class Delivery:
 
     Attributes:
       codec: the decoder.
-      chunks: how many chunks arrived.
-      first_ms: from the start of the stream to the first chunk, with compiled programs.
-      gap_p50_ms, gap_p95_ms, gap_p99_ms: between one arrival and the next.
-      fps: frames per second from the first arrival to the last.
+      chunks: number of chunks that arrived.
+      first_ms: milliseconds from the start of the stream to the first chunk, with compiled programs.
+      gap_p50_ms, gap_p95_ms, gap_p99_ms: percentiles of the milliseconds between one arrival and the next.
+      fps: pixel frames per second from the first arrival to the last.
       real_time: ``fps`` over the frame rate of the video; at least 1 is real time.
-      on_time: share of the chunks after the start that arrived by their deadline.
+      on_time: share of the chunks after the start that arrived by their deadline, in [0, 1].
       underruns: number of stops of the viewer's picture.
-      stalled_ms: total duration of these stops.
+      stalled_ms: total milliseconds of these stops.
     """
 
     codec: str
@@ -41,9 +41,9 @@ class Delivery:
 
 
 def delivery(arrivals: Sequence[float], frames: int, fps: float, *, codec: str, start_chunks: int = 2) -> Delivery:
-    """Return the figures of chunks of ``frames`` frames that arrived at ``arrivals`` seconds after the start.
+    """Return the figures of chunks of ``frames`` pixel frames that arrived at ``arrivals`` seconds after the start.
 
-    It needs at least ``start_chunks + 1`` chunks, and at least two.
+    ``fps`` is the rate of the video. At least ``start_chunks + 1`` chunks are needed, and at least two.
     """
     assert len(arrivals) > max(start_chunks, 1), "too few chunks for a viewer"
     gaps = np.diff(arrivals)
@@ -73,7 +73,9 @@ def delivery(arrivals: Sequence[float], frames: int, fps: float, *, codec: str, 
 def ratio_interval(
     ours: Sequence[float], theirs: Sequence[float], *, confidence: float = 0.95, draws: int = 2000
 ) -> tuple[float, float]:
-    """Return the bootstrap interval of ``median(theirs) / median(ours)``: above 1, ours is faster.
+    """Return the percentile bootstrap interval of ``median(theirs) / median(ours)``; above 1 ours is faster.
+
+    ``ours`` and ``theirs`` are the times of single calls, in one unit.
 
     Calls of each program are resampled independently; correlation of consecutive calls is ignored.
     """

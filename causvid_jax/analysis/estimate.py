@@ -104,7 +104,10 @@ def make_mesh(config: ParallelConfig, machine: TopologySpec) -> _Mesh:
 
 
 def param_bytes(spec: Any, mesh: Mapping[str, int], rules: ShardingRules, size: int = F32) -> float:
-    """Return the bytes of the parameters ``spec`` on one device of ``mesh``: ``size`` each, 1 of kernels in 8 bits."""
+    """Return the bytes of the parameters ``spec`` on one device of ``mesh`` (axis name to size).
+
+    A parameter takes ``size`` bytes, one of a kernel in 8 bits 1 byte.
+    """
 
     def one(path: Any, leaf: ParamSpec) -> float:
         split = constraints.mesh_axes(leaf.axes, leaf.shape, mesh, rules)
@@ -136,7 +139,17 @@ def _item(net: TransformerConfig) -> int:
 
 
 class Network:
-    """Bytes of one network on one device of a mesh, per local example."""
+    """Bytes of one network on one device of a mesh, per local example.
+
+    Attributes:
+      params: bytes of all parameters, in float32.
+      layers_whole: bytes of all layers, gathered along fsdp.
+      updated: bytes of the trained parameters; with LoRA those of the adapters.
+      largest: bytes of the largest trained array.
+      kernels: bytes of the trained kernels of layers.
+      gathered: bytes of the gathered layers that are alive at once.
+      frame: tokens of one latent frame on this device.
+    """
 
     def __init__(self, net: TransformerConfig, recipe: Recipe, mesh: _Mesh):
         self.net, self.mesh, self.recipe = net, mesh, recipe
@@ -167,10 +180,11 @@ class Network:
         )
 
     def saved(self, frames: float) -> float:
-        """Return the bytes that all layers keep for the backward pass."""
+        """Return the bytes that all layers keep on the device for the backward pass over ``frames`` latent frames."""
         return self.net.num_layers * self._kept(frames, str(self.net.remat))
 
     def on_host(self, frames: float) -> float:
+        """Return the bytes that all layers keep in the host's memory for the backward pass (``remat="offload"``)."""
         return self.net.num_layers * self._kept(frames, "full") if self.net.remat == "offload" else 0.0
 
     def working(self, frames: float) -> float:
@@ -201,7 +215,7 @@ class Network:
         return net.num_layers * (heads + sums)
 
     def trained(self, frames: float, examples: float) -> tuple[float, float]:
-        """Return (gathered, exchanged) bytes of a forward and backward pass.
+        """Return (gathered, exchanged) bytes that the device receives in a forward and backward pass.
 
         Parameters are gathered twice, gradients are scattered once.
         """

@@ -30,23 +30,23 @@ from causvid_jax.models import attention
 
 
 def tokens_per_frame(recipe: Recipe, net: TransformerConfig) -> int:
-    """Return the number of tokens of one latent frame."""
+    """Return the number n of tokens of one latent frame, ``(h / patch height) (w / patch width)``."""
     height, width = recipe.latent_size
     return (height // net.patch_size[1]) * (width // net.patch_size[2])
 
 
 def attention_pairs(plan: attention.Plan) -> int:
-    """Count the pairs (query frame, key frame) that attention computes."""
+    """Count the pairs (query latent frame, key latent frame) that attention computes by a plan."""
     return sum((b - a) * sum(d - c for c, d in keys) for (a, b), keys in plan)
 
 
 def forward(net: TransformerConfig, frames: int, tokens: int, pairs: int, *, text: bool = True) -> float:
-    """Return the FLOPs of one pass for one example.
+    """Return the FLOPs of one pass for one example, by the formula of this module.
 
     Args:
       net: the network.
-      frames: F.
-      tokens: n, of one frame.
+      frames: number F of latent frames.
+      tokens: number n of tokens of one latent frame.
       pairs: (query frame, key frame) pairs of self-attention, :func:`attention_pairs`; F^2 for full attention.
       text: whether the prompt's keys and values are computed in this pass (a stream keeps them).
     """
@@ -62,7 +62,7 @@ def forward(net: TransformerConfig, frames: int, tokens: int, pairs: int, *, tex
 
 
 def linear_layers(net: TransformerConfig, tokens: int) -> float:
-    """Return the FLOPs of the products of ``tokens`` tokens with the layers' weights."""
+    """Return the FLOPs of the products of ``tokens`` tokens with the layers' weights, ``L T (12 M^2 + 4 M P)``."""
     m, p = net.dim, net.ffn_dim
     return float(net.num_layers * tokens * (12 * m * m + 4 * m * p))
 
@@ -76,7 +76,7 @@ class StepFlops:
 
 
 def stream_block(recipe: Recipe, *, frames_cached: int | None = None) -> float:
-    """Return the FLOPs of one streamed block with a full window (or ``frames_cached`` earlier frames).
+    """Return the FLOPs of one block of one stream with a full window (or ``frames_cached`` earlier latent frames).
 
     All denoising steps and the context pass count. The prompt is encoded once per stream and does not count.
     """
@@ -89,7 +89,11 @@ def stream_block(recipe: Recipe, *, frames_cached: int | None = None) -> float:
 
 
 def recomputed(net: TransformerConfig, one_pass: float, frames: int, tokens: int, pairs: int) -> float:
-    """Return the FLOPs of ``one_pass`` (of :func:`forward`) that ``net.remat`` repeats in the backward pass."""
+    """Return the FLOPs of ``one_pass`` (of :func:`forward`) that ``net.remat`` repeats in the backward pass.
+
+    ``"attention"`` keeps the results of attention, so everything else is repeated; ``"full"`` and ``"offload"`` repeat
+    the whole pass.
+    """
     attention_work = float(net.num_layers * 4 * pairs * tokens**2 * net.dim)
     return {
         "none": 0.0,

@@ -31,7 +31,7 @@ def _size(result: str) -> int:
 
 
 def collectives(text: str) -> Iterator[Collective]:
-    """Return every collective of a compiled program (``compiled.as_text()``)."""
+    """Yield every collective in the text of a compiled program (``compiled.as_text()``), in the order of the text."""
     bodies = set(_BODY.findall(text))
     computation = ""
     for line in text.splitlines():

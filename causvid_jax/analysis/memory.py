@@ -41,11 +41,12 @@ class Phase:
 
     @property
     def total(self) -> int:
+        """Bytes of all items."""
         return sum(sum(sizes.values()) for sizes in self.items.values())
 
 
 def sizes(tree: Any) -> dict[str, int]:
-    """Return the bytes of all arrays (or shapes) of ``tree``, by type."""
+    """Return the bytes of all arrays (or shapes) of ``tree``, by type of element: ``{"float32": 4096}``."""
     out: dict[str, int] = {}
     for leaf in jax.tree.leaves(tree):
         kind = jnp.dtype(leaf.dtype)
@@ -65,10 +66,10 @@ def sampling_phases(
     clip: CLIPConfig | None = None,
     state: stream.StreamState | None = None,
 ) -> tuple[Phase, ...]:
-    """Return the phases of a run.
+    """Return the phases of a run of the sampler, in order; the memory of one is freed before the next.
 
     Args:
-        recipe: of the networks.
+        recipe: gives the sizes of the networks.
         role: ``"student"`` streams, ``"teacher"`` makes a clip.
         batch: videos side by side.
         latents: latent frames of each.
@@ -184,6 +185,9 @@ def check_fits(phases: Sequence[Phase], limit: int | None, less: str = LESS, own
     """Refuse phases that need more than the memory of ``owner`` (``limit`` bytes; None: unknown).
 
     ``less`` names settings that reduce it.
+
+    Raises:
+        ConfigError: a phase that needs more; the message has its bytes and ``less``.
     """
     for phase in phases:
         require(
@@ -275,7 +279,9 @@ def layer_work(
     width: int,
     backend: str | None = None,
 ) -> dict[str, int]:
-    """Return the largest temporaries of one layer that is not differentiated.
+    """Return the bytes of the largest temporaries of one layer that is not differentiated.
+
+    ``frames`` latent frames of ``height`` x ``width`` attend to ``context_frames`` of them.
 
     They are the residual stream, and the MLP's hidden layer or attention, each in float32 and in the compute type.
     XLA's attention also holds all scores. ``backend`` is that of attention; None: the one this process would use.

@@ -25,6 +25,7 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
+        """Whether the estimate leaves the margin of a device's memory (``estimate.MARGIN``)."""
         return self.estimate.memory <= estimates.MARGIN * self.limit
 
     def settings(self, stage: str) -> str:
@@ -51,7 +52,7 @@ def settings(recipe: Recipe, base: Recipe, stage: str) -> str:
 
 
 def without_mesh(parallel: ParallelConfig) -> ParallelConfig:
-    """Return ``parallel`` for one device; settings other than the axes do not change."""
+    """Return ``parallel`` for one device, with its settings other than the axes."""
     return ParallelConfig(offload_optimizer=parallel.offload_optimizer, ring=parallel.ring)
 
 
@@ -124,8 +125,15 @@ def search(
 ) -> Candidate:
     """Return the fastest candidate of ``stage`` that fits ``machine``, or the one of least memory if none fits.
 
-    ``policies``: also choose ``remat`` and ``offload_optimizer``, moving moments only where nothing else fits.
-    ``too_large``: settings (:meth:`Candidate.settings`) that did not fit when they were compiled; they are skipped.
+    Args:
+        recipe: whose mesh is ignored.
+        stage: "teacher", "init", "distill" or "stream".
+        machine: gives the devices, their memory and their links.
+        policies: also choose ``remat`` and ``offload_optimizer``, moving moments only where nothing else fits.
+        too_large: settings (:meth:`Candidate.settings`) that did not fit when they were compiled; they are skipped.
+
+    Raises:
+        ConfigError: no mesh over the devices divides the recipe's sizes.
     """
     least = None
     unsharded = dataclasses.replace(recipe, parallel=without_mesh(recipe.parallel))

@@ -24,10 +24,11 @@ class Line:
       what: name of the measured call.
       seen: latent frames that the block attends to, including itself; None if lengths vary.
       codec: the decoder, "none" for latents.
-      p50_ms, p99_ms: of ``calls`` calls, each waited for.
+      p50_ms, p99_ms: percentiles of the milliseconds of a call, each waited for.
+      calls: number of timed calls.
       tflop: model TFLOP of one call, over all streams; None if it is not counted.
       fps: pixel frames per second of each stream; None if a call makes none.
-      ms: of each call; empty if the report has percentiles only.
+      ms: milliseconds of each call; empty if the report has percentiles only.
     """
 
     what: str
@@ -42,7 +43,7 @@ class Line:
 
 
 def line(item: Line, settings: Mapping[str, Any], peak: float | None) -> dict[str, Any]:
-    """Return ``item`` with its settings, achieved TFLOP/s and their share of ``peak`` FLOP/s."""
+    """Return ``item`` with its settings, achieved TFLOP/s and their share of ``peak`` (FLOP/s; None: unknown)."""
     rate = None if item.tflop is None else item.tflop / item.p50_ms * 1e3
     share = None if rate is None or peak is None else rate * 1e12 / peak
     return {**dataclasses.asdict(item), "tflops": rate, "share_of_peak": share, **{n: settings[n] for n in NAMES}}

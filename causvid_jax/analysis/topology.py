@@ -76,11 +76,12 @@ class TopologySpec:
 
     @property
     def chip(self) -> Chip:
+        """Published figures of one device."""
         return CHIPS[self.kind]
 
     @property
     def size(self) -> int:
-        """Devices in all."""
+        """Number of devices in all slices or nodes."""
         return math.prod(self.shape) * self.slices
 
     @property
@@ -98,10 +99,12 @@ class Topology:
 
     @property
     def name(self) -> str:
+        """Name of the machine, as given."""
         return self.machine.name
 
     @property
     def chip(self) -> Chip:
+        """Published figures of one device."""
         return self.machine.chip
 
 
@@ -204,7 +207,7 @@ device_description_str: "Hopper, {memory} bytes"
 
 
 def peak_flops(device_kind: str, dtype: str) -> tuple[float | None, str]:
-    """Return the peak FLOP/s of a device for matmuls in ``dtype``, and its source or the reason why it is unknown.
+    """Return the peak FLOP/s of a device for matmuls in ``dtype``, and its source; or None, and why it is unknown.
 
     NVIDIA's figures are those of SXM parts. The PCIe and NVL parts are slower and report longer device kinds.
     """
