@@ -34,7 +34,10 @@ NO_DIRECTION = "none"
 
 
 def init(seed: int, colors: int) -> dict[str, dict[str, np.ndarray]]:
-    """Return He-normal weights of the classifier for 10 digits and ``colors`` colours."""
+    """Return He-normal weights of the classifier for 10 digits and ``colors`` colours: layer to kernel and bias.
+
+    Kernels are N(0, 2 / fan_in) (He et al. 2015, arXiv 1502.01852), biases 0.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     width = 12
     for name, channels, _ in LAYERS:
@@ -78,7 +81,13 @@ def classify(params: dict[str, Any], frames: jax.Array) -> tuple[jax.Array, jax.
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Classifier:
-    """A trained classifier with the colours and digit size that it was trained on. ``params`` as in :func:`init`."""
+    """A trained classifier.
+
+    Attributes:
+      params: as in :func:`init`.
+      colors: names of the colours that it was trained on.
+      digit_size: side in pixels of the digits that it was trained on.
+    """
 
     params: dict[str, Any]
     colors: tuple[str, ...]
@@ -93,7 +102,13 @@ Triple = tuple[int, str, str]
 class Reading:
     """Predictions of the classifier for B clips of n digits, one row per digit; the digits of a clip are adjacent.
 
-    ``features`` ``[B n, FEATURES]`` and ``log_probs`` ``[B n, 10]`` are frame means.
+    Attributes:
+      digits: int ``[B n]``, 0 to 9.
+      colors: B n names.
+      directions: B n names, ``"none"`` where no caption describes the motion.
+      features: means over frames ``[B n, FEATURES]``.
+      log_probs: means over frames of the digits' log-probabilities ``[B n, 10]``.
+      count: the number n of digits of a clip.
     """
 
     digits: np.ndarray
@@ -111,7 +126,11 @@ class Reading:
 
 
 def target_triples(caption: str) -> tuple[Triple, ...]:
-    """Return the triples that a clip of ``caption`` must be read as, in the order of the caption."""
+    """Return the triples (digit, colour, direction) that ``caption`` names, in its order.
+
+    Raises:
+      ConfigError: a text that is no caption of moving digits.
+    """
     return tuple((spec.digit, spec.color, spec.direction) for spec in digits.parse_caption(caption))
 
 
@@ -125,7 +144,11 @@ def save(path: str | pathlib.Path, classifier: Classifier) -> None:
 
 
 def load(data: DataConfig, path: str | pathlib.Path = DEFAULT_PATH) -> Classifier:
-    """Load a classifier and check that it was trained on the digits and colours of ``data``."""
+    """Load a classifier for the digits and colours of ``data``; the default is that of the package.
+
+    Raises:
+      ConfigError: no such file, one that is no classifier, or one for digits of another size or fewer colours.
+    """
     params, metadata = store.load_params(path)
     require({"colors", "digit_size"} <= set(metadata), f"weights file {path} is not a classifier")
     classifier = Classifier(params, tuple(metadata["colors"].split()), int(metadata["digit_size"]))
@@ -146,12 +169,15 @@ _classify = jax.jit(classify)
 
 
 def frame_logits(classifier: Classifier, frames: np.ndarray) -> jax.Array:
-    """Return the digit logits ``[N, 10]`` of frames ``[N, H, W, 3]`` in [0, 1]."""
+    """Return the digit logits ``[N, 10]`` of float frames ``[N, H, W, 3]`` in [0, 1]."""
     return _classify(classifier.params, frames)[0]
 
 
 def read_digits(classifier: Classifier, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean log-probabilities ``[B, 10]`` and features ``[B, FEATURES]`` over frames spread over each clip."""
+    """Return mean log-probabilities of the digits ``[B, 10]`` and mean features ``[B, FEATURES]`` of clips.
+
+    The mean is over ``color_separation.FRAMES_READ`` frames spread over each uint8 clip ``[B, T, H, W, 3]``.
+    """
     frames = rearrange(
         video[:, color_separation.spread(video.shape[1])].astype(np.float32) / 255.0, "b t h w c -> (b t) h w c"
     )
@@ -209,7 +235,10 @@ def _correlations(clip: np.ndarray) -> np.ndarray:
 
 
 def displacements(clip: np.ndarray) -> np.ndarray:
-    """Return the displacement (dy, dx) of frames :data:`GAP` apart: ``[T, H, W, 3]`` -> ``[T - GAP, 2]``."""
+    """Return the displacement (dy, dx) in pixels of frames :data:`GAP` apart: ``[T, H, W, 3]`` -> ``[T - GAP, 2]``.
+
+    It is the peak of the circular cross-correlation of their gray values, which frames that wrap around make exact.
+    """
     return _peak(_correlations(clip))
 
 
@@ -223,6 +252,9 @@ def read_directions(video: np.ndarray, speed: int) -> tuple[str, ...]:
     Args:
       video: uint8 ``[B, T, H, W, 3]``, T > GAP.
       speed: pixels per frame along each moving axis.
+
+    Raises:
+      ConfigError: a clip of at most GAP frames, or a displacement of half the frame or more.
     """
     reach = GAP * speed
     require(video.shape[1] > GAP, f"direction needs more than {GAP} frames; the clip has {video.shape[1]}")
@@ -245,12 +277,15 @@ def read_directions(video: np.ndarray, speed: int) -> tuple[str, ...]:
 
 
 def read(classifier: Classifier, video: np.ndarray, *, data: DataConfig) -> Reading:
-    """Classify clips.
+    """Read digits, colours and directions of clips.
 
     Args:
-      classifier: as from :func:`load`.
+      classifier: of :func:`load`.
       video: uint8 ``[B, T, H, W, 3]``.
       data: gives ``speed`` in pixels per frame, and ``digits_per_clip``.
+
+    Raises:
+      ConfigError: clips of more than two digits, and the errors of :func:`read_directions`.
     """
     count = data.digits_per_clip
     require(count in (1, 2), f"the classifier reads clips of one or two digits; data.digits_per_clip is {count}")

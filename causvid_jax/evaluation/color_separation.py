@@ -22,12 +22,20 @@ NO_COLOR = "none"
 
 
 def spread(total: int, count: int = FRAMES_READ) -> np.ndarray:
-    """Return the numbers of ``count`` frames spread over a clip of ``total``, the first and the last included."""
+    """Return the indices of ``count`` frames spread over a clip of ``total``, the first and the last included."""
     return np.round(np.linspace(0, total - 1, count)).astype(int)
 
 
 def unmix(video: np.ndarray, first: str, second: str) -> np.ndarray:
-    """Separate the digits of two colours: ``[..., 3]`` in [0, 1] -> ``[..., 2]`` in [0, 1]."""
+    """Separate the digits of two colours: pixels ``[..., 3]`` in [0, 1] -> the pictures u and v ``[..., 2]`` in [0, 1].
+
+    ``first`` and ``second`` are names in ``digits.COLORS``, with channels A and B. u is the mean of the channels of A
+    alone, v that of the channels of B alone. If B has no channel of its own, v is the mean of its channels less u, at
+    least 0. If A has none, the roles change.
+
+    Raises:
+      ConfigError: twice the same colour.
+    """
     require(first != second, f"two digits of one colour ({first}) cannot be told apart")
     a, b = (np.array(digits.COLORS[name]) > 0 for name in (first, second))
     own_a, own_b = a & ~b, b & ~a
@@ -47,6 +55,9 @@ def find_colors(clip: np.ndarray, colors: tuple[str, ...]) -> tuple[str, str]:
     Args:
       clip: ``[T, H, W, 3]`` in [0, 1].
       colors: names in ``digits.COLORS``, at least two.
+
+    Raises:
+      ConfigError: fewer than two colours.
     """
     require(len(colors) > 1, f"two digits need two colours; the classifier has {', '.join(colors)}")
     frames = clip[spread(len(clip))]

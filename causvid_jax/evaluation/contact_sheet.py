@@ -52,7 +52,7 @@ def _frames_table(frames: Mapping[str, Any], names: Mapping[str, str]) -> list[s
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """Return the report of ``report.evaluate`` as Markdown."""
+    """Return the report of ``report.evaluate`` as Markdown tables: scores, frames, cost, prompt switch, targets."""
     scores, passes, seconds = report["scores"], report["passes"], report["seconds_per_clip"]
     decoders = {role: {"vae": "VAE", "taehv": "tiny"}[name] for role, name in report["decoders"].items()}
     plan = report["plan"]
@@ -103,13 +103,13 @@ def markdown(report: Mapping[str, Any]) -> str:
 def contact_sheet(
     clips: Mapping[str, tuple[Sequence[str], np.ndarray]], *, examples: int = 2, columns: int = 9, scale: int = 2
 ) -> Image.Image:
-    """Draw frames spread over clips: ``examples`` columns; rows real, vae, teacher, student, long, switch.
+    """Draw frames spread over clips, one row for each of real, vae, teacher, student, long, longest and switch.
 
     Args:
-      clips: row name to (captions, uint8 ``[B, T, H, W, 3]``), as in ``report.Result``.
-      examples: clips shown of each row, side by side.
-      columns: frames shown of each clip.
-      scale: whole-number enlargement.
+      clips: name of a row to (captions, uint8 ``[B, T, H, W, 3]``), as in ``report.Result``; absent rows are left out.
+      examples: number of clips of each row, side by side.
+      columns: number of frames of each clip.
+      scale: side of the square that replaces every pixel.
     """
     rows = [name for name in ("real", "vae", "teacher", "student", "long", "longest", "switch") if name in clips]
     examples = min(examples, *(len(clips[name][1]) for name in rows))

@@ -49,15 +49,15 @@ def read_frames(classifier: classifiers.Classifier, video: np.ndarray) -> FrameR
 
 
 def displacements(video: np.ndarray) -> np.ndarray:
-    """Return ``classifiers.displacements`` of every clip, ``[B, T - GAP, 2]``."""
+    """Return ``classifiers.displacements`` in pixels of every uint8 clip ``[B, T, H, W, 3]``: ``[B, T - GAP, 2]``."""
     return np.stack([classifiers.displacements(clip) for clip in video])
 
 
 def direction_pairs(peaks: np.ndarray, directions: Sequence[str], speed: int) -> np.ndarray:
-    """Return the share ``[B]`` of frame pairs, ``classifiers.GAP`` apart, that move as ``directions`` say.
+    """Return the share ``[B]`` of frame pairs, ``classifiers.GAP`` apart, that move in the clip's direction.
 
-    The peak of the pair's circular cross-correlation (:func:`displacements`) may differ from the expected displacement
-    by a quarter of its length.
+    ``peaks`` are those of :func:`displacements`, ``directions`` one name per clip, ``speed`` pixels per frame. The
+    peak of a pair may differ from the expected displacement by a quarter of its length.
     """
     reach = classifiers.GAP * speed
     targets = reach * np.array([digits.DIRECTIONS[direction] for direction in directions])
@@ -65,12 +65,15 @@ def direction_pairs(peaks: np.ndarray, directions: Sequence[str], speed: int) ->
 
 
 def motion(peaks: np.ndarray, speed: int) -> np.ndarray:
-    """Return the mean displacement ``[B]`` of :func:`displacements`, divided by that of ``speed``; 0 is frozen."""
+    """Return the mean length ``[B]`` of :func:`displacements` over that of ``speed`` pixels per frame; 0 is frozen.
+
+    The length of a displacement is its larger component, as digits move ``speed`` pixels along each moving axis.
+    """
     return np.abs(peaks).max(axis=-1).mean(axis=1) / (classifiers.GAP * speed)
 
 
 def sharpness(video: np.ndarray) -> np.ndarray:
-    """Return the gradient energy of the strokes ``[B]``: ``sum |grad g|^2 / sum g^2`` of the gray frames g.
+    """Return the gradient energy of the strokes ``[B]`` of uint8 clips: ``sum |grad g|^2 / sum g^2``, g gray values.
 
     Blur lowers it, noise raises it. Divide by the value of real clips: 1 is as sharp as real handwriting.
     """
@@ -161,7 +164,16 @@ def frame_values(
         video: uint8 ``[B, T, H, W, 3]``.
         captions: one per clip, each of one digit.
         data: gives the speed.
-        first_block: frames of the first block.
+        first_block: pixel frames of the first block.
+
+    Returns:
+        ``digit`` and ``first_block``: share of frames with a visible digit, of all and of the first block, that are
+        read as the caption's digit (NaN without such a frame). ``identity``: whether all windows are read as one digit.
+        ``color``: share of frames of the caption's colour. ``direction``, ``motion`` and ``sharpness``: the functions
+        of these names.
+
+    Raises:
+        ConfigError: clips of two digits.
     """
     require(data.digits_per_clip == 1, f"frames are read in clips of one digit; these have {data.digits_per_clip}")
     targets = [classifiers.target_triples(caption)[0] for caption in captions]

@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 def make_classifier(
     recipe: Recipe, path: pathlib.Path, *, steps: int = train_classifier.STEPS, say: Say = print
 ) -> None:
-    """Train the classifier of ``recipe``, write it to ``path``, and report its accuracy on each split."""
+    """Train the classifier of ``recipe`` by ``steps`` updates and write it; ``say`` gets its accuracy on each split."""
     progress = Progress("classifier", steps)
 
     def log(step: int, loss: float) -> None:

@@ -23,6 +23,9 @@ def agreement(read: Sequence[Sequence[tuple]], targets: Sequence[Sequence[tuple]
     Args:
       read: n predicted triples (digit, color, direction) of each of B clips.
       targets: n triples of each clip's caption.
+
+    Raises:
+      ConfigError: other numbers of clips or digits in ``read`` and ``targets``.
     """
     require(len(read) == len(targets), f"{len(read)} clips were read but {len(targets)} captions are given")
 
@@ -61,6 +64,9 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
     Args:
       a, b: ``[N, D]``, ``[M, D]``, one row per clip; computed in float64.
+
+    Raises:
+      ConfigError: a set of fewer than two clips.
     """
     for features in (a, b):
         require(len(features) >= 2, f"a covariance needs at least 2 clips; {len(features)} given")
@@ -73,7 +79,13 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def block_starts(latent_frames: int, block_sizes: Sequence[int]) -> np.ndarray:
-    """Return the first pixel frame of every block, and the clip's length as the last entry: int ``[blocks + 1]``."""
+    """Return the first pixel frame of every block, and the clip's length as the last entry: int ``[blocks + 1]``.
+
+    A block that begins at latent frame f > 0 begins at pixel frame ``1 + 4 (f - 1)``.
+
+    Raises:
+      ConfigError: blocks that do not add up to ``latent_frames``.
+    """
     ends = np.cumsum([0, *block_sizes])
     require(int(ends[-1]) == latent_frames, f"blocks of {tuple(block_sizes)} are not {latent_frames} latent frames")
     return np.where(ends == 0, 0, 1 + 4 * (ends - 1))
@@ -88,6 +100,9 @@ def discontinuity(video: np.ndarray, starts: Sequence[int] | np.ndarray) -> floa
     Args:
       video: ``[B, T, H, W, 3]``.
       starts: first pixel frames of the blocks, as from :func:`block_starts`; those outside (0, T) are ignored.
+
+    Raises:
+      ConfigError: no border between blocks, or nothing but borders.
     """
     change = np.abs(np.diff(video.astype(np.float32), axis=1)).mean(axis=(0, 2, 3, 4))  # [T - 1], frame t to t + 1
     border = np.zeros(len(change), bool)
@@ -128,8 +143,8 @@ def switch_scores(counts: Sequence[int | None], within: int = 3) -> dict[str, fl
       within: the number of blocks that counts as prompt.
 
     Returns:
-      share of clips that hold within 1, ..., ``within`` blocks, share that ever hold, and the median number of blocks
-      of those that do (NaN if none does).
+      ``within_1``, ``within_2``, ...: share of clips that hold within so many blocks. ``ever``: share that ever hold.
+      ``median_blocks``: median number of blocks of those that do (NaN if none does).
     """
     reached = [c for c in counts if c is not None]
     scores = {f"within_{n}": sum(c <= n for c in reached) / len(counts) for n in range(1, within + 1)}
@@ -146,7 +161,10 @@ def network_passes(*, block_sizes: Sequence[int], steps: int, guided: bool, extr
       block_sizes: latent frames of each block; one block for the bidirectional teacher.
       steps: denoising steps per block.
       guided: classifier-free guidance doubles every step.
-      extra: further passes per block (the student's clean cache write).
+      extra: further passes per block (the student's context pass).
+
+    Returns:
+      ``calls`` of the network, and ``passes_per_frame``, passes of each latent frame.
     """
     per_block = steps * (2 if guided else 1) + extra
     return {"calls": per_block * len(block_sizes), "passes_per_frame": per_block}

@@ -39,6 +39,9 @@ class Plan:
       repeats: timed runs of each sampler, after one that compiles; the median counts.
       seed: of prompts, real clips and noise.
       captions: the split of the prompts. Choose settings on ``"validation"``; report on ``"test"``.
+
+    Raises:
+      ConfigError: a number out of bounds.
     """
 
     samples: int = 64
@@ -88,7 +91,11 @@ class Result:
 
 
 def held_out_prompts(recipe: Recipe, count: int, seed: int, split: str = "test") -> list[str]:
-    """Return ``count`` captions that no training clip has, shuffled; they repeat after all are used."""
+    """Return ``count`` captions that no training clip has, shuffled; they repeat after all are used.
+
+    Raises:
+      ConfigError: the recipe holds no caption out for ``split``.
+    """
     captions = digits.captions(recipe.data, split)
     field = "held_out_fraction" if split == "test" else "validation_fraction"
     require(len(captions) > 0, f"data.{field} is {getattr(recipe.data, field)}; no caption is held out for it")
@@ -98,7 +105,11 @@ def held_out_prompts(recipe: Recipe, count: int, seed: int, split: str = "test")
 
 
 def switched_prompts(recipe: Recipe, prompts: Sequence[str], seed: int, split: str = "test") -> list[str]:
-    """Return for each prompt a held-out one that differs in digit, colour and direction, for every pair of digits."""
+    """Return for each prompt a held-out one that differs in digit, colour and direction, for every pair of digits.
+
+    Raises:
+      ConfigError: no held-out caption differs from a prompt.
+    """
     captions = {caption: classifiers.target_triples(caption) for caption in digits.captions(recipe.data, split)}
     rng = np.random.default_rng([seed, 3])
     result = []
@@ -150,7 +161,7 @@ class _Work:
 
 
 def stream_starts(recipe: Recipe, factor: int) -> np.ndarray:
-    """Return the block starts (``metrics.block_starts``) of a stream with ``factor`` times the blocks of a clip."""
+    """Return the first pixel frames of the blocks (``metrics.block_starts``) of a stream of ``factor`` times a clip."""
     latent = recipe.video.latent_frames
     blocks = len(recipe.causal.block_sizes(latent))
     longer = latent + (factor - 1) * blocks * recipe.causal.frames_per_block
@@ -179,7 +190,7 @@ class Row:
 def make_rows(recipe: Recipe, samplers: Samplers, plan: Plan, cost: Mapping[str, float]) -> list[Row]:
     """Return the rows of the report: real clips, codecs, teacher, student, and the end of long streams.
 
-    ``cost`` holds the network passes of a clip of the teacher and the student.
+    ``cost`` holds the network passes of one latent frame that a clip of the teacher and of the student takes.
     """
     frames, seed = recipe.video.frames, plan.seed
     starts = stream_starts(recipe, 1)
@@ -218,7 +229,10 @@ def make_rows(recipe: Recipe, samplers: Samplers, plan: Plan, cost: Mapping[str,
 
 
 def switch_row(recipe: Recipe, samplers: Samplers, plan: Plan, cost: float) -> tuple[Row, list[str], int]:
-    """Return the row of streams whose prompt changes half-way, their first prompts, and the block of the change."""
+    """Return the row of streams whose prompt changes half-way, their first prompts, and the block of the change.
+
+    The streams have twice a clip's length; ``cost`` is that of a student's clip, as in :func:`make_rows`.
+    """
     starts = stream_starts(recipe, 2)
     at = (len(starts) - 1) // 2
     before = held_out_prompts(recipe, plan.most_samples, plan.seed, plan.captions)[
@@ -235,7 +249,11 @@ def switch_row(recipe: Recipe, samplers: Samplers, plan: Plan, cost: float) -> t
 
 
 def sample_row(row: Row, batch: int, progress: "_Work") -> np.ndarray:
-    """Return the clips of a row, made ``batch`` at a time."""
+    """Return the clips of a row, uint8 ``[B, T, H, W, 3]``, made ``batch`` at a time.
+
+    Raises:
+      ConfigError: frames that are not finite; the message names the row.
+    """
     clips = []
     progress.begin(row.name)
     for first in range(0, len(row.captions), batch):
@@ -253,7 +271,10 @@ def sample_row(row: Row, batch: int, progress: "_Work") -> np.ndarray:
 def score(
     recipe: Recipe, classifier: classifiers.Classifier, row: Row, video: np.ndarray, reference: np.ndarray
 ) -> dict[str, float]:
-    """Return the figures of a row: accuracies, Frechet distance to ``reference`` features, discontinuity, clips."""
+    """Return the figures of a row: accuracies, Frechet distance, discontinuity at block borders, number of clips.
+
+    ``video`` is uint8 ``[B, T, H, W, 3]``; ``reference [M, FEATURES]`` are features of real clips.
+    """
     reading = classifiers.read(classifier, video, data=recipe.data)
     return {
         **metrics.accuracies(reading.triples, [classifiers.target_triples(caption) for caption in row.captions]),
@@ -266,7 +287,10 @@ def score(
 def frames_report(
     recipe: Recipe, classifier: classifiers.Classifier, rows: Sequence[Row], videos: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Return frame scores of every row (sharpness relative to real clips) and PSNRs of codecs; {} for two digits."""
+    """Return frame scores of every row, and PSNRs in dB of codecs; {} for clips of two digits.
+
+    Sharpness is relative to real clips. A PSNR is the mean over frame indices, that of the first frame, and the worst.
+    """
     if recipe.data.digits_per_clip != 1:
         return {}
     first_block = int(stream_starts(recipe, 1)[1])
@@ -316,6 +340,9 @@ def evaluate(
       samplers: of the trained networks.
       plan: how many clips.
       progress: show a bar with the time left.
+
+    Raises:
+      ConfigError: a clip of a single block, held-out captions that are missing, or frames that are not finite.
     """
     latent = recipe.video.latent_frames
     passes = _passes(recipe)
@@ -424,7 +451,7 @@ def _timing(
 
 
 def machine() -> dict[str, Any]:
-    """Return the machine that the seconds were measured on."""
+    """Return devices, processor cores and versions of the machine that the seconds were measured on."""
     devices = jax.devices()
     return {
         "devices": f"{len(devices)} x {devices[0].device_kind}",

@@ -37,7 +37,10 @@ def place(key: jax.Array, mask: jax.Array, height: int, width: int) -> jax.Array
 
 
 def augment_frame(key: jax.Array, mask: jax.Array, color: jax.Array, height: int, width: int) -> jax.Array:
-    """Make one training frame ``[H, W, 3]``: placed, blurred, coloured, dimmed and with noise."""
+    """Make one training frame ``[H, W, 3]`` in [0, 1]: placed, blurred, coloured, dimmed and with noise.
+
+    ``mask [S, S]`` in [0, 1] is the digit, ``color [3]`` in [0, 1] its colour.
+    """
     spot, blur, dim, tint, level, noise = jax.random.split(key, 6)
     gray = place(spot, mask, height, width)
     side = jax.random.uniform(blur, maxval=0.25)  # weights (side, 1 - 2 side, side) along each axis
@@ -95,7 +98,7 @@ def train(
       video: frame size.
       steps: of AdamW, with a cosine schedule, on ``BATCH`` frames each.
       seed: of the initialisation and the augmentation.
-      log: called with (step, mean loss) every 100 steps.
+      log: called with (step, mean loss since the last call) every 100 steps and at the end.
     """
     images, labels, _ = digits.handwriting("classifier")
     masks = jnp.asarray(digits.resize(images, data))
@@ -124,7 +127,7 @@ def train(
 
 
 def accuracy(classifier: classifiers.Classifier, data: DataConfig, video: VideoConfig, split: str) -> dict[str, float]:
-    """Return a classifier's accuracies on one clip of every digit of ``split``, in random colours and directions."""
+    """Return ``metrics.accuracies`` on one clip of every digit of ``split``, in random colours and directions."""
     images, labels, _ = digits.handwriting(split)
     rng = np.random.default_rng(0)
     data = dataclasses.replace(data, digits_per_clip=1)

@@ -40,7 +40,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """One clip to sample."""
+    """One clip to sample: VBench's prompt, the text that is sampled, the seed, and the file's name."""
 
     prompt: str
     text: str
@@ -50,7 +50,15 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Number and length of the sampled clips; the defaults are VBench's numbers and 81 frames."""
+    """Number and length of the sampled clips; the defaults are VBench's numbers and 81 frames.
+
+    Attributes:
+        samples: clips of a prompt.
+        flicker_samples: clips of a prompt of temporal flickering.
+        frames: pixel frames of a clip.
+        seed: of the first clip of every prompt; the next ones follow.
+        batch: clips sampled at once.
+    """
 
     samples: int = 5
     flicker_samples: int = 25
@@ -119,7 +127,11 @@ def expected_videos(entries: Sequence[Entry], protocol: Protocol) -> dict[str, i
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """Return ``I/N`` as two numbers."""
+    """Return the text ``I/N`` as two numbers.
+
+    Raises:
+        ConfigError: another text, or I that is not below N.
+    """
     first, _, second = text.partition("/")
     numbers = [part for part in (first, second) if part.isascii() and part.isdigit() and len(part) < 7]
     require(

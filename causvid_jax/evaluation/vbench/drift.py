@@ -25,7 +25,8 @@ class Drift:
     """The measures of one video.
 
     Attributes:
-        curves: measure to its value in every frame; of ``motion`` in every pair of frames.
+        curves: measure to its value in every frame ``[T]``; of ``motion``, in pixels, in every pair of frames
+            ``[T - 1]``.
         helios: measure to ``|M(first 15 %) - M(last 15 %)|``.
         first, last: measure to its mean in the first and last five seconds.
         discontinuity: jump of the flow at edges of blocks over the jump elsewhere; 1 means invisible edges.
@@ -46,7 +47,9 @@ class Drift:
 
 
 def measure(video: np.ndarray, fps: float, block_frames: int, first_block: int) -> Drift:
-    """Measure a video uint8 ``[T, H, W, 3]`` whose blocks have ``first_block`` frames and then ``block_frames`` each.
+    """Measure the drift of a video uint8 ``[T, H, W, 3]`` of ``fps`` frames per second.
+
+    Its first block has ``first_block`` pixel frames, the others ``block_frames``.
 
     Raises:
         ConfigError: a video of fewer than four frames or shorter than two blocks.
@@ -89,21 +92,28 @@ def frame_curves(video: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def fastest(size: np.ndarray) -> float:
-    """Return the mean of the largest 5 % of the lengths of a flow field, as in VBench's dynamic degree."""
+    """Return the mean of the largest 5 % of the lengths ``[h, w]`` of a flow field, as in VBench's dynamic degree."""
     ordered = np.sort(size.reshape(-1))
     return float(ordered[-max(1, round(0.05 * ordered.size)) :].mean())
 
 
 def dynamic_degree(motion: np.ndarray, fps: float, side: int) -> float:
-    """Return the share of pairs of frames whose fastest pixels move more than ``6 side / 256`` pixels in 1/8 s."""
+    """Return the share of pairs of frames whose fastest pixels move more than ``6 side / 256`` pixels in 1/8 s.
+
+    ``motion [T - 1]`` is in pixels per frame, ``side`` the shorter side of the video. VBench's threshold, at its 8
+    frames per second.
+    """
     return float((motion * fps / 8.0 > 6.0 * side / 256.0).mean())
 
 
 def block_discontinuity(flows: np.ndarray, edges: np.ndarray) -> float:
-    """Return how much more the flow jumps where a block begins than elsewhere.
+    """Return how much more the flow ``[T - 1, h, w, 2]`` jumps at ``edges``, where blocks begin, than elsewhere.
 
     ``jump_t`` is the mean length of ``flow(t - 1 to t) - flow(t - 2 to t - 1)``; the result is its mean at the first
     frames of blocks over its mean at all other frames.
+
+    Raises:
+        ConfigError: no frame at an edge, or none elsewhere.
     """
     jumps = np.linalg.norm(np.diff(flows, axis=0), axis=-1).mean(axis=(1, 2))  # entry i belongs to frame i + 2
     at_edge = np.isin(np.arange(len(jumps)) + 2, edges)
@@ -115,14 +125,18 @@ def block_discontinuity(flows: np.ndarray, edges: np.ndarray) -> float:
 
 
 def flow_pairs(video: np.ndarray) -> np.ndarray:
-    """Return the flow between neighbouring frames ``[T - 1, h, w, 2]`` (x, y) at a reduced size."""
+    """Return the flow (x, y) between neighbouring frames, ``[T - 1, h, w, 2]``, in pixels of the reduced size h x w."""
     step = max(1, min(video.shape[1:3]) // FLOW_SIDE)
     gray = [_reduce(frame.astype(np.float32) @ LUMA / 255.0, step) for frame in video]
     return np.stack([optical_flow(a, b) for a, b in zip(gray, gray[1:], strict=False)])
 
 
 def optical_flow(first: np.ndarray, second: np.ndarray, *, levels: int = 3, rounds: int = 4) -> np.ndarray:
-    """Return the flow ``[h, w, 2]`` that takes ``first`` to ``second`` (grey, [0, 1]), coarse to fine."""
+    """Return the flow ``[h, w, 2]`` in pixels (x, y) that takes ``first`` to ``second`` (grey ``[h, w]`` in [0, 1]).
+
+    Lucas and Kanade (1981), from coarse to fine: ``rounds`` least-squares steps on each of up to ``levels`` levels of a
+    pyramid.
+    """
     pyramid = [(first, second)]
     while len(pyramid) < levels and min(pyramid[-1][0].shape) >= 32:
         pyramid.append((_reduce(pyramid[-1][0], 2), _reduce(pyramid[-1][1], 2)))

@@ -16,7 +16,7 @@ INFO = "VBench_full_info.json"
 
 
 def find_info(given: str | None) -> pathlib.Path:
-    """Return VBench's list: the file ``given``, else the one of the installed package.
+    """Return the path of VBench's list of prompts: ``given``, else that of the installed package.
 
     Raises:
         ConfigError: there is none.

@@ -22,7 +22,7 @@ from causvid_jax.config.files import reason
 
 @dataclasses.dataclass(frozen=True)
 class Dimension:
-    """One dimension: its group, the range that scores are normalised by, and its weight."""
+    """One dimension of VBench: its group, the range [low, high] that scores are normalised by, and its weight."""
 
     group: Literal["quality", "semantic"]
     low: float = 0.0
@@ -124,7 +124,11 @@ def _read(path: str | os.PathLike) -> dict[str, tuple[float, list[Any]]]:
 
 
 def describe(scores: Mapping[str, float]) -> str:
-    """Return the scores, totals and the published totals as a Markdown table, in percent."""
+    """Return the scores, their totals and the published totals as Markdown tables, in percent.
+
+    Raises:
+        ConfigError: as :func:`totals`.
+    """
     result = totals(scores)
     lines = ["| dimension | score | normalised |", "|---|---:|---:|"]
     for name, score in scores.items():
