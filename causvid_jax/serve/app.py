@@ -41,7 +41,7 @@ class VideoRequest(pydantic.BaseModel):
 
 
 class Video(pydantic.BaseModel):
-    """A job, as in OpenAI's video API."""
+    """A job, as in OpenAI's video API: ``progress`` in percent, ``seconds`` of video, ``size`` as WIDTHxHEIGHT."""
 
     model_config = pydantic.ConfigDict(extra="allow")
     id: str

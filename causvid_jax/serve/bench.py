@@ -21,13 +21,15 @@ PROMPTS = ("a green 7 moving up", "a red 3 moving left")
 
 
 class Viewer(threading.Thread):
-    """Plays a film for some seconds, and changes the prompt every ``every`` seconds.
+    """Plays a film for ``seconds``, and changes the prompt every ``every`` seconds (0: never).
 
     Attributes:
         first: seconds from the message ``start`` to the first frame.
         delays: seconds from each prompt switch to the first frame with the new prompt.
         intervals: seconds between chunks.
-        stalls: number of times without a frame to show, and their total seconds.
+        stalls: number of times without a frame to show.
+        stalled: total seconds without a frame to show.
+        error: what ended the viewer; None if nothing did.
     """
 
     def __init__(self, address: str, seconds: float, every: float = 0.0):
@@ -139,7 +141,21 @@ def _summary(values: list[float]) -> dict[str, float]:
 
 
 def measure(flags: tuple[str, ...], seconds: float = 12.0, most: int = 4) -> dict[str, Any]:
-    """Return the figures of a server that is started with ``flags`` of ``causvid serve``; seconds throughout."""
+    """Return the figures of a server that is started with ``flags`` of ``causvid serve``, in seconds.
+
+    Args:
+        flags: such as ``--config=digits``.
+        seconds: length of the films.
+        most: the most films at once.
+
+    Returns:
+        ``listens`` and ``ready`` (start of the server), ``first_frame``, ``change_to_shown`` (delay of a prompt
+        switch), ``films`` (for each number of viewers: stalls, first frame, intervals between chunks), and the server's
+        own ``real_time_factor`` and ``deadline_misses_total``.
+
+    Raises:
+        RunError: the server did not start, ended, or refused a viewer.
+    """
     with _Process((*flags, f"--sessions={most}")) as server:
         report: dict[str, Any] = {"listens": round(server.listens, 2), "ready": round(server.ready, 2)}
         report["first_frame"] = _summary([_view(server, 1, 0.01)[0].first for _ in range(10)])

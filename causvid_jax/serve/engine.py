@@ -37,10 +37,13 @@ class Engine:
         load: returns its programs; the worker calls it.
         settings: limits and times.
         clock: returns monotonic seconds.
+        metrics: counters; None makes new ones.
 
     Attributes:
         ready: set once every program is compiled.
-        failure: error message of a worker that has ended; None otherwise.
+        failure: error message of a worker that has ended; "" otherwise.
+        fps: pixel frames per second of the films.
+        pixel_size: side of the square of pixels that shows one pixel of a film.
     """
 
     def __init__(
@@ -234,6 +237,11 @@ class Engine:
     def open(self, start: Start, address: str = "", *, keeps: bool = True) -> Session:
         """Return a new session, running or in the queue.
 
+        Args:
+            start: of its first film.
+            address: of the client, whose sessions are counted; "": not counted.
+            keeps: whether chunks are kept until the client confirms them; False for jobs, which take them at once.
+
         Raises:
             ConfigError: the queue is full, the address has too many sessions, or ``start`` is not possible.
         """
@@ -254,7 +262,10 @@ class Engine:
         return session
 
     def restart(self, session: Session, start: Start) -> None:
-        """Start a new film in the session."""
+        """Start a new film in the session. What cannot be started becomes the event ``error``.
+
+        This and other commands raise ConfigError if too many are waiting.
+        """
         with self._work:
             session.post(lambda: self._begin(session, start))
             session.change, session.strength, session.paused = None, None, False
@@ -297,7 +308,7 @@ class Engine:
         )
 
     def change(self, session: Session, change: Change) -> None:
-        """Switch the prompt from the next block on."""
+        """Switch the prompt from the next block on; the latest change that waits counts."""
         with self._work:
             session.change = change
             self._work.notify()
@@ -323,7 +334,7 @@ class Engine:
             self._work.notify()
 
     def follow(self, session: Session, frame: np.ndarray | None, strength: float | None) -> None:
-        """Add a frame of the video that the film follows; None ends it."""
+        """Add a frame, uint8 ``[H, W, 3]``, of the video that the film follows at ``strength``; None ends it."""
         with self._lock:
             session.strength = None if frame is None else strength
             session.input.append(frame) if frame is not None else session.input.clear()
@@ -448,7 +459,7 @@ class Engine:
             self._admit()
 
     def tick(self) -> None:
-        """End sessions that are idle or lost for too long; call it about every second."""
+        """End sessions that are idle or lost for longer than the settings allow; call it about every second."""
         now, limits = self.clock(), self.settings
         for session in self.sessions():
             if not session.keeps:  # a job

@@ -18,7 +18,7 @@ from causvid_jax.serve.programs import Programs
 
 
 def slerp(start: np.ndarray, end: np.ndarray, share: float) -> np.ndarray:
-    """Interpolate embeddings ``[S, E]`` token by token on the sphere.
+    """Interpolate embeddings ``[S, E]`` token by token on the sphere; ``share`` in [0, 1] goes from start to end.
 
     With the angle w between two tokens' directions, the direction is
     ``sin((1 - share) w) / sin(w) a + sin(share w) / sin(w) b``; the length is interpolated linearly. Where a token is
@@ -54,10 +54,20 @@ class Film:
     A student with an image branch needs ``picture``, uint8 ``[H, W, 3]``, which stays through every change of prompt.
     Other students start from a picture as the first block (:meth:`step`).
 
+    Args:
+        programs: of the recipe.
+        seed: of the noise.
+        prompt: of the start.
+        latents: the most latent frames, for a recipe without a window.
+        picture: what a student with an image branch starts from.
+
     Attributes:
         block: number of blocks so far.
-        frame: number of frames so far.
+        frame: number of pixel frames so far.
         prompt: the current prompt.
+
+    Raises:
+        ConfigError: a prompt that cannot be encoded.
     """
 
     def __init__(
@@ -106,7 +116,11 @@ class Film:
 
         Args:
             frames: uint8 ``[n, H, W, 3]``: a picture to start from, or the latest frames of a video to follow.
-            strength: distance from the video; None: ``frames`` is a picture.
+            strength: distance from the video, up to 1; None: ``frames`` is a picture.
+
+        Raises:
+            ConfigError: a picture after the first block, frames for a student with an image branch, or a strength out
+                of bounds.
         """
         require(
             frames is None or not self.programs.has_branch,
@@ -131,7 +145,7 @@ class Film:
         return frames_out
 
     def frames_of(self, video: np.ndarray) -> np.ndarray | None:
-        """Return the frames of a whole video that the next block follows; None if the video is over."""
+        """Return the frames of a whole video ``[T, H, W, 3]`` that the next block follows; None if it is over."""
         count = self.programs.input_frames(self._state, self._coder)
         frames = video[self.frame : self.frame + count]
         return frames if len(frames) else None
@@ -228,7 +242,11 @@ def check_script(script: Script, programs: Programs) -> None:
 
 
 class Replay:
-    """A film that follows a script: :meth:`step` until :attr:`finished`, with the frames of the first film."""
+    """A film that follows a script: :meth:`step` until :attr:`finished`, with the frames of the first film.
+
+    Raises:
+        ConfigError: :func:`check_script` refuses the script.
+    """
 
     def __init__(self, programs: Programs, script: Script):
         check_script(script, programs)
@@ -248,7 +266,7 @@ class Replay:
         return self.film.block >= self.script.blocks
 
     def step(self) -> np.ndarray:
-        """Return the frames of the next block."""
+        """Return the uint8 frames ``[n, H, W, 3]`` of the next block."""
         height = self.film.programs.recipe.video.height
         frames, strength = None, None
         while self._events and self._events[0].block == self.film.block:

@@ -33,10 +33,13 @@ def encode_block(frames: np.ndarray, start: int, index: int, fps: float, upscale
 
     Args:
         frames: uint8 ``[n, H, W, 3]``.
-        start: frames of the film before this block, as shown to the viewer.
+        start: number of frames of the film before this block, as shown to the viewer.
         index: of the block, from 0.
         fps: frames per second.
         upscale: side of the square that replaces every pixel.
+
+    Raises:
+        RunError: the encoder gave no fragment.
     """
     rate = frame_rate(fps)
     frames = enlarge(frames, upscale)
@@ -89,7 +92,14 @@ def encode_strip(frames: np.ndarray) -> bytes:
 
 
 class Recording:
-    """A film on disk. It is playable up to its last frames at any time, and has its script after :meth:`close`."""
+    """A film on disk. It is playable up to its last frames at any time, and has its script after :meth:`close`.
+
+    Attributes:
+        path: of the file.
+        most_bytes: size above which it takes no further block.
+        frames, blocks: numbers so far.
+        digest: SHA-256 of the uint8 frames so far.
+    """
 
     def __init__(self, path: pathlib.Path, fps: float, upscale: int, most_bytes: int):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +110,7 @@ class Recording:
         self._lock = threading.Lock()
 
     def append(self, frames: np.ndarray) -> None:
-        """Add a block. A closed recording takes none.
+        """Add a block, uint8 ``[n, H, W, 3]``. A closed recording takes none.
 
         Raises:
             RunError: the disk is full, or the recording is as long as is allowed.

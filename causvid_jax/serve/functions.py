@@ -43,7 +43,7 @@ class Function:
     shapes: tuple[Any, ...] = ()
 
     def of(self, params: Mapping[str, Any]) -> Any:
-        """Return the parameters that the function takes."""
+        """Return those of the parameters ``{network: tree}`` that the function takes."""
         return params[self.reads] if isinstance(self.reads, str) else {name: params[name] for name in self.reads}
 
     def __call__(self, params: Any, *arrays: Any) -> Any:
@@ -65,7 +65,7 @@ def start_from(
     config: Recipe,
     capacity: int | None = None,
 ) -> stream.StreamState:
-    """Return the first state of a student with an image branch, :func:`causvid_jax.sampling.stream.first_state`."""
+    """Return the first state of a student with an image branch (:func:`causvid_jax.sampling.state.first_state`)."""
     return stream.first_state(params, text, seeds, config=config, capacity=capacity, picture=picture)
 
 
@@ -81,7 +81,10 @@ def parameter_shapes(recipe: Recipe) -> dict[str, Any]:
 
 
 def functions(recipe: Recipe) -> dict[str, Function]:
-    """Return every function of a server without shapes. Blocks are decoded as with ``on_prompt_switch="reset"``."""
+    """Return every function of a server by name, without shapes. Blocks are decoded as after a reset.
+
+    ``change_prompt_keep``, ``change_prompt_recompute`` and ``change_prompt_reset`` differ in their effect on the cache.
+    """
     play = with_context(recipe, "reset")
     still, codec = {"config": play}, recipe.decoder
     capacity = None if recipe.causal.window else recipe.video.latent_frames

@@ -38,7 +38,16 @@ BODY_SECONDS = 60.0
 
 
 class Guard:
-    """ASGI middleware. A refusal is a status or, of a WebSocket, a close code 4400 to 4499, with one sentence."""
+    """ASGI middleware that refuses requests before the application gets them.
+
+    A refusal is a status (401, 403, 413, 429) or, of a WebSocket, a close code of 4000 plus the status, with one
+    sentence.
+
+    Args:
+        app: the application.
+        settings: address, token, origins and limits.
+        clock: returns monotonic seconds.
+    """
 
     def __init__(self, app: Any, settings: Settings, clock: Callable[[], float] = time.monotonic):
         self.app, self.settings, self.clock = app, settings, clock

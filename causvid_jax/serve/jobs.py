@@ -21,7 +21,20 @@ Status = Literal["queued", "in_progress", "completed", "failed"]
 
 @dataclasses.dataclass
 class Job:
-    """A video that is waiting, being made, or finished."""
+    """A video that is waiting, being made, or finished.
+
+    Attributes:
+        seconds: length of the video.
+        size: ``WIDTHxHEIGHT``.
+        picture: to start from, uint8 ``[H, W, 3]``; None without one, and once the job has begun.
+        video: to follow, uint8 ``[T, H, W, 3]``; likewise.
+        strength: distance from the video, up to 1.
+        progress: percent.
+        created_at, completed_at: seconds since 1970.
+        error: sentence of a failed job.
+        session: that makes the video.
+        path: of the file.
+    """
 
     id: str
     model: str
@@ -80,7 +93,17 @@ class Jobs:
         picture: np.ndarray | None = None,
         video: np.ndarray | None = None,
     ) -> Job:
-        """Queue a video; it may start from a picture or follow a video. By default it is as long as that video, or 4 s.
+        """Queue a video, which may start from a picture or follow a video.
+
+        Args:
+            prompt: what to show.
+            model: name of the recipe; "" accepts the one that is served.
+            seconds: length; None: that of ``video``, or 4.
+            size: ``WIDTHxHEIGHT``; "" accepts that of the recipe.
+            seed: of the noise; None draws one.
+            strength: distance from ``video``, up to 1.
+            picture: uint8 ``[H, W, 3]``.
+            video: uint8 ``[T, H, W, 3]``.
 
         Raises:
             ConfigError: a value that this recipe cannot make, or too many jobs.
@@ -117,7 +140,7 @@ class Jobs:
         return job
 
     def get(self, key: str) -> Job | None:
-        """Return a job, or None."""
+        """Return the job with the id ``key``, or None."""
         return self._jobs.get(key)
 
     def all(self) -> list[Job]:
@@ -126,7 +149,7 @@ class Jobs:
             return list(reversed(self._jobs.values()))
 
     def delete(self, key: str) -> None:
-        """Stop a job and remove its video."""
+        """Stop the job with the id ``key`` and remove its video; an unknown id does nothing."""
         with self._lock:
             job = self._jobs.pop(key, None)
         if job is None:

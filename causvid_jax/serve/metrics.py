@@ -49,7 +49,7 @@ class Metrics:
         return kind(f"causvid_{name}", about, ["recipe"], registry=self.registry, **more).labels(recipe=self._recipe)
 
     def block(self, session: Session, film_seconds: float, seconds: float, now: float) -> None:
-        """Count a chunk of ``session`` that lasts ``film_seconds`` and took the device ``seconds``."""
+        """Count a chunk that is ready at ``now``, lasts ``film_seconds`` and took the device ``seconds``."""
         self.made += 1
         self._chunks.inc()
         self.busy.append((film_seconds, seconds))
@@ -72,11 +72,11 @@ class Metrics:
         self._waiting.set(waiting)
 
     def interval(self, quantile: float) -> float:
-        """Return a quantile of the last intervals between chunks."""
+        """Return the quantile (in [0, 1]) of the last 1000 intervals between chunks, in seconds; 0 without any."""
         return float(np.quantile(list(self.recent), quantile)) if self.recent else 0.0
 
     def real_time_factor(self) -> float:
-        """Return seconds of film per second of the device, over the last 200 chunks."""
+        """Return seconds of film per second of the device, over the last 200 chunks; 1 is real time."""
         film, device = (sum(values) for values in zip(*list(self.busy), strict=True)) if self.busy else (0.0, 0.0)
         return film / device if device else 0.0
 

@@ -73,8 +73,12 @@ class Programs:
     ) -> StreamState:
         """Return the state before the first block.
 
-        ``latents`` is the most latent frames of a recipe without window. ``picture`` uint8 ``[H, W, 3]`` is what a
-        student with an image branch starts from; CLIP and the VAE both read all of it.
+        Args:
+            embeds: of the prompt, ``[S, E]``.
+            seed: of the noise.
+            latents: the most latent frames of a recipe without a window; None: those of the recipe's clip.
+            picture: uint8 ``[H, W, 3]``, what a student with an image branch starts from; CLIP and the VAE both read
+                all of it.
         """
         text = jnp.asarray(embeds)[None]
         with self.placement.current():
@@ -93,11 +97,14 @@ class Programs:
         return visible(frames, first)[0], state
 
     def switch(self, state: StreamState, embeds: np.ndarray, context: str) -> StreamState:
-        """Return the state under the prompt embeddings ``[S, E]``."""
+        """Return the state under the prompt embeddings ``[S, E]``; ``context`` is keep, recompute or reset."""
         return self._run(f"change_prompt_{context}", state, jnp.asarray(embeds)[None])
 
     def show(self, state: StreamState, picture: np.ndarray) -> tuple[np.ndarray, StreamState]:
-        """Make the picture uint8 ``[H, W, 3]`` the first block; its first frame is the picture itself."""
+        """Make the picture uint8 ``[H, W, 3]`` the first block; return its frames ``[n, H, W, 3]`` and the next state.
+
+        The first frame is the picture itself.
+        """
         latents = self._run("encode_image", jnp.asarray(media.to_float(picture))[None])
         state = self._run("append", state, latents)
         frames, state = self._decode(state, latents, True)
@@ -105,7 +112,7 @@ class Programs:
         return frames, state
 
     def input_frames(self, state: StreamState, coder: Any) -> int:
-        """Return the number of video frames that the next block follows; ``coder`` None: the video begins."""
+        """Return the number of frames of a video that the next block follows; ``coder`` None: the video begins."""
         latents = stream.block_frames(state, self._play)
         factor = vae.time_factor(self._play.vae)
         return factor * latents if coder is not None else 1 + factor * (latents - 1)
@@ -113,7 +120,16 @@ class Programs:
     def follow(
         self, state: StreamState, video: np.ndarray, strength: float, coder: Any
     ) -> tuple[np.ndarray, StreamState, Any]:
-        """Return frames and state of a block that follows ``video``, and the encoder's past for the next one."""
+        """Generate a block that follows ``video``, uint8 ``[n, H, W, 3]``, at ``strength``.
+
+        ``n`` is :meth:`input_frames`; ``coder`` is the encoder's past of the block before, None at the video's begin.
+
+        Returns:
+            uint8 frames ``[n, H, W, 3]``, the next state, and the encoder's past.
+
+        Raises:
+            ConfigError: a strength out of bounds.
+        """
         first, new = coder is None, begins(state)
         config, size = self._play.vae, {"height": video.shape[1], "width": video.shape[2]}
         coder = vae.init_encode_cache(config, batch=1, **size) if first else coder
@@ -165,7 +181,7 @@ def open_programs(
     Weights are read while programs compile.
 
     Args:
-        recipe: of the networks; ``parallel`` is the mesh that the student is split over.
+        recipe: gives the sizes of the networks; ``parallel`` is the mesh that the student is split over.
         checkpoint: as in :func:`causvid_jax.load`.
         files: network to a weights file that replaces that of ``checkpoint``.
         program: a file of ``causvid compile --stage=serve``, run instead of tracing the model.

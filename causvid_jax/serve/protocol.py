@@ -46,7 +46,7 @@ class Resume(Message):
 
 
 class Prompt(Message):
-    """Switch the prompt from the next block on."""
+    """Switch the prompt from the next block on, or over ``blend`` blocks. ``context`` is what becomes of the cache."""
 
     type: Literal["prompt"]
     prompt: str
@@ -71,7 +71,7 @@ class Pause(Message):
 
 
 class Input(Message):
-    """A frame of a video to follow, as the payload; without a payload the video ends."""
+    """A frame of a video to follow at ``strength``, as the payload (a picture); without a payload the video ends."""
 
     type: Literal["input"]
     strength: float = pydantic.Field(0.5, gt=0, le=1)
@@ -85,7 +85,7 @@ class Snapshot(Message):
 
 
 class TellScript(Message):
-    """Send the script."""
+    """Ask for the script of the film so far."""
 
     type: Literal["script"]
 
@@ -140,6 +140,6 @@ def read(message: str | bytes) -> tuple[Any, bytes]:
 
 
 def write(header: dict[str, Any], payload: bytes) -> bytes:
-    """Return a binary message."""
+    """Return a binary message of a header, as JSON, and a payload."""
     text = json.dumps(header, separators=(",", ":")).encode()
     return struct.pack(">I", len(text)) + text + payload

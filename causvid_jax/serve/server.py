@@ -45,5 +45,5 @@ def configuration(engine: Engine) -> uvicorn.Config:
 
 
 def serve(engine: Engine, listener: sockets.socket) -> None:
-    """Serve until SIGTERM or Ctrl-C; then close connections and finish recordings."""
+    """Serve at ``listener`` until SIGTERM or Ctrl-C; then close connections and finish recordings."""
     uvicorn.Server(configuration(engine)).run(sockets=[listener])

@@ -23,9 +23,10 @@ Status = Literal["queued", "running", "ended"]
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The start of a film: a prompt, a script to replay, or a snapshot to continue.
+    """The start of a film: a prompt, a script to replay, or the id of a snapshot to continue.
 
-    A film with a prompt may start from a picture, or follow a video to its end at a strength.
+    A film with a prompt may start from ``picture``, uint8 ``[H, W, 3]``, or follow ``video``, uint8 ``[T, H, W, 3]``,
+    to its end at ``strength`` (up to 1).
     """
 
     prompt: str = ""
@@ -39,7 +40,14 @@ class Start:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """Another prompt; ``id`` is the client's number of the message."""
+    """A switch of the prompt.
+
+    Attributes:
+        prompt: the new prompt.
+        context: keep, recompute or reset the cache.
+        blend: number of blocks over which the embeddings change; 0: at once.
+        id: the client's number of the message.
+    """
 
     prompt: str
     context: str
@@ -55,12 +63,12 @@ class Chunk:
         index: of the chunk in the session; a reconnecting client names the next one that it needs.
         take: number of the film in the session; each start has a new one.
         block: of the film.
-        frame: of the film, the first of the chunk.
-        start: frames of this take before the chunk, where a player puts it.
+        frame: index in the film of the chunk's first pixel frame.
+        start: number of frames of this take before the chunk, where a player puts it.
         frames: uint8 ``[n, H, W, 3]``.
         prompt: of these frames.
         knows: ``id`` of the latest change that affects these frames.
-        seconds: time of the device.
+        seconds: that the device took for the block.
     """
 
     index: int
@@ -74,7 +82,7 @@ class Chunk:
     seconds: float
 
     def header(self, format: str) -> dict[str, Any]:
-        """Return the header of the chunk for a client."""
+        """Return the header of the chunk for a client that gets it as ``format``."""
         names = ("index", "take", "block", "frame", "start", "prompt", "knows")
         header: dict[str, Any] = {"type": "chunk", **{name: getattr(self, name) for name in names}}
         return header | {"format": format, "count": len(self.frames), "seconds": round(self.seconds, 4)}
@@ -86,10 +94,18 @@ class Session:
     Attributes:
         id: name of the session in logs; it is not secret.
         token: secret for resuming a lost connection.
+        ahead: the most chunks that are kept for a client that has not confirmed them.
+        keeps: whether chunks are kept until they are confirmed; False for jobs.
+        take: number of the film in the session.
+        made: number of chunks so far.
+        shown: number of frames of this take so far.
+        knows: ``id`` of the latest change that affects the film.
         credit: chunks with an index below it may be made; the client sets it.
         confirmed: chunks below this index have arrived.
-        seen: time of the client's last message.
+        seen: time of the client's last message, in seconds of the engine's clock, as all times here.
         lost: time when the connection was lost; None while it exists.
+        on_output: called when there is an event or a chunk to send.
+        on_frames: called with the uint8 frames ``[n, H, W, 3]`` of every block.
     """
 
     def __init__(self, address: str, now: float, *, ahead: int, keeps: bool = True):

@@ -248,7 +248,7 @@ class Connection:
 
 
 def describe(engine: Engine) -> dict[str, Any]:
-    """Return the server's description for a client."""
+    """Return what a client must know of the server: sizes, rate, formats, vocabulary, accepted inputs and limits."""
     recipe, settings = engine.recipe, engine.settings
     return {
         "version": protocol.SUBPROTOCOL,

@@ -13,7 +13,7 @@ from causvid_jax.media.images import FORMATS
 
 
 def decode_picture(data: bytes, height: int, width: int, most_pixels: int) -> np.ndarray:
-    """Return a picture scaled to cover the size, uint8 ``[height, width, 3]``.
+    """Return a picture of at most ``most_pixels`` pixels, scaled to cover the size, uint8 ``[height, width, 3]``.
 
     Raises:
         ConfigError: it is too large, damaged, or of a kind that is not read.
@@ -45,7 +45,7 @@ def decode_video(data: bytes, height: int, width: int, frames: int, fps: float) 
     """Return at most ``frames`` frames of a video at ``fps``, scaled to cover the size, uint8 ``[T, H, W, 3]``.
 
     Raises:
-        ConfigError: it is damaged, or none that is read.
+        ConfigError: it is damaged, or of a kind that is not read.
     """
     with tempfile.TemporaryDirectory(prefix="causvid_upload_") as folder:
         path = pathlib.Path(folder) / "video"

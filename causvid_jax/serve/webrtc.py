@@ -64,7 +64,11 @@ class FilmTrack(MediaStreamTrack):
         super().stop()
 
     async def recv(self) -> av.VideoFrame:
-        """Return the next frame at its time. If it is late, all later frames move by the delay."""
+        """Return the next frame at its time. If it is late, all later frames move by the delay.
+
+        Raises:
+            MediaStreamError: the track has ended.
+        """
         chunk, position = await self._take()
         self._session.seen = self._engine.clock()
         now = self._event_loop.time()
