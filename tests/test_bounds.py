@@ -87,6 +87,7 @@ TOGETHER = [
     ("prepare", ["--stage=latents", *SQUARE, *LONG], "to encode a batch of clips takes about"),
     ("prepare", ["--stage=videos", "--batch=4096", *SQUARE], "to encode a batch of clips takes about"),
     ("prepare", ["--stage=trajectories", *SQUARE], "to denoise takes about"),
+    ("prepare", ["--stage=trajectories", "--config.teacher.linear=int8", *SQUARE], "to denoise takes about"),
     ("prepare", ["--stage=streams", *SQUARE], "to stream takes about"),
     (
         "evaluate",

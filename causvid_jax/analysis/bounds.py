@@ -101,7 +101,7 @@ def check_stage(stage: str, recipe: Recipe, options: prepare.Options) -> None:
         memory.check_fits([_encode(recipe, batch)], limit, less)
     elif stage == "trajectories":
         size = {"batch": generate.STREAMS_AT_ONCE, "latents": recipe.video.latent_frames, "prompts": 0}
-        memory.check_fits(memory.sampling_phases(recipe, "teacher", **size)[:1], limit, less)
+        memory.check_fits(memory.sampling_phases(recipe, "teacher", **size)[:-1], limit, less)  # nothing is decoded
     elif stage == "streams":
         clips = max((clips for clips, _ in recipe.train_taehv.rollouts), default=1)
         size = {"batch": generate.STREAMS_AT_ONCE, "latents": clips * recipe.video.latent_frames, "prompts": 0}
