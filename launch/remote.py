@@ -14,8 +14,10 @@ Command = list[str]
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Return the parser of the arguments that name the training; other flags of ``launch.train`` follow after
-    ``--``."""
+    """Return the parser of the arguments that name the training.
+
+    Other flags of ``launch.train`` follow after ``--``.
+    """
     usage = "%(prog)s [options] [-- flags of launch.train]"
     made = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
     made.add_argument("--config", required=True, help="recipe file, as for launch.train")

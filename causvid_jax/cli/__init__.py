@@ -23,7 +23,10 @@ PROGRAMS = {
 
 
 def main(name: str | None = None) -> None:
-    """Run the program ``name``; without a name, the one that the first argument names."""
+    """Run the program ``name`` with the command line's arguments; None: the program that the first argument names.
+
+    The process ends with the status of :func:`causvid_jax.cli.common.run`; an unknown name ends it with 2.
+    """
     from causvid_jax.cli import common
 
     arguments = sys.argv[1:]

@@ -64,7 +64,7 @@ def main(options: Options) -> None:
 
 
 def read_weights(options: Options) -> tuple[Recipe, dict[str, Any], str]:
-    """Return the recipe, the weights of the flags, and a text about their origin.
+    """Return the recipe, the weights of the flags by network (empty: random ones), and a text about their origin.
 
     Raises:
         ConfigError: weights that are missing or do not fit the recipe.
@@ -106,7 +106,12 @@ def compare(report: dict[str, Any], earlier: dict[str, Any]) -> str:
 
 
 def measure_server(recipe: Recipe, output: pathlib.Path) -> None:
-    """Start a server, view its films, and write the figures."""
+    """Start a server, view its films, and write the figures as JSON.
+
+    Raises:
+        ConfigError: fields of the recipe that were set by flags, or a missing extra.
+        RunError: the server did not start, or ended.
+    """
     require(recipe == load_recipe(recipe.name), "--serve measures a recipe as it is named; leave --config.FIELD out")
     try:
         from causvid_jax.serve import bench

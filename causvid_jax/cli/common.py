@@ -151,6 +151,8 @@ def writable_workdir(workdir: str | None, flag: str = "--workdir") -> pathlib.Pa
 def check_output(path: str | None, suffixes: Sequence[str], flag: str = "output") -> pathlib.Path:
     """Return ``path`` if a file can be written there; parent directories are made.
 
+    ``flag`` is the name of the flag in messages.
+
     Raises:
         ConfigError: no path, a suffix not in ``suffixes``, a directory, or a place that cannot be written.
     """

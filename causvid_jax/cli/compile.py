@@ -58,7 +58,7 @@ TOO_LARGE = 1
 
 
 def main(options: Options) -> None:
-    """Compile and report."""
+    """Compile and print the report; end with status 1 if the program does not fit."""
     recipe = options.config
     from causvid_jax.analysis import compile_report, topology
     from causvid_jax.training import stages
@@ -94,7 +94,11 @@ def main(options: Options) -> None:
 
 
 def with_mesh(recipe: Recipe, stage: str, machine: "TopologySpec") -> Recipe:
-    """Return the recipe unchanged if it has a mesh or needs none; else with the mesh estimated as fastest."""
+    """Return the recipe unchanged if it has a mesh or needs none; else with the mesh estimated as fastest, printed.
+
+    Raises:
+        ConfigError: no mesh over the devices divides the recipe's sizes.
+    """
     from causvid_jax.analysis import mesh_search
 
     if recipe.parallel != mesh_search.without_mesh(recipe.parallel) or machine.size == 1:
@@ -106,7 +110,11 @@ def with_mesh(recipe: Recipe, stage: str, machine: "TopologySpec") -> Recipe:
 
 
 def build(options: Options) -> None:
-    """Lower the stream's programs and write them."""
+    """Lower the programs of a stream or a server and write them to a file.
+
+    Raises:
+        ConfigError: another stage, a batch of a server, or arrays that exceed the memory.
+    """
     recipe, stage = options.config, options.stage
     from causvid_jax.analysis import bounds
     from causvid_jax.checkpoints import workdir
@@ -136,7 +144,7 @@ def build(options: Options) -> None:
 
 
 def advice(recipe: Recipe, stage: str, machine: "TopologySpec") -> str:
-    """Suggest settings with which a program fits by the estimate, or other changes if there are none."""
+    """Return a sentence with settings that should fit by the estimate, or with other changes if there are none."""
     from causvid_jax.analysis import mesh_search
     from causvid_jax.config.files import format_bytes
 

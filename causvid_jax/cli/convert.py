@@ -53,7 +53,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Convert."""
+    """Convert the input, or with ``--dry_run`` print what would be done."""
     from causvid_jax.checkpoints import convert
 
     request = convert.Request(

@@ -19,7 +19,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Draw."""
+    """Draw the curves of every stage of the run into one picture, and print their names."""
     path = common.check_output(options.output, (".png",))
     from causvid_jax.training import curves
 

@@ -46,7 +46,10 @@ class Options:
 
 
 def show_stream(pipe: "StudentPipeline", options: Options, prompts: tuple[str, ...], output: pathlib.Path) -> None:
-    """Write the stream while it is generated, and print how fast it is."""
+    """Write ``stream.mp4`` and ``stream.gif`` into ``output`` while the stream runs, and print how fast it is.
+
+    The second of ``prompts`` replaces the first in the middle.
+    """
     from tqdm import tqdm
 
     from causvid_jax import media
@@ -83,7 +86,10 @@ def compare(
     prompts: tuple[str, ...],
     output: pathlib.Path,
 ) -> None:
-    """Write teacher above student: the same prompts, one clip each, timed without compilation."""
+    """Write ``comparison`` as video, GIF and picture into ``output``, and print the seconds of a clip.
+
+    The teacher is above the student, with the same prompts and one clip for each. Times are without compilation.
+    """
     import numpy as np
 
     from causvid_jax import media
@@ -116,7 +122,7 @@ def compare(
 
 
 def main(options: Options) -> None:
-    """Stream, then compare."""
+    """Write the stream, then the comparison."""
     start = time.perf_counter()
     print(f"Loading {options.config.name} ...", flush=True)
     from causvid_jax import media

@@ -31,7 +31,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Export."""
+    """Write the weights of a checkpoint, and print its step and size."""
     output = common.check_output(options.output, (".safetensors",))
     from causvid_jax.training import export
 

@@ -113,7 +113,7 @@ def _convert(name: str, text: str, hint: Any) -> Any:
 
 
 def help_text(cls: type, usage: str, description: str) -> str:
-    """Return what ``--help`` prints."""
+    """Return what ``--help`` prints: usage, description, and every field of ``cls`` with its text and default."""
     lines = [usage, "", description.strip(), "", "options:"]
     for field in dataclasses.fields(cls):
         hint = typing.get_type_hints(cls)[field.name]

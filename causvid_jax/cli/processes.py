@@ -51,7 +51,7 @@ def joined(options: Processes) -> Iterator[bool]:
 
 
 def check(arguments: dict[str, Any], workdir: pathlib.Path) -> None:
-    """Check that all processes have the same arguments, versions and working directory.
+    """Check that all processes have the same ``arguments`` (JSON values), versions and working directory.
 
     Raises:
         ConfigError: they differ; the message names the values.

@@ -68,7 +68,11 @@ def main(request: SampleRequest) -> None:
 
 
 def replay(request: SampleRequest) -> None:
-    """Generate the frames of a video again and write them with the same script."""
+    """Generate the frames of a video again and write them with the same script.
+
+    Raises:
+        ConfigError: no script, one of another recipe or other weights, or frames that differ from the recording.
+    """
     from causvid_jax import media
     from causvid_jax.models import precision
     from causvid_jax.sampling.script import read_script
@@ -89,7 +93,7 @@ def replay(request: SampleRequest) -> None:
 
 
 def memory_plan(opened: "Session") -> "tuple[Phase, ...]":
-    """Return the memory of the device, phase by phase."""
+    """Return the memory of the device, phase by phase (:func:`causvid_jax.analysis.memory.sampling_phases`)."""
     from causvid_jax.analysis import memory
     from causvid_jax.sampling import blocks
     from causvid_jax.text import encoder

@@ -33,7 +33,7 @@ class Options(processes.Processes):
 
 
 def main(options: Options) -> None:
-    """Train."""
+    """Train the stage, from its newest checkpoint if there is one."""
     folder = common.writable_workdir(options.workdir)
     print(f"Stage {options.stage} of recipe {options.config.name}: loading ...", flush=True)
     from causvid_jax.training import stages

@@ -54,7 +54,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Run the stages."""
+    """Run the stages that the flag names."""
     folder = pathlib.Path(options.output or "")
     if options.stage == "drift":
         measure_drift(options, folder)
@@ -93,7 +93,11 @@ def main(options: Options) -> None:
 
 
 def sample(options: Options, clips_of_shard: list, all_clips: list, protocol: object, folder: pathlib.Path) -> None:
-    """Sample the clips of this shard."""
+    """Sample the clips of this shard that are missing, into ``folder``/videos.
+
+    Raises:
+        ConfigError: weights that do not fit, or clips of other weights, texts or settings in the folder.
+    """
     common.writable_workdir(str(folder), "--output")
     print(f"Loading {options.config.name} ...", flush=True)
     from causvid_jax.evaluation.vbench import clips

@@ -41,7 +41,7 @@ def script(arguments: argparse.Namespace) -> str:
 
 
 def main(given: list[str] | None = None) -> int:
-    """Submit the job, or print its script."""
+    """Submit the job, or print its script; return the status of ``sbatch``."""
     parser = remote.parser("Submit a training to SLURM.")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus", type=int, default=8, help="per node; 0 for none")

@@ -23,7 +23,7 @@ CHIPS_PER_HOST = 4
 
 
 def jobset(arguments: argparse.Namespace, kind: str, topology: str) -> dict[str, Any]:
-    """Return the JobSet for slices of ``topology`` (``4x4x4``)."""
+    """Return the JobSet for slices of ``topology`` (``4x4x4``, in chips) of TPU ``kind``, a key of ACCELERATORS."""
     chips = math.prod(int(size) for size in topology.split("x"))
     hosts = max(1, chips // CHIPS_PER_HOST)
     # Nodes appear one after another, so the first pods wait longer. For a Job status 0 must mean "trained".
@@ -61,7 +61,7 @@ def jobset(arguments: argparse.Namespace, kind: str, topology: str) -> dict[str,
 
 
 def main(given: list[str] | None = None) -> int:
-    """Apply the JobSet, or print it."""
+    """Apply the JobSet, or print it; return the status of ``kubectl``."""
     parser = remote.parser("Train on TPU slices of a GKE cluster.")
     parser.add_argument("--image", required=True, help="container with this package and its extra tpu")
     parser.add_argument("--topology", required=True, help="KIND:AxB or KIND:AxBxC of one slice, for example v5p:4x4x4")

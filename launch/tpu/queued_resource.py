@@ -45,7 +45,7 @@ def commands(arguments: argparse.Namespace) -> list[remote.Command]:
 
 
 def main(given: list[str] | None = None) -> int:
-    """Run one action, or print its commands."""
+    """Run one action, or print its commands; return the first status that is not 0, else 0."""
     parser = remote.parser("Train on TPU VMs from a queued resource.")
     parser.add_argument("action", choices=("create", "copy", "install", "train", "delete"))
     parser.add_argument("--zone", required=True)
