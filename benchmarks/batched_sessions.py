@@ -1,8 +1,9 @@
-"""Compare four sessions as one batch and one by one: ``python benchmarks/batched_sessions.py [STREAMS [ROUNDS]]``.
+"""Compare sessions one by one with the same sessions as one batch.
 
-It generates blocks of the digits recipe, alternately by STREAMS single sessions and by the same sessions as one program
-under ``jax.vmap``, each at its own position. It prints medians of the wall time and of the processor time of a round,
-their ratios, and whether both give the same bits, which replay needs.
+``python benchmarks/batched_sessions.py [STREAMS [ROUNDS]]`` generates blocks of the digits recipe. It alternates
+between STREAMS single sessions and one program of all of them under ``jax.vmap``, each session at its own position. It
+prints medians of the wall time and of the processor time of a round in milliseconds, their ratios, and whether both
+give the same bits, which a replay needs.
 """
 
 import functools
@@ -19,7 +20,7 @@ from causvid_jax.sampling import stream
 
 
 def main(streams: int = 4, rounds: int = 15) -> None:
-    """Measure and print."""
+    """Measure ``rounds`` blocks of ``streams`` sessions and print the medians."""
     pipe = cv.load("digits")
     one = functools.partial(stream.next_frames, config=pipe.config)
     batched = jax.jit(jax.vmap(one, in_axes=(None, 0)), donate_argnums=(1,))

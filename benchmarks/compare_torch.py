@@ -57,7 +57,10 @@ def interleave(calls: Calls, rounds: int, clock: Callable[[], float]) -> dict[st
 
 
 def line(what: str, frames_seen: int, times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Return the entry of one call: times of every round, medians, and the ratio of PyTorch's to ours."""
+    """Return the entry of one call: milliseconds of every round, medians, and the ratio of PyTorch's to ours.
+
+    ``frames_seen`` is the number of latent frames that the block attends to.
+    """
     medians = {name: float(np.median(ms)) for name, ms in times.items()}
     each = np.divide(times[THEIRS], times[OURS])
     return {
@@ -99,7 +102,7 @@ class Student:
         self.block = functools.partial(stream.next_block, config=recipe)
 
     def write(self, params: Any, state: stream.StreamState) -> tuple[None, stream.StreamState]:
-        """Write the cache."""
+        """Write the block to the cache; return None and the next state."""
         return None, stream.append(params, state, self.latents, config=self.recipe)
 
     def fill(self, frame: int) -> None:
@@ -119,7 +122,7 @@ class Student:
 
 
 def measure(recipe: Recipe, given: argparse.Namespace, clock: Callable[[], float]) -> dict[str, Any]:
-    """Return the report."""
+    """Return the report: both students timed at the full window, or with ``--lengths`` at every cache length."""
     import torch
     import torch_sampler
 
@@ -191,7 +194,7 @@ def read_recipe(given: argparse.Namespace) -> Recipe:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the flags."""
+    """Return the flags; ``arguments`` None: those of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare velocities with the JAX student at a tiny size")
     parser.add_argument("--config", default="digits", help="a recipe's name or file, for example configs/wan_1_3b.py")
@@ -211,7 +214,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Read the flags, check, measure, write."""
+    """Read the flags; check velocities, or measure and write the report."""
     given = parse()
     import torch
     import torch_sampler

@@ -1,4 +1,4 @@
-"""Peak memory and time of converting full-size checkpoints: random weights are written, converted and deleted.
+"""Measure peak memory and time of converting full-size checkpoints: write random weights, convert and delete them.
 
 ``python benchmarks/convert_memory.py --size=1.3B --folder=/tmp`` writes a float32 file as Wan2.1 publishes it (5.7 GB),
 converts it to our format, and reports what the converting process needed beyond the same process that only imports.
@@ -30,7 +30,10 @@ GIB = 2**30
 
 
 def write_random(folder: pathlib.Path, config: TransformerConfig, naming: str, dtype: np.dtype) -> int:
-    """Write shards of at most 10 GB like diffusers; return the bytes of the largest file."""
+    """Write a random transformer as shards of at most 10 GB, like diffusers; return the bytes of the largest file.
+
+    ``naming`` is "original" or "diffusers".
+    """
     noise = np.random.default_rng(0).standard_normal(1 << 24, np.float32).astype(dtype)
 
     def pieces(name: str):
@@ -61,7 +64,7 @@ def write_random(folder: pathlib.Path, config: TransformerConfig, naming: str, d
 
 
 def peak(*arguments: str) -> tuple[int, float]:
-    """Return the peak resident bytes and the seconds of ``python -m launch.convert``."""
+    """Run ``python -m launch.convert`` with ``arguments``; return its peak resident bytes and its seconds."""
     program = (
         "import resource, runpy, sys\n"
         "try:\n    runpy.run_module('launch.convert', run_name='__main__', alter_sys=True)\n"
@@ -81,7 +84,7 @@ def peak(*arguments: str) -> tuple[int, float]:
 
 
 def main() -> None:
-    """Write, convert, report, delete."""
+    """Write, convert, report and delete; end with an error if the peak is above the limit."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="1.3B")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

@@ -1,11 +1,11 @@
-"""How much the first latent frame of a continued rollout moves the teacher's velocity of the other frames.
+"""Measure how much the first latent frame of a continued rollout changes the teacher's velocity of the other frames.
 
 A continued rollout starts in the middle of a stream, where a latent frame holds four frames. The teacher was trained on
 clips whose first latent frame holds one. ``python benchmarks/first_frame.py`` takes the second clip of streams of the
 digits student and reads it twice: with the stream's first latent frame, and with the last frame that it shows, encoded
 as the first frame of a clip. Noise and all other latent frames are the same. It prints, for each timestep, the relative
-difference of the two velocities on the other frames, on the second frame and on the last one, and the mean square of
-``velocity - (noise - x0)`` of both readings over the other frames.
+difference of the two velocities on the other latent frames, on the second and on the last one, and for both inputs the
+mean square of ``velocity - (noise - x0)`` over the other latent frames.
 """
 
 import sys
@@ -35,7 +35,7 @@ def clips(prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main(count: int) -> None:
-    """Print a line for each timestep."""
+    """Print a line for each timestep, over ``count`` prompts."""
     teacher = cv.load_teacher("digits")
     recipe = teacher.config
     prompts = list(digits.captions(recipe.data, "train"))[:: max(1, 500 // count)][:count]

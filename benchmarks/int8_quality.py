@@ -1,4 +1,4 @@
-"""What 8 bits change in the clips of the digits student: ``python benchmarks/int8_quality.py [CLIPS]``.
+"""Measure what 8 bits change in the clips of the digits student: ``python benchmarks/int8_quality.py [CLIPS]``.
 
 Samples the same prompts and noise with the recipe's settings, with each of ``student.kv_cache``, ``student.attention``
 and ``student.linear`` set to ``"int8"``, with all three, and with ``student.precision="fast"``, twice the trained
@@ -26,7 +26,7 @@ SETTINGS: dict[str, dict[str, str]] = {
 
 
 def main(count: int) -> None:
-    """Print a line for each setting."""
+    """Print a line for each setting: PSNR in dB of both halves, and the classifier's accuracies on the second half."""
     recipe = load_recipe("digits")
     reader = classifier.load(recipe.data)
     prompts = [str(p) for p in np.random.default_rng(0).permutation(digits.captions(recipe.data, "test"))[:count]]

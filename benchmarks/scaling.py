@@ -1,12 +1,11 @@
-"""docs/scaling.md: what every stage needs on every machine, how long it should take, and what a schedule should cost.
+"""Write docs/scaling.md: memory, time and cost of every stage on every machine.
 
 ``python benchmarks/scaling.py`` writes the file from shapes and published peaks
-(:mod:`causvid_jax.analysis.mesh_search`) and from docs/scaling.json, which holds what was compiled.
-``--compile ROW...`` compiles rows, one at a time in processes of their own,
-and adds each to that json as soon as it is done; a row that is there with the same settings is not compiled
-again. Where a plan that should fit does not, the next one is compiled. ``--quick`` is that of ``launch.compile``. A row
-is named as the file names it (``1.3B/distill/v5e-16``) or by a pattern (``"1.3B/*/64 H100"``). That needs the compiler
-of the machine (extras ``tpu``, ``cuda12``).
+(:mod:`causvid_jax.analysis.mesh_search`) and from docs/scaling.json, which holds the compiled rows.
+``--compile ROW...`` compiles rows, one at a time in processes of their own, and adds each to that file as soon as it is
+done. A row that is there with the same settings is not compiled again. If a plan that should fit does not, the next one
+is compiled. ``--quick`` is that of ``launch.compile``. A row has the name ``1.3B/distill/v5e-16``, or is chosen by a
+pattern (``"1.3B/*/64 H100"``). Compiling needs the compiler of the machine (extras ``tpu``, ``cuda12``).
 """
 
 import argparse
@@ -58,7 +57,7 @@ TEACHER_BATCH = 64  # the published recipes train no teacher; as large a batch a
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One cell of the table."""
+    """One cell of the table: a stage of a recipe on a machine, with its mesh and settings."""
 
     recipe: str
     stage: str
@@ -69,16 +68,18 @@ class Row:
 
     @property
     def fits(self) -> bool:
+        """Whether the stage fits the machine's devices."""
         return self.report.fits and not self.refused
 
     @property
     def name(self) -> str:
+        """Name for ``--compile`` and in docs/scaling.json."""
         return f"{self.recipe}/{self.stage}/{self.machine}"
 
 
 @functools.cache
 def load(name: str) -> Recipe:
-    """Return a recipe of :data:`RECIPES`, with a batch for the stage that the published ones do not have."""
+    """Return a recipe of :data:`RECIPES`, with a batch size for the teacher, which published recipes do not train."""
     recipe = load_recipe(str(ROOT / RECIPES[name]))
     return dataclasses.replace(
         recipe, train_teacher=dataclasses.replace(recipe.train_teacher, batch_size=TEACHER_BATCH)
@@ -86,7 +87,7 @@ def load(name: str) -> Recipe:
 
 
 def row_of(recipe: str, stage: str, name: str, compiled: dict[str, dict]) -> Row:
-    """Plan a cell, past what was found too large; with the compiler's figures of this plan where there are any."""
+    """Return a cell with the fastest plan that was not found too large, and the compiler's figures if it has any."""
     machine, known = topology.parse(MACHINES[name]), compiled.get(f"{recipe}/{stage}/{name}", {})
     plan = mesh_search.search(load(recipe), stage, machine, too_large=known.get("too_large", ()))
     row = Row(recipe, stage, name, plan, compile_report.estimate_for(plan.recipe, stage, machine))
@@ -97,7 +98,7 @@ def row_of(recipe: str, stage: str, name: str, compiled: dict[str, dict]) -> Row
 
 
 def rows(compiled: dict[str, dict]) -> list[Row]:
-    """Every cell."""
+    """Return every cell of the table."""
     return [row_of(*cell, compiled) for cell in itertools.product(RECIPES, compile_report.STAGES, MACHINES)]
 
 
@@ -129,7 +130,7 @@ def _range(row: Row) -> tuple[str, str]:
 
 
 def stage_table(made: list[Row], recipe: str, stage: str) -> list[str]:
-    """One table: a stage of a recipe on all machines."""
+    """Return the lines of one table: a stage of a recipe on all machines."""
     per = "frames/s a stream" if stage == "stream" else "time of a step"
     lines = [
         f"| machine | mesh | settings | memory of a device | fits | {per} | MFU | source |",
@@ -162,7 +163,7 @@ def _hours(seconds: tuple[float, float], steps: int, devices: int) -> tuple[floa
 
 
 def _pairs(recipe: Recipe, machine: topology.TopologySpec, pairs: int, steps: int) -> tuple[float, float]:
-    """Device hours of ODE trajectories: ``steps`` guided passes of the teacher each."""
+    """Return device hours (least, most) of ``pairs`` ODE trajectories of ``steps`` guided passes of the teacher."""
     frames = recipe.video.latent_frames
     one = flops.forward(recipe.teacher, frames, flops.tokens_per_frame(recipe, recipe.teacher), frames**2)
     ideal = pairs * steps * 2 * one / machine.chip.flops / 3600
@@ -171,7 +172,7 @@ def _pairs(recipe: Recipe, machine: topology.TopologySpec, pairs: int, steps: in
 
 
 def cost_table(made: list[Row], recipe: str) -> list[str]:
-    """Device hours of the paper's and of Self-Forcing's schedule."""
+    """Return the lines of the table of device hours of the paper's and of Self-Forcing's schedule."""
     found = {(row.stage, row.machine): row for row in made if row.recipe == recipe}
     lines = [
         "| machine | 1,000 trajectories | 16,000 trajectories | init, 3,000 steps of 128 | DMD, 1,200 cycles (paper) "
@@ -241,7 +242,7 @@ Written by `python benchmarks/scaling.py`. **Nothing here was measured on an acc
 
 
 def document(made: list[Row]) -> str:
-    """docs/scaling.md."""
+    """Return the text of docs/scaling.md."""
     compiled, refused = sum(row.report.compiled for row in made), sum(row.refused for row in made)
     known = dataclasses.replace(load_recipe(str(ROOT / RECIPES["1.3B"])), parallel=ParallelConfig(fsdp=4))  # batch 8
     check = compile_report.estimate_for(known, "teacher", topology.parse("v5p:2x2x1")).peak / topology.GIB
@@ -282,7 +283,8 @@ def document(made: list[Row]) -> str:
 def compile_row(row: Row, quick: bool) -> dict | None:
     """Return the row's entry for docs/scaling.json, computed in a process of its own.
 
-    The entry has no report if the compiler refused a program that is too large. None if the compiler failed."""
+    The entry has no report if the compiler refused a program that is too large. The result is None if it failed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         output, log = pathlib.Path(folder) / "report.json", pathlib.Path(folder) / "log"
         command = [
@@ -304,7 +306,7 @@ def compile_row(row: Row, quick: bool) -> dict | None:
 
 
 def compile_plan(row: Row, compiled: dict[str, dict], quick: bool) -> bool:
-    """Add the row's plan to ``compiled``, or that it is too large if it was to fit; whether something was added."""
+    """Add the row's plan to ``compiled``, or that it is too large though it should fit; return whether it was added."""
     settings, known = row.plan.settings(row.stage), compiled.get(row.name, {})
     if known.get("settings") != settings:
         entry = compile_row(row, quick)
@@ -318,7 +320,7 @@ def compile_plan(row: Row, compiled: dict[str, dict], quick: bool) -> bool:
 
 
 def main() -> None:
-    """Compile rows if asked to; write the file."""
+    """Compile the rows of ``--compile``, then write docs/scaling.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compile", nargs="+", default=(), metavar="ROW", help="compile these rows first")
     parser.add_argument("--quick", action="store_true", help="the compiler is to make the least effort")

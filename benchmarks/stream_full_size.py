@@ -1,8 +1,9 @@
-"""Wan2.1-T2V-1.3B's student at full size without an accelerator: seconds and peak memory of a short stream.
+"""Measure seconds and peak memory of a short stream of the full-size 1.3B student, without an accelerator.
 
 ``python benchmarks/stream_full_size.py`` gives the network of ``configs/wan_1_3b.py`` random weights in the types that
-sampling holds (kernels bfloat16), 512 rows of random text, and streams two blocks of three latents at 64 x 64 pixels
-through the VAE. It says what the memory plan said and what the process took, and fails beyond ``--limit`` GiB.
+sampling holds (kernels bfloat16) and random prompt embeddings of 512 tokens. It streams two blocks of three latent
+frames at 64 x 64 pixels through the VAE. It prints the planned memory and the peak of the process, and fails beyond
+``--limit`` GiB.
 """
 
 import argparse
@@ -24,8 +25,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def random_arrays(shapes):
-    """Arrays of ``shapes`` on the device, one at a time: kernels keep the variance, what else there is lies around 1 or
-    0. The same noise from another place in each: random enough to stream, and fast."""
+    """Return random arrays of ``shapes`` on the device, made one at a time.
+
+    Kernels keep the variance of their input. Scales are around 1 and all else around 0. Every array is the same noise
+    from another start, which is fast.
+    """
     noise = np.random.default_rng(0).standard_normal(1 << 22, np.float32)
 
     def one(path, leaf):
@@ -40,7 +44,7 @@ def random_arrays(shapes):
 
 
 def main() -> None:
-    """Plan, fill, stream, report."""
+    """Print the memory plan, make weights, stream and report; end with an error beyond ``--limit``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default=str(ROOT / "configs" / "wan_1_3b.py"))
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels")

@@ -1,10 +1,11 @@
-"""The causal Wan transformer with its streaming cache in PyTorch, written to be timed beside the JAX one.
+"""The causal Wan transformer with its streaming cache in PyTorch, to time it beside the JAX one.
 
-The same network and the same function of its inputs as ``causvid_jax.models.transformer.cached`` for a window without a
-sink, and written to be fast here: keys are rotated when they are written, attention is one
-``scaled_dot_product_attention`` over the slots in use, and the residual stream is in the compute type (ours is in
-float32). So whatever this costs less than the JAX one is in its favour. ``python benchmarks/torch_sampler.py --check``
-compares the two.
+It is the same function of its inputs as ``causvid_jax.models.transformer.cached`` for a window without a sink. It is
+written to be fast: keys are rotated when they are written, attention is one ``scaled_dot_product_attention`` over the
+slots in use, and the residual stream is in the compute type (ours is in float32). So it does less than the JAX network.
+``python benchmarks/compare_torch.py --check`` compares the two.
+
+Letters: B streams, K latent frames of a block, n tokens of one of them, T = K n, N heads of width D, M = N D.
 """
 
 import math
@@ -17,7 +18,11 @@ from torch import nn
 
 
 def rotary(positions: torch.Tensor, rows: int, columns: int, head_dim: int, theta: float) -> torch.Tensor:
-    """Cosine and sine ``[2, frames * rows * columns, 1, head_dim / 2]`` of interleaved rotary pairs, float32."""
+    """Return cosine and sine of interleaved rotary pairs, float32 ``[2, frames * rows * columns, 1, head_dim / 2]``.
+
+    ``positions`` are the latent frames' indices in the stream. Of the pairs, ``head_dim // 6`` each turn with the row
+    and the column, the others with the frame, by ``position * theta^(-i / pairs)``.
+    """
     side = head_dim // 6
     pairs = (head_dim // 2 - 2 * side, side, side)
     device = positions.device
@@ -38,20 +43,20 @@ def rotary(positions: torch.Tensor, rows: int, columns: int, head_dim: int, thet
 
 
 def rotate(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """``x [B, T, N, D]`` by :func:`rotary`, in float32, back in the type of x."""
+    """Return ``x [B, T, N, D]`` rotated by the table of :func:`rotary`, computed in float32, in the type of x."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = turn
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """``[B, T, N, D]`` by the kernel that PyTorch is told to use."""
+    """Return attention ``[B, T, N D]`` of ``[B, T, N, D]`` by the kernel that PyTorch is set to use."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class Norm(nn.Module):
-    """RMS norm over the full width, in float32."""
+    """RMS norm over the full width M, computed in float32: ``x / sqrt(mean x^2 + eps) * weight``."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -63,7 +68,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections and query and key norms of one attention."""
+    """Projections, and norms of queries and keys, of one attention."""
 
     def __init__(self, dim: int, heads: int, eps: float):
         super().__init__()
@@ -88,7 +93,7 @@ class Block(nn.Module):
         self.fc1, self.fc2 = nn.Linear(net.dim, net.ffn_dim), nn.Linear(net.ffn_dim, net.dim)
 
     def modulated(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """``LN(x) (1 + scale) + shift``, x ``[B, F, n, M]``."""
+        """Return ``LN(x) (1 + scale) + shift`` of ``x [B, K, n, M]``; shift and scale are ``[B, K, M]``."""
         y = F.layer_norm(x.float(), x.shape[-1:], eps=self.eps)
         return (y * (1 + scale[:, :, None]) + shift[:, :, None]).to(x.dtype)
 
@@ -113,7 +118,7 @@ class Block(nn.Module):
 
 
 class Student(nn.Module):
-    """The network of a recipe's student, ``net`` its TransformerConfig."""
+    """The network of a recipe's student; ``net`` is its TransformerConfig."""
 
     def __init__(self, net: Any):
         super().__init__()
@@ -128,22 +133,29 @@ class Student(nn.Module):
         self.blocks = nn.ModuleList(Block(net) for _ in range(net.num_layers))
 
     def cast(self, dtype: torch.dtype) -> "Student":
-        """All in ``dtype`` but the time embedding, which is float32 in ours too."""
+        """Convert all parameters to ``dtype`` but the time embedding's, which are float32 in ours too; return self."""
         self.to(dtype)
         for layer in (self.time1, self.time2, self.time_projection):
             layer.float()
         return self
 
     def encode_text(self, rows: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Cross-attention keys and values of every layer."""
+        """Return the cross-attention keys and values ``[B, S, N, D]`` of every layer for embeddings ``[B, S, E]``."""
         x = self.text2(F.gelu(self.text1(rows.to(self.patch.weight.dtype)), approximate="tanh"))
         layers = [block.cross_attn for block in self.blocks]
         return [(ca.split(ca.norm_k(ca.k(x))), ca.split(ca.v(x))) for ca in layers]
 
     def forward(self, x, timestep, turn, text, cache, slots, used: int):
-        """Velocity ``[B, K, h, w, C]`` of one block; its keys and values go to ``slots`` of the cache, in place.
+        """Return the velocity ``[B, K, h, w, C]`` of one block, and write its keys and values to the cache in place.
 
-        ``used`` is how many slots (in tokens) hold something that the block sees; they are the first ones.
+        Args:
+            x: ``[B, K, h, w, C]``.
+            timestep: ``[B, K]`` in [0, 1000].
+            turn: of :func:`rotary`.
+            text: of :meth:`encode_text`.
+            cache: keys and values ``[B, slots, N, D]`` of every layer; a slot holds one token.
+            slots: int ``[T]``, where the block's tokens are written.
+            used: number of slots, from the first on, that the block attends to.
         """
         net, (_, p, q) = self.net, self.net.patch_size
         batch, frames, height, width, _ = x.shape

@@ -1,7 +1,7 @@
 """A PyTorch twin of the streaming student, which ``benchmarks/compare_torch.py`` times beside ours.
 
-It is written to be fast and does less than ours in two ways: attention slices the cache to the slots in use (one
-compilation per length), and the residual stream is in the compute type. The network is ``benchmarks/torch_network.py``.
+It does less than ours in two ways: attention slices the cache to the slots in use (one compilation per length), and the
+residual stream is in the compute type. The network is ``benchmarks/torch_network.py``.
 """
 
 import contextlib
@@ -16,7 +16,11 @@ from causvid_jax.diffusion import flow
 
 
 class Stream:
-    """A stream of blocks: the ring cache and the position, and one pass on the current block."""
+    """A stream of blocks: a ring cache of ``slots`` latent frames of ``tokens`` tokens, and one pass on the next block.
+
+    Attributes:
+        position: index of the next block's first latent frame.
+    """
 
     def __init__(self, student: Student, text, causal: CausalConfig, slots: int, tokens: int, compiled: str | None):
         net, device, dtype = student.net, text.device, student.patch.weight.dtype
@@ -28,7 +32,7 @@ class Stream:
         self.position = 0
 
     def block(self, grid: tuple[int, int]):
-        """(rotary table, token slots, tokens in use) of the block at the position."""
+        """Return (rotary table, slots of the tokens, number of slots in use) of the block at the position."""
         k = self.causal.frames_per_block
         frames = torch.arange(self.position, self.position + k, device=self.device)
         turn = rotary(frames, *grid, self.net.dim // self.net.num_heads, self.net.rope_theta)
@@ -36,6 +40,7 @@ class Stream:
         return turn, slots.flatten(), min(self.position + k, self.slots) * self.tokens
 
     def velocity(self, x, timestep: torch.Tensor, ready):
+        """Return the velocity of ``x [B, K, h, w, C]`` at ``timestep [B, K]``; ``ready`` is of :meth:`block`."""
         turn, slots, used = ready
         return self.run(x, timestep, turn, self.text, self.cache, slots, used)
 
@@ -66,7 +71,7 @@ class Sampler:
         self.told = {t: torch.full((1, causal.frames_per_block), t, device=device) for t in (*steps, self.clean)}
 
     def denoise(self, ready):
-        """All denoising steps of the block at the stream's position: x0."""
+        """Return x0 ``[1, K, h, w, C]`` of the block at the stream's position, after all denoising steps."""
         x = torch.randn(self.shape, device=self.device)
         for timestep, sigma, following in self.table:
             x0 = x - sigma * self.stream.velocity(x, self.told[timestep], ready)
@@ -74,12 +79,12 @@ class Sampler:
         return x
 
     def write(self, ready, latents):
-        """Write the cache."""
+        """Write the block of clean ``latents`` to the cache by one pass."""
         return self.stream.velocity(latents, self.told[self.clean], ready)
 
 
 def check() -> None:
-    """Compare velocities with the JAX student, block by block past the end of a window, in float32."""
+    """Check that velocities equal the JAX student's, block by block beyond the end of a window, in float32."""
     import jax
     import jax.numpy as jnp
 
@@ -121,7 +126,7 @@ def check() -> None:
 
 
 def kernels(name: str):
-    """Return the context in which SDPA uses the kernel ``name``."""
+    """Return the context in which scaled dot-product attention uses the kernel ``name``; "auto" leaves the choice."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     kinds = {"cudnn": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH"}

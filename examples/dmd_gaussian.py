@@ -30,7 +30,11 @@ NO_PROMPT = jnp.zeros((1, 1, 1))
 
 
 def gaussian_velocity(mean: jax.Array, covariance: jax.Array, x_t: jax.Array, timestep: jax.Array) -> jax.Array:
-    """Return the exact velocity of the data distribution N(mean, covariance): ``v = (x_t - E[x0 | x_t]) / sigma``."""
+    """Return the exact velocity of the data distribution N(mean, covariance): ``v = (x_t - E[x0 | x_t]) / sigma``.
+
+    ``E[x0 | x_t] = mean + (1 - sigma) C M^-1 (x_t - (1 - sigma) mean)`` with ``M = (1 - sigma)^2 C + sigma^2 I``. Both
+    ``x_t`` and the result are ``[..., 2]``; ``timestep`` is one number for all of them.
+    """
     sigma = flow.sigma_from_timestep(timestep[0, 0])
     marginal = (1 - sigma) ** 2 * covariance + sigma**2 * jnp.eye(2)
     gain = (1 - sigma) * covariance @ jnp.linalg.inv(marginal)
@@ -45,7 +49,7 @@ def velocity_per_sample(mean: jax.Array, covariance: jax.Array):
 
 
 def covariance_of(params: dict[str, jax.Array]) -> jax.Array:
-    """Return ``A A^T + 1e-4 I``."""
+    """Return the covariance ``A A^T + 1e-4 I`` of a Gaussian with the trained matrix A."""
     return params["matrix"] @ params["matrix"].T + 1e-4 * jnp.eye(2)
 
 

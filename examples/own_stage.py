@@ -22,7 +22,7 @@ STAGE = StageConfig(steps=200, optimizer=OptimizerConfig(learning_rate=3e-3, war
 
 
 def loss(params, batch, key):
-    """Return the mean squared velocity error at timesteps ``sigma = sigmoid(normal)``, and metrics."""
+    """Return the mean squared velocity error at noise levels ``sigma = sigmoid(normal)``, and metrics."""
     x0, prompt_embeds = batch["latents"], batch["prompt_embeds"]
     noise_key, time_key = jax.random.split(key)
     sigma = jax.nn.sigmoid(jax.random.normal(time_key, (len(x0), 1))) * jnp.ones(x0.shape[:2])  # one per clip

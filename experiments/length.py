@@ -4,8 +4,10 @@ from causvid_jax.training.experiment import Experiment, Row
 
 
 def get_experiment() -> Experiment:
-    """Return streams up to 100 times the trained length. Motion is measured too, because a frozen stream has few
-    errors."""
+    """Return streams up to 100 times the trained length.
+
+    Motion is measured too, because a frozen stream has few errors.
+    """
     return Experiment(
         title="Quality over the length of a stream",
         claim="CausVid, Fig. 8: the distilled causal student does not accumulate errors; the causal teacher does.",
