@@ -144,12 +144,12 @@ class Options:
     """Options of the measurement.
 
     Attributes:
-      repeats: timed calls of each program; for clips and first frames a fourth of that, at least 3.
-      streams: videos side by side.
-      codecs: names of decoders, of ``CODECS``.
+        repeats: timed calls of each program; for clips and first frames a fourth of that, at least 3.
+        streams: videos side by side.
+        codecs: names of decoders, of ``CODECS``.
 
     Raises:
-      ConfigError: fewer than two repeats, no stream, or a decoder named twice.
+        ConfigError: fewer than two repeats, no stream, or a decoder named twice.
     """
 
     repeats: int = 20

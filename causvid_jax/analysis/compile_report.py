@@ -36,22 +36,22 @@ class Report:
     """Memory, collectives and time of one stage on one machine.
 
     Attributes:
-      topology: the machine's name.
-      devices: how many.
-      mesh: axis sizes.
-      compiled: whether the memory comes from the compiler or is computed from shapes
-          (:mod:`causvid_jax.analysis.estimate`).
-      compile_seconds: processor time of this process; 0 if nothing was compiled.
-      quick: whether the compiler was told to make the least effort (:func:`compile_for`).
-      arguments, temporaries, peak, limit: bytes per device; ``peak`` is the compiler's own figure.
-      host: bytes of the host's memory per device; offloaded moments of a described GPU are computed.
-      collectives: by kind, of :func:`causvid_jax.analysis.hlo.totals`.
-      model_flops: of one step over all devices; of one block of ``streams`` streams.
-      step_seconds: of one step or block by the roofline: pessimistic, optimistic.
-      mfu: model FLOPs over the FLOPs at peak rate in these times, in [0, 1].
-      traffic: computed bytes that one device receives in a step.
-      parts: the computed memory by kind of array.
-      streams: number of streams side by side; 0 in training.
+        topology: the machine's name.
+        devices: how many.
+        mesh: axis sizes.
+        compiled: whether the memory comes from the compiler or is computed from shapes
+            (:mod:`causvid_jax.analysis.estimate`).
+        compile_seconds: processor time of this process; 0 if nothing was compiled.
+        quick: whether the compiler was told to make the least effort (:func:`compile_for`).
+        arguments, temporaries, peak, limit: bytes per device; ``peak`` is the compiler's own figure.
+        host: bytes of the host's memory per device; offloaded moments of a described GPU are computed.
+        collectives: by kind, of :func:`causvid_jax.analysis.hlo.totals`.
+        model_flops: of one step over all devices; of one block of ``streams`` streams.
+        step_seconds: of one step or block by the roofline: pessimistic, optimistic.
+        mfu: model FLOPs over the FLOPs at peak rate in these times, in [0, 1].
+        traffic: computed bytes that one device receives in a step.
+        parts: the computed memory by kind of array.
+        streams: number of streams side by side; 0 in training.
     """
 
     topology: str

@@ -16,15 +16,15 @@ class Delivery:
     """Figures of one stream.
 
     Attributes:
-      codec: the decoder.
-      chunks: number of chunks that arrived.
-      first_ms: milliseconds from the start of the stream to the first chunk, with compiled programs.
-      gap_p50_ms, gap_p95_ms, gap_p99_ms: percentiles of the milliseconds between one arrival and the next.
-      fps: pixel frames per second from the first arrival to the last.
-      real_time: ``fps`` over the frame rate of the video; at least 1 is real time.
-      on_time: share of the chunks after the start that arrived by their deadline, in [0, 1].
-      underruns: number of stops of the viewer's picture.
-      stalled_ms: total milliseconds of these stops.
+        codec: the decoder.
+        chunks: number of chunks that arrived.
+        first_ms: milliseconds from the start of the stream to the first chunk, with compiled programs.
+        gap_p50_ms, gap_p95_ms, gap_p99_ms: percentiles of the milliseconds between one arrival and the next.
+        fps: pixel frames per second from the first arrival to the last.
+        real_time: ``fps`` over the frame rate of the video; at least 1 is real time.
+        on_time: share of the chunks after the start that arrived by their deadline, in [0, 1].
+        underruns: number of stops of the viewer's picture.
+        stalled_ms: total milliseconds of these stops.
     """
 
     codec: str

@@ -45,12 +45,12 @@ class Estimate:
     """Memory of one device and time of a step.
 
     Attributes:
-      parts: bytes in the device's memory, by name of the arrays.
-      host: bytes in the host's memory, per device.
-      work: FLOPs over all devices.
-      traffic: bytes that one device receives from others.
-      seconds: of one step (of one block, for a stream): pessimistic, optimistic.
-      streams: how many streams run side by side; 0 in training.
+        parts: bytes in the device's memory, by name of the arrays.
+        host: bytes in the host's memory, per device.
+        work: FLOPs over all devices.
+        traffic: bytes that one device receives from others.
+        seconds: of one step (of one block, for a stream): pessimistic, optimistic.
+        streams: how many streams run side by side; 0 in training.
     """
 
     parts: Mapping[str, float]
@@ -142,13 +142,13 @@ class Network:
     """Bytes of one network on one device of a mesh, per local example.
 
     Attributes:
-      params: bytes of all parameters, in float32.
-      layers_whole: bytes of all layers, gathered along fsdp.
-      updated: bytes of the trained parameters; with LoRA those of the adapters.
-      largest: bytes of the largest trained array.
-      kernels: bytes of the trained kernels of layers.
-      gathered: bytes of the gathered layers that are alive at once.
-      frame: tokens of one latent frame on this device.
+        params: bytes of all parameters, in float32.
+        layers_whole: bytes of all layers, gathered along fsdp.
+        updated: bytes of the trained parameters; with LoRA those of the adapters.
+        largest: bytes of the largest trained array.
+        kernels: bytes of the trained kernels of layers.
+        gathered: bytes of the gathered layers that are alive at once.
+        frame: tokens of one latent frame on this device.
     """
 
     def __init__(self, net: TransformerConfig, recipe: Recipe, mesh: _Mesh):

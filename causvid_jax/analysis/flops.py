@@ -44,11 +44,11 @@ def forward(net: TransformerConfig, frames: int, tokens: int, pairs: int, *, tex
     """Return the FLOPs of one pass for one example, by the formula of this module.
 
     Args:
-      net: the network.
-      frames: number F of latent frames.
-      tokens: number n of tokens of one latent frame.
-      pairs: (query frame, key frame) pairs of self-attention, :func:`attention_pairs`; F^2 for full attention.
-      text: whether the prompt's keys and values are computed in this pass (a stream keeps them).
+        net: the network.
+        frames: number F of latent frames.
+        tokens: number n of tokens of one latent frame.
+        pairs: (query frame, key frame) pairs of self-attention, :func:`attention_pairs`; F^2 for full attention.
+        text: whether the prompt's keys and values are computed in this pass (a stream keeps them).
     """
     m, s, total = net.dim, net.text_length, frames * tokens
     patch = net.patch_size[0] * net.patch_size[1] * net.patch_size[2]

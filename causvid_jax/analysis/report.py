@@ -21,14 +21,14 @@ class Line:
     """One measurement.
 
     Attributes:
-      what: name of the measured call.
-      seen: latent frames that the block attends to, including itself; None if lengths vary.
-      codec: the decoder, "none" for latents.
-      p50_ms, p99_ms: percentiles of the milliseconds of a call, each waited for.
-      calls: number of timed calls.
-      tflop: model TFLOP of one call, over all streams; None if it is not counted.
-      fps: pixel frames per second of each stream; None if a call makes none.
-      ms: milliseconds of each call; empty if the report has percentiles only.
+        what: name of the measured call.
+        seen: latent frames that the block attends to, including itself; None if lengths vary.
+        codec: the decoder, "none" for latents.
+        p50_ms, p99_ms: percentiles of the milliseconds of a call, each waited for.
+        calls: number of timed calls.
+        tflop: model TFLOP of one call, over all streams; None if it is not counted.
+        fps: pixel frames per second of each stream; None if a call makes none.
+        ms: milliseconds of each call; empty if the report has percentiles only.
     """
 
     what: str

@@ -19,13 +19,13 @@ class Chip:
     """Published figures of one device, as XLA counts devices.
 
     Attributes:
-      memory: bytes of device memory that a program may use.
-      flops: peak bfloat16 FLOP/s, dense.
-      bandwidth: of its memory, bytes a second.
-      ici_bandwidth: to the devices of its slice (ICI) or node (NVLink), bytes a second in one direction, all links.
-      dcn_bandwidth: to other slices or nodes, bytes a second and device.
-      device_kinds: JAX's ``device_kind`` of this device.
-      platform: of XLA.
+        memory: bytes of device memory that a program may use.
+        flops: peak bfloat16 FLOP/s, dense.
+        bandwidth: of its memory, bytes a second.
+        ici_bandwidth: to the devices of its slice (ICI) or node (NVLink), bytes a second in one direction, all links.
+        dcn_bandwidth: to other slices or nodes, bytes a second and device.
+        device_kinds: JAX's ``device_kind`` of this device.
+        platform: of XLA.
     """
 
     memory: float
@@ -63,10 +63,10 @@ class TopologySpec:
     """Kind, shape and number of devices of a named machine; it needs no compiler.
 
     Attributes:
-      name: as given.
-      kind: key of :data:`CHIPS`.
-      shape: of one slice, or (nodes, devices a node).
-      slices: copies of it.
+        name: as given.
+        kind: key of :data:`CHIPS`.
+        shape: of one slice, or (nodes, devices a node).
+        slices: copies of it.
     """
 
     name: str

@@ -57,11 +57,11 @@ def classify(params: dict[str, Any], frames: jax.Array) -> tuple[jax.Array, jax.
     """Return logits and features of single frames.
 
     Args:
-      params: as from :func:`init`.
-      frames: ``[N, H, W, 3]`` in [0, 1]; H and W are multiples of 4.
+        params: as from :func:`init`.
+        frames: ``[N, H, W, 3]`` in [0, 1]; H and W are multiples of 4.
 
     Returns:
-      digit logits ``[N, 10]``, colour logits ``[N, colors]``, features ``[N, FEATURES]`` (the penultimate layer).
+        digit logits ``[N, 10]``, colour logits ``[N, colors]``, features ``[N, FEATURES]`` (the penultimate layer).
     """
     x = rearrange(frames, "n (h p) (w q) c -> n h w (p q c)", p=2, q=2)
     for name, _, stride in LAYERS:
@@ -84,9 +84,9 @@ class Classifier:
     """A trained classifier.
 
     Attributes:
-      params: as in :func:`init`.
-      colors: names of the colours that it was trained on.
-      digit_size: side in pixels of the digits that it was trained on.
+        params: as in :func:`init`.
+        colors: names of the colours that it was trained on.
+        digit_size: side in pixels of the digits that it was trained on.
     """
 
     params: dict[str, Any]
@@ -103,12 +103,12 @@ class Reading:
     """Predictions of the classifier for B clips of n digits, one row per digit; the digits of a clip are adjacent.
 
     Attributes:
-      digits: int ``[B n]``, 0 to 9.
-      colors: B n names.
-      directions: B n names, ``"none"`` where no caption describes the motion.
-      features: means over frames ``[B n, FEATURES]``.
-      log_probs: means over frames of the digits' log-probabilities ``[B n, 10]``.
-      count: the number n of digits of a clip.
+        digits: int ``[B n]``, 0 to 9.
+        colors: B n names.
+        directions: B n names, ``"none"`` where no caption describes the motion.
+        features: means over frames ``[B n, FEATURES]``.
+        log_probs: means over frames of the digits' log-probabilities ``[B n, 10]``.
+        count: the number n of digits of a clip.
     """
 
     digits: np.ndarray
@@ -129,7 +129,7 @@ def target_triples(caption: str) -> tuple[Triple, ...]:
     """Return the triples (digit, colour, direction) that ``caption`` names, in its order.
 
     Raises:
-      ConfigError: a text that is no caption of moving digits.
+        ConfigError: a text that is no caption of moving digits.
     """
     return tuple((spec.digit, spec.color, spec.direction) for spec in digits.parse_caption(caption))
 
@@ -147,7 +147,7 @@ def load(data: DataConfig, path: str | pathlib.Path = DEFAULT_PATH) -> Classifie
     """Load a classifier for the digits and colours of ``data``; the default is that of the package.
 
     Raises:
-      ConfigError: no such file, one that is no classifier, or one for digits of another size or fewer colours.
+        ConfigError: no such file, one that is no classifier, or one for digits of another size or fewer colours.
     """
     params, metadata = store.load_params(path)
     require({"colors", "digit_size"} <= set(metadata), f"weights file {path} is not a classifier")
@@ -195,8 +195,8 @@ def read_colors(video: np.ndarray, colors: tuple[str, ...]) -> tuple[str, ...]:
     Bright is at least half of the frame's brightest value. Angles ignore brightness, so a dim digit keeps its colour.
 
     Args:
-      video: uint8 ``[B, T, H, W, 3]``.
-      colors: names in ``digits.COLORS``.
+        video: uint8 ``[B, T, H, W, 3]``.
+        colors: names in ``digits.COLORS``.
     """
     frames = video[:, color_separation.spread(video.shape[1])].astype(np.float32)
     return tuple(colors[i] for i in nearest_colors(frames, colors, axis=(-4, -3, -2)))
@@ -206,9 +206,9 @@ def nearest_colors(frames: np.ndarray, colors: Sequence[str], axis: tuple[int, .
     """Return the index into ``colors`` at the smallest angle to the mean bright pixel, the mean taken over ``axis``.
 
     Args:
-      frames: float ``[..., H, W, 3]``. Bright is at least half of the frame's brightest value.
-      colors: names in ``digits.COLORS``.
-      axis: ``(-3, -2)`` reads every frame, ``(-4, -3, -2)`` every clip ``[..., T, H, W, 3]``.
+        frames: float ``[..., H, W, 3]``. Bright is at least half of the frame's brightest value.
+        colors: names in ``digits.COLORS``.
+        axis: ``(-3, -2)`` reads every frame, ``(-4, -3, -2)`` every clip ``[..., T, H, W, 3]``.
     """
     value = frames.max(axis=-1, keepdims=True)
     bright = value >= np.maximum(0.5 * value.max(axis=(-3, -2), keepdims=True), 1.0)
@@ -250,11 +250,11 @@ def read_directions(video: np.ndarray, speed: int) -> tuple[str, ...]:
     least ``AGREE`` of the pairs have their own peak there. A digit that does not move, or jumps, gives ``"none"``.
 
     Args:
-      video: uint8 ``[B, T, H, W, 3]``, T > GAP.
-      speed: pixels per frame along each moving axis.
+        video: uint8 ``[B, T, H, W, 3]``, T > GAP.
+        speed: pixels per frame along each moving axis.
 
     Raises:
-      ConfigError: a clip of at most GAP frames, or a displacement of half the frame or more.
+        ConfigError: a clip of at most GAP frames, or a displacement of half the frame or more.
     """
     reach = GAP * speed
     require(video.shape[1] > GAP, f"direction needs more than {GAP} frames; the clip has {video.shape[1]}")
@@ -280,12 +280,12 @@ def read(classifier: Classifier, video: np.ndarray, *, data: DataConfig) -> Read
     """Read digits, colours and directions of clips.
 
     Args:
-      classifier: of :func:`load`.
-      video: uint8 ``[B, T, H, W, 3]``.
-      data: gives ``speed`` in pixels per frame, and ``digits_per_clip``.
+        classifier: of :func:`load`.
+        video: uint8 ``[B, T, H, W, 3]``.
+        data: gives ``speed`` in pixels per frame, and ``digits_per_clip``.
 
     Raises:
-      ConfigError: clips of more than two digits, and the errors of :func:`read_directions`.
+        ConfigError: clips of more than two digits, and the errors of :func:`read_directions`.
     """
     count = data.digits_per_clip
     require(count in (1, 2), f"the classifier reads clips of one or two digits; data.digits_per_clip is {count}")

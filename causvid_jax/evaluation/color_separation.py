@@ -34,7 +34,7 @@ def unmix(video: np.ndarray, first: str, second: str) -> np.ndarray:
     least 0. If A has none, the roles change.
 
     Raises:
-      ConfigError: twice the same colour.
+        ConfigError: twice the same colour.
     """
     require(first != second, f"two digits of one colour ({first}) cannot be told apart")
     a, b = (np.array(digits.COLORS[name]) > 0 for name in (first, second))
@@ -53,11 +53,11 @@ def find_colors(clip: np.ndarray, colors: tuple[str, ...]) -> tuple[str, str]:
     channel in common would explain the noise around the digits.
 
     Args:
-      clip: ``[T, H, W, 3]`` in [0, 1].
-      colors: names in ``digits.COLORS``, at least two.
+        clip: ``[T, H, W, 3]`` in [0, 1].
+        colors: names in ``digits.COLORS``, at least two.
 
     Raises:
-      ConfigError: fewer than two colours.
+        ConfigError: fewer than two colours.
     """
     require(len(colors) > 1, f"two digits need two colours; the classifier has {', '.join(colors)}")
     frames = clip[spread(len(clip))]
@@ -76,11 +76,11 @@ def separate(clip: np.ndarray, colors: tuple[str, ...]) -> tuple[tuple[str, str]
     """Return the colours of a clip's two digits, and a clip of each digit alone on black.
 
     Args:
-      clip: uint8 ``[T, H, W, 3]``.
-      colors: names in ``digits.COLORS``, at least two.
+        clip: uint8 ``[T, H, W, 3]``.
+        colors: names in ``digits.COLORS``, at least two.
 
     Returns:
-      two names, :data:`NO_COLOR` for an absent digit, and uint8 ``[2, T, H, W, 3]``.
+        two names, :data:`NO_COLOR` for an absent digit, and uint8 ``[2, T, H, W, 3]``.
     """
     video = clip.astype(np.float32) / 255.0
     pair = find_colors(video, colors)

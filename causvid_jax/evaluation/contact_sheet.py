@@ -106,10 +106,11 @@ def contact_sheet(
     """Draw frames spread over clips, one row for each of real, vae, teacher, student, long, longest and switch.
 
     Args:
-      clips: name of a row to (captions, uint8 ``[B, T, H, W, 3]``), as in ``report.Result``; absent rows are left out.
-      examples: number of clips of each row, side by side.
-      columns: number of frames of each clip.
-      scale: side of the square that replaces every pixel.
+        clips: name of a row to (captions, uint8 ``[B, T, H, W, 3]``), as in ``report.Result``; absent rows are left
+            out.
+        examples: number of clips of each row, side by side.
+        columns: number of frames of each clip.
+        scale: side of the square that replaces every pixel.
     """
     rows = [name for name in ("real", "vae", "teacher", "student", "long", "longest", "switch") if name in clips]
     examples = min(examples, *(len(clips[name][1]) for name in rows))

@@ -21,11 +21,11 @@ def agreement(read: Sequence[Sequence[tuple]], targets: Sequence[Sequence[tuple]
     to those of the caption, the one with the most correct attributes counts.
 
     Args:
-      read: n predicted triples (digit, color, direction) of each of B clips.
-      targets: n triples of each clip's caption.
+        read: n predicted triples (digit, color, direction) of each of B clips.
+        targets: n triples of each clip's caption.
 
     Raises:
-      ConfigError: other numbers of clips or digits in ``read`` and ``targets``.
+        ConfigError: other numbers of clips or digits in ``read`` and ``targets``.
     """
     require(len(read) == len(targets), f"{len(read)} clips were read but {len(targets)} captions are given")
 
@@ -63,10 +63,10 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     matrix is symmetric, so its root is computed by an eigendecomposition, which is more stable than a general root.
 
     Args:
-      a, b: ``[N, D]``, ``[M, D]``, one row per clip; computed in float64.
+        a, b: ``[N, D]``, ``[M, D]``, one row per clip; computed in float64.
 
     Raises:
-      ConfigError: a set of fewer than two clips.
+        ConfigError: a set of fewer than two clips.
     """
     for features in (a, b):
         require(len(features) >= 2, f"a covariance needs at least 2 clips; {len(features)} given")
@@ -84,7 +84,7 @@ def block_starts(latent_frames: int, block_sizes: Sequence[int]) -> np.ndarray:
     A block that begins at latent frame f > 0 begins at pixel frame ``1 + 4 (f - 1)``.
 
     Raises:
-      ConfigError: blocks that do not add up to ``latent_frames``.
+        ConfigError: blocks that do not add up to ``latent_frames``.
     """
     ends = np.cumsum([0, *block_sizes])
     require(int(ends[-1]) == latent_frames, f"blocks of {tuple(block_sizes)} are not {latent_frames} latent frames")
@@ -98,11 +98,11 @@ def discontinuity(video: np.ndarray, starts: Sequence[int] | np.ndarray) -> floa
     over all clips. Motion is not compensated; it is in both terms.
 
     Args:
-      video: ``[B, T, H, W, 3]``.
-      starts: first pixel frames of the blocks, as from :func:`block_starts`; those outside (0, T) are ignored.
+        video: ``[B, T, H, W, 3]``.
+        starts: first pixel frames of the blocks, as from :func:`block_starts`; those outside (0, T) are ignored.
 
     Raises:
-      ConfigError: no border between blocks, or nothing but borders.
+        ConfigError: no border between blocks, or nothing but borders.
     """
     change = np.abs(np.diff(video.astype(np.float32), axis=1)).mean(axis=(0, 2, 3, 4))  # [T - 1], frame t to t + 1
     border = np.zeros(len(change), bool)
@@ -120,7 +120,7 @@ def blocks_until(holds: Sequence[bool]) -> int | None:
     This is the strictest count: a single late error restarts it.
 
     Args:
-      holds: for every block from the switch on, whether all attributes of the new caption are predicted for it.
+        holds: for every block from the switch on, whether all attributes of the new caption are predicted for it.
     """
     return first_block(np.logical_and.accumulate(np.asarray(holds, bool)[::-1])[::-1])
 
@@ -129,7 +129,7 @@ def first_block(begins: Sequence[bool] | np.ndarray) -> int | None:
     """Return the number, from 1, of the first block from which on the new caption holds; None if there is none.
 
     Args:
-      begins: for every block from the switch on, whether the new caption is predicted for it and all later frames.
+        begins: for every block from the switch on, whether the new caption is predicted for it and all later frames.
     """
     right = np.flatnonzero(begins)
     return int(right[0]) + 1 if len(right) else None
@@ -139,12 +139,12 @@ def switch_scores(counts: Sequence[int | None], within: int = 3) -> dict[str, fl
     """Summarize :func:`first_block` or :func:`blocks_until` over clips.
 
     Args:
-      counts: blocks until the new caption holds, of each clip.
-      within: the number of blocks that counts as prompt.
+        counts: blocks until the new caption holds, of each clip.
+        within: the number of blocks that counts as prompt.
 
     Returns:
-      ``within_1``, ``within_2``, ...: share of clips that hold within so many blocks. ``ever``: share that ever hold.
-      ``median_blocks``: median number of blocks of those that do (NaN if none does).
+        ``within_1``, ``within_2``, ...: share of clips that hold within so many blocks. ``ever``: share that ever hold.
+        ``median_blocks``: median number of blocks of those that do (NaN if none does).
     """
     reached = [c for c in counts if c is not None]
     scores = {f"within_{n}": sum(c <= n for c in reached) / len(counts) for n in range(1, within + 1)}
@@ -158,13 +158,13 @@ def network_passes(*, block_sizes: Sequence[int], steps: int, guided: bool, extr
     """Return how often the network is called for a clip, and how often each latent frame passes through it.
 
     Args:
-      block_sizes: latent frames of each block; one block for the bidirectional teacher.
-      steps: denoising steps per block.
-      guided: classifier-free guidance doubles every step.
-      extra: further passes per block (the student's context pass).
+        block_sizes: latent frames of each block; one block for the bidirectional teacher.
+        steps: denoising steps per block.
+        guided: classifier-free guidance doubles every step.
+        extra: further passes per block (the student's context pass).
 
     Returns:
-      ``calls`` of the network, and ``passes_per_frame``, passes of each latent frame.
+        ``calls`` of the network, and ``passes_per_frame``, passes of each latent frame.
     """
     per_block = steps * (2 if guided else 1) + extra
     return {"calls": per_block * len(block_sizes), "passes_per_frame": per_block}

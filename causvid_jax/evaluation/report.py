@@ -28,20 +28,20 @@ class Plan:
     """Numbers of clips, streams and timed runs of a report.
 
     Attributes:
-      samples: clips per row; held-out prompts are repeated with other noise if there are fewer.
-      long_samples: streams of ``long_factor`` times the trained length (0: as many as ``samples``).
-      switch_samples: streams whose prompt changes half-way through twice the trained length (0: as ``samples``).
-      reference: number of real test clips for the Frechet distance of every row.
-      batch: clips sampled at once, also in the timing.
-      long_factor: length of the long streams, in trained lengths.
-      longest_factor: length of a further row of streams; 0 leaves it out.
-      longest_samples: streams of that row.
-      repeats: timed runs of each sampler, after one that compiles; the median counts.
-      seed: of prompts, real clips and noise.
-      captions: the split of the prompts. Choose settings on ``"validation"``; report on ``"test"``.
+        samples: clips per row; held-out prompts are repeated with other noise if there are fewer.
+        long_samples: streams of ``long_factor`` times the trained length (0: as many as ``samples``).
+        switch_samples: streams whose prompt changes half-way through twice the trained length (0: as ``samples``).
+        reference: number of real test clips for the Frechet distance of every row.
+        batch: clips sampled at once, also in the timing.
+        long_factor: length of the long streams, in trained lengths.
+        longest_factor: length of a further row of streams; 0 leaves it out.
+        longest_samples: streams of that row.
+        repeats: timed runs of each sampler, after one that compiles; the median counts.
+        seed: of prompts, real clips and noise.
+        captions: the split of the prompts. Choose settings on ``"validation"``; report on ``"test"``.
 
     Raises:
-      ConfigError: a number out of bounds.
+        ConfigError: a number out of bounds.
     """
 
     samples: int = 64
@@ -94,7 +94,7 @@ def held_out_prompts(recipe: Recipe, count: int, seed: int, split: str = "test")
     """Return ``count`` captions that no training clip has, shuffled; they repeat after all are used.
 
     Raises:
-      ConfigError: the recipe holds no caption out for ``split``.
+        ConfigError: the recipe holds no caption out for ``split``.
     """
     captions = digits.captions(recipe.data, split)
     field = "held_out_fraction" if split == "test" else "validation_fraction"
@@ -108,7 +108,7 @@ def switched_prompts(recipe: Recipe, prompts: Sequence[str], seed: int, split: s
     """Return for each prompt a held-out one that differs in digit, colour and direction, for every pair of digits.
 
     Raises:
-      ConfigError: no held-out caption differs from a prompt.
+        ConfigError: no held-out caption differs from a prompt.
     """
     captions = {caption: classifiers.target_triples(caption) for caption in digits.captions(recipe.data, split)}
     rng = np.random.default_rng([seed, 3])
@@ -173,11 +173,11 @@ class Row:
     """One row of the report: captions and the sampler of its clips.
 
     Attributes:
-      name: of the row.
-      captions: what the clips show, one per clip.
-      sample: ``(captions, first) -> uint8 [B, T, H, W, 3]``, clips ``first``, ``first + 1``, ....
-      passes: network passes of one latent frame that a clip costs.
-      starts: first pixel frames of the blocks, for the discontinuity at their borders.
+        name: of the row.
+        captions: what the clips show, one per clip.
+        sample: ``(captions, first) -> uint8 [B, T, H, W, 3]``, clips ``first``, ``first + 1``, ....
+        passes: network passes of one latent frame that a clip costs.
+        starts: first pixel frames of the blocks, for the discontinuity at their borders.
     """
 
     name: str
@@ -252,7 +252,7 @@ def sample_row(row: Row, batch: int, progress: "_Work") -> np.ndarray:
     """Return the clips of a row, uint8 ``[B, T, H, W, 3]``, made ``batch`` at a time.
 
     Raises:
-      ConfigError: frames that are not finite; the message names the row.
+        ConfigError: frames that are not finite; the message names the row.
     """
     clips = []
     progress.begin(row.name)
@@ -335,14 +335,14 @@ def evaluate(
     """Return everything that the report holds.
 
     Args:
-      recipe: geometry, data and step counts.
-      classifier: of ``classifiers.load``.
-      samplers: of the trained networks.
-      plan: how many clips.
-      progress: show a bar with the time left.
+        recipe: geometry, data and step counts.
+        classifier: of ``classifiers.load``.
+        samplers: of the trained networks.
+        plan: how many clips.
+        progress: show a bar with the time left.
 
     Raises:
-      ConfigError: a clip of a single block, held-out captions that are missing, or frames that are not finite.
+        ConfigError: a clip of a single block, held-out captions that are missing, or frames that are not finite.
     """
     latent = recipe.video.latent_frames
     passes = _passes(recipe)
@@ -401,17 +401,17 @@ def switch_report(
     """Report the predictions for every block around a prompt switch.
 
     Args:
-      video: uint8 ``[B, T, H, W, 3]``.
-      before, after: captions of each clip.
-      starts: first pixel frame of every block, and T.
-      at: index of the first block under the new caption.
+        video: uint8 ``[B, T, H, W, 3]``.
+        before, after: captions of each clip.
+        starts: first pixel frame of every block, and T.
+        at: index of the first block under the new caption.
 
     Returns:
-      ``metrics.switch_scores`` of the number of blocks until the new caption holds: it is predicted for a block, and
-      for the video from that block to the end. ``every_block``: the same for the strictest count
-      (``metrics.blocks_until``), in which every single block to the end must be correct. ``cache``:
-      ``CausalConfig.on_prompt_switch``. Also the share of clips with the old caption in the block before, and with the
-      new one in each block after.
+        ``metrics.switch_scores`` of the number of blocks until the new caption holds: it is predicted for a block, and
+        for the video from that block to the end. ``every_block``: the same for the strictest count
+        (``metrics.blocks_until``), in which every single block to the end must be correct. ``cache``:
+        ``CausalConfig.on_prompt_switch``. Also the share of clips with the old caption in the block before, and with
+        the new one in each block after.
     """
 
     def reads(captions: Sequence[str], first: int, last: int) -> np.ndarray:

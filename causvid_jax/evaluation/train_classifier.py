@@ -94,11 +94,11 @@ def train(
     """Train a classifier for the digits and colours of ``data``; the same arguments give the same classifier.
 
     Args:
-      data: digit size and colours.
-      video: frame size.
-      steps: of AdamW, with a cosine schedule, on ``BATCH`` frames each.
-      seed: of the initialisation and the augmentation.
-      log: called with (step, mean loss since the last call) every 100 steps and at the end.
+        data: digit size and colours.
+        video: frame size.
+        steps: of AdamW, with a cosine schedule, on ``BATCH`` frames each.
+        seed: of the initialisation and the augmentation.
+        log: called with (step, mean loss since the last call) every 100 steps and at the end.
     """
     images, labels, _ = digits.handwriting("classifier")
     masks = jnp.asarray(digits.resize(images, data))

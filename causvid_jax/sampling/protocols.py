@@ -14,7 +14,7 @@ class Teacher(Protocol):
     """Sample one clip of the recipe's length for each prompt.
 
     Returns:
-      uint8 ``[B, T, H, W, 3]``; without ``decode`` latents ``[B, F, h, w, C]``.
+        uint8 ``[B, T, H, W, 3]``; without ``decode`` latents ``[B, F, h, w, C]``.
     """
 
     def __call__(self, prompts: Sequence[str], seed: int, *, decode: bool = True) -> np.ndarray: ...
@@ -26,7 +26,7 @@ class Student(Protocol):
     With ``switch = (frame, new prompts)`` the prompts change at that frame, the first of a block.
 
     Returns:
-      uint8 ``[B, frames, H, W, 3]``; without ``decode`` latents ``[B, F, h, w, C]``.
+        uint8 ``[B, frames, H, W, 3]``; without ``decode`` latents ``[B, F, h, w, C]``.
     """
 
     def __call__(
@@ -39,10 +39,10 @@ class Samplers:
     """Samplers of trained networks.
 
     Attributes:
-      reconstruct: uint8 clips ``[B, T, H, W, 3]`` encoded and decoded by the VAE.
-      teacher: samples clips; None leaves the teacher's row, seconds and ratios out of a report.
-      student: samples streams.
-      reconstruct_tiny: clips encoded by the VAE and decoded by the tiny codec, if that decodes the student's streams.
+        reconstruct: uint8 clips ``[B, T, H, W, 3]`` encoded and decoded by the VAE.
+        teacher: samples clips; None leaves the teacher's row, seconds and ratios out of a report.
+        student: samples streams.
+        reconstruct_tiny: clips encoded by the VAE and decoded by the tiny codec, if that decodes the student's streams.
     """
 
     reconstruct: Callable[[np.ndarray], np.ndarray]
