@@ -63,6 +63,7 @@ class Norm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x [..., M]`` normalized, in its own type."""
         wide = x.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()).to(x.dtype)
 
@@ -77,6 +78,7 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = Norm(dim, eps), Norm(dim, eps)
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
+        """Split ``x [..., M]`` into heads ``[..., N, D]``."""
         return x.unflatten(-1, (self.heads, -1))
 
 
@@ -98,6 +100,10 @@ class Block(nn.Module):
         return (y * (1 + scale[:, :, None]) + shift[:, :, None]).to(x.dtype)
 
     def forward(self, x, time, turn, text, cache, slots, used: int):
+        """Return the tokens ``x [B, K, n, M]`` after the layer, and write their keys and values to the cache in place.
+
+        ``time [B, K, 6, M]`` is the modulation; the other arguments are those of :meth:`Student.forward`, of one layer.
+        """
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = (self.modulation.float() + time).unbind(2)
         shape, sa, ca = x.shape, self.self_attn, self.cross_attn
         y = self.modulated(x, shift_sa, scale_sa).flatten(1, 2)  # [B, T, M]

@@ -109,7 +109,8 @@ def training_step(recipe: Recipe, stage: str) -> StepFlops:
 
     A DMD step: every fake-score update generates a clip (the exit step is uniform, so a block has (Q + 1) / 2 denoising
     passes and the context pass) and trains on it. The student's update generates another clip, differentiates one step
-    of it, and runs the teacher twice (with and without the prompt) and the fake score once.
+    of it, and runs the teacher twice (with and without the prompt) and the fake score once. The objectives ``sid`` and
+    ``dmd_gan`` do more, which is not counted.
     """
     frames = recipe.video.latent_frames
     teacher, student = recipe.teacher, recipe.student

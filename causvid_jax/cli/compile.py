@@ -58,7 +58,11 @@ TOO_LARGE = 1
 
 
 def main(options: Options) -> None:
-    """Compile and print the report; end with status 1 if the program does not fit."""
+    """Compile and print the report; end with status 1 if the program does not fit.
+
+    Raises:
+        ConfigError: flags that exclude each other, an unknown machine, or a mesh that does not fit it.
+    """
     recipe = options.config
     from causvid_jax.analysis import compile_report, topology
     from causvid_jax.training import stages

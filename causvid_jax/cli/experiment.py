@@ -34,7 +34,11 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Run the experiment and write its result."""
+    """Run the experiment and write its result.
+
+    Raises:
+        ConfigError: a path that cannot be used, or no such experiment.
+    """
     require(pathlib.Path(options.base or "").is_dir(), f"--base {options.base} is not a directory")
     output = common.check_output(options.output, (".json",))
     workdir = common.writable_workdir(options.workdir)

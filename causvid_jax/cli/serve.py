@@ -31,7 +31,11 @@ class Options(Settings):
 
 
 def main(options: Options) -> None:
-    """Listen, warm up and serve until a signal."""
+    """Listen, warm up and serve until a signal.
+
+    Raises:
+        ConfigError: a missing extra, a recipe whose streams end, more sessions than fit, or an address that is in use.
+    """
     if not options.token and os.environ.get("CAUSVID_TOKEN"):
         options = dataclasses.replace(options, token=os.environ["CAUSVID_TOKEN"])
     try:

@@ -54,7 +54,12 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Run the stages that the flag names."""
+    """Run the stages that the flag names.
+
+    Raises:
+        ConfigError: unreadable lists, clips that are missing, or results that are incomplete.
+        RunError: VBench-Long failed.
+    """
     folder = pathlib.Path(options.output or "")
     if options.stage == "drift":
         measure_drift(options, folder)
