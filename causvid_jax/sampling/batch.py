@@ -89,7 +89,7 @@ def _switched(
     Raises:
         ConfigError: no block begins at frame ``at``.
     """
-    networks, parts = dict(params), []
+    networks, parts = dict(params), list[np.ndarray]()
     sizes = config.causal.block_sizes(latent_frames)
     starts = [blocks.first_frame(block, config) for block in range(len(sizes))]
     require(at in starts, f"the prompt changes at frame {at}; blocks begin at {', '.join(map(str, starts))}")
