@@ -1,14 +1,18 @@
 """Measure how a stream reaches a viewer: gaps between chunks, real-time factor, deadlines and underruns.
 
-A chunk is the frames of one block. The viewer starts to play when ``start_chunks`` chunks have arrived and then shows
-``fps`` frames a second. The deadline of chunk i is the time at which all frames before it have been shown. If it is
-late, the picture stops until it arrives (an underrun), and all later deadlines move by the delay.
+A chunk is the frames of one block. The viewer starts to play when :data:`START_CHUNKS` chunks have arrived and then
+shows ``fps`` frames a second. The deadline of chunk i is the time at which all frames before it have been shown. If it
+is late, the picture stops until it arrives (an underrun), and all later deadlines move by the delay.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+
+START_CHUNKS = 2
+CONFIDENCE, DRAWS = 0.95, 2000
+"""Of the bootstrap interval of a ratio."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +44,17 @@ class Delivery:
     stalled_ms: float
 
 
-def delivery(arrivals: Sequence[float], frames: int, fps: float, *, codec: str, start_chunks: int = 2) -> Delivery:
+def delivery(arrivals: Sequence[float], frames: int, fps: float, *, codec: str) -> Delivery:
     """Return the figures of chunks of ``frames`` pixel frames that arrived at ``arrivals`` seconds after the start.
 
-    ``fps`` is the rate of the video. At least ``start_chunks + 1`` chunks are needed, and at least two.
+    ``fps`` is the rate of the video. At least ``START_CHUNKS + 1`` chunks are needed.
     """
-    assert len(arrivals) > max(start_chunks, 1), "too few chunks for a viewer"
+    assert len(arrivals) > START_CHUNKS, "too few chunks for a viewer"
     gaps = np.diff(arrivals)
     rate = frames / float(gaps.mean())
-    shown_until = arrivals[start_chunks - 1] + start_chunks * frames / fps
+    shown_until = arrivals[START_CHUNKS - 1] + START_CHUNKS * frames / fps
     late, stalled = 0, 0.0
-    for arrival in arrivals[start_chunks:]:
+    for arrival in arrivals[START_CHUNKS:]:
         if arrival > shown_until:
             late, stalled = late + 1, stalled + arrival - shown_until
         shown_until = max(shown_until, arrival) + frames / fps
@@ -64,23 +68,21 @@ def delivery(arrivals: Sequence[float], frames: int, fps: float, *, codec: str, 
         gap_p99_ms=p99,
         fps=rate,
         real_time=rate / fps,
-        on_time=1 - late / (len(arrivals) - start_chunks),
+        on_time=1 - late / (len(arrivals) - START_CHUNKS),
         underruns=late,
         stalled_ms=stalled * 1e3,
     )
 
 
-def ratio_interval(
-    ours: Sequence[float], theirs: Sequence[float], *, confidence: float = 0.95, draws: int = 2000
-) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of ``median(theirs) / median(ours)``; above 1 ours is faster.
+def ratio_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """Return the 95% percentile bootstrap interval of ``median(theirs) / median(ours)``; above 1 ours is faster.
 
     ``ours`` and ``theirs`` are the times of single calls, in one unit.
 
     Calls of each program are resampled independently; correlation of consecutive calls is ignored.
     """
     rng = np.random.default_rng(0)
-    medians = [np.median(rng.choice(np.asarray(x, np.float64), (draws, len(x))), axis=1) for x in (theirs, ours)]
-    tail = 50 * (1 - confidence)
+    medians = [np.median(rng.choice(np.asarray(x, np.float64), (DRAWS, len(x))), axis=1) for x in (theirs, ours)]
+    tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(medians[0] / medians[1], (tail, 100 - tail))
     return float(low), float(high)

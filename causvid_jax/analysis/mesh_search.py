@@ -120,16 +120,13 @@ def _policies(recipe: Recipe) -> Iterator[Recipe]:
             )
 
 
-def search(
-    recipe: Recipe, stage: str, machine: TopologySpec, *, policies: bool = True, too_large: Container[str] = ()
-) -> Candidate:
+def search(recipe: Recipe, stage: str, machine: TopologySpec, *, too_large: Container[str] = ()) -> Candidate:
     """Return the fastest candidate of ``stage`` that fits ``machine``, or the one of least memory if none fits.
 
     Args:
         recipe: whose mesh is ignored.
         stage: "teacher", "init", "distill" or "stream".
         machine: gives the devices, their memory and their links.
-        policies: also choose ``remat`` and ``offload_optimizer``, moving moments only where nothing else fits.
         too_large: settings (:meth:`Candidate.settings`) that did not fit when they were compiled; they are skipped.
 
     Raises:
@@ -137,7 +134,7 @@ def search(
     """
     least = None
     unsharded = dataclasses.replace(recipe, parallel=without_mesh(recipe.parallel))
-    for policy in _policies(unsharded) if policies and stage != "stream" else [unsharded]:
+    for policy in _policies(unsharded) if stage != "stream" else [unsharded]:
         best = None
         for one in _meshes(policy, stage, machine):
             candidate = Candidate(one, estimates.estimate(one, stage, machine), machine.chip.memory, recipe)

@@ -37,7 +37,6 @@ class Engine:
         load: returns its programs; the worker calls it.
         settings: limits and times.
         clock: returns monotonic seconds.
-        metrics: counters; None makes new ones.
 
     Attributes:
         ready: set once every program is compiled.
@@ -52,10 +51,9 @@ class Engine:
         load: Callable[[], Programs],
         settings: Settings,
         clock: Callable[[], float] = time.monotonic,
-        metrics: Metrics | None = None,
     ):
         self.recipe, self.settings, self.clock = recipe, settings, clock
-        self.metrics = metrics or Metrics(recipe.name)
+        self.metrics = Metrics(recipe.name)
         self._load = load
         self._programs: Programs | None = None
         self.ready = threading.Event()

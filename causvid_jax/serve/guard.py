@@ -46,11 +46,10 @@ class Guard:
     Args:
         app: the application.
         settings: address, token, origins and limits.
-        clock: returns monotonic seconds.
     """
 
-    def __init__(self, app: Any, settings: Settings, clock: Callable[[], float] = time.monotonic):
-        self.app, self.settings, self.clock = app, settings, clock
+    def __init__(self, app: Any, settings: Settings):
+        self.app, self.settings = app, settings
         self._minute, self._counts = 0, collections.Counter[str]()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,7 +95,7 @@ class Guard:
         return None
 
     def _count(self, address: str) -> int:
-        minute = int(self.clock() // 60)
+        minute = int(time.monotonic() // 60)
         if minute != self._minute or len(self._counts) > MOST_ADDRESSES:
             self._minute = minute
             self._counts.clear()

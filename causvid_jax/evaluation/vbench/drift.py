@@ -18,6 +18,8 @@ EDGE_SHARE = 0.15
 SECONDS = 5.0
 FLOW_SIDE = 128
 """Frames are reduced to about this many pixels on the shorter side before their flow is computed."""
+LEVELS, ROUNDS, RADIUS = 3, 4, 3
+"""Levels of the pyramid, steps on each of them, and radius in pixels of the windows of the optical flow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,14 +133,13 @@ def flow_pairs(video: np.ndarray) -> np.ndarray:
     return np.stack([optical_flow(a, b) for a, b in zip(gray, gray[1:], strict=False)])
 
 
-def optical_flow(first: np.ndarray, second: np.ndarray, *, levels: int = 3, rounds: int = 4) -> np.ndarray:
+def optical_flow(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return the flow ``[h, w, 2]`` in pixels (x, y) that takes ``first`` to ``second`` (grey ``[h, w]`` in [0, 1]).
 
-    Lucas and Kanade (1981), from coarse to fine: ``rounds`` least-squares steps on each of up to ``levels`` levels of a
-    pyramid.
+    Lucas and Kanade (1981), from coarse to fine: least-squares steps on every level of a pyramid.
     """
     pyramid = [(first, second)]
-    while len(pyramid) < levels and min(pyramid[-1][0].shape) >= 32:
+    while len(pyramid) < LEVELS and min(pyramid[-1][0].shape) >= 32:
         pyramid.append((_reduce(pyramid[-1][0], 2), _reduce(pyramid[-1][1], 2)))
     flow = np.zeros((*pyramid[-1][0].shape, 2), np.float32)
     for a, b in reversed(pyramid):
@@ -146,7 +147,7 @@ def optical_flow(first: np.ndarray, second: np.ndarray, *, levels: int = 3, roun
             flow = 2 * np.repeat(np.repeat(flow, 2, axis=0), 2, axis=1)
             rows, columns = (max(0, have - now) for have, now in zip(a.shape, flow.shape, strict=False))
             flow = np.pad(flow, ((0, rows), (0, columns), (0, 0)), mode="edge")[: a.shape[0], : a.shape[1]]
-        for _ in range(rounds):
+        for _ in range(ROUNDS):
             flow = flow + _lucas_kanade(a, _warp(b, flow))
     return flow
 
@@ -164,12 +165,12 @@ def _lucas_kanade(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.clip(np.stack([u, v], axis=-1), -2, 2).astype(np.float32)
 
 
-def _window(x: np.ndarray, radius: int = 3) -> np.ndarray:
+def _window(x: np.ndarray) -> np.ndarray:
     """Return the mean over a square window, edges repeated."""
     for axis in (0, 1):
-        padded = np.pad(x, [(radius + 1, radius) if i == axis else (0, 0) for i in (0, 1)], mode="edge")
+        padded = np.pad(x, [(RADIUS + 1, RADIUS) if i == axis else (0, 0) for i in (0, 1)], mode="edge")
         total = np.cumsum(padded, axis=axis, dtype=np.float64)
-        size = 2 * radius + 1
+        size = 2 * RADIUS + 1
         x = (np.take(total, range(size, total.shape[axis]), axis) - np.take(total, range(x.shape[axis]), axis)) / size
     return x
 

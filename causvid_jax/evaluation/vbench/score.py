@@ -31,9 +31,7 @@ def find_info(given: str | None) -> pathlib.Path:
     return file
 
 
-def run_short(
-    videos: pathlib.Path, info: pathlib.Path, output: pathlib.Path, dimensions: Sequence[str] = tuple(DIMENSIONS)
-) -> list[pathlib.Path]:
+def run_short(videos: pathlib.Path, info: pathlib.Path, output: pathlib.Path) -> list[pathlib.Path]:
     """Score clips of under five seconds by VBench, one dimension after the other; return the result files.
 
     Dimensions that have a result are not computed again. Temporal flickering is computed on static clips
@@ -50,7 +48,7 @@ def run_short(
     output.mkdir(parents=True, exist_ok=True)
     bench = VBench(torch.device("cuda" if torch.cuda.is_available() else "cpu"), str(info), str(output))
     results = []
-    for name in sorted(dimensions, key=lambda name: name == FLICKER):
+    for name in sorted(DIMENSIONS, key=lambda name: name == FLICKER):
         result = output / f"{name}_eval_results.json"
         if not result.is_file():
             source = static_videos(videos, output) if name == FLICKER else videos
