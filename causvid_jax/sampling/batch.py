@@ -56,7 +56,7 @@ def make_samplers(
         return pixels(_encode(params["vae"], jnp.asarray(files.to_float(video)), config=config.vae), name)
 
     def teacher(prompts: Sequence[str], seed: int, *, decode: bool = True) -> np.ndarray:
-        seeds = jnp.asarray(seed + np.arange(len(prompts)), jnp.uint32)
+        seeds = stream.seeds_of(seed, len(prompts))
         latents = sample_clip(params["teacher"], embeds_of(prompts), negative_embeds, seeds=seeds, config=config)
         if not decode:
             return np.asarray(latents)

@@ -19,6 +19,7 @@ from causvid_jax.models.image_branch import Picture
 from causvid_jax.sampling import blocks, exported, image_to_video, player, schedule, weights
 from causvid_jax.sampling.request import SampleRequest, teacher_recipe
 from causvid_jax.sampling.script import MOST_INPUT, Event, Script, pack
+from causvid_jax.sampling.state import seeds_of
 from causvid_jax.sampling.teacher import sample_clip
 from causvid_jax.text import encoder
 
@@ -239,7 +240,7 @@ def teacher_clips(session: Session, texts: Embeds, timing: player.Timing, say: S
     recipe, request = session.recipe, session.request
     prompts = jnp.asarray(np.stack([texts[p] for p in request.prompt]))
     negative = jnp.asarray(texts[recipe.text.negative_prompt])
-    seeds = jnp.asarray(request.seed + np.arange(len(prompts)), jnp.uint32)
+    seeds = seeds_of(request.seed, len(prompts))
     picture = _encode_picture(session)
     arguments = prompts, negative, *(() if picture is None else (picture.embeds, picture.latents))
     params = weights.load(session.weights, weights.shapes(recipe, "teacher"))
