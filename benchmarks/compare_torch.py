@@ -2,7 +2,7 @@
 
 ``python benchmarks/compare_torch.py --config=digits --output=compare.json`` needs PyTorch beside JAX. Both have equal
 sizes, cache, compute type and device, and on a CPU the same cores. Weights are random. PyTorch is compiled
-(``torch.compile``), unless ``--eager`` is given. Each round runs a call once in both; every other round begins with the
+(``torch.compile``), unless ``--eager`` is flags. Each round runs a call once in both; every other round begins with the
 other one, so that a slow phase of the machine hits both. Prints medians and their ratio, above 1 where JAX is faster,
 with a 95% interval by bootstrap, and the range of the ratio over the rounds.
 
@@ -121,18 +121,18 @@ class Student:
         return run
 
 
-def measure(recipe: Recipe, given: argparse.Namespace, clock: Callable[[], float]) -> dict[str, Any]:
+def measure(recipe: Recipe, flags: argparse.Namespace, clock: Callable[[], float]) -> dict[str, Any]:
     """Return the report: both students timed at the full window, or with ``--lengths`` at every cache length."""
     import torch
     import torch_sampler
 
-    device = torch.device(given.device)
+    device = torch.device(flags.device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    mode = given.mode or ("max-autotune-no-cudagraphs" if device.type == "cuda" else "default")
-    ours, twin = Student(recipe), torch_sampler.Sampler(recipe, device, None if given.eager else mode)
+    mode = flags.mode or ("max-autotune-no-cudagraphs" if device.type == "cuda" else "default")
+    ours, twin = Student(recipe), torch_sampler.Sampler(recipe, device, None if flags.eager else mode)
     steps, lengths, lines = len(recipe.diffusion.denoising_timesteps), bench.cache_lengths(recipe), []
     latents = torch.randn(twin.shape, device=device)
-    for start, seen in lengths if given.lengths else lengths[-1:]:
+    for start, seen in lengths if flags.lengths else lengths[-1:]:
         ours.fill(start)
         twin.stream.position = start
         ready = twin.stream.block(twin.grid)
@@ -153,32 +153,32 @@ def measure(recipe: Recipe, given: argparse.Namespace, clock: Callable[[], float
                 theirs()
                 wait()
 
-            times = interleave({OURS: ours.call(function, start), THEIRS: waited}, given.repeats, clock)
+            times = interleave({OURS: ours.call(function, start), THEIRS: waited}, flags.repeats, clock)
             lines.append(line(what, seen, times))
             print(table(lines[-1:]).splitlines()[-1], flush=True)
     words = bench.settings(recipe, bench.Options())
     return {
         "program": "benchmarks/compare_torch.py",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": bench.describe_device() | {"twin": f"PyTorch {torch.__version__}", "threads": given.threads},
-        "settings": words | {"twin": f"SDPA {given.attention}, {'eager' if given.eager else f'torch.compile {mode}'}"},
+        "device": bench.describe_device() | {"twin": f"PyTorch {torch.__version__}", "threads": flags.threads},
+        "settings": words | {"twin": f"SDPA {flags.attention}, {'eager' if flags.eager else f'torch.compile {mode}'}"},
         "clock": clock.__name__,
         "lines": lines,
         "notes": ["The twin's residual stream is in the compute type, ours in float32."],
     }
 
 
-def read_recipe(given: argparse.Namespace) -> Recipe:
+def read_recipe(flags: argparse.Namespace) -> Recipe:
     """Return the recipe that both run.
 
     Raises:
         ConfigError: no such recipe, or one that the twin does not know.
     """
-    recipe = load_recipe(given.config)
+    recipe = load_recipe(flags.config)
     causal, net = recipe.causal, recipe.student
-    if given.window is not None:
-        causal = dataclasses.replace(causal, window=given.window)
-    dtype = given.dtype or ("float32" if given.device == "cpu" else net.dtype)
+    if flags.window is not None:
+        causal = dataclasses.replace(causal, window=flags.window)
+    dtype = flags.dtype or ("float32" if flags.device == "cpu" else net.dtype)
     kernel = net.attention if dtype == net.dtype else "auto"
     recipe = dataclasses.replace(recipe, causal=causal, student=dataclasses.replace(net, dtype=dtype, attention=kernel))
     require(
@@ -215,29 +215,29 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Read the flags; check velocities, or measure and write the report."""
-    given = parse()
+    flags = parse()
     import torch
     import torch_sampler
 
-    given.device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    jax.config.update("jax_platforms", given.device)
-    if given.device == "cpu":
+    flags.device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    jax.config.update("jax_platforms", flags.device)
+    if flags.device == "cpu":
         if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.threads])
-        torch.set_num_threads(given.threads)
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: flags.threads])
+        torch.set_num_threads(flags.threads)
     with torch.no_grad():
-        if given.check:
+        if flags.check:
             torch_sampler.check()
             return
         try:
-            output, recipe = common.check_output(given.output, (".json",)), read_recipe(given)
-            bench.Options(given.repeats)
+            output, recipe = common.check_output(flags.output, (".json",)), read_recipe(flags)
+            bench.Options(flags.repeats)
         except ConfigError as error:
             sys.exit(f"error: {error}")
         common.enable_compilation_cache()
-        clock = time.process_time if given.device == "cpu" and given.threads == 1 else time.perf_counter
-        with torch_sampler.kernels(given.attention):
-            report = measure(recipe, given, clock)
+        clock = time.process_time if flags.device == "cpu" and flags.threads == 1 else time.perf_counter
+        with torch_sampler.kernels(flags.attention):
+            report = measure(recipe, flags, clock)
     described = ", ".join(f"{name} {value}" for part in ("device", "settings") for name, value in report[part].items())
     text = f"{described}. Clock: {report['clock']}.\n\n{table(report['lines'])}\n"
     write_text(output, json.dumps(report, indent=1) + "\n")

@@ -72,11 +72,11 @@ def peak(*arguments: str) -> tuple[int, float]:
     )
     begin = time.perf_counter()
     root = pathlib.Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=root, capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-c", program, *arguments], cwd=root, capture_output=True, text=True)
     seconds = time.perf_counter() - begin
-    lines = done.stdout.splitlines()
-    if done.returncode:
-        raise SystemExit(done.stderr)
+    lines = process.stdout.splitlines()
+    if process.returncode:
+        raise SystemExit(process.stderr)
     print("\n".join(line for line in lines if "->" in line))
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
@@ -91,20 +91,23 @@ def main() -> None:
     parser.add_argument("--naming", choices=("original", "diffusers"), default="original")
     parser.add_argument("--layers", type=int, default=None, help="fewer layers, for a look at less disk and time")
     parser.add_argument("--folder", default=None, help="where the files go for the time being")
-    given = parser.parse_args()
-    config = SIZES[given.size]
-    config = dataclasses.replace(config, num_layers=given.layers or config.num_layers)
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="convert_memory_", dir=given.folder))
+    flags = parser.parse_args()
+    config = SIZES[flags.size]
+    config = dataclasses.replace(config, num_layers=flags.layers or config.num_layers)
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="convert_memory_", dir=flags.folder))
     try:
         begin = time.perf_counter()
-        largest = write_random(folder, config, given.naming, jnp.dtype(given.dtype))
-        took = time.perf_counter() - begin
-        print(f"wrote random {given.size} of {config.num_layers} layers, {given.dtype}, in {took:.0f} s", flush=True)
+        largest = write_random(folder, config, flags.naming, jnp.dtype(flags.dtype))
+        seconds_to_write = time.perf_counter() - begin
+        print(
+            f"wrote random {flags.size} of {config.num_layers} layers, {flags.dtype}, in {seconds_to_write:.0f} s",
+            flush=True,
+        )
         arguments = f"--input={folder}", f"--output={folder / 'ours.safetensors'}"
         # A dry run does everything except moving weights: imports, headers, the plan.
         idle, _ = peak(*arguments, "--dry_run")
         used, seconds = peak(*arguments)
-        limit = 4 * GIB if given.size == "1.3B" else int(1.5 * largest) + 2 * GIB
+        limit = 4 * GIB if flags.size == "1.3B" else int(1.5 * largest) + 2 * GIB
         size = (folder / "ours.safetensors").stat().st_size
         print(
             f"converted {size / 1e9:.2f} GB in {seconds:.0f} s; peak {used / 2**20:.0f} MiB, of which "

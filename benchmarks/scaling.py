@@ -93,8 +93,8 @@ def row_of(recipe: str, stage: str, name: str, compiled: dict[str, dict]) -> Row
     row = Row(recipe, stage, name, plan, compile_report.estimate_for(plan.recipe, stage, machine))
     if known.get("settings") != plan.settings(stage):
         return row
-    found = known["report"]
-    return dataclasses.replace(row, **{"report": compile_report.Report(**found)} if found else {"refused": True})
+    report = known["report"]
+    return dataclasses.replace(row, **{"report": compile_report.Report(**report)} if report else {"refused": True})
 
 
 def rows(compiled: dict[str, dict]) -> list[Row]:
@@ -173,7 +173,7 @@ def _pairs(recipe: Recipe, machine: topology.TopologySpec, pairs: int, steps: in
 
 def cost_table(made: list[Row], recipe: str) -> list[str]:
     """Return the lines of the table of device hours of the paper's and of Self-Forcing's schedule."""
-    found = {(row.stage, row.machine): row for row in made if row.recipe == recipe}
+    by_cell = {(row.stage, row.machine): row for row in made if row.recipe == recipe}
     lines = [
         "| machine | 1,000 trajectories | 16,000 trajectories | init, 3,000 steps of 128 | DMD, 1,200 cycles (paper) "
         "| DMD, 120 cycles (Self-Forcing) | the latter takes |",
@@ -185,10 +185,10 @@ def cost_table(made: list[Row], recipe: str) -> list[str]:
             "{:,.0f} - {:,.0f}".format(*_pairs(load(recipe), machine, *count)) for count in ((1000, 50), (16000, 48))
         ]
         for stage, steps in (("init", 3000), ("distill", 1200), ("distill", 120)):
-            row = found[stage, name]
+            row = by_cell[stage, name]
             hours = _hours(row.report.step_seconds, steps, machine.size)
             cells.append("{:,.0f} - {:,.0f}".format(*hours) if row.fits else "does not fit")
-        row = found["distill", name]
+        row = by_cell["distill", name]
         slow, fast = (compile_report.readable_seconds(120 * s) for s in row.report.step_seconds)
         cells.append(f"{fast} - {slow}" if row.fits else "-")
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -294,8 +294,8 @@ def compile_row(row: Row, quick: bool) -> dict | None:
         ]
         packages = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": packages}
-        with log.open("w") as told:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=told, stderr=subprocess.STDOUT)
+        with log.open("w") as stream:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
             _, status, used = os.wait4(process.pid, 0)
         memory = used.ru_maxrss / 2**20
         print(f"== {row.name}: {used.ru_utime:.0f} s, {memory:.1f} GiB\n{log.read_text()[-2500:]}", flush=True)

@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def random_arrays(shapes):
-    """Return random arrays of ``shapes`` on the device, made one at a time.
+    """Return random arrays of ``shapes`` on the device, video_frames one at a time.
 
     Kernels keep the variance of their input. Scales are around 1 and all else around 0. Every array is the same noise
     from another start, which is fast.
@@ -51,13 +51,13 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--layers", type=int, default=0, help="fewer layers, for a look in less time")
     parser.add_argument("--limit", type=float, default=20.0, help="GiB")
-    given = parser.parse_args()
-    recipe = load_recipe(given.config)
-    student = dataclasses.replace(recipe.student, num_layers=given.layers or recipe.student.num_layers, attention="xla")
-    video = dataclasses.replace(recipe.video, height=given.size, width=given.size)
+    flags = parser.parse_args()
+    recipe = load_recipe(flags.config)
+    student = dataclasses.replace(recipe.student, num_layers=flags.layers or recipe.student.num_layers, attention="xla")
+    video = dataclasses.replace(recipe.video, height=flags.size, width=flags.size)
     recipe = dataclasses.replace(recipe, student=student, video=video)
     k = recipe.causal.frames_per_block
-    latents = k * given.blocks
+    latents = k * flags.blocks
     frames = 1 + 4 * (latents - 1)
     print(
         memory.describe(memory.sampling_phases(recipe, "student", batch=1, latents=latents, prompts=0)),
@@ -70,22 +70,23 @@ def main() -> None:
     count = sum(leaf.size for leaf in jax.tree.leaves(params["student"]))
     print(f"{count:,} random parameters in {time.perf_counter() - begin:.0f} s", flush=True)
     text = np.random.default_rng(1).standard_normal((1, recipe.text.length, recipe.text.dim), np.float32)
-    timing, shown = player.Timing(), []
+    timing, clips = player.Timing(), []
     for block, clip in enumerate(player.play(params, text, config=recipe, frames=frames, timing=timing)):
-        shown.append(clip)
+        clips.append(clip)
         print(
             f"block {block}: {clip.shape[1]} frames, {timing.total:.1f} s; peak {memory.peak_rss() / GIB:.2f} GiB",
             flush=True,
         )
-    made = np.concatenate(shown, axis=1)
-    took = memory.peak_rss()
+    video_frames = np.concatenate(clips, axis=1)
+    peak = memory.peak_rss()
     print(
-        f"{made.shape[1]} frames of {given.size} x {given.size} (standard deviation {made.std():.0f} of 255): "
-        f"compiled in {timing.compile:.0f} s, first block after {timing.first:.1f} s, all after {timing.total:.1f} s; "
-        f"peak {took / GIB:.2f} GiB, of which {idle / GIB:.2f} before weights"
+        f"{video_frames.shape[1]} frames of {flags.size} x {flags.size} "
+        f"(standard deviation {video_frames.std():.0f} of 255): compiled in {timing.compile:.0f} s, "
+        f"first block after {timing.first:.1f} s, all after {timing.total:.1f} s; "
+        f"peak {peak / GIB:.2f} GiB, of which {idle / GIB:.2f} before weights"
     )
-    if took > given.limit * GIB:
-        raise SystemExit(f"more than {given.limit:g} GiB")
+    if peak > flags.limit * GIB:
+        raise SystemExit(f"more than {flags.limit:g} GiB")
 
 
 if __name__ == "__main__":

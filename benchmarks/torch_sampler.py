@@ -68,19 +68,19 @@ class Sampler:
         steps = [float(t) for t in flow.student_timesteps(recipe.diffusion)]
         self.table = [(t, t / 1000, s / 1000) for t, s in zip(steps, [*steps[1:], 0.0], strict=True)]
         self.device, self.clean = device, causal.context_noise
-        self.told = {t: torch.full((1, causal.frames_per_block), t, device=device) for t in (*steps, self.clean)}
+        self.timesteps = {t: torch.full((1, causal.frames_per_block), t, device=device) for t in (*steps, self.clean)}
 
     def denoise(self, ready):
         """Return x0 ``[1, K, h, w, C]`` of the block at the stream's position, after all denoising steps."""
         x = torch.randn(self.shape, device=self.device)
         for timestep, sigma, following in self.table:
-            x0 = x - sigma * self.stream.velocity(x, self.told[timestep], ready)
+            x0 = x - sigma * self.stream.velocity(x, self.timesteps[timestep], ready)
             x = x0 if not following else (1 - following) * x0 + following * torch.randn(self.shape, device=self.device)
         return x
 
     def write(self, ready, latents):
         """Write the block of clean ``latents`` to the cache by one pass."""
-        return self.stream.velocity(latents, self.told[self.clean], ready)
+        return self.stream.velocity(latents, self.timesteps[self.clean], ready)
 
 
 def check() -> None:
@@ -116,10 +116,10 @@ def check() -> None:
         ready = theirs.block((3, 4))
         for timestep in (987.5, 41.25, 0.0):  # the last one stays in the cache
             x = rng.standard_normal((1, 2, 6, 8, 6)).astype(np.float32)
-            told = np.full((1, 2), timestep, np.float32)
-            expected, cache = ours(params, x, told, encoded, cache)
-            found = theirs.velocity(torch.tensor(x), torch.tensor(told), ready).numpy()
-            worst, size = max(worst, float(np.abs(found - expected).max())), float(np.std(expected))
+            timesteps = np.full((1, 2), timestep, np.float32)
+            expected, cache = ours(params, x, timesteps, encoded, cache)
+            velocity = theirs.velocity(torch.tensor(x), torch.tensor(timesteps), ready).numpy()
+            worst, size = max(worst, float(np.abs(velocity - expected).max())), float(np.std(expected))
         cache = transformer.advance(cache, 2)
     print(f"torch sampler: max |torch - jax| = {worst:.1e} over 15 passes, std {size:.2f} (seed {seed})")
     assert worst <= 5e-5 * max(1.0, size)

@@ -19,20 +19,20 @@ def parser(description: str) -> argparse.ArgumentParser:
     Other flags of ``launch.train`` follow after ``--``.
     """
     usage = "%(prog)s [options] [-- flags of launch.train]"
-    made = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
-    made.add_argument("--config", required=True, help="recipe file, as for launch.train")
-    made.add_argument("--stage", required=True, choices=STAGES, help="what to train")
-    made.add_argument("--workdir", required=True, help="on a file system that all hosts share")
-    made.add_argument("--name", default="causvid", help="of the job or resource")
-    made.add_argument("--dry_run", action="store_true", help="print what would be run, run nothing")
-    return made
+    result = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
+    result.add_argument("--config", required=True, help="recipe file, as for launch.train")
+    result.add_argument("--stage", required=True, choices=STAGES, help="what to train")
+    result.add_argument("--workdir", required=True, help="on a file system that all hosts share")
+    result.add_argument("--name", default="causvid", help="of the job or resource")
+    result.add_argument("--dry_run", action="store_true", help="print what would be run, run nothing")
+    return result
 
 
-def parse(made: argparse.ArgumentParser, given: Sequence[str] | None) -> argparse.Namespace:
-    """Parse ``given`` (None: the command line). ``flags`` holds the arguments after ``--``."""
-    words = list(sys.argv[1:] if given is None else given)
+def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> argparse.Namespace:
+    """Parse ``words`` (None: the command line). ``flags`` holds the arguments after ``--``."""
+    words = list(sys.argv[1:] if words is None else words)
     end = words.index("--") if "--" in words else len(words)
-    arguments = made.parse_args(words[:end])
+    arguments = parser.parse_args(words[:end])
     arguments.flags = words[end + 1 :]
     return arguments
 
@@ -61,7 +61,8 @@ def execute(commands: Sequence[Command], *, dry_run: bool, text: str = "") -> in
         running = [subprocess.Popen(command, stdin=subprocess.PIPE if text else None) for command in commands]
     except FileNotFoundError as error:
         print(
-            f"error: {error.filename} is not installed here; --dry_run prints what it would be given", file=sys.stderr
+            f"error: {error.filename} is not installed here; --dry_run prints the input that it would get",
+            file=sys.stderr,
         )
         return 2
     for process in running:

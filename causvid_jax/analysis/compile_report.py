@@ -42,7 +42,7 @@ class Report:
         compiled: whether the memory comes from the compiler or is computed from shapes
             (:mod:`causvid_jax.analysis.estimate`).
         compile_seconds: processor time of this process; 0 if nothing was compiled.
-        quick: whether the compiler was told to make the least effort (:func:`compile_for`).
+        quick: whether the program was compiled with the least optimisation (:func:`compile_for`).
         arguments, temporaries, peak, limit: bytes per device; ``peak`` is the compiler's own figure.
         host: bytes of the host's memory per device; offloaded moments of a described GPU are computed.
         collectives: by kind, of :func:`causvid_jax.analysis.hlo.totals`.

@@ -17,8 +17,8 @@ ATTRIBUTES = ("digit", "color", "direction")
 def agreement(read: Sequence[Sequence[tuple]], targets: Sequence[Sequence[tuple]]) -> np.ndarray:
     """Return which attributes are correct: bool ``[B, n, 3]``, the last axis in the order of :data:`ATTRIBUTES`.
 
-    The classifier does not know which of a clip's digits the caption names first. Of all assignments of the digits read
-    to those of the caption, the one with the most correct attributes counts.
+    The order of a clip's digits is arbitrary. Of all assignments of the digits read to those of the caption, the one
+    with the most correct attributes counts.
 
     Args:
         read: n predicted triples (digit, color, direction) of each of B clips.

@@ -234,8 +234,8 @@ def _encode_picture(session: Session) -> Picture | None:
 def teacher_clips(session: Session, texts: Embeds, timing: player.Timing, say: Say = print) -> Iterator[np.ndarray]:
     """Yield the teacher's clips in parts, uint8 ``[B, n, H, W, 3]``: denoised all at once, then decoded.
 
-    ``texts`` has the embeddings of every prompt, ``timing`` is updated, and ``say`` gets a line before denoising. The
-    teacher is freed before the decoder is loaded.
+    ``texts`` has the embeddings of every prompt, ``timing`` is updated, and ``say`` is called with a line before
+    denoising. The teacher is freed before the decoder is loaded.
     """
     recipe, request = session.recipe, session.request
     prompts = jnp.asarray(np.stack([texts[p] for p in request.prompt]))

@@ -136,7 +136,7 @@ def _write_context(
     """Write the finished block ``state.block`` to the cache by one pass at ``context_noise``.
 
     With ``add_context_noise="always"`` the pass reads ``(1 - s) x0 + s noise``, ``s = context_noise / 1000``, with the
-    noise of ``step``; None: the step after a block's denoising steps, so that a block is always written alike.
+    noise of ``step``; None: the step after a block's denoising steps, so a block is always written in the same way.
     """
     causal = config.causal
     if causal.add_context_noise == "always":

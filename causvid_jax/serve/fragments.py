@@ -68,7 +68,10 @@ def enlarge(frames: np.ndarray, upscale: int) -> np.ndarray:
 
 
 def _at(fragment: bytes, time: int) -> bytes:
-    """Return the fragment with its decoding time (box ``tfdt``, version 1) set; the encoder knows one block only."""
+    """Return the fragment with its decoding time (box ``tfdt``, version 1) set to ``time``, in ticks of the clock.
+
+    The encoder counts from the start of the block.
+    """
     position = fragment.index(b"tfdt") + 8
     return fragment[:position] + time.to_bytes(8, "big") + fragment[position + 8 :]
 

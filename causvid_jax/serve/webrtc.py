@@ -72,7 +72,7 @@ class FilmTrack(MediaStreamTrack):
         chunk, position = await self._take()
         self._session.seen = self._engine.clock()
         now = self._event_loop.time()
-        if now > self._due + 1 / self._engine.fps:  # it begins, or it ran dry
+        if now > self._due + 1 / self._engine.fps:  # the first frame, or one that is late
             self._due = now
             self._first = self._first or now
         await asyncio.sleep(self._due - now)

@@ -15,17 +15,17 @@ from causvid_jax.evaluation.vbench.totals import DIMENSIONS, FLICKER
 INFO = "VBench_full_info.json"
 
 
-def find_info(given: str | None) -> pathlib.Path:
-    """Return the path of VBench's list of prompts: ``given``, else that of the installed package.
+def find_info(path: str | None) -> pathlib.Path:
+    """Return the path of VBench's list of prompts: ``path``, else that of the installed package.
 
     Raises:
         ConfigError: there is none.
     """
-    if given:
-        return pathlib.Path(given)
+    if path:
+        return pathlib.Path(path)
     spec = importlib.util.find_spec("vbench")
     folders = list(spec.submodule_search_locations or ()) if spec else []
-    file = next((path for folder in folders if (path := pathlib.Path(folder) / INFO).is_file()), None)
+    file = next((each for folder in folders if (each := pathlib.Path(folder) / INFO).is_file()), None)
     if file is None:
         raise ConfigError(f"no --info is given and the package vbench is not installed; give {INFO} of VBench")
     return file
