@@ -20,7 +20,10 @@ VISIBLE = 256
 
 @dataclasses.dataclass(frozen=True)
 class SampleRequest:
-    """Videos to generate; the fields are the flags of ``causvid sample``.
+    """Videos to generate; the fields are the flags of ``causvid sample``, whose ``--help`` describes them.
+
+        request = SampleRequest(config=load_recipe("digits"), prompt=("a red 3 moving left",), output="red.mp4")
+        session.run(session.open_session(request))  # causvid_jax.sampling.session
 
     Raises:
         ConfigError: a value out of bounds, or two that exclude each other.
