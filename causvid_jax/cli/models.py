@@ -59,5 +59,5 @@ def _describe(model: published.PublishedModel) -> str:
 def _short(value: object) -> str:
     """Format a setting for the command line, without needless digits."""
     if isinstance(value, tuple):
-        return f"({','.join(f'{math.floor(x * 1000 + 0.5) / 1000:g}' for x in value)},)".replace(" ", "")
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return f"({','.join(map(_short, value))},)"
+    return f"{math.floor(value * 1000 + 0.5) / 1000:g}" if isinstance(value, float) else str(value)

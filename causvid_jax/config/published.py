@@ -131,7 +131,7 @@ def _causal_forcing(
 
 
 def _rcm(chunk: int, steps: int, later: tuple[float, ...], size: int | None = None) -> PublishedModel:
-    first: Settings = {"diffusion": {"first_block_timesteps": _RCM}} if steps < 4 else {}
+    first: Settings = {"diffusion": {"first_block_timesteps": (_RCM,)}} if steps < 4 else {}
     return PublishedModel(
         f"causal_rcm_c{chunk}_{steps}step",
         f"Causal-rCM, {'frame' if chunk == 1 else 'chunk'}-wise, {steps} steps",
@@ -222,14 +222,14 @@ MODELS: tuple[PublishedModel, ...] = (
         "Causal Forcing++, frame-wise, 2 steps (4 for the first frame)",
         "causal-forcing++/framewise-2step.pt",
         _FRAME,
-        {"denoising_timesteps": (1000.0, 500.0), "first_block_timesteps": _FOUR},
+        {"denoising_timesteps": (1000.0, 500.0), "first_block_timesteps": (_FOUR,)},
     ),
     _causal_forcing(
         "causal_forcing_1step",
         "Causal Forcing++, frame-wise, 1 step (4 for the first frame)",
         "causal-forcing++/framewise-1step.pt",
         _FRAME,
-        {"denoising_timesteps": (1000.0,), "first_block_timesteps": _FOUR},
+        {"denoising_timesteps": (1000.0,), "first_block_timesteps": (_FOUR,)},
     ),
     _rcm(1, 4, _RCM, 2_838_292_823),
     _rcm(1, 2, (_RCM[0], _RCM[2])),

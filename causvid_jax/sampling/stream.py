@@ -190,16 +190,8 @@ def _pass(
     timesteps = jnp.full(x.shape[:2], timestep, jnp.float32)
     student, causal = config.student, config.causal
     x = with_channels(x, state.picture, student, cache.position)
-    return transformer.cached(
-        _student(params, state.adapters),
-        x,
-        timesteps,
-        state.text,
-        cache,
-        config=student,
-        causal=causal,
-        rewrites=rewrites,
-    )
+    options: dict[str, Any] = {"config": student, "causal": causal, "rewrites": rewrites}
+    return transformer.cached(_student(params, state.adapters), x, timesteps, state.text, cache, **options)
 
 
 def _denoise(
@@ -210,15 +202,16 @@ def _denoise(
     config: Recipe,
     noise: jax.Array | None,
     timesteps: tuple[float, ...] | None,
-    cut: bool = True,
+    own_steps: bool = True,
 ) -> tuple[jax.Array, KVCache]:
     """Denoise the block ``x`` from denoising step ``start`` on; return its x0 and the cache with the block written.
 
     Step j computes ``x0 = x_t - sigma_j v`` and adds fresh noise at the next step's level. The cache write is one more
     iteration of the same loop, on x0 itself (sigma 0, ``context_noise``), so the network is compiled once.
+    ``own_steps``: the first blocks have ``diffusion.first_block_timesteps``.
     """
-    begins = state.cache.position == 0 if cut else None
-    times, levels, count = schedule.tables(begins, config, timesteps)
+    block = schedule.block_number(state.cache.position, config.causal) if own_steps else None
+    times, levels, count = schedule.tables(block, config, timesteps)
 
     def step(j: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
         x, cache = carry
@@ -353,7 +346,9 @@ def next_block_from(
     _check_block(state, latents, config)
     _, sigmas = schedule.schedule(config, None)
     x = flow.add_noise(latents, _noise(state, start, config, noise), jnp.asarray(sigmas, jnp.float32)[start])
-    x0, cache = _denoise(params, state, precision.round_all(x, config.student), start, config, noise, None, cut=False)
+    x0, cache = _denoise(
+        params, state, precision.round_all(x, config.student), start, config, noise, None, own_steps=False
+    )
     return x0, _finish(state, x0, cache)
 
 
