@@ -102,17 +102,20 @@ def sampling_phases(
             embeds = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
             seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)
             capacity = None if recipe.causal.window else latents
-            start = functools.partial(stream.first_state, config=recipe, capacity=capacity)
+            single = dataclasses.replace(recipe, rolling_blocks=0)
+            start = functools.partial(stream.first_state, config=single, capacity=capacity)
             state = jax.eval_shape(lambda *z: start(*z[:3], picture=z[3]), {"student": weights}, embeds, seeds, picture)
-        slots = state.cache.frame.shape[0]
+        slots, together = state.cache.frame.shape[0], k * max(1, recipe.rolling_blocks)
         items = {
             "transformer": sizes(weights),
             "keys and values": sizes(state.cache.arrays),
             "prompt's keys and values": sizes(state.text),
             _codec_name(coder): sizes(coder),
             "decoder's past": sizes(state.decode),
-            "work, about": _largest(layer_work(net, batch, k, slots, height, width), decoding),
+            "work, about": _largest(layer_work(net, batch, together, slots, height, width), decoding),
         }
+        if recipe.rolling_blocks:
+            items["copy of keys and values"] = sizes(state.cache.arrays)
         if video:
             size = {"batch": batch, "height": recipe.video.height, "width": recipe.video.width}
             past = jax.eval_shape(functools.partial(vae.init_encode_cache, recipe.vae, **size))

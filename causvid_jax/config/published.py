@@ -35,6 +35,7 @@ class PublishedModel:
         part: the weights that the authors sample, of a checkpoint with several parts; "" takes the EMA if there is one.
         known_from: where names, shapes and settings come from.
         not_known: what could not be run or checked.
+        rolling_blocks: that of the recipe.
         readable: whether this version samples it.
     """
 
@@ -50,6 +51,7 @@ class PublishedModel:
     known_from: str
     not_known: str = "the weights were not available: tests use tiny files of the same layout"
     part: str = ""
+    rolling_blocks: int = 0
     readable: bool = True
 
 
@@ -293,11 +295,15 @@ MODELS: tuple[PublishedModel, ...] = (
         (("checkpoints/rolling_forcing_dmd.pt", None),),
         "not known",
         "2509.25161",
-        _join(_CHUNK, {"diffusion": {"shift": 5.0, "denoising_timesteps": (1000.0, 800.0, 600.0, 400.0, 200.0)}}),
-        "the paper's description",
-        "the joint denoising of several blocks at different noise levels is not implemented: its weights are read, but "
-        "sampled block by block they are not used as they were trained",
-        readable=False,
+        {
+            # 21 frames of attention: a sink of 3, and 18 that end with the 15 of the window.
+            "causal": {"frames_per_block": 3, "window": 18, "sink": 3, "positions": "relative"},
+            "diffusion": {"shift": 5.0, "denoising_timesteps": (1000.0, 800.0, 600.0, 400.0, 200.0)},
+        },
+        "published config in its users' copies; sampler and attention in readers' ports",
+        "the weights were not available; after 21 latent frames the published pass that writes a finished block reads "
+        "the 21 last frames, here the sink and the 18 last",
+        rolling_blocks=5,
     ),
     PublishedModel(
         "anyflow_far",
@@ -422,6 +428,8 @@ def _words(path: str | os.PathLike) -> tuple[str, ...]:
 def differences(model: PublishedModel, recipe: Any) -> list[str]:
     """Describe every setting in which ``recipe`` differs from ``model``."""
     texts = []
+    if model.rolling_blocks != recipe.rolling_blocks:
+        texts.append(f"rolling_blocks {model.rolling_blocks} (the recipe has {recipe.rolling_blocks})")
     for group, fields in model.settings.items():
         for field, value in fields.items():
             have = getattr(getattr(recipe, group), field)

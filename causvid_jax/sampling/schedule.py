@@ -54,6 +54,16 @@ def tables(
     return times, levels, jnp.asarray(counts)[row]
 
 
+def check_single_blocks(config: Recipe) -> None:
+    """Refuse a recipe that denoises several blocks jointly (``sampling.rolling``)."""
+    blocks = config.rolling_blocks
+    require(
+        not blocks,
+        f"recipe {config.name!r} denoises {blocks} blocks jointly (rolling_blocks), which only causvid sample and "
+        "sampling.rolling do; for one block at a time use rolling_blocks 0",
+    )
+
+
 def block_number(position: jax.Array | int, causal: CausalConfig) -> jax.Array | int:
     """Return the number of the block that starts at latent frame ``position``, counted from 0."""
     size = causal.frames_per_block

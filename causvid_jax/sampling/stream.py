@@ -109,6 +109,7 @@ def first_state(
     picture: Picture | None = None,
 ) -> StreamState:
     """Return the first state for uint32 ``seeds [B]``; ``capacity`` latent frames at most, None with a window."""
+    schedule.check_single_blocks(config)
     batch, (height, width), causal = text.shape[0], config.latent_size, config.causal
     size = {"batch": batch, "height": height, "width": width}
     # With a window, these are the earlier blocks of which the next block sees at least one frame.
@@ -177,7 +178,7 @@ def _noise(state: StreamState, step: jax.Array | int, config: Recipe, noise: jax
     return precision.round_all(values, config.student)
 
 
-def _pass(
+def network_pass(
     params: Params,
     state: StreamState,
     cache: KVCache,
@@ -186,7 +187,7 @@ def _pass(
     config: Recipe,
     rewrites: bool = False,
 ) -> tuple[jax.Array, KVCache]:
-    """Run one network pass on the current block; all its frames have ``timestep``."""
+    """Run one network pass on the current block; all its frames have ``timestep``, or one each of ``[K]``."""
     timesteps = jnp.full(x.shape[:2], timestep, jnp.float32)
     student, causal = config.student, config.causal
     x = with_channels(x, state.picture, student, cache.position)
@@ -215,7 +216,7 @@ def _denoise(
 
     def step(j: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
         x, cache = carry
-        velocity, cache = _pass(params, state, cache, x, times[j], config)
+        velocity, cache = network_pass(params, state, cache, x, times[j], config)
         x0 = precision.round_all(flow.x0_from_velocity(x, velocity, levels[j]), config.student)
         x = flow.add_noise(x0, _noise(state, j + 1, config, noise), levels[j + 1])
         return precision.round_all(x, config.student), cache
@@ -228,11 +229,12 @@ def _denoise(
         level = flow.sigma_from_timestep(config.causal.context_noise)
         context_latents = flow.add_noise(x0, _noise(state, count - 1, config, noise), level)
         context_latents = precision.round_all(context_latents, config.student)
-        _, cache = _pass(params, state, cache, context_latents, config.causal.context_noise, config)
+        _, cache = network_pass(params, state, cache, context_latents, config.causal.context_noise, config)
         return x0, cache
 
 
-def _finish(state: StreamState, latents: jax.Array, cache: KVCache) -> StreamState:
+def finish(state: StreamState, latents: jax.Array, cache: KVCache) -> StreamState:
+    """Return the state after the block ``latents``, whose keys and values ``cache`` holds."""
     return dataclasses.replace(
         state,
         cache=transformer.advance(cache, latents.shape[1]),
@@ -253,7 +255,7 @@ def _next_block(
     start = schedule.schedule(config, timesteps)[1][0]
     x = x if start == 1 else start * x
     x0, cache = _denoise(params, state, x, 0, config, noise, timesteps)
-    return x0, _finish(state, x0, cache)
+    return x0, finish(state, x0, cache)
 
 
 def _decode(params: Params, state: StreamState, latents: jax.Array, config: Recipe) -> tuple[jax.Array, StreamState]:
@@ -323,8 +325,8 @@ def append(params: Params, state: StreamState, latents: jax.Array, *, config: Re
     The stream then continues an image (:func:`encode_image`) or the latents of a video.
     """
     _check_block(state, latents, config)
-    _, cache = _pass(params, state, state.cache, latents, config.causal.context_noise, config)
-    return _finish(state, latents, cache)
+    _, cache = network_pass(params, state, state.cache, latents, config.causal.context_noise, config)
+    return finish(state, latents, cache)
 
 
 @_step
@@ -349,7 +351,7 @@ def next_block_from(
     x0, cache = _denoise(
         params, state, precision.round_all(x, config.student), start, config, noise, None, own_steps=False
     )
-    return x0, _finish(state, x0, cache)
+    return x0, finish(state, x0, cache)
 
 
 def _check_block(state: StreamState, latents: jax.Array, config: Recipe) -> None:
@@ -443,7 +445,7 @@ def recompute_context(params: Params, state: StreamState, *, config: Recipe) -> 
 
     def rewrite(i: jax.Array, cache: KVCache) -> transformer.KVCache:
         latents = jax.lax.dynamic_slice_in_dim(state.recent, recent_frames - (blocks - i) * k, k, axis=1)
-        _, cache = _pass(params, state, cache, latents, config.causal.context_noise, config, rewrites=True)
+        _, cache = network_pass(params, state, cache, latents, config.causal.context_noise, config, rewrites=True)
         return transformer.advance(cache, k)
 
     # Every slot stores the index of its frame, so moving the position back hides later frames.
