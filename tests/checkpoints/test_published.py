@@ -164,6 +164,13 @@ def test_the_program_prints_the_table(capsys):
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == [model.name for model in published.MODELS]
     assert all(row["licence"] and row["known_from"] and row["not_known"] for row in rows)
+    files = [file for row in rows for file in row["files"]]
+    assert all(file["file"] and (file["bytes"] is None or file["bytes"] > 10**8) for file in files)
+    assert all(bool(row["settings"]) == (row["config"] is not None) and row["repository"] for row in rows)
+    common.call("models", [])
+    text = capsys.readouterr().out
+    assert text.count("size not known") == sum(file["bytes"] is None for file in files)
+    assert text.count("settings: not known") == 1 and "rolling_blocks=5" in text  # AnyFlow-FAR is not sampled
     common.call("models", ["--name=longlive"])
     text = capsys.readouterr().out
     assert "models/lora.pt (2.80 GB)" in text and "causal.window=9 causal.sink=3" in text
