@@ -39,6 +39,7 @@ def get_config(variant: str = "self_forcing_dmd") -> ml_collections.ConfigDict:
             "latent_std": WAN22_LATENT_STD,
             "dtype": "bfloat16",
         }
+    config.rolling_blocks = model.rolling_blocks
     for group, fields in model.settings.items():
         config[group] = {**config.get(group, {}), **fields}
     return config

@@ -139,6 +139,17 @@ def test_unknown_fields_and_wrong_types(groups, expected):
             "diffusion.denoising_timesteps is (); it must be a list of distinct values",
         ),
         (c.DiffusionConfig, {"denoising_timesteps": (4.0,)}, "that begins with 1000 (pure noise)"),
+        (
+            c.DiffusionConfig,
+            {"first_block_timesteps": (1000.0, 500.0)},
+            "first_block_timesteps[0] is 1000.0; it must be",
+        ),
+        (c.DiffusionConfig, {"first_block_timesteps": ((1000.0,), ())}, "first_block_timesteps[1] is (); it must be a"),
+        (
+            c.DiffusionConfig,
+            {"first_block_timesteps": ((999.5, 500.0),)},
+            "first_block_timesteps[0] begins with 999.5; accepted: 1000, as in denoising_timesteps",
+        ),
         (c.DiffusionConfig, {"guidance_scale": float("nan")}, "diffusion.guidance_scale is nan; accepted: at least 0"),
         (c.VAEStageConfig, {"steps": 0}, "train_vae.steps is 0; accepted: at least 1 and at most 1000000000"),
         (c.StageConfig, {"curriculum": ((5, 0, 8), (5, 0, 4))}, "ends at steps [5, 5]; they must ascend"),

@@ -112,7 +112,8 @@ def _stream_shapes(
     embeds = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
     seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)
     capacity = None if recipe.causal.window else latents
-    start = functools.partial(stream.first_state, config=recipe, capacity=capacity)
+    single = dataclasses.replace(recipe, rolling_blocks=0)
+    start = functools.partial(stream.first_state, config=single, capacity=capacity)
     return jax.eval_shape(lambda *z: start(*z[:3], picture=z[3]), {"student": weights}, embeds, seeds, picture)
 
 
@@ -121,7 +122,8 @@ def _stream_phase(
 ) -> Phase:
     """Return the phase that generates and decodes the blocks of ``batch`` streams."""
     coder, k = codec_shapes(recipe, encodes=image or video), recipe.causal.frames_per_block
-    work = layer_work(recipe.student, batch, k, state.cache.frame.shape[0], *recipe.latent_size)
+    together = k * max(1, recipe.rolling_blocks)
+    work = layer_work(recipe.student, batch, together, state.cache.frame.shape[0], *recipe.latent_size)
     items = {
         "transformer": sizes(weights),
         "keys and values": sizes(state.cache.arrays),
@@ -130,6 +132,8 @@ def _stream_phase(
         "decoder's past": sizes(state.decode),
         "work, about": _largest(work, _decoder_work(recipe, batch, k)),
     }
+    if recipe.rolling_blocks:
+        items["copy of keys and values"] = sizes(state.cache.arrays)
     if video:
         size = {"batch": batch, "height": recipe.video.height, "width": recipe.video.width}
         past = jax.eval_shape(functools.partial(vae.init_encode_cache, recipe.vae, **size))

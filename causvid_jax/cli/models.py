@@ -45,11 +45,13 @@ def _describe(model: published.PublishedModel) -> str:
         for group, fields in model.settings.items()
         for field, value in fields.items()
     ]
+    settings += [f"rolling_blocks={model.rolling_blocks}"] if model.rolling_blocks else []
+    without = "those of the recipe" if model.readable else "not known"
     lines = [
         f"{model.name}{'' if model.readable else ' (not sampled by this version)'}: {model.what}",
         f"  {paper}{model.kind}, {model.network}; licence: {model.licence}",
         f"  {model.repository}: {files}",
-        f"  settings: {' '.join(settings) or 'those of the recipe'}",
+        f"  settings: {' '.join(settings) or without}",
         f"  known from: {model.known_from}",
         f"  not known: {model.not_known}",
     ]
@@ -59,5 +61,5 @@ def _describe(model: published.PublishedModel) -> str:
 def _short(value: object) -> str:
     """Format a setting for the command line, without needless digits."""
     if isinstance(value, tuple):
-        return f"({','.join(f'{math.floor(x * 1000 + 0.5) / 1000:g}' for x in value)},)".replace(" ", "")
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return f"({','.join(map(_short, value))},)"
+    return f"{math.floor(value * 1000 + 0.5) / 1000:g}" if isinstance(value, float) else str(value)

@@ -30,6 +30,11 @@ class Options(processes.Processes):
         super().__post_init__()
         require(self.workdir, "no --workdir is given; it must be a directory for data and weights")
         require(self.stage in STAGES, f"--stage is {self.stage!r}; accepted: {', '.join(STAGES)}")
+        require(
+            not self.config.rolling_blocks,
+            f"rolling_blocks is {self.config.rolling_blocks}; training denoises one block after the other, which needs "
+            "rolling_blocks 0",
+        )
 
 
 def main(options: Options) -> None:

@@ -35,6 +35,7 @@ class PublishedModel:
         part: the weights that the authors sample, of a checkpoint with several parts; "" takes the EMA if there is one.
         known_from: where names, shapes and settings come from.
         not_known: what could not be run or checked.
+        rolling_blocks: that of the recipe.
         readable: whether this version samples it.
     """
 
@@ -50,6 +51,7 @@ class PublishedModel:
     known_from: str
     not_known: str = "the weights were not available: tests use tiny files of the same layout"
     part: str = ""
+    rolling_blocks: int = 0
     readable: bool = True
 
 
@@ -131,7 +133,7 @@ def _causal_forcing(
 
 
 def _rcm(chunk: int, steps: int, later: tuple[float, ...], size: int | None = None) -> PublishedModel:
-    first: Settings = {"diffusion": {"first_block_timesteps": _RCM}} if steps < 4 else {}
+    first: Settings = {"diffusion": {"first_block_timesteps": (_RCM,)}} if steps < 4 else {}
     return PublishedModel(
         f"causal_rcm_c{chunk}_{steps}step",
         f"Causal-rCM, {'frame' if chunk == 1 else 'chunk'}-wise, {steps} steps",
@@ -222,14 +224,14 @@ MODELS: tuple[PublishedModel, ...] = (
         "Causal Forcing++, frame-wise, 2 steps (4 for the first frame)",
         "causal-forcing++/framewise-2step.pt",
         _FRAME,
-        {"denoising_timesteps": (1000.0, 500.0), "first_block_timesteps": _FOUR},
+        {"denoising_timesteps": (1000.0, 500.0), "first_block_timesteps": (_FOUR,)},
     ),
     _causal_forcing(
         "causal_forcing_1step",
         "Causal Forcing++, frame-wise, 1 step (4 for the first frame)",
         "causal-forcing++/framewise-1step.pt",
         _FRAME,
-        {"denoising_timesteps": (1000.0,), "first_block_timesteps": _FOUR},
+        {"denoising_timesteps": (1000.0,), "first_block_timesteps": (_FOUR,)},
     ),
     _rcm(1, 4, _RCM, 2_838_292_823),
     _rcm(1, 2, (_RCM[0], _RCM[2])),
@@ -293,11 +295,15 @@ MODELS: tuple[PublishedModel, ...] = (
         (("checkpoints/rolling_forcing_dmd.pt", None),),
         "not known",
         "2509.25161",
-        _join(_CHUNK, {"diffusion": {"shift": 5.0, "denoising_timesteps": (1000.0, 800.0, 600.0, 400.0, 200.0)}}),
-        "the paper's description",
-        "the joint denoising of several blocks at different noise levels is not implemented: its weights are read, but "
-        "sampled block by block they are not used as they were trained",
-        readable=False,
+        {
+            # 21 frames of attention: a sink of 3, and 18 that end with the 15 of the window.
+            "causal": {"frames_per_block": 3, "window": 18, "sink": 3, "positions": "relative"},
+            "diffusion": {"shift": 5.0, "denoising_timesteps": (1000.0, 800.0, 600.0, 400.0, 200.0)},
+        },
+        "published config in its users' copies; sampler and attention in readers' ports",
+        "the weights were not available; after 21 latent frames the published pass that writes a finished block reads "
+        "the 21 last frames, here the sink and the 18 last",
+        rolling_blocks=5,
     ),
     PublishedModel(
         "anyflow_far",
@@ -422,6 +428,8 @@ def _words(path: str | os.PathLike) -> tuple[str, ...]:
 def differences(model: PublishedModel, recipe: Any) -> list[str]:
     """Describe every setting in which ``recipe`` differs from ``model``."""
     texts = []
+    if model.rolling_blocks != recipe.rolling_blocks:
+        texts.append(f"rolling_blocks {model.rolling_blocks} (the recipe has {recipe.rolling_blocks})")
     for group, fields in model.settings.items():
         for field, value in fields.items():
             have = getattr(getattr(recipe, group), field)

@@ -80,7 +80,8 @@ class Recipe(Config):
     """Everything about one model: data, networks, method and every training stage.
 
     ``umt5`` is the encoder of ``text.kind="umt5"``. ``decoder`` decodes latents to pixels when sampling: ``"vae"``, or
-    ``"taehv"``, the tiny codec. The teacher's clips of a report are always decoded by the VAE.
+    ``"taehv"``, the tiny codec. The teacher's clips of a report are always decoded by the VAE. With ``rolling_blocks``
+    a stream denoises that many blocks jointly, at rising noise levels (``sampling.rolling``); 0: one after the other.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Recipe(Config):
     decoder: Literal["vae", "taehv"] = "vae"
     taehv: TAEHVConfig = TAEHVConfig()
     experts: ExpertsConfig = ExpertsConfig()
+    rolling_blocks: CountOrZero = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,6 +115,7 @@ class Recipe(Config):
         self._check_decoder()
         self._check_heads_and_tokens()
         self._check_batches()
+        self._check_rolling()
 
     def _check_networks(self) -> None:
         for role in ("teacher", "student"):
@@ -263,6 +266,35 @@ class Recipe(Config):
                     f"{stage} has a batch of {size}; slices x data x fsdp x accumulate is {parts}, which does not "
                     f"divide it; the nearest that it divides are {f'{below} and ' if below else ''}{below + parts}",
                 )
+
+    def _check_rolling(self) -> None:
+        """Refuse settings with which a window of blocks cannot be denoised jointly."""
+        blocks, steps, causal = self.rolling_blocks, len(self.diffusion.denoising_timesteps), self.causal
+        if not blocks:
+            return
+        divisors = [divisor for divisor in range(1, steps + 1) if steps % divisor == 0]
+        require(
+            blocks in divisors,
+            f"rolling_blocks is {blocks} with {steps} diffusion.denoising_timesteps; accepted: 0 or a divisor, "
+            f"{', '.join(map(str, divisors))}",
+        )
+        frames = blocks * causal.frames_per_block
+        require(
+            not causal.window or causal.window >= frames,
+            f"causal.window is {causal.window}; it must hold the {frames} latent frames of rolling_blocks {blocks}",
+        )
+        for path, value, accepted in (
+            ("causal.context_pass", causal.context_pass, True),
+            ("causal.add_context_noise", causal.add_context_noise == "always", False),
+            ("causal.independent_first_frame", causal.independent_first_frame, False),
+            ("diffusion.first_block_timesteps", bool(self.diffusion.first_block_timesteps), False),
+            ("student.image_dim or image channels", self.student.image_dim + self.student.image_channels > 0, False),
+        ):
+            require(
+                value == accepted,
+                f"{path} is {'off' if accepted else 'set'} with rolling_blocks {blocks}, which does not go together; "
+                "use rolling_blocks 0",
+            )
 
     @property
     def reads_picture(self) -> bool:

@@ -23,8 +23,8 @@ class DiffusionConfig(Config):
     ``denoising_timesteps`` are nominal timesteps ``1000 u`` before the shift, descending from 1000 (pure noise),
     without the final 0. With ``warp`` off they are the timesteps themselves (the 1000, 757, 522 of CausVid's three-step
     checkpoints). A first timestep below 1000 (999.375 of rCM) starts from noise times its noise level.
-    ``first_block_timesteps`` are those of a block without a past, such as the first of a stream; empty: the same.
-    Causal Forcing++ and Causal-rCM denoise it in four steps and all later blocks in one or two.
+    ``first_block_timesteps`` has one list for each of the first blocks after the start or a cut, such as
+    ``((1000, 750, 500, 250), (1000, 500))``; Causal Forcing++ and Causal-rCM have four steps for the first block.
     """
 
     label: ClassVar[str] = "diffusion"
@@ -35,23 +35,25 @@ class DiffusionConfig(Config):
     solver: Literal["euler", "unipc"] = "euler"
     guidance_scale: NotNegative = 6.0
     denoising_timesteps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
-    first_block_timesteps: tuple[float, ...] = ()
+    first_block_timesteps: tuple[tuple[float, ...], ...] = ()
     warp: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("denoising_timesteps", "first_block_timesteps"):
-            steps = getattr(self, name)
+        start = self.denoising_timesteps[:1]
+        lists = {"denoising_timesteps": self.denoising_timesteps}
+        lists |= {f"first_block_timesteps[{block}]": steps for block, steps in enumerate(self.first_block_timesteps)}
+        for name, steps in lists.items():
             require(
-                (not steps and name == "first_block_timesteps")
-                or (
-                    len(steps) >= 1
-                    and 999 <= steps[0] <= 1000
-                    and all(0 < step <= 1000 for step in steps)
-                    and list(steps) == sorted(set(steps), reverse=True)
-                ),
+                bool(steps and 999 <= steps[0] <= 1000)
+                and all(0 < step <= 1000 for step in steps)
+                and list(steps) == sorted(set(steps), reverse=True),
                 f"diffusion.{name} is {steps}; it must be a list of distinct values in (0, 1000], descending, "
                 "that begins with 1000 (pure noise), for example (1000, 750, 500, 250)",
+            )
+            require(
+                steps[:1] == start,
+                f"diffusion.{name} begins with {steps[0]:g}; accepted: {start[0]:g}, as in denoising_timesteps",
             )
         require(
             self.warp or not self.student_shift,

@@ -74,9 +74,9 @@ def student_timesteps(config: DiffusionConfig) -> tuple[float, ...]:
     return _shifted(config.denoising_timesteps, config)
 
 
-def first_block_timesteps(config: DiffusionConfig) -> tuple[float, ...]:
-    """Return the shifted timesteps of a block without a past: those of every block unless the recipe has others."""
-    return _shifted(config.first_block_timesteps or config.denoising_timesteps, config)
+def first_block_timesteps(config: DiffusionConfig) -> tuple[tuple[float, ...], ...]:
+    """Return the shifted timesteps of the first blocks that have a list of their own, one list per block."""
+    return tuple(_shifted(steps, config) for steps in config.first_block_timesteps)
 
 
 def student_shift(config: DiffusionConfig) -> float:

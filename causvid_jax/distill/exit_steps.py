@@ -18,14 +18,14 @@ class Rollout:
       network: the student.
       causal: block structure, window and context pass.
       timesteps: the Q denoising timesteps, ``flow.student_timesteps``.
-      first_timesteps: those of the first block of a stream; empty: ``timesteps``.
+      first_timesteps: one list for each of the first blocks of a stream; later blocks have ``timesteps``.
       exit_steps: which step each block stops at (:func:`draw_exit_steps`).
     """
 
     network: TransformerConfig
     causal: CausalConfig
     timesteps: tuple[float, ...]
-    first_timesteps: tuple[float, ...] = ()
+    first_timesteps: tuple[tuple[float, ...], ...] = ()
     exit_steps: Literal["shared", "per_block", "last", "first_block"] = "shared"
 
     def __post_init__(self) -> None:
@@ -37,8 +37,8 @@ def draw_exit_steps(rollout: Rollout, key: jax.Array, blocks: int, has_context: 
     """Draw the index of the exit step of every block, int32 ``[blocks]``.
 
     ``"shared"`` draws one of the Q steps for all blocks, ``"per_block"`` one for each, ``"last"`` is always Q - 1, and
-    ``"first_block"`` draws the first block's and is Q - 1 for the others (RMD, arXiv 2609.37925). A first block with
-    timesteps of its own draws from those, unless the rollout continues another (``has_context``).
+    ``"first_block"`` draws the first block's and is Q - 1 for the others (RMD, arXiv 2609.37925). A block with
+    timesteps of its own draws from those independently, unless the rollout continues another (``has_context``).
     """
     steps = len(rollout.timesteps)
     shared = jax.random.randint(key, (), 0, steps)
@@ -49,24 +49,24 @@ def draw_exit_steps(rollout: Rollout, key: jax.Array, blocks: int, has_context: 
     else:
         exits = jnp.full((blocks,), steps - 1, jnp.int32)
         exits = exits.at[0].set(shared) if rollout.exit_steps == "first_block" else exits
-    if not rollout.first_timesteps:
-        return exits
-    count = len(rollout.first_timesteps)
-    first_exit = jax.random.randint(jax.random.fold_in(key, 2), (), 0, count)
-    first = count - 1 if rollout.exit_steps == "last" else first_exit
-    return exits.at[0].set(jnp.where(has_context, exits[0], first))
+    for block, own_steps in enumerate(rollout.first_timesteps[:blocks]):
+        own: jax.Array | int = len(own_steps) - 1
+        if rollout.exit_steps in ("shared", "per_block") or (rollout.exit_steps == "first_block" and block == 0):
+            own = jax.random.randint(jax.random.fold_in(key, 2 + block), (), 0, len(own_steps))
+        exits = exits.at[block].set(jnp.where(has_context, exits[block], own))
+    return exits
 
 
 def timestep_table(rollout: Rollout, blocks: int, has_context: jax.Array | bool = False) -> jax.Array:
     """Return the timesteps of every block, float32 ``[blocks, Q]``; rows are padded with 0 at the end.
 
-    A rollout that continues another (``has_context``) has no first block.
+    In a rollout that continues another (``has_context``) all blocks are later ones.
     """
-    lists = (rollout.first_timesteps or rollout.timesteps, rollout.timesteps)
+    lists = (*rollout.first_timesteps, rollout.timesteps)
     width = max(map(len, lists))
-    first, other = (np.pad(np.asarray(steps, np.float32), (0, width - len(steps))) for steps in lists)
-    table = jnp.asarray(np.stack([first] + [other] * (blocks - 1)))
-    return table.at[0].set(jnp.where(has_context, other, first)) if rollout.first_timesteps else table
+    rows = [np.pad(np.asarray(steps, np.float32), (0, width - len(steps))) for steps in lists]
+    table = jnp.asarray(np.stack([rows[min(block, len(rows) - 1)] for block in range(blocks)]))
+    return jnp.where(has_context, rows[-1], table) if rollout.first_timesteps else table
 
 
 def noise_key(key: jax.Array) -> jax.Array:

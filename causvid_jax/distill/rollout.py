@@ -144,8 +144,7 @@ def generate_block(
         return flow.add_noise(x0, noise(step + 1), flow.sigma_from_timestep(timesteps[step + 1])), cache
 
     # The number of passes is a run-time value, so no pass is wasted.
-    starts = {steps[0] for steps in (rollout.timesteps, rollout.first_timesteps) if steps}
-    start = noise(0) if starts == {1000.0} else noise(0) * flow.sigma_from_timestep(timesteps[0])
+    start = noise(0) if rollout.timesteps[0] == 1000.0 else noise(0) * flow.sigma_from_timestep(timesteps[0])
     x, cache = jax.lax.fori_loop(0, exit_step, denoise, (start, cache))
     x0, cache = predict_x0(rollout, params, text_cache, x, timesteps[exit_step], cache, channels)
     context_latents = noisy_context(x0, key, timesteps.shape[0], rollout.causal)

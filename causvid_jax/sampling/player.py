@@ -17,7 +17,7 @@ from causvid_jax import media as files
 from causvid_jax.config import Recipe, require
 from causvid_jax.models import decoder, vae
 from causvid_jax.models.image_branch import Picture
-from causvid_jax.sampling import exported, schedule, stream
+from causvid_jax.sampling import exported, rolling, schedule, stream
 from causvid_jax.sampling.blocks import covering_latents, first_frame
 from causvid_jax.sampling.pipeline import encode_chunk
 
@@ -45,8 +45,9 @@ class Timing:
 
 
 class _Programs:
-    """Compiles a jitted function once per (function, whether the stream has started) and adds up the seconds.
+    """Compiles a jitted function once per (function, ``started``) and adds up the seconds.
 
+    ``started`` is whether the stream has started, or whatever else distinguishes the programs of a function.
     ``loaded`` programs replace the stream's functions, which are then never traced.
     """
 
@@ -54,7 +55,7 @@ class _Programs:
         self.timing, self.loaded = timing, loaded
         self.compiled: dict[Any, Any] = {}
 
-    def prepare(self, function: Any, started: bool, *args: Any, **static: Any) -> Callable[..., Any]:
+    def prepare(self, function: Any, started: Any, *args: Any, **static: Any) -> Callable[..., Any]:
         key = function, started
         if key not in self.compiled:
             begin = time.perf_counter()
@@ -63,13 +64,13 @@ class _Programs:
             self.timing.compile += time.perf_counter() - begin
         return self.compiled[key]
 
-    def jitted(self, function: Any, started: bool, static: Mapping[str, Any]) -> Any:
+    def jitted(self, function: Any, started: Any, static: Mapping[str, Any]) -> Any:
         """Return the loaded program of a function, or else the function with its static arguments."""
         if self.loaded is not None:
             return self.loaded.jitted(exported.name_of(function, started))
         return _Bound(function, static)
 
-    def __call__(self, function: Any, started: bool, *args: Any, **static: Any) -> Any:
+    def __call__(self, function: Any, started: Any, *args: Any, **static: Any) -> Any:
         return self.prepare(function, started, *args, **static)(*args)
 
 
@@ -240,6 +241,11 @@ def play(
             finite.
     """
     timing = Timing() if timing is None else timing
+    if config.rolling_blocks:
+        extras = (switches, image, video, loaded, picture, decode_device)
+        require(all(extra is None or extra == {} for extra in extras), "blocks are denoised jointly from text alone")
+        yield from _play_rolling(params, text, config, frames, seed, timing)
+        return
     switches = {} if switches is None else switches
     _check_inputs(config, loaded, decode_device, image is not None or video is not None)
     programs, latents = _Programs(timing, loaded), covering_latents(frames, config)
@@ -295,3 +301,42 @@ def _deliver(
             visible[:, 0] = player.image  # without the decoder's error
         timing.add(visible.shape[1], time.perf_counter() - begin)
         yield visible
+
+
+def _play_rolling(
+    params: stream.Params, text: np.ndarray, config: Recipe, frames: int, seed: int, timing: Timing
+) -> Iterator[np.ndarray]:
+    """Yield the frames of :func:`play` for a recipe that denoises several blocks jointly."""
+    programs, params = _Programs(timing, None), jax.tree.map(jnp.asarray, params)
+    latents = covering_latents(frames, config)
+    count = len(config.causal.block_sizes(latents))
+    begin = time.perf_counter()
+    state = rolling.init_rolling(params, jnp.asarray(text), config=config, seed=seed, frames=latents)
+    timing.compile += time.perf_counter() - begin
+
+    def one(run: Callable, state: rolling.RollingState, enters: bool) -> tuple[jax.Array | None, rolling.RollingState]:
+        age = 0 if enters else state.age + 1
+        key, options = (state.window.shape[1], age, enters), {"config": config, "enters": enters, "age": age}
+        x, single, window = run(rolling.run_round, key, params, state.stream, state.window, **options)
+        if x is None:
+            return None, rolling.RollingState(single, window, age)
+        decoded, single = run(stream.decode_block, True, params, single, x, config=config)
+        return decoded, rolling.RollingState(single, window, age)
+
+    def prepare(function: Any, key: Any, *args: Any, **static: Any) -> Any:
+        programs.prepare(function, key, *args, **static)
+        return jax.eval_shape(programs.jitted(function, key, static), *args)
+
+    # A dry run over shapes: a clip as long as the window uses every program of a longer one.
+    dry = jax.eval_shape(lambda x: x, state)
+    for enters in rolling.rounds(min(count, config.rolling_blocks), config):
+        _, dry = one(prepare, dry, enters)
+
+    begin = time.perf_counter()
+    for number, enters in enumerate(rolling.rounds(count, config)):
+        decoded, state = one(programs, state, enters)
+        if decoded is not None:
+            pixels = files.to_uint8(decoded, f"the frames of round {number}")
+            shown = pixels[:, stream.LEAD if timing.frames == 0 else 0 :][:, : frames - timing.frames]
+            timing.add(shown.shape[1], time.perf_counter() - begin)
+            yield shown

@@ -114,6 +114,12 @@ class SampleRequest:
         return read_script(values["replay"]).recipe
 
     def _check_role(self) -> None:
+        for name in ("image", "video", "switch", "program", "decode_device"):
+            require(
+                self.teacher or not self.config.rolling_blocks or getattr(self, name) in (None, ()),
+                f"--{name} is given with rolling_blocks {self.config.rolling_blocks} of recipe {self.config.name!r}, "
+                "which denoises several blocks jointly from text alone; leave it out",
+            )
         branch = self.has_image_branch
         require(
             not branch or self.image,

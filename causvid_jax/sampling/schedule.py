@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from causvid_jax.config import DiffusionConfig, Recipe, require
+from causvid_jax.config import CausalConfig, DiffusionConfig, Recipe, require
 from causvid_jax.diffusion import flow
 
 
@@ -30,13 +30,14 @@ def schedule(config: Recipe, timesteps: tuple[float, ...] | None) -> tuple[tuple
 
 
 def tables(
-    begins: jax.Array | None, config: Recipe, timesteps: tuple[float, ...] | None = None
+    block: jax.Array | int | None, config: Recipe, timesteps: tuple[float, ...] | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array | int]:
     """Return the timestep and the noise level of every pass on a block, float32 ``[passes + 1]``, and their number.
 
-    The context pass is the last one, at noise level 0. A block without a past (``begins``, traced) has the passes of
-    ``diffusion.first_block_timesteps``. Tables and number are then traced, so one program serves both kinds. With
-    ``begins=None`` all blocks have the same passes. ``timesteps`` replace those of the recipe in all blocks.
+    The context pass is the last one, at noise level 0. ``block`` (traced) is the number of the block since the start of
+    the stream (:func:`block_number`). The first blocks have the passes of ``diffusion.first_block_timesteps``. Tables
+    and number are then traced, so one program serves all blocks. With ``block=None`` all blocks have the passes of
+    ``denoising_timesteps``. ``timesteps`` replace those of the recipe in all blocks.
     """
     write = [config.causal.context_noise] if config.causal.context_pass else []
 
@@ -48,13 +49,30 @@ def tables(
         return jnp.asarray(padded[0]), jnp.asarray(padded[1])
 
     count = len(schedule(config, timesteps)[0]) + len(write)
-    if begins is None or timesteps is not None or not config.diffusion.first_block_timesteps:
+    first = flow.first_block_timesteps(config.diffusion)
+    if block is None or timesteps is not None or not first:
         return *table(timesteps, count), count
-    opening = flow.first_block_timesteps(config.diffusion)
-    longest = max(count, len(opening) + len(write))
-    first, later = table(opening, longest), table(None, longest)
-    times, levels = (jnp.where(begins, a, b) for a, b in zip(first, later, strict=True))
-    return times, levels, jnp.where(begins, len(opening) + len(write), count)
+    counts = [*(len(steps) + len(write) for steps in first), count]
+    rows = [table(steps, max(counts)) for steps in (*first, None)]
+    row = jnp.minimum(block, len(first))
+    times, levels = (jnp.stack(column)[row] for column in zip(*rows, strict=True))
+    return times, levels, jnp.asarray(counts)[row]
+
+
+def check_single_blocks(config: Recipe) -> None:
+    """Refuse a recipe that denoises several blocks jointly (``sampling.rolling``)."""
+    blocks = config.rolling_blocks
+    require(
+        not blocks,
+        f"recipe {config.name!r} denoises {blocks} blocks jointly (rolling_blocks), which only causvid sample and "
+        "sampling.rolling do; for one block at a time use rolling_blocks 0",
+    )
+
+
+def block_number(position: jax.Array | int, causal: CausalConfig) -> jax.Array | int:
+    """Return the number of the block that starts at latent frame ``position``, counted from 0."""
+    size = causal.frames_per_block
+    return (position + (size - 1) * causal.independent_first_frame) // size
 
 
 def strength_step(config: DiffusionConfig, strength: float) -> int:

@@ -169,13 +169,13 @@ def _say_kept(writers: list[files.VideoWriter], say: Say, kind: type[BaseExcepti
 def comment_of(session: Session, index: int) -> str:
     """Return the script of a video for its metadata.
 
-    It is "" for a teacher's clip, for a video that is too long, and for a picture that CLIP reads whole and the VAE
-    cropped, since a script holds one of the two.
+    It is "" for a teacher's clip, for blocks that are denoised jointly, for a video that is too long, and for a picture
+    that CLIP reads whole and the VAE cropped, since a script holds one of the two.
     """
     request, recipe = session.request, session.recipe
     image, whole = session.image, session.picture
     cropped = image is not None and whole is not None and not np.array_equal(whole, image)
-    if request.teacher or cropped:
+    if request.teacher or cropped or recipe.rolling_blocks:
         return ""
     latents = blocks.covering_latents(session.frames, recipe)
     count = len(recipe.causal.block_sizes(latents))

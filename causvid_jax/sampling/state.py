@@ -15,6 +15,7 @@ from causvid_jax.models.decoder import DecodeCache
 from causvid_jax.models.image_branch import Picture, check_picture
 from causvid_jax.models.kv_cache import TEXT_AXES, KVCache, TextCache
 from causvid_jax.models.unstacked import is_unstacked
+from causvid_jax.sampling import schedule
 from causvid_jax.sharding import constraints
 
 Params = dict[str, Any]
@@ -114,6 +115,7 @@ def first_state(
 
     ``capacity`` is the maximum number of latent frames of a stream without a window; with a window it is None.
     """
+    schedule.check_single_blocks(config)
     batch, (height, width), causal = text.shape[0], config.latent_size, config.causal
     size = {"batch": batch, "height": height, "width": width}
     # With a window, these are the earlier blocks of which the next block sees at least one frame.

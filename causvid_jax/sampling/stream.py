@@ -65,7 +65,7 @@ def _noise(state: StreamState, step: jax.Array | int, config: Recipe, noise: jax
     return precision.round_all(values, config.student)
 
 
-def _pass(
+def network_pass(
     params: Params,
     state: StreamState,
     cache: KVCache,
@@ -74,7 +74,7 @@ def _pass(
     config: Recipe,
     rewrites: bool = False,
 ) -> tuple[jax.Array, KVCache]:
-    """Run one network pass on the current block; all its frames have ``timestep``."""
+    """Run one network pass on the current block; all its frames have ``timestep``, or one each of ``[K]``."""
     timesteps = jnp.full(x.shape[:2], timestep, jnp.float32)
     student, causal = config.student, config.causal
     x = with_channels(x, state.picture, student, cache.position)
@@ -98,19 +98,20 @@ def _denoise(
     config: Recipe,
     noise: jax.Array | None,
     timesteps: tuple[float, ...] | None,
-    cut: bool = True,
+    own_steps: bool = True,
 ) -> tuple[jax.Array, KVCache]:
     """Denoise the block ``x`` from denoising step ``start`` on; return its x0 and the cache with the block written.
 
     Step j computes ``x0 = x_t - sigma_j v`` and adds fresh noise at the next step's level. The cache write is one more
     iteration of the same loop, on x0 itself (sigma 0, ``context_noise``), so the network is compiled once.
+    ``own_steps``: the first blocks have ``diffusion.first_block_timesteps``.
     """
-    begins = state.cache.position == 0 if cut else None
-    times, levels, count = schedule.tables(begins, config, timesteps)
+    block = schedule.block_number(state.cache.position, config.causal) if own_steps else None
+    times, levels, count = schedule.tables(block, config, timesteps)
 
     def step(j: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
         x, cache = carry
-        velocity, cache = _pass(params, state, cache, x, times[j], config)
+        velocity, cache = network_pass(params, state, cache, x, times[j], config)
         x0 = precision.round_all(flow.x0_from_velocity(x, velocity, levels[j]), config.student)
         x = flow.add_noise(x0, _noise(state, j + 1, config, noise), levels[j + 1])
         return precision.round_all(x, config.student), cache
@@ -120,10 +121,10 @@ def _denoise(
             return jax.lax.fori_loop(start, count, step, (x, state.cache))
         # With noise, the context pass reads another input than the loop's last pass, so it runs after the loop.
         x0, cache = jax.lax.fori_loop(start, count - 1, step, (x, state.cache))
-        return x0, _write_context(params, state, cache, x0, config, count - 1, noise)
+        return x0, write_context(params, state, cache, x0, config, count - 1, noise)
 
 
-def _write_context(
+def write_context(
     params: Params,
     state: StreamState,
     cache: KVCache,
@@ -140,14 +141,20 @@ def _write_context(
     """
     causal = config.causal
     if causal.add_context_noise == "always":
-        step = schedule.tables(cache.position == 0, config)[2] - 1 if step is None else step
+        step = _context_step(cache, config) if step is None else step
         level = flow.sigma_from_timestep(causal.context_noise)
         latents = flow.add_noise(latents, _noise(state, step, config, noise), level)
         latents = precision.round_all(latents, config.student)
-    return _pass(params, state, cache, latents, causal.context_noise, config, rewrites)[1]
+    return network_pass(params, state, cache, latents, causal.context_noise, config, rewrites)[1]
 
 
-def _finish(state: StreamState, latents: jax.Array, cache: KVCache) -> StreamState:
+def _context_step(cache: KVCache, config: Recipe) -> jax.Array | int:
+    """Return the number of denoising steps of the block at the cache's position."""
+    return schedule.tables(schedule.block_number(cache.position, config.causal), config)[2] - 1
+
+
+def finish(state: StreamState, latents: jax.Array, cache: KVCache) -> StreamState:
+    """Return the state after the block ``latents``, whose keys and values ``cache`` holds."""
     return dataclasses.replace(
         state,
         cache=transformer.advance(cache, latents.shape[1]),
@@ -168,7 +175,7 @@ def _next_block(
     start = schedule.schedule(config, timesteps)[1][0]
     x = x if start == 1 else start * x
     x0, cache = _denoise(params, state, x, 0, config, noise, timesteps)
-    return x0, _finish(state, x0, cache)
+    return x0, finish(state, x0, cache)
 
 
 def _decode(params: Params, state: StreamState, latents: jax.Array, config: Recipe) -> tuple[jax.Array, StreamState]:
@@ -277,7 +284,7 @@ def append(params: Params, state: StreamState, latents: jax.Array, *, config: Re
         ConfigError: latents of another shape.
     """
     _check_block(state, latents, config)
-    return _finish(state, latents, _write_context(params, state, state.cache, latents, config))
+    return finish(state, latents, write_context(params, state, state.cache, latents, config))
 
 
 @_step
@@ -313,8 +320,10 @@ def next_block_from(
     _check_block(state, latents, config)
     _, sigmas = schedule.schedule(config, None)
     x = flow.add_noise(latents, _noise(state, start, config, noise), jnp.asarray(sigmas, jnp.float32)[start])
-    x0, cache = _denoise(params, state, precision.round_all(x, config.student), start, config, noise, None, cut=False)
-    return x0, _finish(state, x0, cache)
+    x0, cache = _denoise(
+        params, state, precision.round_all(x, config.student), start, config, noise, None, own_steps=False
+    )
+    return x0, finish(state, x0, cache)
 
 
 def _check_block(state: StreamState, latents: jax.Array, config: Recipe) -> None:
@@ -422,11 +431,7 @@ def recompute_context(params: Params, state: StreamState, *, config: Recipe) -> 
     Cached keys and values depend on the prompt with which they were computed. After :func:`switch_prompt` this updates
     them, at the cost of one pass per block. The sink and an independent first frame are not updated. Blocks that have
     left the window are not available, so the oldest blocks are recomputed with less context than before.
-
-    Args:
-        params: ``{"student"}`` is read.
-        state: between two blocks; ``state.recent`` has the latents. It is donated.
-        config: the recipe.
+    ``state``, between two blocks, is donated; ``state.recent`` has the latents.
     """
     k, independent = config.causal.frames_per_block, int(config.causal.independent_first_frame)
     recent_frames = state.recent.shape[1]
@@ -438,7 +443,7 @@ def recompute_context(params: Params, state: StreamState, *, config: Recipe) -> 
     def rewrite(i: jax.Array, cache: KVCache) -> transformer.KVCache:
         latents = jax.lax.dynamic_slice_in_dim(state.recent, recent_frames - (blocks - i) * k, k, axis=1)
         block = dataclasses.replace(state, block=state.block - blocks + i)  # whose noise is drawn again
-        return transformer.advance(_write_context(params, block, cache, latents, config, rewrites=True), k)
+        return transformer.advance(write_context(params, block, cache, latents, config, rewrites=True), k)
 
     # Every slot stores the index of its frame, so moving the position back hides later frames.
     rewound = dataclasses.replace(state.cache, position=state.cache.position - blocks * k)

@@ -190,6 +190,7 @@ def open_programs(
     Raises:
         ConfigError: weights or a program that are missing or do not fit.
     """
+    schedule.check_single_blocks(recipe)
     own = {name: file for name, file in (files or {}).items() if file is not None}
     encodes = True if has_branch(recipe.student) else None  # an image branch needs the encoders
     opened, recipe = weights.find(recipe, "student", checkpoint, encodes=encodes, files=own)

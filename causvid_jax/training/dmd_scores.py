@@ -109,7 +109,7 @@ def fake_score(
 def student_rollout(recipe: Recipe) -> Rollout:
     """Return the settings of the student's own rollouts."""
     timesteps = tuple(flow.student_timesteps(recipe.diffusion))
-    first = flow.first_block_timesteps(recipe.diffusion) if recipe.diffusion.first_block_timesteps else ()
+    first = flow.first_block_timesteps(recipe.diffusion)
     return Rollout(recipe.student, recipe.causal, timesteps, first, recipe.train_distill.exit_steps)
 
 

@@ -73,6 +73,10 @@ def test_published_student():
     window = dataclasses.replace(WAN, causal=dataclasses.replace(WAN.causal, window=12))
     seen = {p.name: p for p in memory.sampling_phases(window, "student", batch=2, latents=21)}["stream"].items
     assert seen["keys and values"] == {"bfloat16": 2 * 30 * 2 * 12 * 1560 * 12 * 128 * 2}
+    # A joint pass on five blocks works on a copy of the cache of 18 + 3 frames.
+    rolling = load_recipe("published:rolling_forcing")
+    seen = {p.name: p for p in memory.sampling_phases(rolling, "student", batch=1, latents=21)}["stream"].items
+    assert seen["copy of keys and values"] == seen["keys and values"] == items["keys and values"]
 
 
 def test_phases_and_what_they_hold():

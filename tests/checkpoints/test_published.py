@@ -13,6 +13,7 @@ from causvid_jax.config import ConfigError, from_config_dict, published
 from causvid_jax.config.recipes import load_recipe
 from causvid_jax.diffusion import flow
 from causvid_jax.models import transformer, vae
+from causvid_jax.sampling import player
 from causvid_jax.sampling.request import SampleRequest
 from tests.tiny import random_params
 
@@ -69,12 +70,15 @@ def test_settings_are_those_of_the_publications():
     np.testing.assert_allclose(steps["causal_rcm_c1_2step"], [999.375, 833.333], atol=1e-3)
     np.testing.assert_allclose(steps["causal_forcing_2step"], [1000, 833.333], atol=1e-3)
     first = flow.first_block_timesteps(recipe["causal_forcing_1step"].diffusion)
-    assert (len(steps["causal_forcing_1step"]), len(first)) == (1, 4)
+    assert (len(steps["causal_forcing_1step"]), [len(block) for block in first]) == (1, [4])
     causal = recipe["longlive"].causal
     assert (causal.window + causal.sink, causal.sink, causal.positions) == (12, 3, "absolute")
     causal = recipe["sgf_frame"].causal
     assert (causal.frames_per_block, causal.sink + causal.window, causal.positions) == (1, 4 + 16 + 1, "relative")
     assert (recipe["krea_14b"].causal.window, recipe["krea_14b"].student.num_layers) == (6, 40)
+    causal = recipe["rolling_forcing"].causal
+    assert (causal.sink + causal.window, causal.sink, recipe["rolling_forcing"].rolling_blocks) == (21, 3, 5)
+    np.testing.assert_allclose(steps["rolling_forcing"], [1000, 952.381, 882.353, 769.231, 555.556], atol=1e-3)
     assert recipe["wan22_ti2v_5b"].latent_shape == (31, 44, 80, 48)
     assert recipe["longlive2_5b"].causal.block_sizes(32) == (8, 8, 8, 8)
 
@@ -99,6 +103,7 @@ LAYOUTS = {
     "causal_rcm_c1_2step": "rcm",
     "sgf_chunk": "generator_ema.model.",
     "krea_14b": "model.",
+    "rolling_forcing": "generator_ema.model.",
     "longlive2_5b": "generator.model.",
 }
 
@@ -121,11 +126,13 @@ def test_a_file_in_the_published_layout_becomes_frames(name, tmp_path, save):
     np.testing.assert_array_equal(
         pipe.params["student"]["patch_embedding"]["kernel"], params["patch_embedding"]["kernel"]
     )
-    state, frames = pipe.stream("a b", seed=0), 0
-    for part, state in pipe.frames(state, blocks=2):  # noqa: B007, B020
-        frames += part.shape[1]
-        assert part.dtype == np.uint8 and part.std() > 0
-    assert frames == 1 + 4 * (2 * recipe.causal.frames_per_block - 1)
+    length = 1 + 4 * (2 * recipe.causal.frames_per_block - 1)
+    if recipe.rolling_blocks:
+        parts = list(player.play(pipe.params, pipe.encode_prompt("a b"), config=pipe.config, frames=length))
+    else:
+        parts = [part for part, _ in pipe.frames(pipe.stream("a b", seed=0), blocks=2)]
+    assert all(part.dtype == np.uint8 and part.std() > 0 for part in parts)
+    assert sum(part.shape[1] for part in parts) == length
 
 
 def test_authors_part_and_differing_settings(tmp_path, save, tiny, params, caplog):
@@ -148,8 +155,8 @@ def test_names_that_several_files_share_need_their_folder():
     assert published.find("student.safetensors") is None
     with pytest.raises(ConfigError, match="no published model is called 'self_forcing_dmt'; did you mean"):
         load_recipe("published:self_forcing_dmt")
-    with pytest.raises(ConfigError, match="Rolling Forcing.* cannot be sampled by this version"):
-        load_recipe("published:rolling_forcing")
+    with pytest.raises(ConfigError, match="AnyFlow-FAR.* cannot be sampled by this version"):
+        load_recipe("published:anyflow_far")
 
 
 def test_the_program_prints_the_table(capsys):
@@ -157,6 +164,13 @@ def test_the_program_prints_the_table(capsys):
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == [model.name for model in published.MODELS]
     assert all(row["licence"] and row["known_from"] and row["not_known"] for row in rows)
+    files = [file for row in rows for file in row["files"]]
+    assert all(file["file"] and (file["bytes"] is None or file["bytes"] > 10**8) for file in files)
+    assert all(bool(row["settings"]) == (row["config"] is not None) and row["repository"] for row in rows)
+    common.call("models", [])
+    text = capsys.readouterr().out
+    assert text.count("size not known") == sum(file["bytes"] is None for file in files)
+    assert text.count("settings: not known") == 1 and "rolling_blocks=5" in text  # AnyFlow-FAR is not sampled
     common.call("models", ["--name=longlive"])
     text = capsys.readouterr().out
     assert "models/lora.pt (2.80 GB)" in text and "causal.window=9 causal.sink=3" in text

@@ -243,12 +243,12 @@ NETWORK = TransformerConfig(
 )
 
 
-def unrolled(params, text, key, exit_steps, causal, context, keep=jax.lax.stop_gradient, first=TIMESTEPS):
+def unrolled(params, text, key, exit_steps, causal, context, keep=jax.lax.stop_gradient, lists=(TIMESTEPS,) * 2):
     """The self rollout of the real network as a plain loop, for autodiff; ``keep`` makes every cache a constant.
 
-    ``first`` are the timesteps of the first block.
+    ``lists`` are the timesteps of every block.
     """
-    stop, most = jax.lax.stop_gradient, max(len(first), len(TIMESTEPS))
+    stop, most = jax.lax.stop_gradient, max(map(len, (*lists, TIMESTEPS)))
     text_cache = transformer.encode_text(params, text, config=NETWORK)
     frames, noise_key = 4, jax.random.split(key)[1]
     cache = transformer.init_cache(NETWORK, causal, batch=2, height=4, width=4, frames=frames)
@@ -261,7 +261,7 @@ def unrolled(params, text, key, exit_steps, causal, context, keep=jax.lax.stop_g
         cache = kv_cache.advance(forward(latents, causal.context_noise, cache)[1], 2)
     outputs = []
     for i in range(frames // 2):
-        block_key, timesteps = jax.random.fold_in(noise_key, i), TIMESTEPS if i else first
+        block_key, timesteps = jax.random.fold_in(noise_key, i), lists[i]
         x = jax.random.normal(jax.random.fold_in(block_key, 0), (2, 2, 4, 4, 3))
         for j in range(exit_steps[i] + 1):
             velocity, cache = forward(stop(x), timesteps[j], cache)
@@ -282,14 +282,14 @@ PLAIN = CausalConfig(frames_per_block=2)
 WINDOW = CausalConfig(frames_per_block=2, window=4, sink=2, context_noise=60.0)
 NOISY = dataclasses.replace(WINDOW, sink=0, add_context_noise="training")
 NO_PASS = CausalConfig(frames_per_block=2, window=4, positions="relative", context_pass=False)
-FIRST = (1000.0, 900.0, 700.0, 400.0)
-"""Timesteps of the first block in the case with noise, where each block has an exit step of its own."""
+FIRST = ((1000.0, 900.0, 700.0, 400.0), (1000.0, 600.0))
+"""Timesteps of the two blocks in the case with noise, where each block has an exit step of its own."""
 
 
 @pytest.mark.parametrize(
     "causal,context_frames,method",
     [(PLAIN, 0, "replay"), (WINDOW, 4, "stop"), (WINDOW, 4, "replay"), (NOISY, 0, "replay"), (NO_PASS, 2, "stop")],
-    ids=["plain, replay", "window, stop", "window, replay", "noise and first block, replay", "no pass, stop"],
+    ids=["plain, replay", "window, stop", "window, replay", "noise and own steps, replay", "no pass, stop"],
 )
 def test_real_rollout_and_its_gradient_equal_autodiff_of_the_unrolled_loop(causal, context_frames, method):
     """Replay adds the gradient through all keys and values. The latents that pass from block to block are constants."""
@@ -299,14 +299,14 @@ def test_real_rollout_and_its_gradient_equal_autodiff_of_the_unrolled_loop(causa
     context = rng.standard_normal((2, context_frames, 4, 4, 3)).astype(np.float32) if context_frames else None
     weight = rng.standard_normal((2, 4, 4, 4, 3)).astype(np.float32)
     own = causal == NOISY
-    settings, first = rollout.Rollout(NETWORK, causal, TIMESTEPS), TIMESTEPS
+    settings, lists = rollout.Rollout(NETWORK, causal, TIMESTEPS), (TIMESTEPS,) * 2
     if own:
-        settings, first = dataclasses.replace(settings, exit_steps="per_block", first_timesteps=FIRST), FIRST
+        settings, lists = dataclasses.replace(settings, exit_steps="per_block", first_timesteps=FIRST), FIRST
 
     def exits_of(key):
         return [int(i) for i in rollout.exit_steps_of(settings, key, 4, None if own else 1)]
 
-    # With exit steps of their own: the last of the first block's four, and the second of the three of the other.
+    # With exit steps of their own: the last of the first block's four, and the last of the two of the other.
     exits = [3, 1] if own else [1, 1]
     key = next(key for key in map(jax.random.key, range(99)) if exits_of(key) == exits)
     run, keep = rollout.self_rollout, jax.lax.stop_gradient
@@ -318,7 +318,7 @@ def test_real_rollout_and_its_gradient_equal_autodiff_of_the_unrolled_loop(causa
         return jnp.sum(weight * x0), x0
 
     def oracle(params):
-        x0 = unrolled(params, text, key, exits, causal, context, keep, first)
+        x0 = unrolled(params, text, key, exits, causal, context, keep, lists)
         return jnp.sum(weight * x0), x0
 
     compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # in half the time
@@ -358,3 +358,24 @@ def test_exit_steps_have_their_distribution(mode, expected):
     np.testing.assert_allclose(np.bincount(exits[:, 0], minlength=3) / 900, first, atol=0.05)
     same = (exits[:, 1] == exits[:, 2]).mean()
     assert abs(same - (1 / 3 if mode == "per_block" else 1)) < 0.05
+
+
+@pytest.mark.parametrize("mode,random", [("shared", [0, 1]), ("per_block", [0, 1]), ("last", []), ("first_block", [0])])
+def test_first_blocks_draw_from_lists_of_their_own(mode, random):
+    """Blocks of 4, 2, 3 and 3 steps; a rollout that continues another has none of its own."""
+    settings = rollout.Rollout(NETWORK, PLAIN, TIMESTEPS, FIRST, mode)
+    keys = jax.random.split(jax.random.key(0), 900)
+    exits = np.asarray(jax.vmap(lambda key: exit_steps.draw_exit_steps(settings, key, 4))(keys))
+    for block, steps in enumerate((4, 2)):
+        expected = np.full(steps, 1 / steps) if block in random else np.eye(steps)[-1]
+        np.testing.assert_allclose(np.bincount(exits[:, block], minlength=steps) / 900, expected, atol=0.05)
+    plain = dataclasses.replace(settings, first_timesteps=())
+    later = jax.vmap(lambda key: exit_steps.draw_exit_steps(plain, key, 4))(keys)
+    np.testing.assert_array_equal(exits[:, 2:], later[:, 2:])
+    continued = jax.vmap(lambda key: exit_steps.draw_exit_steps(settings, key, 4, jnp.array(True)))(keys)
+    np.testing.assert_array_equal(continued, later)
+
+    rows = [[1000, 900, 700, 400], [1000, 600, 0, 0], [1000, 800, 500, 0], [1000, 800, 500, 0]]
+    np.testing.assert_array_equal(exit_steps.timestep_table(settings, 4), rows)
+    np.testing.assert_array_equal(exit_steps.timestep_table(settings, 1), rows[:1])
+    np.testing.assert_array_equal(exit_steps.timestep_table(settings, 4, jnp.array(True)), [rows[2]] * 4)

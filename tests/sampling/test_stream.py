@@ -468,25 +468,30 @@ def test_impossible_clips_are_refused(params):
         stream.generate(params, prompt(0), config=PLAIN, frames=7)
 
 
-def test_a_block_without_a_past_has_timesteps_of_its_own(params):
-    """The first block is that of a recipe with the longer list, the next one that of the shorter; a cut begins anew."""
-    short = dataclasses.replace(WINDOW, diffusion=DiffusionConfig(shift=3.0, denoising_timesteps=(1000.0, 500.0)))
-    both = dataclasses.replace(
-        short, diffusion=dataclasses.replace(short.diffusion, first_block_timesteps=(1000.0, 750.0, 500.0, 250.0))
-    )
-    config = with_causal(both, on_prompt_switch="reset")
-    (first, second), state = run(params, config, 2)
-    (expected,), after = run(params, WINDOW, 1)
-    np.testing.assert_allclose(first, expected, atol=1e-5)
-    later, _ = stream.next_block(params, after, config=short)
-    np.testing.assert_allclose(second, later, atol=1e-5)
-    alike, _ = stream.next_block(params, run(params, short, 1)[1], config=short)
-    assert np.abs(alike - second).max() > 1e-3
+def test_the_first_blocks_have_timesteps_of_their_own(params):
+    """Blocks of 4, 2, 1 and 1 steps are those of recipes with one list each, one after the other; a cut begins anew."""
+    four = WINDOW.diffusion.denoising_timesteps
+    lists = [four, (1000.0, 500.0), (1000.0,)]
+    alone = [dataclasses.replace(WINDOW, diffusion=DiffusionConfig(shift=3.0, denoising_timesteps=x)) for x in lists]
+    own = DiffusionConfig(shift=3.0, denoising_timesteps=lists[2], first_block_timesteps=tuple(lists[:2]))
+    config = with_causal(dataclasses.replace(WINDOW, diffusion=own), on_prompt_switch="reset")
+    blocks, state = run(params, config, 4)
+    expected = stream.init_stream(params, prompt(0), config=WINDOW, seed=0)
+    for block, recipe in zip(blocks, [*alone, alone[2]], strict=True):
+        latents, expected = stream.next_block(params, expected, config=recipe)
+        np.testing.assert_allclose(block, latents, atol=1e-5)
+    assert np.abs(run(params, alone[2], 1)[0][0] - blocks[0]).max() > 1e-3
     state = stream.change_prompt(params, state, prompt(0), config=config)
     cut, _ = stream.next_block(params, state, config=config)
     fresh = stream.init_stream(params, prompt(0), config=WINDOW, seed=0)
-    fresh = dataclasses.replace(fresh, block=jnp.int32(2))  # the same noise
+    fresh = dataclasses.replace(fresh, block=jnp.int32(4))  # the same noise
     np.testing.assert_allclose(cut, stream.next_block(params, fresh, config=WINDOW)[0], atol=1e-5)
+
+
+def test_blocks_are_counted_from_their_first_frame():
+    for causal in (CausalConfig(3), CausalConfig(3, independent_first_frame=True), CausalConfig(1)):
+        starts = np.cumsum([0, *causal.block_sizes(19 if causal.independent_first_frame else 18)])[:-1]
+        assert [schedule.block_number(int(start), causal) for start in starts] == list(range(len(starts)))
 
 
 def test_a_first_timestep_below_1000_starts_from_scaled_noise(params):

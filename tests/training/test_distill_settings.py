@@ -98,7 +98,7 @@ WHOLE = {
     "sid, replay": {
         "train_distill": {"objective": "sid", "gradient": "replay", "exit_steps": "first_block", "init": "consistency"},
         "causal": {"context_noise": 50.0, "add_context_noise": "training"},
-        "diffusion": {"first_block_timesteps": (1000.0, 750.0, 500.0)},
+        "diffusion": {"first_block_timesteps": ((1000.0, 750.0, 500.0), (1000.0,))},
     },
     "gan": {"train_distill": {"objective": "dmd_gan", "fake_guidance_scale": 2.0}},
     "chunk, window": {
@@ -159,7 +159,7 @@ def test_the_stage_consistency_trains_from_the_causal_teacher(workdir, kind, mon
         ({"train_distill": {"objective": "lsgan"}}, "objective is 'lsgan'; accepted: 'dmd', 'sid', 'dmd_gan'"),
         ({"diffusion": {"student_shift": 5.0, "warp": False}}, "student_shift is 5 with warp off"),
         (
-            {"diffusion": {"first_block_timesteps": (1000.0, 500.0)}, "train_distill": {"rollout": "data"}},
+            {"diffusion": {"first_block_timesteps": ((1000.0, 500.0),)}, "train_distill": {"rollout": "data"}},
             "they need train_distill.rollout 'self'",
         ),
         ({"causal": {"add_context_noise": "always"}}, "a causal.context_noise above 0, which is 0"),
