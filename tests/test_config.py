@@ -176,18 +176,6 @@ def test_values_that_cannot_work(cls, values, expected):
     assert expected in message(cls, **values)
 
 
-@pytest.mark.parametrize(
-    "groups,expected",
-    [
-        ({"student": {"out_channels": 8}}, "student.out_channels is 8; the VAE has 16 latent channels"),
-        ({"teacher": {"text_length": 4}}, "teacher reads text of shape (4, 4096); the text encoder gives (512, 4096)"),
-        ({"video": {"frames": 77}}, "20 latent frames do not fit blocks of n*3; the nearest that do are 18 and 21"),
-    ],
-)
-def test_groups_that_do_not_fit_each_other(groups, expected):
-    assert message(c.from_config_dict, recipe(**groups)) == expected
-
-
 def test_block_sizes_cover_the_clip_exactly():
     for k in range(1, 6):
         for first in (False, True):
@@ -215,6 +203,9 @@ def test_structures_are_named_in_the_refusal():
 @pytest.mark.parametrize(
     "changes,expected",
     [
+        ({"student": {"out_channels": 8}}, "student.out_channels is 8; the VAE has 16 latent channels"),
+        ({"teacher": {"text_length": 4}}, "teacher reads text of shape (4, 4096); the text encoder gives (512, 4096)"),
+        ({"video": {"frames": 77}}, "20 latent frames do not fit blocks of n*3; the nearest that do are 18 and 21"),
         ({"parallel": {"tensor": 8}}, "x context is 8, which does not divide them; the nearest that do are 6 and 12"),
         (
             {"parallel": {"context": 7, "ring": True}},
@@ -242,12 +233,9 @@ def test_structures_are_named_in_the_refusal():
         ({"train_taehv": {"rollouts": ((0, 4),)}}, "train_taehv.rollouts[0][0] is 0; accepted: at least 1"),
         ({"train_taehv": {"rollouts": ((2, 4), (2, 1))}}, "train_taehv.rollouts names a length twice"),
     ],
-    ids=["heads", "tokens", "batch", "window", "short", "phase", "fraction", "cut", "noise", "streams", "twice"],
 )
 def test_recipes_that_cannot_work(changes, expected):
-    with pytest.raises(c.ConfigError) as error:
-        c.from_config_dict({"name": "x"} | changes)
-    assert expected in str(error.value)
+    assert expected in message(c.from_config_dict, recipe(**changes))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import real_videos
 
 from causvid_jax.checkpoints import store
 from causvid_jax.checkpoints import workdir as stages
-from causvid_jax.config import ConfigError, VideoConfig, from_config_dict
+from causvid_jax.config import ConfigError, VideoConfig
 from causvid_jax.data import arrays, captions, clips, pipeline, prepare, videos
 from causvid_jax.data import sources as recipe_data
 from causvid_jax.media import read_video, to_float
@@ -20,6 +20,7 @@ from causvid_jax.models import vae
 from causvid_jax.text import words
 from causvid_jax.training import stages as training
 from causvid_jax.training.metrics import read_metrics
+from tests.tiny import random_params, tiny_recipe
 
 VIDEO = VideoConfig(height=16, width=16, frames=9, fps=8)
 CLIPS = {"china.mp4": 1, "slow.mkv": 3, "tall.webm": 1, "wide/flower.avi": 2}
@@ -33,21 +34,15 @@ REASONS = {
     "text.mp4": "is damaged: Invalid data",
 }
 WORDS = ("roofs", "in", "china", "a", "flower", "tall", "slow")
-NET = {"dim": 16, "ffn_dim": 16, "num_heads": 2, "num_layers": 1, "in_channels": 4, "out_channels": 4}
-NET |= {"text_length": 8, "text_dim": len(WORDS) + 8, "freq_dim": 8}
-VALUES = {
-    "name": "small",
-    "video": dataclasses.asdict(VIDEO),
+READS = {"text_dim": len(WORDS) + 8}
+CHANGES = {
+    "video": {"fps": 8},
     "data": {"name": "videos"},
-    "text": {"kind": "words", "vocabulary": WORDS, "length": 8, "dim": len(WORDS) + 8},
-    "vae": {"base_dim": 2, "dim_mult": (1, 1, 1), "temporal_downsample": (True, True), "num_res_blocks": 1, "z_dim": 4},
-    "teacher": NET,
-    "student": NET,
-    "causal": {"frames_per_block": 1},
-    "diffusion": {"num_inference_steps": 2, "denoising_timesteps": (1000.0, 500.0)},
-    "train_teacher": {"steps": 2, "batch_size": 4, "samples": 2, "optimizer": {"learning_rate": 1e-3}},
+    "text": {"vocabulary": WORDS, "dim": len(WORDS) + 8},
+    "teacher": READS,
+    "student": READS,
 }
-RECIPE = from_config_dict(VALUES)
+RECIPE = tiny_recipe(**CHANGES)
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +178,7 @@ def test_a_folder_without_any_usable_video_is_refused(folder, listed, tmp_path):
 def workdir(folder, tmp_path_factory):
     """Encode the folder twice, with a VAE of random weights."""
     workdir = tmp_path_factory.mktemp("run")
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape).astype(np.float32), vae.abstract(RECIPE.vae))
+    params = random_params(vae.abstract(RECIPE.vae), 1, 0.2)
     store.save_params(stages.stage_path(workdir, "vae"), params, stages.vae_metadata(RECIPE.vae))
     options = prepare.Options(videos=str(folder), captions=str(folder / "captions.jsonl"), batch=2)
     output = [prepare.run("videos", RECIPE, workdir, options) for _ in range(2)]
@@ -229,15 +223,12 @@ def test_the_recipe_reads_a_mixture_and_knows_its_captions(workdir):
         recipe_data.prompts(missing, workdir)
 
 
-def test_own_videos_train_every_codec_and_the_teacher(folder, tmp_path):
-    """The whole training on own clips: pixels, VAE, tiny codec, latents, teacher; no weights are given."""
-    stage = {"steps": 2, "batch_size": 2, "samples": 1, "log_every": 1, "optimizer": {"learning_rate": 1e-3}}
-    tiny = {"z_dim": 4, "encoder_dim": 8, "decoder_dims": (8, 8, 8), "blocks": 1}
-    tiny |= dict.fromkeys(("temporal_downsample", "temporal_upsample"), (True, True))
-    stages_of = dict.fromkeys(("train_vae", "train_taehv", "train_teacher"), stage)
-    recipe = from_config_dict(VALUES | stages_of | {"taehv": tiny})
+def test_own_videos_become_clips_and_latents_and_train_the_tiny_codec(folder, workdir, tmp_path):
+    """The other stages are trained on own videos by ``examples/own_videos.py``, which a test runs."""
+    stage = {"steps": 2, "samples": 1, "optimizer": {"learning_rate": 1e-3}}
+    recipe = tiny_recipe(**CHANGES, train_taehv=stage)
     with pytest.raises(ConfigError, match="no clips at .*prepare --stage=data --videos=DIR"):
-        training.train("vae", recipe, tmp_path)
+        training.train("vae", recipe, tmp_path / "new")
     options = prepare.Options(videos=str(folder), captions=str(folder / "captions.jsonl"))
     train, test = prepare.run("data", recipe, tmp_path, options).split("\n")
     assert "clips: 6 examples; 6 clips of 3 videos, 7 videos skipped" in train
@@ -245,17 +236,16 @@ def test_own_videos_train_every_codec_and_the_teacher(folder, tmp_path):
     source = arrays.source(tmp_path / "data" / "clips")
     first = next(clips.split_into_clips(folder / "slow.mkv", VIDEO))
     np.testing.assert_array_equal(source[0]["video"], first)
-    training.train("vae", recipe, tmp_path)
+    (tmp_path / "vae").symlink_to(workdir / "vae")
     training.train("taehv", recipe, tmp_path)
+    losses = [record["loss"] for record in read_metrics(tmp_path / "taehv") if "loss" in record]
+    assert len(losses) == 2 and np.isfinite(losses).all()
     assert "latents: 6 examples" in prepare.run("latents", recipe, tmp_path)
     params, config = stages.load_stage(recipe, "vae", tmp_path)
     expected = vae.encode(params, to_float(first)[None], config=config)[0]
     encoded = arrays.source(tmp_path / "data" / "latents")[0]
     np.testing.assert_allclose(encoded["latents"], expected, atol=2e-2, rtol=2e-2)
     np.testing.assert_array_equal(encoded["text"], words.encode_words(["slow roofs"], recipe.text)[0][:2])
-    training.train("teacher", recipe, tmp_path)
-    for name in ("vae", "taehv", "teacher"):
-        assert all(np.isfinite(r["loss"]) for r in read_metrics(tmp_path / name) if "loss" in r)
     assert set(recipe_data.prompts(recipe, tmp_path)) == {"slow roofs", "a tall flower", "a flower"}
 
 
