@@ -127,7 +127,7 @@ def test_an_independent_first_frame_and_two_streams(params, tmp_path, monkeypatc
     given = {"config": FIRST, "frames": 17, "seed": 5, "switches": {2: other}}
     expected = list(player.play(unstacked, text, **given))
     jax.clear_caches()
-    for name in ("_next_block", "_decode", "_prompt", "_pass"):
+    for name in ("_next_block", "_decode", "encode_prompt", "network_pass"):
         monkeypatch.setattr(stream, name, lambda *_, **__: pytest.fail("the model was traced"))
     loaded = exported.load(tmp_path / "x.program", FIRST, batch=2, latents=5)
     for a, b in zip(player.play(unstacked, text, loaded=loaded, **given), expected, strict=True):
