@@ -54,13 +54,13 @@ def guided_velocity(
     clip, and no communication is needed.
 
     Args:
-      velocity_fn: ``(x, timestep, prompt_embeds) -> velocity``.
-      x: noisy latents ``[B, F, h, w, C]``.
-      timestep: ``[B, F]``, in [0, 1000].
-      prompt_embeds: ``[B, S, E]``.
-      negative_prompt_embeds: ``[S, E]`` or ``[B, S, E]``.
-      guidance_scale: weight g, static or one per frame (:func:`scale_at`). With a static 1 the unconditional branch
-        is not computed.
+        velocity_fn: ``(x, timestep, prompt_embeds) -> velocity``.
+        x: noisy latents ``[B, F, h, w, C]``.
+        timestep: ``[B, F]``, in [0, 1000].
+        prompt_embeds: ``[B, S, E]``.
+        negative_prompt_embeds: ``[S, E]`` or ``[B, S, E]``.
+        guidance_scale: weight g, static or one per frame (:func:`scale_at`). With a static 1 the unconditional branch
+            is not computed.
     """
     per_frame = isinstance(guidance_scale, jax.Array)
     if not per_frame and guidance_scale == 1.0:

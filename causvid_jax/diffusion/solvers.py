@@ -45,17 +45,17 @@ def euler(
     """Integrate by Euler's method: ``x <- x + (sigma_{i+1} - sigma_i) v(x, 1000 sigma_i)``.
 
     Args:
-      velocity_fn: ``(x, timestep [B, F]) -> velocity``.
-      noise: the state at ``sigmas[0]``, ``[B, F, h, w, C]``.
-      sigmas: static ``[n + 1]``, descending; the solver makes n network passes.
-      record: static indices into ``sigmas`` of the states to return, strictly ascending.
+        velocity_fn: ``(x, timestep [B, F]) -> velocity``.
+        noise: the state at ``sigmas[0]``, ``[B, F, h, w, C]``.
+        sigmas: static ``[n + 1]``, descending; the solver makes n network passes.
+        record: static indices into ``sigmas`` of the states to return, strictly ascending.
 
     Returns:
-      The state at ``sigmas[-1]``, ``[B, F, h, w, C]``. With ``record``: the states at those indices,
-      ``[len(record), B, F, h, w, C]``; index 0 is the noise, index n the result.
+        The state at ``sigmas[-1]``, ``[B, F, h, w, C]``. With ``record``: the states at those indices,
+        ``[len(record), B, F, h, w, C]``; index 0 is the noise, index n the result.
 
     Raises:
-      ConfigError: ``sigmas`` does not descend, or ``record`` is not ascending within [0, n].
+        ConfigError: ``sigmas`` does not descend, or ``record`` is not ascending within [0, n].
     """
     sigmas = _check(sigmas)
     steps = len(sigmas) - 1
@@ -150,13 +150,13 @@ def unipc(
     (:func:`_unipc_tables`), so each step is two short weighted sums.
 
     Args:
-      velocity_fn: ``(x, timestep [B, F]) -> velocity``.
-      noise: ``[B, F, h, w, C]``.
-      sigmas: static ``[n + 1]``, descending, below 1 and ending in 0, e.g. of :func:`unipc_sigmas`.
-      integer_timesteps: condition the network on ``floor(1000 sigma)``, as the published sampler does.
+        velocity_fn: ``(x, timestep [B, F]) -> velocity``.
+        noise: ``[B, F, h, w, C]``.
+        sigmas: static ``[n + 1]``, descending, below 1 and ending in 0, e.g. of :func:`unipc_sigmas`.
+        integer_timesteps: condition the network on ``floor(1000 sigma)``, as the published sampler does.
 
     Returns:
-      x0, ``[B, F, h, w, C]``.
+        x0, ``[B, F, h, w, C]``.
     """
     sigmas = _check(sigmas)
     require(sigmas[0] < 1 and sigmas[-1] == 0, f"UniPC sigmas run from {sigmas[0]} to {sigmas[-1]}; accepted: <1 to 0")

@@ -35,9 +35,9 @@ class Networks(NamedTuple):
     """The velocities at ``(x_t, timestep)`` of blocks with a clean past.
 
     Attributes:
-      student: with a gradient to its parameters.
-      target: the student's EMA (discrete), or the student in a form that ``jax.jvp`` accepts (continuous).
-      teacher: guided.
+        student: with a gradient to its parameters.
+        target: the student's EMA (discrete), or the student in a form that ``jax.jvp`` accepts (continuous).
+        teacher: guided.
     """
 
     student: VelocityFn
@@ -62,11 +62,11 @@ def discrete_loss(
     """Return the discrete loss on clips ``latents [B, F, h, w, C]``.
 
     Args:
-      networks: student, its EMA and the teacher.
-      latents: real clips.
-      key: draws the grid step of every block and the noise.
-      sigmas: the grid, static ``[n + 1]``, from 1 to 0.
-      block_sizes: frames of each block.
+        networks: student, its EMA and the teacher.
+        latents: real clips.
+        key: draws the grid step of every block and the noise.
+        sigmas: the grid, static ``[n + 1]``, from 1 to 0.
+        block_sizes: frames of each block.
     """
     step_key, noise_key = jax.random.split(key)
     step = jax.random.randint(step_key, (len(latents), len(block_sizes)), 0, len(sigmas) - 1)
@@ -117,13 +117,13 @@ def continuous_loss(
     """Return the continuous loss on clips ``latents [B, F, h, w, C]``; no gradient passes through the tangent.
 
     Args:
-      networks: student, the student for the tangent, and the teacher.
-      latents: real clips.
-      key: draws one noise level per block, ``sigma_from_u`` of a uniform number and ``shift``, and the noise.
-      shift: of the noise levels.
-      block_sizes: frames of each block.
-      ratio: r, from 0 to 1.
-      scale: factor of the loss.
+        networks: student, the student for the tangent, and the teacher.
+        latents: real clips.
+        key: draws one noise level per block, ``sigma_from_u`` of a uniform number and ``shift``, and the noise.
+        shift: of the noise levels.
+        block_sizes: frames of each block.
+        ratio: r, from 0 to 1.
+        scale: factor of the loss.
     """
     u_key, noise_key = jax.random.split(key)
     sigma = flow.sigma_from_u(jax.random.uniform(u_key, (len(latents), len(block_sizes))), shift)

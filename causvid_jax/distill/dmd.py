@@ -50,25 +50,25 @@ def generator_loss(
     """Return the student's loss. Its gradient reaches ``x0`` only, not the scores.
 
     Args:
-      x0: output of the student, ``[B, F, h, w, C]``.
-      prompt_embeds: ``[B, S, E]``, read by both scores.
-      negative_prompt_embeds: of the unconditional branches, ``[S, E]`` or ``[B, S, E]``.
-      key: draws the timesteps and the noise.
-      teacher: the real score, ``(x, timestep, prompt_embeds) -> velocity``.
-      fake: the fake score, likewise; it is guided by ``fake_guidance_scale``, 1 in the paper.
-      diffusion: the noise grid.
-      distill: guidance scales and timestep range.
-      mask: bool ``[B, F]``, the frames that the loss counts; default: all.
-      timestep: ``[B, F]``, instead of drawn ones.
-      noise: shape of ``x0``, instead of drawn noise. With both, no key is needed.
-      levels: where the timesteps are drawn.
-      experts: of a teacher of two networks, with a guidance scale for each.
+        x0: output of the student, ``[B, F, h, w, C]``.
+        prompt_embeds: ``[B, S, E]``, read by both scores.
+        negative_prompt_embeds: of the unconditional branches, ``[S, E]`` or ``[B, S, E]``.
+        key: draws the timesteps and the noise.
+        teacher: the real score, ``(x, timestep, prompt_embeds) -> velocity``.
+        fake: the fake score, likewise; it is guided by ``fake_guidance_scale``, 1 in the paper.
+        diffusion: the noise grid.
+        distill: guidance scales and timestep range.
+        mask: bool ``[B, F]``, the frames that the loss counts; default: all.
+        timestep: ``[B, F]``, instead of drawn ones.
+        noise: shape of ``x0``, instead of drawn noise. With both, no key is needed.
+        levels: where the timesteps are drawn.
+        experts: of a teacher of two networks, with a guidance scale for each.
 
     Returns:
-      The scalar loss and metrics: loss, mean absolute gradient, and mean timestep.
+        The scalar loss and metrics: loss, mean absolute gradient, and mean timestep.
 
     Raises:
-      ConfigError: neither a key nor both ``timestep`` and ``noise``.
+        ConfigError: neither a key nor both ``timestep`` and ``noise``.
     """
     x0 = x0.astype(jnp.float32)
     x = jax.lax.stop_gradient(x0)  # no gradient through the scores' inputs

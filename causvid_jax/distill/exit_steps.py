@@ -15,11 +15,11 @@ class Rollout:
     """The static settings of a self rollout.
 
     Attributes:
-      network: the student.
-      causal: block structure, window and context pass.
-      timesteps: the Q denoising timesteps, ``flow.student_timesteps``.
-      first_timesteps: one list for each of the first blocks of a stream; later blocks have ``timesteps``.
-      exit_steps: which step each block stops at (:func:`draw_exit_steps`).
+        network: the student.
+        causal: block structure, window and context pass.
+        timesteps: the Q denoising timesteps, ``flow.student_timesteps``.
+        first_timesteps: one list for each of the first blocks of a stream; later blocks have ``timesteps``.
+        exit_steps: which step each block stops at (:func:`draw_exit_steps`).
     """
 
     network: TransformerConfig

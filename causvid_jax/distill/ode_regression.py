@@ -62,23 +62,23 @@ def ode_regression_loss(
     """Return the regression loss of a batch of trajectories.
 
     Args:
-      velocity_fn: the block-causal student, ``(params, x, timestep [B, F], prompt_embeds) -> velocity``. It is called
-        with ``clean=context`` if there is a context.
-      params: parameters of the student.
-      states: ``[Q + 1, B, F, h, w, C]`` of :func:`~causvid_jax.distill.trajectories.teacher_trajectory`.
-      prompt_embeds: ``[B, S, E]``.
-      key: draws one step index per sample and block.
-      timesteps: the Q student timesteps of the states, ``flow.student_timesteps``.
-      block_sizes: frames of each block, ``CausalConfig.block_sizes(F)``.
-      include_clean: also draw t = 0, as context only.
-      prompt_switch_prob: fraction of the clips that get the context of the next clip in the batch.
-      context: clean context of every block, ``[B, F, h, w, C]``. Every block is noisy then, and ``include_clean`` and
-        ``prompt_switch_prob`` are ignored.
-      index: int32 ``[B, F]``, the state of each frame (Q: clean), instead of drawn ones. No key is needed then, and no
-        clip gets another's context.
+        velocity_fn: the block-causal student, ``(params, x, timestep [B, F], prompt_embeds) -> velocity``. It is called
+            with ``clean=context`` if there is a context.
+        params: parameters of the student.
+        states: ``[Q + 1, B, F, h, w, C]`` of :func:`~causvid_jax.distill.trajectories.teacher_trajectory`.
+        prompt_embeds: ``[B, S, E]``.
+        key: draws one step index per sample and block.
+        timesteps: the Q student timesteps of the states, ``flow.student_timesteps``.
+        block_sizes: frames of each block, ``CausalConfig.block_sizes(F)``.
+        include_clean: also draw t = 0, as context only.
+        prompt_switch_prob: fraction of the clips that get the context of the next clip in the batch.
+        context: clean context of every block, ``[B, F, h, w, C]``. Every block is noisy then, and ``include_clean`` and
+            ``prompt_switch_prob`` are ignored.
+        index: int32 ``[B, F]``, the state of each frame (Q: clean), instead of drawn ones. No key is needed then, and
+            no clip gets another's context.
 
     Returns:
-      The scalar loss (0 when every block was drawn clean) and metrics: the loss, and the fraction of noisy frames.
+        The scalar loss (0 when every block was drawn clean) and metrics: the loss, and the fraction of noisy frames.
     """
     q, (batch, frames) = len(timesteps), states.shape[1:3]
     require(states.shape[0] == q + 1, f"trajectories have {states.shape[0]} states; {q} timesteps need {q + 1}")

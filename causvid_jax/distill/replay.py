@@ -34,8 +34,8 @@ class Record(NamedTuple):
     """Results of a rollout without gradient that the replay needs, ``[B, F, h, w, C]`` each.
 
     Attributes:
-      x: the noisy input of every block's exit step.
-      written: the latents of the context pass: the clean estimate, with noise if the recipe adds it.
+        x: the noisy input of every block's exit step.
+        written: the latents of the context pass: the clean estimate, with noise if the recipe adds it.
     """
 
     x: jax.Array
@@ -88,13 +88,13 @@ def replay(
     """Return the x0 of a recorded rollout, ``[B, F, h, w, C]``, with a gradient to ``params`` and ``text``.
 
     Args:
-      rollout: network and block structure.
-      params: the student's parameters.
-      text: prompt embeddings, ``[B, S, E]``.
-      record: noisy inputs of the exit steps and latents of the context passes.
-      timestep: of the exit steps, ``[F]``.
-      past: clean latents that the rollout continued, ``[B, P, h, w, C]``.
-      picture: what the clip starts from, for a student with an image branch.
+        rollout: network and block structure.
+        params: the student's parameters.
+        text: prompt embeddings, ``[B, S, E]``.
+        record: noisy inputs of the exit steps and latents of the context passes.
+        timestep: of the exit steps, ``[F]``.
+        past: clean latents that the rollout continued, ``[B, P, h, w, C]``.
+        picture: what the clip starts from, for a student with an image branch.
     """
     causal, (batch, frames) = rollout.causal, record.x.shape[:2]
     x, written = jax.lax.stop_gradient(record)

@@ -43,18 +43,18 @@ def data_rollout(
     """Return the student's x0 of real latents, noised per block, in one block-causal pass.
 
     Args:
-      velocity_fn: ``(params, x, timestep [B, F], text) -> velocity``.
-      params: the student's parameters.
-      latents: real latents, ``[B, F, h, w, C]``.
-      text: prompt embeddings, ``[B, S, E]``.
-      key: draws one step per sample and block, and the noise.
-      timesteps: the student's timesteps, ``flow.student_timesteps``.
-      block_sizes: frames of each block, adding up to F.
-      include_clean: also draw t = 0; such a block is returned unchanged and carries no gradient.
+        velocity_fn: ``(params, x, timestep [B, F], text) -> velocity``.
+        params: the student's parameters.
+        latents: real latents, ``[B, F, h, w, C]``.
+        text: prompt embeddings, ``[B, S, E]``.
+        key: draws one step per sample and block, and the noise.
+        timesteps: the student's timesteps, ``flow.student_timesteps``.
+        block_sizes: frames of each block, adding up to F.
+        include_clean: also draw t = 0; such a block is returned unchanged and carries no gradient.
 
     Returns:
-      x0 ``[B, F, h, w, C]``, and bool ``[B, F]``: True for frames that were noised, False for clean context, which is
-      masked out of the loss.
+        x0 ``[B, F, h, w, C]``, and bool ``[B, F]``: True for frames that were noised, False for clean context, which is
+        masked out of the loss.
     """
     batch, frames = latents.shape[:2]
     require(sum(block_sizes) == frames, f"blocks {tuple(block_sizes)} do not add up to {frames} latent frames")
@@ -131,7 +131,7 @@ def generate_block(
     Without ``timesteps`` the block has those of the rollout. ``channels`` are the picture's, if the student reads one.
 
     Returns:
-      The clean estimate x0, the noisy input of the exit step, the latents of the context pass, and the next cache.
+        The clean estimate x0, the noisy input of the exit step, the latents of the context pass, and the next cache.
     """
 
     timesteps = block_timesteps(rollout, timesteps)
@@ -187,7 +187,7 @@ def generate_blocks(
     keeps one cache, not one per block (5.6 GiB each at 1.3B).
 
     Returns:
-      x0 ``[n, B, K, h, w, C]`` and the cache after the last block.
+        x0 ``[n, B, K, h, w, C]`` and the cache after the last block.
     """
     return _generate_blocks_forward(rollout, shape, params, text_cache, cache, blocks, key)[0]
 
@@ -328,21 +328,21 @@ def self_rollout(
     off the keys and values of the exit step stay instead.
 
     Args:
-      rollout: network, block structure, timesteps.
-      params: the student's parameters.
-      text: prompt embeddings, ``[B, S, E]``.
-      key: draws the exit steps (:func:`exit_steps_of`) and every noise.
-      shape: ``(B, F, h, w, C)`` of the clip; the blocks must fit F.
-      exit_step: index into the timesteps of all blocks instead of drawn ones; Q - 1 is the whole chain.
-      context: clean latents ``[B, P, h, w, C]``, P whole blocks, that the rollout continues.
-      has_context: bool scalar; False ignores ``context`` in the same compiled program.
-      picture: what the clip starts from, for a student with an image branch; it does not go with a context.
+        rollout: network, block structure, timesteps.
+        params: the student's parameters.
+        text: prompt embeddings, ``[B, S, E]``.
+        key: draws the exit steps (:func:`exit_steps_of`) and every noise.
+        shape: ``(B, F, h, w, C)`` of the clip; the blocks must fit F.
+        exit_step: index into the timesteps of all blocks instead of drawn ones; Q - 1 is the whole chain.
+        context: clean latents ``[B, P, h, w, C]``, P whole blocks, that the rollout continues.
+        has_context: bool scalar; False ignores ``context`` in the same compiled program.
+        picture: what the clip starts from, for a student with an image branch; it does not go with a context.
 
     Returns:
-      x0, ``[B, F, h, w, C]`` float32.
+        x0, ``[B, F, h, w, C]`` float32.
 
     Raises:
-      ConfigError: a length or a context that the blocks do not fit.
+        ConfigError: a length or a context that the blocks do not fit.
     """
     continued: dict[str, Any] = {"context": context, "has_context": has_context}
     exits = exit_steps_of(rollout, key, shape[1], exit_step, **continued)

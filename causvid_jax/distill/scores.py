@@ -24,9 +24,9 @@ class Levels(NamedTuple):
     """The range of the scores' timesteps: nominal times in ``[low, high)``, drawn per clip or per block.
 
     Attributes:
-      low: scalar; for timesteps tied to the exit step the time of the next step; None: 0.
-      high: scalar; None: 1.
-      block_sizes: frames of each block; empty: one timestep for the clip.
+        low: scalar; for timesteps tied to the exit step the time of the next step; None: 0.
+        high: scalar; None: 1.
+        block_sizes: frames of each block; empty: one timestep for the clip.
     """
 
     low: jax.Array | float | None = None

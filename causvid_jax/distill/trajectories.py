@@ -18,8 +18,8 @@ def trajectory_grid(config: DiffusionConfig) -> tuple[np.ndarray, tuple[int, ...
     """Return the Euler grid that contains every denoising timestep, and their indices.
 
     Returns:
-      Sigmas, float64 ``[n + 1]``, descending from 1 to 0, and the Q + 1 indices of the Q denoising timesteps and of the
-      final 0. The teacher needs n passes per trajectory.
+        Sigmas, float64 ``[n + 1]``, descending from 1 to 0, and the Q + 1 indices of the Q denoising timesteps and of
+        the final 0. The teacher needs n passes per trajectory.
     """
     levels = np.asarray(flow.student_timesteps(config)) / 1000.0
     grid = flow.teacher_sigmas(config)
@@ -39,13 +39,13 @@ def teacher_trajectory(velocity_fn: VelocityFn, noise: jax.Array, config: Diffus
     """Return the teacher's states at the denoising timesteps, and its x0 at the end.
 
     Args:
-      velocity_fn: the (guided) teacher, ``(x, timestep [B, F]) -> velocity``.
-      noise: ``[B, F, h, w, C]``.
-      config: the grid (``shift``, ``num_inference_steps``) and the Q ``denoising_timesteps``. The solver is
-        always Euler, as in the paper.
+        velocity_fn: the (guided) teacher, ``(x, timestep [B, F]) -> velocity``.
+        noise: ``[B, F, h, w, C]``.
+        config: the grid (``shift``, ``num_inference_steps``) and the Q ``denoising_timesteps``. The solver is always
+            Euler, as in the paper.
 
     Returns:
-      ``[Q + 1, B, F, h, w, C]``, state q at ``flow.student_timesteps(config)[q]``, the last one at 0.
+        ``[Q + 1, B, F, h, w, C]``, state q at ``flow.student_timesteps(config)[q]``, the last one at 0.
     """
     sigmas, indices = trajectory_grid(config)
     return euler(velocity_fn, noise, sigmas, record=indices)

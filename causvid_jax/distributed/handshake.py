@@ -24,10 +24,10 @@ class Address:
     """Address of process 0, and the number of this process.
 
     Attributes:
-      coordinator: ``host:port`` of process 0.
-      processes: number of processes.
-      process_id: number of this process.
-      local_devices: accelerators of this process, None for all of its host.
+        coordinator: ``host:port`` of process 0.
+        processes: number of processes.
+        process_id: number of this process.
+        local_devices: accelerators of this process, None for all of its host.
     """
 
     coordinator: str

@@ -31,9 +31,9 @@ class Peer:
     """Another process.
 
     Attributes:
-      number: of the process.
-      host: name of its host.
-      connection: an open socket; both sides send lines.
+        number: of the process.
+        host: name of its host.
+        connection: an open socket; both sides send lines.
     """
 
     number: int

@@ -55,19 +55,19 @@ def dense(
     """Return ``softmax(q k^T / sqrt(D)) v`` in float32, over all keys or those where ``mask`` is true for all queries.
 
     Args:
-      q: ``[B, T, N, D]``.
-      k: ``[B, S, N, D]``.
-      v: ``[B, S, N, D]``.
-      dtype: type of the operands of both products.
-      backend: ``"xla"`` (any device; stores all T x S scores), ``"late"`` (the same, but divides by the softmax's sum
-        after the last product as flash attention does, which changes bfloat16 rounding), ``"cudnn"`` (bfloat16 on
-        GPU), ``"splash"`` (TPU), ``"blockwise"`` (any device, for ``jax.jvp``), ``"int8"`` (GPU, TPU; sampling only,
-        :mod:`causvid_jax.models.int8_attention`) or ``"auto"`` (:func:`resolve`).
-      mask: bool ``[S]``.
-      used: scalar count for a mask that is true exactly for the first ``used`` keys. cuDNN then skips the other keys;
-        any other mask becomes a T x S bias array.
-      name: checkpoint name of the result, rounded to ``dtype``, for rematerialization. The splash kernel names its
-        softmax sums too, so its backward pass recomputes nothing.
+        q: ``[B, T, N, D]``.
+        k: ``[B, S, N, D]``.
+        v: ``[B, S, N, D]``.
+        dtype: type of the operands of both products.
+        backend: ``"xla"`` (any device; stores all T x S scores), ``"late"`` (the same, but divides by the softmax's sum
+            after the last product as flash attention does, which changes bfloat16 rounding), ``"cudnn"`` (bfloat16 on
+            GPU), ``"splash"`` (TPU), ``"blockwise"`` (any device, for ``jax.jvp``), ``"int8"`` (GPU, TPU; sampling
+            only, :mod:`causvid_jax.models.int8_attention`) or ``"auto"`` (:func:`resolve`).
+        mask: bool ``[S]``.
+        used: scalar count for a mask that is true exactly for the first ``used`` keys. cuDNN then skips the other keys;
+            any other mask becomes a T x S bias array.
+        name: checkpoint name of the result, rounded to ``dtype``, for rematerialization. The splash kernel names its
+            softmax sums too, so its backward pass recomputes nothing.
     """
     backend = resolve(backend, dtype)
     if backend == "int8":  # It rounds what was not rounded to ``dtype`` before.

@@ -47,12 +47,12 @@ def attention(
     """Return ``softmax(q k^T / sqrt(D)) v``, float32 ``[B, T, N, D]``, with int8 operands of the first product.
 
     Args:
-      q: ``[B, T, N, D]``.
-      k: ``[B, S, N, D]``.
-      v: ``[B, S, N, D]``.
-      dtype: type of the operands of the second product.
-      mask: bool ``[S]``, the keys that all queries see; None: all.
-      used: scalar count where ``mask`` is true for exactly the first ``used`` keys; the others cost nothing.
+        q: ``[B, T, N, D]``.
+        k: ``[B, S, N, D]``.
+        v: ``[B, S, N, D]``.
+        dtype: type of the operands of the second product.
+        mask: bool ``[S]``, the keys that all queries see; None: all.
+        used: scalar count where ``mask`` is true for exactly the first ``used`` keys; the others cost nothing.
 
     Raises:
         ConfigError: it is differentiated, or the device has no such kernel.

@@ -78,13 +78,13 @@ def block(
     output projection.
 
     Args:
-      p: parameters of the layer.
-      x: tokens ``[B, F, n, M]``.
-      time: projected timesteps ``[B, F, 6, M]``.
-      text: the context at model width, or this layer's keys and values of it.
-      layer_cache: passed to ``attend``.
-      attend: ``(q, k, v, layer_cache) -> (output, layer_cache)``, the self-attention of the forward mode.
-      config: sizes and precision.
+        p: parameters of the layer.
+        x: tokens ``[B, F, n, M]``.
+        time: projected timesteps ``[B, F, 6, M]``.
+        text: the context at model width, or this layer's keys and values of it.
+        layer_cache: passed to ``attend``.
+        attend: ``(q, k, v, layer_cache) -> (output, layer_cache)``, the self-attention of the forward mode.
+        config: sizes and precision.
     """
     parts = jnp.moveaxis(precision.modulation(p["modulation"], time, config), -2, 0)
     shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = parts

@@ -43,9 +43,9 @@ def unstack(params: Params, config: TransformerConfig, *, free: bool = False) ->
     """Return ``params`` with ``blocks`` as a tuple of layers and rotary halves; unchanged if they are so already.
 
     Args:
-      params: parameters of :func:`models.transformer.inference_spec`; also shapes, inside ``jax.eval_shape``.
-      config: of the network.
-      free: release each stacked array as soon as it is split, so that the peak is one array above the parameters.
+        params: parameters of :func:`models.transformer.inference_spec`; also shapes, inside ``jax.eval_shape``.
+        config: of the network.
+        free: release each stacked array as soon as it is split, so that the peak is one array above the parameters.
     """
     if is_unstacked(params):
         return params

@@ -73,9 +73,9 @@ class Placement:
     """The mesh of a run and the shardings on it; with ``mesh = None`` (one device) every sharding is None.
 
     Attributes:
-      mesh: of the run.
-      rules: of the batch axis. Parameters of a network follow the rules of its own configuration.
-      offload_optimizer: whether optimizers keep their moments in host memory (:meth:`offloaded`).
+        mesh: of the run.
+        rules: of the batch axis. Parameters of a network follow the rules of its own configuration.
+        offload_optimizer: whether optimizers keep their moments in host memory (:meth:`offloaded`).
     """
 
     mesh: Mesh | None = None

@@ -82,14 +82,14 @@ def vae_loss(
     The squared term dominates. With L1 alone training of mostly black frames stops at the optimum "all black".
 
     Args:
-      params: of the VAE.
-      batch: pixels in [-1, 1], ``[B, T, H, W, 3]``.
-      key: samples the latents and the crop.
-      config: of the VAE.
-      kl_weight: of the KL divergence per latent element from N(0, 1).
-      train_encoder: False keeps the latents as they are.
-      clips: decode streams of that many clips (:func:`concat_clips`).
-      crop: decode that many latent frames from a random start (:func:`random_crop`); 0 for all.
+        params: of the VAE.
+        batch: pixels in [-1, 1], ``[B, T, H, W, 3]``.
+        key: samples the latents and the crop.
+        config: of the VAE.
+        kl_weight: of the KL divergence per latent element from N(0, 1).
+        train_encoder: False keeps the latents as they are.
+        clips: decode streams of that many clips (:func:`concat_clips`).
+        crop: decode that many latent frames from a random start (:func:`random_crop`); 0 for all.
     """
     mean, logvar = vae.encode_moments(params, batch, config=config)
     if not train_encoder:

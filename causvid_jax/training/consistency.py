@@ -37,12 +37,12 @@ def consistency_loss(
     """Return the loss that ``train_consistency.kind`` names.
 
     Args:
-      params: of the student.
-      batch: ``latents [B, F, h, w, C]`` and ``text [B, S, E]``.
-      key: draws noise levels and noise.
-      state: its EMA is the discrete target, its step the progress of the continuous warm-up.
-      frozen: parameters of the causal teacher, and the embeddings of the negative prompt ``[S, E]``.
-      recipe: grid, networks, ``train_consistency``.
+        params: of the student.
+        batch: ``latents [B, F, h, w, C]`` and ``text [B, S, E]``.
+        key: draws noise levels and noise.
+        state: its EMA is the discrete target, its step the progress of the continuous warm-up.
+        frozen: parameters of the causal teacher, and the embeddings of the negative prompt ``[S, E]``.
+        recipe: grid, networks, ``train_consistency``.
     """
     config, causal, (teacher, negative_prompt_embeds) = recipe.train_consistency, recipe.causal, frozen
     latents, text = batch["latents"], batch["text"]

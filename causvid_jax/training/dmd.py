@@ -69,11 +69,11 @@ class DMDState:
     """Everything that changes during distillation.
 
     Attributes:
-      student: the generator, with its EMA.
-      critic: the fake score, which may be of another size; without an EMA. Of adapters on the student's base, only
-        these (:func:`~causvid_jax.training.dmd_scores.fake_params`).
-      step: int32 scalar, steps of which at least one update was applied.
-      history: recent losses of the critic (row 0) and the student (row 1).
+        student: the generator, with its EMA.
+        critic: the fake score, which may be of another size; without an EMA. Of adapters on the student's base, only
+            these (:func:`~causvid_jax.training.dmd_scores.fake_params`).
+        step: int32 scalar, steps of which at least one update was applied.
+        history: recent losses of the critic (row 0) and the student (row 1).
     """
 
     student: Trainable
@@ -307,19 +307,19 @@ def train_step(
     Pure: randomness is ``fold_in(key(seed), step)`` split by purpose, so a resumed run continues bit for bit.
 
     Args:
-      state: safe to donate.
-      teacher: parameters of the real score, constant.
-      batches: arrays ``[K + 1, B, ...]`` with an entry ``"text"`` ``[K + 1, B, S, E]`` (and ``"latents"`` for
-        ``rollout="data"``): one batch per critic update, the last one for the student.
-      negative_prompt_embeds: embeddings of the negative prompt, ``[S, E]``.
-      optimizers: made the two ``opt`` of ``state``.
-      recipe: networks, grid, ``train_distill``.
-      frames: length of self rollouts in latent frames, 0 for the full clip; None: ``train_distill.frames``.
+        state: safe to donate.
+        teacher: parameters of the real score, constant.
+        batches: arrays ``[K + 1, B, ...]`` with an entry ``"text"`` ``[K + 1, B, S, E]`` (and ``"latents"`` for
+            ``rollout="data"``): one batch per critic update, the last one for the student.
+        negative_prompt_embeds: embeddings of the negative prompt, ``[S, E]``.
+        optimizers: made the two ``opt`` of ``state``.
+        recipe: networks, grid, ``train_distill``.
+        frames: length of self rollouts in latent frames, 0 for the full clip; None: ``train_distill.frames``.
 
     Returns:
-      The next state and scalar metrics: ``generator_*``, ``critic_*`` as means over the K updates, and how many of the
-      K + 1 updates were ``applied`` and ``skipped``. A refused update does not change its network, and none is applied
-      if an input is not finite.
+        The next state and scalar metrics: ``generator_*``, ``critic_*`` as means over the K updates, and how many of
+        the K + 1 updates were ``applied`` and ``skipped``. A refused update does not change its network, and none is
+        applied if an input is not finite.
     """
     recipe = recipe if frames is None else with_frames(recipe, frames)
     config = recipe.train_distill

@@ -26,7 +26,7 @@ def with_frames(recipe: Recipe, frames: int) -> Recipe:
     """Return ``recipe`` with rollouts of ``frames`` latent frames (0: the full clip).
 
     Raises:
-      ConfigError: the blocks do not fit that length, or it is shorter than the context that a rollout continues.
+        ConfigError: the blocks do not fit that length, or it is shorter than the context that a rollout continues.
     """
     return dataclasses.replace(recipe, train_distill=dataclasses.replace(recipe.train_distill, frames=frames))
 

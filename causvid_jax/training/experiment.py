@@ -43,14 +43,14 @@ class Row:
     """One row of an experiment.
 
     Attributes:
-      name: in the table.
-      network: the stage whose weights are sampled: ``"teacher"`` makes clips, ``"causal"`` streams with
-        :data:`CAUSAL_STEPS` steps, ``"init"`` and ``"distill"`` stream as the recipe says.
-      stages: stages that the row trains again (or ``"trajectories"``, which it makes again).
-      settings: recipe fields as text, such as ``{"train_distill.teacher": "causal"}``.
-      replace: stage to another stage whose weights are used instead, such as ``{"init": "causal"}``.
-      strength: follow a real clip of another colour at this strength (video to video); None: from text.
-      paper: the paper's figure for this row, as text; empty if there is none.
+        name: in the table.
+        network: the stage whose weights are sampled: ``"teacher"`` makes clips, ``"causal"`` streams with
+            :data:`CAUSAL_STEPS` steps, ``"init"`` and ``"distill"`` stream as the recipe says.
+        stages: stages that the row trains again (or ``"trajectories"``, which it makes again).
+        settings: recipe fields as text, such as ``{"train_distill.teacher": "causal"}``.
+        replace: stage to another stage whose weights are used instead, such as ``{"init": "causal"}``.
+        strength: follow a real clip of another colour at this strength (video to video); None: from text.
+        paper: the paper's figure for this row, as text; empty if there is none.
     """
 
     name: str
@@ -67,12 +67,12 @@ class Experiment:
     """A claim and the rows that test it.
 
     Attributes:
-      title: of the table and the plot.
-      claim: the claim of the paper, with its source.
-      rows: settings to compare.
-      metric: the plotted figure, a name of :func:`frame_metrics.frame_values`.
-      lengths: ends of the measured clips, in trained lengths; each clip has one trained length.
-      settings: recipe fields of every row.
+        title: of the table and the plot.
+        claim: the claim of the paper, with its source.
+        rows: settings to compare.
+        metric: the plotted figure, a name of :func:`frame_metrics.frame_values`.
+        lengths: ends of the measured clips, in trained lengths; each clip has one trained length.
+        settings: recipe fields of every row.
     """
 
     title: str

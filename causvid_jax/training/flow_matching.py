@@ -58,13 +58,13 @@ def teacher_loss(
     """Return the loss of the bidirectional teacher: one t per clip on the shifted grid, captions dropped at random.
 
     Args:
-      params: of the teacher.
-      batch: ``latents [B, F, h, w, C]`` and ``text [B, S, E]``, with pictures for an image branch.
-      key: draws t, noise and which captions are dropped.
-      recipe: grid, teacher, ``train_teacher.caption_dropout``.
-      negative_prompt_embeds: ``[S, E]``, which replace dropped captions; None: zeros.
-      sigma: ``[B, F]``, instead of random ones.
-      noise: shape of the latents, instead of drawn noise.
+        params: of the teacher.
+        batch: ``latents [B, F, h, w, C]`` and ``text [B, S, E]``, with pictures for an image branch.
+        key: draws t, noise and which captions are dropped.
+        recipe: grid, teacher, ``train_teacher.caption_dropout``.
+        negative_prompt_embeds: ``[S, E]``, which replace dropped captions; None: zeros.
+        sigma: ``[B, F]``, instead of random ones.
+        noise: shape of the latents, instead of drawn noise.
     """
     latents, text = batch["latents"], batch["text"]
     if recipe.train_teacher.chunks:

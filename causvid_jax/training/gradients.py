@@ -23,12 +23,12 @@ def accumulated_gradient(
     a key of its own.
 
     Args:
-      loss_fn: ``(params, batch, key) -> (loss, metrics)``. Scalar metrics are averaged; arrays ``[B, ...]`` are
-        merged in their order.
-      params: parameters to differentiate by.
-      batch: a pytree of arrays ``[B, ...]``.
-      key: of this step; with one part, ``loss_fn`` gets it unchanged.
-      parts: must divide B.
+        loss_fn: ``(params, batch, key) -> (loss, metrics)``. Scalar metrics are averaged; arrays ``[B, ...]`` are
+            merged in their order.
+        params: parameters to differentiate by.
+        batch: a pytree of arrays ``[B, ...]``.
+        key: of this step; with one part, ``loss_fn`` gets it unchanged.
+        parts: must divide B.
     """
     gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if parts == 1:

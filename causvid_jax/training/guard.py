@@ -20,9 +20,9 @@ class LossHistory:
     """Recent losses of the N networks of a stage.
 
     Attributes:
-      recent: the losses of the last W applied updates of each, newest first, NaN where there are none yet; float32
-        ``[N, W]``.
-      skipped: number of refused updates; int32 scalar.
+        recent: the losses of the last W applied updates of each, newest first, NaN where there are none yet; float32
+            ``[N, W]``.
+        skipped: number of refused updates; int32 scalar.
     """
 
     recent: jax.Array
@@ -50,15 +50,15 @@ def check_update(
     reads metrics one step late, and this keeps the last good state for it.
 
     Args:
-      history: of the stage.
-      loss: scalar.
-      gradient_norm: scalar.
-      config: ``on_bad_loss``, ``bad_loss_factor``.
-      row: which of the N losses this is.
-      finite: False refuses the update for another reason.
+        history: of the stage.
+        loss: scalar.
+        gradient_norm: scalar.
+        config: ``on_bad_loss``, ``bad_loss_factor``.
+        row: which of the N losses this is.
+        finite: False refuses the update for another reason.
 
     Returns:
-      A scalar bool and the next history.
+        A scalar bool and the next history.
     """
     recent, loss = history.recent[row], loss.astype(jnp.float32)
     applied = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & finite

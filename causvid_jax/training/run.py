@@ -60,13 +60,13 @@ class Run:
     parameters of an uninterrupted run (bit for bit on CPU).
 
     Attributes:
-      name: of the stage, and of its folder.
-      recipe: the recipe.
-      config: the settings of this stage.
-      workdir: holds the data and the folders of all stages.
-      placement: the mesh and the shardings on it.
-      step: steps done.
-      frames: length of the clips of the current stretch of the curriculum; 0: the full clip.
+        name: of the stage, and of its folder.
+        recipe: the recipe.
+        config: the settings of this stage.
+        workdir: holds the data and the folders of all stages.
+        placement: the mesh and the shardings on it.
+        step: steps done.
+        frames: length of the clips of the current stretch of the curriculum; 0: the full clip.
     """
 
     def __init__(self, name: str, recipe: Recipe, config: StageConfig, workdir: pathlib.Path, placement: Placement):

@@ -27,11 +27,11 @@ def train(name: str, recipe: Recipe, workdir: pathlib.Path, init_from: str | os.
     """Train the stage ``name`` of ``recipe`` to its last step, resuming a run in ``workdir``; write its weights.
 
     Args:
-      name: one of :data:`TRAINERS`.
-      recipe: the recipe.
-      workdir: contains the data and weights of earlier stages, and a folder for this stage.
-      init_from: weights that the trained network starts from: a file, or the working directory of another recipe, of
-        which the weights of the same stage are read.
+        name: one of :data:`TRAINERS`.
+        recipe: the recipe.
+        workdir: contains the data and weights of earlier stages, and a folder for this stage.
+        init_from: weights that the trained network starts from: a file, or the working directory of another recipe, of
+            which the weights of the same stage are read.
 
     Raises:
         ConfigError: weights or data that are missing, unreadable or of other shapes; a folder in use by another run.

@@ -87,19 +87,19 @@ def apply_update(
     """Take one optimizer step on ``loss_fn(params, batch, key) -> (loss, metrics)``, unless the guard refuses it.
 
     Args:
-      network: parameters, optimizer state, EMA.
-      loss_fn: its metrics hold ``loss``.
-      batch: a pytree of arrays ``[B, ...]``, processed in ``config.accumulate`` parts.
-      key: of this update.
-      history: recent losses; ``row`` is the one of this network.
-      step: updates applied before, for the EMA's start.
-      optimizer: made ``network.opt``.
-      config: accumulation, guard, EMA.
-      row: index of this loss in ``history``.
-      finite: False refuses the update for another reason.
+        network: parameters, optimizer state, EMA.
+        loss_fn: its metrics hold ``loss``.
+        batch: a pytree of arrays ``[B, ...]``, processed in ``config.accumulate`` parts.
+        key: of this update.
+        history: recent losses; ``row`` is the one of this network.
+        step: updates applied before, for the EMA's start.
+        optimizer: made ``network.opt``.
+        config: accumulation, guard, EMA.
+        row: index of this loss in ``history``.
+        finite: False refuses the update for another reason.
 
     Returns:
-      The network and the history after it, whether the update was applied, and the metrics with ``gradient_norm``.
+        The network and the history after it, whether the update was applied, and the metrics with ``gradient_norm``.
     """
     trained, frozen = adapters.split(network.params)
 
@@ -168,9 +168,9 @@ class NetworkStep:
     """The train step of a stage that trains one transformer, and the state it takes.
 
     Attributes:
-      train_step: jitted ``(state, batch) -> (state, metrics)``.
-      init: ``params -> TrainState``, traceable.
-      shardings: of the state; None without a mesh.
+        train_step: jitted ``(state, batch) -> (state, metrics)``.
+        init: ``params -> TrainState``, traceable.
+        shardings: of the state; None without a mesh.
     """
 
     train_step: TrainStep
