@@ -92,7 +92,8 @@ def predict_x0(
 def noisy_context(x0: jax.Array, key: jax.Array, index: int, causal: CausalConfig) -> jax.Array:
     """Return the latents of the context pass for ``x0``: ``(1 - s) x0 + s noise``, ``s = context_noise / 1000``.
 
-    The noise is number ``index`` of ``key``. Without ``causal.add_context_noise`` the result is x0 itself.
+    The noise is drawn from ``fold_in(key, index)``. Without ``causal.add_context_noise`` the result is x0 itself. JAX's
+    ``split(key, n)[i]`` is ``fold_in(key, i)``, so ``index`` must not be the number of a key that is split off.
     """
     if causal.add_context_noise == "never":
         return x0

@@ -47,7 +47,7 @@ def consistency_loss(
     config, causal, (teacher, negative_prompt_embeds) = recipe.train_consistency, recipe.causal, frozen
     latents, text = batch["latents"], batch["text"]
     blocks = causal.block_sizes(latents.shape[1])
-    clean = noisy_context(latents, key, 1, causal)
+    clean = noisy_context(latents, key, 2, causal)  # the losses split keys 0 and 1 off
 
     def velocity(params: Any, network: TransformerConfig, x: jax.Array, timestep: jax.Array, text: jax.Array) -> Any:
         options: dict[str, Any] = {"clean": per_branch(clean, x), "clean_timestep": causal.context_noise}

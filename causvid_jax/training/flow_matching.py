@@ -111,7 +111,7 @@ def causal_loss(
     text = drop_captions(text, drop_key, config.caption_dropout, negative_prompt_embeds)
     swapped = ode_regression.splice(splice_key, size, blocks, config.prompt_switch_prob)
     clean = jnp.where(swapped[:, :, None, None, None], jnp.roll(latents, -1, axis=0), latents)
-    clean = noisy_context(clean, key, 1, recipe.causal)
+    clean = noisy_context(clean, key, 4, recipe.causal)  # keys 0 to 3 are split off above
     x_t = flow.add_noise(latents, noise, sigma)
     network = conditioned(transformer.block_causal, pictures.picture_of(batch), recipe.teacher)
     velocity = network(

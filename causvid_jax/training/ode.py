@@ -35,7 +35,7 @@ def init_loss(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> t
     config, causal = recipe.train_init, recipe.causal
     context = batch.get("context")
     if context is not None:
-        context = noisy_context(context, key, 1, causal)
+        context = noisy_context(context, key, 2, causal)  # the loss splits keys 0 and 1 off
     network = conditioned(transformer.block_causal, pictures.picture_of(batch), recipe.student)
     velocity = functools.partial(network, config=recipe.student, causal=causal, clean_timestep=causal.context_noise)
     return ode_regression_loss(

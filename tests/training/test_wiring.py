@@ -1,6 +1,7 @@
 """What the trainers wire together: networks, lengths, text, keys; on random weights, against formulas."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from causvid_jax.checkpoints import store
 from causvid_jax.config import ConfigError
 from causvid_jax.distill import rollout
 from causvid_jax.models import transformer
-from causvid_jax.training import dmd, flow_matching, update, weights
+from causvid_jax.training import consistency, dmd, flow_matching, update, weights
 from tests import tiny
 
 
@@ -158,6 +159,24 @@ def test_causal_loss_matches_numpy(inputs):
     handed = {"sigma": jnp.full((6, 3), 0.75), "noise": jnp.ones_like(batch["latents"])}
     flow_matching.causal_loss(None, batch, key, recipe=RECIPE, **handed)
     np.testing.assert_allclose(inputs["x"], 0.25 * batch["latents"] + 0.75, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", ["causal", "consistency"])
+def test_the_noise_of_the_context_is_not_that_of_the_target(inputs, stage):
+    """Both were one draw: ``fold_in(key, 1)`` is ``split(key)[1]``."""
+    causal = {"context_noise": 500.0, "add_context_noise": "always"}
+    recipe = tiny.tiny_recipe(causal=causal, train_causal={"prompt_switch_prob": 0.0})
+    batch, key = batch_of(), jax.random.key(7)
+    if stage == "causal":
+        flow_matching.causal_loss(None, batch, key, recipe=recipe)
+    else:
+        state = types.SimpleNamespace(network=types.SimpleNamespace(averaged=None), step=0)
+        consistency.consistency_loss(None, batch, key, state=state, frozen=(None, NEGATIVE), recipe=recipe)
+    sigma = inputs["timestep"][:, :, None, None, None] / 1000
+    target = (inputs["x"] - (1 - sigma) * batch["latents"]) / sigma
+    context = (inputs["clean"] - 0.5 * batch["latents"]) / 0.5
+    np.testing.assert_allclose([target.std(), context.std()], 1, atol=0.1)
+    assert abs(np.corrcoef(target.ravel(), context.ravel())[0, 1]) < 0.1
 
 
 # ---- distillation ---------------------------------------------------------------------------------------------------
