@@ -224,6 +224,13 @@ class Recipe(Config):
             f"{context} latent frames (causal.window {self.causal.window}) of the previous one, which has {frames}; "
             "use a smaller window, longer rollouts or continuation_prob 0",
         )
+        window = self.train_distill.loss_frames or frames
+        require(
+            not self.train_distill.continuation_prob or context <= window,
+            f"train_distill.loss_frames is {window} with continuation_prob {self.train_distill.continuation_prob}: a "
+            f"rollout continues the last {context} latent frames (causal.window {self.causal.window}) of the loss "
+            f"window; use loss_frames 0 or at least {context}",
+        )
 
     def _check_decoder(self) -> None:
         if self.decoder == "taehv":

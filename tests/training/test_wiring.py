@@ -74,6 +74,10 @@ def test_lengths_that_do_not_fit_are_refused():
         tiny.tiny_recipe(causal={"frames_per_block": 3, "window": 3}, train_distill={"frames": 5})
     with pytest.raises(ConfigError, match=r"continues the last 3 latent frames \(causal.window 4\) .* which has 2"):
         tiny.tiny_recipe(causal={"window": 4}, train_distill={"frames": 2, "continuation_prob": 0.5})
+    short = {"loss_frames": 1, "loss_window": "last", "continuation_prob": 0.5}
+    with pytest.raises(ConfigError, match="loss_frames is 1 .* continues the last 2 latent frames .* at least 2"):
+        tiny.tiny_recipe(causal={"window": 3}, train_distill=short)
+    tiny.tiny_recipe(causal={"window": 2}, train_distill=short)
 
 
 def test_prompt_switches_in_parts_of_one_clip_are_refused():
