@@ -164,7 +164,7 @@ def _read_line(connection: socket.socket, timeout: float) -> str:
     return line.strip()
 
 
-def join_numbers(numbers: list[int], most: int = 8) -> str:
-    """Return ``1, 2, 3 and 4 more``."""
-    rest = f" and {len(numbers) - most} more" if len(numbers) > most else ""
-    return ", ".join(map(str, numbers[:most])) + rest
+def join_numbers(numbers: list[int]) -> str:
+    """Return the numbers as text, at most eight of them: "1, 2, 3, 4, 5, 6, 7, 8 and 4 more"."""
+    rest = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+    return ", ".join(map(str, numbers[:8])) + rest

@@ -143,16 +143,14 @@ def read_batches(
     return reader(clips, batch_size=batch_size, frames=frames, seed=seed, rows=rows)
 
 
-def latent_statistics(
-    params: Any, clips: Any, config: VAEConfig, *, count: int = 256
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the mean per channel and one standard deviation for all channels, over ``count`` clips.
+def latent_statistics(params: Any, clips: Any, config: VAEConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean per channel and one standard deviation for all channels, ``C`` numbers each, over 256 clips.
 
     One scale serves all channels: unit variance per channel would weight fine detail as much as shape.
     """
     encode = jax.jit(functools.partial(vae.encode_moments, config=config))
     batches = pipeline.clip_batches(clips, batch_size=16, seed=0)
-    means = [np.asarray(encode(params, next(batches)["video"])[0]) for _ in range(max(1, count // 16))]
+    means = [np.asarray(encode(params, next(batches)["video"])[0]) for _ in range(16)]
     values = np.concatenate(means)
     mean = values.mean(axis=tuple(range(values.ndim - 1)), dtype=np.float64)
     std = float(np.sqrt(((values - mean) ** 2).mean(dtype=np.float64)))

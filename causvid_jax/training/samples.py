@@ -102,12 +102,12 @@ def write(run: Run, video: np.ndarray, captions: Sequence[str], recipe: Recipe) 
     return scores(run, video, captions, recipe)
 
 
-def show(video: np.ndarray, path: pathlib.Path, recipe: Recipe, columns: int = 4) -> None:
-    """Write up to two rows of clips, uint8 ``[B, T, H, W, 3]``, side by side into one video."""
+def show(video: np.ndarray, path: pathlib.Path, recipe: Recipe) -> None:
+    """Write up to two rows of four clips, uint8 ``[B, T, H, W, 3]``, side by side into one video."""
     if not collectives.is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = min(columns, len(video))
+    columns = min(4, len(video))
     rows = min(2, len(video) // columns)
     grid = rearrange(video[: rows * columns], "(r c) t h w k -> t (r h) (c w) k", r=rows)
     write_video(path, grid, recipe.video.fps, upscale=max(1, 128 // recipe.video.height))
