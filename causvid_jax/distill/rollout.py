@@ -1,12 +1,12 @@
 """Two ways to produce the student's x0 for distribution matching.
 
-``data_rollout`` (the paper, section 4.2): every block of a real clip is noised to a random denoising timestep, and all
-blocks are denoised in one block-causal pass. Later blocks attend to earlier blocks at the noise levels of these.
+``data_rollout`` (CausVid, section 4.2): every block of a real clip is noised to a random denoising timestep, and one
+block-causal pass denoises all blocks. A block attends to the earlier blocks at their own noise levels.
 
-``self_rollout`` (Self-Forcing, arXiv 2506.08009): the student generates block by block through its KV cache, exactly as
-it will stream. Denoising stops at a random step, and only that step is differentiated. Cached context is a constant: no
-gradient reaches an earlier block through its keys and values. (In the published Self-Forcing code a gradient does; here
-:mod:`causvid_jax.distill.replay` computes it.)
+``self_rollout`` (Self-Forcing, arXiv 2506.08009): the student generates block by block through its KV cache, as in a
+stream. Denoising stops at a random step, and only that step is differentiated. Cached context is a constant: no
+gradient reaches an earlier block through its keys and values. In the published Self-Forcing code one does; here
+:mod:`causvid_jax.distill.replay` computes it.
 """
 
 import functools
@@ -40,7 +40,7 @@ def data_rollout(
     block_sizes: Sequence[int],
     include_clean: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the student's x0 of real latents, noised per block, in one block-causal pass.
+    """Return the student's ``x0 = x_t - sigma v(x_t, t)`` of real latents, noised per block, in one block-causal pass.
 
     Args:
         velocity_fn: ``(params, x, timestep [B, F], text) -> velocity``.
@@ -48,13 +48,16 @@ def data_rollout(
         latents: real latents, ``[B, F, h, w, C]``.
         text: prompt embeddings, ``[B, S, E]``.
         key: draws one step per sample and block, and the noise.
-        timesteps: the student's timesteps, ``flow.student_timesteps``.
-        block_sizes: frames of each block, adding up to F.
+        timesteps: the student's timesteps, ``flow.student_timesteps``, in (0, 1000].
+        block_sizes: latent frames of each block, adding up to F.
         include_clean: also draw t = 0; such a block is returned unchanged and carries no gradient.
 
     Returns:
         x0 ``[B, F, h, w, C]``, and bool ``[B, F]``: True for frames that were noised, False for clean context, which is
         masked out of the loss.
+
+    Raises:
+        ConfigError: the blocks do not add up to F.
     """
     batch, frames = latents.shape[:2]
     require(sum(block_sizes) == frames, f"blocks {tuple(block_sizes)} do not add up to {frames} latent frames")
@@ -109,7 +112,10 @@ def write_context(
     cache: KVCache,
     channels: jax.Array | None = None,
 ) -> KVCache:
-    """Write a finished block to the cache at ``causal.context_noise``."""
+    """Return the cache with the keys and values of a finished block ``x0``, read at ``causal.context_noise``.
+
+    The position of the cache stays; :func:`causvid_jax.models.kv_cache.advance` moves it.
+    """
     timestep = jnp.full(x0.shape[:2], rollout.causal.context_noise, jnp.float32)
     _, cache = transformer.cached(
         params, beside(x0, channels), timestep, text_cache, cache, config=rollout.network, causal=rollout.causal
@@ -128,13 +134,23 @@ def generate_block(
     shape: tuple[int, ...],
     channels: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
-    """Denoise one block of ``shape`` from noise to the exit step of its ``timesteps [Q]``, and advance the cache.
-    Without ``timesteps`` the block has those of the rollout. ``channels`` are the picture's, if the student reads one.
+    """Denoise one block from noise to its exit step, and advance the cache.
+
+    Args:
+        rollout: network, block structure, timesteps.
+        params: the student's parameters.
+        text_cache: keys and values of the prompt.
+        cache: keys and values of the blocks before.
+        key: draws every noise of the block.
+        exit_step: int scalar, the step at which the block stops.
+        timesteps: of this block, ``[Q]``; None: those of the rollout.
+        shape: ``(B, K, h, w, C)``.
+        channels: condition channels ``[B, K, h, w, D]``, if the student reads a picture.
 
     Returns:
-        The clean estimate x0, the noisy input of the exit step, the latents of the context pass, and the next cache.
+        The clean estimate x0, the noisy input of the exit step and the latents of the context pass, all of ``shape``,
+        and the cache after the block.
     """
-
     timesteps = block_timesteps(rollout, timesteps)
 
     def noise(step: jax.Array | int) -> jax.Array:
@@ -155,14 +171,18 @@ def generate_block(
 
 
 def block_timesteps(rollout: Rollout, timesteps: jax.Array | None) -> jax.Array:
-    """Return ``timesteps``; if they are None, the rollout's timesteps as a constant of the program."""
+    """Return ``timesteps``, or the rollout's timesteps, float32 ``[Q]``, if they are None."""
     return jnp.asarray(np.asarray(rollout.timesteps, np.float32)) if timesteps is None else timesteps
 
 
 class BlockInputs(NamedTuple):
-    """Inputs of n blocks of one size: number ``[n]``, exit step ``[n]`` and timesteps ``[n, Q]`` or None.
+    """Inputs of n blocks of one size.
 
-    ``channels [n, B, K, h, w, D]`` are the picture's condition channels of a student with an image branch, or None.
+    Attributes:
+        number: of each block in the clip, ``[n]``.
+        exit_step: ``[n]``.
+        timesteps: of each block, ``[n, Q]``; None: those of the rollout.
+        channels: condition channels ``[n, B, K, h, w, D]``, for a student that reads a picture.
     """
 
     number: jax.Array
@@ -246,7 +266,11 @@ generate_blocks.defvjp(_generate_blocks_forward, _generate_blocks_backward)
 def fill_context(
     rollout: Rollout, params: Params, text_cache: TextCache, context: jax.Array, cache: KVCache
 ) -> KVCache:
-    """Write clean latents ``[B, P, h, w, C]``, P whole blocks, to the cache, as a stream does after a prompt switch."""
+    """Return the cache after clean latents ``[B, P, h, w, C]``, P whole blocks; a stream does so at a prompt switch.
+
+    Raises:
+        ConfigError: P is no multiple of ``causal.frames_per_block``.
+    """
     size = rollout.causal.frames_per_block
     require(
         context.shape[1] % size == 0,
@@ -276,9 +300,9 @@ def roll(
 ) -> Any:
     """Apply ``generate`` to all blocks of a clip and join the results.
 
-    ``generate`` is :func:`generate_blocks` or ``replay.record_blocks``. The other arguments are those of
-    :func:`self_rollout`; ``key`` draws the noise and ``exit_steps [n]`` is of every block.
-    Arrays ``[n, B, K, h, w, C]`` become ``[B, F, h, w, C]``.
+    ``generate`` is :func:`generate_blocks` or ``replay.record_blocks``. ``key`` draws the noise, and ``exit_steps [n]``
+    holds the exit step of every block. The other arguments are those of :func:`self_rollout`. The result has the arrays
+    ``[n, B, K, h, w, C]`` of ``generate`` as ``[B, F, h, w, C]``.
     """
     batch, frames, height, width, _ = shape
     sizes = rollout.causal.block_sizes(frames)
@@ -321,7 +345,7 @@ def self_rollout(
     has_context: jax.Array | bool = True,
     picture: Picture | None = None,
 ) -> jax.Array:
-    """Return the student's own rollout; every block stops at a random step, which alone carries a gradient.
+    """Return the student's own rollout. Every block stops at a random step, and only that step has a gradient.
 
     Block i starts from noise that depends on ``(key, i)`` only. Step j predicts ``x0 = x - sigma_j v`` and, before the
     exit, adds fresh noise, ``x = (1 - sigma_{j+1}) x0 + sigma_{j+1} noise``. One more pass writes the finished x0 to
@@ -343,7 +367,7 @@ def self_rollout(
         x0, ``[B, F, h, w, C]`` float32.
 
     Raises:
-        ConfigError: a length or a context that the blocks do not fit.
+        ConfigError: the blocks do not fit the length or the context.
     """
     continued: dict[str, Any] = {"context": context, "has_context": has_context}
     exits = exit_steps_of(rollout, key, shape[1], exit_step, **continued)

@@ -1,4 +1,4 @@
-"""ODE trajectories of the teacher, for the initialisation of the student (paper section 4.3).
+"""ODE trajectories of the teacher, for the initialisation of the student (CausVid, section 4.3).
 
 The student is trained at a few timesteps only, so only the teacher's states at these timesteps are kept. Their noise
 levels must be exact: a state at a neighbouring level would teach the student a wrong scale. The student's sigmas are
@@ -15,7 +15,7 @@ from causvid_jax.diffusion.solvers import VelocityFn, euler
 
 
 def trajectory_grid(config: DiffusionConfig) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Return the Euler grid that contains every denoising timestep, and their indices.
+    """Return the Euler grid that contains every denoising timestep, and the indices of these in it.
 
     Returns:
         Sigmas, float64 ``[n + 1]``, descending from 1 to 0, and the Q + 1 indices of the Q denoising timesteps and of
@@ -31,7 +31,7 @@ def trajectory_grid(config: DiffusionConfig) -> tuple[np.ndarray, tuple[int, ...
 
 
 def network_passes(config: DiffusionConfig) -> int:
-    """Return the teacher's evaluations per trajectory. With guidance each is a conditional and an unconditional one."""
+    """Return the number of the teacher's passes per trajectory. A guided pass evaluates the network twice."""
     return len(trajectory_grid(config)[0]) - 1
 
 
