@@ -41,7 +41,8 @@ Tree = dict[str, Any]
 class DecodeCache:
     """State between two chunks of a decoded stream.
 
-    ``past``: by level and block, the last input frame of every memory block, [B, 1, h, w, C]; zero before a video.
+    Attributes:
+        past: by level and block, the last input frame of every memory block, [B, 1, h, w, C]; zero before a video.
     """
 
     past: Tree
@@ -145,6 +146,9 @@ def encode(
 
     A video of 1 + 4n frames has 1 + n latents, as with the Wan VAE. Copies of the last frame complete the last group,
     as in the published code.
+
+    Raises:
+        ConfigError: the video has another shape, or H or W is no multiple of 8 (:func:`space_factor`).
     """
     padding = -video.shape[1] % time_factor(config)
     video = jnp.concatenate([video, repeat(video[:, -1:], "b 1 h w c -> b t h w c", t=padding)], axis=1)
@@ -174,6 +178,9 @@ def encode_chunk(
 
     Returns:
         latents [B, n, h, w, C] float32 and the next cache.
+
+    Raises:
+        ConfigError: the frames have another shape, another size than a multiple of 8, or are not 4n.
     """
     _check_video(frames, config)
     latents, past = _encoder(params, frames, cache.past, config=config)
@@ -201,6 +208,9 @@ def decode(
     """Decode the latents of a whole clip: [B, F, h, w, C] to [B, 1 + 4 (F - 1), H, W, 3] float32, clamped to [-1, 1].
 
     Train with ``clamp=False``: a clamped pixel has no gradient.
+
+    Raises:
+        ConfigError: the latents have another shape.
     """
     _check_latents(latents, config)
     video = _decoder(params, latents, {}, config=config)[0][:, time_factor(config) - 1 :]
@@ -223,12 +233,15 @@ def decode_chunk(
 
     Args:
         params: parameters.
-        latents: normalized, K frames.
+        latents: normalized, [B, K, h, w, C].
         cache: from :func:`init_decode_cache` or the previous call.
         config: sizes.
 
     Returns:
         frames [B, 4K, H, W, 3] float32 in [-1, 1], and the next cache.
+
+    Raises:
+        ConfigError: the latents have another shape.
     """
     _check_latents(latents, config)
     frames, past = _decoder(params, latents, cache.past, config=config)
