@@ -134,18 +134,10 @@ def generate_block(
     shape: tuple[int, ...],
     channels: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
-    """Denoise one block from noise to its exit step, and advance the cache.
+    """Denoise one block of ``shape`` (B, K, h, w, C) from noise to its exit step, and advance the cache.
 
-    Args:
-        rollout: network, block structure, timesteps.
-        params: the student's parameters.
-        text_cache: keys and values of the prompt.
-        cache: keys and values of the blocks before.
-        key: draws every noise of the block.
-        exit_step: int scalar, the step at which the block stops.
-        timesteps: of this block, ``[Q]``; None: those of the rollout.
-        shape: ``(B, K, h, w, C)``.
-        channels: condition channels ``[B, K, h, w, D]``, if the student reads a picture.
+    ``key`` draws every noise of the block, ``exit_step`` is an int scalar, ``timesteps [Q]`` are those of this block
+    (None: of the rollout), and a student that reads a picture has its ``channels [B, K, h, w, D]``.
 
     Returns:
         The clean estimate x0, the noisy input of the exit step and the latents of the context pass, all of ``shape``,

@@ -406,17 +406,9 @@ def cached(
 
     The block is written at ``cache.position``, which does not change: the denoising steps of a block overwrite each
     other, and :func:`advance` finishes the block. Without a window the caller must not exceed the cache's capacity; the
-    sampler checks this before it starts. Source: CausVid, section 4.4.
-
-    Args:
-        params: of :func:`spec`, in the form (stacked or unstacked) of ``cache``.
-        x: noisy or clean latents of the block.
-        timestep: ``[B, K]``, in [0, 1000].
-        text_cache: of :func:`encode_text`.
-        cache: keys and values of the blocks before.
-        config: sizes, precision, kernels.
-        causal: window and sink.
-        rewrites: static; whether the cache may hold frames later than the block, because its position was moved back.
+    sampler checks this before it starts. ``params`` and ``cache`` have one form, stacked or unstacked. Set ``rewrites``
+    (static) if the cache may hold frames later than the block, because its position has been moved back.
+    ``timestep [B, K]`` is in [0, 1000]. Source: CausVid, section 4.4.
 
     Raises:
         ConfigError: x or the kernels do not fit ``config``, or tensor x context does not divide the heads.
