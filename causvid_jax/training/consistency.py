@@ -43,6 +43,10 @@ def consistency_loss(
         state: its EMA is the discrete target, its step the progress of the continuous warm-up.
         frozen: parameters of the causal teacher, and the embeddings of the negative prompt ``[S, E]``.
         recipe: grid, networks, ``train_consistency``.
+
+    Returns:
+        The scalar loss and the metrics of :func:`causvid_jax.distill.consistency.discrete_loss` or
+        :func:`~causvid_jax.distill.consistency.continuous_loss`.
     """
     config, causal, (teacher, negative_prompt_embeds) = recipe.train_consistency, recipe.causal, frozen
     latents, text = batch["latents"], batch["text"]
@@ -85,7 +89,11 @@ def consistency_step(recipe: Recipe, placement: Placement) -> NetworkStep:
 
 
 def train_consistency(run: Run, init_from: pathlib.Path | None = None) -> None:
-    """Train the student; it starts from the causal teacher if it has its size, or from ``init_from``."""
+    """Train the student from ``init_from``, else from the causal teacher if that has its size, else from new weights.
+
+    Raises:
+        ConfigError: a network has an image branch, or weights, data or the length of clips do not fit.
+    """
     require(
         not run.recipe.reads_picture,
         "the stage consistency does not train networks with an image branch; use the stage init",

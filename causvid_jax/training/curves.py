@@ -33,7 +33,7 @@ def _smooth(values: np.ndarray, width: int = 9) -> np.ndarray:
 
 
 def draw(workdir: str | os.PathLike, path: str | os.PathLike) -> list[str]:
-    """Draw every stage of ``workdir`` that has metrics into the picture ``path``; return their names.
+    """Draw the curves of every stage of ``workdir`` that has metrics into the PNG ``path``; return the stages' names.
 
     Raises:
         ConfigError: no stage has metrics.
