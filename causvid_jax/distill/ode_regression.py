@@ -64,9 +64,8 @@ def ode_regression_loss(
     """Return ``mean (x0_student(x_t, t) - x0)^2`` over the noisy elements of a batch of trajectories.
 
     Args:
-        velocity_fn: the block-causal student, ``(params, x, timestep [B, F], prompt_embeds) -> velocity``. It is called
-            with ``clean=context`` if there is a context.
-        params: parameters of the student.
+        velocity_fn: the student, ``(params, x, timestep, prompt_embeds) -> velocity``, with a context also ``clean=``.
+        params: of the student.
         states: ``[Q + 1, B, F, h, w, C]`` of :func:`~causvid_jax.distill.trajectories.teacher_trajectory`.
         prompt_embeds: ``[B, S, E]``.
         key: draws one step index per sample and block.
@@ -74,10 +73,8 @@ def ode_regression_loss(
         block_sizes: latent frames of each block, ``CausalConfig.block_sizes(F)``.
         include_clean: also draw t = 0, as context only.
         prompt_switch_prob: fraction of the clips that get the context of the next clip in the batch.
-        context: clean context of every block, ``[B, F, h, w, C]``. Every block is noisy then, and ``include_clean`` and
-            ``prompt_switch_prob`` are ignored.
-        index: int32 ``[B, F]``, the state of each frame (Q: clean), instead of drawn ones. No key is needed then, and
-            no clip gets another's context.
+        context: clean context of every block, ``[B, F, h, w, C]``. The two arguments above are then ignored.
+        index: int32 ``[B, F]``, the state of each frame (Q: clean); no key is needed then, and no prompt is switched.
 
     Returns:
         The scalar loss (0 if every block was drawn clean), and the metrics ``loss``, ``noisy_fraction`` (of the frames)

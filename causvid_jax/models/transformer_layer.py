@@ -73,7 +73,7 @@ def block(
     attend: Attend,
     config: TransformerConfig,
 ) -> tuple[jax.Array, Any]:
-    """Return the tokens after one layer, and its cache. With m = modulation + time ``[B, F, 6, M]``::
+    """Return the tokens after one layer and the cache of ``attend``. With m = modulation + time ``[B, F, 6, M]``::
 
         x += m2 * SelfAttention(LN(x) (1 + m1) + m0)
         x += CrossAttention(LN_affine(x), text)
@@ -90,9 +90,6 @@ def block(
         layer_cache: passed to ``attend``.
         attend: ``(q, k, v, layer_cache) -> (output, layer_cache)``, the self-attention of the forward mode.
         config: sizes and precision.
-
-    Returns:
-        Tokens ``[B, F, n, M]``, and the second result of ``attend``.
     """
     parts = jnp.moveaxis(precision.modulation(p["modulation"], time, config), -2, 0)
     shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = parts

@@ -323,15 +323,14 @@ def train_step(
     recipe: Recipe,
     frames: int | None = None,
 ) -> tuple[DMDState, Metrics]:
-    """Take K = ``critic_steps`` critic updates, then one student update (Algorithm 1).
+    """Take K = ``critic_steps`` critic updates, then one student update (CausVid, Algorithm 1).
 
-    Pure: randomness is ``fold_in(key(seed), step)`` split by purpose, so a resumed run continues bit for bit.
+    All keys are split from ``fold_in(key(seed), step)``, so a resumed run continues bit for bit.
 
     Args:
         state: safe to donate.
         teacher: parameters of the real score, constant.
-        batches: arrays ``[K + 1, B, ...]`` with an entry ``"text"`` ``[K + 1, B, S, E]`` (and ``"latents"`` for
-            ``rollout="data"``): one batch per critic update, the last one for the student.
+        batches: arrays ``[K + 1, B, ...]`` of :func:`batch_shapes`: one per critic update, the last for the student.
         negative_prompt_embeds: embeddings of the negative prompt, ``[S, E]``.
         optimizers: made the two ``opt`` of ``state``.
         recipe: networks, grid, ``train_distill``.
