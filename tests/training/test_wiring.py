@@ -1,4 +1,4 @@
-"""What the trainers wire together: networks, lengths, text, keys; on random weights, against formulas."""
+"""Inputs that the trainers pass to losses (networks, lengths, text, keys), against formulas on random weights."""
 
 import dataclasses
 import types
@@ -99,7 +99,7 @@ def batch_of(size=6):
 
 @pytest.fixture
 def inputs(monkeypatch):
-    """What the networks read; their velocity is ``x / 2`` plus a tenth of the mean of the text of each clip."""
+    """Record the networks' inputs; the velocity is ``x / 2`` plus a tenth of the mean of each clip's text."""
     seen = {}
 
     def network(params, x, timestep, text, **options):
@@ -167,7 +167,7 @@ def test_causal_loss_matches_numpy(inputs):
 
 @pytest.mark.parametrize("stage", ["causal", "consistency"])
 def test_the_noise_of_the_context_is_not_that_of_the_target(inputs, stage):
-    """Both were one draw: ``fold_in(key, 1)`` is ``split(key)[1]``."""
+    """``fold_in(key, 1)`` is ``split(key)[1]``, so the same number of both would give the same noise."""
     causal = {"context_noise": 500.0, "add_context_noise": "always"}
     recipe = tiny.tiny_recipe(causal=causal, train_causal={"prompt_switch_prob": 0.0})
     batch, key = batch_of(), jax.random.key(7)
@@ -230,7 +230,7 @@ def test_the_causal_teacher_is_read_as_it_was_trained(inputs):
 
 
 def test_optimizers_and_text_of_the_distillation(workdir, monkeypatch, only_traced):
-    """Each network has an optimizer and steps of its own; the real score reads captions and the negative prompt."""
+    """Each network has its own optimizer and steps; the real score reads captions and the negative prompt."""
     made, inputs, captions = [], [], []
     original, embeds = dmd.make_optimizer, weights.prompt_embeds
     monkeypatch.setattr(
