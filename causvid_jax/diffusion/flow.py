@@ -13,6 +13,7 @@ Sources: flow matching, arXiv 2210.02747; timestep shift, arXiv 2403.03206 (sect
 Arrays are ``[B, F, h, w, C]``; sigma and timestep are ``[B, F]``, one per latent frame (or a scalar).
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from causvid_jax.config import DiffusionConfig, require
+from causvid_jax.config import DiffusionConfig
 
 Sigma: TypeAlias = jax.Array | np.ndarray | float
 
@@ -44,6 +45,11 @@ def expand(sigma: Sigma, like: jax.Array) -> jax.Array:
     """Return ``sigma`` (scalar, ``[B]`` or ``[B, F]``) in float32, with axes of size one up to the rank of ``like``."""
     sigma = jnp.asarray(sigma, jnp.float32)
     return jnp.expand_dims(sigma, tuple(range(sigma.ndim, like.ndim)))
+
+
+def per_frame(values: jax.Array, block_sizes: Sequence[int]) -> jax.Array:
+    """Repeat values of blocks ``[B, n]`` for every latent frame of each block, ``[B, F]``."""
+    return jnp.repeat(values, np.asarray(block_sizes), axis=1, total_repeat_length=sum(block_sizes))
 
 
 def add_noise(
@@ -115,14 +121,6 @@ def table_sigma(timestep: float, shift: float) -> float:
 
 
 def teacher_sigmas(config: DiffusionConfig) -> np.ndarray:
-    """Return the teacher's noise levels ``sigma(1 - i / n)``, n = num_inference_steps; float64 ``[n + 1]``, 1 to 0.
-
-    Raises:
-        ConfigError: n is below 1.
-    """
-    require(
-        config.num_inference_steps >= 1,
-        f"diffusion.num_inference_steps is {config.num_inference_steps}; it must be at least 1",
-    )
+    """Return the teacher's noise levels ``sigma(1 - i / n)``, n = num_inference_steps; float64 ``[n + 1]``, 1 to 0."""
     steps = np.arange(config.num_inference_steps + 1)
     return sigma_from_u(1 - steps / config.num_inference_steps, config.shift)

@@ -45,11 +45,6 @@ class Networks(NamedTuple):
     teacher: VelocityFn
 
 
-def per_block(values: jax.Array, block_sizes: Sequence[int]) -> jax.Array:
-    """Repeat values per block ``[B, n]`` for every frame, ``[B, F]``."""
-    return jnp.repeat(values, np.asarray(block_sizes), axis=1, total_repeat_length=sum(block_sizes))
-
-
 def x0_of(velocity: VelocityFn, x_t: jax.Array, sigma: jax.Array) -> jax.Array:
     """Return ``x0 = x_t - sigma v``, float32 ``[B, F, h, w, C]``, for noise levels ``sigma [B, F]``."""
     predicted = velocity(x_t, flow.timestep_from_sigma(sigma)).astype(jnp.float32)
@@ -74,7 +69,7 @@ def discrete_loss(
     step_key, noise_key = jax.random.split(key)
     step = jax.random.randint(step_key, (len(latents), len(block_sizes)), 0, len(sigmas) - 1)
     grid = jnp.asarray(sigmas, jnp.float32)
-    sigma, following = (per_block(grid[step + i], block_sizes) for i in (0, 1))
+    sigma, following = (flow.per_frame(grid[step + i], block_sizes) for i in (0, 1))
     x_t = flow.add_noise(latents, jax.random.normal(noise_key, latents.shape), sigma)
     velocity = networks.teacher(x_t, flow.timestep_from_sigma(sigma)).astype(jnp.float32)
     after = x_t + flow.expand(following - sigma, x_t) * velocity
@@ -141,7 +136,7 @@ def continuous_loss(
     """
     u_key, noise_key = jax.random.split(key)
     sigma = flow.sigma_from_u(jax.random.uniform(u_key, (len(latents), len(block_sizes))), shift)
-    t = per_block(jnp.arctan2(sigma, 1 - sigma), block_sizes)
+    t = flow.per_frame(jnp.arctan2(sigma, 1 - sigma), block_sizes)
     cos, sin = (flow.expand(f(t), latents) for f in (jnp.cos, jnp.sin))
     x = cos * latents + sin * jax.random.normal(noise_key, latents.shape)
     student = trig_velocity(networks.student, x, t)
@@ -152,9 +147,9 @@ def continuous_loss(
         return jnp.sum(values, axis=(2, 3, 4)) @ member
 
     norm = jnp.sqrt(block_sum(jnp.square(g)))
-    unit = g / flow.expand(per_block(norm + 0.1, block_sizes), g)
+    unit = g / flow.expand(flow.per_frame(norm + 0.1, block_sizes), g)
     # A block whose tangent is not finite is left out, as in the published code.
-    finite = flow.expand(per_block(jnp.isfinite(norm), block_sizes), g) > 0
+    finite = flow.expand(flow.per_frame(jnp.isfinite(norm), block_sizes), g) > 0
     error = jnp.where(finite, student - jax.lax.stop_gradient(student) - jnp.where(finite, unit, 0.0), 0.0)
     loss = scale * jnp.mean(block_sum(jnp.square(error)))
     return loss, {"loss": loss, "tangent": jnp.mean(jnp.where(jnp.isfinite(norm), norm, 0.0))}

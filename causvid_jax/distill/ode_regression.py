@@ -27,8 +27,7 @@ BlockCausalFn = Callable[..., jax.Array]  # (params, x, timestep, prompt_embeds)
 
 def sample_block_steps(key: jax.Array, batch: int, block_sizes: Sequence[int], choices: int) -> jax.Array:
     """Draw step indices, int32 ``[B, F]``: uniform over ``range(choices)``, equal in all frames of a block."""
-    steps = jax.random.randint(key, (batch, len(block_sizes)), 0, choices)
-    return jnp.repeat(steps, np.asarray(block_sizes), axis=1, total_repeat_length=sum(block_sizes))
+    return flow.per_frame(jax.random.randint(key, (batch, len(block_sizes)), 0, choices), block_sizes)
 
 
 def splice(key: jax.Array, batch: int, block_sizes: Sequence[int], fraction: float) -> jax.Array:

@@ -54,7 +54,7 @@ def score_timesteps(
     timestep = flow.timestep_from_sigma(flow.sigma_from_u(u, diffusion.shift))
     timestep = jnp.clip(timestep, distill.score_timestep_min, distill.score_timestep_max)
     if levels.block_sizes:
-        return jnp.repeat(timestep, jnp.asarray(levels.block_sizes), axis=1, total_repeat_length=frames)
+        return flow.per_frame(timestep, levels.block_sizes)
     return repeat(timestep, "b -> b f", f=frames)
 
 

@@ -347,7 +347,6 @@ def train_step(
     recipe = recipe if frames is None else with_frames(recipe, frames)
     config = recipe.train_distill
     updates, count = config.critic_steps, len(batches["text"])
-    require(updates >= 1, f"train_distill.critic_steps is {updates}; it must be at least 1")
     require(count == updates + 1, f"{count} batches for {updates} critic updates and one student update")
     critic_key, student_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
     shared: dict[str, Any] = {"recipe": recipe, "finite": guard.all_finite(batches)}

@@ -113,7 +113,7 @@ def causal_loss(
     u_key, noise_key, drop_key, splice_key = jax.random.split(key, 4)
     if sigma is None:
         sigma = flow.sigma_from_u(jax.random.uniform(u_key, (size, len(blocks))), recipe.diffusion.shift)
-        sigma = jnp.repeat(sigma, np.asarray(blocks), axis=1, total_repeat_length=frames)
+        sigma = flow.per_frame(sigma, blocks)
     noise = jax.random.normal(noise_key, latents.shape) if noise is None else noise
     text = drop_captions(text, drop_key, config.caption_dropout, negative_prompt_embeds)
     swapped = ode_regression.splice(splice_key, size, blocks, config.prompt_switch_prob)
@@ -137,19 +137,15 @@ def causal_loss(
 
 def teacher_step(recipe: Recipe, placement: Placement, negative_prompt_embeds: Any | None = None) -> NetworkStep:
     """Return the train step of the stage ``teacher``."""
-    loss, net = (
-        functools.partial(teacher_loss, recipe=recipe, negative_prompt_embeds=negative_prompt_embeds),
-        recipe.teacher,
-    )
+    loss = functools.partial(teacher_loss, recipe=recipe, negative_prompt_embeds=negative_prompt_embeds)
+    net = recipe.teacher
     return network_step(loss, recipe.train_teacher, transformer.spec(net), net.rules, placement)
 
 
 def causal_step(recipe: Recipe, placement: Placement, negative_prompt_embeds: Any | None = None) -> NetworkStep:
     """Return the train step of the stage ``causal``."""
-    loss, net = (
-        functools.partial(causal_loss, recipe=recipe, negative_prompt_embeds=negative_prompt_embeds),
-        recipe.teacher,
-    )
+    loss = functools.partial(causal_loss, recipe=recipe, negative_prompt_embeds=negative_prompt_embeds)
+    net = recipe.teacher
     return network_step(loss, recipe.train_causal, transformer.spec(net), net.rules, placement)
 
 
