@@ -81,7 +81,7 @@ def student_timesteps(config: DiffusionConfig) -> tuple[float, ...]:
 
 
 def first_block_timesteps(config: DiffusionConfig) -> tuple[tuple[float, ...], ...]:
-    """Return the shifted timesteps of the first blocks that have a list of their own, one list per block."""
+    """Return the timesteps after the shift of the first blocks that have a list of their own, one list per block."""
     return tuple(_shifted(steps, config) for steps in config.first_block_timesteps)
 
 

@@ -39,9 +39,10 @@ class Rollout:
 def draw_exit_steps(rollout: Rollout, key: jax.Array, blocks: int, has_context: jax.Array | bool = False) -> jax.Array:
     """Draw the index of the exit step of every block of a rollout, int32 ``[blocks]``.
 
-    ``"shared"`` draws one of the Q steps for all blocks, ``"per_block"`` one for each, ``"last"`` is always Q - 1, and
-    ``"first_block"`` draws the first block's and is Q - 1 for the others (RMD, arXiv 2609.37925). A block with
-    timesteps of its own draws from those independently, unless the rollout continues another (``has_context``).
+    ``rollout.exit_steps`` names the rule. ``"shared"`` draws one of the Q steps for all blocks (Self-Forcing, arXiv
+    2506.08009). ``"per_block"`` draws one for each block. ``"last"`` is always Q - 1. ``"first_block"`` draws one for
+    the first block and is Q - 1 for the others (RMD, arXiv 2609.37925). A block with a list in ``first_timesteps`` has
+    an index into that list, drawn alone, unless the rollout continues another one (``has_context``, bool scalar).
     """
     steps = len(rollout.timesteps)
     shared = jax.random.randint(key, (), 0, steps)
@@ -63,7 +64,7 @@ def draw_exit_steps(rollout: Rollout, key: jax.Array, blocks: int, has_context: 
 def timestep_table(rollout: Rollout, blocks: int, has_context: jax.Array | bool = False) -> jax.Array:
     """Return the timesteps of every block, float32 ``[blocks, Q]`` in [0, 1000]; rows are padded with 0 at the end.
 
-    In a rollout that continues another (``has_context``) all blocks are later ones.
+    The first rows hold ``first_timesteps``, unless the rollout continues another one (``has_context``, bool scalar).
     """
     lists = (*rollout.first_timesteps, rollout.timesteps)
     width = max(map(len, lists))

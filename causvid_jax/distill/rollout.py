@@ -152,8 +152,9 @@ def generate_block(
         x0, cache = predict_x0(rollout, params, text_cache, carry[0], timesteps[step], carry[1], channels)
         return flow.add_noise(x0, noise(step + 1), flow.sigma_from_timestep(timesteps[step + 1])), cache
 
-    # The number of passes is a run-time value, so no pass is wasted.
+    # A first timestep below 1000 (rCM) starts from noise times its noise level.
     start = noise(0) if rollout.timesteps[0] == 1000.0 else noise(0) * flow.sigma_from_timestep(timesteps[0])
+    # The number of passes is a run-time value, so no pass is wasted.
     x, cache = jax.lax.fori_loop(0, exit_step, denoise, (start, cache))
     x0, cache = predict_x0(rollout, params, text_cache, x, timesteps[exit_step], cache, channels)
     context_latents = noisy_context(x0, key, timesteps.shape[0], rollout.causal)
