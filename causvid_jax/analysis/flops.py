@@ -75,15 +75,14 @@ class StepFlops:
     recomputed: float = 0.0
 
 
-def stream_block(recipe: Recipe, *, frames_cached: int | None = None) -> float:
-    """Return the FLOPs of one streamed block with a full window (or ``frames_cached`` earlier frames).
+def stream_block(recipe: Recipe) -> float:
+    """Return the FLOPs of one streamed block with a full window.
 
     All denoising steps and the context pass count. The prompt is encoded once per stream and does not count.
     """
     net, causal = recipe.student, recipe.causal
     k = causal.frames_per_block
     past = causal.window - k + causal.sink if causal.window else recipe.video.latent_frames - k
-    past = past if frames_cached is None else frames_cached
     passes = len(recipe.diffusion.denoising_timesteps) + causal.context_pass
     return passes * forward(net, k, tokens_per_frame(recipe, net), k * (past + k), text=False)
 

@@ -119,17 +119,15 @@ def _policies(recipe: Recipe) -> Iterator[Recipe]:
             )
 
 
-def search(
-    recipe: Recipe, stage: str, machine: TopologySpec, *, policies: bool = True, too_large: Container[str] = ()
-) -> Candidate:
+def search(recipe: Recipe, stage: str, machine: TopologySpec, *, too_large: Container[str] = ()) -> Candidate:
     """Return the fastest candidate of ``stage`` that fits ``machine``, or the one of least memory if none fits.
 
-    ``policies``: also choose ``remat`` and ``offload_optimizer``, moving moments only where nothing else fits.
+    For training it also chooses ``remat`` and ``offload_optimizer``, moving moments only where nothing else fits.
     ``too_large``: settings (:meth:`Candidate.settings`) that did not fit when they were compiled; they are skipped.
     """
     least = None
     unsharded = dataclasses.replace(recipe, parallel=without_mesh(recipe.parallel))
-    for policy in _policies(unsharded) if policies and stage != "stream" else [unsharded]:
+    for policy in _policies(unsharded) if stage != "stream" else [unsharded]:
         best = None
         for one in _meshes(policy, stage, machine):
             candidate = Candidate(one, estimates.estimate(one, stage, machine), machine.chip.memory, recipe)

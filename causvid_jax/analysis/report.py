@@ -48,14 +48,14 @@ def line(item: Line, settings: Mapping[str, Any], peak: float | None) -> dict[st
     return {**dataclasses.asdict(item), "tflops": rate, "share_of_peak": share, **{n: settings[n] for n in NAMES}}
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    """Format ``value`` with ``digits`` significant digits, without an exponent."""
+def _number(value: float | None) -> str:
+    """Format ``value`` with three significant digits, without an exponent."""
     if value is None:
         return "-"
-    if value == 0 or abs(value) >= 10 ** (digits - 1):
+    if value == 0 or abs(value) >= 100:
         return f"{value:.0f}"
-    text = f"{value:.{digits}g}"
-    return text if "e" not in text else f"{value:.{digits + 4}f}"
+    text = f"{value:.3g}"
+    return text if "e" not in text else f"{value:.7f}"
 
 
 def _cells(row: Sequence[str]) -> str:

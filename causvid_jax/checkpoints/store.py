@@ -161,9 +161,9 @@ def load_params(path: str | os.PathLike, dtype: Any = np.float32) -> tuple[dict[
     return unflatten(flat), metadata
 
 
-def misfit(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], most: int = 3) -> str:
-    """Describe missing, unexpected and misshapen names in ``have``, up to ``most`` of each; "" if there are none."""
-    problems = []
+def misfit(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]]) -> str:
+    """Describe missing, unexpected and misshapen names in ``have``, up to three of each; "" if there are none."""
+    problems, most = [], 3
     for kind, names in (
         ("missing", [n for n in want if n not in have]),
         ("unexpected", [n for n in have if n not in want]),

@@ -13,8 +13,6 @@ import os
 import pathlib
 from typing import Any
 
-import numpy as np
-
 from causvid_jax.checkpoints import checkpoint, lineage, source, store, wan_vae
 from causvid_jax.checkpoints.checkpoint import NAMED_FILES, Checkpoint
 from causvid_jax.checkpoints.table import OURS, Config
@@ -272,7 +270,6 @@ def open_stage(
     stage: str,
     workdir: str | os.PathLike | None = None,
     path: str | os.PathLike | None = None,
-    part: str | None = None,
 ) -> Checkpoint:
     """Open the weights of ``stage`` and check that they have the recipe's sizes; read only headers.
 
@@ -282,7 +279,6 @@ def open_stage(
             expert of a teacher of two.
         workdir: where to look (:func:`find`); a published folder serves too.
         path: a file or folder to open instead, of any known format.
-        part: of a checkpoint with several.
 
     Raises:
         ConfigError: there are no weights, or they are unreadable or of other sizes.
@@ -290,8 +286,8 @@ def open_stage(
     path = find(recipe.name, stage, workdir) if path is None else pathlib.Path(path)
     if stage in NAMES:
         check_boundary(recipe, path)
-    opened = checkpoint.open_checkpoint(path, config_of(recipe, stage), part=part)
-    if part is None and len(opened.source.parts) > 1:
+    opened = checkpoint.open_checkpoint(path, config_of(recipe, stage))
+    if len(opened.source.parts) > 1:
         _say_once(f"{opened.path}: uses {opened.source.of_parts}")
     trained = opened.source.metadata.get("stage")
     wrong = stage == "distill" and opened.format == OURS and trained in ("teacher", "causal")
@@ -306,25 +302,21 @@ def load_stage(
     sharding: Any = None,
     *,
     path: str | os.PathLike | None = None,
-    dtype: Any = np.float32,
-    check: bool = True,
 ) -> tuple[dict[str, Any], Any]:
     """Return ``(params, config)`` of the weights of ``stage``; see :func:`open_stage` and :func:`checkpoint.load`."""
-    return checkpoint.load(open_stage(recipe, stage, workdir, path), sharding, dtype=dtype, check=check)
+    return checkpoint.load(open_stage(recipe, stage, workdir, path), sharding)
 
 
-def load_decoders(
-    recipe: Recipe, workdir: str | os.PathLike | None = None, sharding: Any = None
-) -> tuple[dict[str, Any], Recipe]:
+def load_decoders(recipe: Recipe, workdir: str | os.PathLike | None = None) -> tuple[dict[str, Any], Recipe]:
     """Return ``{"vae"}``, and ``"taehv"`` if ``recipe`` decodes with it; and the recipe with the latent statistics.
 
     Raises:
         ConfigError: weights are missing, unreadable or of other sizes.
     """
     params = {}
-    params["vae"], config = load_stage(recipe, "vae", workdir, sharding)
+    params["vae"], config = load_stage(recipe, "vae", workdir)
     if recipe.decoder == "taehv":
-        params["taehv"], _ = load_stage(recipe, "taehv", workdir, sharding)
+        params["taehv"], _ = load_stage(recipe, "taehv", workdir)
     return params, dataclasses.replace(recipe, vae=config)
 
 

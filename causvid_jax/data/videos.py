@@ -161,12 +161,12 @@ def write_pixels(
     )
 
 
-def held_out(videos: Sequence[Video], share: int = 50) -> tuple[list[Video], list[Video]]:
+def held_out(videos: Sequence[Video]) -> tuple[list[Video], list[Video]]:
     """Return (training videos, test videos).
 
-    Every ``share``-th video, at least one, is for tests. A single video is both.
+    Every 50th video, at least one, is for tests. A single video is both.
     """
-    test = list(videos[::share])
+    test = list(videos[::50])
     return [video for video in videos if video not in test] or test, test
 
 

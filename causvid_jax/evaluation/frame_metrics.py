@@ -17,6 +17,8 @@ from causvid_jax.evaluation import classifier as classifiers
 
 BLOCK = 12
 """Frames of the windows of :func:`identity_kept`."""
+RESAMPLES = 1000
+"""Resamples of a bootstrap interval."""
 EDGE_INK = 64
 """Brightness (0 to 255) from which a pixel at the frame's edge counts as stroke."""
 
@@ -105,7 +107,7 @@ def psnr(error: np.ndarray, span: float = 255.0) -> np.ndarray:
     return 10 * np.log10(span**2 / np.maximum(error, 1e-12 * span**2))
 
 
-def interval(values: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> dict[str, float]:
+def interval(values: np.ndarray) -> dict[str, float]:
     """Return the mean of one value per clip and its 95 % bootstrap interval over clips (Efron 1979).
 
     NaN marks a clip without a value.
@@ -114,11 +116,11 @@ def interval(values: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> dic
     values = values[~np.isnan(values)]
     if not len(values):
         return _summary(np.nan, [np.nan])
-    picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    picks = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
     return _summary(values.mean(), values[picks].mean(axis=1))
 
 
-def nested_interval(groups: Sequence[np.ndarray], *, resamples: int = 1000, seed: int = 0) -> dict[str, float]:
+def nested_interval(groups: Sequence[np.ndarray]) -> dict[str, float]:
     """Return the mean over groups (training seeds) of clips, and its 95 % bootstrap interval over both levels.
 
     Each resample draws groups with replacement, then clips within each of them (Davison and Hinkley 1997, section 3.8).
@@ -129,10 +131,10 @@ def nested_interval(groups: Sequence[np.ndarray], *, resamples: int = 1000, seed
     values = [group for group in values if len(group)]
     if not values:
         return _summary(np.nan, [np.nan])
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     means = [
         np.mean([rng.choice(values[i], len(values[i])).mean() for i in rng.integers(len(values), size=len(values))])
-        for _ in range(resamples)
+        for _ in range(RESAMPLES)
     ]
     return _summary(np.mean([group.mean() for group in values]), means)
 

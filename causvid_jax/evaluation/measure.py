@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-from collections.abc import Callable
 
 import jax
 
@@ -15,13 +14,9 @@ from causvid_jax.progress import Progress
 from causvid_jax.sampling import batch
 from causvid_jax.text import encoder
 
-Say = Callable[[str], None]
 
-
-def make_classifier(
-    recipe: Recipe, path: pathlib.Path, *, steps: int = train_classifier.STEPS, say: Say = print
-) -> None:
-    """Train the classifier of ``recipe``, write it to ``path``, and report its accuracy on each split."""
+def make_classifier(recipe: Recipe, path: pathlib.Path, *, steps: int = train_classifier.STEPS) -> None:
+    """Train the classifier of ``recipe``, write it to ``path``, and print its accuracy on each split."""
     progress = Progress("classifier", steps)
 
     def log(step: int, loss: float) -> None:
@@ -33,7 +28,7 @@ def make_classifier(
     trained = classifiers.load(recipe.data, path)
     for split in ("test", "train", "classifier"):
         scores = train_classifier.accuracy(trained, recipe.data, recipe.video, split)
-        say(f"{split} handwriting: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        print(f"{split} handwriting: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
 
 
 def write_report(
@@ -46,9 +41,8 @@ def write_report(
     student: str | os.PathLike | None = None,
     teacher: str | os.PathLike | None = None,
     student_only: bool = False,
-    say: Say = print,
 ) -> None:
-    """Measure, and write the report as ``.json``, as tables (``.md``) and as a contact sheet (``.png``).
+    """Measure, print the tables, and write the report as ``.json``, ``.md`` and a contact sheet (``.png``).
 
     Args:
         recipe: of the weights.
@@ -58,7 +52,6 @@ def write_report(
         classifier: weights of the classifier; None takes that of the package.
         student, teacher: weights to measure instead of those of ``folder``.
         student_only: leave the teacher out.
-        say: receives the tables, and which weights are measured.
 
     Raises:
         ConfigError: weights that are missing or do not fit.
@@ -77,7 +70,7 @@ def write_report(
             advice = "; --student_only needs none" if role == "teacher" else ""
             raise ConfigError(f"{missing}{advice}") from None
         params[role], _ = load(opened)
-        say(f"{role}: {opened}")
+        print(f"{role}: {opened}")
     samplers = batch.make_samplers(
         jax.tree.map(jax.numpy.asarray, params), recipe, prompt_encoder=encoder.open_encoder(recipe, folder)
     )
@@ -87,4 +80,4 @@ def write_report(
     with files.atomic(output.with_suffix(".png")) as picture:
         contact_sheet.contact_sheet(result.clips).save(picture, format="PNG", optimize=True)
     files.write_text(output, json.dumps(result.report, indent=1) + "\n")
-    say(tables)
+    print(tables)

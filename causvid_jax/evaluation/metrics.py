@@ -120,19 +120,18 @@ def first_block(begins: Sequence[bool] | np.ndarray) -> int | None:
     return int(right[0]) + 1 if len(right) else None
 
 
-def switch_scores(counts: Sequence[int | None], within: int = 3) -> dict[str, float]:
+def switch_scores(counts: Sequence[int | None]) -> dict[str, float]:
     """Summarize :func:`first_block` or :func:`blocks_until` over clips.
 
     Args:
       counts: blocks until the new caption holds, of each clip.
-      within: the number of blocks that counts as prompt.
 
     Returns:
-      share of clips that hold within 1, ..., ``within`` blocks, share that ever hold, and the median number of blocks
+      share of clips that hold within 1, 2 and 3 blocks, share that ever hold, and the median number of blocks
       of those that do (NaN if none does).
     """
     reached = [c for c in counts if c is not None]
-    scores = {f"within_{n}": sum(c <= n for c in reached) / len(counts) for n in range(1, within + 1)}
+    scores = {f"within_{n}": sum(c <= n for c in reached) / len(counts) for n in (1, 2, 3)}
     return scores | {
         "ever": len(reached) / len(counts),
         "median_blocks": float(np.median(reached)) if reached else float("nan"),

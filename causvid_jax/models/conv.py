@@ -126,3 +126,33 @@ def _frames_conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[
         precision=dot_precision(x.dtype),
     )
     return rearrange(y, "(b t) h w c -> b t h w c", b=x.shape[0])
+
+
+def check_video(shape: tuple[int, ...], *, time: int, space: int, starts: bool) -> None:
+    """Refuse a video that an encoder of ``time`` frames and ``space`` x ``space`` pixels per latent cannot read.
+
+    ``starts``: the first latent frame holds one pixel frame, as at the start of a video.
+
+    Raises:
+        ConfigError: ``shape`` is not [B, T, H, W, 3], or T, H or W do not fit.
+    """
+    require(
+        len(shape) == 5 and shape[-1] == 3,
+        f"a video of shape {shape} cannot be encoded; accepted: [batch, frames, height, width, 3]",
+    )
+    frames, height, width = shape[1:4]
+    accepted = f"1 + {time}n" if starts else f"{time}n, n > 0"
+    fits = frames % time == (1 % time if starts else 0)
+    require(frames > 0 and fits, f"{frames} frames cannot be encoded here; accepted: {accepted}")
+    require(
+        height % space == 0 and width % space == 0,
+        f"a video of {height} x {width} pixels cannot be encoded; height and width must be multiples of {space}",
+    )
+
+
+def check_latents(shape: tuple[int, ...], channels: int) -> None:
+    """Refuse latents that are not [B, F, h, w, ``channels``] with at least one frame, by a ConfigError."""
+    require(
+        len(shape) == 5 and shape[1] > 0 and shape[-1] == channels,
+        f"latents of shape {shape} cannot be decoded; accepted: [batch, frames, h, w, {channels}]",
+    )

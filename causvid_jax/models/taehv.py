@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jaxtyping import Float
 
-from causvid_jax.config import TAEHVConfig, require
+from causvid_jax.config import TAEHVConfig
 from causvid_jax.models import conv
 from causvid_jax.sharding.params import ParamSpec, abstract_tree, init_tree
 
@@ -212,7 +212,7 @@ def decode(
     Raises:
         ConfigError: the latents have another shape.
     """
-    _check_latents(latents, config)
+    conv.check_latents(latents.shape, config.z_dim)
     video = _decoder(params, latents, {}, config=config)[0][:, time_factor(config) - 1 :]
     return jnp.clip(video, -1, 1) if clamp else video
 
@@ -243,7 +243,7 @@ def decode_chunk(
     Raises:
         ConfigError: the latents have another shape.
     """
-    _check_latents(latents, config)
+    conv.check_latents(latents.shape, config.z_dim)
     frames, past = _decoder(params, latents, cache.past, config=config)
     return jnp.clip(frames, -1, 1), DecodeCache(past=past)
 
@@ -286,21 +286,4 @@ def _zero_past(network: Callable[..., Any], inputs: jax.ShapeDtypeStruct, config
 
 
 def _check_video(video: jax.Array | jax.ShapeDtypeStruct, config: TAEHVConfig) -> None:
-    require(
-        len(video.shape) == 5 and video.shape[-1] == 3,
-        f"a video of shape {video.shape} cannot be encoded; accepted: [batch, frames, height, width, 3]",
-    )
-    frames, (height, width) = video.shape[1], video.shape[2:4]
-    time, space = time_factor(config), space_factor(config)
-    require(frames > 0 and frames % time == 0, f"{frames} frames cannot be encoded here; accepted: {time}n, n > 0")
-    require(
-        height % space == 0 and width % space == 0,
-        f"a video of {height} x {width} pixels cannot be encoded; height and width must be multiples of {space}",
-    )
-
-
-def _check_latents(latents: jax.Array, config: TAEHVConfig) -> None:
-    require(
-        latents.ndim == 5 and latents.shape[1] > 0 and latents.shape[-1] == config.z_dim,
-        f"latents of shape {latents.shape} cannot be decoded; accepted: [batch, frames, h, w, {config.z_dim}]",
-    )
+    conv.check_video(video.shape, time=time_factor(config), space=space_factor(config), starts=False)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from causvid_jax.config import VAEConfig, require
+from causvid_jax.config import VAEConfig
 from causvid_jax.models import conv
 from causvid_jax.models import vae_layers as layers
 
@@ -177,7 +177,7 @@ def decode(
     Raises:
         ConfigError: the latents have another shape.
     """
-    _check_latents(latents, config)
+    conv.check_latents(latents.shape, config.z_dim)
     video, _ = _decoder(params, latents, {}, config=config, start=True)
     return jnp.clip(video, -1, 1) if clamp else video
 
@@ -241,7 +241,7 @@ def decode_chunk(
     Raises:
         ConfigError: the latents have another shape.
     """
-    _check_latents(latents, config)
+    conv.check_latents(latents.shape, config.z_dim)
     frames, past = _decoder(params, latents, cache.past, config=config, start=cache.start)
     return jnp.clip(frames, -1, 1), DecodeCache(past=past, start=jnp.zeros_like(cache.start))
 
@@ -318,22 +318,7 @@ def _zeros_like_past(
 
 
 def _check_video(video: jax.Array | jax.ShapeDtypeStruct, config: VAEConfig, *, starts: bool) -> None:
-    frames, (height, width) = video.shape[1], video.shape[2:4]
-    time, space = time_factor(config), space_factor(config)
-    accepted = f"1 + {time}n" if starts else f"{time}n, n > 0"
-    fits = frames % time == 1 % time if starts else frames % time == 0
-    require(frames > 0 and fits, f"{frames} frames cannot be encoded here; accepted: {accepted}")
-    require(
-        height % space == 0 and width % space == 0,
-        f"a video of {height} x {width} pixels cannot be encoded; height and width must be multiples of {space}",
-    )
-
-
-def _check_latents(latents: jax.Array, config: VAEConfig) -> None:
-    require(
-        latents.ndim == 5 and latents.shape[1] > 0 and latents.shape[-1] == config.z_dim,
-        f"latents of shape {latents.shape} cannot be decoded; accepted: [batch, frames, h, w, {config.z_dim}]",
-    )
+    conv.check_video(video.shape, time=time_factor(config), space=space_factor(config), starts=starts)
 
 
 def _resample(in_time: bool) -> str:
