@@ -67,11 +67,14 @@ def to_float(video: np.ndarray) -> np.ndarray:
 
 
 def frame_rate(fps: float) -> Fraction:
-    """Return frames per second as a fraction; 23.976, 29.97 and 59.94 are 24000/1001, 30000/1001 and 60000/1001."""
+    """Return frames per second as a fraction, at least 1/1001.
+
+    23.976, 29.97 and 59.94 are 24000/1001, 30000/1001 and 60000/1001.
+    """
     whole = round(fps * 1.001)
     if fps != round(fps) and whole and abs(fps * 1.001 - whole) < 1e-3:
         return Fraction(1000 * whole, 1001)
-    return Fraction(fps).limit_denominator(1001)
+    return max(Fraction(fps).limit_denominator(1001), Fraction(1, 1001))
 
 
 def cover(image: Image.Image, height: int, width: int, aspect: float = 1.0) -> np.ndarray:
