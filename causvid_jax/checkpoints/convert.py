@@ -81,7 +81,8 @@ def parse_layers(value: str | None) -> frozenset[int] | None:
         first, dash, last = part.strip().partition("-")
         numbers = [first, *([last] if dash else [])]
         require(
-            all(number.isascii() and number.isdigit() and len(number) <= 4 for number in numbers),
+            all(number.isascii() and number.isdigit() and len(number) <= 4 for number in numbers)
+            and int(numbers[0]) <= int(numbers[-1]),
             f"--lora_layers is {value!r}; accepted: numbers and ranges, as 0-9,20",
         )
         layers |= set(range(int(first), int(last or first) + 1))
