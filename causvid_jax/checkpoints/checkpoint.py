@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from causvid_jax.checkpoints import clip_vision, pickles, source, store, taehv, umt5, wan_transformer, wan_vae
-from causvid_jax.checkpoints.safetensors_io import BUFFER, CHECKSUM, Tensor, array_tensor
+from causvid_jax.checkpoints.safetensors_io import BUFFER, CHECKSUM, Tensor, array_tensor, sample_digest
 from causvid_jax.checkpoints.source import Source
 from causvid_jax.checkpoints.table import FORMATS, OURS, Config, Network, Row, Sizes
 from causvid_jax.config import CLIPConfig, ConfigError, TransformerConfig, VAEConfig, published, require
@@ -44,6 +44,9 @@ class Update(Protocol):
 
     def delta(self, row: Row, config: TransformerConfig) -> np.ndarray | None:
         """Return what to add to a parameter, float32 in our layout, or None."""
+
+    def identity(self) -> str:
+        """Return a text that identifies the change."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,22 +92,15 @@ class Checkpoint:
         return f"{self.path}: {describe(self.config)}, {self.format} names, {self.dtypes}{more}"
 
     def identity(self) -> str:
-        """Return a text that identifies the weights: our checksum, else a SHA-256 of a sample of every tensor.
+        """Return a text that identifies the weights: our checksum, else the :func:`sample_digest` of the tensors.
 
-        The sample is the key, shape and type, and the first and last 4 KiB, so that large files are not read whole.
+        With updates it is a SHA-256 of the identities of the weights and of every update.
         """
         if self.updates:
-            parts = [dataclasses.replace(self, updates=()).identity(), *map(str, self.updates)]
+            base = dataclasses.replace(self, updates=())
+            parts = [base.identity(), *(update.identity() for update in self.updates)]
             return hashlib.sha256(" ".join(parts).encode()).hexdigest()
-        if CHECKSUM in self.source.metadata:
-            return self.source.metadata[CHECKSUM]
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.source.tensors.items()):
-            digest.update(f"{name} {tensor.shape} {tensor.dtype.name}".encode())
-            with tensor.view() as array:
-                flat, size = array.reshape(-1), 4096 // tensor.dtype.itemsize
-                digest.update(flat[:size].tobytes() + flat[-size:].tobytes())
-        return digest.hexdigest()
+        return self.source.metadata.get(CHECKSUM) or sample_digest(self.source.tensors)
 
     @contextlib.contextmanager
     def read(self, row: Row) -> Iterator[np.ndarray]:

@@ -9,6 +9,7 @@ weight or modulation, ``.diff_b`` of a bias, ``.diff_m`` of a block's modulation
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -18,7 +19,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from causvid_jax.checkpoints import source as sources
-from causvid_jax.checkpoints.safetensors_io import Tensor
+from causvid_jax.checkpoints.safetensors_io import Tensor, sample_digest
 from causvid_jax.checkpoints.table import Row
 from causvid_jax.checkpoints.wan_transformer import NETWORK
 from causvid_jax.config import ConfigError, TransformerConfig, require
@@ -96,6 +97,18 @@ class Lora:
             return None
         total = sum(term.reshape(self.shapes[original.key]) for term in terms)
         return original.transform.to_ours(np.float32(self.strength) * total)
+
+    def identity(self) -> str:
+        """Return a SHA-256 of the strength, the settings and a sample of every tensor (:func:`sample_digest`)."""
+        tensors = {
+            f"{module}.{name}": tensor
+            for module, update in self.updates.items()
+            for name, tensor in vars(update).items()
+            if tensor is not None
+        }
+        layers = None if self.layers is None else sorted(self.layers)
+        settings = self.strength, self.alpha, self.rank_stabilised, layers
+        return hashlib.sha256(f"{settings} {sample_digest(tensors)}".encode()).hexdigest()
 
     def factors(self, row: Row) -> tuple[np.ndarray, np.ndarray] | None:
         """Return the matrices A [r, in] and B [out, r] of a kernel, B times alpha / rank; None if it has none."""

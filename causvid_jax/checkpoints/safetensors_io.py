@@ -73,6 +73,20 @@ def array_tensor(array: np.ndarray) -> Tensor:
     return Tensor(tuple(array.shape), np.dtype(array.dtype), lambda: contextlib.nullcontext(array))
 
 
+def sample_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of every tensor's name, shape, type, and first and last 4 KiB, in name order.
+
+    Large files are not read whole.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.shape} {tensor.dtype.name}".encode())
+        with tensor.view() as array:
+            flat, size = array.reshape(-1), 4096 // tensor.dtype.itemsize
+            digest.update(flat[:size].tobytes() + flat[-size:].tobytes())
+    return digest.hexdigest()
+
+
 def _mapped(path: pathlib.Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
     @contextlib.contextmanager
     def view() -> Iterator[np.ndarray]:
