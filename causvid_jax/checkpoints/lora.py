@@ -131,7 +131,6 @@ def open_lora(
     strength: float,
     config: TransformerConfig,
     layers: Collection[int] | None = None,
-    part: str | None = None,
     skip_foreign: bool = False,
 ) -> Lora:
     """Open the LoRA at ``path`` (a weights file, or a peft folder) for a transformer of ``config``'s sizes.
@@ -141,7 +140,6 @@ def open_lora(
         strength: factor of the whole update; 0 changes nothing.
         config: the transformer's sizes, which every target must fit.
         layers: only these change, and no parameter outside of the layers; None changes everything.
-        part: of a pickle with several parts; default ``generator_lora``, as LongLive calls it.
         skip_foreign: whether to leave out targets that this transformer does not have, such as the image branch of an
             image-to-video LoRA, instead of refusing the file.
 
@@ -150,7 +148,8 @@ def open_lora(
             factors, has other shapes, or is no LoRA (DoRA, LoKr, LoHa).
     """
     require(np.isfinite(strength), f"the strength of LoRA {path} is {strength}; it must be a number")
-    opened = sources.open_source(path, part, sources.LORA_PREFERRED, config=False)
+    # LongLive's pickle calls the part ``generator_lora``.
+    opened = sources.open_source(path, None, sources.LORA_PREFERRED, config=False)
     kind = next((kind for mark, kind in _OTHER_KINDS.items() if any(mark in name for name in opened.tensors)), None)
     require(kind is None, f"{path} is {kind}, which is no sum of two factors; accepted: LoRA")
     raw, unknown = _by_module(opened, config)

@@ -51,7 +51,6 @@ def open_encoder(
     folder: str | os.PathLike | None = None,
     *,
     cache: str | os.PathLike | None = None,
-    tokenizer: str | os.PathLike | None = None,
     compute: bool = True,
 ) -> Encoder:
     """Open the encoder of ``recipe`` and check it. Its weights are not read yet.
@@ -60,7 +59,6 @@ def open_encoder(
         recipe: ``text`` and, for UMT5, ``umt5`` are read.
         folder: the checkpoint or working directory; words need none.
         cache: folder of encoded prompts; None: ``prompts`` under ``folder``; "": no cache.
-        tokenizer: the tokenizer's file or folder; None: searched under ``folder``.
         compute: as in :class:`Encoder`.
 
     Raises:
@@ -71,7 +69,6 @@ def open_encoder(
     if folder is None:
         raise ConfigError("text.kind is 'umt5', whose weights are not in the package; give the folder of a checkpoint")
     weights = open_checkpoint(workdir.find(recipe.name, "text_encoder", folder), recipe.umt5)
-    file = pathlib.Path(tokenizer) if tokenizer is not None else _find_tokenizer(pathlib.Path(folder))
     # The transformer rounds embeddings to its compute type, so the cache stores no more bits.
     storage = "float32" if "float32" in (recipe.student.dtype, recipe.teacher.dtype) else "bfloat16"
     cache_folder = pathlib.Path(folder) / "prompts" if cache is None else cache
@@ -79,7 +76,7 @@ def open_encoder(
         config=recipe.text,
         umt5=recipe.umt5,
         weights=weights,
-        tokenizer=umt5_prompts.load_tokenizer(file),
+        tokenizer=umt5_prompts.load_tokenizer(_find_tokenizer(pathlib.Path(folder))),
         cache=PromptCache(cache_folder, weights.identity(), storage) if cache_folder else None,
         compute=compute,
     )
@@ -90,7 +87,7 @@ def _find_tokenizer(folder: pathlib.Path) -> pathlib.Path:
     listed = ", ".join(f"{inner}/tokenizer.json" for inner in workdir.TOKENIZERS)
     require(
         "tokenizer.json" in files,
-        f"{folder} holds no tokenizer of google/umt5-xxl; accepted: {listed} in it, or --tokenizer=FILE",
+        f"{folder} holds no tokenizer of google/umt5-xxl; accepted: {listed} in it",
     )
     return files["tokenizer.json"]
 
