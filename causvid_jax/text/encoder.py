@@ -1,13 +1,13 @@
-"""The text encoder of a recipe: encode prompts to embeddings ``[B, length, dim]``, for every ``text.kind``.
+"""The text encoder of a recipe: encode prompts as embeddings ``[B, length, dim]``, for every ``text.kind``.
 
 ``words`` needs no files (:mod:`causvid_jax.text.words`). ``umt5`` reads these from the folder of a checkpoint:
 
     text_encoder/                        the encoder, ours or published (``checkpoints.workdir.components``)
-    text_encoder/tokenizer.json          the tokenizer of google/umt5-xxl, or where published folders have it
+    text_encoder/tokenizer.json          the tokenizer of google/umt5-xxl; published folders have it elsewhere
                                          (``checkpoints.workdir.TOKENIZERS``)
     prompts/                             the cache of encoded prompts, filled on demand
 
-Weights are loaded only if a prompt is not in the cache, and freed after it is encoded.
+The weights are loaded only if a prompt is not in the cache. They are freed after it is encoded.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ from causvid_jax.text import words
 from causvid_jax.text.prompt_cache import PromptCache
 
 AT_ONCE = 256
-"""Prompts that :func:`fill` encodes before it writes them: 2 GB of Wan's embeddings."""
+"""Prompts that :func:`fill` holds in memory at a time: 2 GB of Wan's embeddings in float32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """An opened text encoder, made by :func:`open_encoder`. All fields but ``config`` are for UMT5.
+    """An opened text encoder, made by :func:`open_encoder`. All fields except ``config`` are for UMT5.
 
-    With ``compute=False`` it serves cached prompts only, for programs without memory for the encoder.
+    With ``compute=False`` only cached prompts are accepted, for programs without memory for the encoder.
     """
 
     config: TextConfig
@@ -56,13 +56,15 @@ def open_encoder(
     """Open the encoder of ``recipe`` and check it. Its weights are not read yet.
 
     Args:
-        recipe: ``text`` and, for UMT5, ``umt5`` are read.
-        folder: the checkpoint or working directory; words need none.
+        recipe: its fields ``text`` and, for UMT5, ``umt5`` are read. The dtypes of teacher and student decide the type
+            of the cache.
+        folder: the checkpoint or working directory; a recipe of words needs none.
         cache: folder of encoded prompts; None: ``prompts`` under ``folder``; "": no cache.
         compute: as in :class:`Encoder`.
 
     Raises:
-        ConfigError: a file that is missing or does not fit the recipe.
+        ConfigError: a file is missing, cannot be read or does not fit the recipe, or a package of the extra ``text`` is
+            not installed.
     """
     if recipe.text.kind == "words":
         return Encoder(recipe.text)
@@ -93,13 +95,13 @@ def _find_tokenizer(folder: pathlib.Path) -> pathlib.Path:
 
 
 def read_shapes(config: UMT5Config) -> Any:
-    """Return shape and type of every parameter as it is read: kernels and token table in the compute type."""
+    """Return shape and type of every parameter when it is read: kernels and token table in the compute type."""
     shapes = inference_tree(umt5.abstract(config), config.dtype)
     return shapes | {"token_embedding": jax.ShapeDtypeStruct(shapes["token_embedding"].shape, config.dtype)}
 
 
 def inference_shapes(config: UMT5Config) -> Any:
-    """Return shape and type of every parameter as the device holds it (``config.weights``)."""
+    """Return shape and type of every parameter on the device, which depend on ``config.weights``."""
     shapes = read_shapes(config)
     return jax.eval_shape(_quantized, shapes) if config.weights == "int8" else shapes
 
@@ -111,10 +113,11 @@ def _quantized(params: Any) -> Any:
 
 
 def encode(encoder: Encoder, prompts: Sequence[str]) -> np.ndarray:
-    """Return the embeddings float32 ``[B, length, dim]``, zero beyond each prompt's last token.
+    """Return the embeddings of ``prompts``, float32 ``[B, length, dim]``, zero beyond each prompt's last token.
 
     Raises:
-        ConfigError: a word outside the vocabulary; with ``compute=False``, a prompt that is not in the cache.
+        ConfigError: a word outside the vocabulary or too many words; with ``compute=False``, a prompt that is not in
+            the cache; or weights or a cache that cannot be read or written.
     """
     config = encoder.config
     if encoder.umt5 is None or encoder.tokenizer is None:
@@ -142,7 +145,7 @@ def encode(encoder: Encoder, prompts: Sequence[str]) -> np.ndarray:
 
 
 def check(encoder: Encoder, prompts: Sequence[str]) -> None:
-    """Raise a ConfigError for ``prompts`` that cannot be encoded; it names the word. Nothing is encoded."""
+    """Raise a ConfigError for a word outside the vocabulary or for too many words; UMT5 accepts every prompt."""
     if encoder.umt5 is None:
         words.encode_words(prompts, encoder.config)
 
@@ -169,14 +172,14 @@ def fill(encoder: Encoder, prompts: Sequence[str]) -> None:
 
 
 def missing(encoder: Encoder, prompts: Sequence[str]) -> list[str]:
-    """Return the ``prompts`` that are not in the cache, for which the weights must be loaded."""
+    """Return the ``prompts`` that are not in the cache; for words none."""
     if encoder.umt5 is None or encoder.tokenizer is None:
         return []
     return umt5_prompts.not_cached(prompts, encoder.tokenizer, encoder.umt5, encoder.cache, encoder.config.length)
 
 
 def negative_prompt_embeds(encoder: Encoder) -> np.ndarray:
-    """Return the embeddings ``[length, dim]`` of the negative prompt, which is empty for words."""
+    """Return the embeddings float32 ``[length, dim]`` of ``text.negative_prompt``; zeros for an empty one of words."""
     return encode(encoder, [encoder.config.negative_prompt])[0]
 
 
