@@ -19,10 +19,13 @@ TEXT_LENGTH = 16
 
 
 def in_turns(rounds: int, *stretches: tuple[int, int, int], start: int = 0) -> tuple[tuple[int, int, int], ...]:
-    """Return a curriculum of ``rounds`` times the same ``(steps, latent frames, clips)`` one after the other.
+    """Return a curriculum that repeats the ``stretches`` ``(steps, latent frames, clips)`` for ``rounds`` rounds.
 
     A network forgets first blocks while it trains on whole clips, so the stretches must be short. The last stretch is
     the main part of the stage and not part of the curriculum. ``start`` is the step of the first round.
+
+    Returns:
+        ``(until_step, latent frames, batch_size)`` of each part, for ``StageConfig.curriculum``.
     """
     result, step = [], start
     for _ in range(rounds):

@@ -29,7 +29,11 @@ VIDEO = {"height": 64, "width": 64, "frames": 33, "fps": 16.0}
 
 
 def get_config(variant: str = "words") -> ml_collections.ConfigDict:
-    """Return the recipe; ``umt5`` reads captions of any words."""
+    """Return the recipe; ``variant`` is ``"words"`` (the vocabulary above) or ``"umt5"`` (captions of any words).
+
+    Raises:
+        ConfigError: another variant.
+    """
     require(variant in ("words", "umt5"), f"own has no variant {variant!r}; accepted: 'words', 'umt5'")
     text = {"kind": "words", "vocabulary": VOCABULARY, "length": LENGTH, "dim": len(VOCABULARY) + LENGTH}
     if variant == "umt5":

@@ -28,7 +28,11 @@ SIZES = {
 
 
 def get_config(variant: str = "self_forcing_dmd") -> ml_collections.ConfigDict:
-    """Return the recipe of the published model ``variant``."""
+    """Return the recipe of the published model ``variant``.
+
+    Raises:
+        ConfigError: an unknown model, or one that this version cannot sample.
+    """
     model = published.get(variant)
     require(model.readable, f"{model.what} cannot be sampled by this version: {model.not_known}")
     config = wan_1_3b.recipe(f"published:{variant}", SIZES[model.network], wan_1_3b.GUIDANCE)

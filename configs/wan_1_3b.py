@@ -22,7 +22,11 @@ LARGE = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """Return the recipe; ``teacher_14b`` has the 14B teacher and the 1.3B fake score of Self-Forcing."""
+    """Return the recipe; ``"teacher_14b"`` has the 14B teacher and the 1.3B fake score of Self-Forcing.
+
+    Raises:
+        ConfigError: another variant.
+    """
     require(variant in ("", "teacher_14b"), f"wan_1_3b has no variant {variant!r}; accepted: none, 'teacher_14b'")
     config = recipe("wan_1_3b", SIZES, GUIDANCE)
     if variant:
@@ -34,7 +38,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 
 def recipe(name: str, sizes: dict[str, int], guidance: float) -> ml_collections.ConfigDict:
-    """Return the recipe of a Wan2.1 transformer of ``sizes``; ``guidance`` is the teacher's guidance scale."""
+    """Return the recipe ``name`` of a Wan2.1 transformer of ``sizes``; ``guidance`` is ``diffusion.guidance_scale``."""
     network = {
         "in_channels": 16,
         "out_channels": 16,

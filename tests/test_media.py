@@ -334,7 +334,14 @@ def test_mp4_is_tagged_and_its_index_is_at_the_front(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fps, exact", [(23.976, Fraction(24000, 1001)), (29.97, Fraction(30000, 1001)), (12.5, Fraction(25, 2)), (16.0, 16)]
+    "fps, exact",
+    [
+        (23.976, Fraction(24000, 1001)),
+        (29.97, Fraction(30000, 1001)),
+        (12.5, Fraction(25, 2)),
+        (16.0, 16),
+        (0.0004, Fraction(1, 1001)),
+    ],
 )
 def test_rates_are_fractions(tmp_path, clip, fps, exact):
     assert media.frame_rate(fps) == exact

@@ -123,6 +123,8 @@ def _policies(recipe: Recipe) -> Iterator[Recipe]:
 def search(recipe: Recipe, stage: str, machine: TopologySpec, *, too_large: Container[str] = ()) -> Candidate:
     """Return the fastest candidate of ``stage`` that fits ``machine``, or the one of least memory if none fits.
 
+    For training it also chooses ``remat`` and ``offload_optimizer``, moving moments only where nothing else fits.
+
     Args:
         recipe: whose mesh is ignored.
         stage: "teacher", "init", "distill" or "stream".

@@ -1,8 +1,8 @@
 """Recognise a checkpoint of any known format and load it straight onto devices.
 
-:func:`open_checkpoint` tells the network, the format and the sizes of a file or folder and reads only headers.
-:func:`load` returns ``(params, config)``; each device's shard is read from the part of the file that it needs.
-``str(checkpoint)`` says in one line what was recognised.
+:func:`open_checkpoint` recognises the network, the format and the sizes of a file or folder and reads only headers.
+:func:`load` returns ``(params, config)``. Each device's shard is read from the part of the file that contains it.
+``str(checkpoint)`` describes the recognised network, format, sizes and types in one line.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from causvid_jax.checkpoints import clip_vision, pickles, source, store, taehv, umt5, wan_transformer, wan_vae
-from causvid_jax.checkpoints.safetensors_io import BUFFER, CHECKSUM, Tensor, array_tensor
+from causvid_jax.checkpoints.safetensors_io import BUFFER, CHECKSUM, Tensor, array_tensor, sample_digest
 from causvid_jax.checkpoints.source import Source
 from causvid_jax.checkpoints.table import FORMATS, OURS, Config, Network, Row, Sizes
 from causvid_jax.config import CLIPConfig, ConfigError, TransformerConfig, VAEConfig, published, require
@@ -43,7 +43,10 @@ class Update(Protocol):
     """A change of a transformer's weights, such as :class:`causvid_jax.checkpoints.lora.Lora`."""
 
     def delta(self, row: Row, config: TransformerConfig) -> np.ndarray | None:
-        """Return what to add to a parameter, float32 in our layout, or None."""
+        """Return the array to add to a parameter, float32 in our layout; None for no change."""
+
+    def identity(self) -> str:
+        """Return a text that identifies the change."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +54,13 @@ class Checkpoint:
     """A recognised checkpoint; no weights are read yet.
 
     Attributes:
-        network: which of our networks it holds.
-        format: original, diffusers or causvid_jax.
-        config: its sizes; a VAE's with the latent statistics.
+        network: description of the network whose weights these are.
+        format: ``"original"``, ``"diffusers"`` or ``"causvid_jax"``.
+        config: the network's configuration; a VAE's with the latent statistics.
         source: the file, with only the tensors that the network reads.
-        copies: second copies of tied tensors, under the names of the first.
-        ignored: number of tensors of the file that no network reads.
-        updates: LoRAs to add while reading.
+        copies: second copies of tied tensors, under the names of the first copies.
+        ignored: number of tensors of the file that the network does not read.
+        updates: changes, such as LoRAs, that are added when a parameter is read.
     """
 
     network: Network
@@ -70,12 +73,12 @@ class Checkpoint:
 
     @property
     def path(self) -> pathlib.Path:
-        """Return the file or folder."""
+        """The file or folder."""
         return self.source.path
 
     @property
     def dtypes(self) -> str:
-        """Return the stored types in words."""
+        """The stored types, as ``"bfloat16, float32"``."""
         return ", ".join(sorted({tensor.dtype.name for tensor in self.source.tensors.values()}))
 
     def __str__(self) -> str:
@@ -89,26 +92,19 @@ class Checkpoint:
         return f"{self.path}: {describe(self.config)}, {self.format} names, {self.dtypes}{more}"
 
     def identity(self) -> str:
-        """Return a text that identifies the weights: our checksum, else a SHA-256 of a sample of every tensor.
+        """Return a text that identifies the weights: our checksum, else the :func:`sample_digest` of the tensors.
 
-        The sample is the key, shape and type, and the first and last 4 KiB, so that large files are not read whole.
+        With updates it is a SHA-256 of the identities of the weights and of every update.
         """
         if self.updates:
-            parts = [dataclasses.replace(self, updates=()).identity(), *map(str, self.updates)]
+            base = dataclasses.replace(self, updates=())
+            parts = [base.identity(), *(update.identity() for update in self.updates)]
             return hashlib.sha256(" ".join(parts).encode()).hexdigest()
-        if CHECKSUM in self.source.metadata:
-            return self.source.metadata[CHECKSUM]
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.source.tensors.items()):
-            digest.update(f"{name} {tensor.shape} {tensor.dtype.name}".encode())
-            with tensor.view() as array:
-                flat, size = array.reshape(-1), 4096 // tensor.dtype.itemsize
-                digest.update(flat[:size].tobytes() + flat[-size:].tobytes())
-        return digest.hexdigest()
+        return self.source.metadata.get(CHECKSUM) or sample_digest(self.source.tensors)
 
     @contextlib.contextmanager
     def read(self, row: Row) -> Iterator[np.ndarray]:
-        """Yield a parameter in our layout, with the updates added: a view of the file where there are none."""
+        """Yield a parameter in our layout with the updates added; without updates it is a view of the file."""
         with self.source.tensors[row.key].view() as tensor:
             value = row.transform.to_ours(tensor)
             del tensor
@@ -121,7 +117,7 @@ class Checkpoint:
             del value
 
     def check(self) -> None:
-        """Compare a file of ours with its checksum, and the copies of tied tensors with each other.
+        """Compare the content of our own file with its checksum, and the copies of tied tensors with each other.
 
         Raises:
             ConfigError: the file was changed, or two tensors that should be equal differ.
@@ -138,7 +134,7 @@ def describe(config: Config) -> str:
 
 
 def network_of(config: Config) -> Network:
-    """Return the network that ``config`` describes."""
+    """Return the network whose configuration class ``config`` has; raise a ConfigError if there is none."""
     for network in NETWORKS:
         if isinstance(config, network.config):
             return network
@@ -160,8 +156,8 @@ def open_checkpoint(
             or a nested tree of our parameters.
         config: the sizes that it must have; None recognises them by ``config.json``, metadata, presets or shapes.
         part: the part of a checkpoint that has several, such as ``generator_ema``; None prefers the part that the
-            authors of a published model sample (``config.published``), else averages.
-        num_heads: of a transformer; 0 derives it from the width.
+            authors of a published model sample (``config.published``), then EMA weights.
+        num_heads: of a transformer; 0 takes it from the file's metadata or derives it from the width.
 
     Raises:
         ConfigError: the checkpoint is unreadable or has no known format, or other sizes than ``config``.
@@ -174,7 +170,7 @@ def open_checkpoint(
     return recognise(source.open_source(path, part, preferred, not is_named_file(path)), config, num_heads)
 
 
-# Files of a published folder whose network the name tells; the folder's config.json is the transformer's.
+# Network to patterns of file names in a published folder. The folder's config.json is the transformer's.
 NAMED_FILES: Mapping[str, tuple[str, ...]] = {
     "vae": ("Wan2.1_VAE.*", "Wan2.2_VAE.*"),
     "text_encoder": ("models_t5_*",),
@@ -184,7 +180,7 @@ NAMED_FILES: Mapping[str, tuple[str, ...]] = {
 
 
 def is_named_file(path: pathlib.Path) -> bool:
-    """Return whether a file's name tells its network in an original folder."""
+    """Return whether the file name is one of :data:`NAMED_FILES`, which names the network."""
     return any(path.match(pattern) for patterns in NAMED_FILES.values() for pattern in patterns)
 
 
@@ -196,7 +192,7 @@ def _in_memory(weights: Mapping[str, Any]) -> Source:
 
 
 def recognise(opened: Source, config: Config | None = None, num_heads: int = 0) -> Checkpoint:
-    """Recognise an opened source; arguments and errors are those of :func:`open_checkpoint`."""
+    """Recognise an opened source; arguments and errors as in :func:`open_checkpoint`."""
     networks = NETWORKS if config is None else (network_of(config),)
     pairs = [(network, form) for network in networks for form in network.formats]
 
@@ -332,14 +328,14 @@ def load(
     The host holds one array, or one shard of it, at a time.
 
     Args:
-        weights: as in :func:`open_checkpoint`, or what that returned.
+        weights: as in :func:`open_checkpoint`, or a checkpoint that it returned.
         sharding: None (the default device), ``"host"`` (NumPy arrays), a ``jax.sharding.Sharding`` for every array, or
             a tree of them.
         config: the sizes that it must have; None recognises them.
-        dtype: of floating arrays; None keeps the stored types; or a tree of leaves with a ``dtype``.
+        dtype: type of the arrays; None keeps the stored types; or a tree of leaves with a ``dtype``.
         part: as in :func:`open_checkpoint`.
         updates: LoRAs to add, in float32 (:func:`causvid_jax.checkpoints.lora.open_lora`).
-        check: whether to compare a file of ours with its checksum. In a run of many processes let one of them call
+        check: whether to compare our own file with its checksum. In a run of many processes let one of them call
             ``checkpoint.check()`` instead.
         convert: ``(path, array) -> array or dict of arrays``, applied to each array before the next is read.
 
@@ -382,7 +378,12 @@ def _per_leaf(value: Any, shapes: Mapping[str, Any], what: str) -> dict[str, Any
 
 
 def storage(opened: Checkpoint, rows: Sequence[Row], dtype: np.dtype | None) -> np.dtype:
-    """Return the type of the array of ``rows``: ``dtype``, or by default the stored type."""
+    """Return the type of the array of ``rows``: ``dtype``, or the stored type for None.
+
+    Raises:
+        ConfigError: a stored type that is not floating; without ``dtype``, layers of different types or a type that
+            files of ours do not have.
+    """
     kinds = {opened.source.tensors[row.key].dtype: row.key for row in rows}
     for kind, key in kinds.items():
         where = f"tensor {key} of {opened.path} is {kind.name}"
@@ -402,7 +403,11 @@ def storage(opened: Checkpoint, rows: Sequence[Row], dtype: np.dtype | None) -> 
 
 
 def read_array(opened: Checkpoint, rows: Sequence[Row], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
-    """Read the slice ``index`` of the array of ``rows``."""
+    """Return the slice ``index`` of the parameter of ``rows`` as ``dtype``; ``rows`` are its layers, if it is stacked.
+
+    Raises:
+        ConfigError: a NaN, an infinity, or a value beyond the range of ``dtype``.
+    """
     if rows[0].layer is None:
         with opened.read(rows[0]) as value:
             return finite(np.array(store.cast(rows[0].key, value[index], dtype), order="C"), opened, rows[0])
@@ -427,7 +432,7 @@ _EXPONENTS = {
 
 
 def finite(array: np.ndarray, opened: Checkpoint, row: Row) -> np.ndarray:
-    """Return ``array``; raise a ConfigError that names the tensor if it holds a NaN or an infinity."""
+    """Return ``array``; raise a ConfigError that names the tensor of ``row`` if it holds a NaN or an infinity."""
     if array.dtype in _EXPONENTS:
         unsigned, mask = _EXPONENTS[array.dtype]
         flat = np.ascontiguousarray(array).reshape(-1).view(unsigned)
@@ -464,6 +469,12 @@ def state_dict(
     params: Mapping[str, Any], config: Config, format: str, dtype: str | None = None
 ) -> dict[str, np.ndarray]:
     """Return our parameters as a published state dict of NumPy arrays, for example to load it into PyTorch.
+
+    Args:
+        params: nested dict of our parameters.
+        config: the sizes of the network.
+        format: ``"original"``, ``"diffusers"`` or ``"causvid_jax"``.
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; None keeps the types of ``params``.
 
     Raises:
         ConfigError: the parameters do not have the sizes of ``config``, or the network has no such format.

@@ -1,8 +1,8 @@
 """CLIP's image encoder: its keys in published checkpoints, its preset and its ``config.json``.
 
-Wan2.1's own file (``visual.transformer.0.attn.to_qkv.weight``) fuses queries, keys and values of a layer and also holds
-CLIP's text half; diffusers' folders hold transformers' ``CLIPVisionModelWithProjection``
-(``vision_model.encoder.layers.0.self_attn.q_proj.weight``).
+Wan2.1's own file (``visual.transformer.0.attn.to_qkv.weight``) stores queries, keys and values of a layer as one tensor
+and also contains CLIP's text encoder, which is ignored. Diffusers' folders contain transformers'
+``CLIPVisionModelWithProjection`` (``vision_model.encoder.layers.0.self_attn.q_proj.weight``).
 """
 
 import math
@@ -31,7 +31,7 @@ HEAD_DIM = 80
 """Head size of ViT-H/14."""
 
 _FUSED = ("blocks/attn/q", "blocks/attn/k", "blocks/attn/v")
-# Our module (or parameter) -> (original, transformers); {n} is the layer. "pre_layrnorm" is spelt so there.
+# Our module (or parameter) -> (original, transformers); {n} is the layer. "pre_layrnorm" is the published spelling.
 TABLE: Mapping[str, tuple[str, str]] = {
     "class_embedding": ("visual.cls_embedding", "vision_model.embeddings.class_embedding"),
     "position_embedding": ("visual.pos_embedding", "vision_model.embeddings.position_embedding.weight"),

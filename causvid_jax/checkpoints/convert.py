@@ -1,4 +1,4 @@
-"""Convert a file or a folder of several networks: open everything, print what will be done, save."""
+"""Convert a file or a folder of several networks: open everything, report the outputs, save them."""
 
 import dataclasses
 import pathlib
@@ -20,15 +20,16 @@ _TOKENIZER_FOLDERS = {"original": "google/umt5-xxl", "diffusers": "tokenizer"}
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to convert.
+    """A conversion: input, output and settings. Creating it checks the settings and raises a ConfigError.
 
     Attributes:
         input: a file or folder of any known format.
         output: a ``.safetensors`` file, or a folder that is empty or absent.
-        form: causvid_jax, original or diffusers.
-        part: of a transformer's file with several parts; None prefers the EMA.
-        components: of a folder with several, only these; empty for all.
-        stage: a transformer's place in a working directory: teacher, init or distill; None decides by the part.
+        form: format of the output: causvid_jax, original or diffusers.
+        part: part of a transformer's file that has several; None prefers the EMA.
+        components: convert only these of a folder with several; empty for all.
+        stage: stage under which a transformer is saved in a working directory: teacher, init or distill; None takes
+            distill for a part of a student, else teacher.
         loras: (file, strength) of each LoRA to merge.
         layers: the layers that the LoRAs change; None for all.
         skip_foreign: whether to leave out targets of a LoRA that the transformer does not have.
@@ -62,7 +63,11 @@ class Request:
 
 
 def parse_lora(value: str) -> tuple[pathlib.Path, float]:
-    """Return ``FILE`` or ``FILE:STRENGTH`` as (file, strength)."""
+    """Return (file, strength) of ``FILE`` or ``FILE:STRENGTH``; the strength is 1 by default.
+
+    Raises:
+        ConfigError: the file does not exist.
+    """
     path, colon, number = value.rpartition(":")
     try:
         file, strength = (path, float(number)) if colon else (value, 1.0)
@@ -73,7 +78,11 @@ def parse_lora(value: str) -> tuple[pathlib.Path, float]:
 
 
 def parse_layers(value: str | None) -> frozenset[int] | None:
-    """Return ``0-9,20`` as a set of layers, None for None."""
+    """Return the layers of a text such as ``0-9,20``; None for None.
+
+    Raises:
+        ConfigError: another text, or a descending range.
+    """
     if value is None:
         return None
     layers: set[int] = set()
@@ -81,7 +90,8 @@ def parse_layers(value: str | None) -> frozenset[int] | None:
         first, dash, last = part.strip().partition("-")
         numbers = [first, *([last] if dash else [])]
         require(
-            all(number.isascii() and number.isdigit() and len(number) <= 4 for number in numbers),
+            all(number.isascii() and number.isdigit() and len(number) <= 4 for number in numbers)
+            and int(numbers[0]) <= int(numbers[-1]),
             f"--lora_layers is {value!r}; accepted: numbers and ranges, as 0-9,20",
         )
         layers |= set(range(int(first), int(last or first) + 1))
@@ -89,10 +99,12 @@ def parse_layers(value: str | None) -> frozenset[int] | None:
 
 
 def convert(request: Request, dry_run: bool = False, say: Callable[[str], None] = print) -> None:
-    """Convert the input of ``request``; report what is recognised, what is ignored and what will be written.
+    """Convert the input of ``request``; call ``say`` with a sentence for every input, ignored tensor and output.
+
+    With ``dry_run`` nothing is written.
 
     Raises:
-        ConfigError: something cannot be read or written. Nothing is written then.
+        ConfigError: an input cannot be read or an output cannot be written. Nothing is written then.
     """
     opened = {}
     for name, path in _choose(request, say).items():

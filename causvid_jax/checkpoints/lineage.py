@@ -1,4 +1,4 @@
-"""Check that weights and datasets belong together: compare digests of parameters, and the VAE of their latents.
+"""Check that weights and datasets belong together by digests of parameters and statistics of latents.
 
 The metadata of weights contain the digest of their VAE (:data:`VAE_DIGEST`) and its latent statistics. If both sides
 have statistics, these are compared. Statistics change when the encoder is trained. They do not change when only the
@@ -39,10 +39,10 @@ def weights_digest(opened: Checkpoint) -> str:
 
 
 def check_latents(opened: Checkpoint, vae: Checkpoint) -> None:
-    """Refuse weights that were trained on the latents of another VAE; weights without this metadata are accepted.
+    """Check that the weights ``opened`` were trained on the latents of ``vae``; without metadata they are accepted.
 
     Raises:
-        ConfigError: another VAE.
+        ConfigError: they were trained on the latents of another VAE.
     """
     metadata = opened.source.metadata
     other = vae.source.metadata
@@ -63,12 +63,16 @@ def check_latents(opened: Checkpoint, vae: Checkpoint) -> None:
 def check_dataset(
     folder: str | os.PathLike, identity: Mapping[str, Any], made_with: Mapping[str, Checkpoint], command: str
 ) -> None:
-    """Refuse a dataset that was made with other weights than ``made_with``, by key of its ``identity``.
+    """Check that a dataset was made with the weights ``made_with``.
 
-    ``command`` makes the dataset again; the sentence names it.
+    Args:
+        folder: of the dataset.
+        identity: of the dataset, with a digest of every network that made it.
+        made_with: key of ``identity`` to the weights that it must name.
+        command: the command that makes the dataset again, for the error message.
 
     Raises:
-        ConfigError: other weights; the sentence says what to run.
+        ConfigError: the dataset was made with other weights.
     """
     for key, opened in made_with.items():
         digest = identity.get(key)

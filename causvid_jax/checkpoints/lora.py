@@ -1,14 +1,18 @@
-"""Low-rank updates of a transformer: ``W + strength * alpha / rank * B A``, in float32, layer by layer.
+"""Low-rank updates of a transformer (LoRA, arXiv 2106.09685): ``W + strength * alpha / rank * B A`` in float32.
 
-It reads the names of peft (``base_model.model.blocks.0.self_attn.q.lora_A.weight``), diffusers
+W is ``[out, in]``, B ``[out, rank]`` and A ``[rank, in]``, as PyTorch stores them. With peft's ``use_rslora`` alpha is
+divided by the square root of the rank.
+
+The names of these programs are read: peft (``base_model.model.blocks.0.self_attn.q.lora_A.weight``), diffusers
 (``transformer.blocks.0.attn1.to_q.lora_A.weight``), DiffSynth (``pipe.dit.``), the original layout
 (``diffusion_model.blocks.0.self_attn.q.lora_down.weight``), kohya and VideoX-Fun
-(``lora_unet__blocks_0_self_attn_q.lora_down.weight``). ``alpha`` comes from the target, from ``adapter_config.json`` or
-from the metadata; by default it equals the rank. Full differences are also added, times the strength: ``.diff`` of a
-weight or modulation, ``.diff_b`` of a bias, ``.diff_m`` of a block's modulation.
+(``lora_unet__blocks_0_self_attn_q.lora_down.weight``). ``alpha`` is a tensor of the target, or a number in
+``adapter_config.json`` or the metadata; by default it equals the rank. Full differences are added too, times the
+strength: ``.diff`` of a weight or modulation, ``.diff_b`` of a bias, ``.diff_m`` of a block's modulation.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -18,7 +22,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from causvid_jax.checkpoints import source as sources
-from causvid_jax.checkpoints.safetensors_io import Tensor
+from causvid_jax.checkpoints.safetensors_io import Tensor, sample_digest
 from causvid_jax.checkpoints.table import Row
 from causvid_jax.checkpoints.wan_transformer import NETWORK
 from causvid_jax.config import ConfigError, TransformerConfig, require
@@ -51,13 +55,13 @@ class Lora:
     Attributes:
         path: the file.
         strength: factor of the whole update.
-        updates: by original module name (``blocks.0.self_attn.q``) or modulation (``blocks.0.modulation``).
-        shapes: of the original tensors by key.
-        rows: the original table by (path, layer).
-        alpha: of every target without its own.
-        rank_stabilised: whether alpha is divided by the root of the rank.
-        layers: the layers that change; None for all.
-        skipped: targets of the file that the transformer does not have.
+        updates: tensors by original module name (``blocks.0.self_attn.q``) or modulation (``blocks.0.modulation``).
+        shapes: shapes of the original tensors by key.
+        rows: rows of the original table by (path, layer).
+        alpha: for every target without an alpha of its own; None means the rank.
+        rank_stabilised: whether alpha is divided by the square root of the rank.
+        layers: the layers that change; None for all parameters.
+        skipped: names of the file's tensors that the transformer has no parameter for.
     """
 
     path: pathlib.Path
@@ -74,7 +78,7 @@ class Lora:
         return f"{self.strength:g} x {self.path.name}"
 
     def delta(self, row: Row, config: TransformerConfig) -> np.ndarray | None:
-        """Return what to add to a parameter, float32 in our layout; None if this LoRA does not change it."""
+        """Return the array to add to a parameter, float32 in our layout; None if this LoRA does not change it."""
         if self.layers is not None and row.layer not in self.layers:
             return None
         original = self.rows[row.path, row.layer]
@@ -97,8 +101,20 @@ class Lora:
         total = sum(term.reshape(self.shapes[original.key]) for term in terms)
         return original.transform.to_ours(np.float32(self.strength) * total)
 
+    def identity(self) -> str:
+        """Return a SHA-256 of the strength, the settings and a sample of every tensor (:func:`sample_digest`)."""
+        tensors = {
+            f"{module}.{name}": tensor
+            for module, update in self.updates.items()
+            for name, tensor in vars(update).items()
+            if tensor is not None
+        }
+        layers = None if self.layers is None else sorted(self.layers)
+        settings = self.strength, self.alpha, self.rank_stabilised, layers
+        return hashlib.sha256(f"{settings} {sample_digest(tensors)}".encode()).hexdigest()
+
     def factors(self, row: Row) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return the matrices A [r, in] and B [out, r] of a kernel, B times alpha / rank; None if it has none."""
+        """Return A ``[r, in]`` and ``alpha / rank * B [out, r]`` of a kernel, float32; None without factors."""
         original = self.rows[row.path, row.layer]
         update = self.updates.get(original.key.removesuffix(".weight"), _Update())
         if not original.key.endswith(".weight") or update.down is None or update.up is None:
@@ -118,26 +134,25 @@ def open_lora(
     strength: float,
     config: TransformerConfig,
     layers: Collection[int] | None = None,
-    part: str | None = None,
     skip_foreign: bool = False,
 ) -> Lora:
     """Open the LoRA at ``path`` (a weights file, or a peft folder) for a transformer of ``config``'s sizes.
 
     Args:
-        path: of a file with the names above.
+        path: a weights file with one of the spellings above, or a peft folder.
         strength: factor of the whole update; 0 changes nothing.
         config: the transformer's sizes, which every target must fit.
         layers: only these change, and no parameter outside of the layers; None changes everything.
-        part: of a pickle with several parts; default ``generator_lora``, as LongLive calls it.
         skip_foreign: whether to leave out targets that this transformer does not have, such as the image branch of an
             image-to-video LoRA, instead of refusing the file.
 
     Raises:
-        ConfigError: the file is unreadable, names targets that this transformer does not have, holds one of two
-            factors, has other shapes, or is no LoRA (DoRA, LoKr, LoHa).
+        ConfigError: the strength is not finite; or the file is unreadable, names targets that this transformer does not
+            have, holds only one of two factors, has other shapes, or is no LoRA (DoRA, LoKr, LoHa).
     """
     require(np.isfinite(strength), f"the strength of LoRA {path} is {strength}; it must be a number")
-    opened = sources.open_source(path, part, sources.LORA_PREFERRED, config=False)
+    # LongLive's pickle calls the part ``generator_lora``.
+    opened = sources.open_source(path, None, sources.LORA_PREFERRED, config=False)
     kind = next((kind for mark, kind in _OTHER_KINDS.items() if any(mark in name for name in opened.tensors)), None)
     require(kind is None, f"{path} is {kind}, which is no sum of two factors; accepted: LoRA")
     raw, unknown = _by_module(opened, config)

@@ -32,8 +32,9 @@ class Factors:
     """Adapters of several LoRAs, concatenated along r.
 
     Attributes:
-        tree: ``blocks/.../lora/{down, up}`` with stacked layers, ``[L, in, r]`` and ``[L, r, out]``; alpha is in up.
-        columns: LoRA to its columns of the r.
+        tree: ``blocks/.../lora/{down, up}`` with stacked layers, float32 ``[L, in, r]`` and ``[L, r, out]``;
+            ``alpha / rank`` is multiplied into ``up``.
+        columns: name of a LoRA to its slice of the r columns.
     """
 
     tree: dict[str, Any]
@@ -41,14 +42,14 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """Return the number of columns of all LoRAs."""
+        """Number of columns r of all LoRAs together."""
         return max(part.stop for part in self.columns.values())
 
     def scale(self, strengths: Mapping[str, float], before: np.ndarray | None = None) -> np.ndarray:
-        """Return one factor per column: ``before`` (default: all 1) with the named strengths.
+        """Return one factor per column, float32 ``[r]``: ``before`` (default: all 1) with the named strengths.
 
         Raises:
-            ConfigError: a LoRA that was not loaded, or a strength that is no number.
+            ConfigError: a LoRA that was not loaded, or a strength that is not finite.
         """
         scale = np.ones(self.rank, np.float32) if before is None else np.array(before, np.float32)
         for name, strength in strengths.items():
@@ -60,11 +61,11 @@ class Factors:
 
 
 def open_factors(files: Mapping[str, str | os.PathLike], config: TransformerConfig) -> Factors:
-    """Read LoRAs, each under a name of its own, for a transformer of ``config``'s sizes.
+    """Read the LoRAs ``files`` (name to file) for a transformer of ``config``'s sizes.
 
     Raises:
-        ConfigError: a file that :func:`open_lora` refuses, or one with other changes than products of two matrices
-            in the layers, which can only be merged.
+        ConfigError: a file that :func:`open_lora` refuses; or one with other changes than products of two matrices in
+            the layers, because such changes can only be merged.
     """
     require(files, "no LoRA is given")
     loras = {name: open_lora(path, 1.0, config) for name, path in files.items()}
@@ -116,7 +117,7 @@ def _stack(
 
 
 def attach(params: Mapping[str, Any], factors: Factors) -> dict[str, Any]:
-    """Return stacked ``params`` with the adapters beside their kernels; the arrays of the base are the same."""
+    """Return stacked ``params`` with the adapters beside their kernels. The arrays of the base are not copied."""
     return adapters.join(jax.tree.map(jnp.asarray, factors.tree), dict(params))
 
 
@@ -126,17 +127,17 @@ def attach(params: Mapping[str, Any], factors: Factors) -> dict[str, Any]:
 def save_lora(
     path: str | os.PathLike, params: Mapping[str, Any], config: TransformerConfig, names: LoraNames = "peft"
 ) -> None:
-    """Write the adapters of ``params`` (other parameters are ignored), with the alpha of ``config.lora``.
+    """Write the adapters of ``params`` in float32, with the alpha of ``config.lora``; other parameters are ignored.
 
     Args:
-        path: a folder for ``peft`` (``adapter_model.safetensors`` and ``adapter_config.json``), a file for
-            ``diffusers`` (as ``pytorch_lora_weights.safetensors``).
-        params: of the transformer, stacked.
-        config: its sizes.
-        names: names to write, those of ``peft`` or of ``diffusers``.
+        path: a folder for ``"peft"`` (``adapter_model.safetensors`` and ``adapter_config.json``), a file for
+            ``"diffusers"`` (such as ``pytorch_lora_weights.safetensors``).
+        params: parameters of the transformer, stacked.
+        config: configuration of the transformer, with ``lora``.
+        names: library whose names are written, ``"peft"`` or ``"diffusers"``.
 
     Raises:
-        ConfigError: no adapters, or a place that cannot be written.
+        ConfigError: no adapters, or a path that cannot be written.
     """
     require(adapters.has_adapters(params), f"{path} is not written: the network has no adapters")
     lora, path = config.lora, pathlib.Path(path)

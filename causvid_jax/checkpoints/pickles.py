@@ -26,12 +26,14 @@ _DEEPEST = 8
 
 
 def open_pickle(path: pathlib.Path) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of a PyTorch checkpoint by nested dict: ``{"generator_ema": {name: Tensor}, ...}``.
+    """Return the tensors of a PyTorch checkpoint by part: ``{"generator_ema": {name: Tensor}, ...}``.
 
-    "" is the top level. Values other than tensors are ignored. The file is memory-mapped.
+    A part is the dotted path of a nested dict; "" is the top level. Values other than tensors are ignored. The file is
+    memory-mapped.
 
     Raises:
-        ConfigError: PyTorch is not installed, the file is none of its checkpoints, or its pickle holds code.
+        ConfigError: PyTorch is not installed, or the file does not exist, is no checkpoint of PyTorch, holds code or
+            has no tensors.
     """
     require(path.is_file(), f"weights file {path} does not exist")
     try:
@@ -89,7 +91,7 @@ def _unpickle(path: pathlib.Path, torch: Any) -> tuple[Any, bool]:
 
 
 def as_array(tensor: Any) -> np.ndarray:
-    """Return a PyTorch or JAX or NumPy array's memory as NumPy; types that NumPy lacks pass as integers."""
+    """Return a PyTorch, JAX or NumPy array as a NumPy array; bfloat16 and float8 become the types of ``ml_dtypes``."""
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(tensor, torch.Tensor):
         return np.asarray(tensor)

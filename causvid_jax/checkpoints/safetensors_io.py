@@ -1,8 +1,8 @@
-"""Read safetensors files lazily and write them as a stream.
+"""Read safetensors files lazily and write them tensor by tensor.
 
-``safetensors.safe_open`` validates a file. Its tensors are then memory-mapped one by one, because the library's NumPy
-slices lack bfloat16 and its single map of the whole file keeps every page that was read. A process of a few hundred MiB
-can thus convert a file of 57 GB.
+``safetensors.safe_open`` validates a file. Its tensors are then memory-mapped one by one: the library's NumPy slices
+lack bfloat16, and its single map of the whole file keeps every page that was read. A process with a few hundred MiB of
+memory can thus convert a file of 57 GB.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ _CODES = {dtype: code for code, dtype in TYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of a file. Shape and type are known; its bytes are read while a :meth:`view` is open."""
+    """A tensor of a file, with its shape and type. Its bytes are read while a :meth:`view` is open."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -50,11 +50,11 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Return the size of the elements in bytes."""
+        """Size of the elements in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def view(self) -> contextlib.AbstractContextManager[np.ndarray]:
-        """Return a context manager that yields the array. Only slices that are used are read."""
+        """Return a context manager that yields the array. Only the slices that are used are read from the file."""
         return self._open()
 
     def reshape(self, shape: tuple[int, ...]) -> "Tensor":
@@ -73,6 +73,20 @@ def array_tensor(array: np.ndarray) -> Tensor:
     return Tensor(tuple(array.shape), np.dtype(array.dtype), lambda: contextlib.nullcontext(array))
 
 
+def sample_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of every tensor's name, shape, type, and first and last 4 KiB, in name order.
+
+    Large files are not read whole.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.shape} {tensor.dtype.name}".encode())
+        with tensor.view() as array:
+            flat, size = array.reshape(-1), 4096 // tensor.dtype.itemsize
+            digest.update(flat[:size].tobytes() + flat[-size:].tobytes())
+    return digest.hexdigest()
+
+
 def _mapped(path: pathlib.Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
     @contextlib.contextmanager
     def view() -> Iterator[np.ndarray]:
@@ -89,7 +103,7 @@ def open_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[s
     """Return the tensors and the metadata of a safetensors file. Only its header is read.
 
     Raises:
-        ConfigError: there is no such file, it is truncated or malformed, or NumPy lacks its element type.
+        ConfigError: there is no such file, it is truncated or malformed, or its element type is not in :data:`TYPES`.
     """
     source = pathlib.Path(path)
     require(source.exists(), f"weights file {source} does not exist")
@@ -133,7 +147,7 @@ class Digest:
         self._hash.update(_raw(piece))
 
     def hexdigest(self) -> str:
-        """Return the checksum that is stored under ``sha256``."""
+        """Return the checksum, which files store as the metadata :data:`CHECKSUM`."""
         return self._hash.hexdigest()
 
 
@@ -148,13 +162,15 @@ def write_safetensors(
 
     Args:
         path: the file; it is replaced when the new one is complete.
-        layout: shape and type of every tensor.
-        pieces: maps a name to the tensor's elements in row-major order, in any number of arrays. Called in name order.
-        metadata: text to text, kept in the header.
-        checksum: whether to add the :class:`Digest` of the content.
+        layout: name to (shape, type) of every tensor.
+        pieces: returns the elements of the tensor of a name in row-major order, in any number of arrays. It is called
+            in name order.
+        metadata: text to text, stored in the header.
+        checksum: whether to add the :class:`Digest` of the content to the metadata.
 
     Raises:
         ConfigError: the file cannot be written.
+        TypeError, ValueError: ``pieces`` gives another type or number of elements than ``layout``.
     """
     # Wide types first, so that every tensor is aligned to its element.
     offsets, end = {}, 0

@@ -1,7 +1,7 @@
 """Write checkpoints in any format, tensor by tensor: conversion is ``open_checkpoint`` + ``save``.
 
-No more than one tensor of one layer is in memory (as stored, moved to the other layout, cast), and the result appears
-whole or not at all.
+At most one tensor of one layer is in memory (as stored, in the other layout, and cast). Files and folders are written
+atomically.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from causvid_jax.config import VAEConfig, require
 from causvid_jax.config.files import atomic, format_bytes
 
 SHARD_BYTES = 10_000_000_000
-"""Size at which diffusers splits its shards."""
+"""Largest shard of a published folder in bytes; diffusers' own limit."""
 _PART_BYTES = 1 << 26
 # Fields of a configuration that describe how the network runs, not its weights.
 _HOW_TO_RUN = ("dtype", "attention", "precision", "remat", "rules")
@@ -35,14 +35,14 @@ Layout = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
 
 def file_stem(component: str, form: str) -> str:
-    """Return the file name, without suffix, that readers of a published folder look for."""
+    """Return the file name, without suffix, of a component in a published folder."""
     if form == "original":
         return _ORIGINAL_STEMS.get(component, "diffusion_pytorch_model")
     return "model" if component in ("text_encoder", "image_encoder") else "diffusion_pytorch_model"
 
 
 def layout(opened: Checkpoint, form: str, dtype: str | None = None) -> Layout:
-    """Return shape and type of every tensor that :func:`save` would write.
+    """Return name to (shape, type) of every tensor that :func:`save` would write.
 
     Raises:
         ConfigError: the network has no such format, or a type cannot be kept.
@@ -59,12 +59,12 @@ def layout(opened: Checkpoint, form: str, dtype: str | None = None) -> Layout:
 
 
 def size(written: Layout) -> int:
-    """Return the bytes of a layout."""
+    """Return the size in bytes of the tensors of a layout."""
     return sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype in written.values())
 
 
 def summary(opened: Checkpoint, form: str, dtype: str | None = None) -> str:
-    """Return in one line what :func:`save` would read and write."""
+    """Return one line with the network, format, types and size that :func:`save` would read and write."""
     written = layout(opened, form, dtype)
     theta = getattr(opened.config, "rope_theta", 10_000.0)
     warning = (
@@ -89,7 +89,7 @@ def save(
     shard_bytes: int = SHARD_BYTES,
     copies: Mapping[str, pathlib.Path] = types.MappingProxyType({}),
 ) -> None:
-    """Write one checkpoint, or a folder of several: all of it or nothing.
+    """Write one checkpoint, or a folder of several, atomically.
 
     Args:
         checkpoints: one, or several by their path under ``output``. ``open_checkpoint(params, config)`` makes one of
@@ -97,14 +97,15 @@ def save(
         output: a ``.safetensors`` file, which is replaced, or a folder, which must be empty or absent. A published
             folder gets ``config.json``, and shards with an index if the weights are large.
         form: causvid_jax, original or diffusers.
-        dtype: ``float32``, ``float16`` or ``bfloat16`` for every floating tensor; None keeps each one's own.
-        progress: called with the bytes written since the last call.
-        shard_bytes: size at which a published folder is split.
+        dtype: ``float32``, ``float16`` or ``bfloat16`` for every floating tensor; None keeps the stored types.
+        progress: called with the number of bytes written since the last call.
+        shard_bytes: largest shard of a published folder, in bytes.
         copies: files to copy into the folder, by path under it.
 
     Raises:
-        ConfigError: the output cannot be written, a type cannot hold a value, a tensor holds a NaN, a file of ours was
-            changed, or two tensors that should be equal differ.
+        ConfigError: the output cannot be written, exists and is not empty, or does not fit on the disk; a value is
+            beyond the range of ``dtype``; a tensor holds a NaN or an infinity; our own file was changed; or two tensors
+            that should be equal differ.
     """
     several = {"": checkpoints} if isinstance(checkpoints, Checkpoint) else dict(checkpoints)
     target = pathlib.Path(output)

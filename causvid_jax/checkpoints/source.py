@@ -1,4 +1,4 @@
-"""Open a file or folder of weights as names and lazy tensors, without the prefixes of the code that saved it.
+"""Open a file or folder of weights as names and lazy tensors; remove the prefixes of the code that saved it.
 
 | path | opened as |
 |---|---|
@@ -7,9 +7,9 @@
 | a folder with ``*.index.json`` | its shards |
 | a folder with one weights file | that file |
 
-A checkpoint may hold several *parts*: nested dicts of a pickle, or first words of flattened names (``generator_ema.``).
-CausVid, Self-Forcing, Causal-Forcing and LongLive publish ``generator``, ``generator_ema`` and ``critic``. Averages are
-preferred. Weights quantised to 8 bits with scales become their product.
+A checkpoint may have several *parts*: nested dicts of a pickle, or first words of flattened names (``generator_ema.``).
+CausVid, Self-Forcing, Causal-Forcing and LongLive publish ``generator``, ``generator_ema`` and ``critic``. EMA weights
+are preferred. Weights of 8 bits with scales are read as the product of both, in float32.
 """
 
 import contextlib
@@ -49,12 +49,12 @@ class Source:
 
     Attributes:
         path: the file or folder.
-        tensors: by name, without prefixes.
+        tensors: tensors by name, without prefixes.
         part: the part that was chosen, "" for the top level.
-        parts: all of its parts.
-        prefixes: what was removed from the names.
-        metadata: of a safetensors file.
-        config: the ``config.json`` beside the weights.
+        parts: names of all parts of the checkpoint.
+        prefixes: prefixes that were removed from the names.
+        metadata: metadata of a safetensors file.
+        config: content of the ``config.json`` beside the weights.
         dequantised: number of 8-bit tensors that are multiplied by their scales.
     """
 
@@ -69,12 +69,12 @@ class Source:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor."""
+        """Shape of every tensor by name."""
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     @property
     def of_parts(self) -> str:
-        """Return a text that names the chosen part and all parts; "" if there is only one."""
+        """Text that names the chosen part and all parts; "" for a checkpoint without parts."""
         if len(self.parts) > 1:
             return f"part {self.part!r} of {', '.join(map(repr, self.parts))}"
         return f"part {self.part!r}" if self.part else ""
@@ -86,14 +86,14 @@ def open_source(
     """Open a checkpoint: a file, or the folder of one network.
 
     Args:
-        path: see the table above.
+        path: a file or folder of the table in this module's docstring.
         part: the part of a checkpoint that has several; None chooses the first of ``preferred`` that exists.
-        preferred: last names of parts, the best first.
+        preferred: last words of the names of parts, the best first.
         config: whether to read a ``config.json`` beside the weights.
 
     Raises:
-        ConfigError: there is no readable checkpoint, a part does not exist or must be named, or two names are equal
-            without their prefixes.
+        ConfigError: there is no readable checkpoint, a part does not exist or must be named, two names are equal
+            without their prefixes, or a scale does not fit its weight.
     """
     path = pathlib.Path(path)
     require(path.exists(), f"{path} does not exist")
@@ -114,7 +114,11 @@ Parts = dict[str, dict[str, Tensor]]
 
 
 def split_parts(nested: Parts, path: pathlib.Path) -> tuple[Parts, tuple[str, ...]]:
-    """Return the tensors by part, their names without prefixes, and those prefixes."""
+    """Return the tensors by part under their names without prefixes, and the removed prefixes.
+
+    Raises:
+        ConfigError: two names of a part are equal without their prefixes; ``path`` is named in the message.
+    """
     parts: Parts = {}
     prefixes: dict[str, None] = {}
     for outer, tensors in nested.items():
@@ -129,7 +133,10 @@ def split_parts(nested: Parts, path: pathlib.Path) -> tuple[Parts, tuple[str, ..
 
 
 def split_name(full: str) -> tuple[str, str, list[str]]:
-    """Return (part, name, removed wrappers) of a tensor's full name."""
+    """Return (part, name, removed words) of a tensor's full name.
+
+    ``generator_ema.model.blocks.0.ffn.0.bias`` is ``("generator_ema", "blocks.0.ffn.0.bias", ["model"])``.
+    """
     words = full.split(".")
     removed = [word for word in words if word in _ANYWHERE]
     words = [word for word in words if word not in _ANYWHERE]
@@ -206,10 +213,9 @@ def _open_file(path: pathlib.Path) -> tuple[Parts, dict[str, str]]:
 
 
 def refuse_foreign(path: pathlib.Path) -> None:
-    """Refuse files that are mistaken for weights, with advice.
+    """Raise a ConfigError with advice for files that are easily mistaken for weights.
 
-    Raises:
-        ConfigError: a Git LFS pointer, GGUF, a distributed checkpoint of PyTorch, an LMDB.
+    These are a Git LFS pointer, GGUF, a distributed checkpoint of PyTorch and an LMDB.
     """
     if path.is_dir():
         require(
@@ -256,7 +262,7 @@ def _only_file(folder: pathlib.Path) -> pathlib.Path:
 
 
 def weights_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return the weights files of a folder in one format: safetensors if there are any."""
+    """Return the weights files of a folder, sorted: the safetensors files, or all weights files if there are none."""
     if not folder.is_dir():
         return []
     files = sorted(f for f in folder.iterdir() if f.suffix in (*SUFFIXES, ".gguf") and not f.name.startswith("."))

@@ -1,4 +1,4 @@
-"""Our own files: parameter trees under flat names with a checksum in one safetensors file."""
+"""Read and write our own files: a parameter tree under flat names, with a checksum, in one safetensors file."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -33,12 +33,16 @@ def _walk(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a nested dict of leaves as ``{"a/b/c": leaf}``, sorted by name at every level."""
+    """Return a nested dict of leaves as ``{"a/b/c": leaf}``, sorted by name at every level.
+
+    Raises:
+        ConfigError: a name that is empty, no text, or contains "/".
+    """
     return dict(_walk(tree))
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the nested dict of :func:`flatten`'s names."""
+    """Return the nested dict of ``{"a/b/c": leaf}``; the inverse of :func:`flatten`."""
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         *parents, last = name.split("/")
@@ -51,7 +55,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checksum(flat: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
-    """Return the SHA-256 over the metadata and, in name order, every tensor's name, type, shape and bytes."""
+    """Return the checksum of a file with these tensors and metadata (:class:`safetensors_io.Digest`)."""
     digest = safetensors_io.Digest(metadata)
     for name in sorted(flat):
         array = flat[name]
@@ -61,10 +65,10 @@ def checksum(flat: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str
 
 
 def verify(path: str | os.PathLike) -> None:
-    """Compare a file of :func:`save_params` with its checksum, in the memory of one buffer.
+    """Compare the content of a file of :func:`save_params` with its checksum, one buffer of 16 MiB at a time.
 
     Raises:
-        ConfigError: the file is unreadable or was changed, or carries no checksum of ours.
+        ConfigError: the file is unreadable, has no checksum of ours, or was changed.
     """
     tensors, expected, metadata = open_own(path)
     digest = safetensors_io.Digest(metadata)
@@ -79,10 +83,10 @@ def verify(path: str | os.PathLike) -> None:
 
 
 def open_own(path: str | os.PathLike) -> tuple[dict[str, Tensor], str, dict[str, str]]:
-    """Return (tensors, checksum, the other metadata) of a file of ours.
+    """Return (tensors, checksum, the other metadata) of our own file.
 
     Raises:
-        ConfigError: the file is unreadable or carries no checksum of ours.
+        ConfigError: the file is unreadable or has no checksum of ours.
     """
     tensors, metadata = safetensors_io.open_safetensors(path)
     file_checksum = metadata.pop(CHECKSUM, None)
@@ -92,7 +96,11 @@ def open_own(path: str | os.PathLike) -> tuple[dict[str, Tensor], str, dict[str,
 
 
 def cast(name: str, array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
-    """Return ``array`` with floating types cast to ``dtype``; refuse values that the cast would overflow."""
+    """Return ``array`` as ``dtype`` if its type is floating and ``dtype`` is not None, else unchanged.
+
+    Raises:
+        ConfigError: a finite value beyond the range of ``dtype``. ``name`` is the parameter's name in the message.
+    """
     if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype == dtype:
         return array
     with np.errstate(over="ignore"):
@@ -108,7 +116,7 @@ def cast(name: str, array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
 
 
 def storage_type(dtype: str | None) -> np.dtype | None:
-    """Return the type that ``dtype`` names, None for None; ConfigError if it is none of :data:`STORAGE`."""
+    """Return the type of the name ``dtype``, None for None; raise a ConfigError if it is not in :data:`STORAGE`."""
     require(dtype is None or dtype in STORAGE, f"storage type is {dtype!r}; accepted: {', '.join(STORAGE)}")
     return STORAGE[dtype] if dtype is not None else None
 
@@ -122,10 +130,10 @@ def save_params(
     """Write a nested dict of arrays as one safetensors file with a checksum, atomically.
 
     Args:
-        path: the file; parent directories are made.
+        path: the file; its folder is created.
         params: nested dict with text keys; leaves are arrays of any rank.
-        metadata: text to text, kept in the file's header and covered by the checksum.
-        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to store floating leaves as; None keeps their own type.
+        metadata: text to text, stored in the file's header and covered by the checksum.
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"`` for floating leaves; None keeps their own types.
 
     Raises:
         ConfigError: ``dtype`` is unknown or cannot hold a value, or the path cannot be written.
@@ -137,7 +145,7 @@ def save_params(
 
 
 def load_params(path: str | os.PathLike, dtype: Any = np.float32) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read what :func:`save_params` wrote, of any tree, into host memory.
+    """Read a file of :func:`save_params` into host memory.
 
     Args:
         path: the safetensors file.
@@ -147,7 +155,8 @@ def load_params(path: str | os.PathLike, dtype: Any = np.float32) -> tuple[dict[
         (nested dict of NumPy arrays, metadata).
 
     Raises:
-        ConfigError: the file is unreadable or was changed, or a tensor holds a NaN or an infinity.
+        ConfigError: the file is unreadable, has no checksum of ours or was changed, or a tensor holds a NaN or an
+            infinity.
     """
     verify(path)
     tensors, _, metadata = open_own(path)
@@ -161,9 +170,12 @@ def load_params(path: str | os.PathLike, dtype: Any = np.float32) -> tuple[dict[
     return unflatten(flat), metadata
 
 
-def misfit(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], most: int = 3) -> str:
-    """Describe missing, unexpected and misshapen names in ``have``, up to ``most`` of each; "" if there are none."""
-    problems = []
+def misfit(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]]) -> str:
+    """Return a text with the missing, unexpected and misshapen names in ``have``, up to three of each; "" for none.
+
+    Both arguments map names to shapes.
+    """
+    problems, most = [], 3
     for kind, names in (
         ("missing", [n for n in want if n not in have]),
         ("unexpected", [n for n in have if n not in want]),

@@ -1,7 +1,7 @@
-"""Key tables: how the tensors of a checkpoint become the parameters of one of our networks.
+"""Key tables: map the tensors of a checkpoint to the parameters of one of our networks.
 
-A network's table has one row per parameter of one layer: our path, the key in the file, and a transform that moves the
-tensor between the two layouts. Both directions, and the shapes of every format, follow from the rows. Formats:
+A network's table has one row per parameter of one layer: our path, the key in the file, and a transform that converts
+the tensor between the two layouts. Reading, writing and the shapes of every format follow from the rows. Formats:
 ``original`` (Wan2.1 and what was distilled from it), ``diffusers``, and ``causvid_jax`` (ours: paths as keys, layers
 stacked).
 """
@@ -30,9 +30,10 @@ BLOCKS = "blocks/"
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """A tensor's two layouts. Both functions return views where no element has to move.
+    """Conversion of a tensor between our layout and that of a file. Both functions return views where possible.
 
-    If a key holds several parameters (``part`` of ``parts``), they follow each other along its first axis.
+    If several parameters share a key, they follow each other along its first axis; ``part`` is the position of this
+    parameter among them.
     """
 
     to_ours: Callable[[np.ndarray], np.ndarray]
@@ -42,9 +43,9 @@ class Transform:
 
 SAME = Transform(lambda x: x, lambda x: x)
 LINEAR = Transform(lambda x: x.T, lambda x: x.T)
-"""[out, in] <-> [in, out]."""
+"""File [out, in] <-> ours [in, out]."""
 CONVOLUTION = Transform(lambda x: np.moveaxis(x, (1, 0), (-2, -1)), lambda x: np.moveaxis(x, (-2, -1), (1, 0)))
-"""[out, in, ...] <-> [..., in, out]."""
+"""File [out, in, ...] <-> ours [..., in, out]."""
 
 
 def leading(axes: int) -> Transform:
@@ -53,7 +54,7 @@ def leading(axes: int) -> Transform:
 
 
 def patches(*patch: int) -> Transform:
-    """Return the transform of a patch embedding: a convolution [out, in, *patch] <-> a matrix [(*patch in), out]."""
+    """Return the transform of a patch embedding: file [out, in, *patch] <-> ours, a matrix [(*patch in), out]."""
 
     def to_ours(x: np.ndarray) -> np.ndarray:
         moved = np.moveaxis(x, (1, 0), (-2, -1))
@@ -71,7 +72,7 @@ def trailing(axes: int) -> Transform:
 
 
 def third(part: int, inner: Transform) -> Transform:
-    """Return the transform of one of three parameters that share a key, such as a fused query-key-value matrix."""
+    """Return the transform of parameter ``part`` of three that share a key, such as a query-key-value matrix."""
     return Transform(lambda x: inner.to_ours(x[part * (len(x) // 3) : (part + 1) * (len(x) // 3)]), inner.to_file, part)
 
 
@@ -81,7 +82,7 @@ def _layer(number: int) -> Transform:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One parameter of one layer: our path (``blocks/ffn/fc1/kernel``), its layer if it is stacked, and its key."""
+    """One parameter of one layer: our path (``blocks/ffn/fc1/kernel``), its layer or None, key and transform."""
 
     path: str
     layer: int | None
@@ -95,9 +96,13 @@ _LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight"}
 def rows_of(
     keys: Mapping[str, str], shapes: Shapes, transform: Callable[[str], Transform] = lambda path: SAME
 ) -> Iterator[Row]:
-    """Yield the rows of a format whose ``keys`` map our modules, or whole paths, to key patterns.
+    """Yield the rows of a format.
 
-    A module's pattern gets the leaf's name as a suffix; ``{n}`` stands for the layer. ``shapes`` are ours.
+    Args:
+        keys: path of a module, or of a parameter, to its key in the file. ``{n}`` stands for the layer. The key of a
+            module is completed by the leaf's name, such as ``.weight``.
+        shapes: path to shape of our parameters.
+        transform: returns the transform of a path.
     """
     for path, shape in shapes.items():
         module, _, leaf = path.rpartition("/")
@@ -107,12 +112,12 @@ def rows_of(
 
 
 def linear_transform(path: str) -> Transform:
-    """Return LINEAR for kernels and SAME for everything else."""
+    """Return :data:`LINEAR` for kernels and ``SAME`` for everything else."""
     return LINEAR if path.endswith("/kernel") else SAME
 
 
 class Sizes:
-    """Sizes of a network that follow from a file's shapes, each read from one tensor.
+    """Read the sizes of a network from the shapes of a file.
 
     ``sizes("blocks/ffn/fc1/bias", 0)`` is the length of that axis in our layout, 0 if the file lacks the tensor.
     """
@@ -133,7 +138,7 @@ class Sizes:
             return 0
 
     def key_shape(self, path: str) -> Shape:
-        """Return the shape in the file of the tensor at ``path``, () if the file lacks it."""
+        """Return the shape that the parameter ``path`` has in the file, () if the file lacks it."""
         row = self._rows.get(path)
         return self.shapes.get(row.key, ()) if row else ()
 
@@ -155,16 +160,16 @@ class Network:
         component: its name: transformer, vae, text_encoder, image_encoder or taehv.
         config: its configuration class.
         abstract: returns the tree of ``jax.ShapeDtypeStruct`` that also serves init, sharding and restore.
-        published: yields the rows of a published format, given ``(config, format, shapes of our paths)``.
+        published: yields the rows of a published format; its arguments are (config, format, shapes of our paths).
         template: a configuration with every optional branch, used to recognise keys.
         presets: the published configurations.
         infer: builds a configuration from :class:`Sizes` and the file's metadata; None if it cannot.
-        aliases: names in others' ``config.json`` -> fields of ``config``.
-        describe: returns the sizes in a few words.
+        aliases: names in a published ``config.json`` to fields of ``config``.
+        describe: returns a short text with the sizes.
         to_json: returns ``config.json`` of a published format, None if it has none.
         formats: the formats that exist.
-        ignored: whether a key of a file belongs to no parameter.
-        tied: keys that hold a copy of another key's tensor.
+        ignored: returns whether a key of a file belongs to no parameter.
+        tied: keys that hold a copy of another key's tensor, to that key.
         adapt: reshapes a tensor of a file to the shape in the table, for files that store another shape.
     """
 
@@ -184,11 +189,11 @@ class Network:
     adapt: Callable[[str, Tensor], Tensor] = lambda key, tensor: tensor
 
     def rows(self, config: Config, form: str) -> tuple[Row, ...]:
-        """Return the table of ``form``; the parts of one key are in order."""
+        """Return the table of the format ``form``; parameters that share a key are in order of their parts."""
         return _tables(self, config, form)[0]
 
     def shapes(self, config: Config, form: str) -> Shapes:
-        """Return key and shape of every tensor of a checkpoint."""
+        """Return key to shape of every tensor of a checkpoint of the format ``form``."""
         return _tables(self, config, form)[1]
 
     def parameters(self, config: Config) -> int:
@@ -217,7 +222,7 @@ def _tables(network: Network, config: Config, form: str) -> tuple[tuple[Row, ...
 
 
 def nothing(shape: Shape) -> np.ndarray:
-    """Return an array of ``shape`` that takes no memory."""
+    """Return an int8 array of ``shape`` that occupies one byte, to compute shapes with."""
     return np.broadcast_to(np.int8(0), shape)
 
 

@@ -2,8 +2,8 @@
 
 Original keys (``encoder.downsamples.0.residual.2.weight``) are those of ``Wan2.1_VAE.pth``; diffusers'
 ``AutoencoderKLWan`` (``encoder.down_blocks.0.conv1.weight``) groups the decoder's layers by level. Wan2.2 groups the
-layers of encoder and decoder by level (``encoder.downsamples.0.downsamples.1.residual.2.weight``). Which module a
-numbered layer has depends on the configuration (``models.vae.encoder_layers``).
+layers of encoder and decoder by level (``encoder.downsamples.0.downsamples.1.residual.2.weight``). The kind of a
+numbered layer depends on the configuration (``models.vae.encoder_layers``).
 """
 
 import json
@@ -145,7 +145,13 @@ def _infer(size: Sizes, known: Mapping[str, Any]) -> VAEConfig | None:
 
 
 def statistics(config: VAEConfig, known: Mapping[str, Any], form: str) -> VAEConfig:
-    """Return ``config`` with the latent statistics of the file, else (in a published file) the published ones."""
+    """Return ``config`` with the latent statistics of the file; a published file without them has the published ones.
+
+    Args:
+        config: of the VAE.
+        known: metadata or ``config.json`` of the file, with ``latent_mean`` and ``latent_std``.
+        form: format of the file.
+    """
     values = [known.get(name) for name in STATISTICS]
     if all(isinstance(value, list) and len(value) == config.z_dim for value in values):
         mean, std = (tuple(map(float, value)) for value in values if value is not None)

@@ -1,6 +1,6 @@
 """Find and load the weights of each stage.
 
-A stage leaves ``WORKDIR/<stage>/weights.safetensors``; networks that are not trained (``text_encoder``,
+A stage writes ``WORKDIR/<stage>/weights.safetensors``. Networks that are not trained (``text_encoder``,
 ``image_encoder``, ``taehv``) may be there under their own names. A published folder is read unchanged: original Wan2.1,
 diffusers, or ComfyUI's split files. Weights that come with the package are in
 ``causvid_jax/assets/<recipe>/<stage>.safetensors``.
@@ -12,8 +12,6 @@ import logging
 import os
 import pathlib
 from typing import Any
-
-import numpy as np
 
 from causvid_jax.checkpoints import checkpoint, lineage, source, store, wan_vae
 from causvid_jax.checkpoints.checkpoint import NAMED_FILES, Checkpoint
@@ -51,15 +49,15 @@ def place(name: str) -> str:
 
 
 def stage_path(workdir: str | os.PathLike, name: str) -> pathlib.Path:
-    """Return :func:`place` under ``workdir``."""
+    """Return the path :func:`place` under ``workdir``."""
     return pathlib.Path(workdir) / place(name)
 
 
 def components(path: str | os.PathLike) -> dict[str, pathlib.Path]:
-    """Return the components (transformer, vae, text_encoder, image_encoder, taehv) of a folder of several.
+    """Return the networks of a folder of several by component: transformer, vae, text_encoder, image_encoder, taehv.
 
-    That is an original Wan folder, a diffusers pipeline, ComfyUI's ``split_files``, or a working directory of ours.
-    Empty for a file or the folder of one network.
+    Such a folder is an original Wan folder, a diffusers pipeline, ComfyUI's ``split_files``, or our working directory.
+    The result is empty for a file or the folder of one network.
     """
     folder = pathlib.Path(path)
     if not folder.is_dir():
@@ -84,7 +82,7 @@ def components(path: str | os.PathLike) -> dict[str, pathlib.Path]:
 
 
 def left_out(path: str | os.PathLike) -> list[str]:
-    """Describe each part of a published folder that no network of this version uses."""
+    """Return a sentence for each part of a published folder that this version does not use."""
     folder = pathlib.Path(path)
     one, other = _EXPERTS[0], (_EXPERTS[1][1],)
     experts = [name for name in (*one, *other) if source.weights_files(folder / name)]
@@ -132,7 +130,9 @@ def find_experts(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
 
 
 def check_boundary(recipe: Recipe, expert: pathlib.Path) -> None:
-    """Compare the recipe's boundary with ``boundary_ratio`` in the ``model_index.json`` of a diffusers folder.
+    """Compare ``experts.boundary`` with ``1000 boundary_ratio`` of the ``model_index.json`` of a diffusers folder.
+
+    ``expert`` is the path of one expert in this folder.
 
     Raises:
         ConfigError: they differ.
@@ -147,9 +147,9 @@ def check_boundary(recipe: Recipe, expert: pathlib.Path) -> None:
 
 
 def tokenizer_files(path: str | os.PathLike) -> dict[str, pathlib.Path]:
-    """Return the text encoder's tokenizer in a folder, published or ours: names to files; empty if there is none.
+    """Return the files of the text encoder's tokenizer in a folder, published or ours, by name; empty for none.
 
-    ``tokenizer.json`` is the one that is needed.
+    ``tokenizer.json`` is always among them; the others are optional.
     """
     for inner in TOKENIZERS:
         files = {name: pathlib.Path(path) / inner / name for name in _TOKENIZER_FILES}
@@ -160,7 +160,11 @@ def tokenizer_files(path: str | os.PathLike) -> dict[str, pathlib.Path]:
 
 
 def resolve(path: str | os.PathLike, stage: str) -> pathlib.Path:
-    """Return the weights of ``stage`` that a path names: a file, a working directory of ours, or a published folder."""
+    """Return the weights of ``stage`` at a path: a file, our working directory, or a published folder.
+
+    Raises:
+        ConfigError: the folder holds two experts, and the recipe has one teacher.
+    """
     path = pathlib.Path(path)
     own = stage_path(path, stage)
     if not path.is_dir() or own.is_file():
@@ -181,12 +185,18 @@ def _published(folder: str | os.PathLike, component: str) -> pathlib.Path | None
 
 
 def find(recipe: str, stage: str, workdir: str | os.PathLike | None = None) -> pathlib.Path:
-    """Return the weights of ``stage``: in ``workdir`` ours or published, else those that come with the package.
+    """Return the path of the weights of ``stage``: in ``workdir``, ours or published, else those of the package.
 
-    A published transformer is a teacher. ``stage`` may also be a network that is not trained.
+    A published transformer is a teacher. ``stage`` may also be a network that is not trained, such as text_encoder, or
+    an expert of a teacher of two.
+
+    Args:
+        recipe: name of the recipe, for the weights of the package.
+        stage: as in :func:`open_stage`.
+        workdir: a working directory or a published folder; None takes the weights of the package.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are none, or the stage in ``workdir`` has not ended.
     """
     if stage in NAMES:
         require(workdir is not None, "the package comes with no teacher of two experts; give a folder by --checkpoint")
@@ -237,16 +247,12 @@ def _say_once(text: str) -> None:
 
 
 def is_packaged(path: pathlib.Path) -> bool:
-    """Return whether weights are those of the package."""
+    """Return whether weights are files of the package."""
     return path.is_relative_to(ASSETS)
 
 
 def check_known(folder: str | os.PathLike) -> None:
-    """Refuse a folder without any weights, ours or published.
-
-    Raises:
-        ConfigError: there are none.
-    """
+    """Raise a ConfigError if a folder has no weights, ours or published."""
     own = any(stage_path(folder, stage).is_file() for stage in (*STAGES, *NAMES, "text_encoder", "image_encoder"))
     original = any((pathlib.Path(folder) / name).is_dir() for name in _EXPERTS[0])
     require(
@@ -257,7 +263,7 @@ def check_known(folder: str | os.PathLike) -> None:
 
 
 def config_of(recipe: Recipe, stage: str) -> Config:
-    """Return the sizes that ``recipe`` gives the network of ``stage``."""
+    """Return the configuration that ``recipe`` has for the network of ``stage``."""
     if stage in ("teacher", "causal", *NAMES):
         return recipe.teacher
     if stage in ("student", "init", "consistency", "distill"):
@@ -272,7 +278,6 @@ def open_stage(
     stage: str,
     workdir: str | os.PathLike | None = None,
     path: str | os.PathLike | None = None,
-    part: str | None = None,
 ) -> Checkpoint:
     """Open the weights of ``stage`` and check that they have the recipe's sizes; read only headers.
 
@@ -280,18 +285,18 @@ def open_stage(
         recipe: gives the sizes.
         stage: vae, taehv, teacher, causal, init, consistency, distill or text_encoder; or high_noise or low_noise, an
             expert of a teacher of two.
-        workdir: where to look (:func:`find`); a published folder serves too.
-        path: a file or folder to open instead, of any known format.
-        part: of a checkpoint with several.
+        workdir: a working directory or a published folder; None takes the weights of the package (:func:`find`).
+        path: a file or folder of any known format to open instead.
 
     Raises:
-        ConfigError: there are no weights, or they are unreadable or of other sizes.
+        ConfigError: there are no weights, they are unreadable, of other sizes or of another stage, or the boundary of
+            two experts differs from the recipe's.
     """
     path = find(recipe.name, stage, workdir) if path is None else pathlib.Path(path)
     if stage in NAMES:
         check_boundary(recipe, path)
-    opened = checkpoint.open_checkpoint(path, config_of(recipe, stage), part=part)
-    if part is None and len(opened.source.parts) > 1:
+    opened = checkpoint.open_checkpoint(path, config_of(recipe, stage))
+    if len(opened.source.parts) > 1:
         _say_once(f"{opened.path}: uses {opened.source.of_parts}")
     trained = opened.source.metadata.get("stage")
     wrong = stage == "distill" and opened.format == OURS and trained in ("teacher", "causal")
@@ -306,33 +311,36 @@ def load_stage(
     sharding: Any = None,
     *,
     path: str | os.PathLike | None = None,
-    dtype: Any = np.float32,
-    check: bool = True,
 ) -> tuple[dict[str, Any], Any]:
-    """Return ``(params, config)`` of the weights of ``stage``; see :func:`open_stage` and :func:`checkpoint.load`."""
-    return checkpoint.load(open_stage(recipe, stage, workdir, path), sharding, dtype=dtype, check=check)
+    """Return ``(params, config)`` of the weights of ``stage``, float32.
+
+    Arguments and errors as in :func:`open_stage` and :func:`checkpoint.load`.
+    """
+    return checkpoint.load(open_stage(recipe, stage, workdir, path), sharding)
 
 
-def load_decoders(
-    recipe: Recipe, workdir: str | os.PathLike | None = None, sharding: Any = None
-) -> tuple[dict[str, Any], Recipe]:
-    """Return ``{"vae"}``, and ``"taehv"`` if ``recipe`` decodes with it; and the recipe with the latent statistics.
+def load_decoders(recipe: Recipe, workdir: str | os.PathLike | None = None) -> tuple[dict[str, Any], Recipe]:
+    """Return the weights ``{"vae", "taehv"}``, the second if ``recipe`` decodes with it, and a recipe.
+
+    The recipe is ``recipe`` with the latent statistics of the VAE's weights.
 
     Raises:
         ConfigError: weights are missing, unreadable or of other sizes.
     """
     params = {}
-    params["vae"], config = load_stage(recipe, "vae", workdir, sharding)
+    params["vae"], config = load_stage(recipe, "vae", workdir)
     if recipe.decoder == "taehv":
-        params["taehv"], _ = load_stage(recipe, "taehv", workdir, sharding)
+        params["taehv"], _ = load_stage(recipe, "taehv", workdir)
     return params, dataclasses.replace(recipe, vae=config)
 
 
 def find_statistics(recipe: Recipe, workdir: str | os.PathLike | None = None) -> VAEConfig:
-    """Return the VAE's sizes with the latent statistics of its weights; without any weights, as the recipe has them.
+    """Return the VAE's configuration with the latent statistics of its weights; only headers are read.
+
+    Without ``workdir`` and without a VAE in the package it is the recipe's.
 
     Raises:
-        ConfigError: ``workdir`` is given and has no VAE, or one of other sizes.
+        ConfigError: there is no VAE in ``workdir`` and none in the package, or it has other sizes.
     """
     if workdir is None and not (ASSETS / recipe.name / "vae.safetensors").is_file():
         return recipe.vae
@@ -340,10 +348,10 @@ def find_statistics(recipe: Recipe, workdir: str | os.PathLike | None = None) ->
 
 
 def open_image_encoder(workdir: str | os.PathLike, teacher: TransformerConfig) -> Checkpoint:
-    """Open CLIP's weights under ``workdir``, ours or published, and check that ``teacher`` reads their width.
+    """Open CLIP's weights under ``workdir``, ours or published, and check that ``teacher`` reads their embeddings.
 
     Raises:
-        ConfigError: there are none, or of another network or width.
+        ConfigError: there are none, or they are of another network, width or number of tokens.
     """
     opened = checkpoint.open_checkpoint(find("", "image_encoder", workdir))
     config = opened.config
@@ -359,10 +367,13 @@ def open_image_encoder(workdir: str | os.PathLike, teacher: TransformerConfig) -
 
 
 def publish(recipe: str, workdir: str | os.PathLike, folder: str | os.PathLike = ASSETS) -> list[pathlib.Path]:
-    """Copy the trained VAE, tiny codec (if any), teacher and student of ``workdir`` to the package, in half precision.
+    """Copy the trained VAE, tiny codec (if any), teacher and student of ``workdir`` to the package, in float16.
+
+    Returns:
+        the files, ``folder/recipe/STAGE.safetensors``.
 
     Raises:
-        ConfigError: a stage is not trained yet; nothing is written then.
+        ConfigError: a stage is not trained yet. Nothing is written then.
     """
     paths = []
     tiny = ("taehv",) if stage_path(workdir, "taehv").is_file() else ()

@@ -2,10 +2,11 @@
 
 A recipe file under ``configs/`` returns an ``ml_collections.ConfigDict``. :func:`from_config_dict` turns it into a
 :class:`Recipe` of frozen, hashable dataclasses, which every other module uses and which ``jax.jit`` takes as a static
-argument. A field that does not exist, a value of the wrong type or out of bounds, and a combination that cannot work
-are refused here in one sentence, before any compute. This room imports no JAX.
+argument. An unknown field, a value of the wrong type or out of bounds, and a combination that cannot work raise a
+:class:`ConfigError` of one sentence before any compute. This room imports no JAX.
 """
 
+from causvid_jax.config.distill import ConsistencyStageConfig, DistillStageConfig
 from causvid_jax.config.errors import ConfigError, RunError, require
 from causvid_jax.config.fields import suggest
 from causvid_jax.config.model import (
@@ -38,10 +39,8 @@ from causvid_jax.config.recipe import (
 )
 from causvid_jax.config.train import (
     CausalStageConfig,
-    ConsistencyStageConfig,
     DataConfig,
     DiffusionConfig,
-    DistillStageConfig,
     InitStageConfig,
     OptimizerConfig,
     StageConfig,

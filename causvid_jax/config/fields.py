@@ -1,12 +1,12 @@
 """Check configuration fields: types, closed choices (``Literal``) and bounds (``Annotated``).
 
-A field of a :class:`Config` says what it accepts in its annotation::
+The annotation of a field of a :class:`Config` defines what the field accepts::
 
     kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: Annotated[float, Bounds(above=0)] = 1e-4
 
-:func:`convert` checks one value and :func:`build` a whole group; a refusal is one sentence with the field's path, the
-value and what is accepted.
+:func:`convert` checks one value and :func:`build` checks a whole group. Their error messages are one sentence with the
+field's path, the value and what is accepted.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from causvid_jax.config.errors import ConfigError, require
 class Bounds:
     """Limits of a number. ``least`` and ``most`` are accepted themselves, ``above`` and ``below`` are not.
 
-    ``multiple`` is for whole numbers. NaN and infinity are never accepted.
+    ``multiple`` is for whole numbers: they must be multiples of it. NaN and infinity are never accepted.
     """
 
     least: float | None = None
@@ -52,7 +52,7 @@ class Bounds:
 
 
 LARGE = 10**9
-"""Upper limit of counts. A larger number is taken for a typing error."""
+"""Upper limit of counts. A larger number is most likely a typing error."""
 
 Count = Annotated[int, Bounds(least=1, most=LARGE)]
 CountOrZero = Annotated[int, Bounds(least=0, most=LARGE)]
@@ -68,9 +68,9 @@ Probability = Annotated[float, Bounds(least=0, most=1)]
 
 
 class Config:
-    """Base of the configuration dataclasses. Creating one checks every field.
+    """Base of the configuration dataclasses. Creating one checks every field, and raises a ConfigError.
 
-    ``label`` names the group in error messages, except those of :func:`build`, which has the field's path.
+    ``label`` is the name of the group in these error messages. Those of :func:`build` have the field's whole path.
     """
 
     label: ClassVar[str] = ""
@@ -86,10 +86,10 @@ class Config:
 
 
 def check_bounds(options: Any, prefix: str = "") -> None:
-    """Refuse a field of the dataclass ``options`` out of the bounds of its annotation.
+    """Check the fields of the dataclass ``options`` that have :class:`Bounds` in their annotation.
 
     Raises:
-        ConfigError: the message names the field as ``prefix`` and its name.
+        ConfigError: a value out of bounds. The message names the field, with ``prefix`` before its name.
     """
     for name, hint in field_types(type(options)).items():
         if typing.get_origin(hint) is Annotated:
@@ -97,7 +97,7 @@ def check_bounds(options: Any, prefix: str = "") -> None:
 
 
 def join(path: str, name: str) -> str:
-    """Return the dotted path of a field."""
+    """Return ``"path.name"``, or ``name`` if ``path`` is empty."""
     return f"{path}.{name}" if path else name
 
 
@@ -105,7 +105,7 @@ _TYPES: dict[type, dict[str, Any]] = {}
 
 
 def field_types(cls: type) -> dict[str, Any]:
-    """Return field name to annotation, bounds included."""
+    """Return the annotation of every field of a dataclass, with its bounds, by name."""
     if cls not in _TYPES:
         hints = typing.get_type_hints(cls, include_extras=True)
         _TYPES[cls] = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
@@ -115,7 +115,7 @@ def field_types(cls: type) -> dict[str, Any]:
 def suggest(word: str, accepted: Iterable[str], prefix: str = "") -> str:
     """Return ``did you mean 'x'?`` for the nearest accepted word, or ``accepted: ...`` if none is near.
 
-    ``prefix`` is put in front of the nearest word, for paths.
+    ``prefix`` is put before the nearest word, to complete a path.
     """
     words = list(accepted)
     close = difflib.get_close_matches(word, words, n=1)
@@ -162,16 +162,16 @@ def convert(value: Any, hint: Any, path: str) -> Any:
 
 
 def build(cls: type, values: Any, path: str = "", renamed: Mapping[str, str] | None = None) -> Any:
-    """Return the dataclass ``cls`` of a mapping of its fields.
+    """Return the dataclass ``cls`` with the fields of ``values``.
 
     Args:
         cls: a :class:`Config`.
-        values: field name to value, groups as mappings.
-        path: of the group, "" for the whole recipe.
-        renamed: old path to the new name of its last part; an old field is refused with its new name.
+        values: field name to value; a group of fields is a mapping or a ``ConfigDict``.
+        path: dotted path of the group, "" for the whole recipe.
+        renamed: old path of a field to the new name of its last part. The error of an old field names the new one.
 
     Raises:
-        ConfigError: an unknown field, or a value that :func:`convert` refuses.
+        ConfigError: an unknown, renamed or missing field, or a value that :func:`convert` refuses.
     """
     values = values.to_dict() if hasattr(values, "to_dict") else values
     require(isinstance(values, Mapping), f"{path} is {values!r}; it must be a group of fields")
@@ -194,17 +194,17 @@ def build(cls: type, values: Any, path: str = "", renamed: Mapping[str, str] | N
 
 
 def check_renamed(path: str, renamed: Mapping[str, str] | None) -> None:
-    """Refuse the old path of a field and name the new one."""
+    """Raise a ConfigError that names the new field if ``path`` is in ``renamed``, as in :func:`build`."""
     if renamed and path in renamed:
         new = f"{path.rsplit('.', 1)[0]}.{renamed[path]}"
         raise ConfigError(f"config field {path!r} was renamed; write {new!r}")
 
 
 def check_path(cls: type, path: str, renamed: Mapping[str, str] | None = None) -> None:
-    """Refuse a dotted path that is no field of the dataclass ``cls``, naming the nearest that is.
+    """Check that a dotted path is a field of the dataclass ``cls``.
 
     Raises:
-        ConfigError: a field that does not exist or was renamed.
+        ConfigError: the field does not exist (the message names the nearest one) or was renamed, as in :func:`build`.
     """
     check_renamed(path, renamed)
     parents: list[str] = []

@@ -1,4 +1,4 @@
-"""Write files atomically; format sizes and error messages; tell the host's memory. Every room may import this."""
+"""Write files atomically; format sizes and error messages; return the host's memory. Every room may import this."""
 
 import contextlib
 import fcntl
@@ -13,7 +13,7 @@ from causvid_jax.config.errors import ConfigError
 
 @contextlib.contextmanager
 def atomic(target: str | os.PathLike, directory: bool = False) -> Iterator[pathlib.Path]:
-    """Do what :func:`atomic_write` does, with a ConfigError that names ``target`` instead of the OSError."""
+    """Do the same as :func:`atomic_write`, but raise a ConfigError that names ``target`` instead of an OSError."""
     try:
         with atomic_write(target, directory) as temporary:
             yield temporary
@@ -25,8 +25,9 @@ def atomic(target: str | os.PathLike, directory: bool = False) -> Iterator[pathl
 def atomic_write(target: str | os.PathLike, directory: bool = False) -> Iterator[pathlib.Path]:
     """Yield a temporary file (or directory) beside ``target`` and rename it to ``target`` when the block succeeds.
 
-    If the block raises, the temporary is removed. It is locked while it is written: the next call removes unlocked
-    temporaries, which killed processes have left. An existing target directory must be empty.
+    The folder of ``target`` is created. If the block raises, the temporary is removed. The temporary is locked while it
+    is written. The next call for the same target removes unlocked temporaries, which killed processes have left. An
+    existing target directory must be empty.
 
     Raises:
         OSError: the folder cannot be written.
@@ -65,7 +66,7 @@ def _locked_temporary(target: pathlib.Path, directory: bool) -> tuple[pathlib.Pa
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file atomically; it appears complete or not at all. Errors are those of :func:`atomic`."""
+    """Write a UTF-8 text file atomically; errors as in :func:`atomic`."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -90,12 +91,12 @@ def _remove(path: pathlib.Path) -> None:
 
 
 def host_memory() -> int | None:
-    """Return the bytes of memory of this machine; None if unknown."""
+    """Return the physical memory of this machine in bytes; None if unknown."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in os.sysconf_names else None
 
 
 def format_bytes(size: int) -> str:
-    """Format a number of bytes: 57.15 GB, 3.2 MB, 640 bytes."""
+    """Format a number of bytes in decimal units: ``57.15 GB``, ``3.20 MB``, ``640 bytes``."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= scale:
             return f"{size / scale:.2f} {unit}"

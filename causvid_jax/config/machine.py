@@ -1,9 +1,9 @@
 """Choose the compute type that suits this machine, without JAX: ``dtype="auto"`` of a recipe.
 
-A recipe file or a flag may say ``"auto"`` wherever a network has a ``dtype``. :func:`resolve` makes it a type when
-the recipe is read. Recipes therefore always have a type, and checkpoints, weights and datasets record it. A training
-that continues on a machine of another type says so in its first lines, as of every changed setting; a dataset that was
-begun with another type is refused. Give the former type there to continue exactly.
+The ``dtype`` of a network may be ``"auto"`` in a recipe file or a flag. :func:`resolve` replaces it by a type when the
+recipe is read. Recipes therefore always have a type, and checkpoints, weights and datasets record it. A training that
+continues with another type logs the change in its first lines, as it logs every changed setting. A dataset that was
+begun with another type is refused. To continue exactly, set the former type.
 """
 
 import functools
@@ -33,7 +33,7 @@ def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def auto_dtype() -> str:
-    """Return bfloat16 on a TPU, a GPU or a CPU with units for it, else float32; log it once."""
+    """Return ``"bfloat16"`` on a TPU, a GPU or a CPU with units for it, else ``"float32"``; log the choice once."""
     device, has_units = units(os.environ.get("JAX_PLATFORMS", ""))
     dtype = "bfloat16" if has_units else "float32"
     verb = "has" if has_units else "has no"
@@ -44,10 +44,11 @@ def auto_dtype() -> str:
 
 
 def units(platforms: str, root: pathlib.Path = pathlib.Path("/")) -> tuple[str, bool]:
-    """Return the kind of device that JAX will use, and whether it multiplies bfloat16.
+    """Return the kind of device that JAX will use (TPU, GPU or CPU), and whether it multiplies bfloat16.
 
-    JAX is not asked, since it would open the devices before the processes of a run are joined. A device counts if
-    ``platforms`` (JAX_PLATFORMS) names it first, or if it is there and JAX's plugin for it is installed.
+    This does not call JAX, which would open the devices before the processes of a run are joined. The first name in
+    ``platforms`` (the variable JAX_PLATFORMS) decides. If it is empty, a device is used if its device files exist below
+    ``root`` and JAX's plugin for it is installed.
     """
     first = platforms.split(",")[0].strip()
     if first in ("tpu", "cuda", "rocm", "gpu"):

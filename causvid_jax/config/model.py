@@ -7,6 +7,7 @@ from causvid_jax.config.errors import ConfigError, require
 from causvid_jax.config.fields import Bounds, Config, Count, CountOrZero, NotNegative, Positive, Size
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
+"""Names of the axes of a device mesh (:class:`causvid_jax.config.ParallelConfig`)."""
 MeshAxes = tuple[str, ...]
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "attention", "dots", "full", "offload"]
@@ -27,10 +28,11 @@ WAN_LATENT_STD = (
 
 @dataclasses.dataclass(frozen=True)
 class VideoConfig(Config):
-    """Pixel geometry of a clip.
+    """Size, length and rate of a clip: ``height`` x ``width`` pixels and ``frames`` pixel frames.
 
-    ``frames`` is ``1 + 4 n``: the Wan VAE encodes the first frame alone and then groups of four. ``fps`` may be
-    fractional; 23.976, 29.97 and 59.94 mean 24000/1001, 30000/1001 and 60000/1001 (:func:`media.frame_rate`).
+    ``frames`` is ``1 + 4 n``: the Wan VAE encodes the first frame alone and then groups of four. ``fps`` (frames per
+    second) may be fractional: 23.976, 29.97 and 59.94 mean 24000/1001, 30000/1001 and 60000/1001
+    (:func:`media.frame_rate`).
     """
 
     label: ClassVar[str] = "video"
@@ -46,18 +48,20 @@ class VideoConfig(Config):
 
     @property
     def latent_frames(self) -> int:
-        """Latent frames of a clip."""
+        """Latent frames of a clip: ``1 + (frames - 1) / 4``."""
         return 1 + (self.frames - 1) // 4
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig(Config):
-    """The text encoder: a prompt becomes embeddings ``[length, dim]``, zero beyond its last token.
+    """The text encoder. It encodes a prompt as embeddings ``[length, dim]``, zero beyond its last token.
 
-    ``kind="words"`` encodes a closed vocabulary as one-hot word plus one-hot position (the digits recipe). With a
-    ``separator``, a word of the vocabulary between phrases ("and"), the embedding of a word also counts the words of
-    its phrase. Cross-attention alone needs several layers to learn which colour belongs to which digit.
-    ``negative_prompt`` is the prompt of the unconditional branch: empty for words, the published one for Wan.
+    ``kind="umt5"`` is UMT5 (:class:`UMT5Config`). ``kind="words"`` encodes a closed ``vocabulary`` as one-hot word plus
+    one-hot position (the digits recipe). ``separator`` is a word of the vocabulary between phrases, such as "and". With
+    it the embedding of a word also counts the words of its phrase, since cross-attention alone needs several layers to
+    learn which colour belongs to which digit. Then ``dim = len(vocabulary) + length``, or with a separator
+    ``2 len(vocabulary) + length``. ``negative_prompt`` is the prompt of the unconditional branch of guidance: empty for
+    words, the published one for Wan.
     """
 
     label: ClassVar[str] = "text"
@@ -83,11 +87,12 @@ class TextConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class UMT5Config(Config):
-    """The UMT5 encoder (``models.umt5``); defaults are UMT5-XXL as Wan2.1 runs it.
+    """The UMT5 encoder (``models.umt5``); defaults are UMT5-XXL of Wan2.1 (published code, ``wan/modules/t5.py``).
 
-    ``num_buckets`` relative positions are distinguished, half of them per direction, up to ``max_distance`` tokens.
-    ``dtype`` is the compute type of matmuls. ``weights`` is how the device holds kernels and token table:
-    ``"dtype"`` in that type (11.4 GB), ``"int8"`` in 8 bits with a scale for every output channel (5.7 GB).
+    Attention has ``num_buckets`` biases per head for relative positions, half of them per direction, up to
+    ``max_distance`` tokens. ``dtype`` is the compute type of matmuls. ``weights`` is the type of kernels and token
+    table on the device: ``"dtype"`` is the compute type (11.4 GB in bfloat16), ``"int8"`` is 8 bits with a scale for
+    every output channel (5.7 GB).
     """
 
     label: ClassVar[str] = "umt5"
@@ -114,10 +119,11 @@ class UMT5Config(Config):
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig(Config):
-    """CLIP's image encoder (``models.clip_vision``); defaults are ViT-H/14 as Wan2.1-I2V has it.
+    """CLIP's image encoder (``models.clip_vision``); defaults are the ViT-H/14 of Wan2.1-I2V.
 
-    ``projection_dim`` is the width of the embedding shared with text. No network here reads it, but published files
-    contain it (0: a file without it). ``dtype`` is the compute type of matmuls.
+    It reads pictures of ``image_size`` x ``image_size`` pixels. ``projection_dim`` is the width of the embedding shared
+    with text. No network here reads it, but published files contain it (0: a file without it). ``dtype`` is the compute
+    type of matmuls.
     """
 
     label: ClassVar[str] = "clip"
@@ -143,7 +149,7 @@ class CLIPConfig(Config):
 
     @property
     def tokens(self) -> int:
-        """Tokens of an image: the class token and one per patch."""
+        """Tokens of an image: the class token and one per patch, ``1 + (image_size / patch_size)^2``."""
         return 1 + (self.image_size // self.patch_size) ** 2
 
 
@@ -151,12 +157,16 @@ class CLIPConfig(Config):
 class VAEConfig(Config):
     """The Wan causal video VAE (``models.vae``); defaults are the published Wan2.1 sizes.
 
+    Level i has ``base_dim * dim_mult[i]`` channels and ``num_res_blocks`` residual blocks. Between two levels height
+    and width are halved (encoder) or doubled (decoder); so is time where ``temporal_downsample`` is true.
+
     The VAE of Wan2.2-TI2V-5B (:data:`WAN22_VAE`) first moves squares of ``patch_size`` pixels into channels. Its
     decoder has another width (``decoder_base_dim``, 0: ``base_dim``). With ``is_residual`` every level of the encoder
-    adds an average of its input, every level of the decoder a copy, and resampling keeps the channels.
+    adds an average of its input, every level of the decoder adds a copy of its input, and resampling keeps the
+    channels.
 
     ``latent_mean`` and ``latent_std`` (length ``z_dim``) normalise latents: ``z = (mu - mean) / std``. Empty means
-    0 and 1. The digits recipe measures them after training and stores them with its weights.
+    0 and 1. Training measures them and stores them with the weights (``training.autoencoder.latent_statistics``).
     """
 
     label: ClassVar[str] = "vae"
@@ -212,12 +222,12 @@ WAN22_VAE = VAEConfig(base_dim=160, z_dim=48, decoder_base_dim=256, patch_size=2
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules(Config):
-    """Logical axis to mesh axes: one table for parameters, optimizer states, caches, batches and activations.
+    """Map logical axes of arrays to mesh axes, for parameters, optimizer states, caches, batches and activations.
 
-    A logical axis over several mesh axes is split over their product, the first one outermost; over none it is
+    An axis with several mesh axes is split over their product, the first one outermost. An axis with none is
     replicated. ``embed``, ``heads``, ``mlp`` and ``layers`` are axes of parameters (``sharding.params.ParamSpec``);
-    ``batch``, ``tokens`` (tokens of one frame) and ``attention_heads`` (heads while attention runs, when tokens are
-    whole) are axes of activations and caches. Gradients and optimizer states are sharded like their parameters.
+    ``batch``, ``tokens`` (tokens of one frame) and ``attention_heads`` (heads during attention, when tokens are not
+    split) are axes of activations and caches. Gradients and optimizer states are sharded like their parameters.
     """
 
     label: ClassVar[str] = "rules"
@@ -277,10 +287,11 @@ LoraTarget = Literal["q", "k", "v", "o", "k_img", "v_img", "fc1", "fc2"]
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig(Config):
-    """Low-rank adapters of the layers (``models.adapters``): ``W + alpha / rank A B`` with A and B of ``rank``.
+    """Low-rank adapters of the layers (``models.adapters``; LoRA, arXiv 2106.09685).
 
-    ``rank`` 0 means none. ``alpha`` 0 means the rank. ``targets`` names linear modules, of self-attention and
-    cross-attention alike.
+    A kernel ``W [in, out]`` becomes ``W + (alpha / rank) A B`` with ``A [in, rank]`` and ``B [rank, out]``. ``rank`` 0
+    means no adapters, ``alpha`` 0 means ``alpha = rank``. ``targets`` names linear modules; names of attention modules
+    stand for self-attention and cross-attention.
     """
 
     label: ClassVar[str] = "lora"
@@ -295,32 +306,34 @@ class LoraConfig(Config):
 
     @property
     def scale(self) -> float:
-        """Factor of the product of the two matrices."""
+        """Factor ``alpha / rank`` of the product of the two matrices."""
         return self.alpha / self.rank if self.alpha and self.rank else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig(Config):
-    """One Wan DiT. Defaults are Wan2.1-T2V-1.3B; ``dtype`` is the compute type of matmuls (parameters are float32).
+    """One Wan DiT. Defaults are Wan2.1-T2V-1.3B (published code, ``wan/configs``).
 
-    ``precision`` chooses what else is rounded to ``dtype`` (``models.precision``): ``"default"`` nothing, ``"fast"``
-    the products of linear layers, ``"wan"`` and ``"causvid"`` what the code of Wan2.1 and of CausVid and Self-Forcing
-    rounds.
+    ``dtype`` is the compute type of matmuls (parameters are float32). ``precision`` chooses what else is rounded to
+    ``dtype`` (``models.precision``): ``"default"`` nothing, ``"fast"`` the products of linear layers, ``"wan"`` the
+    same values as Wan2.1's code, ``"causvid"`` the same as the code of CausVid and Self-Forcing.
 
-    ``kv_cache`` is how a stream stores keys and values (``models.kv_cache``): ``"dtype"`` as they are, ``"int8"`` in 8
-    bits with scales, which halves the memory of bfloat16. Training and self-rollouts refuse ``"int8"``.
+    ``kv_cache`` is the type in which a stream stores keys and values (``models.kv_cache``): ``"dtype"`` keeps it,
+    ``"int8"`` is 8 bits with scales, which halves the memory of bfloat16. Training and self-rollouts refuse ``"int8"``.
 
-    ``linear`` is how the linear layers of the blocks multiply when sampling (``models.int8_linear``): ``"dtype"`` in
-    that type, ``"int8"`` in 8 bits, which also halves the memory of bfloat16 weights. Training refuses ``"int8"``.
+    ``linear`` is the type in which the linear layers of the blocks multiply when sampling (``models.int8_linear``):
+    ``"dtype"``, or ``"int8"``, which also halves the memory of bfloat16 weights. Training refuses ``"int8"``.
 
     ``image_dim > 0`` adds the image branch of Wan2.1-I2V (``models.image_branch``): tokens attend to ``image_tokens``
     embeddings of that width besides the text. The published values are ``image_dim=1280, in_channels=36``.
 
-    ``remat`` chooses what a layer keeps for the backward pass besides its input; the rest is recomputed. In order of
-    memory: ``"none"`` keeps everything, ``"dots"`` the products with weights and the attention, ``"attention"`` the
-    result of self-attention (most of the work of a long clip, two bytes per feature and token), ``"full"`` nothing,
-    and ``"offload"`` nothing, with its input in host memory until the backward pass (on CPU the same as "full"). True
-    and False mean "full" and "none".
+    ``attention`` is the kernel (``models.attention.dense``); ``"auto"`` is splash on TPU, cuDNN on GPU, else XLA.
+
+    ``remat`` chooses what a layer keeps for the backward pass besides its input; the rest is recomputed. From most to
+    least device memory: ``"none"`` keeps everything; ``"dots"`` keeps the products with weights and the attention;
+    ``"attention"`` keeps the result of self-attention, which is most of the work of a long clip, at two bytes per
+    feature and token; ``"full"`` keeps nothing; ``"offload"`` keeps nothing and moves the input to host memory until
+    the backward pass (on CPU the same as ``"full"``). True and False mean ``"full"`` and ``"none"``.
 
     ``lora`` adds adapters; a stage that trains them sets it (``train_distill.lora``).
     """
@@ -372,7 +385,7 @@ class TransformerConfig(Config):
 
     @property
     def head_dim(self) -> int:
-        """Features of an attention head."""
+        """Features of an attention head: ``dim / num_heads``."""
         return self.dim // self.num_heads
 
     @property
@@ -385,10 +398,10 @@ class TransformerConfig(Config):
 class ExpertsConfig(Config):
     """A teacher of two networks of one size, chosen by the timestep (Wan2.2-A14B; ``models.experts``).
 
-    With ``boundary > 0`` the high-noise expert computes timesteps ``t >= boundary``, the low-noise expert those below;
-    t is the timestep after the shift. 0 means one network. ``diffusion.guidance_scale`` is then that of the high-noise
-    expert and ``low_noise_guidance_scale`` that of the other; for the real score of a distillation
-    ``train_distill.guidance_scale`` and ``low_noise_distill_guidance_scale`` are. A scale of 0 means the same for both.
+    With ``boundary > 0`` the high-noise expert computes timesteps ``t >= boundary`` (0 to 1000, after the shift) and
+    the low-noise expert computes those below. 0 means one network. ``diffusion.guidance_scale`` is for the high-noise
+    expert, ``low_noise_guidance_scale`` for the other. In the real score of a distillation these are
+    ``train_distill.guidance_scale`` and ``low_noise_distill_guidance_scale``. A low-noise scale of 0: the same scale.
     """
 
     label: ClassVar[str] = "experts"
@@ -411,22 +424,25 @@ class ExpertsConfig(Config):
 class CausalConfig(Config):
     """Causal attention and KV cache of the student, in units of latent frames.
 
-    A token attends to its own block and every earlier one. With ``window > 0`` it attends to the last ``window`` frames
+    The blocks have ``frames_per_block`` frames. A token attends to its own block and every earlier one (CausVid, eq.
+    5). With ``window > 0`` it attends to the last ``window`` frames
     up to the end of its own block and to the first ``sink`` frames of the video; the published ``local_attn_size``
     counts both, so ``window = local_attn_size - sink``. ``independent_first_frame`` makes the blocks 1, K, K, ...
-    instead of K, K, ....
+    instead of K, K, ..., as in the ``i2v`` branch of CausVid's code.
 
-    ``positions`` places the frames of the cache on the rotary time axis: ``"absolute"`` (as published: the distance to
-    a sink grows) or ``"relative"`` (the sink directly precedes the window, so that a stream of any length stays in the
-    trained range). Without a sink both give the same result, since rotary attention depends on differences only.
-    ``context_pass`` runs one extra pass at ``context_noise`` that writes the finished block to the cache; without it
-    the keys and values of the last denoising step stay. ``add_context_noise`` says where that pass reads the block
-    with noise at the level of ``context_noise`` instead of the block itself: ``"never"``, in ``"training"`` (as the
-    published Self-Forcing trainer does) or ``"always"``, in streams too.
+    ``positions`` chooses the rotary time positions of the frames in the cache: ``"absolute"`` (as published: the
+    distance to a sink grows) or ``"relative"`` (the sink directly precedes the window, so that a stream of any length
+    stays in the trained range). Without a sink both give the same result, since rotary attention depends on differences
+    only.
 
-    ``on_prompt_switch`` says what a stream does with its cache when its prompt changes: ``"keep"`` leaves it (as
-    published), ``"recompute"`` recomputes the blocks in the window with the new prompt, ``"reset"`` empties it and the
-    decoder's cache. After a reset the next block starts like a clip, and the video shows a cut.
+    ``context_pass`` runs one extra pass at the timestep ``context_noise`` (0 to 1000), which writes the finished block
+    to the cache. Without it the keys and values of the last denoising step stay. ``add_context_noise`` chooses when
+    that pass reads the block with noise at the level of ``context_noise`` instead of the block itself: ``"never"``, in
+    ``"training"`` (as the published Self-Forcing trainer does) or ``"always"``, in streams too.
+
+    ``on_prompt_switch`` chooses how the cache of a stream changes with its prompt: ``"keep"`` leaves it (as published),
+    ``"recompute"`` recomputes the blocks in the window with the new prompt, ``"reset"`` empties it and the decoder's
+    cache. After a reset the next block starts like a clip, and the video shows a cut.
     """
 
     label: ClassVar[str] = "causal"
@@ -460,14 +476,17 @@ class CausalConfig(Config):
         )
 
     def past_frames(self) -> int:
-        """Return the frames of all earlier blocks that a block attends to through the window; 0 without a window."""
+        """Return the latent frames of the earlier blocks that a block attends to through the window; 0 without one.
+
+        Blocks of K frames count whole: ``K floor((window - 1) / K)``.
+        """
         return max(0, self.window - 1) // self.frames_per_block * self.frames_per_block
 
     def block_sizes(self, frames: int) -> tuple[int, ...]:
-        """Return the frames of each block of a clip of ``frames`` latent frames.
+        """Return the latent frames of each block of a clip of ``frames`` latent frames.
 
         Raises:
-            ConfigError: the clip is not a whole number of blocks; the message names the nearest that are.
+            ConfigError: the clip is not a whole number of blocks. The message names the nearest lengths that are.
         """
         k, first = self.frames_per_block, 1 if self.independent_first_frame else 0
         if frames < max(first, 1) or (frames - first) % k:

@@ -1,9 +1,10 @@
 """The published models that this library knows: files, licence and the settings that go with the weights.
 
-One table, :data:`MODELS`. ``causvid models`` prints it, ``configs/published.py`` makes a recipe of every row
-(``--config=published:self_forcing_dmd``), and :func:`find` tells the row of a file by its name, so that the settings
-come with the checkpoint. The weights themselves were not available. Every fact comes from published code and
-third-party loaders; ``known_from`` names them, and ``not_known`` says what could not be checked. Imports no JAX.
+There is one table, :data:`MODELS`. ``causvid models`` prints it. ``configs/published.py`` makes a recipe of every row
+(``--config=published:self_forcing_dmd``). :func:`find` returns the row of a file by its name, so that a checkpoint is
+sampled with its settings. The weights themselves were not available. Every fact comes from published code and
+third-party loaders, which ``known_from`` names; ``not_known`` names the facts that could not be checked. Imports no
+JAX.
 """
 
 import dataclasses
@@ -28,14 +29,15 @@ class PublishedModel:
         kind: a causal ``student``, or a ``teacher`` (also a base to train from).
         network: sizes: 1.3b and 14b of Wan2.1 (also of Wan2.2-A14B), 5b of Wan2.2-TI2V.
         repository: its name on Hugging Face.
-        files: weights of the transformer with their size in bytes (None: not known). ``--student`` takes the first.
+        files: (file, bytes) of the transformer's weights and of further files; None for an unknown size. ``--student``
+            takes the first file.
         licence: as published.
         paper: arXiv number, "" without one.
-        settings: fields of the recipe by group.
-        part: the weights that the authors sample, of a checkpoint with several parts; "" takes the EMA if there is one.
-        known_from: where names, shapes and settings come from.
-        not_known: what could not be run or checked.
-        rolling_blocks: that of the recipe.
+        settings: fields of the recipe by group, as the authors sample.
+        known_from: sources of the names, shapes and settings.
+        not_known: facts that could not be checked.
+        part: the part that the authors sample, of a checkpoint with several; "" takes the EMA if there is one.
+        rolling_blocks: field of the recipe.
         readable: whether this version samples it.
     """
 
@@ -392,16 +394,16 @@ _GENERIC = ("model", "diffusion_pytorch_model", "low_noise_model")
 
 
 def get(name: str) -> PublishedModel:
-    """Return the model ``name``. The ConfigError of an unknown name suggests the nearest one."""
+    """Return the model ``name``; raise a ConfigError that suggests the nearest name if there is none."""
     if name not in BY_NAME:
         raise ConfigError(f"no published model is called {name!r}; {suggest(name, BY_NAME)}")
     return BY_NAME[name]
 
 
 def find(path: str | os.PathLike) -> PublishedModel | None:
-    """Return the model whose file has the name ``path``, such as ``chunkwise/causal_forcing.pt``, or None.
+    """Return the model whose first file is called ``path``, such as ``chunkwise/causal_forcing.pt``; None if unknown.
 
-    The suffix does not matter. A name that several models share, such as ``model.pt``, needs its folder.
+    The last parts of both paths are compared, without suffixes. A generic name, such as ``model.pt``, needs its folder.
     """
     words = _words(path)
     matches: dict[int, list[PublishedModel]] = {}
@@ -426,7 +428,7 @@ def _words(path: str | os.PathLike) -> tuple[str, ...]:
 
 
 def differences(model: PublishedModel, recipe: Any) -> list[str]:
-    """Describe every setting in which ``recipe`` differs from ``model``."""
+    """Return a text for every setting of ``model``, except those of ``video``, that differs in ``recipe``."""
     texts = []
     if model.rolling_blocks != recipe.rolling_blocks:
         texts.append(f"rolling_blocks {model.rolling_blocks} (the recipe has {recipe.rolling_blocks})")

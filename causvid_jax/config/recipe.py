@@ -1,4 +1,4 @@
-"""The recipe: everything about one model and its device mesh, with the readers of recipe files."""
+"""The recipe: everything about one model and its device mesh. Conversion from ``ConfigDict`` and JSON."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import ml_collections
 
 from causvid_jax.config import machine
+from causvid_jax.config.distill import ConsistencyStageConfig, DistillStageConfig
 from causvid_jax.config.errors import require
 from causvid_jax.config.fields import Config, Count, CountOrZero, build, check_path
 from causvid_jax.config.model import (
@@ -22,10 +23,8 @@ from causvid_jax.config.model import (
 )
 from causvid_jax.config.train import (
     CausalStageConfig,
-    ConsistencyStageConfig,
     DataConfig,
     DiffusionConfig,
-    DistillStageConfig,
     InitStageConfig,
     TAEHVStageConfig,
     TeacherStageConfig,
@@ -45,13 +44,13 @@ STAGES = (
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig(Config):
-    """The device mesh: ``data`` x ``fsdp`` x ``context`` x ``tensor``, with ``slices`` of it along the data axis.
+    """The device mesh: ``data`` x ``fsdp`` x ``context`` x ``tensor`` devices, repeated ``slices`` times along data.
 
-    ``data`` replicates everything, ``fsdp`` splits batch and parameters, ``context`` the tokens of a frame, ``tensor``
-    heads and MLP. ``data = 0`` takes all devices that the others leave. Attention exchanges tokens for heads, so
-    tensor x context must divide the heads; with ``ring`` (training only) tensor alone must.
-    ``offload_optimizer`` keeps the optimizer's moments in host memory (``pinned_host``) between updates. On CPU it
-    changes nothing.
+    ``data`` splits the batch and replicates parameters, ``fsdp`` splits batch and parameters, ``context`` splits the
+    tokens of a frame, ``tensor`` splits heads and MLP. ``data = 0`` takes all devices that the other axes leave.
+    Attention exchanges tokens for heads (DeepSpeed-Ulysses, arXiv 2309.14509), so tensor x context must divide the
+    heads. With ``ring`` (ring attention, arXiv 2310.01889; training only) only tensor must. ``offload_optimizer`` keeps
+    the optimizer's moments in host memory (``pinned_host``) between updates. On CPU it changes nothing.
     """
 
     label: ClassVar[str] = "parallel"
@@ -82,6 +81,9 @@ class Recipe(Config):
     ``umt5`` is the encoder of ``text.kind="umt5"``. ``decoder`` decodes latents to pixels when sampling: ``"vae"``, or
     ``"taehv"``, the tiny codec. The teacher's clips of a report are always decoded by the VAE. With ``rolling_blocks``
     a stream denoises that many blocks jointly, at rising noise levels (``sampling.rolling``); 0: one after the other.
+
+    Raises:
+        ConfigError: groups that do not fit each other, such as a batch that the mesh does not divide.
     """
 
     name: str
@@ -224,6 +226,13 @@ class Recipe(Config):
             f"{context} latent frames (causal.window {self.causal.window}) of the previous one, which has {frames}; "
             "use a smaller window, longer rollouts or continuation_prob 0",
         )
+        window = self.train_distill.loss_frames or frames
+        require(
+            not self.train_distill.continuation_prob or context <= window,
+            f"train_distill.loss_frames is {window} with continuation_prob {self.train_distill.continuation_prob}: a "
+            f"rollout continues the last {context} latent frames (causal.window {self.causal.window}) of the loss "
+            f"window; use loss_frames 0 or at least {context}",
+        )
 
     def _check_decoder(self) -> None:
         if self.decoder == "taehv":
@@ -298,23 +307,23 @@ class Recipe(Config):
 
     @property
     def reads_picture(self) -> bool:
-        """Whether teacher or student has an image branch, so that training needs the first frames of clips."""
+        """Whether teacher or student reads a picture (CLIP or latents), so that training needs clips' first frames."""
         return any(net.image_dim or net.image_channels for net in (self.teacher, self.student))
 
     @property
     def fake_score(self) -> TransformerConfig:
-        """Sizes of DMD's fake score network."""
+        """Sizes of DMD's fake score network: those of ``train_distill.critic_init``."""
         return self.student if self.train_distill.critic_init == "student" else self.teacher
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        """Height and width ``(h, w)`` of the latent grid."""
+        """Height and width ``(h, w)`` of the latent grid: the pixels' divided by ``vae.space_factor``."""
         factor = self.vae.space_factor
         return self.video.height // factor, self.video.width // factor
 
     @property
     def trajectory_diffusion(self) -> DiffusionConfig:
-        """The diffusion with the Euler steps of ODE trajectories (``train_init.num_inference_steps``)."""
+        """``diffusion`` with the number of Euler steps of ODE trajectories (``train_init.num_inference_steps``)."""
         steps = self.train_init.num_inference_steps or self.diffusion.num_inference_steps
         return dataclasses.replace(self.diffusion, num_inference_steps=steps)
 
@@ -346,11 +355,11 @@ RENAMED = {
     "train_distill.continue_fraction": "continuation_prob",
     "train_distill.switch_fraction": "prompt_switch_prob",
 }
-"""Old path of a field to the new name of its last part; an old one is refused with the new one."""
+"""Old path of a field to the new name of its last part. An old field is refused; the message names the new one."""
 
 
 def check_field(path: str) -> None:
-    """Refuse a dotted path that is no field of a recipe, naming the nearest one or, for an old one, the new one."""
+    """Check that a dotted path is a field of a recipe; raise a ConfigError that names the nearest or the new field."""
     check_path(Recipe, path, RENAMED)
 
 
@@ -367,10 +376,15 @@ def from_config_dict(values: ml_collections.ConfigDict | dict[str, Any]) -> Reci
 
 
 def to_json(config: Any) -> str:
-    """Return any of these dataclasses as JSON (tuples become lists); :func:`from_json` reads a Recipe back."""
+    """Return a configuration dataclass as JSON (tuples become lists); :func:`from_json` reads a Recipe back."""
     return json.dumps(dataclasses.asdict(config), indent=1)
 
 
 def from_json(text: str) -> Recipe:
-    """Return the Recipe written by :func:`to_json`."""
+    """Return the Recipe that :func:`to_json` wrote.
+
+    Raises:
+        ConfigError: an unknown or renamed field, or a value that is not accepted.
+        ValueError: no JSON.
+    """
     return build(Recipe, json.loads(text), "", RENAMED)

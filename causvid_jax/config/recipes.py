@@ -1,4 +1,4 @@
-"""Find and run recipe files, by name or by path, and set fields of what they return. Imports no JAX."""
+"""Find and run recipe files, by name or by path, and set fields of their recipes. Imports no JAX."""
 
 import ast
 import dataclasses
@@ -30,19 +30,20 @@ def folder() -> pathlib.Path:
 
 
 def names() -> list[str]:
-    """Return the names of the package's recipes."""
+    """Return the names of the package's recipes, sorted."""
     return sorted(path.stem for path in folder().glob("*.py") if not path.stem.startswith("_"))
 
 
 def load_recipe(config: str, overrides: Mapping[str, str] | None = None) -> Recipe:
-    """Return the validated recipe of a name or a file, with fields set from text.
+    """Return the validated recipe of a name or a file, with fields set from text. The file is run as Python code.
 
     Args:
         config: ``digits`` or ``my/recipe.py``; ``digits:two`` and ``my/recipe.py:two`` call ``get_config("two")``.
         overrides: dotted field to its value as Python writes it, such as ``{"video.frames": "81"}``.
 
     Raises:
-        ConfigError: no such recipe, a file that does not run or has no ``get_config``, an impossible recipe.
+        ConfigError: no such recipe, a file that does not run or has no ``get_config``, an unknown field, a value that
+            is not accepted, or groups that do not fit each other.
     """
     file, *arguments = config.split(":", 1)
     path = _find(file)
@@ -59,7 +60,7 @@ def load_recipe(config: str, overrides: Mapping[str, str] | None = None) -> Reci
 
 
 def override(recipe: Recipe, overrides: Mapping[str, str]) -> Recipe:
-    """Return ``recipe`` with fields set from text; see :func:`load_recipe`."""
+    """Return ``recipe`` with fields set from text; ``overrides`` and errors as in :func:`load_recipe`."""
     values = dataclasses.asdict(recipe)
     for field, text in overrides.items():
         check_field(field)
@@ -122,5 +123,5 @@ def _describe(error: BaseException) -> str:
 
 
 def option(default: Any, description: str) -> Any:
-    """Return a dataclass field that a program offers as a flag, with its line of ``--help``."""
+    """Return a dataclass field that becomes a flag of a program; ``description`` is its line of ``--help``."""
     return dataclasses.field(default=default, metadata={"help": description})

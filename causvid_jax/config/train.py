@@ -1,4 +1,4 @@
-"""The method and the training stages: diffusion grid, data, optimizers and the settings of every stage."""
+"""Settings of the diffusion, the data, the optimizers and the training stages (``config.distill`` has two more)."""
 
 import dataclasses
 import itertools
@@ -14,17 +14,22 @@ EmaDecay = Annotated[float, Bounds(least=0, below=1)]
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig(Config):
-    """Flow matching: ``x_t = (1 - sigma) x0 + sigma noise``, ``timestep = 1000 sigma``.
+    """Flow matching: ``x_t = (1 - sigma) x0 + sigma noise``, ``timestep = 1000 sigma`` (``diffusion.flow``).
 
     Every network of a recipe (teacher, fake score, student) uses this one grid,
-    ``sigma(u) = shift u / (1 + (shift - 1) u)``. ``student_shift`` gives the student's timesteps a shift of their own
-    (0: ``shift``); Self-Forcing has 5 there and 8 in its scores. ``guidance_scale`` is the weight g of
-    ``v = v_uncond + g (v_cond - v_uncond)``; g = 1 is no guidance.
-    ``denoising_timesteps`` are nominal timesteps ``1000 u`` before the shift, descending from 1000 (pure noise),
-    without the final 0. With ``warp`` off they are the timesteps themselves (the 1000, 757, 522 of CausVid's three-step
-    checkpoints). A first timestep below 1000 (999.375 of rCM) starts from noise times its noise level.
+    ``sigma(u) = shift u / (1 + (shift - 1) u)`` with u from 1 (noise) to 0 (arXiv 2403.03206, section 5.3.2).
+    ``student_shift`` is another shift for the student's timesteps (0: ``shift``); Self-Forcing has 5 there and 8 in its
+    scores.
+
+    The teacher takes ``num_inference_steps`` steps of ``solver``: ``"euler"``, or ``"unipc"`` (arXiv 2302.04867).
+    ``guidance_scale`` is the g of ``v = v_uncond + g (v_cond - v_uncond)`` (arXiv 2207.12598); g = 1 is no guidance.
+
+    ``denoising_timesteps`` are the student's nominal timesteps ``1000 u`` before the shift, descending from 1000 (pure
+    noise), without the final 0. Without ``warp`` they are the timesteps themselves (the 1000, 757, 522 of CausVid's
+    three-step checkpoints). A first timestep below 1000 (999.375 of rCM) starts from noise times its noise level.
     ``first_block_timesteps`` has one list for each of the first blocks after the start or a cut, such as
-    ``((1000, 750, 500, 250), (1000, 500))``; Causal Forcing++ and Causal-rCM have four steps for the first block.
+    ``((1000, 750, 500, 250), (1000, 500))``. Causal Forcing++ (arXiv 2605.15141) and Causal-rCM (arXiv 2606.25473) have
+    four steps for the first block and one or two for all others.
     """
 
     label: ClassVar[str] = "diffusion"
@@ -67,11 +72,12 @@ class DataConfig(Config):
     """The training data: ``name`` is ``"moving_digits"`` (generated) or ``"videos"`` (a folder of your own).
 
     ``mixture`` lists the latents that training reads, ``(dataset, weight)`` each: a folder below ``WORKDIR/data`` or an
-    absolute path, and its share. Empty means ``latents`` alone. ``prompt_file`` is a list of prompts
-    (``data.captions``) for everything that needs no video: ODE trajectories, self rollouts, samples. ``test_clips``
-    counts the clips that are held out; of own videos a fiftieth is held out, at least one. The other fields describe
-    digits: ``digit_size`` is in pixels, ``speed`` in pixels per frame. No training clip has the share
-    ``held_out_fraction`` of the combinations of digit, colour and direction, which reports use, nor the further share
+    absolute path, and its relative weight. Empty means ``latents`` alone. ``prompt_file`` is a list of prompts
+    (``data.captions``) for everything that needs no video: ODE trajectories, self rollouts, samples.
+
+    The other fields describe digits. There are ``train_clips`` and ``test_clips`` clips. (Of own videos every 50th is
+    held out for tests.) ``digit_size`` is in pixels, ``speed`` in pixels per frame. Two shares of all combinations of
+    digit, colour and direction appear in no training clip: ``held_out_fraction``, which reports use, and
     ``validation_fraction``, on which settings are chosen.
     """
 
@@ -100,11 +106,14 @@ class DataConfig(Config):
 class OptimizerConfig(Config):
     """A linear warm-up and a cosine (or constant) schedule, clipping by the global norm, and an EMA of the weights.
 
-    ``kind`` is ``"adamw"`` or ``"muon"``: the kernels of layers and of convolutions then take orthogonalised steps
-    (``training.optimizers.make_optimizer``) and everything else AdamW's, with one ``learning_rate`` for both.
-    At each step of ``restarts`` warm-up and cosine begin anew, with moments and EMA as they are.
+    ``kind`` is ``"adamw"`` or ``"muon"`` (arXiv 2502.16982). With ``"muon"`` the kernels of layers and of convolutions
+    take orthogonalised steps and all other parameters take AdamW's (``training.optimizers.make_optimizer``); both have
+    the same ``learning_rate``. Gradients of a global norm above ``clip_norm`` are scaled down to it.
+
+    At each step of ``restarts`` warm-up and cosine begin again (arXiv 1608.03983). Moments and EMA stay.
+
     The EMA of the parameters is sampled and exported: ``ema = d ema + (1 - d) params`` with ``d = ema_decay`` from step
-    ``ema_start`` on. Before it the EMA is a copy of the parameters, so that it forgets the initialisation.
+    ``ema_start`` on. Before that step the EMA is a copy of the parameters, so that it forgets the initialisation.
     """
 
     label: ClassVar[str] = "optimizer"
@@ -136,22 +145,24 @@ class OptimizerConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig(Config):
-    """Settings of every training stage. ``frames`` is a clip's length in the stage's own units (0: the full clip).
+    """Settings of every training stage. ``frames`` is the length of a clip (0: the full clip).
 
-    ``curriculum`` lists stretches of steps before the main part, each ``(until_step, frames, batch_size)``. Short clips
-    teach much of the task at a fraction of the cost. A stage with fewer ``steps`` than its curriculum ends within it
-    (:attr:`stretches`). ``accumulate`` splits every batch into that many parts and processes them one after another,
-    with the memory of one part.
+    It counts pixel frames in the stages of the codecs and latent frames in all others. ``curriculum`` lists parts of
+    the training before the main part, each ``(until_step, frames, batch_size)``. Short clips teach much of the task at
+    a fraction of the cost. A stage with fewer ``steps`` than its curriculum ends within it (:attr:`stretches`).
+    ``accumulate`` splits every batch into that many parts and processes them one after another, with the memory of one
+    part.
 
-    Every ``sample_every`` steps ``samples`` clips are sampled and shown (0: none).
+    Every ``sample_every`` steps ``samples`` clips are sampled and written (0: none).
 
     A checkpoint is saved every ``save_every`` steps; the last ``keep`` stay, and those of every ``keep_every`` steps
     (0: none). An update is rejected if its loss or gradient is not finite, or if its loss is above ``bad_loss_factor``
-    (0: no limit) times the median of the last ``bad_loss_window``. ``on_bad_loss`` is ``"stop"`` (the run ends with a
-    checkpoint of the step before) or ``"skip"`` (it continues with the next batch). The log names the batch's examples.
+    (0: no limit) times the median of the last ``bad_loss_window`` losses. ``on_bad_loss`` is ``"stop"`` (the run ends
+    with a checkpoint of the step before) or ``"skip"`` (it continues with the next batch). The log names the batch's
+    examples.
 
-    With ``lora.rank`` a stage of a transformer trains adapters on its frozen start. Optimizer and EMA hold these alone;
-    the stage writes ``lora/`` (peft's layout) and, as without LoRA, weights; the adapters are merged into them.
+    With ``lora.rank`` a stage of a transformer trains adapters and keeps its initial weights fixed. Optimizer and EMA
+    hold the adapters only. The stage writes ``lora/`` (peft's layout) and the weights with the adapters merged.
     """
 
     label: ClassVar[str] = "stage"
@@ -207,11 +218,11 @@ class StageConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class VAEStageConfig(StageConfig):
-    """VAE training on clips of ``frames`` pixel frames.
+    """VAE training on clips of ``frames`` pixel frames; ``kl_weight`` is the weight of the KL term of the loss.
 
-    If ``train_encoder`` is false, only the decoder is trained: latents, and all networks trained on them, stay valid.
+    If ``train_encoder`` is false, only the decoder is trained. Latents, and all networks trained on them, stay valid.
 
-    The decoder decodes ``concat_clips`` clips of the batch as one video. It looks about 24 latent frames back; if it is
+    The decoder decodes ``concat_clips`` clips of the batch as one video. It looks about 24 latent frames back. If it is
     trained on single clips, its behaviour on longer histories is untested.
 
     If ``crop_frames > 0``, decode a random run of ``crop_frames`` latent frames with an empty decoder cache. Every
@@ -242,16 +253,16 @@ class VAEStageConfig(StageConfig):
 
 @dataclasses.dataclass(frozen=True)
 class TAEHVStageConfig(StageConfig):
-    """Training of the tiny codec on the trained VAE's latents, on clips of ``frames`` frames.
+    """Training of the tiny codec on the trained VAE's latents, on clips of ``frames`` pixel frames.
 
     ``noise`` is the standard deviation of the noise added to the decoder's input (latents have unit variance), so that
     it tolerates errors of the student.
 
-    ``rollouts`` names datasets of the student's streams, ``(clips, number)`` each: ``number`` streams of ``clips``
-    clips (``prepare --stage=streams``). With them, the stage learns to decode their latents as the VAE does, instead of
-    latents of real clips. Student latents deviate from encoded latents, and more so late in a stream. A small decoder
-    trained on encoded latents only may fail there although the VAE still decodes well. Use it for a second run that
-    starts from the weights of the first (``--init_from``).
+    ``rollouts`` lists datasets of the student's streams, ``(clips, number)`` each: ``number`` streams of ``clips``
+    clips (``causvid prepare --stage=streams``). With them, the stage learns to decode the latents of streams instead of
+    those of real clips, with the VAE's frames as the target. Student latents deviate from encoded latents, and more so
+    late in a stream. A small decoder trained on encoded latents only may fail there although the VAE still decodes
+    well. Use it for a second run that starts from the weights of the first (``--init_from``).
     """
 
     label: ClassVar[str] = "train_taehv"
@@ -267,10 +278,11 @@ class TAEHVStageConfig(StageConfig):
 
 @dataclasses.dataclass(frozen=True)
 class TeacherStageConfig(StageConfig):
-    """Flow matching on latents; captions are dropped with probability ``caption_dropout``.
+    """Flow matching on latents (``training.flow_matching``).
 
-    With ``chunks`` every block is trained as a separate clip with its own timestep. ``train_distill.teacher="chunk"``
-    needs such a score of single chunks (RMD, arXiv 2609.37925).
+    With probability ``caption_dropout`` a clip is trained with the negative prompt, for guidance. With ``chunks`` every
+    block is trained as a separate clip with its own timestep. ``train_distill.teacher="chunk"`` needs such a score of
+    single chunks (RMD, arXiv 2609.37925).
     """
 
     label: ClassVar[str] = "train_teacher"
@@ -293,8 +305,8 @@ def _check_switches(config: StageConfig, prompt_switch_prob: float) -> None:
 class CausalStageConfig(TeacherStageConfig):
     """Flow matching of a causal teacher by teacher forcing: every block has its own noise level and a clean past.
 
-    It starts from the bidirectional teacher and makes the trajectories of ``train_init.teacher = "causal"``. With
-    probability ``prompt_switch_prob`` a clip continues another clip's past (``distill.ode_regression.splice``).
+    It starts from the bidirectional teacher. The result makes the trajectories of ``train_init.teacher = "causal"``.
+    With probability ``prompt_switch_prob`` a clip continues another clip's past (``distill.ode_regression.splice``).
     """
 
     label: ClassVar[str] = "train_causal"
@@ -311,19 +323,22 @@ class CausalStageConfig(TeacherStageConfig):
 
 @dataclasses.dataclass(frozen=True)
 class InitStageConfig(StageConfig):
-    """ODE regression on a teacher's trajectories; ``include_clean`` adds t = 0 blocks as context only.
+    """ODE regression on a teacher's trajectories (CausVid, section 4.3 and eq. 6; ``distill.ode_regression``).
 
-    ``teacher`` is ``"bidirectional"`` (the paper: trajectories of whole clips) or ``"causal"`` (Causal Forcing:
-    trajectories of every block given the clean past, from the stage ``causal``). A student of the teacher's size starts
-    from its weights. A bidirectional teacher denoises all blocks of a clip jointly, so each block depends on the noise
-    of later blocks. A causal student cannot see that noise and learns only the conditional mean.
+    With ``include_clean`` some blocks are clean (t = 0); they are context and have no loss. ``trajectories`` is the
+    number of trajectories. ``teacher`` is ``"bidirectional"`` (CausVid: trajectories of whole clips) or ``"causal"``
+    (Causal Forcing, arXiv 2602.02214: trajectories of every block given the clean past, from the stage ``causal``). A
+    student of the teacher's size starts from its weights. A bidirectional teacher denoises all blocks of a clip
+    jointly, so each block depends on the noise of later blocks. A causal student cannot see that noise and learns only
+    the conditional mean.
 
     With probability ``prompt_switch_prob`` a clip continues another clip's past, like a stream after a prompt switch
     (``distill.ode_regression.splice``).
 
-    ``extra_trajectories`` asks for more trajectories of a causal teacher, ``(latent frames, how many)``, for the
-    curriculum's stretches of that many frames. Only the first block of a clip or after a cut depends on noise and
-    prompt alone, so it needs more examples. ``num_inference_steps`` are a trajectory's Euler steps, 0 the teacher's.
+    ``extra_trajectories`` are more trajectories of a causal teacher, ``(latent frames, number)`` each, for the parts of
+    the curriculum with clips of that length. Only the first block of a clip or after a cut depends on noise and prompt
+    alone, so it needs more examples. ``num_inference_steps`` is the number of Euler steps of a trajectory; 0 takes
+    ``diffusion.num_inference_steps``.
     """
 
     label: ClassVar[str] = "train_init"
@@ -350,151 +365,3 @@ class InitStageConfig(StageConfig):
                 f"train_init.curriculum has a stretch of {frames} latent frames; there are trajectories of "
                 f"{', '.join(map(str, sorted(lengths)))} (0: whole clips)",
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class ConsistencyStageConfig(StageConfig):
-    """Causal consistency distillation on real latents with a clean past: an initialisation instead of ``init``.
-
-    ``kind`` is ``"discrete"`` (Causal Forcing++: the causal teacher takes one Euler step on a grid of ``grid_steps``,
-    and the student's x0 before the step must equal its EMA's x0 after the step) or ``"continuous"`` (rCM, Causal-rCM:
-    the tangent of the student along the teacher's ODE, by ``jax.jvp``). ``guidance_scale`` is the teacher's.
-    ``tangent_warmup`` updates let the second part of the continuous tangent grow from 0 to 1. ``loss_scale`` multiplies
-    the continuous loss, which has unit length. The student starts from the causal teacher if it has its size.
-    """
-
-    label: ClassVar[str] = "train_consistency"
-
-    kind: Literal["discrete", "continuous"] = "discrete"
-    grid_steps: Annotated[int, Bounds(least=2, most=10_000)] = 48
-    guidance_scale: NotNegative = 3.0
-    tangent_warmup: Count = 1000
-    loss_scale: Positive = 100.0
-
-
-@dataclasses.dataclass(frozen=True)
-class DistillStageConfig(StageConfig):
-    """Distillation. ``steps`` counts generator updates, each with ``critic_steps`` fake-score updates before it.
-
-    ``objective`` is the student's loss: ``"dmd"`` (the paper; ``distill.dmd``), ``"sid"`` (score identity distillation
-    with ``sid_alpha``; ``distill.sid``) or ``"dmd_gan"`` (DMD plus ``gan_weight`` times a logistic loss on features of
-    the fake score at the layers ``gan_layers``, empty for three of the upper half; ``distill.gan``). The last one needs
-    real latents, and adds ``gan_critic_weight`` times the discriminator's loss to the fake score's, and its squared
-    slope at real and generated clips (``gan_r1_weight``, ``gan_r2_weight``), by differences of ``gan_r_sigma``.
-
-    ``rollout`` is ``"data"`` (the paper: real latents noised per block) or ``"self"`` (the student's own rollout).
-    With ``include_clean`` a block of a data rollout may be clean (t = 0). ``mask_clean`` leaves such blocks, which the
-    student does not change, out of both losses; False counts them, as the published code does.
-    ``guidance_scale`` is the g of ``r = r_uncond + g (r_cond - r_uncond)``; the published code writes
-    ``r = r_cond + h (r_cond - r_uncond)`` with ``h = g - 1``.
-    ``fake_guidance_scale`` is the same for the fake score in the student's loss; 1 is no guidance.
-    ``teacher`` is the forward mode of the real score: ``"bidirectional"``, ``"causal"`` (each block given the student's
-    clean past and no future; CMD) or ``"chunk"`` (each block alone; RMD). ``critic_mode`` is that of the fake score.
-    ``init`` is ``"ode"``, ``"consistency"`` or ``"teacher"`` (Tab. 4 of the paper).
-    ``score_timesteps`` are ``"all"``, or for the exit step i ``"above_exit"`` (at least the timestep of step i + 1) or
-    ``"at_exit"`` (between those of the steps i + 1 and i), as Self-Forcing's ``ts_schedule`` and ``ts_schedule_max``.
-    With ``loss_frames`` the losses use a window of that many latent frames of a longer rollout: from a ``"random"``
-    block on (``loss_window``; Self-Forcing++) or the ``"last"`` ones (LongLive).
-    ``critic_init`` is the network that the fake score starts from and shares its sizes with, ``"teacher"`` or
-    ``"student"``: Self-Forcing distils a 14B teacher with a fake score of 1.3B.
-    ``gradient`` is ``"stop"`` (the keys and values of earlier blocks are constants) or ``"replay"`` (the gradient
-    passes through them too, in one block-causal pass after the rollout; ``distill.replay``).
-    ``exit_steps`` says where the blocks of a self rollout stop: all at one random step (``"shared"``), each at its own
-    (``"per_block"``), all at the ``"last"``, or the ``"first_block"`` at a random one and the others at the last.
-    With probability ``continuation_prob`` a self rollout continues the previous one of the same update, so that the
-    student is trained far into a stream. With probability ``prompt_switch_prob`` a clip that continues switches its
-    prompt there. Both need a window. The losses leave out the first latent frame of a continued rollout. The scores
-    still attend to it, although they were trained on clips whose first latent frame is one pixel frame. On the digits
-    weights it changes the teacher's velocity of the other frames by 11, 6 and 4 % at t = 250, 500 and 750 (29, 15 and
-    9 % on the second frame, 3 to 1 % on the last), and its mean square error by -7, -1 and +1 %:
-    ``python benchmarks/first_frame.py 16``.
-    """
-
-    label: ClassVar[str] = "train_distill"
-
-    rollout: Literal["data", "self"] = "self"
-    gradient: Literal["stop", "replay"] = "stop"
-    exit_steps: Literal["shared", "per_block", "last", "first_block"] = "shared"
-    objective: Literal["dmd", "sid", "dmd_gan"] = "dmd"
-    sid_alpha: NotNegative = 1.0
-    gan_weight: NotNegative = 0.03
-    gan_critic_weight: NotNegative = 0.03
-    gan_layers: tuple[CountOrZero, ...] = ()
-    gan_r1_weight: NotNegative = 0.0
-    gan_r2_weight: NotNegative = 0.0
-    gan_r_sigma: Positive = 0.01
-    critic_steps: Count = 5
-    guidance_scale: NotNegative = 4.5
-    fake_guidance_scale: NotNegative = 1.0
-    teacher: Literal["bidirectional", "causal", "chunk"] = "bidirectional"
-    critic_mode: Literal["bidirectional", "causal", "chunk"] = "bidirectional"
-    init: Literal["ode", "consistency", "teacher"] = "ode"
-    critic_init: Literal["teacher", "student"] = "teacher"
-    critic_optimizer: OptimizerConfig = OptimizerConfig()
-    score_timestep_min: float = 20.0
-    score_timestep_max: float = 980.0
-    score_timesteps: Literal["all", "above_exit", "at_exit"] = "all"
-    loss_frames: CountOrZero = 0
-    loss_window: Literal["random", "last"] = "random"
-    include_clean: bool = True
-    mask_clean: bool = True
-    continuation_prob: Probability = 0.0
-    prompt_switch_prob: Probability = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            0 < self.score_timestep_min < self.score_timestep_max <= 1000,
-            f"train_distill.score_timestep_min and score_timestep_max are {self.score_timestep_min} and "
-            f"{self.score_timestep_max}; accepted: 0 < min < max <= 1000",
-        )
-        for name in ("gradient", "exit_steps", "score_timesteps", "loss_frames"):
-            default = type(self).__dataclass_fields__[name].default
-            require(
-                self.rollout == "self" or getattr(self, name) == default,
-                f"train_distill.{name} is {getattr(self, name)!r} with rollout 'data', which has no steps of its own; "
-                f"use rollout 'self' or {name} {default!r}",
-            )
-        require(
-            self.score_timesteps == "all" or self.exit_steps in ("shared", "last"),
-            f"train_distill.score_timesteps is {self.score_timesteps!r} with exit_steps {self.exit_steps!r}; the "
-            "scores have one timestep for all blocks, so use exit_steps 'shared' or 'last'",
-        )
-        require(
-            (self.teacher == "chunk") == (self.critic_mode == "chunk"),
-            f"train_distill.teacher is {self.teacher!r} and critic_mode is {self.critic_mode!r}; 'chunk' needs both",
-        )
-        self._check_window()
-        self._check_gan()
-
-    def _check_window(self) -> None:
-        lengths = [frames for _, frames, _ in self.stretches if frames]
-        require(
-            not self.loss_frames or all(self.loss_frames <= frames for frames in lengths),
-            f"train_distill.loss_frames is {self.loss_frames}; the shortest rollout has "
-            f"{min(lengths, default=0)} latent frames",
-        )
-        require(
-            not (self.loss_frames and self.loss_window == "random" and self.continuation_prob),
-            "train_distill.loss_window is 'random' with continuation_prob above 0, but rollouts continue the end of "
-            "the loss window; use loss_window 'last' or continuation_prob 0",
-        )
-
-    def _check_gan(self) -> None:
-        if self.objective != "dmd_gan":
-            return
-        for name in ("continuation_prob", "loss_frames"):
-            require(
-                not getattr(self, name),
-                f"train_distill.{name} is {getattr(self, name)} with objective 'dmd_gan', whose real clips "
-                f"begin with a first frame; use {name} 0 or objective 'dmd'",
-            )
-        require(
-            not self.lora.rank or self.critic_init == "teacher",
-            f"train_distill.lora.rank is {self.lora.rank} with objective 'dmd_gan' and critic_init 'student', whose "
-            "discriminator would stay frozen; use critic_init 'teacher' or rank 0",
-        )
-        require(
-            self.critic_mode == "bidirectional",
-            f"train_distill.critic_mode is {self.critic_mode!r} with objective 'dmd_gan'; accepted: 'bidirectional'",
-        )

@@ -1,1 +1,1 @@
-"""Data: the moving-digits dataset, generic array datasets, and the Grain input pipeline."""
+"""Data: moving digits, own videos, datasets that networks make, and the input pipeline."""

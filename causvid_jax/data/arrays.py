@@ -1,8 +1,7 @@
-"""Datasets of arrays, written chunk by chunk; an interruption loses at most one chunk.
+"""Write and read datasets of arrays, chunk by chunk; an interruption loses at most one chunk.
 
-A dataset of ``chunks`` chunks becomes ``chunks`` ArrayRecord shards. Each is written under a temporary name and renamed
-when complete. The next run skips the shards that exist. When all exist, the metadata that makes the folder a tfds
-dataset is written, and then a marker file.
+Each chunk is one ArrayRecord shard. It is written under a temporary name and renamed when complete. The next run skips
+the shards that exist. When all shards exist, the metadata of a tfds dataset is written, and then a marker file.
 """
 
 import json
@@ -21,12 +20,12 @@ from causvid_jax.config.files import atomic
 
 IDENTITY = "identity.json"
 ADDED = ("dtype",)
-"""Settings of an identity that older datasets do not have, which may have any value there."""
+"""Settings of an identity that older datasets lack; such a dataset is accepted for any value of them."""
 _FINISHED = "FINISHED"
 
 
 def read_identity(folder: str | os.PathLike) -> dict[str, Any]:
-    """Return the ``identity`` that :func:`write_dataset` stored with a dataset; {} if there is none.
+    """Return the ``identity`` of a dataset that :func:`write_dataset` stored; {} if there is none.
 
     Raises:
         ConfigError: the file is damaged.
@@ -41,11 +40,11 @@ def read_identity(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 class EmptyDataset(ConfigError):
-    """All chunks are written, and none has an example."""
+    """All chunks of a dataset are written, but none has an example."""
 
 
 def array_features(more: Mapping[str, Any] | None = None, **shapes: Sequence[int | None]) -> tfds.features.FeaturesDict:
-    """Return the features of float16 arrays (name to shape), of their caption, and ``more`` features."""
+    """Return the tfds features of float16 arrays (name to shape; None is any length), a caption, and ``more``."""
     tensors = {
         name: tfds.features.Tensor(shape=tuple(shape), dtype=np.float16, encoding="bytes")
         for name, shape in shapes.items()
@@ -54,18 +53,25 @@ def array_features(more: Mapping[str, Any] | None = None, **shapes: Sequence[int
 
 
 def trim_text(embeds: np.ndarray) -> np.ndarray:
-    """Return prompt embeddings ``[length, dim]`` as float16 without the zeros at the end, which readers restore."""
+    """Return prompt embeddings ``[length, dim]`` as float16 ``[tokens, dim]``, without the zeros after the last token.
+
+    The readers of :mod:`causvid_jax.data.pipeline` restore the zeros.
+    """
     nonzero = np.flatnonzero(np.any(embeds != 0, axis=1))
     return embeds[: nonzero[-1] + 1 if len(nonzero) else 0].astype(np.float16)
 
 
 def shard_path(folder: str | os.PathLike, name: str, index: int, chunks: int, split: str = "train") -> pathlib.Path:
-    """Return the file of chunk ``index``; it exists once the chunk is complete."""
+    """Return the file of chunk ``index`` of ``chunks``. It exists when the chunk is complete."""
     return pathlib.Path(folder) / f"{name}-{split}.array_record-{index:05d}-of-{chunks:05d}"
 
 
 def is_complete(folder: str | os.PathLike) -> bool:
-    """Return whether ``folder`` holds a finished dataset with all of its shards."""
+    """Return whether ``folder`` holds a finished dataset with all of its shards.
+
+    Raises:
+        ConfigError: its metadata cannot be read, or have a feature type or file format that is not accepted.
+    """
     folder = pathlib.Path(folder)
     if not (folder / _FINISHED).is_file():
         return False
@@ -77,7 +83,7 @@ FEATURES = {
     f"tensorflow_datasets.core.features.{name}"
     for name in ("features_dict.FeaturesDict", "tensor_feature.Tensor", "text_feature.Text", "scalar.Scalar")
 }
-"""Accepted feature types. tfds imports the module that ``features.json`` names, which could run any code."""
+"""Accepted feature types. tfds imports the module that ``features.json`` names, and this could run any code."""
 
 
 def _open(folder: pathlib.Path) -> Any:
@@ -116,7 +122,7 @@ def _class_names(features: Any) -> Iterator[str]:
 
 
 def source(folder: str | os.PathLike, split: str = "train") -> Any:
-    """Return random access to the examples of a finished dataset.
+    """Return a finished dataset for random access: ``len(source)``, and ``source[i]`` is a dict of arrays.
 
     Raises:
         ConfigError: there is none at ``folder``, it is not finished, or it has features of an unknown type.
@@ -142,22 +148,22 @@ def write_dataset(
 
     Args:
         folder: the dataset's own folder.
-        name: of the dataset; shards are ``NAME-SPLIT.array_record-00000-of-00004``.
-        features: of one example.
+        name: name of the dataset; shards are ``NAME-SPLIT.array_record-00000-of-00004``.
+        features: features of one example (:func:`array_features`).
         chunks: number of chunks; chunk i becomes shard i.
-        make_chunk: chunk index to its examples; must depend on the index alone.
+        make_chunk: returns the examples of a chunk by its index; the result must depend on the index alone.
         identity: everything that decides the content (sizes, seeds, digests of weights), as JSON values. A folder that
             was started with another identity is refused, so that trajectories of two teachers never mix.
         split: name of the split.
         process_id: this process writes chunks process_id, process_id + process_count, ...
-        process_count: of processes that share ``folder``.
-        progress: show a bar with the remaining time.
+        process_count: number of processes that share ``folder``.
+        progress: whether to show a bar with the remaining time.
 
     Returns:
         whether the dataset is finished (False: another process still has chunks to write).
 
     Raises:
-        ConfigError: the folder holds a dataset of another identity.
+        ConfigError: the folder holds a dataset of another identity, or its metadata cannot be read.
         EmptyDataset: all chunks are written and none has an example.
     """
     folder = pathlib.Path(folder)
@@ -200,7 +206,7 @@ def _change(name: str, before: Any, now: Any) -> str:
 
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` atomically: a reader finds the old or the new file."""
+    """Write ``content`` to ``path`` atomically: a reader sees the old or the new file."""
     with atomic(path) as temporary:
         temporary.write_bytes(content)
 

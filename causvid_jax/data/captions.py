@@ -1,4 +1,4 @@
-"""Read lists of prompts, and the captions of a folder of videos."""
+"""Read lists of prompts, and list the videos of a folder with their captions."""
 
 import csv
 import dataclasses
@@ -25,7 +25,7 @@ FILE_KEYS = ("file", "file_name", "video", "path")
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """A video to read: ``file`` relative to its folder, ``caption`` ("": none), ``size`` in bytes (-1: no file)."""
+    """A video: ``file`` relative to the folder of videos, ``caption`` ("": none), ``size`` in bytes (-1: no file)."""
 
     file: str
     caption: str
@@ -36,16 +36,18 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
     """Return the prompts of a list.
 
     =========================  ====================================================================================
-    ``.json``, ``.jsonl``      strings, or objects with a ``prompt`` (:data:`PROMPT_KEYS`): a list, or one per line
-    ``.csv``, ``.tsv``         a table with a header and a column ``prompt``
-    anything else              one prompt per line; JSON is recognised by its content
+    ``.json``, ``.jsonl``      strings, or objects with a ``prompt`` (:data:`PROMPT_KEYS`): a list, or one per line,
+    or ``.ndjson``             or a list under the name ``prompts`` of an object
+    ``.csv``, ``.tsv``         a table with a header and a column ``prompt`` (:data:`PROMPT_KEYS`)
+    ``.txt``                   one prompt per line
+    anything else              JSON if its content is JSON, else one prompt per line
     =========================  ====================================================================================
 
-    Suffixes may be in any case. Order and repetitions are kept. White space around a prompt and empty lines are
-    removed.
+    The text is UTF-8. Suffixes may be in any case. Order and repetitions are kept. White space around a prompt and
+    empty lines are removed.
 
     Raises:
-        ConfigError: no such file, a line that cannot be read, or no prompt at all.
+        ConfigError: no such file, a line that cannot be read, a control character, or no prompt at all.
     """
     path = _file(path, "prompt file")
     suffix = path.suffix.lower()
@@ -67,13 +69,15 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
 
 
 def read_captions(path: str | os.PathLike) -> dict[str, str]:
-    """Return file name to caption.
+    """Return the captions of a captions file by file name; "" for a missing caption.
 
-    Tables (``.csv``, ``.tsv``, with a header) and JSON (``.json``, ``.jsonl``) have a ``file`` (:data:`FILE_KEYS`) and
-    a ``caption`` (:data:`CAPTION_KEYS`) each; a JSON object may also map file names to captions.
+    Every row of a table (``.csv``, ``.tsv``, with a header) or object of a JSON file (``.json``, ``.jsonl``,
+    ``.ndjson``) has a ``file`` (:data:`FILE_KEYS`) and a ``caption`` (:data:`CAPTION_KEYS`). A JSON object may also map
+    file names to captions.
 
     Raises:
-        ConfigError: another kind of file, one of the two missing, or a file that is named twice.
+        ConfigError: another kind of file, an entry without a file or with a caption that is no text, a table without
+            one of the columns, a file that is named twice, or no entry.
     """
     path = _file(path, "captions file")
     suffix = path.suffix.lower()
@@ -105,8 +109,8 @@ def list_videos(folder: str | os.PathLike, captions: str | os.PathLike | None = 
 
     Args:
         folder: searched recursively; a video is recognised by its suffix (:data:`VIDEO_SUFFIXES`).
-        captions: a file for :func:`read_captions`, its names relative to ``folder`` (with ``/`` or ``\\``, in any
-            Unicode form); None takes the text file beside each video (``a/b.mp4``: ``a/b.txt``).
+        captions: a file for :func:`read_captions`, whose names are relative to ``folder`` (with ``/`` or ``\\``, in
+            any Unicode form); None takes the text file beside each video (``a/b.mp4``: ``a/b.txt``).
 
     Raises:
         ConfigError: no such folder, no video, a captions file that cannot be read, or a name or a symbolic link that
@@ -140,7 +144,7 @@ def list_videos(folder: str | os.PathLike, captions: str | os.PathLike | None = 
 
 
 def digest(values: Sequence[Any]) -> str:
-    """Return a short digest of JSON values, for the identity of a dataset."""
+    """Return 16 digits of the SHA-256 of JSON values, for the identity of a dataset."""
     state = hashlib.sha256()
     for value in values:
         state.update(json.dumps(value).encode() + b"\n")

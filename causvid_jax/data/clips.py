@@ -1,4 +1,4 @@
-"""Split video files into clips of a recipe's size, length and rate, decoded ahead in threads."""
+"""Split video files into clips of a recipe's size, length and rate; decode them in threads."""
 
 import pathlib
 import queue
@@ -13,20 +13,20 @@ from causvid_jax.media import iterate_frames
 
 
 class Unusable(Exception):
-    """A video gives no clip; the message is the reason."""
+    """A video that gives no clip; the message is the reason, such as "is too short"."""
 
 
 def split_into_clips(path: str | pathlib.Path, config: VideoConfig, limit: int = 0) -> Iterator[np.ndarray]:
     """Yield the consecutive clips of a video, uint8 ``[config.frames, height, width, 3]`` at ``config.fps``.
 
-    Clips start at the first frame and do not overlap. Frames after the last whole clip are dropped. A clip that lacks
-    only its last frame repeats the frame before: 5.00 seconds are 80 frames at 16 per second, and a clip has 81. Frames
-    are scaled to cover the size and cropped at the centre.
+    Clips start at the first frame and do not overlap. Frames after the last whole clip are dropped. If the last clip
+    lacks only one frame, its last frame is repeated: a video of 5.00 seconds has 80 frames at 16 per second, and a clip
+    has 81. Frames are scaled to cover the size and cropped at the centre.
 
     Args:
-        path: of the file.
-        config: height, width, frames and rate of a clip.
-        limit: at most this many clips (0: all); the rest is not read.
+        path: of the video.
+        config: height, width, pixel frames and rate of a clip.
+        limit: maximum number of clips (0: all); the rest of the video is not read.
 
     Raises:
         Unusable: the file is damaged (after any number of clips) or shorter than one clip.
@@ -62,10 +62,13 @@ def split_into_clips(path: str | pathlib.Path, config: VideoConfig, limit: int =
 def decode_ahead(
     paths: Sequence[pathlib.Path], config: VideoConfig, *, limit: int = 0, workers: int = 2
 ) -> Iterator[tuple[int, np.ndarray | Unusable | None]]:
-    """Run :func:`split_into_clips` on many videos, ``workers`` of them at a time, each at most two clips ahead.
+    """Run :func:`split_into_clips` on many videos, ``workers`` of them at a time.
+
+    Each worker waits when two of its clips are not taken yet.
 
     Yields:
-        (i, clip) of ``paths[i]`` in order, and after its last clip (i, None), or (i, error) if it is unusable.
+        (i, clip) for every clip of ``paths[i]``, in order; after the last clip (i, None), or (i, error) if the video is
+        unusable.
     """
     stop = threading.Event()
     queues: list[queue.Queue] = []

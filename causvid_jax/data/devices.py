@@ -1,4 +1,4 @@
-"""Compute examples of a dataset on all devices of this process."""
+"""Compute the examples of a dataset on all devices of this process."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +9,17 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def over_local_devices(function: Callable, params: dict[str, Any], batch: int, chunk: int) -> tuple[Callable, int]:
-    """Compile ``function(params, *inputs)`` for one shape, with its inputs split over this process's devices.
+    """Compile ``function(params, *inputs)`` for one batch size, with the batch split over this process's devices.
+
+    Args:
+        function: pure; inputs and results have examples along axis 0.
+        params: replicated on every device.
+        batch: examples per device and call.
+        chunk: examples of a chunk; a call takes no more than these need.
 
     Returns:
-        (call, size): ``call(*inputs)`` takes up to ``size`` examples along axis 0 (about ``batch`` per device, not
-        many more than ``chunk`` in all) and returns as many, as numpy arrays.
+        (call, size). ``call(*inputs)`` takes 1 to ``size`` examples and returns the results of as many, as NumPy
+        arrays. ``size`` is ``devices * max(1, min(batch, chunk // devices))``.
     """
     devices = jax.local_devices()
     size = len(devices) * max(1, min(batch, chunk // len(devices)))

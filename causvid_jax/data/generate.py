@@ -1,8 +1,12 @@
 """Datasets that networks make: latents, ODE trajectories, streams and embedded prompts.
 
 The VAE makes latents of clips, the teacher makes ODE trajectories, the student makes streams. All datasets are written
-chunk by chunk and resume (:mod:`causvid_jax.data.arrays`). An example depends on its index alone. The number of
-examples, of devices and of interruptions changes it by rounding only.
+chunk by chunk and resume after an interruption (:mod:`causvid_jax.data.arrays`). An example depends on its index alone.
+Another number of examples, devices or interruptions changes it by rounding only.
+
+In all functions ``folder`` is the folder of the dataset, ``chunk`` the number of examples per shard, and ``options``
+are ``process_id``, ``process_count`` and ``progress`` of :func:`arrays.write_dataset`. They return whether the dataset
+is finished, and raise a ConfigError if the folder holds a dataset of another identity.
 """
 
 import dataclasses
@@ -35,7 +39,7 @@ from causvid_jax.text import encoder
 CLIPS_AT_ONCE = 8
 """Clips per device and call of the VAE."""
 STREAMS_AT_ONCE = 16
-"""Trajectories per device and call, streams side by side."""
+"""Trajectories per device and call, or streams per call."""
 
 
 def generate(
@@ -53,18 +57,13 @@ def generate(
     """Write a dataset of ``count`` examples that are computed in batches; resume where it was interrupted.
 
     Args:
-        folder: of the dataset.
-        name: of the dataset.
-        count: of examples (of streams, each several examples).
-        make_batch: numbers of up to ``batch`` examples to the examples; they must depend on the numbers alone.
-        features: of one example.
-        identity: as in :func:`arrays.write_dataset`, ``count`` is added.
-        chunk: examples per shard.
-        batch: examples per call.
-        options: ``process_id``, ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
-
-    Returns:
-        whether the dataset is finished.
+        folder, chunk, options: see above.
+        name: name of the dataset.
+        count: number of examples, or of streams of several examples.
+        make_batch: returns the examples of up to ``batch`` numbers; they must depend on the numbers alone.
+        features: features of one example.
+        identity: as in :func:`arrays.write_dataset`; ``count`` is added.
+        batch: examples per call of ``make_batch``.
     """
 
     def make_chunk(index: int) -> Iterator[dict[str, Any]]:
@@ -100,20 +99,15 @@ def write_latents(
     """Encode the first ``count`` clips (0: all) to ``latents`` float16 [F, h, w, C] with their ``caption``.
 
     Args:
-        folder: of the dataset.
+        folder, chunk, options: see above.
         source: examples with ``video`` uint8 [T, H, W, 3] and ``caption``.
-        params: of the VAE.
-        config: of the VAE; its ``latent_mean`` and ``latent_std`` normalise what is stored.
+        params: parameters of the VAE.
+        config: configuration of the VAE; its ``latent_mean`` and ``latent_std`` normalise the stored latents.
         clips: name of the dataset that ``source`` reads, part of the identity.
         count: number of clips.
-        chunk: clips per shard.
         batch: clips per device and call.
-        prompt_encoder: keeps the embeddings of the captions as ``text``; None: readers encode the captions.
+        prompt_encoder: stores the embeddings of the captions as ``text`` too; None: training encodes the captions.
         clip_encoder: encodes the clips' first frames too (:mod:`causvid_jax.data.pictures`); None: no pictures.
-        options: ``process_id``, ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
-
-    Returns:
-        whether the dataset is finished.
     """
     count = min(count or len(source), len(source))
     identity = {"clips": clips, "vae": weights_digest(params), "config": to_json(config)}
@@ -168,24 +162,21 @@ def write_trajectories(
     clips: pipeline.Source | None = None,
     **options: Any,
 ) -> bool:
-    """Run the teacher's guided ODE once per prompt and keep its states at the student's timesteps.
+    """Run the teacher's guided ODE once per prompt and store its states at the student's timesteps.
+
+    An example is ``trajectory`` float16 [Q + 1, F, h, w, C] and ``caption``. State q < Q is the teacher's at
+    ``flow.student_timesteps(...)[q]`` (0 to 1000), the last one is its x0. Source: CausVid, section 4.3.
 
     Args:
-        folder: of the dataset; examples are ``trajectory`` float16 [Q + 1, F, h, w, C] (state q at
-            ``flow.student_timesteps(...)[q]``, the last one clean) and ``caption``.
-        params: of the teacher, or of its two experts by name.
-        recipe: its networks and its diffusion.
+        folder, chunk, options: see above.
+        params: parameters of the teacher, or of its two experts by name.
+        recipe: its networks and its diffusion are used.
         prompts: one per trajectory.
-        seed: of the noise; trajectory i starts from ``fold_in(key(seed), i)``.
-        chunk: trajectories per shard.
+        seed: seed of the noise; trajectory i starts from ``normal(fold_in(key(seed), i))``.
         batch: trajectories per device and call.
-        prompt_encoder: of the prompts; a recipe of words needs none.
-        clips: examples whose pictures the trajectories start from, for a recipe with image branches: trajectory i has
-            that of clip i, from the start again when they end.
-        options: ``process_id``, ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
-
-    Returns:
-        whether the dataset is finished.
+        prompt_encoder: encoder of the prompts; a recipe of words needs none.
+        clips: examples with the pictures of a recipe with image branches; trajectory i has the picture of clip i modulo
+            their number.
     """
     shape, diffusion, key = recipe.latent_shape, recipe.trajectory_diffusion, jax.random.key(seed)
     reader = prompt_encoder or encoder.open_encoder(recipe)
@@ -239,7 +230,7 @@ def write_trajectories(
 
 
 def causal_key(seed: int, frames: int) -> jax.Array:
-    """Return the key of the causal trajectories of ``frames`` latent frames (0: whole clips).
+    """Return the random key of the causal trajectories of ``frames`` latent frames (0: whole clips).
 
     Each length has its own key. With one key for all, the first blocks of short and whole clips would have the same
     noise, and both datasets would contain the same examples.
@@ -266,21 +257,20 @@ def write_causal_trajectories(
     """Run the causal teacher's guided ODE on every block of ``count`` clips, each block given its clean past.
 
     All blocks are denoised in one pass. The teacher-forcing mask hides each block's noise from the others. With
-    probability ``train_init.prompt_switch_prob`` a clip has the past of the next clip (``ode_regression.splice``).
+    probability ``train_init.prompt_switch_prob`` a clip has the past of the next clip (``ode_regression.splice``). An
+    example is ``trajectory`` as in :func:`write_trajectories`, ``context`` float16 [F, h, w, C], the clean past of
+    every block, and ``caption``. Source: Causal Forcing, arXiv 2602.02214.
 
     Args:
-        folder: of the dataset; examples are ``trajectory`` as in :func:`write_trajectories`, ``context`` float16
-            [F, h, w, C], the clean past of every block, and ``caption``.
-        params: of the causal teacher.
-        recipe: its networks, blocks and diffusion.
+        folder, chunk, options: see above.
+        params: parameters of the causal teacher.
+        recipe: its networks, blocks and diffusion are used.
         clips: examples with ``latents`` and ``caption``; trajectory i uses clip i modulo their number.
-        count: trajectories to make.
+        count: number of trajectories.
         identity: identifies these clips, a digest or a name.
-        frames: latent frames of every clip, from its first one on; 0: all.
-        seed, chunk, batch, options: as in :func:`write_trajectories`.
-
-    Returns:
-        whether the dataset is finished.
+        frames: number of latent frames of every clip, from its first one on; 0: all.
+        seed: seed of :func:`causal_key`.
+        batch, prompt_encoder: as in :func:`write_trajectories`.
     """
     whole, diffusion, key = recipe.latent_shape, recipe.trajectory_diffusion, causal_key(seed, frames)
     shape = (frames or whole[0], *whole[1:])
@@ -373,27 +363,23 @@ def write_streams(
 ) -> bool:
     """Stream ``clips`` clips of the student for every prompt and split each stream into clips, decoded by the VAE.
 
-    Clip k of a stream starts at latent frame k F. Except in the first clip, the first three pixel frames of its first
-    latent frame are left out: a decoder that starts with this clip does not decode them either.
+    An example is one clip: ``latents`` float16 [F, h, w, C], ``video`` uint8 [T, H, W, 3] and ``caption``. The clips of
+    a stream follow each other. Clip k starts at latent frame k F. Except in the first clip, the first three pixel
+    frames of its first latent frame are left out, because a decoder that starts with this clip does not decode them.
 
     Args:
-        folder: of the dataset; examples are ``latents`` float16 [F, h, w, C], ``video`` uint8 [T, H, W, 3] and
-            ``caption``, those of a stream one after the other.
+        folder, options: see above.
         params: ``{"student", "vae"}``.
-        recipe: its networks, blocks and diffusion.
-        prompts: one per stream; stream i has seed ``seed + i``.
-        clips: length of a stream, in clips of the recipe.
-        seed: of the first stream.
+        recipe: its networks, blocks and diffusion are used.
+        prompts: one per stream; stream i has the seed ``seed + i``.
+        clips: number of clips of a stream.
+        seed: seed of the first stream.
         chunk: streams per shard.
-        batch: streams side by side.
-        prompt_encoder: of the prompts; a recipe of words needs none.
-        options: ``process_id``, ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
-
-    Returns:
-        whether the dataset is finished.
+        batch: streams per call.
+        prompt_encoder: encoder of the prompts; a recipe of words needs none.
 
     Raises:
-        ConfigError: no blocks make up so many clips.
+        ConfigError: ``clips`` clips are not a whole number of blocks.
     """
     recipe = dataclasses.replace(recipe, decoder="vae")
     length, frames_per_clip = recipe.video.latent_frames, recipe.video.frames
@@ -461,16 +447,11 @@ def write_prompts(
     """Embed ``prompts`` for training that needs no video: ``text`` float16 [tokens, dim] and ``caption``.
 
     Args:
-        folder: of the dataset.
-        recipe: its text encoder.
+        folder, chunk, options: see above.
+        recipe: its text encoder is used.
         prompts: one per example.
-        chunk: prompts per shard.
         batch: prompts per call of the encoder.
-        prompt_encoder: of the prompts; a recipe of words needs none.
-        options: ``process_id``, ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
-
-    Returns:
-        whether the dataset is finished.
+        prompt_encoder: encoder of the prompts; a recipe of words needs none.
     """
 
     reader = prompt_encoder or encoder.open_encoder(recipe)
@@ -494,7 +475,10 @@ def write_prompts(
 
 
 def prompt_sequence(captions: Sequence[str], count: int, seed: int) -> list[str]:
-    """Return ``count`` prompts: all of ``captions`` in a new random order each round. A larger count only appends."""
+    """Return ``count`` prompts: all of ``captions`` in a random order, then all in another order, and so on.
+
+    A larger ``count`` only appends.
+    """
     rounds = math.ceil(count / len(captions))
     orders = [np.random.default_rng([seed, r]).permutation(len(captions)) for r in range(rounds)]
     return [captions[i] for order in orders for i in order][:count]

@@ -1,4 +1,4 @@
-"""Digests of the weights that made a dataset, for its identity."""
+"""Compute digests of the weights that make a dataset, for its identity."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from causvid_jax.models import experts
 
 
 def weights_digest(params: dict[str, Any]) -> str:
-    """Return a short digest of a parameter tree, for the identity of a dataset."""
+    """Return 16 digits of the SHA-256 of a parameter tree; equal to ``lineage.weights_digest`` for float32."""
     return store.checksum(store.flatten(params), {})[:16]
 
 
 def teacher_identity(params: dict[str, Any], recipe: Recipe) -> dict[str, str]:
-    """Return the teacher's type and digest, or the digests of its two experts and how they share the timesteps."""
+    """Return the teacher's compute type and digest; of two experts both digests and their configuration."""
     dtype = {"dtype": recipe.teacher.dtype}
     if not recipe.experts.boundary:
         return dtype | {"teacher": weights_digest(params)}

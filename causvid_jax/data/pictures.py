@@ -1,7 +1,7 @@
-"""What networks with an image branch read of the clips that they are trained on: the first frame of each as a picture.
+"""Pictures for networks with an image branch: the first frames of the clips that they are trained on, encoded.
 
-Examples and batches hold it as ``image_latents [F, h, w, 4 + C]`` (``models.image_branch.image_condition`` of a video
-that shows the first frame and is grey after it) and, for networks that read CLIP, ``image_embeds [tokens, width]``.
+Examples and batches have the picture as ``image_latents [F, h, w, 4 + C]`` (``models.image_branch.image_condition`` of
+a video of the first frame followed by grey) and, for networks that read CLIP, as ``image_embeds [tokens, width]``.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ LATENTS, EMBEDS = "image_latents", "image_embeds"
 
 
 def shapes(recipe: Recipe, frames: int = 0) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of an example's picture, cut to ``frames`` latent frames (0: all); {} without image branch."""
+    """Return name to shape of an example's picture, of ``frames`` latent frames (0: all); {} without image branch."""
     if not recipe.reads_picture:
         return {}
     length, height, width, channels = recipe.latent_shape
@@ -34,18 +34,21 @@ def shapes(recipe: Recipe, frames: int = 0) -> dict[str, tuple[int, ...]]:
 
 
 def picture_of(batch: Mapping[str, Any]) -> Picture | None:
-    """Return the pictures of a batch; None if it has none."""
+    """Return the pictures of a batch as the networks read them; None if it has none."""
     return Picture(batch[LATENTS], batch.get(EMBEDS)) if LATENTS in batch else None
 
 
 def of_example(example: Mapping[str, Any], frames: int = 0) -> dict[str, np.ndarray]:
-    """Return the picture of an example in float32, cut to ``frames`` latent frames (0: all); {} if it has none."""
+    """Return an example's picture in float32, cut to ``frames`` latent frames (0: all); {} if it has none."""
     arrays = {name: example[name].astype(np.float32) for name in (LATENTS, EMBEDS) if name in example}
     return arrays | ({LATENTS: arrays[LATENTS][: frames or None]} if LATENTS in arrays else {})
 
 
 def of_numbers(clips: Any, numbers: range, recipe: Recipe, frames: int = 0) -> list[dict[str, Any]]:
-    """Return the picture of each example, cut to ``frames``; empty ones for a recipe without image branches."""
+    """Return the pictures of the clips ``numbers``, modulo the number of clips, as :func:`of_example` does.
+
+    They are empty for a recipe without image branches.
+    """
     if not recipe.reads_picture:
         return [{} for _ in numbers]
     assert clips is not None, "a network with an image branch reads the pictures of clips"
@@ -53,12 +56,12 @@ def of_numbers(clips: Any, numbers: range, recipe: Recipe, frames: int = 0) -> l
 
 
 def stacked(examples: Sequence[dict[str, Any]]) -> list[np.ndarray]:
-    """Return what the pictures of a batch have, stacked: latents, then embeds."""
+    """Return the pictures of a batch as stacked arrays: latents, then embeddings of CLIP if there are any."""
     return [np.stack([example[name] for example in examples]) for name in examples[0]]
 
 
 def half(picture: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return a picture in the type that datasets store."""
+    """Return a picture in float16, the type of datasets."""
     return {name: x.astype(np.float16) for name, x in picture.items()}
 
 
@@ -67,10 +70,10 @@ class ClipEncoder:
     """The encoders of clips for networks with an image branch.
 
     Attributes:
-        recipe: with the VAE's latent statistics.
+        recipe: recipe with the VAE's latent statistics.
         params: ``{"vae"}``, and ``"image_encoder"`` if a network reads CLIP.
-        clip: sizes of CLIP, if a network reads it.
-        identity: what tells the encoders from others.
+        clip: configuration of CLIP; None if no network reads it.
+        identity: entries of a dataset's identity that depend on the encoders.
     """
 
     recipe: Recipe
@@ -79,7 +82,10 @@ class ClipEncoder:
     identity: dict[str, str]
 
     def encode(self, params: Any, video: jax.Array) -> dict[str, jax.Array]:
-        """Return latents and picture of clips ``[B, T, H, W, 3]`` in [-1, 1]; ``params`` are :attr:`params`."""
+        """Return latents and pictures of clips float32 ``[B, T, H, W, 3]`` in [-1, 1].
+
+        ``params`` is :attr:`params`, an argument so that ``jax.jit`` does not make constants of it.
+        """
         arrays = {"latents": vae.encode(params["vae"], video, config=self.recipe.vae)}
         arrays[LATENTS] = image_to_video.image_latents(params["vae"], video[:, 0], config=self.recipe)
         if self.clip is not None:
@@ -88,7 +94,7 @@ class ClipEncoder:
 
 
 def open_encoder(recipe: Recipe, vae_params: Any, folder: str | os.PathLike) -> ClipEncoder | None:
-    """Load what encodes clips with their pictures; None for a recipe without image branches.
+    """Load the encoders of clips and their pictures; None for a recipe without image branches.
 
     Raises:
         ConfigError: CLIP's weights are missing in ``folder``, or do not fit the network that reads them.

@@ -1,9 +1,9 @@
-"""The input pipeline: Grain over random-access sources, in threads, with exact resume.
+"""The input pipeline: read random-access sources by Grain, in threads, with exact resume.
 
 There is one global order of examples, a function of the sources, their weights and the seed alone. Step k takes the
-next global batch, and each process reads only its own examples of it. An epoch therefore loses and repeats no example
-on any number of processes. The position is a number of examples in the global order, so a run can continue on another
-number of processes.
+next batch of this order, and each process reads only its own examples of the batch. With any number of processes every
+epoch therefore has every example once. The position is a number of examples in the global order, so a run can continue
+on another number of processes.
 """
 
 import itertools
@@ -32,11 +32,11 @@ Examples = Source | Sequence[dict[str, Any]]
 
 
 class Mixture:
-    """Several sources read as one; each is shuffled and repeated on its own.
+    """Several sources that are read as one; each is shuffled and repeated on its own.
 
     Attributes:
-        sources: of examples with the same keys and shapes.
-        weights: relative frequencies: source i makes up ``weights[i] / sum(weights)`` of the global order.
+        sources: sources of examples with the same keys and shapes.
+        weights: positive numbers; source i has the share ``weights[i] / sum(weights)`` of the global order.
     """
 
     def __init__(self, sources: Sequence[Examples], weights: Sequence[float]):
@@ -77,9 +77,10 @@ class _Rows(grain.MapDataset):
 
 
 class Batches:
-    """An endless iterator of batches of a global order; the position is ``{"examples": n}``, n of that order read.
+    """An endless iterator of batches of a global order, with a position that can be saved and restored.
 
-    A state of any number of processes can be set on an iterator of any other.
+    The position is ``{"examples": n}``: n examples of the global order were read. It does not depend on the number of
+    processes.
     """
 
     def __init__(self, order: grain.MapDataset, size: int, rows: tuple[int, ...], options: grain.ReadOptions):
@@ -104,7 +105,7 @@ class Batches:
         return {"examples": self._examples}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Continue at ``state``."""
+        """Continue at the position ``state`` of :meth:`get_state`."""
         self._begin(int(state["examples"]))
 
 
@@ -120,27 +121,27 @@ def batches(
     rows: Sequence[int] | None = None,
     threads: int = 2,
 ) -> Batches:
-    """Iterate without end over batches of ``transform(example, rng)``, shuffled anew every epoch.
+    """Iterate without end over batches of ``transform(example, rng)``, in a new random order every epoch.
 
     Args:
         source: the examples; a :class:`Mixture` of several.
-        transform: makes one example ready; its generator is seeded by (seed, position in the global order).
-        batch_size: examples per batch of all processes together; batches run across the ends of epochs, none is
-            dropped.
-        seed: of the order and of every transform.
+        transform: converts one example; its generator is seeded by (seed, position in the global order).
+        batch_size: examples per batch of all processes together. A batch may contain the end of one epoch and the start
+            of the next; no example is dropped.
+        seed: seed of the order and of every transform.
         shuffle: False reads every source in order.
-        process_id: of this process, usually ``jax.process_index()``.
-        process_count: usually ``jax.process_count()``; process p reads the p-th equal part of every batch, so that the
+        process_id: number of this process, usually ``jax.process_index()``.
+        process_count: usually ``jax.process_count()``. Process p reads the p-th equal part of every batch, so that the
             parts in the order of the processes are the batch of one process.
         rows: indices of the examples of every batch that this process reads, instead of ``process_id``.
         threads: number of threads that read and transform ahead.
 
     Returns:
-        an iterator of dicts of stacked numpy arrays; ``index`` in each are the numbers of its examples in ``source``
-        (in a mixture counted on from source to source).
+        an iterator of dicts of stacked NumPy arrays. ``index`` int64 [B] has the numbers of the examples in ``source``;
+        in a mixture the numbers of each source follow those of the one before.
 
     Raises:
-        ConfigError: an empty source, or sizes that do not divide.
+        ConfigError: an empty source, a batch that the processes do not divide, or impossible ``rows``.
     """
     require(len(source) > 0, "the dataset is empty; it must have at least one example")
     require(batch_size > 0, f"batch_size is {batch_size}; it must be positive")
@@ -183,12 +184,12 @@ def _endless(source: Examples | Mixture, seed: int, shuffle: bool, first: int = 
 
 
 def this_process() -> dict[str, int]:
-    """Return ``process_id`` and ``process_count`` of this JAX process, for everything that splits data over hosts."""
+    """Return ``process_id`` and ``process_count`` of this JAX process, as keyword arguments."""
     return {"process_id": jax.process_index(), "process_count": jax.process_count()}
 
 
 def as_text(value: str | bytes) -> str:
-    """Return a caption of a dataset as a string."""
+    """Return a caption of a dataset as text; tfds stores bytes, UTF-8."""
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
@@ -207,11 +208,14 @@ def _prompt(example: dict[str, Any], text_length: int) -> dict[str, Any]:
 
 
 def clip_batches(source: Any, *, batch_size: int, seed: int, frames: int = 0, **options: Any) -> Batches:
-    """Iterate over batches of pixel clips, each a random contiguous crop of ``frames`` frames (0: whole clips).
+    """Iterate over batches of pixel clips, each a random run of ``frames`` pixel frames (0: whole clips).
 
     Returns:
-        iterator of ``{"video": float32 [B, T, H, W, 3] in [-1, 1], "caption": str [B]}``; ``options`` as
+        iterator of ``{"video": float32 [B, T, H, W, 3] in [-1, 1], "caption": str [B]}``; other arguments as
         :func:`batches`.
+
+    Raises:
+        ConfigError: while iterating, clips of fewer frames; otherwise as :func:`batches`.
     """
 
     def transform(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -225,11 +229,16 @@ def clip_batches(source: Any, *, batch_size: int, seed: int, frames: int = 0, **
 
 
 def stream_batches(source: Any, *, batch_size: int, seed: int, frames: int = 0, **options: Any) -> Batches:
-    """Iterate over batches of the student's clips: latents and their decoded frames, the first ``frames`` pixel frames.
+    """Iterate over batches of the student's clips: latents and their decoded frames.
+
+    Clips are cut to their first ``frames`` pixel frames, ``1 + 4 n`` for a VAE of four frames per latent (0: all).
 
     Returns:
         iterator of ``{"video": float32 [B, T, H, W, 3] in [-1, 1], "latents": float32 [B, F, h, w, C], "caption":
-        str [B]}``; ``frames`` 0: all; ``options`` as :func:`batches`.
+        str [B]}``; other arguments as :func:`batches`.
+
+    Raises:
+        ConfigError: while iterating, a number of frames that clips cannot be cut to; otherwise as :func:`batches`.
     """
 
     def transform(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -253,14 +262,18 @@ def stream_batches(source: Any, *, batch_size: int, seed: int, frames: int = 0, 
 def latent_batches(
     source: Any, *, batch_size: int, seed: int, frames: int = 0, text_length: int = 0, **options: Any
 ) -> Batches:
-    """Iterate over batches of latents, cut to their first ``frames`` frames (0: all).
+    """Iterate over batches of latents, cut to their first ``frames`` latent frames (0: all).
 
-    The cut always starts at frame 0: the causal VAE's first latent frame holds one pixel frame, the others four.
+    The first latent frame is always kept, because it encodes one pixel frame and all others encode four.
 
     Returns:
-        iterator of ``{"latents": float32 [B, F, h, w, C], "caption": str [B]}`` and, from a dataset with embedded
-        captions and with ``text_length``, ``"text": float32 [B, text_length, dim]``; with pictures those of
-        :mod:`causvid_jax.data.pictures`; ``options`` as :func:`batches`.
+        iterator of ``{"latents": float32 [B, F, h, w, C], "caption": str [B]}``. With ``text_length``, a dataset of
+        embedded captions also gives ``"text": float32 [B, text_length, dim]``, zero after the last token. A dataset
+        with pictures also gives the arrays of :mod:`causvid_jax.data.pictures`. Other arguments as :func:`batches`.
+
+    Raises:
+        ConfigError: while iterating, latents of fewer frames or captions of more than ``text_length`` tokens; otherwise
+            as :func:`batches`.
     """
 
     def transform(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -277,9 +290,9 @@ def trajectory_batches(source: Any, *, batch_size: int, seed: int, text_length: 
     """Iterate over batches of ODE trajectories: the Q states at the student's timesteps, then the clean end.
 
     Returns:
-        iterator of ``{"trajectory": float32 [B, Q + 1, F, h, w, C], "caption": str [B]}``, with the ``context``
-        ``[B, F, h, w, C]`` of a causal teacher's, and ``"text"`` as :func:`latent_batches`; ``options`` as
-        :func:`batches`.
+        iterator of ``{"trajectory": float32 [B, Q + 1, F, h, w, C], "caption": str [B]}``. Trajectories of a causal
+        teacher also have ``"context": float32 [B, F, h, w, C]``, the clean past of every block. ``"text"``, pictures
+        and other arguments as :func:`latent_batches`.
     """
 
     def transform(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -290,7 +303,7 @@ def trajectory_batches(source: Any, *, batch_size: int, seed: int, text_length: 
 
 
 def prompt_batches(source: Any, *, batch_size: int, seed: int, text_length: int = 0, **options: Any) -> Batches:
-    """Iterate over batches of prompts alone: ``{"caption": str [B]}`` and ``"text"`` as :func:`latent_batches`."""
+    """Iterate over batches of prompts: ``{"caption": str [B]}`` and ``"text"``; arguments as :func:`latent_batches`."""
 
     def transform(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         return _prompt(example, text_length)

@@ -1,10 +1,17 @@
 """Make the datasets of a recipe in its working directory, one stage at a time.
 
-In the order of a training: ``data`` writes pixel clips (moving digits, or those of own videos) for the codec stages,
-``latents`` encodes them with the trained VAE, ``videos`` splits and encodes a folder of videos at once with a VAE that
-exists already, ``prompts`` embeds a list of prompts, ``trajectories`` runs the trained teacher's ODE, ``streams`` runs
-the student for the tiny decoder to learn from, and ``assets`` publishes the trained weights. Every stage keeps existing
-data and resumes after an interruption.
+The stages, in the order of a training:
+
+- ``data`` writes pixel clips (moving digits, or clips of own videos) for the training of the codecs.
+- ``latents`` encodes these clips with the trained VAE.
+- ``videos`` splits and encodes a folder of videos in one step with an existing VAE.
+- ``prompts`` embeds a list of prompts.
+- ``trajectories`` runs the trained teacher's ODE.
+- ``streams`` runs the student; the tiny decoder is trained on its streams.
+- ``assets`` copies the trained weights into the package.
+
+Every stage keeps existing data and resumes after an interruption. It returns a summary for the user and raises a
+ConfigError if weights, data or options are missing or do not fit.
 """
 
 import dataclasses
@@ -28,16 +35,20 @@ class Options:
     """Settings of a stage besides the recipe.
 
     Attributes:
-      count: examples to make (``data``, ``videos``: digit clips or videos to use); 0 for all, or the recipe's number.
-      videos: folder of own videos.
-      captions: their captions (:func:`captions.read_captions`); "" takes ``a.txt`` beside ``a.mp4``.
-      prompts: list of prompts (:func:`captions.read_prompts`); "" takes ``data.prompt_file``.
-      name: dataset that the stage ``videos`` writes below ``WORKDIR/data``.
-      clips_per_video: maximum clips per video; 0 for all.
-      shard_videos: videos per shard; an interruption loses at most one shard.
-      batch: clips per device and call of the VAE.
-      workers: videos decoded at a time.
-      host_index, host_count: share of a machine that runs by itself; None takes JAX's processes.
+        count: number of examples to make (``data``, ``videos``: number of digit clips or videos to use); 0 takes all,
+            or the recipe's number.
+        videos: folder of own videos.
+        captions: file of their captions (:func:`captions.read_captions`); "" takes ``a.txt`` beside ``a.mp4``.
+        prompts: file of prompts (:func:`captions.read_prompts`); "" takes ``data.prompt_file``.
+        name: dataset that the stage ``videos`` writes below ``WORKDIR/data``.
+        clips_per_video: maximum number of clips per video; 0 for all.
+        shard_videos: videos per shard; an interruption loses at most one shard.
+        batch: clips per device and call of the VAE.
+        workers: videos decoded at a time.
+        host_index, host_count: share of a machine that runs without ``jax.distributed``; None takes JAX's processes.
+
+    Raises:
+        ConfigError: a number out of bounds, or only one of ``host_index`` and ``host_count``.
     """
 
     count: int = 0
@@ -63,7 +74,11 @@ class Options:
         require(0 <= index < count, f"--host_index is {index} of --host_count {count}; accepted: 0 to {count - 1}")
 
     def host(self) -> dict[str, int]:
-        """Return this machine's share of the work, as options of :func:`arrays.write_dataset`."""
+        """Return this machine's share of the work, as keyword arguments of :func:`arrays.write_dataset`.
+
+        Raises:
+            ConfigError: ``host_index`` is set in a run of several JAX processes.
+        """
         if self.host_index is None or self.host_count is None:
             return pipeline.this_process()
         require(
@@ -75,7 +90,7 @@ class Options:
 
 
 def data(recipe: Recipe, workdir: pathlib.Path, options: Options = Options()) -> str:
-    """Write pixel clips to train a codec on: moving digits, or those of own videos."""
+    """Write pixel clips for the training of the codecs: moving digits, or clips of own videos."""
     if recipe.data.name == "videos":
         return _own_clips(recipe, workdir, options)
     config = dataclasses.replace(recipe.data, train_clips=options.count or recipe.data.train_clips)
@@ -129,7 +144,7 @@ def latents(recipe: Recipe, workdir: pathlib.Path, options: Options = Options())
 
 
 def encode_videos(recipe: Recipe, workdir: pathlib.Path, options: Options = Options()) -> str:
-    """Split and encode a folder of videos with a VAE that exists, without keeping pixels."""
+    """Split a folder of videos into clips and encode them with an existing VAE; pixels are not stored."""
     root, listed = _list_videos(options, "videos")
     reader = encoder.open_encoder(recipe, workdir)
     # Encode all captions before the VAE is loaded; otherwise every chunk would load the text encoder again.
@@ -155,7 +170,7 @@ def encode_videos(recipe: Recipe, workdir: pathlib.Path, options: Options = Opti
 
 
 def prompts(recipe: Recipe, workdir: pathlib.Path, options: Options = Options()) -> str:
-    """Embed a list of prompts; without one, encode only the captions of the data into the prompt cache."""
+    """Write the dataset of a list of prompts; without a list, only fill the prompt cache with the data's captions."""
     reader, listed = encoder.open_encoder(recipe, workdir), _prompt_list(recipe, options)
     if recipe.text.kind != "words":
         prompt_list = listed if listed is not None else sources.prompts(recipe, workdir)
@@ -175,7 +190,7 @@ def prompts(recipe: Recipe, workdir: pathlib.Path, options: Options = Options())
 
 
 def trajectories(recipe: Recipe, workdir: pathlib.Path, options: Options = Options()) -> str:
-    """Run the teacher's ODE for as many training captions as the init stage asks for."""
+    """Run the teacher's ODE for ``train_init.trajectories`` training prompts, or for clips if it is causal."""
     if recipe.train_init.teacher == "causal":
         return _causal_trajectories(recipe, workdir, options)
     names = networks(recipe, "teacher")
@@ -231,7 +246,7 @@ def _causal_trajectories(recipe: Recipe, workdir: pathlib.Path, options: Options
 
 
 def streams(recipe: Recipe, workdir: pathlib.Path, options: Options = Options()) -> str:
-    """Write the student's streams that ``train_taehv.rollouts`` names; ``count`` replaces each of their numbers."""
+    """Write the student's streams of ``train_taehv.rollouts``; ``count`` replaces the number of each entry."""
     require(
         bool(recipe.train_taehv.rollouts),
         "train_taehv.rollouts is empty; accepted: (clips, number) pairs, for example ((1, 640), (10, 96))",
@@ -254,7 +269,7 @@ def streams(recipe: Recipe, workdir: pathlib.Path, options: Options = Options())
 
 
 def assets(recipe: Recipe, workdir: pathlib.Path, options: Options = Options()) -> str:
-    """Copy the trained weights into the package."""
+    """Copy the trained weights into the package (:func:`causvid_jax.checkpoints.workdir.publish`)."""
     return "\n".join(f"{path}: {path.stat().st_size / 1e6:.1f} MB" for path in paths.publish(recipe.name, workdir))
 
 
@@ -271,7 +286,7 @@ STAGES: Mapping[str, Stage] = {
 
 
 def by_one_process(stage: str, recipe: Recipe) -> bool:
-    """Return whether one process does the whole stage while the others wait."""
+    """Return whether one process runs the whole stage while the others wait."""
     return stage == "assets" or (stage == "data" and recipe.data.name == "moving_digits")
 
 
@@ -309,6 +324,6 @@ def _video_summary(folder: pathlib.Path, before: bool) -> str:
 
 
 def run(stage: str, recipe: Recipe, workdir: pathlib.Path, options: Options = Options()) -> str:
-    """Run a stage of :data:`STAGES` and return a summary for the user."""
+    """Run a stage of :data:`STAGES` and return its summary; raise a ConfigError for another name."""
     require(stage in STAGES, f"--stage is {stage!r}; accepted: {', '.join(STAGES)}")
     return STAGES[stage](recipe, workdir, options)

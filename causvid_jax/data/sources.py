@@ -1,4 +1,4 @@
-"""Datasets and prompts of a recipe in its working directory."""
+"""Find and open the datasets and prompts of a recipe in its working directory."""
 
 import json
 import os
@@ -16,12 +16,12 @@ LATENTS, PROMPTS, TRAJECTORIES, CLIPS = "latents", "prompts", "trajectories", "c
 
 
 def folder(workdir: str | os.PathLike, name: str) -> pathlib.Path:
-    """Return the folder of dataset ``name`` in a working directory; an absolute path is returned as it is."""
+    """Return the folder of the dataset ``name``: ``WORKDIR/data/NAME``, or ``name`` itself if it is absolute."""
     return pathlib.Path(workdir) / "data" / name
 
 
 def clips(recipe: Recipe, workdir: str | os.PathLike, split: str) -> Any:
-    """Return the pixel clips of a split, ``"train"`` or ``"test"``: moving digits, or those of own videos.
+    """Return the pixel clips of a split, ``"train"`` or ``"test"``: moving digits, or clips of own videos.
 
     Raises:
         ConfigError: they are not written yet, or have another size than the recipe's clips.
@@ -44,7 +44,7 @@ def clips(recipe: Recipe, workdir: str | os.PathLike, split: str) -> Any:
 
 
 def clips_name(split: str) -> str:
-    """Return the dataset of a split's own clips."""
+    """Return the name of the dataset of a split's clips of own videos."""
     return CLIPS if split == "train" else f"{CLIPS}_{split}"
 
 
@@ -52,7 +52,8 @@ def latents(recipe: Recipe, workdir: str | os.PathLike) -> pipeline.Examples | p
     """Return the latents that training reads: the recipe's mixture, or the dataset ``latents``.
 
     Raises:
-        ConfigError: one that is not finished, or one of another size than the first.
+        ConfigError: a dataset is not finished, was made with another VAE, lacks the pictures that the recipe's networks
+            read, or has another shape than the first.
     """
     datasets = _mixture(recipe.data)
     sources = [checked_source(folder(workdir, name), recipe, workdir, vae="vae") for name, _ in datasets]
@@ -71,7 +72,11 @@ def latents(recipe: Recipe, workdir: str | os.PathLike) -> pipeline.Examples | p
 
 
 def with_pictures(recipe: Recipe, workdir: str | os.PathLike) -> pipeline.Source:
-    """Return the dataset ``latents``, whose pictures trajectories and samples start from; errors as :func:`latents`."""
+    """Return the dataset ``latents`` with its pictures, from which trajectories and samples start.
+
+    Raises:
+        ConfigError: as :func:`latents`.
+    """
     source: pipeline.Source = checked_source(folder(workdir, LATENTS), recipe, workdir, vae="vae")
     _check_pictures(source, LATENTS, recipe, workdir)
     return source
@@ -91,10 +96,10 @@ def checked_source(path: pathlib.Path, recipe: Recipe, workdir: str | os.PathLik
     """Return the examples of a dataset after checking that it was made with the weights of ``workdir``.
 
     Args:
-        path: of the dataset.
-        recipe: of the networks.
-        workdir: holds their weights.
-        stages: key of the dataset's identity to the stage whose weights it names.
+        path: folder of the dataset.
+        recipe: recipe of the networks.
+        workdir: working directory with their weights. Weights that are not there are not checked.
+        stages: key of the dataset's identity to the stage whose digest it has.
 
     Raises:
         ConfigError: the dataset is not finished, or was made with other weights than those of ``workdir``.
@@ -118,10 +123,10 @@ def checked_source(path: pathlib.Path, recipe: Recipe, workdir: str | os.PathLik
 
 
 def trajectories(recipe: Recipe, workdir: str | os.PathLike, frames: int = 0) -> Any:
-    """Return the ODE trajectories of the recipe's teacher, those of ``frames`` latent frames (0: whole clips).
+    """Return the ODE trajectories of the recipe's teacher, of ``frames`` latent frames (0: whole clips).
 
     Raises:
-        ConfigError: they are not finished, or are those of another teacher.
+        ConfigError: they are not finished, or were made with another teacher or other timesteps.
     """
     causal = recipe.train_init.teacher == "causal"
     path = causal_folder(workdir, frames) if causal else folder(workdir, TRAJECTORIES)
@@ -167,7 +172,7 @@ def streams_folder(workdir: str | os.PathLike, clips: int) -> pathlib.Path:
 
 
 def prompts(recipe: Recipe, workdir: str | os.PathLike) -> list[str]:
-    """Return the training prompts: those of ``data.prompt_file``, else the captions of the clips.
+    """Return the training prompts: those of ``data.prompt_file``, else the distinct captions of the clips.
 
     Raises:
         ConfigError: a prompt file that cannot be read, or videos that are not prepared yet.

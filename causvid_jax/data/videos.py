@@ -1,7 +1,7 @@
 """Turn a folder of videos into a dataset of pixels or latents, with a report of every video.
 
-A chunk is a group of videos, so the clips of a video are written together and an interruption neither loses nor repeats
-any. The folder also holds ``videos.jsonl`` (file, caption and number of clips of every video that was used) and
+A chunk is a group of videos. The clips of a video are written together, so an interruption neither loses nor repeats a
+clip. The folder also holds ``videos.jsonl`` (file, caption and number of clips of every video that was used) and
 ``skipped.jsonl`` (file and reason of every other one).
 """
 
@@ -44,23 +44,23 @@ def write_latents(
     clip_encoder: pictures.ClipEncoder | None = None,
     **options: Any,
 ) -> bool:
-    """Split ``videos`` into clips of the recipe's size, length and rate, and encode them.
+    """Split ``videos`` into clips of the recipe's size, length and rate, and encode them by the VAE.
 
-    An example is ``latents`` float16 [F, h, w, C], ``caption``, its embeddings ``text`` float16 [tokens, dim], and its
-    source: ``file`` and ``start`` in seconds.
+    An example is ``latents`` float16 [F, h, w, C], ``caption``, its embeddings ``text`` float16 [tokens, dim], the
+    name ``file`` of the video and the ``start`` of the clip in seconds.
 
     Args:
-        folder: of the dataset.
-        root: the folder that file names are relative to.
-        videos: of :func:`captions.list_videos`; the same on every process.
-        params: of the VAE.
-        recipe: its video, text and VAE (with latent statistics).
+        folder: folder of the dataset.
+        root: folder that the names of the videos are relative to.
+        videos: result of :func:`captions.list_videos`, the same on every process.
+        params: parameters of the VAE.
+        recipe: its video, text and VAE (with latent statistics) are used.
         shard_videos: videos per shard.
         batch: clips per device and call of the VAE.
-        prompt_encoder: of the captions; a recipe of words needs none.
-        clip_encoder: encodes the clips' first frames too (:mod:`causvid_jax.data.pictures`); None: no pictures.
-        clips_per_video: at most (0: all there are).
+        clips_per_video: maximum number of clips per video (0: all).
         workers: videos decoded at a time.
+        prompt_encoder: encoder of the captions; a recipe of words needs none.
+        clip_encoder: encodes the clips' first frames too (:mod:`causvid_jax.data.pictures`); None: no pictures.
         options: ``process_id``, ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
 
     Returns:
@@ -118,14 +118,13 @@ def write_latents(
 def write_pixels(
     folder: str | os.PathLike, root: str | os.PathLike, videos: Sequence[Video], config: VideoConfig, **options: Any
 ) -> bool:
-    """Split ``videos`` into clips and keep their pixels, for training a VAE or the tiny codec.
+    """Split ``videos`` into clips and store their pixels, for training a VAE or the tiny codec.
 
-    An example is ``video`` uint8 [T, H, W, 3], ``caption``, ``file`` and ``start`` in seconds.
+    An example is ``video`` uint8 [T, H, W, 3], ``caption``, the name ``file`` of the video and the ``start`` of the
+    clip in seconds.
 
     Args:
-        folder: of the dataset.
-        root: the folder that file names are relative to.
-        videos: of :func:`captions.list_videos`; the same on every process.
+        folder, root, videos: as in :func:`write_latents`.
         config: size, length and rate of a clip.
         options: ``clips_per_video``, ``shard_videos``, ``workers`` of :func:`write_latents`, and ``process_id``,
             ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
@@ -161,12 +160,9 @@ def write_pixels(
     )
 
 
-def held_out(videos: Sequence[Video], share: int = 50) -> tuple[list[Video], list[Video]]:
-    """Return (training videos, test videos).
-
-    Every ``share``-th video, at least one, is for tests. A single video is both.
-    """
-    test = list(videos[::share])
+def held_out(videos: Sequence[Video]) -> tuple[list[Video], list[Video]]:
+    """Return (training videos, test videos). Every 50th, from the first on, is for tests; one video alone is both."""
+    test = list(videos[::50])
     return [video for video in videos if video not in test] or test, test
 
 
@@ -191,11 +187,30 @@ def write_clips(
     process_count: int = 1,
     progress: bool = True,
 ) -> bool:
-    """Write a dataset of videos with any encoders, as :func:`write_latents` does.
+    """Write a dataset of the clips of videos with any encoders; :func:`write_latents` and :func:`write_pixels` call it.
 
-    ``encode`` maps up to ``size`` clips uint8 [B, T, H, W, 3] to [B, ``*shape``]: latents, or pixels where ``name`` is
-    "clips". With ``more``, names of further arrays to their shapes, it returns a dict of arrays for each clip.
-    ``encode_text`` maps captions to embeddings [B, length, text_dim]; None keeps the captions only.
+    Args:
+        folder, root, videos: as in :func:`write_latents`.
+        encode: maps up to ``size`` clips uint8 [B, T, H, W, 3] to arrays [B, ``*shape``]; with ``more`` to a list of
+            dicts of arrays, one for each clip.
+        encode_text: maps captions to embeddings [B, length, text_dim]; None stores captions only.
+        config: size, length and rate of a clip.
+        shape: shape of an encoded clip.
+        more: names of further arrays to their shapes.
+        text_dim: width of the embeddings of captions.
+        identity: as in :func:`arrays.write_dataset`.
+        size: clips per call of ``encode``.
+        name: ``"latents"`` stores float16 ``latents``, ``"clips"`` stores uint8 ``video``.
+        chunk: videos per shard.
+        limit: maximum number of clips per video (0: all).
+        workers: videos decoded at a time.
+        process_id, process_count, progress: as in :func:`arrays.write_dataset`.
+
+    Returns:
+        whether the dataset is finished.
+
+    Raises:
+        ConfigError: as :func:`write_latents`.
     """
     key, kind = ("video", np.uint8) if name == "clips" else ("latents", np.float16)
     pixels = {"video": tfds.features.Tensor(shape=tuple(shape), dtype=np.uint8, encoding="zlib")}
@@ -258,12 +273,12 @@ def write_clips(
 
 
 def used(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """Return ``{"file", "caption", "clips"}`` of every video in the dataset so far; empty for other datasets."""
+    """Return ``{"file", "caption", "clips"}`` of every video in a dataset so far; [] for datasets not of videos."""
     return _read_lines(pathlib.Path(folder) / USED)
 
 
 def skipped(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """Return ``{"file", "reason"}`` of every video that gave no clip."""
+    """Return ``{"file", "reason"}`` of every video of a dataset that gave no clip."""
     return _read_lines(pathlib.Path(folder) / SKIPPED)
 
 

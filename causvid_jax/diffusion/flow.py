@@ -7,12 +7,13 @@ All networks share one schedule: ``sigma(u) = shift u / (1 + (shift - 1) u)`` wi
 the nearest of 1000 grid points and mixes the shifts 5 and 8 between its networks, so one timestep can mean two noise
 levels.
 
-References: flow matching, arXiv 2210.02747; timestep shift, arXiv 2403.03206 (section 5.3.2); CausVid, arXiv 2412.07772
+Sources: flow matching, arXiv 2210.02747; timestep shift, arXiv 2403.03206 (section 5.3.2); CausVid, arXiv 2412.07772
 (section 3.1).
 
 Arrays are ``[B, F, h, w, C]``; sigma and timestep are ``[B, F]``, one per latent frame (or a scalar).
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -20,67 +21,72 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from causvid_jax.config import DiffusionConfig, require
+from causvid_jax.config import DiffusionConfig
 
 Sigma: TypeAlias = jax.Array | np.ndarray | float
 
 
 def sigma_from_u(u: Any, shift: float) -> Any:
-    """Return the shifted noise level ``shift u / (1 + (shift - 1) u)`` of nominal times ``u`` in [0, 1]."""
+    """Return the noise level in [0, 1], ``shift u / (1 + (shift - 1) u)``, of nominal times ``u`` in [0, 1]."""
     return shift * u / (1 + (shift - 1) * u)
 
 
 def timestep_from_sigma(sigma: Any) -> Any:
-    """Return the timestep that conditions the network, ``1000 sigma``."""
+    """Return the timestep that conditions the network, ``1000 sigma``, in [0, 1000]."""
     return 1000.0 * sigma
 
 
 def sigma_from_timestep(timestep: Any) -> Any:
-    """Return the noise level of a timestep, ``timestep / 1000``."""
+    """Return the noise level ``timestep / 1000`` of timesteps in [0, 1000]."""
     return timestep / 1000.0
 
 
 def expand(sigma: Sigma, like: jax.Array) -> jax.Array:
-    """Append axes of size one to ``sigma`` (scalar, ``[B]`` or ``[B, F]``) so that it broadcasts over ``like``."""
+    """Return ``sigma`` (scalar, ``[B]`` or ``[B, F]``) in float32, with axes of size one up to the rank of ``like``."""
     sigma = jnp.asarray(sigma, jnp.float32)
     return jnp.expand_dims(sigma, tuple(range(sigma.ndim, like.ndim)))
+
+
+def per_frame(values: jax.Array, block_sizes: Sequence[int]) -> jax.Array:
+    """Repeat values of blocks ``[B, n]`` for every latent frame of each block, ``[B, F]``."""
+    return jnp.repeat(values, np.asarray(block_sizes), axis=1, total_repeat_length=sum(block_sizes))
 
 
 def add_noise(
     x0: Float[jax.Array, "*shape"], noise: Float[jax.Array, "*shape"], sigma: Sigma
 ) -> Float[jax.Array, "*shape"]:
-    """Return ``x_t = (1 - sigma) x0 + sigma noise``; this is exactly ``x0`` at sigma 0."""
+    """Return ``x_t = (1 - sigma) x0 + sigma noise``. At sigma 0 this is exactly ``x0``."""
     sigma = expand(sigma, x0)
     return (1 - sigma) * x0 + sigma * noise
 
 
 def velocity_from(x0: Float[jax.Array, "*shape"], noise: Float[jax.Array, "*shape"]) -> Float[jax.Array, "*shape"]:
-    """Return the regression target of every network, ``noise - x0``."""
+    """Return the velocity ``noise - x0``, the regression target of every network."""
     return noise - x0
 
 
 def x0_from_velocity(
     x_t: Float[jax.Array, "*shape"], velocity: Float[jax.Array, "*shape"], sigma: Sigma
 ) -> Float[jax.Array, "*shape"]:
-    """Return ``x0 = x_t - sigma v``."""
+    """Return the clean latents ``x0 = x_t - sigma velocity``."""
     return x_t - expand(sigma, x_t) * velocity
 
 
 def student_timesteps(config: DiffusionConfig) -> tuple[float, ...]:
-    """Return the student's shifted timesteps in descending order, without a final 0.
+    """Return the student's timesteps after the shift, descending in (0, 1000], without a final 0.
 
-    At shift 8, (1000, 750, 500, 250) becomes (1000, 960, 888.9, 727.3).
+    At shift 8, (1000, 750, 500, 250) becomes (1000, 960, 888.9, 727.3). With ``warp`` off they are not shifted.
     """
     return _shifted(config.denoising_timesteps, config)
 
 
 def first_block_timesteps(config: DiffusionConfig) -> tuple[tuple[float, ...], ...]:
-    """Return the shifted timesteps of the first blocks that have a list of their own, one list per block."""
+    """Return the timesteps after the shift of the first blocks that have a list of their own, one list per block."""
     return tuple(_shifted(steps, config) for steps in config.first_block_timesteps)
 
 
 def student_shift(config: DiffusionConfig) -> float:
-    """Return the shift of the student's timesteps: its own, or that of all networks."""
+    """Return the shift of the student's timesteps: ``student_shift``, or ``shift`` where that is 0."""
     return config.student_shift or config.shift
 
 
@@ -91,12 +97,12 @@ def _shifted(steps: tuple[float, ...], config: DiffusionConfig) -> tuple[float, 
 
 
 def u_from_sigma(sigma: Any, shift: float) -> Any:
-    """Return the nominal time of a noise level, the inverse of :func:`sigma_from_u`."""
+    """Return the nominal time ``sigma / (shift - (shift - 1) sigma)``, the inverse of :func:`sigma_from_u`."""
     return sigma / (shift - (shift - 1) * sigma)
 
 
 def nominal_steps(config: DiffusionConfig) -> tuple[float, ...]:
-    """Return the student's timesteps before the shift, ``1000 u``."""
+    """Return the student's timesteps before the shift, ``1000 u`` in (0, 1000]."""
     if config.warp:
         return config.denoising_timesteps
     return tuple(1000.0 * u_from_sigma(step / 1000.0, config.shift) for step in config.denoising_timesteps)
@@ -105,18 +111,16 @@ def nominal_steps(config: DiffusionConfig) -> tuple[float, ...]:
 def table_sigma(timestep: float, shift: float) -> float:
     """Return the noise level that published samplers use: the nearest of ``sigma(i / 1000)``, i from 1000 down to 1.
 
-    Of two that are equally near it is the larger. It equals ``timestep / 1000`` on that grid, which holds all shifted
-    timesteps. Off the grid it is rounded: at shift 8, timestep 757 gives 0.756757.
+    If two are equally near, the larger one is returned. All shifted whole nominal timesteps are on this grid; there the
+    result is ``timestep / 1000``. Other timesteps are rounded: at shift 8, timestep 757 gives 0.756757.
+
+    Source: the published CausVid and Self-Forcing code (``FlowMatchScheduler``).
     """
     grid = sigma_from_u(np.arange(1000, 0, -1) / 1000, shift)
     return float(grid[np.abs(1000 * grid - timestep).argmin()])
 
 
 def teacher_sigmas(config: DiffusionConfig) -> np.ndarray:
-    """Return the teacher's grid ``sigma(1 - i / n)``, n = num_inference_steps, from 1 to exactly 0, in float64."""
-    require(
-        config.num_inference_steps >= 1,
-        f"diffusion.num_inference_steps is {config.num_inference_steps}; it must be at least 1",
-    )
+    """Return the teacher's noise levels ``sigma(1 - i / n)``, n = num_inference_steps; float64 ``[n + 1]``, 1 to 0."""
     steps = np.arange(config.num_inference_steps + 1)
     return sigma_from_u(1 - steps / config.num_inference_steps, config.shift)

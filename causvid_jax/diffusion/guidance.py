@@ -1,8 +1,10 @@
-"""Classifier-free guidance (arXiv 2207.12598), ``uncond + g (cond - uncond)``: ``g = 1`` is the conditional network.
+"""Classifier-free guidance, ``uncond + g (cond - uncond)``. With ``g = 1`` it is the conditional network.
 
-The published samplers use the same convention. The published DMD code writes ``cond + s (cond - uncond)``, which is
-``g = 1 + s``. Guiding velocities and guiding x0 predictions is equivalent at one x_t, because ``x0 = x_t - sigma v`` is
-affine and the weights ``1 - g`` and ``g`` sum to one.
+The published samplers write it like this. The published DMD code writes ``cond + s (cond - uncond)``, where
+``g = 1 + s``. Guidance of velocities and guidance of x0 predictions are equal at one x_t, because
+``x0 = x_t - sigma v`` is affine in v and the weights ``1 - g`` and ``g`` sum to one.
+
+Source: arXiv 2207.12598.
 """
 
 from collections.abc import Callable
@@ -25,17 +27,19 @@ def guide(
 def scale_at(
     timestep: Float[jax.Array, "B F"], high: float, low: float, boundary: float
 ) -> float | Float[jax.Array, "B F"]:
-    """Return the guidance scale of each frame: ``high`` at timesteps from ``boundary`` on, ``low`` below it.
+    """Return the guidance scale of each frame for the two experts of Wan2.2 (``config.ExpertsConfig``).
 
-    ``high`` itself if there is one scale for all: no boundary, or ``low`` is 0, which means the same.
+    It is ``high`` where ``timestep >= boundary``, both in [0, 1000], and ``low`` elsewhere. The result is the number
+    ``high`` if there is one scale for all frames: ``boundary`` is 0, or ``low`` is 0 (the same as ``high``).
     """
     return jnp.where(timestep >= boundary, high, low) if boundary and low and low != high else high
 
 
 def per_branch(value: jax.Array, x: jax.Array) -> jax.Array:
-    """Repeat ``value [B, ...]`` to the batch size of ``x``, which is B, or 2B inside :func:`guided_velocity`.
+    """Repeat every example of ``value [B, ...]`` to the batch size of ``x``, which is B or 2B.
 
-    A network with inputs that :func:`guided_velocity` does not pass (clean frames, an image) must repeat them this way.
+    :func:`guided_velocity` calls the network on 2B examples. A network with inputs that it does not pass (clean frames,
+    an image) must repeat them this way.
     """
     return jnp.repeat(value, len(x) // len(value), axis=0)
 
@@ -48,19 +52,22 @@ def guided_velocity(
     negative_prompt_embeds: Float[jax.Array, "*batch S E"],
     guidance_scale: float | Float[jax.Array, "B F"],
 ) -> Float[jax.Array, "B F h w D"]:
-    """Return the guided velocity from one call of the network on a batch of 2B.
+    """Return ``v_uncond + g (v_cond - v_uncond)`` from one call of the network on a batch of 2B.
 
-    The two prompts of a clip are adjacent in the batch. If the batch is sharded, both are then on the device of their
-    clip, and no communication is needed.
+    The two prompts of a clip are adjacent in the batch. If the batch is sharded, both are on the device of their clip,
+    and no communication is needed.
 
     Args:
-      velocity_fn: ``(x, timestep, prompt_embeds) -> velocity``.
-      x: noisy latents ``[B, F, h, w, C]``.
-      timestep: ``[B, F]``, in [0, 1000].
-      prompt_embeds: ``[B, S, E]``.
-      negative_prompt_embeds: ``[S, E]`` or ``[B, S, E]``.
-      guidance_scale: weight g, static or one per frame (:func:`scale_at`). With a static 1 the unconditional branch
-        is not computed.
+        velocity_fn: ``(x, timestep, prompt_embeds) -> velocity``.
+        x: noisy latents ``[B, F, h, w, C]``.
+        timestep: ``[B, F]``, in [0, 1000].
+        prompt_embeds: ``[B, S, E]``.
+        negative_prompt_embeds: of the unconditional branch, ``[S, E]`` or ``[B, S, E]``.
+        guidance_scale: weight g, a Python number or an array ``[B, F]`` (:func:`scale_at`). With the number 1 the
+            unconditional branch is not computed.
+
+    Returns:
+        The velocity, ``[B, F, h, w, D]`` with the D output channels of the network.
     """
     per_frame = isinstance(guidance_scale, jax.Array)
     if not per_frame and guidance_scale == 1.0:

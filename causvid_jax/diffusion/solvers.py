@@ -2,8 +2,9 @@
 
 Each solver is one ``lax.scan`` over the steps. The host computes all coefficients beforehand in float64.
 
-References: UniPC, arXiv 2302.04867 (multistep, B2(h), data prediction), on flow matching with ``alpha = 1 - sigma``
-and ``lambda = log(alpha / sigma)``, as the published Wan2.1 sampler uses it.
+Sources: Euler steps as in CausVid's generation of ODE pairs (``generate_ode_pairs.py``). UniPC, arXiv 2302.04867
+(multistep, B2(h), data prediction), with ``alpha = 1 - sigma`` and ``lambda = log(alpha / sigma)`` as in the published
+Wan2.1 sampler (``wan/utils/fm_solvers_unipc.py``).
 """
 
 from collections.abc import Callable, Sequence
@@ -45,17 +46,17 @@ def euler(
     """Integrate by Euler's method: ``x <- x + (sigma_{i+1} - sigma_i) v(x, 1000 sigma_i)``.
 
     Args:
-      velocity_fn: ``(x, timestep [B, F]) -> velocity``.
-      noise: the state at ``sigmas[0]``, ``[B, F, h, w, C]``.
-      sigmas: static ``[n + 1]``, descending; the solver makes n network passes.
-      record: static indices into ``sigmas`` of the states to return, strictly ascending.
+        velocity_fn: ``(x, timestep [B, F]) -> velocity``.
+        noise: the state at ``sigmas[0]``, ``[B, F, h, w, C]``.
+        sigmas: static ``[n + 1]``, descending; the solver makes n network passes.
+        record: static indices into ``sigmas`` of the states to return, strictly ascending.
 
     Returns:
-      The state at ``sigmas[-1]``, ``[B, F, h, w, C]``. With ``record``: the states at those indices,
-      ``[len(record), B, F, h, w, C]``; index 0 is the noise, index n the result.
+        The state at ``sigmas[-1]``, ``[B, F, h, w, C]``. With ``record``: the states at those indices,
+        ``[len(record), B, F, h, w, C]``; index 0 is the noise, index n the result.
 
     Raises:
-      ConfigError: ``sigmas`` does not descend, or ``record`` is not ascending within [0, n].
+        ConfigError: ``sigmas`` does not descend, or ``record`` is not ascending within [0, n].
     """
     sigmas = _check(sigmas)
     steps = len(sigmas) - 1
@@ -87,9 +88,9 @@ def euler(
     return states[0] if record is None else states
 
 
-def unipc_sigmas(steps: int, shift: float, first_u: float = UNIPC_FIRST_U) -> np.ndarray:
-    """Return the published UniPC grid ``sigma(first_u (1 - i / steps))``, which ends at 0; float64 ``[steps + 1]``."""
-    return flow.sigma_from_u(first_u * (1 - np.arange(steps + 1) / steps), shift)
+def unipc_sigmas(steps: int, shift: float) -> np.ndarray:
+    """Return the published UniPC grid ``sigma(0.999 (1 - i / steps))``, descending to 0; float64 ``[steps + 1]``."""
+    return flow.sigma_from_u(UNIPC_FIRST_U * (1 - np.arange(steps + 1) / steps), shift)
 
 
 def _unipc_tables(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -142,21 +143,27 @@ def unipc(
     *,
     integer_timesteps: bool = False,
 ) -> Float[jax.Array, "B F h w C"]:
-    """Integrate by UniPC of order 2 (B2(h), x0 prediction, corrector; order 1 at the last step). One pass per step.
+    """Integrate by UniPC of order 2 with B2(h), x0 prediction and corrector. The first and last step have order 1.
 
-    Per step i, with ``m_i = x_i - sigma_i v_i``, ``h = lambda_{i+1} - lambda_i``, ``B = expm1(-h)``:
-    ``x_{i+1} = (sigma_{i+1} / sigma_i) x_i - alpha_{i+1} B (m_i + rho (m_{i-1} - m_i) / r)``. Once m_{i+1} is known,
-    the corrector repeats the step with ``m_{i+1}`` among the differences. All weights are static
+    Step i makes one network pass. With ``m_i = x_i - sigma_i v_i``, ``h = lambda_{i+1} - lambda_i``,
+    ``B = expm1(-h)`` and ``r = (lambda_{i-1} - lambda_i) / h`` it predicts
+
+        x_{i+1} = (sigma_{i+1} / sigma_i) x_i - alpha_{i+1} B (m_i + (m_{i-1} - m_i) / (2 r))
+
+    When m_{i+1} is known, the corrector repeats the step with ``m_{i+1}`` among the differences. All weights are static
     (:func:`_unipc_tables`), so each step is two short weighted sums.
 
     Args:
-      velocity_fn: ``(x, timestep [B, F]) -> velocity``.
-      noise: ``[B, F, h, w, C]``.
-      sigmas: static ``[n + 1]``, descending, below 1 and ending in 0, e.g. of :func:`unipc_sigmas`.
-      integer_timesteps: condition the network on ``floor(1000 sigma)``, as the published sampler does.
+        velocity_fn: ``(x, timestep [B, F]) -> velocity``.
+        noise: ``[B, F, h, w, C]``.
+        sigmas: static ``[n + 1]``, descending, below 1 and ending in 0, e.g. of :func:`unipc_sigmas`.
+        integer_timesteps: condition the network on ``floor(1000 sigma)``, as the published sampler does.
 
     Returns:
-      x0, ``[B, F, h, w, C]``.
+        x0, ``[B, F, h, w, C]``.
+
+    Raises:
+        ConfigError: ``sigmas`` does not descend, begins at 1 or does not end in 0.
     """
     sigmas = _check(sigmas)
     require(sigmas[0] < 1 and sigmas[-1] == 0, f"UniPC sigmas run from {sigmas[0]} to {sigmas[-1]}; accepted: <1 to 0")
@@ -185,9 +192,9 @@ def solve(
     *,
     integer_timesteps: bool = False,
 ) -> Float[jax.Array, "B F h w C"]:
-    """Return x0 from noise, by ``config.solver`` in ``config.num_inference_steps`` calls of ``velocity_fn``.
+    """Return x0 ``[B, F, h, w, C]`` from noise, by ``config.solver`` in ``config.num_inference_steps`` network passes.
 
-    ``integer_timesteps`` applies to :func:`unipc` only; the published Euler sampler does not round timesteps.
+    ``integer_timesteps`` applies to :func:`unipc` alone. The published Euler sampler does not round timesteps.
     """
     if config.solver == "euler":
         return euler(velocity_fn, noise, flow.teacher_sigmas(config))

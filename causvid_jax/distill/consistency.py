@@ -14,8 +14,8 @@ F_T, ``dF`` the tangent of the student along ``(cos t sin t F_T, cos t sin t)`` 
     g = -cos t sqrt(1 - r^2 sin^2 t) (F - F_T) - r (cos t sin t x + dF)
     L = scale * sum (F - stopgrad(F + g / (|g| + 0.1)))^2        sum and norm over one block, mean over blocks
 
-At r = 1, g is ``cos t`` times the derivative of the student's x0 along the teacher's ODE, so that it vanishes where the
-student is consistent. (rCM draws t from a log-normal distribution; here it is the grid's, ``s(u)``.)
+At r = 1, g is ``cos t`` times the derivative of the student's x0 along the teacher's ODE, so it vanishes where the
+student is consistent. rCM draws t from a log-normal distribution; here it comes from ``s(u)`` of a uniform u.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,12 +32,12 @@ Metrics = dict[str, jax.Array]
 
 
 class Networks(NamedTuple):
-    """The velocities at ``(x_t, timestep)`` of blocks with a clean past.
+    """Three functions ``(x_t, timestep [B, F]) -> velocity``, for blocks with a clean past.
 
     Attributes:
-      student: with a gradient to its parameters.
-      target: the student's EMA (discrete), or the student in a form that ``jax.jvp`` accepts (continuous).
-      teacher: guided.
+        student: the trained network.
+        target: the student's EMA (discrete), or the student in a form that ``jax.jvp`` accepts (continuous).
+        teacher: the causal teacher, guided.
     """
 
     student: VelocityFn
@@ -45,13 +45,8 @@ class Networks(NamedTuple):
     teacher: VelocityFn
 
 
-def per_block(values: jax.Array, block_sizes: Sequence[int]) -> jax.Array:
-    """Repeat values per block ``[B, n]`` for every frame, ``[B, F]``."""
-    return jnp.repeat(values, np.asarray(block_sizes), axis=1, total_repeat_length=sum(block_sizes))
-
-
 def x0_of(velocity: VelocityFn, x_t: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Return ``x0 = x_t - sigma v`` in float32, for noise levels ``[B, F]``."""
+    """Return ``x0 = x_t - sigma v``, float32 ``[B, F, h, w, C]``, for noise levels ``sigma [B, F]``."""
     predicted = velocity(x_t, flow.timestep_from_sigma(sigma)).astype(jnp.float32)
     return flow.x0_from_velocity(x_t, predicted, sigma)
 
@@ -59,19 +54,22 @@ def x0_of(velocity: VelocityFn, x_t: jax.Array, sigma: jax.Array) -> jax.Array:
 def discrete_loss(
     networks: Networks, latents: jax.Array, key: jax.Array, *, sigmas: np.ndarray, block_sizes: Sequence[int]
 ) -> tuple[jax.Array, Metrics]:
-    """Return the discrete loss on clips ``latents [B, F, h, w, C]``.
+    """Return the discrete loss (module docstring) and metrics.
 
     Args:
-      networks: student, its EMA and the teacher.
-      latents: real clips.
-      key: draws the grid step of every block and the noise.
-      sigmas: the grid, static ``[n + 1]``, from 1 to 0.
-      block_sizes: frames of each block.
+        networks: student, its EMA and the teacher.
+        latents: real clips, ``[B, F, h, w, C]``.
+        key: draws the grid step of every block and the noise.
+        sigmas: noise levels of the grid, static ``[n + 1]``, from 1 to 0.
+        block_sizes: latent frames of each block.
+
+    Returns:
+        The scalar loss and ``{"loss"}``.
     """
     step_key, noise_key = jax.random.split(key)
     step = jax.random.randint(step_key, (len(latents), len(block_sizes)), 0, len(sigmas) - 1)
     grid = jnp.asarray(sigmas, jnp.float32)
-    sigma, following = (per_block(grid[step + i], block_sizes) for i in (0, 1))
+    sigma, following = (flow.per_frame(grid[step + i], block_sizes) for i in (0, 1))
     x_t = flow.add_noise(latents, jax.random.normal(noise_key, latents.shape), sigma)
     velocity = networks.teacher(x_t, flow.timestep_from_sigma(sigma)).astype(jnp.float32)
     after = x_t + flow.expand(following - sigma, x_t) * velocity
@@ -81,7 +79,7 @@ def discrete_loss(
 
 
 def trig_velocity(velocity: VelocityFn, x: jax.Array, t: jax.Array) -> jax.Array:
-    """Return F of a network at TrigFlow's ``x = cos(t) x0 + sin(t) noise``, for angles ``t [B, F]``.
+    """Return F of a network at TrigFlow's ``x = cos(t) x0 + sin(t) noise``, for angles ``t [B, F]`` in [0, pi / 2].
 
     With ``d = 1 / (cos t + sin t)``, ``x_t = d x`` lies on the linear path at ``s = d sin t``, and
     ``F = (cos t - sin t) x_t + d v``.
@@ -96,7 +94,15 @@ def trig_velocity(velocity: VelocityFn, x: jax.Array, t: jax.Array) -> jax.Array
 def continuous_tangent(
     networks: Networks, x: jax.Array, t: jax.Array, student: jax.Array, ratio: jax.Array | float
 ) -> jax.Array:
-    """Return g at ``x [B, F, h, w, C]`` and ``t [B, F]``, for the student's F there and r = ``ratio``."""
+    """Return the tangent g (module docstring) at ``x [B, F, h, w, C]``, with the shape of x.
+
+    Args:
+        networks: teacher, and the student for the derivative (``target``).
+        x: latents on TrigFlow's path.
+        t: angles ``[B, F]``.
+        student: the student's F at x and t, with the shape of x.
+        ratio: r, from 0 to 1.
+    """
     cos, sin = (flow.expand(f(t), x) for f in (jnp.cos, jnp.sin))
     teacher = trig_velocity(networks.teacher, x, t)
     along = jax.lax.stop_gradient((cos * sin * teacher, jnp.cos(t) * jnp.sin(t)))
@@ -114,20 +120,23 @@ def continuous_loss(
     ratio: jax.Array | float,
     scale: float,
 ) -> tuple[jax.Array, Metrics]:
-    """Return the continuous loss on clips ``latents [B, F, h, w, C]``; no gradient passes through the tangent.
+    """Return the continuous loss (module docstring) and metrics. No gradient passes through the tangent.
 
     Args:
-      networks: student, the student for the tangent, and the teacher.
-      latents: real clips.
-      key: draws one noise level per block, ``sigma_from_u`` of a uniform number and ``shift``, and the noise.
-      shift: of the noise levels.
-      block_sizes: frames of each block.
-      ratio: r, from 0 to 1.
-      scale: factor of the loss.
+        networks: student, the student for the tangent, and the teacher.
+        latents: real clips, ``[B, F, h, w, C]``.
+        key: draws one noise level per block, ``sigma_from_u`` of a uniform number and ``shift``, and the noise.
+        shift: of the noise levels.
+        block_sizes: latent frames of each block.
+        ratio: r, from 0 to 1.
+        scale: factor of the loss.
+
+    Returns:
+        The scalar loss, and ``{"loss", "tangent"}`` with the mean of ``|g|`` over blocks.
     """
     u_key, noise_key = jax.random.split(key)
     sigma = flow.sigma_from_u(jax.random.uniform(u_key, (len(latents), len(block_sizes))), shift)
-    t = per_block(jnp.arctan2(sigma, 1 - sigma), block_sizes)
+    t = flow.per_frame(jnp.arctan2(sigma, 1 - sigma), block_sizes)
     cos, sin = (flow.expand(f(t), latents) for f in (jnp.cos, jnp.sin))
     x = cos * latents + sin * jax.random.normal(noise_key, latents.shape)
     student = trig_velocity(networks.student, x, t)
@@ -138,9 +147,9 @@ def continuous_loss(
         return jnp.sum(values, axis=(2, 3, 4)) @ member
 
     norm = jnp.sqrt(block_sum(jnp.square(g)))
-    unit = g / flow.expand(per_block(norm + 0.1, block_sizes), g)
+    unit = g / flow.expand(flow.per_frame(norm + 0.1, block_sizes), g)
     # A block whose tangent is not finite is left out, as in the published code.
-    finite = flow.expand(per_block(jnp.isfinite(norm), block_sizes), g) > 0
+    finite = flow.expand(flow.per_frame(jnp.isfinite(norm), block_sizes), g) > 0
     error = jnp.where(finite, student - jax.lax.stop_gradient(student) - jnp.where(finite, unit, 0.0), 0.0)
     loss = scale * jnp.mean(block_sum(jnp.square(error)))
     return loss, {"loss": loss, "tangent": jnp.mean(jnp.where(jnp.isfinite(norm), norm, 0.0))}

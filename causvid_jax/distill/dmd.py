@@ -1,7 +1,8 @@
-"""Distribution matching distillation losses (paper section 4.2, equations 2 and 4; DMD2, arXiv 2405.14867).
+"""Losses of distribution matching distillation (CausVid, arXiv 2412.07772, sections 3.2 and 4.2, equations 2 and 4).
 
-The student's distribution moves towards the teacher's along the difference of two scores. Let x be the student's
-output, ``x_t = (1 - sigma) x + sigma noise``, f the fake score's x0 prediction at x_t and r the guided teacher's:
+The method is DMD2's (arXiv 2405.14867). The student's distribution moves towards the teacher's along the difference of
+two scores. Let x be the student's output, ``x_t = (1 - sigma) x + sigma noise``, f the fake score's x0 prediction at
+x_t and r the guided teacher's:
 
     gradient = (f - r) / mean |x - r|                    per sample, a constant
     L_G      = 0.5 mean (x - stopgrad(x - gradient))^2   so that dL_G/dx = gradient / numel
@@ -25,7 +26,10 @@ from causvid_jax.distill.scores import Levels, ScoreFn, mask_weight, masked_mean
 
 
 def dmd_gradient(x0: jax.Array, fake_x0: jax.Array, real_x0: jax.Array) -> jax.Array:
-    """Return ``(f - r) / mean |x - r|``, the mean taken per sample, and zero where that is not finite (0 / 0)."""
+    """Return ``(f - r) / mean |x - r|``, all arrays ``[B, F, h, w, C]``, and zero where it is not finite (0 / 0).
+
+    The mean is taken per sample. Without a gradient through f and r, this is the gradient of DMD (module docstring).
+    """
     scale = jnp.mean(jnp.abs(x0 - real_x0), axis=tuple(range(1, x0.ndim)), keepdims=True)
     gradient = (fake_x0 - real_x0) / scale
     return jnp.where(jnp.isfinite(gradient), gradient, 0.0)
@@ -47,28 +51,29 @@ def generator_loss(
     levels: Levels = Levels(),  # noqa: B008
     experts: ExpertsConfig = ExpertsConfig(),  # noqa: B008
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return the student's loss. Its gradient reaches ``x0`` only, not the scores.
+    """Return the student's loss ``0.5 mean (x - stopgrad(x - gradient))^2``. Its gradient reaches ``x0`` alone.
 
     Args:
-      x0: output of the student, ``[B, F, h, w, C]``.
-      prompt_embeds: ``[B, S, E]``, read by both scores.
-      negative_prompt_embeds: of the unconditional branches, ``[S, E]`` or ``[B, S, E]``.
-      key: draws the timesteps and the noise.
-      teacher: the real score, ``(x, timestep, prompt_embeds) -> velocity``.
-      fake: the fake score, likewise; it is guided by ``fake_guidance_scale``, 1 in the paper.
-      diffusion: the noise grid.
-      distill: guidance scales and timestep range.
-      mask: bool ``[B, F]``, the frames that the loss counts; default: all.
-      timestep: ``[B, F]``, instead of drawn ones.
-      noise: shape of ``x0``, instead of drawn noise. With both, no key is needed.
-      levels: where the timesteps are drawn.
-      experts: of a teacher of two networks, with a guidance scale for each.
+        x0: output of the student, ``[B, F, h, w, C]``.
+        prompt_embeds: ``[B, S, E]``, read by both scores.
+        negative_prompt_embeds: of the unconditional branches, ``[S, E]`` or ``[B, S, E]``.
+        key: draws the timesteps and the noise.
+        teacher: the real score, ``(x, timestep [B, F], prompt_embeds) -> velocity``.
+        fake: the fake score, likewise; it is guided by ``fake_guidance_scale``, 1 in the paper.
+        diffusion: the noise grid.
+        distill: guidance scales and timestep range.
+        mask: bool ``[B, F]``, the frames that the loss counts; None: all.
+        timestep: ``[B, F]`` in [0, 1000], instead of drawn ones.
+        noise: shape of ``x0``, instead of drawn noise. With both, no key is needed.
+        levels: narrows the range in which the timesteps are drawn.
+        experts: of a teacher of two networks, with a guidance scale for each.
 
     Returns:
-      The scalar loss and metrics: loss, mean absolute gradient, and mean timestep.
+        The scalar loss, and the metrics ``loss``, ``gradient`` (mean absolute value), ``timestep`` (mean) and, with a
+        mask, ``weight`` (frames counted).
 
     Raises:
-      ConfigError: neither a key nor both ``timestep`` and ``noise``.
+        ConfigError: neither a key nor both ``timestep`` and ``noise``.
     """
     x0 = x0.astype(jnp.float32)
     x = jax.lax.stop_gradient(x0)  # no gradient through the scores' inputs
@@ -96,9 +101,10 @@ def critic_loss(
     noise: jax.Array | None = None,
     levels: Levels = Levels(),  # noqa: B008
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return the fake score's flow-matching loss on the student's outputs: unweighted, on velocities.
+    """Return the fake score's loss ``mean (v_fake(x_t, t) - (noise - x))^2`` on the student's outputs x = ``x0``.
 
-    Arguments are those of :func:`generator_loss`; the trained parameters are inside ``fake``.
+    Arguments and errors are those of :func:`generator_loss`. The trained parameters are inside ``fake``. The metrics
+    are ``loss`` and, with a mask, ``weight``.
     """
     x = jax.lax.stop_gradient(x0.astype(jnp.float32))  # the student's output is data here
     x_t, timestep, _, noise = scores.noise_output(x, key, timestep, noise, diffusion, distill, levels)

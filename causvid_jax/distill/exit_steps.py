@@ -15,11 +15,14 @@ class Rollout:
     """The static settings of a self rollout.
 
     Attributes:
-      network: the student.
-      causal: block structure, window and context pass.
-      timesteps: the Q denoising timesteps, ``flow.student_timesteps``.
-      first_timesteps: one list for each of the first blocks of a stream; later blocks have ``timesteps``.
-      exit_steps: which step each block stops at (:func:`draw_exit_steps`).
+        network: the student.
+        causal: block structure, window and context pass.
+        timesteps: the Q denoising timesteps, ``flow.student_timesteps``.
+        first_timesteps: one list for each of the first blocks of a stream; later blocks have ``timesteps``.
+        exit_steps: which step each block stops at (:func:`draw_exit_steps`).
+
+    Raises:
+        ConfigError: ``network.kv_cache`` is not ``"dtype"``: a cache in 8 bits has no gradient.
     """
 
     network: TransformerConfig
@@ -34,11 +37,12 @@ class Rollout:
 
 
 def draw_exit_steps(rollout: Rollout, key: jax.Array, blocks: int, has_context: jax.Array | bool = False) -> jax.Array:
-    """Draw the index of the exit step of every block, int32 ``[blocks]``.
+    """Draw the index of the exit step of every block of a rollout, int32 ``[blocks]``.
 
-    ``"shared"`` draws one of the Q steps for all blocks, ``"per_block"`` one for each, ``"last"`` is always Q - 1, and
-    ``"first_block"`` draws the first block's and is Q - 1 for the others (RMD, arXiv 2609.37925). A block with
-    timesteps of its own draws from those independently, unless the rollout continues another (``has_context``).
+    ``rollout.exit_steps`` names the rule. ``"shared"`` draws one of the Q steps for all blocks (Self-Forcing, arXiv
+    2506.08009). ``"per_block"`` draws one for each block. ``"last"`` is always Q - 1. ``"first_block"`` draws one for
+    the first block and is Q - 1 for the others (RMD, arXiv 2609.37925). A block with a list in ``first_timesteps`` has
+    an index into that list, drawn alone, unless the rollout continues another one (``has_context``, bool scalar).
     """
     steps = len(rollout.timesteps)
     shared = jax.random.randint(key, (), 0, steps)
@@ -58,9 +62,9 @@ def draw_exit_steps(rollout: Rollout, key: jax.Array, blocks: int, has_context: 
 
 
 def timestep_table(rollout: Rollout, blocks: int, has_context: jax.Array | bool = False) -> jax.Array:
-    """Return the timesteps of every block, float32 ``[blocks, Q]``; rows are padded with 0 at the end.
+    """Return the timesteps of every block, float32 ``[blocks, Q]`` in [0, 1000]; rows are padded with 0 at the end.
 
-    In a rollout that continues another (``has_context``) all blocks are later ones.
+    The first rows hold ``first_timesteps``, unless the rollout continues another one (``has_context``, bool scalar).
     """
     lists = (*rollout.first_timesteps, rollout.timesteps)
     width = max(map(len, lists))
@@ -70,7 +74,7 @@ def timestep_table(rollout: Rollout, blocks: int, has_context: jax.Array | bool 
 
 
 def noise_key(key: jax.Array) -> jax.Array:
-    """Return the part of a rollout's key that draws noise. The other part draws the exit steps."""
+    """Return the half of a rollout's key that draws noise. The other half draws the exit steps."""
     return jax.random.split(key)[1]
 
 
@@ -83,7 +87,11 @@ def exit_steps_of(
     context: jax.Array | None = None,
     has_context: jax.Array | bool = True,
 ) -> jax.Array:
-    """Return the exit steps ``[n]`` of the rollout that ``key`` draws, or ``exit_step`` for every block."""
+    """Return the exit steps, int32 ``[n]``, of the n blocks of a rollout of ``frames`` latent frames.
+
+    They are ``exit_step`` for every block, or :func:`draw_exit_steps` if that is None. ``key``, ``context`` and
+    ``has_context`` are those of :func:`~causvid_jax.distill.rollout.self_rollout`.
+    """
     blocks = len(rollout.causal.block_sizes(frames))
     if exit_step is not None:
         return jnp.broadcast_to(jnp.asarray(exit_step, jnp.int32), (blocks,))

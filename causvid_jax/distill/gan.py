@@ -1,19 +1,19 @@
 """DMD with a logistic GAN on features of the fake score (DMD2, arXiv 2405.14867; One-Forcing, arXiv 2605.23458).
 
-Let D(x_t, t) be the logit of a small head on features that the fake score's network has at ``x_t``. Real clips and the
-student's are noised alike. With the weights w of the two networks (``gan_weight`` and ``gan_critic_weight``):
+Let D(x_t, t) be the logit of a small head on features of the fake score's network at ``x_t``. Real clips and the
+student's are noised alike. With w = ``gan_weight`` and w_C = ``gan_critic_weight``:
 
     L_G = L_DMD + w mean softplus(-D(x_t))                                   x the student's output, through x_t
     L_C = L_flow + w_C mean (softplus(-D(real_t)) + softplus(D(fake_t)))     the fake is a constant
           + r_1 mean ((D(real_t + s e) - D(real_t)) / s)^2 + r_2 (the same of fake_t)
 
-The last line is R1 and R2, the squared slope of D at real and at generated clips, by differences along noise e
-of N(0, 1) and not by a second derivative. For small s its mean is ``|grad D|^2``. The weights ``gan_r1_weight`` and
-``gan_r2_weight`` are 0 as published, s is ``gan_r_sigma``. Source: Seaweed-APT, arXiv 2501.08316, which does not divide
-by s^2.
+The last line is R1 and R2, the squared slope of D at real and at generated clips. It is a difference along noise e of
+N(0, 1), which needs no second derivative. For small s its mean is ``|grad D|^2``. The weights r_1 = ``gan_r1_weight``
+and r_2 = ``gan_r2_weight`` are 0 as published, s is ``gan_r_sigma``. Source: Seaweed-APT, arXiv 2501.08316, which does
+not divide by s^2.
 
-The best discriminator of fixed distributions is ``D = log p_real(x_t) - log p_student(x_t)``, which is 0 where they are
-equal; the gradient of L_G then vanishes as DMD's does.
+The best discriminator of fixed distributions is ``D = log p_real(x_t) - log p_student(x_t)``. It is 0 where they are
+equal, so the gradient of L_G vanishes there, as DMD's does.
 
 The head: at each chosen layer one learned query attends to all tokens (:func:`transformer.pooled_features`); a
 two-layer network turns the pooled features into the logit.
@@ -38,12 +38,15 @@ Discriminator = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (x_t, 
 
 
 def feature_layers(config: TransformerConfig, distill: DistillStageConfig) -> tuple[int, ...]:
-    """Return the layers whose features are read; by default One-Forcing's 13, 21 and 29 of 30, in proportion."""
+    """Return the numbers of the layers whose features are read, from 0.
+
+    They are ``gan_layers``; if that is empty, One-Forcing's 13, 21 and 29 of 30 layers, in proportion.
+    """
     return distill.gan_layers or tuple(sorted({max(0, round(config.num_layers * i / 30) - 1) for i in (14, 22, 30)}))
 
 
 def head_spec(config: TransformerConfig, distill: DistillStageConfig) -> dict[str, Any]:
-    """Return the parameters of the head: a query per layer and two linear layers, the last one zero at first."""
+    """Return the specification of the head: ``queries [layers, M]`` and two linear layers, the last zero at first."""
     layers, dim = len(feature_layers(config, distill)), config.dim
     return {
         "queries": ParamSpec((layers, dim), (None, None), nn.initializers.normal(1.0)),
@@ -61,7 +64,16 @@ def discriminator(
     config: TransformerConfig,
     distill: DistillStageConfig,
 ) -> jax.Array:
-    """Return the logit ``[B]`` that ``x [B, F, h, w, C]`` is a noised real clip; ``params`` contain :data:`HEAD`."""
+    """Return the logit D, ``[B]``, that ``x`` is a noised real clip.
+
+    Args:
+        params: of the fake score, with :data:`HEAD`.
+        x: noisy latents, ``[B, F, h, w, C]``.
+        timestep: ``[B, F]``, in [0, 1000].
+        prompt_embeds: ``[B, S, E]``.
+        config: the fake score's network.
+        distill: ``gan_layers``.
+    """
     head, network = params[HEAD], {name: value for name, value in params.items() if name != HEAD}
     layers = jnp.asarray(feature_layers(config, distill))
     queries = jnp.zeros((config.num_layers, config.dim)).at[layers].set(head["queries"])
@@ -80,7 +92,10 @@ def generator_loss(
     levels: scores.Levels = scores.Levels(),  # noqa: B008
     **options: Any,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return L_G and metrics; ``discriminator`` is D, other arguments are those of ``dmd.generator_loss``."""
+    """Return L_G (module docstring) and the metrics of DMD with ``adversarial``, the mean of ``softplus(-D)``.
+
+    ``discriminator`` is D. The other arguments are those of :func:`causvid_jax.distill.dmd.generator_loss`.
+    """
     loss, metrics = dmd.generator_loss(x0, prompt_embeds, negative_prompt_embeds, key, levels=levels, **options)
     diffusion, distill = options["diffusion"], options["distill"]
     x = x0.astype(jnp.float32)
@@ -100,7 +115,11 @@ def critic_loss(
     levels: scores.Levels = scores.Levels(),  # noqa: B008
     **options: Any,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return L_C and metrics; ``real`` are real latents of the same prompts, ``[B, F, h, w, C]``."""
+    """Return L_C (module docstring), and the metrics ``loss``, ``discriminator`` (its logistic loss), ``r1``, ``r2``.
+
+    ``real`` are real latents of the same prompts, ``[B, F, h, w, C]``. The other arguments are those of
+    :func:`causvid_jax.distill.dmd.critic_loss`. ``r1`` and ``r2`` are there if their weights are not 0.
+    """
     loss, metrics = dmd.critic_loss(x0, prompt_embeds, key, levels=levels, **options)
     diffusion, distill = options["diffusion"], options["distill"]
     fake = jax.lax.stop_gradient(x0.astype(jnp.float32))

@@ -1,4 +1,4 @@
-"""ODE regression: train the causal student to predict the end of the teacher's trajectories (paper section 4.3, eq. 6).
+"""ODE regression: train the causal student to predict the end of the teacher's trajectories.
 
     L = mean over noisy elements of (x0_student(x_t, t) - x0)^2
 
@@ -7,6 +7,8 @@ Blocks may also be drawn clean (t = 0): they are context for later blocks and do
 causal teacher contain the clean context of each block, which the student also gets (teacher forcing).
 
 :func:`splice` prepares the student for a prompt switch: it replaces the clip's context by that of another clip.
+
+Source: CausVid, arXiv 2412.07772, section 4.3, equation 6.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,17 +26,16 @@ BlockCausalFn = Callable[..., jax.Array]  # (params, x, timestep, prompt_embeds)
 
 
 def sample_block_steps(key: jax.Array, batch: int, block_sizes: Sequence[int], choices: int) -> jax.Array:
-    """Draw step indices ``[B, F]``, int32: uniform over ``range(choices)``, one per block and sample."""
-    steps = jax.random.randint(key, (batch, len(block_sizes)), 0, choices)
-    return jnp.repeat(steps, np.asarray(block_sizes), axis=1, total_repeat_length=sum(block_sizes))
+    """Draw step indices, int32 ``[B, F]``: uniform over ``range(choices)``, equal in all frames of a block."""
+    return flow.per_frame(jax.random.randint(key, (batch, len(block_sizes)), 0, choices), block_sizes)
 
 
 def splice(key: jax.Array, batch: int, block_sizes: Sequence[int], fraction: float) -> jax.Array:
     """Draw the frames of each clip that another clip's frames replace, bool ``[B, F]``.
 
-    A clip is spliced with probability ``fraction``: its blocks before s are replaced, s uniform over all blocks but the
-    first. They are clean context under the clip's own prompt and do not enter the loss. A stream's cache holds the same
-    after ``sampling.stream.recompute_context``.
+    A clip is spliced with probability ``fraction``. Its blocks before block s are then replaced, with s uniform over
+    all blocks but the first. They are clean context under the clip's own prompt and do not enter the loss. A stream's
+    cache holds the same after ``sampling.stream.recompute_context``.
     """
     if len(block_sizes) < 2:
         return jnp.zeros((batch, sum(block_sizes)), bool)
@@ -59,26 +60,27 @@ def ode_regression_loss(
     context: jax.Array | None = None,
     index: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return the regression loss of a batch of trajectories.
+    """Return ``mean (x0_student(x_t, t) - x0)^2`` over the noisy elements of a batch of trajectories.
 
     Args:
-      velocity_fn: the block-causal student, ``(params, x, timestep [B, F], prompt_embeds) -> velocity``. It is called
-        with ``clean=context`` if there is a context.
-      params: parameters of the student.
-      states: ``[Q + 1, B, F, h, w, C]`` of :func:`~causvid_jax.distill.trajectories.teacher_trajectory`.
-      prompt_embeds: ``[B, S, E]``.
-      key: draws one step index per sample and block.
-      timesteps: the Q student timesteps of the states, ``flow.student_timesteps``.
-      block_sizes: frames of each block, ``CausalConfig.block_sizes(F)``.
-      include_clean: also draw t = 0, as context only.
-      prompt_switch_prob: fraction of the clips that get the context of the next clip in the batch.
-      context: clean context of every block, ``[B, F, h, w, C]``. Every block is noisy then, and ``include_clean`` and
-        ``prompt_switch_prob`` are ignored.
-      index: int32 ``[B, F]``, the state of each frame (Q: clean), instead of drawn ones. No key is needed then, and no
-        clip gets another's context.
+        velocity_fn: the student, ``(params, x, timestep, prompt_embeds) -> velocity``, with a context also ``clean=``.
+        params: of the student.
+        states: ``[Q + 1, B, F, h, w, C]`` of :func:`~causvid_jax.distill.trajectories.teacher_trajectory`.
+        prompt_embeds: ``[B, S, E]``.
+        key: draws one step index per sample and block.
+        timesteps: the Q student timesteps of the states, ``flow.student_timesteps``, in (0, 1000].
+        block_sizes: latent frames of each block, ``CausalConfig.block_sizes(F)``.
+        include_clean: also draw t = 0, as context only.
+        prompt_switch_prob: fraction of the clips that get the context of the next clip in the batch.
+        context: clean context of every block, ``[B, F, h, w, C]``. The two arguments above are then ignored.
+        index: int32 ``[B, F]``, the state of each frame (Q: clean); no key is needed then, and no prompt is switched.
 
     Returns:
-      The scalar loss (0 when every block was drawn clean) and metrics: the loss, and the fraction of noisy frames.
+        The scalar loss (0 if every block was drawn clean), and the metrics ``loss``, ``noisy_fraction`` (of the frames)
+        and ``weight`` (number of noisy elements).
+
+    Raises:
+        ConfigError: there are not Q + 1 states, blocks do not add up to F, or both ``key`` and ``index`` are missing.
     """
     q, (batch, frames) = len(timesteps), states.shape[1:3]
     require(states.shape[0] == q + 1, f"trajectories have {states.shape[0]} states; {q} timesteps need {q + 1}")

@@ -31,11 +31,11 @@ Params = Any
 
 
 class Record(NamedTuple):
-    """Results of a rollout without gradient that the replay needs, ``[B, F, h, w, C]`` each.
+    """Latents that a rollout without gradient records for the replay, ``[B, F, h, w, C]`` each.
 
     Attributes:
-      x: the noisy input of every block's exit step.
-      written: the latents of the context pass: the clean estimate, with noise if the recipe adds it.
+        x: the noisy input of every block's exit step.
+        written: the latents of the context pass: the clean estimate, with noise if the recipe adds it.
     """
 
     x: jax.Array
@@ -51,7 +51,13 @@ def record_blocks(
     blocks: BlockInputs,
     key: jax.Array,
 ) -> tuple[Record, KVCache]:
-    """Return the records of blocks that are generated as by :func:`~causvid_jax.distill.rollout.generate_blocks`."""
+    """Generate blocks as :func:`~causvid_jax.distill.rollout.generate_blocks` does, and return their records.
+
+    Arguments are those of that function.
+
+    Returns:
+        The records, ``[n, B, K, h, w, C]`` each, and the cache after the last block.
+    """
 
     def block(cache: KVCache, inputs: BlockInputs) -> tuple[KVCache, Record]:
         block_key = jax.random.fold_in(key, inputs.number)
@@ -65,7 +71,11 @@ def record_blocks(
 
 
 def check_positions(rollout: Rollout, frames: int) -> None:
-    """Refuse a clip of ``frames`` latent frames in which a stream would have moved the sink to other positions."""
+    """Refuse a clip of ``frames`` latent frames in which a stream would have moved the sink to other positions.
+
+    Raises:
+        ConfigError: positions are relative to a window with a sink, and the clip is longer than both.
+    """
     causal = rollout.causal
     longest = causal.sink + causal.window
     require(
@@ -85,16 +95,21 @@ def replay(
     past: jax.Array | None = None,
     picture: Picture | None = None,
 ) -> jax.Array:
-    """Return the x0 of a recorded rollout, ``[B, F, h, w, C]``, with a gradient to ``params`` and ``text``.
+    """Return the x0 of a recorded rollout (module docstring), float32 ``[B, F, h, w, C]``.
+
+    It has a gradient to ``params`` and ``text``.
 
     Args:
-      rollout: network and block structure.
-      params: the student's parameters.
-      text: prompt embeddings, ``[B, S, E]``.
-      record: noisy inputs of the exit steps and latents of the context passes.
-      timestep: of the exit steps, ``[F]``.
-      past: clean latents that the rollout continued, ``[B, P, h, w, C]``.
-      picture: what the clip starts from, for a student with an image branch.
+        rollout: network and block structure.
+        params: the student's parameters.
+        text: prompt embeddings, ``[B, S, E]``.
+        record: noisy inputs of the exit steps and latents of the context passes.
+        timestep: of the exit step of every frame, ``[F]``.
+        past: clean latents that the rollout continued, ``[B, P, h, w, C]``.
+        picture: what the clip starts from, for a student with an image branch.
+
+    Raises:
+        ConfigError: :func:`check_positions` refuses the length.
     """
     causal, (batch, frames) = rollout.causal, record.x.shape[:2]
     x, written = jax.lax.stop_gradient(record)

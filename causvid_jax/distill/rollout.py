@@ -1,12 +1,12 @@
 """Two ways to produce the student's x0 for distribution matching.
 
-``data_rollout`` (the paper, section 4.2): every block of a real clip is noised to a random denoising timestep, and all
-blocks are denoised in one block-causal pass. Later blocks attend to earlier blocks at the noise levels of these.
+``data_rollout`` (CausVid, section 4.2): every block of a real clip is noised to a random denoising timestep, and one
+block-causal pass denoises all blocks. A block attends to the earlier blocks at their own noise levels.
 
-``self_rollout`` (Self-Forcing, arXiv 2506.08009): the student generates block by block through its KV cache, exactly as
-it will stream. Denoising stops at a random step, and only that step is differentiated. Cached context is a constant: no
-gradient reaches an earlier block through its keys and values. (In the published Self-Forcing code a gradient does; here
-:mod:`causvid_jax.distill.replay` computes it.)
+``self_rollout`` (Self-Forcing, arXiv 2506.08009): the student generates block by block through its KV cache, as in a
+stream. Denoising stops at a random step, and only that step is differentiated. Cached context is a constant: no
+gradient reaches an earlier block through its keys and values. In the published Self-Forcing code one does; here
+:mod:`causvid_jax.distill.replay` computes it.
 """
 
 import functools
@@ -40,21 +40,24 @@ def data_rollout(
     block_sizes: Sequence[int],
     include_clean: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the student's x0 of real latents, noised per block, in one block-causal pass.
+    """Return the student's ``x0 = x_t - sigma v(x_t, t)`` of real latents, noised per block, in one block-causal pass.
 
     Args:
-      velocity_fn: ``(params, x, timestep [B, F], text) -> velocity``.
-      params: the student's parameters.
-      latents: real latents, ``[B, F, h, w, C]``.
-      text: prompt embeddings, ``[B, S, E]``.
-      key: draws one step per sample and block, and the noise.
-      timesteps: the student's timesteps, ``flow.student_timesteps``.
-      block_sizes: frames of each block, adding up to F.
-      include_clean: also draw t = 0; such a block is returned unchanged and carries no gradient.
+        velocity_fn: ``(params, x, timestep [B, F], text) -> velocity``.
+        params: the student's parameters.
+        latents: real latents, ``[B, F, h, w, C]``.
+        text: prompt embeddings, ``[B, S, E]``.
+        key: draws one step per sample and block, and the noise.
+        timesteps: the student's timesteps, ``flow.student_timesteps``, in (0, 1000].
+        block_sizes: latent frames of each block, adding up to F.
+        include_clean: also draw t = 0; such a block is returned unchanged and carries no gradient.
 
     Returns:
-      x0 ``[B, F, h, w, C]``, and bool ``[B, F]``: True for frames that were noised, False for clean context, which is
-      masked out of the loss.
+        x0 ``[B, F, h, w, C]``, and bool ``[B, F]``: True for frames that were noised, False for clean context, which is
+        masked out of the loss.
+
+    Raises:
+        ConfigError: the blocks do not add up to F.
     """
     batch, frames = latents.shape[:2]
     require(sum(block_sizes) == frames, f"blocks {tuple(block_sizes)} do not add up to {frames} latent frames")
@@ -92,7 +95,8 @@ def predict_x0(
 def noisy_context(x0: jax.Array, key: jax.Array, index: int, causal: CausalConfig) -> jax.Array:
     """Return the latents of the context pass for ``x0``: ``(1 - s) x0 + s noise``, ``s = context_noise / 1000``.
 
-    The noise is number ``index`` of ``key``. Without ``causal.add_context_noise`` the result is x0 itself.
+    The noise is drawn from ``fold_in(key, index)``. Without ``causal.add_context_noise`` the result is x0 itself. JAX's
+    ``split(key, n)[i]`` is ``fold_in(key, i)``, so ``index`` must not be the number of a key that is split off.
     """
     if causal.add_context_noise == "never":
         return x0
@@ -108,7 +112,10 @@ def write_context(
     cache: KVCache,
     channels: jax.Array | None = None,
 ) -> KVCache:
-    """Write a finished block to the cache at ``causal.context_noise``."""
+    """Return the cache with the keys and values of a finished block ``x0``, read at ``causal.context_noise``.
+
+    The position of the cache stays; :func:`causvid_jax.models.kv_cache.advance` moves it.
+    """
     timestep = jnp.full(x0.shape[:2], rollout.causal.context_noise, jnp.float32)
     _, cache = transformer.cached(
         params, beside(x0, channels), timestep, text_cache, cache, config=rollout.network, causal=rollout.causal
@@ -127,13 +134,15 @@ def generate_block(
     shape: tuple[int, ...],
     channels: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
-    """Denoise one block of ``shape`` from noise to the exit step of its ``timesteps [Q]``, and advance the cache.
-    Without ``timesteps`` the block has those of the rollout. ``channels`` are the picture's, if the student reads one.
+    """Denoise one block of ``shape`` (B, K, h, w, C) from noise to its exit step, and advance the cache.
+
+    ``key`` draws every noise of the block, ``exit_step`` is an int scalar, ``timesteps [Q]`` are those of this block
+    (None: of the rollout), and a student that reads a picture has its ``channels [B, K, h, w, D]``.
 
     Returns:
-      The clean estimate x0, the noisy input of the exit step, the latents of the context pass, and the next cache.
+        The clean estimate x0, the noisy input of the exit step and the latents of the context pass, all of ``shape``,
+        and the cache after the block.
     """
-
     timesteps = block_timesteps(rollout, timesteps)
 
     def noise(step: jax.Array | int) -> jax.Array:
@@ -143,8 +152,9 @@ def generate_block(
         x0, cache = predict_x0(rollout, params, text_cache, carry[0], timesteps[step], carry[1], channels)
         return flow.add_noise(x0, noise(step + 1), flow.sigma_from_timestep(timesteps[step + 1])), cache
 
-    # The number of passes is a run-time value, so no pass is wasted.
+    # A first timestep below 1000 (rCM) starts from noise times its noise level.
     start = noise(0) if rollout.timesteps[0] == 1000.0 else noise(0) * flow.sigma_from_timestep(timesteps[0])
+    # The number of passes is a run-time value, so no pass is wasted.
     x, cache = jax.lax.fori_loop(0, exit_step, denoise, (start, cache))
     x0, cache = predict_x0(rollout, params, text_cache, x, timesteps[exit_step], cache, channels)
     context_latents = noisy_context(x0, key, timesteps.shape[0], rollout.causal)
@@ -154,14 +164,18 @@ def generate_block(
 
 
 def block_timesteps(rollout: Rollout, timesteps: jax.Array | None) -> jax.Array:
-    """Return ``timesteps``; if they are None, the rollout's timesteps as a constant of the program."""
+    """Return ``timesteps``, or the rollout's timesteps, float32 ``[Q]``, if they are None."""
     return jnp.asarray(np.asarray(rollout.timesteps, np.float32)) if timesteps is None else timesteps
 
 
 class BlockInputs(NamedTuple):
-    """Inputs of n blocks of one size: number ``[n]``, exit step ``[n]`` and timesteps ``[n, Q]`` or None.
+    """Inputs of n blocks of one size.
 
-    ``channels [n, B, K, h, w, D]`` are the picture's condition channels of a student with an image branch, or None.
+    Attributes:
+        number: of each block in the clip, ``[n]``.
+        exit_step: ``[n]``.
+        timesteps: of each block, ``[n, Q]``; None: those of the rollout.
+        channels: condition channels ``[n, B, K, h, w, D]``, for a student that reads a picture.
     """
 
     number: jax.Array
@@ -187,7 +201,7 @@ def generate_blocks(
     keeps one cache, not one per block (5.6 GiB each at 1.3B).
 
     Returns:
-      x0 ``[n, B, K, h, w, C]`` and the cache after the last block.
+        x0 ``[n, B, K, h, w, C]`` and the cache after the last block.
     """
     return _generate_blocks_forward(rollout, shape, params, text_cache, cache, blocks, key)[0]
 
@@ -245,7 +259,11 @@ generate_blocks.defvjp(_generate_blocks_forward, _generate_blocks_backward)
 def fill_context(
     rollout: Rollout, params: Params, text_cache: TextCache, context: jax.Array, cache: KVCache
 ) -> KVCache:
-    """Write clean latents ``[B, P, h, w, C]``, P whole blocks, to the cache, as a stream does after a prompt switch."""
+    """Return the cache after clean latents ``[B, P, h, w, C]``, P whole blocks; a stream does so at a prompt switch.
+
+    Raises:
+        ConfigError: P is no multiple of ``causal.frames_per_block``.
+    """
     size = rollout.causal.frames_per_block
     require(
         context.shape[1] % size == 0,
@@ -275,9 +293,9 @@ def roll(
 ) -> Any:
     """Apply ``generate`` to all blocks of a clip and join the results.
 
-    ``generate`` is :func:`generate_blocks` or ``replay.record_blocks``. The other arguments are those of
-    :func:`self_rollout`; ``key`` draws the noise and ``exit_steps [n]`` is of every block.
-    Arrays ``[n, B, K, h, w, C]`` become ``[B, F, h, w, C]``.
+    ``generate`` is :func:`generate_blocks` or ``replay.record_blocks``. ``key`` draws the noise, and ``exit_steps [n]``
+    holds the exit step of every block. The other arguments are those of :func:`self_rollout`. The result has the arrays
+    ``[n, B, K, h, w, C]`` of ``generate`` as ``[B, F, h, w, C]``.
     """
     batch, frames, height, width, _ = shape
     sizes = rollout.causal.block_sizes(frames)
@@ -320,7 +338,7 @@ def self_rollout(
     has_context: jax.Array | bool = True,
     picture: Picture | None = None,
 ) -> jax.Array:
-    """Return the student's own rollout; every block stops at a random step, which alone carries a gradient.
+    """Return the student's own rollout. Every block stops at a random step, and only that step has a gradient.
 
     Block i starts from noise that depends on ``(key, i)`` only. Step j predicts ``x0 = x - sigma_j v`` and, before the
     exit, adds fresh noise, ``x = (1 - sigma_{j+1}) x0 + sigma_{j+1} noise``. One more pass writes the finished x0 to
@@ -328,21 +346,21 @@ def self_rollout(
     off the keys and values of the exit step stay instead.
 
     Args:
-      rollout: network, block structure, timesteps.
-      params: the student's parameters.
-      text: prompt embeddings, ``[B, S, E]``.
-      key: draws the exit steps (:func:`exit_steps_of`) and every noise.
-      shape: ``(B, F, h, w, C)`` of the clip; the blocks must fit F.
-      exit_step: index into the timesteps of all blocks instead of drawn ones; Q - 1 is the whole chain.
-      context: clean latents ``[B, P, h, w, C]``, P whole blocks, that the rollout continues.
-      has_context: bool scalar; False ignores ``context`` in the same compiled program.
-      picture: what the clip starts from, for a student with an image branch; it does not go with a context.
+        rollout: network, block structure, timesteps.
+        params: the student's parameters.
+        text: prompt embeddings, ``[B, S, E]``.
+        key: draws the exit steps (:func:`exit_steps_of`) and every noise.
+        shape: ``(B, F, h, w, C)`` of the clip; the blocks must fit F.
+        exit_step: index into the timesteps of all blocks instead of drawn ones; Q - 1 is the whole chain.
+        context: clean latents ``[B, P, h, w, C]``, P whole blocks, that the rollout continues.
+        has_context: bool scalar; False ignores ``context`` in the same compiled program.
+        picture: what the clip starts from, for a student with an image branch; it does not go with a context.
 
     Returns:
-      x0, ``[B, F, h, w, C]`` float32.
+        x0, ``[B, F, h, w, C]`` float32.
 
     Raises:
-      ConfigError: a length or a context that the blocks do not fit.
+        ConfigError: the blocks do not fit the length or the context.
     """
     continued: dict[str, Any] = {"context": context, "has_context": has_context}
     exits = exit_steps_of(rollout, key, shape[1], exit_step, **continued)

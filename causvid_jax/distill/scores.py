@@ -21,12 +21,12 @@ ScoreFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (x, timestep
 
 
 class Levels(NamedTuple):
-    """The range of the scores' timesteps: nominal times in ``[low, high)``, drawn per clip or per block.
+    """The range of nominal times u, ``[low, high)`` in [0, 1], in which the scores' timesteps are drawn.
 
     Attributes:
-      low: scalar; for timesteps tied to the exit step the time of the next step; None: 0.
-      high: scalar; None: 1.
-      block_sizes: frames of each block; empty: one timestep for the clip.
+        low: scalar; None: 0. If timesteps are tied to the exit step, it is the time of the step after it.
+        high: scalar; None: 1.
+        block_sizes: latent frames of each block, which then has a timestep of its own; empty: one for the clip.
     """
 
     low: jax.Array | float | None = None
@@ -42,9 +42,10 @@ def score_timesteps(
     distill: DistillStageConfig,
     levels: Levels = Levels(),  # noqa: B008
 ) -> jax.Array:
-    """Draw the scores' timesteps ``[B, F]``: shifted uniform, clamped to the configured range, equal in all frames.
+    """Draw the scores' timesteps ``clip(1000 sigma(u), score_timestep_min, score_timestep_max)``, ``[B, F]``.
 
-    ``levels`` narrows the nominal times, and draws one timestep per block.
+    u is uniform in the range of ``levels``. There is one u per clip, or with ``levels.block_sizes`` one per block.
+    Source: CausVid's and Self-Forcing's DMD code, which draw whole nominal timesteps and clamp to [20, 980].
     """
     u = jax.random.uniform(key, (batch, len(levels.block_sizes)) if levels.block_sizes else (batch,))
     if levels.low is not None or levels.high is not None:
@@ -53,7 +54,7 @@ def score_timesteps(
     timestep = flow.timestep_from_sigma(flow.sigma_from_u(u, diffusion.shift))
     timestep = jnp.clip(timestep, distill.score_timestep_min, distill.score_timestep_max)
     if levels.block_sizes:
-        return jnp.repeat(timestep, jnp.asarray(levels.block_sizes), axis=1, total_repeat_length=frames)
+        return flow.per_frame(timestep, levels.block_sizes)
     return repeat(timestep, "b -> b f", f=frames)
 
 
@@ -66,9 +67,12 @@ def noise_output(
     distill: DistillStageConfig,
     levels: Levels = Levels(),  # noqa: B008
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Return ``x_t = (1 - sigma) x + sigma noise``, the timesteps ``[B, F]``, sigma and the noise.
+    """Return ``x_t = (1 - sigma) x + sigma noise``, the timesteps ``[B, F]``, sigma ``[B, F]`` and the noise.
 
-    Timesteps and noise that are None are drawn with ``key``.
+    ``x`` and the noise are ``[B, F, h, w, C]``. Timesteps and noise that are None are drawn with ``key``.
+
+    Raises:
+        ConfigError: the key and one of both are None.
     """
     require(
         key is not None or (timestep is not None and noise is not None),
@@ -85,7 +89,7 @@ def noise_output(
 
 
 def masked_mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Return the mean over all elements, or over the frames where ``mask`` (bool ``[B, F]``) is True; 0 if none."""
+    """Return the mean of ``values [B, F, ...]``, or of the frames where ``mask [B, F]`` is True (0 if none is)."""
     if mask is None:
         return jnp.mean(values)
     weight = jnp.broadcast_to(flow.expand(mask.astype(jnp.float32), values), values.shape)
@@ -93,16 +97,22 @@ def masked_mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def mask_weight(mask: jax.Array | None) -> dict[str, jax.Array]:
-    """Return the number of frames that a masked mean counts as ``{"weight"}``; without a mask an empty dict."""
+    """Return ``{"weight": n}``, n the frames that a masked mean counts; without a mask an empty dict."""
     return {} if mask is None else {"weight": jnp.sum(mask.astype(jnp.float32))}
 
 
 class Predictions(NamedTuple):
-    """Predictions of the two scores for one noisy copy of the student's output, float32 ``[B, F, h, w, C]``."""
+    """Predictions of the two scores for one noisy copy of the student's output.
+
+    Attributes:
+        fake_x0: of the fake score, float32 ``[B, F, h, w, C]``.
+        real_x0: of the teacher, likewise.
+        timestep: of the noisy copy, ``[B, F]``.
+    """
 
     fake_x0: jax.Array
     real_x0: jax.Array
-    timestep: jax.Array  # [B, F]
+    timestep: jax.Array
 
 
 def predictions(
@@ -122,7 +132,8 @@ def predictions(
 ) -> Predictions:
     """Return the x0 predictions of both scores, each guided by its scale, at ``x_t = (1 - sigma) x + sigma noise``.
 
-    Arguments are those of :func:`causvid_jax.distill.dmd.generator_loss`; a gradient passes through ``x_t`` to ``x``.
+    Arguments and errors are those of :func:`causvid_jax.distill.dmd.generator_loss`. A gradient passes through ``x_t``
+    to ``x``.
     """
     x_t, timestep, sigma, _ = noise_output(x, key, timestep, noise, diffusion, distill, levels)
 

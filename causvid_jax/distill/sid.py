@@ -5,12 +5,14 @@ guided teacher's, and ``a = train_distill.sid_alpha``:
 
     L_G = mean (r - f) ((r - x) - a (r - f)) / mean |x - r|      the last mean per sample, a constant
 
-The gradient passes through x and, unlike in DMD, through x_t into r and f as well; the parameters of both scores are
-constants. If f is the exact score of the student's own distribution, ``E (f - x) g(x_t) = 0`` for every function g, so
-that the expected numerator is ``(1 - a) E (r - f)^2``, the Fisher divergence of the two distributions times
-``(1 - a) sigma^4 / (1 - sigma)^2``. The gradient with f held constant does not vanish at a = 1; for Gaussians of one
-width it is ``-(1 - (1 - sigma) k)^2 (mean_real - mean)`` by the mean, with the gain ``k`` of ``E[x0 | x_t]``, so that
-it moves the mean to the data's. The fake score has the loss of :func:`~causvid_jax.distill.dmd.critic_loss`.
+The gradient passes through x and, unlike in DMD, also through x_t into r and f. The parameters of both scores are
+constants. The fake score has the loss of :func:`~causvid_jax.distill.dmd.critic_loss`.
+
+If f is the exact score of the student's own distribution, ``E (f - x) g(x_t) = 0`` for every function g. The expected
+numerator is then ``(1 - a) E (r - f)^2``: the Fisher divergence of the two distributions times
+``(1 - a) sigma^4 / (1 - sigma)^2``. The gradient with the parameters of f held constant does not vanish at a = 1. For
+Gaussians of one width, with the gain ``k`` of ``E[x0 | x_t]``, its derivative by the student's mean is
+``-(1 - (1 - sigma) k)^2 (mean_real - mean)``, which moves the mean to that of the data.
 """
 
 from typing import Any
@@ -30,7 +32,11 @@ def generator_loss(
     mask: jax.Array | None = None,
     **options: Any,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return the student's loss and metrics; arguments are those of :func:`causvid_jax.distill.dmd.generator_loss`."""
+    """Return L_G (module docstring) and the metrics ``loss``, ``gradient`` (mean ``|r - f|``) and ``timestep`` (mean).
+
+    Arguments and errors are those of :func:`causvid_jax.distill.dmd.generator_loss`. With a mask there is also the
+    metric ``weight`` (frames counted).
+    """
     x = x0.astype(jnp.float32)
     f, r, timestep = scores.predictions(x, prompt_embeds, negative_prompt_embeds, key, **options)
     axes = tuple(range(1, x.ndim))

@@ -1,4 +1,4 @@
-"""ODE trajectories of the teacher, for the initialisation of the student (paper section 4.3).
+"""ODE trajectories of the teacher, for the initialisation of the student (CausVid, section 4.3).
 
 The student is trained at a few timesteps only, so only the teacher's states at these timesteps are kept. Their noise
 levels must be exact: a state at a neighbouring level would teach the student a wrong scale. The student's sigmas are
@@ -15,11 +15,11 @@ from causvid_jax.diffusion.solvers import VelocityFn, euler
 
 
 def trajectory_grid(config: DiffusionConfig) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Return the Euler grid that contains every denoising timestep, and their indices.
+    """Return the Euler grid that contains every denoising timestep, and the indices of these in it.
 
     Returns:
-      Sigmas, float64 ``[n + 1]``, descending from 1 to 0, and the Q + 1 indices of the Q denoising timesteps and of the
-      final 0. The teacher needs n passes per trajectory.
+        Sigmas, float64 ``[n + 1]``, descending from 1 to 0, and the Q + 1 indices of the Q denoising timesteps and of
+        the final 0. The teacher needs n passes per trajectory.
     """
     levels = np.asarray(flow.student_timesteps(config)) / 1000.0
     grid = flow.teacher_sigmas(config)
@@ -31,7 +31,7 @@ def trajectory_grid(config: DiffusionConfig) -> tuple[np.ndarray, tuple[int, ...
 
 
 def network_passes(config: DiffusionConfig) -> int:
-    """Return the teacher's evaluations per trajectory. With guidance each is a conditional and an unconditional one."""
+    """Return the number of the teacher's passes per trajectory. A guided pass evaluates the network twice."""
     return len(trajectory_grid(config)[0]) - 1
 
 
@@ -39,13 +39,13 @@ def teacher_trajectory(velocity_fn: VelocityFn, noise: jax.Array, config: Diffus
     """Return the teacher's states at the denoising timesteps, and its x0 at the end.
 
     Args:
-      velocity_fn: the (guided) teacher, ``(x, timestep [B, F]) -> velocity``.
-      noise: ``[B, F, h, w, C]``.
-      config: the grid (``shift``, ``num_inference_steps``) and the Q ``denoising_timesteps``. The solver is
-        always Euler, as in the paper.
+        velocity_fn: the (guided) teacher, ``(x, timestep [B, F]) -> velocity``.
+        noise: ``[B, F, h, w, C]``.
+        config: the grid (``shift``, ``num_inference_steps``) and the Q ``denoising_timesteps``. The solver is always
+            Euler, as in the paper.
 
     Returns:
-      ``[Q + 1, B, F, h, w, C]``, state q at ``flow.student_timesteps(config)[q]``, the last one at 0.
+        ``[Q + 1, B, F, h, w, C]``, state q at ``flow.student_timesteps(config)[q]``, the last one at 0.
     """
     sigmas, indices = trajectory_grid(config)
     return euler(velocity_fn, noise, sigmas, record=indices)

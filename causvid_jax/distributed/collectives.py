@@ -33,10 +33,10 @@ def barrier(name: str) -> None:
 
 
 def check_on_first(check: Callable[[], Any]) -> None:
-    """Run ``check`` in process 0 and raise its ConfigError in all processes.
+    """Run ``check`` in process 0 alone. All processes must call this.
 
     Raises:
-        ConfigError: that of ``check``.
+        ConfigError: in every process, with the message of the one that ``check`` raised.
     """
     if jax.process_count() == 1:
         check()
@@ -59,7 +59,7 @@ def log_stream() -> TextIO | None:
 
 @contextlib.contextmanager
 def single_process() -> Iterator[None]:
-    """Set a mesh of one local device, for work of a single process in a run whose mesh spans all processes."""
+    """Set a mesh of one local device in the block, for work of one process in a run whose mesh spans all processes."""
     if jax.process_count() == 1:
         yield
         return
@@ -71,8 +71,8 @@ def single_process() -> Iterator[None]:
 def gather_to_first(tree: Any) -> Any:
     """Return ``tree`` with whole numpy arrays in process 0, and None in the others.
 
-    All processes must call it. A single process gets ``tree`` unchanged. Large arrays are gathered slice by slice along
-    their first axis (layers), so that no device holds a whole one.
+    All processes must call this. A single process gets ``tree`` unchanged. Arrays above 256 MiB are gathered slice by
+    slice along their first axis (layers), so no device holds a whole one.
     """
     if jax.process_count() == 1:
         return tree
@@ -108,7 +108,7 @@ def check_same(values: Mapping[str, Any]) -> None:
     """Check that all processes have the same ``values``: nested dicts of JSON values.
 
     Raises:
-        ConfigError: on every process, with the fields that differ and their values.
+        ConfigError: in every process, with the first three fields that differ and their values.
     """
     if jax.process_count() == 1:
         return
@@ -130,7 +130,7 @@ def check_shared(folder: str | os.PathLike) -> None:
     """Check that ``folder`` is the same directory on every host.
 
     Raises:
-        ConfigError: on every process, with those that cannot read what process 0 writes.
+        ConfigError: in every process, with the numbers of those that cannot read what process 0 writes.
     """
     if jax.process_count() == 1:
         return

@@ -1,8 +1,8 @@
 """Connect all processes of a run before ``jax.distributed`` starts, and name any that is missing or misnumbered.
 
-``jax.distributed.initialize`` ends a process without a readable message if its peers are missing. So every process
-first connects to process 0 over TCP, at a port beside that of the coordinator. Errors are one sentence on every
-process.
+``jax.distributed.initialize`` ends a process without a readable message if its peers are missing. Every process
+therefore connects to process 0 over TCP first, at another port than the coordinator's (one above it; 4096 below it from
+61440 on). An error is one sentence in every process.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from causvid_jax.config import ConfigError, require
 from causvid_jax.distributed.watchdog import Peer
 
 WAIT = 50
-"""Seconds to wait for the other processes, so that an error appears within a minute."""
+"""Seconds to wait for the other processes. An error then appears within a minute."""
 _FIRST_SLURM_PORT = 61440  # JAX assigns coordinator ports from here on to SLURM jobs, by their numbers
 
 
@@ -24,10 +24,13 @@ class Address:
     """Address of process 0, and the number of this process.
 
     Attributes:
-      coordinator: ``host:port`` of process 0.
-      processes: number of processes.
-      process_id: number of this process.
-      local_devices: accelerators of this process, None for all of its host.
+        coordinator: ``host:port`` of process 0.
+        processes: number of processes.
+        process_id: number of this process.
+        local_devices: numbers of this process's accelerators; None: all of its host.
+
+    Raises:
+        ConfigError: the coordinator is no ``HOST:PORT``, or the number of this process is out of range.
     """
 
     coordinator: str
@@ -56,14 +59,15 @@ class Address:
 
 
 def handshake(address: Address, *, wait: float = WAIT) -> list[Peer]:
-    """Wait until every process has connected to process 0; return the peers with open connections.
+    """Wait about ``wait`` seconds until every process has connected to process 0; return the peers.
 
-    The peers of process 0 are all others; the peer of every other process is process 0. Each process sends the line
-    ``{"process": i, "processes": n, "host": name}``. Process 0 answers all of them with one line: the error, or
-    nothing.
+    Their connections stay open. The peers of process 0 are all others; the peer of every other process is process 0.
+    Each process sends the line ``{"process": i, "processes": n, "host": name}``. Process 0 answers with one line, which
+    holds the error or is empty.
 
     Raises:
-        ConfigError: on every process, if a process is missing, has the number of another, or another count.
+        ConfigError: in every process, if one is missing, has the number of another, or another number of processes; in
+            process 0 also if it cannot listen on its port.
     """
     error, peers = _accept(address, wait) if address.process_id == 0 else _connect(address, wait)
     require(not error, error)
@@ -164,7 +168,7 @@ def _read_line(connection: socket.socket, timeout: float) -> str:
     return line.strip()
 
 
-def join_numbers(numbers: list[int], most: int = 8) -> str:
-    """Return ``1, 2, 3 and 4 more``."""
-    rest = f" and {len(numbers) - most} more" if len(numbers) > most else ""
-    return ", ".join(map(str, numbers[:most])) + rest
+def join_numbers(numbers: list[int]) -> str:
+    """Return the numbers as text, at most eight of them: "1, 2, 3, 4, 5, 6, 7, 8 and 4 more"."""
+    rest = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+    return ", ".join(map(str, numbers[:8])) + rest

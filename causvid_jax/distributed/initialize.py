@@ -26,7 +26,7 @@ _JOB_VARIABLES = (
 
 
 class Stopped(BaseException):
-    """All processes stop after the same step, with everything saved."""
+    """Raised when all processes stop after the same step, with everything saved."""
 
 
 def discover(
@@ -50,7 +50,7 @@ def discover(
         environment: environment variables.
 
     Raises:
-        ConfigError: values that are incomplete or inconsistent.
+        ConfigError: values are incomplete or out of range, or the cluster's addresses cannot be read.
     """
     is_set = {"--coordinator": coordinator != "", "--processes": processes != 0, "--process": process_id != -1}
     if not any(is_set.values()):
@@ -101,16 +101,19 @@ def _detect(wait: float, environment: Mapping[str, str]) -> Address | None:
 
 
 def initialize(address: Address | None, *, wait: float = WAIT) -> Watchdog | None:
-    """Connect to the other processes and start ``jax.distributed``, before anything uses a device; None does nothing.
+    """Connect to the other processes and start ``jax.distributed``. Call this before anything uses a device.
 
-    The returned watchdog ends this process when another one is lost.
+    If the coordinator's port is blocked, the program ends with a message and status 2 after ``wait`` seconds.
 
     Args:
-        address: of :func:`discover`.
+        address: of :func:`discover`; None: a single process, for which nothing is done.
         wait: seconds to wait for the others.
 
+    Returns:
+        The watchdog, which ends this process when another one is lost; None for a single process.
+
     Raises:
-        ConfigError: on all processes, if a process is missing, has the number of another, or another count.
+        ConfigError: as :func:`causvid_jax.distributed.handshake.handshake`, or ``jax.distributed`` cannot start.
     """
     if address is None:
         return None
@@ -136,9 +139,9 @@ def initialize(address: Address | None, *, wait: float = WAIT) -> Watchdog | Non
 
 @contextlib.contextmanager
 def notify_peers(watchdog: Watchdog | None) -> Iterator[None]:
-    """Run the block; then tell the other processes whether it finished, stopped or failed here.
+    """Run the block, then tell the other processes whether it finished, stopped or failed in this process.
 
-    If it failed because another process was lost, the watchdog names that process and ends this one.
+    If it failed because another process was lost, the watchdog prints which one and ends this process.
     """
     if watchdog is None:
         yield

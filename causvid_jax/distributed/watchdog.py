@@ -1,8 +1,9 @@
 """End a run within seconds when one of its processes is lost, and name that process on all others.
 
-``jax.distributed`` detects a lost process by heartbeats, after 100 s, and aborts the others with a C++ trace that names
-none. So the connections of the handshake stay open: the kernel closes that of a process that dies, and TCP keepalive
-detects a host that does not answer. JAX's heartbeats stay on, for failures that a connection does not show.
+``jax.distributed`` detects a lost process by heartbeats, after 100 s, and aborts the others with a C++ trace that does
+not name it. The connections of the handshake therefore stay open. The kernel closes the connection of a process that
+dies, and TCP keepalive detects a host that does not answer within 40 s. JAX's heartbeats stay on, because some failures
+do not close a connection.
 """
 
 import contextlib
@@ -31,9 +32,9 @@ class Peer:
     """Another process.
 
     Attributes:
-      number: of the process.
-      host: name of its host.
-      connection: an open socket; both sides send lines.
+        number: of the process.
+        host: name of its host.
+        connection: an open socket; both sides send lines.
     """
 
     number: int
@@ -42,9 +43,9 @@ class Peer:
 
 
 class Watchdog:
-    """Monitor ``peers`` in a thread; end this process with status 1 when one of them is lost.
+    """Monitor ``peers`` in a thread, and end this process with status 1 when one of them is lost.
 
-    Process 0 monitors all others and relays losses to them; the others monitor process 0.
+    Process 0 monitors all others and relays losses to them. Each of the others monitors process 0.
 
     Args:
         peers: of the handshake.
@@ -67,22 +68,21 @@ class Watchdog:
         self._thread.start()
 
     def finish(self) -> None:
-        """Tell the others that this process has finished. A loss does not end it any more."""
+        """Tell the others that this process has finished. A loss of another process then no longer ends it."""
         self._done = True
         self._send_all(_FINISHED)
 
     def fail(self) -> None:
-        """Tell the others that this process has failed and is about to exit.
+        """Tell the others that this process has failed, and end it after :data:`GRACE` + :data:`RELAY` seconds.
 
-        JAX's shutdown may wait for the others (80 s, and then a C++ trace), so the process is ended after :data:`GRACE`
-        and :data:`RELAY` seconds.
+        Without that end, JAX's shutdown may wait for the others (80 s, and then a C++ trace).
         """
         self._done = True
         self._send_all(_FAILED)
         self._later(GRACE + RELAY, lambda: self._end(STATUS))
 
     def wait_for_loss(self, seconds: float) -> str | None:
-        """Return :attr:`lost`, after at most ``seconds``: a collective may fail shortly before the loss is known."""
+        """Wait up to ``seconds`` for a loss; return :attr:`lost`. A collective may fail before the loss is known."""
         end = time.monotonic() + seconds
         while self.lost is None and time.monotonic() < end:
             time.sleep(0.05)

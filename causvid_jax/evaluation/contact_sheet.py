@@ -101,21 +101,20 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def contact_sheet(
-    clips: Mapping[str, tuple[Sequence[str], np.ndarray]], *, examples: int = 2, columns: int = 9, scale: int = 2
+    clips: Mapping[str, tuple[Sequence[str], np.ndarray]], *, examples: int = 2, columns: int = 9
 ) -> Image.Image:
-    """Draw frames spread over clips, one row for each of real, vae, teacher, student, long, longest and switch.
+    """Draw frames of clips at twice their size; rows real, vae, teacher, student, long, longest and switch.
 
     Args:
         clips: name of a row to (captions, uint8 ``[B, T, H, W, 3]``), as in ``report.Result``; absent rows are left
             out.
         examples: number of clips of each row, side by side.
         columns: number of frames of each clip.
-        scale: side of the square that replaces every pixel.
     """
     rows = [name for name in ("real", "vae", "teacher", "student", "long", "longest", "switch") if name in clips]
     examples = min(examples, *(len(clips[name][1]) for name in rows))
     height, width = clips[rows[0]][1].shape[2:4]
-    cell_h, cell_w, label, gap = height * scale, width * scale, 14, 2
+    cell_h, cell_w, label, gap = 2 * height, 2 * width, 14, 2
     strip = columns * (cell_w + gap)
     sheet = Image.new("RGB", (examples * (strip + 8) - 8, len(rows) * (cell_h + label + 4)), (40, 40, 40))
     draw = ImageDraw.Draw(sheet)

@@ -17,6 +17,8 @@ from causvid_jax.evaluation import classifier as classifiers
 
 BLOCK = 12
 """Frames of the windows of :func:`identity_kept`."""
+RESAMPLES = 1000
+"""Resamples of a bootstrap interval."""
 EDGE_INK = 64
 """Brightness (0 to 255) from which a pixel at the frame's edge counts as stroke."""
 RESAMPLES = 1000

@@ -1,7 +1,7 @@
-"""Video and image files: reading as a player or viewer shows them, and writing.
+"""Read video and image files as a player or viewer shows them, and write videos.
 
-Arrays are uint8 ``[T, H, W, 3]``; :func:`to_uint8` and :func:`to_float` convert to and from the model's float32 in
-[-1, 1].
+Arrays are uint8 ``[T, H, W, 3]``. :func:`to_float` and :func:`to_uint8` convert them to the model's float32 in [-1, 1]
+and back.
 """
 
 from causvid_jax.media.images import read_image, read_picture

@@ -7,11 +7,11 @@ import numpy as np
 from PIL import Image
 
 PQ, HLG = 16, 18
-"""Transfer characteristics of ITU-T H.273 that mean HDR."""
+"""Transfer characteristics of HDR video (ITU-T H.273)."""
 WHITE = 203.0
 """Luminance in cd/m2 of reference white (ITU-R BT.2408)."""
 KNEE = 0.6
-"""Linear value up to which SDR keeps the light; what is brighter is compressed."""
+"""Light, in units of reference white, above which highlights are compressed."""
 
 _TO_709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32)
 """Linear BT.2020 to linear BT.709 (ITU-R BT.2087)."""
@@ -24,7 +24,12 @@ def is_hdr(picture: av.VideoFrame) -> bool:
 
 
 def tone_map(picture: av.VideoFrame) -> Image.Image:
-    """Return an HDR frame as sRGB: reference white stays bright (about 237) and highlights are compressed to 255."""
+    """Return an HDR frame as 8-bit sRGB.
+
+    Light in units of reference white (:data:`WHITE`) is converted to BT.709 primaries. Above the knee K it is
+    compressed: ``K + (1 - K) (1 - exp(-(x - K) / (1 - K)))``. Reference white becomes 238, infinite light 255.
+    Sources: ITU-R BT.2100 (PQ, HLG), BT.2087 (primaries), BT.2408 (reference white).
+    """
     rgb = picture.reformat(format="rgb48le", src_colorspace=9, dst_colorspace=9).to_ndarray()
     curve = _light(int(picture.color_trc))
     light = curve[rgb]

@@ -23,19 +23,20 @@ _LOG = logging.getLogger(__name__)
 
 
 def read_image(path: str | pathlib.Path, height: int, width: int) -> np.ndarray:
-    """Return a picture scaled to cover the size and cropped at the centre, uint8 ``[height, width, 3]``.
+    """Return a picture scaled to cover the size and cropped at the centre, uint8 ``[height, width, 3]`` in sRGB.
 
-    EXIF orientation and colour profile are applied. Transparency is composited over white and only the first frame of
-    an animation is read; the log says both.
+    EXIF orientation and colour profile are applied. Transparency is composited over white, and only the first frame of
+    an animation is read; both are logged.
 
     Raises:
-        ConfigError: no such file, another format, more than :data:`MAX_PIXELS`, or a damaged file.
+        ConfigError: no such file, a format that is not in :data:`FORMATS`, more than :data:`MAX_PIXELS` pixels, values
+            that are not finite, or a damaged file.
     """
     return _read(path, lambda image: cover(image, height, width))
 
 
 def read_picture(path: str | pathlib.Path) -> np.ndarray:
-    """Return a picture at its own size, uint8 ``[h, w, 3]``, otherwise as :func:`read_image`."""
+    """Return a picture at its own size, uint8 ``[h, w, 3]``; colours and errors as in :func:`read_image`."""
     return _read(path, lambda image: np.asarray(image, np.uint8))
 
 

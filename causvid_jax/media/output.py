@@ -10,9 +10,11 @@ import shutil
 from causvid_jax.config import ConfigError, files, require
 
 SUFFIXES = (".mp4", ".gif")
+"""Suffixes of the videos that can be written."""
 SPACE = 2**20
-"""Free bytes that a new video needs; each frame needs at least :data:`FRAME_SPACE` more."""
+"""Free bytes of the disk that a new video needs."""
 FRAME_SPACE = 64
+"""Free bytes that it needs for each frame in addition."""
 _HELD = (errno.EAGAIN, errno.EACCES)
 
 
@@ -20,8 +22,8 @@ def check_output(path: str | pathlib.Path, frames: int = 0) -> pathlib.Path:
     """Create the folder of an output path, check that a video can be written there, and return the path.
 
     Args:
-        path: of the file.
-        frames: number of frames that will be written; the disk must have room for them.
+        path: of the video.
+        frames: number of pixel frames that will be written; the disk must have room for them.
 
     Raises:
         ConfigError: a suffix other than .mp4 or .gif, a directory, a path that cannot be written, a full disk, or a
@@ -49,10 +51,10 @@ def check_output(path: str | pathlib.Path, frames: int = 0) -> pathlib.Path:
 
 
 class Lock:
-    """Hold an output path for one writer: a locked file ``.NAME.lock`` beside it, which :meth:`release` removes.
+    """Reserve an output path for one writer by a locked file ``.NAME.lock`` beside it; :meth:`release` removes it.
 
-    The lock is the operating system's and ends with the process, however that ends. Where the file system has no locks
-    there is none.
+    The operating system ends the lock when the process ends, also if it is killed. On a file system without locks the
+    path is not reserved.
 
     Raises:
         ConfigError: another writer holds the path.
@@ -89,7 +91,7 @@ class Lock:
 
 
 def remove_abandoned(folder: pathlib.Path) -> None:
-    """Remove the unfinished files and locks of killed writers from ``folder``; videos stay."""
+    """Remove the unfinished files and locks of killed writers from ``folder``, but no video."""
     for file in folder.glob(".*.lock"):
         path = file.with_name(file.name.removeprefix(".").removesuffix(".lock"))
         with contextlib.suppress(ConfigError, OSError):

@@ -1,4 +1,4 @@
-"""Pixels and rates: conversions between files and arrays."""
+"""Convert pixels and frame rates between files and arrays."""
 
 import functools
 from fractions import Fraction
@@ -17,13 +17,13 @@ MAX_PIXELS = 2**27
 
 
 def to_uint8(video: "np.ndarray | jax.Array", what: str = "the frames") -> np.ndarray:
-    """Return float pixels in [-1, 1] as uint8: ``round(127.5 (x + 1))``, clipped.
+    """Return float pixels in [-1, 1], of any shape, as uint8: ``round(127.5 (x + 1))``, clipped to [0, 255].
 
-    An array on an accelerator is converted there, since this copies a quarter of the bytes. ``what`` names the array in
-    the error.
+    An array on an accelerator is converted there, since this copies a quarter of the bytes. ``what`` is the name of the
+    array in the error.
 
     Raises:
-        ConfigError: NaN or infinity, which would become black.
+        ConfigError: a NaN or an infinity.
     """
     if accelerated := _is_accelerated(video):
         pixels, finite = _device_conversion()(video)
@@ -62,22 +62,26 @@ def _device_conversion() -> Any:
 
 
 def to_float(video: np.ndarray) -> np.ndarray:
-    """Return uint8 pixels as float32 in [-1, 1]: ``x / 127.5 - 1``."""
+    """Return uint8 pixels, of any shape, as float32 in [-1, 1]: ``x / 127.5 - 1``."""
     return np.asarray(video, np.float32) / 127.5 - 1.0
 
 
 def frame_rate(fps: float) -> Fraction:
-    """Return frames per second as a fraction; 23.976, 29.97 and 59.94 are 24000/1001, 30000/1001 and 60000/1001."""
+    """Return frames per second as a fraction, at least 1/1001.
+
+    23.976, 29.97 and 59.94 are 24000/1001, 30000/1001 and 60000/1001.
+    """
     whole = round(fps * 1.001)
     if fps != round(fps) and whole and abs(fps * 1.001 - whole) < 1e-3:
         return Fraction(1000 * whole, 1001)
-    return Fraction(fps).limit_denominator(1001)
+    return max(Fraction(fps).limit_denominator(1001), Fraction(1, 1001))
 
 
 def cover(image: Image.Image, height: int, width: int, aspect: float = 1.0) -> np.ndarray:
-    """Return the picture scaled to cover ``height x width`` and cropped at the centre, uint8 ``[height, width, 3]``.
+    """Return the RGB picture scaled to cover ``height x width`` and cropped at the centre, uint8 [height, width, 3].
 
-    ``aspect`` is a pixel's width over its height.
+    ``aspect`` is the width of a pixel of the picture divided by its height. Reduction averages by area, enlargement is
+    bicubic.
     """
     scale = max(height / image.height, width / (image.width * aspect))
     size = max(width, round(image.width * aspect * scale)), max(height, round(image.height * scale))

@@ -1,4 +1,4 @@
-"""Videos, read as a player shows them: upright, with square pixels, in the right colours and at the right time."""
+"""Read videos as a player shows them: upright, with square pixels, in sRGB, frames chosen by their timestamps."""
 
 import itertools
 import math
@@ -19,12 +19,12 @@ from causvid_jax.media import hdr
 from causvid_jax.media.pixels import MAX_PIXELS, cover
 
 CLOCK = 0.25
-"""Share of a frame by which a timestamp may be off: files round time, GIF to hundredths of a second."""
+"""Error of a timestamp, in frames, that is tolerated: files round time, GIF to hundredths of a second."""
 
 FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,gif,flv,ogg,asf,mjpeg,apng"
 )
-"""Accepted demuxers. Others, such as playlists, open further files that the content names."""
+"""Accepted demuxers. Others, such as playlists, open further files whose names are in the content."""
 
 BT709, BT601 = 1, 5
 UNSPECIFIED = 2
@@ -39,13 +39,13 @@ def read_video(
 
     Args:
         path: of a regular local file.
-        height: of the result.
-        width: of the result.
-        frames: at most this many.
-        fps: choose frames by time so that the result has this rate; None returns every frame once.
+        height: of the result, in pixels.
+        width: of the result, in pixels.
+        frames: read at most this many frames; None reads all.
+        fps: frames per second of the result, chosen by time; None returns every frame of the file once.
 
     Raises:
-        ConfigError: no such file, no video, or a damaged one.
+        ConfigError: no such file, no video, a damaged video, or more frames than fit in half of the host's memory.
     """
     path = pathlib.Path(path)
     require(path.is_file(), f"video {str(path)!r} does not exist")
@@ -69,12 +69,13 @@ def iterate_frames(
 ) -> Iterator[np.ndarray]:
     """Yield the frames of :func:`read_video` one by one, uint8 ``[height, width, 3]``.
 
-    Frame k is what a player shows at k / fps seconds; the last picture stays as long as the file says.
+    Frame k is the picture that a player shows k / fps seconds after the first one. The last picture is shown for the
+    duration that the file declares for it.
 
     Args:
         path, height, width, fps: as in :func:`read_video`.
-        whole: raise ValueError at a picture that the decoder marks as damaged, and at the end if more than a second and
-            a tenth of the length that the file declares is missing.
+        whole: raise ValueError at a picture that the decoder marks as damaged. Raise it at the end too, if the video is
+            shorter than the file declares by more than a second and a tenth of the declared length.
 
     Raises:
         OSError, ValueError, IndexError, av.FFmpegError: the file cannot be decoded.
@@ -119,7 +120,7 @@ class _Clock:
         self.end = 0.0
 
     def advance(self, picture: av.VideoFrame) -> None:
-        """Advance to the next picture in display order."""
+        """Set ``time`` and ``end``, in seconds, to those of the next picture in display order."""
         step = float(picture.duration * picture.time_base) if picture.duration and picture.time_base else self._step
         if self._offset is None:
             self._offset = -(picture.time or 0.0)

@@ -1,8 +1,8 @@
-"""Write video files frame by frame. A file that is interrupted at any time is playable up to its last frames.
+"""Write video files frame by frame. An unfinished file is playable: it lacks only its last frame.
 
-``.mp4`` is H.264, yuv420p, tagged BT.709. While it grows every frame is a fragment of its own under the final name:
-after a kill or on a full disk all fragments so far are a playable file. When it is complete it is rewritten as a plain
-mp4 with its index at the front. ``.gif`` has one palette per frame and can be played at any time, too.
+``.mp4`` is H.264, yuv420p, tagged BT.709. While the file grows, every frame is a fragment of its own. After a kill or
+on a full disk the fragments so far are a playable file. When the video is complete, it is rewritten as a plain mp4 with
+its index at the front. ``.gif`` has one palette per frame and is playable while it grows, too.
 """
 
 import contextlib
@@ -27,31 +27,30 @@ GIF_RATE = 50
 """Highest frame rate of a GIF. Viewers show a picture of less than 0.02 s for 0.1 s."""
 BT709, JPEG_RANGE, MPEG_RANGE = 1, 2, 1
 _FRAGMENTS = {"movflags": "frag_every_frame+empty_moov+default_base_moof"}
-# Without look-ahead every frame is in the file when ``append`` returns.
+# Without look-ahead the encoder returns every frame at once; the file lacks at most the last one.
 _ENCODER = {"crf": "16", "preset": "fast", "tune": "zerolatency"}
 
 
 class VideoWriter:
-    """Write frames as they come: ``with VideoWriter(path, fps) as out: out.append(frames)``.
+    """Write a video frame by frame: ``with VideoWriter(path, fps) as out: out.append(frames)``.
 
-    The constructor refuses what cannot be written and locks the path (:class:`~causvid_jax.media.output.Lock`), so
-    create the writer before computing. The file gets its name with its first frames; until then an older file stays.
-    When the ``with`` block ends, also by an exception, the frames so far become a complete video. Without any frame
-    there is no file.
+    The constructor checks the arguments and locks the path (:class:`~causvid_jax.media.output.Lock`), so create the
+    writer before computing. The file gets its name with its second frame. Until then an older file stays. When the
+    ``with`` block ends, also by an exception, the frames so far become a complete video. Without any frame there is no
+    file.
 
     Args:
         path: ``.mp4`` or ``.gif``.
-        fps: frames per second; a GIF has at most 50.
-        upscale: side of the square of pixels that replaces every pixel, to enlarge tiny videos.
-        whole: give the file its name only when the video is complete; an error then removes it and keeps the older
+        fps: frames per second, above 0 and at most 1000; a GIF has at most 50.
+        upscale: every pixel becomes a square of ``upscale`` x ``upscale`` pixels, to enlarge tiny videos.
+        whole: give the file its name only when the video is complete. An error then removes it and keeps the older
             file.
 
     Raises:
-        ConfigError: a path, rate or size that cannot be written, or a path that another program is writing.
-        RunError: the file cannot be written any more, for example on a full disk; frames before that are kept.
+        ConfigError: a path or rate that cannot be written, or a path that another program is writing.
 
     Attributes:
-        comment: metadata of the complete mp4; it may be set until then.
+        comment: metadata of the complete mp4, read when the writer is closed.
     """
 
     comment = ""
@@ -75,7 +74,13 @@ class VideoWriter:
         self._closed = False
 
     def append(self, frames: np.ndarray) -> None:
-        """Add uint8 frames ``[T, H, W, 3]`` (or one frame ``[H, W, 3]``); all but the last are on disk afterwards."""
+        """Add uint8 frames ``[T, H, W, 3]``, or one frame ``[H, W, 3]``; all but the last are on disk afterwards.
+
+        Raises:
+            ConfigError: frames that are too large for a video.
+            RunError: the file cannot be written any more, for example on a full disk. The frames before are kept.
+            TypeError: another type or shape.
+        """
         frames = frames[None] if frames.ndim == 3 else frames
         if frames.dtype != np.uint8 or frames.shape[-1] != 3:
             raise TypeError(f"frames are {frames.dtype}{list(frames.shape)}; expected uint8 [T, H, W, 3]")
@@ -110,7 +115,7 @@ class VideoWriter:
             self._file = self.path
 
     def close(self) -> None:
-        """Finish the file under its name. Without any frame there is no file."""
+        """Finish the file under its name. Without any frame there is no file. Raises as :meth:`append`."""
         if self._stream is None or self._closed:
             self.discard()
             return
@@ -209,13 +214,13 @@ def _defragment(source: pathlib.Path, target: pathlib.Path, comment: str) -> Non
 
 
 def write_video(path: str | pathlib.Path, frames: np.ndarray, fps: float, upscale: int = 1) -> None:
-    """Write uint8 ``[T, H, W, 3]`` to ``.mp4`` or ``.gif``; the file appears complete or not at all."""
+    """Write uint8 ``[T, H, W, 3]`` to ``.mp4`` or ``.gif`` atomically; the rest as in :class:`VideoWriter`."""
     with VideoWriter(path, fps, upscale, whole=True) as out:
         out.append(frames)
 
 
 def tagged_frame(frame: np.ndarray) -> av.VideoFrame:
-    """Return the frame as BT.709 yuv420p of limited range, which is what its tags say."""
+    """Return a frame uint8 ``[H, W, 3]`` in sRGB as yuv420p, BT.709 and limited range, with these tags."""
     picture = av.VideoFrame.from_ndarray(frame, "rgb24").reformat(
         format="yuv420p", dst_colorspace=BT709, src_color_range=JPEG_RANGE, dst_color_range=MPEG_RANGE
     )

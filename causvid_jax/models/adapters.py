@@ -4,8 +4,8 @@
 
 A module with an adapter has the parameters ``lora/down`` (A) and ``lora/up`` (B) beside its ``kernel``. The scale is
 ``alpha / rank`` of ``config.lora``, or ``lora/scale [r]``, one factor per column of A. Several adapters are
-concatenated along r, and ``scale`` holds the strength of each. A strength is then an input of the compiled program, not
-a constant in it. The kernel is neither changed nor copied.
+concatenated along r, and ``scale`` holds the strength of each. A strength is then an input of the compiled program, so
+a change of it compiles nothing. The kernel is neither changed nor copied.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,9 +24,9 @@ KEY = "lora"
 
 
 def with_adapters(spec: Tree, lora: LoraConfig) -> Tree:
-    """Return the parameters of a layer with adapters for the modules that ``lora`` targets.
+    """Return the specification of a layer with adapters for the modules that ``lora`` targets.
 
-    A starts uniform in ``1 / sqrt(in)`` and B at zero, as peft's do, so that training starts from the base.
+    A starts uniform in ``[-1, 1] / sqrt(in)`` and B at zero, as in peft, so training starts from the base.
     """
     if not lora.rank:
         return spec
@@ -46,7 +46,10 @@ def with_adapters(spec: Tree, lora: LoraConfig) -> Tree:
 
 
 def product(p: Tree, x: jax.Array, config: TransformerConfig) -> jax.Array:
-    """Return ``scale (x A) B`` in float32 of a module's adapter ``p``; operands are rounded to ``config.dtype``."""
+    """Return ``scale (x A) B``, float32 ``[..., out]``, for ``x [..., in]`` and a module's adapter ``p``.
+
+    The operands are rounded to ``config.dtype``.
+    """
     scale = p.get("scale", config.lora.scale)
     return layers.matmul(layers.matmul(x, p["down"], config.dtype) * scale, p["up"], config.dtype)
 
@@ -97,7 +100,7 @@ def merged(params: Any, config: TransformerConfig) -> Any:
 
 
 def split(params: Any) -> tuple[Any, Any]:
-    """Split parameters into (trained, frozen): the adapters and the rest; without adapters everything and {}."""
+    """Split parameters into (trained, frozen): the adapters and the rest, or everything and {} without adapters."""
     if not isinstance(params, dict) or not has_adapters(params):
         return params, {}
     return _pick(params, adapters=True), _pick(params, adapters=False)

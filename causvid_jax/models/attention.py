@@ -34,7 +34,7 @@ RESULT = "attention"  # checkpoint name of the results of self-attention, for re
 
 
 def resolve(backend: str, dtype: str) -> str:
-    """Return the kernel for ``"auto"``: splash on TPU and cuDNN on GPU in bfloat16, otherwise XLA."""
+    """Return ``backend``, or for ``"auto"`` the kernel: splash on TPU and cuDNN on GPU in bfloat16, otherwise XLA."""
     if backend != "auto":
         return backend
     kernels = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}  # their float32 products would not be float32
@@ -52,22 +52,22 @@ def dense(
     used: jax.Array | None = None,
     name: str | None = None,
 ) -> Float[jax.Array, "B T N D"]:
-    """Return ``softmax(q k^T / sqrt(D)) v`` in float32, over all keys or those where ``mask`` is true for all queries.
+    """Return ``softmax(q k^T / sqrt(D)) v``, float32 ``[B, T, N, D]``, over all keys or those where ``mask`` is true.
 
     Args:
-      q: ``[B, T, N, D]``.
-      k: ``[B, S, N, D]``.
-      v: ``[B, S, N, D]``.
-      dtype: type of the operands of both products.
-      backend: ``"xla"`` (any device; stores all T x S scores), ``"late"`` (the same, but divides by the softmax's sum
-        after the last product as flash attention does, which changes bfloat16 rounding), ``"cudnn"`` (bfloat16 on
-        GPU), ``"splash"`` (TPU), ``"blockwise"`` (any device, for ``jax.jvp``), ``"int8"`` (GPU, TPU; sampling only,
-        :mod:`causvid_jax.models.int8_attention`) or ``"auto"`` (:func:`resolve`).
-      mask: bool ``[S]``.
-      used: scalar count for a mask that is true exactly for the first ``used`` keys. cuDNN then skips the other keys;
-        any other mask becomes a T x S bias array.
-      name: checkpoint name of the result, rounded to ``dtype``, for rematerialization. The splash kernel names its
-        softmax sums too, so its backward pass recomputes nothing.
+        q: ``[B, T, N, D]``.
+        k: ``[B, S, N, D]``.
+        v: ``[B, S, N, D]``.
+        dtype: type of the operands of both products.
+        backend: ``"xla"`` (any device; stores all T x S scores), ``"late"`` (the same, but divides by the softmax's sum
+            after the last product, which rounds bfloat16 as flash attention does), ``"cudnn"`` (bfloat16 on GPU),
+            ``"splash"`` (TPU), ``"blockwise"`` (any device, for ``jax.jvp``), ``"int8"`` (GPU, TPU; sampling only,
+            :mod:`causvid_jax.models.int8_attention`) or ``"auto"`` (:func:`resolve`).
+        mask: bool ``[S]``, the same for all queries.
+        used: scalar count for a mask that is true exactly for the first ``used`` keys. cuDNN then skips the other keys;
+            any other mask becomes a T x S bias array.
+        name: checkpoint name of the result, rounded to ``dtype``, for rematerialization. The splash kernel names its
+            softmax sums too, so its backward pass recomputes nothing.
     """
     backend = resolve(backend, dtype)
     if backend == "int8":  # It rounds what was not rounded to ``dtype`` before.
@@ -225,12 +225,15 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, na
 
 
 def bidirectional(frames: int) -> Plan:
-    """Let every token attend to every token (teacher and fake score)."""
+    """Return the plan in which every token attends to every token (teacher and fake score)."""
     return [((0, frames), [(0, frames)])]
 
 
 def visible_frames(end: int, causal: CausalConfig) -> list[Range]:
-    """Return the ranges of frames that a block ending at frame ``end`` attends to: the sink and the window."""
+    """Return the ranges of latent frames that a block ending at frame ``end`` attends to: the sink and the window.
+
+    They are ``[0, sink)`` and ``[end - window, end)``; without a window all frames before ``end``.
+    """
     start = max(0, end - causal.window) if causal.window else 0
     sink = min(causal.sink, start)
     return [(0, sink), (start, end)] if sink else [(start, end)]
@@ -245,15 +248,19 @@ def _blocks(frames: int, causal: CausalConfig) -> list[Range]:
 
 
 def block_causal(frames: int, causal: CausalConfig) -> Plan:
-    """Let each block attend to its own frames and the :func:`visible_frames` before them (CausVid, eq. 5)."""
+    """Return the plan in which each block attends to :func:`visible_frames` of its end (CausVid, eq. 5).
+
+    Raises:
+        ConfigError: ``frames`` latent frames are not a whole number of blocks.
+    """
     return [(block, visible_frames(block[1], causal)) for block in _blocks(frames, causal)]
 
 
 def teacher_forcing(frames: int, causal: CausalConfig, past: int = 0) -> Plan:
-    """Return the plan for the clean copies of ``frames`` frames, and after them the noisy frames from ``past`` on.
+    """Return the plan for the clean copies of ``frames`` latent frames, followed by the noisy frames from ``past`` on.
 
     A noisy block attends to its own frames and to earlier *clean* blocks. A clean block attends to clean blocks up to
-    and including its own.
+    and including its own. Source: Self-Forcing's code (``_prepare_teacher_forcing_mask``).
     """
     noisy: Plan = []
     for start, end in _blocks(frames, causal):
@@ -281,7 +288,7 @@ def _select_frames(x: jax.Array, ranges: Sequence[Range]) -> jax.Array:
 
 
 def run(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, *, dtype: str, backend: str) -> jax.Array:
-    """Run the plan on one device; float32 ``[B, F, n, N, D]``."""
+    """Return the attention of ``plan`` on one device, float32 ``[B, F, n, N, D]``, for q, k and v of that shape."""
     outputs = []
     for queries, keys in plan:
         keys_values = (_select_frames(k, keys), _select_frames(v, keys))
@@ -314,9 +321,10 @@ def _merge(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[ja
 
 
 def run_ring(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, *, axis: str, size: int, dtype: str) -> jax.Array:
-    """Run the plan with the tokens of every frame split over ``size`` devices along mesh ``axis``.
+    """Return :func:`run` of tokens that are split over ``size`` devices along mesh ``axis``, inside ``shard_map``.
 
-    Keys and values travel around the ring once. Each device accumulates the softmax of its own queries.
+    Keys and values pass every device of the ring once. Each device accumulates the softmax of its own queries.
+    Source: ring attention, arXiv 2310.01889.
     """
     following = [(i, (i + 1) % size) for i in range(size)]
 
@@ -395,7 +403,7 @@ def attend(
     backend: str,
     rules: ShardingRules,
 ) -> Float[jax.Array, "B F n N D"]:
-    """Run the plan on tensors with any sharding; returns float32 of the same shape and sharding."""
+    """Return the attention of ``plan`` on arrays with any sharding, float32 of the same shape and sharding."""
     kernel = functools.partial(run, plan, dtype=dtype, backend=backend)
     layout = _layout(q.shape, rules)
     if layout is None:
@@ -424,8 +432,14 @@ def attend_cache(
     """Run ``kernel(q, k, v, cache, *replicated) -> (output, cache)`` on all tokens of each device's heads.
 
     The arrays ``[B, S, n, N, D]`` of a cache (of an int8 one also the scales) stay split by heads between calls. Only
-    queries, keys, values and output of the new block are exchanged, values and output in ``dtype``. ``replicated``
-    arrays are equal on all devices.
+    queries, keys, values and output of the new block, ``[B, K, n, N, D]``, are exchanged, values and output in
+    ``dtype``. ``replicated`` arrays are equal on all devices.
+
+    Returns:
+        The output, float32 ``[B, K, n, N, D]``, and the cache of ``kernel``.
+
+    Raises:
+        ConfigError: tensor x context does not divide the heads.
     """
     layout = _layout(q.shape, rules)
     if layout is None:
@@ -459,7 +473,10 @@ def attend_text(
     backend: str,
     rules: ShardingRules,
 ) -> Float[jax.Array, "B F n N D"]:
-    """Attend from video tokens ``q`` to text ``k, v``. Devices exchange nothing, since the text is not split."""
+    """Return the attention of video tokens ``q`` to text ``k, v``, float32 with the shape of q.
+
+    Devices exchange nothing, because the text is not split.
+    """
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return dense(flatten_frames(q), k, v, dtype=dtype, backend=backend).reshape(q.shape)

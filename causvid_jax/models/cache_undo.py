@@ -1,4 +1,7 @@
-"""Take the last block out of a key/value cache again, for the backward pass of a rollout (``distill.rollout``)."""
+"""Remove the last block from a key/value cache, for the backward pass of a rollout (``distill.rollout``).
+
+The cache has stacked arrays ``[L, B, S, n, N, D]`` without scales.
+"""
 
 import dataclasses
 from typing import Any
@@ -10,7 +13,10 @@ from causvid_jax.models.kv_cache import KVCache, block_slots
 
 
 def overwritten(cache: KVCache, frames: int, causal: CausalConfig) -> tuple[jax.Array, Any]:
-    """Return the slots that the next block of ``frames`` frames will overwrite, for :func:`undo`."""
+    """Return what the next block of ``frames`` latent frames will overwrite, for :func:`undo`.
+
+    It is the frame index of each slot, int32 ``[frames]``, and with a window keys and values, else None.
+    """
     slots = block_slots(cache.position, frames, causal)
     # Without a window each slot is written by one block only, so there are no older keys and values.
     old = (cache.k[:, :, slots], cache.v[:, :, slots]) if causal.window else None
@@ -18,7 +24,10 @@ def overwritten(cache: KVCache, frames: int, causal: CausalConfig) -> tuple[jax.
 
 
 def undo(cache: KVCache, replaced: tuple[jax.Array, Any], frames: int, causal: CausalConfig) -> KVCache:
-    """Restore the cache from before its last block of ``frames`` frames; ``replaced`` is from :func:`overwritten`."""
+    """Return the cache as it was before its last block of ``frames`` latent frames.
+
+    ``replaced`` is the result of :func:`overwritten` for that block.
+    """
     position = cache.position - frames
     slots = block_slots(position, frames, causal)
     frame, old = replaced

@@ -111,6 +111,9 @@ def preprocess(images: Float[jax.Array, "..."], *, config: CLIPConfig) -> Float[
 
     Returns:
         float32 ``[B, S, S, 3]``.
+
+    Raises:
+        ConfigError: ``images`` have another shape.
     """
     require(
         images.ndim == 4 and images.shape[-1] == 3,
@@ -127,7 +130,7 @@ def preprocess(images: Float[jax.Array, "..."], *, config: CLIPConfig) -> Float[
 
 
 def attention(p: Params, x: jax.Array, config: CLIPConfig) -> jax.Array:
-    """Return ``softmax(q k^T / sqrt(D)) v`` over all tokens of ``x [B, S, M]``, projected."""
+    """Return ``softmax(q k^T / sqrt(D)) v W_o + b_o`` over all tokens of ``x [B, S, M]``, float32 ``[B, S, M]``."""
     dtype = config.dtype
     q, k, v = (
         rearrange(linear(p[name], x, dtype), "b s (N D) -> b s N D", N=config.num_heads).astype(dtype)
@@ -157,6 +160,9 @@ def encode(params: Params, pixels: Float[jax.Array, "..."], *, config: CLIPConfi
 
     Returns:
         float32 ``[B, 1 + (S / patch)^2, M]``, class token first.
+
+    Raises:
+        ConfigError: ``pixels`` have another shape.
     """
     size = config.image_size
     require(

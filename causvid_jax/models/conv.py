@@ -4,6 +4,8 @@ A causal convolution reads the current frame and the two previous ones. ``past``
 start of a video. Two methods compute the same sum, and the faster one depends on the platform. ``"volume"`` is one 3-D
 convolution. ``"taps"`` is one 2-D convolution of three frames concatenated in the channels: on CPU, XLA's 3-D
 convolution is several times slower than its 2-D one.
+
+Source: ``CausalConv3d`` of Wan2.1, ``wan/modules/vae.py``.
 """
 
 import jax
@@ -31,7 +33,7 @@ def conv2d(
 
     Args:
         params: ``kernel`` [kh, kw, C, D] and, unless the layer has none, ``bias`` [D].
-        x: video or features.
+        x: video or features, [B, T, H, W, C].
         stride: spatial stride.
         padding: zeros before and after each spatial axis.
 
@@ -42,7 +44,7 @@ def conv2d(
 
 
 def pointwise(params: Params, x: Float[jax.Array, "*n C"]) -> Float[jax.Array, "*n D"]:
-    """Apply a 1 x 1 x 1 convolution to x [..., C].
+    """Return a 1 x 1 x 1 convolution of x [..., C]: [..., D] in the dtype of x.
 
     ``params`` has ``kernel`` [1, 1, 1, C, D] or [1, 1, C, D] and, unless the layer has none, ``bias`` [D].
     """
@@ -66,7 +68,10 @@ def causal_conv(
         method: ``"taps"`` or ``"volume"``; None selects :func:`default_method`.
 
     Returns:
-        y [B, T, H, W, D], and ``past`` for the next call (the last two input frames).
+        y [B, T, H, W, D], and ``past`` for the next call (the last two input frames), both in the dtype of x.
+
+    Raises:
+        ConfigError: another ``method``.
     """
     image = past is None and x.shape[1] == 1
     if past is None:
@@ -80,7 +85,10 @@ def causal_conv(
 
 
 def temporal_conv(params: Params, x: jax.Array, *, stride: int = 1, method: str | None = None) -> jax.Array:
-    """Convolve without padding in time: [B, T, H, W, C] to [B, (T - 3) // stride + 1, H, W, D]; kernel 3 x k x k."""
+    """Convolve without padding in time: [B, T, H, W, C] to [B, (T - 3) // stride + 1, H, W, D].
+
+    ``params`` and ``method`` are those of :func:`causal_conv`; ``stride`` is in time.
+    """
     method = method or default_method()
     require(method in ("taps", "volume"), f"convolution method is {method!r}; accepted: 'taps', 'volume'")
     kernel = params["kernel"].astype(x.dtype)
@@ -118,3 +126,33 @@ def _frames_conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[
         precision=dot_precision(x.dtype),
     )
     return rearrange(y, "(b t) h w c -> b t h w c", b=x.shape[0])
+
+
+def check_video(shape: tuple[int, ...], *, time: int, space: int, starts: bool) -> None:
+    """Refuse a video that an encoder of ``time`` frames and ``space`` x ``space`` pixels per latent cannot read.
+
+    ``starts``: the first latent frame holds one pixel frame, as at the start of a video.
+
+    Raises:
+        ConfigError: ``shape`` is not [B, T, H, W, 3], or T, H or W do not fit.
+    """
+    require(
+        len(shape) == 5 and shape[-1] == 3,
+        f"a video of shape {shape} cannot be encoded; accepted: [batch, frames, height, width, 3]",
+    )
+    frames, height, width = shape[1:4]
+    accepted = f"1 + {time}n" if starts else f"{time}n, n > 0"
+    fits = frames % time == (1 % time if starts else 0)
+    require(frames > 0 and fits, f"{frames} frames cannot be encoded here; accepted: {accepted}")
+    require(
+        height % space == 0 and width % space == 0,
+        f"a video of {height} x {width} pixels cannot be encoded; height and width must be multiples of {space}",
+    )
+
+
+def check_latents(shape: tuple[int, ...], channels: int) -> None:
+    """Refuse latents that are not [B, F, h, w, ``channels``] with at least one frame, by a ConfigError."""
+    require(
+        len(shape) == 5 and shape[1] > 0 and shape[-1] == channels,
+        f"latents of shape {shape} cannot be decoded; accepted: [batch, frames, h, w, {channels}]",
+    )

@@ -1,7 +1,7 @@
 """Decode latents to pixels while sampling, by the recipe's decoder: the Wan VAE or the tiny TAEHV.
 
-Both read the same latents: K latents give 4K frames, of which the caller drops the first :data:`LEAD` of a video.
-``params`` holds the weights under the decoder's name, ``{"vae"}`` or ``{"taehv"}``.
+Both read the same latents ``[B, K, h, w, C]``. K latent frames give 4K pixel frames, of which the caller drops the
+first :data:`LEAD` of a video. ``params`` holds the weights under the decoder's name, ``{"vae"}`` or ``{"taehv"}``.
 """
 
 import functools
@@ -40,7 +40,7 @@ def image_encoder_shapes(config: CLIPConfig) -> Any:
 
 
 def init_decode_cache(config: Recipe, *, batch: int, height: int, width: int) -> DecodeCache:
-    """Return the decoder's cache before the first block of a video whose latents are ``height`` x ``width``."""
+    """Return the decoder's cache before the first block of a video whose latents are ``height`` x ``width`` (h, w)."""
     size = {"batch": batch, "height": height, "width": width}
     if config.decoder == "taehv":
         return taehv.init_decode_cache(config.taehv, **size)
@@ -48,7 +48,13 @@ def init_decode_cache(config: Recipe, *, batch: int, height: int, width: int) ->
 
 
 def decode_chunk(params: Params, latents: jax.Array, cache: Any, *, config: Recipe) -> tuple[jax.Array, DecodeCache]:
-    """Return frames ``[B, 4K, H, W, 3]`` of the next latents ``[B, K, h, w, C]`` of a video, and the next cache."""
+    """Return the pixel frames of the next latents ``[B, K, h, w, C]`` of a video, and the next cache.
+
+    The frames are float32 ``[B, 4K, H, W, 3]`` in [-1, 1].
+
+    Raises:
+        ConfigError: the latents have another shape.
+    """
     if config.decoder == "taehv":
         return taehv.decode_chunk(params["taehv"], latents, cache, config=config.taehv)
     return vae.decode_chunk(params["vae"], latents, cache, config=config.vae)
@@ -58,10 +64,11 @@ decode_next = functools.partial(jax.jit, static_argnames=("config",), donate_arg
 
 
 def decode_clip(params: Params, latents: jax.Array, *, config: Recipe) -> Iterator[jax.Array]:
-    """Yield the frames of a clip ``[B, F, h, w, C]`` in parts ``[B, n, H, W, 3]``, 1 + 4 (F - 1) in all.
+    """Yield the frames of a clip ``[B, F, h, w, C]`` in parts, float32 ``[B, n, H, W, 3]`` in [-1, 1].
 
-    A part is as long as a block of the stream if blocks divide the clip, else one latent frame, so that one program and
-    the memory of one part serve any length: 81 frames of 480 x 832 at once would be 12 GB in the widest layer alone.
+    There are 1 + 4 (F - 1) frames. A part has the latent frames of a block of the stream if blocks divide the clip,
+    else one. One program and the memory of one part then serve any length: 81 frames of 480 x 832 at once would be
+    12 GB in the widest layer alone.
     """
     batch, frames, height, width, _ = latents.shape
     k = config.causal.frames_per_block

@@ -35,10 +35,11 @@ def bidirectional(
     config: TransformerConfig,
     experts: ExpertsConfig,
 ) -> Float[jax.Array, "B F h w V"]:
-    """Return the teacher's velocity: :func:`transformer.bidirectional` of the expert of each clip's timestep.
+    """Return the teacher's velocity ``[B, F, h, w, V]``: that of the expert for each clip's timestep.
 
-    An expert runs only if a clip of the batch needs it: one pass where all timesteps are on one side of the boundary,
-    as in sampling, else two passes over the whole batch. All frames of a clip have one timestep.
+    Arguments are those of :func:`transformer.bidirectional`; ``params`` holds both trees, or without a boundary one.
+    All frames of a clip have one timestep. An expert runs only if a clip of the batch needs it. If all timesteps are on
+    one side of the boundary, as in sampling, this is one pass; otherwise both experts run on the whole batch.
     """
     if not experts.boundary:
         return transformer.bidirectional(params, x, timestep, prompt_embeds, *image_embeds, config=config)

@@ -55,7 +55,11 @@ def embed(p: Params, image_embeds: Float[jax.Array, "B I E"], config: Transforme
 
 
 def check(image_embeds: jax.Array | None, config: TransformerConfig) -> None:
-    """Raise ConfigError unless ``image_embeds`` has the shape that ``config`` requires (None without image branch)."""
+    """Check that ``image_embeds`` has the shape that ``config`` requires (None without an image branch).
+
+    Raises:
+        ConfigError: the shape is another.
+    """
     shape = None if image_embeds is None else image_embeds.shape
     if config.image_dim:
         fits = shape is not None and len(shape) == 3 and shape[1:] == (config.image_tokens, config.image_dim)
@@ -70,16 +74,16 @@ class Picture(NamedTuple):
 
     Attributes:
         latents: condition channels of every latent frame (:func:`image_condition`), ``[B, F, h, w, 4 + C]``.
-        embeds: CLIP's ``[B, image_tokens, image_dim]``; None where the network reads none (Wan2.2-I2V).
+        embeds: CLIP's ``image_embeds``, ``[B, image_tokens, image_dim]``; None if the network reads none (Wan2.2-I2V).
     """
 
     latents: jax.Array
     embeds: jax.Array | None = None
 
     def channels(self, start: jax.Array | int, frames: int) -> jax.Array:
-        """Return the condition channels of ``frames`` latent frames from frame ``start`` on, ``[B, frames, ...]``.
+        """Return the condition channels of ``frames`` latent frames from ``start`` on, ``[B, frames, h, w, 4 + C]``.
 
-        The frames after the last one have its channels: the video stays grey, and the mask zero.
+        Frames after the last one have the channels of the last one: the video stays grey, and the mask zero.
         """
         index = jnp.minimum(start + jnp.arange(frames), self.latents.shape[1] - 1)
         return jnp.take(self.latents, index, axis=1)
@@ -91,10 +95,10 @@ def has_branch(config: TransformerConfig) -> bool:
 
 
 def check_picture(picture: Picture | None, config: TransformerConfig, role: str) -> None:
-    """Refuse a picture for a network without an image branch, and none for one with it.
+    """Check that there is a picture if, and only if, the network ``role`` has an image branch.
 
     Raises:
-        ConfigError: the sentence says what the network ``role`` needs.
+        ConfigError: a picture is missing, is not read, or lacks embeds.
     """
     parts = (picture is not None, picture is not None and picture.embeds is not None)
     require(
@@ -105,14 +109,15 @@ def check_picture(picture: Picture | None, config: TransformerConfig, role: str)
 
 
 def beside(x: jax.Array, channels: jax.Array | None) -> jax.Array:
-    """Return ``x`` with the picture's condition channels, or itself."""
+    """Return ``x [B, F, h, w, C]`` with the picture's ``channels`` after its own; x itself if they are None."""
     return x if channels is None else jnp.concatenate([x, channels.astype(x.dtype)], axis=-1)
 
 
 def with_channels(x: jax.Array, picture: Picture | None, config: TransformerConfig, start: Any = 0) -> jax.Array:
     """Return ``x [B, F, h, w, C]`` with the picture's channels of its frames; x itself for a network without them.
 
-    ``x`` may have 2B rows, two for each picture (``diffusion.guidance``).
+    ``start`` is the latent frame at which x begins. x may have 2B examples, two for each picture
+    (``diffusion.guidance``).
     """
     if picture is None or not config.image_channels:
         return x
@@ -120,10 +125,10 @@ def with_channels(x: jax.Array, picture: Picture | None, config: TransformerConf
 
 
 def conditioned(network: Callable[..., Any], picture: Picture | None, config: TransformerConfig) -> Callable[..., Any]:
-    """Return ``network(params, x, timestep, prompt_embeds, clean=...)`` as a function of latents without condition.
+    """Return ``network(params, x, timestep, prompt_embeds, clean=...)`` with ``picture`` as its condition.
 
-    The picture's channels are added to ``x`` and to the clean copies, and its embeds are passed on. A network without
-    an image branch stays what it is.
+    The returned function adds the picture's channels to ``x`` and to the clean copies, and passes the embeds on. A
+    network without an image branch is returned unchanged.
     """
     if picture is None or not has_branch(config):
         return network
@@ -158,6 +163,9 @@ def image_condition(
     Args:
         latents: normalized latents of a video of the known frames, with zeros (grey) elsewhere.
         known_frames: static indices of the known pixel frames, each in 0 ... 4 (F - 1).
+
+    Raises:
+        ConfigError: a known frame is outside the video.
     """
     batch, frames, height, width, _ = latents.shape
     last = 4 * (frames - 1)

@@ -1,14 +1,14 @@
 """Attention whose scores are products of 8-bit integers, as a Pallas kernel for GPU and TPU, for sampling only.
 
-The method is SageAttention's (arXiv 2410.02367): subtracting the mean of the keys from every key adds one number to all
-scores of a query, which the softmax does not see, and removes the outliers that all keys share. Queries and the
+The method is that of SageAttention (arXiv 2410.02367). The mean of the keys is subtracted from every key. This changes
+all scores of a query by one number, which softmax cancels, and removes the outliers that all keys share. Queries and
 smoothed keys are then rounded to int8 with a scale for every token and head::
 
     S = s_q s_k (q8 k8^T) / sqrt(D),    out = softmax(S) v
 
-The sum of q8 k8^T is exact in int32; the second product has operands of the compute type. One program of the kernel has
-a block of queries of one head; it goes through the keys with a running softmax, so that no T x S array exists, and
-stops at the last key in use.
+The sum of q8 k8^T is exact in int32. The second product has operands of the compute type. One program of the kernel
+computes a block of queries of one head. It loops over the keys with a running softmax, so no T x S array exists, and
+ends at the last key in use.
 
 On CPU the kernel is interpreted, which is slow. It was compiled for described devices, but never timed on a device.
 """
@@ -32,7 +32,7 @@ BLOCKS = {"tpu": (512, 512), "gpu": (128, 64)}
 
 
 def smoothed(k: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Return ``k [B, S, N, D]`` in float32 minus its mean over the keys that ``mask [S]`` shows."""
+    """Return ``k [B, S, N, D]`` in float32 minus its mean over the keys where ``mask [S]`` is true (None: all)."""
     k = k.astype(jnp.float32)
     if mask is None:
         return k - k.mean(1, keepdims=True)
@@ -47,15 +47,15 @@ def attention(
     """Return ``softmax(q k^T / sqrt(D)) v``, float32 ``[B, T, N, D]``, with int8 operands of the first product.
 
     Args:
-      q: ``[B, T, N, D]``.
-      k: ``[B, S, N, D]``.
-      v: ``[B, S, N, D]``.
-      dtype: type of the operands of the second product.
-      mask: bool ``[S]``, the keys that all queries see; None: all.
-      used: scalar count where ``mask`` is true for exactly the first ``used`` keys; the others cost nothing.
+        q: ``[B, T, N, D]``.
+        k: ``[B, S, N, D]``.
+        v: ``[B, S, N, D]``.
+        dtype: type of the operands of the second product.
+        mask: bool ``[S]``, the keys that all queries see; None: all.
+        used: scalar count where ``mask`` is true for exactly the first ``used`` keys; the others cost nothing.
 
     Raises:
-        ConfigError: it is differentiated, or the device has no such kernel.
+        ConfigError: the function is differentiated, or there is no such kernel for the device.
     """
     platform = constraints.platform()
     kind = {"cuda": "gpu"}.get(platform, platform)

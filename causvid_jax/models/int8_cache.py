@@ -9,7 +9,11 @@ TOKENS = -3
 
 
 def stored(k: jax.Array, v: jax.Array, layer: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Return keys and values of a block as the arrays of a layer's cache ``layer`` hold them."""
+    """Return keys and values ``[B, K, n, N, D]`` of a block in the form of a layer's cache ``layer``.
+
+    A cache of two arrays holds them in its dtype. One of four holds int8 keys and values, and their float32 scales
+    ``[B, K, 1, N, D]``.
+    """
     if len(layer) == 2:
         return k.astype(layer[0].dtype), v.astype(layer[1].dtype)
     (k, k_scale), (v, v_scale) = quantize(k, TOKENS), quantize(v, TOKENS)
@@ -17,7 +21,7 @@ def stored(k: jax.Array, v: jax.Array, layer: tuple[jax.Array, ...]) -> tuple[ja
 
 
 def readable(layer: tuple[jax.Array, ...], dtype: str) -> tuple[jax.Array, jax.Array]:
-    """Return the keys and values of a layer's cache for attention; int8 ones in ``dtype``."""
+    """Return keys and values ``[B, S, n, N, D]`` of a layer's cache; int8 ones times their scales, in ``dtype``."""
     if len(layer) == 2:
         return layer[0], layer[1]
     k, v, k_scale, v_scale = layer

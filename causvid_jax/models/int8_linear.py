@@ -76,10 +76,10 @@ def is_rounded(params: Params) -> bool:
 
 
 def check(params: Params, config: TransformerConfig) -> None:
-    """Refuse parameters of another form than ``config.linear``.
+    """Check that the kernels of the blocks are in 8 bits if, and only if, ``config.linear`` is ``"int8"``.
 
     Raises:
-        ConfigError: kernels that are rounded and should not be, or the reverse.
+        ConfigError: they are of the other form.
     """
     kind = "int8" if is_rounded(params) else "dtype"
     require(
@@ -94,7 +94,7 @@ def product(x: jax.Array, kernel: Mapping[str, jax.Array]) -> jax.Array:
     """Return ``x W``, float32 ``[..., out]``, of ``x [..., in]`` and a kernel ``{"int8" [in, out], "scale" [1, out]}``.
 
     Raises:
-        ConfigError: it is differentiated.
+        ConfigError: the function is differentiated.
     """
     rounded, scale = quantize(x, -1)
     axes = (((x.ndim - 1,), (0,)), ((), ()))

@@ -1,13 +1,13 @@
 """Key/value caches of the streaming student, as explicit pytrees.
 
-Keys are stored normalized and rotated by their position in the stream, so that a pass rotates the keys of its block
-alone. Angles wrap around exactly (``rope.stream_angles``), hence a stream has no maximum length. Where the sink moves
-with the window (``positions="relative"``), keys are stored unrotated and rotated when they are read. The slots are a
-fixed array: the first ``sink`` frames keep their slots, all later frames share a ring buffer.
+Keys are stored normalized and rotated by their position in the stream, so a pass rotates only the keys of its block.
+Angles wrap around exactly (``rope.stream_angles``), so a stream has no maximum length. If the sink moves with the
+window (``positions="relative"``), keys are stored unrotated and rotated when they are read. The slots are a fixed
+array: the first ``sink`` frames keep their slots, and all later frames share a ring buffer.
 
 With ``TransformerConfig.kv_cache="int8"`` keys and values are stored in 8 bits. Every latent frame, head and channel
-has a scale of its own, taken over the tokens of the frame (``models.int8_cache``). A pass reads its own block as it is
-and the past times its scales; of one layer at a time there is then a copy in the compute type.
+has a scale of its own, taken over the tokens of the frame (``models.int8_cache``). A pass reads the past times its
+scales, as a copy of one layer at a time in the compute type. Its own block it reads without 8-bit rounding.
 
 A cache has the form of the parameters it is used with: one array ``[L, ...]`` of all layers, or a tuple of L arrays
 (``models.unstacked``), each of which a pass updates in place.
@@ -30,14 +30,24 @@ Layers = Any  # an array [L, ...] or a tuple of L arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Self-attention keys and values of the frames that later blocks can attend to."""
+    """Self-attention keys and values of the frames that later blocks can attend to.
 
-    k: Layers  # [L, B, S, n, N, D] RMS-normalized and rotated (stores_rotated); S slots of one latent frame, n tokens
-    v: Layers  # [L, B, S, n, N, D]
-    frame: jax.Array  # [S] int32: index of the latent frame in each slot, -1 if empty
-    position: jax.Array  # [] int32: number of finished latent frames, which is where the current block starts
-    k_scale: Layers | None = None  # [L, B, S, 1, N, D] float32, of int8 keys; None: keys and values have no scales
-    v_scale: Layers | None = None  # [L, B, S, 1, N, D] float32
+    Attributes:
+        k: ``[L, B, S, n, N, D]``, RMS-normalized and rotated (:func:`stores_rotated`); S slots of one latent frame with
+            n tokens.
+        v: ``[L, B, S, n, N, D]``.
+        frame: index of the latent frame in each slot, -1 if the slot is empty; int32 ``[S]``.
+        position: number of finished latent frames, at which the current block starts; int32 scalar.
+        k_scale: of int8 keys, float32 ``[L, B, S, 1, N, D]``; None: keys and values have no scales.
+        v_scale: of int8 values, likewise.
+    """
+
+    k: Layers
+    v: Layers
+    frame: jax.Array
+    position: jax.Array
+    k_scale: Layers | None = None
+    v_scale: Layers | None = None
 
     @property
     def arrays(self) -> tuple[Layers, ...]:
@@ -48,12 +58,19 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TextCache:
-    """Cross-attention keys and values of one prompt (and image). The value for a single layer has no leading axis L."""
+    """Cross-attention keys and values of one prompt (and image). The cache of a single layer has no leading axis L.
 
-    k: Layers  # [L, B, text_length, N, D]
-    v: Layers  # [L, B, text_length, N, D]
-    image_k: Layers | None = None  # [L, B, image_tokens, N, D]; None without an image branch
-    image_v: Layers | None = None  # [L, B, image_tokens, N, D]
+    Attributes:
+        k: ``[L, B, text_length, N, D]``.
+        v: likewise.
+        image_k: ``[L, B, image_tokens, N, D]``; None without an image branch.
+        image_v: likewise.
+    """
+
+    k: Layers
+    v: Layers
+    image_k: Layers | None = None
+    image_v: Layers | None = None
 
 
 def init_cache(
@@ -66,11 +83,13 @@ def init_cache(
     frames: int | None = None,
     unstacked: bool = False,
 ) -> KVCache:
-    """Return an empty cache for latents of ``height`` x ``width``.
+    """Return an empty cache for latents of ``height`` x ``width`` (h, w).
 
-    With a window it has ``sink + window`` slots and holds for a stream of any length. Without one it needs ``frames``,
-    the maximum number of latent frames of the stream; ConfigError if that is missing. ``unstacked`` gives every layer
-    an array of its own.
+    With a window it has ``sink + window`` slots and serves a stream of any length. Without one it has ``frames`` slots,
+    the maximum number of latent frames of the stream. ``unstacked`` gives every layer an array of its own.
+
+    Raises:
+        ConfigError: there is neither a window nor ``frames``.
     """
     require(
         causal.window > 0 or frames is not None,
@@ -103,20 +122,20 @@ def init_cache(
 
 
 def advance(cache: KVCache, frames: int) -> KVCache:
-    """Finish the current block of ``frames`` frames, so that the next pass writes the slots after it."""
+    """Return the cache with its position ``frames`` latent frames later: the current block is finished."""
     return dataclasses.replace(cache, position=cache.position + frames)
 
 
 def stores_rotated(causal: CausalConfig) -> bool:
-    """Return whether keys are stored rotated: they are, unless the position of the sink changes with the window."""
+    """Return whether keys are stored rotated. They are not if the position of the sink moves with the window."""
     return causal.positions == "absolute" or not (causal.window and causal.sink)
 
 
 def write_slots(old: jax.Array, new: jax.Array, slots: jax.Array, *, axis: int) -> jax.Array:
-    """Write the frames of ``new`` to ``slots [K]`` of ``old`` along ``axis``.
+    """Return ``old`` with the K frames of ``new`` in ``slots [K]`` along ``axis``.
 
-    One update per frame, since a ring wraps around between frames; XLA does them in place, which it does not do with
-    every scatter.
+    Each frame is one update, because a ring may wrap around between two frames. XLA does these updates in place, unlike
+    some scatters.
     """
     for i in range(new.shape[axis]):
         frame = jax.lax.slice_in_dim(new, i, i + 1, axis=axis)
@@ -125,7 +144,9 @@ def write_slots(old: jax.Array, new: jax.Array, slots: jax.Array, *, axis: int) 
 
 
 def block_slots(position: jax.Array, frames: int, causal: CausalConfig) -> jax.Array:
-    """Return the slots ``[frames]`` of the block that starts at latent frame ``position``.
+    """Return the slots, int32 ``[frames]``, of the block that starts at latent frame ``position``.
+
+    Frame i is in slot i while i < sink, later in slot ``sink + (i - sink) mod window``; without a window in slot i.
 
     A ring of exactly ``window`` slots overwrites only frames that leave the window with the new block.
     """
@@ -137,7 +158,10 @@ def block_slots(position: jax.Array, frames: int, causal: CausalConfig) -> jax.A
 
 
 def read_positions(frame: jax.Array, position: jax.Array, block: int, causal: CausalConfig) -> jax.Array:
-    """Return the rotary time position of every slot relative to the first frame of the current block, int32 ``[S]``."""
+    """Return the rotary time position of every slot relative to the first frame of the current block, int32 ``[S]``.
+
+    ``frame`` and ``position`` are those of the cache, ``block`` is the number of frames of the block.
+    """
     relative = frame - position
     if stores_rotated(causal):
         return relative
@@ -149,8 +173,8 @@ def read_positions(frame: jax.Array, position: jax.Array, block: int, causal: Ca
 def visible_slots(frame: jax.Array, position: jax.Array, block: int, causal: CausalConfig) -> jax.Array:
     """Return which slots the current block attends to, bool ``[S]``: not empty, not later, in the window or the sink.
 
-    In a stream that only advances these are the first ``min(position + block, S)`` slots. The cache holds later frames
-    only if its position has been moved back.
+    Arguments are those of :func:`read_positions`. In a stream that only advances, these are the first
+    ``min(position + block, S)`` slots. The cache holds later frames only if its position has been moved back.
     """
     end = position + block
     visible = (frame >= 0) & (frame < end)

@@ -23,10 +23,10 @@ PRODUCT = "product"  # checkpoint name of the results of linear layers, for rema
 
 
 def dot_precision(dtype: Any) -> jax.lax.Precision:
-    """Return the precision of products and convolutions of operands of ``dtype``.
+    """Return the precision of products and convolutions of operands of ``dtype``: the highest for float32.
 
     By default accelerators multiply float32 in fewer bits (TF32 on GPU, one bfloat16 pass on TPU: relative errors of
-    5e-4 and 4e-3). Float32 therefore asks for all bits. Products of narrower operands are exact in float32.
+    5e-4 and 4e-3). Products of narrower operands are exact in float32.
     """
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
@@ -45,7 +45,7 @@ def differentiable_by_jvp() -> Iterator[None]:
 
 
 def matmul(x: jax.Array, kernel: jax.Array, dtype: str, result: str = "float32") -> jax.Array:
-    """Return ``x [..., in] @ kernel [in, out]`` with operands cast to ``dtype``, a float32 accumulator and ``result``.
+    """Return ``x [..., in] @ kernel [in, out]`` in type ``result``, with operands of ``dtype``, accumulated in float32.
 
     Its derivative is explicit (:func:`_matmul`), except under :func:`differentiable_by_jvp`.
     """
@@ -59,9 +59,9 @@ def _product(x: jax.Array, kernel: jax.Array, dtype: str, result: str) -> jax.Ar
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _matmul(x: jax.Array, kernel: jax.Array, dtype: str, result: str) -> jax.Array:
-    """Compute :func:`matmul` with a derivative of its own.
+    """Compute :func:`matmul` with an explicit derivative.
 
-    The derivative is explicit. The automatic one multiplies the float32 cotangent by a ``dtype`` operand, and matrix
+    The automatic one multiplies the float32 cotangent by a ``dtype`` operand, and matrix
     units (AMX, tensor cores, MXU) cannot run such a mixed product. This one first rounds the cotangent to ``dtype``, as
     is usual in mixed-precision training; both gradients accumulate in float32.
     """
@@ -110,7 +110,7 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 def linear(
     p: Params, x: Float[jax.Array, "*n i"], dtype: str = "float32", result: str = "float32"
 ) -> Float[jax.Array, "*n o"]:
-    """Return ``x W + b``: ``x [..., in]`` to float32 ``[..., out]``; the product ``x W`` has type ``result``."""
+    """Return ``x W + b``, float32 ``[..., out]``, for ``x [..., in]``; the product ``x W`` has type ``result``."""
     return checkpoint_name(matmul(x, p["kernel"], dtype, result), PRODUCT) + p["bias"]
 
 
@@ -137,7 +137,7 @@ def modulate(
 
 
 def mlp(p: Params, x: jax.Array, activation: Any, dtype: str) -> jax.Array:
-    """Return ``fc2(activation(fc1(x)))``."""
+    """Return ``fc2(activation(fc1(x)))``, float32 ``[..., out]``."""
     return linear(p["fc2"], activation(linear(p["fc1"], x, dtype)), dtype)
 
 
@@ -146,7 +146,10 @@ gelu_exact = functools.partial(jax.nn.gelu, approximate=False)
 
 
 def timestep_sinusoid(timestep: Float[jax.Array, "*n"], dim: int) -> Float[jax.Array, "*n d"]:
-    """Return ``[cos(t w_i) | sin(t w_i)]`` with ``w_i = 10000^(-2 i / dim)``, ``i < dim / 2``, in float32."""
+    """Return ``[cos(t w_i) | sin(t w_i)]``, ``w_i = 10000^(-2 i / dim)``, i < dim / 2; float32 ``[..., dim]``.
+
+    t is the ``timestep`` in [0, 1000]. Source: Wan2.1, ``wan/modules/model.py``.
+    """
     half = dim // 2
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = timestep.astype(jnp.float32)[..., None] * frequencies

@@ -31,7 +31,7 @@ from causvid_jax.models.layers import Params
 
 
 def rounded(x: jax.Array, dtype: str) -> jax.Array:
-    """Round to the precision of ``dtype`` but keep float32 storage.
+    """Return ``x`` rounded to the precision of ``dtype`` but stored in float32.
 
     XLA may remove a pair of casts, so this uses ``reduce_precision``.
     """
@@ -50,9 +50,10 @@ def rounds_results(config: TransformerConfig) -> bool:
 
 
 def linear(p: Params, x: jax.Array, config: TransformerConfig) -> jax.Array:
-    """Return ``x W + b`` with rounded operands; ``fast`` rounds the product, ``wan`` and ``causvid`` the result.
+    """Return ``x W + b``, float32 ``[..., out]``, with operands rounded to ``config.dtype``.
 
-    A kernel in 8 bits is multiplied by ``models.int8_linear``.
+    ``fast`` also rounds the product, ``wan`` and ``causvid`` the result. An adapter adds ``scale (x A) B``
+    (``models.adapters``). A kernel in 8 bits is multiplied by ``models.int8_linear``.
     """
     if adapters.KEY in p:
         base = {name: value for name, value in p.items() if name != adapters.KEY}
@@ -68,7 +69,7 @@ def linear(p: Params, x: jax.Array, config: TransformerConfig) -> jax.Array:
 
 
 def mlp(p: Params, x: jax.Array, activation: Callable[[jax.Array], jax.Array], config: TransformerConfig) -> jax.Array:
-    """Return ``fc2(activation(fc1(x)))``."""
+    """Return ``fc2(activation(fc1(x)))``, float32 ``[..., out]``."""
     return linear(p["fc2"], activation(linear(p["fc1"], x, config)), config)
 
 
@@ -88,18 +89,21 @@ def float32_kernels(config: TransformerConfig) -> tuple[str, ...]:
 
 
 def attention_backend(config: TransformerConfig) -> str:
-    """Return ``config.attention``; under ``wan`` and ``causvid``, XLA's kernel rounds as flash attention does."""
+    """Return the kernel of self-attention: ``config.attention``, or ``"late"`` instead of XLA's if results are rounded.
+
+    ``"late"`` rounds as flash attention does, which the published code uses (``wan``, ``causvid``).
+    """
     keep = not rounds_results(config) or attention.resolve(config.attention, config.dtype) != "xla"
     return config.attention if keep else "late"
 
 
 def text_attention_backend(config: TransformerConfig) -> str:
-    """Return the kernel of cross-attention, which has few keys and stays in ``config.dtype`` beside ``"int8"``."""
+    """Return the kernel of cross-attention. With ``"int8"`` it is ``"auto"``, because few keys would gain little."""
     return "auto" if config.attention == "int8" else attention_backend(config)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, config: TransformerConfig) -> jax.Array:
-    """Return ``x / sqrt(mean(x^2) + eps) * scale``."""
+    """Return ``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, float32, rounded by the policy."""
     if not rounds_results(config):
         return layers.rms_norm(x, scale, config.eps)
     unscaled = rounded(layers.rms_norm(x, jnp.ones((), jnp.float32), config.eps), config.dtype)
@@ -107,14 +111,14 @@ def rms_norm(x: jax.Array, scale: jax.Array, config: TransformerConfig) -> jax.A
 
 
 def layer_norm(x: jax.Array, config: TransformerConfig, p: Params | None = None) -> jax.Array:
-    """Return ``(x - mean) / sqrt(var + eps)``; with ``p``, times ``scale`` plus ``bias``."""
+    """Return ``(x - mean) / sqrt(var + eps)`` over the last axis; with ``p``, times ``scale`` plus ``bias``."""
     if p is not None:
         p = {name: round_all(value, config) for name, value in p.items()}
     return round_all(layers.layer_norm(x, config.eps, p), config)
 
 
 def modulation(table: jax.Array, time: jax.Array, config: TransformerConfig) -> jax.Array:
-    """Return the learned modulation table plus the embedded time."""
+    """Return the learned table ``[s, M]`` plus the embedded time ``[B, F, s or 1, M]``: ``[B, F, s, M]``."""
     return round_all(round_all(table, config) + time, config)
 
 
@@ -127,7 +131,7 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, config: Transform
 
 
 def add(x: jax.Array, y: jax.Array, config: TransformerConfig, gate: jax.Array | None = None) -> jax.Array:
-    """Add to the residual stream: ``x + y``, or ``x + y gate`` with ``gate [B, F, M]``."""
+    """Return the residual stream ``x + y [B, F, n, M]``, or ``x + y gate`` with ``gate [B, F, M]``."""
     return round_all(x + (y if gate is None else round_all(y * gate[:, :, None], config)), config)
 
 

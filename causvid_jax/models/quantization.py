@@ -5,9 +5,9 @@ import jax.numpy as jnp
 
 
 def quantize(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Return ``x`` as int8 and its float32 scales, which have length 1 along ``axis``.
+    """Return ``q = round(x / s)``, int8 with the shape of ``x``, and ``s = max |x| / 127`` over ``axis``, float32.
 
-    ``s = max |x| / 127`` over ``axis`` and ``round(x / s)``, so that ``|s q - x| <= s / 2``. Zeros have the scale 0.
+    s has length 1 along ``axis``, and ``|s q - x| <= s / 2``. If all x are zero, s is 0.
     """
     x = x.astype(jnp.float32)
     scale = jnp.abs(x).max(axis, keepdims=True) / 127.0

@@ -14,10 +14,10 @@ LAYER_INPUT = "layer_input"
 
 
 def attention_results(*names: str) -> Callable[..., Any]:
-    """Return the policy that keeps the results of these names, and the softmax sums of cuDNN's attention.
+    """Return the policy that keeps the results of these names, and the results of cuDNN's attention.
 
-    cuDNN's kernel returns both in one call without a name for the sums. If they were not kept, the backward pass would
-    compute the whole attention again.
+    cuDNN's kernel returns the output and the softmax sums in one call, without a name for the sums. If they were not
+    kept, the backward pass would compute the whole attention again.
     """
     policies = jax.checkpoint_policies
 
@@ -28,7 +28,7 @@ def attention_results(*names: str) -> Callable[..., Any]:
 
 
 def rematerialize(layer: Any, remat: str | bool) -> Any:
-    """Rematerialize the linen module ``layer``; ``remat`` (:class:`TransformerConfig`) says which results are kept."""
+    """Return the linen module ``layer`` rematerialized; ``TransformerConfig.remat`` names the results that are kept."""
     policies = jax.checkpoint_policies
     if remat == "none":
         return layer

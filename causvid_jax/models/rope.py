@@ -2,7 +2,9 @@
 
 The head dimension D is D/2 complex pairs, interleaved ``(x[2j], x[2j+1])``, split over (time, row, column) as
 ``D/2 - 2 floor(D/6)``, ``floor(D/6)``, ``floor(D/6)`` pairs (22, 21, 21 at D = 128). An axis with p pairs rotates
-pair j by ``position * theta^(-j / p)``.
+pair j by ``position * theta^(-j / p)`` radians.
+
+Source: Wan2.1, ``wan/modules/model.py``, which has a table of 1024 positions for each axis.
 """
 
 import jax
@@ -20,7 +22,7 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
 def angles(
     frames: Shaped[jax.Array, "F"], rows: int, columns: int, *, head_dim: int, theta: float
 ) -> Float[jax.Array, "F n pairs"]:
-    """Return the rotation angles of all tokens, float32 ``[F, rows * columns, D / 2]``.
+    """Return the rotation angles of all tokens in radians, float32 ``[F, rows * columns, D / 2]``.
 
     ``frames [F]`` are time positions. Those of a clip are small enough for float32. :func:`stream_angles` serves a
     stream of any length.
@@ -34,9 +36,9 @@ def stream_angles(
 ) -> Float[jax.Array, "F n pairs"]:
     """Return :func:`angles` modulo 2 pi, for int32 ``frames [F]`` of any size.
 
-    A turn is 2^32 of an unsigned integer, so that ``position * frequency`` wraps around exactly. The angle between two
-    frames then depends on their distance only, to 2 pi 2^-33 a frame, however long the stream is: keys can be stored
-    rotated. A float32 product loses this beyond some thousand frames.
+    A full turn is 2^32 in unsigned integers, so ``position * frequency`` wraps around exactly. The angle between two
+    frames then depends on their distance alone (to 2 pi 2^-33 per frame) in a stream of any length, so keys can be
+    stored rotated. A float32 product loses this beyond some thousand frames.
     """
     turns = _frequencies(axis_pairs(head_dim)[0], theta) / (2.0 * np.pi)
     step = jnp.asarray(np.round(turns * 2.0**32).astype(np.uint32))
@@ -70,7 +72,9 @@ def _grid(time: jax.Array, rows: int, columns: int, head_dim: int, theta: float)
 def rotate(
     x: Float[jax.Array, "B F n N D"], angle: Float[jax.Array, "F n pairs"], *, halves: bool = False
 ) -> Float[jax.Array, "B F n N D"]:
-    """Rotate ``x [B, F, n, N, D]`` by ``angle [F, n, D / 2]``; the result is float32.
+    """Return ``x [B, F, n, N, D]`` rotated by ``angle [F, n, D / 2]`` in radians, in float32.
+
+    Pair (a, b) becomes ``(a cos - b sin, a sin + b cos)``.
 
     ``halves``: pair j is ``(x[j], x[D / 2 + j])`` instead of ``(x[2 j], x[2 j + 1])`` (``models.unstacked``).
     """

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jaxtyping import Float
 
-from causvid_jax.config import TAEHVConfig, require
+from causvid_jax.config import TAEHVConfig
 from causvid_jax.models import conv
 from causvid_jax.sharding.params import ParamSpec, abstract_tree, init_tree
 
@@ -41,7 +41,8 @@ Tree = dict[str, Any]
 class DecodeCache:
     """State between two chunks of a decoded stream.
 
-    ``past``: by level and block, the last input frame of every memory block, [B, 1, h, w, C]; zero before a video.
+    Attributes:
+        past: by level and block, the last input frame of every memory block, [B, 1, h, w, C]; zero before a video.
     """
 
     past: Tree
@@ -145,6 +146,9 @@ def encode(
 
     A video of 1 + 4n frames has 1 + n latents, as with the Wan VAE. Copies of the last frame complete the last group,
     as in the published code.
+
+    Raises:
+        ConfigError: the video has another shape, or H or W is no multiple of 8 (:func:`space_factor`).
     """
     padding = -video.shape[1] % time_factor(config)
     video = jnp.concatenate([video, repeat(video[:, -1:], "b 1 h w c -> b t h w c", t=padding)], axis=1)
@@ -174,6 +178,9 @@ def encode_chunk(
 
     Returns:
         latents [B, n, h, w, C] float32 and the next cache.
+
+    Raises:
+        ConfigError: the frames have another shape, another size than a multiple of 8, or are not 4n.
     """
     _check_video(frames, config)
     latents, past = _encoder(params, frames, cache.past, config=config)
@@ -201,8 +208,11 @@ def decode(
     """Decode the latents of a whole clip: [B, F, h, w, C] to [B, 1 + 4 (F - 1), H, W, 3] float32, clamped to [-1, 1].
 
     Train with ``clamp=False``: a clamped pixel has no gradient.
+
+    Raises:
+        ConfigError: the latents have another shape.
     """
-    _check_latents(latents, config)
+    conv.check_latents(latents.shape, config.z_dim)
     video = _decoder(params, latents, {}, config=config)[0][:, time_factor(config) - 1 :]
     return jnp.clip(video, -1, 1) if clamp else video
 
@@ -223,14 +233,17 @@ def decode_chunk(
 
     Args:
         params: parameters.
-        latents: normalized, K frames.
+        latents: normalized, [B, K, h, w, C].
         cache: from :func:`init_decode_cache` or the previous call.
         config: sizes.
 
     Returns:
         frames [B, 4K, H, W, 3] float32 in [-1, 1], and the next cache.
+
+    Raises:
+        ConfigError: the latents have another shape.
     """
-    _check_latents(latents, config)
+    conv.check_latents(latents.shape, config.z_dim)
     frames, past = _decoder(params, latents, cache.past, config=config)
     return jnp.clip(frames, -1, 1), DecodeCache(past=past)
 
@@ -273,21 +286,4 @@ def _zero_past(network: Callable[..., Any], inputs: jax.ShapeDtypeStruct, config
 
 
 def _check_video(video: jax.Array | jax.ShapeDtypeStruct, config: TAEHVConfig) -> None:
-    require(
-        len(video.shape) == 5 and video.shape[-1] == 3,
-        f"a video of shape {video.shape} cannot be encoded; accepted: [batch, frames, height, width, 3]",
-    )
-    frames, (height, width) = video.shape[1], video.shape[2:4]
-    time, space = time_factor(config), space_factor(config)
-    require(frames > 0 and frames % time == 0, f"{frames} frames cannot be encoded here; accepted: {time}n, n > 0")
-    require(
-        height % space == 0 and width % space == 0,
-        f"a video of {height} x {width} pixels cannot be encoded; height and width must be multiples of {space}",
-    )
-
-
-def _check_latents(latents: jax.Array, config: TAEHVConfig) -> None:
-    require(
-        latents.ndim == 5 and latents.shape[1] > 0 and latents.shape[-1] == config.z_dim,
-        f"latents of shape {latents.shape} cannot be decoded; accepted: [batch, frames, h, w, {config.z_dim}]",
-    )
+    conv.check_video(video.shape, time=time_factor(config), space=space_factor(config), starts=False)

@@ -93,7 +93,7 @@ __all__ = [
 
 
 def init(key: jax.Array, config: TransformerConfig) -> Params:
-    """Return new float32 parameters."""
+    """Return new float32 parameters, with Wan's initializers (:func:`spec`)."""
     return init_tree(key, spec(config))
 
 
@@ -103,9 +103,9 @@ def abstract(config: TransformerConfig) -> Params:
 
 
 def inference(config: TransformerConfig, *, unstacked: bool = False) -> Params:
-    """Return shapes and types as a sampler holds them: parameters that every use rounds are stored rounded.
+    """Return shapes and types of the parameters of a sampler. Kernels that every use rounds are stored rounded.
 
-    ``unstacked``: in the form of ``models.unstacked``.
+    With ``unstacked`` they have the form of ``models.unstacked``.
     """
     shapes = abstract_tree(inference_spec(config))
     stacked = inference_tree(shapes, config.dtype, precision.float32_kernels(config))
@@ -113,7 +113,7 @@ def inference(config: TransformerConfig, *, unstacked: bool = False) -> Params:
 
 
 def read_shapes(config: TransformerConfig) -> Params:
-    """Return shapes and types as a sampler reads them from a file, before :func:`round_parameter`."""
+    """Return shapes and types in which a sampler reads parameters from a file, before :func:`round_parameter`."""
     return inference(dataclasses.replace(config, linear="dtype"))
 
 
@@ -297,9 +297,18 @@ def bidirectional(
     *,
     config: TransformerConfig,
 ) -> Float[jax.Array, "B F h w V"]:
-    """Return the velocity ``[B, F, h, w, C]``; every token attends to every token (teacher and fake score).
+    """Return the velocity, float32 ``[B, F, h, w, C]``; every token attends to every token (teacher and fake score).
 
-    ``image_embeds [B, image_tokens, image_dim]`` is required if ``config`` has an image branch, and refused otherwise.
+    Args:
+        params: of :func:`spec`, stacked or unstacked.
+        x: noisy latents, ``[B, F, h, w, C]``.
+        timestep: ``[B, F]``, in [0, 1000].
+        prompt_embeds: ``[B, S, E]``; padding rows are zero and are attended to.
+        image_embeds: ``[B, image_tokens, image_dim]`` for a network with an image branch, else None.
+        config: sizes, precision, kernels.
+
+    Raises:
+        ConfigError: the channels of x, ``image_embeds`` or the form of the kernels do not fit ``config``.
     """
     angle = rope.angles(jnp.arange(x.shape[1]), **_grid(x, config))
 
@@ -316,9 +325,10 @@ def pooled_features(
     *,
     config: TransformerConfig,
 ) -> Float[jax.Array, "L B M"]:
-    """Return the features after every layer of :func:`bidirectional`, pooled by one query per layer.
+    """Return the features after every layer of :func:`bidirectional`, pooled by one query per layer: ``[L, B, M]``.
 
-    A discriminator reads them (``distill.gan``). Only the pooled features are kept, not the tokens of every layer.
+    ``queries`` are ``[L, M]``; the pooling is :func:`causvid_jax.models.transformer_layer.pool_tokens`. A discriminator
+    reads the features (``distill.gan``). The tokens of the layers are not kept.
     """
     angle = rope.angles(jnp.arange(x.shape[1]), **_grid(x, config))
     attend = _attend_plan(attention.bidirectional(x.shape[1]), angle, params, config)
@@ -340,9 +350,12 @@ def block_causal(
     """Return the velocity of all blocks in one pass; a token attends to its block and earlier ones (CausVid, eq. 5).
 
     All frames of a block have the same timestep; blocks may differ. With ``clean`` (teacher forcing) a block attends to
-    its own noisy frames and to the *clean* copies of earlier blocks, which are conditioned on ``clean_timestep``.
-    ``clean`` may begin with whole blocks of a past that ``x`` continues: P frames, of which x has the last F.
-    ``image_embeds`` is as in :func:`bidirectional`.
+    its own noisy frames and to the *clean* copies of earlier blocks, which are conditioned on ``clean_timestep`` in
+    [0, 1000]. ``clean`` may begin with whole blocks of a past that ``x`` continues: P frames, of which x has the last
+    F. The other arguments are those of :func:`bidirectional`.
+
+    Raises:
+        ConfigError: as :func:`bidirectional`, or the frames are not a whole number of blocks.
     """
     frames = x.shape[1]
     positions = jnp.arange(frames)
@@ -366,9 +379,9 @@ def encode_text(
     *,
     config: TransformerConfig,
 ) -> TextCache:
-    """Return the cross-attention keys and values of all layers, to compute them once per prompt and not per pass.
+    """Return the cross-attention keys and values of all layers, which are computed once per prompt, not per pass.
 
-    ``image_embeds`` is as in :func:`bidirectional`; the cache includes its keys and values.
+    Arguments and errors are those of :func:`bidirectional`. The cache includes keys and values of ``image_embeds``.
     """
     int8_linear.check(params, config)
     context = embed_context(params, prompt_embeds, image_embeds, config)
@@ -393,8 +406,12 @@ def cached(
 
     The block is written at ``cache.position``, which does not change: the denoising steps of a block overwrite each
     other, and :func:`advance` finishes the block. Without a window the caller must not exceed the cache's capacity; the
-    sampler checks this before it starts. Set ``rewrites`` (static) if the cache may hold frames later than the block,
-    because its position has been moved back.
+    sampler checks this before it starts. ``params`` and ``cache`` have one form, stacked or unstacked. Set ``rewrites``
+    (static) if the cache may hold frames later than the block, because its position has been moved back.
+    ``timestep [B, K]`` is in [0, 1000]. Source: CausVid, section 4.4.
+
+    Raises:
+        ConfigError: x or the kernels do not fit ``config``, or tensor x context does not divide the heads.
     """
     unstacked = is_unstacked(params)
     frames = x.shape[1]

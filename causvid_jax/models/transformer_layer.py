@@ -2,6 +2,8 @@
 
 :func:`block` is a plain function of a layer's parameters. ``models.transformer`` scans it over stacked parameters, or
 calls it in a loop where every layer has arrays of its own (``models.unstacked``).
+
+Source: Wan2.1, ``wan/modules/model.py``.
 """
 
 import functools
@@ -35,7 +37,10 @@ def embed_context(
 ) -> Context:
     """Map ``prompt_embeds [B, S, E]`` and ``image_embeds`` to the model width: ``[B, S, M]`` and ``[B, I, M]`` or None.
 
-    A zero row of ``prompt_embeds`` (padding) becomes a constant that is not zero.
+    The text passes linear, GELU (tanh), linear. A zero row of it (padding) becomes a constant that is not zero.
+
+    Raises:
+        ConfigError: ``image_embeds`` do not fit ``config``.
     """
     image_branch.check(image_embeds, config)
     text = mlp(p["text_embedding"], prompt_embeds, gelu_tanh, config)
@@ -55,7 +60,7 @@ def cross_keys_values(p: Params, context: Context, config: TransformerConfig) ->
 
 
 def text_layer(cache: TextCache, layer: int) -> TextCache:
-    """Return one layer's keys and values of the context."""
+    """Return the part of ``cache`` for one layer, without the leading axis L."""
     return TextCache(*(None if x is None else x[layer] for x in (cache.k, cache.v, cache.image_k, cache.image_v)))
 
 
@@ -68,7 +73,7 @@ def block(
     attend: Attend,
     config: TransformerConfig,
 ) -> tuple[jax.Array, Any]:
-    """Apply one layer, with m = modulation + time ``[B, F, 6, M]``::
+    """Return the tokens after one layer and the cache of ``attend``. With m = modulation + time ``[B, F, 6, M]``::
 
         x += m2 * SelfAttention(LN(x) (1 + m1) + m0)
         x += CrossAttention(LN_affine(x), text)
@@ -78,13 +83,13 @@ def block(
     output projection.
 
     Args:
-      p: parameters of the layer.
-      x: tokens ``[B, F, n, M]``.
-      time: projected timesteps ``[B, F, 6, M]``.
-      text: the context at model width, or this layer's keys and values of it.
-      layer_cache: passed to ``attend``.
-      attend: ``(q, k, v, layer_cache) -> (output, layer_cache)``, the self-attention of the forward mode.
-      config: sizes and precision.
+        p: parameters of the layer.
+        x: tokens ``[B, F, n, M]``.
+        time: projected timesteps ``[B, F, 6, M]``.
+        text: the context at model width, or this layer's keys and values of it.
+        layer_cache: passed to ``attend``.
+        attend: ``(q, k, v, layer_cache) -> (output, layer_cache)``, the self-attention of the forward mode.
+        config: sizes and precision.
     """
     parts = jnp.moveaxis(precision.modulation(p["modulation"], time, config), -2, 0)
     shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = parts
@@ -122,9 +127,9 @@ def block(
 
 
 def pool_tokens(x: jax.Array, query: jax.Array, config: TransformerConfig) -> jax.Array:
-    """Pool all tokens ``x [B, F, n, M]`` by attention to one query ``[M]``: ``[B, M]``.
+    """Return the tokens ``x [B, F, n, M]`` pooled by one query q ``[M]``: ``softmax(y q / sqrt(M)) y``, ``y = LN(x)``.
 
-    ``y = LN(x)``, ``softmax(y q / sqrt(M)) y``.
+    The softmax is over all tokens of a clip, and the result is ``[B, M]``.
     """
     y = layer_norm(x, config)
     scores = jnp.einsum("bfnm,m->bfn", y, query) * y.shape[-1] ** -0.5
@@ -132,14 +137,17 @@ def pool_tokens(x: jax.Array, query: jax.Array, config: TransformerConfig) -> ja
 
 
 def embed_time(p: Params, timestep: jax.Array, config: TransformerConfig) -> tuple[jax.Array, jax.Array]:
-    """Embed timesteps ``[B, F]`` for the head, ``[B, F, M]``, and for the layers, ``[B, F, 6, M]``."""
+    """Return timesteps ``[B, F]`` in [0, 1000] embedded for the head, ``[B, F, M]``, and for the layers.
+
+    ``e = fc2(silu(fc1(sinusoid(t))))`` is for the head, ``W silu(e) + b``, ``[B, F, 6, M]``, for the layers.
+    """
     apply, net = functools.partial(precision.time_linear, config=config), p["time_embedding"]
     e = apply(net["fc2"], nn.silu(apply(net["fc1"], timestep_sinusoid(timestep, config.freq_dim))))
     return e, rearrange(apply(p["time_projection"], nn.silu(e)), "b f (s M) -> b f s M", s=6)
 
 
 def all_gather(p: Params, layer_spec: Any, config: TransformerConfig) -> Params:
-    """Gather the parameters of one layer along ``embed`` on every device (the all-gather of FSDP, layer by layer)."""
+    """Return the parameters of one layer whole along ``embed`` on every device: the all-gather of FSDP, per layer."""
     if not constraints.mesh_shape():
         return p
 

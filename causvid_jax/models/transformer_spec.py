@@ -31,7 +31,7 @@ def _image_attention_spec(dim: int) -> dict[str, Any]:
 
 
 def block_spec(config: TransformerConfig) -> dict[str, Any]:
-    """Return the parameters of one layer; with ``linear="int8"`` as a sampler holds them."""
+    """Return the specification of one layer; with ``linear="int8"`` its kernels are in 8 bits with scales."""
     dim = config.dim
     spec = {
         "modulation": ParamSpec((6, dim), (None, None), nn.initializers.normal(dim**-0.5)),
@@ -51,7 +51,10 @@ def block_spec(config: TransformerConfig) -> dict[str, Any]:
 
 
 def outer_spec(config: TransformerConfig) -> dict[str, Any]:
-    """Return the parameters outside the layers. Initializers are Wan's: N(0, 0.02) in the embeddings, a zero head."""
+    """Return the specification of the parameters outside the layers.
+
+    The initializers are Wan's: N(0, 0.02^2) in the text and time embeddings, and a zero head.
+    """
     dim, small = config.dim, nn.initializers.normal(0.02)
     patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
     return {

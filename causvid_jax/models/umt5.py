@@ -3,6 +3,7 @@
 It is a T5 encoder: pre-norm layers without biases and gated GELU. Positions enter only as a bias on the attention
 scores that depends on the bucketed distance of two tokens. UMT5 has one bias table per layer; T5 shares one. Scores
 are not scaled by ``1 / sqrt(D)``, because the published weights include that factor.
+Source: Wan2.1, ``wan/modules/t5.py``.
 
 Matmuls run in ``config.dtype``; norms, softmax, the bias and the residual stream are float32. Kernels and the token
 table are arrays, or int8 with scales (:func:`quantize`).
@@ -137,9 +138,9 @@ def relative_buckets(relative: np.ndarray, config: UMT5Config) -> np.ndarray:
 
 
 def attention(p: Params, bias: jax.Array, x: jax.Array, mask: jax.Array, config: UMT5Config) -> jax.Array:
-    """Return ``softmax(q k^T + bias) v`` over the keys where ``mask [B, S]`` is true.
+    """Return ``softmax(q k^T + bias) v W_o`` over the keys where ``mask [B, S]`` is true, float32 ``[B, S, M]``.
 
-    ``bias [N, S, S]``, ``x [B, S, M]``.
+    ``bias`` is ``[N, S, S]`` with the query first, and ``x`` is ``[B, S, M]``.
     """
     dtype = config.dtype
     q, k, v = (
@@ -158,7 +159,7 @@ def attention(p: Params, bias: jax.Array, x: jax.Array, mask: jax.Array, config:
 
 
 def feed_forward(p: Params, x: jax.Array, dtype: str) -> jax.Array:
-    """Return ``fc2(gelu(gate(x)) * fc1(x))``."""
+    """Return ``fc2(gelu(gate(x)) * fc1(x))`` with the tanh form of GELU, float32 ``[B, S, M]``."""
     hidden = gelu_tanh(_product(x, p["gate"]["kernel"], dtype)) * _product(x, p["fc1"]["kernel"], dtype)
     return _product(hidden, p["fc2"]["kernel"], dtype)
 

@@ -1,8 +1,8 @@
 """Parameters of the transformer for streaming: every layer has arrays of its own.
 
-Training stacks the parameters of all layers, so that one compiled layer is scanned. A scan copies each layer's slice of
-a stacked array before a product, and it copies a scanned key/value cache whole. A stream therefore
-runs its layers in a loop over tuples: nothing is sliced, and each layer's cache is written in place.
+Training stacks the parameters of all layers and scans one compiled layer. A scan copies each layer's slice of a stacked
+array before a product, and it copies a scanned key/value cache whole. A stream therefore runs its layers in a loop over
+tuples: nothing is sliced, and each layer's cache is written in place.
 
 In this form the columns of the q and k projections of self-attention are also reordered, in every head, from
 interleaved rotary pairs ``(x0, x1, x2, x3, ...)`` to halves ``(x0, x2, ..., x1, x3, ...)``. Attention does not depend
@@ -43,9 +43,9 @@ def unstack(params: Params, config: TransformerConfig, *, free: bool = False) ->
     """Return ``params`` with ``blocks`` as a tuple of layers and rotary halves; unchanged if they are so already.
 
     Args:
-      params: parameters of :func:`models.transformer.inference_spec`; also shapes, inside ``jax.eval_shape``.
-      config: of the network.
-      free: release each stacked array as soon as it is split, so that the peak is one array above the parameters.
+        params: parameters of :func:`models.transformer.inference_spec`; also shapes, inside ``jax.eval_shape``.
+        config: of the network.
+        free: delete each stacked array as soon as it is split. Memory then peaks at one array above the parameters.
     """
     if is_unstacked(params):
         return params

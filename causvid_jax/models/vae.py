@@ -8,6 +8,8 @@ Video [B, T, H, W, 3] in [-1, 1]; latents [B, F, H/8, W/8, C], T = 1 + 4 (F - 1)
 ``config.latent_mean`` and ``config.latent_std``. The VAE of Wan2.2 is the same network on squares of 2 x 2 pixels, with
 a parameter-free shortcut around every level (``config.is_residual``). Parameters are float32; ``config.dtype`` is the
 compute type. The parameter tree mirrors the published one (``causvid_jax.checkpoints.wan_vae`` converts).
+
+Source: ``wan/modules/vae.py`` of Wan2.1 and ``wan/modules/vae2_2.py`` of Wan2.2.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from causvid_jax.config import VAEConfig, require
+from causvid_jax.config import VAEConfig
 from causvid_jax.models import conv
 from causvid_jax.models import vae_layers as layers
 
@@ -31,8 +33,9 @@ Tree = dict[str, Any]
 class DecodeCache:
     """State between two chunks of a decoded stream.
 
-    ``past``: by layer, the last two input frames of every temporal convolution, [B, 2, h, w, C].
-    ``start``: bool scalar, whether the next chunk is the first of the video.
+    Attributes:
+        past: by layer, the last two input frames of every temporal convolution, [B, 2, h, w, C].
+        start: bool scalar, whether the next chunk is the first of the video.
     """
 
     past: Tree
@@ -44,8 +47,9 @@ class DecodeCache:
 class EncodeCache:
     """State between two chunks of an encoded stream.
 
-    ``past``: by layer, the last two input frames of every temporal convolution, [B, 2, h, w, C] (one frame for temporal
-    downsampling).
+    Attributes:
+        past: by layer, the last two input frames of every temporal convolution, [B, 2, h, w, C] (one frame for temporal
+            downsampling).
     """
 
     past: Tree
@@ -57,7 +61,7 @@ def time_factor(config: VAEConfig) -> int:
 
 
 def space_factor(config: VAEConfig) -> int:
-    """Return the pixels per latent position along height and width: 8 in Wan."""
+    """Return the pixels per latent position along height and width: 8 in Wan2.1, 16 in Wan2.2-TI2V-5B."""
     return config.space_factor
 
 
@@ -146,13 +150,20 @@ def init(key: jax.Array, config: VAEConfig) -> Tree:
 def encode_moments(
     params: Tree, video: Float[jax.Array, "B T H W 3"], *, config: VAEConfig
 ) -> tuple[Float[jax.Array, "B F h w C"], Float[jax.Array, "B F h w C"]]:
-    """Return mean and log-variance of q(z | video), unnormalized: [B, 1 + 4n, H, W, 3] to [B, 1 + n, h, w, C] each."""
+    """Return mean and log-variance of q(z | video), unnormalized: [B, 1 + 4n, H, W, 3] to [B, 1 + n, h, w, C] each.
+
+    Raises:
+        ConfigError: the frames are not 1 + 4n, or H or W is no multiple of :func:`space_factor`.
+    """
     _check_video(video, config, starts=True)
     return _encoder(params, video, {}, config=config, starts=True)[0]
 
 
 def encode(params: Tree, video: Float[jax.Array, "B T H W 3"], *, config: VAEConfig) -> Float[jax.Array, "B F h w C"]:
-    """Return normalized latents (the mean): [B, 1 + 4n, H, W, 3] to [B, 1 + n, h, w, C], float32."""
+    """Return normalized latents (the mean): [B, 1 + 4n, H, W, 3] in [-1, 1] to [B, 1 + n, h, w, C], float32.
+
+    Errors are those of :func:`encode_moments`.
+    """
     return normalize(encode_moments(params, video, config=config)[0], config)
 
 
@@ -162,8 +173,11 @@ def decode(
     """Decode normalized latents: [B, F, h, w, C] to [B, 1 + 4 (F - 1), H, W, 3] float32, clamped to [-1, 1].
 
     Train with ``clamp=False``: a clamped pixel has no gradient.
+
+    Raises:
+        ConfigError: the latents have another shape.
     """
-    _check_latents(latents, config)
+    conv.check_latents(latents.shape, config.z_dim)
     video, _ = _decoder(params, latents, {}, config=config, start=True)
     return jnp.clip(video, -1, 1) if clamp else video
 
@@ -188,7 +202,10 @@ def encode_chunk(
         first: static; whether this is the first chunk.
 
     Returns:
-        latents [B, 1 + n or n, h, w, C] and the next cache.
+        latents [B, 1 + n or n, h, w, C] float32 and the next cache.
+
+    Raises:
+        ConfigError: the number of frames, or H or W, does not fit.
     """
     _check_video(frames, config, starts=first)
     (mean, _), past = _encoder(params, frames, {} if first else cache.past, config=config, starts=first)
@@ -214,14 +231,17 @@ def decode_chunk(
 
     Args:
         params: VAE parameters.
-        latents: normalized, K frames.
+        latents: normalized, [B, K, h, w, C].
         cache: from :func:`init_decode_cache` or the previous call.
         config: VAE sizes.
 
     Returns:
         frames [B, 4K, H, W, 3] float32 in [-1, 1], and the next cache.
+
+    Raises:
+        ConfigError: the latents have another shape.
     """
-    _check_latents(latents, config)
+    conv.check_latents(latents.shape, config.z_dim)
     frames, past = _decoder(params, latents, cache.past, config=config, start=cache.start)
     return jnp.clip(frames, -1, 1), DecodeCache(past=past, start=jnp.zeros_like(cache.start))
 
@@ -232,7 +252,7 @@ def normalize(mean: jax.Array, config: VAEConfig) -> jax.Array:
 
 
 def denormalize(latents: jax.Array, config: VAEConfig) -> jax.Array:
-    """Invert :func:`normalize`."""
+    """Return latents * latent_std + latent_mean over the channels [..., C], the inverse of :func:`normalize`."""
     return latents * jnp.asarray(config.latent_std or 1.0) + jnp.asarray(config.latent_mean or 0.0)
 
 
@@ -298,22 +318,7 @@ def _zeros_like_past(
 
 
 def _check_video(video: jax.Array | jax.ShapeDtypeStruct, config: VAEConfig, *, starts: bool) -> None:
-    frames, (height, width) = video.shape[1], video.shape[2:4]
-    time, space = time_factor(config), space_factor(config)
-    accepted = f"1 + {time}n" if starts else f"{time}n, n > 0"
-    fits = frames % time == 1 % time if starts else frames % time == 0
-    require(frames > 0 and fits, f"{frames} frames cannot be encoded here; accepted: {accepted}")
-    require(
-        height % space == 0 and width % space == 0,
-        f"a video of {height} x {width} pixels cannot be encoded; height and width must be multiples of {space}",
-    )
-
-
-def _check_latents(latents: jax.Array, config: VAEConfig) -> None:
-    require(
-        latents.ndim == 5 and latents.shape[1] > 0 and latents.shape[-1] == config.z_dim,
-        f"latents of shape {latents.shape} cannot be decoded; accepted: [batch, frames, h, w, {config.z_dim}]",
-    )
+    conv.check_video(video.shape, time=time_factor(config), space=space_factor(config), starts=starts)
 
 
 def _resample(in_time: bool) -> str:

@@ -1,8 +1,9 @@
 """Layers of the Wan video VAE (Wan2.1, ``wan/modules/vae.py``) as pure functions over parameter dicts.
 
-Temporal layers take ``past``, a dict of the last input frames of their convolutions (``{}`` at the start of a video),
-and return the updated dict. ``present`` [T] is None or a mask of the frames that exist. Other frames are set to zero
-before every temporal convolution, which is equal to the causal zero padding (see ``vae.decode_chunk``).
+Arrays are [B, T, H, W, C] in the compute type. Temporal layers take ``past``, a dict of the last input frames of their
+convolutions (``{}`` at the start of a video), and return the updated dict. ``present`` [T] is None or a mask of the
+frames that exist. Other frames are set to zero before every temporal convolution, which is equal to the causal zero
+padding (see ``vae.decode_chunk``).
 """
 
 from typing import Any
@@ -26,7 +27,7 @@ def rms_norm(gamma: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def only_present(x: jax.Array, present: jax.Array | None) -> jax.Array:
-    """Set the frames of x [B, T, H, W, C] that do not exist to zero."""
+    """Return x [B, T, H, W, C] with zeros in the frames that do not exist."""
     return x if present is None else jnp.where(present[:, None, None, None], x, 0)
 
 
@@ -38,12 +39,15 @@ def causal(
 
 
 def head(params: Tree, x: jax.Array, past: jax.Array | None, present: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Apply norm, SiLU and causal convolution (``norm.gamma``, ``conv``); return (y, new past)."""
+    """Apply RMS norm, SiLU and causal convolution (``norm.gamma``, ``conv``); return (y, new past)."""
     return causal(params["conv"], jax.nn.silu(rms_norm(params["norm"]["gamma"], x)), past, present)
 
 
 def residual_block(params: Tree, x: jax.Array, past: Tree, present: jax.Array | None) -> tuple[jax.Array, Tree]:
-    """Add two times norm, SiLU and causal convolution to x, or to its 1 x 1 x 1 ``shortcut`` if the width changes."""
+    """Return x plus twice norm, SiLU and causal convolution of it, and the new past.
+
+    If the width changes, the sum has the 1 x 1 x 1 convolution ``shortcut`` of x in place of x.
+    """
     skip = conv.pointwise(params["shortcut"], x) if "shortcut" in params else x
     new = {}
     for i in ("1", "2"):
@@ -53,7 +57,7 @@ def residual_block(params: Tree, x: jax.Array, past: Tree, present: jax.Array | 
 
 
 def attention_block(params: Tree, x: jax.Array) -> jax.Array:
-    """Add single-head attention between the positions of each frame to x [B, T, H, W, C]."""
+    """Return x [B, T, H, W, C] plus single-head attention between the positions of each frame."""
     height, width = x.shape[2:4]
     tokens = rearrange(rms_norm(params["norm"]["gamma"], x), "b t h w c -> b t (h w) c")
     q, k, v = jnp.split(conv.pointwise(params["to_qkv"], tokens), 3, axis=-1)
@@ -68,7 +72,7 @@ def attention_block(params: Tree, x: jax.Array) -> jax.Array:
 
 
 def middle(params: Tree, x: jax.Array, past: Tree, present: jax.Array | None) -> tuple[jax.Array, Tree]:
-    """Apply residual block, attention and residual block."""
+    """Apply residual block, attention and residual block; return (y, new past)."""
     x, first = residual_block(params["0"], x, past.get("0", {}), present)
     x = attention_block(params["1"], x)
     x, last = residual_block(params["2"], x, past.get("2", {}), present)
@@ -76,7 +80,7 @@ def middle(params: Tree, x: jax.Array, past: Tree, present: jax.Array | None) ->
 
 
 def patchify(video: jax.Array, size: int) -> jax.Array:
-    """Return squares of ``size`` x ``size`` pixels as channels (c, column, row), as Wan2.2 orders them."""
+    """Return squares of ``size`` x ``size`` pixels as channels (c, column, row), the order of Wan2.2."""
     return rearrange(video, "b t (h q) (w r) c -> b t h w (c r q)", q=size, r=size) if size > 1 else video
 
 
@@ -112,7 +116,7 @@ def copy_up(x: jax.Array, width: int, in_time: bool, *, starts: bool) -> jax.Arr
 
 
 def downsample(params: Tree, x: jax.Array, past: Tree, *, starts: bool) -> tuple[jax.Array, Tree]:
-    """Halve height and width and, with a ``time_conv``, the frame rate.
+    """Halve height and width and, with a ``time_conv``, the frame rate; return (y, new past).
 
     The first frame of a video is kept. Every later output combines three frames:
     out[1 + i] = time_conv(x[2i], x[2i + 1], x[2i + 2]). ``past["time_conv"]`` is the last frame of the previous call,
@@ -130,7 +134,7 @@ def downsample(params: Tree, x: jax.Array, past: Tree, *, starts: bool) -> tuple
 
 
 def upsample(params: Tree, x: jax.Array, past: Tree, *, start: bool | jax.Array, frames: int) -> tuple[jax.Array, Tree]:
-    """Double height and width and, with a ``time_conv``, the frame rate.
+    """Double height and width and, with a ``time_conv``, the frame rate; return (y, new past).
 
     ``time_conv`` outputs two frames for each, in the channels [2, C]. The frame of the first latent of a video is
     copied, and the past of ``time_conv`` excludes it. ``frames`` is the number of slots per latent in x.

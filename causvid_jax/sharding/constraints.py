@@ -1,7 +1,7 @@
 """Map logical axes to ``PartitionSpec`` by the sharding rules, and constrain activations.
 
-The mesh is the current one (``jax.set_mesh``). Without a mesh these functions do nothing, and the program is the one of
-a single device.
+The mesh is the current one (``jax.set_mesh``). Without a mesh nothing is constrained, and the program is that of a
+single device.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from causvid_jax.config import ShardingRules
 
 Axes = Sequence[str | None]
 KINDS = {"cpu": "cpu", "cuda": "NVIDIA H100", "tpu": "TPU v5"}
-"""Device kind to assume when lowering for a platform that is not present; only the TPU kernel layout depends on it."""
+"""Device kind that is assumed for a platform that is not present; only the TPU kernel layout depends on it."""
 
 
 def axis_sizes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
@@ -29,10 +29,17 @@ def mesh_shape() -> dict[str, int]:
 
 
 def mesh_axes(axes: Axes, shape: Sequence[int], mesh: Mapping[str, int], rules: ShardingRules) -> list[tuple[str, ...]]:
-    """Return for each dimension of an array of ``shape`` with logical ``axes`` (None: not split) its mesh axes.
+    """Return the mesh axes of each dimension of an array of ``shape``, outermost first.
 
-    A mesh axis is used once per array, by the first logical axis whose rule names it, and only if it divides the
-    dimension: a bias of 3 is not split. Heads, tokens and batches that must be divisible are checked in the config.
+    The first logical axis whose rule names a mesh axis takes it, and no other dimension of the array does. A mesh axis
+    that does not divide the dimension is not taken: a bias of 3 is not split. Heads, tokens and batches that must be
+    divisible are checked in the config.
+
+    Args:
+        axes: logical axis of each dimension; None: not split.
+        shape: of the array.
+        mesh: sizes of the mesh axes.
+        rules: logical axis to mesh axes.
     """
     used: set[str] = set()
     parts: list[tuple[str, ...]] = []
@@ -48,14 +55,14 @@ def mesh_axes(axes: Axes, shape: Sequence[int], mesh: Mapping[str, int], rules: 
 
 
 def platform() -> str:
-    """Return the platform of the current mesh (its devices may be abstract), else the default one."""
+    """Return the platform (``cpu``, ``gpu``, ``tpu``) of the current mesh's abstract device, else JAX's default one."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return device.platform if device is not None else jax.default_backend()
 
 
 @contextlib.contextmanager
 def lowering_for(platform: str) -> Iterator[None]:
-    """Make networks choose kernels as on one device of ``platform`` (``cpu``, ``cuda``, ``tpu``), present or not."""
+    """Choose kernels in the block as on one device of ``platform`` (``cpu``, ``cuda``, ``tpu``), present or not."""
     here = jax.devices()[0]
     name = {"cuda": "gpu"}.get(platform, platform)
     device = jax.sharding.AbstractDevice(

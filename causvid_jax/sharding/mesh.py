@@ -12,10 +12,10 @@ from causvid_jax.config import MESH_AXES, ParallelConfig, require
 
 
 def mesh_sizes(config: ParallelConfig, devices: int) -> tuple[int, int, int, int]:
-    """Return ``(data, fsdp, context, tensor)`` of one slice; ``data = 0`` takes the devices that are left.
+    """Return the sizes ``(data, fsdp, context, tensor)`` of one slice; ``data = 0`` takes the devices that are left.
 
     Raises:
-        ConfigError: the product is not the number of devices.
+        ConfigError: slices do not divide the devices, or the product is not the number of devices of a slice.
     """
     inner = config.fsdp * config.context * config.tensor
     per_slice = devices // config.slices
@@ -38,7 +38,10 @@ def mesh_sizes(config: ParallelConfig, devices: int) -> tuple[int, int, int, int
 def make_mesh(config: ParallelConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Return the mesh over ``devices`` (default: all), ordered along the interconnect where its shape is known.
 
-    With several slices the data axis is outermost over them, so that only gradients cross the slow network.
+    With several slices the data axis is outermost over them, so only gradients cross the slow network.
+
+    Raises:
+        ConfigError: as :func:`mesh_sizes`.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_sizes(config, len(devices))

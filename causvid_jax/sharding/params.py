@@ -1,7 +1,7 @@
 """Parameter declarations: a tree of :class:`ParamSpec` with shape, logical axes and initialiser of every array.
 
-Initialisation, abstract shapes (for restore, conversion and ahead-of-time compilation) and the linen declaration derive
-from this one tree, so they cannot disagree.
+Initialisation, abstract shapes (for restore, conversion and ahead-of-time compilation) and the linen declaration are
+made from this one tree, so they cannot disagree.
 """
 
 import dataclasses
@@ -18,7 +18,16 @@ Init = Callable[..., jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: its shape, the logical name of each axis (None: never sharded) and its initialiser."""
+    """One parameter.
+
+    Attributes:
+        shape: of the array.
+        axes: logical name of each axis (``config.ShardingRules``); None: never split.
+        init: ``(key, shape, dtype) -> array``.
+
+    Raises:
+        ValueError: shape and axes differ in length.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
@@ -32,7 +41,7 @@ class ParamSpec:
 def linear_spec(
     fan_in: int, fan_out: int, axes: tuple[str | None, str | None], init: Init | None = None
 ) -> dict[str, ParamSpec]:
-    """Return the specs of kernel ``[in, out]`` and bias ``[out]`` of a linear layer (``init``: Xavier uniform)."""
+    """Return the specs of kernel ``[in, out]`` and zero bias ``[out]`` of a linear layer (default: Xavier uniform)."""
     return {
         "kernel": ParamSpec((fan_in, fan_out), axes, init or nn.initializers.xavier_uniform()),
         "bias": ParamSpec((fan_out,), axes[1:], nn.initializers.zeros),
@@ -57,7 +66,7 @@ def map_spec(fn: Callable[[ParamSpec], Any], spec: Any) -> Any:
 
 
 def init_tree(key: jax.Array, spec: Any) -> Any:
-    """Return float32 parameters of ``spec``. The key of an array depends on its path only."""
+    """Return float32 parameters of ``spec``. The key of an array is ``fold_in(key, crc32(path))``."""
 
     def init(path: Any, leaf: ParamSpec) -> jax.Array:
         name = "/".join(str(p.key) for p in path)
@@ -67,16 +76,16 @@ def init_tree(key: jax.Array, spec: Any) -> Any:
 
 
 def abstract_tree(spec: Any) -> Any:
-    """Return the ``jax.ShapeDtypeStruct`` tree of ``spec``."""
+    """Return the float32 ``jax.ShapeDtypeStruct`` tree of ``spec``."""
     return map_spec(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), spec)
 
 
 def inference_tree(abstract: Any, dtype: str, islands: Container[str] = ()) -> Any:
     """Return ``abstract`` with every ``kernel`` of type ``dtype``, except under the top-level names ``islands``.
 
-    A kernel is rounded to the compute type wherever it is used, so parameters stored like this give the same bits as
-    float32 ones at half the memory. The ``int8`` of a kernel in 8 bits has that type. All other parameters (norms,
-    biases, modulation, scales) stay float32.
+    A kernel is rounded to the compute type wherever it is used. Parameters stored in this type therefore give the same
+    bits as float32 ones; bfloat16 takes half the memory. The ``int8`` of a kernel in 8 bits has that type. All other
+    parameters (norms, biases, modulation, scales) stay float32.
     """
     types = {"kernel": dtype, "int8": "int8"}
 

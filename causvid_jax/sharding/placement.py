@@ -33,10 +33,10 @@ HOST = "pinned_host"
 def optimizer_shardings(
     optimizer: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh, *, on_host: bool = False
 ) -> Any:
-    """Return the shardings of ``optimizer.init(params)``: moments as their parameters, the rest replicated.
+    """Return the shardings of ``optimizer.init(params)``: moments like their parameters, the rest replicated.
 
-    ``params`` may be abstract; ``shardings`` is :func:`param_shardings` of it. With ``on_host`` the moments are stored
-    in host memory, split in the same way.
+    ``params`` may be abstract, and ``shardings`` are :func:`param_shardings` of them. With ``on_host`` the moments are
+    stored in host memory, split in the same way.
     """
     if on_host:
         shardings = jax.tree.map(lambda s: s.with_memory_kind(HOST), shardings)
@@ -70,12 +70,12 @@ def _from_whole(x: Any, sharding: NamedSharding) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """The mesh of a run and the shardings on it; with ``mesh = None`` (one device) every sharding is None.
+    """The mesh of a run and the shardings on it. Without a mesh (one device) every sharding is None.
 
     Attributes:
-      mesh: of the run.
-      rules: of the batch axis. Parameters of a network follow the rules of its own configuration.
-      offload_optimizer: whether optimizers keep their moments in host memory (:meth:`offloaded`).
+        mesh: of the run; None: one device.
+        rules: for batches. Parameters of a network follow the rules of its own configuration.
+        offload_optimizer: whether optimizers keep their moments in host memory (:meth:`offloaded`).
     """
 
     mesh: Mesh | None = None
@@ -84,15 +84,15 @@ class Placement:
 
     @property
     def offloads(self) -> bool:
-        """Whether moments are moved to the host; on CPU, host and device memory are the same."""
+        """Whether moments are moved to the host. On CPU they are not, because host and device memory are the same."""
         return self.offload_optimizer and self.mesh is not None and self.mesh.devices.flat[0].platform != "cpu"
 
     def current(self) -> contextlib.AbstractContextManager:
-        """Make the mesh the current one, which sharding constraints and attention read."""
+        """Return a context in which the mesh is the current one; sharding constraints and attention read it."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def params(self, spec: Any, rules: ShardingRules) -> Any:
-        """Return the shardings of a network's parameters; None without a mesh."""
+        """Return :func:`param_shardings` of a network's parameters ``spec``; None without a mesh."""
         return None if self.mesh is None else param_shardings(spec, self.mesh, rules)
 
     def optimizer(self, optimizer: optax.GradientTransformation, spec: Any, shardings: Any) -> Any:
@@ -126,7 +126,7 @@ class Placement:
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
     def put(self, tree: Any, shardings: Any) -> Any:
-        """Return ``tree`` with ``shardings``; unchanged without a mesh. Every process passes the whole tree."""
+        """Return ``tree`` with ``shardings``, or unchanged without a mesh. Every process passes the whole tree."""
         if self.mesh is None:
             return tree
         if jax.process_count() == 1:
@@ -135,13 +135,13 @@ class Placement:
         return jax.tree.map(_from_whole, tree, jax.tree.broadcast(shardings, tree))
 
     def jit_replicated(self, function: Callable[..., Any]) -> Any:
-        """Return ``function`` jitted; its results are replicated, so that any process can read them."""
+        """Return ``function`` jitted. Its results are replicated, so any process can read them."""
         return jax.jit(function, out_shardings=self.replicated())
 
     def example_indices(self, size: int) -> list[int]:
-        """Return the ascending indices of the examples of a batch of ``size`` on the devices of this process.
+        """Return the ascending indices of the examples of a batch of ``size`` that this process reads.
 
-        Processes over which the batch is not split (by ``context`` or ``tensor``) have the same examples.
+        They are those on its devices. Processes that differ in ``context`` or ``tensor`` alone have the same examples.
 
         Raises:
             ConfigError: the mesh does not divide the batch.
@@ -161,13 +161,14 @@ class Placement:
         return sorted({row for share in shares for row in range(size)[share]})
 
     def init(self, make: Callable[..., Any], shardings: Any, *args: Any) -> Any:
-        """Compute ``make(*args)`` directly into ``shardings``, so that no device holds the whole result."""
+        """Return ``make(*args)``, computed directly into ``shardings``, so no device holds the whole result."""
         return make(*args) if self.mesh is None else jax.jit(make, out_shardings=shardings)(*args)
 
     def batch(self, tree: Any, leading: int = 0) -> Any:
-        """Return the host arrays ``[..., B, ...]`` as global arrays split over the batch axis.
+        """Return host arrays ``[..., b, ...]`` as global arrays ``[..., B, ...]`` split over the batch axis.
 
-        Every process passes the examples of its :meth:`example_indices`; ``leading`` axes come before the batch axis.
+        Every process passes the b examples of its :meth:`example_indices`. ``leading`` axes come before the batch axis.
+        Without a mesh the arrays are returned unchanged.
         """
         if self.mesh is None:
             return tree
@@ -178,7 +179,7 @@ class Placement:
 def stream_params(params: dict[str, Any], spec: Any, rules: ShardingRules, placement: Placement) -> dict[str, Any]:
     """Return the parameters of a stream on the mesh: ``params["student"]`` by ``spec`` and ``rules``, the rest whole.
 
-    Under ``placement.current()`` every function of ``sampling.stream`` then runs sharded; the cache is split by heads.
+    Under ``placement.current()`` every function of ``sampling.stream`` then runs sharded. The cache is split by heads.
     """
     whole = {name: jax.tree.map(lambda _: placement.replicated(), tree) for name, tree in params.items()}
     return placement.put(params, whole | {"student": placement.params(spec, rules)})
@@ -188,6 +189,9 @@ def place(config: ParallelConfig, rules: ShardingRules) -> Placement:
     """Return the placement of ``config`` over all devices of all processes.
 
     One device gets no mesh, unless it offloads its optimizer.
+
+    Raises:
+        ConfigError: the mesh does not fit the devices (:func:`causvid_jax.sharding.mesh.mesh_sizes`).
     """
     sizes = (config.slices, config.data, config.fsdp, config.context, config.tensor)
     if jax.process_count() == 1 and sizes == (1, 1, 1, 1, 1):

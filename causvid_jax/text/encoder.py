@@ -1,13 +1,13 @@
-"""The text encoder of a recipe: encode prompts to embeddings ``[B, length, dim]``, for every ``text.kind``.
+"""The text encoder of a recipe: encode prompts as embeddings ``[B, length, dim]``, for every ``text.kind``.
 
 ``words`` needs no files (:mod:`causvid_jax.text.words`). ``umt5`` reads these from the folder of a checkpoint:
 
     text_encoder/                        the encoder, ours or published (``checkpoints.workdir.components``)
-    text_encoder/tokenizer.json          the tokenizer of google/umt5-xxl, or where published folders have it
+    text_encoder/tokenizer.json          the tokenizer of google/umt5-xxl; published folders have it elsewhere
                                          (``checkpoints.workdir.TOKENIZERS``)
     prompts/                             the cache of encoded prompts, filled on demand
 
-Weights are loaded only if a prompt is not in the cache, and freed after it is encoded.
+The weights are loaded only if a prompt is not in the cache. They are freed after it is encoded.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ from causvid_jax.text import words
 from causvid_jax.text.prompt_cache import PromptCache
 
 AT_ONCE = 256
-"""Prompts that :func:`fill` encodes before it writes them: 2 GB of Wan's embeddings."""
+"""Prompts that :func:`fill` holds in memory at a time: 2 GB of Wan's embeddings in float32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """An opened text encoder, made by :func:`open_encoder`. All fields but ``config`` are for UMT5.
+    """An opened text encoder, made by :func:`open_encoder`. All fields except ``config`` are for UMT5.
 
-    With ``compute=False`` it serves cached prompts only, for programs without memory for the encoder.
+    With ``compute=False`` only cached prompts are accepted, for programs without memory for the encoder.
     """
 
     config: TextConfig
@@ -51,27 +51,26 @@ def open_encoder(
     folder: str | os.PathLike | None = None,
     *,
     cache: str | os.PathLike | None = None,
-    tokenizer: str | os.PathLike | None = None,
     compute: bool = True,
 ) -> Encoder:
     """Open the encoder of ``recipe`` and check it. Its weights are not read yet.
 
     Args:
-        recipe: ``text`` and, for UMT5, ``umt5`` are read.
-        folder: the checkpoint or working directory; words need none.
+        recipe: its fields ``text`` and, for UMT5, ``umt5`` are read. The dtypes of teacher and student decide the type
+            of the cache.
+        folder: the checkpoint or working directory; a recipe of words needs none.
         cache: folder of encoded prompts; None: ``prompts`` under ``folder``; "": no cache.
-        tokenizer: the tokenizer's file or folder; None: searched under ``folder``.
         compute: as in :class:`Encoder`.
 
     Raises:
-        ConfigError: a file that is missing or does not fit the recipe.
+        ConfigError: a file is missing, cannot be read or does not fit the recipe, or a package of the extra ``text`` is
+            not installed.
     """
     if recipe.text.kind == "words":
         return Encoder(recipe.text)
     if folder is None:
         raise ConfigError("text.kind is 'umt5', whose weights are not in the package; give the folder of a checkpoint")
     weights = open_checkpoint(workdir.find(recipe.name, "text_encoder", folder), recipe.umt5)
-    file = pathlib.Path(tokenizer) if tokenizer is not None else _find_tokenizer(pathlib.Path(folder))
     # The transformer rounds embeddings to its compute type, so the cache stores no more bits.
     storage = "float32" if "float32" in (recipe.student.dtype, recipe.teacher.dtype) else "bfloat16"
     cache_folder = pathlib.Path(folder) / "prompts" if cache is None else cache
@@ -79,7 +78,7 @@ def open_encoder(
         config=recipe.text,
         umt5=recipe.umt5,
         weights=weights,
-        tokenizer=umt5_prompts.load_tokenizer(file),
+        tokenizer=umt5_prompts.load_tokenizer(_find_tokenizer(pathlib.Path(folder))),
         cache=PromptCache(cache_folder, weights.identity(), storage) if cache_folder else None,
         compute=compute,
     )
@@ -90,19 +89,19 @@ def _find_tokenizer(folder: pathlib.Path) -> pathlib.Path:
     listed = ", ".join(f"{inner}/tokenizer.json" for inner in workdir.TOKENIZERS)
     require(
         "tokenizer.json" in files,
-        f"{folder} holds no tokenizer of google/umt5-xxl; accepted: {listed} in it, or --tokenizer=FILE",
+        f"{folder} holds no tokenizer of google/umt5-xxl; accepted: {listed} in it",
     )
     return files["tokenizer.json"]
 
 
 def read_shapes(config: UMT5Config) -> Any:
-    """Return shape and type of every parameter as it is read: kernels and token table in the compute type."""
+    """Return shape and type of every parameter when it is read: kernels and token table in the compute type."""
     shapes = inference_tree(umt5.abstract(config), config.dtype)
     return shapes | {"token_embedding": jax.ShapeDtypeStruct(shapes["token_embedding"].shape, config.dtype)}
 
 
 def inference_shapes(config: UMT5Config) -> Any:
-    """Return shape and type of every parameter as the device holds it (``config.weights``)."""
+    """Return shape and type of every parameter on the device, which depend on ``config.weights``."""
     shapes = read_shapes(config)
     return jax.eval_shape(_quantized, shapes) if config.weights == "int8" else shapes
 
@@ -114,10 +113,11 @@ def _quantized(params: Any) -> Any:
 
 
 def encode(encoder: Encoder, prompts: Sequence[str]) -> np.ndarray:
-    """Return the embeddings float32 ``[B, length, dim]``, zero beyond each prompt's last token.
+    """Return the embeddings of ``prompts``, float32 ``[B, length, dim]``, zero beyond each prompt's last token.
 
     Raises:
-        ConfigError: a word outside the vocabulary; with ``compute=False``, a prompt that is not in the cache.
+        ConfigError: a word outside the vocabulary or too many words; with ``compute=False``, a prompt that is not in
+            the cache; or weights or a cache that cannot be read or written.
     """
     config = encoder.config
     if encoder.umt5 is None or encoder.tokenizer is None:
@@ -145,7 +145,7 @@ def encode(encoder: Encoder, prompts: Sequence[str]) -> np.ndarray:
 
 
 def check(encoder: Encoder, prompts: Sequence[str]) -> None:
-    """Raise a ConfigError for ``prompts`` that cannot be encoded; it names the word. Nothing is encoded."""
+    """Raise a ConfigError for a word outside the vocabulary or for too many words; UMT5 accepts every prompt."""
     if encoder.umt5 is None:
         words.encode_words(prompts, encoder.config)
 
@@ -172,14 +172,14 @@ def fill(encoder: Encoder, prompts: Sequence[str]) -> None:
 
 
 def missing(encoder: Encoder, prompts: Sequence[str]) -> list[str]:
-    """Return the ``prompts`` that are not in the cache, for which the weights must be loaded."""
+    """Return the ``prompts`` that are not in the cache; for words none."""
     if encoder.umt5 is None or encoder.tokenizer is None:
         return []
     return umt5_prompts.not_cached(prompts, encoder.tokenizer, encoder.umt5, encoder.cache, encoder.config.length)
 
 
 def negative_prompt_embeds(encoder: Encoder) -> np.ndarray:
-    """Return the embeddings ``[length, dim]`` of the negative prompt, which is empty for words."""
+    """Return the embeddings float32 ``[length, dim]`` of ``text.negative_prompt``; zeros for an empty one of words."""
     return encode(encoder, [encoder.config.negative_prompt])[0]
 
 

@@ -1,8 +1,8 @@
 """A cache of encoded prompts on disk: one file per prompt, named by a hash of everything its embeddings depend on.
 
 A file holds the embeddings of real tokens only (a prompt of 60 tokens takes 0.5 MB in bfloat16 instead of 4), their
-identity, and a checksum. Files are written atomically, and unreadable ones are recomputed. So many processes may share
-a folder, and each may be stopped at any time.
+identity, and a checksum. Files are written atomically, and unreadable files are written again. Many processes can
+therefore share a folder, and each may be stopped at any time.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class PromptCache:
     """A folder of encoded prompts.
 
     ``weights`` is a digest of the encoder's parameters; embeddings of other weights are not read. ``dtype`` is the
-    stored type, ``"float32"`` or ``"bfloat16"``.
+    stored type, ``"float32"`` or ``"bfloat16"``. Another type or an empty digest raises a ConfigError.
     """
 
     folder: str | os.PathLike
@@ -39,7 +39,10 @@ class PromptCache:
 
 
 def identity(cache: PromptCache, prompt: str, tokenizer: str, length: int, config: UMT5Config) -> dict[str, str]:
-    """Return everything that the embeddings of a cleaned ``prompt`` depend on; ``tokenizer`` is its file's digest."""
+    """Return everything that the embeddings of a cleaned ``prompt`` depend on, as text by name.
+
+    ``tokenizer`` is the digest of the tokenizer's file, ``length`` the number of tokens of a prompt.
+    """
     return {
         "prompt": prompt,
         "tokenizer": tokenizer,
@@ -51,13 +54,13 @@ def identity(cache: PromptCache, prompt: str, tokenizer: str, length: int, confi
 
 
 def path(cache: PromptCache, key: dict[str, str]) -> pathlib.Path:
-    """Return the file of an :func:`identity`, by its SHA-256. Folders of two letters keep listings short."""
+    """Return the file of an :func:`identity`, named by its SHA-256, in a folder of the first two digits."""
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return pathlib.Path(cache.folder, name[:2], f"{name}.safetensors")
 
 
 def read(cache: PromptCache, key: dict[str, str]) -> np.ndarray | None:
-    """Read embeddings float32 ``[tokens, dim]``; None if there are none or the file is damaged, which is logged."""
+    """Return embeddings float32 ``[tokens, dim]``; None if there is no file, or if it is damaged, which is logged."""
     source = path(cache, key)
     if not source.exists():
         return None

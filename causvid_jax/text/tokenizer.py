@@ -1,8 +1,7 @@
-"""Encode prompts as Wan2.1 does: clean them, tokenize them, run UMT5 or read the cache.
+"""Encode prompts as Wan2.1 does (published code, ``wan/modules/tokenizers.py``, ``t5.py``): clean, tokenize, run UMT5.
 
 The network is :mod:`causvid_jax.models.umt5`. The tokenizer is the published ``tokenizer.json`` of google/umt5-xxl,
-which also made the token ids that Wan was trained on. The packages ``tokenizers`` and ``ftfy`` come with the extra
-``text``.
+which Wan was trained with. The packages ``tokenizers`` and ``ftfy`` are in the extra ``text``.
 """
 
 import dataclasses
@@ -29,7 +28,7 @@ _SHORTEST = 32
 
 
 def clean_prompt(prompt: str) -> str:
-    """Clean ``prompt`` as Wan does: repair mojibake, resolve HTML entities (also doubly escaped), single white space.
+    """Clean ``prompt`` as Wan does: repair mojibake (``ftfy``), unescape HTML twice, reduce white space to one space.
 
     Raises:
         ConfigError: the package ``ftfy`` is not installed.
@@ -41,7 +40,7 @@ def clean_prompt(prompt: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A loaded tokenizer; ``digest`` is its file's SHA-256, ``pad_id`` and ``end_id`` are ``<pad>`` and ``</s>``."""
+    """A loaded tokenizer, with its file's SHA-256 ``digest`` and the ids of ``<pad>`` and ``</s>``."""
 
     library: Any
     digest: str
@@ -53,8 +52,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Load the tokenizer in ``path``, a ``tokenizer.json`` or a folder with one.
 
     Raises:
-        ConfigError: the package ``tokenizers`` is not installed, no such file, another kind of file, or a tokenizer
-            without ``<pad>`` or ``</s>``.
+        ConfigError: the package ``tokenizers`` is not installed, there is no such file, or it is no tokenizer with
+            ``<pad>`` and ``</s>``.
     """
     source = pathlib.Path(path)
     if source.is_dir():
@@ -82,7 +81,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int = LENGTH) -> tuple[np.ndarray, np.ndarray]:
     """Return token ids int32 ``[B, length]`` and the mask bool ``[B, length]`` of cleaned prompts.
 
-    Each prompt ends with ``</s>``; a longer one is cut to ``length - 1`` tokens before it, a shorter one is padded.
+    Every prompt ends with ``</s>``. A longer prompt is cut to ``length - 1`` tokens and ``</s>``, a shorter one is
+    padded. The mask is true for all tokens except padding.
     """
     require(length >= 1, f"text length is {length}; it must be at least 1")
     ids = np.full((len(prompts), length), tokenizer.pad_id, np.int32)
@@ -106,14 +106,16 @@ def encode_prompts(
 ) -> np.ndarray:
     """Return the embeddings of ``prompts``, zero beyond each prompt's last token.
 
-    A prompt is padded to the next power of two of its length, which changes its embeddings by rounding only. Equal
-    prompts are computed once, and prompts in ``cache`` are read. With a cache all embeddings are rounded to its type.
+    A prompt is padded to the next power of two of its length, at least 32. This changes its embeddings by rounding
+    only. Equal prompts are computed once, and prompts in ``cache`` are read from it. With a cache all embeddings are
+    rounded to its type.
 
     Args:
-        prompts: as written; they are cleaned here.
-        tokenizer: of :func:`load_tokenizer`.
-        params: of :func:`umt5.spec`, or a function that loads them. It is called if a prompt must be computed.
-        config: of the encoder.
+        prompts: raw prompts; :func:`clean_prompt` is applied.
+        tokenizer: the result of :func:`load_tokenizer`.
+        params: parameters of UMT5 (:func:`umt5.spec`), or a function that loads them, called only if a prompt must be
+            computed.
+        config: configuration of UMT5.
         length: tokens per prompt.
         cache: the cache of encoded prompts; None: no cache.
         batch: prompts per call of the network.
@@ -122,7 +124,8 @@ def encode_prompts(
         float32 ``[B, length, config.dim]``.
 
     Raises:
-        ConfigError: a missing extra, a tokenizer with more tokens than the encoder, a cache that cannot be written.
+        ConfigError: a package of the extra ``text`` is not installed, the tokenizer has more tokens than the encoder,
+            or the cache cannot be written.
     """
     cleaned = [clean_prompt(prompt) for prompt in prompts]
     embeds: dict[str, np.ndarray] = {}

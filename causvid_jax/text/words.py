@@ -11,10 +11,10 @@ PUNCTUATION = string.punctuation + "\u2018\u2019\u201c\u201d\u2026\u2013\u2014"
 
 
 def split_words(prompt: str, config: TextConfig) -> list[str]:
-    """Return the words of the vocabulary that a prompt consists of; case and surrounding punctuation are ignored.
+    """Return the words of a prompt, spelled as in the vocabulary; case and surrounding punctuation are ignored.
 
     Raises:
-        ConfigError: a word outside of the vocabulary.
+        ConfigError: a word outside the vocabulary.
     """
     folded = {word.casefold(): word for word in reversed(config.vocabulary)}
     words = []
@@ -28,17 +28,18 @@ def split_words(prompt: str, config: TextConfig) -> list[str]:
 
 
 def encode_words(prompts: Sequence[str], config: TextConfig) -> np.ndarray:
-    """Encode prompts: the embedding of word i is its one-hot in the vocabulary and the one-hot of i.
+    """Return the embeddings of prompts: word i is ``[onehot(word), onehot(i)]``, without parameters.
 
-    Cross-attention learns the order of words from the second part only. With ``config.separator`` the embedding also
-    counts how often each word of the vocabulary occurs in the word's phrase (between separators); the counts of a
-    separator are zero. An empty prompt is all zeros: the unconditional branch.
+    ``onehot(word)`` has the length of the vocabulary, ``onehot(i)`` has ``config.length``; cross-attention reads the
+    order of words from it. With ``config.separator`` a third part, of the length of the vocabulary, counts how often
+    each word occurs in the phrase of word i (between separators); it is zero for a separator. An empty prompt is all
+    zeros: the unconditional branch.
 
     Returns:
         float32 ``[B, length, dim]``.
 
     Raises:
-        ConfigError: a word outside of the vocabulary, or more than ``config.length`` words.
+        ConfigError: a word outside the vocabulary, or more than ``config.length`` words.
     """
     index = {word: i for i, word in enumerate(config.vocabulary)}
     embeds = np.zeros((len(prompts), config.length, config.dim), np.float32)

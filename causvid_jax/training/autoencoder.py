@@ -33,9 +33,9 @@ ENCODER = ("encoder", "conv1")
 
 
 def init_vae(key: jax.Array, config: VAEConfig) -> Any:
-    """Return fresh VAE parameters with a small posterior variance, ``exp(-10)``.
+    """Return new VAE parameters with a posterior variance of about ``exp(-10)``.
 
-    At unit variance noise dominates at first, and training converges to latents without content.
+    At unit variance the noise dominates at first, and training converges to latents without content.
     """
     params = vae.init(key, config)
     params["conv1"]["bias"] = params["conv1"]["bias"].at[config.z_dim :].set(-10.0)
@@ -43,18 +43,28 @@ def init_vae(key: jax.Array, config: VAEConfig) -> Any:
 
 
 def concat_clips(x: jax.Array, clips: int) -> jax.Array:
-    """Append to each clip of ``x [B, F, ...]`` the next ``clips - 1`` clips of the batch, without their first frame."""
+    """Return each clip of ``x [B, F, ...]`` followed by the next ``clips - 1`` clips of the batch.
+
+    The appended clips lack their first frame: the result is ``[B, F + (clips - 1) (F - 1), ...]``.
+    """
     return jnp.concatenate([x, *(jnp.roll(x, -i, axis=0)[:, 1:] for i in range(1, clips))], axis=1)
 
 
 def random_crop(
     latents: jax.Array, video: jax.Array, key: jax.Array, length: int, factor: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Return ``length`` latent frames from a random start, and the pixel frames they decode to as the start of a video.
+    """Return ``length`` latent frames from a random start, and the pixel frames that they decode to as a whole video.
 
-    The first latent frame of a video decodes to one frame: latent frame s, which encodes frames 4s - 3 to 4s, decodes
-    to frame 4s. The first latent frame of the clip encodes a single frame, unlike all others. It is in more than a
-    quarter of the crops, because the VAE encodes rarely decoded latents badly.
+    The first latent frame of a decoded video gives one pixel frame. Latent frame s, which encodes the pixel frames
+    4s - 3 to 4s, then decodes to pixel frame 4s. Latent frame 0 of the clip encodes a single frame, unlike all others.
+    It is in more than a quarter of the crops, because the VAE encodes latents badly that are rarely decoded.
+
+    Args:
+        latents: of a clip, ``[B, F, h, w, C]``.
+        video: its pixels, ``[B, T, H, W, 3]``.
+        key: draws the start.
+        length: in latent frames; at most F are returned.
+        factor: pixel frames per latent frame, 4.
     """
     length = min(length, latents.shape[1])
     starts = latents.shape[1] - length + 1
@@ -77,19 +87,23 @@ def vae_loss(
     clips: int = 1,
     crop: int = 0,
 ) -> tuple[jax.Array, Metrics]:
-    """Return ``mean d^2 + 0.1 mean |d| + kl_weight KL``: d the reconstruction error of a sampled latent.
+    """Return the loss ``mean d^2 + 0.1 mean |d| + kl_weight KL``, with the error d of a decoded sample of the latents.
 
-    The squared term dominates. With L1 alone training of mostly black frames stops at the optimum "all black".
+    ``KL = 0.5 mean (mean^2 + var - 1 - log var)`` per latent element. The squared term dominates: with ``|d|`` alone,
+    training on mostly black frames stops at the optimum "all black".
 
     Args:
-      params: of the VAE.
-      batch: pixels in [-1, 1], ``[B, T, H, W, 3]``.
-      key: samples the latents and the crop.
-      config: of the VAE.
-      kl_weight: of the KL divergence per latent element from N(0, 1).
-      train_encoder: False keeps the latents as they are.
-      clips: decode streams of that many clips (:func:`concat_clips`).
-      crop: decode that many latent frames from a random start (:func:`random_crop`); 0 for all.
+        params: of the VAE.
+        batch: pixels in [-1, 1], ``[B, T, H, W, 3]``.
+        key: samples the latents and the crop.
+        config: of the VAE.
+        kl_weight: of the KL divergence from N(0, 1).
+        train_encoder: False keeps the latents as they are.
+        clips: number of clips that are decoded as one video (:func:`concat_clips`).
+        crop: number of latent frames that are decoded, from a random start (:func:`random_crop`); 0: all.
+
+    Returns:
+        The scalar loss, and the metrics ``loss``, ``l1``, ``l2`` and ``kl``.
     """
     mean, logvar = vae.encode_moments(params, batch, config=config)
     if not train_encoder:
@@ -110,10 +124,11 @@ def vae_loss(
 def taehv_loss(
     params: Any, batch: Batch, key: jax.Array, *, config: TAEHVConfig, noise: float
 ) -> tuple[jax.Array, Metrics]:
-    """Return ``mean d^2 + 0.1 mean |d| + mean e^2``: d the error of decoded pixels, e that of encoded latents.
+    """Return the loss ``mean d^2 + 0.1 mean |d| + mean e^2``: d the error of decoded pixels, e that of encoded latents.
 
-    ``batch`` has ``video [B, T, H, W, 3]`` and the VAE's ``latents [B, F, h, w, C]`` of it. The decoder reads the
-    latents with noise of standard deviation ``noise``.
+    ``batch`` has ``video [B, T, H, W, 3]`` in [-1, 1] and the VAE's ``latents [B, F, h, w, C]`` of it. The decoder
+    reads the latents with noise of standard deviation ``noise``. The metrics are ``loss``, ``l1``, ``l2`` and
+    ``encoded`` (mean e^2).
     """
     noisy = batch["latents"] + noise * jax.random.normal(key, batch["latents"].shape)
     error = taehv.decode(params, noisy, config=config, clamp=False) - batch["video"]
@@ -127,10 +142,10 @@ def taehv_loss(
 
 
 def open_clips(run: Run, split: str) -> Any:
-    """Open the pixel clips of a split.
+    """Open the pixel clips of a split, ``"train"`` or ``"test"``.
 
     Raises:
-        ConfigError: clips that are not prepared.
+        ConfigError: the clips are not prepared.
     """
     return sources.clips(run.recipe, run.workdir, split)
 
@@ -143,16 +158,14 @@ def read_batches(
     return reader(clips, batch_size=batch_size, frames=frames, seed=seed, rows=rows)
 
 
-def latent_statistics(
-    params: Any, clips: Any, config: VAEConfig, *, count: int = 256
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the mean per channel and one standard deviation for all channels, over ``count`` clips.
+def latent_statistics(params: Any, clips: Any, config: VAEConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean per channel and one standard deviation for all channels, ``C`` numbers each, over 256 clips.
 
     One scale serves all channels: unit variance per channel would weight fine detail as much as shape.
     """
     encode = jax.jit(functools.partial(vae.encode_moments, config=config))
     batches = pipeline.clip_batches(clips, batch_size=16, seed=0)
-    means = [np.asarray(encode(params, next(batches)["video"])[0]) for _ in range(max(1, count // 16))]
+    means = [np.asarray(encode(params, next(batches)["video"])[0]) for _ in range(16)]
     values = np.concatenate(means)
     mean = values.mean(axis=tuple(range(values.ndim - 1)), dtype=np.float64)
     std = float(np.sqrt(((values - mean) ** 2).mean(dtype=np.float64)))
@@ -163,7 +176,11 @@ def latent_statistics(
 
 
 def train_vae(run: Run, init_from: pathlib.Path | None = None) -> None:
-    """Train the VAE on pixel clips and write it with the statistics of its latents."""
+    """Train the VAE on pixel clips, from new weights or ``init_from``; write it with the statistics of its latents.
+
+    Raises:
+        ConfigError: the clips are not prepared.
+    """
     recipe, config = run.recipe, run.recipe.train_vae
     clips = open_clips(run, "train")
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -196,10 +213,10 @@ def train_vae(run: Run, init_from: pathlib.Path | None = None) -> None:
 
 
 def vae_metadata(params: Any, recipe: Recipe, workdir: pathlib.Path) -> dict[str, str]:
-    """Return the metadata of the VAE's weights, its measured latent statistics among them; empty on other hosts.
+    """Return the metadata of the VAE's weights with the statistics of its latents; empty in all but process 0.
 
     Raises:
-        ConfigError: clips that are not prepared, which the statistics are measured on.
+        ConfigError: the clips on which the statistics are measured are not prepared.
     """
     if not collectives.is_first():
         return {}
@@ -211,7 +228,11 @@ def vae_metadata(params: Any, recipe: Recipe, workdir: pathlib.Path) -> dict[str
 
 
 def train_taehv(run: Run, init_from: pathlib.Path | None = None) -> None:
-    """Train the tiny codec to decode, and to encode, the latents of the trained VAE or of the student's rollouts."""
+    """Train the tiny codec to decode and encode the latents of the trained VAE, or of the student's rollouts.
+
+    Raises:
+        ConfigError: clips, rollouts or the VAE are missing, or the latents of the two codecs differ in shape.
+    """
     test_clips = open_clips(run, "test")
     vae_params, recipe = weights.load_vae(run)
     dataclasses.replace(recipe, decoder="taehv")  # refused unless the latents of the two codecs have one shape
@@ -252,7 +273,7 @@ def train_taehv(run: Run, init_from: pathlib.Path | None = None) -> None:
 def initial_state(
     run: Run, optimizer: optax.GradientTransformation, init: Callable[[jax.Array], Any], init_from: pathlib.Path | None
 ) -> TrainState:
-    """Return the state of the last checkpoint, else of ``init_from`` or of fresh weights; whole on every device."""
+    """Return the state of the last checkpoint, else of ``init_from``, else of new weights, on every device."""
 
     def state(params: Any = None) -> TrainState:
         params = init(jax.random.key(run.config.seed)) if params is None else params

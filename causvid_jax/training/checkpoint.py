@@ -47,7 +47,10 @@ logging.getLogger("absl").addFilter(_filter_orbax)
 class Checkpoints:
     """The checkpoints of one run: the newest ``keep``, and those of every ``keep_every`` steps (0: none).
 
-    Saving continues in the background. Damaged checkpoints and full disks are reported by :meth:`reports`.
+    Saving continues in the background. :meth:`reports` returns messages about damaged checkpoints and full disks.
+
+    Raises:
+        RunError: there are checkpoints, and all of them are damaged.
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int, keep_every: int = 0):
@@ -112,12 +115,13 @@ class Checkpoints:
         return newest
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]] | None:
-        """Return the last good checkpoint with the shapes, types and shardings of ``state`` (a dataclass), or None.
+        """Return the state and the progress of the last good checkpoint, or None if there is none.
 
-        The arrays of ``state`` are deleted first, so that there is memory for those that are read.
+        The state has the shapes, types and shardings of ``state``, a dataclass. The arrays of ``state`` are deleted
+        first, which frees the memory for those that are read.
 
         Raises:
-            ConfigError: the checkpoint does not fit ``state``, as after a change of the configuration.
+            ConfigError: the checkpoint does not fit ``state``, for example after a change of the configuration.
         """
         if self.last is None:
             return None
@@ -136,7 +140,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Start to save ``state`` (arrays) and ``progress`` (JSON values) as ``step``, and return.
 
-        A full or failing disk is reported and not raised: the run continues, and the last good checkpoint stays.
+        A full or failing disk raises no error but is reported: the run continues, and the last good checkpoint stays.
         """
         self.wait()
         if jax.default_backend() == "cpu":
@@ -194,9 +198,9 @@ class Checkpoints:
 
 
 def read(folder: str | os.PathLike, part: str, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
-    """Read only one field of the state of a checkpoint to the host; return ``(step, tree, progress)``.
+    """Read one field of the state of a checkpoint to the host, and nothing else; return ``(step, tree, progress)``.
 
-    The folder may be that of an active run; nothing in it is changed.
+    The folder may be that of an active run. Nothing in it is changed.
 
     Args:
         folder: of the run's checkpoints.
@@ -204,7 +208,7 @@ def read(folder: str | os.PathLike, part: str, step: int | None = None) -> tuple
         step: of the checkpoint; None takes the newest complete one.
 
     Raises:
-        ConfigError: no such checkpoint, or a damaged one.
+        ConfigError: there is no such checkpoint or field, or the checkpoint is damaged.
     """
     folder = pathlib.Path(folder).resolve()
     steps = _steps(folder)

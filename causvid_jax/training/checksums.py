@@ -49,7 +49,11 @@ def _digests(folder: pathlib.Path, pieces: list[tuple[str, int]]) -> Iterator[st
 
 
 def write(folder: str | os.PathLike, process: int = 0, processes: int = 1) -> None:
-    """Write this process's part of the checksums of a finished checkpoint, atomically; OSError if that fails."""
+    """Write this process's part of the checksums of a finished checkpoint, atomically.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
     folder = pathlib.Path(folder)
     sizes = _files(folder)
     pieces = _pieces(sizes, process, processes)

@@ -37,17 +37,21 @@ def consistency_loss(
     """Return the loss that ``train_consistency.kind`` names.
 
     Args:
-      params: of the student.
-      batch: ``latents [B, F, h, w, C]`` and ``text [B, S, E]``.
-      key: draws noise levels and noise.
-      state: its EMA is the discrete target, its step the progress of the continuous warm-up.
-      frozen: parameters of the causal teacher, and the embeddings of the negative prompt ``[S, E]``.
-      recipe: grid, networks, ``train_consistency``.
+        params: of the student.
+        batch: ``latents [B, F, h, w, C]`` and ``text [B, S, E]``.
+        key: draws noise levels and noise.
+        state: its EMA is the discrete target, its step the progress of the continuous warm-up.
+        frozen: parameters of the causal teacher, and the embeddings of the negative prompt ``[S, E]``.
+        recipe: grid, networks, ``train_consistency``.
+
+    Returns:
+        The scalar loss and the metrics of :func:`causvid_jax.distill.consistency.discrete_loss` or
+        :func:`~causvid_jax.distill.consistency.continuous_loss`.
     """
     config, causal, (teacher, negative_prompt_embeds) = recipe.train_consistency, recipe.causal, frozen
     latents, text = batch["latents"], batch["text"]
     blocks = causal.block_sizes(latents.shape[1])
-    clean = noisy_context(latents, key, 1, causal)
+    clean = noisy_context(latents, key, 2, causal)  # the losses split keys 0 and 1 off
 
     def velocity(params: Any, network: TransformerConfig, x: jax.Array, timestep: jax.Array, text: jax.Array) -> Any:
         options: dict[str, Any] = {"clean": per_branch(clean, x), "clean_timestep": causal.context_noise}
@@ -85,7 +89,11 @@ def consistency_step(recipe: Recipe, placement: Placement) -> NetworkStep:
 
 
 def train_consistency(run: Run, init_from: pathlib.Path | None = None) -> None:
-    """Train the student; it starts from the causal teacher if it has its size, or from ``init_from``."""
+    """Train the student from ``init_from``, else from the causal teacher if that has its size, else from new weights.
+
+    Raises:
+        ConfigError: a network has an image branch, or weights, data or the length of clips do not fit.
+    """
     require(
         not run.recipe.reads_picture,
         "the stage consistency does not train networks with an image branch; use the stage init",

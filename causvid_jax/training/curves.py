@@ -26,14 +26,14 @@ LOSSES = {
 SCORES = ("sample_digit", "sample_color", "sample_direction", "sample_all")
 
 
-def _smooth(values: np.ndarray, width: int = 9) -> np.ndarray:
-    """Return a moving average, over fewer values at the ends."""
-    kernel = np.ones(min(width, len(values)))
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Return a moving average over nine values, over fewer values at the ends."""
+    kernel = np.ones(min(9, len(values)))
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
 def draw(workdir: str | os.PathLike, path: str | os.PathLike) -> list[str]:
-    """Draw every stage of ``workdir`` that has metrics into the picture ``path``; return their names.
+    """Draw the curves of every stage of ``workdir`` that has metrics into the PNG ``path``; return the stages' names.
 
     Raises:
         ConfigError: no stage has metrics.

@@ -1,7 +1,7 @@
-"""Distillation of the student (paper section 4.2, Algorithm 1): state, scores, updates, loop.
+"""Distillation of the student (CausVid, section 4.2, Algorithm 1): state, scores, updates, loop.
 
 One train step is K updates of the critic (the fake score) and one update of the student with its EMA. The real score is
-the frozen teacher. The losses are in :mod:`causvid_jax.distill.dmd`, the student's outputs that they score in
+the frozen teacher. The losses are in :mod:`causvid_jax.distill.dmd`, the student's rollouts in
 :mod:`causvid_jax.distill.rollout`.
 """
 
@@ -69,11 +69,11 @@ class DMDState:
     """Everything that changes during distillation.
 
     Attributes:
-      student: the generator, with its EMA.
-      critic: the fake score, which may be of another size; without an EMA. Of adapters on the student's base, only
-        these (:func:`~causvid_jax.training.dmd_scores.fake_params`).
-      step: int32 scalar, steps of which at least one update was applied.
-      history: recent losses of the critic (row 0) and the student (row 1).
+        student: the generator, with its EMA.
+        critic: the fake score, which may be of another size; without an EMA. If it shares the student's base, this is
+            its adapters alone (:func:`~causvid_jax.training.dmd_scores.fake_params`).
+        step: number of steps of which at least one update was applied; int32 scalar.
+        history: recent losses of the critic (row 0) and the student (row 1).
     """
 
     student: Trainable
@@ -124,7 +124,10 @@ def state_shardings(recipe: Recipe, placement: Placement, optimizers: Optimizers
 
 
 def generate(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> tuple[jax.Array, jax.Array | None]:
-    """Return the student's x0 ``[B, F, h, w, C]`` and the mask ``[B, F]`` of the frames that count, None for all."""
+    """Return the student's x0 ``[B, F, h, w, C]`` and the mask ``[B, F]`` of the frames that count (None: all).
+
+    ``train_distill.rollout`` and ``gradient`` name the kind of rollout; F is the length of its loss window.
+    """
     config, causal, picture = recipe.train_distill, recipe.causal, pictures.picture_of(batch)
     if config.rollout == "data":
         network = conditioned(transformer.block_causal, picture, recipe.student)
@@ -180,7 +183,14 @@ def critic_update(
     recipe: Recipe,
     finite: jax.Array,
 ) -> tuple[Trainable, guard.LossHistory, Batch | None, Metrics]:
-    """Update the critic by flow matching on the student's outputs (equation 2)."""
+    """Update the critic by flow matching on the student's outputs (CausVid, equation 2).
+
+    ``previous`` is the end of the rollout before, with its prompts; None if rollouts never continue one another. The
+    student's parameters are constant. Other arguments are those of :func:`apply_update`.
+
+    Returns:
+        The critic, the history, the end of this rollout (or ``previous``, if the update was refused), and the metrics.
+    """
     config = recipe.train_distill
     batch, key = with_context(batch, previous, key, config)
 
@@ -234,7 +244,14 @@ def student_update(
     recipe: Recipe,
     finite: jax.Array,
 ) -> tuple[Trainable, guard.LossHistory, jax.Array, Metrics]:
-    """Update the student by its objective (equation 4 for DMD)."""
+    """Update the student by its objective (for DMD: CausVid, equation 4).
+
+    ``teacher`` and ``critic`` are all parameters of the two scores and constant; ``negative_prompt_embeds`` are
+    ``[S, E]``. Other arguments are those of :func:`apply_update`.
+
+    Returns:
+        The student, the history, whether the update was applied, and the metrics.
+    """
 
     def loss_fn(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         rollout_key, loss_key = jax.random.split(key)
@@ -280,7 +297,11 @@ def critic_updates(
     recipe: Recipe,
     finite: jax.Array,
 ) -> tuple[tuple[Trainable, guard.LossHistory, Batch | None], Metrics]:
-    """Take one critic update per key on the first batches, in a scan; return the last carry and all metrics."""
+    """Take one critic update per key on the first batches, in a scan.
+
+    Returns:
+        ``(critic, history, previous)`` after the last update, and the metrics of all updates, ``[K]``.
+    """
 
     def update(carry: Any, inputs: Any) -> tuple[Any, Metrics]:
         *carry, metrics = critic_update(
@@ -302,29 +323,30 @@ def train_step(
     recipe: Recipe,
     frames: int | None = None,
 ) -> tuple[DMDState, Metrics]:
-    """Take K = ``critic_steps`` critic updates, then one student update (Algorithm 1).
+    """Take K = ``critic_steps`` critic updates, then one student update (CausVid, Algorithm 1).
 
-    Pure: randomness is ``fold_in(key(seed), step)`` split by purpose, so a resumed run continues bit for bit.
+    All keys are split from ``fold_in(key(seed), step)``, so a resumed run continues bit for bit.
 
     Args:
-      state: safe to donate.
-      teacher: parameters of the real score, constant.
-      batches: arrays ``[K + 1, B, ...]`` with an entry ``"text"`` ``[K + 1, B, S, E]`` (and ``"latents"`` for
-        ``rollout="data"``): one batch per critic update, the last one for the student.
-      negative_prompt_embeds: embeddings of the negative prompt, ``[S, E]``.
-      optimizers: made the two ``opt`` of ``state``.
-      recipe: networks, grid, ``train_distill``.
-      frames: length of self rollouts in latent frames, 0 for the full clip; None: ``train_distill.frames``.
+        state: safe to donate.
+        teacher: parameters of the real score, constant.
+        batches: arrays ``[K + 1, B, ...]`` of :func:`batch_shapes`: one per critic update, the last for the student.
+        negative_prompt_embeds: embeddings of the negative prompt, ``[S, E]``.
+        optimizers: made the two ``opt`` of ``state``.
+        recipe: networks, grid, ``train_distill``.
+        frames: static length of rollouts in latent frames, 0 for the full clip; None: ``train_distill.frames``.
 
     Returns:
-      The next state and scalar metrics: ``generator_*``, ``critic_*`` as means over the K updates, and how many of the
-      K + 1 updates were ``applied`` and ``skipped``. A refused update does not change its network, and none is applied
-      if an input is not finite.
+        The next state and scalar metrics: ``generator_*``, ``critic_*`` as means over the K updates, and how many of
+        the K + 1 updates were ``applied`` and ``skipped`` (in all: ``skipped_total``). A refused update does not change
+        its network, and none is applied if an input is not finite.
+
+    Raises:
+        ConfigError: there are not K + 1 batches, or the blocks do not fit ``frames``.
     """
     recipe = recipe if frames is None else with_frames(recipe, frames)
     config = recipe.train_distill
     updates, count = config.critic_steps, len(batches["text"])
-    require(updates >= 1, f"train_distill.critic_steps is {updates}; it must be at least 1")
     require(count == updates + 1, f"{count} batches for {updates} critic updates and one student update")
     critic_key, student_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
     shared: dict[str, Any] = {"recipe": recipe, "finite": guard.all_finite(batches)}
@@ -381,8 +403,9 @@ def compiled_step(recipe: Recipe, placement: Placement) -> TrainStep:
 def first_critic(run: Run, student: Any, teacher: Any) -> Any:
     """Return the parameters that the fake score starts from, with buffers of their own.
 
-    A network of the teacher's sizes starts from the teacher's weights for its forward mode. Of a fake score that shares
-    the student's base, the result is the adapters.
+    They are a copy of the student's or the teacher's (``critic_init``). Beside a causal teacher, a fake score in
+    another forward mode starts from the bidirectional teacher instead. If the fake score shares the student's base, the
+    result is its adapters alone. With ``objective="dmd_gan"`` a new discriminator's head is added.
     """
     recipe, config = run.recipe, run.recipe.train_distill
     if shares_base(recipe):
@@ -400,7 +423,11 @@ def first_critic(run: Run, student: Any, teacher: Any) -> Any:
 
 
 def train_distill(run: Run, init_from: pathlib.Path | None = None) -> None:
-    """Distil the student; it starts from the stage ``init``, the teacher, or the weights ``init_from``."""
+    """Distil the student from ``init_from``, else from the stage that ``train_distill.init`` names.
+
+    Raises:
+        ConfigError: weights or data are missing or do not fit, or clips are longer than positions allow.
+    """
     for _, frames, _ in run.config.stretches if run.recipe.train_distill.rollout == "data" else ():
         weights.check_sink_positions(run.recipe, run.name, frames)
     vae_params, recipe = weights.load_vae(run)

@@ -17,7 +17,7 @@ Batch = dict[str, Any]
 
 
 def clip_shape(recipe: Recipe) -> tuple[int, int, int, int]:
-    """Return ``(F, h, w, C)`` of a rollout: the clip's, or ``train_distill.frames`` latent frames of it."""
+    """Return ``(F, h, w, C)`` of a rollout: F is ``train_distill.frames`` latent frames, or the clip's if that is 0."""
     frames, *size = recipe.latent_shape
     return (recipe.train_distill.frames or frames, *size)  # type: ignore[return-value]
 
@@ -26,13 +26,16 @@ def with_frames(recipe: Recipe, frames: int) -> Recipe:
     """Return ``recipe`` with rollouts of ``frames`` latent frames (0: the full clip).
 
     Raises:
-      ConfigError: the blocks do not fit that length, or it is shorter than the context that a rollout continues.
+        ConfigError: the blocks do not fit that length, or it is shorter than the context that the next one continues.
     """
     return dataclasses.replace(recipe, train_distill=dataclasses.replace(recipe.train_distill, frames=frames))
 
 
 def no_context(batch: Batch, recipe: Recipe) -> Batch | None:
-    """Return the empty context of the first rollout of a step; None if rollouts never continue one another."""
+    """Return the empty context of the first rollout of a step; None if rollouts never continue one another.
+
+    It has ``latents [B, P, h, w, C]`` (P = ``causal.past_frames()``), ``text [B, S, E]`` and ``exists`` (bool scalar).
+    """
     config = recipe.train_distill
     if config.rollout != "self" or not config.continuation_prob:
         return None
@@ -43,10 +46,11 @@ def no_context(batch: Batch, recipe: Recipe) -> Batch | None:
 def with_context(
     batch: Batch, previous: Batch | None, key: jax.Array, config: DistillStageConfig
 ) -> tuple[Batch, jax.Array]:
-    """Add the context of the previous rollout to ``batch``; return the batch and the next key.
+    """Return ``batch`` with the context of the previous rollout, and the next key.
 
-    With probability ``continuation_prob`` the new rollout continues the previous one; then each clip keeps its prompt
-    or, with probability ``prompt_switch_prob``, takes the one of ``batch``. ``has_context`` is ``[B]``, all equal.
+    With probability ``continuation_prob`` the new rollout continues the previous one. Each clip then keeps its prompt
+    or, with probability ``prompt_switch_prob``, has the one of ``batch``. ``context`` is ``[B, P, h, w, C]``, and
+    ``has_context`` is bool ``[B]``, all equal.
     """
     if previous is None:
         return batch, key
@@ -63,12 +67,12 @@ def with_context(
 def loss_window(
     x0: jax.Array, key: jax.Array, config: DistillStageConfig, causal: CausalConfig, continued: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Return the window of a rollout that the losses use, and the mask of its frames that count, None for all.
+    """Return the loss window ``[B, L, h, w, C]`` of a rollout and the mask ``[B, L]`` of frames that count (None: all).
 
-    The teacher expects the first latent frame to hold one pixel frame. A continued stream has no such frame, so the
-    losses exclude the first frame of a ``continued`` rollout, or of a window that starts later. The scores still
-    attend to it: their other frames are scored next to a first frame that they were not trained on. Single chunks have
-    no such first frame.
+    The teacher was trained on clips whose first latent frame holds one pixel frame. A continued stream has no such
+    frame. The losses therefore exclude the first frame of a ``continued`` rollout (bool scalar; None: never), and of a
+    window that starts later. The scores still attend to this frame, although they were not trained on such a first
+    frame. For single chunks (``teacher="chunk"``) all frames count.
     """
     later = (x0.shape[1] - config.loss_frames) // causal.frames_per_block if config.loss_frames else 0
     if not later and continued is None:
@@ -90,7 +94,7 @@ def reads_latents(config: DistillStageConfig) -> bool:
 
 
 def batch_shapes(recipe: Recipe) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of the arrays of one step, ``[K + 1, B, ...]``."""
+    """Return shapes and types of the arrays of one step, ``[K + 1, B, ...]``, by name."""
     config = recipe.train_distill
     shapes: dict[str, tuple[int, ...]] = {"text": (recipe.text.length, recipe.text.dim)}
     if reads_latents(config):
@@ -103,7 +107,11 @@ def batch_shapes(recipe: Recipe) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def read_batches(run: Run, *, batch_size: int, frames: int, seed: int) -> Iterator[Batch]:
-    """Read the examples of all K + 1 batches of a step together; a self rollout needs prompts alone."""
+    """Read this process's examples of all K + 1 batches of a step together; a self rollout needs prompts alone.
+
+    Raises:
+        ConfigError: the latents or prompts are not prepared.
+    """
     recipe, parts = run.recipe, range(run.recipe.train_distill.critic_steps + 1)
     # A process reads its examples of each of the K + 1 batches.
     rows = [part * batch_size + row for part in parts for row in run.placement.example_indices(batch_size)]

@@ -18,14 +18,14 @@ from causvid_jax.training.dmd_data import clip_shape
 
 
 def shares_base(recipe: Recipe) -> bool:
-    """Return whether the fake score is adapters on the student's frozen base, which is then stored once."""
+    """Return whether the fake score is adapters on the student's frozen base; the base is then stored once."""
     return recipe.train_distill.critic_init == "student" and recipe.student.lora.rank > 0
 
 
 def critic_spec(recipe: Recipe) -> dict[str, Any]:
-    """Return the parameters that the state holds for the fake score.
+    """Return the specification of the parameters that the state holds for the fake score.
 
-    They are all of its network, or its adapters alone (:func:`shares_base`), and the discriminator's head if the
+    They are those of its network, or its adapters alone (:func:`shares_base`), and the discriminator's head if the
     objective has one.
     """
     config, net = recipe.train_distill, recipe.fake_score
@@ -52,11 +52,20 @@ def score(
     picture: Picture | None = None,
     pair: ExpertsConfig = ExpertsConfig(),  # noqa: B008
 ) -> jax.Array:
-    """Return a score network's velocity in its forward mode; with an image branch it reads ``picture``.
+    """Return a score network's velocity ``[B, F, h, w, C]`` in its forward mode.
 
-    ``"causal"`` is the mode of the stage ``causal``: each block attends to the clean blocks before it, here those of
-    the student's output ``clean [B, F, h, w, C]``. ``"chunk"`` gets single blocks as clips (:func:`scored`). ``pair``
-    is of a network of two experts, which is bidirectional.
+    Args:
+        params: of the network.
+        x: noisy latents ``[B, F, h, w, C]``, or 2B of them (``diffusion.guidance``).
+        timestep: ``[B, F]``, in [0, 1000].
+        text: prompt embeddings, ``[B, S, E]``.
+        clean: the student's output ``[B, F, h, w, C]``, the past of the mode ``"causal"``.
+        mode: ``"bidirectional"``; ``"causal"``: each block attends to the clean blocks before it; or ``"chunk"``: every
+            clip is a single block (:func:`scored`).
+        network: sizes of the network.
+        recipe: block structure.
+        picture: for a network with an image branch.
+        pair: of a bidirectional network of two experts.
     """
     if mode != "causal":
         bidirectional = conditioned(experts.bidirectional, picture, network)
@@ -83,7 +92,7 @@ def real_score(
     recipe: Recipe,
     picture: Picture | None = None,
 ) -> jax.Array:
-    """Return the teacher's velocity, in the forward mode ``train_distill.teacher``."""
+    """Return the teacher's velocity in the forward mode ``train_distill.teacher``; arguments as in :func:`score`."""
     mode, network, pair = recipe.train_distill.teacher, recipe.teacher, recipe.experts
     options: dict[str, Any] = {"clean": clean, "mode": mode, "network": network, "recipe": recipe, "picture": picture}
     return score(params, x, timestep, text, pair=pair, **options)
@@ -99,7 +108,7 @@ def fake_score(
     recipe: Recipe,
     picture: Picture | None = None,
 ) -> jax.Array:
-    """Return the critic's velocity, in the forward mode ``train_distill.critic_mode``."""
+    """Return the critic's velocity in the forward mode ``train_distill.critic_mode``; arguments as in :func:`score`."""
     mode, network = recipe.train_distill.critic_mode, recipe.fake_score
     params = {name: value for name, value in params.items() if name != gan.HEAD}
     options: dict[str, Any] = {"clean": clean, "mode": mode, "network": network, "recipe": recipe, "picture": picture}
@@ -114,10 +123,10 @@ def student_rollout(recipe: Recipe) -> Rollout:
 
 
 def score_levels(key: jax.Array, frames: int, recipe: Recipe) -> scores.Levels:
-    """Return the range of the scores' timesteps for ``frames`` latent frames (:class:`scores.Levels`).
+    """Return the range of the scores' timesteps for ``frames`` latent frames, as ``score_timesteps`` says.
 
-    Causal scores were trained with one timestep per block. ``key`` is that of :func:`generate`, which draws the exit
-    steps.
+    ``key`` is that of ``dmd.generate``, which draws the exit steps. Causal scores were trained with one timestep per
+    block, so they get one per block. Source: ``ts_schedule`` and ``ts_schedule_max`` of Self-Forcing's code.
     """
     config, diffusion = recipe.train_distill, recipe.diffusion
     blocks = recipe.causal.block_sizes(frames) if config.teacher == config.critic_mode == "causal" else ()
@@ -133,7 +142,7 @@ def score_levels(key: jax.Array, frames: int, recipe: Recipe) -> scores.Levels:
 def scored(
     x0: jax.Array, mask: jax.Array | None, text: jax.Array, recipe: Recipe
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """Return the inputs of the scores: the clips, or with ``teacher="chunk"`` every block as a clip of its own."""
+    """Return ``(x0, mask, text)`` for the scores: of clips, or with ``teacher="chunk"`` of single blocks as clips."""
     if recipe.train_distill.teacher != "chunk":
         return x0, mask, text
     x0, mask = jax.tree.map(

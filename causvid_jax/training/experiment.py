@@ -43,14 +43,14 @@ class Row:
     """One row of an experiment.
 
     Attributes:
-      name: in the table.
-      network: the stage whose weights are sampled: ``"teacher"`` makes clips, ``"causal"`` streams with
-        :data:`CAUSAL_STEPS` steps, ``"init"`` and ``"distill"`` stream as the recipe says.
-      stages: stages that the row trains again (or ``"trajectories"``, which it makes again).
-      settings: recipe fields as text, such as ``{"train_distill.teacher": "causal"}``.
-      replace: stage to another stage whose weights are used instead, such as ``{"init": "causal"}``.
-      strength: follow a real clip of another colour at this strength (video to video); None: from text.
-      paper: the paper's figure for this row, as text; empty if there is none.
+        name: in the table.
+        network: the stage whose weights are sampled: ``"teacher"`` makes clips, ``"causal"`` streams with
+            :data:`CAUSAL_STEPS` steps, ``"init"`` and ``"distill"`` stream as the recipe says.
+        stages: stages that the row trains again (or ``"trajectories"``, which it makes again).
+        settings: recipe fields as text, such as ``{"train_distill.teacher": "causal"}``.
+        replace: stage to another stage whose weights are used instead, such as ``{"init": "causal"}``.
+        strength: follow a real clip of another colour at this strength (video to video); None: from text.
+        paper: the paper's figure for this row, as text; empty if there is none.
     """
 
     name: str
@@ -67,12 +67,12 @@ class Experiment:
     """A claim and the rows that test it.
 
     Attributes:
-      title: of the table and the plot.
-      claim: the claim of the paper, with its source.
-      rows: settings to compare.
-      metric: the plotted figure, a name of :func:`frame_metrics.frame_values`.
-      lengths: ends of the measured clips, in trained lengths; each clip has one trained length.
-      settings: recipe fields of every row.
+        title: of the table and the plot.
+        claim: the claim of the paper, with its source.
+        rows: settings to compare.
+        metric: the plotted figure, a name of :func:`frame_metrics.frame_values`.
+        lengths: ends of the measured clips, in trained lengths; each clip has one trained length.
+        settings: recipe fields of every row.
     """
 
     title: str
@@ -85,7 +85,11 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Number of seeds per row, and of clips per seed."""
+    """Number of seeds per row, and of clips per seed.
+
+    Raises:
+        ConfigError: ``seeds`` is outside 1 to 100, or ``samples`` outside 2 to 100,000.
+    """
 
     seeds: int = 3
     samples: int = 64
@@ -112,7 +116,7 @@ def load(name: str) -> Experiment:
     """Load an experiment by name or by file. The file is Python and is run: use files that you trust.
 
     Raises:
-        ConfigError: no such experiment, or a file without ``get_experiment``.
+        ConfigError: there is no such experiment, or its file has no ``get_experiment``.
     """
     path = folder() / f"{name}.py" if re.fullmatch(r"\w+", name) else pathlib.Path(name)
     require(path.is_file(), f"experiment {name!r} does not exist; accepted: {', '.join(names())}, or a file")
@@ -147,7 +151,11 @@ def row_recipe(recipe: Recipe, experiment: Experiment, row: Row, seed: int) -> R
 
 
 def train(recipe: Recipe, row: Row, base: pathlib.Path, part: pathlib.Path, say: Say) -> None:
-    """Run the stages of a row in its folder; finished ones are skipped."""
+    """Run the stages of a row in its folder; finished ones are skipped.
+
+    Raises:
+        ConfigError: the row names an unknown stage.
+    """
     require(
         set(row.stages) <= {*TRAINED, "trajectories"},
         f"row {row.name!r} has the stages {row.stages}; accepted: {', '.join((*TRAINED, 'trajectories'))}",
@@ -161,7 +169,7 @@ def train(recipe: Recipe, row: Row, base: pathlib.Path, part: pathlib.Path, say:
 def sample(
     recipe: Recipe, row: Row, part: pathlib.Path, budget: Budget, lengths: tuple[int, ...], seed: int
 ) -> tuple[list[str], dict[int, np.ndarray]]:
-    """Return the captions, and for each length the clips uint8 ``[B, T, H, W, 3]`` that end there."""
+    """Return the captions, and by length (in trained lengths) the clips uint8 ``[B, T, H, W, 3]`` that end there."""
     captions = report.held_out_prompts(recipe, budget.samples, seed)
     params, recipe = paths.load_decoders(recipe, part)
     trained, _ = paths.load_stage(recipe, row.network, part)
@@ -184,12 +192,15 @@ def sample(
 
 
 def in_batches(captions: list[str]) -> list[tuple[int, list[str]]]:
-    """Return the captions in batches, each with the number of its first one."""
+    """Return the captions in batches of :data:`BATCH`, each with the number of its first caption."""
     return [(first, captions[first : first + BATCH]) for first in range(0, len(captions), BATCH)]
 
 
 def play(pipe: StudentPipeline, captions: list[str], ends: list[int], seed: int) -> list[np.ndarray]:
-    """Stream to the last of ``ends``; return the clip before each of them. No other frames are kept."""
+    """Stream to the last of ``ends`` (pixel frames); return the clip before each, uint8 ``[B, T, H, W, 3]``.
+
+    No other frames are kept.
+    """
     config, clips, frame = pipe.config, [], 0
     recent: collections.deque[np.ndarray] = collections.deque(
         maxlen=blocks.block_of(config.video.frames - 1, config) + 1
@@ -204,7 +215,10 @@ def play(pipe: StudentPipeline, captions: list[str], ends: list[int], seed: int)
 
 
 def follow(pipe: StudentPipeline, captions: list[str], strength: float, seed: int) -> np.ndarray:
-    """Video to video: follow real clips that differ from ``captions`` in their colour alone."""
+    """Return streams, uint8 ``[B, T, H, W, 3]``, that follow real clips of another colour than ``captions`` say.
+
+    ``strength`` in (0, 1] is that of video to video.
+    """
     recipe, result = pipe.config, []
     sources = report.real_clips(recipe, [recolor(caption, recipe) for caption in captions], seed)
     for first, some in in_batches(captions):
@@ -230,7 +244,7 @@ def run(
     """Train and measure all rows and return the result; finished parts are read from ``workdir``.
 
     Raises:
-        ConfigError: ``base`` lacks what the rows start from.
+        ConfigError: ``base`` does not have what the rows start from.
     """
     classifier = classifiers.load(recipe.data, base / CLASSIFIER)
     values: dict[str, dict[int, dict[str, list[np.ndarray]]]] = {}
@@ -272,7 +286,7 @@ def run(
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Return the result as a table, one line for every row and length."""
+    """Return the result as a Markdown table, one line for every row and length."""
     columns = list(next(iter(next(iter(result["rows"].values())).values())))
     head = ["row", "length", *columns, "paper"]
     lines = [f"# {result['title']}", result["claim"], "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -289,7 +303,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Draw the metric of every row with its interval: over the length if there are several, else as bars."""
+    """Draw the metric of every row and its 95 % interval as a PNG: over several lengths as curves, else as bars."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -17,11 +17,12 @@ EMA = dict.fromkeys(("vae", "taehv", "teacher", "causal", "init", "consistency")
 def export_checkpoint(workdir: pathlib.Path, name: str, output: pathlib.Path, step: int | None = None) -> int:
     """Write the EMA of stage ``name`` at ``step`` (None: its newest checkpoint) to ``output``; return the step.
 
-    The recipe is the one in the checkpoint. The file is equal to that of a run which ends at this step. Only
-    the EMA is read: no optimizer state and no fake score.
+    The recipe is the one in the checkpoint. The file is equal to that of a run which ends at this step. Optimizer state
+    and fake score are not read.
 
     Raises:
-        ConfigError: no such checkpoint, or a damaged one; for ``vae`` also missing clips to measure latents on.
+        ConfigError: there is no such checkpoint, or it is damaged; for ``vae`` also if there are no clips on which the
+            statistics of latents are measured.
     """
     require(name in EMA, f"--stage is {name!r}; accepted: {', '.join(EMA)}")
     folder = workdir / name / "checkpoints"

@@ -1,6 +1,8 @@
-"""Flow matching of the teacher (paper section 3.1) and of its causal variant by teacher forcing.
+"""Flow matching of the teacher (CausVid, section 3.1) and of the causal teacher by teacher forcing.
 
-x_t = (1 - sigma) x0 + sigma noise,  L = mean (v(x_t, t, caption) - (noise - x0))^2,  t = 1000 sigma
+    x_t = (1 - sigma) x0 + sigma noise,    L = mean (v(x_t, t, caption) - (noise - x0))^2,    t = 1000 sigma
+
+Sources: flow matching, arXiv 2210.02747; teacher forcing, stage 1 of Causal Forcing, arXiv 2602.02214.
 """
 
 import functools
@@ -36,10 +38,10 @@ Metrics = dict[str, jax.Array]
 def drop_captions(
     text: jax.Array, key: jax.Array, probability: float, negative_prompt_embeds: Any | None = None
 ) -> jax.Array:
-    """Replace the embeddings of each caption by those of the negative prompt with ``probability``.
+    """Return ``text [B, S, E]`` in which each caption is the negative prompt with ``probability``.
 
-    The unconditional branch is thus trained on the embeddings that guidance uses. Without ``negative_prompt_embeds [S,
-    E]`` they are zeros, as is the negative prompt of a recipe of words.
+    The unconditional branch is then trained on the embeddings that guidance uses. Without ``negative_prompt_embeds``,
+    ``[S, E]``, they are zeros, as for the empty negative prompt of a recipe of words.
     """
     keep = jax.random.uniform(key, (len(text), 1, 1)) >= probability
     return text * keep if negative_prompt_embeds is None else jnp.where(keep, text, negative_prompt_embeds)
@@ -57,14 +59,19 @@ def teacher_loss(
 ) -> tuple[jax.Array, Metrics]:
     """Return the loss of the bidirectional teacher: one t per clip on the shifted grid, captions dropped at random.
 
+    With ``train_teacher.chunks`` every block is a clip of its own.
+
     Args:
-      params: of the teacher.
-      batch: ``latents [B, F, h, w, C]`` and ``text [B, S, E]``, with pictures for an image branch.
-      key: draws t, noise and which captions are dropped.
-      recipe: grid, teacher, ``train_teacher.caption_dropout``.
-      negative_prompt_embeds: ``[S, E]``, which replace dropped captions; None: zeros.
-      sigma: ``[B, F]``, instead of random ones.
-      noise: shape of the latents, instead of drawn noise.
+        params: of the teacher.
+        batch: ``latents [B, F, h, w, C]`` and ``text [B, S, E]``, with pictures for an image branch.
+        key: draws t, noise and which captions are dropped.
+        recipe: grid, teacher, ``train_teacher.caption_dropout``.
+        negative_prompt_embeds: ``[S, E]``, which replace dropped captions; None: zeros.
+        sigma: ``[B, F]`` in [0, 1], instead of drawn ones.
+        noise: shape of the latents, instead of drawn noise.
+
+    Returns:
+        The scalar loss and ``{"loss"}``.
     """
     latents, text = batch["latents"], batch["text"]
     if recipe.train_teacher.chunks:
@@ -97,8 +104,8 @@ def causal_loss(
 ) -> tuple[jax.Array, Metrics]:
     """Return the teacher-forcing loss: every block has a t of its own and attends to the clean blocks before it.
 
-    Arguments as in :func:`teacher_loss`. A share ``train_causal.prompt_switch_prob`` of the clips continue another
-    clip's clean blocks (:func:`ode_regression.splice`).
+    Arguments and results are those of :func:`teacher_loss`. With probability ``train_causal.prompt_switch_prob`` a clip
+    continues the clean blocks of another clip (:func:`ode_regression.splice`).
     """
     config, latents, text = recipe.train_causal, batch["latents"], batch["text"]
     size, frames = latents.shape[:2]
@@ -106,12 +113,12 @@ def causal_loss(
     u_key, noise_key, drop_key, splice_key = jax.random.split(key, 4)
     if sigma is None:
         sigma = flow.sigma_from_u(jax.random.uniform(u_key, (size, len(blocks))), recipe.diffusion.shift)
-        sigma = jnp.repeat(sigma, np.asarray(blocks), axis=1, total_repeat_length=frames)
+        sigma = flow.per_frame(sigma, blocks)
     noise = jax.random.normal(noise_key, latents.shape) if noise is None else noise
     text = drop_captions(text, drop_key, config.caption_dropout, negative_prompt_embeds)
     swapped = ode_regression.splice(splice_key, size, blocks, config.prompt_switch_prob)
     clean = jnp.where(swapped[:, :, None, None, None], jnp.roll(latents, -1, axis=0), latents)
-    clean = noisy_context(clean, key, 1, recipe.causal)
+    clean = noisy_context(clean, key, 4, recipe.causal)  # keys 0 to 3 are split off above
     x_t = flow.add_noise(latents, noise, sigma)
     network = conditioned(transformer.block_causal, pictures.picture_of(batch), recipe.teacher)
     velocity = network(
@@ -130,19 +137,15 @@ def causal_loss(
 
 def teacher_step(recipe: Recipe, placement: Placement, negative_prompt_embeds: Any | None = None) -> NetworkStep:
     """Return the train step of the stage ``teacher``."""
-    loss, net = (
-        functools.partial(teacher_loss, recipe=recipe, negative_prompt_embeds=negative_prompt_embeds),
-        recipe.teacher,
-    )
+    loss = functools.partial(teacher_loss, recipe=recipe, negative_prompt_embeds=negative_prompt_embeds)
+    net = recipe.teacher
     return network_step(loss, recipe.train_teacher, transformer.spec(net), net.rules, placement)
 
 
 def causal_step(recipe: Recipe, placement: Placement, negative_prompt_embeds: Any | None = None) -> NetworkStep:
     """Return the train step of the stage ``causal``."""
-    loss, net = (
-        functools.partial(causal_loss, recipe=recipe, negative_prompt_embeds=negative_prompt_embeds),
-        recipe.teacher,
-    )
+    loss = functools.partial(causal_loss, recipe=recipe, negative_prompt_embeds=negative_prompt_embeds)
+    net = recipe.teacher
     return network_step(loss, recipe.train_causal, transformer.spec(net), net.rules, placement)
 
 
@@ -156,7 +159,7 @@ def negative_embeds(reader: encoder.Encoder) -> np.ndarray | None:
 
 
 def batch_shapes(recipe: Recipe) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of the arrays of one step of the stage ``teacher``."""
+    """Return shapes and types of the arrays of one step of the stage ``teacher``, ``[B, ...]``, by name."""
     size = recipe.train_teacher.batch_size
     text = (recipe.text.length, recipe.text.dim)
     shapes = {"latents": recipe.latent_shape, "text": text, **pictures.shapes(recipe)}
@@ -164,7 +167,11 @@ def batch_shapes(recipe: Recipe) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def read_batches(run: Run, *, batch_size: int, frames: int, seed: int) -> Iterator[Batch]:
-    """Read this process's rows of batches of latents with their captions."""
+    """Read this process's examples of batches of clips of ``frames`` latent frames (0: all) with their captions.
+
+    Raises:
+        ConfigError: the latents are not prepared.
+    """
     return pipeline.latent_batches(
         datasets.latents(run.recipe, run.workdir),
         batch_size=batch_size,
@@ -179,7 +186,11 @@ def read_batches(run: Run, *, batch_size: int, frames: int, seed: int) -> Iterat
 
 
 def train_teacher(run: Run, init_from: pathlib.Path | None = None) -> None:
-    """Train the bidirectional teacher on latents, from fresh weights or from ``init_from``."""
+    """Train the bidirectional teacher on latents, from new weights or from ``init_from``.
+
+    Raises:
+        ConfigError: the recipe's teacher is two experts, or weights or data are missing or do not fit.
+    """
     require(
         not run.recipe.experts.boundary,
         f"the stage teacher trains one network, and the recipe's teacher is two experts (experts.boundary "
@@ -197,7 +208,11 @@ CAUSAL_SAMPLE_STEPS = 16
 
 
 def train_causal(run: Run, init_from: pathlib.Path | None = None) -> None:
-    """Train the causal teacher from the bidirectional one, or from ``init_from``."""
+    """Train the causal teacher from the bidirectional one, or from ``init_from``.
+
+    Raises:
+        ConfigError: weights or data are missing or do not fit, or clips are longer than positions allow.
+    """
     for _, frames, _ in run.config.stretches:
         weights.check_sink_positions(run.recipe, run.name, frames)
     vae_params, recipe = weights.load_vae(run)

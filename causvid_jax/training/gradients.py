@@ -1,4 +1,4 @@
-"""Gradient accumulation: process a batch in equal parts, one after another, at the memory of one part."""
+"""Gradient accumulation: process a batch in equal parts one after another, with the memory of one part."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,17 +18,20 @@ def accumulated_gradient(
     """Return ``d mean(loss) / d params`` and the metrics over ``parts`` equal parts of ``batch``.
 
     For a loss that is a mean over examples this is the gradient of the whole batch. A loss that is a mean over a mask
-    returns the number of its elements as the metric ``weight``: the parts are then averaged with these weights. Part i
-    holds examples i, i + parts, i + 2 parts, ..., so that on a mesh every device keeps its own examples. Each part has
-    a key of its own.
+    returns the number of its elements as the metric ``weight``. The parts are then averaged with these weights, and the
+    result has no ``weight``. Part i holds the examples i, i + parts, i + 2 parts, ..., so on a mesh every device keeps
+    its own examples. Each part has a key of its own.
 
     Args:
-      loss_fn: ``(params, batch, key) -> (loss, metrics)``. Scalar metrics are averaged; arrays ``[B, ...]`` are
-        merged in their order.
-      params: parameters to differentiate by.
-      batch: a pytree of arrays ``[B, ...]``.
-      key: of this step; with one part, ``loss_fn`` gets it unchanged.
-      parts: must divide B.
+        loss_fn: ``(params, batch, key) -> (loss, metrics)``. Scalar metrics are averaged; arrays ``[B, ...]`` are
+            merged in their order.
+        params: parameters to differentiate by.
+        batch: a pytree of arrays ``[B, ...]``.
+        key: of this step; with one part, ``loss_fn`` gets it unchanged.
+        parts: must divide B.
+
+    Raises:
+        ConfigError: it does not.
     """
     gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if parts == 1:

@@ -20,9 +20,9 @@ class LossHistory:
     """Recent losses of the N networks of a stage.
 
     Attributes:
-      recent: the losses of the last W applied updates of each, newest first, NaN where there are none yet; float32
-        ``[N, W]``.
-      skipped: number of refused updates; int32 scalar.
+        recent: the losses of the last W applied updates of each, newest first, NaN where there are none yet; float32
+            ``[N, W]``.
+        skipped: number of refused updates; int32 scalar.
     """
 
     recent: jax.Array
@@ -45,20 +45,20 @@ def check_update(
 ) -> tuple[jax.Array, LossHistory]:
     """Decide whether an update is applied, and return the history after it.
 
-    ``applied = finite(loss) and finite(gradient norm) and loss <= factor * median(recent)``; the last condition counts
-    once W losses are known. With ``on_bad_loss = "stop"`` all updates after a refused one are refused too. The host
-    reads metrics one step late, and this keeps the last good state for it.
+    ``applied = finite(loss) and finite(gradient norm) and loss <= factor * median(recent)``. The last condition counts
+    once W losses are known, and not if the factor is 0. With ``on_bad_loss = "stop"`` all updates after a refused one
+    are refused too: the host reads metrics one step late, and must find the last good state.
 
     Args:
-      history: of the stage.
-      loss: scalar.
-      gradient_norm: scalar.
-      config: ``on_bad_loss``, ``bad_loss_factor``.
-      row: which of the N losses this is.
-      finite: False refuses the update for another reason.
+        history: of the stage.
+        loss: scalar.
+        gradient_norm: scalar.
+        config: ``on_bad_loss``, ``bad_loss_factor``.
+        row: which of the N losses this is.
+        finite: False refuses the update for another reason.
 
     Returns:
-      A scalar bool and the next history.
+        A scalar bool and the next history.
     """
     recent, loss = history.recent[row], loss.astype(jnp.float32)
     applied = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & finite
@@ -72,7 +72,7 @@ def check_update(
 
 
 def select(applied: jax.Array, new: Any, old: Any) -> Any:
-    """Return ``new`` where ``applied``, else ``old``: one select per element, fused into the update."""
+    """Return the pytree ``new`` if ``applied`` (bool scalar), else ``old``. XLA fuses the selection into the update."""
     return jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
 
 
@@ -83,7 +83,7 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 def reset_skipped(state: Any) -> Any:
-    """Return ``state`` with the number of refused updates at zero, so that a stopped run can go on."""
+    """Return ``state`` with the number of refused updates set to zero, so a stopped run can continue."""
 
     def reset(leaf: Any) -> Any:
         if not isinstance(leaf, LossHistory):

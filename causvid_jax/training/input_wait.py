@@ -8,7 +8,7 @@ import jax
 
 
 class InputWait:
-    """The share of the time in which the device was idle because no batch was ready.
+    """Measures the share of the time, 0 to 1, in which the device was idle because no batch was ready.
 
     ::
 
@@ -31,7 +31,7 @@ class InputWait:
         self._waited = 0.0
 
     def __call__(self, make: Callable[[], Any], before: Any) -> Any:
-        """Return ``make()``, timed; ``before`` are arrays of the step that the device works on."""
+        """Return ``make()`` and measure its time; ``before`` are arrays of the step that the device computes."""
         start = self._clock()
         value = make()
         if all(array.is_ready() for array in jax.tree.leaves(before)):
@@ -39,7 +39,7 @@ class InputWait:
         return value
 
     def share(self) -> float:
-        """Return the share, 0 to 1, since the last call of this function (or since the beginning)."""
+        """Return the share, 0 to 1, since the last call of this method or since the beginning."""
         now = self._clock()
         share = self._waited / max(now - self._begin, 1e-9)
         self._begin, self._waited = now, 0.0

@@ -19,7 +19,7 @@ JSONL = "metrics.jsonl"
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """Return the records of ``workdir/metrics.jsonl`` in order, without a last line that a crash cut short."""
+    """Return the records of ``workdir/metrics.jsonl`` in order, up to the first line that a crash left incomplete."""
     path = pathlib.Path(workdir) / JSONL
     if not path.exists():
         return []
@@ -33,7 +33,11 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def open_writer(workdir: str | os.PathLike, step: int = 0) -> "MetricsWriter | NoWriter":
-    """Return the :class:`MetricsWriter` of a run in its first process, and one that writes nothing in the others."""
+    """Return the :class:`MetricsWriter` of a run in process 0, and a :class:`NoWriter` in the others.
+
+    Raises:
+        ConfigError: ``workdir`` cannot be made or written.
+    """
     return MetricsWriter(workdir, step) if collectives.is_first() else NoWriter()
 
 
@@ -41,7 +45,7 @@ class NoWriter:
     """A writer that writes nothing."""
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Do nothing; do not wait for JAX arrays."""
+        """Do nothing, not even wait for JAX arrays."""
 
     def __enter__(self) -> "NoWriter":
         return self
@@ -77,7 +81,7 @@ class MetricsWriter:
         self._board = tensorboardX.SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write scalars (Python, numpy or JAX) at ``step`` to disk; waits for JAX arrays."""
+        """Write scalars (Python, numpy or JAX) of ``step`` to disk. This waits for JAX arrays."""
         scalars = {name: float(value) for name, value in values.items()}
         record = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         self._file.write(json.dumps({"step": int(step), "time": round(time.time(), 3), **record}) + "\n")

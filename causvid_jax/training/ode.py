@@ -1,4 +1,4 @@
-"""ODE regression (paper section 4.3): the student learns to jump to the end of the teacher's trajectories."""
+"""ODE regression (CausVid, section 4.3, equation 6): the stage ``init`` trains the student on ODE trajectories."""
 
 import dataclasses
 import functools
@@ -25,17 +25,21 @@ from causvid_jax.training.update import NetworkStep, network_step
 
 Batch = dict[str, Any]
 STAGE_OF = {"bidirectional": "teacher", "causal": "causal"}
-"""Teacher of the trajectories to the stage that made it. The student starts from its weights."""
+"""Teacher of the trajectories (``train_init.teacher``) to its stage, from whose weights the student starts."""
 
 # ---- update ----------------------------------------------------------------------------------------------------------
 
 
 def init_loss(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return the regression loss of trajectories ``[B, Q + 1, F, h, w, C]``, with ``context`` of a causal teacher."""
+    """Return the loss and metrics of :func:`~causvid_jax.distill.ode_regression.ode_regression_loss`.
+
+    ``batch`` has ``trajectory [B, Q + 1, F, h, w, C]``, ``text [B, S, E]`` and, from a causal teacher, the clean past
+    of every block as ``context [B, F, h, w, C]``.
+    """
     config, causal = recipe.train_init, recipe.causal
     context = batch.get("context")
     if context is not None:
-        context = noisy_context(context, key, 1, causal)
+        context = noisy_context(context, key, 2, causal)  # the loss splits keys 0 and 1 off
     network = conditioned(transformer.block_causal, pictures.picture_of(batch), recipe.student)
     velocity = functools.partial(network, config=recipe.student, causal=causal, clean_timestep=causal.context_noise)
     return ode_regression_loss(
@@ -62,7 +66,7 @@ def init_step(recipe: Recipe, placement: Placement) -> NetworkStep:
 
 
 def batch_shapes(recipe: Recipe) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of the arrays of one step."""
+    """Return shapes and types of the arrays of one step, ``[B, ...]``, by name."""
     states = len(flow.student_timesteps(recipe.diffusion)) + 1
     shapes = {"trajectory": (states, *recipe.latent_shape), **pictures.shapes(recipe)}
     if recipe.train_init.teacher == "causal":
@@ -76,7 +80,7 @@ def open_trajectories(recipe: Recipe, workdir: pathlib.Path) -> dict[int, Any]:
     """Open the trajectories by their length in latent frames, 0 for whole clips.
 
     Raises:
-        ConfigError: trajectories that are not finished.
+        ConfigError: the trajectories are missing or not finished.
     """
     if recipe.train_init.teacher == "bidirectional":
         return {0: datasets.trajectories(recipe, workdir)}
@@ -87,7 +91,7 @@ def open_trajectories(recipe: Recipe, workdir: pathlib.Path) -> dict[int, Any]:
 def read_batches(
     run: Run, trajectories: Mapping[int, Any], *, batch_size: int, frames: int, seed: int
 ) -> Iterator[Batch]:
-    """Read this process's rows of batches of trajectories of ``frames`` latent frames."""
+    """Read this process's examples of batches of trajectories of ``frames`` latent frames (0: whole clips)."""
     return pipeline.trajectory_batches(
         trajectories[frames],
         batch_size=batch_size,
@@ -101,7 +105,11 @@ def read_batches(
 
 
 def train_init(run: Run, init_from: pathlib.Path | None = None) -> None:
-    """Train the student on trajectories; it starts from the teacher if it has its size, or from ``init_from``."""
+    """Train the student from ``init_from``, else from the teacher if that has its size, else from new weights.
+
+    Raises:
+        ConfigError: weights or data are missing or do not fit, or clips are longer than positions allow.
+    """
     for _, frames, _ in run.config.stretches:
         weights.check_sink_positions(run.recipe, run.name, frames)
     vae_params, recipe = weights.load_vae(run)

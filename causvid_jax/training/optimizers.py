@@ -17,16 +17,17 @@ MUON_RMS = 0.2
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Return the optimizer ``config.kind`` after global-norm clipping; warm-up, then constant or cosine.
+    """Return the optimizer ``config.kind`` after clipping by the global norm, for a run of ``steps`` steps.
 
-    ``restarts`` begin both again (SGDR, arXiv 1608.03983, section 3). A run that ended with the first cycle
-    can be continued, because the longer run begins with the same steps.
+    Its learning rate warms up linearly from 0, then is constant or half a cosine down to 0. Each of ``restarts`` begins
+    warm-up and cosine again (SGDR, arXiv 1608.03983, section 3). A run that ended with the first cycle can be
+    continued, because the longer run begins with the same steps.
 
-    ``"muon"`` (Jordan 2024; scaled as in arXiv 2502.16982, section 2.2) updates every kernel ``W [in, out]`` of every
-    layer, and every kernel of a convolution as one matrix ``[k k k in, out]``, by
-    ``-rate (0.2 sqrt(max(in, out)) O + weight_decay W)``: O is the Nesterov momentum of its gradient with all singular
-    values brought near 1, by five Newton-Schulz steps. Embeddings, head, norms,
-    biases and modulation take AdamW steps with Nesterov momentum (Nadam).
+    ``"adamw"`` is AdamW, arXiv 1711.05101. ``"muon"`` (Jordan 2024; scaled as in arXiv 2502.16982, section 2.2) updates
+    every kernel ``W [in, out]`` of every layer, and every kernel of a convolution as one matrix ``[k k k in, out]``, by
+    ``-rate (0.2 sqrt(max(in, out)) O + weight_decay W)``. O is the Nesterov momentum of its gradient, whose singular
+    values five Newton-Schulz steps bring near 1. Embeddings, head, norms, biases and modulation take AdamW steps with
+    Nesterov momentum (Nadam).
     """
     if config.schedule == "cosine":
         starts = [0, *(step for step in config.restarts if step < steps)]
@@ -78,10 +79,10 @@ def _matrices(params: Any) -> Any:
 
 
 def frozen(optimizer: optax.GradientTransformation, groups: Collection[str]) -> optax.GradientTransformation:
-    """Return ``optimizer`` without updates of the top-level ``groups`` of a parameter dict, weight decay included.
+    """Return ``optimizer`` without updates, not even weight decay, of the top-level ``groups`` of a parameter dict.
 
-    Their gradients are zeroed first, so they do not enter the global norm used for clipping. The state has the
-    structure of ``optimizer``'s, so that a run can continue with part of its parameters frozen.
+    Their gradients are zeroed first, so the global norm for clipping does not count them. The state has the structure
+    of ``optimizer``'s, so a run can continue with part of its parameters frozen.
     """
 
     def without(tree: Any) -> Any:

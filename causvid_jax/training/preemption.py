@@ -26,17 +26,24 @@ class Terminated(SystemExit, Stopped):
 
 
 def stop(number: int) -> None:
-    """Stop after signal ``number``: raise :class:`Interrupted` (status 130) or :class:`Terminated` (status 0)."""
+    """Stop the program after signal ``number``.
+
+    Raises:
+        Interrupted: for Ctrl-C; the program ends with status 130.
+        Terminated: for SIGTERM; the program ends with status 0.
+    """
     raise Interrupted if number == signal.SIGINT else Terminated
 
 
 @contextlib.contextmanager
 def requests() -> Iterator[Callable[[int], int]]:
-    """Turn the first Ctrl-C or SIGTERM into a request; a second Ctrl-C stops at once.
+    """Turn the first Ctrl-C or SIGTERM in the block into a request to stop. A second Ctrl-C stops at once.
 
-    Yields ``requested(step)``, to be called once after every step: it returns the signal that stops the run now, or 0.
-    Among many processes a signal to any one of them is a request to all. JAX's preemption service names the step at
-    which all stop: the first that none of them has passed.
+    Among many processes, a signal to any one is a request to all. JAX's preemption service chooses the step at which
+    all stop: the first that none has passed.
+
+    Yields:
+        ``requested(step)``, to be called once after every step. It returns the signal that stops the run now, or 0.
     """
     many = jax.process_count() > 1
     received: list[int] = []

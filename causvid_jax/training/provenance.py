@@ -45,8 +45,8 @@ def machine() -> str:
 def data(workdir: pathlib.Path) -> dict[str, str]:
     """Return a digest of every dataset under ``WORKDIR/data``, by the name of its folder.
 
-    A dataset of arrays is identified by its inputs (``arrays.IDENTITY``). The name of generated digits contains a
-    digest of every setting that changes a pixel.
+    The digest of a dataset of arrays is the start of the SHA-256 of its inputs (``arrays.IDENTITY``). That of generated
+    digits is part of their folder's name and covers every setting that changes a pixel.
     """
     folder = workdir / "data"
     digests = {

@@ -48,7 +48,7 @@ def legs(recipe: Recipe, workdir: pathlib.Path, options: prepare.Options, plan: 
         recipe: what to train.
         workdir: of the results.
         options: of ``causvid prepare``; own videos need ``videos`` and ``captions``.
-        plan: numbers of clips of the report; None skips classifier and report, which only digits have.
+        plan: numbers of clips of the report; None: no classifier and no report, which only digits have.
     """
     data = workdir / "data"
 
@@ -95,10 +95,11 @@ def legs(recipe: Recipe, workdir: pathlib.Path, options: prepare.Options, plan: 
 
 
 def travel(recipe: Recipe, workdir: pathlib.Path, road: list[Leg], say: Say = print) -> None:
-    """Run the legs that are not done; record their seconds in ``WORKDIR/road.json``.
+    """Run the legs that are not done, and record their seconds in ``WORKDIR/road.json``.
 
     Raises:
-        ConfigError, RunError: a leg failed. The same call continues from there.
+        ConfigError: a leg was refused. The same call continues from there.
+        RunError: a leg failed. The same call continues from there.
     """
     record = _read(workdir / RECORD)
     seconds: dict[str, float] = record.get("seconds", {})

@@ -60,13 +60,13 @@ class Run:
     parameters of an uninterrupted run (bit for bit on CPU).
 
     Attributes:
-      name: of the stage, and of its folder.
-      recipe: the recipe.
-      config: the settings of this stage.
-      workdir: holds the data and the folders of all stages.
-      placement: the mesh and the shardings on it.
-      step: steps done.
-      frames: length of the clips of the current stretch of the curriculum; 0: the full clip.
+        name: of the stage, and of its folder.
+        recipe: the recipe.
+        config: the settings of this stage.
+        workdir: holds the data and the folders of all stages.
+        placement: the mesh and the shardings on it.
+        step: steps done.
+        frames: length of the clips of the current stretch of the curriculum; 0: the full clip.
     """
 
     def __init__(self, name: str, recipe: Recipe, config: StageConfig, workdir: pathlib.Path, placement: Placement):
@@ -92,7 +92,11 @@ class Run:
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def restore(self, state: Any) -> Any:
-        """Return the state of the last good checkpoint, or ``state`` if there is none."""
+        """Return the state of the last good checkpoint, or ``state`` if there is none.
+
+        Raises:
+            ConfigError: the checkpoint does not fit ``state``, or is of a later step than ``steps``.
+        """
         restored = self._checkpoints.restore(state)
         if restored is not None:
             state, saved = restored
@@ -136,7 +140,8 @@ class Run:
     def batches(self, read: ReadBatches, to_device: Callable[[dict[str, Any]], Any]) -> Iterator[Any]:
         """Yield the batches of the remaining steps on the devices: the curriculum's stretches, then the main one.
 
-        Each stretch has its own order of the data, ``read(batch_size=, frames=, seed=)``.
+        ``read(batch_size=, frames=, seed=)`` is called once per stretch; each has a seed, and so an order of the data,
+        of its own. ``to_device`` maps a batch of the host to arrays on the devices.
         """
         config = self.config
         self._open()
@@ -176,8 +181,9 @@ class Run:
         """Log, save and stop if that is due after a step; return the state.
 
         Raises:
-            RunError: a loss that stops the run (``StageConfig.on_bad_loss``), or a stop without a checkpoint.
-            Interrupted, Terminated: a signal stopped the run, and everything is saved.
+            RunError: a loss stops the run (``StageConfig.on_bad_loss``), or it stops without a checkpoint.
+            Interrupted: Ctrl-C stopped the run, and everything is saved.
+            Terminated: SIGTERM stopped the run, and everything is saved.
         """
         self.step, self._metrics = self.step + 1, metrics
         self._pending.append(dataclasses.replace(self._pending.pop(), metrics=metrics))
@@ -231,7 +237,7 @@ class Run:
         preemption.stop(signal)
 
     def log_samples(self, scores: dict[str, float]) -> None:
-        """Record the scores of this step's samples."""
+        """Record the scores of this step's samples, if there are any."""
         if scores:
             self._writer.write(self.step, {f"sample_{name}": value for name, value in scores.items()})
             text = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
@@ -253,7 +259,7 @@ class Run:
         self.note(f"done, weights at {path}")
 
     def note(self, text: str) -> None:
-        """Write a line about this stage, in the first process."""
+        """Write a line about this stage to the progress output of process 0."""
         self._progress.note(f"{self.name}: {text}")
 
     def close(self) -> None:

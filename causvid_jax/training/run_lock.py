@@ -24,10 +24,10 @@ _LOG = logging.getLogger("absl")
 
 @contextlib.contextmanager
 def claimed(folder: pathlib.Path, wait: float = WAIT_SECONDS) -> Iterator[None]:
-    """Lock ``folder`` for this run: its first process locks ``folder/run.lock``.
+    """Lock ``folder`` for this run in the block: process 0 locks ``folder/run.lock``.
 
     It is a POSIX record lock, which works over NFS and Lustre. The operating system releases it when the process ends
-    for any reason; the remaining file has no meaning. A file system without locks is only warned about.
+    for any reason; the remaining file has no meaning. On a file system without locks there is a warning instead.
 
     Raises:
         ConfigError: another run still holds the lock after ``wait`` seconds; the message names its process and host.

@@ -29,7 +29,7 @@ CLASSIFIER = "classifier.safetensors"
 
 
 class StreamSampler:
-    """Streams a few training captions for one clip with the student's sampler."""
+    """Samples a few training captions as streams of one clip's length, with the student's sampler."""
 
     def __init__(self, run: Run, recipe: Recipe, vae_params: Any, reader: encoder.Encoder):
         self._run, self._recipe, self._vae = run, recipe, vae_params
@@ -47,7 +47,7 @@ class StreamSampler:
 
 
 class TeacherSampler:
-    """Samples whole clips of a few training captions with the many-step teacher."""
+    """Samples a few training captions as whole clips, with the many-step teacher."""
 
     def __init__(self, run: Run, recipe: Recipe, vae_params: Any, reader: encoder.Encoder):
         self._run, self._recipe, self._vae = run, recipe, vae_params
@@ -70,7 +70,10 @@ class TeacherSampler:
 
 
 def many_steps(recipe: Recipe, steps: int) -> Recipe:
-    """Return a recipe whose student is the teacher, with ``steps`` denoising steps: the causal teacher as a stream."""
+    """Return a recipe that streams the causal teacher: its student is the teacher, with ``steps`` denoising steps.
+
+    Their nominal timesteps are ``1000 (1 - i / steps)``.
+    """
     timesteps = tuple(1000.0 * (1 - i / steps) for i in range(steps))
     diffusion = dataclasses.replace(
         recipe.diffusion, denoising_timesteps=timesteps, first_block_timesteps=(), student_shift=0.0
@@ -102,21 +105,22 @@ def write(run: Run, video: np.ndarray, captions: Sequence[str], recipe: Recipe) 
     return scores(run, video, captions, recipe)
 
 
-def show(video: np.ndarray, path: pathlib.Path, recipe: Recipe, columns: int = 4) -> None:
-    """Write up to two rows of clips, uint8 ``[B, T, H, W, 3]``, side by side into one video."""
+def show(video: np.ndarray, path: pathlib.Path, recipe: Recipe) -> None:
+    """Write up to two rows of four clips, uint8 ``[B, T, H, W, 3]``, side by side into one video."""
     if not collectives.is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = min(columns, len(video))
+    columns = min(4, len(video))
     rows = min(2, len(video) // columns)
     grid = rearrange(video[: rows * columns], "(r c) t h w k -> t (r h) (c w) k", r=rows)
     write_video(path, grid, recipe.video.fps, upscale=max(1, 128 // recipe.video.height))
 
 
 def scores(run: Run, video: np.ndarray, captions: Sequence[str], recipe: Recipe) -> dict[str, float]:
-    """Return the classifier's accuracies for the captions; empty for data that has no classifier.
+    """Return the classifier's accuracies, 0 to 1, for clips uint8 ``[B, T, H, W, 3]`` of ``captions``.
 
-    The classifier is that of the working directory, else that of the package.
+    The classifier is that of the working directory, else that of the package. The result is empty if there is none for
+    these data, and in all but process 0.
     """
     if recipe.data.name != "moving_digits" or not collectives.is_first():
         return {}

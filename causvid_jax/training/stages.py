@@ -27,15 +27,16 @@ def train(name: str, recipe: Recipe, workdir: pathlib.Path, init_from: str | os.
     """Train the stage ``name`` of ``recipe`` to its last step, resuming a run in ``workdir``; write its weights.
 
     Args:
-      name: one of :data:`TRAINERS`.
-      recipe: the recipe.
-      workdir: contains the data and weights of earlier stages, and a folder for this stage.
-      init_from: weights that the trained network starts from: a file, or the working directory of another recipe, of
-        which the weights of the same stage are read.
+        name: one of :data:`TRAINERS`.
+        recipe: the recipe.
+        workdir: contains the data and weights of earlier stages, and a folder for this stage.
+        init_from: weights that the trained network starts from: a file, or the working directory of another recipe,
+            whose weights of the same stage are read.
 
     Raises:
-        ConfigError: weights or data that are missing, unreadable or of other shapes; a folder in use by another run.
-        RunError: a loss that stops the run, or a full disk.
+        ConfigError: settings are for sampling only; weights or data are missing, unreadable or of other shapes; or
+            another run uses the folder.
+        RunError: a loss stops the run, or the disk is full.
     """
     check_trainable(recipe)
     path = None if init_from is None else initial_weights(name, recipe, init_from)
@@ -48,7 +49,11 @@ def train(name: str, recipe: Recipe, workdir: pathlib.Path, init_from: str | os.
 
 
 def check_trainable(recipe: Recipe) -> None:
-    """Refuse settings of the networks that only sampling has; a ConfigError names the setting."""
+    """Refuse settings of the networks that are for sampling only.
+
+    Raises:
+        ConfigError: one is set; the message names it.
+    """
     require(
         recipe.student.kv_cache == "dtype",
         f"student.kv_cache is {recipe.student.kv_cache!r}, which is for sampling; training accepts: 'dtype'",
@@ -68,7 +73,11 @@ def check_trainable(recipe: Recipe) -> None:
 
 
 def with_lora(name: str, recipe: Recipe) -> Recipe:
-    """Return ``recipe`` whose network that the stage ``name`` trains has the adapters of that stage's ``lora``."""
+    """Return ``recipe`` with the adapters of ``train_NAME.lora`` in the network that this stage trains.
+
+    Raises:
+        ConfigError: the stage does not train a transformer.
+    """
     lora = getattr(recipe, f"train_{name}").lora
     if not lora.rank:
         return recipe
@@ -92,7 +101,11 @@ def next_command(name: str, recipe: Recipe) -> str:
 
 
 def initial_weights(name: str, recipe: Recipe, init_from: str | os.PathLike) -> pathlib.Path:
-    """Return the weights that ``init_from`` names, which fit the network that the stage trains."""
+    """Return the weights file or folder that ``init_from`` names for the stage ``name``.
+
+    Raises:
+        ConfigError: it is missing, unreadable, or does not fit the network that the stage trains.
+    """
     path = paths.resolve(init_from, name)
     paths.open_stage(recipe, name, path=path)
     return path

@@ -29,9 +29,12 @@ TrainStep = Callable[..., tuple[Any, dict[str, jax.Array]]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trainable:
-    """A network in training: parameters, optimizer state and, if there is one, the EMA that is sampled.
+    """A network in training.
 
-    With adapters (``models.adapters``) optimizer state and EMA are those of the adapters alone.
+    Attributes:
+        params: all parameters.
+        opt: state of the optimizer; with adapters (``models.adapters``) of these alone.
+        ema: EMA of the trained parameters, which is sampled and exported; None: the network has none.
     """
 
     params: Any
@@ -47,21 +50,27 @@ class Trainable:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The state of a stage that trains one network."""
+    """The state of a stage that trains one network.
+
+    Attributes:
+        network: in training.
+        step: number of updates applied; int32 scalar.
+        history: recent losses.
+    """
 
     network: Trainable
-    step: jax.Array  # [] int32, updates applied
+    step: jax.Array
     history: guard.LossHistory
 
 
 def init_trainable(params: Any, optimizer: optax.GradientTransformation, *, ema: bool = True) -> Trainable:
-    """Return the state before the first update; the EMA is a copy, so that every buffer can be donated."""
+    """Return the state before the first update. The EMA is a copy, so every buffer can be donated."""
     trained, _ = adapters.split(params)
     return Trainable(params, optimizer.init(trained), jax.tree.map(jnp.copy, trained) if ema else None)
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, window: int = guard.WINDOW) -> TrainState:
-    """Return the state of one network before its first update; ``window`` losses will be remembered."""
+    """Return the state of one network before its first update, with a history of ``window`` losses."""
     return TrainState(init_trainable(params, optimizer), jnp.zeros((), jnp.int32), guard.init_history(window))
 
 
@@ -87,19 +96,19 @@ def apply_update(
     """Take one optimizer step on ``loss_fn(params, batch, key) -> (loss, metrics)``, unless the guard refuses it.
 
     Args:
-      network: parameters, optimizer state, EMA.
-      loss_fn: its metrics hold ``loss``.
-      batch: a pytree of arrays ``[B, ...]``, processed in ``config.accumulate`` parts.
-      key: of this update.
-      history: recent losses; ``row`` is the one of this network.
-      step: updates applied before, for the EMA's start.
-      optimizer: made ``network.opt``.
-      config: accumulation, guard, EMA.
-      row: index of this loss in ``history``.
-      finite: False refuses the update for another reason.
+        network: parameters, optimizer state, EMA.
+        loss_fn: its metrics hold ``loss``.
+        batch: a pytree of arrays ``[B, ...]``, processed in ``config.accumulate`` parts.
+        key: of this update.
+        history: recent losses; ``row`` is the one of this network.
+        step: updates applied before, for the EMA's start.
+        optimizer: made ``network.opt``.
+        config: accumulation, guard, EMA.
+        row: index of this loss in ``history``.
+        finite: False refuses the update for another reason.
 
     Returns:
-      The network and the history after it, whether the update was applied, and the metrics with ``gradient_norm``.
+        The network and the history after it, whether the update was applied, and the metrics with ``gradient_norm``.
     """
     trained, frozen = adapters.split(network.params)
 
@@ -124,10 +133,10 @@ def make_train_step(
 ) -> TrainStep:
     """Return the jitted step ``(state, batch) -> (state, metrics)`` of one network; it donates the state.
 
-    A stage with ``frozen`` networks passes them after the batch, ``(state, batch, *frozen)``; its loss gets them and
-    the state as keywords. Randomness is ``fold_in(key(config.seed), step)``, so a resumed run draws what an
-    uninterrupted one would. A refused update does not change the state, not even ``step``; the metric ``skipped`` is
-    then 1. On a mesh the state stays where ``shardings`` (a tree of ``NamedSharding``, or one for all) put it.
+    A stage with frozen networks passes them after the batch, ``(state, batch, *frozen)``. Its loss is called with the
+    keywords ``frozen`` and ``state``. The key is ``fold_in(key(config.seed), step)``, so a resumed run draws what an
+    uninterrupted one would. A refused update does not change the network or ``step``, and the metric ``skipped`` is 1.
+    On a mesh the new state has ``shardings`` (a tree of ``NamedSharding``, or one for all).
     """
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
@@ -168,9 +177,9 @@ class NetworkStep:
     """The train step of a stage that trains one transformer, and the state it takes.
 
     Attributes:
-      train_step: jitted ``(state, batch) -> (state, metrics)``.
-      init: ``params -> TrainState``, traceable.
-      shardings: of the state; None without a mesh.
+        train_step: jitted ``(state, batch) -> (state, metrics)``.
+        init: ``params -> TrainState``, traceable.
+        shardings: of the state; None without a mesh.
     """
 
     train_step: TrainStep

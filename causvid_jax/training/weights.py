@@ -22,18 +22,25 @@ from causvid_jax.training.update import NetworkStep, Trainable, TrainState
 
 
 def load_vae(run: Run) -> tuple[Any, Recipe]:
-    """Return the trained VAE, on the host, and the recipe with its latent statistics and the VAE as decoder."""
+    """Return the VAE's parameters on the host, and the run's recipe with its latent statistics and decoder "vae".
+
+    Raises:
+        ConfigError: there is no trained VAE, or it does not fit the recipe.
+    """
     return measured_vae(run.recipe, run.workdir)
 
 
 def measured_vae(recipe: Recipe, workdir: pathlib.Path) -> tuple[Any, Recipe]:
-    """Return the trained VAE of ``workdir``, or of the package, and the recipe with its latent statistics."""
+    """Return the parameters of the VAE of ``workdir``, else of the package, and the recipe with its statistics.
+
+    Errors are those of :func:`load_vae`.
+    """
     params, config = paths.load_stage(recipe, "vae", workdir, "host")
     return params, dataclasses.replace(recipe, vae=config, decoder="vae")
 
 
 def check_sink_positions(recipe: Recipe, stage: str, frames: int = 0) -> None:
-    """Refuse to train in block-causal mode on positions that a stream does not have.
+    """Refuse training in block-causal mode on positions that a stream does not have.
 
     With ``causal.positions = "relative"`` a stream places the sink directly before its window. Block-causal mode uses
     the true positions of the sink, which differ if a clip is longer than sink and window.
@@ -52,12 +59,12 @@ def check_sink_positions(recipe: Recipe, stage: str, frames: int = 0) -> None:
 
 
 def load_network(run: Run, stage: str, config: TransformerConfig, path: pathlib.Path | None = None) -> Any:
-    """Return the weights of ``stage``, or those of ``path``, on the mesh; a host reads only its own shards.
+    """Return the weights of ``path``, else of ``stage``, on the mesh. Each host reads its own shards only.
 
     With ``config.lora`` new adapters are added.
 
     Raises:
-        ConfigError: weights that are missing or do not fit, or a start from a teacher that is two networks.
+        ConfigError: the weights are missing or do not fit, or the start is a teacher of two networks.
     """
     require(
         path is not None or stage != "teacher" or not run.recipe.experts.boundary,
@@ -79,7 +86,10 @@ def load_network(run: Run, stage: str, config: TransformerConfig, path: pathlib.
 
 
 def load_teacher(run: Run, stage: str) -> Any:
-    """Return the frozen teacher of ``stage`` on the mesh; of two experts a tree of each, sharded alike."""
+    """Return the frozen teacher of ``stage`` on the mesh; two experts are a dict of two trees, sharded alike.
+
+    Errors are those of :func:`load_network`.
+    """
     if not run.recipe.experts.boundary:
         return load_network(run, stage, run.recipe.teacher)
     return {name: load_network(run, name, run.recipe.teacher) for name in experts.NAMES}
@@ -95,7 +105,10 @@ def with_new_adapters(params: Any, config: TransformerConfig, seed: int, shardin
 
 
 def finish(run: Run, network: Trainable, recipe: Recipe, config: TransformerConfig) -> None:
-    """Write the weights of a finished stage; of adapters also ``WORKDIR/STAGE/lora``, under the names of peft."""
+    """Write the EMA of a finished stage as its weights, with adapters merged.
+
+    The adapters are also written to ``WORKDIR/STAGE/lora`` in peft's layout.
+    """
     described = metadata(run, recipe)
     if not config.lora.rank:
         run.finish(network.ema, described)
@@ -127,19 +140,19 @@ def initial_state(
 
 
 def replicated(params: Any, placement: Placement) -> Any:
-    """Return a codec's parameters replicated on every device; a codec is small."""
+    """Return a codec's parameters replicated on every device, which is cheap because a codec is small."""
     if placement.mesh is None:
         return jax.tree.map(jnp.asarray, params)
     return placement.put(params, placement.replicated())
 
 
 def open_encoder(run: Run) -> encoder.Encoder:
-    """Open the text encoder of a run with cached captions only, since the stage needs the device's memory."""
+    """Open the text encoder of a run for cached captions only, because the stage needs the device's memory."""
     return encoder.open_encoder(run.recipe, run.workdir, compute=False)
 
 
 def prompt_embeds(batch: dict[str, Any], reader: encoder.Encoder) -> np.ndarray:
-    """Return the embeddings stored with the dataset, else those of its captions; ``[B, S, E]``."""
+    """Return the prompt embeddings ``[B, S, E]`` of a batch: those stored with the dataset, else of its captions."""
     return batch["text"] if "text" in batch else encoder.encode(reader, list(batch["caption"]))
 
 

@@ -102,6 +102,21 @@ def test_strength_zero_changes_nothing_and_two_add_up(tmp_path, save, states, ti
         np.testing.assert_allclose(twice[name], value, atol=2e-5)
 
 
+def test_an_identity_depends_on_content_strength_and_layers_not_on_the_name(tmp_path, save, states, tiny, factors):
+    base = open_checkpoint(states["original"], tiny)
+    doubled = {module: (down, 2 * up) for module, (down, up) in factors.items()}
+    first, second, copy = (
+        save(tmp_path / folder / "lora.safetensors", named(some, "original"))
+        for folder, some in (("a", factors), ("b", doubled), ("c", factors))
+    )
+    loras = [lora.open_lora(first, 1.0, tiny), lora.open_lora(second, 1.0, tiny), lora.open_lora(first, 0.5, tiny)]
+    loras.append(lora.open_lora(first, 1.0, tiny, layers={0}))
+    identities = [dataclasses.replace(base, updates=(one,)).identity() for one in loras]
+    assert len({base.identity(), *identities}) == 5
+    again = dataclasses.replace(base, updates=(lora.open_lora(copy, 1.0, tiny),))
+    assert again.identity() == identities[0]
+
+
 def test_only_chosen_layers(tmp_path, save, states, tiny, factors):
     path = save(tmp_path / "lora.safetensors", named(factors, "original"))
     merged = merge(states, tiny, [lora.open_lora(path, 1.0, tiny, layers={0, 1})])

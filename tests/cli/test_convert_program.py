@@ -55,6 +55,7 @@ BAD = [
     ([W, "--output=y"], "the number of heads does not follow from the width"),
     ([W, "--output=y", "--lora=no.safetensors:2"], "no.safetensors does not exist; accepted: FILE or FILE:STRENGTH"),
     ([W, "--output=y", "--lora_layers=1-x"], "--lora_layers is '1-x'; accepted: numbers and ranges, as 0-9,20"),
+    ([W, "--output=y", "--lora_layers=9-0"], "--lora_layers is '9-0'; accepted: numbers and ranges, as 0-9,20"),
     ([W, "--output=y", "--stage=vae"], "--stage is 'vae'; accepted: teacher, init, distill"),
     ([W, "--output=y", "--component=clip"], "--component is 'clip'; accepted: transformer, vae, text_encoder, image"),
     (["--input=diffusers", "--output=y", "--component=taehv"], "has no taehv; accepted: transformer, vae"),

@@ -76,7 +76,7 @@ def test_guided_velocity_is_one_call_on_both_branches():
 
 
 def test_other_inputs_of_a_guided_network_follow_their_clip():
-    """Both branches of clip b are next to each other in the batch, and so must be what is repeated for them."""
+    """Both branches of a clip are adjacent in the batch, so what is repeated for them must be adjacent too."""
     x, beside = draws(0)[0], np.arange(2, dtype=np.float32)
 
     def network(x, timestep, text):
@@ -88,7 +88,7 @@ def test_other_inputs_of_a_guided_network_follow_their_clip():
 
 
 def test_guidance_of_a_sharded_batch_sends_nothing():
-    """Both prompts of a clip lie on its device: a network of single rows needs no collective at all."""
+    """Both prompts of a clip are on its device, so a network without mixing of examples needs no collective."""
     mesh = Mesh(np.asarray(jax.devices()).reshape(8), ("data",), axis_types=(AxisType.Auto,))
     arrays = *draws(0, shape=(8, 3, 4, 4, 2)), np.full((8, 3), 400.0, np.float32), np.ones((8, 5, 6), np.float32)
     null = np.full((5, 6), 0.5, np.float32)
@@ -106,7 +106,7 @@ def test_guidance_of_a_sharded_batch_sends_nothing():
 
 
 def test_steps_that_are_timesteps_and_the_published_table():
-    """CausVid's three-step list: 757 and 522 stand beside points 280 and 120 of the grid of shift 8."""
+    """CausVid's three-step list: 757 and 522 are next to the points 280 and 120 of the grid of shift 8."""
     config = DiffusionConfig(shift=8.0, denoising_timesteps=(1000.0, 757.0, 522.0), warp=False)
     assert flow.student_timesteps(config) == (1000.0, 757.0, 522.0)
     np.testing.assert_allclose(flow.nominal_steps(config), [1000, 280.24, 120.11], atol=0.1)

@@ -16,14 +16,14 @@ NOISE = np.random.default_rng(0).standard_normal((2, 3, 2, 2, 4)).astype(np.floa
 
 
 def gaussian_velocity(x, timestep):
-    """E[noise - x0 | x_t] for data N(MEAN, STD^2), where x_t is N((1 - s) MEAN, (1 - s)^2 STD^2 + s^2)."""
+    """Return E[noise - x0 | x_t] for data N(MEAN, STD^2), where x_t is N((1 - s) MEAN, (1 - s)^2 STD^2 + s^2)."""
     sigma = flow.expand(timestep / 1000, x)
     variance = (1 - sigma) ** 2 * STD**2 + sigma**2
     return -MEAN + (sigma - (1 - sigma) * STD**2) / variance * (x - (1 - sigma) * MEAN)
 
 
 def flow_map(x, start, end):
-    """The exact ODE solution: the standardised state stays what it is."""
+    """Return the exact ODE solution: the standardised state is constant."""
 
     def moments(s):
         return (1 - s) * MEAN, np.sqrt((1 - s) ** 2 * STD**2 + s**2)
@@ -90,7 +90,7 @@ def test_unipc_grid_and_timesteps_as_published():
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.0])
 def test_whole_timesteps_are_the_published_ones(shift):
-    """In the published order of operations; at a shift of 1 some lie on the edge between two whole numbers."""
+    """Use the published order of operations: at shift 1 some timesteps are at the edge between two whole numbers."""
     for steps in (9, 18, 37, 40, 50):
         u = np.linspace(float(np.float32(1.0 - 1 / 1000)), 0.0, steps + 1)[:-1]
         published = (shift * u / (1 + (shift - 1) * u) * 1000).astype(np.int64)

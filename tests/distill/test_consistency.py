@@ -20,7 +20,7 @@ KEY = jax.random.key(5)
 
 
 def gaussian(x, timestep):
-    """E[noise - x0 | x_t] for N(MEAN, STD^2)."""
+    """Return E[noise - x0 | x_t] for N(MEAN, STD^2)."""
     sigma = flow.expand(timestep / 1000, x)
     gain = (sigma - (1 - sigma) * STD**2) / ((1 - sigma) ** 2 * STD**2 + sigma**2)
     return -MEAN + gain * (x - (1 - sigma) * MEAN)
@@ -167,7 +167,7 @@ def test_the_tangent_of_the_network_is_its_finite_difference():
 
 
 def sizes(jaxpr):
-    """The number of elements of every array in ``jaxpr``, also in its inner programs."""
+    """Return the number of elements of every array in ``jaxpr``, also in its inner programs."""
     for equation in jaxpr.eqns:
         yield from (math.prod(v.aval.shape) for v in equation.outvars if hasattr(v.aval, "shape"))
         for value in equation.params.values():

@@ -18,7 +18,7 @@ MEAN, STD = 0.8, 0.5
 
 
 def gaussian_velocity(x, timestep, mean, std):
-    """E[noise - x0 | x_t] for N(mean, std^2)."""
+    """Return E[noise - x0 | x_t] for N(mean, std^2)."""
     sigma = flow.expand(timestep / 1000, x)
     gain = (sigma - (1 - sigma) * std**2) / ((1 - sigma) ** 2 * std**2 + sigma**2)
     return -mean + gain * (x - (1 - sigma) * mean)
@@ -33,7 +33,7 @@ def fake(x, timestep, text, scale=1.0):
 
 
 def oracle_inputs(key, x0):
-    """The draws of the losses: timesteps by the formula, and x_t."""
+    """Return the losses' timesteps by the formula, and x_t."""
     time_key, noise_key = jax.random.split(key)
     u = np.asarray(jax.random.uniform(time_key, (SHAPE[0],)), np.float64)
     timestep = np.clip(1000 * 3 * u / (1 + 2 * u), 20, 980)
@@ -137,7 +137,7 @@ def test_undefined_gradient_is_zero():
 
 
 def train_generator(params, generate, distribution, guidance, teacher_fn, steps=400):
-    """Descends the DMD loss with the exact score of the generator's own distribution as the fake score."""
+    """Descend the DMD loss with the exact score of the generator's own distribution as the fake score."""
     distill = DistillStageConfig(guidance_scale=guidance)
     text = jnp.ones((512, 1, 1))
     optimizer = optax.adam(optax.exponential_decay(0.05, steps // 4, 0.3))

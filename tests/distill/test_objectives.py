@@ -1,4 +1,4 @@
-"""SiD and DMD-GAN against numpy, and the answers that they must find on Gaussian data."""
+"""SiD and DMD-GAN against numpy, and their minima on Gaussian data."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ KEY = jax.random.key(3)
 
 
 def noised(x0, key=KEY, low=0.0, high=1.0):
-    """The timesteps ``[B]`` and x_t that the losses draw."""
+    """Return the timesteps ``[B]`` and x_t that the losses draw."""
     time_key, noise_key = jax.random.split(key)
     u = low + (high - low) * np.asarray(jax.random.uniform(time_key, (SHAPE[0],)), np.float64)
     sigma = (np.clip(1000 * 3 * u / (1 + 2 * u), 20, 980) / 1000)[:, None, None, None, None]
@@ -102,7 +102,7 @@ def test_gan_losses_match_numpy():
 
 
 def test_r1_and_r2_match_numpy_and_the_slope():
-    """Of D = sum of squares / 5 by the same draws; of a linear D the mean over many draws is the squared slope."""
+    """D = sum of squares / 5, by the same draws; for a linear D the mean over many draws is the squared slope."""
     rng = np.random.default_rng(0)
     x0, clips = (rng.standard_normal(SHAPE).astype(np.float32) for _ in range(2))
     options = {"fake": fake, "diffusion": DIFFUSION}
@@ -131,7 +131,7 @@ def test_r1_and_r2_match_numpy_and_the_slope():
 
 @pytest.mark.parametrize("objective", ["sid", "sid half", "dmd_gan", "gan alone"])
 def test_exact_scores_drive_mean_and_scale_to_the_data(objective):
-    """With exact scores (and the best discriminator) each objective finds the data from mean -1 and deviation 1.4."""
+    """With exact scores (and the best discriminator) each objective moves mean -1 and deviation 1.4 to the data's."""
     distill = DistillStageConfig(guidance_scale=1.0, sid_alpha=0.5 if "half" in objective else 1.0, gan_weight=0.5)
     text, optimizer = jnp.ones((512, 1, 1)), optax.adam(optax.exponential_decay(0.05, 100, 0.3))
 

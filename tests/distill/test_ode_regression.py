@@ -1,4 +1,4 @@
-"""ODE regression against numpy, and its exact zero on an exact jump."""
+"""ODE regression against numpy; the loss of the exact solution is zero."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ TEXT = np.zeros((BATCH, 1, 1), np.float32)
 
 
 def run(seed, velocity, include_clean=True, states=STATES, prompt_switch_prob=0.0, context=None):
-    """The loss, its metrics, its gradient by a velocity field, and what the network was given."""
+    """Return the loss, its metrics, its gradient by a velocity field, and the inputs of the network."""
     seen = {}
 
     def network(params, x, timestep, text, clean=None):

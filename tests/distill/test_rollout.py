@@ -29,7 +29,7 @@ def cached(params, x, timestep, text_cache, cache):
 
 @pytest.fixture(autouse=True)
 def toy(request, monkeypatch):
-    """The toy student in the place of the transformer, except in tests of the real one."""
+    """Replace the transformer by the toy student, except in tests of the real one."""
     if "real" in request.node.name:
         return
     jax.clear_caches()

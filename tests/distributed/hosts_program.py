@@ -1,4 +1,4 @@
-"""One of the processes of ``test_hosts.py``; it does what ``launch.train`` does, so that one start serves many checks.
+"""One of the processes of ``test_hosts.py``: it trains as ``launch.train`` does, several stages in one start.
 
 ``hosts_program.py stages WORKDIR PROCESS COUNT PORT NAMES`` trains the stages NAMES of ``WORKDIR/recipe.json`` in
 ``WORKDIR/NAME`` each and prints as JSON what it was refused on the way, and how much it read.

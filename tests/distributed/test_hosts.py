@@ -173,7 +173,7 @@ def trained(road, folder, count, names, **parallel):
 
 
 def check_stage(road, folder, stage):
-    """The stage in ``folder`` was trained as that in ``road``."""
+    """Check that the stage in ``folder`` has the weights of that in ``road``."""
     np.testing.assert_allclose(losses(folder, stage), losses(road, stage), rtol=1e-6, err_msg=stage)
     assert len(losses(folder, stage)) == STEPS.get(stage, 3)
     once, many = (store.flatten(store.load_params(f / stage / "weights.safetensors")[0]) for f in (road, folder))
@@ -224,7 +224,7 @@ def test_four_processes_train_every_stage_as_one_does(road, tmp_path):
 
 
 def program(folder, stage, events=None, address="127.0.0.1"):
-    """The arguments of :func:`run` for ``launch.train`` in two processes; ``events[i]``: (what, step) of process i."""
+    """Return arguments of :func:`run` for ``launch.train`` in two processes; ``events[i]`` is (what, step)."""
 
     def arguments(i, port):
         flags = [f"--config={folder}/recipe.py", f"--stage={stage}", f"--workdir={folder}"]
@@ -235,7 +235,7 @@ def program(folder, stage, events=None, address="127.0.0.1"):
 
 
 def saved(folder, stage):
-    """The steps of the whole checkpoints."""
+    """Return the steps of the complete checkpoints."""
     names = (folder / stage / "checkpoints").glob("*/checksums.1-of-2.json")
     return sorted(int(path.parent.name) for path in names)
 

@@ -1,4 +1,4 @@
-"""Processes that look for each other: who is found where, and one sentence for whatever is wrong, on every one of them.
+"""Processes find each other's addresses, or every process gets one sentence that says what is wrong.
 
 Threads stand for processes here; real ones train in ``test_hosts.py``.
 """
@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def handshake_all(addresses, wait):
-    """What each is told: the sentence of its refusal, or None."""
+    """Return the error message of every process, or None."""
 
     def one(address):
         try:

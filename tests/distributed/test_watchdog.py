@@ -1,4 +1,4 @@
-"""A process that is gone is named on all the others.
+"""All other processes name the one that is lost.
 
 Threads stand for processes here, real ones are killed in ``test_hosts.py``.
 """

@@ -130,7 +130,7 @@ def test_a_student_without_a_teacher(result):
     assert list(alone.report["passes"]) == list(alone.report["seconds_per_clip"]) == ["student"]
     assert alone.report["targets"] == [t for t in both["targets"] if "teacher" not in t["name"]]
     assert {name for name, *_ in fake.calls} == {"student"} and "teacher" not in contact_sheet.markdown(alone.report)
-    assert contact_sheet.contact_sheet(alone.clips, examples=2, columns=5, scale=2).size[1] == 6 * (64 + 18)
+    assert contact_sheet.contact_sheet(alone.clips, examples=2, columns=5).size[1] == 6 * (64 + 18)
 
 
 def test_streams_of_whole_blocks():
@@ -177,7 +177,7 @@ def test_report_is_json_and_markdown_and_a_picture(result):
     assert "| real test clips | 1.000 | 1.000 | 1.000 | 1.000 |" in text
     assert "| teacher | 100 | 100 |" in text and "| student | 35 | 5 |" in text
     assert "| within 2 blocks | 1.000 |" in text
-    sheet = contact_sheet.contact_sheet(result[0].clips, examples=2, columns=5, scale=2)
+    sheet = contact_sheet.contact_sheet(result[0].clips, examples=2, columns=5)
     assert sheet.size == (2 * (5 * 66 + 8) - 8, 7 * (64 + 18))
     # The first tile of the first row is the first frame of the first real clip.
     tile = np.asarray(sheet)[14 : 14 + 64 : 2, 0:64:2]

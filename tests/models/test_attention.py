@@ -1,4 +1,4 @@
-"""Attention kernels against the XLA one, and the ring's running softmax against the whole."""
+"""Compare attention kernels with XLA's, and the ring's running softmax with the softmax of all keys."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def test_auto_is_xla_on_the_cpu():
 
 @pytest.mark.parametrize("dtype,atol", [("float32", 1e-6), ("bfloat16", 0.02)])
 def test_queries_in_chunks_equal_float64(monkeypatch, dtype, atol):
-    """Lengths that no chunk divides, two batch entries, a mask; value and gradient."""
+    """Compare value and gradient for lengths that no chunk divides, two examples and a mask."""
     monkeypatch.setattr(attention, "CHUNKED", 0)
     monkeypatch.setattr(attention, "QUERIES", 4)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Blocks written to a cache and taken back: what a block could see before it sees again."""
+"""Blocks are written to a cache and removed again; a block then attends to what it attended to before."""
 
 import dataclasses
 

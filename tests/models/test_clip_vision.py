@@ -48,7 +48,7 @@ def test_the_last_layer_is_not_read_and_the_first_is():
 
 
 def test_bicubic_weights():
-    """They add up to one, leave a picture of the right size alone, know no side, and halve a picture as by hand."""
+    """Rows sum to one, keep an image of the target size, are symmetric, and halve an image as computed by hand."""
     for size, target in ((30, 12), (7, 12), (224, 224), (5, 1)):
         matrix = clip_vision.bicubic_matrix(size, target)
         np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Float32 is float32 on accelerators: products say it in the programs lowered for GPU and TPU, whatever the default is.
+"""Products of float32 ask for full precision in programs lowered for GPU and TPU, whatever the default is.
 
 Compilers multiply float32 in TF32 or bfloat16 unless a product asks for all its bits.
 """
@@ -24,7 +24,7 @@ def spec(*shape):
 
 
 def products(function, platform, *inputs):
-    """The products and convolutions of ``function`` lowered for ``platform``, as (both operands are float32, line)."""
+    """Return products and convolutions of ``function`` lowered for ``platform``: (both operands are float32, line)."""
     with constraints.lowering_for(platform), jax.default_matmul_precision(None):
         text = jax.jit(function).trace(*inputs).lower(lowering_platforms=(platform,)).as_text()
     lines = PRODUCT.findall(text)

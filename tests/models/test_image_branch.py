@@ -1,4 +1,4 @@
-"""Image to video: parity with diffusers, the three readings with image rows, the condition channels."""
+"""Image to video: parity with diffusers, the three forward modes with image tokens, the condition channels."""
 
 import dataclasses
 import functools
@@ -23,14 +23,14 @@ CAUSAL = CausalConfig(2)
 
 @functools.cache
 def params():
-    """Random in every parameter, the head and the modulation tables included."""
+    """Return parameters that are all random, also the head and the modulation tables."""
     state = golden.random_weights(network_of(CONFIG).shapes(CONFIG, "original"), 1)
     return load(state, config=CONFIG)[0]
 
 
 @functools.cache
 def inputs():
-    """Two blocks of two frames, timesteps equal inside a block, text and image rows."""
+    """Return two blocks of two frames, timesteps that are equal inside a block, text and image embeddings."""
     keys = jax.random.split(jax.random.key(0), 4)
     return (
         jax.random.normal(keys[0], (2, 4, 4, 4, CONFIG.in_channels)),
@@ -89,7 +89,7 @@ def test_the_three_readings_agree():
 
 
 def test_teacher_forcing_sees_the_image_too():
-    """The first noisy block sees no clean one, so it is the first block of the plain reading."""
+    """The first noisy block attends to no clean one, so it equals the first block without clean copies."""
     x, t, text, image = inputs()
     forced = jax.jit(functools.partial(transformer.block_causal, config=CONFIG, causal=CAUSAL))(
         params(), x, t, text, image, clean=x[::-1]

@@ -1,4 +1,4 @@
-"""Keys and values in 8 bits: the error against numpy, the bytes, and everything that a stream does with its cache."""
+"""Keys and values in 8 bits: the error against numpy, the bytes, and all operations of a stream on its cache."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ CAUSAL = CausalConfig(frames_per_block=1, window=3, sink=1)
 FULL = dataclasses.replace(tiny.RECIPE, causal=CAUSAL)
 INT8 = dataclasses.replace(FULL, student=dataclasses.replace(FULL.student, kv_cache="int8"))
 TOLERANCE = 0.02
-"""Root mean square difference of the latents of a stream, over their standard deviation."""
+"""Return the root mean square difference of the latents of a stream, over their standard deviation."""
 
 
 @pytest.fixture(scope="module")

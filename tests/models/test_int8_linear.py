@@ -1,4 +1,4 @@
-"""Linear layers in 8 bits against NumPy's integers: the rounding, the error, the bytes, and what streams with them."""
+"""Linear layers in 8 bits against NumPy's integers: the rounding, the error, the bytes, and streams with them."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 
 def arrays(inputs=200, outputs=24, seed=0):
-    """Return x ``[2, 5, inputs]``, W and b; channels and tokens have sizes of their own, and a token is zero."""
+    """Return x ``[2, 5, inputs]``, W and b; channels and tokens differ in magnitude, and one token is zero."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((2, 5, inputs)) * np.geomspace(1e-2, 1e2, 10).reshape(2, 5, 1)
     x[1, 2] = 0.0
@@ -39,7 +39,7 @@ def arrays(inputs=200, outputs=24, seed=0):
 
 
 def integers(x, axis):
-    """Return what :func:`quantize` promises, in float64 and int64."""
+    """Return the result of :func:`quantize` by its formula, in float64 and int64."""
     scale = np.abs(x).max(axis, keepdims=True).astype(np.float64) / 127
     return np.rint(x / np.where(scale > 0, scale, 1)).astype(np.int64), scale
 
@@ -99,7 +99,7 @@ def test_bytes_of_14b_halve_and_the_plan_and_the_estimate_know():
 
 
 def test_a_stream_through_the_pipeline(folder, tmp_path):
-    """Loaded weights are int8, a stream is near that of float32, and is the same bits saved, batched and stacked."""
+    """Loaded weights are int8; a stream is near float32's, and saved, batched or stacked it has the same bits."""
     pipes = {kind: cv.load(recipe, checkpoint=folder) for kind, recipe in (("full", FULL), ("int8", INT8))}
     held, shapes = pipes["int8"].params["student"], transformer.inference(INT8.student, unstacked=True)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), held) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)

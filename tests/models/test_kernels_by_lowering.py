@@ -1,4 +1,4 @@
-"""Which kernels the readings of the network call on a GPU and a TPU, in programs lowered for them here.
+"""Name the kernels that the forward modes call on a GPU and a TPU, in programs lowered for these devices.
 
 Lowering asks cuDNN for nothing but its version, which is stated (9.10) where it is not installed. That the kernels
 compute what they should is another matter: numerically they are compared where such a device is at hand.
@@ -23,7 +23,7 @@ CALL = re.compile(r"custom_call @(__cudnn\$\w+)\(.*?mask_type\\22: \\22(\w+)\\22
 
 
 def lowered(reading: str, platform: str) -> str:
-    """StableHLO of a reading, every array's shape as in a run."""
+    """Return the StableHLO of a forward mode, with the shapes of a run."""
     spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     params = transformer.inference(CONFIG)
     frames = 4 if reading == "bidirectional" else 2

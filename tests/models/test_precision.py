@@ -1,4 +1,4 @@
-"""The roundings of published code against PyTorch's own, and that parameters kept narrow lose nothing."""
+"""Compare the roundings of published code with PyTorch's; parameters stored in a narrow type give the same bits."""
 
 import dataclasses
 
@@ -58,7 +58,7 @@ def test_narrow_parameters_give_the_same_bits(drawn, column):
 
 
 def test_in_float32_absolute_positions_change_nothing(drawn):
-    """A stream's second block by both columns: only differences of positions matter."""
+    """Compute a stream's second block by both policies: only differences of positions matter."""
     flat, inputs = drawn
     params, causal = store.unflatten(flat), CausalConfig(frames_per_block=1, window=2)
     step = jax.jit(transformer.cached, static_argnames=("config", "causal"))

@@ -1,4 +1,4 @@
-"""Whatever a layer keeps for its backward pass, the gradient is the same; what is kept is what the policy says."""
+"""The gradient is the same whatever a layer keeps for its backward pass, and it keeps what the policy names."""
 
 import dataclasses
 import typing

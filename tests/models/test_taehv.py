@@ -1,4 +1,4 @@
-"""The tiny codec: PyTorch's numbers, streams equal to the whole, strict causality, the published size."""
+"""The tiny codec: parity with PyTorch, chunks that equal the whole clip, causality, the published size."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ decode = jax.jit(functools.partial(taehv.decode, config=SMALL), static_argnames=
 
 @functools.cache
 def small_params():
-    """Random in every parameter."""
+    """Return parameters that are all random."""
     return load(golden.random_weights(network_of(SMALL).shapes(SMALL, "original"), 1), config=SMALL)[0]
 
 
@@ -108,7 +108,7 @@ def test_clamp():
 
 
 def test_a_stream_can_show_its_frames_through_either_decoder():
-    """Same arguments, same shapes and types as the large VAE, with each one's own parameters and cache."""
+    """Arguments, shapes and types are those of the large VAE; parameters and cache are its own."""
     for name in ("decode", "decode_chunk", "init_decode_cache", "encode", "time_factor", "space_factor"):
         ours, theirs = (list(inspect.signature(getattr(module, name)).parameters) for module in (taehv, vae))
         assert ours == theirs, name
@@ -151,7 +151,7 @@ def test_bfloat16_stays_close():
 
 
 def test_the_published_size():
-    """Counts of the published network (taew2_1), and what its streaming decoder remembers at 480 x 832."""
+    """Count the parameters of the published network (taew2_1), and the bytes of its decoder's cache at 480 x 832."""
     tree = taehv.abstract(TAEHVConfig())
     counts = {net: sum(leaf.size for leaf in jax.tree.leaves(tree[net])) for net in tree}
     assert counts == {"encoder": 1_470_928, "decoder": 9_844_611}

@@ -1,4 +1,4 @@
-"""The DiT: parity with diffusers, and what the three readings owe each other."""
+"""The transformer: parity with diffusers, and equalities between the three forward modes."""
 
 import dataclasses
 import functools
@@ -22,14 +22,14 @@ BATCH, HEIGHT, WIDTH = 2, 4, 4
 
 @pytest.fixture(scope="module")
 def params():
-    """Random in every parameter, the head and the modulation tables included."""
+    """Return parameters that are all random, also the head and the modulation tables."""
     shapes = network_of(CONFIG).shapes(CONFIG, "original")
     state = golden.random_weights(shapes, 1)
     return load(state, config=CONFIG)[0]
 
 
 def inputs(frames: int, seed: int = 0):
-    """Latents, a timestep per frame equal inside blocks of three, and text."""
+    """Return latents, timesteps that are equal inside blocks of three frames, and text."""
     x_key, t_key, text_key = jax.random.split(jax.random.key(seed), 3)
     x = jax.random.normal(x_key, (BATCH, frames, HEIGHT, WIDTH, CONFIG.in_channels))
     t = jnp.repeat(jax.random.uniform(t_key, (BATCH, -(-frames // 3)), maxval=1000.0), 3, axis=1)[:, :frames]
@@ -52,7 +52,7 @@ def bidirectional(params, x, t, text):
 
 
 def stream(params, x, t, text, causal):
-    """Every block once through the cache."""
+    """Return the velocity of every block, one pass each through the cache."""
     text_cache = transformer.encode_text(params, text, config=CONFIG)
     size = {"batch": BATCH, "height": HEIGHT, "width": WIDTH, "frames": x.shape[1]}
     cache = transformer.init_cache(CONFIG, causal, **size, unstacked=isinstance(params["blocks"], tuple))
@@ -163,7 +163,7 @@ def test_one_block_of_the_whole_clip_is_the_bidirectional_reading(params):
 
 @pytest.mark.parametrize("causal", [CausalConfig(3), CausalConfig(3, window=6, sink=1)], ids=str)
 def test_teacher_forcing_equals_streaming_over_a_clean_cache(params, causal):
-    """Noisy block i over cached *clean* blocks, one by one, against one teacher-forced pass."""
+    """Noisy blocks that attend to cached *clean* blocks, one by one, equal one pass of teacher forcing."""
     noise = 150.0 if causal.window else 0.0  # of the context
     x, t, text = inputs(9)
     clean = inputs(9, seed=7)[0]
@@ -183,7 +183,7 @@ def test_teacher_forcing_equals_streaming_over_a_clean_cache(params, causal):
 
 
 def test_teacher_forcing_of_one_block_costs_no_clean_copy(params):
-    """The first block has no past: the same bits, and the same work, as without a clean copy."""
+    """The first block has no past, so it has the same bits and FLOPs as without a clean copy."""
     x, t, text = inputs(3)
     clean = inputs(3, seed=7)[0]
     causal = CausalConfig(3, window=9)
@@ -197,7 +197,7 @@ def test_teacher_forcing_of_one_block_costs_no_clean_copy(params):
 
 
 def test_a_rewritten_block_leaves_no_trace(params):
-    """Denoising steps of one block overwrite each other: the last one counts, whatever came before."""
+    """Denoising steps of one block overwrite each other, so the cache depends on the last one alone."""
     x, t, text = inputs(6)
     causal = CausalConfig(3, window=6)
     text_cache = transformer.encode_text(params, text, config=CONFIG)
@@ -209,7 +209,7 @@ def test_a_rewritten_block_leaves_no_trace(params):
 
 
 def test_relative_positions_keep_a_sink_at_a_fixed_distance(params):
-    """With a sink, far into a stream: the relative reading equals one at the point where the window first moved."""
+    """With a sink, a block far into a stream with relative positions equals the first one after the window moved."""
     causal = CausalConfig(3, window=6, sink=3, positions="relative")
     frame = jnp.array([0, 1, 2, 33, 34, 35, 30, 31, 32])
     positions = transformer.read_positions(frame, jnp.int32(33), 3, causal)
@@ -233,7 +233,7 @@ def test_rope_has_no_length_limit_and_depends_on_differences_only():
 
 
 def test_rope_equals_complex_multiplication():
-    """Interleaved pairs as complex numbers, frequencies from the formula, split 22/21/21 at D = 128."""
+    """Compare with interleaved pairs as complex numbers and frequencies by the formula, split 22/21/21 at D = 128."""
     assert rope.axis_pairs(128) == (22, 21, 21)
     x = np.random.default_rng(0).standard_normal((1, 2, 6, 1, 20))
     positions = np.array([3, 11])
@@ -289,7 +289,7 @@ def test_a_cache_without_window_needs_a_length():
 
 @pytest.mark.parametrize("causal", [*CAUSALS[2:4], CausalConfig(3, window=3, sink=2, positions="relative")], ids=str)
 def test_layers_of_their_own_compute_what_stacked_ones_do(params, causal):
-    """Every forward mode, every slot of the cache; only the order of columns in a head and the rounding differ."""
+    """Compare every forward mode and cache slot; only the order of columns in a head and the rounding may differ."""
     x, t, text = inputs(9)
     own = transformer.unstack(params, CONFIG)
     assert len(own["blocks"]) == CONFIG.num_layers
@@ -301,7 +301,7 @@ def test_layers_of_their_own_compute_what_stacked_ones_do(params, causal):
 
 
 def test_a_stream_of_a_million_frames_is_as_exact_as_its_first():
-    """Rotated by its position in the stream, a key meets a query under the angle of their distance, float64's."""
+    """The product of a rotated key and query depends on their distance alone, with the angle of float64."""
     grid = {"rows": 2, "columns": 3, "head_dim": 24, "theta": 10000.0}
     distance, frequencies = 20, 10000.0 ** (-np.arange(4) / 4)
     for start in (0, 1_000_000):

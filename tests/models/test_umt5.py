@@ -1,4 +1,4 @@
-"""The UMT5 encoder: parity with transformers, and what padding may not do."""
+"""The UMT5 encoder: parity with transformers, and embeddings that do not depend on padding."""
 
 import functools
 import math
@@ -81,7 +81,7 @@ def test_init_has_the_abstract_shapes_and_layers_that_differ():
 
 
 def test_padding_changes_nothing(arrays, params):
-    """Neither its tokens, bit for bit, nor its amount, up to rounding; its own rows are zero."""
+    """Tokens of the padding change no bit, its length changes rounding alone, and its rows are zero."""
     ids, mask = arrays["short_ids"], arrays["short_mask"]
     rows = encode(params, ids, mask)
     assert not rows[~mask].any()

@@ -1,4 +1,4 @@
-"""What a stream sees are the first slots of its cache, which cuDNN is told as a length instead of a mask."""
+"""A stream attends to the first slots of its cache, so cuDNN gets a length instead of a mask."""
 
 import itertools
 

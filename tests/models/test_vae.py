@@ -1,4 +1,4 @@
-"""The video VAE: diffusers' numbers, streams equal to the whole, strict causality, the published size."""
+"""The video VAE: parity with diffusers, chunks that equal the whole clip, causality, the published size."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ def golden():
 
 @functools.cache
 def small_params():
-    """Random parameters of SMALL, gammas too; the head's kernel small enough that no output is clamped."""
+    """Return random parameters of SMALL, gammas too; the head's kernel is so small that no output is clamped."""
     leaves, structure = jax.tree.flatten(vae.init(jax.random.key(0), SMALL))
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
@@ -132,7 +132,7 @@ def test_the_future_does_not_change_the_past():
 
 
 def test_gradients_are_finite_and_reach_every_parameter():
-    """A black clip makes exact zeros in front of norms, where a careless norm has a NaN gradient."""
+    """A black clip gives exact zeros before norms, where a norm without a lower limit has a NaN gradient."""
     frames = jnp.zeros((1, 5, 8, 12, 3))
     zeroed = jax.tree.map(lambda x: x, small_params())
     zeroed["encoder"]["conv1"]["bias"] = jnp.zeros(SMALL.base_dim)
@@ -201,7 +201,7 @@ def test_bfloat16_stays_close():
 
 
 def test_the_published_size():
-    """Counts of the published checkpoint, and the shapes that the published streaming decoder keeps."""
+    """Count the parameters of the published checkpoint, and compare cache shapes with the published decoder's."""
     tree = vae.abstract(VAEConfig())
 
     def count(tree):

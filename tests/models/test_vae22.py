@@ -1,4 +1,4 @@
-"""The VAE of Wan2.2-TI2V-5B: the published keys and size, its parameter-free paths, streams equal to the whole."""
+"""The VAE of Wan2.2-TI2V-5B: published keys and size, parameter-free shortcuts, chunks that equal the whole clip."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Every reading on a mesh of eight pretended devices equals the same reading on one, and so do its gradients."""
+"""Every forward mode on a mesh of eight simulated devices equals that on one device, and so do its gradients."""
 
 import functools
 

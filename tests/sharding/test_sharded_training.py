@@ -1,4 +1,4 @@
-"""Teacher, init and DMD steps on meshes of eight pretended devices take the same step as on one."""
+"""Steps of teacher, init and DMD on meshes of eight simulated devices equal those on one device."""
 
 import dataclasses
 import pathlib
@@ -74,7 +74,7 @@ MESHES = {
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """Random weights of the stages that came before, and random datasets."""
+    """Make random weights of the earlier stages, and random datasets."""
     folder = tmp_path_factory.mktemp("sharded")
     rng = np.random.default_rng(0)
 
@@ -102,11 +102,11 @@ def workdir(tmp_path_factory):
 
 
 class Stopped(Exception):
-    """Ends a run from within."""
+    """Raised to end a run from a step."""
 
 
 def take_steps(name, recipe, workdir, count=2, at_start=lambda run, state: state):
-    """Losses of ``count`` steps of a stage and its state after them, still on the devices."""
+    """Return the losses of ``count`` steps of a stage and its state after them, still on the devices."""
     losses = []
 
     def after_step(run, state, metrics):

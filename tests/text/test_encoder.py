@@ -114,11 +114,11 @@ def test_the_files_it_looks_for(folder, tmp_path):
         ConfigError, match="tokenizer of google/umt5-xxl; accepted: text_encoder/tokenizer.json, tokenizer/.*"
     ):
         encoder.open_encoder(RECIPE, tmp_path)
-    given = folder / "text_encoder" / "tokenizer.json"
-    digest = encoder.open_encoder(RECIPE, tmp_path, tokenizer=given).tokenizer.digest
+    file = folder / "text_encoder" / "tokenizer.json"
+    digest = encoder.open_encoder(RECIPE, folder).tokenizer.digest
     published = tmp_path / "google" / "umt5-xxl" / "tokenizer.json"
     published.parent.mkdir(parents=True)
-    published.write_text(given.read_text())
+    published.write_text(file.read_text())
     reader = encoder.open_encoder(RECIPE, tmp_path)
     assert reader.tokenizer.digest == digest and reader.cache.folder == pathlib.Path(tmp_path) / "prompts"
     assert reader.cache.weights == store.open_own(weights)[1] and reader.cache.dtype == "float32"

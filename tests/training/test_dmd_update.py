@@ -21,7 +21,7 @@ NULL = jnp.zeros((1, 1))
 
 
 def velocity(params, x, timestep, text):
-    """E[noise - x0 | x_t] for data N(mean, exp(log_std)^2)."""
+    """Return E[noise - x0 | x_t] for data N(mean, exp(log_std)^2)."""
     sigma, variance = flow.expand(timestep / 1000, x), jnp.exp(2 * params["log_std"])
     gain = (sigma - (1 - sigma) * variance) / ((1 - sigma) ** 2 * variance + sigma**2)
     return -params["mean"] + gain * (x - (1 - sigma) * params["mean"])
@@ -38,7 +38,7 @@ def gaussian(mean, std):
 
 @pytest.fixture(autouse=True)
 def gaussian_networks(monkeypatch):
-    """Gaussians in the place of the three networks and of the rollout."""
+    """Replace the three networks and the rollout by Gaussians."""
 
     def score(params, x, timestep, text, *, recipe, clean=None, picture=None):
         return velocity(params, x, timestep, text)
@@ -126,7 +126,7 @@ def test_step_equals_the_unrolled_one():
 
 
 def test_student_reaches_the_data_with_a_learnt_fake_score():
-    """The whole method: nothing but the teacher's velocity knows the data, and the fake score is learnt on the way."""
+    """Run the whole method: only the teacher's velocity depends on the data, and the fake score is trained."""
     distill = DistillStageConfig(critic_steps=5, guidance_scale=1.0, optimizer=OptimizerConfig(ema_decay=0.98))
     student_optimizer = optax.adam(optax.exponential_decay(0.03, 200, 0.4))
     fake_optimizer = optax.adam(optax.exponential_decay(0.03, 1000, 0.5))
@@ -158,7 +158,7 @@ def test_ema_off_is_the_student_and_wrong_batches_are_refused():
 
 
 def test_rollouts_go_on_where_the_one_before_them_ended(monkeypatch):
-    """Rollouts that count: each ends three above where it starts, and one that goes on starts from its past."""
+    """Replace rollouts by counting: each ends three above its start, and one that continues starts from its past."""
     seen = []
 
     def count(params, batch, key):

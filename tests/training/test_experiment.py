@@ -1,4 +1,4 @@
-"""Experiments: every row trains its own stages for every seed, is measured alike, continues, and is drawn."""
+"""Experiments: every row trains its stages for every seed, is measured, continues after a stop, and is drawn."""
 
 import json
 

@@ -11,7 +11,7 @@ class Clock:
 
 
 class Array:
-    """An output that the device finishes at a given time."""
+    """An array that becomes ready at a set time."""
 
     def __init__(self, clock, done):
         self._clock, self._done = clock, done

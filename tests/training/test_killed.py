@@ -1,4 +1,4 @@
-"""A run that is killed with -9 again and again, saves included, ends with the parameters of one that never was.
+"""A run that is killed by signal 9 many times, also during saves, ends with the parameters of an uninterrupted one.
 
 Every step saves, so that most kills fall into a save. ``CAUSVID_JAX_KILLS=30`` for more than the few of every day.
 """
@@ -38,7 +38,7 @@ def start(workdir, steps=STEPS):
 
 
 def committed(workdir):
-    """The newest step whose checksums were complete when the process died."""
+    """Return the newest step whose checksums were complete when the process died."""
     folder = workdir / "tiny" / "checkpoints"
     whole = [int(path.parent.name) for path in folder.glob("*/checksums.0-of-1.json") if path.parent.name.isdecimal()]
     return max(whole, default=0)
@@ -79,7 +79,7 @@ def test_killed_again_and_again_it_ends_like_a_run_that_never_was(tmp_path):
 
 
 def test_a_second_run_in_the_same_folder_waits_and_is_refused_until_the_first_is_gone(tmp_path):
-    """It would remove the checkpoint that the first is writing."""
+    """A second run would remove the checkpoint that the first one is writing."""
     first = start(tmp_path, steps=10**6)
     assert first.stdout.readline() == "step\n", first.stderr.read()
     name = f"process {first.pid} on {socket.gethostname()}"

@@ -1,4 +1,4 @@
-"""Stages that train adapters: the base stays, optimizer and EMA hold the adapters alone, the files say the same."""
+"""Stages that train adapters: the base is constant, and optimizer, EMA and files hold the adapters alone."""
 
 import dataclasses
 

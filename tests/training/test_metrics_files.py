@@ -1,4 +1,4 @@
-"""Metrics files: what is written, and that a resumed run holds every step once."""
+"""Metrics files: their records, and that those of a resumed run have every step once."""
 
 import json
 

@@ -14,7 +14,7 @@ CONFIG = OptimizerConfig(learning_rate=0.1, warmup_steps=2, b1=0.9, b2=0.99, wei
 
 
 def rates(config, steps):
-    """Return rates: linear from 0, then constant, or half a wave down to 0 at the end and before each restart."""
+    """Return the rates: linear from 0, then constant, or half a wave down to 0 at the end and before each restart."""
     parts = np.diff([0, *(step for step in config.restarts if step < steps), steps])
     return np.concatenate([cycle(config, length) for length in parts])
 
@@ -29,7 +29,7 @@ def cycle(config, steps):
 
 
 def adamw(weights, gradients, config):
-    """AdamW by its formulas (arXiv 1711.05101), with decoupled decay, behind a clip of the gradient's norm."""
+    """Take a step of AdamW by its formulas (arXiv 1711.05101), after clipping by the gradient's norm."""
     mean = square = 0.0
     for step, (gradient, rate) in enumerate(zip(gradients, rates(config, len(gradients)), strict=True), 1):
         gradient = gradient * min(1.0, config.clip_norm / np.linalg.norm(gradient))
@@ -60,7 +60,7 @@ def test_frozen_groups_stay_and_the_others_move_by_the_formulas(schedule, restar
 
 
 def nadamw(weights, gradients, config):
-    """AdamW whose mean looks a step ahead (Dozat 2016), which is what goes with Muon."""
+    """Take a step of AdamW with Nesterov momentum (Dozat 2016), which Muon uses for its other parameters."""
     mean = square = np.zeros_like(weights)
     for step, (gradient, rate) in enumerate(zip(gradients, rates(config, len(gradients)), strict=True), 1):
         mean = config.b1 * mean + (1 - config.b1) * gradient
@@ -72,7 +72,7 @@ def nadamw(weights, gradients, config):
 
 
 def toward_orthogonal(matrix):
-    """Five quintic Newton-Schulz steps, from the norm of Frobenius 1, by their formula (Jordan 2024)."""
+    """Return five quintic Newton-Schulz steps from Frobenius norm 1, by their formula (Jordan 2024)."""
     x = matrix / (np.linalg.norm(matrix) + 1e-8)
     for _ in range(5):
         x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
@@ -80,7 +80,7 @@ def toward_orthogonal(matrix):
 
 
 def muon(weights, gradients, config):
-    """Muon by its formulas, each matrix of ``weights [L, in, out]`` by itself; the clip counts all there is."""
+    """Take a step of Muon by its formulas, each matrix of ``weights [L, in, out]`` alone, after a common clipping."""
     mean, beta = np.zeros_like(weights), MUON_MOMENTUM
     for step, (gradient, rate) in enumerate(zip(gradients, rates(config, len(gradients)), strict=True), 1):
         mean = beta * mean + (1 - beta) * gradient

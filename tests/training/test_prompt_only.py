@@ -1,4 +1,4 @@
-"""Self rollouts read prompts alone: no video is needed."""
+"""Self rollouts read only prompts, so no video is needed."""
 
 import shutil
 

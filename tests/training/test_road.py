@@ -1,4 +1,4 @@
-"""The road of a recipe from nothing: all legs in order, interrupted and continued, and again to the same bits."""
+"""All legs of a recipe's road in order, interrupted and continued; a second road gives the same bits."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What becomes of a run whose loss, disk or checkpoints go bad; oracles are runs to which nothing happened."""
+"""Runs with bad losses, full disks or damaged checkpoints, compared with undisturbed runs."""
 
 import dataclasses
 import errno
@@ -38,7 +38,7 @@ def steps_of(workdir):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """An uninterrupted run of 6 steps, checkpoints at 2, 4 and 6."""
+    """Return an uninterrupted run of 6 steps with checkpoints at 2, 4 and 6."""
     workdir = tmp_path_factory.mktemp("finished")
     run(workdir)
     return workdir
@@ -199,7 +199,7 @@ def without(number):
 
 
 def examples(number):
-    """Numbers of the examples of a batch, as the log writes them."""
+    """Return the numbers of the examples of a batch as in the log."""
     batches = tiny_run.read_batches(batch_size=CONFIG.batch_size, frames=0, seed=CONFIG.seed)
     for _ in range(number):
         batch = next(batches)
@@ -276,7 +276,7 @@ DISK = 4 * 2**20
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of ``DISK`` bytes, where this user may make one."""
+    """Return a disk of ``DISK`` bytes, if this user may make one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = shutil.which("mount")

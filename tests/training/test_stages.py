@@ -1,4 +1,4 @@
-"""The four stages, tiny, in order: each trains, and stopped and resumed ends bit for bit where it would have."""
+"""The four stages in order on the tiny recipe: each trains, and a resumed run has the bits of an uninterrupted one."""
 
 import json
 import os
@@ -24,7 +24,7 @@ PREPARED = {"vae": "data", "teacher": "latents", "init": "trajectories"}
 
 @pytest.fixture(scope="module")
 def road(tmp_path_factory) -> pathlib.Path:
-    """A working directory in which every stage ran once, uninterrupted."""
+    """Return a working directory in which every stage ran once, uninterrupted."""
     workdir = tmp_path_factory.mktemp("road")
     for name in stages.TRAINERS:
         if name in PREPARED:
@@ -212,7 +212,7 @@ def test_a_checkpoint_holds_networks_optimizers_averages_and_recipe(road):
 
 
 def linked(folder, road, *names):
-    """A working directory with some folders of ``road``."""
+    """Return a working directory with some folders of ``road``."""
     folder.mkdir()
     for name in names:
         (folder / name).symlink_to(road / name)
@@ -244,7 +244,7 @@ def test_weights_to_start_with_that_do_not_fit_are_refused_by_name(road, tmp_pat
 
 
 def test_the_tiny_decoder_learns_from_streams_of_the_student(road, tmp_path):
-    """What it is given is what was written: the loss of its first step, computed by hand."""
+    """The loss of the first step, computed by hand, shows that the stage reads what was written."""
     for other in ("vae", "data", "distill"):
         (tmp_path / other).mkdir() if other == "data" else (tmp_path / other).symlink_to(road / other)
     (tmp_path / "data" / "moving_digits").symlink_to(road / "data" / "moving_digits")

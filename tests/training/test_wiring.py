@@ -1,6 +1,7 @@
-"""What the trainers wire together: networks, lengths, text, keys; on random weights, against formulas."""
+"""Inputs that the trainers pass to losses (networks, lengths, text, keys), against formulas on random weights."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from causvid_jax.checkpoints import store
 from causvid_jax.config import ConfigError
 from causvid_jax.distill import rollout
 from causvid_jax.models import transformer
-from causvid_jax.training import dmd, flow_matching, update, weights
+from causvid_jax.training import consistency, dmd, flow_matching, update, weights
 from tests import tiny
 
 
@@ -73,6 +74,10 @@ def test_lengths_that_do_not_fit_are_refused():
         tiny.tiny_recipe(causal={"frames_per_block": 3, "window": 3}, train_distill={"frames": 5})
     with pytest.raises(ConfigError, match=r"continues the last 3 latent frames \(causal.window 4\) .* which has 2"):
         tiny.tiny_recipe(causal={"window": 4}, train_distill={"frames": 2, "continuation_prob": 0.5})
+    short = {"loss_frames": 1, "loss_window": "last", "continuation_prob": 0.5}
+    with pytest.raises(ConfigError, match="loss_frames is 1 .* continues the last 2 latent frames .* at least 2"):
+        tiny.tiny_recipe(causal={"window": 3}, train_distill=short)
+    tiny.tiny_recipe(causal={"window": 2}, train_distill=short)
 
 
 def test_prompt_switches_in_parts_of_one_clip_are_refused():
@@ -94,7 +99,7 @@ def batch_of(size=6):
 
 @pytest.fixture
 def inputs(monkeypatch):
-    """What the networks read; their velocity is ``x / 2`` plus a tenth of the mean of the text of each clip."""
+    """Record the networks' inputs; the velocity is ``x / 2`` plus a tenth of the mean of each clip's text."""
     seen = {}
 
     def network(params, x, timestep, text, **options):
@@ -160,6 +165,24 @@ def test_causal_loss_matches_numpy(inputs):
     np.testing.assert_allclose(inputs["x"], 0.25 * batch["latents"] + 0.75, atol=1e-6)
 
 
+@pytest.mark.parametrize("stage", ["causal", "consistency"])
+def test_the_noise_of_the_context_is_not_that_of_the_target(inputs, stage):
+    """``fold_in(key, 1)`` is ``split(key)[1]``, so the same number of both would give the same noise."""
+    causal = {"context_noise": 500.0, "add_context_noise": "always"}
+    recipe = tiny.tiny_recipe(causal=causal, train_causal={"prompt_switch_prob": 0.0})
+    batch, key = batch_of(), jax.random.key(7)
+    if stage == "causal":
+        flow_matching.causal_loss(None, batch, key, recipe=recipe)
+    else:
+        state = types.SimpleNamespace(network=types.SimpleNamespace(averaged=None), step=0)
+        consistency.consistency_loss(None, batch, key, state=state, frozen=(None, NEGATIVE), recipe=recipe)
+    sigma = inputs["timestep"][:, :, None, None, None] / 1000
+    target = (inputs["x"] - (1 - sigma) * batch["latents"]) / sigma
+    context = (inputs["clean"] - 0.5 * batch["latents"]) / 0.5
+    np.testing.assert_allclose([target.std(), context.std()], 1, atol=0.1)
+    assert abs(np.corrcoef(target.ravel(), context.ravel())[0, 1]) < 0.1
+
+
 # ---- distillation ---------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +230,7 @@ def test_the_causal_teacher_is_read_as_it_was_trained(inputs):
 
 
 def test_optimizers_and_text_of_the_distillation(workdir, monkeypatch, only_traced):
-    """Each network has an optimizer and steps of its own; the real score reads captions and the negative prompt."""
+    """Each network has its own optimizer and steps; the real score reads captions and the negative prompt."""
     made, inputs, captions = [], [], []
     original, embeds = dmd.make_optimizer, weights.prompt_embeds
     monkeypatch.setattr(

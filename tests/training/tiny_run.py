@@ -1,4 +1,4 @@
-"""The smallest run there is, for tests of what becomes of runs: least squares by the real run, step and pipeline.
+"""A least-squares run with the real run, step and pipeline, for tests of interrupted and failing runs.
 
 As a program it says "step" when training begins and then trains: ``python tiny_run.py WORKDIR STEPS SIZE``.
 """
@@ -34,7 +34,7 @@ CONFIG = StageConfig(
 
 
 class Examples:
-    """Example i is 4 numbers that only i decides."""
+    """Return example i: 4 numbers that depend on i alone."""
 
     def __len__(self):
         return 50
@@ -72,7 +72,7 @@ def train(
     before_step: Callable[[], None] = lambda: None,
     export: Callable[[Any], Any] = lambda state: {"params": state.network.params, "ema": state.network.ema},
 ) -> None:
-    """Train; ``change(number of the batch from 1, batch)`` may spoil a batch."""
+    """Train; ``change(number of the batch from 1, batch)`` may change a batch."""
     numbers = iter(range(1, 10**6))
     with open_run("tiny", Recipe(name="tiny"), config, workdir, Placement()) as run:
         state, step = run.restore(initial_state(config, size)), train_step(config)
@@ -84,7 +84,7 @@ def train(
 
 
 def weights(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    """What a finished run exported."""
+    """Return the weights that a finished run wrote."""
     return store.flatten(store.load_params(workdir / "tiny" / "weights.safetensors")[0])
 
 

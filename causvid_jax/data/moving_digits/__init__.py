@@ -25,10 +25,13 @@ def _is_complete(builder: Builder) -> bool:
 def prepare(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig) -> Builder:
     """Write the dataset of ``data`` and ``video`` under ``data_dir``, or reuse it if it is complete.
 
-    Remains of an interrupted run are removed; a dataset of another number of clips is replaced.
+    Remains of an interrupted run are removed. A dataset of another number of clips is replaced.
 
     Returns:
         the builder; ``builder.as_data_source("train")`` reads the clips.
+
+    Raises:
+        ConfigError: ``train_clips`` or ``test_clips`` is 0.
     """
     require(
         data.train_clips > 0 and data.test_clips > 0,
@@ -46,7 +49,7 @@ def prepare(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig) -
 
 
 def source(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig, split: str) -> Sequence[dict[str, Any]]:
-    """Open one split for random access: ``len(source)``, ``source[i] -> {"video", "caption", "held_out"}``.
+    """Open one split for random access: ``source[i]`` is ``{"video" uint8 [T, H, W, 3], "caption", "held_out"}``.
 
     Raises:
         ConfigError: the dataset has not been written, or files of it are missing.

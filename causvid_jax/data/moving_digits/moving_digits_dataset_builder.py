@@ -27,9 +27,9 @@ class MovingDigitsConfig(tfds.core.BuilderConfig):
 
     @classmethod
     def of(cls, data: DataConfig, video: VideoConfig) -> "MovingDigitsConfig":
-        """Return the builder configuration of a recipe. Its name has a digest of every field that changes a pixel.
+        """Return the builder configuration of a recipe. Its name contains a digest of every field that changes a pixel.
 
-        The number of clips is no part of the name: clip i is the same in a small and in a large dataset.
+        The number of clips is not in the name, since clip i is the same in a small and in a large dataset.
         """
         fixed = dataclasses.replace(data, train_clips=0, test_clips=0)
         fields = dataclasses.asdict(fixed)
@@ -43,9 +43,10 @@ class MovingDigitsConfig(tfds.core.BuilderConfig):
 
 
 def clip(data: DataConfig, video: VideoConfig, split: str, index: int) -> dict:
-    """Return clip ``index`` of ``split``, a function of (data.seed, split, index) for any number of clips.
+    """Return clip ``index`` of ``split``: ``{"video" uint8 [T, H, W, 3], "caption", "held_out"}``.
 
-    Test clips show ``test`` handwriting. Those of even index have a held-out caption, the others a training caption.
+    It depends on (data.seed, split, index) and not on the number of clips. Test clips show ``test`` handwriting. Those
+    of even index have a held-out caption (if ``held_out_fraction`` is positive), all others a training caption.
     """
     rng = np.random.default_rng([data.seed, 2 + SPLITS.index(split), index])
     pool = "test" if split == "test" and index % 2 == 0 and data.held_out_fraction > 0 else "train"
@@ -56,7 +57,7 @@ def clip(data: DataConfig, video: VideoConfig, split: str, index: int) -> dict:
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """Moving digits: ``video`` uint8 [T, H, W, 3], ``caption``, and ``held_out`` (no training clip has its caption).
+    """Moving digits: ``video`` uint8 [T, H, W, 3], ``caption``, ``held_out`` (no training clip has this caption).
 
     Example:
         ``Builder(data_dir=d, config=MovingDigitsConfig.of(data, video)).as_data_source("train")[0]["video"]``
