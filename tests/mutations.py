@@ -34,6 +34,7 @@ class Mutant:
 FLOW, SOLVERS = "tests/diffusion/test_flow.py", "tests/diffusion/test_solvers.py"
 DMD, ODE, ROLLOUT = "tests/distill/test_dmd.py", "tests/distill/test_ode_regression.py", "tests/distill/test_rollout.py"
 TRANSFORMER, STREAM = "tests/models/test_transformer.py", "tests/sampling/test_stream.py"
+ROLLING = "tests/sampling/test_rolling.py"
 CONTEXT = f"{STREAM}::test_finished_given_and_rewritten_blocks_are_written_at_the_context_noise"
 UPDATE, WIRING = "tests/training/test_dmd_update.py", "tests/training/test_wiring.py"
 SETTINGS = "tests/training/test_distill_settings.py::test_score_timesteps_follow_the_exit_step"
@@ -86,6 +87,7 @@ MUTANTS = [
     Mutant("distill/rollout.py", "rollout.causal.context_noise, jnp.float32)", "0.0, jnp.float32)", ROLLOUT),
     Mutant("distill/rollout.py", "if rollout.causal.context_pass:", "if not rollout.causal.context_pass:", ROLLOUT),
     Mutant("distill/rollout.py", "flow.add_noise(x0, noise(step + 1)", "flow.add_noise(x0, noise(step)", ROLLOUT),
+    Mutant("distill/exit_steps.py", "rows[min(block, len(rows) - 1)]", "rows[min(block, 1)]", ROLLOUT),
     Mutant("distill/exit_steps.py", "shared = jax.random.randint(key, (), 0, steps)", "shared = jax.random.randint(key, (), 0, steps - 1)", ROLLOUT),
     # Cache and rotary positions
     Mutant("models/kv_cache.py", "(index - causal.sink) % causal.window", "index % causal.window", TRANSFORMER),
@@ -112,6 +114,10 @@ MUTANTS = [
     Mutant("sampling/stream.py", "frames[:, LEAD : LEAD + 1], frames)", "frames, frames)", STREAM),
     Mutant("sampling/schedule.py", "step <= 1000.0 * strength + 1e-6", "step < 1000.0 * strength - 1e-6", STREAM),
     Mutant("sampling/player.py", "shown[:, 0] = image", "pass", "tests/sampling/test_player.py"),
+    Mutant("sampling/schedule.py", "row = jnp.minimum(block, len(first))", "row = jnp.minimum(block, 1)", STREAM),
+    Mutant("sampling/rolling.py", "stages = [age + place for place", "stages = [place for place", ROLLING),
+    Mutant("sampling/rolling.py", "jnp.repeat(timesteps[index], size)", "jnp.tile(timesteps[index], size)", ROLLING),
+    Mutant("sampling/rolling.py", "state.block + place, step, shape", "state.block, step, shape", ROLLING),
     # Updates
     Mutant("training/guard.py", "jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & finite", "jnp.isfinite(loss) & finite", WIRING),
     Mutant("training/guard.py", "(loss > config.bad_loss_factor * median)", "(loss < config.bad_loss_factor * median)", UPDATE),
