@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from causvid_jax.config import CausalConfig, ConfigError, TAEHVConfig
-from causvid_jax.data import arrays, digits, generate, moving_digits, pipeline
+from causvid_jax.data import arrays, digits, generate, moving_digits, pipeline, trajectories
 from causvid_jax.diffusion import flow
 from causvid_jax.distill.trajectories import teacher_trajectory
 from causvid_jax.media import to_uint8
@@ -141,7 +141,7 @@ def block_states(params, recipe, rows, null, past, noise):
 
 def test_short_and_whole_causal_trajectories_begin_with_different_noise():
     first = [
-        np.asarray(jax.random.normal(jax.random.fold_in(generate.causal_key(3, frames), 0), (frames or 7, 4)))[:1]
+        np.asarray(jax.random.normal(jax.random.fold_in(trajectories.causal_key(3, frames), 0), (frames or 7, 4)))[:1]
         for frames in (0, 1, 2)
     ]
     assert len({noise.tobytes() for noise in first}) == 3
