@@ -207,7 +207,7 @@ def write_trajectories(
             "seed": seed,
             **teacher_identity(params, recipe),
             "diffusion": to_json(diffusion),
-            **({"text": to_json(recipe.text)} if embedded else {}),
+            "text": to_json(recipe.text),
         },
         **options,
     )
@@ -288,6 +288,7 @@ def write_causal_trajectories(
             "diffusion": to_json(diffusion),
             "causal": to_json(recipe.causal),
             "prompt_switch_prob": recipe.train_init.prompt_switch_prob,
+            "text": to_json(recipe.text),
         },
         **options,
     )

@@ -147,6 +147,17 @@ def test_short_and_whole_causal_trajectories_begin_with_different_noise():
     assert len({noise.tobytes() for noise in first}) == 3
 
 
+def test_trajectories_of_another_negative_prompt_are_another_dataset(monkeypatch, tmp_path):
+    identities = []
+    monkeypatch.setattr(generate, "over_local_devices", lambda *_: (None, 1))
+    monkeypatch.setattr(generate, "generate", lambda *_, identity, **options: identities.append(identity))
+    for negative in ("", RECIPE.text.vocabulary[0]):
+        recipe = dataclasses.replace(RECIPE, text=dataclasses.replace(RECIPE.text, negative_prompt=negative))
+        generate.write_trajectories(tmp_path, {}, recipe, PROMPTS)
+        generate.write_causal_trajectories(tmp_path, {}, recipe, [], count=1, identity="clips")
+    assert identities[0] != identities[2] and identities[1] != identities[3]
+
+
 def test_causal_trajectories_are_those_of_a_stream_over_the_clean_past(tmp_path, teacher):
     recipe = dataclasses.replace(
         RECIPE,
