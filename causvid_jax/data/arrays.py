@@ -19,7 +19,7 @@ from causvid_jax.config import ConfigError, require
 from causvid_jax.config.files import atomic
 
 IDENTITY = "identity.json"
-ADDED = ("dtype",)
+ADDED = ("dtype", "text")
 """Settings of an identity that older datasets lack; such a dataset is accepted for any value of them."""
 _FINISHED = "FINISHED"
 

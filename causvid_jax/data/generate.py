@@ -20,20 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
-from einops import rearrange
 
 from causvid_jax.config import Recipe, VAEConfig, to_json
-from causvid_jax.data import arrays, captions, pictures, pipeline
+from causvid_jax.data import arrays, captions, pictures, pipeline, trajectories
 from causvid_jax.data.devices import over_local_devices
 from causvid_jax.data.identity import teacher_identity, weights_digest
-from causvid_jax.diffusion.guidance import guided_velocity, per_branch
-from causvid_jax.distill.ode_regression import splice
-from causvid_jax.distill.trajectories import teacher_trajectory
 from causvid_jax.media import to_float, to_uint8
-from causvid_jax.models import experts, transformer, vae
-from causvid_jax.models.image_branch import Picture, conditioned
+from causvid_jax.models import vae
 from causvid_jax.sampling import stream, weights
-from causvid_jax.sampling.teacher import expert_scale
 from causvid_jax.text import encoder
 
 CLIPS_AT_ONCE = 8
@@ -184,18 +178,8 @@ def write_trajectories(
     # Store the embeddings of a network; word embeddings are cheap to compute.
     embedded = recipe.text.kind != "words"
 
-    def trajectories(p: Any, numbers: jax.Array, embeds: jax.Array, *picture: jax.Array) -> jax.Array:
-        noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(numbers)
-        network = conditioned(experts.bidirectional, Picture(*picture) if picture else None, recipe.teacher)
-        network = functools.partial(network, p, config=recipe.teacher, experts=recipe.experts)
-        states = teacher_trajectory(
-            lambda x, timestep: guided_velocity(network, x, timestep, embeds, negative, expert_scale(recipe, timestep)),
-            noise,
-            diffusion,
-        )
-        return rearrange(states, "q b ... -> b q ...")
-
-    run, size = over_local_devices(trajectories, params, batch, chunk)
+    states_of = functools.partial(trajectories.bidirectional_states, recipe=recipe, key=key, negative=negative)
+    run, size = over_local_devices(states_of, params, batch, chunk)
 
     shapes: dict[str, Any] = {"trajectory": (len(diffusion.denoising_timesteps) + 1, *shape), **pictures.shapes(recipe)}
     if embedded:
@@ -223,20 +207,10 @@ def write_trajectories(
             "seed": seed,
             **teacher_identity(params, recipe),
             "diffusion": to_json(diffusion),
-            **({"text": to_json(recipe.text)} if embedded else {}),
+            "text": to_json(recipe.text),
         },
         **options,
     )
-
-
-def causal_key(seed: int, frames: int) -> jax.Array:
-    """Return the random key of the causal trajectories of ``frames`` latent frames (0: whole clips).
-
-    Each length has its own key. With one key for all, the first blocks of short and whole clips would have the same
-    noise, and both datasets would contain the same examples.
-    """
-    key = jax.random.key(seed)
-    return jax.random.fold_in(key, frames) if frames else key
 
 
 def write_causal_trajectories(
@@ -269,44 +243,15 @@ def write_causal_trajectories(
         count: number of trajectories.
         identity: identifies these clips, a digest or a name.
         frames: number of latent frames of every clip, from its first one on; 0: all.
-        seed: seed of :func:`causal_key`.
+        seed: seed of :func:`trajectories.causal_key`.
         batch, prompt_encoder: as in :func:`write_trajectories`.
     """
-    whole, diffusion, key = recipe.latent_shape, recipe.trajectory_diffusion, causal_key(seed, frames)
+    whole, diffusion, key = recipe.latent_shape, recipe.trajectory_diffusion, trajectories.causal_key(seed, frames)
     shape = (frames or whole[0], *whole[1:])
-    sizes, switched = recipe.causal.block_sizes(shape[0]), recipe.train_init.prompt_switch_prob
     reader = prompt_encoder or encoder.open_encoder(recipe)
     negative = jnp.asarray(encoder.negative_prompt_embeds(reader))
-
-    def trajectories(
-        p: Any, numbers: jax.Array, embeds: jax.Array, own: jax.Array, other: jax.Array, *picture: jax.Array
-    ) -> jax.Array:
-        block_causal = conditioned(transformer.block_causal, Picture(*picture) if picture else None, recipe.teacher)
-        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(numbers)
-        noise = jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 0])
-        past = jax.vmap(lambda k: splice(k, 1, sizes, switched)[0])(keys[:, 1])
-        context = jnp.where(past[:, :, None, None, None], other, own)
-
-        def network(x: jax.Array, timestep: jax.Array, embeds: jax.Array) -> jax.Array:
-            return block_causal(
-                p,
-                x,
-                timestep,
-                embeds,
-                config=recipe.teacher,
-                causal=recipe.causal,
-                clean=per_branch(context, x),
-                clean_timestep=recipe.causal.context_noise,
-            )
-
-        states = teacher_trajectory(
-            lambda x, timestep: guided_velocity(network, x, timestep, embeds, negative, diffusion.guidance_scale),
-            noise,
-            diffusion,
-        )
-        return rearrange([*states, context], "q b ... -> b q ...")
-
-    run, size = over_local_devices(trajectories, params, batch, chunk)
+    states_of = functools.partial(trajectories.causal_states, recipe=recipe, key=key, negative=negative)
+    run, size = over_local_devices(states_of, params, batch, chunk)
     shapes = {"trajectory": (len(diffusion.denoising_timesteps) + 1, *shape), "context": shape}
     shapes |= pictures.shapes(recipe, shape[0])
 
@@ -342,7 +287,8 @@ def write_causal_trajectories(
             "teacher": weights_digest(params),
             "diffusion": to_json(diffusion),
             "causal": to_json(recipe.causal),
-            "prompt_switch_prob": switched,
+            "prompt_switch_prob": recipe.train_init.prompt_switch_prob,
+            "text": to_json(recipe.text),
         },
         **options,
     )
@@ -382,8 +328,8 @@ def write_streams(
         ConfigError: ``clips`` clips are not a whole number of blocks.
     """
     recipe = dataclasses.replace(recipe, decoder="vae")
-    length, frames_per_clip = recipe.video.latent_frames, recipe.video.frames
-    sizes, factor = recipe.causal.block_sizes(clips * length), vae.time_factor(recipe.vae)
+    length, frames_per_clip, factor = recipe.video.latent_frames, recipe.video.frames, vae.time_factor(recipe.vae)
+    recipe.causal.block_sizes(clips * length)  # refuses an impossible number of clips
     reader, batch = prompt_encoder or encoder.open_encoder(recipe), min(batch, chunk)
     streamed = weights.for_stream(jax.tree.map(jnp.asarray, params), recipe)
 
@@ -391,14 +337,7 @@ def write_streams(
         # Pad a short last batch, so that there is one batch size and one compilation.
         full = [*numbers, *([numbers[-1]] * (batch - len(numbers)))]
         embeds = jnp.asarray(encoder.encode(reader, [prompts[i] for i in full]))
-        seeds = [seed + i for i in full]
-        state = stream.init_stream(streamed, embeds, config=recipe, seed=seeds, frames=clips * length)
-        parts = []
-        for _ in sizes:
-            latents, frames, state = stream.next_frames(streamed, state, config=recipe)
-            parts.append((np.asarray(latents), to_uint8(frames)))
-        latents, video = (np.concatenate(x, axis=1) for x in zip(*parts, strict=True))
-        return latents, video[:, stream.LEAD :]
+        return _stream(streamed, embeds, recipe, [seed + i for i in full], clips * length)
 
     def make_batch(numbers: range) -> Iterator[dict[str, Any]]:
         for number, latents, video in zip(numbers, *run(numbers), strict=False):
@@ -432,6 +371,19 @@ def write_streams(
         },
         **options,
     )
+
+
+def _stream(
+    params: dict[str, Any], embeds: jax.Array, recipe: Recipe, seeds: Sequence[int], frames: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the latents float32 [B, frames, h, w, C] of streams and their video uint8, without the padding frames."""
+    state = stream.init_stream(params, embeds, config=recipe, seed=seeds, frames=frames)
+    parts = []
+    for _ in recipe.causal.block_sizes(frames):
+        latents, decoded, state = stream.next_frames(params, state, config=recipe)
+        parts.append((np.asarray(latents), to_uint8(decoded)))
+    latents, video = (np.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+    return latents, video[:, stream.LEAD :]
 
 
 def write_prompts(

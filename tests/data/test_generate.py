@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from causvid_jax.config import CausalConfig, ConfigError, TAEHVConfig
-from causvid_jax.data import arrays, digits, generate, moving_digits, pipeline
+from causvid_jax.data import arrays, digits, generate, moving_digits, pipeline, trajectories
 from causvid_jax.diffusion import flow
 from causvid_jax.distill.trajectories import teacher_trajectory
 from causvid_jax.media import to_uint8
@@ -141,10 +141,21 @@ def block_states(params, recipe, rows, null, past, noise):
 
 def test_short_and_whole_causal_trajectories_begin_with_different_noise():
     first = [
-        np.asarray(jax.random.normal(jax.random.fold_in(generate.causal_key(3, frames), 0), (frames or 7, 4)))[:1]
+        np.asarray(jax.random.normal(jax.random.fold_in(trajectories.causal_key(3, frames), 0), (frames or 7, 4)))[:1]
         for frames in (0, 1, 2)
     ]
     assert len({noise.tobytes() for noise in first}) == 3
+
+
+def test_trajectories_of_another_negative_prompt_are_another_dataset(monkeypatch, tmp_path):
+    identities = []
+    monkeypatch.setattr(generate, "over_local_devices", lambda *_: (None, 1))
+    monkeypatch.setattr(generate, "generate", lambda *_, identity, **options: identities.append(identity))
+    for negative in ("", RECIPE.text.vocabulary[0]):
+        recipe = dataclasses.replace(RECIPE, text=dataclasses.replace(RECIPE.text, negative_prompt=negative))
+        generate.write_trajectories(tmp_path, {}, recipe, PROMPTS)
+        generate.write_causal_trajectories(tmp_path, {}, recipe, [], count=1, identity="clips")
+    assert identities[0] != identities[2] and identities[1] != identities[3]
 
 
 def test_causal_trajectories_are_those_of_a_stream_over_the_clean_past(tmp_path, teacher):
