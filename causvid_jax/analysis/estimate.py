@@ -288,7 +288,8 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
         "gathered layers": max(student.gathered, fake.gathered, teacher.gathered) if mesh.fsdp > 1 else 0.0,
     }
     if self_rollout:
-        passes = blocks * ((len(recipe.diffusion.denoising_timesteps) + 1) / 2 + recipe.causal.context_pass)
+        passes = blocks * (len(recipe.diffusion.denoising_timesteps) + 1) / 2
+        passes += (blocks - 1) * recipe.causal.context_pass  # no block reads what the last one would write
         sent = local * student.exchanged(frames) * passes / blocks
         roll = passes * student.gather(), sent
         back = blocks * 2 * student.gather(), 2 * local * student.exchanged(frames)
