@@ -123,20 +123,16 @@ def _abstract_batch(shapes: dict[str, jax.ShapeDtypeStruct], place: Placement, l
 def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, tuple[Any, ...]]:
     """Return one denoising pass of the streaming student at a full window, and its arguments.
 
-    Weights are in the compute type, kernels in 8 bits with ``linear="int8"``.
+    Parameters have the types in which a stream holds them, :func:`transformer.inference`.
     """
     net, causal = recipe.student, recipe.causal
     height, width = recipe.latent_size
     outer, layer = outer_spec(net), block_spec(net)
     spec = {**outer, "blocks": (layer,) * net.num_layers}
 
-    def narrow(path: Any, x: Any) -> jax.ShapeDtypeStruct:
-        kind = {"kernel/int8": "int8", "kernel/scale": "float32"}.get(
-            "/".join(str(getattr(p, "key", "")) for p in path[-2:])
-        )
-        return jax.ShapeDtypeStruct(x.shape, jnp.dtype(kind or net.dtype), sharding=x.sharding)
-
-    params = jax.tree_util.tree_map_with_path(narrow, abstract_network(spec, place, net.rules))
+    placed = abstract_network(spec, place, net.rules)
+    types = transformer.inference(net, unstacked=True)
+    params = jax.tree.map(lambda x, kind: jax.ShapeDtypeStruct(x.shape, kind.dtype, sharding=x.sharding), placed, types)
     mesh = place.mesh
     assert mesh is not None
     whole, streams = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh, place.rules)
