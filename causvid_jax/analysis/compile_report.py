@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +167,29 @@ def program(recipe: Recipe, stage: str, mesh: Mesh, *, batch: int = 1) -> tuple[
     return _stream_program(recipe, place, batch) if stage == "stream" else _training_program(recipe, stage, place)
 
 
+def lower_block(recipe: Recipe, machine: Topology | None = None, *, unstacked: bool = True) -> jax.stages.Lowered:
+    """Lower ``stream.next_block`` of one stream for one device of ``machine``; None: for the default device."""
+    params = {"student": transformer.inference(recipe.student, unstacked=unstacked)}
+    rows = jax.ShapeDtypeStruct((1, recipe.text.length, recipe.text.dim), jnp.float32)
+    seeds = jax.ShapeDtypeStruct((1,), jnp.uint32)
+    capacity = None if recipe.causal.window else recipe.video.latent_frames
+    begin = functools.partial(stream.first_state, config=recipe, capacity=capacity)
+    state = jax.eval_shape(begin, params, rows, seeds)
+    arguments = params, dataclasses.replace(state, decode=cast(Any, None))  # nothing is decoded
+    if machine is None:
+        return stream.next_block.lower(*arguments, config=recipe)
+    mesh = Mesh(machine.devices[:1], "x")
+    whole = NamedSharding(mesh, PartitionSpec())
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arguments)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_matmul_precision("default"):
+        return stream.next_block.lower(*arguments, config=recipe)
+
+
+def options(machine: Topology) -> Any:
+    """Return the compiler options for programs of ``machine``."""
+    return dict(_OPTIONS.get(machine.chip.platform, {}))
+
+
 def estimate_for(recipe: Recipe, stage: str, machine: TopologySpec) -> Report:
     """Report the estimate of ``stage`` on ``machine``, without a compiler.
 
@@ -240,8 +263,7 @@ def compile_for(recipe: Recipe, stage: str, topology: Topology, *, quick: bool =
     # Use the abstract mesh; with the mesh itself, JAX would put constants on devices that do not exist.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = function.lower(*arguments)
-    options = _OPTIONS.get(topology.chip.platform, {}) | (_QUICK if quick else {})
-    compiled = lowered.compile(options)  # type: ignore[arg-type]  # numbers are accepted as well
+    compiled = lowered.compile(options(topology) | (_QUICK if quick else {}))
     seconds = time.process_time() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
     moved, in_transfer = _offloaded(recipe, stage, topology.machine) if topology.chip.platform == "cuda" else (0, 0)
