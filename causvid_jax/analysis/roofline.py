@@ -152,7 +152,8 @@ class _Program:
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, _Instruction]] = {}
-        self.entry, table = "", None
+        self.entry = ""
+        table: dict[str, _Instruction] | None = None
         for raw in text.splitlines():
             line = re.sub(r"/\*index=\d+\*/", "", raw)
             if match := _COMPUTATION.match(line):
