@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -123,20 +123,16 @@ def _abstract_batch(shapes: dict[str, jax.ShapeDtypeStruct], place: Placement, l
 def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, tuple[Any, ...]]:
     """Return one denoising pass of the streaming student at a full window, and its arguments.
 
-    Weights are in the compute type, kernels in 8 bits with ``linear="int8"``.
+    Parameters have the types in which a stream holds them, :func:`transformer.inference`.
     """
     net, causal = recipe.student, recipe.causal
     height, width = recipe.latent_size
     outer, layer = outer_spec(net), block_spec(net)
     spec = {**outer, "blocks": (layer,) * net.num_layers}
 
-    def narrow(path: Any, x: Any) -> jax.ShapeDtypeStruct:
-        kind = {"kernel/int8": "int8", "kernel/scale": "float32"}.get(
-            "/".join(str(getattr(p, "key", "")) for p in path[-2:])
-        )
-        return jax.ShapeDtypeStruct(x.shape, jnp.dtype(kind or net.dtype), sharding=x.sharding)
-
-    params = jax.tree_util.tree_map_with_path(narrow, abstract_network(spec, place, net.rules))
+    placed = abstract_network(spec, place, net.rules)
+    types = transformer.inference(net, unstacked=True)
+    params = jax.tree.map(lambda x, kind: jax.ShapeDtypeStruct(x.shape, kind.dtype, sharding=x.sharding), placed, types)
     mesh = place.mesh
     assert mesh is not None
     whole, streams = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh, place.rules)
@@ -175,6 +171,29 @@ def program(recipe: Recipe, stage: str, mesh: Mesh, *, batch: int = 1) -> tuple[
     require(stage in STAGES, f"stage is {stage!r}; accepted: {', '.join(STAGES)}")
     place = Placement(mesh, recipe.student.rules, recipe.parallel.offload_optimizer)
     return _stream_program(recipe, place, batch) if stage == "stream" else _training_program(recipe, stage, place)
+
+
+def lower_block(recipe: Recipe, machine: Topology | None = None, *, unstacked: bool = True) -> jax.stages.Lowered:
+    """Lower ``stream.next_block`` of one stream for one device of ``machine``; None: for the default device."""
+    params = {"student": transformer.inference(recipe.student, unstacked=unstacked)}
+    rows = jax.ShapeDtypeStruct((1, recipe.text.length, recipe.text.dim), jnp.float32)
+    seeds = jax.ShapeDtypeStruct((1,), jnp.uint32)
+    capacity = None if recipe.causal.window else recipe.video.latent_frames
+    begin = functools.partial(stream.first_state, config=recipe, capacity=capacity)
+    state = jax.eval_shape(begin, params, rows, seeds)
+    arguments = params, dataclasses.replace(state, decode=cast(Any, None))  # nothing is decoded
+    if machine is None:
+        return stream.next_block.lower(*arguments, config=recipe)
+    mesh = Mesh(machine.devices[:1], "x")
+    whole = NamedSharding(mesh, PartitionSpec())
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arguments)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_matmul_precision("default"):
+        return stream.next_block.lower(*arguments, config=recipe)
+
+
+def options(machine: Topology) -> Any:
+    """Return the compiler options for programs of ``machine``."""
+    return dict(_OPTIONS.get(machine.chip.platform, {}))
 
 
 def estimate_for(recipe: Recipe, stage: str, machine: TopologySpec) -> Report:
@@ -250,8 +269,7 @@ def compile_for(recipe: Recipe, stage: str, topology: Topology, *, quick: bool =
     # Use the abstract mesh; with the mesh itself, JAX would put constants on devices that do not exist.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = function.lower(*arguments)
-    options = _OPTIONS.get(topology.chip.platform, {}) | (_QUICK if quick else {})
-    compiled = lowered.compile(options)  # type: ignore[arg-type]  # numbers are accepted as well
+    compiled = lowered.compile(options(topology) | (_QUICK if quick else {}))
     seconds = time.process_time() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
     moved, in_transfer = _offloaded(recipe, stage, topology.machine) if topology.chip.platform == "cuda" else (0, 0)

@@ -103,19 +103,19 @@ def make_mesh(config: ParallelConfig, machine: TopologySpec) -> _Mesh:
     return _Mesh(data * config.slices, fsdp, context, tensor, machine)
 
 
-def param_bytes(spec: Any, mesh: Mapping[str, int], rules: ShardingRules, size: int = F32) -> float:
-    """Return the bytes of the parameters ``spec`` on one device of ``mesh`` (axis name to size).
+def param_bytes(spec: Any, mesh: Mapping[str, int], rules: ShardingRules, types: Any = None) -> float:
+    """Return the bytes of the parameters ``spec`` on one device of ``mesh``, in the types of the tree ``types``.
 
-    A parameter takes ``size`` bytes, one of a kernel in 8 bits 1 byte.
+    None: in float32.
     """
+    leaves = jax.tree.leaves(spec, is_leaf=lambda x: isinstance(x, ParamSpec))
+    sizes = [F32] * len(leaves) if types is None else [x.dtype.itemsize for x in jax.tree.leaves(types)]
 
-    def one(path: Any, leaf: ParamSpec) -> float:
+    def one(leaf: ParamSpec, size: int) -> float:
         split = constraints.mesh_axes(leaf.axes, leaf.shape, mesh, rules)
-        each = 1 if path and getattr(path[-1], "key", None) == "int8" else size
-        return math.prod(leaf.shape) * each / math.prod(mesh[a] for part in split for a in part)
+        return math.prod(leaf.shape) * size / math.prod(mesh[a] for part in split for a in part)
 
-    leaves = jax.tree_util.tree_leaves_with_path(spec, is_leaf=lambda x: isinstance(x, ParamSpec))
-    return sum(one(path, leaf) for path, leaf in leaves)
+    return sum(one(leaf, size) for leaf, size in zip(leaves, sizes, strict=True))
 
 
 @functools.cache
@@ -302,7 +302,8 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
         "gathered layers": max(student.gathered, fake.gathered, teacher.gathered) if mesh.fsdp > 1 else 0.0,
     }
     if self_rollout:
-        passes = blocks * ((len(recipe.diffusion.denoising_timesteps) + 1) / 2 + recipe.causal.context_pass)
+        passes = blocks * (len(recipe.diffusion.denoising_timesteps) + 1) / 2
+        passes += (blocks - 1) * recipe.causal.context_pass  # no block reads what the last one would write
         sent = local * student.exchanged(frames) * passes / blocks
         roll = passes * student.gather(), sent
         back = blocks * 2 * student.gather(), 2 * local * student.exchanged(frames)
@@ -332,8 +333,8 @@ CACHES = 4
 def _stream(recipe: Recipe, mesh: _Mesh) -> Estimate:
     """Estimate one block of data x fsdp streams side by side."""
     net, block = Network(recipe.student, recipe, mesh), recipe.causal.frames_per_block
-    item, passes = _item(net.net), passes_per_block(recipe)
-    weights = param_bytes(transformer.inference_spec(net.net), mesh.axes, net.net.rules, item)
+    passes, spec = passes_per_block(recipe), transformer.inference_spec(net.net)
+    weights = param_bytes(spec, mesh.axes, net.net.rules, transformer.inference(net.net))
     cache = net.cache()
     causal = recipe.causal
     context_frames = causal.window + causal.sink if causal.window else recipe.video.latent_frames

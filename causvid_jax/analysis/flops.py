@@ -87,6 +87,15 @@ def stream_block(recipe: Recipe) -> float:
     return passes * forward(net, k, tokens_per_frame(recipe, net), k * (past + k), text=False)
 
 
+def context_passes(recipe: Recipe) -> float:
+    """Return the FLOPs of the context passes of one self-rollout: of all blocks but the last, which no block reads."""
+    net, causal, frames = recipe.student, recipe.causal, recipe.video.latent_frames
+    if not causal.context_pass:
+        return 0.0
+    *written, ((end, _), _) = attention.block_causal(frames, causal)
+    return forward(net, end, tokens_per_frame(recipe, net), attention_pairs(written), text=False)
+
+
 def recomputed(net: TransformerConfig, one_pass: float, frames: int, tokens: int, pairs: int) -> float:
     """Return the FLOPs of ``one_pass`` (of :func:`forward`) that ``net.remat`` repeats in the backward pass.
 
@@ -106,10 +115,10 @@ def recomputed(net: TransformerConfig, one_pass: float, frames: int, tokens: int
 def training_step(recipe: Recipe, stage: str) -> StepFlops:
     """Return the FLOPs of one step of ``teacher``, ``init`` or ``distill`` over its whole batch.
 
-    A DMD step: every fake-score update generates a clip (the exit step is uniform, so a block has (Q + 1) / 2 denoising
-    passes and the context pass) and trains on it. The student's update generates another clip, differentiates one step
-    of it, and runs the teacher twice (with and without the prompt) and the fake score once. The objectives ``sid`` and
-    ``dmd_gan`` do more, which is not counted.
+    A DMD step: every fake-score update generates a clip and trains on it. The exit step is uniform, so a block has
+    (Q + 1) / 2 denoising passes; all blocks but the last have a context pass. The student's update generates another
+    clip, differentiates one step of it, and runs the teacher twice (with and without the prompt) and the fake score
+    once.
     """
     frames = recipe.video.latent_frames
     teacher, student = recipe.teacher, recipe.student
@@ -130,7 +139,7 @@ def training_step(recipe: Recipe, stage: str) -> StepFlops:
         one_pass = forward(student, frames, n_student, causal_pairs, text=False)
         if config.rollout == "self":
             steps = len(recipe.diffusion.denoising_timesteps)
-            clip = one_pass * ((steps + 1) / 2 + recipe.causal.context_pass)
+            clip = one_pass * (steps + 1) / 2 + context_passes(recipe)
         else:
             clip = causal
         fake_score = recipe.fake_score

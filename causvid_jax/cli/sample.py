@@ -86,8 +86,9 @@ def replay(request: SampleRequest) -> None:
     programs = open_programs(recipe, request.checkpoint, request.files)
     with media.VideoWriter(path, recipe.video.fps, request.pixel_size) as writer:
         writer.comment = script.to_json()
-        for frames in film.replay(programs, script):
-            writer.append(frames)
+        with media.BackgroundWriter([writer]) as out:
+            for frames in film.replay(programs, script):
+                out.append(frames[None])
     same = "; every frame is identical to the first film" if script.sha256 else ""
     print(f"Wrote {writer.frames} frames to {path}{same}.", flush=True)
 

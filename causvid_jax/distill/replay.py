@@ -61,9 +61,7 @@ def record_blocks(
 
     def block(cache: KVCache, inputs: BlockInputs) -> tuple[KVCache, Record]:
         block_key = jax.random.fold_in(key, inputs.number)
-        _, x, written, cache = generate_block(
-            rollout, params, text_cache, cache, block_key, inputs.exit_step, inputs.timesteps, shape, inputs.channels
-        )
+        _, x, written, cache = generate_block(rollout, params, text_cache, cache, block_key, inputs, shape)
         return cache, Record(x, written)
 
     cache, record = jax.lax.scan(block, cache, blocks)

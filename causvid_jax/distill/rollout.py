@@ -129,21 +129,19 @@ def generate_block(
     text_cache: TextCache,
     cache: KVCache,
     key: jax.Array,
-    exit_step: jax.Array,
-    timesteps: jax.Array | None,
+    inputs: "BlockInputs",
     shape: tuple[int, ...],
-    channels: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
     """Denoise one block of ``shape`` (B, K, h, w, C) from noise to its exit step, and advance the cache.
 
-    ``key`` draws every noise of the block, ``exit_step`` is an int scalar, ``timesteps [Q]`` are those of this block
-    (None: of the rollout), and a student that reads a picture has its ``channels [B, K, h, w, D]``.
+    ``key`` draws every noise of the block, and ``inputs`` are those of this block alone. If no later block reads its
+    keys and values, the context pass is left out, and the cache keeps those of the exit step.
 
     Returns:
         The clean estimate x0, the noisy input of the exit step and the latents of the context pass, all of ``shape``,
         and the cache after the block.
     """
-    timesteps = block_timesteps(rollout, timesteps)
+    timesteps, exit_step, channels = block_timesteps(rollout, inputs.timesteps), inputs.exit_step, inputs.channels
 
     def noise(step: jax.Array | int) -> jax.Array:
         return jax.random.normal(jax.random.fold_in(key, step), shape)
@@ -159,7 +157,12 @@ def generate_block(
     x0, cache = predict_x0(rollout, params, text_cache, x, timesteps[exit_step], cache, channels)
     context_latents = noisy_context(x0, key, timesteps.shape[0], rollout.causal)
     if rollout.causal.context_pass:
-        cache = write_context(rollout, params, text_cache, context_latents, cache, channels)
+
+        def write(_: jax.Array, cache: KVCache) -> KVCache:
+            return write_context(rollout, params, text_cache, context_latents, cache, channels)
+
+        # The loop runs once or not at all, and updates the cache in place.
+        cache = jax.lax.fori_loop(0, inputs.is_read.astype(jnp.int32), write, cache)
     return x0, x, context_latents, kv_cache.advance(cache, shape[1])
 
 
@@ -175,12 +178,14 @@ class BlockInputs(NamedTuple):
         number: of each block in the clip, ``[n]``.
         exit_step: ``[n]``.
         timesteps: of each block, ``[n, Q]``; None: those of the rollout.
+        is_read: bool ``[n]``, whether a later block reads the keys and values of the block.
         channels: condition channels ``[n, B, K, h, w, D]``, for a student that reads a picture.
     """
 
     number: jax.Array
     exit_step: jax.Array
     timesteps: jax.Array | None
+    is_read: jax.Array
     channels: jax.Array | None = None
 
 
@@ -218,9 +223,7 @@ def _generate_blocks_forward(
     def block(cache: KVCache, inputs: BlockInputs) -> tuple[KVCache, tuple[jax.Array, jax.Array, Any]]:
         replaced = cache_undo.overwritten(cache, shape[1], rollout.causal)
         block_key = jax.random.fold_in(key, inputs.number)
-        x0, x, _, cache = generate_block(
-            rollout, params, text_cache, cache, block_key, inputs.exit_step, inputs.timesteps, shape, inputs.channels
-        )
+        x0, x, _, cache = generate_block(rollout, params, text_cache, cache, block_key, inputs, shape)
         return cache, (x0, x, replaced)
 
     cache, (x0, x, replaced) = jax.lax.scan(block, cache, blocks)
@@ -238,12 +241,12 @@ def _generate_blocks_backward(
         carry: tuple[KVCache, Any], inputs: tuple[BlockInputs, jax.Array, Any, jax.Array]
     ) -> tuple[tuple[KVCache, Any], None]:
         cache, total = carry
-        (_, exit_step, timesteps, channels), x, replaced, cotangent = inputs
-        timesteps = block_timesteps(rollout, timesteps)
+        own, x, replaced, cotangent = inputs
+        timestep = block_timesteps(rollout, own.timesteps)[own.exit_step]
         cache = cache_undo.undo(cache, replaced, shape[1], rollout.causal)
 
         def exit_pass(p: Any, t: TextCache) -> jax.Array:
-            return predict_x0(rollout, p, t, x, timesteps[exit_step], cache, channels)[0]
+            return predict_x0(rollout, p, t, x, timestep, cache, own.channels)[0]
 
         _, pull = jax.vjp(exit_pass, params, text_cache)
         return (cache, jax.tree.map(jnp.add, total, pull(cotangent))), None
@@ -319,7 +322,8 @@ def roll(
             if picture is not None and rollout.network.image_channels:
                 channels = picture.channels(sum(sizes[:start]), count * size)
                 channels = rearrange(channels, "b (n k) ... -> n b k ...", k=size)
-            inputs = BlockInputs(jnp.arange(start, end), exit_steps[start:end], own, channels)
+            numbers = jnp.arange(start, end)
+            inputs = BlockInputs(numbers, exit_steps[start:end], own, numbers < len(sizes) - 1, channels)
             outputs, cache = generate(rollout, (batch, size, *shape[2:]), params, text_cache, cache, inputs, key)
             cache, start = jax.lax.stop_gradient(cache), end
             parts.append(jax.tree.map(lambda x: rearrange(x, "n b k h w c -> b (n k) h w c"), outputs))
@@ -342,8 +346,8 @@ def self_rollout(
 
     Block i starts from noise that depends on ``(key, i)`` only. Step j predicts ``x0 = x - sigma_j v`` and, before the
     exit, adds fresh noise, ``x = (1 - sigma_{j+1}) x0 + sigma_{j+1} noise``. One more pass writes the finished x0 to
-    the cache at ``causal.context_noise``, and the next block attends to it as a constant. With ``causal.context_pass``
-    off the keys and values of the exit step stay instead.
+    the cache at ``causal.context_noise``, and the next block attends to it as a constant. The last block, which no
+    block follows, has no such pass. With ``causal.context_pass`` off the keys and values of the exit step stay instead.
 
     Args:
         rollout: network, block structure, timesteps.

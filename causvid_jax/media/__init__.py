@@ -4,6 +4,7 @@ Arrays are uint8 ``[T, H, W, 3]``. :func:`to_float` and :func:`to_uint8` convert
 and back.
 """
 
+from causvid_jax.media.background import BackgroundWriter
 from causvid_jax.media.images import read_image, read_picture
 from causvid_jax.media.output import SUFFIXES, check_output
 from causvid_jax.media.pixels import frame_rate, to_float, to_uint8
@@ -12,6 +13,7 @@ from causvid_jax.media.writer import VideoWriter, write_video
 
 __all__ = [
     "SUFFIXES",
+    "BackgroundWriter",
     "VideoWriter",
     "check_output",
     "frame_rate",

@@ -117,7 +117,7 @@ def _strength(request: SampleRequest) -> float:
 
 
 def run(session: Session, say: Say = print, *, progress: bool | None = None) -> player.Timing:
-    """Generate the videos of a session, write them block by block, and return the timing.
+    """Generate the videos of a session, write them block by block in a thread, and return the timing.
 
     Args:
         session: of :func:`open_session`.
@@ -143,12 +143,12 @@ def run(session: Session, say: Say = print, *, progress: bool | None = None) -> 
             teacher_clips(session, texts, timing, say) if request.teacher else student_blocks(session, texts, timing)
         )
         say("Compiling (once for each shape; the result is kept for later runs) ...")
+        out = stack.enter_context(files.BackgroundWriter(writers))
         bar = stack.enter_context(tqdm(total=session.frames, unit="frame", disable=_hidden(progress)))
         for part in clips:
             if timing.frames == part.shape[1]:
                 say(f"First frame after {timing.first:.2f} s, and {timing.compile:.1f} s of compilation.")
-            for writer, clip in zip(writers, part, strict=True):
-                writer.append(clip)
+            out.append(part)
             bar.update(part.shape[1])
     say(
         f"{timing.frames} frames{f' of each of {len(writers)} videos' if several else ''} in {timing.total:.2f} s; "

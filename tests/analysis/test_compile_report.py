@@ -3,13 +3,15 @@ are installed (extras ``tpu``, ``cuda12``)."""
 
 import dataclasses
 import importlib.util
+import math
 
 import jax
 import pytest
 
-from causvid_jax.analysis import compile_report, hlo, topology
+from causvid_jax.analysis import compile_report, estimate, hlo, topology
 from causvid_jax.config import ParallelConfig
 from causvid_jax.config.recipes import load_recipe
+from causvid_jax.models import transformer
 from causvid_jax.sharding.mesh import make_mesh
 from tests.sharding.test_sharded_training import RECIPE
 
@@ -41,6 +43,20 @@ def test_a_compiled_program_holds_what_is_computed(stage, quick, linear):
     where, least = ("count_once", RECIPE.student.num_layers) if stage == "stream" else ("count", 1)
     assert {kind for kind, entry in report.collectives.items() if entry[where] >= least} >= {"all-gather", "all-to-all"}
     assert report.quick == quick and ("compiled quickly in" if quick else "compiled in") in compile_report.table(report)
+
+
+@pytest.mark.parametrize("linear", ["dtype", "int8"])
+def test_a_stream_has_the_parameter_types_of_a_sampler(linear):
+    """Only kernels are in the compute type; biases, norms and the time embedding stay float32, as they are loaded."""
+    recipe = with_mesh()
+    net = dataclasses.replace(recipe.student, dtype="bfloat16", linear=linear)
+    recipe = dataclasses.replace(recipe, student=net)
+    machine = topology.parse("h100:8")
+    _, (params, *_) = compile_report.program(recipe, "stream", make_mesh(recipe.parallel, jax.devices()))
+    loaded = transformer.inference(net, unstacked=True)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), loaded)
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
+    assert estimate.estimate(recipe, "stream", machine).parts["parameters"] == held
 
 
 @pytest.mark.parametrize("name", INSTALLED)

@@ -75,6 +75,15 @@ def test_the_transformer_counts_what_its_formula_says():
     assert one == flops.forward(net, 2, 16, 2 * 6, text=False)
 
 
+def test_context_passes_of_a_rollout_are_one_pass_of_every_block_but_the_last():
+    """Blocks of three frames, seven in a clip: the sixth sees 18 frames. A clip of one block has no context pass."""
+    tokens = flops.tokens_per_frame(WAN, WAN.student)
+    expected = sum(flops.forward(WAN.student, 3, tokens, 3 * seen, text=False) for seen in (3, 6, 9, 12, 15, 18))
+    assert flops.context_passes(WAN) == pytest.approx(expected, rel=1e-12)
+    for change in ({"frames_per_block": 21}, {"context_pass": False}):
+        assert flops.context_passes(dataclasses.replace(WAN, causal=CausalConfig(**change))) == 0
+
+
 @pytest.mark.parametrize("name,published", [("wan", 40.65e12), ("taehv", 1.63e12)])
 def test_codecs_at_full_size(name, published):
     # Counted by hand from the published layers, for the twelve frames of a block at 480 x 832. Our TAEHV grows in time

@@ -2,19 +2,15 @@
 are installed (extras ``cuda12``, ``tpu``)."""
 
 import dataclasses
-import functools
 import importlib.util
 import math
 import re
 
-import jax
 import jax.numpy as jnp
 import pytest
 
-from causvid_jax.analysis import topology
+from causvid_jax.analysis import compile_report, topology
 from causvid_jax.config import CausalConfig
-from causvid_jax.models import transformer
-from causvid_jax.sampling import stream
 from tests import tiny
 
 LAYERS, WINDOW = 4, 8192
@@ -40,18 +36,8 @@ def recipe_for(machine, kv_cache="dtype"):
 
 def compiled_block(recipe, machine, unstacked):
     """Compile ``next_block`` for one device of ``machine``."""
-    params = {"student": transformer.inference(recipe.student, unstacked=unstacked)}
-    rows = jax.ShapeDtypeStruct((1, recipe.text.length, recipe.text.dim), jnp.float32)
-    seeds = jax.ShapeDtypeStruct((1,), jnp.uint32)
-    state = jax.eval_shape(functools.partial(stream.first_state, config=recipe), params, rows, seeds)
-    arguments = params, dataclasses.replace(state, decode=None)
-    if machine == "cpu":
-        return stream.next_block.lower(*arguments, config=recipe).compile()
-    mesh = jax.sharding.Mesh(topology.describe(machine).devices[:1], "x")
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arguments)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_matmul_precision("default"):
-        return stream.next_block.lower(*arguments, config=recipe).compile()
+    described = None if machine == "cpu" else topology.describe(machine)
+    return compile_report.lower_block(recipe, described, unstacked=unstacked).compile()
 
 
 @pytest.mark.parametrize("machine", COMPILERS)
