@@ -141,7 +141,14 @@ def one_digit() -> ml_collections.ConfigDict:
             "teacher": network,
             "student": network,
             # Even a recomputed cache keeps old colours and motion for several blocks, so reset it.
-            "causal": {"frames_per_block": 3, "window": 9, "on_prompt_switch": "reset"},
+            "causal": {
+                "frames_per_block": 3,
+                # The first block stays in view, so that a stream keeps its digit. Sink and window are a whole clip.
+                "window": 18,
+                "sink": 3,
+                "positions": "relative",
+                "on_prompt_switch": "reset",
+            },
             "diffusion": {"shift": 3.0, "num_inference_steps": 50, "solver": "euler", "guidance_scale": 4.0},
             "train_vae": {
                 "steps": 6000,
@@ -187,7 +194,7 @@ def one_digit() -> ml_collections.ConfigDict:
                 "save_every": 250,
             },
             "train_teacher": {
-                "steps": 7900,
+                "steps": 10280,
                 "batch_size": 32,
                 # Whole clips teach motion. Short ones teach digit and colour and cost less, so they are more later.
                 "curriculum": (
@@ -196,13 +203,15 @@ def one_digit() -> ml_collections.ConfigDict:
                     *in_turns(2, (50, 3, 192), (50, 6, 96), (50, 0, 32), start=4800),
                     (5100, 0, 32),
                     *in_turns(20, (40, 3, 96), (40, 6, 64), (60, 0, 32), start=5100),
+                    (7900, 0, 32),
+                    *in_turns(17, (30, 3, 96), (30, 6, 64), (80, 0, 32), start=7900),
                 ),
                 "optimizer": {
                     "kind": "muon",
                     "learning_rate": 1e-2,
                     "warmup_steps": 100,
                     "schedule": "cosine",
-                    "restarts": (4800,),
+                    "restarts": (4800, 7900),
                     "b2": 0.99,
                     "clip_norm": 1.0,
                     "ema_decay": 0.995,
@@ -217,7 +226,7 @@ def one_digit() -> ml_collections.ConfigDict:
                 "batch_size": 32,
                 # First blocks only (a seventh of a clip and the hardest part), prompt switches, whole clips.
                 "curriculum": in_turns(6, (60, 3, 128), (40, 9, 48), (15, 0, 32)),
-                "prompt_switch_prob": 0.5,
+                "prompt_switch_prob": 0.25,
                 "optimizer": {
                     "kind": "muon",
                     "learning_rate": 5e-3,
@@ -240,7 +249,7 @@ def one_digit() -> ml_collections.ConfigDict:
                 "trajectories": 320,
                 "extra_trajectories": ((3, 4608), (9, 960)),
                 "curriculum": in_turns(10, (18, 3, 192), (18, 9, 48), (12, 0, 16)),
-                "prompt_switch_prob": 0.7,
+                "prompt_switch_prob": 0.3,
                 "optimizer": {
                     "kind": "muon",
                     "learning_rate": 5e-3,
@@ -256,7 +265,7 @@ def one_digit() -> ml_collections.ConfigDict:
                 "save_every": 96,
             },
             "train_distill": {
-                "steps": 168,
+                "steps": 486,
                 "batch_size": 16,
                 "rollout": "self",
                 "critic_steps": 5,
