@@ -174,7 +174,7 @@ class Peers:
             await peer.setRemoteDescription(RTCSessionDescription(offer, "offer"))
             answer = await peer.createAnswer()
         except Exception as error:  # the parser fails in many ways
-            _LOG.info("an offer was refused: %r", error)
+            _LOG.info("an offer was refused: %s", repr(error))  # a log that kept the error would keep the peer
             raise ConfigError("the offer is no SDP that can be answered") from error
         _listen_at(transceiver, addresses(self._engine.settings))
         await peer.setLocalDescription(answer)

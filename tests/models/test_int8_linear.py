@@ -89,7 +89,7 @@ def test_bytes_of_14b_halve_and_the_plan_and_the_estimate_know():
     assert phases["read the weights"].total < 21e9 and phases["stream"].items["transformer"] == after
     machine = topology.parse("h100:1")
     whole, half = (estimate.estimate(r, "stream", machine) for r in (recipe, eight))
-    assert whole.parts["parameters"] - half.parts["parameters"] == kernels - 2 * scales
+    assert whole.parts["parameters"] - half.parts["parameters"] == kernels - 4 * scales
     assert half.work == whole.work
     tokens = 5 * 3 * 1560 * net.num_layers  # four steps and the cache write
     saved = tokens * (12 * net.dim**2 + 4 * net.dim * net.ffn_dim) / 2
