@@ -108,4 +108,6 @@ def test_impossible_requests_are_refused(main, arguments, message, capsys):
 def test_a_missing_tool_is_one_sentence(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert slurm.main(TRAIN) == 2
-    assert capsys.readouterr().err == "error: sbatch is not installed here; --dry_run prints the input that it would get\n"
+    assert (
+        capsys.readouterr().err == "error: sbatch is not installed here; --dry_run prints the input that it would get\n"
+    )
