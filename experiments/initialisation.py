@@ -5,28 +5,30 @@ from causvid_jax.training.experiment import Experiment, Row
 
 def get_experiment() -> Experiment:
     """Return students that start from ODE pairs of either teacher, from causal consistency, or from a teacher."""
-    redo, consistent = ("trajectories", "init", "distill"), {"train_distill.init": "consistency"}
+    distilled, consistent = ("distill",), {"train_distill.init": "consistency"}
     return Experiment(
         title="Initialisation of the student",
         claim="CausVid, section 4.3: ODE pairs of the bidirectional teacher. Causal Forcing: of a causal teacher.",
         rows=(
             Row(
                 "ODE pairs of the bidirectional teacher",
-                stages=redo,
+                stages=distilled,
+                once=("trajectories", "init"),
                 settings={
                     "train_init.teacher": "bidirectional",
                     "train_init.extra_trajectories": "()",
                     "train_init.curriculum": "()",
                 },
             ),
-            Row("ODE pairs of the causal teacher", stages=redo, settings={"train_init.teacher": "causal"}),
-            Row("discrete causal consistency", stages=("consistency", "distill"), settings=consistent),
+            Row("ODE pairs of the causal teacher", stages=distilled),
+            Row("discrete causal consistency", stages=distilled, once=("consistency",), settings=consistent),
             Row(
                 "continuous causal consistency",
-                stages=("consistency", "distill"),
+                stages=distilled,
+                once=("consistency",),
                 settings={**consistent, "train_consistency.kind": "continuous"},
             ),
-            Row("the causal teacher itself", stages=("distill",), replace={"init": "causal"}),
-            Row("the bidirectional teacher", stages=("distill",), settings={"train_distill.init": "teacher"}),
+            Row("the causal teacher itself", stages=distilled, replace={"init": "causal"}),
+            Row("the bidirectional teacher", stages=distilled, settings={"train_distill.init": "teacher"}),
         ),
     )

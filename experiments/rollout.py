@@ -14,7 +14,7 @@ def get_experiment() -> Experiment:
                 stages=("distill",),
                 settings={"train_distill.rollout": "data", "train_distill.continuation_prob": "0.0"},
             ),
-            Row("own rollout", stages=("distill",), settings={"train_distill.rollout": "self"}),
+            Row("own rollout", stages=("distill",)),
             Row("own rollout, gradient replay", stages=("distill",), settings={"train_distill.gradient": "replay"}),
         ),
         lengths=(1, 10),

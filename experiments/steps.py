@@ -5,14 +5,14 @@ from causvid_jax.training.experiment import Experiment, Row
 
 def get_experiment() -> Experiment:
     """Return students of one, two and four steps, and the teacher."""
-    redo = ("trajectories", "init", "distill")
+    distilled, start = ("distill",), ("trajectories", "init")
     return Experiment(
         title="Denoising steps",
         claim="CausVid, section 4: four steps keep the quality of the many-step teacher.",
         rows=(
             Row("teacher", network="teacher"),
-            Row("4 steps", stages=redo),
-            Row("2 steps", stages=redo, settings={"diffusion.denoising_timesteps": "(1000.0, 500.0)"}),
-            Row("1 step", stages=redo, settings={"diffusion.denoising_timesteps": "(1000.0,)"}),
+            Row("4 steps", stages=distilled),
+            Row("2 steps", stages=distilled, once=start, settings={"diffusion.denoising_timesteps": "(1000.0, 500.0)"}),
+            Row("1 step", stages=distilled, once=start, settings={"diffusion.denoising_timesteps": "(1000.0,)"}),
         ),
     )

@@ -1,14 +1,15 @@
 """Run a controlled experiment: train and measure rows of settings in the same way, each with several seeds.
 
 An experiment is a file with ``get_experiment()`` (``experiments/``). Every row starts from the same working directory
-of a finished ``causvid road``. It trains only the stages that it names, in its own folder for every seed, and reads
-everything else from that directory. Finished parts are skipped, so an interrupted experiment continues.
+of a finished ``causvid road``. It trains only the stages that it names, and reads everything else from that directory.
+Finished parts are skipped, so an interrupted experiment continues.
 
 Every figure is the mean over seeds and held-out prompts, with a 95 % interval by a bootstrap over both.
 """
 
 import collections
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import pathlib
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from causvid_jax.checkpoints import workdir as paths
-from causvid_jax.config import Recipe, require
+from causvid_jax.config import Recipe, require, to_json
 from causvid_jax.config.files import write_text
 from causvid_jax.config.recipes import override
 from causvid_jax.data import digits, prepare
@@ -46,7 +47,8 @@ class Row:
         name: in the table.
         network: the stage whose weights are sampled: ``"teacher"`` makes clips, ``"causal"`` streams with
             :data:`CAUSAL_STEPS` steps, ``"init"`` and ``"distill"`` stream as the recipe says.
-        stages: stages that the row trains again (or ``"trajectories"``, which it makes again).
+        stages: stages that the row trains again for every seed (or ``"trajectories"``, which it makes again).
+        once: stages before them that the row trains again, once for all seeds.
         settings: recipe fields as text, such as ``{"train_distill.teacher": "causal"}``.
         replace: stage to another stage whose weights are used instead, such as ``{"init": "causal"}``.
         strength: follow a real clip of another colour at this strength (video to video); None: from text.
@@ -56,6 +58,7 @@ class Row:
     name: str
     network: str = "distill"
     stages: tuple[str, ...] = ()
+    once: tuple[str, ...] = ()
     settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
     replace: Mapping[str, str] = dataclasses.field(default_factory=dict)
     strength: float | None = None
@@ -150,6 +153,17 @@ def row_recipe(recipe: Recipe, experiment: Experiment, row: Row, seed: int) -> R
     return dataclasses.replace(changed, decoder="vae")
 
 
+def folder_of(recipe: Recipe, row: Row, base: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
+    """Return where the stages of a row are trained: ``WORKDIR/<stages>_<digest>``.
+
+    The digest is of all that decides the weights, so rows of several experiments that train the same share a folder,
+    and other settings never find the results of former ones.
+    """
+    parts = [to_json(recipe), row.once, row.stages, sorted(row.replace.items()), str(base.resolve())]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
+    return workdir / "_".join((*row.stages, digest))
+
+
 def train(recipe: Recipe, row: Row, base: pathlib.Path, part: pathlib.Path, say: Say) -> None:
     """Run the stages of a row in its folder; finished ones are skipped.
 
@@ -164,6 +178,22 @@ def train(recipe: Recipe, row: Row, base: pathlib.Path, part: pathlib.Path, say:
     legs = [leg for leg in road.legs(recipe, part, prepare.Options()) if leg.name in row.stages]
     if legs:
         road.travel(recipe, part, legs, say)
+
+
+def train_row(
+    recipe: Recipe, experiment: Experiment, row: Row, seed: int, base: pathlib.Path, workdir: pathlib.Path, say: Say
+) -> tuple[Recipe, pathlib.Path]:
+    """Train all stages of a row for a seed; return its recipe and its folder. What is finished is skipped."""
+    start = base
+    if row.once:
+        first = dataclasses.replace(row, stages=row.once, once=())
+        of_first = row_recipe(recipe, experiment, first, seed=0)
+        start = folder_of(of_first, first, base, workdir)
+        train(of_first, first, base, start, say)
+    own = row_recipe(recipe, experiment, row, seed)
+    part = folder_of(own, row, base, workdir)
+    train(own, row, start, part, say)
+    return own, part
 
 
 def sample(
@@ -250,12 +280,12 @@ def run(
     values: dict[str, dict[int, dict[str, list[np.ndarray]]]] = {}
     for row in experiment.rows:
         for seed in range(budget.seeds):
-            part = workdir / f"{re.sub(r'[^a-z0-9]+', '_', row.name.lower()).strip('_')}_{seed}"
-            path = part / f"values_{budget.samples}.json"
+            say(f"{row.name}, seed {seed}:")
+            own, part = train_row(recipe, experiment, row, seed, base, workdir, say)
+            lengths = "_".join(map(str, experiment.lengths))
+            of = row.network if row.strength is None else f"{row.network}_{row.strength:g}"
+            path = part / f"values_{of}_{lengths}_{budget.samples}_{seed}.json"
             if not path.is_file():
-                say(f"{row.name}, seed {seed}:")
-                own = row_recipe(recipe, experiment, row, seed)
-                train(own, row, base, part, say)
                 captions, clips = sample(own, row, part, budget, experiment.lengths, seed)
                 first = int(report.stream_starts(own, 1)[1])
                 measured = {

@@ -46,24 +46,57 @@ def test_rows_are_trained_and_measured(base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(stages, "train", record)
     budget = Budget(seeds=2, samples=2)
-    result = experiment.run(PLAN, RECIPE, base, tmp_path / "out", budget, say=lambda _: None)
-    assert trained == [("distill", 2.0, seed, f"trained_again_{seed}") for seed in (0, 1)]
+
+    def run(recipe=RECIPE):
+        return experiment.run(PLAN, recipe, base, tmp_path / "out", budget, say=lambda _: None)
+
+    result = run()
+    assert [each[:3] for each in trained] == [("distill", 2.0, seed) for seed in (0, 1)]
+    assert len({folder for *_, folder in trained}) == 2
     rows = result["rows"]
     assert list(rows) == ["as it is", "Trained again!"] and list(rows["as it is"]) == ["1", "2"]
     assert set(rows["as it is"]["1"]) == {
         *("digit", "first_block", "identity", "color", "direction", "motion", "sharpness")
     }
     # The base is read and not changed; a row's own weights are its own.
-    own = store.load_params(paths.stage_path(tmp_path / "out" / "trained_again_0", "distill"))[0]
+    own = store.load_params(paths.stage_path(tmp_path / "out" / trained[0][3], "distill"))[0]
     before = store.load_params(paths.stage_path(base, "distill"))[0]
     assert any((a != b).any() for a, b in zip(store.flatten(own).values(), store.flatten(before).values(), strict=True))
-    again = experiment.run(PLAN, RECIPE, base, tmp_path / "out", budget, say=lambda _: pytest.fail("repeated"))
-    assert json.dumps(again) == json.dumps(result) and len(trained) == 2  # some figures are NaN
+    assert json.dumps(run()) == json.dumps(result) and len(trained) == 2  # some figures are NaN
+    run(tiny_recipe(train_distill={"steps": 2, "samples": 0, "rollout": "self"}))  # finds no weights of one step
+    assert len(trained) == 4
 
     table = experiment.markdown(json.loads(json.dumps(result)))
     assert table.count("| as it is |") == 2 and "94.7" in table
     experiment.draw(result, tmp_path / ".plot.png.tmp")  # its name says no format
     assert (tmp_path / ".plot.png.tmp").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_share_what_they_train_alike(base, tmp_path, monkeypatch):
+    trained = []
+
+    def record(name, recipe, folder):
+        trained.append((name, folder.name))
+        store.save_params(paths.stage_path(folder, name), random_transformer(recipe.student, seed=9, scale=0.05), {})
+
+    monkeypatch.setattr(stages, "train", record)
+    plan = Experiment(
+        title="",
+        claim="",
+        rows=(
+            Row("one", stages=("distill",), once=("init",), settings={"train_init.steps": "1"}),
+            Row("the same under another name", stages=("distill",), once=("init",), settings={"train_init.steps": "1"}),
+            Row("other settings", stages=("distill",), once=("init",), settings={"train_init.steps": "2"}),
+        ),
+    )
+    for seed in (0, 1):
+        for row in plan.rows:
+            _, part = experiment.train_row(RECIPE, plan, row, seed, base, tmp_path / "out", lambda _: None)
+            if row.name != "other settings":
+                first = trained[0][1]
+                assert (part / "init").resolve() == tmp_path / "out" / first / "init"
+    assert [name for name, _ in trained] == ["init", "distill", "init", "distill", "distill", "distill"]
+    assert len(set(trained)) == 6
 
 
 def test_another_stage_stands_in(tmp_path):
