@@ -308,6 +308,7 @@ def run(
         "recipe": recipe.name,
         "seeds": budget.seeds,
         "samples": budget.samples,
+        "distillation": f"{recipe.train_distill.steps} cycles of {recipe.train_distill.batch_size} clips",
         "metric": experiment.metric,
         "paper": {row.name: row.paper for row in experiment.rows},
         "rows": rows,
@@ -327,8 +328,10 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"{result['seeds']} seeds, {result['samples']} held-out clips each; 95 % intervals by a bootstrap over",
+        f"seeds and clips. Rows that are distilled: {result['distillation']}.",
+        f"{result['code']}; {result['machine']}.",
+        "",
     ]
-    lines += [f"seeds and clips. {result['code']}; {result['machine']}.", ""]
     return "\n".join(lines)
 
 

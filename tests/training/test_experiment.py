@@ -67,7 +67,7 @@ def test_rows_are_trained_and_measured(base, tmp_path, monkeypatch):
     assert len(trained) == 4
 
     table = experiment.markdown(json.loads(json.dumps(result)))
-    assert table.count("| as it is |") == 2 and "94.7" in table
+    assert table.count("| as it is |") == 2 and "94.7" in table and "1 cycles of 2 clips" in table
     experiment.draw(result, tmp_path / ".plot.png.tmp")  # its name says no format
     assert (tmp_path / ".plot.png.tmp").read_bytes().startswith(b"\x89PNG")
 
