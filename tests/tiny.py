@@ -4,8 +4,9 @@ Use these instead of own copies: the same shapes compile once.
 """
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from causvid_jax.config import CLIPConfig, Recipe, from_config_dict
 from causvid_jax.data import arrays, digits, pictures
 from causvid_jax.models import clip_vision, taehv, transformer, vae
 from causvid_jax.sharding.placement import place
-from causvid_jax.training import stages
+from causvid_jax.training import dmd, stages
 from causvid_jax.training.run import Run
 from tests import tiny_config
 
@@ -32,6 +33,24 @@ def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
         old = values.get(name)
         values[name] = _merge(dict(old), value) if isinstance(value, Mapping) and isinstance(old, Mapping) else value
     return values
+
+
+def stream_recipe(frames: int = 21, **causal: Any) -> Recipe:
+    """Return the tiny recipe with blocks of two latents, two layers, four steps; ``causal`` changes that group."""
+    return tiny_recipe(
+        video={"frames": frames},
+        teacher={"num_layers": 2},
+        student={"num_layers": 2},
+        causal={"frames_per_block": 2, "window": 0, **causal},
+        diffusion={"denoising_timesteps": (1000.0, 750.0, 500.0, 250.0)},
+    )
+
+
+def changed(config: Any, **changes: Any) -> Any:
+    """Return a config with changed fields; ``causal={"window": 4}`` changes fields of a group."""
+    groups = {name: value for name, value in changes.items() if isinstance(value, Mapping)}
+    changes |= {name: changed(getattr(config, name), **value) for name, value in groups.items()}
+    return dataclasses.replace(config, **changes)
 
 
 RECIPE = tiny_recipe()
@@ -106,6 +125,18 @@ def image_workdir(folder: pathlib.Path, recipe: Recipe) -> pathlib.Path:
     clip = random_params(clip_vision.abstract(CLIP), 8)
     store.save_params(stage_files.stage_path(place, "image_encoder"), clip, {})
     return place
+
+
+def collect(steps: Iterable[tuple[Any, Any]]) -> tuple[np.ndarray, Any]:
+    """Return all frames of ``pipe.frames`` and its like, joined, and the state after the last ones."""
+    parts = list(steps)
+    return np.concatenate([part for part, _ in parts], axis=1), parts[-1][1]
+
+
+def watch_dmd_steps(monkeypatch: Any, watch: Callable[..., Any]) -> None:
+    """Call ``watch(step, state, *inputs, **options)`` for each step of the distillation, instead of the step."""
+    compiled = dmd.compiled_step
+    monkeypatch.setattr(dmd, "compiled_step", lambda *given: functools.partial(watch, compiled(*given)))
 
 
 class RecordedRun(Run):

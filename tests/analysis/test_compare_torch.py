@@ -60,7 +60,7 @@ def test_what_the_twin_does_not_know_is_refused(compare, monkeypatch):
         ("causal", {"sink": 1}, "knows neither a sink"),
         ("student", {"linear": "int8"}, "does not compute in 8 bits"),
     ):
-        other = dataclasses.replace(tiny.RECIPE, **{part: dataclasses.replace(getattr(tiny.RECIPE, part), **changes)})
+        other = tiny.changed(tiny.RECIPE, **{part: changes})
         monkeypatch.setattr(compare, "load_recipe", lambda _, other=other: other)
         with pytest.raises(ConfigError, match=words):
             compare.read_recipe(given)

@@ -9,6 +9,7 @@ import pytest
 from causvid_jax.analysis import memory
 from causvid_jax.config import CLIPConfig, ConfigError
 from causvid_jax.config.recipes import load_recipe
+from tests.tiny import changed
 
 WAN = load_recipe(str(pathlib.Path(__file__).parents[2] / "configs" / "wan_1_3b.py"))
 # Of 1,418,996,800 parameters: what is no kernel of a rounded matmul. A layer has 6 D of modulation, 8 D of attention's
@@ -38,7 +39,7 @@ def test_published_text_encoder():
 
 
 def test_an_int8_text_encoder_fits_24_gb_with_the_array_being_read():
-    recipe = dataclasses.replace(WAN, umt5=dataclasses.replace(WAN.umt5, weights="int8"))
+    recipe = changed(WAN, umt5={"weights": "int8"})
     found = memory.sampling_phases(recipe, "student", batch=1, latents=21)[0]
     small = 24 * (2 * 4096 + 32 * 64) + 4096
     scales = 24 * (4 * 4096 + 2 * 10240 + 4096) + 256384
@@ -70,7 +71,7 @@ def test_published_student():
     small, middle, large, full = (60 * 104 * 4**i for i in range(4))
     kept = small * (16 + 11 * 384) + middle * (192 + 6 * 384) + large * 6 * 192 + full * 7 * 96
     assert sum(items["decoder's past"].values()) == pytest.approx(2 * 2 * kept, rel=1e-6)
-    window = dataclasses.replace(WAN, causal=dataclasses.replace(WAN.causal, window=12))
+    window = changed(WAN, causal={"window": 12})
     seen = {p.name: p for p in memory.sampling_phases(window, "student", batch=2, latents=21)}["stream"].items
     assert seen["keys and values"] == {"bfloat16": 2 * 30 * 2 * 12 * 1560 * 12 * 128 * 2}
     # A joint pass on five blocks works on a copy of the cache of 18 + 3 frames.

@@ -16,6 +16,7 @@ from causvid_jax.checkpoints.save import layout, size, summary
 from causvid_jax.checkpoints.source import open_source
 from causvid_jax.config import WAN_LATENT_MEAN, WAN_LATENT_STD, ConfigError, VAEConfig
 from tests.checkpoints.tiny_files import EVERY, TINY, TINY_VAE, arrays, assert_states, published
+from tests.refusals import refused
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -91,8 +92,7 @@ def test_shards_with_an_index_and_a_config(tmp_path, states, form):
     assert_states(arrays(open_source(tmp_path / "out")), states[form])
     # config.json tells what shapes cannot.
     assert open_checkpoint(tmp_path / "out").config == TINY
-    with pytest.raises(ConfigError, match="out exists and is not empty"):
-        save_as(opened, tmp_path / "out", form)
+    refused("out exists and is not empty", save_as, opened, tmp_path / "out", form)
 
 
 def test_a_summary_in_one_line(tmp_path, save, states):
@@ -111,16 +111,14 @@ def test_damage_writes_nothing(tmp_path, save, states, params, monkeypatch):
     data = bytearray(ours.read_bytes())
     data[-9] ^= 4
     ours.write_bytes(data)
-    with pytest.raises(ConfigError, match="ours.safetensors is corrupt"):
-        save_as(open_checkpoint(ours, TINY), out, "original")
+    refused("ours.safetensors is corrupt", save_as, open_checkpoint(ours, TINY), out, "original")
     bad = {name: value.copy() for name, value in states["original"].items()}
     bad["blocks.2.ffn.2.bias"][1] = np.nan
     path = save(tmp_path / "in" / "nan.safetensors", bad)
     for target in (out, out.parent):
         with pytest.raises(ConfigError, match="tensor blocks.2.ffn.2.bias of .*nan.safetensors holds a NaN"):
             save_as(open_checkpoint(path, TINY), target, "diffusers")
-    with pytest.raises(ConfigError, match="our own format is one file"):
-        save_as(open_checkpoint(states["original"], TINY), out.parent)
+    refused("our own format is one file", save_as, open_checkpoint(states["original"], TINY), out.parent)
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
     with pytest.raises(ConfigError, match=r"x.safetensors needs 109.41 kB, but .* has 1.00 kB free"):

@@ -9,7 +9,7 @@ import pytest
 from causvid_jax.checkpoints import load, open_checkpoint, store, workdir
 from causvid_jax.config import CLIPConfig, ConfigError
 from tests.checkpoints.tiny_files import TINY, arrays, assert_states, published
-from tests.tiny import RECIPE, random_transformer
+from tests.tiny import RECIPE, changed, random_transformer
 
 
 def test_publishing_copies_three_stages_in_half_precision_and_needs_all_of_them(tmp_path):
@@ -69,9 +69,7 @@ def test_a_published_folder_serves_a_recipe_as_it_is(tmp_path, save, pipeline):
     with pytest.raises(ConfigError, match="holds the weights of the stage 'teacher', not of a student"):
         workdir.open_stage(RECIPE, "distill", path=workdir.stage_path(folder, "teacher"))
     with pytest.raises(ConfigError, match="does not fit the configuration; the closest is transformer of"):
-        workdir.open_stage(
-            dataclasses.replace(RECIPE, teacher=dataclasses.replace(RECIPE.teacher, num_layers=5)), "teacher", folder
-        )
+        workdir.open_stage(changed(RECIPE, teacher={"num_layers": 5}), "teacher", folder)
 
 
 def test_folders_of_components(tmp_path, save, states, vae_states):

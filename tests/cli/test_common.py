@@ -18,6 +18,7 @@ from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, help_text, option, parse
 from causvid_jax.config import ConfigError, Recipe, RunError
 from causvid_jax.config.recipes import load_recipe, names
+from tests.refusals import refused
 
 CACHE_DIR, CACHE_SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
 ROOT = pathlib.Path(__file__).parents[2]
@@ -106,8 +107,7 @@ def test_bad_flags_are_one_sentence(recipe, arguments, sentence):
 )
 def test_recipe_files_that_do_not_work(tmp_path, text, sentence):
     (tmp_path / "broken.py").write_text(text)
-    with pytest.raises(ConfigError, match=sentence):
-        load_recipe(str(tmp_path / "broken.py"))
+    refused(sentence, load_recipe, str(tmp_path / "broken.py"))
 
 
 def test_recipes_by_name_from_any_directory(tmp_path, monkeypatch):
@@ -218,11 +218,9 @@ def test_the_two_doors_are_the_same(tmp_path):
 def test_output_paths(tmp_path):
     assert common.check_output(str(tmp_path / "a" / "x.mp4"), (".mp4", ".gif")) == tmp_path / "a" / "x.mp4"
     assert (tmp_path / "a").is_dir()
-    with pytest.raises(ConfigError, match=r"--output is 'x.avi'; it must end in .mp4 or .gif"):
-        common.check_output("x.avi", (".mp4", ".gif"))
+    refused(r"--output is 'x.avi'; it must end in .mp4 or .gif", common.check_output, "x.avi", (".mp4", ".gif"))
     (tmp_path / "d.mp4").mkdir()
-    with pytest.raises(ConfigError, match="is a directory; it must be a file"):
-        common.check_output(str(tmp_path / "d.mp4"), (".mp4",))
+    refused("is a directory; it must be a file", common.check_output, str(tmp_path / "d.mp4"), (".mp4",))
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--contact x?.*cannot be written"):
         common.check_output(str(tmp_path / "file" / "x.png"), (".png",), flag="contact")

@@ -5,6 +5,7 @@ import pytest
 from causvid_jax.config import ConfigError, DataConfig
 from causvid_jax.data import captions
 from causvid_jax.data.captions import Video
+from tests.refusals import refused
 
 
 def test_prompts_come_one_per_line_or_as_jsonl(tmp_path):
@@ -42,16 +43,13 @@ def test_prompts_come_one_per_line_or_as_jsonl(tmp_path):
 def test_lists_of_prompts_and_of_captions_that_cannot_be_read_name_file_and_line(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     read = captions.read_captions if name.startswith("c") else captions.read_prompts
-    with pytest.raises(ConfigError, match=f"{name}.*{message}"):
-        read(tmp_path / name)
+    refused(f"{name}.*{message}", read, tmp_path / name)
 
 
 def test_prompt_files_that_are_missing_or_no_text(tmp_path):
-    with pytest.raises(ConfigError, match="prompt file .*none.txt does not exist"):
-        captions.read_prompts(tmp_path / "none.txt")
+    refused("prompt file .*none.txt does not exist", captions.read_prompts, tmp_path / "none.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ConfigError, match=r"latin.txt is not UTF-8 text \(byte 3\)"):
-        captions.read_prompts(tmp_path / "latin.txt")
+    refused(r"latin.txt is not UTF-8 text \(byte 3\)", captions.read_prompts, tmp_path / "latin.txt")
 
 
 def test_an_unusual_line_separator_ends_no_line(tmp_path):
@@ -84,8 +82,7 @@ def test_videos_are_found_by_suffix_and_captioned_by_their_sidecars_or_the_file(
     with pytest.raises(ConfigError, match="holds no video; accepted: files .avi"):
         (tmp_path / "empty").mkdir()
         captions.list_videos(tmp_path / "empty")
-    with pytest.raises(ConfigError, match="none does not exist"):
-        captions.list_videos(tmp_path / "none")
+    refused("none does not exist", captions.list_videos, tmp_path / "none")
 
 
 def test_a_digest_tells_lists_apart():
@@ -101,8 +98,7 @@ def test_a_digest_tells_lists_apart():
     ],
 )
 def test_impossible_data_is_refused(fields, message):
-    with pytest.raises(ConfigError, match=message):
-        DataConfig(**fields)
+    refused(message, DataConfig, **fields)
 
 
 PAIR = ["a cat, sitting", "a dog"]
@@ -143,5 +139,4 @@ def test_videos_outside_of_the_folder_are_refused(tmp_path, name):
     (tmp_path / "out.mp4").write_bytes(b"x")
     (tmp_path / "videos" / "link.mp4").symlink_to(tmp_path / "out.mp4")
     (tmp_path / "c.json").write_text(json.dumps({name: "a"}))
-    with pytest.raises(ConfigError, match="is outside of the video folder"):
-        captions.list_videos(tmp_path / "videos", tmp_path / "c.json")
+    refused("is outside of the video folder", captions.list_videos, tmp_path / "videos", tmp_path / "c.json")

@@ -6,6 +6,7 @@ import pytest
 
 from causvid_jax.config import ConfigError
 from causvid_jax.data import pipeline
+from tests.refusals import refused
 
 
 def _source(count=12, frames=17):
@@ -165,7 +166,5 @@ def test_embedded_captions_are_padded_where_a_length_is_asked_for():
 def test_impossible_requests_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         next(pipeline.clip_batches(_source(), **{"batch_size": 2, "seed": 0, **options}))
-    with pytest.raises(ConfigError, match="empty"):
-        pipeline.clip_batches([], batch_size=1, seed=0)
-    with pytest.raises(ConfigError, match="must be positive"):
-        pipeline.Mixture([_source()], [0.0])
+    refused("empty", pipeline.clip_batches, [], batch_size=1, seed=0)
+    refused("must be positive", pipeline.Mixture, [_source()], [0.0])

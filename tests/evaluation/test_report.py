@@ -1,6 +1,5 @@
 """The report with samplers that are known: real clips, and clips wrong in a way that each figure must show."""
 
-import dataclasses
 import json
 import time
 
@@ -10,6 +9,7 @@ import pytest
 from causvid_jax.config import CausalConfig, ConfigError, Recipe, VideoConfig
 from causvid_jax.data import digits
 from causvid_jax.evaluation import classifier, contact_sheet, report
+from tests.tiny import changed
 
 RECIPE = Recipe(name="fake", video=VideoConfig(height=32, width=32, frames=81))
 PLAN = report.Plan(
@@ -139,7 +139,7 @@ def test_streams_of_whole_blocks():
     assert starts[-1] == 837
     assert starts[starts > 837 - 81].tolist() == [756 + n for n in (9, 21, 33, 45, 57, 69, 81)]
     causal = CausalConfig(frames_per_block=4, independent_first_frame=True)
-    single = dataclasses.replace(RECIPE, causal=causal)  # blocks 1, 4, 4, 4, 4, 4
+    single = changed(RECIPE, causal=causal)  # blocks 1, 4, 4, 4, 4, 4
     assert report.stream_starts(single, 1).tolist() == [0, 1, 17, 33, 49, 65, 81]
     assert report.stream_starts(single, 2)[5:].tolist() == [65 + 16 * n for n in range(8)]
 
@@ -160,7 +160,7 @@ def test_one_misread_block_does_not_undo_a_switch_but_a_caption_that_is_lost_doe
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_prompts_are_held_out_and_switches_change_everything(count):
-    recipe = dataclasses.replace(RECIPE, data=dataclasses.replace(RECIPE.data, digits_per_clip=count))
+    recipe = changed(RECIPE, data={"digits_per_clip": count})
     prompts = report.held_out_prompts(recipe, 70, seed=0)
     held_out = set(digits.captions(recipe.data, "test"))
     assert len(set(prompts[:56])) == 56 and held_out.issuperset(prompts)
@@ -185,7 +185,7 @@ def test_report_is_json_and_markdown_and_a_picture(result):
 
 
 def test_prompts_of_the_validation_split():
-    recipe = dataclasses.replace(RECIPE, data=dataclasses.replace(RECIPE.data, validation_fraction=0.05))
+    recipe = changed(RECIPE, data={"validation_fraction": 0.05})
     prompts = report.held_out_prompts(recipe, 20, 0, "validation")
     after = report.switched_prompts(recipe, prompts, 0, "validation")
     assert {*prompts, *after} <= set(digits.captions(recipe.data, "validation"))

@@ -5,6 +5,7 @@ JAX transformer with diffusers there and then. The file holds inputs and outputs
 image-to-video pipeline makes of a first and a last image with a random VAE; ``random_weights`` draws the weights again.
 """
 
+import functools
 import pathlib
 
 import numpy as np
@@ -71,21 +72,7 @@ def conditions(rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {name: value.numpy().transpose(0, 2, 3, 4, 1) for name, value in made.items()}
 
 
-def error_of(state: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> float:
-    """Largest absolute difference of the JAX transformer's velocity from the recorded one."""
-    import jax
-    import jax.numpy as jnp
-
-    from causvid_jax.checkpoints import load
-    from causvid_jax.config import TransformerConfig
-    from causvid_jax.models import transformer
-
-    config = TransformerConfig(**SIZES)
-    params = load(state, config=config)[0]
-    timestep = jnp.repeat(jnp.asarray(arrays["timestep"])[:, None], arrays["x"].shape[1], axis=1)
-    forward = jax.jit(lambda p, x, t, text, image: transformer.bidirectional(p, x, t, text, image, config=config))
-    velocity = forward(params, arrays["x"], timestep, arrays["text"], arrays["image"])
-    return float(np.abs(velocity - arrays["velocity"]).max())
+error_of = functools.partial(script.velocity_error, SIZES)
 
 
 def condition_errors(arrays: dict[str, np.ndarray]) -> list[float]:
@@ -104,16 +91,11 @@ def check(seed: int) -> None:
     import jax
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-    from causvid_jax.checkpoints import load, state_dict
     from causvid_jax.config import TransformerConfig
 
     jax.config.update("jax_default_matmul_precision", "highest")
-    config = TransformerConfig(**SIZES)
     state, arrays = reference(seed)
-    params = load(state, config=config)[0]
-    converted = convert_wan_transformer_to_diffusers(state_dict(params, config, "original"))
-    assert converted.keys() == state.keys(), "original names disagree with diffusers' conversion"
-    assert all(np.array_equal(converted[name], state[name]) for name in state), "a weight changed in conversion"
+    script.convert_and_compare(convert_wan_transformer_to_diffusers, state, TransformerConfig(**SIZES))
     error = error_of(state, arrays)
     print(f"image branch: max |jax - diffusers| = {error:.1e}, std {arrays['velocity'].std():.2f} (seed {seed})")
     assert error <= 5e-5

@@ -9,7 +9,6 @@ does not clamp them.
 """
 
 import pathlib
-import zlib
 
 import numpy as np
 import script
@@ -22,11 +21,11 @@ SIZES = {"z_dim": 4, "encoder_dim": 10, "decoder_dims": (14, 12, 8, 6)}
 
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
     """Every parameter random, by name: kernels keep the variance, biases lie around 0."""
-    state = {}
-    for name, shape in shapes.items():
-        draw = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape)
-        state[name] = (draw / np.sqrt(np.prod(shape[1:])) if len(shape) == 4 else 0.2 * draw).astype(np.float32)
-    return state
+
+    def spread(_, draw):
+        return draw / np.sqrt(np.prod(draw.shape[1:])) if draw.ndim == 4 else 0.2 * draw
+
+    return script.draw(shapes, seed, spread)
 
 
 def networks():

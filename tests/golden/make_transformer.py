@@ -5,8 +5,8 @@ JAX transformer with diffusers there and then. The file holds inputs and outputs
 weights again.
 """
 
+import functools
 import pathlib
-import zlib
 
 import numpy as np
 import script
@@ -28,17 +28,13 @@ SIZES = {
 
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
     """Every parameter random, by name: kernels keep the variance, norm scales lie around 1, the rest around 0."""
-    state = {}
-    for name, shape in shapes.items():
-        draw = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape)
+
+    def spread(name, draw):
         if "norm" in name and name.endswith("weight"):
-            draw = 1 + 0.2 * draw
-        elif name.endswith("weight"):
-            draw /= np.sqrt(np.prod(shape[1:]))
-        else:
-            draw *= 0.2
-        state[name] = draw.astype(np.float32)
-    return state
+            return 1 + 0.2 * draw
+        return draw / np.sqrt(np.prod(draw.shape[1:])) if name.endswith("weight") else 0.2 * draw
+
+    return script.draw(shapes, seed, spread)
 
 
 def reference(seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -62,20 +58,7 @@ def reference(seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     return state, {"x": x, "text": text, "timestep": timestep, "velocity": out.numpy().transpose(0, 2, 3, 4, 1)}
 
 
-def error_of(state: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> float:
-    """Largest absolute difference of the JAX transformer's velocity from the recorded one."""
-    import jax
-    import jax.numpy as jnp
-
-    from causvid_jax.checkpoints import load
-    from causvid_jax.config import TransformerConfig
-    from causvid_jax.models import transformer
-
-    config = TransformerConfig(**SIZES)
-    params = load(state, config=config)[0]
-    timestep = jnp.repeat(jnp.asarray(arrays["timestep"])[:, None], arrays["x"].shape[1], axis=1)
-    forward = jax.jit(lambda p, x, t, text: transformer.bidirectional(p, x, t, text, config=config))
-    return float(np.abs(forward(params, arrays["x"], timestep, arrays["text"]) - arrays["velocity"]).max())
+error_of = functools.partial(script.velocity_error, SIZES)
 
 
 def check(seed: int) -> None:
@@ -83,16 +66,11 @@ def check(seed: int) -> None:
     import jax
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-    from causvid_jax.checkpoints import load, state_dict
     from causvid_jax.config import TransformerConfig
 
     jax.config.update("jax_default_matmul_precision", "highest")
-    config = TransformerConfig(**SIZES)
     state, arrays = reference(seed)
-    params = load(state, config=config)[0]
-    converted = convert_wan_transformer_to_diffusers(state_dict(params, config, "original"))
-    assert converted.keys() == state.keys(), "original names disagree with diffusers' conversion"
-    assert all(np.array_equal(converted[name], state[name]) for name in state), "a weight changed in conversion"
+    script.convert_and_compare(convert_wan_transformer_to_diffusers, state, TransformerConfig(**SIZES))
     error = error_of(state, arrays)
     print(f"transformer: max |jax - diffusers| = {error:.1e}, std {arrays['velocity'].std():.2f} (seed {seed})")
     assert error <= 5e-5

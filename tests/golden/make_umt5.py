@@ -8,7 +8,6 @@ file holds inputs and outputs; :func:`random_weights` draws the weights again.
 import pathlib
 import tempfile
 import types
-import zlib
 
 import numpy as np
 import script
@@ -30,15 +29,14 @@ PROMPTS = (
 
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
     """Every parameter random, by name: kernels keep the variance, scales lie around 1, tables are N(0, 1)."""
-    state = {}
-    for name, shape in shapes.items():
-        draw = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape)
-        if len(shape) == 1:
-            draw = 1 + 0.2 * draw
-        elif not any(part in name for part in ("shared", "embed", "bias")):
-            draw /= np.sqrt(shape[1])
-        state[name] = draw.astype(np.float32)
-    return state
+
+    def spread(name, draw):
+        if draw.ndim == 1:
+            return 1 + 0.2 * draw
+        table = any(part in name for part in ("shared", "embed", "bias"))
+        return draw if table else draw / np.sqrt(draw.shape[1])
+
+    return script.draw(shapes, seed, spread)
 
 
 def build(seed: int):

@@ -5,7 +5,6 @@ with diffusers there and then. The file holds inputs and outputs; :func:`random_
 """
 
 import pathlib
-import zlib
 
 import numpy as np
 import script
@@ -22,15 +21,13 @@ SIZES = {
 
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
     """Every parameter random, by name: kernels keep the variance, gammas lie around 1, biases around 0."""
-    state = {}
-    for name, shape in shapes.items():
-        draw = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape)
+
+    def spread(name, draw):
         if name.endswith("weight"):
-            draw /= np.sqrt(np.prod(shape[1:]))
-        state[name] = (
-            1 + 0.2 * draw if name.endswith("gamma") else 0.2 * draw if name.endswith("bias") else draw
-        ).astype(np.float32)
-    return state
+            return draw / np.sqrt(np.prod(draw.shape[1:]))
+        return 1 + 0.2 * draw if name.endswith("gamma") else 0.2 * draw if name.endswith("bias") else draw
+
+    return script.draw(shapes, seed, spread)
 
 
 def reference(seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -58,17 +55,13 @@ def check(seed: int) -> None:
     import jax
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
-    from causvid_jax.checkpoints import load, state_dict
     from causvid_jax.config import VAEConfig
     from causvid_jax.models import vae
 
     jax.config.update("jax_default_matmul_precision", "highest")
     config = VAEConfig(**SIZES)
     state, expected = reference(seed)
-    params = load(state, config=config)[0]
-    converted = convert_wan_vae_to_diffusers(state_dict(params, config, "original"))
-    assert converted.keys() == state.keys(), "original names disagree with diffusers' conversion"
-    assert all(np.array_equal(converted[name], state[name]) for name in state), "a weight changed in conversion"
+    params = script.convert_and_compare(convert_wan_vae_to_diffusers, state, config)
     mean, logvar = jax.jit(lambda p, v: vae.encode_moments(p, v, config=config))(params, expected["video"])
     decoded = jax.jit(lambda p, z: vae.decode(p, z, config=config))(params, expected["latents"])
     for name, value in {"mean": mean, "logvar": logvar, "decoded": decoded}.items():

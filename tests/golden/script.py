@@ -1,8 +1,9 @@
-"""What the scripts of this folder share: their command line, and diffusers' transformer with given weights."""
+"""What the scripts of this folder share: their command line, random weights, and diffusers' transformer and names."""
 
 import argparse
 import pathlib
 import secrets
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -19,6 +20,17 @@ def main(
     else:
         np.savez_compressed(golden, **draw())
         print(f"wrote {golden} ({golden.stat().st_size} bytes)")
+
+
+def draw(
+    shapes: dict[str, tuple[int, ...]], seed: int, spread: Callable[[str, np.ndarray], np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Every parameter random, by name; ``spread(name, normal draw)`` scales it."""
+    state = {}
+    for name, shape in shapes.items():
+        normal = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape)
+        state[name] = spread(name, normal).astype(np.float32)
+    return state
 
 
 def diffusers_transformer(sizes: dict[str, int]):
@@ -53,3 +65,31 @@ def load(model, state: dict[str, np.ndarray]) -> None:
 def shapes_of(model) -> dict[str, tuple[int, ...]]:
     """Shape of every entry of a PyTorch module's state dict."""
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def velocity_error(sizes: dict[str, int], state: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> float:
+    """Largest absolute difference of the JAX transformer's velocity from the recorded one."""
+    import jax
+    import jax.numpy as jnp
+
+    from causvid_jax.checkpoints import load
+    from causvid_jax.config import TransformerConfig
+    from causvid_jax.models import transformer
+
+    config = TransformerConfig(**sizes)
+    params = load(state, config=config)[0]
+    timestep = jnp.repeat(jnp.asarray(arrays["timestep"])[:, None], arrays["x"].shape[1], axis=1)
+    forward = jax.jit(lambda p, *inputs: transformer.bidirectional(p, *inputs, config=config))
+    inputs = arrays["x"], timestep, *(arrays[name] for name in ("text", "image") if name in arrays)
+    return float(np.abs(forward(params, *inputs) - arrays["velocity"]).max())
+
+
+def convert_and_compare(convert: Callable, state: dict[str, np.ndarray], config):
+    """Return our parameters of a diffusers ``state``; diffusers must ``convert`` our original names back to it."""
+    from causvid_jax.checkpoints import load, state_dict
+
+    params = load(state, config=config)[0]
+    converted = convert(state_dict(params, config, "original"))
+    assert converted.keys() == state.keys(), "original names disagree with diffusers' conversion"
+    assert all(np.array_equal(converted[name], state[name]) for name in state), "a weight changed in conversion"
+    return params

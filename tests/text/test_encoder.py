@@ -12,6 +12,7 @@ from causvid_jax.checkpoints import store, workdir
 from causvid_jax.config import ConfigError, Recipe, TextConfig, TransformerConfig, UMT5Config
 from causvid_jax.models import umt5
 from causvid_jax.text import encoder, tokenizer
+from tests.refusals import refused
 
 pytest.importorskip("tokenizers", reason="the extra 'text' is not installed")
 pytest.importorskip("ftfy", reason="the extra 'text' is not installed")
@@ -48,8 +49,7 @@ def test_rows_are_the_networks_and_are_kept(folder, tmp_path, monkeypatch):
     again = encoder.open_encoder(RECIPE, folder, cache=tmp_path / "kept", compute=False)
     np.testing.assert_array_equal(encoder.encode(again, ["warm neon"]), rows[:1])
     np.testing.assert_array_equal(encoder.negative_prompt_embeds(again), rows[1])
-    with pytest.raises(ConfigError, match="1 prompt.s. are not encoded yet, first 'cold'; .*--stage=prompts"):
-        encoder.encode(again, ["neon", "cold"])
+    refused("1 prompt.s. are not encoded yet, first 'cold'; .*--stage=prompts", encoder.encode, again, ["neon", "cold"])
 
 
 def test_filling_reads_the_weights_once(folder, tmp_path, monkeypatch):
@@ -61,8 +61,7 @@ def test_filling_reads_the_weights_once(folder, tmp_path, monkeypatch):
     assert len(loads) == 1 and encoder.missing(reader, ["warm", "neon", "warm neon"]) == []
     encoder.fill(reader, ["neon"])
     assert len(loads) == 1
-    with pytest.raises(ConfigError, match="without a prompt cache"):
-        encoder.fill(encoder.open_encoder(RECIPE, folder, cache=""), ["neon"])
+    refused("without a prompt cache", encoder.fill, encoder.open_encoder(RECIPE, folder, cache=""), ["neon"])
 
 
 def stands_for(params):
@@ -100,13 +99,11 @@ def test_int8_weights_are_rounded_by_channel_and_kept_apart(folder, tmp_path, dt
 
 
 def test_the_files_it_looks_for(folder, tmp_path):
-    with pytest.raises(ConfigError, match="give the folder of a checkpoint"):
-        encoder.open_encoder(RECIPE)
+    refused("give the folder of a checkpoint", encoder.open_encoder, RECIPE)
     with pytest.raises(ConfigError, match="text_encoder/weights.safetensors does not exist .* copy the published one"):
         encoder.open_encoder(RECIPE, tmp_path)
     large = dataclasses.replace(RECIPE, umt5=dataclasses.replace(RECIPE.umt5, num_layers=5))
-    with pytest.raises(ConfigError, match="text_encoder/weights.safetensors does not fit the configuration"):
-        encoder.open_encoder(large, folder)
+    refused("text_encoder/weights.safetensors does not fit the configuration", encoder.open_encoder, large, folder)
     weights = workdir.stage_path(tmp_path, "text_encoder")
     weights.parent.mkdir()
     weights.symlink_to(workdir.stage_path(folder, "text_encoder"))
@@ -131,10 +128,8 @@ def test_words_need_no_files():
     reader = encoder.open_encoder(dataclasses.replace(RECIPE, text=text, teacher=net, student=net))
     np.testing.assert_array_equal(encoder.encode(reader, ["red 3"]), [[[1, 0, 1, 0], [0, 1, 0, 1]]])
     assert not encoder.negative_prompt_embeds(reader).any() and encoder.missing(reader, ["red"]) == []
-    with pytest.raises(ConfigError, match="unknown word 'blue'"):
-        encoder.check(reader, ["blue"])
+    refused("unknown word 'blue'", encoder.check, reader, ["blue"])
 
 
 def test_an_encoder_of_another_width_is_refused():
-    with pytest.raises(ConfigError, match="umt5.dim is 4096; text.dim is 16, and they must be equal"):
-        dataclasses.replace(RECIPE, umt5=UMT5Config())
+    refused("umt5.dim is 4096; text.dim is 16, and they must be equal", dataclasses.replace, RECIPE, umt5=UMT5Config())

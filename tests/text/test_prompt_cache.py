@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import safetensors
 
-from causvid_jax.config import ConfigError, UMT5Config
+from causvid_jax.config import UMT5Config
 from causvid_jax.text import prompt_cache
 from causvid_jax.text.prompt_cache import PromptCache
+from tests.refusals import refused
 
 CONFIG = UMT5Config(vocab_size=11, dim=6, ffn_dim=10, num_heads=2, head_dim=4, num_layers=1)
 ROWS = np.random.default_rng(0).standard_normal((5, CONFIG.dim)).astype(np.float32)
@@ -76,11 +77,8 @@ def test_a_file_under_anothers_name_is_not_believed(tmp_path):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(ConfigError, match="prompt cache dtype is 'float16'; accepted: float32, bfloat16"):
-        PromptCache(tmp_path, "w", "float16")
-    with pytest.raises(ConfigError, match="needs a digest of the encoder's weights"):
-        PromptCache(tmp_path, "")
+    refused("prompt cache dtype is 'float16'; accepted: float32, bfloat16", PromptCache, tmp_path, "w", "float16")
+    refused("needs a digest of the encoder's weights", PromptCache, tmp_path, "")
     (tmp_path / "file").write_text("")
     cache = PromptCache(tmp_path / "file", "w")
-    with pytest.raises(ConfigError, match="cannot be written: Not a directory"):
-        prompt_cache.write(cache, identity(cache), ROWS)
+    refused("cannot be written: Not a directory", prompt_cache.write, cache, identity(cache), ROWS)
