@@ -25,6 +25,21 @@ PROMPT = "a red 3 moving left"
 START = {"prompt": PROMPT, "seed": 4}
 
 
+@pytest.fixture(scope="module")
+def shared(programs, tmp_path_factory):
+    """Return a running server for what is refused, which leaves nothing behind."""
+    with Server(programs, tmp_path_factory.mktemp("shared")) as running:
+        yield running
+
+
+def finished(http, job):
+    """Wait for a job of ``/v1/videos`` and return its last answer."""
+    while (now := http.get(f"/v1/videos/{job['id']}").json())["status"] in ("queued", "in_progress"):
+        time.sleep(0.02)
+    assert now["status"] == "completed" and now["progress"] == 100, now
+    return now
+
+
 def png(height=16, width=16, color=(255, 0, 0)):
     file = io.BytesIO()
     Image.new("RGB", (width, height), color).save(file, "PNG")
@@ -120,9 +135,7 @@ def test_videos_in_the_shape_of_openai(live, programs):
         second = http.post("/v1/videos", data=form, files={"input_reference": ("../../x.png", png())}).json()
         assert job["object"] == "video" and job["status"] in ("queued", "in_progress")
         for each in (job, second):
-            while (now := http.get(f"/v1/videos/{each['id']}").json())["status"] in ("queued", "in_progress"):
-                time.sleep(0.02)
-            assert now["status"] == "completed" and now["progress"] == 100, now
+            finished(http, each)
         content = http.get(f"/v1/videos/{job['id']}/content")
         path = f"{live.settings.recordings}/{job['id']}.mp4"
         assert len(media.read_video(path, 16, 16)) == 8 and content.content == pathlib.Path(path).read_bytes()
@@ -150,9 +163,7 @@ def test_a_video_is_followed_as_the_sampler_follows_it(live, programs, tmp_path)
         form = {"prompt": PROMPT, "seed": "3", "strength": "0.5"}
         file = {"input_reference": ("x", (tmp_path / "in.mp4").read_bytes())}
         job = http.post("/v1/videos", data=form, files=file).json()
-        while (now := http.get(f"/v1/videos/{job['id']}").json())["status"] in ("queued", "in_progress"):
-            time.sleep(0.02)
-        assert now["status"] == "completed" and float(now["seconds"]) == pytest.approx(11 / 16, abs=1e-3), now
+        assert float(finished(http, job)["seconds"]) == pytest.approx(11 / 16, abs=1e-3)
         damaged = {"input_reference": ("x", (tmp_path / "in.mp4").read_bytes()[:60])}
         answer = http.post("/v1/videos", data=form, files=damaged)
         assert answer.status_code == 400 and "cannot read the video" in answer.json()["error"]["message"]
@@ -194,17 +205,18 @@ def test_probes_metrics_page_and_headers(live):
         (struct.pack(">I", 33) + b'{"type": "start", "prompt": "a"} ' + b"GIF89a", 4400, "damaged"),
     ],
 )
-def test_a_bad_first_message_is_a_close_with_a_reason(live, first, code, sentence):
-    with live.connect() as viewer:
+def test_a_bad_first_message_is_a_close_with_a_reason(shared, first, code, sentence):
+    with shared.connect() as viewer:
         viewer.socket.send(first)
         closed = viewer.closed()
         assert closed[0] == code and sentence in closed[1]
-    assert not live.engine.sessions() or live.engine.sessions()[0].lost is not None
+    assert all(session.lost is not None for session in shared.engine.sessions())
 
 
-def test_an_oversized_message_is_cut_off(live):
+def test_an_oversized_message_is_cut_off(shared):
     """The connection ends while the client still sends, so it may not get to read the code 1009."""
-    with live.connect() as viewer:
+    before = [session.token for session in shared.engine.sessions()]
+    with shared.connect() as viewer:
         with contextlib.suppress(ConnectionClosed, OSError):
             viewer.socket.send("x" * (5 * 2**20))
         with pytest.raises((ConnectionClosed, OSError)) as error:
@@ -212,7 +224,7 @@ def test_an_oversized_message_is_cut_off(live):
                 viewer.receive()
         received = getattr(error.value, "rcvd", None)
         assert received is None or received.code == 1009
-    assert not live.engine.sessions()
+    assert all(session.token in before for session in shared.engine.sessions())
 
 
 def test_wrong_origin_host_rate_and_size_are_refused(programs, tmp_path):
@@ -244,11 +256,11 @@ def test_wrong_origin_host_rate_and_size_are_refused(programs, tmp_path):
         b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{",
     ],
 )
-def test_a_request_that_does_not_arrive_is_closed(live, monkeypatch, sent):
+def test_a_request_that_does_not_arrive_is_closed(shared, monkeypatch, sent):
     """Nothing, half a head, half a second head and half a body; without a limit the answer would never come."""
     monkeypatch.setattr(transport, "HEAD_SECONDS", 0.3)
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
-    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as client:
+    with socket.create_connection(("127.0.0.1", shared.port), timeout=10) as client:
         client.sendall(sent)
         answer = b"".join(iter(lambda: client.recv(4096), b""))
     assert b" 408 Request Timeout" in answer and answer.startswith(b"HTTP/1.1 200") == (b"healthz" in sent)
