@@ -65,7 +65,7 @@ def dense(
             :mod:`causvid_jax.models.int8_attention`) or ``"auto"`` (:func:`resolve`).
         mask: bool ``[S]``, the same for all queries.
         used: scalar count for a mask that is true exactly for the first ``used`` keys. cuDNN then skips the other keys;
-            any other mask becomes a T x S bias array.
+            any other mask becomes a T x S bias array. Splash skips blocks of keys that any mask hides whole.
         name: checkpoint name of the result, rounded to ``dtype``, for rematerialization. The splash kernel names its
             softmax sums too, so its backward pass recomputes nothing.
     """
@@ -74,7 +74,9 @@ def dense(
         return _named(int8_attention.attention(q, k, v, dtype, mask, used), dtype, name)
     q, k, v = (x.astype(dtype) for x in (q, k, v))
     if backend == "splash":
-        return _splash(q, k, v, mask, name)
+        from causvid_jax.models import splash
+
+        return splash.attention(q, k, v, mask, name)
     if backend == "blockwise":
         return _named(_blockwise(q, k, v, mask), dtype, name)
     if backend == "cudnn":
@@ -179,46 +181,6 @@ def _named(x: jax.Array, dtype: str, name: str | None) -> jax.Array:
     """Return ``x`` in float32; with ``name``, round it to ``dtype`` and name it for rematerialization."""
     # The output projection rounds its input to this type in any case.
     return (x if name is None else checkpoint_name(x.astype(dtype), name)).astype(jnp.float32)
-
-
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, name: str | None = None) -> jax.Array:
-    """Compute :func:`dense` by JAX's splash kernel for TPU (in interpret mode on CPU, which is slow).
-
-    The kernel needs lengths divisible by its block sizes and head sizes divisible by 128 lanes, so all arrays are
-    padded with zeros. Padded and masked keys get a segment that contains no query.
-    """
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    (_, t, n, d), s = q.shape, k.shape[1]
-    block_q, block_kv = (min(512, -(-length // 128) * 128) for length in (t, s))
-    padded_t, padded_s = -(-t // block_q) * block_q, -(-s // block_kv) * block_kv
-
-    def pad(x: jax.Array, length: int) -> jax.Array:  # [B, T, N, D] -> [B, N, T', D']
-        x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, -d % 128)))
-        return jnp.swapaxes(x, 1, 2)
-
-    segment = jnp.ones((s,), jnp.int32) if mask is None else mask.astype(jnp.int32)
-    segments = splash.SegmentIds(q=jnp.ones((padded_t,), jnp.int32), kv=jnp.pad(segment, (0, padded_s - s)))
-    kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([masks.FullMask((padded_t, padded_s))] * n),
-        head_shards=1,
-        q_seq_shards=1,
-        block_sizes=splash.BlockSizes(
-            block_q=block_q,
-            block_kv=block_kv,
-            block_kv_compute=block_kv,
-            block_q_dkv=block_q,
-            block_kv_dkv=block_kv,
-            block_kv_dkv_compute=block_kv,
-            use_fused_bwd_kernel=True,
-        ),
-        residual_checkpoint_name=name,
-        interpret=constraints.platform() == "cpu",
-    )
-    scaled = pad(q * q.shape[-1] ** -0.5, padded_t)
-    out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(scaled, pad(k, padded_s), pad(v, padded_s), segments)
-    return jnp.swapaxes(out, 1, 2)[:, :t, :, :d].astype(jnp.float32)
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------
