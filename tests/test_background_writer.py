@@ -48,7 +48,7 @@ def test_a_session_spends_no_time_on_encoding_in_the_thread_that_dispatches(monk
     writers = [FakeWriter(clock), FakeWriter(clock)]
     clips = np.arange(BLOCKS * 2 * 3, dtype=np.uint8).reshape(BLOCKS, 2, 3, 1, 1, 1)
 
-    def blocks(opened, texts, timing):
+    def blocks(opened, texts, timing, ahead):
         for part in clips:
             clock.spend(DEVICE)
             timing.add(part.shape[1], clock() / 1000)
@@ -67,6 +67,7 @@ def test_a_session_spends_no_time_on_encoding_in_the_thread_that_dispatches(monk
     monkeypatch.setattr(session.encoder, "encode", lambda reader, texts: texts)
     monkeypatch.setattr(session, "comment_of", lambda opened, index: "")
     monkeypatch.setattr(session, "student_blocks", blocks)
+    monkeypatch.setattr(session, "compile_ahead", lambda *_: contextlib.nullcontext())
     timing = session.run(opened, said.append, progress=False)
     assert clock.spent == {True: BLOCKS * DEVICE, False: BLOCKS * 2 * ENCODING}
     assert timing.total == BLOCKS * DEVICE / 1000 and timing.frames == 3 * BLOCKS

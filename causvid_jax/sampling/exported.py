@@ -44,8 +44,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from causvid_jax import __version__
 from causvid_jax.config import ConfigError, Recipe, require
 from causvid_jax.config.files import atomic, format_bytes, reason
-from causvid_jax.models import attention, decoder, kv_cache, taehv, transformer, vae
-from causvid_jax.sampling import stream
+from causvid_jax.models import attention, kv_cache, taehv, vae
+from causvid_jax.sampling import stream, weights
 from causvid_jax.sharding import constraints
 
 FORMAT = 5
@@ -145,10 +145,8 @@ def this_platform() -> str:
 
 def _start_arguments(recipe: Recipe, batch: int) -> tuple[dict[str, Any], jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """Return the shapes of the arguments of the program ``start``: params, prompt embeddings and seeds."""
-    params: dict[str, Any] = {"student": transformer.inference(recipe.student, unstacked=True)}
-    params |= decoder.codec_shapes(recipe, encodes=False)
     embeds = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
-    return params, embeds, jax.ShapeDtypeStruct((batch,), jnp.uint32)
+    return weights.stream_shapes(recipe), embeds, jax.ShapeDtypeStruct((batch,), jnp.uint32)
 
 
 def build(recipe: Recipe, platform: str, *, batch: int = 1) -> tuple[dict[str, Any], dict[str, export.Exported]]:

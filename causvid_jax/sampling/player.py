@@ -1,9 +1,12 @@
 """Play a stream as a Python generator of frames.
 
-All programs of a stream are compiled before its clock starts, so a prompt switch does not stall it. While the frames of
-one block are returned, the device already computes the next block.
+All programs of a stream are compiled before its clock starts, so a prompt switch does not stall it. They depend on
+shapes alone, so :func:`compile_ahead` compiles them in a thread while the weights are read. While the frames of one
+block are returned, the device already computes the next block.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +29,7 @@ from causvid_jax.sampling.pipeline import encode_chunk
 class Timing:
     """Timing of a stream in seconds, updated while it runs. The clock starts when everything is compiled."""
 
-    compile: float = 0.0  # compilation, or reading compiled programs from the cache
+    compile: float = 0.0  # compilation, or reading compiled programs from the cache; also while weights are read
     first: float = 0.0  # from the start of the clock to the first frames on the host
     frames: int = 0  # pixel frames of each video so far
     total: float = 0.0  # from the start of the clock to the last frames on the host
@@ -44,18 +47,22 @@ class Timing:
         self.total = total
 
 
-class _Programs:
+class Programs:
     """Compiles a jitted function once per (function, ``started``) and adds up the seconds.
 
     ``started`` is whether the stream has started, or whatever else distinguishes the programs of a function.
-    ``loaded`` programs replace the stream's functions, which are then never traced.
+    ``loaded`` programs replace the stream's functions, which are then never traced. Once ``closed`` nothing is
+    compiled any more.
     """
 
     def __init__(self, timing: Timing, loaded: exported.Programs | None):
         self.timing, self.loaded = timing, loaded
         self.compiled: dict[Any, Any] = {}
+        self.closed = False
 
-    def prepare(self, function: Any, started: Any, *args: Any, **static: Any) -> Callable[..., Any]:
+    def prepare(self, function: Any, started: Any, *args: Any, **static: Any) -> Any:
+        if self.closed:
+            raise concurrent.futures.CancelledError
         key = function, started
         if key not in self.compiled:
             begin = time.perf_counter()
@@ -63,6 +70,11 @@ class _Programs:
             self.compiled[key] = jitted.lower(*args).compile()
             self.timing.compile += time.perf_counter() - begin
         return self.compiled[key]
+
+    def dry(self, function: Any, started: Any, *args: Any, **static: Any) -> Any:
+        """Compile a function and return the shapes of its results; arguments are arrays or shapes."""
+        results = self.prepare(function, started, *args, **static).out_info
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), results)
 
     def jitted(self, function: Any, started: Any, static: Mapping[str, Any]) -> Any:
         """Return the loaded program of a function, or else the function with its static arguments."""
@@ -84,8 +96,17 @@ class _Bound:
     def lower(self, *args: Any) -> Any:
         return self.function.lower(*args, **self.static)
 
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args, **self.static)
+
+def _put(tree: Any, device: jax.Device) -> Any:
+    """Copy arrays to a device; shapes become those of arrays there."""
+    where = jax.sharding.SingleDeviceSharding(device)
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        return jax.device_put(leaf, device)
+
+    return jax.tree.map(one, tree)
 
 
 @dataclasses.dataclass
@@ -102,16 +123,11 @@ class _Elsewhere:
         height, width = config.latent_size
         past = decoder.init_decode_cache(config, batch=batch, height=height, width=width)
         weights = {config.decoder: params[config.decoder]}
-        weights, past = jax.device_put((weights, past), device)
-        return cls(weights, past, config, device)
+        return cls(_put(weights, device), _put(past, device), config, device)
 
     def decode(self, run: Callable, latents: Any, started: bool) -> jax.Array:
         """Return the frames of the next block; calls return before they are computed, so the devices overlap."""
-        if isinstance(latents, jax.ShapeDtypeStruct):  # a dry run: it compiles, and the past stays
-            where = jax.sharding.SingleDeviceSharding(self.device)
-            shape = jax.ShapeDtypeStruct(latents.shape, latents.dtype, sharding=where)
-            return run(decoder.decode_next, started, self.params, shape, self.past, config=self.config)[0]
-        latents = jax.device_put(latents, self.device)
+        latents, self.past = _put(latents, self.device), _put(self.past, self.device)
         decoded, self.past = run(decoder.decode_next, started, self.params, latents, self.past, config=self.config)
         return decoded
 
@@ -119,7 +135,8 @@ class _Elsewhere:
 class _Player:
     """The inputs of a played stream, and the programs of one block.
 
-    Every method takes ``run(function, started, *arguments, **static)``, which executes a program or only prepares it.
+    Every method takes ``run(function, started, *arguments, **static)``, which executes a program or, for a player of
+    the shapes of parameters, only prepares it.
     """
 
     def __init__(
@@ -128,10 +145,10 @@ class _Player:
         config: Recipe,
         batch: int,
         *,
-        image: np.ndarray | None,
-        video: np.ndarray | None,
-        strength: float,
-        decode_device: jax.Device | None,
+        image: np.ndarray | None = None,
+        video: np.ndarray | None = None,
+        strength: float = 0.5,
+        decode_device: jax.Device | None = None,
     ):
         self.params, self.config, self.batch = params, config, batch
         self.image, self.video = image, video
@@ -181,24 +198,77 @@ class _Player:
         chunk, first = self.pixels(video[np.minimum(indices, len(video) - 1)]), block == 0
         return run(encode_chunk, first, self.params["vae"], chunk, coder, config=self.config.vae, first=first)
 
-    def switch(self, run: Callable, state: stream.StreamState, embeds: np.ndarray) -> stream.StreamState:
+    def switch(self, run: Callable, state: stream.StreamState, embeds: Any) -> stream.StreamState:
         """Return the state with another prompt."""
-        return run(stream.change_prompt, state.started, self.params, state, jnp.asarray(embeds), config=self.config)
+        return run(stream.change_prompt, state.started, self.params, state, embeds, config=self.config)
 
-    def prepare(
-        self, programs: _Programs, blocks: int, state: stream.StreamState, switches: Mapping[int, np.ndarray]
-    ) -> None:
-        """Compile all programs by a dry run over shapes: two blocks and one switch use every program of a stream."""
 
-        def run(function: Any, started: bool, *args: Any, **static: Any) -> Any:
-            programs.prepare(function, started, *args, **static)
-            return jax.eval_shape(programs.jitted(function, started, static), *args)
+def _compile(
+    programs: Programs,
+    params: stream.Params,
+    text: Any,
+    *,
+    config: Recipe,
+    frames: int,
+    switches: bool,
+    picture: Any = None,
+    **inputs: Any,
+) -> None:
+    """Compile all programs of :func:`play` by a dry run: two blocks and one switch use every one of them.
 
-        shapes, coder = jax.eval_shape(lambda x: x, (state, self.coder()))
-        for block in range(min(blocks, 2)):
-            _, shapes, coder = self.block(run, block, shapes, coder)
-        for embeds in list(switches.values())[:1]:
-            self.switch(run, shapes, embeds)
+    ``params``, ``text`` and ``picture`` are shapes, ``inputs`` are those of :class:`_Player`.
+    """
+    latents = covering_latents(frames, config)
+    if config.rolling_blocks:
+        _compile_rolling(programs, params, text, config, latents)
+        return
+    if programs.loaded is None:
+        capacity = None if config.causal.window else latents
+        seeds = jax.ShapeDtypeStruct(text.shape[:1], jnp.uint32)
+        # init_stream() calls the same jitted function, so it finds this program.
+        static: dict[str, Any] = {"config": config, "capacity": capacity, "picture": picture}
+        state = programs.dry(stream.first_state, None, params, text, seeds, **static)
+    else:
+        state = programs.loaded.shapes()
+    player = _Player(params, config, text.shape[0], **inputs)
+    coder = jax.eval_shape(player.coder)
+    for block in range(min(len(config.causal.block_sizes(latents)), 2)):
+        _, state, coder = player.block(programs.dry, block, state, coder)
+    if switches:
+        player.switch(programs.dry, state, text)
+
+
+@contextlib.contextmanager
+def compile_ahead(
+    params: stream.Params,
+    text: jax.ShapeDtypeStruct,
+    *,
+    timing: Timing,
+    loaded: exported.Programs | None,
+    **inputs: Any,
+) -> Iterator[Callable[[], Programs]]:
+    """Compile the programs of :func:`play` in a thread; the value is ``play(..., ahead=...)``, which waits for them.
+
+    Leaving the context ends the thread: the program that is being compiled is finished, and no other is begun.
+
+    Args:
+        params: shapes of the parameters (``weights.stream_shapes``).
+        text: shape of the prompt embeddings, ``[B, S, E]``.
+        timing, loaded: as in :func:`play`.
+        inputs: the others of :func:`play`, but ``switches`` is whether there are any, and ``picture`` is of shapes.
+    """
+    programs = Programs(timing, loaded)
+    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compiler") as pool:
+        compiling = pool.submit(_compile, programs, params, text, **inputs)
+
+        def ready() -> Programs:
+            compiling.result()
+            return programs
+
+        try:
+            yield ready
+        finally:
+            programs.closed = not compiling.done()
 
 
 def play(
@@ -216,6 +286,7 @@ def play(
     loaded: exported.Programs | None = None,
     picture: Picture | None = None,
     decode_device: jax.Device | None = None,
+    ahead: Callable[[], Programs] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield frames uint8 ``[B, n, H, W, 3]``, block by block, ``frames`` of them in all.
 
@@ -234,6 +305,7 @@ def play(
         loaded: programs to run instead of tracing the model; they support text and switches only.
         picture: what the streams of a student with an image branch start from, instead of ``image``.
         decode_device: decodes the blocks while the default device generates the next one; None: both on the default.
+        ahead: of :func:`compile_ahead` with the same inputs; None compiles at the first frame.
 
     Raises:
         ConfigError: at the first frame: an input that loaded programs do not support, a strength out of bounds, or
@@ -241,31 +313,38 @@ def play(
             finite.
     """
     timing = Timing() if timing is None else timing
-    if config.rolling_blocks:
-        extras = (switches, image, video, loaded, picture, decode_device)
-        require(all(extra is None or extra == {} for extra in extras), "blocks are denoised jointly from text alone")
-        yield from _play_rolling(params, text, config, frames, seed, timing)
-        return
     switches = {} if switches is None else switches
-    _check_inputs(config, loaded, decode_device, image is not None or video is not None)
-    programs, latents = _Programs(timing, loaded), covering_latents(frames, config)
-    blocks = len(config.causal.block_sizes(latents))
-    begin = time.perf_counter()
+    inputs: dict[str, Any] = {"image": image, "video": video, "strength": strength, "decode_device": decode_device}
+    pixels = image is not None or video is not None
+    _check_inputs(config, loaded, decode_device, pixels, bool(switches) or picture is not None)
     params, embeds = jax.tree.map(jnp.asarray, params), jnp.asarray(text)
+    if ahead is None:
+        programs = Programs(timing, loaded)
+        shapes, prompt, start = jax.eval_shape(lambda *x: x, params, embeds, picture)
+        more: dict[str, Any] = {"frames": frames, "switches": bool(switches), "picture": start}
+        _compile(programs, shapes, prompt, config=config, **more, **inputs)
+    else:
+        programs = ahead()
+    latents = covering_latents(frames, config)
+    if config.rolling_blocks:
+        yield from _play_rolling(programs, params, embeds, config, frames, seed, timing)
+        return
+    begin = time.perf_counter()
     if loaded is None:
         state = stream.init_stream(params, embeds, config=config, seed=seed, frames=latents, picture=picture)
     else:
         state = loaded.start(params, embeds, seed)
     timing.compile += time.perf_counter() - begin
-    inputs: dict[str, Any] = {"image": image, "video": video, "strength": strength, "decode_device": decode_device}
+    blocks = len(config.causal.block_sizes(latents))
     player = _Player(params, config, len(text), **inputs)
-    player.prepare(programs, blocks, state, switches)
     yield from _deliver(player, programs, blocks, state, switches, frames, timing)
 
 
 def _check_inputs(
-    config: Recipe, loaded: exported.Programs | None, decode_device: jax.Device | None, pixels: bool
+    config: Recipe, loaded: exported.Programs | None, decode_device: jax.Device | None, pixels: bool, others: bool
 ) -> None:
+    alone = not (pixels or others) and loaded is None and decode_device is None
+    require(alone or not config.rolling_blocks, "blocks are denoised jointly from text alone")
     require(
         loaded is None or not pixels,
         "loaded programs generate from text only; accepted: no image and no video",
@@ -278,7 +357,7 @@ def _check_inputs(
 
 def _deliver(
     player: _Player,
-    programs: _Programs,
+    programs: Programs,
     blocks: int,
     state: stream.StreamState,
     switches: Mapping[int, np.ndarray],
@@ -291,7 +370,7 @@ def _deliver(
         ready, waiting = waiting, None
         if block < blocks:
             if block in switches:
-                state = player.switch(programs, state, switches[block])
+                state = player.switch(programs, state, jnp.asarray(switches[block]))
             waiting, state, coder = player.block(programs, block, state, coder)
         if ready is None:
             continue
@@ -303,38 +382,45 @@ def _deliver(
         yield visible
 
 
+def _round(
+    run: Callable, params: stream.Params, config: Recipe, state: rolling.RollingState, enters: bool
+) -> tuple[jax.Array | None, rolling.RollingState]:
+    """Return the decoded frames of the block that a round finishes, None if none is, and the next state."""
+    age = 0 if enters else state.age + 1
+    key, options = (state.window.shape[1], age, enters), {"config": config, "enters": enters, "age": age}
+    x, single, window = run(rolling.run_round, key, params, state.stream, state.window, **options)
+    if x is None:
+        return None, rolling.RollingState(single, window, age)
+    decoded, single = run(stream.decode_block, True, params, single, x, config=config)
+    return decoded, rolling.RollingState(single, window, age)
+
+
+def _compile_rolling(programs: Programs, params: stream.Params, text: Any, config: Recipe, latents: int) -> None:
+    """Compile the programs of :func:`_play_rolling`: a clip as long as the window uses every one of a longer clip."""
+    count = len(config.causal.block_sizes(latents))
+    state = jax.eval_shape(lambda p, t: rolling.init_rolling(p, t, config=config, frames=latents), params, text)
+    for enters in rolling.rounds(min(count, config.rolling_blocks), config):
+        _, state = _round(programs.dry, params, config, state, enters)
+
+
 def _play_rolling(
-    params: stream.Params, text: np.ndarray, config: Recipe, frames: int, seed: int, timing: Timing
+    programs: Programs,
+    params: stream.Params,
+    text: jax.Array,
+    config: Recipe,
+    frames: int,
+    seed: int,
+    timing: Timing,
 ) -> Iterator[np.ndarray]:
     """Yield the frames of :func:`play` for a recipe that denoises several blocks jointly."""
-    programs, params = _Programs(timing, None), jax.tree.map(jnp.asarray, params)
     latents = covering_latents(frames, config)
     count = len(config.causal.block_sizes(latents))
     begin = time.perf_counter()
-    state = rolling.init_rolling(params, jnp.asarray(text), config=config, seed=seed, frames=latents)
+    state = rolling.init_rolling(params, text, config=config, seed=seed, frames=latents)
     timing.compile += time.perf_counter() - begin
-
-    def one(run: Callable, state: rolling.RollingState, enters: bool) -> tuple[jax.Array | None, rolling.RollingState]:
-        age = 0 if enters else state.age + 1
-        key, options = (state.window.shape[1], age, enters), {"config": config, "enters": enters, "age": age}
-        x, single, window = run(rolling.run_round, key, params, state.stream, state.window, **options)
-        if x is None:
-            return None, rolling.RollingState(single, window, age)
-        decoded, single = run(stream.decode_block, True, params, single, x, config=config)
-        return decoded, rolling.RollingState(single, window, age)
-
-    def prepare(function: Any, key: Any, *args: Any, **static: Any) -> Any:
-        programs.prepare(function, key, *args, **static)
-        return jax.eval_shape(programs.jitted(function, key, static), *args)
-
-    # A dry run over shapes: a clip as long as the window uses every program of a longer one.
-    dry = jax.eval_shape(lambda x: x, state)
-    for enters in rolling.rounds(min(count, config.rolling_blocks), config):
-        _, dry = one(prepare, dry, enters)
-
     begin = time.perf_counter()
     for number, enters in enumerate(rolling.rounds(count, config)):
-        decoded, state = one(programs, state, enters)
+        decoded, state = _round(programs, params, config, state, enters)
         if decoded is not None:
             pixels = files.to_uint8(decoded, f"the frames of round {number}")
             shown = pixels[:, stream.LEAD if timing.frames == 0 else 0 :][:, : frames - timing.frames]

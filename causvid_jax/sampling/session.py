@@ -136,13 +136,18 @@ def run(session: Session, say: Say = print, *, progress: bool | None = None) -> 
         for i, writer in enumerate(writers):
             writer.comment = comment_of(session, i)
         stack.push(functools.partial(_say_kept, writers, say))
+        ahead = None
+        if not request.teacher:
+            say("Compiling while weights are read (once for each shape; the result is kept for later runs) ...")
+            ahead = stack.enter_context(compile_ahead(session, timing))
         texts = dict(zip(session.texts, encoder.encode(session.encoder, session.texts), strict=True))
         for block, (frame, prompt) in sorted(session.switches.items()):
             say(f"From frame {frame} on (block {block}): {prompt}")
-        clips = (
-            teacher_clips(session, texts, timing, say) if request.teacher else student_blocks(session, texts, timing)
-        )
-        say("Compiling (once for each shape; the result is kept for later runs) ...")
+        if request.teacher:
+            clips = teacher_clips(session, texts, timing, say)
+            say("Compiling (once for each shape; the result is kept for later runs) ...")
+        else:
+            clips = student_blocks(session, texts, timing, ahead)
         out = stack.enter_context(files.BackgroundWriter(writers))
         bar = stack.enter_context(tqdm(total=session.frames, unit="frame", disable=_hidden(progress)))
         for part in clips:
@@ -208,6 +213,25 @@ def _hidden(progress: bool | None) -> bool | None:
     return None if progress is None else not progress
 
 
+def _has_picture(session: Session) -> bool:
+    """Return whether a network with an image branch reads a picture."""
+    return session.image is not None and session.picture is not None
+
+
+def _picture_shapes(session: Session) -> Picture | None:
+    """Return the shapes of :func:`_encode_picture`."""
+    recipe, sizes, count = session.recipe, session.clip, len(session.request.prompt)
+    if session.image is None or session.picture is None:
+        return None
+    params = decoder.vae_shapes(recipe)
+    if sizes is not None:
+        params["image_encoder"] = decoder.image_encoder_shapes(sizes)
+    read = functools.partial(image_to_video.picture_of, config=recipe, clip=sizes)
+    pixels = (jax.ShapeDtypeStruct((1, *x.shape), jnp.float32) for x in (session.picture, session.image))
+    one = jax.eval_shape(read, params, *pixels)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), one)
+
+
 def _encode_picture(session: Session) -> Picture | None:
     """Return what a network with an image branch reads of the picture; None without one.
 
@@ -216,8 +240,9 @@ def _encode_picture(session: Session) -> Picture | None:
     embeds are None.
     """
     recipe, sizes = session.recipe, session.clip
-    if session.image is None or session.picture is None:
+    if not _has_picture(session):
         return None
+    assert session.image is not None and session.picture is not None
     whole, cropped = (jnp.asarray(files.to_float(x))[None] for x in (session.picture, session.image))
     embeds = None
     if sizes is not None:
@@ -258,27 +283,58 @@ def teacher_clips(session: Session, texts: Embeds, timing: player.Timing, say: S
         yield clips
 
 
-def student_blocks(session: Session, texts: Embeds, timing: player.Timing) -> Iterator[np.ndarray]:
+def _stream_inputs(session: Session) -> dict[str, Any]:
+    """Return the inputs of ``player.play`` that a session holds before anything is computed."""
+    device = session.request.decode_device
+    return {
+        "config": session.recipe,
+        "frames": session.frames,
+        "image": None if _has_picture(session) else session.image,
+        "video": session.video,
+        "strength": _strength(session.request),
+        "loaded": session.program,
+        "decode_device": None if device is None else jax.local_devices()[device],
+    }
+
+
+def _encodes(session: Session) -> bool:
+    """Return whether the stream encodes pixels."""
+    return not _has_picture(session) and (session.image is not None or session.video is not None)
+
+
+def compile_ahead(
+    session: Session, timing: player.Timing
+) -> contextlib.AbstractContextManager[Callable[[], player.Programs]]:
+    """Compile the programs of :func:`student_blocks` in a thread, for its ``ahead``; see ``player.compile_ahead``."""
+    recipe, count = session.recipe, len(session.request.prompt)
+    return player.compile_ahead(
+        weights.stream_shapes(recipe, encodes=_encodes(session)),
+        jax.ShapeDtypeStruct((count, recipe.text.length, recipe.text.dim), jnp.float32),
+        timing=timing,
+        switches=bool(session.switches),
+        picture=_picture_shapes(session),
+        **_stream_inputs(session),
+    )
+
+
+def student_blocks(
+    session: Session, texts: Embeds, timing: player.Timing, ahead: Callable[[], player.Programs] | None = None
+) -> Iterator[np.ndarray]:
     """Load the student and return the frames of its streams, uint8 ``[B, n, H, W, 3]`` block by block.
 
-    ``texts`` has the embeddings of every prompt; ``timing`` is updated while the result is iterated.
+    ``texts`` has the embeddings of every prompt; ``timing`` is updated while the result is iterated. ``ahead`` is of
+    :func:`compile_ahead`; None compiles after the weights are read.
     """
     recipe, request = session.recipe, session.request
     count = len(request.prompt)
     picture = _encode_picture(session)
-    encodes = picture is None and (session.image is not None or session.video is not None)
     return player.play(
-        weights.load_student(session.weights, recipe, encodes=encodes),
+        weights.load_student(session.weights, recipe, encodes=_encodes(session)),
         np.stack([texts[p] for p in request.prompt]),
-        config=recipe,
-        frames=session.frames,
         seed=request.seed,
         switches={block: np.stack([texts[p]] * count) for block, (_, p) in session.switches.items()},
-        image=session.image if picture is None else None,
         picture=picture,
-        video=session.video,
-        strength=_strength(request),
         timing=timing,
-        loaded=session.program,
-        decode_device=None if request.decode_device is None else jax.local_devices()[request.decode_device],
+        ahead=ahead,
+        **_stream_inputs(session),
     )

@@ -168,6 +168,12 @@ def load_student(opened: Opened, recipe: Recipe, *, encodes: bool = False) -> di
     return for_stream(load(opened, read), recipe, free=True)
 
 
+def stream_shapes(recipe: Recipe, *, encodes: bool = False) -> dict[str, Any]:
+    """Return shapes and types of what :func:`load_student` returns. They do not depend on the files."""
+    student = transformer.inference(recipe.student, unstacked=True)
+    return {"student": student, **decoder.codec_shapes(recipe, encodes=encodes)}
+
+
 def for_stream(params: Mapping[str, Any], recipe: Recipe, *, free: bool = False) -> dict[str, Any]:
     """Return ``params`` with the student in the form that streams fastest (``models.unstacked``).
 

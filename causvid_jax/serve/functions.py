@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import export
 
 from causvid_jax.config import Recipe, require
-from causvid_jax.models import decoder, transformer, vae
+from causvid_jax.models import vae
 from causvid_jax.models.image_branch import Picture, has_branch
-from causvid_jax.sampling import exported, stream
+from causvid_jax.sampling import exported, stream, weights
 from causvid_jax.sampling.pipeline import encode_chunk
 from causvid_jax.sampling.script import CONTEXTS
 
@@ -74,12 +74,6 @@ def with_context(recipe: Recipe, context: Any) -> Recipe:
     return dataclasses.replace(recipe, causal=dataclasses.replace(recipe.causal, on_prompt_switch=context))
 
 
-def parameter_shapes(recipe: Recipe) -> dict[str, Any]:
-    """Return shapes and types of all networks' parameters as a stream holds them."""
-    student = transformer.inference(recipe.student, unstacked=True)
-    return {"student": student, **decoder.codec_shapes(recipe, encodes=True)}
-
-
 def functions(recipe: Recipe) -> dict[str, Function]:
     """Return every function of a server by name, without shapes. Blocks are decoded as after a reset.
 
@@ -128,7 +122,7 @@ def shaped(recipe: Recipe) -> dict[str, Function]:
         f"recipe {recipe.name!r} has streams of changing shapes, or from pictures; accepted: causal.window, no "
         "causal.independent_first_frame, and a student without an image branch",
     )
-    every, params = functions(recipe), parameter_shapes(recipe)
+    every, params = functions(recipe), weights.stream_shapes(recipe, encodes=True)
     video, k = recipe.video, recipe.causal.frames_per_block
     text = jax.ShapeDtypeStruct((1, recipe.text.length, recipe.text.dim), jnp.float32)
     seeds, step = jax.ShapeDtypeStruct((1,), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
@@ -168,7 +162,7 @@ def build(recipe: Recipe, platform: str) -> tuple[dict[str, Any], dict[str, expo
     Raises:
         ConfigError: as :func:`causvid_jax.sampling.exported.build` and :func:`shaped`.
     """
-    params = parameter_shapes(recipe)
+    params = weights.stream_shapes(recipe, encodes=True)
     calls = {name: (each, each.of(params), *each.shapes) for name, each in shaped(recipe).items()}
     return exported.build_calls(recipe, platform, calls, batch=1, capacity=None)
 
@@ -179,7 +173,7 @@ def load(path: str | os.PathLike, recipe: Recipe) -> exported.Programs:
     Raises:
         ConfigError: as :func:`causvid_jax.sampling.exported.load`.
     """
-    params = parameter_shapes(recipe)
+    params = weights.stream_shapes(recipe, encodes=True)
     arguments = {name: (each.of(params), *each.shapes) for name, each in shaped(recipe).items()}
     return exported.open_programs(path, recipe, arguments, batch=1, latents=1)
 
@@ -195,7 +189,7 @@ def compile_all(
         loaded: programs to compile instead of tracing the model.
         pool: threads. Python traces one function at a time; XLA and the compilation cache run in parallel.
     """
-    params, waiting = parameter_shapes(recipe), {}
+    params, waiting = weights.stream_shapes(recipe, encodes=True), {}
     # Start with the longest compilations.
     for name, each in sorted(shaped(recipe).items(), key=lambda item: item[0] not in ("next_frames", "follow")):
         if encodes or name not in ENCODING:

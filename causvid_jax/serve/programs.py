@@ -205,12 +205,17 @@ def open_programs(
     shapes = {**weights.shapes(recipe, "student"), **decoder.codec_shapes(recipe, encodes="vae" in opened)}
     if clip is not None:
         shapes["image_encoder"] = decoder.image_encoder_shapes(clip)
-    compiled: dict[str, Callable[..., Any]] = {}
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         reading = pool.submit(weights.load, opened, {name: shape for name, shape in shapes.items() if name in opened})
+        ready: Callable[[], dict[str, Callable[..., Any]]] = dict
         if loaded or (compiles and placement.mesh is None and has_fixed_shapes(recipe)):
-            compiled = compile_all(recipe, "vae" in opened, loaded, pool)()
-        params = reading.result()
+            ready = compile_all(recipe, "vae" in opened, loaded, pool)
+        try:
+            params = reading.result()
+        except BaseException:  # programs that wait for a thread are not begun for a server that will not start
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        compiled = ready()
     params = stream_params(params, transformer.inference_spec(recipe.student), recipe.student.rules, placement)
     params = weights.for_stream(params, recipe, free=True)
     pipe = StudentPipeline(recipe, params, reader, clip=clip)
