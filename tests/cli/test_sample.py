@@ -15,23 +15,9 @@ from causvid_jax.config import ConfigError
 from causvid_jax.config.recipes import load_recipe
 from causvid_jax.models import transformer, vae
 from causvid_jax.sampling import session
+from tests.programs import write_recipe
+from tests.tiny import random_params, stream_recipe
 
-RECIPE = """
-NETWORK = dict(dim=32, ffn_dim=48, num_heads=2, num_layers=1, in_channels=4, out_channels=4, text_dim=16,
-               text_length=8, freq_dim=16)
-
-
-def get_config():
-    return dict(
-        name="tiny",
-        video=dict(height=32, width=32, frames=21, fps=16),
-        text=dict(kind="words", vocabulary=("a", "red", "blue", "3", "7", "moving", "left", "up"), length=8, dim=16),
-        vae=dict(base_dim=4, dim_mult=(1, 2, 2, 2), num_res_blocks=1, z_dim=4),
-        teacher=NETWORK, student=NETWORK,
-        causal=dict(frames_per_block=2, window=4),
-        diffusion=dict(shift=3.0, num_inference_steps=3),
-    )
-"""
 PROMPT = "--prompt=a red 3 moving left"
 
 
@@ -39,23 +25,16 @@ PROMPT = "--prompt=a red 3 moving left"
 def place(tmp_path_factory):
     """A folder with a recipe and random weights of its three networks."""
     folder = tmp_path_factory.mktemp("sample")
-    (folder / "tiny.py").write_text(RECIPE)
-    recipe = load_recipe(str(folder / "tiny.py"))
-    rng = np.random.default_rng(0)
-    for stage, abstract in (
-        ("vae", vae.abstract(recipe.vae)),
-        ("teacher", transformer.abstract(recipe.teacher)),
-        ("distill", transformer.abstract(recipe.student)),
-    ):
-        flat = {
-            name: rng.normal(size=leaf.shape, scale=0.15).astype(np.float32)
-            for name, leaf in store.flatten(abstract).items()
-        }
-        store.save_params(workdir.stage_path(folder, stage), store.unflatten(flat), {"stage": stage})
+    recipe = stream_recipe(window=4)
+    write_recipe(folder, recipe)
+    shapes = {"vae": vae.abstract(recipe.vae)}
+    shapes |= dict.fromkeys(("teacher", "distill"), transformer.abstract(recipe.student))
+    for seed, stage in enumerate(shapes):
+        store.save_params(workdir.stage_path(folder, stage), random_params(shapes[stage], seed, 0.3), {"stage": stage})
     (folder / "empty").mkdir()
     shutil.copytree(workdir.ASSETS / "digits", folder / "digits" / "vae")
     (folder / "digits" / "vae" / "vae.safetensors").rename(folder / "digits" / "vae" / "weights.safetensors")
-    clip = rng.integers(0, 256, (11, 32, 32, 3), np.uint8)
+    clip = np.random.default_rng(0).integers(0, 256, (11, 16, 16, 3), np.uint8)
     media.write_video(folder / "clip.gif", clip, 16)
     (folder / "broken.safetensors").write_bytes(workdir.stage_path(folder, "distill").read_bytes()[:500])
     (folder / "broken.png").write_text("no picture")
@@ -73,7 +52,7 @@ def call(place, *cases):
 
 
 def with_defaults(place, arguments):
-    usual = {"--config": f"{place}/tiny.py", "--checkpoint": place}
+    usual = {"--config": f"{place}/recipe.py", "--checkpoint": place}
     return [*(f"{k}={v}" for k, v in usual.items() if not any(a.startswith(f"{k}=") for a in arguments)), *arguments]
 
 
@@ -103,8 +82,8 @@ def made(place):
 
 
 def test_a_switch_leaves_the_frames_before_it(place, made):
-    a, b = (media.read_video(place / name, 32, 32) for name in ("switched.gif", "plain.gif"))
-    assert a.shape == (30, 32, 32, 3)
+    a, b = (media.read_video(place / name, 16, 16) for name in ("switched.gif", "plain.gif"))
+    assert a.shape == (30, 16, 16, 3)
     # Frame 14 is in latent 4, block 2, which starts at frame 13.
     np.testing.assert_array_equal(a[:13], b[:13])
     assert (a[13:] != b[13:]).any()
@@ -116,20 +95,20 @@ def test_a_switch_leaves_the_frames_before_it(place, made):
 
 def test_several_prompts_are_numbered_and_each_has_its_own_seed(place, made):
     assert "many_0.gif" in made["many.gif"] and (place / "many_0.gif").is_file() and not (place / "many.gif").exists()
-    a, b = (media.read_video(place / name, 32, 32).astype(int) for name in ("many_1.gif", "alone.gif"))
+    a, b = (media.read_video(place / name, 16, 16).astype(int) for name in ("many_1.gif", "alone.gif"))
     assert len(a) == 9 and np.abs(a - b).mean() <= 1
 
 
 def test_other_ways_to_start(place, made):
-    assert len(media.read_video(place / "follows.mp4", 32, 32)) == 11
+    assert len(media.read_video(place / "follows.mp4", 16, 16)) == 11
     assert media.read_video(place / "starts.mp4", 256, 256).shape == (6, 256, 256, 3)
-    assert len(media.read_video(place / "teacher.mp4", 32, 32)) == 21 and "21 frames in" in made["teacher.mp4"]
+    assert len(media.read_video(place / "teacher.mp4", 16, 16)) == 21 and "21 frames in" in made["teacher.mp4"]
 
 
 def test_a_replay_is_the_same_video(place, made):
     for name in ("follows.mp4", "starts.mp4"):
         call(place, [f"--replay={place}/{name}", f"--output={place}/again_{name}"])
-        first, again = (media.read_video(place / file, 32, 32) for file in (name, f"again_{name}"))
+        first, again = (media.read_video(place / file, 16, 16) for file in (name, f"again_{name}"))
         np.testing.assert_array_equal(again, first)
     assert "holds no script" in refusal(place, [f"--replay={place}/teacher.mp4"])
     assert "--seed is given with --replay" in refusal(place, [f"--replay={place}/starts.mp4", "--seed=3"])
@@ -150,7 +129,7 @@ def test_prompts_unlike_every_caption_are_said(capsys):
 
 REFUSED = [
     ([], "no --prompt is given"),
-    (["--prompt=a green 3"], "unknown word 'green'"),
+    (["--prompt=a purple 3"], "unknown word 'purple'"),
     ([PROMPT, "--teacher", "--frames=20"], "no block structure of the teacher fits; nearest: 13 and 21"),
     ([PROMPT, "--teacher", "--frames=9"], "nearest: 5 and 13"),
     ([PROMPT, "--teacher", "--switch=14:a blue 7"], "--switch is given with --teacher"),
@@ -159,7 +138,7 @@ REFUSED = [
     ([PROMPT, "--switch=soon:a blue 7"], "accepted: FRAME:PROMPT"),
     ([PROMPT, "--switch=99:a blue 7"], "--switch is at frame 99; accepted: 1 to 20"),
     ([PROMPT, "--switch=3:a blue 7"], "in the first block; accepted: from frame 5 on"),
-    ([PROMPT, "--switch=14:a green 7"], "unknown word 'green'"),
+    ([PROMPT, "--switch=14:a purple 7"], "unknown word 'purple'"),
     ([PROMPT, "--switch=14:a blue 7", "--switch=15:a red 7"], "two --switch"),
     ([PROMPT, "--image={place}/broken.png"], "cannot read image"),
     ([PROMPT, "--video={place}/broken.png"], "cannot read video"),

@@ -8,11 +8,12 @@ import zipfile
 import jax
 import numpy as np
 import pytest
-from test_stream import FIRST, PLAIN, params, prompt  # noqa: F401
 
 import causvid_jax
 from causvid_jax.config import ConfigError
 from causvid_jax.sampling import exported, player, stream, weights
+from tests.sampling.conftest import FIRST, PLAIN, prompt
+from tests.tiny import changed
 
 HEADER = {
     "format": exported.FORMAT,
@@ -24,13 +25,7 @@ HEADER = {
     "machine": "",
     "recipe": exported.identity(PLAIN),
 }
-
-
-TINY = dataclasses.replace(PLAIN, decoder="taehv", taehv=dataclasses.replace(PLAIN.taehv, z_dim=4))
-
-
-def with_group(recipe, group, **changes):
-    return dataclasses.replace(recipe, **{group: dataclasses.replace(getattr(recipe, group), **changes)})
+TINY = dataclasses.replace(PLAIN, decoder="taehv")
 
 
 ENTRIES = {f"{name}.stablehlo": b"no program at all" for name in ("start", "next_frames", "change_prompt")}
@@ -54,9 +49,9 @@ def refusal(path, recipe=PLAIN, **given):
         ({"format": 1}, PLAIN, {}, "is of format 1; accepted: 5; build it again"),
         ({"version": "0.0.1"}, PLAIN, {}, "was built for causvid_jax 0.0.1; this is .*: build it again"),
         ({"platform": "tpu"}, PLAIN, {}, "was built for tpu; this machine is cpu"),
-        ({}, with_group(PLAIN, "student", num_layers=3), {}, "student.num_layers = 2, and the recipe has 3"),
-        ({}, with_group(PLAIN, "causal", sink=2), {}, "causal.sink = 0, and the recipe has 2"),
-        ({}, with_group(PLAIN, "vae", latent_std=(1.0,) * 4), {}, r"vae.latent_std = \[\], and the recipe has \[1.0, "),
+        ({}, changed(PLAIN, student={"num_layers": 3}), {}, "student.num_layers = 2, and the recipe has 3"),
+        ({}, changed(PLAIN, causal={"sink": 2}), {}, "causal.sink = 0, and the recipe has 2"),
+        ({}, changed(PLAIN, vae={"latent_std": (1.0,) * 4}), {}, r"vae.latent_std = \[\], and the recipe has \[1.0, "),
         ({}, TINY, {}, "decoder = 'vae', and the recipe has 'taehv'"),
         ({}, PLAIN, {"batch": 3}, r"1 video\(s\) at once, and 3 prompt\(s\) are given"),
         ({}, PLAIN, {"latents": 8}, "at most 6 latent frames, and 8 are requested"),
@@ -109,16 +104,14 @@ def test_what_is_no_program_is_refused(tmp_path):
 
 
 def test_settings_of_training_do_not_matter():
-    trained = with_group(
-        with_group(PLAIN, "diffusion", guidance_scale=3.0, num_inference_steps=7), "student", remat="full"
-    )
+    trained = changed(PLAIN, diffusion={"guidance_scale": 3.0, "num_inference_steps": 7}, student={"remat": "full"})
     assert exported.identity(trained) == exported.identity(PLAIN) != exported.identity(FIRST)
 
-    assert exported.identity(with_group(TINY, "vae", latent_std=(2.0,) * 4)) == exported.identity(TINY)
+    assert exported.identity(changed(TINY, vae={"latent_std": (2.0,) * 4})) == exported.identity(TINY)
 
 
 @pytest.mark.slow
-def test_an_independent_first_frame_and_two_streams(params, tmp_path, monkeypatch):  # noqa: F811
+def test_an_independent_first_frame_and_two_streams(params, tmp_path, monkeypatch):
     header, made = exported.build(FIRST, "cpu", batch=2)
     assert list(made) == ["start", "first_frames", "next_frames", "change_prompt"]
     exported.save(tmp_path / "x.program", header, made)
@@ -133,7 +126,7 @@ def test_an_independent_first_frame_and_two_streams(params, tmp_path, monkeypatc
     for a, b in zip(player.play(unstacked, text, loaded=loaded, **given), expected, strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ConfigError, match="accepted: no image and no video"):
-        next(player.play(unstacked, text, config=FIRST, frames=5, image=np.zeros((32, 32, 3), np.uint8), loaded=loaded))
+        next(player.play(unstacked, text, config=FIRST, frames=5, image=np.zeros((16, 16, 3), np.uint8), loaded=loaded))
 
 
 @pytest.mark.slow
@@ -141,7 +134,7 @@ def test_an_independent_first_frame_and_two_streams(params, tmp_path, monkeypatc
 def test_programs_for_platforms_that_are_not_here(platform, kernel, monkeypatch, tmp_path):
     from jax._src.cudnn import fused_attention_stablehlo as kernels
 
-    recipe = with_group(PLAIN, "student", dtype="bfloat16", attention="auto")
+    recipe = changed(PLAIN, student={"dtype": "bfloat16", "attention": "auto"})
     if kernels.cuda_versions is None:
         if platform == "cuda":
             with pytest.raises(ConfigError, match="can be lowered only where cuDNN is installed"):

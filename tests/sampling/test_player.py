@@ -1,11 +1,8 @@
 """Frames and blocks of a played stream, and that it shows what the sampler's blocks hold."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
-from test_stream import FIRST, PLAIN, params, prompt  # noqa: F401
 
 from causvid_jax import media
 from causvid_jax.config import CausalConfig, ConfigError
@@ -15,6 +12,8 @@ from causvid_jax.evaluation import classifier as classifiers
 from causvid_jax.media import pixels
 from causvid_jax.models import vae
 from causvid_jax.sampling import blocks, pipeline, player, stream
+from tests.sampling.conftest import FIRST, PLAIN, prompt
+from tests.tiny import changed, stream_recipe
 
 
 @pytest.mark.parametrize("config", [PLAIN, FIRST], ids=["plain", "first"])
@@ -34,12 +33,12 @@ def test_blocks_and_frames(config):
 
 
 def test_ten_clips_of_the_issue():
-    config = dataclasses.replace(PLAIN, video=dataclasses.replace(PLAIN.video, frames=81), causal=CausalConfig())
+    config = changed(PLAIN, video={"frames": 81}, causal=CausalConfig())
     assert blocks.covering_latents(810, config) == 204
     assert blocks.block_of(405, config) == 34 and blocks.first_frame(34, config) == 405
 
 
-def test_plays_what_a_scan_generates_and_cuts_it(params):  # noqa: F811
+def test_plays_what_a_scan_generates_and_cuts_it(params):
     text, timing = np.asarray(prompt(0)), player.Timing()
     parts = list(player.play(params, text, config=PLAIN, frames=18, seed=3, timing=timing))
     assert [x.shape[1] for x in parts] == [5, 8, 5]
@@ -49,8 +48,8 @@ def test_plays_what_a_scan_generates_and_cuts_it(params):  # noqa: F811
     assert 0 < timing.first < timing.total and timing.fps == pytest.approx(18 / timing.total)
 
 
-def test_plays_an_image_then_a_switch(params, monkeypatch):  # noqa: F811
-    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+def test_plays_an_image_then_a_switch(params, monkeypatch):
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     text, other = np.asarray(prompt(0)), np.asarray(prompt(1))
     plain = list(player.play(params, text, config=FIRST, frames=17, image=image))
     switched = list(player.play(params, text, config=FIRST, frames=17, image=image, switches={2: other}))
@@ -93,8 +92,8 @@ def test_digits_start_from_the_picture_and_keep_its_colour_and_identity():
         assert classifiers.read_digits(classifier, video)[0].argmax(-1).tolist() == [one[0].digit for one in specs]
 
 
-def test_follows_a_video_whose_last_block_is_not_whole(params):  # noqa: F811
-    clip = np.random.default_rng(0).integers(0, 256, (15, 32, 32, 3), np.uint8)
+def test_follows_a_video_whose_last_block_is_not_whole(params):
+    clip = np.random.default_rng(0).integers(0, 256, (15, 16, 16, 3), np.uint8)
     text = np.asarray(prompt(0))
     parts = list(player.play(params, text, config=PLAIN, frames=15, video=clip, strength=0.25))
     assert [x.shape[1] for x in parts] == [5, 8, 2]
@@ -110,16 +109,16 @@ def test_follows_a_video_whose_last_block_is_not_whole(params):  # noqa: F811
     assert difference.max() <= 1
 
 
-def test_a_decoder_on_another_device_shows_the_same_frames(params):  # noqa: F811
+def test_a_decoder_on_another_device_shows_the_same_frames(params):
     """Text with a switch, a picture and a video; the frames come from the other device."""
     text, other = np.asarray(prompt(0)), np.asarray(prompt(1))
     rng = np.random.default_rng(0)
-    image, video = rng.integers(0, 256, (32, 32, 3), np.uint8), rng.integers(0, 256, (17, 32, 32, 3), np.uint8)
+    image, video = rng.integers(0, 256, (16, 16, 3), np.uint8), rng.integers(0, 256, (17, 16, 16, 3), np.uint8)
     for given in ({"switches": {2: other}}, {"image": image}, {"video": video}):
         expected = list(player.play(params, text, config=FIRST, frames=17, **given))
         parts = list(player.play(params, text, config=FIRST, frames=17, decode_device=jax.devices()[1], **given))
         for a, b in zip(parts, expected, strict=True):
             assert np.abs(a.astype(int) - b).max() <= 1  # one program is compiled here, two there
-    cut = dataclasses.replace(PLAIN, causal=dataclasses.replace(PLAIN.causal, on_prompt_switch="reset"))
+    cut = stream_recipe(on_prompt_switch="reset")
     with pytest.raises(ConfigError, match="decode_device is given; accepted: no loaded programs, and causal.on_prompt"):
         next(player.play(params, text, config=cut, frames=5, decode_device=jax.devices()[1]))

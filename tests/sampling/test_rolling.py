@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_stream import FIRST, NET, PLAIN, params, prompt  # noqa: F401
 
 from causvid_jax import media
 from causvid_jax.cli import train
@@ -16,13 +15,15 @@ from causvid_jax.models import rope, transformer
 from causvid_jax.sampling import player, rolling, stream
 from causvid_jax.sampling.request import SampleRequest
 from causvid_jax.serve.programs import open_programs
+from tests.sampling.conftest import FIRST, PLAIN, prompt
 
+NET = PLAIN.student
 SINKS = dataclasses.replace(PLAIN, causal=CausalConfig(2, window=9, sink=2, positions="relative", context_noise=20.0))
 TOGETHER = [dataclasses.replace(SINKS, rolling_blocks=blocks) for blocks in (1, 2, 4)]
 
 
 @jax.jit
-def whole_pass(params, x, timestep, text, visible, distance):  # noqa: F811
+def whole_pass(params, x, timestep, text, visible, distance):
     """Return velocity, keys and values ``[L, F, n, N, D]`` of one pass over F frames, without a cache.
 
     Frame i attends to the frames of ``visible [F, F]``, whose keys are rotated by ``distance [F, F]`` for it.
@@ -43,7 +44,7 @@ def whole_pass(params, x, timestep, text, visible, distance):  # noqa: F811
     return transformer._apply(params, NET, attend, x, timestep, text)
 
 
-def loop(params, config, blocks, seed):  # noqa: F811
+def loop(params, config, blocks, seed):
     """Return the latents of a rolling stream, and keys and values of its clean frames, without any cache.
 
     The pass reads the clean copies of all frames and, after them, the noisy frames of the window. Every block counts
@@ -110,7 +111,7 @@ def loop(params, config, blocks, seed):  # noqa: F811
 @pytest.mark.parametrize(
     "config,blocks", [(TOGETHER[1], 7), (TOGETHER[2], 8), (TOGETHER[2], 2)], ids=["2 of 7", "4 of 8", "4 of 2"]
 )
-def test_latents_and_cache_equal_a_loop_without_a_cache(params, config, blocks):  # noqa: F811
+def test_latents_and_cache_equal_a_loop_without_a_cache(params, config, blocks):
     state = rolling.init_rolling(params, prompt(0), config=config, seed=5)
     parts = []
     for enters in rolling.rounds(blocks, config):
@@ -128,7 +129,7 @@ def test_latents_and_cache_equal_a_loop_without_a_cache(params, config, blocks):
             np.testing.assert_allclose(cache.v[:, 0, slot], values[:, frame], atol=3e-5)
 
 
-def test_a_window_of_one_block_is_the_ordinary_sampler(params):  # noqa: F811
+def test_a_window_of_one_block_is_the_ordinary_sampler(params):
     state = rolling.init_rolling(params, prompt(0, 2), config=TOGETHER[0], seed=3)
     single = stream.init_stream(params, prompt(0, 2), config=SINKS, seed=3)
     for _ in range(6):
@@ -138,7 +139,7 @@ def test_a_window_of_one_block_is_the_ordinary_sampler(params):  # noqa: F811
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.stream, single)
 
 
-def test_a_played_window_shows_the_frames_of_the_clip(params):  # noqa: F811
+def test_a_played_window_shows_the_frames_of_the_clip(params):
     config, text, timing = TOGETHER[1], np.asarray(prompt(0)), player.Timing()
     parts = list(player.play(params, text, config=config, frames=18, seed=5, timing=timing))
     assert [part.shape[1] for part in parts] == [5, 8, 5] and timing.frames == 18
@@ -172,7 +173,7 @@ def test_settings_that_do_not_go_with_a_window_are_refused(changes, message):
         dataclasses.replace(dataclasses.replace(PLAIN, rolling_blocks=4), **changes)
 
 
-def test_what_works_on_one_block_at_a_time_is_refused(params):  # noqa: F811
+def test_what_works_on_one_block_at_a_time_is_refused(params):
     with pytest.raises(ConfigError, match=r"recipe 'tiny' denoises 2 blocks jointly \(rolling_blocks\)"):
         stream.init_stream(params, prompt(0), config=TOGETHER[1])
     with pytest.raises(ConfigError, match="for one block at a time use rolling_blocks 0"):

@@ -1,5 +1,6 @@
 """The streaming sampler against a cache-free oracle, and everything it promises: one trace, bit-identity, modes."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -8,73 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causvid_jax.config import (
-    CausalConfig,
-    ConfigError,
-    DiffusionConfig,
-    Recipe,
-    TextConfig,
-    TransformerConfig,
-    VAEConfig,
-    VideoConfig,
-)
+from causvid_jax.config import CausalConfig, ConfigError, DiffusionConfig
 from causvid_jax.diffusion import flow
 from causvid_jax.models import transformer, vae
 from causvid_jax.sampling import schedule, state_io, stream
+from tests.sampling.conftest import FIRST, PLAIN, WINDOW, prompt
+from tests.tiny import changed, stream_recipe
 
-NET = TransformerConfig(
-    dim=32,
-    ffn_dim=48,
-    num_heads=2,
-    num_layers=2,
-    in_channels=4,
-    out_channels=4,
-    text_dim=11,
-    text_length=4,
-    freq_dim=16,
-)
-PLAIN = Recipe(
-    name="tiny",
-    video=VideoConfig(height=32, width=32, frames=21, fps=16),
-    text=TextConfig(kind="words", vocabulary=tuple("abcdefg"), length=4, dim=11),
-    vae=VAEConfig(base_dim=4, dim_mult=(1, 2, 2, 2), num_res_blocks=1, z_dim=4),
-    teacher=NET,
-    student=NET,
-    causal=CausalConfig(frames_per_block=2),
-    diffusion=DiffusionConfig(shift=3.0),
-)
-WINDOW = dataclasses.replace(PLAIN, causal=CausalConfig(frames_per_block=2, window=5, sink=2, positions="relative"))
-FIRST = dataclasses.replace(
-    PLAIN,
-    video=VideoConfig(height=32, width=32, frames=17),
-    causal=CausalConfig(frames_per_block=2, independent_first_frame=True),
-)
-NOISED = dataclasses.replace(PLAIN, causal=CausalConfig(frames_per_block=2, context_noise=300.0))
-ADDED = dataclasses.replace(
-    PLAIN, causal=CausalConfig(frames_per_block=2, context_noise=300.0, add_context_noise="always")
-)
-
-
-def with_causal(recipe, **changes):
-    return dataclasses.replace(recipe, causal=dataclasses.replace(recipe.causal, **changes))
-
-
-def random_tree(abstract, seed, scale):
-    """Every parameter random, also those that start at zero: no branch may be silent."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape, scale=scale), x.dtype), abstract)
-
-
-@pytest.fixture(scope="module")
-def params():
-    return {
-        "student": random_tree(transformer.abstract(NET), 1, 0.15),
-        "vae": random_tree(vae.abstract(PLAIN.vae), 2, 0.15),
-    }
-
-
-def prompt(seed, batch=1):
-    return jax.random.normal(jax.random.key(seed), (batch, 4, 11))
+NET = PLAIN.student
+NOISED = stream_recipe(context_noise=300.0)
+ADDED = stream_recipe(context_noise=300.0, add_context_noise="always")
 
 
 def run(params, config, blocks, text=None, seed=0, state=None, frames=None):
@@ -174,7 +118,7 @@ def test_an_independent_first_frame_has_one_trace_more_and_scans_the_same(params
     clip, video = stream.generate(params, prompt(0), config=FIRST, seed=3)
     np.testing.assert_array_equal(clip, begin[0])
     np.testing.assert_array_equal(video, begin[1][:, stream.LEAD :])
-    assert video.shape == (1, 17, 32, 32, 3)
+    assert video.shape == (1, 17, 16, 16, 3)
     # What was decoded block by block is what the VAE makes of the whole clip.
     np.testing.assert_allclose(video, vae.decode(params["vae"], clip, config=FIRST.vae), atol=1e-5)
 
@@ -213,27 +157,33 @@ def test_saved_stream_continues_bit_for_bit(params, tmp_path):
         state_io.load_stream(tmp_path / "nothing.safetensors", fresh)
 
 
-def count_passes(params, config, monkeypatch, blocks=2):
-    calls = []
-    cached = transformer.cached
+@contextlib.contextmanager
+def timesteps_of_passes():
+    """Yield a list that gets the timestep of every pass; programs are traced anew if their recipe has a new name."""
+    calls, cached = [], transformer.cached
 
     def counted(*args, **kwargs):
         jax.debug.callback(lambda t: calls.append(float(t[0, 0])), args[2])
         return cached(*args, **kwargs)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformer, "cached", counted)
-        latents, state = run(params, dataclasses.replace(config, name="counted"), blocks)
+        yield calls
         jax.effects_barrier()
+
+
+def count_passes(params, config, blocks=2):
+    with timesteps_of_passes() as calls:
+        latents, _ = run(params, dataclasses.replace(config, name="counted"), blocks)
     return np.reshape(calls, (blocks, -1)), latents
 
 
-def test_passes_and_their_timesteps(params, monkeypatch):
-    clean, latents = count_passes(params, PLAIN, monkeypatch)
+def test_passes_and_their_timesteps(params):
+    clean, latents = count_passes(params, PLAIN)
     steps = [1000.0, 900.0, 750.0, 500.0]  # 1000 u s / (1 + u (s - 1)) at shift s = 3
     np.testing.assert_allclose(clean, [[*steps, 0.0]] * 2, atol=1e-3)
-    without = with_causal(PLAIN, context_pass=False)
-    noisy, other = count_passes(params, without, monkeypatch)
+    without = changed(PLAIN, causal={"context_pass": False})
+    noisy, other = count_passes(params, without)
     np.testing.assert_allclose(noisy, [steps] * 2, atol=1e-3)
     assert (schedule.passes_per_block(PLAIN), schedule.passes_per_block(without)) == (5, 4)
     # The first block has no context; the second sees other keys and values.
@@ -241,24 +191,18 @@ def test_passes_and_their_timesteps(params, monkeypatch):
     assert np.abs(latents[1] - other[1]).max() > 1e-3
 
 
-def test_finished_given_and_rewritten_blocks_are_written_at_the_context_noise(params, monkeypatch):
-    config, calls, cached = with_causal(PLAIN, context_noise=125.0), [], transformer.cached
-
-    def counted(*args, **kwargs):
-        jax.debug.callback(lambda t: calls.append(float(t[0, 0])), args[2])
-        return cached(*args, **kwargs)
-
-    monkeypatch.setattr(transformer, "cached", counted)
-    state = stream.init_stream(params, prompt(0), config=config)
-    latents, state = stream.next_block(params, state, config=config)
-    state = stream.append(params, state, latents, config=config)
-    jax.block_until_ready(stream.recompute_context(params, state, config=config))
-    jax.effects_barrier()
+def test_finished_given_and_rewritten_blocks_are_written_at_the_context_noise(params):
+    config = changed(PLAIN, causal={"context_noise": 125.0})
+    with timesteps_of_passes() as calls:
+        state = stream.init_stream(params, prompt(0), config=config)
+        latents, state = stream.next_block(params, state, config=config)
+        state = stream.append(params, state, latents, config=config)
+        jax.block_until_ready(stream.recompute_context(params, state, config=config))
     np.testing.assert_allclose(calls, [1000.0, 900.0, 750.0, 500.0, 125.0, 125.0, 125.0, 125.0], atol=1e-3)
 
 
 def test_positions_agree_until_the_window_leaves_the_sink(params):
-    absolute, _ = run(params, with_causal(WINDOW, positions="absolute"), 6)
+    absolute, _ = run(params, changed(WINDOW, causal={"positions": "absolute"}), 6)
     relative, _ = run(params, WINDOW, 6)
     # Sink 2 and window 5: the first seven frames, three blocks, are seen at their true distances.
     np.testing.assert_allclose(np.stack(absolute[:3]), np.stack(relative[:3]), atol=1e-5)
@@ -267,8 +211,8 @@ def test_positions_agree_until_the_window_leaves_the_sink(params):
 
 def test_a_window_is_seen_and_a_long_one_is_not(params):
     plain, _ = run(params, PLAIN, 3)
-    long, _ = run(params, with_causal(PLAIN, window=6), 3)
-    short, _ = run(params, with_causal(PLAIN, window=4), 3)
+    long, _ = run(params, changed(PLAIN, causal={"window": 6}), 3)
+    short, _ = run(params, changed(PLAIN, causal={"window": 4}), 3)
     np.testing.assert_allclose(np.stack(plain), np.stack(long), atol=1e-5)
     np.testing.assert_allclose(np.stack(plain[:2]), np.stack(short[:2]), atol=1e-5)
     assert np.abs(plain[2] - short[2]).max() > 1e-4
@@ -372,7 +316,7 @@ def test_recache_after_a_switch_equals_a_past_under_the_new_prompt(params, confi
 @pytest.mark.parametrize("config", [PLAIN, WINDOW], ids=["plain", "window"])
 def test_a_stream_that_forgets_at_a_switch_is_a_new_one_of_the_new_prompt(params, config):
     """The same frames, from the same noise, as a stream that has shown nothing; past the ring's wrap-around too."""
-    config = with_causal(config, on_prompt_switch="reset")
+    config = changed(config, causal={"on_prompt_switch": "reset"})
     blocks = 2 if config.causal.window == 0 else 4
 
     def show(state):
@@ -400,7 +344,7 @@ def test_what_happens_to_the_cache_at_a_switch_is_a_setting(params):
     caches = {}
     for name in ("keep", "recompute", "reset"):
         _, state = run(params, PLAIN, 2)
-        config = with_causal(PLAIN, on_prompt_switch=name)
+        config = changed(PLAIN, causal={"on_prompt_switch": name})
         caches[name] = stream.change_prompt(params, state, prompt(1), config=config).cache
     _, state = run(params, PLAIN, 2)
     jax.tree.map(np.testing.assert_array_equal, caches["keep"], state.cache)
@@ -410,16 +354,16 @@ def test_what_happens_to_the_cache_at_a_switch_is_a_setting(params):
     assert np.abs(caches["recompute"].k - caches["keep"].k).max() > 1e-3
     assert int(caches["reset"].position) == 0 and (np.asarray(caches["reset"].frame) == -1).all()
     with pytest.raises(ConfigError, match="causal.on_prompt_switch is 'cut'; accepted: 'keep', 'recompute', 'reset'"):
-        with_causal(PLAIN, on_prompt_switch="cut")
+        changed(PLAIN, causal={"on_prompt_switch": "cut"})
     with pytest.raises(
         ConfigError, match="a clip would start with a block of one frame.*accepted: 'keep', 'recompute'"
     ):
-        with_causal(FIRST, on_prompt_switch="reset")
+        changed(FIRST, causal={"on_prompt_switch": "reset"})
 
 
 @pytest.mark.parametrize("config", [PLAIN, FIRST], ids=["block", "frame"])
 def test_image_becomes_the_first_latents_and_is_remembered(params, config):
-    image = jax.random.uniform(jax.random.key(4), (1, 32, 32, 3), minval=-1)
+    image = jax.random.uniform(jax.random.key(4), (1, 16, 16, 3), minval=-1)
     latents = stream.encode_image(params, image, config=config)
     count = 1 if config is FIRST else 2
     still = jnp.repeat(image[:, None], 4 * count - 3, axis=1)
@@ -474,7 +418,7 @@ def test_the_first_blocks_have_timesteps_of_their_own(params):
     lists = [four, (1000.0, 500.0), (1000.0,)]
     alone = [dataclasses.replace(WINDOW, diffusion=DiffusionConfig(shift=3.0, denoising_timesteps=x)) for x in lists]
     own = DiffusionConfig(shift=3.0, denoising_timesteps=lists[2], first_block_timesteps=tuple(lists[:2]))
-    config = with_causal(dataclasses.replace(WINDOW, diffusion=own), on_prompt_switch="reset")
+    config = changed(WINDOW, diffusion=own, causal={"on_prompt_switch": "reset"})
     blocks, state = run(params, config, 4)
     expected = stream.init_stream(params, prompt(0), config=WINDOW, seed=0)
     for block, recipe in zip(blocks, [*alone, alone[2]], strict=True):
@@ -495,9 +439,7 @@ def test_blocks_are_counted_from_their_first_frame():
 
 
 def test_a_first_timestep_below_1000_starts_from_scaled_noise(params):
-    config = dataclasses.replace(
-        PLAIN, diffusion=DiffusionConfig(shift=1.0, denoising_timesteps=(999.375,)), causal=CausalConfig(2)
-    )
+    config = changed(PLAIN, diffusion={"shift": 1.0, "denoising_timesteps": (999.375,)})
     (block,), _ = run(params, config, 1)
     noise = stream.block_noise(jnp.zeros(1, jnp.uint32), 0, 0, block.shape[1:]) * 0.999375
     state = stream.init_stream(params, prompt(0), config=config)
