@@ -1,35 +1,14 @@
-"""The VAE of Wan2.2-TI2V-5B: published keys and size, parameter-free shortcuts, chunks that equal the whole clip."""
+"""The VAE of Wan2.2-TI2V-5B: published keys and size, parameter-free shortcuts."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_codecs import SMALL_VAE22, params_of
 
 from causvid_jax.checkpoints import open_checkpoint, state_dict
 from causvid_jax.checkpoints.checkpoint import network_of
-from causvid_jax.config import WAN22_LATENT_MEAN, WAN22_LATENT_STD, WAN22_VAE, VAEConfig
-from causvid_jax.models import vae, vae_layers
-from tests.tiny import random_params
-
-SMALL = VAEConfig(
-    base_dim=4,
-    z_dim=3,
-    dim_mult=(1, 2, 2),
-    num_res_blocks=1,
-    temporal_downsample=(False, True),
-    decoder_base_dim=6,
-    patch_size=2,
-    is_residual=True,
-)
-encode = jax.jit(vae.encode, static_argnames=("config",))
-decode = jax.jit(vae.decode, static_argnames=("config",))
-decode_chunk = jax.jit(vae.decode_chunk, static_argnames=("config",))
-encode_chunk = jax.jit(vae.encode_chunk, static_argnames=("config", "first"))
-
-
-@pytest.fixture(scope="module")
-def params():
-    return jax.tree.map(jnp.asarray, random_params(vae.init(jax.random.key(0), SMALL), 1))
+from causvid_jax.config import WAN22_LATENT_MEAN, WAN22_LATENT_STD, WAN22_VAE
+from causvid_jax.models import vae_layers
 
 
 def test_size_and_statistics_are_the_published_ones():
@@ -73,11 +52,11 @@ def expected_keys(form):
 
 
 @pytest.mark.parametrize("form", ["original", "diffusers"])
-def test_keys_are_those_of_the_published_classes(form, params):
-    shapes = network_of(SMALL).shapes(SMALL, form)
+def test_keys_are_those_of_the_published_classes(form):
+    shapes = network_of(SMALL_VAE22).shapes(SMALL_VAE22, form)
     modules = {name.rpartition(".")[0] for name in shapes}
     assert {name for name in modules if "samples." in name or "_blocks." in name} == expected_keys(form)
-    opened = open_checkpoint(state_dict(params, SMALL, form), SMALL)
+    opened = open_checkpoint(state_dict(params_of("vae22"), SMALL_VAE22, form), SMALL_VAE22)
     assert opened.format == form
 
 
@@ -127,20 +106,3 @@ def test_paths_without_parameters_are_the_published_ones(time):
     # channel (c, column, row) of the published "b c f (h q) (w r) -> b (c r q) f h w"
     np.testing.assert_allclose(tiles[0, 0, 1, 2, 1 * 4 + 1 * 2 + 0], picture[0, 0, 2, 5, 1], rtol=1e-6)
     np.testing.assert_allclose(vae_layers.unpatchify(tiles, 2), picture, rtol=1e-6)
-
-
-def test_chunks_are_the_whole(params):
-    z = jax.random.normal(jax.random.key(2), (1, 6, 2, 3, 3))
-    whole = decode(params, z, config=SMALL)
-    assert whole.shape == (1, 11, 16, 24, 3) and np.std(whole) > 0.01
-    cache, frames = vae.init_decode_cache(SMALL, batch=1, height=2, width=3), []
-    for i in range(3):
-        part, cache = decode_chunk(params, z[:, 2 * i : 2 * i + 2], cache, config=SMALL)
-        frames.append(part)
-    np.testing.assert_allclose(np.concatenate(frames, axis=1)[:, 1:], whole, atol=2e-5)
-    video = jax.random.uniform(jax.random.key(3), (1, 9, 16, 24, 3), minval=-1)
-    cache, out = vae.init_encode_cache(SMALL, batch=1, height=16, width=24), []
-    for start, end in ((0, 1), (1, 5), (5, 9)):
-        latents, cache = encode_chunk(params, video[:, start:end], cache, config=SMALL, first=start == 0)
-        out.append(latents)
-    np.testing.assert_allclose(np.concatenate(out, axis=1), encode(params, video, config=SMALL), atol=2e-5)
