@@ -91,7 +91,7 @@ def test_the_roofline_of_a_program_is_the_sum_by_hand():
 
 def test_the_table_of_a_small_shape(chips, tmp_path, capsys, monkeypatch):
     """Three GPUs by a program that is there, at their own rates; a TPU by shapes, since nothing can compile for it."""
-    recipe = dataclasses.replace(tiny.RECIPE, causal=dataclasses.replace(tiny.RECIPE.causal, window=4))
+    recipe = tiny.tiny_recipe(causal={"window": 4})
     monkeypatch.setattr(chips, "load_recipe", lambda name: recipe)
 
     def describe(name):

@@ -10,6 +10,7 @@ from causvid_jax.cli import common
 from causvid_jax.config import ConfigError
 from causvid_jax.data import arrays, digits, moving_digits, prepare
 from tests.programs import free_port, write_recipe
+from tests.refusals import refused
 from tests.tiny import RECIPE, tiny_recipe, tiny_workdir
 
 
@@ -23,13 +24,10 @@ def test_data_stage_writes_the_clips_and_count_replaces_their_number(tmp_path):
 
 
 def test_later_stages_name_what_is_missing(tmp_path):
-    with pytest.raises(ConfigError, match="no complete moving_digits dataset .*--stage=data"):
-        prepare.latents(RECIPE, tmp_path)
+    refused("no complete moving_digits dataset .*--stage=data", prepare.latents, RECIPE, tmp_path)
     prepare.data(RECIPE, tmp_path)
-    with pytest.raises(ConfigError, match="no trained vae.*--stage=vae"):
-        prepare.latents(RECIPE, tmp_path)
-    with pytest.raises(ConfigError, match="no trained teacher.*--stage=teacher"):
-        prepare.trajectories(RECIPE, tmp_path)
+    refused("no trained vae.*--stage=vae", prepare.latents, RECIPE, tmp_path)
+    refused("no trained teacher.*--stage=teacher", prepare.trajectories, RECIPE, tmp_path)
 
 
 def with_weights(folder):
@@ -56,21 +54,16 @@ def test_prompts_of_a_file_replace_the_captions(tmp_path):
     source = arrays.source(tmp_path / "data" / "prompts")
     assert [source[i]["caption"] for i in range(2)] == [b"a red 3", b"a blue 4"]
     assert source[0]["text"].shape == (3, RECIPE.text.dim)
-    with pytest.raises(ConfigError, match="no --prompts is given and data.prompt_file is empty"):
-        prepare.prompts(RECIPE, tmp_path)
+    refused("no --prompts is given and data.prompt_file is empty", prepare.prompts, RECIPE, tmp_path)
     films = tiny_recipe(data={"name": "videos"})
-    with pytest.raises(ConfigError, match="no clips at .*--stage=data --videos=DIR"):
-        prepare.latents(films, tmp_path)
-    with pytest.raises(ConfigError, match="no --videos is given; --stage=data needs the folder"):
-        prepare.data(films, tmp_path)
-    with pytest.raises(ConfigError, match="no --videos is given"):
-        prepare.encode_videos(films, tmp_path)
+    refused("no clips at .*--stage=data --videos=DIR", prepare.latents, films, tmp_path)
+    refused("no --videos is given; --stage=data needs the folder", prepare.data, films, tmp_path)
+    refused("no --videos is given", prepare.encode_videos, films, tmp_path)
 
 
 def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="file/w cannot be made: Not a directory"):
-        common.writable_workdir(str(tmp_path / "file" / "w"))
+    refused("file/w cannot be made: Not a directory", common.writable_workdir, str(tmp_path / "file" / "w"))
     assert common.writable_workdir(str(tmp_path / "a" / "b")).is_dir()
 
 

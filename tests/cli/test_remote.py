@@ -11,7 +11,6 @@ from launch.tpu import jobset, queued_resource
 
 TRAIN = ["--config=configs/wan_1_3b.py", "--stage=distill", "--workdir=/work/my run"]
 MORE = ["--", "--config.parallel.fsdp=8"]
-FLAGS = ["--config=configs/wan_1_3b.py", "--stage=distill", "--workdir=/work/my run"]
 
 
 def dry(main, *arguments, capsys):
@@ -28,7 +27,7 @@ def test_slurm_job_is_valid_shell_that_goes_on_until_trained(capsys, tmp_path):
     assert {"--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=8", "--signal=TERM@120", "--requeue"} <= {*options}
     assert "--partition=gpu" in options
     (line,) = [line for line in script.splitlines() if line.startswith("srun")]
-    expected = ["python", "-m", "launch.train", *FLAGS, "--config.parallel.fsdp=8"]
+    expected = ["python", "-m", "launch.train", *TRAIN, "--config.parallel.fsdp=8"]
     assert shlex.split(line)[2:] == expected
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
 
@@ -69,7 +68,7 @@ def test_queued_resource_commands(capsys):
     first, second = lines("train", "--slices=2")
     assert (first[5], second[5]) == ("pod-0", "pod-1") and "--worker=all" in first
     there = shlex.split(first[-1].removeprefix("--command=cd causvid_jax && "))
-    assert there == ["python3", "-m", "launch.train", *FLAGS, "--config.parallel.fsdp=8"]
+    assert there == ["python3", "-m", "launch.train", *TRAIN, "--config.parallel.fsdp=8"]
     assert lines("delete") == [[*gcloud, "queued-resources", "delete", "pod", "--zone=us-east5-a", "--force"]]
 
 
@@ -87,7 +86,7 @@ def test_jobset_has_a_pod_for_every_host(capsys):
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == "tpu-v5p-slice"
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4x4"
     train, finished = container["command"][2].split(" && ")
-    assert shlex.split(train) == ["python3", "-m", "launch.train", *FLAGS, "--wait=900", "--config.parallel.fsdp=8"]
+    assert shlex.split(train) == ["python3", "-m", "launch.train", *TRAIN, "--wait=900", "--config.parallel.fsdp=8"]
     assert shlex.split(finished) == ["test", "-e", "/work/my run/distill/weights.safetensors"]
 
 
