@@ -46,7 +46,7 @@ def stream_recipe(frames: int = 21, **causal: Any) -> Recipe:
     )
 
 
-def changed(config: Any, **changes: Any) -> Any:
+def changed(config: Any, /, **changes: Any) -> Any:
     """Return a config with changed fields; ``causal={"window": 4}`` changes fields of a group."""
     groups = {name: value for name, value in changes.items() if isinstance(value, Mapping)}
     changes |= {name: changed(getattr(config, name), **value) for name, value in groups.items()}

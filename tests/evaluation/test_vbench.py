@@ -15,6 +15,7 @@ from causvid_jax.cli import common
 from causvid_jax.config import ConfigError
 from causvid_jax.evaluation.vbench import clips, drift, score, totals
 from tests import tiny
+from tests.refusals import refused
 
 QUALITY = ("subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness")
 QUALITY += ("aesthetic_quality", "imaging_quality", "dynamic_degree")
@@ -44,25 +45,20 @@ def test_totals_are_those_of_the_formula_by_hand():
 def test_partial_runs_are_refused(tmp_path):
     scores = dict.fromkeys(totals.DIMENSIONS, 0.5)
     without = {name: value for name, value in scores.items() if name != "color"}
-    with pytest.raises(ConfigError, match="1 of 16 dimensions have no score, first color; a partial run has no total"):
-        totals.totals(without)
-    with pytest.raises(ConfigError, match="the score of color is no number"):
-        totals.totals(scores | {"color": float("nan")})
+    refused("1 of 16 dimensions have no score, first color; a partial run has no total", totals.totals, without)
+    refused("the score of color is no number", totals.totals, scores | {"color": float("nan")})
     result = tmp_path / "color_eval_results.json"
     result.write_text(json.dumps({"color": [0.7, [{"video_path": "a"}] * 4]}))
     assert totals.read_results([result], {"color": 4}) == {"color": 0.7}
-    with pytest.raises(ConfigError, match="scored color on 4 videos of 5; a partial run"):
-        totals.read_results([result], {"color": 5})
+    refused("scored color on 4 videos of 5; a partial run", totals.read_results, [result], {"color": 5})
     flicker = tmp_path / "flicker_eval_results.json"
     for count, accepted in ((0, False), (3, True), (5, True), (6, False)):  # static clips, of at most five a prompt
         flicker.write_text(json.dumps({totals.FLICKER: [0.9, [{"video_path": "a"}] * count]}))
         if accepted:
             assert totals.read_results([flicker], {totals.FLICKER: 5}) == {totals.FLICKER: 0.9}
         else:
-            with pytest.raises(ConfigError, match=f"on {count} videos of 5; a partial run"):
-                totals.read_results([flicker], {totals.FLICKER: 5})
-    with pytest.raises(ConfigError, match="which another file has too"):
-        totals.read_results([result, result], {})
+            refused(f"on {count} videos of 5; a partial run", totals.read_results, [flicker], {totals.FLICKER: 5})
+    refused("which another file has too", totals.read_results, [result, result], {})
 
 
 INFO = [
@@ -93,11 +89,9 @@ def test_the_plan_names_seeds_and_counts_clips_as_vbench_does(lists):
     assert sorted(clip.name for part in parts for clip in part) == sorted(clip.name for clip in plan)
     for text, words in (("a\n", "has 1 lines and"), ("a\n\nb\n", "is empty")):
         (lists / "extended.txt").write_text(text)
-        with pytest.raises(ConfigError, match=words):
-            clips.read_entries(lists / "info.json", lists / "extended.txt")
+        refused(words, clips.read_entries, lists / "info.json", lists / "extended.txt")
     for shard in ("3/3", "1", "-1/2", "a/b"):
-        with pytest.raises(ConfigError, match="accepted: I/N"):
-            clips.parse_shard(shard)
+        refused("accepted: I/N", clips.parse_shard, shard)
 
 
 def test_the_digits_student_is_sampled_end_to_end_and_resumed(lists, capsys):
@@ -117,8 +111,7 @@ def test_the_digits_student_is_sampled_end_to_end_and_resumed(lists, capsys):
     assert comment == {"text": "a blue 7 moving up", "seed": 0, "recipe": "digits"}
     before = (folder / names[1]).read_bytes()
     (folder / names[1]).unlink()
-    with pytest.raises(ConfigError, match="lacks 1 of 3 clips, first 'a blue 7-1.mp4'"):
-        common.call("vbench", [*flags, "--stage=score"])
+    refused("lacks 1 of 3 clips, first 'a blue 7-1.mp4'", common.call, "vbench", [*flags, "--stage=score"])
     capsys.readouterr()
     common.call("vbench", [*flags, "--stage=sample"])
     assert "2 of 3 clips are there, 1 to sample" in capsys.readouterr().out
@@ -210,15 +203,12 @@ def test_scores_become_totals(sampled, package, lists, capsys):
 
 def test_a_run_whose_clips_all_move_has_no_total(sampled, package):
     package.static = set()
-    with pytest.raises(ConfigError, match="no clip of temporal flickering in .* is static"):
-        common.call("vbench", sampled)
+    refused("no clip of temporal flickering in .* is static", common.call, "vbench", sampled)
 
 
 def test_missing_packages_are_named(sampled, lists):
-    with pytest.raises(ConfigError, match="scoring needs vbench; install it"):
-        common.call("vbench", sampled)
-    with pytest.raises(ConfigError, match="has no vbench2_beta_long/eval_long.py"):
-        common.call("vbench", [*sampled, f"--long={lists}"])
+    refused("scoring needs vbench; install it", common.call, "vbench", sampled)
+    refused("has no vbench2_beta_long/eval_long.py", common.call, "vbench", [*sampled, f"--long={lists}"])
 
 
 def test_the_program_of_long_videos_filters_static_clips_of_flickering_alone(tmp_path):
@@ -279,5 +269,4 @@ def test_drift_sees_jumps_at_edges_of_blocks_brightness_and_frozen_frames():
     still = np.zeros((24, 2), int)
     degree = [drift.measure(moving(shifts), 8.0, 8, 8).dynamic_degree for shifts in (fast, frozen, still)]
     assert degree[0] == 1.0 and degree[1] == pytest.approx(11 / 23, abs=0.05) and degree[2] == 0.0
-    with pytest.raises(ConfigError, match="less than two blocks"):
-        drift.measure(moving(steady[:6]), 8.0, 8, 8)
+    refused("less than two blocks", drift.measure, moving(steady[:6]), 8.0, 8, 8)

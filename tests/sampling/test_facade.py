@@ -12,6 +12,7 @@ from causvid_jax.diffusion import flow, solvers
 from causvid_jax.models import decoder
 from causvid_jax.sampling import stream, teacher
 from tests import tiny
+from tests.refusals import refused
 
 RED, BLUE = "a red 3 moving left", "a blue 7 moving up"
 
@@ -41,12 +42,8 @@ def test_every_exported_name_exists_and_has_a_page():
 
 def test_a_stream_with_a_switch_is_that_of_the_functions(pipe):
     config, params = pipe.config, pipe.params
-    state, parts = pipe.stream([RED, BLUE], seed=3), []
-    for frames, state in pipe.frames(state, blocks=2):  # noqa: B007, B020
-        parts.append(frames)
-    state = pipe.switch(state, BLUE)
-    for frames, state in pipe.frames(state):  # noqa: B007, B020
-        parts.append(frames)
+    before, state = tiny.collect(pipe.frames(pipe.stream([RED, BLUE], seed=3), blocks=2))
+    after, state = tiny.collect(pipe.frames(pipe.switch(state, BLUE)))
     expected = stream.init_stream(params, pipe.encode_prompt([RED, BLUE]), config=config, seed=3)
     wanted = []
     for block in range(3):
@@ -54,7 +51,7 @@ def test_a_stream_with_a_switch_is_that_of_the_functions(pipe):
             expected = stream.change_prompt(params, expected, pipe.encode_prompt([BLUE, BLUE]), config=config)
         _, frames, expected = stream.next_frames(params, expected, config=config)
         wanted.append(media.to_uint8(np.asarray(frames))[:, 0 if block else stream.LEAD :])
-    np.testing.assert_array_equal(np.concatenate(parts, axis=1), np.concatenate(wanted, axis=1))
+    np.testing.assert_array_equal(np.concatenate([before, after], axis=1), np.concatenate(wanted, axis=1))
     assert int(state.block) == 3
 
 
@@ -94,8 +91,7 @@ def test_image_and_video_to_video(pipe):
     latents = stream.encode_image(pipe.params, media.to_float(image)[None], config=pipe.config)
     np.testing.assert_array_equal(first[:, 0], image[None])
     np.testing.assert_array_equal(first[:, 1:], pipe.decode(latents)[:, 1:])
-    with pytest.raises(ConfigError, match="can only be the first block"):
-        pipe.show(state, image)
+    refused("can only be the first block", pipe.show, state, image)
     video = np.random.default_rng(1).integers(0, 256, (7, *size), np.uint8)
     close, free = (
         np.concatenate([frames for frames, _ in pipe.follow(pipe.stream(RED), video, strength)], axis=1)
@@ -113,10 +109,8 @@ def test_strengths_share_one_compilation(pipe):
 
 
 def test_the_teacher_has_the_same_shape(clips):
-    config, parts = clips.config, []
-    clip = clips.stream([RED, BLUE], seed=1)
-    for frames, clip in clips.frames(clip):  # noqa: B007, B020
-        parts.append(frames)
+    config = clips.config
+    shown, clip = tiny.collect(clips.frames(clips.stream([RED, BLUE], seed=1)))
     velocity = teacher.guided_velocity(
         clips.params["teacher"], clips.encode_prompt([RED, BLUE]), clips.encode_prompt("")[0], config=config
     )
@@ -126,17 +120,15 @@ def test_the_teacher_has_the_same_shape(clips):
     wanted = np.concatenate(
         [media.to_uint8(x) for x in decoder.decode_clip(clips.params, clip.latents, config=config)], 1
     )
-    np.testing.assert_array_equal(np.concatenate(parts, axis=1), wanted)
+    np.testing.assert_array_equal(shown, wanted)
     grid = 1000 * np.asarray(flow.teacher_sigmas(config.diffusion))[:-1]
     again = clips.latents(clips.stream([RED, BLUE], noise=noise), timesteps=grid).latents
     np.testing.assert_allclose(again, clip.latents, atol=1e-5)
 
 
 def test_what_cannot_be_loaded_is_one_sentence(folder, tmp_path):
-    with pytest.raises(ConfigError, match="did you mean 'digits'"):
-        cv.load("digit")
-    with pytest.raises(ConfigError, match="does not exist"):
-        cv.load(tiny.RECIPE, checkpoint=tmp_path / "nothing")
+    refused("did you mean 'digits'", cv.load, "digit")
+    refused("does not exist", cv.load, tiny.RECIPE, checkpoint=tmp_path / "nothing")
     with pytest.raises(ConfigError, match="student weights .* do not exist"):
         cv.load(tiny.RECIPE, checkpoint=folder, student=tmp_path / "none.safetensors")
 
@@ -145,10 +137,8 @@ def test_a_stream_goes_on_from_several_frames_of_a_clip(pipe):
     """Three blocks of its own film, put in as a clip, are the past of a stream as the cache would have them."""
     config, params = pipe.config, pipe.params
     video = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8)
-    parts, state = [], pipe.stream(RED, seed=3)
-    for frames, state in pipe.extend(state, video):  # noqa: B007, B020
-        parts.append(frames)
-    np.testing.assert_array_equal(np.concatenate(parts, axis=1)[0], video)
+    shown, state = tiny.collect(pipe.extend(pipe.stream(RED, seed=3), video))
+    np.testing.assert_array_equal(shown[0], video)
     (frames, after), *_ = pipe.frames(state)
     assert frames.shape[1] == 4 and int(after.block) == 4
     # By hand: the latents of the whole clip, appended one by one.
@@ -159,10 +149,8 @@ def test_a_stream_goes_on_from_several_frames_of_a_clip(pipe):
         _, expected = stream.decode_block(params, expected, latents[:, block : block + 1], config=config)
     _, wanted, _ = stream.next_frames(params, expected, config=config)
     np.testing.assert_allclose(frames.astype(int), media.to_uint8(np.asarray(wanted)).astype(int), atol=1)
-    with pytest.raises(ConfigError, match="has 8 frames; whole blocks have 5 or 9"):
-        next(pipe.extend(pipe.stream(RED), video[:8]))
-    with pytest.raises(ConfigError, match="only be continued from the first block"):
-        next(pipe.extend(after, video))
+    refused("has 8 frames; whole blocks have 5 or 9", next, pipe.extend(pipe.stream(RED), video[:8]))
+    refused("only be continued from the first block", next, pipe.extend(after, video))
 
 
 def test_a_stream_without_a_window_ends_with_its_cache(folder):
@@ -175,8 +163,7 @@ def test_a_stream_without_a_window_ends_with_its_cache(folder):
         pipe.extend(pipe.stream(RED), video),
         pipe.follow(pipe.stream(RED), video),
     ):
-        with pytest.raises(ConfigError, match="room for 3 latent frames, and 4 are asked for; give frames=4"):
-            next(blocks)
+        refused("room for 3 latent frames, and 4 are asked for; give frames=4", next, blocks)
     assert len(list(pipe.latents(pipe.stream(RED, frames=4), blocks=4))) == 4
 
 

@@ -25,18 +25,12 @@ def workdir(tmp_path_factory):
 @pytest.fixture
 def only_traced(monkeypatch):
     """Trace the steps of the distillation instead of compiling and running them; their metrics are zeros."""
-    compiled = dmd.compiled_step
 
-    def traced(recipe, placement):
-        step = compiled(recipe, placement)
+    def traced(step, state, *inputs, **options):
+        _, metrics = step.eval_shape(state, *inputs, **options)
+        return state, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics)
 
-        def run(state, *inputs, **options):
-            _, metrics = step.eval_shape(state, *inputs, **options)
-            return state, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics)
-
-        return run
-
-    monkeypatch.setattr(dmd, "compiled_step", traced)
+    tiny.watch_dmd_steps(monkeypatch, traced)
 
 
 def test_rollouts_have_the_length_of_the_stretch(workdir, monkeypatch, only_traced):
@@ -239,26 +233,16 @@ def test_optimizers_and_text_of_the_distillation(workdir, monkeypatch, only_trac
     monkeypatch.setattr(
         dmd, "make_optimizer", lambda config, steps: made.append((config, steps)) or original(config, steps)
     )
-    compiled = dmd.compiled_step
 
-    def recorded(recipe, placement):
-        step = compiled(recipe, placement)
+    def recorded(step, state, teacher, batch, negative_prompt_embeds, **options):
+        inputs.append(jax.tree.map(np.array, (teacher, batch["text"], negative_prompt_embeds)))
+        return step(state, teacher, batch, negative_prompt_embeds, **options)
 
-        def run(state, teacher, batch, negative_prompt_embeds, **options):
-            inputs.append(jax.tree.map(np.array, (teacher, batch["text"], negative_prompt_embeds)))
-            return step(state, teacher, batch, negative_prompt_embeds, **options)
-
-        return run
-
-    monkeypatch.setattr(dmd, "compiled_step", recorded)
+    tiny.watch_dmd_steps(monkeypatch, recorded)
     recipe = tiny.tiny_recipe(
         text={"negative_prompt": "red"},
-        train_distill={
-            "steps": 1,
-            "critic_steps": 3,
-            "optimizer": {"learning_rate": 0.01},
-            "critic_optimizer": {"learning_rate": 0.02},
-        },
+        train_distill={"steps": 1, "critic_steps": 3}
+        | {"optimizer": {"learning_rate": 0.01}, "critic_optimizer": {"learning_rate": 0.02}},
     )
     tiny.RecordedRun("distill", recipe, workdir).train()
     config = recipe.train_distill
