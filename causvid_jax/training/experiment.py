@@ -36,6 +36,8 @@ TRAINED = ("teacher", "causal", "init", "consistency", "distill")
 CAUSAL_STEPS = 16
 """Denoising steps of a causal teacher that is run as a stream."""
 BATCH = 16
+LABELS = {"digit": "share of frames with the right digit", "color": "share of frames with the right colour"}
+"""Names of plotted metrics on the axis."""
 Say = Callable[[str], None]
 
 
@@ -343,6 +345,7 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
     import matplotlib.pyplot as plt
 
     metric, rows = result["metric"], result["rows"]
+    label = LABELS.get(metric, metric)
     figure, axis = plt.subplots(figsize=(8, 4))
     many = any(len(lengths) > 1 for lengths in rows.values())
     for number, (name, lengths) in enumerate(rows.items()):
@@ -354,12 +357,12 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
         else:
             axis.barh(number, mean, xerr=np.maximum(error, 0), capsize=3, color="tab:blue")
     if many:
-        axis.set(xscale="log", xlabel="length of the stream, in trained lengths", ylabel=metric)
+        axis.set(xscale="log", xlabel="length of the stream, in trained lengths", ylabel=label)
         axis.legend()
     else:
         axis.set_yticks(range(len(rows)), list(rows))
         axis.invert_yaxis()
-        axis.set_xlabel(metric)
+        axis.set_xlabel(label)
     axis.set_title(result["title"])
     figure.tight_layout()
     figure.savefig(path, format="png", dpi=100)  # the path may be a temporary without a suffix
