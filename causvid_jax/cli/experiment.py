@@ -1,9 +1,9 @@
 """Train and measure an experiment: ``causvid experiment --name=ablation --config=digits --base=runs/digits``.
 
-``--base`` is the working directory of a finished ``causvid road``. Every row trains only the stages that it changes, in
-folders under ``--workdir``: the distillation for every seed, the stages before it once. It writes the result to ``--output`` as JSON, and a table
-(``.md``) and a plot (``.png``) beside it. The same command continues an interrupted experiment. ``docs/evidence.md``
-lists the experiments.
+``--base`` is the working directory of a finished ``causvid road``. Every row trains only the stages that it changes,
+in folders under ``--workdir``: the distillation for every seed, the stages before it once. It writes the result to
+``--output`` as JSON, and a table (``.md``) and a plot (``.png``) beside it. The same command continues an interrupted
+experiment. ``docs/evidence.md`` lists the experiments.
 """
 
 import dataclasses
