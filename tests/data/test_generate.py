@@ -13,7 +13,7 @@ from causvid_jax.media import to_uint8
 from causvid_jax.models import transformer, vae
 from causvid_jax.sampling import stream
 from causvid_jax.text import words as text
-from tests.tiny import random_params, tiny_recipe
+from tests.tiny import changed, random_params, tiny_recipe
 
 RECIPE = tiny_recipe(
     video={"frames": 5},
@@ -152,18 +152,18 @@ def test_trajectories_of_another_negative_prompt_are_another_dataset(monkeypatch
     monkeypatch.setattr(generate, "over_local_devices", lambda *_: (None, 1))
     monkeypatch.setattr(generate, "generate", lambda *_, identity, **options: identities.append(identity))
     for negative in ("", RECIPE.text.vocabulary[0]):
-        recipe = dataclasses.replace(RECIPE, text=dataclasses.replace(RECIPE.text, negative_prompt=negative))
+        recipe = changed(RECIPE, text={"negative_prompt": negative})
         generate.write_trajectories(tmp_path, {}, recipe, PROMPTS)
         generate.write_causal_trajectories(tmp_path, {}, recipe, [], count=1, identity="clips")
     assert identities[0] != identities[2] and identities[1] != identities[3]
 
 
 def test_causal_trajectories_are_those_of_a_stream_over_the_clean_past(tmp_path, teacher):
-    recipe = dataclasses.replace(
+    recipe = changed(
         RECIPE,
-        video=dataclasses.replace(RECIPE.video, frames=13),
+        video={"frames": 13},
         causal=CausalConfig(frames_per_block=1, window=3),
-        train_init=dataclasses.replace(RECIPE.train_init, prompt_switch_prob=0.4, num_inference_steps=3),
+        train_init={"prompt_switch_prob": 0.4, "num_inference_steps": 3},
     )
     shape, rng = recipe.latent_shape, np.random.default_rng(3)
     clips = [{"latents": rng.normal(size=shape).astype(np.float16), "caption": p} for p in PROMPTS[:3]]

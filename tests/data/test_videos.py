@@ -20,7 +20,8 @@ from causvid_jax.models import vae
 from causvid_jax.text import words
 from causvid_jax.training import stages as training
 from causvid_jax.training.metrics import read_metrics
-from tests.tiny import random_params, tiny_recipe
+from tests.refusals import refused
+from tests.tiny import changed, random_params, tiny_recipe
 
 VIDEO = VideoConfig(height=16, width=16, frames=9, fps=8)
 CLIPS = {"china.mp4": 1, "slow.mkv": 3, "tall.webm": 1, "wide/flower.avi": 2}
@@ -211,24 +212,19 @@ def test_real_videos_become_latents(folder, workdir):
 def test_the_recipe_reads_a_mixture_and_knows_its_captions(workdir):
     assert set(recipe_data.prompts(RECIPE, workdir)) == {"roofs in china", "slow roofs", "a tall flower", "a flower"}
     other = str(workdir / "data" / "latents")
-    recipe = dataclasses.replace(
-        RECIPE, data=dataclasses.replace(RECIPE.data, mixture=(("latents", 3.0), (other, 1.0)))
-    )
+    recipe = changed(RECIPE, data={"mixture": (("latents", 3.0), (other, 1.0))})
     source = recipe_data.latents(recipe, workdir)
     assert isinstance(source, pipeline.Mixture) and source.weights == (3.0, 1.0) and len(source) == 14
-    missing = dataclasses.replace(RECIPE, data=dataclasses.replace(RECIPE.data, mixture=(("cats", 1.0),)))
-    with pytest.raises(ConfigError, match="no finished dataset at .*cats"):
-        recipe_data.latents(missing, workdir)
-    with pytest.raises(ConfigError, match="no captions of videos .*--stage=videos, or name a list"):
-        recipe_data.prompts(missing, workdir)
+    missing = changed(RECIPE, data={"mixture": (("cats", 1.0),)})
+    refused("no finished dataset at .*cats", recipe_data.latents, missing, workdir)
+    refused("no captions of videos .*--stage=videos, or name a list", recipe_data.prompts, missing, workdir)
 
 
 def test_own_videos_become_clips_and_latents_and_train_the_tiny_codec(folder, workdir, tmp_path):
     """The other stages are trained on own videos by ``examples/own_videos.py``, which a test runs."""
     stage = {"steps": 2, "samples": 1, "optimizer": {"learning_rate": 1e-3}}
     recipe = tiny_recipe(**CHANGES, train_taehv=stage)
-    with pytest.raises(ConfigError, match="no clips at .*prepare --stage=data --videos=DIR"):
-        training.train("vae", recipe, tmp_path / "new")
+    refused("no clips at .*prepare --stage=data --videos=DIR", training.train, "vae", recipe, tmp_path / "new")
     options = prepare.Options(videos=str(folder), captions=str(folder / "captions.jsonl"))
     train, test = prepare.run("data", recipe, tmp_path, options).split("\n")
     assert "clips: 6 examples; 6 clips of 3 videos, 7 videos skipped" in train

@@ -1,7 +1,5 @@
 """Image to video with the bidirectional model: parity with diffusers' pipeline, and what it refuses."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import make_image_to_video as golden
@@ -13,6 +11,7 @@ from causvid_jax.config.recipes import load_recipe
 from causvid_jax.models import transformer, vae
 from causvid_jax.sampling import image_to_video, teacher
 from configs.wan_14b import NEGATIVE_PROMPT_IMAGE
+from tests.tiny import changed
 
 
 def test_equals_the_pipeline_of_diffusers():
@@ -49,12 +48,8 @@ def test_a_clip_is_a_function_of_its_own_picture_and_seed():
 @pytest.mark.parametrize("column", ["default", "wan"])
 def test_only_the_published_numerics_tell_whole_timesteps(column, monkeypatch):
     config, told = golden.recipe(), {}
-    config = dataclasses.replace(
-        config,
-        teacher=dataclasses.replace(
-            config.teacher, precision=column, image_dim=0, in_channels=config.teacher.out_channels
-        ),
-    )
+    channels = config.teacher.out_channels
+    config = changed(config, teacher={"precision": column, "image_dim": 0, "in_channels": channels})
 
     def solve(diffusion, velocity, noise, *, integer_timesteps):
         told["whole"] = integer_timesteps
