@@ -19,7 +19,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from causvid_jax.analysis import compile_report, estimate, flops, roofline, topology
+import roofline
+
+from causvid_jax.analysis import compile_report, estimate, flops, topology
 from causvid_jax.config import ConfigError, Recipe, require
 from causvid_jax.config.files import write_text
 from causvid_jax.config.recipes import load_recipe

@@ -1,13 +1,13 @@
 """The roofline of a program's text against sums by hand, and the table of six chips for a small shape."""
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import pathlib
 
 import pytest
 
-from causvid_jax.analysis import estimate, flops, roofline, topology
+from causvid_jax.analysis import estimate, flops, topology
 from causvid_jax.config import ConfigError
 from tests import tiny
 
@@ -65,24 +65,22 @@ UPDATE = 2 * 32 * 4 * 2  # two rows of a hundred
 ATTENTION = (6 + 21 + 21) * 16 * 2 + 6 * 16 * 2  # without the kernel's scratch memory
 
 
-@pytest.fixture(scope="module")
-def chips():
-    spec = importlib.util.spec_from_file_location("chips", ROOT / "benchmarks" / "chips.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def chips(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("chips")
 
 
-def test_the_roofline_of_a_program_is_the_sum_by_hand():
+def test_the_roofline_of_a_program_is_the_sum_by_hand(chips):
     """A loop of five turns: a slice, a product and an update in place; before it an attention kernel."""
-    found = {cost.name: (cost.bytes, cost.flops, cost.turns) for cost in roofline.costs(PROGRAM)}
+    found = {cost.name: (cost.bytes, cost.flops, cost.turns) for cost in chips.roofline.costs(PROGRAM)}
     assert found == {
         "layer": (SLICED, 0, 5),
         "y": (DOT, 2 * 2 * 32 * 64, 5),
         "new": (UPDATE, 0, 5),
         "attended": (ATTENTION, 4 * 6 * 21 * 2 * 8, 1),
     }
-    sums = roofline.roofline(roofline.costs(PROGRAM), rate=1.0, bandwidth=1.0)
+    sums = chips.roofline.roofline(chips.roofline.costs(PROGRAM), rate=1.0, bandwidth=1.0)
     assert sums.launches == 16 and sums.bytes == 5 * (SLICED + DOT + UPDATE) + ATTENTION
     products = 5 * 2 * 2 * 32 * 64 + 4 * 6 * 21 * 2 * 8
     assert sums.flops == products
