@@ -142,7 +142,6 @@ MUTANTS = [
     Mutant("checkpoints/store.py", "require(expected == digest.hexdigest()", "require(True", "tests/checkpoints/test_store.py tests/checkpoints/test_safetensors_io.py"),
     Mutant("checkpoints/lineage.py", "return other is None or digest == other", "return True", "tests/checkpoints/test_lineage.py"),
     Mutant("data/pipeline.py", "latents[: frames or total]", "latents[-(frames or total) :]", PIPELINE),
-    Mutant("data/pipeline.py", "range(process_id * part, (process_id + 1) * part)", "range(process_id, batch_size, process_count)", PIPELINE),
 ]  # fmt: skip
 
 

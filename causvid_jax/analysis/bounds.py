@@ -14,7 +14,7 @@ from causvid_jax.analysis import memory
 from causvid_jax.analysis.memory import Phase
 from causvid_jax.config import Recipe
 from causvid_jax.data import generate, prepare
-from causvid_jax.evaluation.report import Plan
+from causvid_jax.evaluation.plan import Plan
 from causvid_jax.models import vae
 from causvid_jax.models.decoder import vae_shapes
 from causvid_jax.sampling import blocks

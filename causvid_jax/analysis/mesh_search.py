@@ -8,10 +8,7 @@ from collections.abc import Container, Iterator
 from causvid_jax.analysis import estimate as estimates
 from causvid_jax.analysis import flops
 from causvid_jax.analysis.topology import TopologySpec
-from causvid_jax.config import ConfigError, ParallelConfig, Recipe
-
-TRAIN = {"teacher": "train_teacher", "init": "train_init", "distill": "train_distill"}
-STAGES = tuple(field.name for field in dataclasses.fields(Recipe) if field.name.startswith("train_"))
+from causvid_jax.config import STAGES, ConfigError, ParallelConfig, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +37,12 @@ def settings(recipe: Recipe, base: Recipe, stage: str) -> str:
     flags = [flag for flag in flags if not flag.endswith("=1")]
     ways = mesh.slices * mesh.data * mesh.fsdp
     for name in STAGES:  # the mesh must divide the batch of every stage
-        config = getattr(base, name)
-        if name != TRAIN.get(stage) and config.batch_size % (ways * config.accumulate):
-            flags += [f"{name}.batch_size={ways}"]
-    if stage in TRAIN:
-        accumulate = getattr(recipe, TRAIN[stage]).accumulate
-        flags += [f"{TRAIN[stage]}.accumulate={accumulate}"] if accumulate > 1 else []
+        config = getattr(base, f"train_{name}")
+        if name != stage and config.batch_size % (ways * config.accumulate):
+            flags += [f"train_{name}.batch_size={ways}"]
+    if stage != "stream":
+        accumulate = getattr(recipe, f"train_{stage}").accumulate
+        flags += [f"train_{stage}.accumulate={accumulate}"] if accumulate > 1 else []
         flags += ["parallel.offload_optimizer=True"] if mesh.offload_optimizer else []
         flags += [f"{role}.remat={getattr(recipe, role).remat}" for role in ("student", "teacher")]
     return " ".join(f"--config.{flag}" for flag in flags)
@@ -63,7 +60,7 @@ def _divisors(number: int) -> list[int]:
 def _meshes(recipe: Recipe, stage: str, machine: TopologySpec) -> Iterator[Recipe]:
     """Yield legal meshes: fsdp of 1, of a node or of all; a batch whole, in halves or one example at a time."""
     per_slice = machine.size // machine.slices
-    nets = (recipe.teacher, recipe.student) if stage in TRAIN else (recipe.student,)
+    nets = (recipe.student,) if stage == "stream" else (recipe.teacher, recipe.student)
     for tensor, context in itertools.product(_divisors(min(per_slice, 8)), _divisors(min(per_slice, 16))):
         inner = tensor * context
         # All-to-all over context and all-reduce over tensor are too slow across nodes or slices.
@@ -92,19 +89,21 @@ def _meshes(recipe: Recipe, stage: str, machine: TopologySpec) -> Iterator[Recip
 def _accumulated(recipe: Recipe, stage: str, ways: int) -> Iterator[Recipe]:
     # The batch sizes of other stages must not rule out a mesh.
     quiet = {
-        name: dataclasses.replace(getattr(recipe, name), batch_size=ways, accumulate=1, curriculum=())
+        f"train_{name}": dataclasses.replace(
+            getattr(recipe, f"train_{name}"), batch_size=ways, accumulate=1, curriculum=()
+        )
         for name in STAGES
-        if name != TRAIN.get(stage)
+        if name != stage
     }
     if stage == "stream":
         yield dataclasses.replace(recipe, **quiet)
         return
-    config = getattr(recipe, TRAIN[stage])
+    config = getattr(recipe, f"train_{stage}")
     local, remainder = divmod(config.batch_size, ways)
     if not local or remainder:
         return
     for accumulate in sorted({1, max(d for d in _divisors(local) if d <= max(1, local // 2)), local}):
-        stages = quiet | {TRAIN[stage]: dataclasses.replace(config, accumulate=accumulate)}
+        stages = quiet | {f"train_{stage}": dataclasses.replace(config, accumulate=accumulate)}
         yield dataclasses.replace(recipe, **stages)
 
 

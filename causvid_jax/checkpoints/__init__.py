@@ -3,5 +3,3 @@
 from causvid_jax.checkpoints.checkpoint import Checkpoint, describe, load, open_checkpoint, state_dict
 from causvid_jax.checkpoints.lora import open_lora
 from causvid_jax.checkpoints.save import save
-
-__all__ = ["Checkpoint", "describe", "load", "open_checkpoint", "open_lora", "save", "state_dict"]

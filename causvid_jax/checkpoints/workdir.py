@@ -13,15 +13,14 @@ import os
 import pathlib
 from typing import Any
 
-from causvid_jax.checkpoints import checkpoint, lineage, source, store, wan_vae
+from causvid_jax.checkpoints import checkpoint, lineage, source, store
 from causvid_jax.checkpoints.checkpoint import NAMED_FILES, Checkpoint
 from causvid_jax.checkpoints.table import OURS, Config
-from causvid_jax.config import CLIPConfig, ConfigError, Recipe, TransformerConfig, VAEConfig, require
+from causvid_jax.config import STAGES, CLIPConfig, ConfigError, Recipe, TransformerConfig, VAEConfig, require
 from causvid_jax.models.experts import NAMES
 
 _LOG = logging.getLogger(__name__)
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
-STAGES = ("vae", "taehv", "teacher", "causal", "init", "consistency", "distill")
 TOKENIZER = "text_encoder/tokenizer.json"
 """The text encoder's tokenizer in a working directory."""
 TOKENIZERS = ("text_encoder", "tokenizer", "google/umt5-xxl", ".")
@@ -384,8 +383,3 @@ def publish(recipe: str, workdir: str | os.PathLike, folder: str | os.PathLike =
         stored_metadata = {key: value for key, value in metadata.items() if key != lineage.VAE_DIGEST}
         store.save_params(paths[-1], params, stored_metadata, dtype="float16")
     return paths
-
-
-def vae_metadata(config: VAEConfig) -> dict[str, str]:
-    """Return the metadata to save with VAE weights: the latent statistics of ``config``."""
-    return wan_vae.metadata(config)

@@ -1,6 +1,5 @@
 """Programs: ``causvid NAME`` or, from a clone, ``python -m launch.NAME``."""
 
-import difflib
 import sys
 
 PROGRAMS = {
@@ -28,6 +27,7 @@ def main(name: str | None = None) -> None:
     The process ends with the status of :func:`causvid_jax.cli.common.run`; an unknown name ends it with 2.
     """
     from causvid_jax.cli import common
+    from causvid_jax.config import suggest
 
     arguments = sys.argv[1:]
     if name is None:
@@ -37,8 +37,6 @@ def main(name: str | None = None) -> None:
         print(f"causvid PROGRAM [--flag=value ...]\n\n{lines}\n\ncausvid PROGRAM --help lists its flags.")
         return
     if name not in PROGRAMS:
-        close = difflib.get_close_matches(name, PROGRAMS, n=1)
-        advice = f"did you mean {close[0]!r}?" if close else f"accepted: {', '.join(PROGRAMS)}"
-        print(f"error: program {name!r} does not exist; {advice}", file=sys.stderr)
+        print(f"error: program {name!r} does not exist; {suggest(name, PROGRAMS)}", file=sys.stderr)
         sys.exit(common.BAD_INPUT)
     common.run(name, arguments)

@@ -20,13 +20,11 @@ directory.
 
 import dataclasses
 import pathlib
-from typing import Annotated
+from typing import Annotated, Literal
 
 from causvid_jax.cli.options import option
 from causvid_jax.config import require
 from causvid_jax.config.fields import Bounds
-
-STAGES = ("teacher", "init", "distill")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +36,9 @@ class Options:
     to: str = option("causvid_jax", "Names to write: causvid_jax, original or diffusers.")
     part: str | None = option(None, "Part of a checkpoint with several, for example generator_ema (preferred).")
     component: str = option("", "Convert only these components of a folder, for example transformer,vae.")
-    stage: str | None = option(None, "The transformer's place in a working directory: teacher, init or distill.")
+    stage: Literal["teacher", "init", "distill"] | None = option(
+        None, "The transformer's place in a working directory: teacher, init or distill."
+    )
     lora: tuple[str, ...] = option((), "FILE or FILE:STRENGTH, a LoRA to merge; several are added.")
     lora_layers: str | None = option(None, "Only these layers change, for example 0-9,20.")
     skip_foreign: bool = option(False, "Leave out LoRA targets that the transformer does not have.")
@@ -49,7 +49,6 @@ class Options:
     def __post_init__(self) -> None:
         require(self.input, "no --input is given; it must be a checkpoint's file or folder")
         require(self.output, "no --output is given; it must be a .safetensors file or a new folder")
-        require(self.stage in (None, *STAGES), f"--stage is {self.stage!r}; accepted: {', '.join(STAGES)}")
 
 
 def main(options: Options) -> None:

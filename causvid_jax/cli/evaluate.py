@@ -6,17 +6,16 @@ instead, on handwriting that neither the generators nor the real test clips show
 """
 
 import dataclasses
-from typing import Annotated, Literal
 
 from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, option
 from causvid_jax.config import Recipe, require
-from causvid_jax.config.fields import BatchSize, Bounds, Few, Many, ManyOrZero, Seed
+from causvid_jax.evaluation.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """The flags; from ``samples`` on those of :class:`causvid_jax.evaluation.report.Plan`."""
+class Options(Plan):
+    """The flags; with those of a :class:`causvid_jax.evaluation.plan.Plan`."""
 
     config: Recipe = config_option()
     output: str | None = option(None, "The report to write, a .json file; .md and .png go beside it.")
@@ -26,23 +25,9 @@ class Options:
     student_only: bool = option(False, "Leave the teacher out, and all that is measured against it.")
     train_classifier: bool = option(False, "Train the classifier and write it to --classifier.")
     classifier: str | None = option(None, "The classifier's weights; default: those of the package.")
-    samples: Many = option(64, "Clips per row.")
-    long_samples: ManyOrZero = option(0, "Streams of many times the trained length; 0: as --samples.")
-    switch_samples: ManyOrZero = option(0, "Streams with a prompt switch; 0: as --samples.")
-    reference: Many = option(256, "Real clips that Frechet distances are measured to.")
-    batch: BatchSize = option(16, "Clips sampled at once.")
-    long_factor: Few = option(10, "Length of the long streams, in trained lengths.")
-    longest_factor: Annotated[int, Bounds(least=0, most=10000)] = option(
-        0, "Length of a further row of streams, 100 for example; 0: no such row."
-    )
-    longest_samples: Many = option(16, "Streams of that row.")
-    repeats: Few = option(3, "Timed runs of each sampler.")
-    seed: Seed = option(0, "Of prompts, real clips and noise.")
-    captions: Literal["test", "validation"] = option(
-        "test", "The split of the prompts: choose settings on validation (data.validation_fraction), report on test."
-    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             not (self.teacher and self.student_only),
             f"--teacher={self.teacher} and --student_only are both given; leave one out",
@@ -59,12 +44,12 @@ def main(options: Options) -> None:
     common.enable_compilation_cache()
     from causvid_jax.analysis import bounds
     from causvid_jax.evaluation import classifier as classifiers
-    from causvid_jax.evaluation import measure, report
+    from causvid_jax.evaluation import measure
 
     if options.train_classifier:
         measure.make_classifier(options.config, path or classifiers.DEFAULT_PATH)
         return
-    plan = report.Plan(**{field.name: getattr(options, field.name) for field in dataclasses.fields(report.Plan)})
+    plan = Plan(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Plan)})
     bounds.check_evaluation(options.config, plan, teacher=not options.student_only)
     common.log_start(options.config)
     measure.write_report(

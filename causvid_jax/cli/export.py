@@ -9,10 +9,8 @@ import pathlib
 
 from causvid_jax.cli import common
 from causvid_jax.cli.options import option
-from causvid_jax.config import require
+from causvid_jax.config import STAGES, require
 from causvid_jax.config.fields import CountOrZero
-
-STAGES = ("vae", "taehv", "teacher", "causal", "init", "consistency", "distill")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,7 +115,8 @@ def _convert(name: str, text: str, hint: Any) -> Any:
 def help_text(cls: type, usage: str, description: str) -> str:
     """Return what ``--help`` prints: usage, description, and every field of ``cls`` with its text and default."""
     lines = [usage, "", description.strip(), "", "options:"]
-    for field in dataclasses.fields(cls):
+    # The flags of the program itself come before those that it inherits.
+    for field in sorted(dataclasses.fields(cls), key=lambda field: field.name not in cls.__annotations__):
         hint = typing.get_type_hints(cls)[field.name]
         about = field.metadata.get("help", "").replace("{names}", ", ".join(names()))
         several = " Several may be given." if typing.get_origin(hint) is tuple else ""

@@ -21,33 +21,21 @@ import dataclasses
 from causvid_jax.cli import common, processes
 from causvid_jax.cli.options import config_option, option
 from causvid_jax.config import Recipe, require
-from causvid_jax.config.fields import BatchSize, Count, CountOrZero, Few, Many, ManyOrZero
+from causvid_jax.data.options import Options as StageOptions
 
 STAGES = ("data", "latents", "videos", "prompts", "trajectories", "streams", "assets")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(processes.Processes):
-    """The flags; from ``count`` on those of :class:`causvid_jax.data.prepare.Options`."""
+class Options(StageOptions, processes.Processes):
+    """The flags; with those of a stage, :class:`causvid_jax.data.options.Options`."""
 
     config: Recipe = config_option()
     stage: str = option("", f"What to make: {', '.join(STAGES)}.")
     workdir: str | None = option(None, "Where the recipe keeps its data, weights and logs.")
-    count: CountOrZero = option(0, "Number of examples; 0: that of the recipe.")
-    videos: str | None = option(None, "data, videos: the folder of your videos.")
-    captions: str | None = option(None, "data, videos: csv, tsv, json or jsonl; none: a.txt by a.mp4.")
-    prompts: str | None = option(None, "prompts, trajectories: the list; none: the recipe's data.prompt_file.")
-    name: str = option("latents", "videos: the dataset's folder under WORKDIR/data.")
-    clips_per_video: CountOrZero = option(0, "data, videos: maximum clips per video; 0: all.")
-    shard_videos: Count = option(64, "data, videos: videos per shard; a crash loses at most one shard.")
-    batch: BatchSize = option(1, "videos: clips per device and call of the VAE.")
-    workers: Few = option(2, "data, videos: videos decoded at a time.")
-    host_index: ManyOrZero | None = option(None, "This machine's number from 0; none: JAX's process index.")
-    host_count: Many | None = option(None, "Number of machines that share the stage; none: JAX's process count.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.workdir, "no --workdir is given; it must be a directory for data and weights")
         require(self.stage in STAGES, f"--stage is {self.stage!r}; accepted: {', '.join(STAGES)}")
 
 
@@ -63,8 +51,8 @@ def main(options: Options) -> None:
     from causvid_jax.data import prepare
     from causvid_jax.distributed import collectives
 
-    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(prepare.Options)}
-    stage_options = prepare.Options(**{name: value for name, value in values.items() if value is not None})
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(StageOptions)}
+    stage_options = StageOptions(**values)
     with processes.joined(options) as many:
         bounds.check_stage(stage, recipe, stage_options)
         if many:

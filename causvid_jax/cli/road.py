@@ -24,7 +24,6 @@ class Options:
     dry_run: bool = option(False, "Only list the legs and which of them are done.")
 
     def __post_init__(self) -> None:
-        require(self.workdir, "no --workdir is given; it must be a directory for data and weights")
         own = self.config.data.name == "videos"
         require(not own or self.videos, "no --videos is given; the recipe trains on the folder of your videos")
         require(own or not (self.videos or self.captions), "--videos is given, but the recipe makes its own data")
@@ -36,10 +35,10 @@ def main(options: Options) -> None:
     recipe, folder = options.config, common.writable_workdir(options.workdir)
     print(f"Road of recipe {recipe.name}: loading ...", flush=True)
     from causvid_jax.data import prepare
-    from causvid_jax.evaluation import report
+    from causvid_jax.evaluation.plan import Plan
     from causvid_jax.training import road
 
-    plan = None if recipe.data.name == "videos" else report.Plan(samples=options.samples, longest_factor=100)
+    plan = None if recipe.data.name == "videos" else Plan(samples=options.samples, longest_factor=100)
     settings = prepare.Options(videos=options.videos or "", captions=options.captions or "")
     legs = road.legs(recipe, folder, settings, plan)
     if options.dry_run:

@@ -10,9 +10,7 @@ import dataclasses
 
 from causvid_jax.cli import common, processes
 from causvid_jax.cli.options import config_option, option
-from causvid_jax.config import Recipe, require
-
-STAGES = ("vae", "taehv", "teacher", "causal", "init", "consistency", "distill")
+from causvid_jax.config import STAGES, Recipe, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +26,6 @@ class Options(processes.Processes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.workdir, "no --workdir is given; it must be a directory for data and weights")
         require(self.stage in STAGES, f"--stage is {self.stage!r}; accepted: {', '.join(STAGES)}")
         require(
             not self.config.rolling_blocks,

@@ -8,7 +8,7 @@ argument. An unknown field, a value of the wrong type or out of bounds, and a co
 
 from causvid_jax.config.distill import ConsistencyStageConfig, DistillStageConfig
 from causvid_jax.config.errors import ConfigError, RunError, require
-from causvid_jax.config.fields import suggest
+from causvid_jax.config.fields import flat_fields, suggest
 from causvid_jax.config.model import (
     MESH_AXES,
     WAN22_LATENT_MEAN,
@@ -29,6 +29,7 @@ from causvid_jax.config.model import (
     VideoConfig,
 )
 from causvid_jax.config.recipe import (
+    STAGES,
     ParallelConfig,
     Recipe,
     check_field,
@@ -48,45 +49,3 @@ from causvid_jax.config.train import (
     TeacherStageConfig,
     VAEStageConfig,
 )
-
-__all__ = [
-    "ConfigError",
-    "RunError",
-    "require",
-    "suggest",
-    "MESH_AXES",
-    "WAN_LATENT_MEAN",
-    "WAN_LATENT_STD",
-    "WAN22_LATENT_MEAN",
-    "WAN22_LATENT_STD",
-    "WAN22_VAE",
-    "VideoConfig",
-    "TextConfig",
-    "UMT5Config",
-    "CLIPConfig",
-    "LoraConfig",
-    "VAEConfig",
-    "ShardingRules",
-    "TAEHVConfig",
-    "TransformerConfig",
-    "CausalConfig",
-    "ExpertsConfig",
-    "CausalStageConfig",
-    "ConsistencyStageConfig",
-    "DataConfig",
-    "DiffusionConfig",
-    "DistillStageConfig",
-    "InitStageConfig",
-    "OptimizerConfig",
-    "StageConfig",
-    "TeacherStageConfig",
-    "TAEHVStageConfig",
-    "VAEStageConfig",
-    "ParallelConfig",
-    "Recipe",
-    "check_field",
-    "from_config_dict",
-    "from_json",
-    "nearest_divisors",
-    "to_json",
-]

@@ -101,6 +101,13 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
+def flat_fields(tree: Any, path: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dicts by dotted path: ``{"a": {"b": 1}}`` gives ``{"a.b": 1}``."""
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {k: v for name, inner in tree.items() for k, v in flat_fields(inner, join(path, name)).items()}
+
+
 _TYPES: dict[type, dict[str, Any]] = {}
 
 

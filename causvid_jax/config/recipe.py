@@ -31,16 +31,6 @@ from causvid_jax.config.train import (
     VAEStageConfig,
 )
 
-STAGES = (
-    "train_vae",
-    "train_taehv",
-    "train_teacher",
-    "train_causal",
-    "train_init",
-    "train_consistency",
-    "train_distill",
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig(Config):
@@ -266,14 +256,14 @@ class Recipe(Config):
     def _check_batches(self) -> None:
         mesh = self.parallel
         for stage in STAGES:
-            config = getattr(self, stage)
+            config = getattr(self, f"train_{stage}")
             parts = mesh.slices * max(mesh.data, 1) * mesh.fsdp * config.accumulate
             for _, _, size in config.stretches:
                 below = size - size % parts
                 require(
                     size % parts == 0,
-                    f"{stage} has a batch of {size}; slices x data x fsdp x accumulate is {parts}, which does not "
-                    f"divide it; the nearest that it divides are {f'{below} and ' if below else ''}{below + parts}",
+                    f"train_{stage} has a batch of {size}; slices x data x fsdp x accumulate is {parts}, which does "
+                    f"not divide it; the nearest that it divides are {f'{below} and ' if below else ''}{below + parts}",
                 )
 
     def _check_rolling(self) -> None:
@@ -332,6 +322,9 @@ class Recipe(Config):
         """Shape ``(F, h, w, C)`` of the latents of a clip."""
         return (self.video.latent_frames, *self.latent_size, self.vae.z_dim)
 
+
+STAGES = tuple(f.name.removeprefix("train_") for f in dataclasses.fields(Recipe) if f.name.startswith("train_"))
+"""The training stages, in order."""
 
 RENAMED = {
     "diffusion.teacher_steps": "num_inference_steps",

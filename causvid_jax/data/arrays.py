@@ -16,7 +16,7 @@ from array_record.python import array_record_module
 from tqdm import tqdm
 
 from causvid_jax.config import ConfigError, require
-from causvid_jax.config.files import atomic
+from causvid_jax.config.files import write_text
 
 IDENTITY = "identity.json"
 ADDED = ("dtype", "text")
@@ -75,7 +75,12 @@ def is_complete(folder: str | os.PathLike) -> bool:
     folder = pathlib.Path(folder)
     if not (folder / _FINISHED).is_file():
         return False
-    splits = _open(folder).info.splits
+    return has_all_shards(_open(folder))
+
+
+def has_all_shards(builder: Any) -> bool:
+    """Return whether all shards of a tfds builder are on disk. They appear at the end, but may be lost later."""
+    splits = builder.info.splits
     return bool(splits) and all(pathlib.Path(f).is_file() for s in splits.values() for f in s.filepaths)
 
 
@@ -189,7 +194,7 @@ def _check_identity(folder: pathlib.Path, identity: dict[str, Any]) -> None:
     expected = json.loads(json.dumps(identity))
     path = folder / IDENTITY
     if not path.is_file():
-        replace_file(path, json.dumps(expected, indent=1).encode())
+        write_text(path, json.dumps(expected, indent=1))
         return
     stored = read_identity(folder)
     stored = {name: expected[name] for name in ADDED if name in expected} | stored
@@ -203,12 +208,6 @@ def _change(name: str, before: Any, now: Any) -> str:
     """Describe how a setting differs. Long values are omitted."""
     short = len(repr(before)) + len(repr(now)) <= 100
     return f"{name} was {before!r} and is now {now!r}" if short else f"{name} differs"
-
-
-def replace_file(path: pathlib.Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` atomically: a reader sees the old or the new file."""
-    with atomic(path) as temporary:
-        temporary.write_bytes(content)
 
 
 def _write_shard(path: pathlib.Path, records: Iterable[bytes]) -> None:
@@ -247,4 +246,4 @@ def _finish(
         filename_template=template,
         check_data=False,
     )
-    replace_file(folder / _FINISHED, b"")
+    write_text(folder / _FINISHED, "")

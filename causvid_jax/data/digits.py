@@ -10,14 +10,13 @@ appears in no training caption.
 """
 
 import dataclasses
-import difflib
 import functools
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from causvid_jax.config import ConfigError, DataConfig, VideoConfig, require
+from causvid_jax.config import ConfigError, DataConfig, VideoConfig, require, suggest
 
 # Red, green and blue, 0 to 255.
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -85,8 +84,7 @@ def _parse_phrase(phrase: str, caption: str) -> Digit:
         )
     for name, accepted in (("color", COLORS), ("digit", [str(d) for d in range(10)]), ("direction", DIRECTIONS)):
         if match[name] not in accepted:
-            close = difflib.get_close_matches(match[name], accepted, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"accepted: {', '.join(accepted)}"
+            hint = suggest(match[name], accepted)
             raise ConfigError(f"unknown {name} {match[name]!r} in the caption {caption!r}; {hint}")
     return Digit(int(match["digit"]), match["color"], match["direction"])
 

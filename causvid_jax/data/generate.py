@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 
-from causvid_jax.config import Recipe, VAEConfig, to_json
+from causvid_jax.config import Recipe, to_json
 from causvid_jax.data import arrays, captions, pictures, pipeline, trajectories
 from causvid_jax.data.devices import over_local_devices
 from causvid_jax.data.identity import teacher_identity, weights_digest
@@ -79,15 +79,13 @@ def generate(
 def write_latents(
     folder: str | os.PathLike,
     source: pipeline.Source,
-    params: dict[str, Any],
-    config: VAEConfig,
+    clip_encoder: pictures.ClipEncoder,
     *,
     clips: str,
     count: int = 0,
     chunk: int = 256,
     batch: int = CLIPS_AT_ONCE,
     prompt_encoder: encoder.Encoder | None = None,
-    clip_encoder: pictures.ClipEncoder | None = None,
     **options: Any,
 ) -> bool:
     """Encode the first ``count`` clips (0: all) to ``latents`` float16 [F, h, w, C] with their ``caption``.
@@ -95,25 +93,14 @@ def write_latents(
     Args:
         folder, chunk, options: see above.
         source: examples with ``video`` uint8 [T, H, W, 3] and ``caption``.
-        params: parameters of the VAE.
-        config: configuration of the VAE; its ``latent_mean`` and ``latent_std`` normalise the stored latents.
+        clip_encoder: encodes the clips; its VAE's ``latent_mean`` and ``latent_std`` normalise the stored latents.
         clips: name of the dataset that ``source`` reads, part of the identity.
         count: number of clips.
         batch: clips per device and call.
         prompt_encoder: stores the embeddings of the captions as ``text`` too; None: training encodes the captions.
-        clip_encoder: encodes the clips' first frames too (:mod:`causvid_jax.data.pictures`); None: no pictures.
     """
     count = min(count or len(source), len(source))
-    identity = {"clips": clips, "vae": weights_digest(params), "config": to_json(config)}
-
-    def encode(p: Any, video: jax.Array) -> dict[str, jax.Array]:
-        if clip_encoder is not None:
-            return clip_encoder.encode(p, video)
-        return {"latents": vae.encode(p, video, config=config)}
-
-    if clip_encoder is not None:
-        params = clip_encoder.params
-        identity |= clip_encoder.identity
+    encode, params = clip_encoder.encode, clip_encoder.params
     one = jax.ShapeDtypeStruct((1, *source[0]["video"].shape), jnp.float32)
     shapes: dict[str, Any] = {name: x.shape[1:] for name, x in jax.eval_shape(encode, params, one).items()}
     run, size = over_local_devices(encode, params, batch, chunk)
@@ -138,7 +125,7 @@ def write_latents(
         arrays.array_features(**shapes),
         chunk=chunk,
         batch=size,
-        identity=identity,
+        identity={"clips": clips, **clip_encoder.identity()},
         **options,
     )
 

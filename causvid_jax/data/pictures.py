@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from causvid_jax.checkpoints import lineage, load, workdir
-from causvid_jax.config import CLIPConfig, Recipe
+from causvid_jax.config import CLIPConfig, Recipe, to_json
+from causvid_jax.data.identity import weights_digest
 from causvid_jax.models import vae
 from causvid_jax.models.image_branch import Picture
 from causvid_jax.sampling import image_to_video
@@ -67,41 +68,46 @@ def half(picture: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class ClipEncoder:
-    """The encoders of clips for networks with an image branch.
+    """The encoders of clips: the VAE and, for networks with an image branch, those of their first frames.
 
     Attributes:
         recipe: recipe with the VAE's latent statistics.
         params: ``{"vae"}``, and ``"image_encoder"`` if a network reads CLIP.
         clip: configuration of CLIP; None if no network reads it.
-        identity: entries of a dataset's identity that depend on the encoders.
+        pictures: entries of a dataset's identity that depend on the encoders of first frames.
     """
 
     recipe: Recipe
     params: dict[str, Any]
-    clip: CLIPConfig | None
-    identity: dict[str, str]
+    clip: CLIPConfig | None = None
+    pictures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def identity(self) -> dict[str, str]:
+        """Return the entries of a dataset's identity that depend on the encoders."""
+        return {"vae": weights_digest(self.params["vae"]), "config": to_json(self.recipe.vae), **self.pictures}
 
     def encode(self, params: Any, video: jax.Array) -> dict[str, jax.Array]:
-        """Return latents and pictures of clips float32 ``[B, T, H, W, 3]`` in [-1, 1].
+        """Return ``latents``, and pictures for an image branch, of clips float32 ``[B, T, H, W, 3]`` in [-1, 1].
 
         ``params`` is :attr:`params`, an argument so that ``jax.jit`` does not make constants of it.
         """
         arrays = {"latents": vae.encode(params["vae"], video, config=self.recipe.vae)}
-        arrays[LATENTS] = image_to_video.image_latents(params["vae"], video[:, 0], config=self.recipe)
+        if self.recipe.reads_picture:
+            arrays[LATENTS] = image_to_video.image_latents(params["vae"], video[:, 0], config=self.recipe)
         if self.clip is not None:
             arrays[EMBEDS] = image_to_video.image_embeds(params["image_encoder"], video[:, 0], config=self.clip)
         return arrays
 
 
-def open_encoder(recipe: Recipe, vae_params: Any, folder: str | os.PathLike) -> ClipEncoder | None:
-    """Load the encoders of clips and their pictures; None for a recipe without image branches.
+def open_encoder(recipe: Recipe, vae_params: Any, folder: str | os.PathLike) -> ClipEncoder:
+    """Load the encoders of clips and, for networks with an image branch, of their pictures.
 
     Raises:
         ConfigError: CLIP's weights are missing in ``folder``, or do not fit the network that reads them.
     """
-    if not recipe.reads_picture:
-        return None
-    params, sizes, identity = {"vae": vae_params}, None, {"pictures": "first frame"}
+    params, sizes, identity = {"vae": vae_params}, None, {}
+    if recipe.reads_picture:
+        identity["pictures"] = "first frame"
     for net in (recipe.teacher, recipe.student):
         if net.image_dim:
             opened = workdir.open_image_encoder(folder, net)

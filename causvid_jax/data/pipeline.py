@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import grain
-import jax
 import numpy as np
 
-from causvid_jax.config import nearest_divisors, require
+from causvid_jax.config import require
 from causvid_jax.data import pictures
 from causvid_jax.media import to_float
 
@@ -115,9 +114,6 @@ def batches(
     *,
     batch_size: int,
     seed: int,
-    shuffle: bool = True,
-    process_id: int = 0,
-    process_count: int = 1,
     rows: Sequence[int] | None = None,
     threads: int = 2,
 ) -> Batches:
@@ -129,11 +125,7 @@ def batches(
         batch_size: examples per batch of all processes together. A batch may contain the end of one epoch and the start
             of the next; no example is dropped.
         seed: seed of the order and of every transform.
-        shuffle: False reads every source in order.
-        process_id: number of this process, usually ``jax.process_index()``.
-        process_count: usually ``jax.process_count()``. Process p reads the p-th equal part of every batch, so that the
-            parts in the order of the processes are the batch of one process.
-        rows: indices of the examples of every batch that this process reads, instead of ``process_id``.
+        rows: indices of the examples of every batch that this process reads; None: all.
         threads: number of threads that read and transform ahead.
 
     Returns:
@@ -141,51 +133,32 @@ def batches(
         in a mixture the numbers of each source follow those of the one before.
 
     Raises:
-        ConfigError: an empty source, a batch that the processes do not divide, or impossible ``rows``.
+        ConfigError: an empty source or batch, or impossible ``rows``.
     """
     require(len(source) > 0, "the dataset is empty; it must have at least one example")
     require(batch_size > 0, f"batch_size is {batch_size}; it must be positive")
+    mine = tuple(range(batch_size) if rows is None else rows)
     require(
-        0 <= process_id < process_count,
-        f"process_id is {process_id} of {process_count} processes; accepted: 0 to {process_count - 1}",
+        len(mine) > 0 and all(0 <= row < batch_size for row in mine),
+        f"rows are {rows} of a batch of {batch_size}; accepted: some rows of the batch",
     )
-    require(
-        batch_size % process_count == 0,
-        f"a batch of {batch_size} cannot be shared by {process_count} processes; the nearest numbers of processes that "
-        f"can are {nearest_divisors(batch_size, process_count)}",
-    )
-    require(
-        rows is None or (process_count == 1 and len(rows) > 0 and all(0 <= row < batch_size for row in rows)),
-        f"rows are {rows} of a batch of {batch_size}, for process {process_id} of {process_count}; accepted: some rows "
-        "of the batch, without a number of processes",
-    )
-    part = batch_size // process_count
-    mine = tuple(range(process_id * part, (process_id + 1) * part) if rows is None else rows)
 
     def numbered(example: tuple[int, dict[str, Any]], rng: np.random.Generator) -> dict[str, Any]:
         return {**transform(example[1], rng), "index": np.int64(example[0])}
 
     # Transform before the rows are chosen, so that randomness does not depend on the processes.
-    order = _endless(source, seed, shuffle).random_map(numbered)
+    order = _endless(source, seed).random_map(numbered)
     # Elements of the iterator are whole batches: each thread makes one, and as many are buffered.
     return Batches(order, batch_size, mine, grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
 
 
-def _endless(source: Examples | Mixture, seed: int, shuffle: bool, first: int = 0) -> grain.MapDataset:
+def _endless(source: Examples | Mixture, seed: int, first: int = 0) -> grain.MapDataset:
     """Return the global order: epoch after epoch of a source, or the interleaved orders of several."""
     if isinstance(source, Mixture):
         firsts = itertools.accumulate((len(one) for one in source.sources), initial=0)
-        orders = [
-            _endless(one, seed + i, shuffle, n) for (i, one), n in zip(enumerate(source.sources), firsts, strict=False)
-        ]
+        orders = [_endless(one, seed + i, n) for (i, one), n in zip(enumerate(source.sources), firsts, strict=False)]
         return grain.MapDataset.mix(orders, source.weights).seed(seed)
-    examples = grain.MapDataset.source(_Numbered(source, first)).seed(seed)
-    return (examples.shuffle() if shuffle else examples).repeat()
-
-
-def this_process() -> dict[str, int]:
-    """Return ``process_id`` and ``process_count`` of this JAX process, as keyword arguments."""
-    return {"process_id": jax.process_index(), "process_count": jax.process_count()}
+    return grain.MapDataset.source(_Numbered(source, first)).seed(seed).shuffle().repeat()
 
 
 def as_text(value: str | bytes) -> str:

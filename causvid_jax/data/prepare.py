@@ -17,79 +17,20 @@ ConfigError if weights, data or options are missing or do not fit.
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
 from causvid_jax.checkpoints import workdir as paths
 from causvid_jax.config import ConfigError, Recipe, require
 from causvid_jax.data import arrays, captions, generate, moving_digits, pictures, pipeline, sources, videos
+from causvid_jax.data.options import DEFAULTS, Options
 from causvid_jax.distributed import collectives
 from causvid_jax.sampling.weights import networks
 from causvid_jax.text import encoder
 
-LIMIT = 10**9
 
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Settings of a stage besides the recipe.
-
-    Attributes:
-        count: number of examples to make (``data``, ``videos``: number of digit clips or videos to use); 0 takes all,
-            or the recipe's number.
-        videos: folder of own videos.
-        captions: file of their captions (:func:`captions.read_captions`); "" takes ``a.txt`` beside ``a.mp4``.
-        prompts: file of prompts (:func:`captions.read_prompts`); "" takes ``data.prompt_file``.
-        name: dataset that the stage ``videos`` writes below ``WORKDIR/data``.
-        clips_per_video: maximum number of clips per video; 0 for all.
-        shard_videos: videos per shard; an interruption loses at most one shard.
-        batch: clips per device and call of the VAE.
-        workers: videos decoded at a time.
-        host_index, host_count: share of a machine that runs without ``jax.distributed``; None takes JAX's processes.
-
-    Raises:
-        ConfigError: a number out of bounds, or only one of ``host_index`` and ``host_count``.
-    """
-
-    count: int = 0
-    videos: str = ""
-    captions: str = ""
-    prompts: str = ""
-    name: str = sources.LATENTS
-    clips_per_video: int = 0
-    shard_videos: int = 64
-    batch: int = 1
-    workers: int = 2
-    host_index: int | None = None
-    host_count: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in (("count", 0), ("clips_per_video", 0), ("shard_videos", 1), ("batch", 1), ("workers", 1)):
-            value = getattr(self, name)
-            require(least <= value <= LIMIT, f"--{name} is {value}; accepted: at least {least} and at most {LIMIT}")
-        index, count = self.host_index, self.host_count
-        if index is None or count is None:
-            require(index is count, f"--host_index is {index} and --host_count is {count}; give both or neither")
-            return
-        require(0 <= index < count, f"--host_index is {index} of --host_count {count}; accepted: 0 to {count - 1}")
-
-    def host(self) -> dict[str, int]:
-        """Return this machine's share of the work, as keyword arguments of :func:`arrays.write_dataset`.
-
-        Raises:
-            ConfigError: ``host_index`` is set in a run of several JAX processes.
-        """
-        if self.host_index is None or self.host_count is None:
-            return pipeline.this_process()
-        require(
-            jax.process_count() == 1,
-            f"--host_index is {self.host_index}, but this is process {jax.process_index()} of {jax.process_count()} "
-            "of one run, which share the stage without it",
-        )
-        return {"process_id": self.host_index, "process_count": self.host_count}
-
-
-def data(recipe: Recipe, workdir: pathlib.Path, options: Options = Options()) -> str:
+def data(recipe: Recipe, workdir: pathlib.Path, options: Options = DEFAULTS) -> str:
     """Write pixel clips for the training of the codecs: moving digits, or clips of own videos."""
     if recipe.data.name == "videos":
         return _own_clips(recipe, workdir, options)
@@ -108,19 +49,17 @@ def _own_clips(recipe: Recipe, workdir: pathlib.Path, options: Options) -> str:
     lines = []
     for split, some in zip(("train", "test"), videos.held_out(listed), strict=True):
         folder = sources.folder(workdir, sources.clips_name(split))
-        before = arrays.is_complete(folder)
-        videos.write_pixels(folder, root, some, recipe.video, **shared, **options.host())
-        lines.append(_video_summary(folder, before))
+        summary = _write(options, videos.write_pixels, folder, root, some, recipe.video, **shared)
+        lines.append(f"{summary}; {_videos_of(folder)}")
     return "\n".join(lines)
 
 
-def latents(recipe: Recipe, workdir: pathlib.Path, options: Options = Options()) -> str:
+def latents(recipe: Recipe, workdir: pathlib.Path, options: Options = DEFAULTS) -> str:
     """Encode the pixel clips with the trained VAE."""
     clips = sources.clips(recipe, workdir, "train")
     params, config = paths.load_stage(recipe, "vae", workdir)
     clip_encoder = pictures.open_encoder(dataclasses.replace(recipe, vae=config), params, workdir)
     folder = sources.folder(workdir, sources.LATENTS)
-    before = arrays.is_complete(folder)
     reader = None
     if recipe.data.name == "videos":
         clips_folder = sources.folder(workdir, sources.CLIPS)
@@ -129,47 +68,36 @@ def latents(recipe: Recipe, workdir: pathlib.Path, options: Options = Options())
         _fill(reader, [line["caption"] for line in videos.used(clips_folder)])
     else:
         name = moving_digits.MovingDigitsConfig.of(recipe.data, recipe.video).name
-    generate.write_latents(
-        folder,
-        clips,
-        params,
-        config,
-        clips=name,
-        count=options.count,
-        prompt_encoder=reader,
-        clip_encoder=clip_encoder,
-        **options.host(),
-    )
-    return _summary(folder, before)
+    given = {"clips": name, "count": options.count, "prompt_encoder": reader}
+    return _write(options, generate.write_latents, folder, clips, clip_encoder, **given)
 
 
-def encode_videos(recipe: Recipe, workdir: pathlib.Path, options: Options = Options()) -> str:
+def encode_videos(recipe: Recipe, workdir: pathlib.Path, options: Options = DEFAULTS) -> str:
     """Split a folder of videos into clips and encode them with an existing VAE; pixels are not stored."""
     root, listed = _list_videos(options, "videos")
     reader = encoder.open_encoder(recipe, workdir)
     # Encode all captions before the VAE is loaded; otherwise every chunk would load the text encoder again.
     _fill(reader, [video.caption for video in listed])
     params, config = paths.load_stage(recipe, "vae", workdir)
+    clip_encoder = pictures.open_encoder(dataclasses.replace(recipe, vae=config), params, workdir)
     folder = sources.folder(workdir, options.name)
-    before = arrays.is_complete(folder)
-    videos.write_latents(
+    summary = _write(
+        options,
+        videos.write_latents,
         folder,
         root,
         listed,
-        params,
-        dataclasses.replace(recipe, vae=config),
+        clip_encoder,
         prompt_encoder=reader,
-        clip_encoder=pictures.open_encoder(dataclasses.replace(recipe, vae=config), params, workdir),
         clips_per_video=options.clips_per_video,
         shard_videos=options.shard_videos,
         batch=options.batch,
         workers=options.workers,
-        **options.host(),
     )
-    return _video_summary(folder, before)
+    return f"{summary}; {_videos_of(folder)}"
 
 
-def prompts(recipe: Recipe, workdir: pathlib.Path, options: Options = Options()) -> str:
+def prompts(recipe: Recipe, workdir: pathlib.Path, options: Options = DEFAULTS) -> str:
     """Write the dataset of a list of prompts; without a list, only fill the prompt cache with the data's captions."""
     reader, listed = encoder.open_encoder(recipe, workdir), _prompt_list(recipe, options)
     if recipe.text.kind != "words":
@@ -183,13 +111,11 @@ def prompts(recipe: Recipe, workdir: pathlib.Path, options: Options = Options())
     if listed is None:
         raise ConfigError("no --prompts is given and data.prompt_file is empty; --stage=prompts needs a list of them")
     folder = sources.folder(workdir, sources.PROMPTS)
-    before = arrays.is_complete(folder)
     listed = listed[: options.count or len(listed)]
-    generate.write_prompts(folder, recipe, listed, prompt_encoder=reader, **options.host())
-    return _summary(folder, before)
+    return _write(options, generate.write_prompts, folder, recipe, listed, prompt_encoder=reader)
 
 
-def trajectories(recipe: Recipe, workdir: pathlib.Path, options: Options = Options()) -> str:
+def trajectories(recipe: Recipe, workdir: pathlib.Path, options: Options = DEFAULTS) -> str:
     """Run the teacher's ODE for ``train_init.trajectories`` training prompts, or for clips if it is causal."""
     if recipe.train_init.teacher == "causal":
         return _causal_trajectories(recipe, workdir, options)
@@ -206,19 +132,9 @@ def trajectories(recipe: Recipe, workdir: pathlib.Path, options: Options = Optio
         prompt_list = _prompt_list(recipe, options) or sources.prompts(recipe, workdir)
         listed = generate.prompt_sequence(prompt_list, count, recipe.data.seed)
     folder = sources.folder(workdir, sources.TRAJECTORIES)
-    before = arrays.is_complete(folder)
     reader = encoder.open_encoder(recipe, workdir, compute=False)
-    generate.write_trajectories(
-        folder,
-        params,
-        recipe,
-        listed,
-        seed=recipe.train_init.seed,
-        prompt_encoder=reader,
-        clips=clips,
-        **options.host(),
-    )
-    return _summary(folder, before)
+    given = {"seed": recipe.train_init.seed, "prompt_encoder": reader, "clips": clips}
+    return _write(options, generate.write_trajectories, folder, params, recipe, listed, **given)
 
 
 def _causal_trajectories(recipe: Recipe, workdir: pathlib.Path, options: Options) -> str:
@@ -227,10 +143,10 @@ def _causal_trajectories(recipe: Recipe, workdir: pathlib.Path, options: Options
     latents_folder = sources.folder(workdir, sources.LATENTS)
     clips, lines = sources.checked_source(latents_folder, recipe, workdir, vae="vae"), []
     for frames, number in ((0, recipe.train_init.trajectories), *recipe.train_init.extra_trajectories):
-        folder = sources.causal_folder(workdir, frames)
-        before = arrays.is_complete(folder)
-        generate.write_causal_trajectories(
-            folder,
+        line = _write(
+            options,
+            generate.write_causal_trajectories,
+            sources.causal_folder(workdir, frames),
             params,
             dataclasses.replace(recipe, vae=codec),
             clips,
@@ -239,13 +155,12 @@ def _causal_trajectories(recipe: Recipe, workdir: pathlib.Path, options: Options
             frames=frames,
             seed=recipe.train_init.seed,
             prompt_encoder=encoder.open_encoder(recipe, workdir, compute=False),
-            **options.host(),
         )
-        lines.append(_summary(folder, before))
+        lines.append(line)
     return "\n".join(lines)
 
 
-def streams(recipe: Recipe, workdir: pathlib.Path, options: Options = Options()) -> str:
+def streams(recipe: Recipe, workdir: pathlib.Path, options: Options = DEFAULTS) -> str:
     """Write the student's streams of ``train_taehv.rollouts``; ``count`` replaces the number of each entry."""
     require(
         bool(recipe.train_taehv.rollouts),
@@ -258,17 +173,15 @@ def streams(recipe: Recipe, workdir: pathlib.Path, options: Options = Options())
     lines, first = [], 0
     for clips, number in recipe.train_taehv.rollouts:
         listed = generate.prompt_sequence(prompt_list, options.count or number, recipe.data.seed + clips)
-        folder = sources.streams_folder(workdir, clips)
-        before = arrays.is_complete(folder)
-        generate.write_streams(
-            folder, params, recipe, listed, clips=clips, seed=first, prompt_encoder=reader, **options.host()
+        folder, given = sources.streams_folder(workdir, clips), {"clips": clips, "seed": first}
+        lines.append(
+            _write(options, generate.write_streams, folder, params, recipe, listed, prompt_encoder=reader, **given)
         )
-        lines.append(_summary(folder, before))
         first += number
     return "\n".join(lines)
 
 
-def assets(recipe: Recipe, workdir: pathlib.Path, options: Options = Options()) -> str:
+def assets(recipe: Recipe, workdir: pathlib.Path, options: Options = DEFAULTS) -> str:
     """Copy the trained weights into the package (:func:`causvid_jax.checkpoints.workdir.publish`)."""
     return "\n".join(f"{path}: {path.stat().st_size / 1e6:.1f} MB" for path in paths.publish(recipe.name, workdir))
 
@@ -307,7 +220,10 @@ def _fill(reader: encoder.Encoder, prompts: list[str]) -> None:
     collectives.barrier("captions encoded")
 
 
-def _summary(folder: pathlib.Path, before: bool) -> str:
+def _write(options: Options, write: Callable[..., bool], folder: pathlib.Path, *arguments: Any, **given: Any) -> str:
+    """Write this machine's share of the dataset ``folder`` by ``write``, and return a summary of the dataset."""
+    before = arrays.is_complete(folder)
+    write(folder, *arguments, **given, **_share(options))
     collectives.barrier(f"{folder.name} written")
     if not arrays.is_complete(folder):
         return f"{folder}: this process is done; the last process to end finishes the dataset"
@@ -315,15 +231,26 @@ def _summary(folder: pathlib.Path, before: bool) -> str:
     return f"{folder}: {prefix}{len(arrays.source(folder))} examples"
 
 
-def _video_summary(folder: pathlib.Path, before: bool) -> str:
-    summary, used, skipped = _summary(folder, before), videos.used(folder), videos.skipped(folder)
-    summary = f"{summary}; {sum(line['clips'] for line in used)} clips of {len(used)} videos"
-    if not skipped:
-        return summary
-    return f"{summary}, {len(skipped)} videos skipped: the reasons are in {folder / videos.SKIPPED}"
+def _share(options: Options) -> dict[str, int]:
+    """Return this machine's share of the work, as keyword arguments of :func:`arrays.write_dataset`."""
+    if options.host_index is None or options.host_count is None:
+        return {"process_id": jax.process_index(), "process_count": jax.process_count()}
+    require(
+        jax.process_count() == 1,
+        f"--host_index is {options.host_index}, but this is process {jax.process_index()} of {jax.process_count()} "
+        "of one run, which share the stage without it",
+    )
+    return {"process_id": options.host_index, "process_count": options.host_count}
 
 
-def run(stage: str, recipe: Recipe, workdir: pathlib.Path, options: Options = Options()) -> str:
+def _videos_of(folder: pathlib.Path) -> str:
+    """Say how many videos a dataset has used and skipped."""
+    used, skipped = videos.used(folder), videos.skipped(folder)
+    why = f", {len(skipped)} videos skipped: the reasons are in {folder / videos.SKIPPED}" if skipped else ""
+    return f"{sum(line['clips'] for line in used)} clips of {len(used)} videos{why}"
+
+
+def run(stage: str, recipe: Recipe, workdir: pathlib.Path, options: Options = DEFAULTS) -> str:
     """Run a stage of :data:`STAGES` and return its summary; raise a ConfigError for another name."""
     require(stage in STAGES, f"--stage is {stage!r}; accepted: {', '.join(STAGES)}")
     return STAGES[stage](recipe, workdir, options)

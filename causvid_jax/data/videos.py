@@ -9,7 +9,6 @@ import functools
 import json
 import os
 import pathlib
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,12 +18,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from causvid_jax.config import ConfigError, Recipe, VideoConfig, require, to_json
-from causvid_jax.data import arrays, captions, clips, devices, generate, pictures
+from causvid_jax.config import ConfigError, VideoConfig, require, to_json
+from causvid_jax.config.files import write_text
+from causvid_jax.data import arrays, captions, clips, devices, pictures
 from causvid_jax.data.captions import Video
-from causvid_jax.models import vae
 from causvid_jax.text import encoder
 
+ORIGIN = {"file": tfds.features.Text(), "start": tfds.features.Scalar(dtype=np.float32)}
+"""Features of an example that tell its video, and the start of the clip in seconds."""
 USED, SKIPPED = "videos.jsonl", "skipped.jsonl"
 _PARTS = "report"
 
@@ -33,15 +34,13 @@ def write_latents(
     folder: str | os.PathLike,
     root: str | os.PathLike,
     videos: Sequence[Video],
-    params: dict[str, Any],
-    recipe: Recipe,
+    clip_encoder: pictures.ClipEncoder,
     *,
     shard_videos: int = 64,
     batch: int = 1,
     clips_per_video: int = 0,
     workers: int = 2,
     prompt_encoder: encoder.Encoder | None = None,
-    clip_encoder: pictures.ClipEncoder | None = None,
     **options: Any,
 ) -> bool:
     """Split ``videos`` into clips of the recipe's size, length and rate, and encode them by the VAE.
@@ -53,14 +52,12 @@ def write_latents(
         folder: folder of the dataset.
         root: folder that the names of the videos are relative to.
         videos: result of :func:`captions.list_videos`, the same on every process.
-        params: parameters of the VAE.
-        recipe: its video, text and VAE (with latent statistics) are used.
+        clip_encoder: encodes the clips; video and text of its recipe are used too.
         shard_videos: videos per shard.
         batch: clips per device and call of the VAE.
         clips_per_video: maximum number of clips per video (0: all).
         workers: videos decoded at a time.
         prompt_encoder: encoder of the captions; a recipe of words needs none.
-        clip_encoder: encodes the clips' first frames too (:mod:`causvid_jax.data.pictures`); None: no pictures.
         options: ``process_id``, ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
 
     Returns:
@@ -69,43 +66,30 @@ def write_latents(
     Raises:
         ConfigError: the folder holds a dataset of other videos or settings, or no video gave any clip.
     """
+    recipe = clip_encoder.recipe
 
-    def latents_of(p: Any, video: jax.Array) -> Any:
-        pixels = video.astype(jnp.float32) / 127.5 - 1.0
-        if clip_encoder is not None:
-            return clip_encoder.encode(p, pixels)
-        return vae.encode(p, pixels, config=recipe.vae)
+    def latents_of(params: Any, video: jax.Array) -> Any:
+        return clip_encoder.encode(params, video.astype(jnp.float32) / 127.5 - 1.0)
 
-    everything = params if clip_encoder is None else clip_encoder.params
-    encode, size = devices.over_local_devices(latents_of, everything, batch, 2**16)
+    encode, size = devices.over_local_devices(latents_of, clip_encoder.params, batch, 2**16)
     identity = {
         "videos": captions.digest([(v.file, v.caption, v.size) for v in videos]),
         "count": len(videos),
         "shard_videos": shard_videos,
         "clips_per_video": clips_per_video,
         "video": to_json(recipe.video),
-        "vae": generate.weights_digest(params),
-        "config": to_json(recipe.vae),
         "text": to_json(recipe.text),
-        **({} if clip_encoder is None else clip_encoder.identity),
+        **clip_encoder.identity(),
     }
-
-    def encode_each(clips: np.ndarray) -> Any:
-        made = encode(clips)
-        if not isinstance(made, dict):
-            return made
-        return [{name: x[i] for name, x in made.items()} for i in range(len(clips))]
-
+    shapes = {"latents": recipe.latent_shape, **pictures.shapes(recipe), "text": (None, recipe.text.dim)}
     return write_clips(
         folder,
         root,
         videos,
-        encode_each,
+        encode,
         functools.partial(encoder.encode, prompt_encoder or encoder.open_encoder(recipe)),
         config=recipe.video,
-        shape=recipe.latent_shape,
-        more={} if clip_encoder is None else pictures.shapes(recipe),
-        text_dim=recipe.text.dim,
+        features=arrays.array_features(ORIGIN, **shapes),
         identity=identity,
         size=size,
         chunk=shard_videos,
@@ -142,15 +126,16 @@ def write_pixels(
         "clips_per_video": limit,
         "video": to_json(config),
     }
+    shape = (config.frames, config.height, config.width, 3)
+    pixels = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding="zlib")
     return write_clips(
         folder,
         root,
         videos,
-        lambda clips: clips,
+        lambda clips: {"video": clips},
         None,
         config=config,
-        shape=(config.frames, config.height, config.width, 3),
-        text_dim=0,
+        features=arrays.array_features(ORIGIN | {"video": pixels}),
         identity=identity,
         size=1,
         name="clips",
@@ -170,13 +155,11 @@ def write_clips(
     folder: str | os.PathLike,
     root: str | os.PathLike,
     videos: Sequence[Video],
-    encode: Callable[[np.ndarray], Any],
+    encode: Callable[[np.ndarray], Mapping[str, np.ndarray]],
     encode_text: Callable[[list[str]], np.ndarray] | None,
     *,
     config: VideoConfig,
-    shape: Sequence[int],
-    more: Mapping[str, Sequence[int]] = types.MappingProxyType({}),
-    text_dim: int,
+    features: tfds.features.FeaturesDict,
     identity: dict[str, Any],
     size: int,
     name: str = "latents",
@@ -191,16 +174,13 @@ def write_clips(
 
     Args:
         folder, root, videos: as in :func:`write_latents`.
-        encode: maps up to ``size`` clips uint8 [B, T, H, W, 3] to arrays [B, ``*shape``]; with ``more`` to a list of
-            dicts of arrays, one for each clip.
-        encode_text: maps captions to embeddings [B, length, text_dim]; None stores captions only.
+        encode: maps up to ``size`` clips uint8 [B, T, H, W, 3] to arrays [B, ...] by name.
+        encode_text: maps captions to embeddings [B, length, dim]; None stores captions only.
         config: size, length and rate of a clip.
-        shape: shape of an encoded clip.
-        more: names of further arrays to their shapes.
-        text_dim: width of the embeddings of captions.
+        features: the arrays of ``encode``, ``text`` if it is stored, and :data:`ORIGIN`.
         identity: as in :func:`arrays.write_dataset`.
         size: clips per call of ``encode``.
-        name: ``"latents"`` stores float16 ``latents``, ``"clips"`` stores uint8 ``video``.
+        name: ``"latents"`` stores the arrays as float16, ``"clips"`` as uint8.
         chunk: videos per shard.
         limit: maximum number of clips per video (0: all).
         workers: videos decoded at a time.
@@ -212,11 +192,7 @@ def write_clips(
     Raises:
         ConfigError: as :func:`write_latents`.
     """
-    key, kind = ("video", np.uint8) if name == "clips" else ("latents", np.float16)
-    pixels = {"video": tfds.features.Tensor(shape=tuple(shape), dtype=np.uint8, encoding="zlib")}
-    shapes: dict[str, Any] = {} if name == "clips" else {"latents": shape, **more}
-    if encode_text is not None:
-        shapes["text"] = (None, text_dim)
+    kind = np.uint8 if name == "clips" else np.float16
     folder, root = pathlib.Path(folder), pathlib.Path(root)
     require(chunk > 0 and workers > 0, f"chunk is {chunk} and workers is {workers}; both must be at least 1")
     groups = [videos[i : i + chunk] for i in range(0, len(videos), chunk)]
@@ -239,8 +215,7 @@ def write_clips(
             for n, one in enumerate(encoded):
                 text = {} if encode_text is None else {"text": rows[video.file]}
                 start = np.float32(n * config.frames / config.fps)
-                encoded_arrays = one if isinstance(one, dict) else {key: one}
-                example = {name: x.astype(kind) for name, x in encoded_arrays.items()}
+                example = {name: x.astype(kind) for name, x in one.items()}
                 yield {**example, "caption": video.caption, **text, "file": video.file, "start": start}
         # Write the report before the shard gets its name, so that no shard lacks its report.
         _write_lines(folder / _PARTS / f"{index:05d}.jsonl", report.lines)
@@ -250,11 +225,7 @@ def write_clips(
             return arrays.write_dataset(
                 folder,
                 name=name,
-                features=arrays.array_features(
-                    {"file": tfds.features.Text(), "start": tfds.features.Scalar(dtype=np.float32)}
-                    | (pixels if name == "clips" else {}),
-                    **shapes,
-                ),
+                features=features,
                 chunks=len(groups),
                 make_chunk=make_chunk,
                 identity=identity,
@@ -329,37 +300,38 @@ def _text_rows(
 def _encoded(
     videos: Sequence[Video],
     pieces: Iterator[tuple[int, np.ndarray | clips.Unusable | None]],
-    encode: Callable[[np.ndarray], Any],
+    encode: Callable[[np.ndarray], Mapping[str, np.ndarray]],
     size: int,
     report: _Report,
-) -> Iterator[tuple[Video, list[Any]]]:
+) -> Iterator[tuple[Video, list[dict[str, np.ndarray]]]]:
     """Yield every usable video with its encoded clips.
 
     Batches of ``size`` clips run across videos. The clips of a video are yielded after its last frame is decoded,
     because the clips of a damaged video are dropped.
     """
     waiting: list[tuple[int, np.ndarray]] = []
-    latents: dict[int, list[Any]] = {}
+    done: dict[int, list[dict[str, np.ndarray]]] = {}
     whole: list[int] = []
 
     def run() -> None:
         if waiting:
-            for (i, _), one in zip(waiting, encode(np.stack([clip for _, clip in waiting])), strict=True):
-                latents[i].append(one if isinstance(one, dict) else np.asarray(one))
+            encoded = encode(np.stack([clip for _, clip in waiting]))
+            for n, (i, _) in enumerate(waiting):
+                done[i].append({name: x[n] for name, x in encoded.items()})
             waiting.clear()
 
-    def ready(last: bool) -> Iterator[tuple[Video, list[Any]]]:
+    def ready(last: bool) -> Iterator[tuple[Video, list[dict[str, np.ndarray]]]]:
         if last:
             run()
         unfinished = {i for i, _ in waiting}
         while whole and whole[0] not in unfinished:
             i = whole.pop(0)
-            report.used(videos[i], len(latents[i]))
-            yield videos[i], latents.pop(i)
+            report.used(videos[i], len(done[i]))
+            yield videos[i], done.pop(i)
 
     for i, piece in pieces:
         if isinstance(piece, np.ndarray):
-            latents.setdefault(i, [])
+            done.setdefault(i, [])
             waiting.append((i, piece))
             if len(waiting) == size:
                 run()
@@ -367,15 +339,14 @@ def _encoded(
             whole.append(i)
         else:
             waiting[:] = [entry for entry in waiting if entry[0] != i]
-            latents.pop(i, None)
+            done.pop(i, None)
             report.skipped(videos[i], str(piece))
         yield from ready(last=False)
     yield from ready(last=True)
 
 
 def _write_lines(path: pathlib.Path, lines: Sequence[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays.replace_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from causvid_jax.config import MESH_AXES, ConfigError, require
+from causvid_jax.config import MESH_AXES, ConfigError, flat_fields, require
 from causvid_jax.distributed.handshake import join_numbers
 
 _PIECE_BYTES = 2**28
@@ -117,7 +117,7 @@ def check_same(values: Mapping[str, Any]) -> None:
     rows = _all_gather(np.frombuffer(text.ljust(sizes.max()), np.uint8))
     if (rows == rows[0]).all():
         return
-    values_of = [_leaves(json.loads(row.tobytes())) for row in rows]
+    values_of = [flat_fields(json.loads(row.tobytes())) for row in rows]
     problems = []
     for i, other in enumerate(values_of):
         fields = sorted(k for k in {*values_of[0], *other} if values_of[0].get(k) != other.get(k))
@@ -154,9 +154,3 @@ def check_shared(folder: str | os.PathLike) -> None:
 def _all_gather(row: np.ndarray) -> np.ndarray:
     """Return ``[processes, ...]``: the ``row`` of every process, all of one shape."""
     return np.asarray(multihost_utils.process_allgather(row)).reshape(jax.process_count(), *row.shape)
-
-
-def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {path: tree}
-    return {k: v for name, sub in tree.items() for k, v in _leaves(sub, f"{path}.{name}" if path else name).items()}

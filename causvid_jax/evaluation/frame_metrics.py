@@ -21,8 +21,6 @@ RESAMPLES = 1000
 """Resamples of a bootstrap interval."""
 EDGE_INK = 64
 """Brightness (0 to 255) from which a pixel at the frame's edge counts as stroke."""
-RESAMPLES = 1000
-"""Of the bootstrap intervals."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from causvid_jax.checkpoints import load, workdir
 from causvid_jax.config import ConfigError, Recipe, files, require
 from causvid_jax.evaluation import classifier as classifiers
 from causvid_jax.evaluation import contact_sheet, report, train_classifier
+from causvid_jax.evaluation.plan import Plan
 from causvid_jax.progress import Progress
 from causvid_jax.sampling import batch
 from causvid_jax.text import encoder
@@ -34,7 +35,7 @@ def make_classifier(recipe: Recipe, path: pathlib.Path, *, steps: int = train_cl
 def write_report(
     recipe: Recipe,
     output: pathlib.Path,
-    plan: report.Plan,
+    plan: Plan,
     *,
     folder: str | os.PathLike | None = None,
     classifier: str | pathlib.Path | None = None,

@@ -10,7 +10,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,64 +19,9 @@ from causvid_jax.config import ConfigError, Recipe, require
 from causvid_jax.data import digits
 from causvid_jax.evaluation import classifier as classifiers
 from causvid_jax.evaluation import frame_metrics, metrics, targets
+from causvid_jax.evaluation.plan import Plan
 from causvid_jax.progress import Progress
 from causvid_jax.sampling.protocols import Samplers
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Numbers of clips, streams and timed runs of a report.
-
-    Attributes:
-        samples: clips per row; held-out prompts are repeated with other noise if there are fewer.
-        long_samples: streams of ``long_factor`` times the trained length (0: as many as ``samples``).
-        switch_samples: streams whose prompt changes half-way through twice the trained length (0: as ``samples``).
-        reference: number of real test clips for the Frechet distance of every row.
-        batch: clips sampled at once, also in the timing.
-        long_factor: length of the long streams, in trained lengths.
-        longest_factor: length of a further row of streams; 0 leaves it out.
-        longest_samples: streams of that row.
-        repeats: timed runs of each sampler, after one that compiles; the median counts.
-        seed: of prompts, real clips and noise.
-        captions: the split of the prompts. Choose settings on ``"validation"``; report on ``"test"``.
-
-    Raises:
-        ConfigError: a number out of bounds.
-    """
-
-    samples: int = 64
-    long_samples: int = 0
-    switch_samples: int = 0
-    reference: int = 256
-    batch: int = 16
-    long_factor: int = 10
-    longest_factor: int = 0
-    longest_samples: int = 16
-    repeats: int = 3
-    seed: int = 0
-    captions: Literal["test", "validation"] = "test"
-
-    def __post_init__(self) -> None:
-        for name, least in (("samples", 2), ("reference", 2), ("batch", 1), ("long_factor", 1), ("repeats", 1)):
-            value = getattr(self, name)
-            require(value >= least, f"--{name} is {value}; it must be at least {least}")
-        for name in ("long_samples", "switch_samples"):
-            value = getattr(self, name)
-            require(value == 0 or value >= 2, f"--{name} is {value}; it must be 0 (as --samples) or at least 2")
-        require(
-            0 <= self.longest_factor <= 10**4,
-            f"--longest_factor is {self.longest_factor}; accepted: 0 (no such row) to {10**4}",
-        )
-        require(
-            2 <= self.longest_samples <= 10**6,
-            f"--longest_samples is {self.longest_samples}; accepted: 2 to {10**6}",
-        )
-
-    @property
-    def most_samples(self) -> int:
-        """Number of prompts of the longest row."""
-        longest = self.longest_samples if self.longest_factor else 0
-        return max(self.samples, self.long_samples, self.switch_samples, longest)
 
 
 @dataclasses.dataclass(frozen=True)

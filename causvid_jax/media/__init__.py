@@ -10,18 +10,3 @@ from causvid_jax.media.output import SUFFIXES, check_output
 from causvid_jax.media.pixels import frame_rate, to_float, to_uint8
 from causvid_jax.media.reader import iterate_frames, read_video
 from causvid_jax.media.writer import VideoWriter, write_video
-
-__all__ = [
-    "SUFFIXES",
-    "BackgroundWriter",
-    "VideoWriter",
-    "check_output",
-    "frame_rate",
-    "iterate_frames",
-    "read_image",
-    "read_picture",
-    "read_video",
-    "to_float",
-    "to_uint8",
-    "write_video",
-]

@@ -205,9 +205,7 @@ def _sentences() -> Iterator[None]:
     try:
         yield
     except pydantic.ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise HTTPException(400, f"{where + ': ' if where else ''}{first['msg']}") from None
+        raise HTTPException(400, protocol.first_error(error)) from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise HTTPException(400, "the body is no JSON") from None
 

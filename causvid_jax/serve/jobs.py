@@ -117,11 +117,7 @@ class Jobs:
         require(
             0 < seconds <= settings.seconds, f"seconds is {seconds:g}; accepted: above 0, up to {settings.seconds:g}"
         )
-        require(bool(prompt.strip()), "the prompt is empty; say what to show")
-        require(
-            len(prompt) <= settings.prompt_characters,
-            f"the prompt has {len(prompt)} characters; accepted: {settings.prompt_characters}",
-        )
+        settings.check_prompt(prompt)
         self.engine.check_input(picture is not None, video is not None)
         if picture is not None or video is not None:
             schedule.strength_step(recipe.diffusion, strength)  # refuses what is out of bounds

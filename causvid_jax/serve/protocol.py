@@ -132,11 +132,16 @@ def read(message: str | bytes) -> tuple[Any, bytes]:
     try:
         return _READER.validate_json(header), payload
     except pydantic.ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"malformed message: {where + ': ' if where else ''}{first['msg']}") from None
+        raise ConfigError(f"malformed message: {first_error(error)}") from None
     except RecursionError:
         raise ConfigError("malformed message: it is nested too deeply") from None
+
+
+def first_error(error: pydantic.ValidationError) -> str:
+    """Return the first of the errors as ``FIELD: MESSAGE``."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where + ': ' if where else ''}{first['msg']}"
 
 
 def write(header: dict[str, Any], payload: bytes) -> bytes:

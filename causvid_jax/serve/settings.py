@@ -57,6 +57,16 @@ class Settings:
         )
         check_bounds(self, "--")
 
+    def check_prompt(self, prompt: str) -> None:
+        """Refuse a prompt that is empty or too long.
+
+        Raises:
+            ConfigError: with the limit.
+        """
+        most = self.prompt_characters
+        require(bool(prompt.strip()), "the prompt is empty; say what to show")
+        require(len(prompt) <= most, f"the prompt has {len(prompt)} characters; accepted: {most}")
+
     @property
     def is_local(self) -> bool:
         """Whether only this machine can connect."""

@@ -157,7 +157,7 @@ class Connection:
             case protocol.Pull():
                 engine.pull(session, message.upto, message.received)
             case protocol.Prompt():
-                self._check_prompt(message.prompt)
+                self.settings.check_prompt(message.prompt)
                 engine.change(session, Change(message.prompt, message.context, message.blend, message.id))
             case protocol.Pause():
                 engine.pause(session, message.paused)
@@ -194,7 +194,7 @@ class Connection:
     async def _start(self, message: protocol.Start, payload: bytes) -> Start:
         self._choose(message.format)
         if message.script is None and message.snapshot is None:
-            self._check_prompt(message.prompt)
+            self.settings.check_prompt(message.prompt)
         return Start(
             prompt=message.prompt,
             seed=message.seed,
@@ -202,11 +202,6 @@ class Connection:
             snapshot=message.snapshot,
             picture=await self._picture(payload) if payload else None,
         )
-
-    def _check_prompt(self, prompt: str) -> None:
-        most = self.settings.prompt_characters
-        require(bool(prompt.strip()), "the prompt is empty; say what to show")
-        require(len(prompt) <= most, f"the prompt has {len(prompt)} characters; accepted: {most}")
 
     async def _picture(self, payload: bytes) -> Any:
         video = self.engine.recipe.video

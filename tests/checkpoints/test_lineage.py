@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from causvid_jax.checkpoints import lineage, open_checkpoint, store, workdir
+from causvid_jax.checkpoints import lineage, open_checkpoint, store, wan_vae, workdir
 from causvid_jax.config import ConfigError, to_json
 from causvid_jax.data import arrays, generate, sources
 from causvid_jax.sampling import weights
@@ -23,7 +23,7 @@ def folder(tmp_path):
 
 def save_vae(folder, seed, config=RECIPE.vae):
     params = tiny.random_params(tiny.vae.abstract(config), seed)
-    metadata = workdir.vae_metadata(config) if config.latent_mean else {}
+    metadata = wan_vae.metadata(config) if config.latent_mean else {}
     store.save_params(workdir.stage_path(folder, "vae"), params, metadata)
     return params
 
@@ -54,7 +54,7 @@ def test_a_student_runs_with_its_own_vae_alone(folder):
             weights.find(RECIPE, "student", str(folder))
     # The decoder may be trained on and the file may be rounded: neither changes a latent.
     store.save_params(student, params, {"config": to_json(dataclasses.replace(RECIPE, vae=MEASURED))})
-    store.save_params(vae, save_vae(folder, 5, MEASURED), workdir.vae_metadata(MEASURED), dtype="float16")
+    store.save_params(vae, save_vae(folder, 5, MEASURED), wan_vae.metadata(MEASURED), dtype="float16")
     weights.find(RECIPE, "student", str(folder))
     store.save_params(student, params, {})  # says nothing
     weights.find(RECIPE, "student", str(folder))

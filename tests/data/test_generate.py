@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from causvid_jax.config import CausalConfig, ConfigError, TAEHVConfig
-from causvid_jax.data import arrays, digits, generate, moving_digits, pipeline, trajectories
+from causvid_jax.data import arrays, digits, generate, moving_digits, pictures, pipeline, trajectories
 from causvid_jax.diffusion import flow
 from causvid_jax.distill.trajectories import teacher_trajectory
 from causvid_jax.media import to_uint8
@@ -47,7 +47,8 @@ def test_latents_are_the_encoded_clips(tmp_path, autoencoder):
     source = moving_digits.source(tmp_path / "data", DATA, RECIPE.video, "train")
     params = autoencoder
     config = dataclasses.replace(RECIPE.vae, latent_mean=(0.1,) * 4, latent_std=(0.5,) * 4)
-    assert generate.write_latents(tmp_path / "l", source, params, config, clips="x", chunk=3, batch=1, progress=False)
+    coder = pictures.ClipEncoder(dataclasses.replace(RECIPE, vae=config), {"vae": params})
+    assert generate.write_latents(tmp_path / "l", source, coder, clips="x", chunk=3, batch=1, progress=False)
     latents = arrays.source(tmp_path / "l")
     assert len(latents) == 5 and latents[0]["latents"].shape == RECIPE.latent_shape == (2, 4, 4, 4)
     encode = jax.jit(lambda v: vae.encode(params, v, config=config))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import real_videos
 
-from causvid_jax.checkpoints import store
+from causvid_jax.checkpoints import store, wan_vae
 from causvid_jax.checkpoints import workdir as stages
 from causvid_jax.config import ConfigError, VideoConfig
 from causvid_jax.data import arrays, captions, clips, pipeline, prepare, videos
@@ -60,7 +60,8 @@ def listed(folder):
 
 def stub(video):
     """Latents that tell clips apart: the mean colour of the first frame and of the last."""
-    return np.stack([video[:, 0], video[:, -1]], 1).mean(axis=(2, 3), dtype=np.float32)[:, :, None, None]
+    means = np.stack([video[:, 0], video[:, -1]], 1).mean(axis=(2, 3), dtype=np.float32)
+    return {"latents": means[:, :, None, None]}
 
 
 def write(folder, root, listed, encode=stub, **options):
@@ -70,11 +71,11 @@ def write(folder, root, listed, encode=stub, **options):
         listed,
         encode,
         lambda given: words.encode_words(given, RECIPE.text),
-        **{
-            "config": VIDEO, "shape": (2, 1, 1, 3), "text_dim": RECIPE.text.dim, "identity": {}, "size": 3, "chunk": 3,
-            "progress": False, **options,
-        },
-    )  # fmt: skip
+        config=VIDEO,
+        features=arrays.array_features(videos.ORIGIN, latents=(2, 1, 1, 3), text=(None, RECIPE.text.dim)),
+        identity={},
+        **{"size": 3, "chunk": 3, "progress": False, **options},
+    )
 
 
 def shards(folder):
@@ -123,7 +124,7 @@ def test_every_video_gives_its_clips_or_a_reason(folder, listed, tmp_path):
     for name in CLIPS:
         of_video = [e for e in got if e["file"].decode() == name]
         assert [float(e["start"]) for e in of_video] == [9 / 8 * n for n in range(CLIPS[name])]
-        expected = stub(np.stack(list(clips.split_into_clips(folder / name, VIDEO))))
+        expected = stub(np.stack(list(clips.split_into_clips(folder / name, VIDEO))))["latents"]
         np.testing.assert_allclose([e["latents"] for e in of_video], expected, atol=0.1)
         row = of_video[0]["text"]
         caption = of_video[0]["caption"].decode()
@@ -180,7 +181,7 @@ def workdir(folder, tmp_path_factory):
     """Encode the folder twice, with a VAE of random weights."""
     workdir = tmp_path_factory.mktemp("run")
     params = random_params(vae.abstract(RECIPE.vae), 1, 0.2)
-    store.save_params(stages.stage_path(workdir, "vae"), params, stages.vae_metadata(RECIPE.vae))
+    store.save_params(stages.stage_path(workdir, "vae"), params, wan_vae.metadata(RECIPE.vae))
     options = prepare.Options(videos=str(folder), captions=str(folder / "captions.jsonl"), batch=2)
     output = [prepare.run("videos", RECIPE, workdir, options) for _ in range(2)]
     (workdir / "output.json").write_text(json.dumps(output))

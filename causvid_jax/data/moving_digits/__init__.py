@@ -7,19 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from causvid_jax.config import ConfigError, DataConfig, VideoConfig, require
+from causvid_jax.data import arrays
 from causvid_jax.data.moving_digits.moving_digits_dataset_builder import SPLITS, Builder, MovingDigitsConfig, clip
-
-__all__ = ["SPLITS", "Builder", "MovingDigitsConfig", "clip", "prepare", "source"]
 
 
 def _builder(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig) -> Builder:
     return Builder(data_dir=os.fspath(data_dir), config=MovingDigitsConfig.of(data, video))
-
-
-def _is_complete(builder: Builder) -> bool:
-    """Return whether the dataset on disk is complete. Files appear at the end, but may be lost later."""
-    splits = builder.info.splits
-    return bool(splits) and all(pathlib.Path(f).is_file() for s in splits.values() for f in s.filepaths)
 
 
 def prepare(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig) -> Builder:
@@ -39,7 +32,8 @@ def prepare(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig) -
     )
     builder = _builder(data_dir, data, video)
     sizes = {split: getattr(data, f"{split}_clips") for split in SPLITS}
-    if {name: split.num_examples for name, split in builder.info.splits.items()} == sizes and _is_complete(builder):
+    stored = {name: split.num_examples for name, split in builder.info.splits.items()}
+    if stored == sizes and arrays.has_all_shards(builder):
         return builder
     # tfds writes beside the final folder and renames at the end; also remove remains of an interrupted run there.
     shutil.rmtree(pathlib.Path(builder.data_path).parent, ignore_errors=True)
@@ -55,7 +49,7 @@ def source(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig, sp
         ConfigError: the dataset has not been written, or files of it are missing.
     """
     builder = _builder(data_dir, data, video)
-    if not _is_complete(builder):
+    if not arrays.has_all_shards(builder):
         raise ConfigError(
             f"no complete {data.name} dataset at {builder.data_path}; write it with causvid prepare --stage=data"
         )
