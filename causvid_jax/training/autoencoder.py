@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from causvid_jax.checkpoints import wan_vae
 from causvid_jax.checkpoints import workdir as paths
 from causvid_jax.config import Recipe, TAEHVConfig, VAEConfig
 from causvid_jax.data import pipeline, sources
@@ -141,15 +142,6 @@ def taehv_loss(
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 
-def open_clips(run: Run, split: str) -> Any:
-    """Open the pixel clips of a split, ``"train"`` or ``"test"``.
-
-    Raises:
-        ConfigError: the clips are not prepared.
-    """
-    return sources.clips(run.recipe, run.workdir, split)
-
-
 def read_batches(
     run: Run, clips: Any, reader: Callable[..., Any], *, batch_size: int, frames: int, seed: int
 ) -> Iterator[Batch]:
@@ -182,7 +174,7 @@ def train_vae(run: Run, init_from: pathlib.Path | None = None) -> None:
         ConfigError: the clips are not prepared.
     """
     recipe, config = run.recipe, run.recipe.train_vae
-    clips = open_clips(run, "train")
+    clips, test_clips = (sources.clips(recipe, run.workdir, split) for split in ("train", "test"))
     optimizer = make_optimizer(config.optimizer, config.steps)
     if not config.train_encoder:
         optimizer = frozen(optimizer, ENCODER)
@@ -199,7 +191,6 @@ def train_vae(run: Run, init_from: pathlib.Path | None = None) -> None:
     )
     train_step = make_train_step(loss, optimizer, config, run.placement.replicated())
     state = initial_state(run, optimizer, functools.partial(init_vae, config=recipe.vae), init_from)
-    test_clips = open_clips(run, "test")
     for batch in run.batches(
         functools.partial(read_batches, run, clips, pipeline.clip_batches),
         lambda batch: run.placement.batch(batch["video"]),
@@ -224,7 +215,7 @@ def vae_metadata(params: Any, recipe: Recipe, workdir: pathlib.Path) -> dict[str
     with collectives.single_process():
         mean, std = latent_statistics(params, clips, recipe.vae)
     measured = dataclasses.replace(recipe.vae, latent_mean=mean, latent_std=std)
-    return weights.weights_metadata("vae", recipe) | paths.vae_metadata(measured)
+    return weights.metadata("vae", recipe) | wan_vae.metadata(measured)
 
 
 def train_taehv(run: Run, init_from: pathlib.Path | None = None) -> None:
@@ -233,8 +224,8 @@ def train_taehv(run: Run, init_from: pathlib.Path | None = None) -> None:
     Raises:
         ConfigError: clips, rollouts or the VAE are missing, or the latents of the two codecs differ in shape.
     """
-    test_clips = open_clips(run, "test")
-    vae_params, recipe = weights.load_vae(run)
+    test_clips = sources.clips(run.recipe, run.workdir, "test")
+    vae_params, recipe = weights.measured_vae(run.recipe, run.workdir)
     dataclasses.replace(recipe, decoder="taehv")  # refused unless the latents of the two codecs have one shape
     config, tiny, placement = recipe.train_taehv, recipe.taehv, run.placement
     if config.rollouts:
@@ -242,7 +233,7 @@ def train_taehv(run: Run, init_from: pathlib.Path | None = None) -> None:
         rollouts = [sources.streams(run.recipe, run.workdir, clips) for clips, _ in config.rollouts]
         clips: Any = pipeline.Mixture(rollouts, [len(source) for source in rollouts])
     else:
-        reader, clips = pipeline.clip_batches, open_clips(run, "train")
+        reader, clips = pipeline.clip_batches, sources.clips(run.recipe, run.workdir, "train")
     vae_params = weights.replicated(vae_params, placement)
     split = None if placement.mesh is None else sharding.batch_sharding(placement.mesh, placement.rules)
     encode = jax.jit(functools.partial(vae.encode, config=recipe.vae), out_shardings=split)
@@ -267,7 +258,7 @@ def train_taehv(run: Run, init_from: pathlib.Path | None = None) -> None:
             run.log_samples(
                 sample(run, recipe, test_clips, functools.partial(reconstruct, state.network.ema, vae_params))
             )
-    run.finish(state.network.ema, weights.metadata(run, recipe))
+    run.finish(state.network.ema, weights.metadata(run.name, recipe, run.workdir))
 
 
 def initial_state(

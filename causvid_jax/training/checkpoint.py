@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from causvid_jax.config import ConfigError, RunError, require
+from causvid_jax.distributed import collectives
 from causvid_jax.training import checksums
 
 # Orbax logs every phase of a save at INFO, warns at each save of strings that there is nothing to merge, and logs a
@@ -106,12 +107,12 @@ class Checkpoints:
             self._reports.append(
                 f"checkpoint {other} in {self._folder} is damaged: {why}; the one of step {newest} is used"
             )
-        if jax.process_index() == 0:
+        if collectives.is_first():
             for other in aside:
                 target = self._folder / f"{other}.damaged"
                 shutil.rmtree(target, ignore_errors=True)
                 (self._folder / str(other)).rename(target)
-        _together("set aside")
+        collectives.barrier("set aside")
         return newest
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]] | None:
@@ -263,9 +264,3 @@ def _problem(path: pathlib.Path) -> str | None:
         return own
     sound = np.asarray(multihost_utils.process_allgather(np.array(own is None)))
     return own if own is not None or sound.all() else f"as process {int(np.argmin(sound))} found"
-
-
-def _together(what: str) -> None:
-    """Wait until all processes have reached this point."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)

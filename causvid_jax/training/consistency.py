@@ -84,8 +84,8 @@ def consistency_loss(
 
 def consistency_step(recipe: Recipe, placement: Placement) -> NetworkStep:
     """Return the train step of the stage, ``(state, batch, teacher, negative_prompt_embeds) -> (state, metrics)``."""
-    loss, net = functools.partial(consistency_loss, recipe=recipe), recipe.student
-    return network_step(loss, recipe.train_consistency, transformer.spec(net), net.rules, placement)
+    loss = functools.partial(consistency_loss, recipe=recipe)
+    return network_step(loss, recipe.train_consistency, recipe.student, placement)
 
 
 def train_consistency(run: Run, init_from: pathlib.Path | None = None) -> None:
@@ -98,15 +98,14 @@ def train_consistency(run: Run, init_from: pathlib.Path | None = None) -> None:
         not run.recipe.reads_picture,
         "the stage consistency does not train networks with an image branch; use the stage init",
     )
-    for _, frames, _ in run.config.stretches:
-        weights.check_sink_positions(run.recipe, run.name, frames)
-    vae_params, recipe = weights.load_vae(run)
+    weights.check_sink_positions(run.recipe, run.name)
+    vae_params, recipe = weights.measured_vae(run.recipe, run.workdir)
     reader, step = weights.open_encoder(run), consistency_step(recipe, run.placement)
     negative_prompt_embeds = jnp.asarray(encoder.negative_prompt_embeds(reader))
     teacher = weights.load_network(run, "causal", recipe.teacher)
     fresh = dataclasses.replace(recipe.student, lora=recipe.teacher.lora) != recipe.teacher
     state = weights.initial_state(run, step, recipe.student, init_from, stage="causal", fresh=fresh)
-    sample = samples.StreamSampler(run, recipe, vae_params, reader)
+    sample = samples.stream_sampler(run, recipe, vae_params, reader)
 
     def to_device(batch: Batch) -> Batch:
         return run.placement.batch({"latents": batch["latents"], "text": weights.prompt_embeds(batch, reader)})

@@ -35,7 +35,6 @@ from causvid_jax.training.dmd_data import (
     no_context,
     read_batches,
     with_context,
-    with_frames,
 )
 from causvid_jax.training.dmd_scores import (
     critic_spec,
@@ -344,7 +343,8 @@ def train_step(
     Raises:
         ConfigError: there are not K + 1 batches, or the blocks do not fit ``frames``.
     """
-    recipe = recipe if frames is None else with_frames(recipe, frames)
+    if frames is not None:
+        recipe = dataclasses.replace(recipe, train_distill=dataclasses.replace(recipe.train_distill, frames=frames))
     config = recipe.train_distill
     updates, count = config.critic_steps, len(batches["text"])
     require(count == updates + 1, f"{count} batches for {updates} critic updates and one student update")
@@ -367,17 +367,12 @@ def train_step(
         **shared,
     )
     skipped = history.skipped - state.history.skipped
-    metrics = step_metrics(metrics, critic_metrics)
+    metrics = {f"generator_{name}": value for name, value in metrics.items()}
+    metrics |= {f"critic_{name}": jnp.mean(value) for name, value in critic_metrics.items()}
     metrics |= {"skipped": skipped, "applied": updates + 1 - skipped, "skipped_total": history.skipped}
     # Count the step if only the student's update was refused; otherwise the next step would repeat the critic's noise.
     step = jnp.where(skipped <= updates, state.step + 1, state.step)
     return DMDState(student, critic, step, history), metrics
-
-
-def step_metrics(student: Metrics, critic: Metrics) -> Metrics:
-    """Return the scalar metrics of a step: the student's as ``generator_*``, means of the critic's as ``critic_*``."""
-    metrics = {f"generator_{name}": value for name, value in student.items()}
-    return metrics | {f"critic_{name}": jnp.mean(value) for name, value in critic.items()}
 
 
 def compiled_step(recipe: Recipe, placement: Placement) -> TrainStep:
@@ -428,9 +423,9 @@ def train_distill(run: Run, init_from: pathlib.Path | None = None) -> None:
     Raises:
         ConfigError: weights or data are missing or do not fit, or clips are longer than positions allow.
     """
-    for _, frames, _ in run.config.stretches if run.recipe.train_distill.rollout == "data" else ():
-        weights.check_sink_positions(run.recipe, run.name, frames)
-    vae_params, recipe = weights.load_vae(run)
+    if run.recipe.train_distill.rollout == "data":
+        weights.check_sink_positions(run.recipe, run.name)
+    vae_params, recipe = weights.measured_vae(run.recipe, run.workdir)
     config, placement = recipe.train_distill, run.placement
     reader = weights.open_encoder(run)
     negative_prompt_embeds = jnp.asarray(encoder.negative_prompt_embeds(reader))
@@ -443,7 +438,7 @@ def train_distill(run: Run, init_from: pathlib.Path | None = None) -> None:
     state = run.restore(placement.init(init, state_shardings(recipe, placement, optimizers), student, critic))
     del student, critic
     step, names = compiled_step(recipe, placement), batch_shapes(recipe)
-    sample = samples.StreamSampler(run, recipe, vae_params, reader)
+    sample = samples.stream_sampler(run, recipe, vae_params, reader)
 
     def to_device(batch: Batch) -> Batch:
         values = {**batch, "text": weights.prompt_embeds(batch, reader)}

@@ -1,6 +1,5 @@
 """Batches of the stage ``distill``, the context of rollouts that continue one another, and the window of the losses."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,15 +19,6 @@ def clip_shape(recipe: Recipe) -> tuple[int, int, int, int]:
     """Return ``(F, h, w, C)`` of a rollout: F is ``train_distill.frames`` latent frames, or the clip's if that is 0."""
     frames, *size = recipe.latent_shape
     return (recipe.train_distill.frames or frames, *size)  # type: ignore[return-value]
-
-
-def with_frames(recipe: Recipe, frames: int) -> Recipe:
-    """Return ``recipe`` with rollouts of ``frames`` latent frames (0: the full clip).
-
-    Raises:
-        ConfigError: the blocks do not fit that length, or it is shorter than the context that the next one continues.
-    """
-    return dataclasses.replace(recipe, train_distill=dataclasses.replace(recipe.train_distill, frames=frames))
 
 
 def no_context(batch: Batch, recipe: Recipe) -> Batch | None:

@@ -82,37 +82,17 @@ def score(
     )
 
 
-def real_score(
-    params: Any,
-    x: jax.Array,
-    timestep: jax.Array,
-    text: jax.Array,
-    *,
-    clean: jax.Array,
-    recipe: Recipe,
-    picture: Picture | None = None,
-) -> jax.Array:
+def real_score(params: Any, *inputs: jax.Array, recipe: Recipe, **options: Any) -> jax.Array:
     """Return the teacher's velocity in the forward mode ``train_distill.teacher``; arguments as in :func:`score`."""
-    mode, network, pair = recipe.train_distill.teacher, recipe.teacher, recipe.experts
-    options: dict[str, Any] = {"clean": clean, "mode": mode, "network": network, "recipe": recipe, "picture": picture}
-    return score(params, x, timestep, text, pair=pair, **options)
+    mode = recipe.train_distill.teacher
+    return score(params, *inputs, mode=mode, network=recipe.teacher, pair=recipe.experts, recipe=recipe, **options)
 
 
-def fake_score(
-    params: Any,
-    x: jax.Array,
-    timestep: jax.Array,
-    text: jax.Array,
-    *,
-    clean: jax.Array,
-    recipe: Recipe,
-    picture: Picture | None = None,
-) -> jax.Array:
+def fake_score(params: Any, *inputs: jax.Array, recipe: Recipe, **options: Any) -> jax.Array:
     """Return the critic's velocity in the forward mode ``train_distill.critic_mode``; arguments as in :func:`score`."""
-    mode, network = recipe.train_distill.critic_mode, recipe.fake_score
     params = {name: value for name, value in params.items() if name != gan.HEAD}
-    options: dict[str, Any] = {"clean": clean, "mode": mode, "network": network, "recipe": recipe, "picture": picture}
-    return score(params, x, timestep, text, **options)
+    mode = recipe.train_distill.critic_mode
+    return score(params, *inputs, mode=mode, network=recipe.fake_score, recipe=recipe, **options)
 
 
 def student_rollout(recipe: Recipe) -> Rollout:

@@ -4,14 +4,9 @@ import json
 import pathlib
 
 from causvid_jax.checkpoints import store
-from causvid_jax.config import ConfigError, from_json, require
+from causvid_jax.config import STAGES, ConfigError, from_json, require
 from causvid_jax.models import adapters
 from causvid_jax.training import autoencoder, checkpoint, provenance, weights
-
-EMA = dict.fromkeys(("vae", "taehv", "teacher", "causal", "init", "consistency"), "network.ema") | {
-    "distill": "student.ema"
-}
-"""Path of the exported parameters in the state of every stage."""
 
 
 def export_checkpoint(workdir: pathlib.Path, name: str, output: pathlib.Path, step: int | None = None) -> int:
@@ -24,20 +19,20 @@ def export_checkpoint(workdir: pathlib.Path, name: str, output: pathlib.Path, st
         ConfigError: there is no such checkpoint, or it is damaged; for ``vae`` also if there are no clips on which the
             statistics of latents are measured.
     """
-    require(name in EMA, f"--stage is {name!r}; accepted: {', '.join(EMA)}")
-    folder = workdir / name / "checkpoints"
-    step, params, progress = checkpoint.read(folder, EMA[name], step)
+    require(name in STAGES, f"--stage is {name!r}; accepted: {', '.join(STAGES)}")
+    folder, network = workdir / name / "checkpoints", "student" if name == "distill" else "network"
+    step, params, progress = checkpoint.read(folder, f"{network}.ema", step)
     if not progress.get("config"):
         raise ConfigError(f"checkpoint {step} in {folder} holds no recipe")
     recipe = from_json(progress["config"])
     config = recipe.teacher if name in ("teacher", "causal") else recipe.student
     if name not in ("vae", "taehv") and config.lora.rank:
-        _, frozen, _ = checkpoint.read(folder, EMA[name].replace(".ema", ".params"), step)
+        _, frozen, _ = checkpoint.read(folder, f"{network}.params", step)
         params = adapters.merged(adapters.join(params, adapters.split(frozen)[1]), config)
     if name == "vae":
         metadata = autoencoder.vae_metadata(params, recipe, workdir)
     else:
-        metadata = weights.weights_metadata(name, weights.measured_vae(recipe, workdir)[1], workdir)
+        metadata = weights.metadata(name, weights.measured_vae(recipe, workdir)[1], workdir)
     if provenance.KEY in progress:
         metadata |= {provenance.KEY: json.dumps(progress[provenance.KEY])}
     store.save_params(output, params, metadata)

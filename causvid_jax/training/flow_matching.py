@@ -138,15 +138,13 @@ def causal_loss(
 def teacher_step(recipe: Recipe, placement: Placement, negative_prompt_embeds: Any | None = None) -> NetworkStep:
     """Return the train step of the stage ``teacher``."""
     loss = functools.partial(teacher_loss, recipe=recipe, negative_prompt_embeds=negative_prompt_embeds)
-    net = recipe.teacher
-    return network_step(loss, recipe.train_teacher, transformer.spec(net), net.rules, placement)
+    return network_step(loss, recipe.train_teacher, recipe.teacher, placement)
 
 
 def causal_step(recipe: Recipe, placement: Placement, negative_prompt_embeds: Any | None = None) -> NetworkStep:
     """Return the train step of the stage ``causal``."""
     loss = functools.partial(causal_loss, recipe=recipe, negative_prompt_embeds=negative_prompt_embeds)
-    net = recipe.teacher
-    return network_step(loss, recipe.train_causal, transformer.spec(net), net.rules, placement)
+    return network_step(loss, recipe.train_causal, recipe.teacher, placement)
 
 
 def negative_embeds(reader: encoder.Encoder) -> np.ndarray | None:
@@ -196,11 +194,11 @@ def train_teacher(run: Run, init_from: pathlib.Path | None = None) -> None:
         f"the stage teacher trains one network, and the recipe's teacher is two experts (experts.boundary "
         f"{run.recipe.experts.boundary:g}); use the published ones, or experts.boundary=0",
     )
-    vae_params, recipe = weights.load_vae(run)
+    vae_params, recipe = weights.measured_vae(run.recipe, run.workdir)
     reader = weights.open_encoder(run)
     step = teacher_step(recipe, run.placement, negative_embeds(reader))
     state = weights.initial_state(run, step, recipe.teacher, init_from, fresh=True)
-    train(run, recipe, step, state, reader, samples.TeacherSampler(run, recipe, vae_params, reader))
+    train(run, recipe, step, state, reader, samples.clip_sampler(run, recipe, vae_params, reader))
 
 
 CAUSAL_SAMPLE_STEPS = 16
@@ -213,13 +211,12 @@ def train_causal(run: Run, init_from: pathlib.Path | None = None) -> None:
     Raises:
         ConfigError: weights or data are missing or do not fit, or clips are longer than positions allow.
     """
-    for _, frames, _ in run.config.stretches:
-        weights.check_sink_positions(run.recipe, run.name, frames)
-    vae_params, recipe = weights.load_vae(run)
+    weights.check_sink_positions(run.recipe, run.name)
+    vae_params, recipe = weights.measured_vae(run.recipe, run.workdir)
     reader = weights.open_encoder(run)
     step = causal_step(recipe, run.placement, negative_embeds(reader))
     state = weights.initial_state(run, step, recipe.teacher, init_from)
-    sampler = samples.StreamSampler(run, samples.many_steps(recipe, CAUSAL_SAMPLE_STEPS), vae_params, reader)
+    sampler = samples.stream_sampler(run, samples.many_steps(recipe, CAUSAL_SAMPLE_STEPS), vae_params, reader)
     train(run, recipe, step, state, reader, sampler)
 
 
@@ -229,7 +226,7 @@ def train(
     step: NetworkStep,
     state: Any,
     reader: encoder.Encoder,
-    sample: samples.StreamSampler | samples.TeacherSampler,
+    sample: samples.Sampler,
 ) -> None:
     """Run the steps of a stage on latents, then write the EMA."""
 

@@ -1,11 +1,11 @@
 """Write and read the scalars of a run: JSON lines and TensorBoard files."""
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import time
-import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,19 +41,17 @@ def open_writer(workdir: str | os.PathLike, step: int = 0) -> "MetricsWriter | N
     return MetricsWriter(workdir, step) if collectives.is_first() else NoWriter()
 
 
-class NoWriter:
+class NoWriter(contextlib.AbstractContextManager):
     """A writer that writes nothing."""
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Do nothing, not even wait for JAX arrays."""
 
-    def __enter__(self) -> "NoWriter":
-        return self
-
-    def __exit__(self, *_: Any) -> None: ...
+    def __exit__(self, *error: object) -> None:
+        """Do nothing."""
 
 
-class MetricsWriter:
+class MetricsWriter(contextlib.AbstractContextManager):
     """Appends records to ``workdir/metrics.jsonl`` and ``workdir/tensorboard``.
 
     A run that resumes at ``step`` drops the records beyond it, so that steps done twice appear once::
@@ -74,7 +72,7 @@ class MetricsWriter:
             records = [record for record in read_metrics(workdir) if record["step"] <= step]
             with atomic_write(self._path) as temporary:
                 temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
         except OSError as error:
             raise ConfigError(f"metrics cannot be written to {self._path}: {error.strerror}") from error
         # Drop records that an interrupted run wrote after the step from which this run starts.
@@ -89,15 +87,7 @@ class MetricsWriter:
         for name, value in scalars.items():
             self._board.add_scalar(name, value, int(step))
 
-    def close(self) -> None:
+    def __exit__(self, *error: object) -> None:
         """Flush and close both files."""
         self._file.close()
         self._board.close()
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
-        self.close()

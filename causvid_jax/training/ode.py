@@ -58,8 +58,7 @@ def init_loss(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> t
 
 def init_step(recipe: Recipe, placement: Placement) -> NetworkStep:
     """Return the train step of the stage ``init``."""
-    loss, net = functools.partial(init_loss, recipe=recipe), recipe.student
-    return network_step(loss, recipe.train_init, transformer.spec(net), net.rules, placement)
+    return network_step(functools.partial(init_loss, recipe=recipe), recipe.train_init, recipe.student, placement)
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -110,16 +109,15 @@ def train_init(run: Run, init_from: pathlib.Path | None = None) -> None:
     Raises:
         ConfigError: weights or data are missing or do not fit, or clips are longer than positions allow.
     """
-    for _, frames, _ in run.config.stretches:
-        weights.check_sink_positions(run.recipe, run.name, frames)
-    vae_params, recipe = weights.load_vae(run)
+    weights.check_sink_positions(run.recipe, run.name)
+    vae_params, recipe = weights.measured_vae(run.recipe, run.workdir)
     trajectories = open_trajectories(recipe, run.workdir)
     reader, step, names = weights.open_encoder(run), init_step(recipe, run.placement), batch_shapes(recipe)
     fresh = dataclasses.replace(recipe.student, lora=recipe.teacher.lora) != recipe.teacher
     state = weights.initial_state(
         run, step, recipe.student, init_from, stage=STAGE_OF[recipe.train_init.teacher], fresh=fresh
     )
-    sample = samples.StreamSampler(run, recipe, vae_params, reader)
+    sample = samples.stream_sampler(run, recipe, vae_params, reader)
 
     def to_device(batch: Batch) -> Batch:
         values = {**batch, "text": weights.prompt_embeds(batch, reader)}

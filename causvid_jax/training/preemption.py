@@ -11,8 +11,6 @@ from jax.experimental import multihost_utils
 
 from causvid_jax.distributed.initialize import Stopped
 
-NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
-
 
 class Interrupted(KeyboardInterrupt, Stopped):
     """Raised on Ctrl-C after everything is saved; the program ends with status 130."""
@@ -25,14 +23,11 @@ class Terminated(SystemExit, Stopped):
         super().__init__(0)
 
 
-def stop(number: int) -> None:
-    """Stop the program after signal ``number``.
-
-    Raises:
-        Interrupted: for Ctrl-C; the program ends with status 130.
-        Terminated: for SIGTERM; the program ends with status 0.
-    """
-    raise Interrupted if number == signal.SIGINT else Terminated
+STOPS: dict[int, tuple[str, type[BaseException]]] = {
+    signal.SIGINT: ("Ctrl-C", Interrupted),
+    signal.SIGTERM: ("SIGTERM", Terminated),
+}
+"""Signal to its name, and to the error that ends the program after it."""
 
 
 @contextlib.contextmanager

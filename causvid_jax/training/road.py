@@ -16,7 +16,8 @@ from causvid_jax.checkpoints import workdir as paths
 from causvid_jax.config import ConfigError, Recipe
 from causvid_jax.config.files import write_text
 from causvid_jax.data import arrays, prepare, sources
-from causvid_jax.evaluation import measure, report
+from causvid_jax.evaluation import measure
+from causvid_jax.evaluation.plan import Plan
 from causvid_jax.training import provenance, stages
 from causvid_jax.training.samples import CLASSIFIER
 
@@ -41,7 +42,7 @@ class Leg:
     run: Callable[[], object]
 
 
-def legs(recipe: Recipe, workdir: pathlib.Path, options: prepare.Options, plan: report.Plan | None = None) -> list[Leg]:
+def legs(recipe: Recipe, workdir: pathlib.Path, options: prepare.Options, plan: Plan | None = None) -> list[Leg]:
     """Return the legs of a recipe in order.
 
     Args:
@@ -103,12 +104,13 @@ def travel(recipe: Recipe, workdir: pathlib.Path, road: list[Leg], say: Say = pr
     """
     record = _read(workdir / RECORD)
     seconds: dict[str, float] = record.get("seconds", {})
+    packaged = _read(paths.ASSETS / recipe.name / RECORD).get("seconds", {})
     for number, leg in enumerate(road, start=1):
         where = f"{number} of {len(road)}, {leg.name}"
         if leg.is_done():
             say(f"{where}: done{_took(seconds.get(leg.name))}")
             continue
-        say(f"{where}{_forecast(_reference(recipe), seconds, [leg.name for leg in road[number - 1 :]])}")
+        say(f"{where}{_forecast(packaged, seconds, [leg.name for leg in road[number - 1 :]])}")
         begin = time.monotonic()
         try:
             leg.run()
@@ -118,11 +120,6 @@ def travel(recipe: Recipe, workdir: pathlib.Path, road: list[Leg], say: Say = pr
             record = {"recipe": recipe.name, **provenance.origin(workdir), "seconds": seconds}
             write_text(workdir / RECORD, json.dumps(record, indent=1) + "\n")
     say(f"All weights of {recipe.name} are in {workdir}{_took(sum(seconds.values()))}.")
-
-
-def _reference(recipe: Recipe) -> dict[str, float]:
-    """Return the seconds of every leg for the weights of the package, empty if they are not known."""
-    return _read(paths.ASSETS / recipe.name / RECORD).get("seconds", {})
 
 
 def _forecast(reference: Mapping[str, float], seconds: Mapping[str, float], pending: list[str]) -> str:

@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from causvid_jax.checkpoints import store
-from causvid_jax.config import Recipe, RunError, StageConfig, require, to_json
+from causvid_jax.config import Recipe, RunError, StageConfig, flat_fields, require, to_json
 from causvid_jax.config.files import write_text
 from causvid_jax.distributed import collectives
 from causvid_jax.progress import Progress
@@ -195,7 +195,8 @@ class Run:
         while len(self._pending) > (0 if log or save or self.samples_now else 1):
             state = self._check(self._pending.popleft(), state)
         self._report()
-        self._progress.update(self.step, lambda: _losses(metrics))
+        # Reading the losses waits for the device, so only a line that is shown does.
+        self._progress.update(self.step, lambda: {name: float(metrics[name]) for name in metrics if "loss" in name})
         if log:
             hours = (self._seconds + time.monotonic() - self._started) / 3600
             self._writer.write(self.step, {**metrics, "input_wait": self._wait.share(), "hours": hours})
@@ -232,9 +233,9 @@ class Run:
         self._report()
         if self._checkpoints.failed:
             raise RunError(f"{self.name}: stopped at step {self.step} without a checkpoint of it")
-        name = preemption.NAMES[signal]
+        name, error = preemption.STOPS[signal]
         self._progress.note(f"{self.name}: stopped by {name} at step {self.step}; the same command continues from here")
-        preemption.stop(signal)
+        raise error
 
     def log_samples(self, scores: dict[str, float]) -> None:
         """Record the scores of this step's samples, if there are any."""
@@ -294,11 +295,6 @@ def open_run(
             ) from error
 
 
-def _losses(metrics: dict[str, Any]) -> dict[str, float]:
-    """Return the values of the progress line; reading them waits for the device."""
-    return {name: float(value) for name, value in metrics.items() if "loss" in name}
-
-
 def _bad(metrics: dict[str, Any], config: StageConfig) -> str:
     """Describe why the update of a step was refused, from its metrics."""
     names = [*(k for k in metrics if k.endswith("loss")), *(k for k in metrics if k.endswith("gradient_norm"))]
@@ -323,11 +319,5 @@ def _changes(before: str | None, now: str) -> list[str]:
     """List the fields that differ between two recipes in JSON: "train_teacher.steps 100, now 200"."""
     if before is None:
         return []
-
-    def flat(tree: Any, path: str = "") -> dict[str, Any]:
-        if not isinstance(tree, dict):
-            return {path: tree}
-        return {k: v for name, sub in tree.items() for k, v in flat(sub, f"{path}.{name}" if path else name).items()}
-
-    old, new = flat(json.loads(before)), flat(json.loads(now))
+    old, new = flat_fields(json.loads(before)), flat_fields(json.loads(now))
     return [f"{name} {old[name]!r}, now {new[name]!r}" for name in old if name in new and old[name] != new[name]]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,45 +28,43 @@ CLASSIFIER = "classifier.safetensors"
 """The classifier of a working directory."""
 
 
-class StreamSampler:
-    """Samples a few training captions as streams of one clip's length, with the student's sampler."""
-
-    def __init__(self, run: Run, recipe: Recipe, vae_params: Any, reader: encoder.Encoder):
-        self._run, self._recipe, self._vae = run, recipe, vae_params
-        self._captions, picture = examples(recipe, run.workdir, run.config.samples)
-        embeds = jnp.asarray(encoder.encode(reader, self._captions)) if self._captions else None
-        options = {"picture": picture} if has_branch(recipe.student) else {}
-        self._generate = run.placement.jit_replicated(
-            lambda params: stream.generate(params, embeds, config=recipe, **options)[1]  # type: ignore[arg-type]
-        )
-
-    def __call__(self, student: Any) -> dict[str, float]:
-        """Write a video of samples and return their scores."""
-        params = {"student": student, "vae": replicated(self._vae, self._run.placement)}
-        return write(self._run, to_uint8(self._generate(params)), self._captions, self._recipe)
+Sampler = Callable[[Any], dict[str, float]]
+"""Writes a video of samples of a network's parameters and returns their scores."""
 
 
-class TeacherSampler:
-    """Samples a few training captions as whole clips, with the many-step teacher."""
+def stream_sampler(run: Run, recipe: Recipe, vae_params: Any, reader: encoder.Encoder) -> Sampler:
+    """Return the sampler of a few training captions as streams of one clip's length."""
+    captions, picture = examples(recipe, run.workdir, run.config.samples)
+    embeds = jnp.asarray(encoder.encode(reader, captions)) if captions else None
+    options = {"picture": picture} if has_branch(recipe.student) else {}
+    generate = run.placement.jit_replicated(
+        lambda params: stream.generate(params, embeds, config=recipe, **options)[1]  # type: ignore[arg-type]
+    )
 
-    def __init__(self, run: Run, recipe: Recipe, vae_params: Any, reader: encoder.Encoder):
-        self._run, self._recipe, self._vae = run, recipe, vae_params
-        self._captions, picture = examples(recipe, run.workdir, run.config.samples)
-        embeds = encoder.encode(reader, self._captions) if self._captions else np.zeros(0)
-        pictures_of = () if picture is None or not has_branch(recipe.teacher) else (picture.embeds, picture.latents)
-        negative_embeds, seeds = encoder.negative_prompt_embeds(reader), np.arange(len(self._captions), dtype=np.uint32)
+    def sample(student: Any) -> dict[str, float]:
+        params = {"student": student, "vae": replicated(vae_params, run.placement)}
+        return write(run, to_uint8(generate(params)), captions, recipe)
 
-        def clips(params: Any, vae_params: Any) -> jax.Array:
-            options: dict[str, Any] = {"seeds": seeds, "config": recipe}
-            latents = teacher_sampler.sample_clip(params, embeds, negative_embeds, *pictures_of, **options)
-            return vae.decode(vae_params, latents, config=recipe.vae)
+    return sample
 
-        self._generate = run.placement.jit_replicated(clips)
 
-    def __call__(self, teacher: Any) -> dict[str, float]:
-        """Write a video of samples and return their scores."""
-        video = self._generate(teacher, replicated(self._vae, self._run.placement))
-        return write(self._run, to_uint8(video), self._captions, self._recipe)
+def clip_sampler(run: Run, recipe: Recipe, vae_params: Any, reader: encoder.Encoder) -> Sampler:
+    """Return the sampler of a few training captions as whole clips of the many-step teacher."""
+    captions, picture = examples(recipe, run.workdir, run.config.samples)
+    embeds = encoder.encode(reader, captions) if captions else np.zeros(0)
+    pictures_of = () if picture is None or not has_branch(recipe.teacher) else (picture.embeds, picture.latents)
+    negative_embeds, seeds = encoder.negative_prompt_embeds(reader), np.arange(len(captions), dtype=np.uint32)
+
+    @run.placement.jit_replicated
+    def generate(teacher: Any, vae_params: Any) -> jax.Array:
+        options: dict[str, Any] = {"seeds": seeds, "config": recipe}
+        latents = teacher_sampler.sample_clip(teacher, embeds, negative_embeds, *pictures_of, **options)
+        return vae.decode(vae_params, latents, config=recipe.vae)
+
+    def sample(teacher: Any) -> dict[str, float]:
+        return write(run, to_uint8(generate(teacher, replicated(vae_params, run.placement))), captions, recipe)
+
+    return sample
 
 
 def many_steps(recipe: Recipe, steps: int) -> Recipe:

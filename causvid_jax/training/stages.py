@@ -39,7 +39,9 @@ def train(name: str, recipe: Recipe, workdir: pathlib.Path, init_from: str | os.
         RunError: a loss stops the run, or the disk is full.
     """
     check_trainable(recipe)
-    path = None if init_from is None else initial_weights(name, recipe, init_from)
+    path = None if init_from is None else paths.resolve(init_from, name)
+    if path is not None:
+        paths.open_stage(recipe, name, path=path)  # refuse weights that do not fit before anything is made
     recipe = with_lora(name, recipe)
     config: StageConfig = getattr(recipe, f"train_{name}")
     rules = recipe.teacher.rules if name in ("teacher", "causal") else recipe.student.rules
@@ -98,14 +100,3 @@ def next_command(name: str, recipe: Recipe) -> str:
         "consistency": "causvid train --stage=distill with --config.train_distill.init=consistency",
         "distill": "causvid sample --checkpoint=WORKDIR",
     }[name]
-
-
-def initial_weights(name: str, recipe: Recipe, init_from: str | os.PathLike) -> pathlib.Path:
-    """Return the weights file or folder that ``init_from`` names for the stage ``name``.
-
-    Raises:
-        ConfigError: it is missing, unreadable, or does not fit the network that the stage trains.
-    """
-    path = paths.resolve(init_from, name)
-    paths.open_stage(recipe, name, path=path)
-    return path

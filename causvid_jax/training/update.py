@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from causvid_jax.config import OptimizerConfig, ShardingRules, StageConfig
-from causvid_jax.models import adapters
+from causvid_jax.config import OptimizerConfig, ShardingRules, StageConfig, TransformerConfig
+from causvid_jax.models import adapters, transformer
 from causvid_jax.sharding.params import abstract_tree
 from causvid_jax.sharding.placement import Placement
 from causvid_jax.training import guard
@@ -188,18 +188,16 @@ class NetworkStep:
 
 
 def network_step(
-    loss_fn: Callable[..., Any], config: StageConfig, spec: Any, rules: ShardingRules, placement: Placement
+    loss_fn: Callable[..., Any], config: StageConfig, network: TransformerConfig, placement: Placement
 ) -> NetworkStep:
-    """Return the step of one network with the parameters ``spec`` on the mesh of ``placement``."""
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    shardings = None
+    """Return the step that trains ``network`` on the mesh of ``placement``."""
+    optimizer, spec, shardings = make_optimizer(config.optimizer, config.steps), transformer.spec(network), None
     if placement.mesh is not None:
-        network = trainable_shardings(placement, spec, rules, optimizer)
-        shardings = TrainState(network, cast(Any, placement.replicated()), history_shardings(placement))
+        trained = trainable_shardings(placement, spec, network.rules, optimizer)
+        shardings = TrainState(trained, cast(Any, placement.replicated()), history_shardings(placement))
+    offloaded = placement.offloaded(optimizer, adapters.split(spec)[0], network.rules)
     return NetworkStep(
-        train_step=make_train_step(
-            loss_fn, placement.offloaded(optimizer, adapters.split(spec)[0], rules), config, shardings
-        ),
+        train_step=make_train_step(loss_fn, offloaded, config, shardings),
         init=functools.partial(init_state, optimizer=optimizer, window=config.bad_loss_window),
         shardings=shardings,
     )

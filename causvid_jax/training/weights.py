@@ -11,7 +11,7 @@ import numpy as np
 
 from causvid_jax.checkpoints import lineage, load, lora_factors, open_checkpoint
 from causvid_jax.checkpoints import workdir as paths
-from causvid_jax.config import LoraConfig, Recipe, TransformerConfig, require, to_json
+from causvid_jax.config import LoraConfig, Recipe, StageConfig, TransformerConfig, require, to_json
 from causvid_jax.distributed import collectives
 from causvid_jax.models import adapters, experts, transformer
 from causvid_jax.sharding.params import init_tree
@@ -21,34 +21,29 @@ from causvid_jax.training.run import Run
 from causvid_jax.training.update import NetworkStep, Trainable, TrainState
 
 
-def load_vae(run: Run) -> tuple[Any, Recipe]:
-    """Return the VAE's parameters on the host, and the run's recipe with its latent statistics and decoder "vae".
+def measured_vae(recipe: Recipe, workdir: pathlib.Path) -> tuple[Any, Recipe]:
+    """Return the VAE's parameters on the host, and the recipe with its latent statistics and decoder "vae".
+
+    The VAE is that of ``workdir``, else of the package.
 
     Raises:
         ConfigError: there is no trained VAE, or it does not fit the recipe.
-    """
-    return measured_vae(run.recipe, run.workdir)
-
-
-def measured_vae(recipe: Recipe, workdir: pathlib.Path) -> tuple[Any, Recipe]:
-    """Return the parameters of the VAE of ``workdir``, else of the package, and the recipe with its statistics.
-
-    Errors are those of :func:`load_vae`.
     """
     params, config = paths.load_stage(recipe, "vae", workdir, "host")
     return params, dataclasses.replace(recipe, vae=config, decoder="vae")
 
 
-def check_sink_positions(recipe: Recipe, stage: str, frames: int = 0) -> None:
-    """Refuse training in block-causal mode on positions that a stream does not have.
+def check_sink_positions(recipe: Recipe, stage: str) -> None:
+    """Refuse training of ``stage`` in block-causal mode on positions that a stream does not have.
 
     With ``causal.positions = "relative"`` a stream places the sink directly before its window. Block-causal mode uses
     the true positions of the sink, which differ if a clip is longer than sink and window.
 
     Raises:
-        ConfigError: ``frames`` latent frames (0: the full clip) are longer than sink and window.
+        ConfigError: its clips are longer than sink and window.
     """
-    causal, frames = recipe.causal, frames or recipe.video.latent_frames
+    config: StageConfig = getattr(recipe, f"train_{stage}")
+    causal, frames = recipe.causal, max(n or recipe.video.latent_frames for _, n, _ in config.stretches)
     longest = causal.sink + causal.window
     require(
         not (causal.sink and causal.window and causal.positions == "relative" and frames > longest),
@@ -109,7 +104,7 @@ def finish(run: Run, network: Trainable, recipe: Recipe, config: TransformerConf
 
     The adapters are also written to ``WORKDIR/STAGE/lora`` in peft's layout.
     """
-    described = metadata(run, recipe)
+    described = metadata(run.name, recipe, run.workdir)
     if not config.lora.rank:
         run.finish(network.ema, described)
         return
@@ -156,15 +151,11 @@ def prompt_embeds(batch: dict[str, Any], reader: encoder.Encoder) -> np.ndarray:
     return batch["text"] if "text" in batch else encoder.encode(reader, list(batch["caption"]))
 
 
-def metadata(run: Run, recipe: Recipe) -> dict[str, str]:
-    """Return the metadata of a weights file; ``recipe`` holds the VAE's latent statistics."""
-    return weights_metadata(run.name, recipe, run.workdir)
-
-
-def weights_metadata(stage: str, recipe: Recipe, workdir: pathlib.Path | None = None) -> dict[str, str]:
+def metadata(stage: str, recipe: Recipe, workdir: pathlib.Path | None = None) -> dict[str, str]:
     """Return the metadata of the weights of ``stage``, with the digest of the VAE of ``workdir`` whose latents it read.
 
-    Only the first process computes the digest, because only it writes weights.
+    ``recipe`` holds the VAE's latent statistics. Only the first process computes the digest, because only it writes
+    weights.
     """
     described = {"recipe": recipe.name, "stage": stage, "config": to_json(recipe)}
     if workdir is not None and collectives.is_first():
