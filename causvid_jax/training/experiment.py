@@ -304,13 +304,14 @@ def run(
         name: {str(n): {k: frame_metrics.nested_interval(v) for k, v in each.items()} for n, each in lengths.items()}
         for name, lengths in values.items()
     }
+    of_distillation = f"{recipe.train_distill.steps} cycles of {recipe.train_distill.batch_size} clips"
     return {
         "title": experiment.title,
         "claim": experiment.claim,
         "recipe": recipe.name,
         "seeds": budget.seeds,
         "samples": budget.samples,
-        "distillation": f"{recipe.train_distill.steps} cycles of {recipe.train_distill.batch_size} clips",
+        "distillation": of_distillation if any("distill" in row.stages for row in experiment.rows) else "",
         "metric": experiment.metric,
         "paper": {row.name: row.paper for row in experiment.rows},
         "rows": rows,
@@ -330,7 +331,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"{result['seeds']} seeds, {result['samples']} held-out clips each; 95 % intervals by a bootstrap over",
-        f"seeds and clips. Rows that are distilled: {result['distillation']}.",
+        f"seeds and clips. Distillation: {result['distillation'] or 'none'}.",
         f"{result['code']}; {result['machine']}.",
         "",
     ]
