@@ -9,6 +9,7 @@ from causvid_jax.checkpoints import store
 from causvid_jax.checkpoints import workdir as paths
 from causvid_jax.config import ConfigError
 from causvid_jax.config.recipes import load_recipe
+from causvid_jax.distill import replay
 from causvid_jax.evaluation import classifier as classifiers
 from causvid_jax.evaluation import frame_metrics
 from causvid_jax.training import experiment, stages
@@ -114,7 +115,10 @@ def test_every_experiment_of_the_clone_fits_the_digits_recipe():
     for name in experiment.names():
         plan = experiment.load(name)
         for row in plan.rows:
-            experiment.row_recipe(recipe, plan, row, seed=1)
+            own = experiment.row_recipe(recipe, plan, row, seed=1)
+            if own.train_distill.gradient == "replay":
+                continued = own.train_distill.continuation_prob > 0
+                replay.check_positions(own, own.video.latent_frames * (1 + continued))  # type: ignore[arg-type]
             assert set(row.stages) <= {*experiment.TRAINED, "trajectories"}
     assert experiment.recolor("a red 3 moving left", recipe) == "a green 3 moving left"
 
