@@ -67,8 +67,8 @@ def place(tmp_path_factory):
     """The converted folder: ``place``; that of image to video: ``place / "i2v"``."""
     folder = tmp_path_factory.mktemp("wan")
     inputs, place = folder / "published", folder / "run"
-    (folder / "tiny.py").write_text(RECIPE)
-    recipe, branch = (load_recipe(f"{folder}/tiny.py{v}") for v in ("", ":i2v"))
+    (folder / "recipe.py").write_text(RECIPE)
+    recipe, branch = (load_recipe(f"{folder}/recipe.py{v}") for v in ("", ":i2v"))
     text, tokenizer = umt5.init(jax.random.key(0), recipe.umt5), make_umt5.small_tokenizer()
     wan, other = inputs / "wan", inputs / "diffusers"
     publish(wan / "diffusion_pytorch_model.safetensors", recipe.teacher, "original", 1)
@@ -92,7 +92,7 @@ def place(tmp_path_factory):
     ]
     for request in requests:
         common.call("convert", [*request, "--dtype=bfloat16"])
-    (folder / "tiny.py").rename(place / "tiny.py")
+    (folder / "recipe.py").rename(place / "recipe.py")
     return place
 
 
@@ -118,7 +118,7 @@ def test_student_and_teacher_from_a_checkpoint_folder(place, made):
     assert media.read_video(place / "tiny.gif", 32, 32).std() > 1
 
     # The same stream by hand, on float32 parameters.
-    recipe = load_recipe(str(place / "tiny.py"))
+    recipe = load_recipe(str(place / "recipe.py"))
     reader = encoder.open_encoder(recipe, place, compute=False)
     rows = {p: encoder.encode(reader, [p]) for p in ("warm neon", "neon")}
     params = {"student": workdir.load_stage(recipe, "distill", place)[0]}
@@ -136,7 +136,7 @@ def test_an_image_becomes_a_video(place, monkeypatch):
     rng = np.random.default_rng(7)
     media.write_video(place / "wide.gif", rng.integers(0, 256, (1, 20, 60, 3), np.uint8), 16)
     monkeypatch.setattr(sample, "LARGE", 0)
-    common_flags = [f"--config={place}/tiny.py:i2v", f"--checkpoint={place}/i2v", "--teacher", "--upscale=1"]
+    common_flags = [f"--config={place}/recipe.py:i2v", f"--checkpoint={place}/i2v", "--teacher", "--upscale=1"]
     image = [f"--image={place}/wide.gif"]
     many = ["--prompt=neon", PROMPT, "--config.diffusion.solver=unipc", "--seed=3"]
     (said,) = call(place, [*common_flags, *image, *many, f"--output={place}/shown.gif"])
@@ -148,7 +148,7 @@ def test_an_image_becomes_a_video(place, monkeypatch):
         "picture's embeddings and latents",
     ):
         assert words in said, said
-    recipe = load_recipe(f"{place}/tiny.py:i2v")
+    recipe = load_recipe(f"{place}/recipe.py:i2v")
     recipe = dataclasses.replace(recipe, diffusion=dataclasses.replace(recipe.diffusion, solver="unipc"))
     reader = encoder.open_encoder(recipe, place / "i2v", compute=False)
     rows = encoder.encode(reader, ["neon", "warm neon"])
@@ -178,7 +178,7 @@ def test_an_image_becomes_a_video(place, monkeypatch):
 def test_a_program_is_built_once_and_runs_without_the_model(place, monkeypatch, capsys):
     """The flags of student.gif, which was made by tracing: the same file, bit for bit."""
     build = ["--stage=stream", "--platform=cpu", f"--checkpoint={place}", f"--output={place}/stream.program"]
-    common.call("compile", [f"--config={place}/tiny.py", *build])
+    common.call("compile", [f"--config={place}/recipe.py", *build])
     assert "tiny_wan for cpu, 1 video(s) at once, attention by xla" in capsys.readouterr().out
     for module, name in ((transformer, "cached"), (decoder, "decode_chunk"), (stream, "_next_block")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the model was traced"))
@@ -193,7 +193,7 @@ def test_a_program_is_built_once_and_runs_without_the_model(place, monkeypatch, 
         ([PROMPT, "--frames=14", program], f"{built} at most 4 latent frames, and 6 are requested"),
         ([PROMPT, "--exact", program], f"{built} student.precision = 'default', and the recipe has 'causvid'"),
         ([PROMPT, "--teacher", program], "--teacher is given with --program, which supports text to video only"),
-        ([PROMPT, f"--program={place}/tiny.py"], "tiny.py is not a readable program of causvid compile"),
+        ([PROMPT, f"--program={place}/recipe.py"], "recipe.py is not a readable program of causvid compile"),
     ):
         assert words in refusal(place, arguments)
 
@@ -205,7 +205,7 @@ def test_what_is_missing_is_named(place, tmp_path):
     (tmp_path / "half" / workdir.TOKENIZER).symlink_to(place / workdir.TOKENIZER)
     image = np.zeros((1, 8, 8, 3), np.uint8)
     media.write_video(place / "wide.gif", image, 16)
-    picture = [PROMPT, f"--config={place}/tiny.py:i2v", f"--checkpoint={tmp_path}/half", "--teacher"]
+    picture = [PROMPT, f"--config={place}/recipe.py:i2v", f"--checkpoint={tmp_path}/half", "--teacher"]
     picture.append(f"--image={place}/wide.gif")
     cases = [
         ([PROMPT, f"--checkpoint={tmp_path}"], "text_encoder/weights.safetensors does not exist"),
@@ -252,7 +252,7 @@ def test_the_example_of_published_weights_streams_what_the_program_does(place):
     inputs = place.parent / "published"
     files = f"--student={inputs}/student.safetensors"
     main = runpy.run_path("examples/published_weights.py")["main"]
-    flags = [f"--wan={inputs}/wan", files, f"--config={place}/tiny.py", f"--output={place}/example.mp4", "--shift=8"]
+    flags = [f"--wan={inputs}/wan", files, f"--config={place}/recipe.py", f"--output={place}/example.mp4", "--shift=8"]
     assert main([*flags, "--prompts", "warm neon", "neon", "--blocks=1", "--window=4"]) == 13
     flags = [PROMPT, "--switch=5:neon", "--upscale=1", "--config.causal.window=4", files]
     call(place, [*flags, f"--checkpoint={inputs}/wan", f"--output={place}/program.mp4"])
