@@ -8,7 +8,7 @@ instead, on handwriting that neither the generators nor the real test clips show
 import dataclasses
 
 from causvid_jax.cli import common
-from causvid_jax.cli.options import config_option, option
+from causvid_jax.cli.options import config_option, option, part
 from causvid_jax.config import Recipe, require
 from causvid_jax.evaluation.plan import Plan
 
@@ -49,7 +49,7 @@ def main(options: Options) -> None:
     if options.train_classifier:
         measure.make_classifier(options.config, path or classifiers.DEFAULT_PATH)
         return
-    plan = Plan(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Plan)})
+    plan = part(options, Plan)
     bounds.check_evaluation(options.config, plan, teacher=not options.student_only)
     common.log_start(options.config)
     measure.write_report(

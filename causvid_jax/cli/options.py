@@ -19,7 +19,7 @@ from causvid_jax.config import ConfigError, Recipe, require
 from causvid_jax.config.fields import convert
 from causvid_jax.config.recipes import CONFIG_HELP, load_recipe, names, option
 
-__all__ = ["option", "config_option", "parse", "help_text"]
+__all__ = ["option", "config_option", "parse", "part", "help_text"]
 
 T = TypeVar("T")
 
@@ -58,6 +58,11 @@ def parse(cls: type[T], arguments: Sequence[str]) -> T:
         config_of = getattr(cls, "config_of", lambda values: None)
         values["config"] = _recipe(config or config_of(values) or default, overrides)
     return cls(**values)
+
+
+def part(options: T, cls: type[T]) -> T:
+    """Return the flags that ``options`` inherits from ``cls``, without its own."""
+    return cls(**{field.name: getattr(options, field.name) for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
 
 
 def _recipe(config: Any, overrides: dict[str, str]) -> Recipe:

@@ -19,7 +19,7 @@ Formats and rules: docs/data.md.
 import dataclasses
 
 from causvid_jax.cli import common, processes
-from causvid_jax.cli.options import config_option, option
+from causvid_jax.cli.options import config_option, option, part
 from causvid_jax.config import Recipe, require
 from causvid_jax.data.options import Options as StageOptions
 
@@ -51,12 +51,12 @@ def main(options: Options) -> None:
     from causvid_jax.data import prepare
     from causvid_jax.distributed import collectives
 
-    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(StageOptions)}
-    stage_options = StageOptions(**values)
+    stage_options = part(options, StageOptions)
     with processes.joined(options) as many:
         bounds.check_stage(stage, recipe, stage_options)
         if many:
-            processes.check(values | {"stage": stage, "config": dataclasses.asdict(recipe)}, folder)
+            shared = {**dataclasses.asdict(stage_options), "stage": stage, "config": dataclasses.asdict(recipe)}
+            processes.check(shared, folder)
         if stage != "data":
             common.enable_compilation_cache()
             logging.info("%d process(es), %d device(s) here", jax.process_count(), jax.local_device_count())

@@ -213,21 +213,23 @@ def _hidden(progress: bool | None) -> bool | None:
     return None if progress is None else not progress
 
 
-def _has_picture(session: Session) -> bool:
-    """Return whether a network with an image branch reads a picture."""
-    return session.image is not None and session.picture is not None
+def _pictures(session: Session) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the picture that a network with an image branch reads, whole and cropped; None if none does."""
+    whole, cropped = session.picture, session.image
+    return None if whole is None or cropped is None else (whole, cropped)
 
 
 def _picture_shapes(session: Session) -> Picture | None:
     """Return the shapes of :func:`_encode_picture`."""
     recipe, sizes, count = session.recipe, session.clip, len(session.request.prompt)
-    if session.image is None or session.picture is None:
+    pictures = _pictures(session)
+    if pictures is None:
         return None
     params = decoder.vae_shapes(recipe)
     if sizes is not None:
         params["image_encoder"] = decoder.image_encoder_shapes(sizes)
     read = functools.partial(image_to_video.picture_of, config=recipe, clip=sizes)
-    pixels = (jax.ShapeDtypeStruct((1, *x.shape), jnp.float32) for x in (session.picture, session.image))
+    pixels = (jax.ShapeDtypeStruct((1, *x.shape), jnp.float32) for x in pictures)
     one = jax.eval_shape(read, params, *pixels)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), one)
 
@@ -240,10 +242,10 @@ def _encode_picture(session: Session) -> Picture | None:
     embeds are None.
     """
     recipe, sizes = session.recipe, session.clip
-    if not _has_picture(session):
+    pictures = _pictures(session)
+    if pictures is None:
         return None
-    assert session.image is not None and session.picture is not None
-    whole, cropped = (jnp.asarray(files.to_float(x))[None] for x in (session.picture, session.image))
+    whole, cropped = (jnp.asarray(files.to_float(x))[None] for x in pictures)
     embeds = None
     if sizes is not None:
         params = weights.load(session.weights, {"image_encoder": decoder.image_encoder_shapes(sizes)})
@@ -289,7 +291,7 @@ def _stream_inputs(session: Session) -> dict[str, Any]:
     return {
         "config": session.recipe,
         "frames": session.frames,
-        "image": None if _has_picture(session) else session.image,
+        "image": session.image if _pictures(session) is None else None,
         "video": session.video,
         "strength": _strength(session.request),
         "loaded": session.program,
@@ -299,7 +301,7 @@ def _stream_inputs(session: Session) -> dict[str, Any]:
 
 def _encodes(session: Session) -> bool:
     """Return whether the stream encodes pixels."""
-    return not _has_picture(session) and (session.image is not None or session.video is not None)
+    return _pictures(session) is None and (session.image is not None or session.video is not None)
 
 
 def compile_ahead(
