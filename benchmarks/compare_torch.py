@@ -164,26 +164,30 @@ def measure(recipe: Recipe, flags: argparse.Namespace, clock: Callable[[], float
         "settings": words | {"twin": f"SDPA {flags.attention}, {'eager' if flags.eager else f'torch.compile {mode}'}"},
         "clock": clock.__name__,
         "lines": lines,
-        "notes": ["The twin's residual stream is in the compute type, ours in float32."],
+        "notes": [
+            "The twin's residual stream is in the compute type, ours in float32.",
+            "Neither has a sink: a recipe's sink frames are part of the window.",
+        ],
     }
 
 
 def read_recipe(flags: argparse.Namespace) -> Recipe:
-    """Return the recipe that both run.
+    """Return the recipe that both run. The twin has no sink, so its frames are added to the window.
 
     Raises:
         ConfigError: no such recipe, or one that the twin does not know.
     """
     recipe = load_recipe(flags.config)
     causal, net = recipe.causal, recipe.student
-    if flags.window is not None:
-        causal = dataclasses.replace(causal, window=flags.window)
+    seen = causal.window + causal.sink if causal.window else 0  # 0: no window
+    window = seen if flags.window is None else flags.window
+    causal = dataclasses.replace(causal, window=window, sink=0)
     dtype = flags.dtype or ("float32" if flags.device == "cpu" else net.dtype)
     kernel = net.attention if dtype == net.dtype else "auto"
     recipe = dataclasses.replace(recipe, causal=causal, student=dataclasses.replace(net, dtype=dtype, attention=kernel))
     require(
-        not (causal.sink or causal.independent_first_frame or net.image_dim),
-        "the PyTorch twin knows neither a sink, an independent first frame nor an image branch; set causal.sink=0 and "
+        not (causal.independent_first_frame or net.image_dim),
+        "the PyTorch twin knows neither an independent first frame nor an image branch; set "
         "causal.independent_first_frame=False",
     )
     plain = net.linear == net.kv_cache == "dtype" and net.attention != "int8"

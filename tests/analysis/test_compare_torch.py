@@ -51,13 +51,20 @@ def test_our_side_repeats_one_block_at_a_length(compare):
     assert sorted(np.asarray(ours.state.cache.frame)) == sorted({*seen, start} - {start - 3, -1})
 
 
+def test_the_frames_of_a_sink_are_added_to_the_window(compare, monkeypatch):
+    other = tiny.changed(tiny.RECIPE, causal={"window": 4, "sink": 2})
+    monkeypatch.setattr(compare, "load_recipe", lambda _: other)
+    causal = compare.read_recipe(compare.parse(["--config=tiny", "--device=cpu"])).causal
+    assert (causal.window, causal.sink) == (6, 0)
+
+
 def test_what_the_twin_does_not_know_is_refused(compare, monkeypatch):
     given = compare.parse(["--config=tiny", "--window=4", "--device=cpu"])
     monkeypatch.setattr(compare, "load_recipe", lambda _: tiny.RECIPE)
     recipe = compare.read_recipe(given)
     assert (recipe.causal.window, recipe.student.dtype, given.repeats, given.eager) == (4, "float32", 15, False)
     for part, changes, words in (
-        ("causal", {"sink": 1}, "knows neither a sink"),
+        ("causal", {"independent_first_frame": True}, "knows neither an independent first frame"),
         ("student", {"linear": "int8"}, "does not compute in 8 bits"),
     ):
         other = tiny.changed(tiny.RECIPE, **{part: changes})
