@@ -88,7 +88,7 @@ def dense(
         out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **masking)
         return _named(out, dtype, name)
     if constraints.platform() == "cpu" and q.shape[1] * k.shape[1] > CHUNKED:
-        return _named(_by_queries(q, k, v, mask), dtype, name)
+        return _named(_by_head(q, k, v, mask), dtype, name)
     scores = (
         jnp.einsum("btnd,bsnd->bnts", q, k, precision=dot_precision(dtype), preferred_element_type=jnp.float32)
         * q.shape[-1] ** -0.5
@@ -105,32 +105,54 @@ def dense(
 
 
 CHUNKED = 1 << 18
-"""Scores of a head above which a CPU computes attention by :func:`_by_queries`; fewer fit the processor's cache."""
-QUERIES = 256
+"""Scores of a head above which a CPU computes attention by :func:`_by_head`; fewer fit the processor's cache."""
+QUERIES, KEYS = 400, 512
+"""Most queries and keys of a part of :func:`_by_head`: its scores fit the cache of a core."""
 
 
-def _by_queries(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Compute :func:`dense` on a CPU: one head and ``QUERIES`` queries after the other, divided by the sum last.
+def _even(length: int, most: int) -> tuple[int, int]:
+    """Return the number and the size of equal parts of at most ``most`` that cover ``length``."""
+    parts = -(-length // most)
+    return parts, -(-length // parts)
+
+
+def _by_head(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Compute :func:`dense` on a CPU: one head and one part of the queries after the other, with a running softmax.
 
     XLA's product over heads in the middle axis runs at a seventh of the speed of one over matrices, and all T x S
     scores of all heads leave the processor's cache three times.
     """
-    batch, length, heads, size = q.shape
-    parts = -(-length // QUERIES)
-    queries = jnp.pad(q * q.dtype.type(size**-0.5), ((0, 0), (0, parts * QUERIES - length), (0, 0), (0, 0)))
+    (batch, length, heads, _), keys = q.shape, k.shape[1]
+    (parts, rows), (blocks, columns) = _even(length, QUERIES), _even(keys, KEYS)
+    options: dict[str, Any] = {"precision": dot_precision(v.dtype), "preferred_element_type": jnp.float32}
+    lowest = jnp.finfo(jnp.float32).min
+
+    def padded(x: jax.Array, size: int) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0), (0, 0)))
+
+    queries = padded(q * q.dtype.type(q.shape[-1] ** -0.5), parts * rows)
     queries = rearrange(queries, "b (p c) n d -> (b n p) c d", p=parts)
-    keys, values = rearrange(k, "b s n d -> (b n) d s"), rearrange(v, "b s n d -> (b n) s d")
+    k = rearrange(padded(k, blocks * columns), "b (s c) n d -> (b n) s d c", c=columns)
+    v = rearrange(padded(v, blocks * columns), "b (s c) n d -> (b n) s c d", c=columns)
+    hidden = mask is not None or blocks * columns > keys
+    visible = jnp.ones((keys,), bool) if mask is None else mask
+    visible = jnp.pad(visible, (0, blocks * columns - keys)).reshape(blocks, columns)
 
     def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         chunk, head = inputs
-        scores = jnp.matmul(chunk, keys[head], precision=dot_precision(v.dtype), preferred_element_type=jnp.float32)
-        if mask is not None:
-            scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-        out = jnp.matmul(
-            weights.astype(v.dtype), values[head], precision=dot_precision(v.dtype), preferred_element_type=jnp.float32
-        )
-        return out / weights.sum(-1, keepdims=True)
+
+        def add(carry: Any, block: jax.Array) -> tuple[Any, None]:
+            scores = jnp.matmul(chunk, k[head, block], **options)
+            # A part whose keys are all hidden has the lowest maximum, so the next part with a visible key erases it.
+            scores = jnp.where(visible[block], scores, lowest) if hidden else scores
+            top = jax.lax.stop_gradient(scores.max(-1))
+            weights = jnp.exp(scores - top[:, None])
+            out = jnp.matmul(weights.astype(v.dtype), v[head, block], **options)
+            return _merge(carry, (out, top, weights.sum(-1))), None
+
+        zero = jnp.zeros(chunk.shape, jnp.float32)
+        (out, _, total), _ = jax.lax.scan(add, (zero, jnp.full(rows, lowest), zero[:, 0]), jnp.arange(blocks))
+        return out / total[:, None]
 
     out = jax.lax.map(one, (queries, jnp.arange(batch * heads).repeat(parts)))
     return rearrange(out, "(b n p) c d -> b (p c) n d", b=batch, n=heads)[:, :length]

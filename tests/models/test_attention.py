@@ -82,13 +82,15 @@ def test_auto_is_xla_on_the_cpu():
 
 
 @pytest.mark.parametrize("dtype,atol", [("float32", 1e-6), ("bfloat16", 0.02)])
-def test_queries_in_chunks_equal_float64(monkeypatch, dtype, atol):
-    """Compare value and gradient for lengths that no chunk divides, two examples and a mask."""
+@pytest.mark.parametrize("shown", [(0, 13), (4, 6), (6, 13)])  # all; parts of the keys before or after are hidden
+def test_parts_of_a_head_equal_float64(monkeypatch, dtype, atol, shown):
+    """Compare value and gradient for lengths that no part divides, two examples and a mask."""
     monkeypatch.setattr(attention, "CHUNKED", 0)
     monkeypatch.setattr(attention, "QUERIES", 4)
+    monkeypatch.setattr(attention, "KEYS", 4)
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((2, length, 3, 8)) for length in (10, 13, 13))
-    mask = np.arange(13) % 3 > 0
+    mask = (np.arange(13) % 3 > 0) & (np.arange(13) >= shown[0]) & (np.arange(13) < shown[1])
     scores = np.where(mask, np.einsum("btnd,bsnd->bnts", q, k) / np.sqrt(8), -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     expected = np.einsum("bnts,bsnd->btnd", weights / weights.sum(-1, keepdims=True), v)
