@@ -264,6 +264,27 @@ def one_digit() -> ml_collections.ConfigDict:
                 "samples": 32,
                 "save_every": 96,
             },
+            # Instead of train_init, with train_distill.init="consistency" (experiments/initialisation.py).
+            "train_consistency": {
+                "steps": 480,
+                "batch_size": 16,
+                "grid_steps": 24,
+                "guidance_scale": 4.0,
+                "tangent_warmup": 100,
+                "curriculum": in_turns(10, (18, 3, 192), (18, 9, 48), (12, 0, 16)),
+                "optimizer": {
+                    "kind": "muon",
+                    "learning_rate": 5e-3,
+                    "warmup_steps": 50,
+                    "schedule": "cosine",
+                    "b2": 0.99,
+                    "clip_norm": 1.0,
+                    "ema_decay": 0.95,
+                },
+                "sample_every": 120,
+                "samples": 32,
+                "save_every": 60,
+            },
             "train_distill": {
                 "steps": 486,
                 "batch_size": 16,
