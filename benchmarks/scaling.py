@@ -227,7 +227,9 @@ Written by `python benchmarks/scaling.py`. **Nothing here was measured on an acc
   side; such a row is said to fit if it leaves a tenth of the memory free. One check: the 1.3B teacher on 4 chips of
   v5p (fsdp 4, 2 clips a device, remat full) was compiled at 33.1 GiB, 195 s of processor time on a loaded machine and
   1.9 GiB of its memory; computed it is CHECK GiB. *refused by the compiler*: it said that the program does not fit,
-  without figures; those shown are computed.
+  without figures; those shown are computed. The compiled distillations are programs of 2026-11-26, and a formula that
+  gave up to 134% too much chose their plans: others may be faster. Today's formula gives 14% less to 20% more than
+  these figures, 5% off in the mean.
 - *time* is a roofline. Work (FLOPs of the formulas in `causvid_jax/analysis/flops.py`, recomputation added) at 60% and
   at 35% of the published bfloat16 peak; traffic between devices at the links' full rate, behind the work at the fast
   end and on top of it at the slow end. Traffic between a host and its devices is not counted. MFU is of model FLOPs.

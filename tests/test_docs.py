@@ -1,6 +1,8 @@
 """The documents say what is there: code runs, links lead somewhere, names and tables are those of the program."""
 
 import ast
+import dataclasses
+import importlib
 import json
 import pathlib
 import re
@@ -49,6 +51,15 @@ def test_readme_is_short():
 def test_the_manual_has_every_program():
     headings = set(re.findall(r"^## (\w+)$", (ROOT / "docs/cli.md").read_text(), re.M))
     assert set(PROGRAMS) <= headings
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_manual_names_every_flag(program):
+    text = re.split(r"^## ", (ROOT / "docs/cli.md").read_text(), flags=re.M)
+    flags = next(part for part in text if part.startswith(f"{program}\n")).split("Flags:")[1]
+    options = importlib.import_module(f"causvid_jax.cli.{program}").Options
+    fields = {field.name for field in dataclasses.fields(options)} - {"config"}
+    assert set(re.findall(r"`--(\w+)`", flags)) - {"help"} == fields
 
 
 def test_figures_of_the_readme_are_those_of_the_committed_report():

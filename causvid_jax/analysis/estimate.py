@@ -1,10 +1,11 @@
 """Estimate memory, traffic and time of a stage on a described machine, from shapes, without compiling or measuring.
 
-Memory of one device is the sum of all arrays that are live at once: parameters, moments, mean and gradients as the
-sharding rules split them (exact), what the layers keep for the backward pass by ``remat`` (exact for "full",
-"attention" and "offload"), caches (exact), and the working set of one layer (formulas meant to err on the large side:
-:meth:`Network.working` for training, :func:`memory.layer_work` for a stream). Prefer a compiled figure where there is
-one.
+Memory of one device is the sum of all arrays that are live at once; of a step of distillation, in the part that holds
+most. They are parameters, moments, mean and gradients as the sharding rules split them (exact), what the layers keep
+for the backward pass by ``remat`` (exact for "full", "attention" and "offload"), caches (exact), and the working set of
+one layer (formulas meant to err on the large side: :meth:`Network.working` for backward passes,
+:func:`memory.layer_work` for others). Prefer a compiled figure where there is one; tests/analysis/test_estimate.py
+compares both.
 
 With LoRA (``training.stages.with_lora``) moments, mean and gradients are those of the adapters. FLOPs are counted as if
 all weights were trained, so time is an upper bound.
@@ -147,7 +148,8 @@ class Network:
         updated: bytes of the trained parameters; with LoRA those of the adapters.
         largest: bytes of the largest trained array.
         kernels: bytes of the trained kernels of layers.
-        gathered: bytes of the gathered layers that are alive at once.
+        gathered: bytes of the layers gathered along fsdp that are alive at once.
+        gpu_mesh: whether the device is one of several GPUs, on which programs keep more.
         frame: tokens of one latent frame on this device.
     """
 
@@ -155,8 +157,11 @@ class Network:
         self.net, self.mesh, self.recipe = net, mesh, recipe
         sizes = _sizes(dataclasses.replace(net, remat="none"), tuple(mesh.axes.items()))
         self.params, self.layers_whole, self.updated, self.largest, self.kernels = sizes
-        # The current layer and the next one, in float32 as gathered and in the type of the matmuls.
-        self.gathered = 2 * self.layers_whole / net.num_layers * (F32 + _item(net)) / F32
+        # The current layer and the next one or its gradient, in float32 as gathered and in the type of the matmuls.
+        whole = 2 * self.layers_whole / net.num_layers * (F32 + _item(net)) / F32
+        self.gathered = whole if mesh.fsdp > 1 else 0.0
+        # On a mesh of GPUs, layers keep the result of attention twice: as cuDNN returns it, and under its name.
+        self.gpu_mesh = mesh.machine.chip.platform == "cuda" and mesh.machine.size > 1
         self.frame = flops.tokens_per_frame(recipe, net) / mesh.context
 
     def _kept(self, frames: float, remat: str) -> float:
@@ -183,6 +188,12 @@ class Network:
         """Return the bytes that all layers keep on the device for the backward pass over ``frames`` latent frames."""
         return self.net.num_layers * self._kept(frames, str(self.net.remat))
 
+    def kept(self, frames: float) -> float:
+        """Return :meth:`saved`, and on a mesh of GPUs the second copy of the results of attention."""
+        copies = self.gpu_mesh and self.net.remat in ("attention", "dots", "none")
+        again = self.net.num_layers * _item(self.net) * self.net.dim / self.mesh.tensor if copies else 0.0
+        return self.saved(frames) + again * frames * self.frame
+
     def on_host(self, frames: float) -> float:
         """Return the bytes that all layers keep in the host's memory for the backward pass (``remat="offload"``)."""
         return self.net.num_layers * self._kept(frames, "full") if self.net.remat == "offload" else 0.0
@@ -191,10 +202,21 @@ class Network:
         """Return the bytes to recompute and differentiate one layer: its activations and its widest gradient."""
         return self._kept(frames, "none") + F32 * frames * self.frame * self.net.ffn_dim / self.mesh.tensor
 
-    def cache(self) -> float:
-        """Return the bytes of a key-value cache of one example."""
+    def forward(self, frames: int, rows: int = 1) -> float:
+        """Return the bytes to compute one layer without a gradient on ``rows`` inputs of ``frames`` latent frames."""
+        shape = rows, frames, frames, *self.recipe.latent_size
+        work = memory.layer_work(self.net, *shape, backend="kernel", tensor=self.mesh.tensor)
+        return sum(work.values()) / self.mesh.context
+
+    def text(self) -> float:
+        """Return the bytes of the prompt's keys and values in all layers, for one example."""
+        return 2 * F32 * self.net.num_layers * self.net.text_length * self.net.dim / self.mesh.tensor
+
+    def cache(self, frames: int = 0) -> float:
+        """Return the bytes of the keys and values of one example: of ``frames`` latent frames, or of a whole cache."""
         causal, net = self.recipe.causal, self.net
         slots = causal.window + causal.sink if causal.window else self.recipe.video.latent_frames
+        slots = frames or slots
         split = self.mesh.tensor * self.mesh.context
         tokens = flops.tokens_per_frame(self.recipe, net)
         scales = F32 / tokens if net.kv_cache == "int8" else 0.0  # one per frame, head and channel
@@ -260,7 +282,7 @@ def _one_network(recipe: Recipe, stage: str, mesh: _Mesh) -> Estimate:
         "gradients": net.updated * (2 if config.accumulate > 1 else 1),
         "kept for the backward pass": local * net.saved(frames),
         "layer at work": local * net.working(frames),
-        "gathered layers": net.gathered if mesh.fsdp > 1 else 0.0,
+        "gathered layers": net.gathered,
     }
     gathered, exchanged = net.trained(frames, local)
     gathered, exchanged = config.accumulate * gathered, config.accumulate * exchanged
@@ -269,6 +291,80 @@ def _one_network(recipe: Recipe, stage: str, mesh: _Mesh) -> Estimate:
     )
     work = flops.training_step(recipe, stage)
     return Estimate(parts, host + local * net.on_host(frames), work, gathered + exchanged, _times(mesh, work, seconds))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Phase:
+    """Bytes on one device in a part of a distillation step, beside the state, which is there in all of them.
+
+    Attributes:
+        gradients: of parameters.
+        arrays: what forward passes keep, caches, and the layer at work.
+        gathered: layers of the networks that run, gathered along fsdp.
+    """
+
+    gradients: float
+    arrays: float
+    gathered: float
+
+    @property
+    def total(self) -> float:
+        """Bytes of all of them."""
+        return self.gradients + self.arrays + self.gathered
+
+
+def _differentiated(recipe: Recipe) -> int:
+    """Return the latent frames of one backward pass of the student: of a block, a clip, or its copies and its past."""
+    config, causal, frames = recipe.train_distill, recipe.causal, recipe.video.latent_frames
+    if config.gradient == "replay":
+        return frames * (1 + causal.context_pass) + (causal.past_frames() if config.continuation_prob else 0)
+    return frames if config.rollout == "data" else causal.frames_per_block
+
+
+def _distill_phases(recipe: Recipe, student: Network, fake: Network, teacher: Network) -> dict[str, _Phase]:
+    """Return what each part of a step of distillation holds; what one part computes is not alive in the others.
+
+    - ``rollout``: the cache, which the loops over blocks and steps update in place, and in two of the loops the block's
+      own keys and values. Nothing else of its passes is kept.
+    - ``critic``: what the fake score keeps for its backward pass, and this pass. A discriminator adds its passes.
+    - ``scores``: what the student keeps meanwhile (its cache; with ``replay`` or rollouts on data what its layers keep)
+      and the forward pass of one score. The teacher has a batch of two per clip, with and without the prompt. SiD and
+      a discriminator differentiate the scores.
+    - ``student``: its backward pass. That of ``stop`` goes block by block and holds two gradients, the sum and that of
+      one block. That of ``replay`` goes over all noisy frames and, with a context pass, over their clean copies.
+
+    With ``accumulate``, all parts hold the sum of the gradients of the examples before them. On a mesh of GPUs, XLA
+    keeps the zeros with which loops begin beside the loops: a cache, a gradient, what the fake score will keep.
+    """
+    config, frames, mesh = recipe.train_distill, recipe.video.latent_frames, student.mesh
+    block, passed, by_block = recipe.causal.frames_per_block, _differentiated(recipe), config.rollout == "self"
+    summed, zeros = int(config.accumulate > 1), int(student.gpu_mesh)
+    # A causal score sees clean copies of the clip too.
+    seen, shown = (frames * (1 + (mode == "causal")) for mode in (config.critic_mode, config.teacher))
+    judged = 2 + bool(config.gan_r1_weight) + bool(config.gan_r2_weight) if config.objective == "dmd_gan" else 0
+
+    cache = student.cache() + student.text()
+    criticised = fake.kept(seen) + judged * fake.kept(frames)
+    rolling = cache + 2 * student.cache(block) + student.forward(block) if by_block else student.forward(frames)
+    begun = zeros * by_block * student.cache()
+    stops = by_block and config.gradient == "stop"
+    waiting = cache if stops else student.kept(passed)
+    back = student.working(passed) + stops * student.kept(passed)
+    scores = max(fake.forward(seen, 1 + (config.fake_guidance_scale != 1)), teacher.forward(shown, 2))
+    if config.objective == "sid":
+        scores = fake.kept(seen) + 2 * teacher.kept(shown) + max(fake.working(seen), 2 * teacher.working(shown))
+    elif judged:
+        scores = max(scores, fake.kept(frames) + fake.working(frames))
+
+    local = config.batch_size / mesh.ways / config.accumulate
+    sums, both = summed + zeros, max(fake.updated, student.updated)
+    layer = max(net.gathered for net in (student, fake, teacher)) / 2  # a forward pass gathers no gradient
+    return {
+        "rollout": _Phase(summed * both, local * (rolling + begun + zeros * criticised), layer),
+        "critic": _Phase((1 + sums) * fake.updated, local * (begun + criticised + fake.working(seen)), fake.gathered),
+        "scores": _Phase(sums * student.updated, local * (waiting + scores), layer),
+        "student": _Phase((1 + stops + sums) * student.updated, local * (waiting + back), student.gathered),
+    }
 
 
 def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
@@ -280,26 +376,16 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
     self_rollout = config.rollout == "self"
     blocks = len(recipe.causal.block_sizes(frames))
     moments, host = _moments([(student, config.optimizer), (fake, config.critic_optimizer)], recipe)
-    critic = local * (fake.saved(frames) + fake.working(frames))
-    if self_rollout:
-        # Replay is one pass over the noisy frames and, with a context pass, over their clean copies.
-        replayed = frames * (1 + recipe.causal.context_pass)
-        block = replayed if config.gradient == "replay" else recipe.causal.frames_per_block
-        caches = local * student.cache() * CACHES
-        generator = local * (student.saved(block) + student.working(block))
-    else:
-        caches, generator = 0.0, local * (student.saved(frames) + student.working(frames))
-    # Forward only. The teacher has a batch of two per clip, with and without the prompt.
-    scores = local * max(fake.working(frames) / 2, teacher.working(frames))
+    most = max(_distill_phases(recipe, student, fake, teacher).values(), key=lambda phase: phase.total)
     parts = {
         "student": student.params,
         "running mean": student.updated,
         "fake score": fake.updated if dmd_scores.shares_base(recipe) else fake.params,
         "teacher": teacher.params * scorers,
         **moments,
-        "gradients": max(student.updated, fake.updated) * (2 if config.accumulate > 1 else 1),
-        "caches and activations": max(critic, caches + generator, caches + scores),
-        "gathered layers": max(student.gathered, fake.gathered, teacher.gathered) if mesh.fsdp > 1 else 0.0,
+        "gradients": most.gradients,
+        "caches and activations": most.arrays,
+        "gathered layers": most.gathered,
     }
     if self_rollout:
         passes = blocks * (len(recipe.diffusion.denoising_timesteps) + 1) / 2
@@ -322,12 +408,8 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
     seconds = gathered / mesh.gather_rate + exchanged / mesh.machine.chip.ici_bandwidth
     seconds += updates * _gradient_seconds(mesh, fake.updated) + _gradient_seconds(mesh, student.updated)
     work = flops.training_step(recipe, "distill")
-    on_host = host + local * max(fake.on_host(frames), student.on_host(recipe.causal.frames_per_block))
+    on_host = host + local * max(fake.on_host(frames), student.on_host(_differentiated(recipe)))
     return Estimate(parts, on_host, work, gathered + exchanged, _times(mesh, work, seconds))
-
-
-CACHES = 4
-"""Caches alive during a self-rollout: the result, and three in the loops."""
 
 
 def _stream(recipe: Recipe, mesh: _Mesh) -> Estimate:
@@ -344,7 +426,7 @@ def _stream(recipe: Recipe, mesh: _Mesh) -> Estimate:
         "parameters": weights,
         "caches": cache,
         "layer at work": sum(layer.values()) / (mesh.context * mesh.tensor),
-        "gathered layers": net.gathered if mesh.fsdp > 1 else 0.0,
+        "gathered layers": net.gathered,
     }
     work = flops.StepFlops(flops.stream_block(recipe) * mesh.ways)
     gathered, exchanged = passes * net.gather() * weights / net.params, passes * net.exchanged(block)

@@ -282,6 +282,7 @@ def layer_work(
     height: int,
     width: int,
     backend: str | None = None,
+    tensor: int = 1,
 ) -> dict[str, int]:
     """Return the bytes of the largest temporaries of one layer that is not differentiated.
 
@@ -289,6 +290,7 @@ def layer_work(
 
     They are the residual stream, and the MLP's hidden layer or attention, each in float32 and in the compute type.
     XLA's attention also holds all scores. ``backend`` is that of attention; None: the one this process would use.
+    Hidden layer and heads are split over ``tensor`` devices.
     """
     n = (height // net.patch_size[1]) * (width // net.patch_size[2])
     tokens, keys, size = batch * frames * n, batch * context_frames * n, 4 + _width(net.dtype)
@@ -296,7 +298,7 @@ def layer_work(
     attended = (3 * tokens + 2 * keys) * net.dim * size
     if (backend or attention.resolve(net.attention, net.dtype)) == "xla":
         attended += tokens * context_frames * n * net.num_heads * size
-    return {"float32 and less": 2 * tokens * net.dim * 4 + max(hidden, attended)}
+    return {"float32 and less": 2 * tokens * net.dim * 4 + max(hidden, attended) // tensor}
 
 
 def _decoder_work(recipe: Recipe, batch: int, latents: int) -> dict[str, int]:

@@ -26,6 +26,7 @@ def main(name: str | None = None) -> None:
 
     The process ends with the status of :func:`causvid_jax.cli.common.run`; an unknown name ends it with 2.
     """
+    import causvid_jax
     from causvid_jax.cli import common
     from causvid_jax.config import suggest
 
@@ -35,6 +36,10 @@ def main(name: str | None = None) -> None:
     if name in ("--help", "-h", "help"):
         lines = "\n".join(f"  {program:<10}{about}" for program, about in PROGRAMS.items())
         print(f"causvid PROGRAM [--flag=value ...]\n\n{lines}\n\ncausvid PROGRAM --help lists its flags.")
+        print("causvid --version prints the version.")
+        return
+    if name == "--version":
+        print(f"causvid_jax {causvid_jax.__version__}")
         return
     if name not in PROGRAMS:
         print(f"error: program {name!r} does not exist; {suggest(name, PROGRAMS)}", file=sys.stderr)

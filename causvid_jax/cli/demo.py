@@ -17,7 +17,7 @@ from causvid_jax.cli.options import option
 from causvid_jax.config import Recipe, require
 from causvid_jax.config.fields import Bounds
 from causvid_jax.config.files import atomic
-from causvid_jax.config.recipes import CONFIG_HELP
+from causvid_jax.config.recipes import CONFIG_HELP, names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,11 +126,12 @@ def main(options: Options) -> None:
     start = time.perf_counter()
     print(f"Loading {options.config.name} ...", flush=True)
     from causvid_jax import media
-    from causvid_jax.sampling import pipeline
+    from causvid_jax.sampling import pipeline, weights
 
     output, prompts = pathlib.Path(options.output), options.prompt or PROMPTS
     for suffix in media.SUFFIXES:
         media.check_output(output / f"stream{suffix}")
+    weights.find(options.config, "teacher", options.workdir)  # refuses missing weights before anything is computed
     common.enable_compilation_cache()
     student = pipeline.load(options.config, checkpoint=options.workdir)
     student.encode_prompt(prompts)  # refuses unknown words before anything is compiled
@@ -140,4 +141,12 @@ def main(options: Options) -> None:
     print(f"All in {time.perf_counter() - start:.0f} s. Your own prompt:")
     program = pathlib.Path(sys.executable).with_name("causvid")
     name = program if program.is_file() else "causvid"
-    print(f'  {name} sample --config={options.config.name} --prompt="{prompts[0]}" --frames=160 --output=red.mp4')
+    print(f"  {name} {own_command(options, prompts[0])}")
+
+
+def own_command(options: Options, prompt: str) -> str:
+    """Return a command that samples with the recipe and the weights of the demo."""
+    # The recipe of a variant or a file has another name than --config has.
+    config = options.config.name if options.config.name in names() else "RECIPE"
+    checkpoint = f" --checkpoint={options.workdir}" if options.workdir else ""
+    return f'sample --config={config}{checkpoint} --prompt="{prompt}" --frames=160 --output=red.mp4'

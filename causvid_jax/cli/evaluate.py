@@ -28,6 +28,12 @@ class Options(Plan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        data = self.config.data.name
+        require(
+            data == "moving_digits",
+            f"recipe {self.config.name!r} has data.name {data!r}; the report measures moving digits. For other videos "
+            "use causvid vbench",
+        )
         require(
             not (self.teacher and self.student_only),
             f"--teacher={self.teacher} and --student_only are both given; leave one out",

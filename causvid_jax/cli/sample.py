@@ -21,10 +21,11 @@ Published weights are read without conversion: ``--config=wan_1_3b --checkpoint=
 the published code's numerics (docs/wan.md).
 """
 
+import pathlib
 from typing import TYPE_CHECKING
 
 from causvid_jax.cli import common
-from causvid_jax.config import ConfigError
+from causvid_jax.config import ConfigError, Recipe
 from causvid_jax.sampling.request import SampleRequest
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 Options = SampleRequest
 
+AXES = ("slices", "data", "fsdp", "context", "tensor")
+"""Sizes of a recipe's mesh."""
 LARGE = 2 * 10**9
 """Bytes above which the memory plan of a run is printed."""
 
@@ -40,6 +43,8 @@ LARGE = 2 * 10**9
 def main(request: SampleRequest) -> None:
     """Check the request against files and memory, then generate and write."""
     print(f"Loading {request.config.name} ...", flush=True)
+    for line in unused_mesh(request.config):
+        print(line, flush=True)
 
     from causvid_jax.analysis import memory
     from causvid_jax.checkpoints.table import OURS
@@ -79,12 +84,15 @@ def replay(request: SampleRequest) -> None:
     from causvid_jax.serve import film
     from causvid_jax.serve.programs import open_programs
 
-    script = read_script(request.replay or "")
+    source = pathlib.Path(request.replay or "")
+    script = read_script(source)
     path = media.check_output(request.output)
+    itself = path.exists() and path.samefile(source)  # the recording stays until its replay is complete
     recipe = precision.exact(request.config, False) if request.exact else request.config
     common.enable_compilation_cache()
-    programs = open_programs(recipe, request.checkpoint, request.files)
-    with media.VideoWriter(path, recipe.video.fps, request.pixel_size) as writer:
+    programs = open_programs(recipe, request.checkpoint, request.files, loras=request.lora)
+    film.check_script(script, programs)
+    with media.VideoWriter(path, recipe.video.fps, request.pixel_size, whole=itself) as writer:
         writer.comment = script.to_json()
         with media.BackgroundWriter([writer]) as out:
             for frames in film.replay(programs, script):
@@ -111,6 +119,14 @@ def memory_plan(opened: "Session") -> "tuple[Phase, ...]":
         clip=opened.clip,
         state=opened.program.shapes() if opened.program else None,
     )
+
+
+def unused_mesh(recipe: Recipe) -> list[str]:
+    """Return a note for a recipe with a mesh of several devices, which sampling does not use."""
+    given = [f"{name} {getattr(recipe.parallel, name)}" for name in AXES if getattr(recipe.parallel, name) > 1]
+    if not given:
+        return []
+    return [f"Note: the mesh of the recipe ({', '.join(given)}) is not used; causvid sample generates on one device."]
 
 
 def unlike_captions(opened: "Session") -> list[str]:

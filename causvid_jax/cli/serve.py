@@ -17,6 +17,9 @@ from causvid_jax.config import ConfigError, Recipe
 from causvid_jax.config.recipes import CONFIG_HELP
 from causvid_jax.serve.settings import Settings
 
+TOKEN = "CAUSVID_TOKEN"
+"""The variable of the environment that holds the token where no flag gives it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Options(Settings):
@@ -29,6 +32,11 @@ class Options(Settings):
     taehv: str | None = option(None, "The tiny decoder's weights; wins over --checkpoint.")
     program: str | None = option(None, "A file of compile --stage=serve, to run instead of tracing the model.")
 
+    def __post_init__(self) -> None:
+        if not self.token:  # an address that others can reach is refused without one
+            object.__setattr__(self, "token", os.environ.get(TOKEN, ""))
+        super().__post_init__()
+
 
 def main(options: Options) -> None:
     """Listen, warm up and serve until a signal.
@@ -36,8 +44,6 @@ def main(options: Options) -> None:
     Raises:
         ConfigError: a missing extra, a recipe whose streams end, more sessions than fit, or an address that is in use.
     """
-    if not options.token and os.environ.get("CAUSVID_TOKEN"):
-        options = dataclasses.replace(options, token=os.environ["CAUSVID_TOKEN"])
     try:
         from causvid_jax.serve import server
         from causvid_jax.serve.engine import Engine
@@ -62,8 +68,7 @@ def main(options: Options) -> None:
         open_programs, options.config, options.checkpoint, files, program=options.program, compiles=True
     )
 
-    print(
-        f"Loading {options.config.name}. The page: {address}{'#token=' + options.token if options.token else ''}",
-        flush=True,
-    )
+    # Logs keep what is printed, so a secret of the environment is not.
+    token = f"${TOKEN}" if options.token and options.token == os.environ.get(TOKEN) else options.token
+    print(f"Loading {options.config.name}. The page: {address}{'#token=' + token if token else ''}", flush=True)
     server.serve(Engine(options.config, load, options), listener)

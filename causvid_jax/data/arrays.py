@@ -16,7 +16,7 @@ from array_record.python import array_record_module
 from tqdm import tqdm
 
 from causvid_jax.config import ConfigError, require
-from causvid_jax.config.files import write_text
+from causvid_jax.config.files import atomic_write, write_text
 
 IDENTITY = "identity.json"
 ADDED = ("dtype", "text")
@@ -211,15 +211,14 @@ def _change(name: str, before: Any, now: Any) -> str:
 
 
 def _write_shard(path: pathlib.Path, records: Iterable[bytes]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), "group_size:1")
-    try:
-        for record in records:
-            writer.write(record)
-    finally:
-        writer.close()
-    os.replace(temporary, path)
+    # Two processes that were started alike write the same shard, each to a temporary file of its own.
+    with atomic_write(path) as temporary:
+        writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), "group_size:1")
+        try:
+            for record in records:
+                writer.write(record)
+        finally:
+            writer.close()
 
 
 def _finish(

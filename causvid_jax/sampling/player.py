@@ -167,12 +167,12 @@ class _Player:
         return jnp.asarray(np.broadcast_to(files.to_float(array), (self.batch, *array.shape)))
 
     def block(
-        self, run: Callable, block: int, state: stream.StreamState, coder: vae.EncodeCache | None
+        self, run: Callable, block: int, state: stream.StreamState, coder: vae.EncodeCache | None, cut: bool = False
     ) -> tuple[jax.Array, stream.StreamState, vae.EncodeCache | None]:
-        """Return (frames [B, 4K, H, W, 3], state, coder) of the next block."""
+        """Return (frames [B, 4K, H, W, 3], state, coder) of the next block; ``cut``: it follows a reset."""
         params, config, started = self.params, self.config, state.started
         if self.video is not None:
-            latents, coder = self._encode(run, block, self.video, coder)
+            latents, coder = self._encode(run, block, self.video, coder, cut)
             start = jnp.int32(self.start)
             x, state = run(stream.next_block_from, started, params, state, latents, start, config=config)
         elif self.image is not None and block == 0:
@@ -190,12 +190,18 @@ class _Player:
         return decoded, state, coder
 
     def _encode(
-        self, run: Callable, block: int, video: np.ndarray, coder: vae.EncodeCache | None
+        self, run: Callable, block: int, video: np.ndarray, coder: vae.EncodeCache | None, cut: bool
     ) -> tuple[jax.Array, vae.EncodeCache | None]:
-        """Encode the frames of the video that the block follows."""
+        """Encode the frames of the video that the block follows.
+
+        After a cut the block is decoded as the start of a clip, whose first latent is one frame. So the encoder starts
+        again there, with the block's last frames.
+        """
         indices = np.arange(first_frame(block, self.config), first_frame(block + 1, self.config))
+        indices, first = indices[stream.LEAD if cut else 0 :], cut or block == 0
+        coder = self.coder() if cut else coder
         # If the input ends inside a block, repeat its last frame.
-        chunk, first = self.pixels(video[np.minimum(indices, len(video) - 1)]), block == 0
+        chunk = self.pixels(video[np.minimum(indices, len(video) - 1)])
         return run(encode_chunk, first, self.params["vae"], chunk, coder, config=self.config.vae, first=first)
 
     def switch(self, run: Callable, state: stream.StreamState, embeds: Any) -> stream.StreamState:
@@ -371,7 +377,8 @@ def _deliver(
         if block < blocks:
             if block in switches:
                 state = player.switch(programs, state, jnp.asarray(switches[block]))
-            waiting, state, coder = player.block(programs, block, state, coder)
+            cut = block in switches and player.config.causal.on_prompt_switch == "reset"
+            waiting, state, coder = player.block(programs, block, state, coder, cut)
         if ready is None:
             continue
         decoded = files.to_uint8(ready, f"the frames of block {block - 1}")

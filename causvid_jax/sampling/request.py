@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from causvid_jax.config import ConfigError, Recipe, published, require
 from causvid_jax.config.fields import Bounds
-from causvid_jax.config.recipes import CONFIG_HELP, option
+from causvid_jax.config.recipes import CONFIG_HELP, names, option
 from causvid_jax.sampling import blocks
 
 FRAMES = 10**7
@@ -65,6 +65,7 @@ class SampleRequest:
         if self.replay:
             for name in ("prompt", "frames", "seed", "image", "video", "strength", "switch", "teacher", "program"):
                 require(not getattr(self, name), f"--{name} is given with --replay, whose script sets it; leave it out")
+            require(self.decode_device is None, "--decode_device is given with --replay, which uses one device")
             return
         require(bool(self.prompt), 'no --prompt is given; for example --prompt="a red 3 moving left"')
         require(len(self.prompt) <= 1024, f"--prompt is given {len(self.prompt)} times; accepted: up to 1024")
@@ -104,14 +105,19 @@ class SampleRequest:
         """Return the recipe if no ``--config`` is given: that of the video to replay or of the published file.
 
         Raises:
-            ConfigError: the video to replay has no script.
+            ConfigError: the video to replay has no script, or one of a recipe that has no name in the package.
         """
         if not values.get("replay"):
             model = published.find(values.get("student") or values.get("checkpoint") or "")
             return f"published:{model.name}" if model else None
         from causvid_jax.sampling.script import read_script  # it imports the video decoder
 
-        return read_script(values["replay"]).recipe
+        name = read_script(values["replay"]).recipe
+        require(
+            name.partition(":")[0] in names(),
+            f"video {values['replay']!r} was made by recipe {name!r}, no recipe of the package; give its --config",
+        )
+        return name
 
     def _check_role(self) -> None:
         for name in ("image", "video", "switch", "program", "decode_device"):

@@ -18,7 +18,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from causvid_jax.config import ConfigError, require
+from causvid_jax.config import ConfigError, Recipe, require
 from causvid_jax.media.pixels import MAX_PIXELS
 
 VERSION = 1
@@ -73,6 +73,8 @@ class Script:
         blocks: number of blocks from the start of the film.
         latents: maximum latent frames, for a recipe without a window.
         length: number of pixel frames that a recording shows; None: those of all its blocks.
+        size: ``WIDTHxHEIGHT`` of the frames; "" if it is not known, in scripts of older versions.
+        fps: frames per second; None if it is not known.
         complete: False if inputs were too large to be stored.
         sha256: of the uint8 frames from block ``first`` to the end; "" if it is not known.
 
@@ -89,6 +91,8 @@ class Script:
     blocks: int = 0
     latents: int | None = None
     length: int | None = None
+    size: str = ""
+    fps: float | None = None
     complete: bool = True
     sha256: str = ""
     version: int = VERSION
@@ -108,6 +112,11 @@ class Script:
     def to_json(self) -> str:
         """Return the script as JSON on one line, without fields that have their default."""
         return json.dumps(_plain(self), separators=(",", ":"))
+
+
+def size_of(recipe: Recipe) -> str:
+    """Return ``WIDTHxHEIGHT`` of a recipe's frames."""
+    return f"{recipe.video.width}x{recipe.video.height}"
 
 
 def _plain(value: Script | Event) -> dict[str, Any]:
@@ -139,9 +148,9 @@ def from_json(text: str | Mapping[str, Any]) -> Script:
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("block", "blend", "seed", "first", "blocks", "version"), (int,)),
     **dict.fromkeys(("latents", "length"), (int, type(None))),
-    **dict.fromkeys(("context", "recipe", "weights", "sha256"), (str,)),
+    **dict.fromkeys(("context", "recipe", "weights", "size", "sha256"), (str,)),
     **dict.fromkeys(("prompt", "frames"), (str, type(None))),
-    "strength": (int, float, type(None)),
+    **dict.fromkeys(("strength", "fps"), (int, float, type(None))),
     "complete": (bool,),
     "events": (tuple,),
 }

@@ -18,7 +18,7 @@ from causvid_jax.models import decoder, precision
 from causvid_jax.models.image_branch import Picture
 from causvid_jax.sampling import blocks, exported, image_to_video, player, schedule, weights
 from causvid_jax.sampling.request import SampleRequest, teacher_recipe
-from causvid_jax.sampling.script import MOST_INPUT, Event, Script, pack
+from causvid_jax.sampling.script import MOST_INPUT, Event, Script, pack, size_of
 from causvid_jax.sampling.state import seeds_of
 from causvid_jax.sampling.teacher import sample_clip
 from causvid_jax.text import encoder
@@ -205,6 +205,8 @@ def comment_of(session: Session, index: int) -> str:
         blocks=count,
         latents=None if recipe.causal.window else latents,
         length=session.frames,
+        size=size_of(recipe),
+        fps=recipe.video.fps,
     ).to_json()
 
 

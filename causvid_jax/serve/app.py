@@ -171,8 +171,10 @@ def _add_videos(app: FastAPI, engine: Engine, jobs: Jobs) -> None:
     @app.get("/v1/videos/{key}/content", summary="The MP4", tags=["videos"])
     async def content(key: str) -> Response:
         job = find(key)
-        if job.status != "completed" or job.path is None or not job.path.is_file():
+        if job.status != "completed" or job.path is None:
             raise HTTPException(404 if job.status == "failed" else 409, f"the video is {job.status}")
+        if not job.path.is_file():
+            raise HTTPException(404, "the video is no longer kept; --kept is the number of files")
         return FileResponse(job.path, media_type="video/mp4", filename=f"{job.id}.mp4")
 
     @app.delete("/v1/videos/{key}", summary="Stop and remove", tags=["videos"])

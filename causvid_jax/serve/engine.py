@@ -19,7 +19,7 @@ from causvid_jax.media.output import remove_abandoned
 from causvid_jax.models.image_branch import has_branch
 from causvid_jax.sampling import schedule
 from causvid_jax.serve.film import Film, Replay
-from causvid_jax.serve.fragments import Recording
+from causvid_jax.serve.fragments import Recording, remove_old
 from causvid_jax.serve.metrics import Metrics
 from causvid_jax.serve.programs import Programs
 from causvid_jax.serve.session import Change, Chunk, Session, Start
@@ -135,7 +135,7 @@ class Engine:
                             self._work.wait(1.0)
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
-            _LOG.exception("the device worker has ended")
+            _LOG.error("the device worker has ended", exc_info=not isinstance(error, ConfigError))
             for session in self.sessions():
                 self.close(session, "the server's device has failed")
 
@@ -232,19 +232,19 @@ class Engine:
 
     # ---- sessions ----
 
-    def open(self, start: Start, address: str = "", *, keeps: bool = True) -> Session:
+    def open(self, start: Start, address: str = "", job: Callable[[Session], None] | None = None) -> Session:
         """Return a new session, running or in the queue.
 
         Args:
             start: of its first film.
             address: of the client, whose sessions are counted; "": not counted.
-            keeps: whether chunks are kept until the client confirms them; False for jobs, which take them at once.
+            job: attaches a job, which takes chunks at once; without one a client confirms them.
 
         Raises:
             ConfigError: the queue is full, the address has too many sessions, or ``start`` is not possible.
         """
         require(not self._stopping, "the server is stopping")
-        session = Session(address, self.clock(), ahead=self.settings.ahead, keeps=keeps)
+        session = Session(address, self.clock(), ahead=self.settings.ahead, keeps=job is None)
         with self._lock:
             everyone = [*self._turns, *self._queue]
             mine = sum(other.address == address for other in everyone)
@@ -254,6 +254,8 @@ class Engine:
             )
             full = len(self._turns) >= self.settings.sessions and len(self._queue) >= self.settings.queue
             require(not full, f"all {self.settings.sessions} places and the queue are taken; try again later")
+            if job is not None:
+                job(session)
             self._queue.append(session)
             self.restart(session, start)
             self._admit()
@@ -401,10 +403,7 @@ class Engine:
 
     def remove_old_files(self) -> None:
         """Keep the newest ``kept`` videos of the recordings' directory."""
-        folder = pathlib.Path(self.settings.recordings)
-        files = sorted(folder.glob("*.mp4"), key=lambda path: path.stat().st_mtime)
-        for path in files[: -self.settings.kept]:
-            path.unlink(missing_ok=True)
+        remove_old(pathlib.Path(self.settings.recordings), self.settings.kept)
 
     # ---- coming and going ----
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from causvid_jax.config import ConfigError, require
-from causvid_jax.sampling.script import MOST_EVENTS, MOST_INPUT, Event, Script, pack, unpack
+from causvid_jax.sampling.script import MOST_EVENTS, MOST_INPUT, Event, Script, pack, size_of, unpack
 from causvid_jax.sampling.stream import StreamState
 from causvid_jax.serve.programs import Programs
 
@@ -159,6 +159,8 @@ class Film:
             events=tuple(event for event in self._events if event.block < max(self.block, 1)),
             blocks=self.block,
             latents=self._latents,
+            size=size_of(self.programs.recipe),
+            fps=self.programs.recipe.video.fps,
             complete=self._complete,
             sha256=self._digest.hexdigest(),
         )
@@ -224,6 +226,17 @@ def check_script(script: Script, programs: Programs) -> None:
     require(
         script.recipe == recipe.name,
         f"the film was made by recipe {script.recipe!r}; this is {recipe.name!r}",
+    )
+    width, _, height = script.size.partition("x")
+    require(
+        script.size in ("", size_of(recipe)),
+        f"the film has {script.size} pixels, this recipe {size_of(recipe)}; add --config.video.width={width} "
+        f"--config.video.height={height}",
+    )
+    require(
+        script.fps in (None, recipe.video.fps),
+        f"the film has {script.fps or 0:.12g} frames per second, this recipe {recipe.video.fps:.12g}; add "
+        f"--config.video.fps={script.fps or 0:.12g}",
     )
     require(
         script.weights == programs.weights,

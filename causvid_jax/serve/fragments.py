@@ -4,6 +4,7 @@ A fragment is encoded alone: it starts with a key frame and does not depend on o
 share one header; the header and any consecutive fragments form a video.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -145,3 +146,21 @@ class Recording:
         script = dataclasses.replace(script, first=first, blocks=first + self.blocks, sha256=self.digest.hexdigest())
         writer.comment = script.to_json()
         writer.close()
+
+    def discard(self) -> None:
+        """Remove the file, also a part of it, and take no further block."""
+        with self._lock:
+            writer, self._writer = self._writer, None
+            if writer is not None:
+                writer.discard()
+            self.path.unlink(missing_ok=True)
+
+
+def remove_old(folder: pathlib.Path, kept: int) -> None:
+    """Remove all videos of a folder but the ``kept`` newest."""
+    ages = []
+    for path in folder.glob("*.mp4"):
+        with contextlib.suppress(FileNotFoundError):  # another thread has removed it
+            ages.append((path.stat().st_mtime, path))
+    for _, path in sorted(ages)[:-kept]:
+        path.unlink(missing_ok=True)

@@ -33,6 +33,7 @@ class Job:
         created_at, completed_at: seconds since 1970.
         error: sentence of a failed job.
         session: that makes the video.
+        recording: that writes it.
         path: of the file.
     """
 
@@ -51,6 +52,7 @@ class Job:
     completed_at: int | None = None
     error: str | None = None
     session: Session | None = None
+    recording: Recording | None = None
     path: pathlib.Path | None = None
 
     def public(self) -> dict[str, Any]:
@@ -171,37 +173,39 @@ class Jobs:
 
     def _begin(self, job: Job) -> None:
         engine = self.engine
-        total = round(job.seconds * engine.fps)
-        last = blocks.block_of(max(total, 1) - 1, engine.recipe)
+        total = max(1, round(job.seconds * engine.fps))
+        last = blocks.block_of(total - 1, engine.recipe)
         path = pathlib.Path(engine.settings.recordings) / f"{job.id}.mp4"
         recording = Recording(path, engine.fps, engine.pixel_size, engine.settings.recording_bytes)
-        session = engine.open(
-            Start(job.prompt, job.seed, picture=job.picture, video=job.video, strength=job.strength), keeps=False
-        )
-        job.session, job.path, job.picture, job.video = session, path, None, None
+        job.recording, job.path = recording, path
 
         def on_frames(frames: np.ndarray) -> None:
             recording.append(frames[: total - recording.frames])
             job.progress = min(99.0, 100.0 * recording.frames / total)
-            if recording.frames >= total and session.film is not None:
-                script = dataclasses.replace(session.film.script(), length=total)
+            film = job.session.film if job.session is not None else None
+            if recording.frames >= total and film is not None:
+                script = dataclasses.replace(film.script(), length=total)
                 recording.close(script, 0)
                 self._finish(job)
 
         def on_output() -> None:
-            for event in list(session.events):
+            for event in list(job.session.events if job.session is not None else ()):
                 if event["type"] in ("error", "ended") and job.status == "in_progress":
                     self._finish(job, event.get("message") or event["reason"])
 
-        session.on_frames, session.on_output = on_frames, on_output
-        engine.pull(session, last, 0)
+        def attach(session: Session) -> None:
+            job.session, session.on_frames, session.on_output = session, on_frames, on_output
+
+        start = Start(job.prompt, job.seed, picture=job.picture, video=job.video, strength=job.strength)
+        job.picture = job.video = None
+        engine.pull(engine.open(start, job=attach), last, 0)
 
     def _finish(self, job: Job, error: str | None = None) -> None:
         job.status, job.error = ("completed" if error is None else "failed"), error
         job.progress = 100.0 if error is None else job.progress
         job.completed_at = int(time.time())
-        if error is not None and job.path is not None:
-            job.path.unlink(missing_ok=True)
+        if error is not None and job.recording is not None:
+            job.recording.discard()
         if job.session is not None:
             self.engine.close(job.session, "the job is finished")
         self.engine.remove_old_files()

@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -174,6 +174,7 @@ def open_programs(
     files: Mapping[str, str | None] | None = None,
     *,
     program: str | os.PathLike | None = None,
+    loras: Sequence[str] = (),
     compiles: bool = False,
 ) -> Programs:
     """Load the student of a recipe, its decoder and, if available, the encoders of pictures.
@@ -185,6 +186,7 @@ def open_programs(
         checkpoint: as in :func:`causvid_jax.load`.
         files: network to a weights file that replaces that of ``checkpoint``.
         program: a file of ``causvid compile --stage=serve``, run instead of tracing the model.
+        loras: ``FILE`` or ``FILE:STRENGTH`` each, added to the student's weights as they are read.
         compiles: whether to compile every program at once, if all have one shape on one device.
 
     Raises:
@@ -194,6 +196,7 @@ def open_programs(
     own = {name: file for name, file in (files or {}).items() if file is not None}
     encodes = True if has_branch(recipe.student) else None  # an image branch needs the encoders
     opened, recipe = weights.find(recipe, "student", checkpoint, encodes=encodes, files=own)
+    opened["student"] = weights.with_loras(opened["student"], loras)
     clip = opened["image_encoder"].config if "image_encoder" in opened else None
     placement = place(recipe.parallel, recipe.student.rules)
     require(

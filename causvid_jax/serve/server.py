@@ -2,10 +2,11 @@
 
 import logging
 import socket as sockets
+import threading
 
 import uvicorn
 
-from causvid_jax.config import ConfigError
+from causvid_jax.config import ConfigError, RunError
 from causvid_jax.serve.app import create_app
 from causvid_jax.serve.engine import Engine
 from causvid_jax.serve.settings import Settings
@@ -45,5 +46,21 @@ def configuration(engine: Engine) -> uvicorn.Config:
 
 
 def serve(engine: Engine, listener: sockets.socket) -> None:
-    """Serve at ``listener`` until SIGTERM or Ctrl-C; then close connections and finish recordings."""
-    uvicorn.Server(configuration(engine)).run(sockets=[listener])
+    """Serve at ``listener`` until SIGTERM or Ctrl-C; then close connections and finish recordings.
+
+    Raises:
+        ConfigError: weights or a program that are missing or do not fit.
+        RunError: loading or compiling failed in another way.
+    """
+    server = uvicorn.Server(configuration(engine))
+    threading.Thread(target=_stop_after_failed_load, args=(engine, server), daemon=True).start()
+    server.run(sockets=[listener])
+    if engine.failure and not engine.ready.is_set():
+        kind, _, message = engine.failure.partition(": ")
+        raise ConfigError(message) if kind == "ConfigError" else RunError(engine.failure)
+
+
+def _stop_after_failed_load(engine: Engine, server: uvicorn.Server) -> None:
+    while not engine.ready.wait(0.1) and not server.should_exit:
+        if server.started and engine.failure:
+            server.should_exit = True

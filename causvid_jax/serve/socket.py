@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from causvid_jax.config import ConfigError, require
-from causvid_jax.sampling import script
+from causvid_jax.sampling import schedule, script
 from causvid_jax.serve import fragments, protocol, uploads
 from causvid_jax.serve.engine import Engine
 from causvid_jax.serve.session import Change, Chunk, Session, Start
@@ -163,6 +163,8 @@ class Connection:
                 engine.pause(session, message.paused)
             case protocol.Input():
                 require(engine.follows_videos, "this server cannot follow a video")
+                if payload:
+                    schedule.strength_step(engine.recipe.diffusion, message.strength)  # refuses what is out of bounds
                 frame = await self._picture(payload) if payload else None
                 engine.follow(session, frame, message.strength)
             case protocol.Snapshot():

@@ -8,6 +8,8 @@ import numpy as np
 from causvid_jax.config import ConfigError, TextConfig, require, suggest
 
 PUNCTUATION = string.punctuation + "\u2018\u2019\u201c\u201d\u2026\u2013\u2014"
+LONGEST_SHOWN = 200
+"""Characters of a prompt that a message repeats."""
 
 
 def split_words(prompt: str, config: TextConfig) -> list[str]:
@@ -23,8 +25,14 @@ def split_words(prompt: str, config: TextConfig) -> list[str]:
         if word is not None:
             words.append(word)
         elif token.strip(PUNCTUATION):
-            raise ConfigError(f"unknown word {token!r} in prompt {prompt!r}; {suggest(token, config.vocabulary)}")
+            where = f"{_short(token)!r} in prompt {_short(prompt)!r}"
+            raise ConfigError(f"unknown word {where}; {suggest(token, config.vocabulary)}")
     return words
+
+
+def _short(text: str) -> str:
+    """Return a text as it is, or the start of a long one."""
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def encode_words(prompts: Sequence[str], config: TextConfig) -> np.ndarray:
@@ -47,7 +55,7 @@ def encode_words(prompts: Sequence[str], config: TextConfig) -> np.ndarray:
         words = split_words(prompt, config)
         require(
             len(words) <= config.length,
-            f"prompt {prompt!r} has {len(words)} words; at most {config.length} are accepted",
+            f"prompt {_short(prompt)!r} has {len(words)} words; at most {config.length} are accepted",
         )
         for i, word in enumerate(words):
             embeds[b, i, index[word]] = 1.0

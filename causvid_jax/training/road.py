@@ -12,8 +12,9 @@ import pathlib
 import time
 from collections.abc import Callable, Mapping
 
+from causvid_jax.checkpoints import safetensors_io
 from causvid_jax.checkpoints import workdir as paths
-from causvid_jax.config import ConfigError, Recipe
+from causvid_jax.config import ConfigError, Recipe, flat_fields, to_json
 from causvid_jax.config.files import write_text
 from causvid_jax.data import arrays, prepare, sources
 from causvid_jax.evaluation import measure
@@ -21,6 +22,8 @@ from causvid_jax.evaluation.plan import Plan
 from causvid_jax.training import provenance, stages
 from causvid_jax.training.samples import CLASSIFIER
 
+UNSEEN = ("samples", "sample_every", "log_every", "save_every", "keep", "keep_every")
+"""Settings of a stage that do not change its weights."""
 RECORD = "road.json"
 REPORT = "report.json"
 
@@ -35,11 +38,13 @@ class Leg:
         name: of the stage.
         is_done: returns whether the working directory has the result of the leg.
         run: runs the leg.
+        changes: returns the settings with which the result was made, where the recipe has others now.
     """
 
     name: str
     is_done: Callable[[], bool]
     run: Callable[[], object]
+    changes: Callable[[], list[str]] = list
 
 
 def legs(recipe: Recipe, workdir: pathlib.Path, options: prepare.Options, plan: Plan | None = None) -> list[Leg]:
@@ -60,7 +65,9 @@ def legs(recipe: Recipe, workdir: pathlib.Path, options: prepare.Options, plan: 
         return Leg(stage, is_done, lambda: prepare.run(stage, recipe, workdir, options))
 
     def trained(stage: str) -> Leg:
-        return Leg(stage, paths.stage_path(workdir, stage).is_file, lambda: stages.train(stage, recipe, workdir))
+        path = paths.stage_path(workdir, stage)
+        changes = functools.partial(changed_settings, path, stage, recipe)
+        return Leg(stage, path.is_file, lambda: stages.train(stage, recipe, workdir), changes)
 
     def has_clips() -> bool:
         try:
@@ -109,6 +116,9 @@ def travel(recipe: Recipe, workdir: pathlib.Path, road: list[Leg], say: Say = pr
         where = f"{number} of {len(road)}, {leg.name}"
         if leg.is_done():
             say(f"{where}: done{_took(seconds.get(leg.name))}")
+            if changes := leg.changes():
+                folder = paths.stage_path(workdir, leg.name).parent
+                say(f"  Note: it was made with {', '.join(changes)}. To make it again, remove {folder} first.")
             continue
         say(f"{where}{_forecast(packaged, seconds, [leg.name for leg in road[number - 1 :]])}")
         begin = time.monotonic()
@@ -120,6 +130,18 @@ def travel(recipe: Recipe, workdir: pathlib.Path, road: list[Leg], say: Say = pr
             record = {"recipe": recipe.name, **provenance.origin(workdir), "seconds": seconds}
             write_text(workdir / RECORD, json.dumps(record, indent=1) + "\n")
     say(f"All weights of {recipe.name} are in {workdir}{_took(sum(seconds.values()))}.")
+
+
+def changed_settings(path: pathlib.Path, stage: str, recipe: Recipe) -> list[str]:
+    """Return the settings of a stage that decide its weights and differ from those in its file: "x 100, now 200"."""
+    try:
+        made_with = json.loads(safetensors_io.open_safetensors(path)[1].get("config", "{}"))
+    except (ConfigError, ValueError):
+        return []  # the next leg that reads the file says what is wrong
+    old, new = flat_fields(made_with), flat_fields(json.loads(to_json(recipe)))
+    group = f"train_{stage}."
+    names = [name for name in new if name.startswith(group) and name.removeprefix(group) not in UNSEEN]
+    return [f"{name} {old[name]!r}, now {new[name]!r}" for name in names if name in old and old[name] != new[name]]
 
 
 def _forecast(reference: Mapping[str, float], seconds: Mapping[str, float], pending: list[str]) -> str:

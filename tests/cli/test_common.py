@@ -1,6 +1,7 @@
 """Flags, recipes by name, one-sentence errors and the exit status of a process."""
 
 import dataclasses
+import importlib.metadata
 import os
 import pathlib
 import signal
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from causvid_jax import media
+from causvid_jax import cli, media
 from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, help_text, option, parse
 from causvid_jax.config import ConfigError, Recipe, RunError
@@ -213,6 +214,12 @@ def test_the_two_doors_are_the_same(tmp_path):
             [sys.executable, *command, "--config=digits"], cwd=ROOT, capture_output=True, text=True, timeout=60
         )
         assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: no --prompt is given")
+
+
+def test_the_version_is_that_of_the_package(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["causvid", "--version"])
+    cli.main()
+    assert capsys.readouterr().out == f"causvid_jax {importlib.metadata.version('causvid_jax')}\n"
 
 
 def test_output_paths(tmp_path):

@@ -24,6 +24,7 @@ from tests.tiny import RECIPE, tiny_workdir
             "--teacher=own.safetensors and --student_only are both given",
         ),
         ("digits", ["--student_only", "--student=own.safetensors"], "own.safetensors"),
+        ("own", ["--student_only"], "has data.name 'videos'; the report measures moving digits. For other videos use"),
     ],
 )
 def test_weights_that_cannot_be_measured(tmp_path, monkeypatch, config, arguments, message):

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from causvid_jax import media
 from causvid_jax.checkpoints import store, workdir
@@ -15,10 +16,12 @@ from causvid_jax.config import ConfigError
 from causvid_jax.config.recipes import load_recipe
 from causvid_jax.models import transformer, vae
 from causvid_jax.sampling import session
+from causvid_jax.serve import film
 from tests.programs import write_recipe
-from tests.tiny import random_params, stream_recipe
+from tests.tiny import changed, random_params, stream_recipe
 
 PROMPT = "--prompt=a red 3 moving left"
+CUT = "--config.causal.on_prompt_switch=reset"
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,9 @@ def place(tmp_path_factory):
     (folder / "digits" / "vae" / "vae.safetensors").rename(folder / "digits" / "vae" / "weights.safetensors")
     clip = np.random.default_rng(0).integers(0, 256, (11, 16, 16, 3), np.uint8)
     media.write_video(folder / "clip.gif", clip, 16)
+    up, down = np.full((recipe.student.dim, 1), 0.3, np.float32), np.full((1, recipe.student.dim), 0.3, np.float32)
+    names = {"blocks.0.self_attn.o.lora_A.weight": down, "blocks.0.self_attn.o.lora_B.weight": up}
+    safetensors.numpy.save_file(names, folder / "lora.safetensors")
     (folder / "broken.safetensors").write_bytes(workdir.stage_path(folder, "distill").read_bytes()[:500])
     (folder / "broken.png").write_text("no picture")
     return folder
@@ -74,6 +80,13 @@ def made(place):
         "many.gif": [PROMPT, "--prompt=a blue 7", "--frames=9", "--seed=4", "--upscale=1"],
         "alone.gif": ["--prompt=a blue 7", "--frames=9", "--seed=5", "--upscale=1"],
         "follows.mp4": [PROMPT, f"--video={place}/clip.gif", "--strength=0.25"],
+        "cut.mp4": [
+            PROMPT,
+            f"--video={place}/clip.gif",
+            "--switch=5:a blue 7",
+            f"--lora={place}/lora.safetensors",
+            CUT,
+        ],
         "starts.mp4": [PROMPT, f"--image={place}/clip.gif", "--frames=6"],
         "teacher.mp4": [PROMPT, "--teacher"],
     }
@@ -106,12 +119,41 @@ def test_other_ways_to_start(place, made):
 
 
 def test_a_replay_is_the_same_video(place, made):
-    for name in ("follows.mp4", "starts.mp4"):
-        call(place, [f"--replay={place}/{name}", f"--output={place}/again_{name}"])
+    lora = f"--lora={place}/lora.safetensors"
+    for name, given in (("follows.mp4", []), ("starts.mp4", []), ("cut.mp4", [lora])):
+        call(place, [f"--replay={place}/{name}", f"--output={place}/again_{name}", *given])
         first, again = (media.read_video(place / file, 16, 16) for file in (name, f"again_{name}"))
         np.testing.assert_array_equal(again, first)
     assert "holds no script" in refusal(place, [f"--replay={place}/teacher.mp4"])
-    assert "--seed is given with --replay" in refusal(place, [f"--replay={place}/starts.mp4", "--seed=3"])
+    replay = f"--replay={place}/cut.mp4"
+    assert "--seed is given with --replay" in refusal(place, [replay, "--seed=3"])
+    assert "--decode_device is given with --replay" in refusal(place, [replay, "--decode_device=0"])
+    with pytest.raises(ConfigError, match="no recipe of the package; give its --config"):
+        common.call("sample", [replay])
+    before = (place / "cut.mp4").read_bytes()
+    onto_itself = f"--output={place}/cut.mp4"
+    for given, words in (
+        ([], "made by other weights"),
+        ([lora, "--config.video.height=32"], "has 16x16 pixels, this recipe 16x32; add --config.video.width=16"),
+        ([lora, "--config.video.fps=8"], "has 16 frames per second, this recipe 8; add --config.video.fps=16"),
+    ):
+        assert words in refusal(place, [replay, onto_itself, *given])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError, match="differ"):
+        patch.setattr(film, "replay", broken)
+        call(place, [replay, onto_itself, lora])
+    assert (place / "cut.mp4").read_bytes() == before
+
+
+def broken(*_):
+    """A replay that fails after some frames."""
+    yield from np.zeros((2, 4, 16, 16, 3), np.uint8)
+    raise ConfigError("the frames differ")
+
+
+def test_a_mesh_that_is_not_used_is_said(place):
+    request = cli_sample.Options(config=changed(load_recipe("digits"), parallel={"tensor": 2}), prompt=("a red 3",))
+    assert cli_sample.unused_mesh(load_recipe("digits")) == []
+    assert "(tensor 2) is not used" in cli_sample.unused_mesh(request.config)[0]
 
 
 def test_prompts_unlike_every_caption_are_said(capsys):

@@ -28,7 +28,7 @@ def _write(folder, make_chunk=_chunk, **options):
 
 
 def _bytes(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir() if "array_record" in p.name}
+    return {p.name: p.read_bytes() for p in folder.glob("latents-*")}
 
 
 def test_examples_come_back_in_order(tmp_path):
@@ -75,6 +75,22 @@ def test_a_lost_shard_is_written_again(tmp_path):
     (tmp_path / "latents-train.array_record-00001-of-00004").unlink()
     assert not arrays.is_complete(tmp_path)
     assert _write(tmp_path) and _bytes(tmp_path) == before
+
+
+def test_the_same_command_twice_at_once_writes_whole_shards(tmp_path):
+    """A second process writes a shard while the first one is in the middle of it."""
+    _write(tmp_path / "alone")
+    folder, seen = tmp_path / "both", []
+
+    def interrupted_by_another(index):
+        for i, example in enumerate(_chunk(index)):
+            yield example
+            if (index, i) == (1, 0):
+                _write(folder)
+                seen.append(_bytes(folder))
+
+    assert _write(folder, interrupted_by_another)
+    assert _bytes(folder) == seen[0] == _bytes(tmp_path / "alone")
 
 
 def test_processes_share_the_chunks(tmp_path):

@@ -1,6 +1,7 @@
 import dataclasses
 import os
 import pathlib
+import threading
 
 import numpy as np
 import pytest
@@ -63,6 +64,25 @@ def test_a_lost_file_is_noticed_and_mended(tmp_path, name):
         moving_digits.source(tmp_path, DATA, VIDEO, "train")
     moving_digits.prepare(tmp_path, DATA, VIDEO)
     assert len(moving_digits.source(tmp_path, DATA, VIDEO, "train")) == 12
+
+
+def test_a_second_process_waits_for_the_first(tmp_path, monkeypatch):
+    builder_module = moving_digits.moving_digits_dataset_builder
+    whole, others = builder_module.clip, []
+
+    def clip(data, video, split, index):
+        if index == 4 and not others:
+            others.append(threading.Thread(target=moving_digits.prepare, args=(tmp_path, DATA, VIDEO)))
+            others[0].start()
+            others[0].join(0.5)
+            assert others[0].is_alive()
+        return whole(data, video, split, index)
+
+    monkeypatch.setattr(builder_module, "clip", clip)
+    folder = moving_digits.prepare(tmp_path, DATA, VIDEO).data_path
+    before = _times(folder)
+    others[0].join(60)
+    assert len(before) > 2 and before == _times(folder)
 
 
 def test_an_interrupted_run_leaves_nothing_that_reads_as_a_dataset(tmp_path, monkeypatch):

@@ -118,6 +118,8 @@ def test_the_digits_student_is_sampled_end_to_end_and_resumed(lists, capsys):
     assert (folder / names[1]).read_bytes() == before
     with pytest.raises(ConfigError, match="were sampled with another frames; give another --output"):
         common.call("vbench", [*flags, "--stage=sample", "--frames=11"])
+    with pytest.raises(ConfigError, match="were sampled with another size; give another --output"):
+        common.call("vbench", [*flags, "--stage=sample", "--config.video.height=64"])
 
 
 def test_a_clip_that_ends_inside_a_block_has_room_for_the_block():

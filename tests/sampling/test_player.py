@@ -109,6 +109,24 @@ def test_follows_a_video_whose_last_block_is_not_whole(params):
     assert difference.max() <= 1
 
 
+def test_a_video_is_encoded_anew_after_a_cut(params):
+    """Block 2 begins like a clip: its one-frame latent and the others hold the last frames of its part of the video."""
+    config = stream_recipe(on_prompt_switch="reset")
+    clip = np.random.default_rng(0).integers(0, 256, (21, 16, 16, 3), np.uint8)
+    text, other = np.asarray(prompt(0)), np.asarray(prompt(1))
+    shown = list(player.play(params, text, config=config, frames=21, video=clip, strength=0.5, switches={2: other}))
+    before, after = (
+        vae.encode(params["vae"], media.to_float(part[None]), config=config.vae) for part in (clip[:13], clip[16:])
+    )
+    state = stream.init_stream(params, prompt(0), config=config)
+    for block, latents in enumerate((before[:, :2], before[:, 2:], after)):
+        state = stream.change_prompt(params, state, prompt(1), config=config) if block == 2 else state
+        x, state = stream.next_block_from(params, state, latents, 2, config=config)
+        frames, state = stream.decode_block(params, state, x, config=config)
+        expected = media.to_uint8(frames)[:, 0 if block else 3 :]
+        assert shown[block].shape == expected.shape and np.abs(shown[block].astype(int) - expected).max() <= 1
+
+
 def test_a_decoder_on_another_device_shows_the_same_frames(params):
     """Text with a switch, a picture and a video; the frames come from the other device."""
     text, other = np.asarray(prompt(0)), np.asarray(prompt(1))

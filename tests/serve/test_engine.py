@@ -1,5 +1,6 @@
 """Sessions share the device block by block; nothing grows for a viewer that does not listen; time-outs by a clock."""
 
+import hashlib
 import os
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 
 from causvid_jax.config import ConfigError
 from causvid_jax.sampling import script
-from causvid_jax.serve.film import Replay
+from causvid_jax.serve import fragments
+from causvid_jax.serve.film import Film, Replay
+from causvid_jax.serve.jobs import Jobs
 from causvid_jax.serve.session import Change, Start
 from tests.serve.conftest import frames_of, run
 
@@ -45,6 +48,39 @@ def test_sessions_take_turns_and_a_silent_one_slows_nobody(engine):
         engine.pull(first, first.made, first.made)
         run(engine)
     assert first.made == 8 and second.made == 3
+
+
+def test_a_job_that_starts_at_once_has_its_first_block_and_one_that_cannot_leaves_no_file(engine, monkeypatch):
+    """The worker may make the first block before ``open`` returns."""
+    jobs, opened = Jobs(engine), engine.open
+
+    def at_once(*given, **named):
+        session = opened(*given, **named)
+        run(engine)
+        return session
+
+    monkeypatch.setattr(engine, "open", at_once)
+    job = jobs.create(PROMPT, seconds=20 / 16, seed=3)
+    run(engine)
+    assert job.status == "completed"
+    film = Film(engine.programs, 3, PROMPT)
+    frames = np.concatenate([film.step() for _ in range(9)])[:20]
+    written = script.read_script(job.path)
+    assert written.sha256 == hashlib.sha256(frames.tobytes()).hexdigest() and written.length == 20
+    for _ in range(3):
+        opened(Start(PROMPT))
+    refused = jobs.create(PROMPT)
+    assert refused.status == "failed" and "places and the queue are taken" in refused.error
+    assert list(job.path.parent.iterdir()) == [job.path]
+
+
+def test_the_newest_videos_are_kept_and_a_file_that_goes_meanwhile_is_no_error(tmp_path):
+    (tmp_path / "gone.mp4").symlink_to(tmp_path / "nothing")  # as a file that is removed between listing and looking
+    for age, name in ((3, "b"), (1, "a"), (2, "c")):
+        (tmp_path / f"{name}.mp4").touch()
+        os.utime(tmp_path / f"{name}.mp4", (1000 - age, 1000 - age))
+    fragments.remove_old(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.glob("[abc].mp4")) == ["a.mp4", "c.mp4"]
 
 
 def test_the_queue_tells_its_position_and_refuses_beyond_its_length(engine):

@@ -14,11 +14,15 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed
 
 from causvid_jax import media
-from causvid_jax.config import ConfigError
+from causvid_jax.cli import serve as cli_serve
+from causvid_jax.cli.options import parse
+from causvid_jax.config import ConfigError, RunError
 from causvid_jax.sampling import script
-from causvid_jax.serve import guard, transport
+from causvid_jax.serve import guard, server, transport
+from causvid_jax.serve.engine import Engine
 from causvid_jax.serve.film import Film, replay
 from causvid_jax.serve.settings import Settings
+from tests.refusals import refused
 from tests.serve.conftest import RECIPE, Server
 
 PROMPT = "a red 3 moving left"
@@ -156,6 +160,31 @@ def test_videos_in_the_shape_of_openai(live, programs):
             assert answer.status_code == 400 and sentence in answer.json()["error"]["message"]
 
 
+def test_a_deleted_video_leaves_no_file_and_a_removed_one_is_gone(live):
+    folder = pathlib.Path(live.settings.recordings)
+    with live.http() as http:
+        long = http.post("/v1/videos", json={"prompt": PROMPT, "seconds": 20}).json()
+        next_one = http.post("/v1/videos", json={"prompt": PROMPT, "seconds": 0.01}).json()
+        while not http.get(f"/v1/videos/{long['id']}").json()["progress"]:
+            time.sleep(0.01)
+        assert http.delete(f"/v1/videos/{long['id']}").json()["deleted"]
+        finished(http, next_one)
+        assert [path.name for path in folder.iterdir()] == [f"{next_one['id']}.mp4"]
+        assert len(media.read_video(folder / f"{next_one['id']}.mp4", 16, 16)) == 1  # the least
+        next(folder.iterdir()).unlink()
+        answer = http.get(f"/v1/videos/{next_one['id']}/content")
+        assert answer.status_code == 404 and "no longer kept" in answer.json()["error"]["message"]
+
+
+def test_a_strength_out_of_bounds_does_not_end_the_session(live):
+    with live.connect() as viewer:
+        viewer.send("start", **START)
+        viewer.pull(1)
+        viewer.send("input", png(), strength=0.01)
+        assert "strength is 0.01; accepted: " in viewer.until("error")["message"]
+        viewer.pull(1)
+
+
 def test_a_video_is_followed_as_the_sampler_follows_it(live, programs, tmp_path):
     pictures = np.random.default_rng(0).integers(0, 256, (11, 16, 16, 3), np.uint8)
     media.write_video(tmp_path / "in.mp4", pictures, RECIPE.video.fps)
@@ -277,6 +306,28 @@ def test_another_address_needs_a_token_and_the_token_opens(programs, tmp_path):
         with live.connect(subprotocols=["causvid.v1", "token.a-long-secret-token"]) as viewer:
             viewer.send("start", **START)
             viewer.pull(1)
+
+
+@pytest.mark.parametrize("error", [ConfigError("no such weights"), ValueError("a defect")])
+def test_a_server_that_cannot_load_ends_with_a_sentence(tmp_path, error):
+    def load():
+        raise error
+
+    settings = Settings(port=0, recordings=str(tmp_path))
+    with pytest.raises(ConfigError if isinstance(error, ConfigError) else RunError, match=str(error)):
+        server.serve(Engine(RECIPE, load, settings), server.listen(settings))
+
+
+def test_the_token_of_the_environment_opens_another_address(monkeypatch):
+    """As the images and the manifests of docs/deploy give it."""
+    everywhere, secret = ["--host=0.0.0.0"], "a-long-secret-token"
+    monkeypatch.delenv("CAUSVID_TOKEN", raising=False)
+    refused("which others can reach; give --token", parse, cli_serve.Options, everywhere)
+    monkeypatch.setenv("CAUSVID_TOKEN", secret)
+    assert parse(cli_serve.Options, everywhere).token == secret
+    assert parse(cli_serve.Options, [*everywhere, "--token=another-secret-token"]).token == "another-secret-token"
+    monkeypatch.setenv("CAUSVID_TOKEN", "short")
+    refused("--token is too short", parse, cli_serve.Options, everywhere)
 
 
 def test_stopping_finishes_recordings(programs, tmp_path):

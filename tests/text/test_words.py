@@ -1,8 +1,9 @@
 """Rows of the closed vocabulary, against rows written by hand."""
 
 import numpy as np
+import pytest
 
-from causvid_jax.config import TextConfig
+from causvid_jax.config import ConfigError, TextConfig
 from causvid_jax.text.words import encode_words
 from tests.refusals import refused
 
@@ -35,6 +36,10 @@ def test_a_phrase_counts_its_own_words_only():
 def test_refused_prompts():
     refused("unknown word 'rde' in prompt 'rde 1'; did you mean 'red'", encode_words, ["rde 1"], PLAIN)
     refused("has 6 words; at most 5 are accepted", encode_words, ["1 1 1 1 1 1"], PLAIN)
+    for prompt in ("x" * 10**5, "1 " * 10**5):
+        with pytest.raises(ConfigError) as error:
+            encode_words([prompt], PLAIN)
+        assert len(str(error.value)) < 600
 
 
 def test_case_and_punctuation_are_ignored():

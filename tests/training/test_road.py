@@ -2,15 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from causvid_jax.checkpoints import store
 from causvid_jax.checkpoints import workdir as paths
-from causvid_jax.config import RunError
+from causvid_jax.config import RunError, to_json
 from causvid_jax.data import prepare
 from causvid_jax.evaluation import measure, report, train_classifier
 from causvid_jax.training import provenance, road, stages
-from tests.tiny import tiny_recipe
+from tests.tiny import changed, tiny_recipe
 
 SHORT = {"steps": 2, "samples": 0}
 RECIPE = tiny_recipe(
@@ -77,6 +78,19 @@ def test_the_road_continues_and_ends_with_the_same_bits(tmp_path, monkeypatch):
         assert made["steps"] == 2 and made["hours"] > 0 and "JAX" in made["machine"] and made["code"].startswith("0.")
     assert made["data"].keys() >= {"latents"} and any(name.startswith("moving_digits/") for name in made["data"])
     assert made["data"].items() <= json.loads((first / road.RECORD).read_text())["data"].items()
+
+
+def test_a_finished_leg_of_other_settings_is_said(tmp_path):
+    path, lines = paths.stage_path(tmp_path, "teacher"), []
+    store.save_params(path, {"a": np.zeros(1, np.float32)}, {"config": to_json(RECIPE)})
+    for changes, note in (
+        ({"train_teacher": {"samples": 3, "log_every": 7}, "train_vae": {"steps": 5}}, ""),
+        ({"train_teacher": {"steps": 5}}, "made with train_teacher.steps 2, now 5. To make it again, remove"),
+    ):
+        legs = road.legs(changed(RECIPE, **changes), tmp_path, prepare.Options(), PLAN)
+        lines.clear()
+        road.travel(RECIPE, tmp_path, [leg for leg in legs if leg.name == "teacher"], lines.append)
+        assert ": done" in lines[0] and len(lines) == (3 if note else 2) and note in lines[1]
 
 
 def test_a_forecast_is_the_reference_at_the_speed_of_the_legs_so_far():

@@ -1,9 +1,11 @@
 """The ``moving_digits`` dataset: :func:`prepare` writes it once, :func:`source` opens a split of it."""
 
+import contextlib
+import fcntl
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from causvid_jax.config import ConfigError, DataConfig, VideoConfig, require
@@ -30,16 +32,30 @@ def prepare(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig) -
         data.train_clips > 0 and data.test_clips > 0,
         f"data.train_clips and test_clips are {data.train_clips} and {data.test_clips}; both must be positive",
     )
-    builder = _builder(data_dir, data, video)
-    sizes = {split: getattr(data, f"{split}_clips") for split in SPLITS}
-    stored = {name: split.num_examples for name, split in builder.info.splits.items()}
-    if stored == sizes and arrays.has_all_shards(builder):
+    with _alone(pathlib.Path(data_dir)):
+        builder = _builder(data_dir, data, video)
+        sizes = {split: getattr(data, f"{split}_clips") for split in SPLITS}
+        stored = {name: split.num_examples for name, split in builder.info.splits.items()}
+        if stored == sizes and arrays.has_all_shards(builder):
+            return builder
+        # tfds writes beside the final folder and renames at the end; also remove remains of an interrupted run there.
+        shutil.rmtree(pathlib.Path(builder.data_path).parent, ignore_errors=True)
+        builder = _builder(data_dir, data, video)
+        builder.download_and_prepare(file_format="array_record")
         return builder
-    # tfds writes beside the final folder and renames at the end; also remove remains of an interrupted run there.
-    shutil.rmtree(pathlib.Path(builder.data_path).parent, ignore_errors=True)
-    builder = _builder(data_dir, data, video)
-    builder.download_and_prepare(file_format="array_record")
-    return builder
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[None]:
+    """Wait until no other process prepares the dataset, because one would remove the unfinished clips of the other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)  # the lock of a folder leaves no file
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def source(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig, split: str) -> Sequence[dict[str, Any]]:

@@ -154,9 +154,10 @@ def claim(folder: pathlib.Path, identity: Mapping[str, object]) -> None:
     path = folder / MANIFEST
     if path.is_file():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"{path} is not readable JSON: {reason(error)}") from error
+        before.setdefault("size", identity["size"])  # manifests of older versions have none
         changed = [name for name in identity if before.get(name) != identity[name]]
         require(
             not changed,
@@ -167,9 +168,11 @@ def claim(folder: pathlib.Path, identity: Mapping[str, object]) -> None:
 
 
 def identity(pipe: "StudentPipeline", checksum: str, clips: Sequence[Clip], protocol: Protocol) -> dict[str, object]:
-    """Return everything that determines the pixels of a run: recipe, weights, texts, frames and seeds."""
+    """Return what determines the pixels of a run: recipe, weights, texts, seeds, and frames with size and rate."""
     texts = hashlib.sha256("\n".join(f"{clip.name}\t{clip.text}\t{clip.seed}" for clip in clips).encode()).hexdigest()
-    return {"recipe": pipe.config.name, "weights": checksum, "clips": texts, "frames": protocol.frames}
+    video = pipe.config.video
+    size = f"{video.width}x{video.height} at {video.fps:g}"
+    return {"recipe": pipe.config.name, "weights": checksum, "clips": texts, "frames": protocol.frames, "size": size}
 
 
 def sample(
