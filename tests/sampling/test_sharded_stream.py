@@ -6,28 +6,19 @@ import jax
 import numpy as np
 import pytest
 
-from causvid_jax.config import CausalConfig, ParallelConfig, TextConfig, TransformerConfig, VAEConfig, VideoConfig
-from causvid_jax.config import Recipe as RecipeConfig
-from causvid_jax.models import transformer, vae
+from causvid_jax.config import ParallelConfig
+from causvid_jax.models import transformer
 from causvid_jax.sampling import stream
 from causvid_jax.sharding import placement
 from causvid_jax.sharding.mesh import make_mesh
+from tests.sampling.conftest import WINDOW, prompt
+from tests.tiny import changed, random_params
 
 pytestmark = pytest.mark.usefixtures("compiled_anew")
 
-NET = TransformerConfig(
-    dim=32, ffn_dim=48, num_heads=4, num_layers=2, in_channels=4, out_channels=4, text_dim=11, text_length=4,
-    freq_dim=16,
-)  # fmt: skip
-RECIPE = RecipeConfig(
-    name="tiny",
-    video=VideoConfig(height=32, width=32, frames=21),
-    text=TextConfig(kind="words", vocabulary=tuple("abcdefg"), length=4, dim=11),
-    vae=VAEConfig(base_dim=2, dim_mult=(1, 1, 1, 1), num_res_blocks=1, z_dim=4),
-    teacher=NET,
-    student=NET,
-    causal=CausalConfig(frames_per_block=2, window=5, sink=2, positions="relative"),
-)
+HEADS = {"dim": 24, "num_heads": 4}
+RECIPE = changed(WINDOW, teacher=HEADS, student=HEADS, train_vae={"curriculum": ()})
+NET = RECIPE.student
 MESHES = {
     "tensor 2 x context 2": ParallelConfig(tensor=2, context=2),
     "context 4": ParallelConfig(context=4),
@@ -37,7 +28,7 @@ MESHES = {
 
 def show(params, recipe, place):
     """Latents and frames of four blocks, the prompt switched on the way, and the state after them."""
-    rows = [np.asarray(jax.random.normal(jax.random.key(i), (1, 4, 11))) for i in (0, 1)]
+    rows = [np.asarray(prompt(seed)) for seed in (0, 1)]
     with place.current():
         params = placement.stream_params(params, transformer.spec(NET), NET.rules, place)
         state = stream.init_stream(params, rows[0], config=recipe, seed=3)
@@ -54,10 +45,8 @@ def show(params, recipe, place):
 
 
 @pytest.fixture(scope="module")
-def alone():
-    rng = np.random.default_rng(0)
-    params = {"student": transformer.abstract(NET), "vae": vae.abstract(RECIPE.vae)}
-    params = jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.15).astype(np.float32), params)
+def alone(params):
+    params = {"student": random_params(transformer.abstract(NET), 1, 0.15), "vae": params["vae"]}
     return params, show(params, RECIPE, placement.Placement())[0]
 
 
@@ -81,7 +70,7 @@ def test_a_device_holds_its_own_streams_only(alone):
     params, _ = alone
     recipe = dataclasses.replace(RECIPE, parallel=ParallelConfig(data=2, context=2))
     place = placement.Placement(make_mesh(recipe.parallel, jax.devices()[:4]), NET.rules)
-    rows = jax.random.normal(jax.random.key(0), (2, 4, 11))
+    rows = prompt(0, batch=2)
 
     def two_blocks(params, recipe):
         state = stream.init_stream(params, rows, config=recipe)
