@@ -24,8 +24,12 @@ def axis_sizes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
 
 
 def mesh_shape() -> dict[str, int]:
-    """Return :func:`axis_sizes` of the current mesh; empty without a mesh."""
-    return axis_sizes(jax.sharding.get_abstract_mesh())
+    """Return :func:`axis_sizes` of the current mesh; empty without a mesh.
+
+    Inside ``jax.shard_map`` arrays are local to the axes that it splits, so those do not count.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return {name: size for name, size in axis_sizes(mesh).items() if name not in mesh.manual_axes}
 
 
 def mesh_axes(axes: Axes, shape: Sequence[int], mesh: Mapping[str, int], rules: ShardingRules) -> list[tuple[str, ...]]:
