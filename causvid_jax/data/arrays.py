@@ -4,6 +4,8 @@ Each chunk is one ArrayRecord shard. It is written under a temporary name and re
 the shards that exist. When all shards exist, the metadata of a tfds dataset is written, and then a marker file.
 """
 
+import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -15,13 +17,14 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tqdm import tqdm
 
-from causvid_jax.config import ConfigError, require
+from causvid_jax.config import ConfigError, RunError, require
 from causvid_jax.config.files import atomic_write, write_text
 
 IDENTITY = "identity.json"
 ADDED = ("dtype", "text")
 """Settings of an identity that older datasets lack; such a dataset is accepted for any value of them."""
 _FINISHED = "FINISHED"
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def read_identity(folder: str | os.PathLike) -> dict[str, Any]:
@@ -170,6 +173,7 @@ def write_dataset(
     Raises:
         ConfigError: the folder holds a dataset of another identity, or its metadata cannot be read.
         EmptyDataset: all chunks are written and none has an example.
+        RunError: the disk is full.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +190,8 @@ def write_dataset(
             bar.update()
     if not all(shard.is_file() for shard in shards):
         return False
-    _finish(folder, name, split, features, shards)
+    with writing(folder):
+        _finish(folder, name, split, features, shards)
     return True
 
 
@@ -210,9 +215,21 @@ def _change(name: str, before: Any, now: Any) -> str:
     return f"{name} was {before!r} and is now {now!r}" if short else f"{name} differs"
 
 
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Turn a full or read-only disk into a RunError that names ``path``. ArrayRecord reports it as a RuntimeError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = next((text for text in map(os.strerror, _DISK) if text in str(error)), "")
+        if not reason or isinstance(error, RunError):
+            raise
+        raise RunError(f"{path} cannot be written: {reason}; make room, and the same command continues") from error
+
+
 def _write_shard(path: pathlib.Path, records: Iterable[bytes]) -> None:
     # Two processes that were started alike write the same shard, each to a temporary file of its own.
-    with atomic_write(path) as temporary:
+    with writing(path), atomic_write(path) as temporary:
         writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), "group_size:1")
         try:
             for record in records:

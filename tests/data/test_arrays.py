@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from causvid_jax.config import ConfigError
+from causvid_jax.config import ConfigError, RunError
 from causvid_jax.data import arrays
 from tests.refusals import refused
 
@@ -75,6 +75,31 @@ def test_a_lost_shard_is_written_again(tmp_path):
     (tmp_path / "latents-train.array_record-00001-of-00004").unlink()
     assert not arrays.is_complete(tmp_path)
     assert _write(tmp_path) and _bytes(tmp_path) == before
+
+
+def test_a_full_disk_is_one_sentence_and_the_same_command_continues(tmp_path, monkeypatch):
+    """ArrayRecord reports the failed write when the shard is closed."""
+    real, left = arrays.array_record_module.ArrayRecordWriter, [2]
+
+    class Full:
+        def __init__(self, *given):
+            self.write, self._close = (writer := real(*given)).write, writer.close
+
+        def close(self):
+            self._close()
+            left[0] -= 1
+            if left[0] < 0:
+                raise RuntimeError("write() failed: No space left on device; writing x.tmp; at byte 16384")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arrays.array_record_module, "ArrayRecordWriter", Full)
+        with pytest.raises(
+            RunError, match=r"00002-of-00004 cannot be written: No space left on device; make room, and"
+        ):
+            _write(tmp_path / "full")
+    assert len(_bytes(tmp_path / "full")) == 2 and not list(tmp_path.rglob("*.tmp"))
+    assert _write(tmp_path / "full") and _write(tmp_path / "whole")
+    assert _bytes(tmp_path / "full") == _bytes(tmp_path / "whole")
 
 
 def test_the_same_command_twice_at_once_writes_whole_shards(tmp_path):

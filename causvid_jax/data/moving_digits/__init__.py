@@ -27,6 +27,7 @@ def prepare(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig) -
 
     Raises:
         ConfigError: ``train_clips`` or ``test_clips`` is 0.
+        RunError: the disk is full.
     """
     require(
         data.train_clips > 0 and data.test_clips > 0,
@@ -41,7 +42,8 @@ def prepare(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig) -
         # tfds writes beside the final folder and renames at the end; also remove remains of an interrupted run there.
         shutil.rmtree(pathlib.Path(builder.data_path).parent, ignore_errors=True)
         builder = _builder(data_dir, data, video)
-        builder.download_and_prepare(file_format="array_record")
+        with arrays.writing(builder.data_path):
+            builder.download_and_prepare(file_format="array_record")
         return builder
 
 
