@@ -4,7 +4,8 @@
         --prompts "a red panda in the snow" "a red panda on a beach" --output=panda.mp4
 
 ``--wan`` is the published folder: it has the VAE, the text encoder and its tokenizer. ``--student`` is a causal student
-of CausVid, Self-Forcing or a relative. Both are read without conversion. At 480 x 832 and ``causal.window = 12`` the
+of CausVid, Self-Forcing or a relative, and ``--config`` has its settings (``causvid models`` lists them). Both are read
+without conversion. At 480 x 832 and ``causal.window = 12`` the
 stream takes about 14 GB of device memory at any length (docs/wan.md).
 """
 
@@ -26,8 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prompts", nargs="+", required=True)
     parser.add_argument("--blocks", type=int, default=14, help="blocks for each prompt; a block is 12 frames")
     parser.add_argument("--window", type=int, default=12, help="latent frames that attention sees")
-    parser.add_argument("--shift", type=float, default=5.0, help="5 for Self-Forcing, 8 for CausVid")
-    parser.add_argument("--config", default="wan_1_3b")
+    parser.add_argument("--config", default="published:self_forcing_dmd", help="the recipe of the student")
     parser.add_argument("--output", default="published.mp4")
     options = parser.parse_args(arguments)
 
@@ -35,7 +35,6 @@ def main(arguments: list[str] | None = None) -> int:
     recipe = dataclasses.replace(
         recipe,
         causal=dataclasses.replace(recipe.causal, window=options.window),
-        diffusion=dataclasses.replace(recipe.diffusion, shift=options.shift),
         student=dataclasses.replace(recipe.student, attention="auto"),
     )
     pipe = cv.load(recipe, checkpoint=options.wan, student=options.student)

@@ -252,7 +252,7 @@ def test_the_example_of_published_weights_streams_what_the_program_does(place):
     inputs = place.parent / "published"
     files = f"--student={inputs}/student.safetensors"
     main = runpy.run_path("examples/published_weights.py")["main"]
-    flags = [f"--wan={inputs}/wan", files, f"--config={place}/recipe.py", f"--output={place}/example.mp4", "--shift=8"]
+    flags = [f"--wan={inputs}/wan", files, f"--config={place}/recipe.py", f"--output={place}/example.mp4"]
     assert main([*flags, "--prompts", "warm neon", "neon", "--blocks=1", "--window=4"]) == 13
     flags = [PROMPT, "--switch=5:neon", "--upscale=1", "--config.causal.window=4", files]
     call(place, [*flags, f"--checkpoint={inputs}/wan", f"--output={place}/program.mp4"])
