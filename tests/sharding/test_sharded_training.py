@@ -1,8 +1,6 @@
 """Steps of teacher, init and DMD on meshes of eight simulated devices equal those on one device."""
 
 import dataclasses
-import pathlib
-import tempfile
 
 import jax
 import numpy as np
@@ -10,59 +8,33 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from causvid_jax.checkpoints import store
-from causvid_jax.checkpoints import workdir as weight_files
-from causvid_jax.config import LoraConfig, OptimizerConfig, ParallelConfig, from_config_dict
-from causvid_jax.data import arrays, digits
-from causvid_jax.models import adapters, transformer, vae
+from causvid_jax.config import LoraConfig, OptimizerConfig, ParallelConfig
+from causvid_jax.models import adapters
 from causvid_jax.sharding.placement import place
 from causvid_jax.training import checkpoint, dmd, stages
-from causvid_jax.training.run import Run
+from tests.tiny import RecordedRun, changed, tiny_recipe, tiny_workdir
 
 pytestmark = pytest.mark.usefixtures("compiled_anew")
 
-WORDS = digits.vocabulary(digits.DataConfig())
-NET = {
-    "dim": 24,
-    "ffn_dim": 32,
-    "num_heads": 4,
-    "num_layers": 2,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_length": 8,
-    "text_dim": len(WORDS) + 8,
-    "freq_dim": 8,
-}
-TRAIN = {"batch_size": 8, "steps": 4, "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1, "ema_decay": 0.9}}
-RECIPE = from_config_dict(
-    {
-        "name": "tiny",
-        "video": {"height": 16, "width": 32, "frames": 9},
-        "data": {"digit_size": 8},
-        "text": {"kind": "words", "vocabulary": WORDS, "length": 8, "dim": len(WORDS) + 8},
-        "vae": {
-            "base_dim": 2,
-            "dim_mult": (1, 1, 1),
-            "temporal_downsample": (True, True),
-            "num_res_blocks": 1,
-            "z_dim": 4,
-        },
-        "teacher": NET,
-        "student": NET,
-        "causal": {"frames_per_block": 1, "window": 2},
-        "diffusion": {"shift": 3.0, "num_inference_steps": 2, "denoising_timesteps": (1000.0, 500.0)},
-        "train_vae": TRAIN,
-        "train_teacher": TRAIN,
-        "train_init": TRAIN | {"trajectories": 8, "prompt_switch_prob": 0.5},
-        "train_distill": TRAIN
-        | {
-            "critic_steps": 2,
-            "continuation_prob": 0.5,
-            "prompt_switch_prob": 0.5,
-            "critic_optimizer": TRAIN["optimizer"],
-        },
-    }
+NET = {"dim": 24, "ffn_dim": 32, "num_heads": 4, "num_layers": 2}
+EIGHT = {"batch_size": 8}
+RECIPE = tiny_recipe(
+    video={"width": 32},
+    teacher=NET,
+    student=NET,
+    train_vae=EIGHT | {"curriculum": ()},
+    train_taehv=EIGHT,
+    train_teacher=EIGHT,
+    train_causal=EIGHT,
+    train_init=EIGHT | {"trajectories": 8, "prompt_switch_prob": 0.5},
+    train_consistency=EIGHT,
+    train_distill=EIGHT
+    | {
+        "continuation_prob": 0.5,
+        "prompt_switch_prob": 0.5,
+        "critic_optimizer": {"learning_rate": 1e-3, "warmup_steps": 1},
+    },
 )
-SHAPE = (3, 4, 8, 4)
 MESHES = {
     "data": ParallelConfig(data=8),
     "fsdp": ParallelConfig(fsdp=8),
@@ -74,58 +46,30 @@ MESHES = {
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """Make random weights of the earlier stages, and random datasets."""
-    folder = tmp_path_factory.mktemp("sharded")
-    rng = np.random.default_rng(0)
-
-    def shaken(params):
-        return jax.tree.map(lambda p: np.asarray(p) + 0.05 * rng.standard_normal(p.shape).astype(np.float32), params)
-
-    for i, stage in enumerate(("teacher", "init")):
-        params = shaken(transformer.init(jax.random.key(i), RECIPE.teacher))
-        store.save_params(weight_files.stage_path(folder, stage), params, {})
-    store.save_params(weight_files.stage_path(folder, "vae"), vae.init(jax.random.key(2), RECIPE.vae), {})
-    captions = digits.captions(RECIPE.data, "train")
-    for name, key, shape in (("latents", "latents", SHAPE), ("trajectories", "trajectory", (3, *SHAPE))):
-        arrays.write_dataset(
-            folder / "data" / name,
-            name=name,
-            features=arrays.array_features(**{key: shape}),
-            chunks=1,
-            make_chunk=lambda _, key=key, shape=shape: [
-                {key: rng.standard_normal(shape).astype(np.float16), "caption": captions[i]} for i in range(24)
-            ],
-            identity={},
-            progress=False,
-        )
-    return folder
+    return tiny_workdir(tmp_path_factory.mktemp("sharded"), RECIPE)
 
 
-class Stopped(Exception):
-    """Raised to end a run from a step."""
+class HeldRun(RecordedRun):
+    """Keeps the last state, ``held``, on the devices; ``at_start`` replaces the first one."""
+
+    def __init__(self, *given, at_start):
+        super().__init__(*given)
+        self.at_start = at_start
+
+    def restore(self, state):
+        return super().restore(self.at_start(state))
+
+    def after_step(self, state, metrics):
+        self.held = state
+        return super().after_step(state, metrics)
 
 
-def take_steps(name, recipe, workdir, count=2, at_start=lambda run, state: state):
+def take_steps(name, recipe, workdir, count=2, at_start=lambda state: state):
     """Return the losses of ``count`` steps of a stage and its state after them, still on the devices."""
-    losses = []
-
-    def after_step(run, state, metrics):
-        run.step += 1
-        run._pending.clear()
-        losses.append([float(value) for key, value in sorted(metrics.items()) if key.endswith("loss")])
-        if run.step == count:
-            raise Stopped(state)
-        return state
-
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        for path in workdir.iterdir():
-            (pathlib.Path(folder) / path.name).symlink_to(path)
-        (pathlib.Path(folder) / name).unlink(missing_ok=True)
-        patch.setattr(Run, "after_step", after_step)
-        patch.setattr(Run, "restore", at_start)
-        with pytest.raises(Stopped) as stopped:
-            stages.train(name, recipe, pathlib.Path(folder))
-    return np.concatenate(losses), stopped.value.args[0]
+    recipe = changed(stages.with_lora(name, recipe), **{f"train_{name}": {"steps": count}})
+    run = HeldRun(name, recipe, workdir, at_start=at_start).train()
+    losses = [[value for key, value in sorted(record.items()) if key.endswith("loss")] for record in run.records]
+    return np.concatenate(losses), run.held
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +117,8 @@ MODULES = (("self_attn", "q"), ("self_attn", "o"), ("cross_attn", "q"), ("ffn", 
 
 
 def with_lora(name, mesh=None, **changes):
-    config = dataclasses.replace(getattr(RECIPE, f"train_{name}"), lora=LORA, **changes)
     parallel = {} if mesh is None else {"parallel": MESHES[mesh]}
-    return dataclasses.replace(RECIPE, **{f"train_{name}": config}, **parallel)
+    return changed(RECIPE, **{f"train_{name}": {"lora": LORA, **changes}}, **parallel)
 
 
 def lies_like(tree, base):
@@ -216,8 +159,7 @@ def test_a_fake_score_of_adapters_shares_the_base_of_the_student():
 
 
 def test_muons_steps_on_matrices_that_are_split(workdir):
-    config = dataclasses.replace(RECIPE.train_teacher, optimizer=OptimizerConfig(kind="muon", warmup_steps=1))
-    recipe = dataclasses.replace(RECIPE, train_teacher=config)
+    recipe = changed(RECIPE, train_teacher={"optimizer": OptimizerConfig(kind="muon", warmup_steps=1)})
     expected, single = take_steps("teacher", recipe, workdir)
     losses, state = take_steps("teacher", dataclasses.replace(recipe, parallel=MESHES["all"]), workdir)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
@@ -243,14 +185,10 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(workdir, tmp_path):
     """To 1e-6, once the scores differ: the generator's loss is the square of their difference, and a fake score that
     has hardly left the real one gives a loss of 1e-3 whose sixth digit is the rounding of the two.
     """
-    config = RECIPE.train_distill
-    rates = {
-        name: dataclasses.replace(getattr(config, name), learning_rate=3e-3)
-        for name in ("optimizer", "critic_optimizer")
-    }
-    recipe = dataclasses.replace(RECIPE, train_distill=dataclasses.replace(config, **rates))
+    faster = {"learning_rate": 3e-3}
+    recipe = changed(RECIPE, train_distill={"optimizer": faster, "critic_optimizer": faster})
 
-    def saved_by(run, state):
+    def saved_by(state):
         checkpoints = checkpoint.Checkpoints(tmp_path, 1)
         restored, _ = checkpoints.restore(state)
         checkpoints.close()
