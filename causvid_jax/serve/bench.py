@@ -1,6 +1,7 @@
 """Measure a server from its viewers' side: start, first frame, delay of a prompt switch, films in real time."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -95,7 +96,9 @@ class _Process:
         begin = time.perf_counter()
         program = "from causvid_jax.cli import main; main('serve')"
         command = [sys.executable, "-c", program, "--port=0", "--requests_per_minute=100000", *flags]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        # The viewers here have no token, so the server asks for none.
+        environment = {name: value for name, value in os.environ.items() if name != "CAUSVID_TOKEN"}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         match = re.search(r"http://\S+", line)
