@@ -20,8 +20,8 @@ from causvid_jax.models import precision
 from causvid_jax.models.kv_cache import KVCache, block_slots, write_slots
 from causvid_jax.sampling import schedule, stream
 from causvid_jax.sampling.pipeline import StudentPipeline
+from causvid_jax.training import experiment
 
-BATCH = 16
 RULES = (
     "exact", "exact, no write pass", "noisy keys", "estimates", "sent keys", "sent keys, at once",
     "sent keys, of every step",
@@ -97,7 +97,7 @@ def main(clips: int, rules: list[str]) -> None:
     prompts = report.held_out_prompts(pipe.config, clips, 0)
     first = int(report.stream_starts(pipe.config, 1)[1])
     for rule in rules or RULES:
-        batches = [(start, prompts[start : start + BATCH]) for start in range(0, clips, BATCH)]
+        batches = experiment.in_batches(prompts)
         video = np.concatenate([pipe.decode(play(pipe, passes, rule, some, start)) for start, some in batches])
         scores = frame_metrics.frame_scores(reader, video, prompts, pipe.config.data, first)
         cells = [f"{name} {v['mean']:.3f} ({v['low']:.3f} to {v['high']:.3f})" for name, v in scores.items()]

@@ -102,6 +102,14 @@ def two_digits(config: ml_collections.ConfigDict) -> None:
 
 def one_digit() -> ml_collections.ConfigDict:
     """Return the recipe of one digit."""
+    muon = {
+        "kind": "muon",
+        "learning_rate": 5e-3,
+        "warmup_steps": 50,
+        "schedule": "cosine",
+        "b2": 0.99,
+        "clip_norm": 1.0,
+    }
     network = {
         "dim": 192,
         "ffn_dim": 768,
@@ -227,16 +235,7 @@ def one_digit() -> ml_collections.ConfigDict:
                 # First blocks only (a seventh of a clip and the hardest part), prompt switches, whole clips.
                 "curriculum": in_turns(6, (60, 3, 128), (40, 9, 48), (15, 0, 32)),
                 "prompt_switch_prob": 0.25,
-                "optimizer": {
-                    "kind": "muon",
-                    "learning_rate": 5e-3,
-                    "warmup_steps": 50,
-                    "schedule": "cosine",
-                    "b2": 0.99,
-                    "clip_norm": 1.0,
-                    "ema_decay": 0.99,
-                    "ema_start": 100,
-                },
+                "optimizer": {**muon, "ema_decay": 0.99, "ema_start": 100},
                 "sample_every": 345,
                 "samples": 32,
                 "save_every": 115,
@@ -250,16 +249,7 @@ def one_digit() -> ml_collections.ConfigDict:
                 "extra_trajectories": ((3, 4608), (9, 960)),
                 "curriculum": in_turns(10, (18, 3, 192), (18, 9, 48), (12, 0, 16)),
                 "prompt_switch_prob": 0.3,
-                "optimizer": {
-                    "kind": "muon",
-                    "learning_rate": 5e-3,
-                    "warmup_steps": 50,
-                    "schedule": "cosine",
-                    "b2": 0.99,
-                    "clip_norm": 1.0,
-                    "ema_decay": 0.99,
-                    "ema_start": 100,
-                },
+                "optimizer": {**muon, "ema_decay": 0.99, "ema_start": 100},
                 "sample_every": 240,
                 "samples": 32,
                 "save_every": 96,
@@ -272,15 +262,7 @@ def one_digit() -> ml_collections.ConfigDict:
                 "guidance_scale": 4.0,
                 "tangent_warmup": 100,
                 "curriculum": in_turns(10, (18, 3, 192), (18, 9, 48), (12, 0, 16)),
-                "optimizer": {
-                    "kind": "muon",
-                    "learning_rate": 5e-3,
-                    "warmup_steps": 50,
-                    "schedule": "cosine",
-                    "b2": 0.99,
-                    "clip_norm": 1.0,
-                    "ema_decay": 0.95,
-                },
+                "optimizer": {**muon, "ema_decay": 0.95},
                 "sample_every": 120,
                 "samples": 32,
                 "save_every": 60,

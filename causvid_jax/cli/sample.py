@@ -25,7 +25,7 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from causvid_jax.cli import common
-from causvid_jax.config import ConfigError, Recipe
+from causvid_jax.config import MESH_AXES, ConfigError, Recipe
 from causvid_jax.sampling.request import SampleRequest
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Options = SampleRequest
 
-AXES = ("slices", "data", "fsdp", "context", "tensor")
+AXES = ("slices", *MESH_AXES)
 """Sizes of a recipe's mesh."""
 LARGE = 2 * 10**9
 """Bytes above which the memory plan of a run is printed."""

@@ -15,10 +15,7 @@ from causvid_jax.cli import common
 from causvid_jax.cli.options import option
 from causvid_jax.config import ConfigError, Recipe
 from causvid_jax.config.recipes import CONFIG_HELP
-from causvid_jax.serve.settings import Settings
-
-TOKEN = "CAUSVID_TOKEN"
-"""The variable of the environment that holds the token where no flag gives it."""
+from causvid_jax.serve.settings import TOKEN, Settings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ argument. An unknown field, a value of the wrong type or out of bounds, and a co
 
 from causvid_jax.config.distill import ConsistencyStageConfig, DistillStageConfig
 from causvid_jax.config.errors import ConfigError, RunError, require
-from causvid_jax.config.fields import flat_fields, suggest
+from causvid_jax.config.fields import changed_fields, flat_fields, suggest
 from causvid_jax.config.model import (
     MESH_AXES,
     WAN22_LATENT_MEAN,

@@ -108,6 +108,13 @@ def flat_fields(tree: Any, path: str = "") -> dict[str, Any]:
     return {k: v for name, inner in tree.items() for k, v in flat_fields(inner, join(path, name)).items()}
 
 
+def changed_fields(before: Any, now: Any) -> dict[str, str]:
+    """Return the fields that two trees of :func:`flat_fields` have with other values: name to "name 100, now 200"."""
+    old, new = flat_fields(before), flat_fields(now)
+    names = [name for name in old if name in new and old[name] != new[name]]
+    return {name: f"{name} {old[name]!r}, now {new[name]!r}" for name in names}
+
+
 _TYPES: dict[type, dict[str, Any]] = {}
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from websockets.sync.client import ClientConnection, connect
 
 from causvid_jax.config import RunError
+from causvid_jax.serve.settings import TOKEN
 
 LEAD = 0.2
 """Seconds of film that a viewer has buffered when it requests the next block."""
@@ -97,7 +98,7 @@ class _Process:
         program = "from causvid_jax.cli import main; main('serve')"
         command = [sys.executable, "-c", program, "--port=0", "--requests_per_minute=100000", *flags]
         # The viewers here have no token, so the server asks for none.
-        environment = {name: value for name, value in os.environ.items() if name != "CAUSVID_TOKEN"}
+        environment = {name: value for name, value in os.environ.items() if name != TOKEN}
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()

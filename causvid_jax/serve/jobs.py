@@ -12,6 +12,7 @@ import numpy as np
 
 from causvid_jax.config import ConfigError, require
 from causvid_jax.sampling import blocks, schedule
+from causvid_jax.sampling.script import size_of
 from causvid_jax.serve.engine import Engine
 from causvid_jax.serve.fragments import Recording
 from causvid_jax.serve.session import Session, Start
@@ -111,7 +112,7 @@ class Jobs:
             ConfigError: a value that this recipe cannot make, or too many jobs.
         """
         recipe, settings = self.engine.recipe, self.engine.settings
-        ours = f"{recipe.video.width}x{recipe.video.height}"
+        ours = size_of(recipe)
         require(not model or model == recipe.name, f"model is {model!r}; accepted: {recipe.name}")
         require(not size or size == ours, f"size is {size!r}; accepted: {ours}")
         if seconds is None:

@@ -12,6 +12,10 @@ Seconds = Annotated[float, Bounds(above=0, most=10**7)]
 Bytes = Annotated[int, Bounds(least=1, most=2**36)]
 
 
+TOKEN = "CAUSVID_TOKEN"
+"""The variable of the environment that holds the token where no flag gives it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Limits of numbers, times and sizes.
@@ -22,7 +26,7 @@ class Settings:
 
     host: str = option("127.0.0.1", "Address to listen at. Any other than loopback needs --token.")
     port: Annotated[int, Bounds(least=0, most=65535)] = option(8000, "Port to listen at; 0 takes a free one.")
-    token: str = option("", "Secret that clients must give; also read from CAUSVID_TOKEN.")
+    token: str = option("", f"Secret that clients must give; also read from {TOKEN}.")
     origin: tuple[str, ...] = option((), "Another origin whose pages may connect, such as https://example.org.")
     webrtc: bool = option(False, "Also send films by WebRTC (extra webrtc).")
     recordings: str = option("recordings", "Directory for recordings and finished jobs.")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 from causvid_jax.checkpoints import safetensors_io
 from causvid_jax.checkpoints import workdir as paths
-from causvid_jax.config import ConfigError, Recipe, flat_fields, to_json
+from causvid_jax.config import ConfigError, Recipe, changed_fields, to_json
 from causvid_jax.config.files import write_text
 from causvid_jax.data import arrays, prepare, sources
 from causvid_jax.evaluation import measure
@@ -138,10 +138,9 @@ def changed_settings(path: pathlib.Path, stage: str, recipe: Recipe) -> list[str
         made_with = json.loads(safetensors_io.open_safetensors(path)[1].get("config", "{}"))
     except (ConfigError, ValueError):
         return []  # the next leg that reads the file says what is wrong
-    old, new = flat_fields(made_with), flat_fields(json.loads(to_json(recipe)))
-    group = f"train_{stage}."
-    names = [name for name in new if name.startswith(group) and name.removeprefix(group) not in UNSEEN]
-    return [f"{name} {old[name]!r}, now {new[name]!r}" for name in names if name in old and old[name] != new[name]]
+    changes, group = changed_fields(made_with, json.loads(to_json(recipe))), f"train_{stage}."
+    seen = (name for name in changes if name.startswith(group) and name.removeprefix(group) not in UNSEEN)
+    return [changes[name] for name in seen]
 
 
 def _forecast(reference: Mapping[str, float], seconds: Mapping[str, float], pending: list[str]) -> str:

@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from causvid_jax.checkpoints import store
-from causvid_jax.config import Recipe, RunError, StageConfig, flat_fields, require, to_json
+from causvid_jax.config import Recipe, RunError, StageConfig, changed_fields, require, to_json
 from causvid_jax.config.files import write_text
 from causvid_jax.distributed import collectives
 from causvid_jax.progress import Progress
@@ -110,7 +110,8 @@ class Run:
                 self._provenance = saved.get(provenance.KEY, self._provenance)
             if self.config.on_bad_loss == "stop":
                 state = guard.reset_skipped(state)  # updates refused while on_bad_loss was "skip"
-            for change in _changes(saved.get("config"), self._recipe_json):
+            made_with = json.loads(saved.get("config") or "{}")
+            for change in changed_fields(made_with, json.loads(self._recipe_json)).values():
                 self._progress.note(f"{self.name}: the checkpoint was made with {change}")
         self._report()
         if self.step:
@@ -313,11 +314,3 @@ def _examples(numbers: Any) -> str:
     if jax.process_count() > 1:
         numbers = multihost_utils.process_allgather(np.asarray(numbers))
     return f"examples {', '.join(str(int(number)) for number in np.ravel(numbers))}"
-
-
-def _changes(before: str | None, now: str) -> list[str]:
-    """List the fields that differ between two recipes in JSON: "train_teacher.steps 100, now 200"."""
-    if before is None:
-        return []
-    old, new = flat_fields(json.loads(before)), flat_fields(json.loads(now))
-    return [f"{name} {old[name]!r}, now {new[name]!r}" for name in old if name in new and old[name] != new[name]]

@@ -18,7 +18,7 @@ from causvid_jax import media
 from causvid_jax.config import ConfigError, require
 from causvid_jax.config.files import reason, write_text
 from causvid_jax.evaluation.vbench.totals import CLIPS, DIMENSIONS, FLICKER
-from causvid_jax.sampling import blocks
+from causvid_jax.sampling import blocks, script
 
 if TYPE_CHECKING:
     from causvid_jax.sampling.pipeline import StudentPipeline
@@ -170,8 +170,7 @@ def claim(folder: pathlib.Path, identity: Mapping[str, object]) -> None:
 def identity(pipe: "StudentPipeline", checksum: str, clips: Sequence[Clip], protocol: Protocol) -> dict[str, object]:
     """Return what determines the pixels of a run: recipe, weights, texts, seeds, and frames with size and rate."""
     texts = hashlib.sha256("\n".join(f"{clip.name}\t{clip.text}\t{clip.seed}" for clip in clips).encode()).hexdigest()
-    video = pipe.config.video
-    size = f"{video.width}x{video.height} at {video.fps:g}"
+    size = f"{script.size_of(pipe.config)} at {pipe.config.video.fps:g}"
     return {"recipe": pipe.config.name, "weights": checksum, "clips": texts, "frames": protocol.frames, "size": size}
 
 
