@@ -94,6 +94,8 @@ def remove_abandoned(folder: pathlib.Path) -> None:
     """Remove the unfinished files and locks of killed writers from ``folder``, but no video."""
     for file in folder.glob(".*.lock"):
         path = file.with_name(file.name.removeprefix(".").removesuffix(".lock"))
+        if path.suffix.lower() not in SUFFIXES:  # the lock of another program
+            continue
         with contextlib.suppress(ConfigError, OSError):
             lock = Lock(path)  # ConfigError: another program is writing it
             partial(path).unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import json
 import pathlib
 import re
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 from fastapi import FastAPI, Request, WebSocket
@@ -27,11 +27,12 @@ PAGE = pathlib.Path(__file__).with_name("page")
 
 
 class VideoRequest(pydantic.BaseModel):
-    """The body of ``POST /v1/videos``, as JSON or as a form.
+    """The body of ``POST /v1/videos``, as JSON or as a form; unknown fields are refused.
 
     A form may add a file ``input_reference``: a picture to start from, or a video to follow at ``strength``.
     """
 
+    model_config = pydantic.ConfigDict(extra="forbid")
     prompt: str
     model: str = ""
     seconds: float | None = pydantic.Field(None, gt=0, description="Default: as long as the video, or 4.")
@@ -157,9 +158,16 @@ def _add_videos(app: FastAPI, engine: Engine, jobs: Jobs) -> None:
         job = await asyncio.to_thread(jobs.create, **values.model_dump(), **files)
         return job.public()
 
-    @app.get("/v1/videos", summary="All videos, the newest first", tags=["videos"])
-    async def everything(limit: int = 20) -> dict[str, Any]:
-        data = [job.public() for job in jobs.all()]
+    @app.get("/v1/videos", summary="All videos, the newest first, or pages of them", tags=["videos"])
+    async def everything(
+        limit: int = 20, after: str | None = None, order: Literal["asc", "desc"] = "desc"
+    ) -> dict[str, Any]:
+        data = [job.public() for job in (jobs.all() if order == "desc" else reversed(jobs.all()))]
+        if after is not None:
+            places = [place for place, video in enumerate(data) if video["id"] == after]
+            if not places:
+                raise HTTPException(404, f"there is no video {after[:64]!r}")
+            data = data[places[0] + 1 :]
         page = data[: max(1, min(limit, 100))]
         ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
         return {"object": "list", "data": page, "has_more": len(page) < len(data), **ends}
@@ -191,11 +199,13 @@ async def _video_request(request: Request, engine: Engine) -> tuple[VideoRequest
     with _sentences():
         if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
             async with request.form(max_files=1, max_fields=16) as form:
-                texts = {name: value for name, value in form.items() if isinstance(value, str)}
-                file = form.get("input_reference")
+                fields = dict(form)
+                file = fields.get("input_reference")
+                if isinstance(file, UploadFile):
+                    del fields["input_reference"]
+                values = VideoRequest.model_validate(fields)
                 if isinstance(file, UploadFile):
                     files = await asyncio.to_thread(_decode, await file.read(), engine)
-            values = VideoRequest.model_validate(texts)
         else:
             values = VideoRequest.model_validate(json.loads(await request.body()))
     return values, files

@@ -24,9 +24,9 @@ from causvid_jax.serve.metrics import Metrics
 from causvid_jax.serve.programs import Programs
 from causvid_jax.serve.session import Change, Chunk, Session, Start
 from causvid_jax.serve.settings import Settings
+from causvid_jax.serve.snapshots import Snapshots
 
 _LOG = logging.getLogger(__name__)
-SNAPSHOTS_PER_SESSION = 16
 
 
 class Engine:
@@ -62,7 +62,7 @@ class Engine:
         self._work = threading.Condition(self._lock)
         self._turns: collections.deque[Session] = collections.deque()  # running ones, the next turn first
         self._queue: collections.deque[Session] = collections.deque()
-        self._snapshots: collections.OrderedDict[str, tuple[str, Film]] = collections.OrderedDict()
+        self._snapshots = Snapshots(settings.snapshot_bytes)
         self._stopping = False
         self._thread: threading.Thread | None = None
         self.fps = recipe.video.fps
@@ -100,9 +100,10 @@ class Engine:
         """Refuse a picture or a video that the student cannot read, and a start without the picture that it needs.
 
         Raises:
-            ConfigError: the sentence says what is accepted.
+            ConfigError: the sentence says what is accepted, or the programs are not loaded yet.
         """
-        require(not (picture or video) or self.has_encoder, "this server reads neither pictures nor videos")
+        if picture or video:
+            require(self.programs.has_encoder, "this server reads neither pictures nor videos")
         require(
             not (self.has_branch and video), "this student has an image branch and follows no video; send a picture"
         )
@@ -111,9 +112,14 @@ class Engine:
         )
 
     def load(self) -> None:
-        """Load the weights and compile every program; first remove unfinished files of a killed server."""
-        begin = time.perf_counter()
-        remove_abandoned(pathlib.Path(self.settings.recordings))
+        """Load the weights and compile every program; first remove unfinished files of a killed server.
+
+        Raises:
+            ConfigError: recordings would be written to a file, or weights are missing or do not fit.
+        """
+        begin, folder = time.perf_counter(), pathlib.Path(self.settings.recordings)
+        require(folder.is_dir() or not folder.exists(), f"--recordings is {str(folder)!r}, a file; give a directory")
+        remove_abandoned(folder)
         self._programs = self._load()
         self._programs.warm_up()
         self.ready.set()
@@ -174,17 +180,16 @@ class Engine:
         """Apply the latest change of prompt; earlier changes that no block has used are skipped."""
         with self._lock:
             change, session.change = session.change, None
-        if change is None or session.film is None:
+        if change is None:
             return
-        session.playing = None
-        session.film.change(change.prompt, change.context, change.blend)
-        session.knows = change.id
-        session.emit("changed", id=change.id, block=session.film.block, prompt=change.prompt)
+        film = session.has_film()
+        film.change(change.prompt, change.context, change.blend)
+        session.playing, session.knows = None, change.id  # a replay ends where it is changed
+        session.emit("changed", id=change.id, block=film.block, prompt=change.prompt)
 
     def _generate(self, session: Session) -> None:
-        film, playing, begin = session.film, session.playing, time.perf_counter()
-        assert film is not None
-        block, frame = film.block, film.frame
+        film, playing, begin = session.has_film(), session.playing, time.perf_counter()
+        block, frame, starts = film.block, film.frame, session.starts
         frames = playing.step() if playing is not None else film.step(*self._input(session))
         seconds = time.perf_counter() - begin
         self._record(session, frames)
@@ -205,7 +210,8 @@ class Engine:
             same = playing.same if playing.script.sha256 else None
             session.emit("replayed", same=same, blocks=film.block)
             session.playing = None
-            session.paused = True
+            if session.starts == starts:  # no other film waits to begin
+                session.paused = True
 
     def _input(self, session: Session) -> tuple[np.ndarray | None, float | None]:
         """Return the picture or video frames for the next block, and the strength."""
@@ -269,19 +275,18 @@ class Engine:
         with self._work:
             session.post(lambda: self._begin(session, start))
             session.change, session.strength, session.paused = None, None, False
+            session.starts += 1
             session.input.clear()
             self._work.notify()
 
     def _begin(self, session: Session, start: Start) -> None:
         """Create the session's film, in the worker thread."""
         with self._lock:
-            snapshot = self._snapshots.get(start.snapshot or "")
+            snapshot = None if start.snapshot is None else self._snapshots.get(start.snapshot)
         self._finish_recording(session)
         playing = None
-        if start.snapshot is not None:
-            require(snapshot is not None, "this snapshot is no longer kept")
-            assert snapshot is not None
-            film = snapshot[1].fork()
+        if snapshot is not None:
+            film = snapshot.fork()
         elif start.script is not None:
             playing = Replay(self.programs, start.script)
             film = playing.film
@@ -301,7 +306,7 @@ class Engine:
             session.play_end = session.last_chunk = None
             session.opened = session.asked = self.clock()
             session.chunks.clear()
-            session.confirmed = session.made
+            session.confirmed = session.begun = session.made
             session.credit = max(session.credit, session.made + 1)
         session.emit(
             "started", take=session.take, seed=film.seed, prompt=film.prompt, block=film.block, frame=film.frame
@@ -343,18 +348,10 @@ class Engine:
         """Keep a copy of the film; the event ``snapshot`` has the id for a fork."""
 
         def take() -> None:
-            require(session.film is not None, "there is no film yet")
-            assert session.film is not None
-            size = session.film.state_bytes
-            require(size <= self.settings.snapshot_bytes, f"a snapshot takes {size >> 20} MiB, more than is allowed")
-            film, key = session.film.snapshot(), secrets.token_urlsafe(16)
+            self._snapshots.check(session.has_film())
+            film = session.has_film().snapshot()
             with self._lock:
-                mine = [other for other, (owner, _) in self._snapshots.items() if owner == session.token]
-                for old in mine[: len(mine) - SNAPSHOTS_PER_SESSION + 1]:
-                    del self._snapshots[old]
-                self._snapshots[key] = session.token, film
-                while len(self._snapshots) * size > self.settings.snapshot_bytes:
-                    self._snapshots.popitem(last=False)
+                key = self._snapshots.add(session.token, film)
             session.emit("snapshot", id=key, name=name, block=film.block, frame=film.frame, prompt=film.prompt)
 
         self._post(session, take)
@@ -363,9 +360,8 @@ class Engine:
         """Send the script so far as the event ``script``."""
 
         def tell() -> None:
-            require(session.film is not None and session.film.block > 0, "there is no film yet")
-            assert session.film is not None
-            session.emit("script", script=session.film.script().to_json())
+            require(session.has_film().block > 0, "the film has no block yet")
+            session.emit("script", script=session.has_film().script().to_json())
 
         self._post(session, tell)
 
@@ -374,11 +370,12 @@ class Engine:
 
         def switch() -> None:
             self._finish_recording(session)
-            if on and session.film is not None:
+            if on:
+                film = session.has_film()
                 name = f"{secrets.token_hex(12)}.mp4"
                 path = pathlib.Path(self.settings.recordings) / name
                 session.recording = Recording(path, self.fps, self.pixel_size, self.settings.recording_bytes)
-                session.recorded_from = session.film.block
+                session.recorded_from = film.block
                 session.emit("recording", name=name)
 
         self._post(session, switch)
@@ -408,21 +405,23 @@ class Engine:
     # ---- coming and going ----
 
     def attach(self, token: str, received: int | None, on_output: Callable[[], None]) -> Session | None:
-        """Connect a client to a lost session; return None if no session has this token.
+        """Connect a client to a session; return None if none has this token, or a frame that it needs is gone.
 
-        Chunks from ``received`` on are sent again; None: those that are not confirmed.
+        Chunks from ``received`` on are sent again; None: those that are not confirmed. Those of a former film are not.
+        The connection before, if it still exists, ends.
         """
         with self._lock:
             everyone = [*self._turns, *self._queue]
             session = next((s for s in everyone if secrets.compare_digest(s.token, token)), None)
             if session is None:
                 return None
-            received = session.confirmed if received is None else received
+            received = session.confirmed if received is None else max(received, session.begun)
             if received < session.confirmed:
                 return None
             session.confirm(received)
             session.lost, session.seen = None, self.clock()
-            session.on_output = on_output
+            before, session.on_output = session.on_output, on_output
+            before()
             return session
 
     def lose(self, session: Session, on_output: Callable[[], None]) -> bool:
@@ -463,14 +462,14 @@ class Engine:
                 continue
             if session.lost is not None and now - session.lost > limits.resume_seconds:
                 self.close(session, "the connection was lost")
-            elif session.lost is None and now - session.seen > limits.idle_seconds:
+            elif session.is_idle(now, limits.idle_seconds):
                 self.close(session, f"nothing was asked for {limits.idle_seconds:.0f} s")
 
     def _admit(self) -> None:
         while self._queue and len(self._turns) < self.settings.sessions:
             session = self._queue.popleft()
             session.status = "running"
-            session.opened = session.asked = self.clock()
+            session.opened = session.asked = session.seen = self.clock()
             self._turns.appendleft(session)
             self._work.notify()
         for position, waiting in enumerate(self._queue, 1):

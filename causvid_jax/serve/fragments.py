@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import io
 import pathlib
+import re
 import threading
 from fractions import Fraction
 
@@ -27,6 +28,8 @@ CODEC = "avc1.640028"
 _OPTIONS = {"preset": "veryfast", "tune": "zerolatency", "crf": "16", "profile": "high", "level": "4.0"}
 _FLAGS = "empty_moov+default_base_moof+skip_trailer+frag_keyframe"
 _CLOCK = 90_000
+_NAME = re.compile(r"(video_)?[0-9a-f]{24}\.mp4")
+"""Names of recordings and, with ``video_``, of jobs."""
 
 
 def encode_block(frames: np.ndarray, start: int, index: int, fps: float, upscale: int = 1) -> tuple[bytes, bytes]:
@@ -103,10 +106,12 @@ class Recording:
         most_bytes: size above which it takes no further block.
         frames, blocks: numbers so far.
         digest: SHA-256 of the uint8 frames so far.
+
+    Raises:
+        ConfigError: the file cannot be written.
     """
 
     def __init__(self, path: pathlib.Path, fps: float, upscale: int, most_bytes: int):
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.most_bytes = path, most_bytes
         self.frames = self.blocks = 0
         self.digest = hashlib.sha256()
@@ -157,9 +162,11 @@ class Recording:
 
 
 def remove_old(folder: pathlib.Path, kept: int) -> None:
-    """Remove all videos of a folder but the ``kept`` newest."""
+    """Remove all recordings and jobs of a server but the ``kept`` newest. Other files of the folder stay."""
     ages = []
     for path in folder.glob("*.mp4"):
+        if not _NAME.fullmatch(path.name):
+            continue
         with contextlib.suppress(FileNotFoundError):  # another thread has removed it
             ages.append((path.stat().st_mtime, path))
     for _, path in sorted(ages)[:-kept]:

@@ -97,6 +97,8 @@ class Session:
         ahead: the most chunks that are kept for a client that has not confirmed them.
         keeps: whether chunks are kept until they are confirmed; False for jobs.
         take: number of the film in the session.
+        starts: number of films that the client asked for so far.
+        begun: index of the film's first chunk.
         made: number of chunks so far.
         shown: number of frames of this take so far.
         knows: ``id`` of the latest change that affects the film.
@@ -120,6 +122,7 @@ class Session:
         self.events: collections.deque[dict[str, Any]] = collections.deque(maxlen=MOST_EVENTS)
         self.take = self.shown = self.knows = 0
         self.made = self.confirmed = self.credit = 0
+        self.starts = self.begun = 0
         self.paused = False
         self.input: collections.deque[np.ndarray] = collections.deque(maxlen=64)
         self.strength: float | None = None
@@ -142,6 +145,20 @@ class Session:
         """
         require(len(self.commands) < MOST_COMMANDS, "too many commands at once; wait for their answers")
         self.commands.append(command)
+
+    def has_film(self) -> Film:
+        """Return the film.
+
+        Raises:
+            ConfigError: none has begun, because its start was refused.
+        """
+        require(self.film is not None, "no film has begun; send start")
+        assert self.film is not None
+        return self.film
+
+    def is_idle(self, now: float, seconds: float) -> bool:
+        """Whether a connected client has sent nothing for ``seconds``. In the queue there is nothing to send."""
+        return self.status == "running" and self.lost is None and now - self.seen > seconds
 
     def wants_device(self) -> bool:
         """Whether the worker has something to do for the session."""

@@ -25,6 +25,8 @@ SEND_SECONDS = 20.0
 BURST, RATE = 2000, 200
 """Messages that a client may send at once, and per second on average."""
 REFUSED, SLOW, TOO_MANY, ENDED = 4400, 4408, 4429, 4410
+GOING_AWAY = 1001
+"""Close code of a browser whose page is left. A lost connection has none, so its session waits for it."""
 
 
 class Refused(Exception):
@@ -58,12 +60,14 @@ class Connection:
             for task in pending:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)  # both may have failed
-            for task in done:
+            for task in sorted(done, key=tasks.index):  # the reader knows why the client has left
                 task.result()
         except Refused as refusal:
             code, reason = refusal.code, refusal.reason
-        except (WebSocketDisconnect, RuntimeError, OSError):
+        except (WebSocketDisconnect, RuntimeError, OSError) as error:
             code = 0  # the client has disconnected
+            if self.session is not None and getattr(error, "code", 0) == GOING_AWAY and self._is_current(self.session):
+                await asyncio.to_thread(self.engine.close, self.session, "the page was left")
         finally:
             if self.session is not None and self.engine.lose(self.session, self._wake) and self.peers is not None:
                 await self.peers.drop(self.session)
@@ -106,7 +110,7 @@ class Connection:
             self.session = self.engine.attach(message.token, received, self._wake)
             if self.session is None:
                 raise Refused(ENDED, "this session has ended and cannot be resumed")
-            self._next = message.received
+            self._next = self.session.confirmed
         else:
             address = self.socket.client.host if self.socket.client else ""
             try:
@@ -144,12 +148,20 @@ class Connection:
         assert session is not None
         while session.status != "ended":
             message, payload = await self._receive()
+            self._check_current(session)
             session.seen = self.engine.clock()
             try:
                 await self._obey(session, message, payload)
             except ConfigError as error:
                 session.emit("error", message=" ".join(str(error).split()))
         await asyncio.sleep(3600)  # the writer sends why it ended, and closes
+
+    def _is_current(self, session: Session) -> bool:
+        return session.on_output == self._wake
+
+    def _check_current(self, session: Session) -> None:
+        if not self._is_current(session):
+            raise Refused(ENDED, "another connection has taken up this session")
 
     async def _obey(self, session: Session, message: Any, payload: bytes) -> None:
         engine = self.engine
@@ -195,7 +207,11 @@ class Connection:
 
     async def _start(self, message: protocol.Start, payload: bytes) -> Start:
         self._choose(message.format)
-        if message.script is None and message.snapshot is None:
+        continues = message.script is not None or message.snapshot is not None
+        require(
+            not (continues and payload), "only a film with a prompt starts from a picture; send no script, no snapshot"
+        )
+        if not continues:
             self.settings.check_prompt(message.prompt)
         return Start(
             prompt=message.prompt,
@@ -218,9 +234,14 @@ class Connection:
         while True:
             await self._output.wait()
             self._output.clear()
+            self._check_current(session)
             while session.events:
                 event = session.events.popleft()
-                await self._send(self.socket.send_json(event))
+                try:
+                    await self._send(self.socket.send_json(event))
+                except BaseException:
+                    session.events.appendleft(event)  # for the connection that takes up the session
+                    raise
                 if event["type"] == "ended":
                     raise Refused(ENDED if event["reason"] != "the client ended it" else 1000, event["reason"])
             for chunk in self.engine.chunks(session, self._next) if self.format != "webrtc" else ():

@@ -75,12 +75,26 @@ def test_a_job_that_starts_at_once_has_its_first_block_and_one_that_cannot_leave
 
 
 def test_the_newest_videos_are_kept_and_a_file_that_goes_meanwhile_is_no_error(tmp_path):
-    (tmp_path / "gone.mp4").symlink_to(tmp_path / "nothing")  # as a file that is removed between listing and looking
+    kept = {letter: tmp_path / f"{kind}{24 * letter}.mp4" for letter, kind in (("a", ""), ("b", "video_"), ("c", ""))}
+    gone = tmp_path / f"{24 * '0'}.mp4"  # as a file that is removed between listing and looking
+    gone.symlink_to(tmp_path / "nothing")
     for age, name in ((3, "b"), (1, "a"), (2, "c")):
-        (tmp_path / f"{name}.mp4").touch()
-        os.utime(tmp_path / f"{name}.mp4", (1000 - age, 1000 - age))
+        kept[name].touch()
+        os.utime(kept[name], (1000 - age, 1000 - age))
     fragments.remove_old(tmp_path, 2)
-    assert sorted(path.name for path in tmp_path.glob("[abc].mp4")) == ["a.mp4", "c.mp4"]
+    assert sorted(tmp_path.iterdir()) == sorted([gone, kept["a"], kept["c"]])
+
+
+def test_files_of_others_in_the_directory_of_recordings_stay(engine, tmp_path):
+    folder = tmp_path / "recordings"
+    folder.mkdir()
+    names = ["wedding.mp4", "video_1.mp4", ".apt.lock", f"{24 * 'a'}.mp4.bak", f"my {24 * 'a'}.mp4"]
+    for name in names:
+        (folder / name).touch()
+        os.utime(folder / name, (0, 0))
+    fragments.remove_old(folder, 1)
+    engine.load()
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
 
 
 def test_the_queue_tells_its_position_and_refuses_beyond_its_length(engine):

@@ -95,6 +95,7 @@ const EVENTS = {
     say("");
   },
   error(from, m) {
+    if (!from.take) from.refused = true; // there is no film whose prompt could change
     if (from === player) prompt = confirmed; // what was refused is not what is shown
     mark();
     say(m.message);
@@ -146,6 +147,10 @@ function show(text) {
   if (!text || !player) return;
   prompt = text;
   $("prompt").value = text;
+  if (player.refused && !player.take) {
+    player.refused = false;
+    return begin();
+  }
   if (player.paused) togglePause();
   player.change(text, $("context").value, Number($("blend").value) || 0);
   mark();
