@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from causvid_jax.cli import PROGRAMS, options
+from causvid_jax.cli import PROGRAMS, options, train
 from causvid_jax.config import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -46,3 +46,12 @@ def test_a_command_that_is_shown_is_accepted(page, program, arguments, monkeypat
 def test_commands_are_found():
     assert len(CASES) >= 30
     assert {"sample", "train", "prepare", "convert", "compile"} <= {program for _, program, _ in CASES}
+
+
+def test_the_meshes_of_many_hosts_fit_the_stage_that_they_train(monkeypatch):
+    """Commands of ``launch.slurm`` and ``launch.tpu`` give what follows ``--`` to ``causvid train``."""
+    monkeypatch.chdir(ROOT)
+    flags = re.findall(r"-- (--config\.parallel\S+)$", (ROOT / "docs/hosts.md").read_text(), re.M)
+    assert len(flags) == 3
+    for flag in flags:
+        options.parse(train.Options, ["--config=configs/wan_14b.py", "--stage=distill", "--workdir=run", flag])

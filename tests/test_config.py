@@ -9,6 +9,7 @@ import ml_collections
 import pytest
 
 from causvid_jax import config as c
+from causvid_jax.cli import train
 
 
 def recipe(**groups):
@@ -200,6 +201,25 @@ def test_structures_are_named_in_the_refusal():
     assert text == "0 latent frames do not fit blocks of n*3; the nearest that do are 3 and 6"
 
 
+def test_only_the_stage_at_work_must_fit_the_mesh():
+    """The published batches are 64 and 128; a mesh of 32 must not ask for other batches of the stages beside them."""
+    recipe = c.Recipe(
+        "r",
+        train_distill=c.DistillStageConfig(batch_size=64, accumulate=2),
+        train_vae=c.VAEStageConfig(batch_size=8, curriculum=((10, 5, 12),)),
+        parallel=c.ParallelConfig(fsdp=32),
+    )
+    recipe.check_batch("distill")
+    text = message(recipe.check_batch, "vae")
+    assert text.startswith(
+        "train_vae has a batch of 12; slices x data x fsdp x accumulate is 32, which does not divide"
+    )
+    assert text.endswith("it; the nearest that it divides are 32")
+    with pytest.raises(c.ConfigError, match="train_vae has a batch of 12"):
+        train.Options(config=recipe, stage="vae")
+    assert train.Options(config=recipe, stage="distill").stage == "distill"
+
+
 @pytest.mark.parametrize(
     "changes,expected",
     [
@@ -211,7 +231,6 @@ def test_structures_are_named_in_the_refusal():
             {"parallel": {"context": 7, "ring": True}},
             "a latent frame has 1560 tokens for the teacher; parallel.context",
         ),
-        ({"parallel": {"fsdp": 3}}, "a batch of 8; slices x data x fsdp x accumulate is 3, which does not divide it"),
         (
             {"train_distill": {"continuation_prob": 0.5}},
             "train_distill.continuation_prob is 0.5; rollouts that continue",

@@ -78,6 +78,8 @@ def main(options: Options) -> None:
     machine = topology.parse(name)
     recipe = recipe if stage == "stream" else stages.with_lora(stage, recipe)
     recipe = with_mesh(recipe, stage, machine)
+    if stage != "stream":
+        recipe.check_batch(stage)
     try:
         if options.estimate:
             report = compile_report.estimate_for(recipe, stage, machine)

@@ -73,7 +73,7 @@ class Recipe(Config):
     a stream denoises that many blocks jointly, at rising noise levels (``sampling.rolling``); 0: one after the other.
 
     Raises:
-        ConfigError: groups that do not fit each other, such as a batch that the mesh does not divide.
+        ConfigError: groups that do not fit each other, such as heads that the mesh does not divide.
     """
 
     name: str
@@ -106,7 +106,6 @@ class Recipe(Config):
         self._check_pictures()
         self._check_decoder()
         self._check_heads_and_tokens()
-        self._check_batches()
         self._check_rolling()
 
     def _check_networks(self) -> None:
@@ -253,18 +252,23 @@ class Recipe(Config):
                 f"not divide them; the nearest that do are {nearest_divisors(tokens, mesh.context)}",
             )
 
-    def _check_batches(self) -> None:
-        mesh = self.parallel
-        for stage in STAGES:
-            config = getattr(self, f"train_{stage}")
-            parts = mesh.slices * max(mesh.data, 1) * mesh.fsdp * config.accumulate
-            for _, _, size in config.stretches:
-                below = size - size % parts
-                require(
-                    size % parts == 0,
-                    f"train_{stage} has a batch of {size}; slices x data x fsdp x accumulate is {parts}, which does "
-                    f"not divide it; the nearest that it divides are {f'{below} and ' if below else ''}{below + parts}",
-                )
+    def check_batch(self, stage: str) -> None:
+        """Check that the mesh and ``accumulate`` divide every batch of one of the training :data:`STAGES`.
+
+        Creating a recipe does not check this, since the mesh of one stage need not divide the batches of the others.
+
+        Raises:
+            ConfigError: a batch is not divided; the message names the nearest ones that are.
+        """
+        mesh, config = self.parallel, getattr(self, f"train_{stage}")
+        parts = mesh.slices * max(mesh.data, 1) * mesh.fsdp * config.accumulate
+        for _, _, size in config.stretches:
+            below = size - size % parts
+            require(
+                size % parts == 0,
+                f"train_{stage} has a batch of {size}; slices x data x fsdp x accumulate is {parts}, which does "
+                f"not divide it; the nearest that it divides are {f'{below} and ' if below else ''}{below + parts}",
+            )
 
     def _check_rolling(self) -> None:
         """Refuse settings with which a window of blocks cannot be denoised jointly."""

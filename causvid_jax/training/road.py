@@ -55,6 +55,9 @@ def legs(recipe: Recipe, workdir: pathlib.Path, options: prepare.Options, plan: 
         workdir: of the results.
         options: of ``causvid prepare``; own videos need ``videos`` and ``captions``.
         plan: numbers of clips of the report; None: no classifier and no report, which only digits have.
+
+    Raises:
+        ConfigError: the mesh does not divide a batch of a stage.
     """
     data = workdir / "data"
 
@@ -65,6 +68,7 @@ def legs(recipe: Recipe, workdir: pathlib.Path, options: prepare.Options, plan: 
         return Leg(stage, is_done, lambda: prepare.run(stage, recipe, workdir, options))
 
     def trained(stage: str) -> Leg:
+        recipe.check_batch(stage)
         path = paths.stage_path(workdir, stage)
         changes = functools.partial(changed_settings, path, stage, recipe)
         return Leg(stage, path.is_file, lambda: stages.train(stage, recipe, workdir), changes)

@@ -34,11 +34,12 @@ def train(name: str, recipe: Recipe, workdir: pathlib.Path, init_from: str | os.
             whose weights of the same stage are read.
 
     Raises:
-        ConfigError: settings are for sampling only; weights or data are missing, unreadable or of other shapes; or
-            another run uses the folder.
+        ConfigError: settings are for sampling only; the mesh does not divide a batch; weights or data are missing,
+            unreadable or of other shapes; or another run uses the folder.
         RunError: a loss stops the run, or the disk is full.
     """
     check_trainable(recipe)
+    recipe.check_batch(name)
     path = None if init_from is None else paths.resolve(init_from, name)
     if path is not None:
         paths.open_stage(recipe, name, path=path)  # refuse weights that do not fit before anything is made
