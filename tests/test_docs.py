@@ -79,3 +79,16 @@ def test_figures_of_the_readme_are_those_of_the_committed_report():
         name, *figures = (cell.strip() for cell in line.strip("|").split("|"))
         values = [frames[rows[name]][column]["mean"] for column in columns]
         assert [float(figure) for figure in figures] == pytest.approx(values, abs=0.0051), name
+
+
+def test_figures_of_the_evidence_are_those_of_its_json():
+    """A section shows figures of the experiment that it links to: mean (low to high), rounded once."""
+    sections = re.split(r"^## ", (ROOT / "docs/evidence.md").read_text(), flags=re.M)[1:]
+    assert len(sections) == 6
+    for section in sections:
+        name = re.search(r"\(evidence/(\w+)\.md\)", section)[1]
+        rows = json.loads((ROOT / f"docs/evidence/{name}.json").read_text())["rows"]
+        measured = [value for row in rows.values() for figures in row.values() for value in figures.values()]
+        known = {f"{v['mean']:.2f} ({v['low']:.2f} to {v['high']:.2f})" for v in measured if isinstance(v, dict)}
+        shown = re.findall(r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", section)
+        assert shown and not set(shown) - known, name

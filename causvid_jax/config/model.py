@@ -32,7 +32,7 @@ class VideoConfig(Config):
 
     ``frames`` is ``1 + 4 n``: the Wan VAE encodes the first frame alone and then groups of four. ``fps`` (frames per
     second) may be fractional: 23.976, 29.97 and 59.94 mean 24000/1001, 30000/1001 and 60000/1001
-    (:func:`media.frame_rate`).
+    (:func:`causvid_jax.media.frame_rate`).
     """
 
     label: ClassVar[str] = "video"
