@@ -137,6 +137,8 @@ def test_pixels_convert_both_ways():
     x = np.arange(256, dtype=np.uint8)
     np.testing.assert_array_equal(media.to_uint8(media.to_float(x)), x)
     assert (media.to_float(x)[0], media.to_float(x)[-1]) == (-1.0, 1.0)
+    with pytest.raises(ConfigError, match="pixels are of type float64; they must be uint8"):
+        media.to_float(x / 255)
     np.testing.assert_array_equal(media.to_uint8(np.array([-3.0, 3.0])), [0, 255])
 
 

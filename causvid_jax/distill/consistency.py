@@ -144,7 +144,8 @@ def continuous_loss(
     member = np.repeat(np.eye(len(block_sizes), dtype=np.float32), np.asarray(block_sizes), axis=0)  # [F, n]
 
     def block_sum(values: jax.Array) -> jax.Array:
-        return jnp.sum(values, axis=(2, 3, 4)) @ member
+        # By default accelerators multiply float32 in fewer bits.
+        return jnp.matmul(jnp.sum(values, axis=(2, 3, 4)), member, precision=jax.lax.Precision.HIGHEST)
 
     norm = jnp.sqrt(block_sum(jnp.square(g)))
     unit = g / flow.expand(flow.per_frame(norm + 0.1, block_sizes), g)

@@ -26,13 +26,13 @@ from causvid_jax.distill.scores import Levels, ScoreFn, mask_weight, masked_mean
 
 
 def dmd_gradient(x0: jax.Array, fake_x0: jax.Array, real_x0: jax.Array) -> jax.Array:
-    """Return ``(f - r) / mean |x - r|``, all arrays ``[B, F, h, w, C]``, and zero where it is not finite (0 / 0).
+    """Return ``(f - r) / mean |x - r|``, ``[B, F, h, w, C]`` as x = ``x0``, f = ``fake_x0`` and r = ``real_x0``.
 
-    The mean is taken per sample. Without a gradient through f and r, this is the gradient of DMD (module docstring).
+    The mean is taken per sample. A sample with x = r (0 / 0) has the gradient 0. A prediction that is not finite is
+    passed on, so that the guard of the training refuses the update; the published code replaces NaN by 0.
     """
     scale = jnp.mean(jnp.abs(x0 - real_x0), axis=tuple(range(1, x0.ndim)), keepdims=True)
-    gradient = (fake_x0 - real_x0) / scale
-    return jnp.where(jnp.isfinite(gradient), gradient, 0.0)
+    return jnp.where(scale == 0, 0.0, (fake_x0 - real_x0) / scale)
 
 
 def generator_loss(

@@ -91,8 +91,16 @@ def exit_steps_of(
 
     They are ``exit_step`` for every block, or :func:`draw_exit_steps` if that is None. ``key``, ``context`` and
     ``has_context`` are those of :func:`~causvid_jax.distill.rollout.self_rollout`.
+
+    Raises:
+        ConfigError: the blocks do not fit ``frames``, or ``exit_step`` is an integer outside a list of timesteps.
     """
     blocks = len(rollout.causal.block_sizes(frames))
     if exit_step is not None:
+        steps = min(map(len, (*rollout.first_timesteps[:blocks], rollout.timesteps)))
+        require(
+            isinstance(exit_step, jax.core.Tracer) or 0 <= int(exit_step) < steps,
+            f"exit_step is {exit_step}; the shortest list of timesteps has the steps 0 to {steps - 1}",
+        )
         return jnp.broadcast_to(jnp.asarray(exit_step, jnp.int32), (blocks,))
     return draw_exit_steps(rollout, jax.random.split(key)[0], blocks, False if context is None else has_context)

@@ -304,8 +304,9 @@ def roll(
     sizes = rollout.causal.block_sizes(frames)
     embeds = () if picture is None or not rollout.network.image_dim else (picture.embeds,)
     text_cache = transformer.encode_text(params, text, *embeds, config=rollout.network)
+    longest = frames + (0 if context is None else context.shape[1])
     cache = transformer.init_cache(
-        rollout.network, rollout.causal, batch=batch, height=height, width=width, frames=frames
+        rollout.network, rollout.causal, batch=batch, height=height, width=width, frames=longest
     )
     if context is not None:
         filled: Callable[[KVCache], KVCache] = functools.partial(fill_context, rollout, params, text_cache, context)

@@ -43,7 +43,7 @@ def generator_loss(
     scale = jax.lax.stop_gradient(jnp.mean(jnp.abs(x - r), axis=axes, keepdims=True))
     values = (r - f) * ((r - x) - options["distill"].sid_alpha * (r - f))
     # A sample that the teacher predicts exactly (0 / 0) does not count. A safe divisor gives it the gradient 0.
-    values = jnp.where(scale > 0, values / jnp.where(scale > 0, scale, 1.0), 0.0)
+    values = jnp.where(scale == 0, 0.0, values / jnp.where(scale == 0, 1.0, scale))
     loss = scores.masked_mean(values, mask)
     difference = scores.masked_mean(jnp.abs(r - f), mask)
     metrics = {"loss": loss, "gradient": difference, "timestep": jnp.mean(timestep)}

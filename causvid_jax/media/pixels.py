@@ -62,7 +62,13 @@ def _device_conversion() -> Any:
 
 
 def to_float(video: np.ndarray) -> np.ndarray:
-    """Return uint8 pixels, of any shape, as float32 in [-1, 1]: ``x / 127.5 - 1``."""
+    """Return uint8 pixels, of any shape, as float32 in [-1, 1]: ``x / 127.5 - 1``.
+
+    Raises:
+        ConfigError: pixels of another type, such as floats in [0, 1].
+    """
+    kind = np.asarray(video).dtype
+    require(kind == np.uint8, f"the pixels are of type {kind}; they must be uint8, from 0 to 255")
     return np.asarray(video, np.float32) / 127.5 - 1.0
 
 

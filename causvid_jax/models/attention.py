@@ -245,7 +245,16 @@ def teacher_forcing(frames: int, causal: CausalConfig, past: int = 0) -> Plan:
 
     A noisy block attends to its own frames and to earlier *clean* blocks. A clean block attends to clean blocks up to
     and including its own. Source: Self-Forcing's code (``_prepare_teacher_forcing_mask``).
+
+    Raises:
+        ConfigError: ``frames`` are not a whole number of blocks, or no block begins at frame ``past``.
     """
+    starts = [start for start, _ in _blocks(frames, causal)]
+    require(
+        past in starts,
+        f"{frames} clean frames with {frames - past} noisy ones: the noisy ones begin at frame {past}; blocks begin at "
+        f"{', '.join(map(str, starts))}",
+    )
     noisy: Plan = []
     for start, end in _blocks(frames, causal):
         if start < past:

@@ -89,11 +89,12 @@ def init_cache(
     the maximum number of latent frames of the stream. ``unstacked`` gives every layer an array of its own.
 
     Raises:
-        ConfigError: there is neither a window nor ``frames``.
+        ConfigError: there is neither a window nor a positive ``frames``.
     """
     require(
-        causal.window > 0 or frames is not None,
-        "a cache without a window needs its length in latent frames; give frames=... or set causal.window",
+        causal.window > 0 or (frames or 0) > 0,
+        f"frames is {frames}; a cache without a window needs its length in latent frames, at least 1: give frames=... "
+        "or set causal.window",
     )
     _, patch_h, patch_w = config.patch_size
     slots = causal.sink + causal.window if causal.window else frames or 0

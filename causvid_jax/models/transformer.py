@@ -355,11 +355,17 @@ def block_causal(
     F. The other arguments are those of :func:`bidirectional`.
 
     Raises:
-        ConfigError: as :func:`bidirectional`, or the frames are not a whole number of blocks.
+        ConfigError: as :func:`bidirectional`, the frames are not a whole number of blocks, or the clean copies are
+            fewer than the frames of x or do not begin with whole blocks.
     """
     frames = x.shape[1]
     positions = jnp.arange(frames)
     plan = attention.block_causal(frames, causal)
+    require(
+        clean is None or clean.shape[1] >= frames,
+        f"the clean copies have {0 if clean is None else clean.shape[1]} latent frames, fewer than the {frames} noisy "
+        "ones; they must include a copy of each",
+    )
     # In a clip of one block no token attends to the clean copy, so leave it out.
     if clean is not None and len(causal.block_sizes(clean.shape[1])) > 1:
         copies, past = clean.shape[1], clean.shape[1] - frames

@@ -132,8 +132,9 @@ def pool_tokens(x: jax.Array, query: jax.Array, config: TransformerConfig) -> ja
     The softmax is over all tokens of a clip, and the result is ``[B, M]``.
     """
     y = layer_norm(x, config)
-    scores = jnp.einsum("bfnm,m->bfn", y, query) * y.shape[-1] ** -0.5
-    return jnp.einsum("bfn,bfnm->bm", jax.nn.softmax(scores, axis=(1, 2)), y)
+    full = jax.lax.Precision.HIGHEST  # by default accelerators multiply float32 in fewer bits
+    scores = jnp.einsum("bfnm,m->bfn", y, query, precision=full) * y.shape[-1] ** -0.5
+    return jnp.einsum("bfn,bfnm->bm", jax.nn.softmax(scores, axis=(1, 2)), y, precision=full)
 
 
 def embed_time(p: Params, timestep: jax.Array, config: TransformerConfig) -> tuple[jax.Array, jax.Array]:

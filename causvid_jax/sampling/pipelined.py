@@ -115,7 +115,8 @@ def init_pipeline(
         ConfigError: as :func:`step_mesh` and :func:`stream.init_stream`.
     """
     step_mesh(config, list(mesh.devices.flat))
-    capacity = None if config.causal.window else frames or config.video.latent_frames
+    longest = config.video.latent_frames if frames is None else frames
+    capacity = None if config.causal.window else longest
     seeds = stream.seeds_of(seed, text.shape[0])
     return _start(params, *jax.device_put((text, seeds), NamedSharding(mesh, _ALL)), config, mesh, capacity)
 
@@ -237,7 +238,7 @@ def generate(
     Raises:
         ConfigError: as :func:`init_pipeline`, or latent frames that do not fit the blocks.
     """
-    frames = frames or config.video.latent_frames
+    frames = config.video.latent_frames if frames is None else frames
     count = len(config.causal.block_sizes(frames))
     everywhere = replicated(params, mesh)
     state = init_pipeline(everywhere, text, config=config, mesh=mesh, seed=seed, frames=frames)

@@ -152,7 +152,7 @@ def generate(
     decode: bool = True,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Generate a whole clip; arguments and results are those of :func:`stream.generate`."""
-    frames = frames or config.video.latent_frames
+    frames = config.video.latent_frames if frames is None else frames
     state = init_rolling(params, text, config=config, seed=seed, frames=frames)
     clip, video = [], []
     for enters in rounds(len(config.causal.block_sizes(frames)), config):

@@ -24,8 +24,15 @@ def schedule(config: Recipe, timesteps: tuple[float, ...] | None) -> tuple[tuple
 
     ``timesteps`` replace those of the recipe. With ``student.precision="causvid"`` a level is that of the published
     sampler's table.
+
+    Raises:
+        ConfigError: ``timesteps`` are none, do not descend or are outside (0, 1000].
     """
     steps = tuple(flow.student_timesteps(config.diffusion)) if timesteps is None else timesteps
+    require(
+        bool(steps) and list(steps) == sorted(set(steps), reverse=True) and 0 < min(steps) <= max(steps) < 1000.01,
+        f"timesteps are {steps}; they must be at least one, distinct, descending, and in (0, 1000]",
+    )
     return steps, [_sigma(t, config) for t in steps] + [0.0]
 
 
@@ -57,6 +64,25 @@ def tables(
     row = jnp.minimum(block, len(first))
     times, levels = (jnp.stack(column)[row] for column in zip(*rows, strict=True))
     return times, levels, jnp.asarray(counts)[row]
+
+
+def check_noise(
+    noise: jax.Array | None, block: tuple[int, ...], config: Recipe, timesteps: tuple[float, ...] | None = None
+) -> None:
+    """Check that given noise (None: drawn noise) has an entry of shape ``block`` for every step that reads one.
+
+    These are the denoising steps of the longest list, and the context pass if that adds noise.
+
+    Raises:
+        ConfigError: too few entries, or entries of another shape.
+    """
+    lists = [schedule(config, timesteps)[0], *(flow.first_block_timesteps(config.diffusion) if not timesteps else ())]
+    needed = max(map(len, lists)) + (config.causal.add_context_noise == "always")
+    require(
+        noise is None or (len(noise) >= needed and noise.shape[1:] == block),
+        f"the noise of a block has shape {None if noise is None else noise.shape}; it must be {(needed, *block)}, one "
+        "entry per step",
+    )
 
 
 def check_single_blocks(config: Recipe) -> None:

@@ -84,7 +84,8 @@ def init_stream(
             with it.
     """
     check_picture(picture, config.student, "student")
-    capacity = None if config.causal.window else frames or config.video.latent_frames
+    longest = config.video.latent_frames if frames is None else frames
+    capacity = None if config.causal.window else longest
     seeds = seeds_of(seed, text.shape[0])
     return first_state(params, text, seeds, config=config, capacity=capacity, picture=picture)
 

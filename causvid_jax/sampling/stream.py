@@ -54,11 +54,14 @@ def block_noise(seed: jax.Array, block: jax.Array, step: jax.Array | int, shape:
     return jax.vmap(one)(seed)
 
 
+def _block_shape(state: StreamState, config: Recipe) -> tuple[int, ...]:
+    return (state.seed.shape[0], block_frames(state, config), *config.latent_size, config.vae.z_dim)
+
+
 def _noise(state: StreamState, step: jax.Array | int, config: Recipe, noise: jax.Array | None = None) -> jax.Array:
     """Return the noise ``[B, K, h, w, C]`` of a step: from the state's seeds, or entry ``step`` of ``noise``."""
-    shape = (block_frames(state, config), *config.latent_size, config.vae.z_dim)
     if noise is None:
-        values = block_noise(state.seed, state.block, step, shape)
+        values = block_noise(state.seed, state.block, step, _block_shape(state, config)[1:])
     else:
         # The step after the last reads an entry that does not exist; its noise level is 0.
         values = noise[jnp.minimum(step, len(noise) - 1)]
@@ -76,18 +79,9 @@ def network_pass(
 ) -> tuple[jax.Array, KVCache]:
     """Run one network pass on the current block; all its frames have ``timestep``, or one each of ``[K]``."""
     timesteps = jnp.full(x.shape[:2], timestep, jnp.float32)
-    student, causal = config.student, config.causal
-    x = with_channels(x, state.picture, student, cache.position)
-    return transformer.cached(
-        student_params(params, state.adapters),
-        x,
-        timesteps,
-        state.text,
-        cache,
-        config=student,
-        causal=causal,
-        rewrites=rewrites,
-    )
+    run = functools.partial(transformer.cached, config=config.student, causal=config.causal, rewrites=rewrites)
+    x = with_channels(x, state.picture, config.student, cache.position)
+    return run(student_params(params, state.adapters), x, timesteps, state.text, cache)
 
 
 def _denoise(
@@ -106,6 +100,7 @@ def _denoise(
     iteration of the same loop, on x0 itself (sigma 0, ``context_noise``), so the network is compiled once.
     ``own_steps``: the first blocks have ``diffusion.first_block_timesteps``.
     """
+    schedule.check_noise(noise, _block_shape(state, config), config, timesteps)
     block = schedule.block_number(state.cache.position, config.causal) if own_steps else None
     times, levels, count = schedule.tables(block, config, timesteps)
 
@@ -214,12 +209,15 @@ def next_block(
         state: of :func:`init_stream` or of the block before. It is donated. Without ``causal.window`` the block must
             fit the stream's maximum length: this function cannot check that.
         config: the recipe.
-        noise: ``[steps, B, K, h, w, C]``, the noise that the block starts from and that each later step adds; None
-            draws it from the state's seeds.
+        noise: ``[steps, B, K, h, w, C]``, what the block starts from and what each later step adds (with
+            ``causal.add_context_noise="always"`` also the context pass); None draws it from the state's seeds.
         timesteps: static denoising timesteps, descending from at most 1000; None: those of ``config``.
 
     Returns:
         Clean latents ``[B, K, h, w, C]`` and the next state.
+
+    Raises:
+        ConfigError: noise of another shape, or timesteps that do not descend in (0, 1000].
     """
     return _next_block(params, state, config, noise, timesteps)
 
@@ -237,7 +235,7 @@ def next_frames(
 
     Args:
         params: ``{"student"}`` and the recipe's decoder, ``"vae"`` or ``"taehv"``.
-        state, config, noise, timesteps: as in :func:`next_block`.
+        state, config, noise, timesteps: as in :func:`next_block`, with its errors.
 
     Returns:
         Latents ``[B, K, h, w, C]``, float frames ``[B, 4K, H, W, 3]`` in [-1, 1], and the next state. The first
@@ -327,7 +325,7 @@ def next_block_from(
 
 
 def _check_block(state: StreamState, latents: jax.Array, config: Recipe) -> None:
-    expected = (state.seed.shape[0], block_frames(state, config), *config.latent_size, config.vae.z_dim)
+    expected = _block_shape(state, config)
     require(latents.shape == expected, f"latents of the next block are {latents.shape}; they must be {expected}")
 
 
@@ -474,7 +472,7 @@ def generate(
     Raises:
         ConfigError: latent frames that do not fit the blocks, and the errors of :func:`init_stream`.
     """
-    frames = frames or config.video.latent_frames
+    frames = config.video.latent_frames if frames is None else frames
     state = init_stream(params, text, config=config, seed=seed, frames=frames, picture=picture)
     return _scan_blocks(params, state, config=config, sizes=config.causal.block_sizes(frames), decode=decode)
 

@@ -103,13 +103,21 @@ def sample_clip(
         Clean latents ``[B, F, h, w, C]``.
 
     Raises:
-        ConfigError: both or neither of ``seeds`` and ``noise``, timesteps that the solver refuses, a picture for a
-            teacher without an image branch, or none for one with it.
+        ConfigError: both or neither of ``seeds`` and ``noise``, not one of them per prompt, timesteps that are above
+            1000 or that the solver refuses, a picture for a teacher without an image branch, or none for one with it.
     """
     require((seeds is None) != (noise is None), "a teacher's clip takes either seeds or noise")
     if seeds is not None:
         noise = clip_noise(seeds, config)
     assert noise is not None
+    require(
+        len(noise) == len(prompt_embeds),
+        f"{len(noise)} seeds or clips of noise are given for {len(prompt_embeds)} prompts; they must be equally many",
+    )
+    require(
+        timesteps is None or max(timesteps, default=0) <= 1000,
+        f"timesteps are {timesteps}; they must be at most 1000",
+    )
     velocity = guided_velocity(
         params, prompt_embeds, negative_prompt_embeds, image_embeds, image_latents, config=config
     )

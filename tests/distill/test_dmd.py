@@ -8,7 +8,7 @@ import pytest
 
 from causvid_jax.config import ConfigError, DiffusionConfig, DistillStageConfig
 from causvid_jax.diffusion import flow
-from causvid_jax.distill import dmd, scores
+from causvid_jax.distill import dmd, scores, sid
 
 DIFFUSION = DiffusionConfig(shift=3.0)
 SHAPE = (4, 3, 2, 2, 2)
@@ -134,6 +134,19 @@ def test_undefined_gradient_is_zero():
     np.testing.assert_array_equal(gradient[0], 0.0)
     np.testing.assert_allclose(gradient[1], (2.0 - 3.0) / 2.0)
     np.testing.assert_array_equal(dmd.dmd_gradient(x, x, x), 0.0)
+
+
+@pytest.mark.parametrize("broken", ["teacher", "fake"])
+def test_a_score_that_is_not_finite_spoils_the_loss(broken):
+    """Otherwise the student would train without any gradient, and no guard would notice."""
+    x0 = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+    for value in (np.nan, np.inf):
+        nets = {"teacher": teacher, "fake": fake} | {broken: lambda x, t, text, value=value: jnp.full_like(x, value)}
+        settings = {"diffusion": DIFFUSION, "distill": DistillStageConfig(guidance_scale=1.0)}
+        for loss in (dmd.generator_loss, sid.generator_loss):
+            run = lambda x, loss=loss: loss(x, TEXT, NULL, jax.random.key(0), **nets, **settings)[0]  # noqa: B023, E731
+            value_of, slope = jax.value_and_grad(run)(x0)
+            assert not np.isfinite(value_of) and not np.isfinite(slope).all()
 
 
 def train_generator(params, generate, distribution, guidance, teacher_fn, steps=400):

@@ -330,6 +330,29 @@ def test_real_rollout_and_its_gradient_equal_autodiff_of_the_unrolled_loop(causa
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * scale), gradient, slopes)
 
 
+def test_real_rollout_that_continues_without_a_window_keeps_every_frame():
+    """A window as long as context and clip hides nothing, so it gives the same as no window."""
+    params, text = tiny.random_transformer(NETWORK), np.ones((2, 4, 5), np.float32)
+    past = np.random.default_rng(0).standard_normal((2, 2, 4, 4, 3)).astype(np.float32)
+    options = {"shape": (2, 2, 4, 4, 3), "context": past, "exit_step": 0}
+
+    @functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+    def run(causal, params):
+        settings = rollout.Rollout(NETWORK, causal, TIMESTEPS)
+        return rollout.self_rollout(settings, params, text, jax.random.key(1), **options)
+
+    plain, window = (run(causal, params) for causal in (PLAIN, CausalConfig(frames_per_block=2, window=4)))
+    np.testing.assert_allclose(plain, window, atol=1e-5)
+
+
+@pytest.mark.parametrize("exit_step,lists,most", [(3, (), 2), (-1, (), 2), (2, FIRST, 1)])
+def test_an_exit_step_outside_the_timesteps_is_refused(exit_step, lists, most):
+    settings = exit_steps.Rollout(NETWORK, PLAIN, TIMESTEPS, lists)
+    with pytest.raises(ConfigError, match=f"exit_step is {exit_step}; .* the steps 0 to {most}"):
+        exit_steps.exit_steps_of(settings, jax.random.key(0), 4, exit_step)
+    exit_steps.exit_steps_of(settings, jax.random.key(0), 4, most)
+
+
 def test_real_replay_repeats_the_rollout_whether_or_not_it_continues():
     settings, params = rollout.Rollout(NETWORK, WINDOW, TIMESTEPS), tiny.random_transformer(NETWORK)
     text, past = np.ones((2, 4, 5), np.float32), np.ones((2, 2, 4, 4, 3), np.float32)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from causvid_jax.config import CausalConfig, CLIPConfig, ConfigError, TransformerConfig, UMT5Config, VAEConfig
+from causvid_jax.distill import consistency
 from causvid_jax.models import attention, clip_vision, transformer, umt5, vae
 from causvid_jax.sharding import constraints
 from tests.tiny import NETWORK
@@ -103,3 +104,17 @@ def test_products_of_the_codec_and_of_the_encoders(platform):
             lambda p, x: clip_vision.encode(p, x, config=image), platform, clip_vision.abstract(image), spec(1, 8, 8, 3)
         )
     )
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_products_of_the_discriminator_and_of_the_sums_over_blocks(platform):
+    config = TransformerConfig(**NETWORK, dtype="float32", attention="xla", remat="none")
+    inputs = transformer.abstract(config), spec(2, 4, 8, 8, 4), spec(2, 4), spec(2, 8, 5), spec(2, 32)
+    check(products(functools.partial(transformer.pooled_features, config=config), platform, *inputs), every=True)
+
+    def loss(x):
+        networks = consistency.Networks(*(lambda x, t: 0.5 * x,) * 3)
+        options = {"shift": 3.0, "block_sizes": (2, 2), "ratio": 1.0, "scale": 1.0}
+        return consistency.continuous_loss(networks, x, jax.random.key(0), **options)[0]
+
+    check(products(jax.value_and_grad(loss), platform, spec(2, 4, 2, 2, 3)), every=True)

@@ -196,6 +196,15 @@ def test_teacher_forcing_of_one_block_costs_no_clean_copy(params):
     assert flops[0] == flops[1]
 
 
+def test_clean_copies_that_do_not_fit_are_refused(params):
+    """Fewer copies than frames would be left out without a word; a past of part of a block has no plan."""
+    x, t, text = inputs(6)
+    with pytest.raises(ConfigError, match="3 latent frames, fewer than the 6 noisy"):
+        block_causal(params, x, t, text, inputs(3)[0], causal=CausalConfig(3))
+    with pytest.raises(ConfigError, match="11 clean frames with 6 noisy ones: .* frame 5; blocks begin at 0, 1, 6"):
+        block_causal(params, x, t, text, inputs(11)[0], causal=CausalConfig(5, independent_first_frame=True))
+
+
 def test_a_rewritten_block_leaves_no_trace(params):
     """Denoising steps of one block overwrite each other, so the cache depends on the last one alone."""
     x, t, text = inputs(6)
@@ -283,7 +292,7 @@ def test_visible_frames():
 
 
 def test_a_cache_without_window_needs_a_length():
-    with pytest.raises(ConfigError, match="needs its length in latent frames"):
+    with pytest.raises(ConfigError, match="frames is .*; a cache without a window needs its length in latent frames"):
         transformer.init_cache(CONFIG, CausalConfig(3), batch=1, height=4, width=4)
 
 

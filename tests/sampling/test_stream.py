@@ -412,6 +412,32 @@ def test_impossible_clips_are_refused(params):
         stream.generate(params, prompt(0), config=PLAIN, frames=7)
 
 
+@pytest.mark.parametrize("steps", [(), (500.0, 1000.0), (1000.0, 1000.0), (1500.0, 500.0), (500.0, 0.0), (np.nan,)])
+def test_timesteps_that_are_no_schedule_are_refused(params, steps):
+    """No step would make a block of zeros, and an ascending list one that is more noise than video."""
+    with pytest.raises(ConfigError, match="timesteps are .*; they must be at least one, distinct, descending"):
+        stream.next_block(params, stream.init_stream(params, prompt(0), config=PLAIN), config=PLAIN, timesteps=steps)
+
+
+@pytest.mark.parametrize("config,entries", [(PLAIN, 4), (ADDED, 5)], ids=["plain", "context pass"])
+def test_noise_without_an_entry_for_every_step_is_refused(params, config, entries):
+    """A missing entry would be replaced by the last one, so two steps would add the same noise."""
+    noise = jnp.ones((entries, 1, 2, *config.latent_size, config.vae.z_dim))
+    start = lambda: stream.init_stream(params, prompt(0), config=config)  # noqa: E731
+    for given in (noise[:-1], noise[:, :, :1], noise[:, 0]):
+        with pytest.raises(ConfigError, match="the noise of a block has shape"):
+            stream.next_block(params, start(), config=config, noise=given)
+    stream.next_block(params, start(), config=config, noise=noise)
+
+
+def test_no_frames_are_not_the_length_of_the_recipe(params):
+    for run_of in (stream.init_stream, stream.generate):
+        with pytest.raises(ConfigError, match="frames is 0; a cache without a window needs its length"):
+            run_of(params, prompt(0), config=PLAIN, frames=0)
+    with pytest.raises(ConfigError, match="0 latent frames do not fit"):
+        stream.generate(params, prompt(0), config=WINDOW, frames=0)
+
+
 def test_the_first_blocks_have_timesteps_of_their_own(params):
     """Blocks of 4, 2, 1 and 1 steps are those of recipes with one list each, one after the other; a cut begins anew."""
     four = WINDOW.diffusion.denoising_timesteps
