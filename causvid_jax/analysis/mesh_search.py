@@ -81,9 +81,12 @@ def _meshes(recipe: Recipe, stage: str, machine: TopologySpec) -> Iterator[Recip
             )
             for one in _accumulated(recipe, stage, machine.slices * rest):
                 try:
-                    yield dataclasses.replace(one, parallel=mesh)
-                except ConfigError:  # for example a batch that the mesh does not divide
+                    candidate = dataclasses.replace(one, parallel=mesh)
+                    if stage != "stream":
+                        candidate.check_batch(stage)
+                except ConfigError:  # for example a batch of the curriculum that the mesh does not divide
                     continue
+                yield candidate
 
 
 def _accumulated(recipe: Recipe, stage: str, ways: int) -> Iterator[Recipe]:
