@@ -42,7 +42,8 @@ def draw_exit_steps(rollout: Rollout, key: jax.Array, blocks: int, has_context: 
     ``rollout.exit_steps`` names the rule. ``"shared"`` draws one of the Q steps for all blocks (Self-Forcing, arXiv
     2506.08009). ``"per_block"`` draws one for each block. ``"last"`` is always Q - 1. ``"first_block"`` draws one for
     the first block and is Q - 1 for the others (RMD, arXiv 2609.37925). A block with a list in ``first_timesteps`` has
-    an index into that list, drawn alone, unless the rollout continues another one (``has_context``, bool scalar).
+    an index into that list, drawn independently of all others. If the rollout continues another one (``has_context``,
+    bool scalar), no block has such a list.
     """
     steps = len(rollout.timesteps)
     shared = jax.random.randint(key, (), 0, steps)

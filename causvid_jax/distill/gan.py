@@ -94,7 +94,8 @@ def generator_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return L_G (module docstring) and the metrics of DMD with ``adversarial``, the mean of ``softplus(-D)``.
 
-    ``discriminator`` is D. The other arguments are those of :func:`causvid_jax.distill.dmd.generator_loss`.
+    ``discriminator`` is D. The other arguments are those of :func:`causvid_jax.distill.dmd.generator_loss`. ``mask``,
+    ``timestep`` and ``noise`` apply to L_DMD alone: D has one logit per clip and draws of its own.
     """
     loss, metrics = dmd.generator_loss(x0, prompt_embeds, negative_prompt_embeds, key, levels=levels, **options)
     diffusion, distill = options["diffusion"], options["distill"]
@@ -118,7 +119,8 @@ def critic_loss(
     """Return L_C (module docstring), and the metrics ``loss``, ``discriminator`` (its logistic loss), ``r1``, ``r2``.
 
     ``real`` are real latents of the same prompts, ``[B, F, h, w, C]``. The other arguments are those of
-    :func:`causvid_jax.distill.dmd.critic_loss`. ``r1`` and ``r2`` are there if their weights are not 0.
+    :func:`causvid_jax.distill.dmd.critic_loss`; ``mask``, ``timestep`` and ``noise`` apply to L_flow alone. ``r1`` and
+    ``r2`` are there if their weights are not 0.
     """
     loss, metrics = dmd.critic_loss(x0, prompt_embeds, key, levels=levels, **options)
     diffusion, distill = options["diffusion"], options["distill"]

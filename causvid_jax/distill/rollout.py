@@ -112,9 +112,10 @@ def write_context(
     cache: KVCache,
     channels: jax.Array | None = None,
 ) -> KVCache:
-    """Return the cache with the keys and values of a finished block ``x0``, read at ``causal.context_noise``.
+    """Return the cache with the keys and values of a finished block ``x0 [B, K, h, w, C]``.
 
-    The position of the cache stays; :func:`causvid_jax.models.kv_cache.advance` moves it.
+    The pass has the timestep ``causal.context_noise``. It does not move the position of the cache;
+    :func:`causvid_jax.models.kv_cache.advance` does.
     """
     timestep = jnp.full(x0.shape[:2], rollout.causal.context_noise, jnp.float32)
     _, cache = transformer.cached(
@@ -356,7 +357,8 @@ def self_rollout(
         text: prompt embeddings, ``[B, S, E]``.
         key: draws the exit steps (:func:`exit_steps_of`) and every noise.
         shape: ``(B, F, h, w, C)`` of the clip; the blocks must fit F.
-        exit_step: index into the timesteps of all blocks instead of drawn ones; Q - 1 is the whole chain.
+        exit_step: index in 0 ... Q - 1 into the timesteps, for all blocks, instead of drawn ones; Q - 1 is the whole
+            chain.
         context: clean latents ``[B, P, h, w, C]``, P whole blocks, that the rollout continues.
         has_context: bool scalar; False ignores ``context`` in the same compiled program.
         picture: what the clip starts from, for a student with an image branch; it does not go with a context.
@@ -365,7 +367,7 @@ def self_rollout(
         x0, ``[B, F, h, w, C]`` float32.
 
     Raises:
-        ConfigError: the blocks do not fit the length or the context.
+        ConfigError: the blocks do not fit the length or the context, or ``exit_step`` is out of range.
     """
     continued: dict[str, Any] = {"context": context, "has_context": has_context}
     exits = exit_steps_of(rollout, key, shape[1], exit_step, **continued)

@@ -1,4 +1,4 @@
-"""What the losses of the distillation share: noisy copies of the student's output, and the scores' predictions of them.
+"""Shared parts of the distillation losses: noisy copies of the student's output and the scores' predictions for them.
 
     x_t = (1 - sigma) x + sigma noise,   t = 1000 sigma(u)
 

@@ -35,14 +35,15 @@ def generator_loss(
     """Return L_G (module docstring) and the metrics ``loss``, ``gradient`` (mean ``|r - f|``) and ``timestep`` (mean).
 
     Arguments and errors are those of :func:`causvid_jax.distill.dmd.generator_loss`. With a mask there is also the
-    metric ``weight`` (frames counted).
+    metric ``weight`` (frames counted). A sample with x = r (0 / 0) counts as 0. A prediction that is not finite is
+    passed on.
     """
     x = x0.astype(jnp.float32)
     f, r, timestep = scores.predictions(x, prompt_embeds, negative_prompt_embeds, key, **options)
     axes = tuple(range(1, x.ndim))
     scale = jax.lax.stop_gradient(jnp.mean(jnp.abs(x - r), axis=axes, keepdims=True))
     values = (r - f) * ((r - x) - options["distill"].sid_alpha * (r - f))
-    # A sample that the teacher predicts exactly (0 / 0) does not count. A safe divisor gives it the gradient 0.
+    # A sample that the teacher predicts exactly (0 / 0) counts as 0. A safe divisor also gives it the gradient 0.
     values = jnp.where(scale == 0, 0.0, values / jnp.where(scale == 0, 1.0, scale))
     loss = scores.masked_mean(values, mask)
     difference = scores.masked_mean(jnp.abs(r - f), mask)

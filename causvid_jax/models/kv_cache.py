@@ -6,8 +6,8 @@ window (``positions="relative"``), keys are stored unrotated and rotated when th
 array: the first ``sink`` frames keep their slots, and all later frames share a ring buffer.
 
 With ``TransformerConfig.kv_cache="int8"`` keys and values are stored in 8 bits. Every latent frame, head and channel
-has a scale of its own, taken over the tokens of the frame (``models.int8_cache``). A pass reads the past times its
-scales, as a copy of one layer at a time in the compute type. Its own block it reads without 8-bit rounding.
+has a scale of its own, taken over the tokens of the frame (``models.int8_cache``). A pass multiplies the past by its
+scales, one layer at a time, into a copy in the compute type. It reads its own block without 8-bit rounding.
 
 A cache has the form of the parameters it is used with: one array ``[L, ...]`` of all layers, or a tuple of L arrays
 (``models.unstacked``), each of which a pass updates in place.

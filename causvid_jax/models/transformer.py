@@ -482,7 +482,7 @@ def _attend_cached(
         block = stored(k, v, layer_cache)
         written = tuple(write_slots(old, new, slots, axis=1) for old, new in zip(layer_cache, block, strict=True))
         keys, values = readable(written, config.dtype)
-        if len(written) > 2:  # Of the block itself attention reads what was not rounded to 8 bits.
+        if len(written) > 2:  # Attention reads the block itself without 8-bit rounding.
             own = (k.astype(keys.dtype), v.astype(values.dtype))
             keys, values = (write_slots(old, new, slots, axis=1) for old, new in zip((keys, values), own, strict=True))
         visible = rotate(keys, key_angle[0]) if key_angle else keys
