@@ -7,7 +7,7 @@ import pytest
 
 from causvid_jax.checkpoints import store
 from causvid_jax.checkpoints import workdir as paths
-from causvid_jax.config import RunError, to_json
+from causvid_jax.config import ConfigError, RunError, to_json
 from causvid_jax.data import prepare
 from causvid_jax.evaluation import measure, report, train_classifier
 from causvid_jax.training import provenance, road, stages
@@ -113,3 +113,15 @@ def test_a_forecast_is_the_reference_at_the_speed_of_the_legs_so_far():
 def test_legs_follow_the_recipe(tmp_path, changes, names):
     recipe = tiny_recipe(decoder="vae", **changes)
     assert [leg.name for leg in road.legs(recipe, tmp_path, prepare.Options())] == names
+
+
+def test_a_road_and_a_stage_refuse_a_batch_that_the_mesh_does_not_divide(tmp_path):
+    """Before anything is made: the first legs of a road take hours."""
+    split = changed(RECIPE, parallel={"fsdp": 7})
+    for start in (
+        lambda: road.legs(split, tmp_path, prepare.Options()),
+        lambda: stages.train("distill", split, tmp_path),
+    ):
+        with pytest.raises(ConfigError, match="has a batch of .*; slices x data x fsdp x accumulate is 7"):
+            start()
+    assert not list(tmp_path.iterdir())
