@@ -168,9 +168,9 @@ class StudentPipeline(_Base):
         noise of block i; None draws it from the state's seeds.
 
         Raises:
-            ConfigError: the blocks do not fit the cache of a stream without a window.
+            ConfigError: the blocks do not fit the cache of a stream without a window, or there is no noise for each.
         """
-        self._check_room(state, blocks)
+        self._check_room(state, blocks, noise)
         start = begins(state)
         for i in range(blocks):
             block_noise = None if noise is None else noise[i]
@@ -184,7 +184,7 @@ class StudentPipeline(_Base):
 
         No VAE is needed. ``noise`` and errors are those of :meth:`frames`.
         """
-        self._check_room(state, blocks)
+        self._check_room(state, blocks, noise)
         for i in range(blocks):
             block_noise = None if noise is None else noise[i]
             latents, state = stream.next_block(self.params, state, config=self.config, noise=block_noise)
@@ -285,6 +285,7 @@ class StudentPipeline(_Base):
         require(begins(state), "a video can only be followed from the first block of a stream")
         start = jnp.int32(schedule.strength_step(self.config.diffusion, strength))
         batch, length = state.seed.shape[0], video.shape[-4]
+        require(length > 0, "the video to follow has no frames")
         count = blocks.block_of(length - 1, self.config) + 1
         self._check_room(state, count)
         pixels = np.broadcast_to(media.to_float(video), (batch, *video.shape[-4:]))
@@ -299,8 +300,13 @@ class StudentPipeline(_Base):
             frames, state = stream.decode_block(self.params, state, x, config=self.config)
             yield visible(frames, block == 0)[:, : length - ends[0]], state
 
-    def _check_room(self, state: StreamState, count: int) -> None:
-        """Refuse ``count`` further blocks for which the cache of a stream without a window has no slots."""
+    def _check_room(self, state: StreamState, count: int, noise: Sequence[jax.Array] | None = None) -> None:
+        """Refuse ``count`` further blocks for which the cache (without a window) or the noise is too short."""
+        require(count >= 0, f"{count} blocks are asked for; accepted: 0 or more")
+        require(
+            noise is None or len(noise) >= count,
+            f"noise is given for {0 if noise is None else len(noise)} blocks, and {count} are asked for",
+        )
         causal = self.config.causal
         end = int(state.cache.position) + count * causal.frames_per_block
         end -= 0 if state.started else causal.frames_per_block - 1

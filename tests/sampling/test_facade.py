@@ -64,6 +64,8 @@ def test_latents_need_no_vae_and_noise_can_be_given(pipe):
         jnp.stack([stream.block_noise(stream.seeds_of(5, 1), jnp.int32(b), j, shape) for j in range(steps)])
         for b in range(2)
     ]
+    for count, words in ((3, "noise is given for 2 blocks, and 3 are asked for"), (-1, "-1 blocks are asked for")):
+        refused(words, lambda count=count: list(alone.latents(alone.stream(RED), blocks=count, noise=noise)))
     drawn = [latents for latents, _ in alone.latents(alone.stream(RED, seed=5), blocks=2)]
     given = [latents for latents, _ in alone.latents(alone.stream(RED, seed=9), blocks=2, noise=noise)]
     # Compiled with and without its random numbers a block may differ in the last bits.
@@ -93,6 +95,7 @@ def test_image_and_video_to_video(pipe):
     np.testing.assert_array_equal(first[:, 1:], pipe.decode(latents)[:, 1:])
     refused("can only be the first block", pipe.show, state, image)
     video = np.random.default_rng(1).integers(0, 256, (7, *size), np.uint8)
+    refused("has no frames", lambda: list(pipe.follow(pipe.stream(RED), video[:0])))
     close, free = (
         np.concatenate([frames for frames, _ in pipe.follow(pipe.stream(RED), video, strength)], axis=1)
         for strength in (0.5, 1.0)
