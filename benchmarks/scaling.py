@@ -258,7 +258,9 @@ def document(made: list[Row]) -> str:
     lines += [
         "## What 1, 4, 8 and 64 devices can train",
         "",
-        "Settings are flags of `launch.train` and `launch.compile`.",
+        "Settings are flags of `launch.train` and `launch.compile`, after `--config=wan_1_3b`, `wan_1_3b:teacher_14b` "
+        "(1.3B student,\n14B teacher) or `wan_14b`. The stage `teacher` also needs "
+        f"`--config.train_teacher.batch_size={TEACHER_BATCH}`.",
     ]
     lines += few_devices(made)
     for recipe, what in WHAT.items():
