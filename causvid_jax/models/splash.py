@@ -15,6 +15,12 @@ from causvid_jax.sharding import constraints
 
 BLOCK = 512
 """Queries and keys of a block of scores."""
+GRADIENT_KEYS = 2048
+"""Most keys whose gradients the backward kernel holds in fast memory.
+
+For each such part of the keys it writes a gradient of all queries, and their sum is the gradient. With parts of 512
+keys these arrays were a third of the memory of the fake score's backward pass (docs/performance.md).
+"""
 
 
 def attention(
@@ -44,7 +50,7 @@ def attention(
             block_kv=block_kv,
             block_kv_compute=block_kv,
             block_q_dkv=block_q,
-            block_kv_dkv=block_kv,
+            block_kv_dkv=gradient_keys(padded_s, block_kv),
             block_kv_dkv_compute=block_kv,
             use_fused_bwd_kernel=True,
         ),
@@ -61,6 +67,12 @@ def attention(
 def block_size(length: int) -> int:
     """Return the queries or keys of a block where there are ``length`` of them."""
     return min(BLOCK, -(-length // 128) * 128)
+
+
+def gradient_keys(keys: int, block: int) -> int:
+    """Return the keys of a part of the backward pass: as many blocks as divide ``keys``, up to ``GRADIENT_KEYS``."""
+    blocks = keys // block
+    return block * max(n for n in range(1, max(1, GRADIENT_KEYS // block) + 1) if blocks % n == 0)
 
 
 def visible_blocks(mask: jax.Array) -> jax.Array:

@@ -128,7 +128,8 @@ COMPILED = {
     "GPU": ("wan_1_3b", "h100:8x8", f"--config.parallel.data=8 --config.parallel.fsdp=8 {ATTENTION}", 35.16),
 }
 """Recipe, machine, flags and peak in GB of a distillation as XLA's compilers gave it with the least effort
-(``causvid compile --quick``, 2026-11-29 and 30, JAX 0.10.2); that of the GPU is the sum of its buffers."""
+(``causvid compile --quick``, 2026-11-29 and 30, JAX 0.10.2); that of the GPU is the sum of its buffers. Those of TPUs
+had parts of 512 keys in splash's backward pass."""
 
 
 def with_flags(config, flags):
@@ -144,6 +145,13 @@ def test_the_memory_of_a_distillation_is_near_what_compilers_say(name):
     config, machine, flags, peak = COMPILED[name]
     found = estimate.estimate(with_flags(config, flags), "distill", topology.parse(machine))
     assert found.memory / 1e9 == pytest.approx(peak, rel=0.06)
+
+
+def test_the_memory_of_a_distillation_with_larger_parts_of_keys():
+    """The program "stop" with parts of 2048 keys (2026-11-30): the formula gives 15% too much."""
+    config, machine, flags, _ = COMPILED["stop"]
+    found = estimate.estimate(with_flags(config, flags), "distill", topology.parse(machine))
+    assert 1.0 < found.memory / 33.74e9 < 1.2
 
 
 def test_the_memory_of_distillations_compiled_before():

@@ -1,6 +1,7 @@
 """Compare attention kernels with XLA's, and the ring's running softmax with the softmax of all keys."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ def qkv(t, s, n=2, d=32, seed=0):
     return (rng.standard_normal((2, length, n, d)).astype(np.float32) for length in (t, s, s))
 
 
-@pytest.mark.parametrize("t,s,d,masked", [(128, 128, 128, False), (70, 200, 48, True)])
+@pytest.mark.parametrize("t,s,d,masked", [(128, 128, 128, False), (70, 200, 48, True), (70, 1000, 48, True)])
 def test_splash_equals_dense_with_its_gradient(t, s, d, masked):
     q, k, v = qkv(t, s, d=d)
     mask = jnp.asarray(np.random.default_rng(1).uniform(size=s) < 0.6) if masked else None
@@ -34,6 +35,17 @@ def test_splash_equals_dense_with_its_gradient(t, s, d, masked):
     np.testing.assert_allclose(out, expected, atol=1e-5)
     for a, b in zip(gradients, gradients_, strict=True):
         np.testing.assert_allclose(b, a, atol=2e-5)
+
+
+@pytest.mark.parametrize("keys,parts", [(512, 1), (1000, 1), (2048, 1), (2049, 5), (4680, 5), (32760, 16)])
+def test_the_gradient_of_queries_is_written_once_for_2048_keys(keys, parts):
+    """At the sizes of Wan: 512 tokens of text, blocks of 4680, a clip of 32760. Five parts are of 512 and 1024 keys."""
+    spec = jax.ShapeDtypeStruct((1, 256, 1, 128), jnp.bfloat16)
+    many = jax.ShapeDtypeStruct((1, keys, 1, 128), jnp.bfloat16)
+    gradient = jax.grad(lambda q, k, v: splash.attention(q, k, v).sum(), argnums=(0, 1, 2))
+    text = str(jax.make_jaxpr(gradient)(spec, many, many))
+    written = [int(n) for n in re.findall(r"bf16\[(?:1,)?(\d+),1,256,128\]", text)]
+    assert max(written) == parts
 
 
 @pytest.mark.parametrize("visible", [[0], [1, 2], [0, 3]])
