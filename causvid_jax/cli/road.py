@@ -43,7 +43,10 @@ def main(options: Options) -> None:
     legs = road.legs(recipe, folder, settings, plan)
     if options.dry_run:
         for leg in legs:
-            print(f"{leg.name}: {'done' if leg.is_done() else 'to do'}")
+            done = leg.is_done()
+            print(f"{leg.name}: {'done' if done else 'to do'}")
+            if done and (note := leg.note()):
+                print(note)
         return
     common.enable_compilation_cache()
     common.log_start(recipe)

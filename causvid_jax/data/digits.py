@@ -153,6 +153,13 @@ def _check(config: DataConfig) -> None:
         config.digits_per_clip <= len(config.colors),
         f"data.digits_per_clip is {config.digits_per_clip} with {len(config.colors)} colours; two digits need two",
     )
+    count = 10 * len(config.colors) * len(DIRECTIONS)
+    for name in ("held_out_fraction", "validation_fraction"):
+        share = getattr(config, name)
+        require(
+            not share or round(share * count) > 0,
+            f"data.{name} is {share}, less than one of {count} combinations; accepted: 0, or at least {1 / count:.2g}",
+        )
 
 
 def _scans() -> tuple[np.ndarray, np.ndarray]:

@@ -172,7 +172,8 @@ def streams(recipe: Recipe, workdir: pathlib.Path, options: Options = DEFAULTS) 
     reader = encoder.open_encoder(recipe, workdir, compute=False)
     lines, first = [], 0
     for clips, number in recipe.train_taehv.rollouts:
-        listed = generate.prompt_sequence(prompt_list, options.count or number, recipe.data.seed + clips)
+        number = options.count or number
+        listed = generate.prompt_sequence(prompt_list, number, recipe.data.seed + clips)
         folder, given = sources.streams_folder(workdir, clips), {"clips": clips, "seed": first}
         lines.append(
             _write(options, generate.write_streams, folder, params, recipe, listed, prompt_encoder=reader, **given)

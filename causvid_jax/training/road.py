@@ -38,13 +38,13 @@ class Leg:
         name: of the stage.
         is_done: returns whether the working directory has the result of the leg.
         run: runs the leg.
-        changes: returns the settings with which the result was made, where the recipe has others now.
+        note: returns a line on settings that have changed since the result was made; "" if none has.
     """
 
     name: str
     is_done: Callable[[], bool]
     run: Callable[[], object]
-    changes: Callable[[], list[str]] = list
+    note: Callable[[], str] = str
 
 
 def legs(recipe: Recipe, workdir: pathlib.Path, options: prepare.Options, plan: Plan | None = None) -> list[Leg]:
@@ -70,8 +70,8 @@ def legs(recipe: Recipe, workdir: pathlib.Path, options: prepare.Options, plan: 
     def trained(stage: str) -> Leg:
         recipe.check_batch(stage)
         path = paths.stage_path(workdir, stage)
-        changes = functools.partial(changed_settings, path, stage, recipe)
-        return Leg(stage, path.is_file, lambda: stages.train(stage, recipe, workdir), changes)
+        note = functools.partial(changed_settings, path, stage, recipe)
+        return Leg(stage, path.is_file, lambda: stages.train(stage, recipe, workdir), note)
 
     def has_clips() -> bool:
         try:
@@ -120,9 +120,8 @@ def travel(recipe: Recipe, workdir: pathlib.Path, road: list[Leg], say: Say = pr
         where = f"{number} of {len(road)}, {leg.name}"
         if leg.is_done():
             say(f"{where}: done{_took(seconds.get(leg.name))}")
-            if changes := leg.changes():
-                folder = paths.stage_path(workdir, leg.name).parent
-                say(f"  Note: it was made with {', '.join(changes)}. To make it again, remove {folder} first.")
+            if note := leg.note():
+                say(note)
             continue
         say(f"{where}{_forecast(packaged, seconds, [leg.name for leg in road[number - 1 :]])}")
         begin = time.monotonic()
@@ -136,15 +135,16 @@ def travel(recipe: Recipe, workdir: pathlib.Path, road: list[Leg], say: Say = pr
     say(f"All weights of {recipe.name} are in {workdir}{_took(sum(seconds.values()))}.")
 
 
-def changed_settings(path: pathlib.Path, stage: str, recipe: Recipe) -> list[str]:
-    """Return the settings of a stage that decide its weights and differ from those in its file: "x 100, now 200"."""
+def changed_settings(path: pathlib.Path, stage: str, recipe: Recipe) -> str:
+    """Return a line on the settings of a stage that decide its weights and differ from those in its file; "": none."""
     try:
         made_with = json.loads(safetensors_io.open_safetensors(path)[1].get("config", "{}"))
     except (ConfigError, ValueError):
-        return []  # the next leg that reads the file says what is wrong
+        return ""  # the next leg that reads the file says what is wrong
     changes, group = changed_fields(made_with, json.loads(to_json(recipe))), f"train_{stage}."
     seen = (name for name in changes if name.startswith(group) and name.removeprefix(group) not in UNSEEN)
-    return [changes[name] for name in seen]
+    text = ", ".join(changes[name] for name in seen)
+    return text and f"  Note: it was made with {text}. To make it again, remove {path.parent} first."
 
 
 def _forecast(reference: Mapping[str, float], seconds: Mapping[str, float], pending: list[str]) -> str:

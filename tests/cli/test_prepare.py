@@ -8,7 +8,7 @@ import pytest
 
 from causvid_jax.cli import common
 from causvid_jax.config import ConfigError
-from causvid_jax.data import arrays, digits, moving_digits, prepare
+from causvid_jax.data import arrays, digits, generate, moving_digits, prepare
 from tests.programs import free_port, write_recipe
 from tests.refusals import refused
 from tests.tiny import RECIPE, tiny_recipe, tiny_workdir
@@ -43,6 +43,16 @@ def test_latents_and_trajectories_from_the_weights_of_their_stages(tmp_path):
     latents, trajectories = (arrays.source(tmp_path / "data" / name) for name in ("latents", "trajectories"))
     assert latents[2]["latents"].shape == (3, 4, 4, 4) and trajectories[4]["trajectory"].shape == (3, 3, 4, 4, 4)
     assert trajectories[4]["caption"].decode() in digits.captions(RECIPE.data, "train")
+
+
+def test_no_seed_serves_two_streams(tmp_path, monkeypatch):
+    with_weights(tmp_path)
+    seeds = []
+    monkeypatch.setattr(generate, "write_streams", lambda *given, seed, **_: seeds.append((seed, len(given[3]))))
+    recipe = tiny_recipe(train_taehv={"rollouts": ((1, 3), (2, 2))})
+    for count, expected in ((0, [(0, 3), (3, 2)]), (5, [(0, 5), (5, 5)])):
+        prepare.streams(recipe, tmp_path, prepare.Options(count=count))
+        assert seeds[-2:] == expected
 
 
 def test_prompts_of_a_file_replace_the_captions(tmp_path):

@@ -182,6 +182,8 @@ def test_malformed_captions_are_refused(caption, message):
         ({"colors": ("red", "red")}, "distinct"),
         ({"digits_per_clip": 3}, "digits_per_clip is 3; accepted: at least 1 and at most 2"),
         ({"held_out_fraction": 0.9}, "held_out_fraction is 0.9"),
+        ({"held_out_fraction": 0.0008}, "held_out_fraction is 0.0008, less than one of 560 combinations; .* 0.0018"),
+        ({"validation_fraction": 0.0008}, "validation_fraction is 0.0008, less than one"),
         ({"speed": 0}, "speed is 0"),
         ({"digit_size": 64}, "digit_size is 64"),
     ],

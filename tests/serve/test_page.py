@@ -228,6 +228,8 @@ def test_film_the_page(page):
             page.find_element(By.CSS_SELECTOR, "#colors [data-word=blue]").click()
         shots.append((now, Image.open(io.BytesIO(page.get_screenshot_as_png())).convert("RGB")))
         time.sleep(max(0.0, 0.1 - (time.monotonic() - begin - now)))
+    assert caption(page) == "a blue 7 moving right"
+    no_errors(page)
     images = [shot.resize((868, round(868 * shot.height / shot.width)), Image.Resampling.LANCZOS) for _, shot in shots]
     durations = [round(1000 * (b[0] - a[0])) for a, b in zip(shots, shots[1:], strict=False)] + [100]
     collage = Image.fromarray(np.concatenate([np.asarray(image) for image in images[:: len(images) // 8]]))

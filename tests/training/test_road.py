@@ -7,6 +7,7 @@ import pytest
 
 from causvid_jax.checkpoints import store
 from causvid_jax.checkpoints import workdir as paths
+from causvid_jax.cli import road as cli_road
 from causvid_jax.config import ConfigError, RunError, to_json
 from causvid_jax.data import prepare
 from causvid_jax.evaluation import measure, report, train_classifier
@@ -80,7 +81,7 @@ def test_the_road_continues_and_ends_with_the_same_bits(tmp_path, monkeypatch):
     assert made["data"].items() <= json.loads((first / road.RECORD).read_text())["data"].items()
 
 
-def test_a_finished_leg_of_other_settings_is_said(tmp_path):
+def test_a_finished_leg_of_other_settings_is_said(tmp_path, capsys):
     path, lines = paths.stage_path(tmp_path, "teacher"), []
     store.save_params(path, {"a": np.zeros(1, np.float32)}, {"config": to_json(RECIPE)})
     for changes, note in (
@@ -91,6 +92,8 @@ def test_a_finished_leg_of_other_settings_is_said(tmp_path):
         lines.clear()
         road.travel(RECIPE, tmp_path, [leg for leg in legs if leg.name == "teacher"], lines.append)
         assert ": done" in lines[0] and len(lines) == (3 if note else 2) and note in lines[1]
+        cli_road.main(cli_road.Options(changed(RECIPE, **changes), str(tmp_path), dry_run=True))
+        assert note in capsys.readouterr().out.partition("teacher: done\n")[2].partition("causal: to do")[0]
 
 
 def test_a_forecast_is_the_reference_at_the_speed_of_the_legs_so_far():
