@@ -1,6 +1,7 @@
 """Write files atomically; format sizes and error messages; return the host's memory. Every room may import this."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import pathlib
@@ -8,7 +9,9 @@ import shutil
 import uuid
 from collections.abc import Iterator
 
-from causvid_jax.config.errors import ConfigError
+from causvid_jax.config.errors import ConfigError, RunError
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 @contextlib.contextmanager
@@ -63,6 +66,27 @@ def _locked_temporary(target: pathlib.Path, directory: bool) -> tuple[pathlib.Pa
         if os.fstat(lock).st_nlink:
             return temporary, lock
         os.close(lock)  # another writer removed it as abandoned before it was locked
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Turn the failure of a disk (:func:`disk_failure`) into a RunError that names ``path``."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        why = disk_failure(error)
+        if not why or isinstance(error, RunError):
+            raise
+        advice = "make room or repair it, and the same command continues"
+        raise RunError(f"{path} cannot be written: {why}; {advice}") from error
+
+
+def disk_failure(error: BaseException) -> str:
+    """Return the message of a full, read-only or broken disk in ``error``; "" if it is of another kind.
+
+    The text is searched because ArrayRecord and Orbax report such failures as errors without a number.
+    """
+    return next((text for text in map(os.strerror, _DISK) if text in str(error)), "")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

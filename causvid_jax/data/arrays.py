@@ -4,8 +4,6 @@ Each chunk is one ArrayRecord shard. It is written under a temporary name and re
 the shards that exist. When all shards exist, the metadata of a tfds dataset is written, and then a marker file.
 """
 
-import contextlib
-import errno
 import json
 import os
 import pathlib
@@ -17,14 +15,15 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tqdm import tqdm
 
-from causvid_jax.config import ConfigError, RunError, require
-from causvid_jax.config.files import atomic_write, write_text
+from causvid_jax.config import ConfigError, require
+from causvid_jax.config.files import atomic_write, write_text, writing
 
 IDENTITY = "identity.json"
+SPLIT = "train"
+"""The one split of a dataset."""
 ADDED = ("dtype", "text")
 """Settings of an identity that older datasets lack; such a dataset is accepted for any value of them."""
 _FINISHED = "FINISHED"
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def read_identity(folder: str | os.PathLike) -> dict[str, Any]:
@@ -64,9 +63,9 @@ def trim_text(embeds: np.ndarray) -> np.ndarray:
     return embeds[: nonzero[-1] + 1 if len(nonzero) else 0].astype(np.float16)
 
 
-def shard_path(folder: str | os.PathLike, name: str, index: int, chunks: int, split: str = "train") -> pathlib.Path:
+def shard_path(folder: str | os.PathLike, name: str, index: int, chunks: int) -> pathlib.Path:
     """Return the file of chunk ``index`` of ``chunks``. It exists when the chunk is complete."""
-    return pathlib.Path(folder) / f"{name}-{split}.array_record-{index:05d}-of-{chunks:05d}"
+    return pathlib.Path(folder) / f"{name}-{SPLIT}.array_record-{index:05d}-of-{chunks:05d}"
 
 
 def is_complete(folder: str | os.PathLike) -> bool:
@@ -129,14 +128,14 @@ def _class_names(features: Any) -> Iterator[str]:
             yield from _class_names(value)
 
 
-def source(folder: str | os.PathLike, split: str = "train") -> Any:
+def source(folder: str | os.PathLike) -> Any:
     """Return a finished dataset for random access: ``len(source)``, and ``source[i]`` is a dict of arrays.
 
     Raises:
         ConfigError: there is none at ``folder``, it is not finished, or it has features of an unknown type.
     """
     require(is_complete(folder), f"no finished dataset at {folder}; write it with causvid prepare")
-    return _open(pathlib.Path(folder)).as_data_source(split=split)
+    return _open(pathlib.Path(folder)).as_data_source(split=SPLIT)
 
 
 def write_dataset(
@@ -147,7 +146,6 @@ def write_dataset(
     chunks: int,
     make_chunk: Callable[[int], Iterable[dict[str, Any]]],
     identity: dict[str, Any],
-    split: str = "train",
     process_id: int = 0,
     process_count: int = 1,
     progress: bool = True,
@@ -156,13 +154,12 @@ def write_dataset(
 
     Args:
         folder: the dataset's own folder.
-        name: name of the dataset; shards are ``NAME-SPLIT.array_record-00000-of-00004``.
+        name: name of the dataset; shards are ``NAME-train.array_record-00000-of-00004``.
         features: features of one example (:func:`array_features`).
         chunks: number of chunks; chunk i becomes shard i.
         make_chunk: returns the examples of a chunk by its index; the result must depend on the index alone.
         identity: everything that decides the content (sizes, seeds, digests of weights), as JSON values. A folder that
             was started with another identity is refused, so that trajectories of two teachers never mix.
-        split: name of the split.
         process_id: this process writes chunks process_id, process_id + process_count, ...
         process_count: number of processes that share ``folder``.
         progress: whether to show a bar with the remaining time.
@@ -177,10 +174,10 @@ def write_dataset(
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _check_identity(folder, {"name": name, "split": split, "chunks": chunks, **identity})
+    _check_identity(folder, {"name": name, "split": SPLIT, "chunks": chunks, **identity})
     if is_complete(folder):
         return True
-    shards = [shard_path(folder, name, i, chunks, split) for i in range(chunks)]
+    shards = [shard_path(folder, name, i, chunks) for i in range(chunks)]
     mine = range(process_id, chunks, process_count)
     todo = [i for i in mine if not shards[i].is_file()]
     bar = tqdm(total=len(mine), initial=len(mine) - len(todo), desc=name, unit="chunk", disable=not progress)
@@ -191,7 +188,7 @@ def write_dataset(
     if not all(shard.is_file() for shard in shards):
         return False
     with writing(folder):
-        _finish(folder, name, split, features, shards)
+        _finish(folder, name, features, shards)
     return True
 
 
@@ -215,18 +212,6 @@ def _change(name: str, before: Any, now: Any) -> str:
     return f"{name} was {before!r} and is now {now!r}" if short else f"{name} differs"
 
 
-@contextlib.contextmanager
-def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Turn a full or read-only disk into a RunError that names ``path``. ArrayRecord reports it as a RuntimeError."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        reason = next((text for text in map(os.strerror, _DISK) if text in str(error)), "")
-        if not reason or isinstance(error, RunError):
-            raise
-        raise RunError(f"{path} cannot be written: {reason}; make room, and the same command continues") from error
-
-
 def _write_shard(path: pathlib.Path, records: Iterable[bytes]) -> None:
     # Two processes that were started alike write the same shard, each to a temporary file of its own.
     with writing(path), atomic_write(path) as temporary:
@@ -239,7 +224,7 @@ def _write_shard(path: pathlib.Path, records: Iterable[bytes]) -> None:
 
 
 def _finish(
-    folder: pathlib.Path, name: str, split: str, features: tfds.features.FeaturesDict, shards: Sequence[pathlib.Path]
+    folder: pathlib.Path, name: str, features: tfds.features.FeaturesDict, shards: Sequence[pathlib.Path]
 ) -> None:
     """Write the metadata of a tfds dataset, then the marker that it is finished."""
     lengths, size = [], 0
@@ -251,13 +236,13 @@ def _finish(
     if not sum(lengths):
         raise EmptyDataset(f"{folder} would be a dataset without any example")
     template = tfds.core.ShardedFileTemplate(
-        data_dir=folder, dataset_name=name, split=split, filetype_suffix="array_record"
+        data_dir=folder, dataset_name=name, split=SPLIT, filetype_suffix="array_record"
     )
     tfds.folder_dataset.write_metadata(
         data_dir=os.fspath(folder),
         features=features,
         split_infos=[
-            tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template)
+            tfds.core.SplitInfo(name=SPLIT, shard_lengths=lengths, num_bytes=size, filename_template=template)
         ],
         filename_template=template,
         check_data=False,

@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from causvid_jax.config import ConfigError, RunError, require
+from causvid_jax.config.files import disk_failure
 from causvid_jax.distributed import collectives
 from causvid_jax.training import checksums
 
@@ -161,8 +162,8 @@ class Checkpoints:
         checksums.write(self._folder / str(step), jax.process_index(), jax.process_count())
 
     def _give_up(self, step: int, error: Exception) -> None:
-        reason = storage_failure(error)
-        if reason is None:
+        reason = error.strerror or str(error) if isinstance(error, OSError) else disk_failure(error)
+        if not reason:
             raise error
         self.failed = True
         fallback = f"the last good one is of step {self.last}" if self.last is not None else "there is none before it"
@@ -234,17 +235,6 @@ def read(folder: str | os.PathLike, part: str, step: int | None = None) -> tuple
     loaded: Any = ocp.load_checkpointables(path, {"state": placeholders, "progress": None})
     tree = functools.reduce(lambda tree, key: tree[key], part.split("."), loaded["state"])
     return step, tree, json.loads(loaded["progress"]["json"])
-
-
-def storage_failure(error: BaseException) -> str | None:
-    """Return the disk's error message, or None if ``error`` is of another kind."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    text = " ".join(str(error).split())
-    for sign in ("No space left on device", "Disk quota exceeded", "Input/output error", "Read-only file system"):
-        if sign in text:
-            return sign
-    return None
 
 
 def _steps(folder: pathlib.Path) -> list[int]:

@@ -93,9 +93,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_continues(tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(arrays.array_record_module, "ArrayRecordWriter", Full)
-        with pytest.raises(
-            RunError, match=r"00002-of-00004 cannot be written: No space left on device; make room, and"
-        ):
+        with pytest.raises(RunError, match=r"00002-of-00004 cannot be written: No space left on device; make room or"):
             _write(tmp_path / "full")
     assert len(_bytes(tmp_path / "full")) == 2 and not list(tmp_path.rglob("*.tmp"))
     assert _write(tmp_path / "full") and _write(tmp_path / "whole")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from causvid_jax.config import ConfigError, DataConfig, VideoConfig, require
+from causvid_jax.config.files import writing
 from causvid_jax.data import arrays
 from causvid_jax.data.moving_digits.moving_digits_dataset_builder import SPLITS, Builder, MovingDigitsConfig, clip
 
@@ -42,7 +43,7 @@ def prepare(data_dir: str | os.PathLike, data: DataConfig, video: VideoConfig) -
         # tfds writes beside the final folder and renames at the end; also remove remains of an interrupted run there.
         shutil.rmtree(pathlib.Path(builder.data_path).parent, ignore_errors=True)
         builder = _builder(data_dir, data, video)
-        with arrays.writing(builder.data_path):
+        with writing(builder.data_path):
             builder.download_and_prepare(file_format="array_record")
         return builder
 
