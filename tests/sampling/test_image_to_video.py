@@ -57,7 +57,8 @@ def test_only_the_published_numerics_tell_whole_timesteps(column, monkeypatch):
 
     monkeypatch.setattr(teacher.solvers, "solve", solve)
     seeds = jnp.zeros((1,), jnp.uint32)
-    teacher.sample_clip.__wrapped__(None, None, None, seeds=seeds, config=config)
+    prompt_embeds = jnp.zeros((1, config.text.length, config.text.dim))
+    teacher.sample_clip.__wrapped__(None, prompt_embeds, None, seeds=seeds, config=config)
     assert told == {"whole": column == "wan"}
 
 
