@@ -141,7 +141,7 @@ MUTANTS = [
     Mutant("checkpoints/table.py", "LINEAR = Transform(lambda x: x.T, lambda x: x.T)", "LINEAR = SAME", LOAD),
     Mutant("checkpoints/store.py", "require(expected == digest.hexdigest()", "require(True", "tests/checkpoints/test_store.py tests/checkpoints/test_safetensors_io.py"),
     Mutant("checkpoints/lineage.py", "return other is None or digest == other", "return True", "tests/checkpoints/test_lineage.py"),
-    Mutant("data/pipeline.py", "latents[: frames or total]", "latents[-(frames or total) :]", PIPELINE),
+    Mutant("data/pipeline.py", 'arrays["latents"][: frames or total]', 'arrays["latents"][-(frames or total) :]', PIPELINE),
 ]  # fmt: skip
 
 

@@ -232,15 +232,17 @@ def stream_batches(source: Any, *, batch_size: int, seed: int, frames: int = 0, 
     return batches(source, transform, batch_size=batch_size, seed=seed, **options)
 
 
-def latent_batches(
+def example_batches(
     source: Any, *, batch_size: int, seed: int, frames: int = 0, text_length: int = 0, **options: Any
 ) -> Batches:
-    """Iterate over batches of latents, cut to their first ``frames`` latent frames (0: all).
+    """Iterate over batches of latents, ODE trajectories or prompts; latents are cut to ``frames`` frames (0: all).
 
     The first latent frame is always kept, because it encodes one pixel frame and all others encode four.
 
     Returns:
-        iterator of ``{"latents": float32 [B, F, h, w, C], "caption": str [B]}``. With ``text_length``, a dataset of
+        iterator of ``{"caption": str [B]}`` and the float32 arrays of the dataset: ``latents [B, F, h, w, C]``;
+        ``trajectory [B, Q + 1, F, h, w, C]``, the Q states at the student's timesteps and the clean end; ``context
+        [B, F, h, w, C]``, the clean past of every block of a causal teacher. With ``text_length``, a dataset of
         embedded captions also gives ``"text": float32 [B, text_length, dim]``, zero after the last token. A dataset
         with pictures also gives the arrays of :mod:`causvid_jax.data.pictures`. Other arguments as :func:`batches`.
 
@@ -250,35 +252,12 @@ def latent_batches(
     """
 
     def transform(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        latents = example["latents"]
-        total = len(latents)
-        require(0 <= frames <= total, f"frames is {frames}; the latents have {total}, so accepted: 0 to {total}")
-        cut = {"latents": latents[: frames or total].astype(np.float32), **pictures.of_example(example, frames)}
-        return cut | _prompt(example, text_length)
-
-    return batches(source, transform, batch_size=batch_size, seed=seed, **options)
-
-
-def trajectory_batches(source: Any, *, batch_size: int, seed: int, text_length: int = 0, **options: Any) -> Batches:
-    """Iterate over batches of ODE trajectories: the Q states at the student's timesteps, then the clean end.
-
-    Returns:
-        iterator of ``{"trajectory": float32 [B, Q + 1, F, h, w, C], "caption": str [B]}``. Trajectories of a causal
-        teacher also have ``"context": float32 [B, F, h, w, C]``, the clean past of every block. ``"text"``, pictures
-        and other arguments as :func:`latent_batches`.
-    """
-
-    def transform(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        states = {key: example[key].astype(np.float32) for key in ("trajectory", "context") if key in example}
-        return states | pictures.of_example(example) | _prompt(example, text_length)
-
-    return batches(source, transform, batch_size=batch_size, seed=seed, **options)
-
-
-def prompt_batches(source: Any, *, batch_size: int, seed: int, text_length: int = 0, **options: Any) -> Batches:
-    """Iterate over batches of prompts: ``{"caption": str [B]}`` and ``"text"``; arguments as :func:`latent_batches`."""
-
-    def transform(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        return _prompt(example, text_length)
+        arrays = {key: example[key] for key in ("latents", "trajectory", "context") if key in example}
+        if "latents" in arrays:
+            total = len(arrays["latents"])
+            require(0 <= frames <= total, f"frames is {frames}; the latents have {total}, so accepted: 0 to {total}")
+            arrays["latents"] = arrays["latents"][: frames or total]
+        shown = {key: array.astype(np.float32) for key, array in arrays.items()}
+        return shown | pictures.of_example(example, frames) | _prompt(example, text_length)
 
     return batches(source, transform, batch_size=batch_size, seed=seed, **options)

@@ -191,14 +191,13 @@ def train_vae(run: Run, init_from: pathlib.Path | None = None) -> None:
     )
     train_step = make_train_step(loss, optimizer, config, run.placement.replicated())
     state = initial_state(run, optimizer, functools.partial(init_vae, config=recipe.vae), init_from)
-    for batch in run.batches(
+    state = run.loop(
+        state,
+        train_step,
         functools.partial(read_batches, run, clips, pipeline.clip_batches),
         lambda batch: run.placement.batch(batch["video"]),
-    ):
-        state, metrics = train_step(state, batch)
-        state = run.after_step(state, metrics)
-        if run.samples_now:
-            run.log_samples(sample(run, recipe, test_clips, functools.partial(reconstruct, state.network.ema)))
+        lambda state: sample(run, recipe, test_clips, functools.partial(reconstruct, state.network.ema)),
+    )
     params = collectives.gather_to_first(state.network.ema)
     run.finish(params, vae_metadata(params, recipe, run.workdir))
 
@@ -251,13 +250,13 @@ def train_taehv(run: Run, init_from: pathlib.Path | None = None) -> None:
     loss = functools.partial(taehv_loss, config=tiny, noise=config.noise)
     train_step = make_train_step(loss, optimizer, config, placement.replicated())
     state = initial_state(run, optimizer, functools.partial(taehv.init, config=tiny), init_from)
-    for batch in run.batches(functools.partial(read_batches, run, clips, reader), to_device):
-        state, metrics = train_step(state, batch)
-        state = run.after_step(state, metrics)
-        if run.samples_now:
-            run.log_samples(
-                sample(run, recipe, test_clips, functools.partial(reconstruct, state.network.ema, vae_params))
-            )
+    state = run.loop(
+        state,
+        train_step,
+        functools.partial(read_batches, run, clips, reader),
+        to_device,
+        lambda state: sample(run, recipe, test_clips, functools.partial(reconstruct, state.network.ema, vae_params)),
+    )
     run.finish(state.network.ema, weights.metadata(run.name, recipe, run.workdir))
 
 

@@ -106,13 +106,11 @@ def train_consistency(run: Run, init_from: pathlib.Path | None = None) -> None:
     fresh = dataclasses.replace(recipe.student, lora=recipe.teacher.lora) != recipe.teacher
     state = weights.initial_state(run, step, recipe.student, init_from, stage="causal", fresh=fresh)
     sample = samples.stream_sampler(run, recipe, vae_params, reader)
-
-    def to_device(batch: Batch) -> Batch:
-        return run.placement.batch({"latents": batch["latents"], "text": weights.prompt_embeds(batch, reader)})
-
-    for batch in run.batches(functools.partial(flow_matching.read_batches, run), to_device):
-        state, metrics = step.train_step(state, batch, teacher, negative_prompt_embeds)
-        state = run.after_step(state, metrics)
-        if run.samples_now:
-            run.log_samples(sample(state.network.averaged))
+    state = run.loop(
+        state,
+        lambda state, batch: step.train_step(state, batch, teacher, negative_prompt_embeds),
+        functools.partial(flow_matching.read_batches, run),
+        lambda batch: run.placement.batch(weights.with_text(batch, reader, ("latents", "text"))),
+        lambda state: sample(state.network.averaged),
+    )
     weights.finish(run, state.network, recipe, recipe.student)

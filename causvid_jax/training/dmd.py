@@ -441,13 +441,15 @@ def train_distill(run: Run, init_from: pathlib.Path | None = None) -> None:
     sample = samples.stream_sampler(run, recipe, vae_params, reader)
 
     def to_device(batch: Batch) -> Batch:
-        values = {**batch, "text": weights.prompt_embeds(batch, reader)}
-        split = {k: values[k].reshape(config.critic_steps + 1, -1, *values[k].shape[1:]) for k in names}
+        values = weights.with_text(batch, reader, names)
+        split = {name: x.reshape(config.critic_steps + 1, -1, *x.shape[1:]) for name, x in values.items()}
         return placement.batch(split, leading=1)
 
-    for batch in run.batches(functools.partial(read_batches, run), to_device):
-        state, metrics = step(state, teacher, batch, negative_prompt_embeds, frames=run.frames)
-        state = run.after_step(state, metrics)
-        if run.samples_now:
-            run.log_samples(sample(state.student.averaged))
+    state = run.loop(
+        state,
+        lambda state, batch: step(state, teacher, batch, negative_prompt_embeds, frames=run.frames),
+        functools.partial(read_batches, run),
+        to_device,
+        lambda state: sample(state.student.averaged),
+    )
     weights.finish(run, state.student, recipe, recipe.student)

@@ -110,6 +110,6 @@ def read_batches(run: Run, *, batch_size: int, frames: int, seed: int) -> Iterat
     real = reads_latents(recipe.train_distill) or recipe.reads_picture
     if not real and recipe.data.prompt_file:
         source = arrays.source(datasets.folder(run.workdir, datasets.PROMPTS))
-        return pipeline.prompt_batches(source, **options)
+        return pipeline.example_batches(source, **options)
     length = frames if real else 0  # otherwise only the captions are read
-    return pipeline.latent_batches(datasets.latents(recipe, run.workdir), frames=length, **options)
+    return pipeline.example_batches(datasets.latents(recipe, run.workdir), frames=length, **options)

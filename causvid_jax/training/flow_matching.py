@@ -170,7 +170,7 @@ def read_batches(run: Run, *, batch_size: int, frames: int, seed: int) -> Iterat
     Raises:
         ConfigError: the latents are not prepared.
     """
-    return pipeline.latent_batches(
+    return pipeline.example_batches(
         datasets.latents(run.recipe, run.workdir),
         batch_size=batch_size,
         frames=frames,
@@ -229,14 +229,11 @@ def train(
     sample: samples.Sampler,
 ) -> None:
     """Run the steps of a stage on latents, then write the EMA."""
-
-    def to_device(batch: Batch) -> Batch:
-        values = {**batch, "text": weights.prompt_embeds(batch, reader)}
-        return run.placement.batch({name: values[name] for name in batch_shapes(recipe)})
-
-    for batch in run.batches(functools.partial(read_batches, run), to_device):
-        state, metrics = step.train_step(state, batch)
-        state = run.after_step(state, metrics)
-        if run.samples_now:
-            run.log_samples(sample(state.network.averaged))
+    state = run.loop(
+        state,
+        step.train_step,
+        functools.partial(read_batches, run),
+        lambda batch: run.placement.batch(weights.with_text(batch, reader, batch_shapes(recipe))),
+        lambda state: sample(state.network.averaged),
+    )
     weights.finish(run, state.network, recipe, recipe.teacher)

@@ -91,7 +91,7 @@ def read_batches(
     run: Run, trajectories: Mapping[int, Any], *, batch_size: int, frames: int, seed: int
 ) -> Iterator[Batch]:
     """Read this process's examples of batches of trajectories of ``frames`` latent frames (0: whole clips)."""
-    return pipeline.trajectory_batches(
+    return pipeline.example_batches(
         trajectories[frames],
         batch_size=batch_size,
         seed=seed,
@@ -118,14 +118,11 @@ def train_init(run: Run, init_from: pathlib.Path | None = None) -> None:
         run, step, recipe.student, init_from, stage=STAGE_OF[recipe.train_init.teacher], fresh=fresh
     )
     sample = samples.stream_sampler(run, recipe, vae_params, reader)
-
-    def to_device(batch: Batch) -> Batch:
-        values = {**batch, "text": weights.prompt_embeds(batch, reader)}
-        return run.placement.batch({name: values[name] for name in names})
-
-    for batch in run.batches(functools.partial(read_batches, run, trajectories), to_device):
-        state, metrics = step.train_step(state, batch)
-        state = run.after_step(state, metrics)
-        if run.samples_now:
-            run.log_samples(sample(state.network.averaged))
+    state = run.loop(
+        state,
+        step.train_step,
+        functools.partial(read_batches, run, trajectories),
+        lambda batch: run.placement.batch(weights.with_text(batch, reader, names)),
+        lambda state: sample(state.network.averaged),
+    )
     weights.finish(run, state.network, recipe, recipe.student)

@@ -2,19 +2,13 @@
 
 A trainer uses it like this::
 
-    state = run.restore(initial_state)
-    for batch in run.batches(read, to_device):
-        state, metrics = train_step(state, batch)
-        state = run.after_step(state, metrics)
-        if run.samples_now:
-            run.log_samples(sample(state))
+    state = run.loop(run.restore(initial_state), train_step, read, to_device, sample)
     run.finish(params, metadata)
 """
 
 import collections
 import contextlib
 import dataclasses
-import errno
 import json
 import pathlib
 import time
@@ -27,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from causvid_jax.checkpoints import store
 from causvid_jax.config import Recipe, RunError, StageConfig, changed_fields, require, to_json
-from causvid_jax.config.files import write_text
+from causvid_jax.config.files import write_text, writing
 from causvid_jax.distributed import collectives
 from causvid_jax.progress import Progress
 from causvid_jax.sharding.placement import Placement
@@ -170,6 +164,26 @@ class Run:
         self._writer = self._exit.enter_context(open_writer(self.folder, step=self.step))
         self._signal = self._exit.enter_context(preemption.requests())
 
+    def loop(
+        self,
+        state: Any,
+        step: Callable[[Any, Any], tuple[Any, Metrics]],
+        read: ReadBatches,
+        to_device: Callable[[dict[str, Any]], Any],
+        sample: Callable[[Any], dict[str, float]],
+    ) -> Any:
+        """Run the remaining steps from ``state`` and return the last state.
+
+        ``step(state, batch)`` returns the next state and metrics, and ``sample(state)`` writes samples and returns
+        their scores. ``read`` and ``to_device`` are those of :meth:`batches`, errors those of :meth:`after_step`.
+        """
+        for batch in self.batches(read, to_device):
+            state, metrics = step(state, batch)
+            state = self.after_step(state, metrics)
+            if self.samples_now:
+                self.log_samples(sample(state))
+        return state
+
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     @property
@@ -277,23 +291,13 @@ def open_run(
 
     Raises:
         ConfigError: another run is training there.
-        RunError: the disk is full; the message names the last good checkpoint.
+        RunError: the disk is full.
     """
     folder = workdir / name
-    with placement.current():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with claimed(folder):
-                run = Run(name, recipe, config, workdir, placement)
-                with contextlib.closing(run):
-                    yield run
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise RunError(
-                f"{name}: {workdir} cannot be written: {error.strerror}; make room, and the same command continues "
-                "from the last checkpoint"
-            ) from error
+    with placement.current(), writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with claimed(folder), contextlib.closing(Run(name, recipe, config, workdir, placement)) as run:
+            yield run
 
 
 def _bad(metrics: dict[str, Any], config: StageConfig) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -149,6 +150,12 @@ def open_encoder(run: Run) -> encoder.Encoder:
 def prompt_embeds(batch: dict[str, Any], reader: encoder.Encoder) -> np.ndarray:
     """Return the prompt embeddings ``[B, S, E]`` of a batch: those stored with the dataset, else of its captions."""
     return batch["text"] if "text" in batch else encoder.encode(reader, list(batch["caption"]))
+
+
+def with_text(batch: dict[str, Any], reader: encoder.Encoder, names: Iterable[str]) -> dict[str, Any]:
+    """Return the arrays ``names`` of a batch, of which ``text`` is that of :func:`prompt_embeds`."""
+    values = {**batch, "text": prompt_embeds(batch, reader)}
+    return {name: values[name] for name in names}
 
 
 def metadata(stage: str, recipe: Recipe, workdir: pathlib.Path | None = None) -> dict[str, str]:

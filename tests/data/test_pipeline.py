@@ -134,26 +134,26 @@ def test_seed_and_threads():
 def test_latents_are_cut_at_frame_zero_and_trajectories_kept_whole():
     latents = np.arange(2 * 5, dtype=np.float16).reshape(2, 5, 1, 1, 1)
     source = [{"latents": x, "caption": b"x"} for x in latents]
-    batch = next(pipeline.latent_batches(source, batch_size=2, seed=0, frames=3))
+    batch = next(pipeline.example_batches(source, batch_size=2, seed=0, frames=3))
     order = np.argsort(batch["index"])
     np.testing.assert_array_equal(batch["latents"][order, :, 0, 0, 0], [[0, 1, 2], [5, 6, 7]])
     assert batch["latents"].dtype == np.float32
     source = [{"trajectory": latents, "caption": b"a red 3 moving left"}]
-    batch = next(pipeline.trajectory_batches(source, batch_size=1, seed=0))
+    batch = next(pipeline.example_batches(source, batch_size=1, seed=0))
     np.testing.assert_array_equal(batch["trajectory"], latents[None].astype(np.float32))
     assert batch["caption"].tolist() == ["a red 3 moving left"]
 
 
 def test_embedded_captions_are_padded_where_a_length_is_asked_for():
     source = [{"text": np.full((2, 3), 1 + i, np.float16), "caption": b"x"} for i in range(2)]
-    batch = next(pipeline.prompt_batches(source, batch_size=2, seed=0, text_length=4))
+    batch = next(pipeline.example_batches(source, batch_size=2, seed=0, text_length=4))
     expected = np.zeros((2, 4, 3), np.float32)
     expected[:, :2] = np.array([1, 2])[:, None, None]
     np.testing.assert_array_equal(batch["text"][np.argsort(batch["index"])], expected)
     assert batch["text"].dtype == np.float32
-    assert set(next(pipeline.prompt_batches(source, batch_size=2, seed=0))) == {"caption", "index"}
+    assert set(next(pipeline.example_batches(source, batch_size=2, seed=0))) == {"caption", "index"}
     with pytest.raises(ConfigError, match="a caption has 2 tokens; text.length is 1"):
-        next(pipeline.prompt_batches(source, batch_size=2, seed=0, text_length=1))
+        next(pipeline.example_batches(source, batch_size=2, seed=0, text_length=1))
 
 
 @pytest.mark.parametrize(

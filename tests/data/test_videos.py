@@ -205,7 +205,7 @@ def test_real_videos_become_latents(folder, workdir):
     expected = jax.jit(lambda v: vae.encode(params, v, config=RECIPE.vae))(pixels)[0]
     np.testing.assert_allclose(first["latents"], expected, atol=4e-3)
 
-    batch = next(pipeline.latent_batches(source, batch_size=4, seed=0, text_length=8))
+    batch = next(pipeline.example_batches(source, batch_size=4, seed=0, text_length=8))
     assert batch["text"].shape == (4, 8, RECIPE.text.dim) and batch["latents"].shape == (4, 3, 4, 4, 4)
     np.testing.assert_array_equal(batch["text"], words.encode_words(list(batch["caption"]), RECIPE.text))
 

@@ -183,7 +183,7 @@ def test_data_hold_the_first_frames(folder, tmp_path):
         whole = clip_vision.preprocess(jnp.asarray(media.to_float(pixels[:1])), config=CLIP)
         embeds = clip_vision.encode(coder.params["image_encoder"], whole, config=CLIP)[0]
         np.testing.assert_allclose(example["image_embeds"], embeds, atol=5e-2, rtol=5e-3)
-    batch = next(pipeline.latent_batches(clips, batch_size=2, seed=0, frames=2))
+    batch = next(pipeline.example_batches(clips, batch_size=2, seed=0, frames=2))
     assert batch["image_latents"].shape[1] == 2 and batch["image_embeds"].shape == (2, CLIP.tokens, CLIP.dim)
 
     options = {"chunk": 2, "batch": 1, "progress": False}
