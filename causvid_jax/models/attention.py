@@ -167,7 +167,7 @@ def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None)
 
     The kernels for accelerators have no forward derivative. The maximum is a constant there: it cancels.
     """
-    dtype, (length, keys) = v.dtype, (q.shape[1], k.shape[1])
+    length, keys = q.shape[1], k.shape[1]
     queries_in, keys_in = min(BLOCK, length), min(BLOCK, keys)
 
     def split(x: jax.Array, size: int) -> jax.Array:
@@ -177,21 +177,13 @@ def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None)
     visible = jnp.ones((keys,), bool) if mask is None else mask
     visible = jnp.pad(visible, (0, -keys % keys_in)).reshape(-1, keys_in)
     parts = (split(k, keys_in), split(v, keys_in), visible)
-    options: dict[str, Any] = {"precision": dot_precision(dtype), "preferred_element_type": jnp.float32}
-    lowest = jnp.finfo(jnp.float32).min
 
     def one(queries: jax.Array) -> jax.Array:
         def add(carry: Any, part: tuple[jax.Array, ...]) -> tuple[Any, None]:
-            k, v, visible = part
-            scores = jnp.einsum("btnd,bsnd->btns", queries, k, **options) * queries.shape[-1] ** -0.5
-            scores = jnp.where(visible, scores, lowest)
-            top = jax.lax.stop_gradient(scores.max(-1))
-            weights = jnp.where(visible, jnp.exp(scores - top[..., None]), 0.0)
-            out = jnp.einsum("btns,bsnd->btnd", weights.astype(dtype), v, **options)
-            return _merge(carry, (out, top, weights.sum(-1))), None
+            return _merge(carry, _partial(queries, *part, dtype=v.dtype)), None
 
         zero = jnp.zeros(queries.shape, jnp.float32)
-        start = (zero, jnp.full(queries.shape[:-1], lowest), zero[..., 0])
+        start = (zero, jnp.full(queries.shape[:-1], jnp.finfo(jnp.float32).min), zero[..., 0])
         (out, _, total), _ = jax.lax.scan(add, start, parts)
         return out / total[..., None]
 
@@ -290,19 +282,24 @@ def run(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, *, dtype: str, bac
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
-def _partial(q: jax.Array, k: jax.Array, v: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Attend to a part of the keys: unnormalized output ``[B, T, N, D]``, maximum and sum ``[B, T, N]``."""
+def _partial(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array | None = None, *, dtype: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attend to a part of the keys: unnormalized output ``[B, T, N, D]``, maximum and sum ``[B, T, N]``.
+
+    With ``visible [S]`` hidden keys do not count, and the maximum is a constant of :func:`_blockwise`.
+    """
     q, k, v = (x.astype(dtype) for x in (q, k, v))
-    scores = (
-        jnp.einsum("btnd,bsnd->btns", q, k, precision=dot_precision(dtype), preferred_element_type=jnp.float32)
-        * q.shape[-1] ** -0.5
-    )
-    top = scores.max(-1)
-    weights = jnp.exp(scores - top[..., None])
-    out = jnp.einsum(
-        "btns,bsnd->btnd", weights.astype(dtype), v, precision=dot_precision(dtype), preferred_element_type=jnp.float32
-    )
-    return out, top, weights.sum(-1)
+    options: dict[str, Any] = {"precision": dot_precision(dtype), "preferred_element_type": jnp.float32}
+    scores = jnp.einsum("btnd,bsnd->btns", q, k, **options) * q.shape[-1] ** -0.5
+    if visible is None:
+        top = scores.max(-1)
+        weights = jnp.exp(scores - top[..., None])
+    else:
+        scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+        top = jax.lax.stop_gradient(scores.max(-1))
+        weights = jnp.where(visible, jnp.exp(scores - top[..., None]), 0.0)
+    return jnp.einsum("btns,bsnd->btnd", weights.astype(dtype), v, **options), top, weights.sum(-1)
 
 
 def _merge(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -324,7 +321,7 @@ def run_ring(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, *, axis: str,
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def parts(k: jax.Array, v: jax.Array) -> list[tuple[jax.Array, ...]]:
         return [
-            _partial(_select_frames(q, [queries]), _select_frames(k, keys), _select_frames(v, keys), dtype)
+            _partial(_select_frames(q, [queries]), _select_frames(k, keys), _select_frames(v, keys), dtype=dtype)
             for queries, keys in plan
         ]
 
