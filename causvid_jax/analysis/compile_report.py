@@ -23,7 +23,7 @@ from causvid_jax.models.kv_cache import CACHE_AXES, TEXT_AXES
 from causvid_jax.models.transformer_spec import block_spec, outer_spec
 from causvid_jax.sampling import stream
 from causvid_jax.sharding import constraints
-from causvid_jax.sharding.mesh import make_mesh, mesh_sizes
+from causvid_jax.sharding.mesh import make_mesh
 from causvid_jax.sharding.placement import Placement, batch_sharding
 from causvid_jax.training import dmd, flow_matching, ode
 from causvid_jax.training.update import abstract_network, with_shardings
@@ -140,11 +140,7 @@ def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, 
     def split(x: Any, axes: constraints.Axes) -> NamedSharding:
         return NamedSharding(mesh, constraints.spec_for(axes, x.shape, constraints.axis_sizes(mesh), net.rules))
 
-    rows = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
-    seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)
-    capacity = None if causal.window else recipe.video.latent_frames
-    begin = functools.partial(stream.first_state, config=recipe, capacity=capacity)
-    state = jax.eval_shape(begin, {"student": params}, rows, seeds)
+    state = stream.abstract_state({"student": params}, recipe, batch)
     text = with_shardings(state.text, jax.tree.map(lambda x: split(x, TEXT_AXES[-x.ndim :]), state.text))
     where = jax.tree.map(lambda x: split(x, CACHE_AXES[-x.ndim :]) if x.ndim > 1 else whole, state.cache)
     cache = with_shardings(state.cache, where)
@@ -176,11 +172,7 @@ def program(recipe: Recipe, stage: str, mesh: Mesh, *, batch: int = 1) -> tuple[
 def lower_block(recipe: Recipe, machine: Topology | None = None, *, unstacked: bool = True) -> jax.stages.Lowered:
     """Lower ``stream.next_block`` of one stream for one device of ``machine``; None: for the default device."""
     params = {"student": transformer.inference(recipe.student, unstacked=unstacked)}
-    rows = jax.ShapeDtypeStruct((1, recipe.text.length, recipe.text.dim), jnp.float32)
-    seeds = jax.ShapeDtypeStruct((1,), jnp.uint32)
-    capacity = None if recipe.causal.window else recipe.video.latent_frames
-    begin = functools.partial(stream.first_state, config=recipe, capacity=capacity)
-    state = jax.eval_shape(begin, params, rows, seeds)
+    state = stream.abstract_state(params, recipe, 1)
     arguments = params, dataclasses.replace(state, decode=cast(Any, None))  # nothing is decoded
     if machine is None:
         return stream.next_block.lower(*arguments, config=recipe)
@@ -204,11 +196,10 @@ def estimate_for(recipe: Recipe, stage: str, machine: TopologySpec) -> Report:
     """
     estimated = estimate.estimate(recipe, stage, machine)
     peak_rate, seconds = machine.chip.flops * machine.size, estimated.seconds
-    data, fsdp, context, tensor = mesh_sizes(recipe.parallel, machine.size)
     return Report(
         topology=machine.name,
         devices=machine.size,
-        mesh={"data": data * recipe.parallel.slices, "fsdp": fsdp, "context": context, "tensor": tensor},
+        mesh=estimate.make_mesh(recipe.parallel, machine).axes,
         compiled=False,
         compile_seconds=0.0,
         arguments=0,

@@ -90,7 +90,8 @@ def sampling_phases(
     if role == "teacher":
         return phases + _teacher_phases(recipe, weights, batch, latents, picture)
     if state is None:
-        state = _stream_shapes(recipe, weights, batch, latents, picture)
+        single = dataclasses.replace(recipe, rolling_blocks=0)
+        state = stream.abstract_state({"student": weights}, single, batch, frames=latents, picture=picture)
     return (*phases, _stream_phase(recipe, weights, batch, state, image=image, video=video))
 
 
@@ -103,18 +104,6 @@ def _prompt_phases(recipe: Recipe, prompts: int) -> tuple[Phase, ...]:
     if recipe.umt5.weights == "int8":
         items["array being read"] = _largest_array(encoder.read_shapes(recipe.umt5))
     return (Phase("encode the prompts", items),)
-
-
-def _stream_shapes(
-    recipe: Recipe, weights: Any, batch: int, latents: int, picture: Picture | None
-) -> stream.StreamState:
-    """Return the shapes of the first state of ``batch`` streams of at most ``latents`` latent frames."""
-    embeds = jax.ShapeDtypeStruct((batch, recipe.text.length, recipe.text.dim), jnp.float32)
-    seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)
-    capacity = None if recipe.causal.window else latents
-    single = dataclasses.replace(recipe, rolling_blocks=0)
-    start = functools.partial(stream.first_state, config=single, capacity=capacity)
-    return jax.eval_shape(lambda *z: start(*z[:3], picture=z[3]), {"student": weights}, embeds, seeds, picture)
 
 
 def _stream_phase(

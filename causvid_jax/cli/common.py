@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 
 from causvid_jax.cli.options import help_text, parse
 from causvid_jax.config import ConfigError, Recipe, RunError, require
+from causvid_jax.config.files import reason
 
 FAILED = 1
 BAD_INPUT = 2
@@ -63,9 +64,9 @@ def run(program: str, arguments: Sequence[str]) -> None:
             call(program, arguments)
             sys.stdout.flush()
     except ConfigError as error:
-        _finish(f"error: {_line(error)}", BAD_INPUT)
+        _finish(f"error: {reason(error)}", BAD_INPUT)
     except RunError as error:
-        _finish(f"error: {_line(error)}", FAILED)
+        _finish(f"error: {reason(error)}", FAILED)
     except Stopped as stopped:
         _finish(f"stopped by {stopped.number.name}", 128 + stopped.number)
     except BrokenPipeError:  # the reader of the output, such as head, has ended
@@ -103,11 +104,6 @@ def _finish(message: str, status: int) -> typing.NoReturn:
         sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
     sys.exit(status)
-
-
-def _line(error: BaseException) -> str:
-    """Return an error's message on one line."""
-    return " ".join(str(error).split())
 
 
 def prepare_logging() -> None:

@@ -27,7 +27,7 @@ from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, option
 from causvid_jax.config import Recipe, require
 from causvid_jax.config.fields import BatchSize
-from causvid_jax.config.files import write_text
+from causvid_jax.config.files import reason, write_text
 
 if TYPE_CHECKING:
     from causvid_jax.analysis.topology import TopologySpec
@@ -88,8 +88,7 @@ def main(options: Options) -> None:
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        reason = " ".join(str(error).split())
-        print(f"does not fit {name}: {reason[:400]}\n{advice(recipe, stage, machine)}", file=sys.stderr)
+        print(f"does not fit {name}: {reason(error)[:400]}\n{advice(recipe, stage, machine)}", file=sys.stderr)
         sys.exit(TOO_LARGE)
     print(compile_report.table(report))
     if output:

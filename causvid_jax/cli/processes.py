@@ -26,7 +26,7 @@ class Processes:
     wait: Annotated[float, Bounds(above=0, most=10**6)] = option(50.0, "Seconds to wait for the other processes.")
 
     def __post_init__(self) -> None:
-        check_bounds(self, "--")
+        check_bounds(self)
 
 
 @contextlib.contextmanager

@@ -85,15 +85,15 @@ class Config:
                 object.__setattr__(self, name, checked)
 
 
-def check_bounds(options: Any, prefix: str = "") -> None:
+def check_bounds(options: Any) -> None:
     """Check the fields of the dataclass ``options`` that have :class:`Bounds` in their annotation.
 
     Raises:
-        ConfigError: a value out of bounds. The message names the field, with ``prefix`` before its name.
+        ConfigError: a value out of bounds. The message names the field as a flag.
     """
     for name, hint in field_types(type(options)).items():
         if typing.get_origin(hint) is Annotated:
-            convert(getattr(options, name), hint, prefix + name)
+            convert(getattr(options, name), hint, f"--{name}")
 
 
 def join(path: str, name: str) -> str:

@@ -28,7 +28,7 @@ class Options:
     host_count: Many | None = option(None, "Number of machines that share the stage; none: JAX's process count.")
 
     def __post_init__(self) -> None:
-        check_bounds(self, "--")
+        check_bounds(self)
         index, count = self.host_index, self.host_count
         if index is None or count is None:
             require(index is count, f"--host_index is {index} and --host_count is {count}; give both or neither")

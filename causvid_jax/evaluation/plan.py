@@ -35,7 +35,7 @@ class Plan:
     )
 
     def __post_init__(self) -> None:
-        check_bounds(self, "--")
+        check_bounds(self)
         for name in ("long_samples", "switch_samples"):
             value = getattr(self, name)
             require(value != 1, f"--{name} is {value}; it must be 0 (as --samples) or at least 2")

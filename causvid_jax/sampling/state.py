@@ -107,10 +107,10 @@ def first_state(
     params: Params,
     text: jax.Array,
     seeds: jax.Array,
+    picture: Picture | None = None,
     *,
     config: Recipe,
     capacity: int | None = None,
-    picture: Picture | None = None,
 ) -> StreamState:
     """Return the first state: :func:`init_stream` for uint32 ``seeds [B]``, jitted.
 
@@ -137,6 +137,17 @@ def first_state(
         started=not causal.independent_first_frame,
         picture=picture,
     )
+
+
+def abstract_state(
+    params: Params, config: Recipe, batch: int, *, frames: int | None = None, picture: Any = None
+) -> StreamState:
+    """Return the shapes of the first state of ``batch`` streams; arguments as of :func:`init_stream`, in shapes."""
+    text = jax.ShapeDtypeStruct((batch, config.text.length, config.text.dim), jnp.float32)
+    seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)
+    capacity = None if config.causal.window else frames or config.video.latent_frames
+    start = functools.partial(first_state, config=config, capacity=capacity)
+    return jax.eval_shape(start, params, text, seeds, picture)
 
 
 def student_params(params: Params, strengths: Adapters | None) -> Any:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from causvid_jax.config import ConfigError, Recipe, RunError, require
+from causvid_jax.config.files import reason as sentence
 from causvid_jax.media.output import remove_abandoned
 from causvid_jax.models.image_branch import has_branch
 from causvid_jax.sampling import schedule
@@ -169,9 +170,9 @@ class Engine:
         try:
             action()
         except (ConfigError, RunError) as error:
-            session.emit("error", message=_sentence(error))
+            session.emit("error", message=sentence(error))
             if fatal:
-                self.close(session, _sentence(error))
+                self.close(session, sentence(error))
         except Exception:
             _LOG.exception("session %s failed", session.id)
             self.close(session, "the server failed on this film; the log says why")
@@ -233,7 +234,7 @@ class Engine:
         try:
             recording.append(frames)
         except RunError as error:
-            session.emit("error", message=_sentence(error))
+            session.emit("error", message=sentence(error))
             self._finish_recording(session)
 
     # ---- sessions ----
@@ -393,7 +394,7 @@ class Engine:
         try:
             recording.close(film.script(), session.recorded_from)
         except RunError as error:
-            session.emit("error", message=_sentence(error))
+            session.emit("error", message=sentence(error))
         if recording.blocks:
             session.emit("recorded", name=recording.path.name, frames=recording.frames)
         self.remove_old_files()
@@ -490,7 +491,3 @@ class Engine:
             self._thread.join(30)
         for session in self.sessions():
             self.close(session, "the server is stopping")
-
-
-def _sentence(error: BaseException) -> str:
-    return " ".join(str(error).split())

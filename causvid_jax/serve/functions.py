@@ -17,7 +17,7 @@ from jax import export
 
 from causvid_jax.config import Recipe, require
 from causvid_jax.models import vae
-from causvid_jax.models.image_branch import Picture, has_branch
+from causvid_jax.models.image_branch import has_branch
 from causvid_jax.sampling import exported, stream, weights
 from causvid_jax.sampling.pipeline import encode_chunk
 from causvid_jax.sampling.script import CONTEXTS
@@ -55,20 +55,6 @@ class Function:
         return self.function.lower(params, *arrays, **self.static)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "capacity"))
-def start_from(
-    params: stream.Params,
-    text: jax.Array,
-    seeds: jax.Array,
-    picture: Picture,
-    *,
-    config: Recipe,
-    capacity: int | None = None,
-) -> stream.StreamState:
-    """Return the first state of a student with an image branch (:func:`causvid_jax.sampling.state.first_state`)."""
-    return stream.first_state(params, text, seeds, config=config, capacity=capacity, picture=picture)
-
-
 def with_context(recipe: Recipe, context: Any) -> Recipe:
     """Return the recipe with another ``causal.on_prompt_switch``."""
     return dataclasses.replace(recipe, causal=dataclasses.replace(recipe.causal, on_prompt_switch=context))
@@ -88,9 +74,8 @@ def functions(recipe: Recipe) -> dict[str, Function]:
         )
         for context in CONTEXTS
     }
-    start = start_from if has_branch(recipe.student) else stream.first_state
     return {
-        "start": Function(start, still | {"capacity": capacity}, ("student",)),
+        "start": Function(stream.first_state, still | {"capacity": capacity}, ("student",)),
         "next_frames": Function(stream.next_frames, still, ("student", codec)),
         **changes,
         "encode_image": Function(stream.encode_image, still, ("vae",)),

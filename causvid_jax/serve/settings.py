@@ -59,7 +59,7 @@ class Settings:
             all(c.isascii() and (c.isalnum() or c in "-_.~") for c in self.token),
             "--token has characters other than letters, digits and -_.~",
         )
-        check_bounds(self, "--")
+        check_bounds(self)
 
     def check_prompt(self, prompt: str) -> None:
         """Refuse a prompt that is empty or too long.

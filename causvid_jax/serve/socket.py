@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from causvid_jax.config import ConfigError, require
+from causvid_jax.config.files import reason
 from causvid_jax.sampling import schedule, script
 from causvid_jax.serve import fragments, protocol, uploads
 from causvid_jax.serve.engine import Engine
@@ -153,7 +154,7 @@ class Connection:
             try:
                 await self._obey(session, message, payload)
             except ConfigError as error:
-                session.emit("error", message=" ".join(str(error).split()))
+                session.emit("error", message=reason(error))
         await asyncio.sleep(3600)  # the writer sends why it ended, and closes
 
     def _is_current(self, session: Session) -> bool:
