@@ -16,6 +16,7 @@ from causvid_jax.checkpoints import store
 from causvid_jax.checkpoints import workdir as stage_files
 from causvid_jax.config import CLIPConfig, Recipe, from_config_dict
 from causvid_jax.data import arrays, digits, pictures
+from causvid_jax.diffusion import flow
 from causvid_jax.models import clip_vision, taehv, transformer, vae
 from causvid_jax.sharding.placement import place
 from causvid_jax.training import dmd, stages
@@ -125,6 +126,13 @@ def image_workdir(folder: pathlib.Path, recipe: Recipe) -> pathlib.Path:
     clip = random_params(clip_vision.abstract(CLIP), 8)
     store.save_params(stage_files.stage_path(place, "image_encoder"), clip, {})
     return place
+
+
+def gaussian_velocity(x: jax.Array, timestep: jax.Array, mean: Any, std: Any) -> jax.Array:
+    """Return ``E[noise - x0 | x_t]`` for data ``N(mean, std^2)``, the velocity of a perfect network."""
+    sigma = flow.expand(timestep / 1000, x)
+    gain = (sigma - (1 - sigma) * std**2) / ((1 - sigma) ** 2 * std**2 + sigma**2)
+    return -mean + gain * (x - (1 - sigma) * mean)
 
 
 def collect(steps: Iterable[tuple[Any, Any]]) -> tuple[np.ndarray, Any]:

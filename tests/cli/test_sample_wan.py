@@ -32,13 +32,12 @@ pytest.importorskip("tokenizers", reason="the extra 'text' is not installed")
 pytest.importorskip("ftfy", reason="the extra 'text' is not installed")
 
 RECIPE = f"""
-NETWORK = dict(dim=32, ffn_dim=48, num_heads=2, num_layers=1, in_channels=4, out_channels=4, text_dim=16,
-               text_length=32, freq_dim=16, dtype="bfloat16")
-IMAGE = dict(in_channels=12, image_dim=80, image_tokens=5)
+from tests.tiny import BRANCH, NETWORK
 
 
 def get_config(variant="t2v"):
-    network = NETWORK | IMAGE if variant == "i2v" else NETWORK
+    network = NETWORK | dict(num_layers=1, text_dim=16, text_length=32, dtype="bfloat16")
+    network |= BRANCH if variant == "i2v" else {{}}
     return dict(
         name="tiny_wan",
         video=dict(height=32, width=32, frames=13, fps=16),

@@ -1,5 +1,6 @@
 """Solvers against closed forms and against diffusers; trajectories at exactly the student's timesteps."""
 
+import functools
 import pathlib
 
 import jax
@@ -10,17 +11,14 @@ import pytest
 from causvid_jax.config import DiffusionConfig
 from causvid_jax.diffusion import flow, solvers
 from causvid_jax.distill import trajectories
+from tests import tiny
 from tests.refusals import refused
 
 MEAN, STD = 0.7, 0.4
 NOISE = np.random.default_rng(0).standard_normal((2, 3, 2, 2, 4)).astype(np.float32)
 
 
-def gaussian_velocity(x, timestep):
-    """Return E[noise - x0 | x_t] for data N(MEAN, STD^2), where x_t is N((1 - s) MEAN, (1 - s)^2 STD^2 + s^2)."""
-    sigma = flow.expand(timestep / 1000, x)
-    variance = (1 - sigma) ** 2 * STD**2 + sigma**2
-    return -MEAN + (sigma - (1 - sigma) * STD**2) / variance * (x - (1 - sigma) * MEAN)
+gaussian_velocity = functools.partial(tiny.gaussian_velocity, mean=MEAN, std=STD)
 
 
 def flow_map(x, start, end):

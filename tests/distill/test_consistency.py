@@ -19,11 +19,7 @@ LATENTS = np.random.default_rng(0).standard_normal((4, 3, 2, 2, 2)).astype(np.fl
 KEY = jax.random.key(5)
 
 
-def gaussian(x, timestep):
-    """Return E[noise - x0 | x_t] for N(MEAN, STD^2)."""
-    sigma = flow.expand(timestep / 1000, x)
-    gain = (sigma - (1 - sigma) * STD**2) / ((1 - sigma) ** 2 * STD**2 + sigma**2)
-    return -MEAN + gain * (x - (1 - sigma) * MEAN)
+gaussian = functools.partial(tiny.gaussian_velocity, mean=MEAN, std=STD)
 
 
 def frames(values):

@@ -9,19 +9,13 @@ import pytest
 from causvid_jax.config import ConfigError, DiffusionConfig, DistillStageConfig
 from causvid_jax.diffusion import flow
 from causvid_jax.distill import dmd, scores, sid
+from tests.tiny import gaussian_velocity
 
 DIFFUSION = DiffusionConfig(shift=3.0)
 SHAPE = (4, 3, 2, 2, 2)
 TEXT = np.random.default_rng(5).standard_normal((4, 2, 3)).astype(np.float32)
 NULL = np.zeros((2, 3), np.float32)
 MEAN, STD = 0.8, 0.5
-
-
-def gaussian_velocity(x, timestep, mean, std):
-    """Return E[noise - x0 | x_t] for N(mean, std^2)."""
-    sigma = flow.expand(timestep / 1000, x)
-    gain = (sigma - (1 - sigma) * std**2) / ((1 - sigma) ** 2 * std**2 + sigma**2)
-    return -mean + gain * (x - (1 - sigma) * mean)
 
 
 def teacher(x, timestep, text, scale=1.0):

@@ -14,7 +14,8 @@ from causvid_jax.distill import dmd, gan, scores, sid
 from causvid_jax.models import transformer
 from causvid_jax.sharding.params import init_tree
 from tests import tiny
-from tests.distill.test_dmd import MEAN, STD, gaussian_velocity
+from tests.distill.test_dmd import MEAN, STD
+from tests.tiny import gaussian_velocity
 
 DIFFUSION = DiffusionConfig(shift=3.0)
 SHAPE = (4, 3, 2, 2, 2)

@@ -2,15 +2,15 @@
 
 ``python tests/golden/make_image_branch.py`` writes the file; ``--check`` draws new weights and inputs and compares the
 JAX transformer with diffusers there and then. The file holds inputs and outputs, and the condition that diffusers'
-image-to-video pipeline makes of a first and a last image with a random VAE; ``random_weights`` draws the weights again.
+image-to-video pipeline makes of a first and a last image with a random VAE; ``make_transformer`` draws the weights.
 """
 
 import functools
 import pathlib
 
+import make_transformer
 import numpy as np
 import script
-from make_transformer import random_weights
 
 GOLDEN = pathlib.Path(__file__).with_name("image_branch.npz")
 SEED = 6
@@ -31,27 +31,9 @@ SIZES = {
 
 def reference(seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(state dict, inputs and outputs, channels last) of diffusers."""
-    import torch
-
-    model = script.diffusers_transformer(SIZES)
-    state = random_weights(script.shapes_of(model), seed)
-    script.load(model, state)
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((2, 3, 4, 6, SIZES["in_channels"])).astype(np.float32)
-    text = rng.standard_normal((2, SIZES["text_length"], SIZES["text_dim"])).astype(np.float32)
-    image = rng.standard_normal((2, SIZES["image_tokens"], SIZES["image_dim"])).astype(np.float32)
-    image[:, ::2] *= 0.01  # small enough for the epsilon of their norm to matter
-    timestep = np.array([987.5, 41.25], np.float32)
-    with torch.no_grad():
-        out = model(
-            hidden_states=torch.from_numpy(np.ascontiguousarray(x.transpose(0, 4, 1, 2, 3))),
-            timestep=torch.from_numpy(timestep),
-            encoder_hidden_states=torch.from_numpy(text),
-            encoder_hidden_states_image=torch.from_numpy(image),
-            return_dict=False,
-        )[0]
-    arrays = {"x": x, "text": text, "image": image, "timestep": timestep}
-    return state, arrays | {"velocity": out.numpy().transpose(0, 2, 3, 4, 1)} | conditions(rng)
+    state, arrays = make_transformer.reference(seed, SIZES, (3, 4, 6), rng)
+    return state, arrays | conditions(rng)
 
 
 def conditions(rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -87,18 +69,9 @@ def condition_errors(arrays: dict[str, np.ndarray]) -> list[float]:
 
 
 def check(seed: int) -> None:
-    """Compare live, and our original names with diffusers' own conversion of an original file."""
-    import jax
-    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-
-    from causvid_jax.config import TransformerConfig
-
-    jax.config.update("jax_default_matmul_precision", "highest")
+    """Compare with diffusers on new weights and inputs."""
     state, arrays = reference(seed)
-    script.convert_and_compare(convert_wan_transformer_to_diffusers, state, TransformerConfig(**SIZES))
-    error = error_of(state, arrays)
-    print(f"image branch: max |jax - diffusers| = {error:.1e}, std {arrays['velocity'].std():.2f} (seed {seed})")
-    assert error <= 5e-5
+    make_transformer.compare(f"image branch, seed {seed}", SIZES, state, arrays)
     assert condition_errors(arrays) == [0.0, 0.0], "the condition channels differ"
 
 

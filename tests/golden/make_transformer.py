@@ -37,31 +37,40 @@ def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, n
     return script.draw(shapes, seed, spread)
 
 
-def reference(seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(state dict, inputs and output, channels last) of diffusers."""
+def reference(
+    seed: int,
+    sizes: dict[str, int] = SIZES,
+    video: tuple[int, int, int] = (5, 6, 8),
+    rng: np.random.Generator | None = None,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(state dict, inputs and output, channels last) of diffusers; ``rng`` draws the inputs."""
     import torch
 
-    model = script.diffusers_transformer(SIZES)
+    model = script.diffusers_transformer(sizes)
     state = random_weights(script.shapes_of(model), seed)
     script.load(model, state)
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((2, 5, 6, 8, SIZES["in_channels"])).astype(np.float32)
-    text = rng.standard_normal((2, SIZES["text_length"], SIZES["text_dim"])).astype(np.float32)
-    timestep = np.array([987.5, 41.25], np.float32)
+    rng = rng or np.random.default_rng(seed)
+    x = rng.standard_normal((2, *video, sizes["in_channels"])).astype(np.float32)
+    text = rng.standard_normal((2, sizes["text_length"], sizes["text_dim"])).astype(np.float32)
+    arrays = {"x": x, "text": text, "timestep": np.array([987.5, 41.25], np.float32)}
+    inputs = {
+        "hidden_states": np.ascontiguousarray(x.transpose(0, 4, 1, 2, 3)),
+        "timestep": arrays["timestep"],
+        "encoder_hidden_states": text,
+    }
+    if "image_dim" in sizes:
+        image = rng.standard_normal((2, sizes["image_tokens"], sizes["image_dim"])).astype(np.float32)
+        image[:, ::2] *= 0.01  # small enough for the epsilon of their norm to matter
+        inputs["encoder_hidden_states_image"] = arrays["image"] = image
     with torch.no_grad():
-        out = model(
-            hidden_states=torch.from_numpy(np.ascontiguousarray(x.transpose(0, 4, 1, 2, 3))),
-            timestep=torch.from_numpy(timestep),
-            encoder_hidden_states=torch.from_numpy(text),
-            return_dict=False,
-        )[0]
-    return state, {"x": x, "text": text, "timestep": timestep, "velocity": out.numpy().transpose(0, 2, 3, 4, 1)}
+        out = model(**{name: torch.from_numpy(value) for name, value in inputs.items()}, return_dict=False)[0]
+    return state, arrays | {"velocity": out.numpy().transpose(0, 2, 3, 4, 1)}
 
 
 error_of = functools.partial(script.velocity_error, SIZES)
 
 
-def check(seed: int) -> None:
+def compare(what: str, sizes: dict[str, int], state: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> None:
     """Compare live, and our original names with diffusers' own conversion of an original file."""
     import jax
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
@@ -69,11 +78,15 @@ def check(seed: int) -> None:
     from causvid_jax.config import TransformerConfig
 
     jax.config.update("jax_default_matmul_precision", "highest")
-    state, arrays = reference(seed)
-    script.convert_and_compare(convert_wan_transformer_to_diffusers, state, TransformerConfig(**SIZES))
-    error = error_of(state, arrays)
-    print(f"transformer: max |jax - diffusers| = {error:.1e}, std {arrays['velocity'].std():.2f} (seed {seed})")
+    script.convert_and_compare(convert_wan_transformer_to_diffusers, state, TransformerConfig(**sizes))
+    error = script.velocity_error(sizes, state, arrays)
+    print(f"{what}: max |jax - diffusers| = {error:.1e}, std {arrays['velocity'].std():.2f}")
     assert error <= 5e-5
+
+
+def check(seed: int) -> None:
+    """Compare with diffusers on new weights and inputs."""
+    compare(f"transformer, seed {seed}", SIZES, *reference(seed))
 
 
 if __name__ == "__main__":

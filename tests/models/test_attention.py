@@ -83,7 +83,7 @@ def test_a_clip_on_tpu_costs_what_its_blocks_see():
 
 def test_parts_merge_to_the_whole():
     q, k, v = qkv(5, 12)
-    parts = [attention._partial(q, k[:, i : i + 4], v[:, i : i + 4], "float32") for i in (0, 4, 8)]
+    parts = [attention._partial(q, k[:, i : i + 4], v[:, i : i + 4], dtype="float32") for i in (0, 4, 8)]
     out, _, total = attention._merge(attention._merge(parts[0], parts[1]), parts[2])
     np.testing.assert_allclose(out / total[..., None], attention.dense(q, k, v, dtype="float32"), atol=1e-6)
 

@@ -5,7 +5,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import make_transformer as golden
+import make_image_branch
+import make_transformer
 import numpy as np
 import pytest
 
@@ -24,7 +25,7 @@ BATCH, HEIGHT, WIDTH = 2, 4, 4
 def params():
     """Return parameters that are all random, also the head and the modulation tables."""
     shapes = network_of(CONFIG).shapes(CONFIG, "original")
-    state = golden.random_weights(shapes, 1)
+    state = make_transformer.random_weights(shapes, 1)
     return load(state, config=CONFIG)[0]
 
 
@@ -65,10 +66,11 @@ def stream(params, x, t, text, causal):
     return jnp.concatenate(outputs, axis=1)
 
 
-def test_equals_diffusers():
+@pytest.mark.parametrize("golden", [make_transformer, make_image_branch], ids=["text", "image branch"])
+def test_equals_diffusers(golden):
     arrays = dict(np.load(golden.GOLDEN))
     config = TransformerConfig(**golden.SIZES)
-    state = golden.random_weights(network_of(config).shapes(config, "diffusers"), golden.SEED)
+    state = make_transformer.random_weights(network_of(config).shapes(config, "diffusers"), golden.SEED)
     assert 0.5 < arrays["velocity"].std() < 2
     assert golden.error_of(state, arrays) <= 5e-5
 

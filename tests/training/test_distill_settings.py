@@ -87,13 +87,6 @@ def test_chunks_are_clips_of_their_own(monkeypatch):
     np.testing.assert_array_equal(prompts[:, 0, 0], [0, 0, 1, 1])
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    folder = tiny.tiny_workdir(tmp_path_factory.mktemp("settings"))
-    (folder / "consistency").symlink_to(folder / "init")
-    return folder
-
-
 WHOLE = {
     "sid, replay": {
         "train_distill": {"objective": "sid", "gradient": "replay", "exit_steps": "first_block", "init": "consistency"},

@@ -14,7 +14,6 @@ import pytest
 
 from causvid_jax.checkpoints import store
 from causvid_jax.models import kv_cache, transformer
-from causvid_jax.training import dmd
 from tests import tiny
 
 stop = jax.lax.stop_gradient
@@ -153,11 +152,6 @@ def with_context(batch, previous, key, config):
     return {"text": text, "context": previous["x0"][:, -1:]}, key
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    return tiny.tiny_workdir(tmp_path_factory.mktemp("variants"))
-
-
 # Continued rollouts are unrolled with and without context for either exit step, which compiles for minutes.
 CASES = [
     pytest.param(changes, id=name, marks=pytest.mark.slow if name == CONTINUED else ())
@@ -172,18 +166,12 @@ def test_losses_and_gradients_of_every_variant_match_the_paper(workdir, monkeypa
         causal={"context_noise": 30.0}, train_distill={"steps": 1, "critic_steps": 1} | still | changes
     )
     config, passed = recipe.train_distill, []
-    compiled = dmd.compiled_step
 
-    def recorded(recipe, placement):
-        step = compiled(recipe, placement)
+    def recorded(step, state, teacher, batch, negative_prompt_embeds, **options):
+        passed.append(jax.tree.map(np.array, (batch, negative_prompt_embeds)))
+        return step(state, teacher, batch, negative_prompt_embeds, **options)
 
-        def run(state, teacher, batch, negative_prompt_embeds, **options):
-            passed.append(jax.tree.map(np.array, (batch, negative_prompt_embeds)))
-            return step(state, teacher, batch, negative_prompt_embeds, **options)
-
-        return run
-
-    monkeypatch.setattr(dmd, "compiled_step", recorded)
+    tiny.watch_dmd_steps(monkeypatch, recorded)
     record = tiny.RecordedRun("distill", recipe, workdir).train().records[0]
     (batches, negative), updates = passed[0], config.critic_steps
 

@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from causvid_jax.config import CausalConfig, ConfigError, DiffusionConfig, DistillStageConfig, OptimizerConfig, Recipe
-from causvid_jax.diffusion import flow
 from causvid_jax.distill import dmd
 from causvid_jax.training import dmd as trainer
+from tests.tiny import gaussian_velocity
 
 DIFFUSION = DiffusionConfig(shift=2.0)
 SHAPE = (64, 2, 2, 2, 1)
@@ -21,10 +21,7 @@ NULL = jnp.zeros((1, 1))
 
 
 def velocity(params, x, timestep, text):
-    """Return E[noise - x0 | x_t] for data N(mean, exp(log_std)^2)."""
-    sigma, variance = flow.expand(timestep / 1000, x), jnp.exp(2 * params["log_std"])
-    gain = (sigma - (1 - sigma) * variance) / ((1 - sigma) ** 2 * variance + sigma**2)
-    return -params["mean"] + gain * (x - (1 - sigma) * params["mean"])
+    return gaussian_velocity(x, timestep, params["mean"], jnp.exp(params["log_std"]))
 
 
 def generate(params, batch, key):

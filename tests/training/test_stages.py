@@ -70,6 +70,14 @@ def first_state(monkeypatch):
     return begin
 
 
+def linked(folder, road, *names):
+    """Return ``folder`` as a working directory with some folders of ``road``."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(road / name)
+    return folder
+
+
 def ema(state):
     return state.student.ema if hasattr(state, "student") else state.network.ema
 
@@ -77,9 +85,7 @@ def ema(state):
 @pytest.mark.parametrize("name", stages.TRAINERS)
 def test_stopped_and_resumed_ends_bit_for_bit_the_same(road, tmp_path, name, monkeypatch, interrupt):
     # What earlier stages left is read from the finished road; the stage itself starts afresh.
-    for other in (*stages.TRAINERS, "data"):
-        if other != name:
-            (tmp_path / other).symlink_to(road / other)
+    linked(tmp_path, road, "data", *(other for other in stages.TRAINERS if other != name))
     interrupt(at=3)
     with pytest.raises(KeyboardInterrupt):
         stages.train(name, RECIPE, tmp_path)
@@ -99,9 +105,7 @@ def test_stopped_and_resumed_ends_bit_for_bit_the_same(road, tmp_path, name, mon
 
 @pytest.mark.parametrize("name", stages.TRAINERS)
 def test_training_moves_every_parameter_that_can_move(road, tmp_path, name, first_state):
-    for other in (*stages.TRAINERS, "data"):
-        if other != name:
-            (tmp_path / other).symlink_to(road / other)
+    linked(tmp_path, road, "data", *(other for other in stages.TRAINERS if other != name))
     before = store.flatten(ema(first_state(name, RECIPE, tmp_path)))
     after = store.flatten(store.load_params(road / name / "weights.safetensors")[0])
     still = [key for key in before if np.array_equal(before[key], after[key])]
@@ -162,10 +166,7 @@ def test_the_vae_file_carries_the_statistics_of_its_latents(road):
 
 
 def test_a_student_learns_from_a_causal_teacher(road, tmp_path):
-    for other in ("vae", "causal"):
-        (tmp_path / other).symlink_to(road / other)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "latents").symlink_to(road / "data" / "latents")
+    linked(tmp_path, road, "vae", "causal", "data/latents")
     changes = {"teacher": "causal", "extra_trajectories": ((1, 6),), "curriculum": ((3, 1, 4),)}
     recipe = tiny_recipe(train_init=changes)
     with pytest.raises(ConfigError, match=r"no finished dataset at .*causal_trajectories"):
@@ -179,8 +180,7 @@ def test_a_student_learns_from_a_causal_teacher(road, tmp_path):
 
 
 def test_a_student_of_another_size_than_the_teacher(road, tmp_path):
-    for other in ("data", "vae", "teacher"):
-        (tmp_path / other).symlink_to(road / other)
+    linked(tmp_path, road, "data", "vae", "teacher")
     recipe = tiny_recipe(student={"dim": 24, "num_layers": 2})
     for name in ("init", "distill"):
         stages.train(name, recipe, tmp_path)
@@ -211,14 +211,6 @@ def test_a_checkpoint_holds_networks_optimizers_averages_and_recipe(road):
     assert json.loads(progress["config"])["train_distill"]["seed"] == 0
 
 
-def linked(folder, road, *names):
-    """Return a working directory with some folders of ``road``."""
-    folder.mkdir()
-    for name in names:
-        (folder / name).symlink_to(road / name)
-    return folder
-
-
 def test_a_stage_starts_with_the_weights_of_another_recipe(road, tmp_path, first_state):
     for name, given in (("teacher", road), ("init", road / "distill" / "weights.safetensors")):
         state = first_state(name, RECIPE, linked(tmp_path / name, road, "data", "vae"), given)
@@ -245,9 +237,7 @@ def test_weights_to_start_with_that_do_not_fit_are_refused_by_name(road, tmp_pat
 
 def test_the_tiny_decoder_learns_from_streams_of_the_student(road, tmp_path):
     """The loss of the first step, computed by hand, shows that the stage reads what was written."""
-    for other in ("vae", "data", "distill"):
-        (tmp_path / other).mkdir() if other == "data" else (tmp_path / other).symlink_to(road / other)
-    (tmp_path / "data" / "moving_digits").symlink_to(road / "data" / "moving_digits")
+    linked(tmp_path, road, "vae", "distill", "data/moving_digits")
     recipe = tiny_recipe(train_taehv={"rollouts": ((1, 3), (2, 2)), "noise": 0.0})
     with pytest.raises(ConfigError, match=r"no finished dataset at .*streams_1"):
         stages.train("taehv", recipe, tmp_path)

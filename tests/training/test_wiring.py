@@ -17,11 +17,6 @@ from causvid_jax.training import consistency, dmd, flow_matching, update, weight
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    return tiny.tiny_workdir(tmp_path_factory.mktemp("wiring"))
-
-
 @pytest.fixture
 def only_traced(monkeypatch):
     """Trace the steps of the distillation instead of compiling and running them; their metrics are zeros."""
