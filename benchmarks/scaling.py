@@ -115,7 +115,7 @@ def _settings(row: Row) -> str:
         return f"{row.report.streams} streams" if row.report.streams > 1 else "1 stream"
     net = recipe.teacher if row.stage == "teacher" else recipe.student
     parts = [f"remat {net.remat}"]
-    accumulate = getattr(recipe, mesh_search.TRAIN[row.stage]).accumulate
+    accumulate = getattr(recipe, f"train_{row.stage}").accumulate
     parts += [f"accumulate {accumulate}"] if accumulate > 1 else []
     parts += ["moments on host"] if recipe.parallel.offload_optimizer else []
     return ", ".join(parts)

@@ -8,7 +8,7 @@ from collections.abc import Container, Iterator
 from causvid_jax.analysis import estimate as estimates
 from causvid_jax.analysis import flops
 from causvid_jax.analysis.topology import TopologySpec
-from causvid_jax.config import STAGES, ConfigError, ParallelConfig, Recipe
+from causvid_jax.config import ConfigError, ParallelConfig, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,6 @@ class Candidate:
     recipe: Recipe
     estimate: estimates.Estimate
     limit: float  # bytes of a device's memory
-    base: Recipe  # before the search
 
     @property
     def fits(self) -> bool:
@@ -27,19 +26,14 @@ class Candidate:
 
     def settings(self, stage: str) -> str:
         """Return the flags that set this candidate's mesh and memory settings."""
-        return settings(self.recipe, self.base, stage)
+        return settings(self.recipe, stage)
 
 
-def settings(recipe: Recipe, base: Recipe, stage: str) -> str:
-    """Return the flags that give ``base`` the mesh of ``recipe``, and the memory settings of ``stage``."""
+def settings(recipe: Recipe, stage: str) -> str:
+    """Return the flags that set the mesh of ``recipe`` and the memory settings of ``stage``."""
     mesh = recipe.parallel
     flags = [f"parallel.{n}={getattr(mesh, n)}" for n in ("slices", "data", "fsdp", "context", "tensor")]
     flags = [flag for flag in flags if not flag.endswith("=1")]
-    ways = mesh.slices * mesh.data * mesh.fsdp
-    for name in STAGES:  # the mesh must divide the batch of every stage
-        config = getattr(base, f"train_{name}")
-        if name != stage and config.batch_size % (ways * config.accumulate):
-            flags += [f"train_{name}.batch_size={ways}"]
     if stage != "stream":
         accumulate = getattr(recipe, f"train_{stage}").accumulate
         flags += [f"train_{stage}.accumulate={accumulate}"] if accumulate > 1 else []
@@ -90,24 +84,15 @@ def _meshes(recipe: Recipe, stage: str, machine: TopologySpec) -> Iterator[Recip
 
 
 def _accumulated(recipe: Recipe, stage: str, ways: int) -> Iterator[Recipe]:
-    # The batch sizes of other stages must not rule out a mesh.
-    quiet = {
-        f"train_{name}": dataclasses.replace(
-            getattr(recipe, f"train_{name}"), batch_size=ways, accumulate=1, curriculum=()
-        )
-        for name in STAGES
-        if name != stage
-    }
     if stage == "stream":
-        yield dataclasses.replace(recipe, **quiet)
+        yield recipe
         return
     config = getattr(recipe, f"train_{stage}")
     local, remainder = divmod(config.batch_size, ways)
     if not local or remainder:
         return
     for accumulate in sorted({1, max(d for d in _divisors(local) if d <= max(1, local // 2)), local}):
-        stages = quiet | {f"train_{stage}": dataclasses.replace(config, accumulate=accumulate)}
-        yield dataclasses.replace(recipe, **stages)
+        yield dataclasses.replace(recipe, **{f"train_{stage}": dataclasses.replace(config, accumulate=accumulate)})
 
 
 def _policies(recipe: Recipe) -> Iterator[Recipe]:
@@ -141,7 +126,7 @@ def search(recipe: Recipe, stage: str, machine: TopologySpec, *, too_large: Cont
     for policy in _policies(unsharded) if stage != "stream" else [unsharded]:
         best = None
         for one in _meshes(policy, stage, machine):
-            candidate = Candidate(one, estimates.estimate(one, stage, machine), machine.chip.memory, recipe)
+            candidate = Candidate(one, estimates.estimate(one, stage, machine), machine.chip.memory)
             if least is None or candidate.estimate.memory < least.estimate.memory:
                 least = candidate
             faster = best is None or sum(candidate.estimate.seconds) < sum(best.estimate.seconds)

@@ -153,7 +153,7 @@ def advice(recipe: Recipe, stage: str, machine: "TopologySpec") -> str:
     from causvid_jax.analysis import mesh_search
     from causvid_jax.config.files import format_bytes
 
-    tried = mesh_search.settings(recipe, recipe, stage)
+    tried = mesh_search.settings(recipe, stage)
     best = mesh_search.search(recipe, stage, machine, too_large=(tried,))
     needs = f"{format_bytes(round(best.estimate.memory))} of {format_bytes(round(best.limit))} a device, computed"
     if best.fits:

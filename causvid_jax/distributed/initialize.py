@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import jax
 
 from causvid_jax.config import ConfigError, require
+from causvid_jax.config.files import reason
 from causvid_jax.distributed.handshake import WAIT, Address, handshake
 from causvid_jax.distributed.watchdog import Watchdog
 
@@ -87,9 +88,9 @@ def _detect(wait: float, environment: Mapping[str, str]) -> Address | None:
             None, None, None, None, None, int(wait)
         )
     except Exception as error:  # metadata and variables can be wrong in many ways
-        reason = " ".join(str(error).split())[:200]
+        why = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"this looks like a cluster, but its addresses cannot be read ({type(error).__name__}: {reason}); give "
+            f"this looks like a cluster, but its addresses cannot be read ({type(error).__name__}: {why}); give "
             "--coordinator=HOST:PORT --processes=N --process=I"
         ) from error
     if coordinator is None or processes is None or process_id is None:
@@ -132,8 +133,8 @@ def initialize(address: Address | None, *, wait: float = WAIT) -> Watchdog | Non
                 shutdown_timeout_seconds=SHUTDOWN_SECONDS,
             )
         except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"the processes cannot be joined at {address.coordinator} ({reason})") from error
+            why = reason(error)[:200]
+            raise ConfigError(f"the processes cannot be joined at {address.coordinator} ({why})") from error
     return Watchdog(peers, address.processes)
 
 

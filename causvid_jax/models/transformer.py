@@ -361,11 +361,12 @@ def block_causal(
     frames = x.shape[1]
     positions = jnp.arange(frames)
     plan = attention.block_causal(frames, causal)
-    require(
-        clean is None or clean.shape[1] >= frames,
-        f"the clean copies have {0 if clean is None else clean.shape[1]} latent frames, fewer than the {frames} noisy "
-        "ones; they must include a copy of each",
-    )
+    if clean is not None:
+        require(
+            clean.shape[1] >= frames,
+            f"the clean copies have {clean.shape[1]} latent frames, fewer than the {frames} noisy ones; they must "
+            "include a copy of each",
+        )
     # In a clip of one block no token attends to the clean copy, so leave it out.
     if clean is not None and len(causal.block_sizes(clean.shape[1])) > 1:
         copies, past = clean.shape[1], clean.shape[1] - frames

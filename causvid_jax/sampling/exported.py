@@ -163,7 +163,7 @@ def build(recipe: Recipe, platform: str, *, batch: int = 1) -> tuple[dict[str, A
         ConfigError: an unknown platform, fewer than one stream, or a kernel that cannot be lowered here.
     """
     require(batch >= 1, f"batch is {batch}; it must be at least 1")
-    capacity = None if recipe.causal.window else recipe.video.latent_frames
+    capacity = stream.capacity_of(recipe)
     params, embeds, seeds = _start_arguments(recipe, batch)
 
     def of(function: Callable[..., Any]) -> Any:

@@ -303,10 +303,8 @@ class StudentPipeline(_Base):
     def _check_room(self, state: StreamState, count: int, noise: Sequence[jax.Array] | None = None) -> None:
         """Refuse ``count`` further blocks for which the cache (without a window) or the noise is too short."""
         require(count >= 0, f"{count} blocks are asked for; accepted: 0 or more")
-        require(
-            noise is None or len(noise) >= count,
-            f"noise is given for {0 if noise is None else len(noise)} blocks, and {count} are asked for",
-        )
+        if noise is not None:
+            require(len(noise) >= count, f"noise is given for {len(noise)} blocks, and {count} are asked for")
         causal = self.config.causal
         end = int(state.cache.position) + count * causal.frames_per_block
         end -= 0 if state.started else causal.frames_per_block - 1

@@ -115,8 +115,7 @@ def init_pipeline(
         ConfigError: as :func:`step_mesh` and :func:`stream.init_stream`.
     """
     step_mesh(config, list(mesh.devices.flat))
-    longest = config.video.latent_frames if frames is None else frames
-    capacity = None if config.causal.window else longest
+    capacity = stream.capacity_of(config, frames)
     seeds = stream.seeds_of(seed, text.shape[0])
     return _start(params, *jax.device_put((text, seeds), NamedSharding(mesh, _ALL)), config, mesh, capacity)
 

@@ -229,7 +229,7 @@ def _compile(
         _compile_rolling(programs, params, text, config, latents)
         return
     if programs.loaded is None:
-        capacity = None if config.causal.window else latents
+        capacity = stream.capacity_of(config, latents)
         seeds = jax.ShapeDtypeStruct(text.shape[:1], jnp.uint32)
         # init_stream() calls the same jitted function, so it finds this program.
         static: dict[str, Any] = {"config": config, "capacity": capacity, "picture": picture}

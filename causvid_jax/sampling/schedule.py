@@ -76,12 +76,13 @@ def check_noise(
     Raises:
         ConfigError: too few entries, or entries of another shape.
     """
+    if noise is None:
+        return
     lists = [schedule(config, timesteps)[0], *(flow.first_block_timesteps(config.diffusion) if not timesteps else ())]
     needed = max(map(len, lists)) + (config.causal.add_context_noise == "always")
     require(
-        noise is None or (len(noise) >= needed and noise.shape[1:] == block),
-        f"the noise of a block has shape {None if noise is None else noise.shape}; it must be {(needed, *block)}, one "
-        "entry per step",
+        len(noise) >= needed and noise.shape[1:] == block,
+        f"the noise of a block has shape {noise.shape}; it must be {(needed, *block)}, one entry per step",
     )
 
 

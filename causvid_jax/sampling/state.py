@@ -84,10 +84,15 @@ def init_stream(
             with it.
     """
     check_picture(picture, config.student, "student")
-    longest = config.video.latent_frames if frames is None else frames
-    capacity = None if config.causal.window else longest
     seeds = seeds_of(seed, text.shape[0])
-    return first_state(params, text, seeds, config=config, capacity=capacity, picture=picture)
+    return first_state(params, text, seeds, config=config, capacity=capacity_of(config, frames), picture=picture)
+
+
+def capacity_of(config: Recipe, frames: int | None = None) -> int | None:
+    """Return the latent frames that the cache of a stream of ``frames`` holds (None: a clip); None with a window."""
+    if config.causal.window:
+        return None
+    return config.video.latent_frames if frames is None else frames
 
 
 def seeds_of(seed: int | Sequence[int], batch: int) -> jax.Array:
@@ -145,8 +150,7 @@ def abstract_state(
     """Return the shapes of the first state of ``batch`` streams; arguments as of :func:`init_stream`, in shapes."""
     text = jax.ShapeDtypeStruct((batch, config.text.length, config.text.dim), jnp.float32)
     seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)
-    capacity = None if config.causal.window else frames or config.video.latent_frames
-    start = functools.partial(first_state, config=config, capacity=capacity)
+    start = functools.partial(first_state, config=config, capacity=capacity_of(config, frames))
     return jax.eval_shape(start, params, text, seeds, picture)
 
 

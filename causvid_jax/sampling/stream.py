@@ -33,6 +33,7 @@ from causvid_jax.sampling.state import Params as Params
 from causvid_jax.sampling.state import StreamState as StreamState
 from causvid_jax.sampling.state import abstract_state as abstract_state
 from causvid_jax.sampling.state import block_frames as block_frames
+from causvid_jax.sampling.state import capacity_of as capacity_of
 from causvid_jax.sampling.state import copy_stream as copy_stream
 from causvid_jax.sampling.state import encode_prompt, student_params
 from causvid_jax.sampling.state import first_state as first_state

@@ -67,7 +67,6 @@ def functions(recipe: Recipe) -> dict[str, Function]:
     """
     play = with_context(recipe, "reset")
     still, codec = {"config": play}, recipe.decoder
-    capacity = None if recipe.causal.window else recipe.video.latent_frames
     changes = {
         f"change_prompt_{context}": Function(
             stream.change_prompt, {"config": with_context(recipe, context)}, ("student",)
@@ -75,7 +74,7 @@ def functions(recipe: Recipe) -> dict[str, Function]:
         for context in CONTEXTS
     }
     return {
-        "start": Function(stream.first_state, still | {"capacity": capacity}, ("student",)),
+        "start": Function(stream.first_state, still | {"capacity": stream.capacity_of(recipe)}, ("student",)),
         "next_frames": Function(stream.next_frames, still, ("student", codec)),
         **changes,
         "encode_image": Function(stream.encode_image, still, ("vae",)),

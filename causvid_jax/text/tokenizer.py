@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from causvid_jax.config import ConfigError, UMT5Config, require
+from causvid_jax.config.files import reason
 from causvid_jax.models import umt5
 from causvid_jax.text import prompt_cache
 from causvid_jax.text.prompt_cache import PromptCache
@@ -68,7 +69,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     try:
         tokenizer = library.Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises bare Exception
-        raise ConfigError(f"tokenizer file {source} cannot be read: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"tokenizer file {source} cannot be read: {reason(error)}") from error
     # The file may set truncation and padding; here ``length`` decides.
     tokenizer.no_truncation()
     tokenizer.no_padding()

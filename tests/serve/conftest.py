@@ -103,6 +103,15 @@ class Server:
         return Viewer(connect(f"ws://127.0.0.1:{self.port}/v1/stream", **options))
 
 
+def take_up(old: "Viewer", new: "Viewer", **start) -> None:
+    """Start a film with ``old``, show its first block there, and continue its session with ``new``."""
+    old.send("start", **start)
+    token = old.until("session")["token"]
+    old.pull(1)
+    new.send("resume", token=token, received=1)
+    assert new.until("session")["resumed"]
+
+
 class Viewer:
     """A client of ``/v1/stream``."""
 

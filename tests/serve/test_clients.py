@@ -19,7 +19,7 @@ from causvid_jax.serve.jobs import Jobs
 from causvid_jax.serve.session import Change, Start
 from causvid_jax.serve.settings import Settings
 from tests.refusals import refused
-from tests.serve.conftest import RECIPE, Clock, run
+from tests.serve.conftest import RECIPE, Clock, run, take_up
 
 PROMPT = "a red 3 moving left"
 START = {"prompt": PROMPT, "seed": 4}
@@ -133,11 +133,7 @@ def test_a_server_that_still_starts_says_so_of_pictures(programs, tmp_path):
 
 def test_a_connection_whose_session_another_takes_up_is_told(live):
     with live.connect() as old, live.connect() as new:
-        old.send("start", **START)
-        token = old.until("session")["token"]
-        old.pull(1)
-        new.send("resume", token=token, received=1)
-        assert new.until("session")["resumed"]
+        take_up(old, new, **START)
         assert old.closed() == (4410, "another connection has taken up this session")
         new.pull(3)
         assert [chunk["index"] for chunk in new.chunks] == [1, 2, 3]
@@ -222,22 +218,17 @@ def test_pages_of_the_list_of_videos_end(live):
 
 
 @pytest.mark.parametrize(
-    "body",
+    "name,body",
     [
-        {"json": {"prompt": PROMPT, "duration": 8}},
-        {"json": {"prompt": PROMPT, "input_reference": {"image_url": "data:"}}},
-        {"data": {"prompt": PROMPT}, "files": {"image": ("x.png", png())}},
-        {"data": {"prompt": PROMPT, "input_reference": "x.png"}},
+        ("duration", {"json": {"prompt": PROMPT, "duration": 8}}),
+        ("input_reference", {"json": {"prompt": PROMPT, "input_reference": {"image_url": "data:"}}}),
+        ("image", {"data": {"prompt": PROMPT}, "files": {"image": ("x.png", png())}}),
+        ("input_reference", {"data": {"prompt": PROMPT, "input_reference": "x.png"}}),
     ],
 )
-def test_what_a_request_for_a_video_cannot_say_is_refused(live, body):
+def test_what_a_request_for_a_video_cannot_say_is_refused(live, name, body):
     """A field that is not read would make another video than was asked for."""
     with live.http() as http:
         answer = http.post("/v1/videos", **body)
-        name = (
-            "input_reference"
-            if "input_reference" in str(body)
-            else list({**body.get("json", {}), **body.get("files", {})})[-1]
-        )
         assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(f"{name}: ")
         assert not http.get("/v1/videos").json()["data"]

@@ -23,7 +23,7 @@ from causvid_jax.serve.engine import Engine
 from causvid_jax.serve.film import Film, replay
 from causvid_jax.serve.settings import Settings
 from tests.refusals import refused
-from tests.serve.conftest import RECIPE, Server
+from tests.serve.conftest import RECIPE, Server, take_up
 
 PROMPT = "a red 3 moving left"
 START = {"prompt": PROMPT, "seed": 4}
@@ -78,11 +78,7 @@ def test_a_film_over_the_socket_is_the_film_of_the_sampler(live, programs):
 def test_a_connection_that_was_replaced_does_not_end_the_session(live):
     """The old connection's end, which the server notices late, leaves the new one as it is."""
     with live.connect() as old, live.connect() as new:
-        old.send("start", **START)
-        token = old.until("session")["token"]
-        old.pull(1)
-        new.send("resume", token=token, received=1)
-        assert new.until("session")["resumed"]
+        take_up(old, new, **START)
         old.socket.socket.shutdown(socket.SHUT_RDWR)
         time.sleep(0.3)
         new.pull(3)

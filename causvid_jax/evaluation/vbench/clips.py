@@ -195,8 +195,8 @@ def sample(
 
 def _frames(pipe: "StudentPipeline", clips: Sequence[Clip], frames: int) -> Iterator[np.ndarray]:
     """Yield the frames of a group of clips block by block, ``frames`` in all."""
-    capacity = None if pipe.config.causal.window else blocks.covering_latents(frames, pipe.config)
-    state = pipe.stream([clip.text for clip in clips], seed=[clip.seed for clip in clips], frames=capacity)
+    longest = blocks.covering_latents(frames, pipe.config)
+    state = pipe.stream([clip.text for clip in clips], seed=[clip.seed for clip in clips], frames=longest)
     count = 0
     while count < frames:
         part, state = next(iter(pipe.frames(state)))
