@@ -18,7 +18,7 @@ from causvid_jax.evaluation import classifier, metrics
 
 NAMES = ("kv_cache", "attention", "linear")
 SETTINGS: dict[str, dict[str, str]] = {
-    "as it is": {},
+    "none of these": {},
     **{f"{name} int8": {name: "int8"} for name in NAMES},
     "all three": dict.fromkeys(NAMES, "int8"),
     "precision fast": {"precision": "fast"},
