@@ -25,10 +25,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def random_arrays(shapes):
-    """Return random arrays of ``shapes`` on the device, video_frames one at a time.
+    """Return random arrays of ``shapes`` on the device, made one at a time.
 
-    Kernels keep the variance of their input. Scales are around 1 and all else around 0. Every array is the same noise
-    from another start, which is fast.
+    Kernels keep the variance of their input. Scales are around 1, all other arrays around 0. For speed, every array is
+    the same noise from another start.
     """
     noise = np.random.default_rng(0).standard_normal(1 << 22, np.float32)
 

@@ -327,12 +327,13 @@ class TransformerConfig(Config):
     ``image_dim > 0`` adds the image branch of Wan2.1-I2V (``models.image_branch``): tokens attend to ``image_tokens``
     embeddings of that width besides the text. The published values are ``image_dim=1280, in_channels=36``.
 
-    ``attention`` is the kernel (``models.attention.dense``); ``"auto"`` is splash on TPU, cuDNN on GPU, else XLA.
+    ``attention`` is the kernel (``models.attention.dense``); in bfloat16 ``"auto"`` is splash on TPU and cuDNN on GPU,
+    otherwise XLA.
 
     ``remat`` chooses what a layer keeps for the backward pass besides its input; the rest is recomputed. From most to
     least device memory: ``"none"`` keeps everything; ``"dots"`` keeps the products with weights and the attention;
-    ``"attention"`` keeps the result of self-attention, which is most of the work of a long clip, at two bytes per
-    feature and token; ``"full"`` keeps nothing; ``"offload"`` keeps nothing and moves the input to host memory until
+    ``"attention"`` keeps the result of self-attention at two bytes per feature and token (in a long clip self-attention
+    is most of the work); ``"full"`` keeps nothing; ``"offload"`` keeps nothing and moves the input to host memory until
     the backward pass (on CPU the same as ``"full"``). True and False mean ``"full"`` and ``"none"``.
 
     ``lora`` adds adapters; a stage that trains them sets it (``train_distill.lora``).
