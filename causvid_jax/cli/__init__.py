@@ -26,6 +26,14 @@ def main(name: str | None = None) -> None:
 
     The process ends with the status of :func:`causvid_jax.cli.common.run`; an unknown name ends it with 2.
     """
+    try:
+        _main(name)
+    except KeyboardInterrupt:  # while modules are imported; run() has one of its own
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+
+
+def _main(name: str | None) -> None:
     import causvid_jax
     from causvid_jax.cli import common
     from causvid_jax.config import suggest

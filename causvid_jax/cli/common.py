@@ -9,30 +9,18 @@ import importlib
 import logging as python_logging
 import os
 import pathlib
-import signal
 import sys
-import threading
-import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from causvid_jax.cli.options import help_text, parse
+from causvid_jax.cli.stopping import Stopped, stoppable
 from causvid_jax.config import ConfigError, Recipe, RunError, require
 from causvid_jax.config.files import reason
 
 FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
-SIGNALS = (signal.SIGTERM, signal.SIGHUP)
-"""Signals that end a program as Ctrl-C does, with status 128 + number."""
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal of :data:`SIGNALS`, raised in the main thread."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = signal.Signals(number)
 
 
 def call(program: str, arguments: Sequence[str]) -> None:
@@ -60,7 +48,7 @@ def run(program: str, arguments: Sequence[str]) -> None:
     removed. Any other exception is a bug and keeps its traceback.
     """
     try:
-        with _stoppable():
+        with stoppable():
             call(program, arguments)
             sys.stdout.flush()
     except ConfigError as error:
@@ -74,29 +62,6 @@ def run(program: str, arguments: Sequence[str]) -> None:
         sys.exit(FAILED)
     except KeyboardInterrupt:
         _finish("stopped by Ctrl-C", INTERRUPTED)
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """Raise :class:`Stopped` on the first signal of :data:`SIGNALS`; ignored ones (``nohup``) stay ignored."""
-
-    def stop(number: int, _: types.FrameType | None) -> None:
-        for other in SIGNALS:  # a second signal must not interrupt the cleanup
-            signal.signal(other, signal.SIG_IGN)
-        raise Stopped(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in before.items():
-        if handler == signal.SIG_DFL:
-            signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _finish(message: str, status: int) -> typing.NoReturn:
