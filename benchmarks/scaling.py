@@ -208,38 +208,40 @@ def few_devices(made: list[Row]) -> list[str]:
                 missing = ", ".join(row.stage for row in here if not row.fits)
                 lines.append(f"- **{name}, {what}**: {verdict}{f'; not {missing}' if missing else ''}.")
                 for row in fits:
-                    lines.append(f"  - {row.stage}: `{row.plan.settings(row.stage) or 'as it is'}`")
+                    lines.append(f"  - {row.stage}: `{row.plan.settings(row.stage) or 'no flags'}`")
     return lines
 
 
 HEAD = """# What fits where, and how long it takes
 
-Written by `python benchmarks/scaling.py`. **Nothing here was measured on an accelerator.**
+`python benchmarks/scaling.py` writes this page. **Nothing here was measured on an accelerator.**
 
-- *compiled*: XLA's own compiler for that machine compiled the real sharded step; the memory is its figure, and in
-  brackets is the processor time that it took. *compiled quickly*: with the least effort (`launch.compile --quick`).
+- *compiled*: XLA's own compiler for that machine compiled the real sharded step. The memory is the compiler's figure. The
+  processor time of the compilation is in brackets. *compiled quickly*: with the least effort (`launch.compile --quick`).
   Three rows were compiled in both ways: 12.78 GiB in 178 s and 12.70 in 26 (1.3B teacher, v5e-16), 4.64 in 126 s and
-  4.66 in 24 (v5e-256), 29.5 in 81 s and 29.5 in 52 (1.3B distillation, 64 H100). Moments on the host of a GPU are taken
-  off by their shapes. Of a TPU, arguments and temporaries may come to more than the peak and, in some rows, than the
-  memory there is: the compiler, which refuses what does not fit, takes those.
-- *computed*: memory from shapes (`causvid_jax/analysis/estimate.py`): parameters, moments, mean, gradients,
-  caches and what layers keep are exact, the working set of the layer at work is a formula meant to err on the large
-  side; such a row is said to fit if it leaves a tenth of the memory free. One check: the 1.3B teacher on 4 chips of
-  v5p (fsdp 4, 2 clips a device, remat full) was compiled at 33.1 GiB, 195 s of processor time on a loaded machine and
-  1.9 GiB of its memory; computed it is CHECK GiB. *refused by the compiler*: it said that the program does not fit,
-  without figures; those shown are computed. The compiled distillations are programs of 2026-11-26, and a formula that
-  gave up to 134% too much chose their plans: others may be faster. Today's formula gives 14% less to 20% more than
-  these figures, 5% off in the mean.
-- *time* is a roofline. Work (FLOPs of the formulas in `causvid_jax/analysis/flops.py`, recomputation added) at 60% and
-  at 35% of the published bfloat16 peak; traffic between devices at the links' full rate, behind the work at the fast
-  end and on top of it at the slow end. Traffic between a host and its devices is not counted. MFU is of model FLOPs.
-- Clips are 81 frames of 480 x 832, batches the published ones: 128 for init, 64 for DMD (one step is one *cycle*: five
-  updates of the fake score and one of the student); 64 for the teacher, which the published recipes do not train.
-  "1.3B by 14B" has a fake score of 1.3B, as Self-Forcing's.
-- Meshes and settings are what `causvid_jax/analysis/mesh_search.py` finds fastest among those that fit by computation;
-  where one did not when it was compiled, the next. Moments go to the host only where nothing else fits. v5p-64 counts
+  4.66 in 24 (v5e-256), 29.5 in 81 s and 29.5 in 52 (1.3B distillation, 64 H100). On a GPU, moments in host memory are
+  subtracted by their shapes. On a TPU, arguments plus temporaries may exceed the peak and, in some rows, the memory of the
+  device. The compiler accepts these rows; it refuses a program that does not fit.
+- *computed*: memory from shapes (`causvid_jax/analysis/estimate.py`). Parameters, moments, EMA, gradients, caches and
+  the arrays that layers keep are exact. The temporary arrays of the current layer are a formula, which is meant to be too
+  large rather than too small. A computed row fits if it leaves a tenth of the memory free. One check: the 1.3B teacher on
+  4 chips of v5p (fsdp 4, 2 clips a device, remat full) was compiled at 33.1 GiB, with 195 s of processor time on a loaded
+  machine and 1.9 GiB of its memory; the computed figure is CHECK GiB. *refused by the compiler*: the compiler reported,
+  without figures, that the program does not fit. The figures in such a row are computed.
+- The compiled rows are programs of 2026-11-23 to 26. The formula that chose the meshes of the distillations gave up to
+  134% too much, so other meshes may be faster. Today's formula gives 14% less to 20% more than these figures, 5% off in
+  the mean. The programs of the streams copied the KV cache. Today's program does not: a stream of 14B takes 56.5 GB
+  (52.6 GiB) and fits one H100 ([Performance](performance.md)).
+- *time* is a roofline. Work is the FLOPs of `causvid_jax/analysis/flops.py` with recomputation, at 60% and at 35% of the
+  published bfloat16 peak. Traffic between devices runs at the links' full rate, at the same time as the work in the fast
+  case and after it in the slow case. Traffic between a host and its devices is not counted. MFU is of model FLOPs.
+- Clips are 81 frames of 480 x 832. Batches are the published ones: 128 for init, 64 for DMD (one step is one *cycle*: five
+  updates of the fake score and one of the student). The teacher has 64, because the published recipes do not train it.
+  "1.3B by 14B" (1.3B student, 14B teacher) has a fake score of 1.3B, as Self-Forcing has.
+- Mesh and settings are the fastest that fit by computation (`causvid_jax/analysis/mesh_search.py`). If they did not fit
+  when they were compiled, the next fastest are shown. Moments are in host memory only if nothing else fits. v5p-64 counts
   cores: it has 32 chips.
-- Streams run one on each `context x tensor` group; a block of three latent frames shows 12 frames.
+- Each `context x tensor` group runs one stream. A block of three latent frames has 12 frames.
 """
 
 
@@ -251,8 +253,8 @@ def document(made: list[Row]) -> str:
     left = len(made) - compiled - refused
     lines = [
         HEAD.replace("CHECK", f"{check:.1f}"),
-        f"Of the {len(made)} rows {compiled} were compiled, {refused} the compiler refused for want of memory"
-        + (f", {left} were computed alone." if left else "."),
+        f"Of the {len(made)} rows, {compiled} were compiled. The compiler refused {refused} for lack of memory."
+        + (f" {left} were only computed." if left else ""),
         "",
     ]
     lines += [
@@ -271,10 +273,10 @@ def document(made: list[Row]) -> str:
             "",
             f"### {what}: cost",
             "",
-            "Device hours by the same roofline. Trajectories are 50 (the paper) and 48 (Self-Forcing) guided steps "
-            "of the teacher. The paper trained 6,000 fake-score updates, 1,200 cycles, on a model of its own; "
-            "Self-Forcing 600, 120 cycles, which it reports as under 2 h on 64 H100 (128 device hours). Its ODE "
-            "initialisation's length is not published. No prices: they differ by provider and month.",
+            "Device hours by the same roofline. A trajectory has 50 (the paper) or 48 (Self-Forcing) guided steps of "
+            "the teacher. The paper trained 6,000 fake-score updates (1,200 cycles) on its own model. Self-Forcing "
+            "trained 600 (120 cycles) and reports less than 2 h on 64 H100 (128 device hours); the length of its ODE "
+            "initialisation is not published. There are no prices, because they differ by provider and month.",
             "",
             *cost_table(made, recipe),
         ]
