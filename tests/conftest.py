@@ -6,6 +6,7 @@ what one test has compiled is kept for the others of the same run, in other proc
 
 import atexit
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,3 +69,17 @@ def compiled_anew():
     _switch_cache(False)
     yield
     _switch_cache(True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give all tests of a module to one process (``--dist=loadgroup``) if they share what the module sets up once."""
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs.values()
+        if any(definitions[-1].scope == "module" for definitions in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Report a test by its own name, without the group, so that ``--last-failed`` finds it in another run."""
+    report.nodeid = re.sub(r"@tests\.[\w.]+$", "", report.nodeid)
