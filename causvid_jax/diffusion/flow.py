@@ -75,13 +75,13 @@ def x0_from_velocity(
 def student_timesteps(config: DiffusionConfig) -> tuple[float, ...]:
     """Return the student's timesteps after the shift, descending in (0, 1000], without a final 0.
 
-    At shift 8, (1000, 750, 500, 250) becomes (1000, 960, 888.9, 727.3). With ``warp`` off they are not shifted.
+    At shift 8, (1000, 750, 500, 250) becomes (1000, 960, 888.9, 727.3). With ``warp`` off timesteps are not shifted.
     """
     return _shifted(config.denoising_timesteps, config)
 
 
 def first_block_timesteps(config: DiffusionConfig) -> tuple[tuple[float, ...], ...]:
-    """Return the timesteps after the shift of the first blocks that have a list of their own, one list per block."""
+    """Return the timesteps after the shift of ``first_block_timesteps``, one list for each of the first blocks."""
     return tuple(_shifted(steps, config) for steps in config.first_block_timesteps)
 
 
@@ -111,7 +111,7 @@ def nominal_steps(config: DiffusionConfig) -> tuple[float, ...]:
 def table_sigma(timestep: float, shift: float) -> float:
     """Return the noise level that published samplers use: the nearest of ``sigma(i / 1000)``, i from 1000 down to 1.
 
-    If two are equally near, the larger one is returned. All shifted whole nominal timesteps are on this grid; there the
+    If two are equally near, the larger one is returned. Shifted integer nominal timesteps are on this grid, and the
     result is ``timestep / 1000``. Other timesteps are rounded: at shift 8, timestep 757 gives 0.756757.
 
     Source: the published CausVid and Self-Forcing code (``FlowMatchScheduler``).

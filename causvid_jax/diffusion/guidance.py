@@ -1,7 +1,7 @@
 """Classifier-free guidance, ``uncond + g (cond - uncond)``. With ``g = 1`` it is the conditional network.
 
-The published samplers write it like this. The published DMD code writes ``cond + s (cond - uncond)``, where
-``g = 1 + s``. Guidance of velocities and guidance of x0 predictions are equal at one x_t, because
+The published samplers use this form. The published DMD code writes ``cond + s (cond - uncond)``, where ``g = 1 + s``.
+At one x_t, guidance of velocities equals guidance of x0 predictions, because
 ``x0 = x_t - sigma v`` is affine in v and the weights ``1 - g`` and ``g`` sum to one.
 
 Source: arXiv 2207.12598.
@@ -54,7 +54,7 @@ def guided_velocity(
 ) -> Float[jax.Array, "B F h w D"]:
     """Return ``v_uncond + g (v_cond - v_uncond)`` from one call of the network on a batch of 2B.
 
-    The two prompts of a clip are adjacent in the batch. If the batch is sharded, both are on the device of their clip,
+    The two branches of a clip are adjacent in the batch. If the batch is sharded, both are on the device of the clip,
     and no communication is needed.
 
     Args:

@@ -97,7 +97,7 @@ def _unipc_tables(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the corrector weights ``[n, 5]`` and predictor weights ``[n, 3]`` of every step, float64.
 
     Let m_i be the x0 prediction of step i. The corrected x_i is a weighted sum of
-    ``(predicted x_i, corrected x_{i-1}, m_i, m_{i-1}, m_{i-2})``; the predicted x_{i+1} is one of
+    ``(predicted x_i, corrected x_{i-1}, m_i, m_{i-1}, m_{i-2})``. The predicted x_{i+1} is a weighted sum of
     ``(corrected x_i, m_i, m_{i-1})``.
     """
     steps = len(sigmas) - 1
@@ -194,7 +194,7 @@ def solve(
 ) -> Float[jax.Array, "B F h w C"]:
     """Return x0 ``[B, F, h, w, C]`` from noise, by ``config.solver`` in ``config.num_inference_steps`` network passes.
 
-    ``integer_timesteps`` applies to :func:`unipc` alone. The published Euler sampler does not round timesteps.
+    ``integer_timesteps`` applies to :func:`unipc` only. The published Euler sampler does not round timesteps.
     """
     if config.solver == "euler":
         return euler(velocity_fn, noise, flow.teacher_sigmas(config))

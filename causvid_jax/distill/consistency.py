@@ -1,9 +1,9 @@
 """Causal consistency distillation: the student learns to jump to the end of the causal teacher's ODE, on real latents.
 
-Every block of a clip has a noise level of its own and attends to the clean blocks before it (teacher forcing).
+Every block of a clip has its own noise level and attends to the clean blocks before it (teacher forcing).
 
 Discrete (Causal Forcing++, arXiv 2605.15141). On a grid ``1 = s_0 > ... > s_n = 0`` the guided teacher takes one Euler
-step, ``x' = x + (s_{i+1} - s_i) v_T(x, s_i)``; the student before it and its EMA after it must agree:
+step, ``x' = x + (s_{i+1} - s_i) v_T(x, s_i)``. The student at x and its EMA at x' must predict the same x0:
 
     L = mean (x0_student(x, s_i) - x0_ema(x', s_{i+1}))^2,      x0(x, s) = x - s v,  x0_ema(x', 0) = x'
 
@@ -14,8 +14,8 @@ F_T, ``dF`` the tangent of the student along ``(cos t sin t F_T, cos t sin t)`` 
     g = -cos t sqrt(1 - r^2 sin^2 t) (F - F_T) - r (cos t sin t x + dF)
     L = scale * sum (F - stopgrad(F + g / (|g| + 0.1)))^2        sum and norm over one block, mean over blocks
 
-At r = 1, g is ``cos t`` times the derivative of the student's x0 along the teacher's ODE, so it vanishes where the
-student is consistent. rCM draws t from a log-normal distribution; here it comes from ``s(u)`` of a uniform u.
+At r = 1, g is ``cos t`` times the derivative of the student's x0 along the teacher's ODE. So g is 0 if the student is
+consistent. rCM draws t from a log-normal distribution; here t comes from ``s(u)`` of a uniform u.
 """
 
 from collections.abc import Callable, Sequence
@@ -144,7 +144,7 @@ def continuous_loss(
     member = np.repeat(np.eye(len(block_sizes), dtype=np.float32), np.asarray(block_sizes), axis=0)  # [F, n]
 
     def block_sum(values: jax.Array) -> jax.Array:
-        # By default accelerators multiply float32 in fewer bits.
+        # By default accelerators multiply float32 with less precision.
         return jnp.matmul(jnp.sum(values, axis=(2, 3, 4)), member, precision=jax.lax.Precision.HIGHEST)
 
     norm = jnp.sqrt(block_sum(jnp.square(g)))

@@ -1,8 +1,8 @@
 """Losses of distribution matching distillation (CausVid, arXiv 2412.07772, sections 3.2 and 4.2, equations 2 and 4).
 
 The method is DMD2's (arXiv 2405.14867). The student's distribution moves towards the teacher's along the difference of
-two scores. Let x be the student's output, ``x_t = (1 - sigma) x + sigma noise``, f the fake score's x0 prediction at
-x_t and r the guided teacher's:
+two scores. Let x be the student's output and ``x_t = (1 - sigma) x + sigma noise``. At x_t, let f be the x0 prediction
+of the fake score and r that of the guided teacher:
 
     gradient = (f - r) / mean |x - r|                    per sample, a constant
     L_G      = 0.5 mean (x - stopgrad(x - gradient))^2   so that dL_G/dx = gradient / numel
@@ -28,8 +28,8 @@ from causvid_jax.distill.scores import Levels, ScoreFn, mask_weight, masked_mean
 def dmd_gradient(x0: jax.Array, fake_x0: jax.Array, real_x0: jax.Array) -> jax.Array:
     """Return ``(f - r) / mean |x - r|``, ``[B, F, h, w, C]`` as x = ``x0``, f = ``fake_x0`` and r = ``real_x0``.
 
-    The mean is taken per sample. A sample with x = r (0 / 0) has the gradient 0. A prediction that is not finite is
-    passed on, so that the guard of the training refuses the update; the published code replaces NaN by 0.
+    The mean is taken per sample. A sample with x = r (0 / 0) has the gradient 0. NaN and infinity in a prediction stay
+    in the result, so that training refuses the update; the published code replaces NaN by 0.
     """
     scale = jnp.mean(jnp.abs(x0 - real_x0), axis=tuple(range(1, x0.ndim)), keepdims=True)
     return jnp.where(scale == 0, 0.0, (fake_x0 - real_x0) / scale)
@@ -51,7 +51,7 @@ def generator_loss(
     levels: Levels = Levels(),  # noqa: B008
     experts: ExpertsConfig = ExpertsConfig(),  # noqa: B008
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return the student's loss ``0.5 mean (x - stopgrad(x - gradient))^2``. Its gradient reaches ``x0`` alone.
+    """Return the student's loss ``0.5 mean (x - stopgrad(x - gradient))^2``. Its gradient reaches ``x0`` only.
 
     Args:
         x0: output of the student, ``[B, F, h, w, C]``.
@@ -63,7 +63,7 @@ def generator_loss(
         diffusion: the noise grid.
         distill: guidance scales and timestep range.
         mask: bool ``[B, F]``, the frames that the loss counts; None: all.
-        timestep: ``[B, F]`` in [0, 1000], instead of drawn ones.
+        timestep: ``[B, F]`` in [0, 1000], instead of drawn timesteps.
         noise: shape of ``x0``, instead of drawn noise. With both, no key is needed.
         levels: narrows the range in which the timesteps are drawn.
         experts: of a teacher of two networks, with a guidance scale for each.

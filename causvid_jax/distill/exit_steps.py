@@ -75,7 +75,7 @@ def timestep_table(rollout: Rollout, blocks: int, has_context: jax.Array | bool 
 
 
 def noise_key(key: jax.Array) -> jax.Array:
-    """Return the half of a rollout's key that draws noise. The other half draws the exit steps."""
+    """Return the second key of ``split(key)``, which draws the noise of a rollout. The first key draws exit steps."""
     return jax.random.split(key)[1]
 
 

@@ -1,19 +1,19 @@
 """DMD with a logistic GAN on features of the fake score (DMD2, arXiv 2405.14867; One-Forcing, arXiv 2605.23458).
 
 Let D(x_t, t) be the logit of a small head on features of the fake score's network at ``x_t``. Real clips and the
-student's are noised alike. With w = ``gan_weight`` and w_C = ``gan_critic_weight``:
+student's clips are noised in the same way. With w = ``gan_weight`` and w_C = ``gan_critic_weight``:
 
     L_G = L_DMD + w mean softplus(-D(x_t))                                   x the student's output, through x_t
     L_C = L_flow + w_C mean (softplus(-D(real_t)) + softplus(D(fake_t)))     the fake is a constant
           + r_1 mean ((D(real_t + s e) - D(real_t)) / s)^2 + r_2 (the same of fake_t)
 
-The last line is R1 and R2, the squared slope of D at real and at generated clips. It is a difference along noise e of
-N(0, 1), which needs no second derivative. For small s its mean is ``|grad D|^2``. The weights r_1 = ``gan_r1_weight``
-and r_2 = ``gan_r2_weight`` are 0 as published, s is ``gan_r_sigma``. Source: Seaweed-APT, arXiv 2501.08316, which does
-not divide by s^2.
+The last line is R1 and R2, the squared slope of D at real and at generated clips. The slope is a difference along noise
+e of N(0, 1), which needs no second derivative. For small s the mean of its square is ``|grad D|^2``. The weights
+r_1 = ``gan_r1_weight`` and r_2 = ``gan_r2_weight`` are 0 as published; s is ``gan_r_sigma``. Source: Seaweed-APT, arXiv
+2501.08316, which does not divide by s^2.
 
-The best discriminator of fixed distributions is ``D = log p_real(x_t) - log p_student(x_t)``. It is 0 where they are
-equal, so the gradient of L_G vanishes there, as DMD's does.
+For fixed distributions the best discriminator is ``D = log p_real(x_t) - log p_student(x_t)``. If the distributions are
+equal, it is 0 and the gradient of L_G vanishes, like that of DMD.
 
 The head: at each chosen layer one learned query attends to all tokens (:func:`transformer.pooled_features`); a
 two-layer network turns the pooled features into the logit.
@@ -95,7 +95,7 @@ def generator_loss(
     """Return L_G (module docstring) and the metrics of DMD with ``adversarial``, the mean of ``softplus(-D)``.
 
     ``discriminator`` is D. The other arguments are those of :func:`causvid_jax.distill.dmd.generator_loss`. ``mask``,
-    ``timestep`` and ``noise`` apply to L_DMD alone: D has one logit per clip and draws of its own.
+    ``timestep`` and ``noise`` apply to L_DMD only: D has one logit per clip and draws its own timesteps and noise.
     """
     loss, metrics = dmd.generator_loss(x0, prompt_embeds, negative_prompt_embeds, key, levels=levels, **options)
     diffusion, distill = options["diffusion"], options["distill"]
@@ -119,8 +119,8 @@ def critic_loss(
     """Return L_C (module docstring), and the metrics ``loss``, ``discriminator`` (its logistic loss), ``r1``, ``r2``.
 
     ``real`` are real latents of the same prompts, ``[B, F, h, w, C]``. The other arguments are those of
-    :func:`causvid_jax.distill.dmd.critic_loss`; ``mask``, ``timestep`` and ``noise`` apply to L_flow alone. ``r1`` and
-    ``r2`` are there if their weights are not 0.
+    :func:`causvid_jax.distill.dmd.critic_loss`; ``mask``, ``timestep`` and ``noise`` apply to L_flow only. The metrics
+    ``r1`` and ``r2`` exist if their weights are not 0.
     """
     loss, metrics = dmd.critic_loss(x0, prompt_embeds, key, levels=levels, **options)
     diffusion, distill = options["diffusion"], options["distill"]

@@ -34,8 +34,8 @@ def splice(key: jax.Array, batch: int, block_sizes: Sequence[int], fraction: flo
     """Draw the frames of each clip that another clip's frames replace, bool ``[B, F]``.
 
     A clip is spliced with probability ``fraction``. Its blocks before block s are then replaced, with s uniform over
-    all blocks but the first. They are clean context under the clip's own prompt and do not enter the loss. A stream's
-    cache holds the same after ``sampling.stream.recompute_context``.
+    all blocks except the first. The replaced blocks are clean context under the clip's own prompt and do not enter the
+    loss. After ``sampling.stream.recompute_context`` a stream's cache holds such a context.
     """
     if len(block_sizes) < 2:
         return jnp.zeros((batch, sum(block_sizes)), bool)

@@ -95,7 +95,7 @@ def replay(
 ) -> jax.Array:
     """Return the x0 of a recorded rollout (module docstring), float32 ``[B, F, h, w, C]``.
 
-    It has a gradient to ``params`` and ``text``.
+    It is differentiable with respect to ``params`` and ``text``.
 
     Args:
         rollout: network and block structure.
@@ -104,7 +104,7 @@ def replay(
         record: noisy inputs of the exit steps and latents of the context passes.
         timestep: of the exit step of every frame, ``[F]``.
         past: clean latents that the rollout continued, ``[B, P, h, w, C]``.
-        picture: what the clip starts from, for a student with an image branch.
+        picture: first frame of the clip, for a student with an image branch.
 
     Raises:
         ConfigError: :func:`check_positions` refuses the length.

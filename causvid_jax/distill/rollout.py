@@ -5,7 +5,7 @@ block-causal pass denoises all blocks. A block attends to the earlier blocks at 
 
 ``self_rollout`` (Self-Forcing, arXiv 2506.08009): the student generates block by block through its KV cache, as in a
 stream. Denoising stops at a random step, and only that step is differentiated. Cached context is a constant: no
-gradient reaches an earlier block through its keys and values. In the published Self-Forcing code one does; here
+gradient reaches an earlier block through its keys and values. The published Self-Forcing code has this gradient; here
 :mod:`causvid_jax.distill.replay` computes it.
 """
 
@@ -96,7 +96,7 @@ def noisy_context(x0: jax.Array, key: jax.Array, index: int, causal: CausalConfi
     """Return the latents of the context pass for ``x0``: ``(1 - s) x0 + s noise``, ``s = context_noise / 1000``.
 
     The noise is drawn from ``fold_in(key, index)``. Without ``causal.add_context_noise`` the result is x0 itself. JAX's
-    ``split(key, n)[i]`` is ``fold_in(key, i)``, so ``index`` must not be the number of a key that is split off.
+    ``split(key, n)[i]`` is ``fold_in(key, i)``, so ``index`` must be at least n if ``key`` is also split into n keys.
     """
     if causal.add_context_noise == "never":
         return x0
@@ -135,8 +135,8 @@ def generate_block(
 ) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
     """Denoise one block of ``shape`` (B, K, h, w, C) from noise to its exit step, and advance the cache.
 
-    ``key`` draws every noise of the block, and ``inputs`` are those of this block alone. If no later block reads its
-    keys and values, the context pass is left out, and the cache keeps those of the exit step.
+    ``key`` draws all noise of the block, and ``inputs`` are those of this block only. If no later block reads the
+    block's keys and values, there is no context pass, and the cache keeps those of the exit step.
 
     Returns:
         The clean estimate x0, the noisy input of the exit step and the latents of the context pass, all of ``shape``,
@@ -151,7 +151,7 @@ def generate_block(
         x0, cache = predict_x0(rollout, params, text_cache, carry[0], timesteps[step], carry[1], channels)
         return flow.add_noise(x0, noise(step + 1), flow.sigma_from_timestep(timesteps[step + 1])), cache
 
-    # A first timestep below 1000 (rCM) starts from noise times its noise level.
+    # If the first timestep is below 1000 (rCM), the block starts from noise times its noise level.
     start = noise(0) if rollout.timesteps[0] == 1000.0 else noise(0) * flow.sigma_from_timestep(timesteps[0])
     # The number of passes is a run-time value, so no pass is wasted.
     x, cache = jax.lax.fori_loop(0, exit_step, denoise, (start, cache))
@@ -202,9 +202,9 @@ def generate_blocks(
 ) -> tuple[jax.Array, KVCache]:
     """Generate ``blocks`` of one ``shape`` (B, K, h, w, C) one after the other by ``lax.scan``.
 
-    Only the exit step of each block is differentiated, by ``params`` and ``text_cache``. The backward pass goes from
-    the last block to the first, repeats each exit step, and undoes the writes to the cache block by block. It therefore
-    keeps one cache, not one per block (5.6 GiB each at 1.3B).
+    Only the exit step of each block is differentiated, with respect to ``params`` and ``text_cache``. The backward pass
+    goes from the last block to the first. It repeats each exit step and undoes the writes to the cache block by block.
+    So it keeps one cache instead of one per block (5.6 GiB each at 1.3B).
 
     Returns:
         x0 ``[n, B, K, h, w, C]`` and the cache after the last block.
@@ -263,7 +263,7 @@ generate_blocks.defvjp(_generate_blocks_forward, _generate_blocks_backward)
 def fill_context(
     rollout: Rollout, params: Params, text_cache: TextCache, context: jax.Array, cache: KVCache
 ) -> KVCache:
-    """Return the cache after clean latents ``[B, P, h, w, C]``, P whole blocks; a stream does so at a prompt switch.
+    """Return the cache after clean latents ``[B, P, h, w, C]``, P a whole number of blocks, are written block by block.
 
     Raises:
         ConfigError: P is no multiple of ``causal.frames_per_block``.
@@ -298,8 +298,8 @@ def roll(
     """Apply ``generate`` to all blocks of a clip and join the results.
 
     ``generate`` is :func:`generate_blocks` or ``replay.record_blocks``. ``key`` draws the noise, and ``exit_steps [n]``
-    holds the exit step of every block. The other arguments are those of :func:`self_rollout`. The result has the arrays
-    ``[n, B, K, h, w, C]`` of ``generate`` as ``[B, F, h, w, C]``.
+    holds the exit step of every block. The other arguments are those of :func:`self_rollout`. The arrays
+    ``[n, B, K, h, w, C]`` of ``generate`` become ``[B, F, h, w, C]``.
     """
     batch, frames, height, width, _ = shape
     sizes = rollout.causal.block_sizes(frames)
@@ -314,7 +314,7 @@ def roll(
         cache = jax.lax.stop_gradient(jax.lax.cond(has_context, filled, lambda cache: cache, cache))
     table = timestep_table(rollout, len(sizes), False if context is None else has_context)
     parts, start = [], 0
-    # A scan needs blocks of one size, so an independent first frame is generated by a scan of its own.
+    # A scan needs blocks of one size, so a separate scan generates an independent first frame.
     first = int(sizes[0] != rollout.causal.frames_per_block)
     for size, count in ((sizes[0], first), (rollout.causal.frames_per_block, len(sizes) - first)):
         if count:
@@ -348,8 +348,8 @@ def self_rollout(
 
     Block i starts from noise that depends on ``(key, i)`` only. Step j predicts ``x0 = x - sigma_j v`` and, before the
     exit, adds fresh noise, ``x = (1 - sigma_{j+1}) x0 + sigma_{j+1} noise``. One more pass writes the finished x0 to
-    the cache at ``causal.context_noise``, and the next block attends to it as a constant. The last block, which no
-    block follows, has no such pass. With ``causal.context_pass`` off the keys and values of the exit step stay instead.
+    the cache at ``causal.context_noise``, and the next block attends to it as a constant. The last block needs no such
+    pass. With ``causal.context_pass`` off the keys and values of the exit step stay instead.
 
     Args:
         rollout: network, block structure, timesteps.
@@ -357,11 +357,11 @@ def self_rollout(
         text: prompt embeddings, ``[B, S, E]``.
         key: draws the exit steps (:func:`exit_steps_of`) and every noise.
         shape: ``(B, F, h, w, C)`` of the clip; the blocks must fit F.
-        exit_step: index in 0 ... Q - 1 into the timesteps, for all blocks, instead of drawn ones; Q - 1 is the whole
-            chain.
+        exit_step: index in 0 ... Q - 1 into the timesteps, for all blocks, instead of drawn exit steps; Q - 1 runs
+            all steps.
         context: clean latents ``[B, P, h, w, C]``, P whole blocks, that the rollout continues.
         has_context: bool scalar; False ignores ``context`` in the same compiled program.
-        picture: what the clip starts from, for a student with an image branch; it does not go with a context.
+        picture: first frame of the clip, for a student with an image branch; not together with a context.
 
     Returns:
         x0, ``[B, F, h, w, C]`` float32.

@@ -24,9 +24,9 @@ class Levels(NamedTuple):
     """The range of nominal times u, ``[low, high)`` in [0, 1], in which the scores' timesteps are drawn.
 
     Attributes:
-        low: scalar; None: 0. If timesteps are tied to the exit step, it is the time of the step after it.
+        low: scalar; None: 0. If timesteps depend on the exit step, ``low`` is the time of the step after the exit.
         high: scalar; None: 1.
-        block_sizes: latent frames of each block, which then has a timestep of its own; empty: one for the clip.
+        block_sizes: latent frames of each block, for a timestep per block; empty: one timestep for the clip.
     """
 
     low: jax.Array | float | None = None
@@ -72,7 +72,7 @@ def noise_output(
     ``x`` and the noise are ``[B, F, h, w, C]``. Timesteps and noise that are None are drawn with ``key``.
 
     Raises:
-        ConfigError: the key and one of both are None.
+        ConfigError: ``key`` is None, and so is ``timestep`` or ``noise``.
     """
     require(
         key is not None or (timestep is not None and noise is not None),
@@ -89,7 +89,7 @@ def noise_output(
 
 
 def masked_mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Return the mean of ``values [B, F, ...]``, or of the frames where ``mask [B, F]`` is True (0 if none is)."""
+    """Return the mean of ``values [B, F, ...]``, or of the frames where ``mask [B, F]`` is True (0 without any)."""
     if mask is None:
         return jnp.mean(values)
     weight = jnp.broadcast_to(flow.expand(mask.astype(jnp.float32), values), values.shape)
@@ -97,7 +97,7 @@ def masked_mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def mask_weight(mask: jax.Array | None) -> dict[str, jax.Array]:
-    """Return ``{"weight": n}``, n the frames that a masked mean counts; without a mask an empty dict."""
+    """Return ``{"weight": n}`` with the number n of frames in a masked mean; without a mask an empty dict."""
     return {} if mask is None else {"weight": jnp.sum(mask.astype(jnp.float32))}
 
 
@@ -106,7 +106,7 @@ class Predictions(NamedTuple):
 
     Attributes:
         fake_x0: of the fake score, float32 ``[B, F, h, w, C]``.
-        real_x0: of the teacher, likewise.
+        real_x0: of the teacher, float32 ``[B, F, h, w, C]``.
         timestep: of the noisy copy, ``[B, F]``.
     """
 

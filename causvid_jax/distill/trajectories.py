@@ -1,9 +1,9 @@
 """ODE trajectories of the teacher, for the initialisation of the student (CausVid, section 4.3).
 
 The student is trained at a few timesteps only, so only the teacher's states at these timesteps are kept. Their noise
-levels must be exact: a state at a neighbouring level would teach the student a wrong scale. The student's sigmas are
-therefore inserted into the teacher's Euler grid where they are missing. For example 50 steps and timesteps
-1000/750/500/250 make 52 steps (750 and 250 are the halves 12.5 and 37.5), while 48 steps stay 48.
+levels must be exact: a state at a neighbouring level would teach the student a wrong scale. Sigmas of the student that
+the teacher's Euler grid lacks are therefore inserted. For example, 50 steps become 52 with the timesteps
+1000/750/500/250, because 750 and 250 lie at steps 12.5 and 37.5. 48 steps stay 48.
 """
 
 import jax
@@ -45,7 +45,7 @@ def teacher_trajectory(velocity_fn: VelocityFn, noise: jax.Array, config: Diffus
             Euler, as in the paper.
 
     Returns:
-        ``[Q + 1, B, F, h, w, C]``, state q at ``flow.student_timesteps(config)[q]``, the last one at 0.
+        ``[Q + 1, B, F, h, w, C]``: state q is at ``flow.student_timesteps(config)[q]``, the last state at 0.
     """
     sigmas, indices = trajectory_grid(config)
     return euler(velocity_fn, noise, sigmas, record=indices)

@@ -1,11 +1,11 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) beside the linear layers of the transformer's blocks.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) of the linear layers of the transformer's blocks.
 
     y = x W + b + scale (x A) B,    A [in, r], B [r, out]
 
-A module with an adapter has the parameters ``lora/down`` (A) and ``lora/up`` (B) beside its ``kernel``. The scale is
+A module with an adapter has a ``kernel`` and the parameters ``lora/down`` (A) and ``lora/up`` (B). The scale is
 ``alpha / rank`` of ``config.lora``, or ``lora/scale [r]``, one factor per column of A. Several adapters are
 concatenated along r, and ``scale`` holds the strength of each. A strength is then an input of the compiled program, so
-a change of it compiles nothing. The kernel is neither changed nor copied.
+a new strength needs no compilation. The kernel is neither changed nor copied.
 """
 
 from collections.abc import Callable, Iterator
@@ -70,7 +70,7 @@ def modules(params: Any) -> Iterator[Tree]:
 
 
 def map_modules(change: Callable[[Tree], Tree], params: Any) -> Any:
-    """Return ``params`` with ``change`` applied to every module that has an adapter; other arrays are the same."""
+    """Return ``params`` with ``change`` applied to every module that has an adapter; other arrays do not change."""
     if isinstance(params, tuple):
         return tuple(map_modules(change, inner) for inner in params)
     if not isinstance(params, dict):

@@ -65,12 +65,12 @@ def dense(
             :mod:`causvid_jax.models.int8_attention`) or ``"auto"`` (:func:`resolve`).
         mask: bool ``[S]``, the same for all queries.
         used: scalar count for a mask that is true exactly for the first ``used`` keys. cuDNN then skips the other keys;
-            any other mask becomes a T x S bias array. Splash skips blocks of keys that any mask hides whole.
+            any other mask becomes a T x S bias array. Splash skips blocks of keys that a mask hides completely.
         name: checkpoint name of the result, rounded to ``dtype``, for rematerialization. The splash kernel names its
             softmax sums too, so its backward pass recomputes nothing.
     """
     backend = resolve(backend, dtype)
-    if backend == "int8":  # It rounds what was not rounded to ``dtype`` before.
+    if backend == "int8":  # it rounds the arrays before any rounding to ``dtype``
         return _named(int8_attention.attention(q, k, v, dtype, mask, used), dtype, name)
     q, k, v = (x.astype(dtype) for x in (q, k, v))
     if backend == "splash":
@@ -119,8 +119,8 @@ def _even(length: int, most: int) -> tuple[int, int]:
 def _by_head(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Compute :func:`dense` on a CPU: one head and one part of the queries after the other, with a running softmax.
 
-    XLA's product over heads in the middle axis runs at a seventh of the speed of one over matrices, and all T x S
-    scores of all heads leave the processor's cache three times.
+    XLA's product over heads in the middle axis runs at a seventh of the speed of a product of matrices. The T x S
+    scores of all heads together do not fit the processor's cache and would leave it three times.
     """
     (batch, length, heads, _), keys = q.shape, k.shape[1]
     (parts, rows), (blocks, columns) = _even(length, QUERIES), _even(keys, KEYS)
@@ -165,7 +165,7 @@ BLOCK = 1024
 def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Compute :func:`dense` block by block with a running softmax, so that ``jax.jvp`` of it holds no T x S array.
 
-    The kernels for accelerators have no forward derivative. The maximum is a constant there: it cancels.
+    The kernels for accelerators have no forward derivative. The running maximum is a constant, because it cancels.
     """
     length, keys = q.shape[1], k.shape[1]
     queries_in, keys_in = min(BLOCK, length), min(BLOCK, keys)
@@ -287,7 +287,7 @@ def _partial(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attend to a part of the keys: unnormalized output ``[B, T, N, D]``, maximum and sum ``[B, T, N]``.
 
-    With ``visible [S]`` hidden keys do not count, and the maximum is a constant of :func:`_blockwise`.
+    With ``visible [S]`` hidden keys do not count, and the maximum has no derivative, as :func:`_blockwise` needs.
     """
     q, k, v = (x.astype(dtype) for x in (q, k, v))
     options: dict[str, Any] = {"precision": dot_precision(dtype), "preferred_element_type": jnp.float32}

@@ -13,9 +13,9 @@ from causvid_jax.models.kv_cache import KVCache, block_slots
 
 
 def overwritten(cache: KVCache, frames: int, causal: CausalConfig) -> tuple[jax.Array, Any]:
-    """Return what the next block of ``frames`` latent frames will overwrite, for :func:`undo`.
+    """Return the entries that the next block of ``frames`` latent frames will overwrite, for :func:`undo`.
 
-    It is the frame index of each slot, int32 ``[frames]``, and with a window keys and values, else None.
+    These are the frame index of each slot, int32 ``[frames]``, and keys and values (None without a window).
     """
     slots = block_slots(cache.position, frames, causal)
     # Without a window each slot is written by one block only, so there are no older keys and values.

@@ -6,8 +6,8 @@ last layer, the final norm and the projection only because published files do.
 
 Matmuls run in ``config.dtype``; norms, softmax and the residual stream are float32.
 
-Source: Wan2.1, ``wan/modules/clip.py`` (``open-clip-xlm-roberta-large-vit-huge-14``, its visual half); the same weights
-are transformers' ``CLIPVisionModelWithProjection`` in diffusers' folders.
+Source: Wan2.1, ``wan/modules/clip.py`` (the visual half of ``open-clip-xlm-roberta-large-vit-huge-14``). In diffusers'
+folders the same weights are a ``CLIPVisionModelWithProjection`` of transformers.
 """
 
 from typing import Any

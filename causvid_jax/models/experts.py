@@ -18,11 +18,11 @@ from causvid_jax.models import transformer
 
 HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"
 NAMES = (HIGH_NOISE, LOW_NOISE)
-"""Names of the two parameter trees, and of their places in a working directory."""
+"""Names of the two parameter trees, and of their folders in a working directory."""
 
 
 def per_expert(value: Any, experts: ExpertsConfig) -> Any:
-    """Return ``value`` (a specification, shapes) for each expert by name, or itself for a teacher of one network."""
+    """Return ``value`` (a specification, shapes) for each expert by name, or ``value`` for a teacher of one network."""
     return dict.fromkeys(NAMES, value) if experts.boundary else value
 
 
@@ -37,9 +37,10 @@ def bidirectional(
 ) -> Float[jax.Array, "B F h w V"]:
     """Return the teacher's velocity ``[B, F, h, w, V]``: that of the expert for each clip's timestep.
 
-    Arguments are those of :func:`transformer.bidirectional`; ``params`` holds both trees, or without a boundary one.
-    All frames of a clip have one timestep. An expert runs only if a clip of the batch needs it. If all timesteps are on
-    one side of the boundary, as in sampling, this is one pass; otherwise both experts run on the whole batch.
+    Arguments are those of :func:`transformer.bidirectional`; ``params`` holds both trees, or one tree without a
+    boundary. All frames of a clip have the same timestep. An expert runs only if a clip of the batch needs it. If all
+    timesteps are on one side of the boundary, as in sampling, this is one pass; otherwise both experts run on the whole
+    batch.
     """
     if not experts.boundary:
         return transformer.bidirectional(params, x, timestep, prompt_embeds, *image_embeds, config=config)

@@ -109,7 +109,7 @@ def check_picture(picture: Picture | None, config: TransformerConfig, role: str)
 
 
 def beside(x: jax.Array, channels: jax.Array | None) -> jax.Array:
-    """Return ``x [B, F, h, w, C]`` with the picture's ``channels`` after its own; x itself if they are None."""
+    """Return ``x [B, F, h, w, C]`` with the picture's ``channels`` appended; x itself if ``channels`` is None."""
     return x if channels is None else jnp.concatenate([x, channels.astype(x.dtype)], axis=-1)
 
 
@@ -145,7 +145,7 @@ def conditioned(network: Callable[..., Any], picture: Picture | None, config: Tr
 
 
 def accepted(config: TransformerConfig) -> str:
-    """Return what a network needs of a picture, in words."""
+    """Return the inputs of a picture that a network needs, in words."""
     if config.image_dim:
         return "image_embeds and image_latents"
     return "image_latents alone" if config.image_channels else "no image; image to video needs an image branch"

@@ -1,7 +1,7 @@
 """Attention whose scores are products of 8-bit integers, as a Pallas kernel for GPU and TPU, for sampling only.
 
-The method is that of SageAttention (arXiv 2410.02367). The mean of the keys is subtracted from every key. This changes
-all scores of a query by one number, which softmax cancels, and removes the outliers that all keys share. Queries and
+The method is SageAttention (arXiv 2410.02367). The mean of the keys is subtracted from every key. This changes all
+scores of a query by the same number, which softmax cancels, and removes outliers that all keys share. Queries and
 smoothed keys are then rounded to int8 with a scale for every token and head::
 
     S = s_q s_k (q8 k8^T) / sqrt(D),    out = softmax(S) v
@@ -52,7 +52,7 @@ def attention(
         v: ``[B, S, N, D]``.
         dtype: type of the operands of the second product.
         mask: bool ``[S]``, the keys that all queries see; None: all.
-        used: scalar count where ``mask`` is true for exactly the first ``used`` keys; the others cost nothing.
+        used: scalar count for a mask that is true for exactly the first ``used`` keys; the other keys cost nothing.
 
     Raises:
         ConfigError: the function is differentiated, or there is no such kernel for the device.

@@ -11,8 +11,8 @@ TOKENS = -3
 def stored(k: jax.Array, v: jax.Array, layer: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """Return keys and values ``[B, K, n, N, D]`` of a block in the form of a layer's cache ``layer``.
 
-    A cache of two arrays holds them in its dtype. One of four holds int8 keys and values, and their float32 scales
-    ``[B, K, 1, N, D]``.
+    A cache of two arrays holds keys and values in its dtype. A cache of four arrays holds int8 keys and values, and
+    their float32 scales ``[B, K, 1, N, D]``.
     """
     if len(layer) == 2:
         return k.astype(layer[0].dtype), v.astype(layer[1].dtype)
@@ -21,7 +21,7 @@ def stored(k: jax.Array, v: jax.Array, layer: tuple[jax.Array, ...]) -> tuple[ja
 
 
 def readable(layer: tuple[jax.Array, ...], dtype: str) -> tuple[jax.Array, jax.Array]:
-    """Return keys and values ``[B, S, n, N, D]`` of a layer's cache; int8 ones times their scales, in ``dtype``."""
+    """Return keys and values ``[B, S, n, N, D]`` of a layer's cache; from int8, times their scales, in ``dtype``."""
     if len(layer) == 2:
         return layer[0], layer[1]
     k, v, k_scale, v_scale = layer

@@ -7,9 +7,9 @@ with a scale for every token::
     s_x = max_in |x| / 127,   x8 = round(x / s_x)        [..., 1], [..., in]
     x W + b ~ s_x s_w (x8 W8) + b
 
-The sum of x8 W8 is exact in int32, since inputs are narrower than 2^31 / 127^2 = 133,000 channels; scales and bias are
+The sum of x8 W8 is exact in int32, because inputs have fewer than 2^31 / 127^2 = 133,000 channels. Scales and bias are
 float32. These layers are q, k, v and o of self-attention and cross-attention (with an image branch also its keys and
-values), and the two of the MLP. Embeddings, modulation and head stay as they are.
+values), and the two of the MLP. Embeddings, modulation and head do not change.
 
 Source: vector-wise quantization of LLM.int8() (arXiv 2208.07339, section 3.1), without its separate outliers.
 """
@@ -45,7 +45,8 @@ def _pair(kernel: ParamSpec) -> dict[str, ParamSpec]:
 def round_parameter(path: str, x: Any, *, config: TransformerConfig) -> Any:
     """Return the parameter at ``path`` as the device holds it: a kernel of the blocks as ``{"int8", "scale"}``.
 
-    The kernel is first rounded to ``config.dtype``, as a file is when it is read. Other parameters are unchanged.
+    The kernel is first rounded to ``config.dtype``, like a kernel that is read from a file. Other parameters do not
+    change.
     """
     if not (path.startswith("blocks/") and path.endswith(f"/{_KERNEL}")):
         return x

@@ -6,11 +6,11 @@ window (``positions="relative"``), keys are stored unrotated and rotated when th
 array: the first ``sink`` frames keep their slots, and all later frames share a ring buffer.
 
 With ``TransformerConfig.kv_cache="int8"`` keys and values are stored in 8 bits. Every latent frame, head and channel
-has a scale of its own, taken over the tokens of the frame (``models.int8_cache``). A pass multiplies the past by its
-scales, one layer at a time, into a copy in the compute type. It reads its own block without 8-bit rounding.
+has a scale, computed over the tokens of the frame (``models.int8_cache``). A pass multiplies the past by its scales,
+one layer at a time, into a copy in the compute type. The pass reads the current block without 8-bit rounding.
 
-A cache has the form of the parameters it is used with: one array ``[L, ...]`` of all layers, or a tuple of L arrays
-(``models.unstacked``), each of which a pass updates in place.
+A cache has the form of the parameters that it is used with: one array ``[L, ...]`` of all layers, or a tuple of L
+arrays (``models.unstacked``). A pass updates each array of the tuple in place.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class KVCache:
         frame: index of the latent frame in each slot, -1 if the slot is empty; int32 ``[S]``.
         position: number of finished latent frames, at which the current block starts; int32 scalar.
         k_scale: of int8 keys, float32 ``[L, B, S, 1, N, D]``; None: keys and values have no scales.
-        v_scale: of int8 values, likewise.
+        v_scale: of int8 values, with the shape of ``k_scale``.
     """
 
     k: Layers
@@ -62,9 +62,9 @@ class TextCache:
 
     Attributes:
         k: ``[L, B, text_length, N, D]``.
-        v: likewise.
+        v: ``[L, B, text_length, N, D]``.
         image_k: ``[L, B, image_tokens, N, D]``; None without an image branch.
-        image_v: likewise.
+        image_v: as ``image_k``.
     """
 
     k: Layers
@@ -135,8 +135,8 @@ def stores_rotated(causal: CausalConfig) -> bool:
 def write_slots(old: jax.Array, new: jax.Array, slots: jax.Array, *, axis: int) -> jax.Array:
     """Return ``old`` with the K frames of ``new`` in ``slots [K]`` along ``axis``.
 
-    Each frame is one update, because a ring may wrap around between two frames. XLA does these updates in place, unlike
-    some scatters.
+    Each frame is one update, because the ring may wrap around between two frames. XLA makes these updates in place,
+    unlike some scatters.
     """
     for i in range(new.shape[axis]):
         frame = jax.lax.slice_in_dim(new, i, i + 1, axis=axis)
@@ -172,7 +172,7 @@ def read_positions(frame: jax.Array, position: jax.Array, block: int, causal: Ca
 
 
 def visible_slots(frame: jax.Array, position: jax.Array, block: int, causal: CausalConfig) -> jax.Array:
-    """Return which slots the current block attends to, bool ``[S]``: not empty, not later, in the window or the sink.
+    """Return whether the current block attends to each slot, bool ``[S]``: not empty, not later, in the window or sink.
 
     Arguments are those of :func:`read_positions`. In a stream that only advances, these are the first
     ``min(position + block, S)`` slots. The cache holds later frames only if its position has been moved back.

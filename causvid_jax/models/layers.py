@@ -1,7 +1,7 @@
 """Layers of the diffusion transformer as functions of arrays.
 
-Matmuls run in ``dtype`` and accumulate in float32; norms, modulation, rotary angles, softmax and the residual stream
-are float32 whatever ``dtype`` is.
+Matmuls run in ``dtype`` and accumulate in float32. Norms, modulation, rotary angles, softmax and the residual stream
+are always float32.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ PRODUCT = "product"  # checkpoint name of the results of linear layers, for rema
 def dot_precision(dtype: Any) -> jax.lax.Precision:
     """Return the precision of products and convolutions of operands of ``dtype``: the highest for float32.
 
-    By default accelerators multiply float32 in fewer bits (TF32 on GPU, one bfloat16 pass on TPU: relative errors of
-    5e-4 and 4e-3). Products of narrower operands are exact in float32.
+    By default accelerators multiply float32 with less precision (TF32 on GPU, one bfloat16 pass on TPU: relative errors
+    of 5e-4 and 4e-3). Products of narrower operands are exact in float32.
     """
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
@@ -61,15 +61,15 @@ def _product(x: jax.Array, kernel: jax.Array, dtype: str, result: str) -> jax.Ar
 def _matmul(x: jax.Array, kernel: jax.Array, dtype: str, result: str) -> jax.Array:
     """Compute :func:`matmul` with an explicit derivative.
 
-    The automatic one multiplies the float32 cotangent by a ``dtype`` operand, and matrix
-    units (AMX, tensor cores, MXU) cannot run such a mixed product. This one first rounds the cotangent to ``dtype``, as
-    is usual in mixed-precision training; both gradients accumulate in float32.
+    The automatic derivative multiplies the float32 cotangent by a ``dtype`` operand, and matrix units (AMX, tensor
+    cores, MXU) cannot run such a mixed product. The explicit derivative first rounds the cotangent to ``dtype``, as is
+    usual in mixed-precision training. Both gradients accumulate in float32.
     """
     return _product(x, kernel, dtype, result)
 
 
 def _matmul_forward(x: jax.Array, kernel: jax.Array, dtype: str, result: str) -> tuple[jax.Array, Any]:
-    # The backward pass needs the rounded operands only; they take half the memory.
+    # The backward pass needs only the rounded operands, which take half the memory.
     empty = (jnp.zeros((), x.dtype), jnp.zeros((), kernel.dtype))
     return _product(x, kernel, dtype, result), (x.astype(dtype), kernel.astype(dtype), empty)
 
@@ -87,8 +87,8 @@ def _kernel_gradient(x: jax.Array, cotangent: jax.Array) -> jax.Array:
     if constraints.platform() == "cpu":
         x, cotangent = (z.reshape(-1, z.shape[-1]) for z in (x, cotangent))
         return jnp.matmul(_transposed(x), cotangent, **options)
-    # Merging the axes would merge a split axis (tokens) with others: every device would gather the whole activations
-    # and compute the whole gradient. Contracted one by one, each device sums its own part.
+    # Merged axes would merge a split axis (tokens) with others. Every device would then gather all activations and
+    # compute the whole gradient. If axes are contracted one by one, each device sums its own part.
     summed = tuple(range(x.ndim - 1))
     return jax.lax.dot_general(x, cotangent, ((summed, summed), ((), ())), **options)
 

@@ -1,8 +1,8 @@
 """Precision policies: where the transformer rounds to ``config.dtype``.
 
-``TransformerConfig.precision`` selects a column. ``default`` rounds matmul operands only; ``fast`` also rounds what
-linear layers write to memory; ``wan`` and ``causvid`` round where the published code does. With ``dtype`` float32 all
-columns are equal.
+``TransformerConfig.precision`` selects a column. ``default`` rounds matmul operands only; ``fast`` also rounds the
+products that linear layers write to memory; ``wan`` and ``causvid`` round where the published code does. With ``dtype``
+float32 all columns are equal.
 
 | value | ``default`` | ``fast`` | ``wan`` (Wan2.1) | ``causvid`` (CausVid, Self-Forcing) |
 |---|---|---|---|---|
@@ -14,9 +14,10 @@ columns are equal.
 | head | operands rounded | operands rounded | float32 | rounded |
 | division by the softmax's sum, without a kernel | before the last product | the same | after it | after it |
 
-``default`` is the most precise. ``fast`` halves what a linear layer writes; docs/performance.md has its error. Use
-``wan`` or ``causvid`` to compare frames with the published code. Two differences remain: rotary angles are float32 here
-and float64 there (at most 4e-6 rad), and flash attention rescales its partial sums between blocks of keys.
+``default`` is the most precise. ``fast`` halves the bytes that a linear layer writes; docs/performance.md has its
+error. Use ``wan`` or ``causvid`` to compare frames with the published code. Two differences remain. Rotary angles are
+float32 here and float64 in the published code (at most 4e-6 rad). Flash attention rescales its partial sums between
+blocks of keys.
 """
 
 import dataclasses
@@ -98,7 +99,7 @@ def attention_backend(config: TransformerConfig) -> str:
 
 
 def text_attention_backend(config: TransformerConfig) -> str:
-    """Return the kernel of cross-attention. With ``"int8"`` it is ``"auto"``, because few keys would gain little."""
+    """Return the kernel of cross-attention: ``"auto"`` instead of ``"int8"``, which gains little for few keys."""
     return "auto" if config.attention == "int8" else attention_backend(config)
 
 

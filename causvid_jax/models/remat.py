@@ -16,8 +16,8 @@ LAYER_INPUT = "layer_input"
 def attention_results(*names: str) -> Callable[..., Any]:
     """Return the policy that keeps the results of these names, and the results of cuDNN's attention.
 
-    cuDNN's kernel returns the output and the softmax sums in one call, without a name for the sums. If they were not
-    kept, the backward pass would compute the whole attention again.
+    cuDNN's kernel returns the output and the softmax sums in one call, without a name for the sums. If the sums were
+    not kept, the backward pass would compute the whole attention again.
     """
     policies = jax.checkpoint_policies
 

@@ -1,8 +1,8 @@
 """Attention by JAX's splash kernel for TPU.
 
-The kernel computes scores in blocks of queries and keys. Blocks of keys that the mask hides whole are neither fetched
-nor computed, which the device decides at run time: one program serves every number of visible keys. A stream whose
-window is not full yet so pays for the frames that it sees.
+The kernel computes scores in blocks of queries and keys. Blocks of keys that the mask hides completely are neither
+fetched nor computed. The device decides this at run time, so one program serves every number of visible keys. While the
+window of a stream is not full, the cost is that of the visible frames.
 """
 
 import jax
@@ -18,8 +18,8 @@ BLOCK = 512
 GRADIENT_KEYS = 2048
 """Most keys whose gradients the backward kernel holds in fast memory.
 
-For each such part of the keys it writes a gradient of all queries, and their sum is the gradient. With parts of 512
-keys these arrays were a third of the memory of the fake score's backward pass (docs/performance.md).
+For each part of the keys the kernel writes a gradient of all queries; the sum over the parts is the gradient. With
+parts of 512 keys these arrays were a third of the memory of the fake score's backward pass (docs/performance.md).
 """
 
 
@@ -65,28 +65,28 @@ def attention(
 
 
 def block_size(length: int) -> int:
-    """Return the queries or keys of a block where there are ``length`` of them."""
+    """Return the size of a block for ``length`` queries or keys."""
     return min(BLOCK, -(-length // 128) * 128)
 
 
 def gradient_keys(keys: int, block: int) -> int:
-    """Return the keys of a part of the backward pass: as many blocks as divide ``keys``, up to ``GRADIENT_KEYS``."""
+    """Return the keys in a part of the backward pass: whole blocks that divide ``keys``, up to ``GRADIENT_KEYS``."""
     blocks = keys // block
     return block * max(n for n in range(1, max(1, GRADIENT_KEYS // block) + 1) if blocks % n == 0)
 
 
 def visible_blocks(mask: jax.Array) -> jax.Array:
-    """Return which blocks of keys hold one that ``mask``, bool ``[S]``, shows: bool ``[ceil(S / block)]``."""
+    """Return whether each block of keys has a key where ``mask``, bool ``[S]``, is true: bool ``[ceil(S / block)]``."""
     size = block_size(len(mask))
     return jnp.pad(mask, (0, -len(mask) % size)).reshape(-1, size).any(1)
 
 
 def _skipping(kernel: splash.SplashAttentionKernel, visible: jax.Array, rows: int) -> splash.SplashAttentionKernel:
-    """Return the kernel with a forward pass over the ``visible`` blocks of keys alone, for ``rows`` blocks of queries.
+    """Return the kernel with a forward pass over only the ``visible`` blocks of keys, for ``rows`` blocks of queries.
 
     The backward pass computes all blocks.
     """
-    # In place of a hidden block the one before it is named, which is in fast memory already.
+    # A hidden block gets the index of the block before it, which is in fast memory already.
     fetched = jax.lax.cummax(jnp.where(visible, jnp.arange(len(visible), dtype=jnp.int32), 0))
     whole = jnp.where(visible, jnp.int32(2), jnp.int32(0))  # of splash's block mask: 0 is skipped, 2 is computed
     data_next, block_mask = (jnp.broadcast_to(x, (1, rows, len(visible))) for x in (fetched, whole))

@@ -10,7 +10,7 @@ All modes predict the velocity ``noise - x0`` from noisy latents ``[B, F, h, w, 
 [0, 1000] and ``prompt_embeds [B, S, E]``. With an image branch (``config.image_dim``, Wan2.1-I2V) they also take
 ``image_embeds [B, image_tokens, image_dim]``, and x has the condition channels of ``models.image_branch``. Linen
 declares the parameters and scans the layers. The plain function ``transformer_layer.block`` computes one layer. For
-streaming, ``models.unstacked`` gives every layer arrays of its own, and the layers run in a loop.
+streaming, ``models.unstacked`` gives every layer its own arrays, and the layers run in a loop.
 
 Source: Wan2.1, arXiv 2503.20314, ``wan/modules/model.py``.
 """
@@ -103,9 +103,9 @@ def abstract(config: TransformerConfig) -> Params:
 
 
 def inference(config: TransformerConfig, *, unstacked: bool = False) -> Params:
-    """Return shapes and types of the parameters of a sampler. Kernels that every use rounds are stored rounded.
+    """Return shapes and types of the parameters of a sampler. Kernels that are rounded in every use are stored rounded.
 
-    With ``unstacked`` they have the form of ``models.unstacked``.
+    With ``unstacked`` the parameters have the form of ``models.unstacked``.
     """
     shapes = abstract_tree(inference_spec(config))
     stacked = inference_tree(shapes, config.dtype, precision.float32_kernels(config))
@@ -210,7 +210,7 @@ class _Transformer(nn.Module):
         text_cache: TextCache | None,
         layer_caches: Sequence[Any] | None,
     ) -> tuple[jax.Array, tuple[Any, ...]]:
-        """Run layers with arrays of their own, one after the other."""
+        """Run unstacked layers one after the other."""
         new = []
         for i, layer in enumerate(layers):
             p = all_gather(layer, block_spec(self.config), self.config)
@@ -350,9 +350,9 @@ def block_causal(
     """Return the velocity of all blocks in one pass; a token attends to its block and earlier ones (CausVid, eq. 5).
 
     All frames of a block have the same timestep; blocks may differ. With ``clean`` (teacher forcing) a block attends to
-    its own noisy frames and to the *clean* copies of earlier blocks, which are conditioned on ``clean_timestep`` in
-    [0, 1000]. ``clean`` may begin with whole blocks of a past that ``x`` continues: P frames, of which x has the last
-    F. The other arguments are those of :func:`bidirectional`.
+    its own noisy frames and to the *clean* copies of earlier blocks, which are conditioned on ``clean_timestep`` in [0,
+    1000]. ``clean`` may begin with whole blocks of a past that ``x`` continues. It then has P frames, and x has the
+    last F of them. The other arguments are those of :func:`bidirectional`.
 
     Raises:
         ConfigError: as :func:`bidirectional`, the frames are not a whole number of blocks, or the clean copies are
@@ -455,8 +455,8 @@ def _attend_cached(
 ) -> Attend:
     """Return the self-attention of :func:`cached`, for the block ``x`` in ``slots``.
 
-    It returns a layer's cache with the block written in place if layers are unstacked. In a scan it returns the block's
-    keys and values alone, since a scan would copy the whole cache, and differentiating it would keep every copy.
+    If layers are unstacked, it returns a layer's cache with the block written in place. In a scan it returns only the
+    block's keys and values, because a scan would copy the whole cache, and its backward pass would keep every copy.
     """
     frames, grid = x.shape[1], _grid(x, config)
     angles: tuple[jax.Array, ...]

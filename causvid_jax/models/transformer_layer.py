@@ -1,7 +1,7 @@
 """One layer of the Wan diffusion transformer, and its inputs: text and time embedding.
 
 :func:`block` is a plain function of a layer's parameters. ``models.transformer`` scans it over stacked parameters, or
-calls it in a loop where every layer has arrays of its own (``models.unstacked``).
+calls it in a loop over unstacked layers (``models.unstacked``).
 
 Source: Wan2.1, ``wan/modules/model.py``.
 """
@@ -37,7 +37,7 @@ def embed_context(
 ) -> Context:
     """Map ``prompt_embeds [B, S, E]`` and ``image_embeds`` to the model width: ``[B, S, M]`` and ``[B, I, M]`` or None.
 
-    The text passes linear, GELU (tanh), linear. A zero row of it (padding) becomes a constant that is not zero.
+    The text goes through linear, GELU (tanh), linear. A zero row (padding) becomes a constant that is not zero.
 
     Raises:
         ConfigError: ``image_embeds`` do not fit ``config``.
@@ -148,7 +148,7 @@ def embed_time(p: Params, timestep: jax.Array, config: TransformerConfig) -> tup
 
 
 def all_gather(p: Params, layer_spec: Any, config: TransformerConfig) -> Params:
-    """Return the parameters of one layer whole along ``embed`` on every device: the all-gather of FSDP, per layer."""
+    """Return one layer's parameters, not split along ``embed``, on every device: the all-gather of FSDP, per layer."""
     if not constraints.mesh_shape():
         return p
 

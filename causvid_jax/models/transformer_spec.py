@@ -79,7 +79,7 @@ def outer_spec(config: TransformerConfig) -> dict[str, Any]:
 def spec(config: TransformerConfig) -> dict[str, Any]:
     """Return shape, logical axes and initializer of every parameter; ``blocks`` has the stacked layers.
 
-    These are the parameters of files and training, whatever ``linear`` is.
+    These are the parameters of files and training, for any ``linear``.
     """
     return inference_spec(dataclasses.replace(config, linear="dtype"))
 

@@ -81,10 +81,11 @@ def abstract(config: UMT5Config) -> Params:
 
 
 def quantize(path: str, x: jax.Array) -> Any:
-    """Return the parameter at ``path`` in 8 bits, ``{"int8", "scale"}``; unchanged if no product or table reads it.
+    """Return the parameter at ``path``; a kernel or the token table in 8 bits, as ``{"int8", "scale"}``.
 
-    A kernel ``[..., in, out]`` has a float32 scale ``[..., 1, out]`` for every output channel, the token table
-    ``[V, M]`` one ``[V, 1]`` for every token: ``s = max |x| / 127`` over the other axis, and ``round(x / s)``.
+    A kernel ``[..., in, out]`` has a float32 scale ``[..., 1, out]`` for every output channel. The token table
+    ``[V, M]`` has a scale ``[V, 1]`` for every token. ``s = max |x| / 127`` over the other axis, and the int8 value is
+    ``round(x / s)``.
     """
     axis = {"kernel": -2, "token_embedding": -1}.get(path.rpartition("/")[2])
     return x if axis is None else dict(zip(("int8", "scale"), _quantize(x, axis), strict=True))
@@ -167,8 +168,8 @@ def feed_forward(p: Params, x: jax.Array, dtype: str) -> jax.Array:
 def _layer_params(blocks: Params, index: jax.Array) -> Params:
     """Return the parameters of one layer of the stack.
 
-    XLA's CPU backend converts bfloat16 to float32 for a slice, and moves the conversion of all layers out of the loop:
-    19 GB at full size. The barrier keeps the conversion in the loop, where it fuses with the slice.
+    XLA's CPU backend converts a bfloat16 slice to float32. It moves the conversion of all layers out of the loop, which
+    takes 19 GB at full size. The barrier keeps the conversion in the loop, where it fuses with the slice.
     """
     if constraints.platform() == "cpu":
         blocks, index = jax.lax.optimization_barrier((blocks, index))
@@ -187,7 +188,7 @@ def encode(
     An embedding does not depend on padding, so short prompts can be encoded at their own length.
 
     Args:
-        params: of :func:`spec`, of any floating type, or what :func:`quantize` makes of them.
+        params: of :func:`spec`, of any floating type, or quantized by :func:`quantize`.
         ids: token ids in ``[0, vocab_size)``; other ids are clamped without a warning.
         mask: bool or 0/1, true for tokens of the prompt, at least one for each prompt (``</s>``).
         config: sizes and compute type.

@@ -1,12 +1,12 @@
-"""Parameters of the transformer for streaming: every layer has arrays of its own.
+"""Parameters of the transformer for streaming: every layer has its own arrays.
 
 Training stacks the parameters of all layers and scans one compiled layer. A scan copies each layer's slice of a stacked
-array before a product, and it copies a scanned key/value cache whole. A stream therefore runs its layers in a loop over
-tuples: nothing is sliced, and each layer's cache is written in place.
+array before a product, and it copies the whole of a scanned key/value cache. A stream therefore runs its layers in a
+loop over tuples: nothing is sliced, and each layer's cache is written in place.
 
 In this form the columns of the q and k projections of self-attention are also reordered, in every head, from
 interleaved rotary pairs ``(x0, x1, x2, x3, ...)`` to halves ``(x0, x2, ..., x1, x3, ...)``. Attention does not depend
-on the order of a head's columns. Halves are rotated without a last axis of length 2, which vector units handle badly.
+on the order of a head's columns. Halves need no last axis of length 2, which is slow on vector units.
 """
 
 import functools
@@ -23,11 +23,11 @@ ROTATED: tuple[tuple[str, ...], ...] = (
     *(("q", "kernel", "int8"), ("q", "kernel", "scale"), ("k", "kernel", "int8"), ("k", "kernel", "scale")),
     *(("q", "lora", "up"), ("k", "lora", "up")),
 )
-"""Parameters of self-attention whose last axis is the heads' columns and is rotated."""
+"""Parameters of self-attention that have the heads' rotated columns as their last axis."""
 
 
 def is_unstacked(params: Params) -> bool:
-    """Return whether the layers of ``params`` have arrays of their own."""
+    """Return whether ``params`` are unstacked: a tuple of layers."""
     return isinstance(params["blocks"], tuple)
 
 
@@ -40,7 +40,7 @@ def _split(leaf: jax.Array, heads: int, rotated: bool) -> tuple[jax.Array, ...]:
 
 
 def unstack(params: Params, config: TransformerConfig, *, free: bool = False) -> Params:
-    """Return ``params`` with ``blocks`` as a tuple of layers and rotary halves; unchanged if they are so already.
+    """Return ``params`` with ``blocks`` as a tuple of layers and rotary halves; unstacked parameters do not change.
 
     Args:
         params: parameters of :func:`models.transformer.inference_spec`; also shapes, inside ``jax.eval_shape``.

@@ -224,9 +224,9 @@ def decode_chunk(
 ) -> tuple[Float[jax.Array, "B T H W 3"], DecodeCache]:
     """Decode the next latents of a video; the output shape of the first chunk is that of all others.
 
-    The first latent of a video has one frame, any other has four. Here every latent has four slots, but of the first
-    latent only the last slot exists. The other three are set to zero before every temporal convolution, which is equal
-    to the zero padding before a video. The caller drops the first three frames of the first chunk; all remaining frames
+    The first latent of a video has one frame, any other has four. Here every latent has four slots, but only the last
+    slot of the first latent exists. The other three are set to zero before every temporal convolution, which equals the
+    zero padding before a video. The caller drops the first three frames of the first chunk. All remaining frames
     together equal :func:`decode` of the whole video.
 
     Args:

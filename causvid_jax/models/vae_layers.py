@@ -44,9 +44,9 @@ def head(params: Tree, x: jax.Array, past: jax.Array | None, present: jax.Array 
 
 
 def residual_block(params: Tree, x: jax.Array, past: Tree, present: jax.Array | None) -> tuple[jax.Array, Tree]:
-    """Return x plus twice norm, SiLU and causal convolution of it, and the new past.
+    """Return ``x + f2(f1(x))``, f = norm, SiLU and causal convolution, and the new past.
 
-    If the width changes, the sum has the 1 x 1 x 1 convolution ``shortcut`` of x in place of x.
+    If the width changes, the 1 x 1 x 1 convolution ``shortcut`` of x replaces the first x.
     """
     skip = conv.pointwise(params["shortcut"], x) if "shortcut" in params else x
     new = {}
@@ -92,8 +92,9 @@ def unpatchify(x: jax.Array, size: int) -> jax.Array:
 def average_down(x: jax.Array, width: int, halves: tuple[bool, bool], *, starts: bool) -> jax.Array:
     """Return x at half the frame rate and half the size (``halves``) with ``width`` channels, by means (Wan2.2).
 
-    Positions that become one are channels (c, time, row, column), of which every group of equal size becomes its mean.
-    The first frame of a video (``starts``) has a zero frame before it.
+    The positions that are merged become channels (c, time, row, column). These are divided into ``width`` groups of
+    equal size, and each output channel is the mean of a group. At the start of a video (``starts``) a zero frame
+    precedes the first frame.
     """
     time, space = (2 if half else 1 for half in halves)
     if time == 2 and starts:
@@ -107,7 +108,7 @@ def copy_up(x: jax.Array, width: int, in_time: bool, *, starts: bool) -> jax.Arr
     """Return x at twice the size, and with ``in_time`` at twice the frame rate, by copies of its channels (Wan2.2).
 
     Every channel is repeated; the result is read as channels (width, time, row, column). With ``starts`` (static) x
-    begins with the single frame of the first latent, of which the second copy stays.
+    begins with the single frame of the first latent; only the second of its two copies is kept.
     """
     time = 2 if in_time else 1
     x = jnp.repeat(x, width * time * 4 // x.shape[-1], axis=-1)
