@@ -48,6 +48,7 @@ def page(digits, tmp_path):
         try:
             browser.live, browser.folder = live, tmp_path
             browser.get(live.url)
+            until(lambda: browser.execute_script("return film.player.hello"), "a connection")
             yield browser
         finally:
             browser.quit()
@@ -188,6 +189,44 @@ def test_h264_picture_camera_and_a_lost_connection(page, tmp_path):
     page.find_element(By.CSS_SELECTOR, "#format option[value=mp4]").click()
     until(lambda: page.execute_script("return document.querySelector('.film video').currentTime") > 1.5, "H.264", 60)
     picture(page, "h264")
+    no_errors(page)
+
+
+def test_what_is_asked_for_while_the_connection_is_lost_is_sent_afterwards(page):
+    """Each script runs at once, so the page does not see the server's answer between its lines."""
+    until(lambda: is_color(page, 0), "a red film")
+    lose = "const { connection } = film.player; connection.socket.close();"
+    page.execute_script(lose + "document.querySelector('#colors [data-word=blue]').click();"
+                        "document.querySelector('#colors [data-word=green]').click();")  # fmt: skip
+    until(lambda: is_color(page, 1), "a green film")
+    assert caption(page) == "a green 3 moving left"
+    page.execute_script("film.player.connection.socket.send = () => {};"  # the network is gone, and no one knows
+                        "document.querySelector('#colors [data-word=blue]').click();" + lose)  # fmt: skip
+    until(lambda: is_color(page, 2), "a blue film")
+    (session,) = page.live.engine.sessions()
+    click(page, "pause")
+    until(lambda: session.paused, "a pause")
+    page.execute_script(lose + "document.getElementById('pause').click();")
+    until(lambda: not session.paused, "the end of the pause")
+    page.execute_script(lose + "document.getElementById('seed').value = 7; document.getElementById('restart').click();")
+    until(lambda: session.film.seed == 7 and is_color(page, 2), "another film")
+    assert page.live.engine.sessions() == [session]
+    no_errors(page)
+
+
+def test_a_connection_is_taken_up_before_anything_else_is_sent(page):
+    """A server refuses a first message of another kind, which ended the film."""
+    until(lambda: is_color(page, 0), "a red film")
+    page.execute_script(
+        "const { connection } = film.player, { connect } = Object.getPrototypeOf(connection);"
+        "connection.connect = () => {"
+        "  connect.call(connection);"
+        "  connection.socket.onopen = () => film.player.send({ type: 'pull', upto: 0, received: 0 });"
+        "};"
+        "connection.socket.close();"
+    )
+    shown = page.execute_script("return film.player.connection.received")
+    until(lambda: page.execute_script("return film.player.connection.received") > shown + 2, "the film going on")
     no_errors(page)
 
 

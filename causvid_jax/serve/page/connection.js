@@ -1,4 +1,5 @@
-// The WebSocket of one session: messages out, events and chunks in, and taking up a lost connection.
+// The WebSocket of one session: messages out, events and chunks in, and taking up a lost connection. What is asked for
+// while the connection is lost is sent when it is taken up.
 
 const RETRY = [250, 500, 1000, 2000, 4000, 8000];
 
@@ -11,7 +12,10 @@ export class Connection {
     this.received = 0;
     this.tries = 0;
     this.over = false;
-    this.sent = 0;
+    this.sent = 0; // id of the latest change of prompt
+    this.change = null; // that message, until the server answers it
+    this.live = false; // whether the server has opened or resumed the session
+    this.waiting = []; // messages, with payloads, that could not be sent
   }
 
   open(start, payload) {
@@ -41,16 +45,23 @@ export class Connection {
     if (message.type === "chunk") this.received = message.index + 1; // its frames come by WebRTC
     if (message.type === "hello") {
       this.handlers.hello(message);
-      if (this.session) this.send({ type: "resume", token: this.session, received: this.received, format: this.format });
-      else this.send(this.first[0], this.first[1]);
+      if (this.session) this.write({ type: "resume", token: this.session, received: this.received, format: this.format });
+      else this.write(...this.first);
     } else if (message.type === "session") {
       this.session = message.token;
       this.tries = 0;
+      this.live = true;
+      for (const each of this.waiting.splice(0)) this.write(...each);
+      if (this.change) this.write(this.change); // also one that was sent into a connection that was lost already
       this.handlers.event(message);
-    } else this.handlers.event(message);
+    } else {
+      if (message.type === "error" || (message.type === "changed" && message.id === this.sent)) this.change = null;
+      this.handlers.event(message);
+    }
   }
 
   lose(close) {
+    this.live = false;
     if (this.over) return;
     const refused = close.code >= 4000 || close.code === 1000 || close.code === 1009;
     if (refused || this.tries >= RETRY.length) {
@@ -63,13 +74,25 @@ export class Connection {
     setTimeout(() => this.connect(), RETRY[this.tries++]);
   }
 
+  // Return whether it is sent now. Requests and frames of a video are of the moment, so they do not wait.
   send(message, payload) {
-    if (this.socket.readyState !== WebSocket.OPEN) return false;
+    if (message.type === "start") this.change = null;
+    if (message.type === "prompt") this.change = message;
+    if (this.live && this.socket.readyState === WebSocket.OPEN) {
+      this.write(message, payload);
+      return true;
+    }
+    const momentary = message.type === "pull" || message === this.change || (message.type === "input" && payload);
+    if (!momentary) this.waiting.push([message, payload]);
+    return false;
+  }
+
+  write(message, payload) {
     if (message.format) this.format = message.format;
     const text = JSON.stringify(message);
     if (!payload) {
       this.socket.send(text);
-      return true;
+      return;
     }
     const header = new TextEncoder().encode(text);
     const data = new Uint8Array(4 + header.length + payload.length);
@@ -77,7 +100,6 @@ export class Connection {
     data.set(header, 4);
     data.set(payload, 4 + header.length);
     this.socket.send(data);
-    return true;
   }
 
   close() {
