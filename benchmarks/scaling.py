@@ -216,31 +216,32 @@ HEAD = """# What fits where, and how long it takes
 
 `python benchmarks/scaling.py` writes this page. **Nothing here was measured on an accelerator.**
 
-- *compiled*: XLA's own compiler for that machine compiled the real sharded step. The memory is the compiler's figure. The
-  processor time of the compilation is in brackets. *compiled quickly*: with the least effort (`launch.compile --quick`).
-  Three rows were compiled in both ways: 12.78 GiB in 178 s and 12.70 in 26 (1.3B teacher, v5e-16), 4.64 in 126 s and
-  4.66 in 24 (v5e-256), 29.5 in 81 s and 29.5 in 52 (1.3B distillation, 64 H100). On a GPU, moments in host memory are
-  subtracted by their shapes. On a TPU, arguments plus temporaries may exceed the peak and, in some rows, the memory of the
-  device. The compiler accepts these rows; it refuses a program that does not fit.
+- *compiled*: XLA's own compiler for that machine compiled the real sharded step. The memory is the compiler's figure.
+  The processor time of the compilation is in brackets. *compiled quickly*: with the least effort (`launch.compile
+  --quick`). Three rows were compiled in both ways: 12.78 GiB in 178 s and 12.70 in 26 (1.3B teacher, v5e-16), 4.64 in
+  126 s and 4.66 in 24 (v5e-256), 29.5 in 81 s and 29.5 in 52 (1.3B distillation, 64 H100). On a GPU, moments in host
+  memory are subtracted by their shapes. On a TPU, arguments plus temporaries may exceed the peak and, in some rows,
+  the memory of the device. The compiler accepts these rows; it refuses a program that does not fit.
 - *computed*: memory from shapes (`causvid_jax/analysis/estimate.py`). Parameters, moments, EMA, gradients, caches and
-  the arrays that layers keep are exact. The temporary arrays of the current layer are a formula, which is meant to be too
-  large rather than too small. A computed row fits if it leaves a tenth of the memory free. One check: the 1.3B teacher on
-  4 chips of v5p (fsdp 4, 2 clips a device, remat full) was compiled at 33.1 GiB, with 195 s of processor time on a loaded
-  machine and 1.9 GiB of its memory; the computed figure is CHECK GiB. *refused by the compiler*: the compiler reported,
-  without figures, that the program does not fit. The figures in such a row are computed.
+  the arrays that layers keep are exact. The temporary arrays of the current layer are a formula, which is meant to be
+  too large rather than too small. A computed row fits if it leaves a tenth of the memory free. One check: the 1.3B
+  teacher on 4 chips of v5p (fsdp 4, 2 clips a device, remat full) was compiled at 33.1 GiB, with 195 s of processor
+  time on a loaded machine and 1.9 GiB of its memory; the computed figure is CHECK GiB. *refused by the compiler*: the
+  compiler reported, without figures, that the program does not fit. The figures in such a row are computed.
 - The compiled rows are programs of 2026-11-23 to 26. The formula that chose the meshes of the distillations gave up to
-  134% too much, so other meshes may be faster. Today's formula gives 14% less to 20% more than these figures, 5% off in
-  the mean. The programs of the streams copied the KV cache. Today's program does not: a stream of 14B takes 56.5 GB
+  134% too much, so other meshes may be faster. Today's formula gives 14% less to 20% more than these figures, 5% off
+  in the mean. The programs of the streams copied the KV cache. Today's program does not: a stream of 14B takes 56.5 GB
   (52.6 GiB) and fits one H100 ([Performance](performance.md)).
-- *time* is a roofline. Work is the FLOPs of `causvid_jax/analysis/flops.py` with recomputation, at 60% and at 35% of the
-  published bfloat16 peak. Traffic between devices runs at the links' full rate, at the same time as the work in the fast
-  case and after it in the slow case. Traffic between a host and its devices is not counted. MFU is of model FLOPs.
-- Clips are 81 frames of 480 x 832. Batches are the published ones: 128 for init, 64 for DMD (one step is one *cycle*: five
-  updates of the fake score and one of the student). The teacher has 64, because the published recipes do not train it.
-  "1.3B by 14B" (1.3B student, 14B teacher) has a fake score of 1.3B, as Self-Forcing has.
-- Mesh and settings are the fastest that fit by computation (`causvid_jax/analysis/mesh_search.py`). If they did not fit
-  when they were compiled, the next fastest are shown. Moments are in host memory only if nothing else fits. v5p-64 counts
-  cores: it has 32 chips.
+- *time* is a roofline. Work is the FLOPs of `causvid_jax/analysis/flops.py` with recomputation, at 60% and at 35% of
+  the published bfloat16 peak. Traffic between devices runs at the links' full rate, at the same time as the work in
+  the fast case and after it in the slow case. Traffic between a host and its devices is not counted. MFU is of model
+  FLOPs.
+- Clips are 81 frames of 480 x 832. Batches are the published ones: 128 for init, 64 for DMD (one step is one *cycle*:
+  five updates of the fake score and one of the student). The teacher has 64, because the published recipes do not
+  train it. "1.3B by 14B" (1.3B student, 14B teacher) has a fake score of 1.3B, as Self-Forcing has.
+- Mesh and settings are the fastest that fit by computation (`causvid_jax/analysis/mesh_search.py`). If they did not
+  fit when they were compiled, the next fastest are shown. Moments are in host memory only if nothing else fits. v5p-64
+  counts cores: it has 32 chips.
 - Each `context x tensor` group runs one stream. A block of three latent frames has 12 frames.
 """
 

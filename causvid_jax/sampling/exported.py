@@ -1,10 +1,10 @@
 """Export a stream's programs to one file: lowered for a platform and a shape, they run without tracing the model.
 
 A file holds the programs that :mod:`causvid_jax.sampling.player` needs for text to video and prompt switches, as
-versioned StableHLO (``jax.export``). Its header names what it was built for: every setting of the recipe that the
-programs depend on, the number of streams side by side, the platform. It is a zip archive of ``header.json`` and one
-entry per program. If the file was built on its own platform, it also holds the compiled executables. On an equal
-machine (:func:`machine`) these are copied to JAX's compilation cache; elsewhere XLA compiles the programs once.
+versioned StableHLO (``jax.export``). Its header holds every setting of the recipe that the programs depend on, the
+number of parallel streams, and the platform. The file is a zip archive of ``header.json`` and one entry per program. If
+the file was built on the platform that it is for, it also holds the compiled executables. On an equal machine
+(:func:`machine`) these are copied to JAX's compilation cache; on others XLA compiles the programs once.
 
 A file is bound to the recipe, the version of this package and its own checksums: damaged or unsuitable files are
 refused. The checksums do not prove who made a file, so run only files that you trust, as with code.
@@ -16,7 +16,7 @@ refused. The checksums do not prove who made a file, so run only files that you 
 | ``first_frames``, where the first frame is independent | the same | the same of one latent frame |
 | ``change_prompt`` | params, state, text | state |
 
-Reference: JAX's export documentation; an artifact can be read by later versions of JAX for six months at least.
+Reference: JAX's export documentation. Later versions of JAX can read an artifact for at least six months.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ ENTRY = ".stablehlo"
 EXECUTABLE = "-cache"
 _EXECUTABLE = re.compile(r"[\w.-]{1,200}-cache", re.ASCII)
 HEADER_BYTES, ENTRY_BYTES = 2**24, 2**31
-"""The largest header and programs that are read."""
+"""The largest header, and the largest program, in bytes."""
 FIELDS: Mapping[str, Any] = {
     "version": str, "platform": str, "streams": int, "frames": (int, type(None)), "jax": str, "recipe": dict,
     "machine": str, "sha256": dict, "checksum": str,
@@ -235,7 +235,7 @@ def machine() -> str:
 
 
 _SAME_KEYS = {"jax_persistent_cache_enable_xla_caches": "none"}
-"""JAX's options without which the names in its compilation cache depend on the folder of the cache."""
+"""Options with which the names in JAX's compilation cache do not depend on the folder of the cache."""
 
 
 def compiled(programs: Mapping[str, export.Exported]) -> dict[str, bytes]:
@@ -376,7 +376,7 @@ def open_programs(
     )
     try:
         exported = {name.removesuffix(ENTRY): export.deserialize(bytearray(x)) for name, x in programs.items()}
-    except Exception as error:  # flatbuffers and MLIR raise errors of any type for another version's bytes
+    except Exception as error:  # flatbuffers and MLIR raise errors of any type for bytes of another version
         raise ConfigError(
             f"program {place} cannot be read by JAX {jax.__version__}; it was built by {header['jax']}"
         ) from error
@@ -456,7 +456,7 @@ def _check(path: pathlib.Path, header: Mapping[str, Any], recipe: Recipe, *, bat
 
 
 def describe(header: Mapping[str, Any], programs: Mapping[str, export.Exported]) -> str:
-    """Return lines of text about a file: what it was built for, and the number and bytes of each program's inputs."""
+    """Return lines of text about a file: its settings, and the number and bytes of each program's inputs."""
     lines = [
         f"{header['name']} for {header['platform']}, {header['streams']} video(s) at once, attention by "
         f"{header['attention']}, JAX {header['jax']}"

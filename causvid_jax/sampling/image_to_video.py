@@ -1,9 +1,9 @@
 """Encode a picture for the image branch of Wan2.1-I2V (``causvid_jax.sampling.teacher``).
 
-``image_latents`` are the latents of a video whose first frame is the picture and whose other frames are grey, and the
-mask of the known frame (``models.image_branch.image_condition``). ``image_embeds`` are CLIP's (``models.clip_vision``).
-The published negative prompt of image to video is ``configs.wan_14b.NEGATIVE_PROMPT_IMAGE``, its grid has a shift of 3
-at 480p and of 5 at 720p, its solver is UniPC with 40 steps, its guidance scale 5.
+``image_latents`` are two things: the latents of a video that has the picture as its first frame and grey frames after
+it, and the mask of the known frame (``models.image_branch.image_condition``). ``image_embeds`` are CLIP's
+(``models.clip_vision``). The published settings of image to video are the negative prompt
+``configs.wan_14b.NEGATIVE_PROMPT_IMAGE``, a shift of 3 at 480p and of 5 at 720p, UniPC with 40 steps, and guidance 5.
 
 Source: Wan2.1, ``wan/image2video.py``.
 """
@@ -54,7 +54,7 @@ def image_latents(params: Any, pictures: jax.Array, *, config: Recipe) -> jax.Ar
 def picture_of(
     params: Any, whole: jax.Array, fitted: jax.Array, *, config: Recipe, clip: CLIPConfig | None
 ) -> image_branch.Picture:
-    """Return what networks with an image branch read of pictures: condition channels, and CLIP's embeddings if any.
+    """Return the inputs of an image branch: condition channels of pictures and, with ``clip``, CLIP embeddings.
 
     Args:
         params: ``{"vae"}``, and ``"image_encoder"`` with ``clip``.

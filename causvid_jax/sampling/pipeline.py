@@ -74,7 +74,7 @@ class _Base:
         return _encode(self._vae(), jnp.asarray(media.to_float(video)), config=self.config.vae)
 
     def picture(self, image: np.ndarray | None, batch: int) -> Picture | None:
-        """Encode the image that a network with an image branch starts from; None without an image.
+        """Encode the image for a network with an image branch; return None without an image.
 
         The image is uint8 ``[H, W, 3]`` or ``[B, H, W, 3]`` of the recipe's size; CLIP and the VAE both read all of it.
 
@@ -108,7 +108,7 @@ class StudentPipeline(_Base):
         params: name of a network to its parameters: ``"student"``, the decoder's, and ``"vae"`` if it was found.
         encoder: the text encoder of the prompts.
         clip: sizes of the image encoder, for a student that reads CLIP.
-        loras: names and columns of the LoRAs beside the weights; None without any.
+        loras: names and columns of the LoRAs; None without LoRAs.
     """
 
     loras: lora_factors.Factors | None = None
@@ -121,15 +121,15 @@ class StudentPipeline(_Base):
         frames: int | None = None,
         image: np.ndarray | None = None,
     ) -> StreamState:
-        """Return the state before the first block of one stream, or of B streams side by side.
+        """Return the state before the first block of one stream, or of B parallel streams.
 
         Args:
             prompt: one text, B texts, or embeddings ``[B, S, E]``.
             seed: of the noise; stream b of one seed s has seed s + b.
-            frames: the most latent frames of the stream; None: those of the recipe's clip. Only a recipe without
-                ``causal.window`` needs it.
-            image: what a student with an image branch starts from, uint8 ``[H, W, 3]`` or ``[B, H, W, 3]``. Other
-                students start from a picture by :meth:`show`.
+            frames: maximum number of latent frames of the stream; None: that of the recipe's clip. Only a recipe
+                without ``causal.window`` needs it.
+            image: the picture for a student with an image branch, uint8 ``[H, W, 3]`` or ``[B, H, W, 3]``. Other
+            students start from a picture by :meth:`show`.
 
         Raises:
             ConfigError: an unknown word, not as many seeds as prompts, an image for a student without an image branch,
@@ -145,7 +145,7 @@ class StudentPipeline(_Base):
         return stream.set_adapters(self.params, state, jnp.asarray(self.loras.scale({})), embeds, config=self.config)
 
     def lora(self, state: StreamState, strengths: Mapping[str, float]) -> StreamState:
-        """Return the state with other strengths of its LoRAs from the next block on: ``{"style": 0.8}``.
+        """Return the state with other strengths of its LoRAs, such as ``{"style": 0.8}``, from the next block on.
 
         A strength s adds s times the LoRA's update to the weights; 0 turns it off. LoRAs that are not named keep their
         strength; the first strength is 1. Strengths are inputs of one compiled program, so a change costs no
@@ -168,7 +168,7 @@ class StudentPipeline(_Base):
         noise of block i; None draws it from the state's seeds.
 
         Raises:
-            ConfigError: the blocks do not fit the cache of a stream without a window, or there is no noise for each.
+            ConfigError: the blocks do not fit the cache of a stream without a window, or ``noise`` has too few entries.
         """
         self._check_room(state, blocks, noise)
         start = begins(state)
@@ -337,7 +337,7 @@ class Clip:
         prompt_embeds: ``[B, S, E]``.
         noise: ``[B, F, h, w, C]``.
         latents: ``[B, F, h, w, C]`` once they are sampled.
-        picture: what a teacher with an image branch starts from.
+        picture: for a teacher with an image branch.
     """
 
     prompt_embeds: jax.Array
@@ -376,7 +376,7 @@ class TeacherPipeline(_Base):
             prompt: one text, B texts, or embeddings ``[B, S, E]``.
             seed: of the noise; clip b of one seed s has seed s + b.
             noise: ``[B, F, h, w, C]`` instead of ``seed``.
-            image: what a teacher with an image branch starts from, uint8 ``[H, W, 3]`` or ``[B, H, W, 3]``.
+            image: the picture for a teacher with an image branch, uint8 ``[H, W, 3]`` or ``[B, H, W, 3]``.
 
         Raises:
             ConfigError: an unknown word, not as many seeds as prompts, or an image of another size.
@@ -443,7 +443,7 @@ def load(
 ) -> StudentPipeline:
     """Load the student of a recipe with its decoder, its text encoder and, if it is found, the VAE's encoder.
 
-    Published files and folders (Wan, diffusers, CausVid, Self-Forcing and relatives) are read as they are.
+    Published files and folders (Wan, diffusers, CausVid, Self-Forcing and relatives) are read without conversion.
 
     Args:
         config: a recipe's name (``"digits"``), its file, or a :class:`~causvid_jax.config.Recipe`.

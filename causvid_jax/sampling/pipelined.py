@@ -1,19 +1,19 @@
 """Pipeline the denoising steps of a stream over devices: device j runs step j of every block (docs/pipeline.md).
 
-In one round every device works on another block. Latents then move to the next device, and nothing else does::
+In one round every device works on a different block. Only latents then move to the next device::
 
     round r:   device 0: block r, step 0 | device 1: block r - 1, step 1 | ... | device Q - 1: block r - Q + 1
 
-A step cannot attend to the finished blocks before it, since most of them are not finished yet. So every device has a KV
-cache of its own, of all blocks at its own step:
+A step cannot attend to the earlier blocks in finished form, because most of them are not finished yet. So every device
+has its own KV cache, of all blocks at its own step:
 
 - With ``causal.context_pass`` a device writes a block to its cache as the ordinary sampler does: by one more pass at
   ``causal.context_noise``, on the x0 that its step has computed. A round has two passes.
-- Without it the cache keeps keys and values of the noisy block that the step has read, as LiveAvatar (arXiv
-  2512.04677) does. A round has one pass, and the student should be trained with such a cache.
+- Without it the cache keeps keys and values of the noisy block that the step has read, as in LiveAvatar (arXiv
+  2512.04677). A round has one pass, and the student should be trained with such a cache.
 
-With one step this is the ordinary sampler. With more it is not: there every step reads finished blocks, here only the
-last one does.
+With one step the result is that of the ordinary sampler. With more steps it is not: in the ordinary sampler every step
+reads finished blocks, here only the last step does.
 
     mesh = step_mesh(config, jax.devices()[:4])  # one device per denoising step
     params = replicated(params, mesh)
@@ -48,7 +48,7 @@ class PipelineState:
     """The state between two rounds. Arrays of ``x`` and ``cache`` have a leading axis of the Q devices.
 
     Attributes:
-        x: ``[Q, B, K, h, w, C]``: what device j denoises in the next round. Device 0 starts from noise instead.
+        x: ``[Q, B, K, h, w, C]``, the input of each device in the next round. Device 0 starts from noise instead.
         cache: of every device.
         text: the prompt, on every device.
         seed: uint32 ``[B]``.
@@ -145,11 +145,11 @@ def next_round(params: Params, state: PipelineState, *, config: Recipe, mesh: Me
         config, mesh: as in :func:`init_pipeline`.
 
     Returns:
-        What every device has computed, ``[Q, B, K, h, w, C]``, and the next state. In round r (from 0) entry Q - 1 is
-        the finished block r - Q + 1. In the first Q - 1 rounds there is no such block, and the entry means nothing.
+        The result of every device, ``[Q, B, K, h, w, C]``, and the next state. In round r (from 0) entry Q - 1 is the
+        finished block r - Q + 1. In the first Q - 1 rounds there is no such block; ignore the entry.
     """
     one = functools.partial(_round, config=config)
-    # Kernels of Pallas and cuDNN do not say how their results vary over devices, so this is not checked.
+    # Kernels of Pallas and cuDNN do not declare how their results vary over devices, so this is not checked.
     run = jax.shard_map(one, mesh=mesh, in_specs=(_ALL, _SPECS), out_specs=(_EACH, _SPECS), check_vma=False)
     return run(params, state)
 
@@ -166,7 +166,7 @@ def _round(params: Params, state: PipelineState, *, config: Recipe) -> tuple[jax
         return precision.round_all(stream.block_noise(state.seed, block, step, x.shape[1:]), student)
 
     def one_pass(turn: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
-        """Denoise in turn 0; in turn 1 write x0, which it leaves as it is since its noise level is 0."""
+        """Denoise in turn 0; in turn 1 write x0, which does not change because its noise level is 0."""
         x, cache = carry
         time, level = (jnp.where(turn == 0, *pair) for pair in ((times[j], causal.context_noise), (levels[j], 0.0)))
         timesteps = jnp.full(x.shape[:2], time, jnp.float32)
@@ -213,7 +213,7 @@ def blocks(
 
 
 def _of_last(each: jax.Array) -> jax.Array:
-    """Return what the last device has computed, on that device; nothing is exchanged."""
+    """Return the result of the last device, on that device; nothing is exchanged."""
     return max(each.addressable_shards, key=lambda part: part.index[0].start or 0).data[0]
 
 

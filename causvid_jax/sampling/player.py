@@ -1,8 +1,8 @@
 """Play a stream as a Python generator of frames.
 
-All programs of a stream are compiled before its clock starts, so a prompt switch does not stall it. They depend on
-shapes alone, so :func:`compile_ahead` compiles them in a thread while the weights are read. While the frames of one
-block are returned, the device already computes the next block.
+All programs of a stream are compiled before its clock starts, so a prompt switch does not stall the stream. Programs
+depend only on shapes, so :func:`compile_ahead` compiles them in a thread while the weights are read. While the frames
+of one block are returned, the device already computes the next block.
 """
 
 import concurrent.futures
@@ -50,9 +50,9 @@ class Timing:
 class Programs:
     """Compiles a jitted function once per (function, ``started``) and adds up the seconds.
 
-    ``started`` is whether the stream has started, or whatever else distinguishes the programs of a function.
-    ``loaded`` programs replace the stream's functions, which are then never traced. Once ``closed`` nothing is
-    compiled any more.
+    ``started`` tells whether the stream has started, or distinguishes the programs of a function in another way.
+    ``loaded`` programs replace the stream's functions, which are then never traced. Once ``closed``, nothing more is
+    compiled.
     """
 
     def __init__(self, timing: Timing, loaded: exported.Programs | None):
@@ -111,7 +111,7 @@ def _put(tree: Any, device: jax.Device) -> Any:
 
 @dataclasses.dataclass
 class _Elsewhere:
-    """The decoder on a device of its own: its parameters and its past there."""
+    """The decoder on a second device: its parameters and its cache there."""
 
     params: stream.Params
     past: Any
@@ -158,7 +158,7 @@ class _Player:
             self.elsewhere = _Elsewhere.place(params, batch, config, decode_device)
 
     def coder(self) -> vae.EncodeCache | None:
-        """Return the encoder's past before a video; None without one."""
+        """Return the encoder's cache before a video; None without a video."""
         size = {"batch": self.batch, "height": self.config.video.height, "width": self.config.video.width}
         return None if self.video is None else vae.init_encode_cache(self.config.vae, **size)
 
@@ -194,8 +194,8 @@ class _Player:
     ) -> tuple[jax.Array, vae.EncodeCache | None]:
         """Encode the frames of the video that the block follows.
 
-        After a cut the block is decoded as the start of a clip, whose first latent is one frame. So the encoder starts
-        again there, with the block's last frames.
+        After a cut the block is decoded as the start of a clip, and the first latent of a clip is one frame. So the
+        encoder starts again there, with the block's last frames.
         """
         indices = np.arange(first_frame(block, self.config), first_frame(block + 1, self.config))
         indices, first = indices[stream.LEAD if cut else 0 :], cut or block == 0
@@ -255,7 +255,7 @@ def compile_ahead(
 ) -> Iterator[Callable[[], Programs]]:
     """Compile the programs of :func:`play` in a thread; the value is ``play(..., ahead=...)``, which waits for them.
 
-    Leaving the context ends the thread: the program that is being compiled is finished, and no other is begun.
+    Leaving the context ends the thread: the current compilation is finished, and no other is begun.
 
     Args:
         params: shapes of the parameters (``weights.stream_shapes``).
@@ -298,7 +298,7 @@ def play(
 
     Args:
         params: ``{"student"}`` and the recipe's decoder; also ``"vae"`` with an image or a video.
-        text: prompt embeddings ``[B, S, E]``; B streams side by side, stream b with seed ``seed + b``.
+        text: prompt embeddings ``[B, S, E]`` of B parallel streams, stream b with seed ``seed + b``.
         config: the recipe.
         frames: number of pixel frames; the last block is cut to fit.
         seed: of the noise.
@@ -309,7 +309,7 @@ def play(
         strength: distance from the video, up to 1 (:func:`~causvid_jax.sampling.schedule.strength_step`).
         timing: updated while the stream runs.
         loaded: programs to run instead of tracing the model; they support text and switches only.
-        picture: what the streams of a student with an image branch start from, instead of ``image``.
+        picture: for a student with an image branch, instead of ``image``.
         decode_device: decodes the blocks while the default device generates the next one; None: both on the default.
         ahead: of :func:`compile_ahead` with the same inputs; None compiles at the first frame.
 

@@ -1,8 +1,8 @@
 """Rolling Forcing (arXiv 2509.25161): a window of blocks at rising noise levels is denoised jointly.
 
 The window holds the next N blocks of a stream, ``N = rolling_blocks``, the oldest first. The Q denoising steps of a
-block are N stages of Q / N steps. In one round the newest block does the first stage, the one before it the second, and
-the oldest the last:
+block are N stages of Q / N steps. In one round the newest block does the first stage, the block before it the second,
+and the oldest block the last:
 
     round r:   block r - 2 at stage 2 | block r - 1 at stage 1 | block r at stage 0      (N = 3)
 
@@ -12,7 +12,7 @@ pass, as in :mod:`~causvid_jax.sampling.stream`. At the start the window grows, 
 this is the ordinary sampler; Rolling Forcing has N = Q = 5.
 
     state = init_rolling(params, text, config=recipe, seed=0)
-    latents, state = next_round(params, state, config=recipe)  # None in the first N - 1 rounds
+    latents, state = next_round(params, state, config=recipe)  # latents: None in the first N - 1 rounds
 """
 
 import dataclasses
@@ -105,7 +105,7 @@ def _denoise(params: Params, state: StreamState, window: jax.Array, stages: Sequ
     """Return the window ``[B, n, K, h, w, C]`` after one stage; block i does that of ``stages [n]``.
 
     One step computes ``x0 = x_t - sigma v`` and adds fresh noise at the block's next level. The passes read the cache
-    and leave it as it is: their keys and values are those of noisy frames.
+    but do not change it, because their keys and values are those of noisy frames.
     """
     size = config.causal.frames_per_block
     times, sigmas = schedule.schedule(config, None)
@@ -130,9 +130,9 @@ def _denoise(params: Params, state: StreamState, window: jax.Array, stages: Sequ
 
 
 def _noise(state: StreamState, places: Sequence[int], steps: Sequence[jax.Array | int], config: Recipe) -> jax.Array:
-    """Return the noise ``[B, n, K, h, w, C]`` of one step for each of the blocks at ``places`` after the finished ones.
+    """Return the noise ``[B, n, K, h, w, C]`` of one step for the blocks at ``places`` after the finished blocks.
 
-    It is that of the same blocks and steps in the ordinary sampler.
+    The same blocks and steps have this noise in the ordinary sampler.
     """
     shape = (config.causal.frames_per_block, *config.latent_size, config.vae.z_dim)
     parts = [

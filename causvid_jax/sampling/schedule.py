@@ -26,7 +26,7 @@ def schedule(config: Recipe, timesteps: tuple[float, ...] | None) -> tuple[tuple
     sampler's table.
 
     Raises:
-        ConfigError: ``timesteps`` are none, do not descend or are outside (0, 1000].
+        ConfigError: ``timesteps`` are empty, do not descend or are outside (0, 1000].
     """
     steps = tuple(flow.student_timesteps(config.diffusion)) if timesteps is None else timesteps
     require(
@@ -106,7 +106,7 @@ def strength_step(config: DiffusionConfig, strength: float) -> int:
     """Return the first step of video to video: the first whose nominal timestep is at most ``1000 strength``.
 
     Strength 1 keeps nothing of the input. Nominal means before the shift: for any shift, four evenly spaced steps
-    correspond to 1, 0.75, 0.5 and 0.25. The paper (section 5.3) takes the last step alone, the lowest strength.
+    correspond to 1, 0.75, 0.5 and 0.25. The paper (section 5.3) takes only the last step, the lowest strength.
 
     Raises:
         ConfigError: a strength above 1, or below the nominal timestep of the last step over 1000.

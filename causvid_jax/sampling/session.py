@@ -36,9 +36,9 @@ class Session:
         recipe: with the VAE's latent statistics and, for a teacher, the clip's length.
         frames: number of pixel frames of each video.
         switches: ``{block: (first pixel frame, prompt)}``.
-        image: uint8 ``[H, W, 3]`` of the video's size, to start from; None without one.
+        image: uint8 ``[H, W, 3]`` of the video's size, to start from; None without a picture.
         picture: the same picture uncropped, uint8, for CLIP.
-        video: uint8 ``[T, H, W, 3]`` to follow; None without one.
+        video: uint8 ``[T, H, W, 3]`` to follow; None without a video.
         encoder: the text encoder of the prompts.
         weights: name of a network to its checkpoint.
         program: a compiled sampler to run instead of the model.
@@ -174,8 +174,8 @@ def _say_kept(writers: list[files.VideoWriter], say: Say, kind: type[BaseExcepti
 def comment_of(session: Session, index: int) -> str:
     """Return the script of a video for its metadata.
 
-    It is "" for a teacher's clip, for blocks that are denoised jointly, for a video that is too long, and for a picture
-    that CLIP reads whole and the VAE cropped, since a script holds one of the two.
+    It is "" for a teacher's clip, for blocks that are denoised jointly, and for a video that is too long. It is also ""
+    for a picture that CLIP reads whole and the VAE cropped, because a script holds only one of them.
     """
     request, recipe = session.request, session.recipe
     image, whole = session.image, session.picture
@@ -211,12 +211,12 @@ def comment_of(session: Session, index: int) -> str:
 
 
 def _hidden(progress: bool | None) -> bool | None:
-    """Return tqdm's ``disable``; None disables it where there is no terminal."""
+    """Return tqdm's ``disable``; None disables the bar if there is no terminal."""
     return None if progress is None else not progress
 
 
 def _pictures(session: Session) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the picture that a network with an image branch reads, whole and cropped; None if none does."""
+    """Return the picture for a network with an image branch, whole and cropped; None without such a network."""
     whole, cropped = session.picture, session.image
     return None if whole is None or cropped is None else (whole, cropped)
 
@@ -237,7 +237,7 @@ def _picture_shapes(session: Session) -> Picture | None:
 
 
 def _encode_picture(session: Session) -> Picture | None:
-    """Return what a network with an image branch reads of the picture; None without one.
+    """Return the encoded picture for a network with an image branch; None without a picture.
 
     As in the published code, CLIP reads the whole picture resized to a square, and the VAE reads the picture cropped to
     the video's size. Each encoder is freed before the next is loaded. Without an image encoder (Wan2.2's I2V) the

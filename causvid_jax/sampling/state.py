@@ -1,4 +1,4 @@
-"""The state of a stream: what one block leaves to the next, as a pytree of constant size."""
+"""The state of a stream between two blocks, as a pytree of constant size."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ Params = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StreamState:
-    """The state of B streams between two blocks: what the next block reads. Its size never changes.
+    """The state of B streams between two blocks, which the next block reads. Its size never changes.
 
     It is a pytree: functions of :mod:`causvid_jax.sampling.stream` take it and return the next one, and
     :func:`~causvid_jax.sampling.state_io.save_stream` writes it to a file.
@@ -68,7 +68,7 @@ def init_stream(
 
     Args:
         params: ``{"student"}`` is read.
-        text: prompt embeddings ``[B, S, E]``; B streams run side by side.
+        text: prompt embeddings ``[B, S, E]`` of B parallel streams.
         config: the recipe.
         seed: of the noise: one integer s, or B integers, modulo 2^32. With one s, stream b has seed s + b and equals a
             single stream of that seed.
@@ -164,8 +164,8 @@ def encode_prompt(
 ) -> TextCache:
     """Return the keys and values of the prompt ``text [B, S, E]``, and of the picture's embeddings if it has any.
 
-    They are in the type that attention reads: the same bits in half the memory of float32. On a mesh a device holds
-    those of its own streams only.
+    They are in the type that attention reads, which gives the same bits with half the memory of float32. On a mesh a
+    device holds only the keys and values of its own streams.
     """
     net = config.student
     embeds = () if picture is None or picture.embeds is None else (picture.embeds,)

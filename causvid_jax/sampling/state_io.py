@@ -19,7 +19,7 @@ def save_stream(path: str | pathlib.Path, state: StreamState) -> None:
     The name of an array is its path in the state, such as ``cache.k``.
 
     Args:
-        path: of the file, which an existing one is replaced by.
+        path: of the file; an existing file is replaced.
         state: between two blocks. It is not consumed.
     """
     leaves = jax.tree_util.tree_leaves_with_path(state)

@@ -5,9 +5,9 @@
         latents, frames, state = next_frames(params, state, config=recipe)
 
 ``params`` is ``{"student": ..., "vae": ...}``, and also ``"taehv"`` if that is the recipe's decoder. Every function is
-pure and jitted, and donates ``state``: :func:`copy_stream` keeps one. One compilation serves every block, except for
-the first with ``causal.independent_first_frame``, which has one frame. The VAE decodes the first latent frame to one
-frame and others to four; a decoded block has four per latent, so drop the first :data:`LEAD` frames of a stream.
+pure and jitted, and donates ``state``; :func:`copy_stream` makes a copy. One compilation serves every block, except an
+independent first frame (``causal.independent_first_frame``). The first latent frame decodes to one pixel frame, others
+to four. A decoded block always has four per latent frame, so drop the first :data:`LEAD` frames of a stream.
 
 Letters: B streams, K latent frames of a block, ``[h, w, C]`` one latent frame, ``[H, W]`` pixels, S tokens of width E.
 K is 1 for an independent first frame. Timesteps are in [0, 1000], noise levels ``sigma = timestep / 1000``.
@@ -79,7 +79,7 @@ def network_pass(
     config: Recipe,
     rewrites: bool = False,
 ) -> tuple[jax.Array, KVCache]:
-    """Run one network pass on the current block; all its frames have ``timestep``, or one each of ``[K]``."""
+    """Run one network pass on the current block, with one ``timestep`` for all its frames or ``[K]``, one for each."""
     timesteps = jnp.full(x.shape[:2], timestep, jnp.float32)
     run = functools.partial(transformer.cached, config=config.student, causal=config.causal, rewrites=rewrites)
     x = with_channels(x, state.picture, config.student, cache.position)
@@ -211,7 +211,7 @@ def next_block(
         state: of :func:`init_stream` or of the block before. It is donated. Without ``causal.window`` the block must
             fit the stream's maximum length: this function cannot check that.
         config: the recipe.
-        noise: ``[steps, B, K, h, w, C]``, what the block starts from and what each later step adds (with
+        noise: ``[steps, B, K, h, w, C]``, the initial noise of the block and the noise that each later step adds (with
             ``causal.add_context_noise="always"`` also the context pass); None draws it from the state's seeds.
         timesteps: static denoising timesteps, descending from at most 1000; None: those of ``config``.
 
@@ -254,7 +254,7 @@ def decode_block(
 ) -> tuple[jax.Array, StreamState]:
     """Decode the last finished block; return float frames ``[B, 4K, H, W, 3]`` in [-1, 1] and the next state.
 
-    The decoder is causal and keeps its past in the state, so call this once for every block, or for none.
+    The decoder is causal and keeps its cache in the state, so call this once for every block, or for no block.
 
     Args:
         params: the recipe's decoder, ``"vae"`` or ``"taehv"``.
@@ -300,8 +300,8 @@ def next_block_from(
     """Generate the next block from an incoming one (video to video; paper, section 5.3).
 
     The incoming block is noised to the level s of denoising step ``start``, ``x = (1 - s) latents + s noise``, and
-    denoised by the remaining steps, conditioned on the prompt and all earlier blocks. The paper takes one step, the
-    last; :func:`~causvid_jax.sampling.schedule.strength_step` chooses any.
+    denoised by the remaining steps, conditioned on the prompt and all earlier blocks. The paper takes only the last
+    step; :func:`~causvid_jax.sampling.schedule.strength_step` converts a strength to a step.
 
     Args:
         params: ``{"student"}`` is read.
@@ -357,8 +357,8 @@ def encode_image(params: Params, image: jax.Array, *, config: Recipe) -> jax.Arr
 def change_prompt(params: Params, state: StreamState, text: jax.Array, *, config: Recipe) -> StreamState:
     """Switch the prompt from the next block on, and treat the cache as ``config.causal.on_prompt_switch`` says.
 
-    ``"keep"`` leaves the cache, ``"recompute"`` recomputes it with the new prompt (:func:`recompute_context`), and
-    ``"reset"`` clears it, which shows as a cut.
+    ``"keep"`` does not change the cache, ``"recompute"`` recomputes it with the new prompt (:func:`recompute_context`),
+    and ``"reset"`` clears it, which makes a cut in the video.
 
     Args:
         params: ``{"student"}`` is read.
@@ -428,9 +428,9 @@ def _reset_context(state: StreamState, config: Recipe) -> StreamState:
 def recompute_context(params: Params, state: StreamState, *, config: Recipe) -> StreamState:
     """Recompute the keys and values of the blocks in the window with the current prompt.
 
-    Cached keys and values depend on the prompt with which they were computed. After :func:`switch_prompt` this updates
-    them, at the cost of one pass per block. The sink and an independent first frame are not updated. Blocks that have
-    left the window are not available, so the oldest blocks are recomputed with less context than before.
+    Cached keys and values depend on the prompt with which they were computed. After :func:`switch_prompt` this function
+    updates them, at the cost of one pass per block. The sink and an independent first frame are not updated. Blocks
+    that have left the window are not available, so the oldest blocks are recomputed with less context than before.
     ``state``, between two blocks, is donated; ``state.recent`` has the latents.
     """
     k, independent = config.causal.frames_per_block, int(config.causal.independent_first_frame)

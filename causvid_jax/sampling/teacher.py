@@ -1,14 +1,14 @@
 """The teacher's sampler: solve the guided ODE of a whole clip in many steps, from text or from text and a picture.
 
-With an image branch (Wan2.1-I2V) the network reads the picture twice: as ``image_latents``, further channels of its
-input, and as ``image_embeds``, to which it attends like text (:mod:`causvid_jax.sampling.image_to_video`). Both are the
-same in the conditional and the unconditional branch and in every step::
+With an image branch (Wan2.1-I2V) the network reads the picture in two forms: ``image_latents`` are additional input
+channels, and it attends to ``image_embeds`` as to text (:mod:`causvid_jax.sampling.image_to_video`). Both are the same
+in the conditional and the unconditional branch and in every step::
 
     x = concatenate([x_t, image_latents])   [B, F, h, w, 16 + 4 + 16]
     v = v(x, t, negative, embeds) + g (v(x, t, prompt, embeds) - v(x, t, negative, embeds))
 
-Wan2.2-A14B is two networks, chosen by t, each with its g (:mod:`causvid_jax.models.experts`). Its image-to-video model
-reads ``image_latents`` alone.
+Wan2.2-A14B has two networks, chosen by t, each with its own g (:mod:`causvid_jax.models.experts`). Its image-to-video
+model reads only ``image_latents``.
 """
 
 import functools
@@ -25,7 +25,7 @@ from causvid_jax.sampling import stream
 
 
 def clip_noise(seeds: jax.Array, config: Recipe) -> jax.Array:
-    """Return noise ``[B, F, h, w, C]`` for uint32 ``seeds [B]``: that of a stream's first block, F frames long."""
+    """Return noise ``[B, F, h, w, C]`` for uint32 ``seeds [B]``, drawn as for a first block of F latent frames."""
     return stream.block_noise(seeds, jnp.int32(0), jnp.int32(0), config.latent_shape)
 
 
@@ -38,7 +38,7 @@ def guided_velocity(
     *,
     config: Recipe,
 ) -> solvers.VelocityFn:
-    """Return the guided velocity as a function ``(x, timestep [B, F])`` of the noisy latents alone.
+    """Return the guided velocity as a function ``(x, timestep [B, F])`` of the noisy latents.
 
     Args:
         params: of the teacher, or of its two experts by name (``models.experts``).

@@ -20,7 +20,7 @@ from causvid_jax.models.unstacked import unstack
 _LOG = logging.getLogger("absl")
 Opened = dict[str, checkpoints.Checkpoint]  # network to checkpoint, of which only headers are read
 STAGES = {"student": "distill"}
-"""Role to the stage that left its weights, where their names differ."""
+"""Role to the stage that writes its weights, if the names differ."""
 
 
 def find(
@@ -146,8 +146,8 @@ def with_loras(opened: checkpoints.Checkpoint, loras: Sequence[str]) -> checkpoi
 def load(opened: Opened, shapes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the weights of the networks in ``shapes`` on the device, in the types of ``shapes``.
 
-    Those of two experts become one entry, ``"teacher"``. With ``linear="int8"`` each kernel of a transformer is rounded
-    before the next one is read, so that the device holds one stacked array in the compute type at a time.
+    The weights of two experts become one entry, ``"teacher"``. With ``linear="int8"`` each kernel of a transformer is
+    rounded before the next kernel is read, so that the device holds one stacked array in the compute type at a time.
     """
     params = {name: _load(opened[name], types) for name, types in shapes.items()}
     if experts.HIGH_NOISE in params:
@@ -169,7 +169,7 @@ def load_student(opened: Opened, recipe: Recipe, *, encodes: bool = False) -> di
 
 
 def stream_shapes(recipe: Recipe, *, encodes: bool = False) -> dict[str, Any]:
-    """Return shapes and types of what :func:`load_student` returns. They do not depend on the files."""
+    """Return shapes and types of the result of :func:`load_student`. They do not depend on the files."""
     student = transformer.inference(recipe.student, unstacked=True)
     return {"student": student, **decoder.codec_shapes(recipe, encodes=encodes)}
 
@@ -177,17 +177,17 @@ def stream_shapes(recipe: Recipe, *, encodes: bool = False) -> dict[str, Any]:
 def for_stream(params: Mapping[str, Any], recipe: Recipe, *, free: bool = False) -> dict[str, Any]:
     """Return ``params`` with the student in the form that streams fastest (``models.unstacked``).
 
-    Kernels that are not rounded yet are rounded if ``student.linear`` is ``"int8"``. ``free`` releases the stacked
-    arrays on the way; they must not be used again.
+    Kernels that are not rounded yet are rounded if ``student.linear`` is ``"int8"``. ``free`` releases each stacked
+    array after its use; the arrays must not be used again.
     """
     student = transformer.round_params(params["student"], recipe.student)
     return {**params, "student": unstack(student, recipe.student, free=free)}
 
 
 def checksum(opened: Opened, recipe: Recipe) -> str:
-    """Return one SHA-256 of everything that turns noise into frames: weights of student and decoder, and settings.
+    """Return one SHA-256 of all that determines the frames of given noise: weights of student and decoder, settings.
 
-    ``causal.on_prompt_switch`` does not count, because every prompt switch of a script has its own value.
+    ``causal.on_prompt_switch`` is left out, because every prompt switch of a script has its own value.
     """
     causal = dataclasses.replace(recipe.causal, on_prompt_switch="keep")
     names = "student", "taehv" if recipe.decoder == "taehv" else "vae"

@@ -56,9 +56,9 @@ def random_crop(
 ) -> tuple[jax.Array, jax.Array]:
     """Return ``length`` latent frames from a random start, and the pixel frames that they decode to as a whole video.
 
-    The first latent frame of a decoded video gives one pixel frame. Latent frame s, which encodes the pixel frames
-    4s - 3 to 4s, then decodes to pixel frame 4s. Latent frame 0 of the clip encodes a single frame, unlike all others.
-    It is in more than a quarter of the crops, because the VAE encodes latents badly that are rarely decoded.
+    The first latent frame of a decoded video gives one pixel frame. If the crop starts at latent frame s, which encodes
+    the pixel frames 4s - 3 to 4s, that frame is 4s. Latent frame 0 of the clip encodes a single frame, unlike all
+    others. It is in more than a quarter of the crops, because the VAE encodes latents badly that are rarely decoded.
 
     Args:
         latents: of a clip, ``[B, F, h, w, C]``.
@@ -99,7 +99,7 @@ def vae_loss(
         key: samples the latents and the crop.
         config: of the VAE.
         kl_weight: of the KL divergence from N(0, 1).
-        train_encoder: False keeps the latents as they are.
+        train_encoder: False gives the encoder no gradient, so latents do not change.
         clips: number of clips that are decoded as one video (:func:`concat_clips`).
         crop: number of latent frames that are decoded, from a random start (:func:`random_crop`); 0: all.
 
@@ -153,7 +153,7 @@ def read_batches(
 def latent_statistics(params: Any, clips: Any, config: VAEConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the mean per channel and one standard deviation for all channels, ``C`` numbers each, over 256 clips.
 
-    One scale serves all channels: unit variance per channel would weight fine detail as much as shape.
+    All channels have one scale, because unit variance per channel would weight fine detail as much as shape.
     """
     encode = jax.jit(functools.partial(vae.encode_moments, config=config))
     batches = pipeline.clip_batches(clips, batch_size=16, seed=0)

@@ -120,7 +120,7 @@ class Checkpoints:
         """Return the state and the progress of the last good checkpoint, or None if there is none.
 
         The state has the shapes, types and shardings of ``state``, a dataclass. The arrays of ``state`` are deleted
-        first, which frees the memory for those that are read.
+        first, to free memory for the arrays that are read.
 
         Raises:
             ConfigError: the checkpoint does not fit ``state``, for example after a change of the configuration.
@@ -142,7 +142,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Start to save ``state`` (arrays) and ``progress`` (JSON values) as ``step``, and return.
 
-        A full or failing disk raises no error but is reported: the run continues, and the last good checkpoint stays.
+        A full or failing disk raises no error; it is reported, the run continues, and the last good checkpoint stays.
         """
         self.wait()
         if jax.default_backend() == "cpu":

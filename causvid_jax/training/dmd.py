@@ -69,8 +69,8 @@ class DMDState:
 
     Attributes:
         student: the generator, with its EMA.
-        critic: the fake score, which may be of another size; without an EMA. If it shares the student's base, this is
-            its adapters alone (:func:`~causvid_jax.training.dmd_scores.fake_params`).
+        critic: the fake score, which may have another size; without an EMA. If it shares the student's base, only its
+            adapters (:func:`~causvid_jax.training.dmd_scores.fake_params`).
         step: number of steps of which at least one update was applied; int32 scalar.
         history: recent losses of the critic (row 0) and the student (row 1).
     """
@@ -184,7 +184,7 @@ def critic_update(
 ) -> tuple[Trainable, guard.LossHistory, Batch | None, Metrics]:
     """Update the critic by flow matching on the student's outputs (CausVid, equation 2).
 
-    ``previous`` is the end of the rollout before, with its prompts; None if rollouts never continue one another. The
+    ``previous`` is the end of the previous rollout, with its prompts; None if rollouts never continue earlier ones. The
     student's parameters are constant. Other arguments are those of :func:`apply_update`.
 
     Returns:
@@ -336,9 +336,9 @@ def train_step(
         frames: static length of rollouts in latent frames, 0 for the full clip; None: ``train_distill.frames``.
 
     Returns:
-        The next state and scalar metrics: ``generator_*``, ``critic_*`` as means over the K updates, and how many of
-        the K + 1 updates were ``applied`` and ``skipped`` (in all: ``skipped_total``). A refused update does not change
-        its network, and none is applied if an input is not finite.
+        The next state and scalar metrics: ``generator_*``, ``critic_*`` as means over the K updates, and the numbers of
+            ``applied`` and ``skipped`` updates among the K + 1 (``skipped_total``: since the start). A refused update
+            does not change its network. If an input is not finite, no update is applied.
 
     Raises:
         ConfigError: there are not K + 1 batches, or the blocks do not fit ``frames``.
@@ -396,11 +396,11 @@ def compiled_step(recipe: Recipe, placement: Placement) -> TrainStep:
 
 
 def first_critic(run: Run, student: Any, teacher: Any) -> Any:
-    """Return the parameters that the fake score starts from, with buffers of their own.
+    """Return the initial parameters of the fake score, in new buffers.
 
-    They are a copy of the student's or the teacher's (``critic_init``). Beside a causal teacher, a fake score in
-    another forward mode starts from the bidirectional teacher instead. If the fake score shares the student's base, the
-    result is its adapters alone. With ``objective="dmd_gan"`` a new discriminator's head is added.
+    They are a copy of the student's or the teacher's (``critic_init``). If the teacher is causal and the fake score has
+    another forward mode, it starts from the bidirectional teacher instead. If the fake score shares the student's base,
+    the result is only its adapters. With ``objective="dmd_gan"`` a new discriminator's head is added.
     """
     recipe, config = run.recipe, run.recipe.train_distill
     if shares_base(recipe):

@@ -1,4 +1,4 @@
-"""Batches of the stage ``distill``, the context of rollouts that continue one another, and the window of the losses."""
+"""Batches of the stage ``distill``, the context of rollouts that continue earlier ones, and the loss window."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +22,7 @@ def clip_shape(recipe: Recipe) -> tuple[int, int, int, int]:
 
 
 def no_context(batch: Batch, recipe: Recipe) -> Batch | None:
-    """Return the empty context of the first rollout of a step; None if rollouts never continue one another.
+    """Return the empty context of the first rollout of a step; None if rollouts never continue earlier ones.
 
     It has ``latents [B, P, h, w, C]`` (P = ``causal.past_frames()``), ``text [B, S, E]`` and ``exists`` (bool scalar).
     """
@@ -38,9 +38,9 @@ def with_context(
 ) -> tuple[Batch, jax.Array]:
     """Return ``batch`` with the context of the previous rollout, and the next key.
 
-    With probability ``continuation_prob`` the new rollout continues the previous one. Each clip then keeps its prompt
-    or, with probability ``prompt_switch_prob``, has the one of ``batch``. ``context`` is ``[B, P, h, w, C]``, and
-    ``has_context`` is bool ``[B]``, all equal.
+    With probability ``continuation_prob`` the new rollout continues the previous rollout. Each clip then keeps its
+    prompt or, with probability ``prompt_switch_prob``, takes the prompt of ``batch``. ``context`` is
+    ``[B, P, h, w, C]``, and ``has_context`` is bool ``[B]``, all equal.
     """
     if previous is None:
         return batch, key
@@ -97,7 +97,7 @@ def batch_shapes(recipe: Recipe) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def read_batches(run: Run, *, batch_size: int, frames: int, seed: int) -> Iterator[Batch]:
-    """Read this process's examples of all K + 1 batches of a step together; a self rollout needs prompts alone.
+    """Read this process's examples of all K + 1 batches of a step together; a self rollout needs only prompts.
 
     Raises:
         ConfigError: the latents or prompts are not prepared.

@@ -25,8 +25,8 @@ def shares_base(recipe: Recipe) -> bool:
 def critic_spec(recipe: Recipe) -> dict[str, Any]:
     """Return the specification of the parameters that the state holds for the fake score.
 
-    They are those of its network, or its adapters alone (:func:`shares_base`), and the discriminator's head if the
-    objective has one.
+    These are the parameters of its network, or only its adapters (:func:`shares_base`), and the discriminator's head if
+    the objective has a discriminator.
     """
     config, net = recipe.train_distill, recipe.fake_score
     spec = transformer.spec(net)
@@ -35,7 +35,7 @@ def critic_spec(recipe: Recipe) -> dict[str, Any]:
 
 
 def fake_params(critic: Any, student: Any, recipe: Recipe) -> Any:
-    """Return all parameters of the fake score: those of the state, with the student's base if they share it."""
+    """Return all parameters of the fake score: those of the state, with the student's base if it is shared."""
     return adapters.join(critic, adapters.split(student)[1]) if shares_base(recipe) else critic
 
 

@@ -49,7 +49,7 @@ class Row:
         name: in the table.
         network: the stage whose weights are sampled: ``"teacher"`` makes clips, ``"causal"`` streams with
             :data:`CAUSAL_STEPS` steps, ``"init"`` and ``"distill"`` stream as the recipe says.
-        stages: stages that the row trains again for every seed (or ``"trajectories"``, which it makes again).
+        stages: stages that the row trains again for every seed (``"trajectories"`` are made again).
         once: stages before them that the row trains again, once for all seeds.
         settings: recipe fields as text, such as ``{"train_distill.teacher": "causal"}``.
         replace: stage to another stage whose weights are used instead, such as ``{"init": "causal"}``.
@@ -158,8 +158,8 @@ def row_recipe(recipe: Recipe, experiment: Experiment, row: Row, seed: int) -> R
 def folder_of(recipe: Recipe, row: Row, base: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
     """Return where the stages of a row are trained: ``WORKDIR/<stages>_<digest>``.
 
-    The digest is of all that decides the weights, so rows of several experiments that train the same share a folder,
-    and other settings never find the results of former ones.
+    The digest covers everything that determines the weights. Rows of several experiments with equal training share a
+    folder, and rows with other settings never do.
     """
     parts = [to_json(recipe), row.once, row.stages, sorted(row.replace.items()), str(base.resolve())]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
@@ -185,7 +185,7 @@ def train(recipe: Recipe, row: Row, base: pathlib.Path, part: pathlib.Path, say:
 def train_row(
     recipe: Recipe, experiment: Experiment, row: Row, seed: int, base: pathlib.Path, workdir: pathlib.Path, say: Say
 ) -> tuple[Recipe, pathlib.Path]:
-    """Train all stages of a row for a seed; return its recipe and its folder. What is finished is skipped."""
+    """Train all stages of a row for a seed; return its recipe and its folder. Finished stages are skipped."""
     start = base
     if row.once:
         first = dataclasses.replace(row, stages=row.once, once=())

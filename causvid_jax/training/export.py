@@ -12,8 +12,8 @@ from causvid_jax.training import autoencoder, checkpoint, provenance, weights
 def export_checkpoint(workdir: pathlib.Path, name: str, output: pathlib.Path, step: int | None = None) -> int:
     """Write the EMA of stage ``name`` at ``step`` (None: its newest checkpoint) to ``output``; return the step.
 
-    The recipe is the one in the checkpoint. The file is equal to that of a run which ends at this step. Optimizer state
-    and fake score are not read.
+    The recipe is that in the checkpoint. The file equals that of a run which ends at this step. Optimizer state and
+    fake score are not read.
 
     Raises:
         ConfigError: there is no such checkpoint, or it is damaged; for ``vae`` also if there are no clips on which the

@@ -1,6 +1,6 @@
-"""Refuse updates whose loss or gradient is not finite, or whose loss is far above the losses before it.
+"""Refuse updates if the loss or the gradient is not finite, or if the loss is far above the losses before it.
 
-The decision is made on the device, which still has the old state. The host does not have to wait for a loss.
+The decision is made on the device, which still has the old state, so the host does not wait for the loss.
 """
 
 import dataclasses
@@ -45,8 +45,8 @@ def check_update(
 ) -> tuple[jax.Array, LossHistory]:
     """Decide whether an update is applied, and return the history after it.
 
-    ``applied = finite(loss) and finite(gradient norm) and loss <= factor * median(recent)``. The last condition counts
-    once W losses are known, and not if the factor is 0. With ``on_bad_loss = "stop"`` all updates after a refused one
+    ``applied = finite(loss) and finite(gradient norm) and loss <= factor * median(recent)``. The last condition applies
+    once W losses are known, and never if the factor is 0. With ``on_bad_loss = "stop"`` all updates after a refused one
     are refused too: the host reads metrics one step late, and must find the last good state.
 
     Args:
@@ -63,7 +63,7 @@ def check_update(
     recent, loss = history.recent[row], loss.astype(jnp.float32)
     applied = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & finite
     if config.bad_loss_factor:
-        median = jnp.median(recent)  # NaN while one of them is
+        median = jnp.median(recent)  # NaN while there are fewer than W losses
         applied &= ~((median > 0) & (loss > config.bad_loss_factor * median))
     if config.on_bad_loss == "stop":
         applied &= history.skipped == 0

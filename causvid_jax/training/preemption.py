@@ -1,4 +1,4 @@
-"""Stop a run on Ctrl-C or SIGTERM; of many hosts, all stop after the same step."""
+"""Stop a run on Ctrl-C or SIGTERM; all hosts stop after the same step."""
 
 import contextlib
 import os
@@ -34,8 +34,8 @@ STOPS: dict[int, tuple[str, type[BaseException]]] = {
 def requests() -> Iterator[Callable[[int], int]]:
     """Turn the first Ctrl-C or SIGTERM in the block into a request to stop. A second Ctrl-C stops at once.
 
-    Among many processes, a signal to any one is a request to all. JAX's preemption service chooses the step at which
-    all stop: the first that none has passed.
+    With many processes, a signal to any of them is a request to all. JAX's preemption service chooses the step at which
+    all stop: the first step that no process has passed.
 
     Yields:
         ``requested(step)``, to be called once after every step. It returns the signal that stops the run now, or 0.

@@ -27,7 +27,7 @@ def claimed(folder: pathlib.Path, wait: float = WAIT_SECONDS) -> Iterator[None]:
     """Lock ``folder`` for this run in the block: process 0 locks ``folder/run.lock``.
 
     It is a POSIX record lock, which works over NFS and Lustre. The operating system releases it when the process ends
-    for any reason; the remaining file has no meaning. On a file system without locks there is a warning instead.
+    for any reason; a file without a lock has no meaning. On a file system without locks there is a warning instead.
 
     Raises:
         ConfigError: another run still holds the lock after ``wait`` seconds; the message names its process and host.

@@ -33,7 +33,7 @@ class Trainable:
 
     Attributes:
         params: all parameters.
-        opt: state of the optimizer; with adapters (``models.adapters``) of these alone.
+        opt: state of the optimizer; with adapters (``models.adapters``) only that of the adapters.
         ema: EMA of the trained parameters, which is sampled and exported; None: the network has none.
     """
 
@@ -134,9 +134,9 @@ def make_train_step(
     """Return the jitted step ``(state, batch) -> (state, metrics)`` of one network; it donates the state.
 
     A stage with frozen networks passes them after the batch, ``(state, batch, *frozen)``. Its loss is called with the
-    keywords ``frozen`` and ``state``. The key is ``fold_in(key(config.seed), step)``, so a resumed run draws what an
-    uninterrupted one would. A refused update does not change the network or ``step``, and the metric ``skipped`` is 1.
-    On a mesh the new state has ``shardings`` (a tree of ``NamedSharding``, or one for all).
+    keywords ``frozen`` and ``state``. The key is ``fold_in(key(config.seed), step)``, so a resumed run has the random
+    numbers of an uninterrupted run. A refused update does not change the network or ``step``, and the metric
+    ``skipped`` is 1. On a mesh the new state has ``shardings`` (a tree of ``NamedSharding``, or one for all).
     """
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))

@@ -35,7 +35,7 @@ def measured_vae(recipe: Recipe, workdir: pathlib.Path) -> tuple[Any, Recipe]:
 
 
 def check_sink_positions(recipe: Recipe, stage: str) -> None:
-    """Refuse training of ``stage`` in block-causal mode on positions that a stream does not have.
+    """Refuse training of ``stage`` in block-causal mode if positions differ from those in a stream.
 
     With ``causal.positions = "relative"`` a stream places the sink directly before its window. Block-causal mode uses
     the true positions of the sink, which differ if a clip is longer than sink and window.
@@ -153,7 +153,7 @@ def prompt_embeds(batch: dict[str, Any], reader: encoder.Encoder) -> np.ndarray:
 
 
 def with_text(batch: dict[str, Any], reader: encoder.Encoder, names: Iterable[str]) -> dict[str, Any]:
-    """Return the arrays ``names`` of a batch, of which ``text`` is that of :func:`prompt_embeds`."""
+    """Return the arrays ``names`` of a batch, with ``text`` from :func:`prompt_embeds`."""
     values = {**batch, "text": prompt_embeds(batch, reader)}
     return {name: values[name] for name in names}
 
