@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from causvid_jax.config import LoraConfig, TransformerConfig
+from causvid_jax.config import LoraConfig, TransformerConfig, require
 from causvid_jax.models import layers
 from causvid_jax.sharding.params import ParamSpec
 
@@ -57,6 +57,19 @@ def product(p: Tree, x: jax.Array, config: TransformerConfig) -> jax.Array:
 def has_adapters(params: Any) -> bool:
     """Return whether any module of ``params`` has an adapter."""
     return any(True for _ in modules(params))
+
+
+def check(params: Tree, config: TransformerConfig) -> None:
+    """Check that stacked layers have adapters only if ``config`` declares them: a scan reads declared parameters alone.
+
+    Raises:
+        ConfigError: the adapters would be ignored.
+    """
+    require(
+        config.lora.rank > 0 or isinstance(params["blocks"], tuple) or not has_adapters(params["blocks"]),
+        "the weights have LoRA adapters in stacked layers, and transformer.lora.rank is 0, so they would not be read; "
+        "accepted: layers of models.transformer.unstack, or lora.rank",
+    )
 
 
 def modules(params: Any) -> Iterator[Tree]:

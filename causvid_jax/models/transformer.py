@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from causvid_jax.config import CausalConfig, TransformerConfig, require
-from causvid_jax.models import attention, int8_linear, precision, rope
+from causvid_jax.models import adapters, attention, int8_linear, precision, rope
 from causvid_jax.models.int8_cache import readable, stored
 from causvid_jax.models.int8_linear import round_parameter, round_params
 from causvid_jax.models.kv_cache import (
@@ -245,6 +245,7 @@ def _apply(
         f"the input has {x.shape[-1]} channels; this transformer requires {config.in_channels}",
     )
     int8_linear.check(params, config)
+    adapters.check(params, config)
     module = _Transformer(config, attend, pooled)
     unstacked = params["blocks"] if is_unstacked(params) else None
     declared = {name: value for name, value in params.items() if name != "blocks"} if unstacked else params

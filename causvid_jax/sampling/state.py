@@ -155,8 +155,19 @@ def abstract_state(
 
 
 def student_params(params: Params, strengths: Adapters | None) -> Any:
-    """Return the student's parameters, with the stream's strengths in its adapters."""
-    return params["student"] if strengths is None else adapters.scaled(params["student"], strengths.scale)
+    """Return the student's parameters, with the stream's strengths in its adapters.
+
+    Raises:
+        ConfigError: strengths for stacked layers, whose scan would not read them.
+    """
+    if strengths is None:
+        return params["student"]
+    require(
+        is_unstacked(params["student"]),
+        "the stream has strengths of LoRAs, and the student's layers are stacked; accepted: layers of "
+        "models.transformer.unstack",
+    )
+    return adapters.scaled(params["student"], strengths.scale)
 
 
 def encode_prompt(

@@ -103,6 +103,17 @@ def test_the_base_is_neither_changed_nor_copied(files):
     assert grown["blocks"]["ffn"]["fc1"]["kernel"] is base["blocks"]["ffn"]["fc1"]["kernel"]
 
 
+def test_adapters_that_a_scan_would_not_read_are_refused(files):
+    """Streams ignored adapters of stacked layers in all passes and read them in the prompt's keys and values."""
+    pipe, base = pipeline(files), load(files / "student.safetensors", config=NET)[0]
+    attached = lora_factors.attach(base, lora_factors.open_factors({"style": files / "style"}, NET))
+    state, text = pipe.stream(RED), pipe.encode_prompt(RED)
+    params = {"student": attached}
+    refused("the student's layers are stacked", stream.set_adapters, params, state, jnp.ones(3), text, config=RECIPE)
+    x = jnp.zeros((1, 2, 4, 4, 4))
+    refused("in stacked layers", transformer.bidirectional, attached, x, jnp.zeros((1, 2)), text, config=NET)
+
+
 @pytest.mark.parametrize("names", ["peft", "diffusers"])
 def test_trained_adapters_come_back_from_files(names, tmp_path):
     """``merged`` against the merging reader, and both against the product in the forward pass."""
