@@ -1,15 +1,15 @@
-"""Time the streaming student beside its PyTorch twin, in turns, in one process and one command.
+"""Time the streaming student and a PyTorch version of it (the twin) by alternating calls in one process.
 
-``python benchmarks/compare_torch.py --config=digits --output=compare.json`` needs PyTorch beside JAX. Both have equal
+``python benchmarks/compare_torch.py --config=digits --output=compare.json`` needs PyTorch and JAX. Both have equal
 sizes, cache, compute type and device, and on a CPU the same cores. Weights are random. PyTorch is compiled
-(``torch.compile``), unless ``--eager`` is flags. Each round runs a call once in both; every other round begins with the
-other one, so that a slow phase of the machine hits both. Prints medians and their ratio, above 1 where JAX is faster,
+(``torch.compile``) unless ``--eager`` is given. Each round runs a call once in both. Every other round starts with the
+other program, so that a slow phase of the machine affects both. Prints medians and their ratio (above 1: JAX is faster)
 with a 95% interval by bootstrap, and the range of the ratio over the rounds.
 
-A CPU is measured in float32 on one core, in processor time, which other work disturbs least; ``--threads`` above 1
+A CPU is measured in float32 on one core, in processor time, which other programs disturb least; ``--threads`` above 1
 measures wall time. A GPU is measured in the recipe's type, in wall time.
 
-``--check`` compares the twin's velocities with the JAX student's instead, in float32 with the same weights.
+``--check`` instead compares the twin's velocities with those of the JAX student, in float32 with the same weights.
 """
 
 import argparse
@@ -39,13 +39,13 @@ from causvid_jax.sampling import stream
 
 OURS, THEIRS = "jax", "torch"
 WARM_UP = 2
-"""Rounds that do not count; compilation is in the first."""
+"""Rounds that do not count; the first includes compilation."""
 BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
 Calls = Mapping[str, Callable[[], None]]
 
 
 def interleave(calls: Calls, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Return milliseconds of ``rounds`` calls of each of ``calls`` in turns; every other round runs them in reverse."""
+    """Return milliseconds of ``rounds`` alternating calls of all ``calls``; every other round runs them in reverse."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + WARM_UP):
         for name in list(calls)[:: 1 if i % 2 == 0 else -1]:

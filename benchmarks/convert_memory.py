@@ -1,7 +1,7 @@
 """Measure peak memory and time of converting full-size checkpoints: write random weights, convert and delete them.
 
 ``python benchmarks/convert_memory.py --size=1.3B --folder=/tmp`` writes a float32 file as Wan2.1 publishes it (5.7 GB),
-converts it to our format, and reports what the converting process needed beyond the same process that only imports.
+converts it to our format, and reports the memory of the process above that of a dry run.
 ``--size=14B --dtype=bfloat16`` writes diffusers' shards (28.6 GB) and converts them in the same way. Twice the size
 must be free on the disk. The limits are 4 GiB for 1.3B, and 1.5 times the largest shard plus 2 GiB for 14B.
 """

@@ -2,10 +2,10 @@
 
 A continued rollout starts in the middle of a stream, where a latent frame holds four frames. The teacher was trained on
 clips whose first latent frame holds one. ``python benchmarks/first_frame.py`` takes the second clip of streams of the
-digits student and reads it twice: with the stream's first latent frame, and with the last frame that it shows, encoded
-as the first frame of a clip. Noise and all other latent frames are the same. It prints, for each timestep, the relative
-difference of the two velocities on the other latent frames, on the second and on the last one, and for both inputs the
-mean square of ``velocity - (noise - x0)`` over the other latent frames.
+digits student and runs the teacher on it twice: with the clip's first latent frame from the stream, and with the last
+pixel frame of this latent frame, encoded as the first frame of a clip. Noise and all other latent frames are the same.
+It prints, for each timestep, the relative difference of the two velocities on the other latent frames, on the second
+and on the last one, and for both inputs the mean square of ``velocity - (noise - x0)`` over the other latent frames.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Measure what 8 bits change in the clips of the digits student: ``python benchmarks/int8_quality.py [CLIPS]``.
+"""Measure the effect of 8 bits on clips of the digits student: ``python benchmarks/int8_quality.py [CLIPS]``.
 
 Samples the same prompts and noise with the recipe's settings, with each of ``student.kv_cache``, ``student.attention``
 and ``student.linear`` set to ``"int8"``, with all three, and with ``student.precision="fast"``, twice the trained

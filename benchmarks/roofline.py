@@ -1,10 +1,10 @@
 """Sum a roofline over the instructions of a compiled program, from its text alone.
 
-Every instruction of the entry and of the loops' bodies counts once for each turn. It moves the bytes that it reads and
-writes in the device's memory, and multiplies what its matrix products say. Its time is the larger of bytes over
-bandwidth and FLOPs over the rate of the matrix units, so the sum is a lower bound of the program's time. A fusion that
-only slices an operand reads the slice, and an update in place touches its window alone. Kernels whose operands do not
-tell their products (Pallas on a TPU) count as traffic only.
+Every instruction of the entry and of the loops' bodies counts once for each iteration. It has the bytes that it reads
+and writes in the device's memory, and the FLOPs of its matrix products. Its time is the larger of bytes over bandwidth
+and FLOPs over the rate of the matrix units, so the sum is a lower bound of the program's time. A fusion that only
+slices an operand reads the slice, and an update in place writes only its window. Kernels with FLOPs that the operands
+do not show (Pallas on a TPU) count only as traffic.
 """
 
 import collections
@@ -32,7 +32,7 @@ _UPDATES = ("dynamic-update-slice", "scatter")
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one instruction does in one turn, and how often the program runs it."""
+    """Bytes and FLOPs of one instruction in one iteration, and the number of iterations."""
 
     name: str
     bytes: float
@@ -184,7 +184,7 @@ class _Program:
                 yield Cost(one.name, self._bytes(one, table), self._flops(one, table), turns)
 
     def _trips(self, loop: _Instruction) -> int:
-        """Return the turns of a loop: what XLA knows, else the largest constant of its condition."""
+        """Return the iterations of a loop: the count that XLA knows, else the largest constant of its condition."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known.group(1))
@@ -212,7 +212,7 @@ class _Program:
         return sum(operands) + _size(written)
 
     def _fused_bytes(self, one: _Instruction, operands: list[float]) -> float:
-        """Return what a fusion reads and writes: of an operand that is only sliced, the slices."""
+        """Return the bytes that a fusion reads and writes; of an operand that is only sliced, those of the slices."""
         inner = self.computations.get(one.called(), {})
         users: dict[str, list[_Instruction]] = collections.defaultdict(list)
         for each in inner.values():

@@ -2,10 +2,11 @@
 
 ``python benchmarks/scaling.py`` writes the file from shapes and published peaks
 (:mod:`causvid_jax.analysis.mesh_search`) and from docs/scaling.json, which holds the compiled rows.
-``--compile ROW...`` compiles rows, one at a time in processes of their own, and adds each to that file as soon as it is
-done. A row that is there with the same settings is not compiled again. If a plan that should fit does not, the next one
-is compiled. ``--quick`` is that of ``launch.compile``. A row has the name ``1.3B/distill/v5e-16``, or is chosen by a
-pattern (``"1.3B/*/64 H100"``). Compiling needs the compiler of the machine (extras ``tpu``, ``cuda12``).
+``--compile ROW...`` compiles rows one at a time, each in a new process, and adds each to that file as soon as it is
+done. A row that the file has with the same settings is not compiled again. If a mesh that should fit does not, the next
+mesh is compiled. ``--quick`` is that of ``launch.compile``. A row is chosen by its name, such as
+``1.3B/distill/v5e-16``, or by a pattern (``"1.3B/*/64 H100"``). Compiling needs the compiler of the machine (extras
+``tpu``, ``cuda12``).
 """
 
 import argparse
@@ -52,7 +53,7 @@ MACHINES = {
     "64 H200": "h200:8x8",
 }
 FEW = {1: ("1 H100", "1 H200"), 4: ("4 H100", "4 H200"), 8: ("8 H100", "8 H200"), 64: ("64 H100", "64 H200")}
-TEACHER_BATCH = 64  # the published recipes train no teacher; as large a batch as distillation's
+TEACHER_BATCH = 64  # the published recipes train no teacher; the batch is that of distillation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +64,8 @@ class Row:
     stage: str
     machine: str
     plan: mesh_search.Candidate
-    report: compile_report.Report  # computed, or compiled where that was done
-    refused: bool = False  # the compiler found no room for it, and gave no figures
+    report: compile_report.Report  # compiled if that was done, else computed
+    refused: bool = False  # the compiler refused the program for its size, without figures
 
     @property
     def fits(self) -> bool:
@@ -87,7 +88,7 @@ def load(name: str) -> Recipe:
 
 
 def row_of(recipe: str, stage: str, name: str, compiled: dict[str, dict]) -> Row:
-    """Return a cell with the fastest plan that was not found too large, and the compiler's figures if it has any."""
+    """Return a cell with the fastest mesh that was not found too large, and the compiler's figures if they exist."""
     machine, known = topology.parse(MACHINES[name]), compiled.get(f"{recipe}/{stage}/{name}", {})
     plan = mesh_search.search(load(recipe), stage, machine, too_large=known.get("too_large", ()))
     row = Row(recipe, stage, name, plan, compile_report.estimate_for(plan.recipe, stage, machine))
@@ -288,7 +289,7 @@ def document(made: list[Row]) -> str:
 
 
 def compile_row(row: Row, quick: bool) -> dict | None:
-    """Return the row's entry for docs/scaling.json, computed in a process of its own.
+    """Return the row's entry for docs/scaling.json, computed in a new process.
 
     The entry has no report if the compiler refused a program that is too large. The result is None if it failed.
     """
@@ -313,7 +314,7 @@ def compile_row(row: Row, quick: bool) -> dict | None:
 
 
 def compile_plan(row: Row, compiled: dict[str, dict], quick: bool) -> bool:
-    """Add the row's plan to ``compiled``, or that it is too large though it should fit; return whether it was added."""
+    """Compile the row's mesh, or note in ``compiled`` that it is too large; return whether ``compiled`` changed."""
     settings, known = row.plan.settings(row.stage), compiled.get(row.name, {})
     if known.get("settings") != settings:
         entry = compile_row(row, quick)

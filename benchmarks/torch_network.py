@@ -1,4 +1,4 @@
-"""The causal Wan transformer with its streaming cache in PyTorch, to time it beside the JAX one.
+"""The causal Wan transformer with its streaming cache in PyTorch, to compare its speed with the JAX network.
 
 It is the same function of its inputs as ``causvid_jax.models.transformer.cached`` for a window without a sink. It is
 written to be fast: keys are rotated when they are written, attention is one ``scaled_dot_product_attention`` over the
@@ -139,7 +139,7 @@ class Student(nn.Module):
         self.blocks = nn.ModuleList(Block(net) for _ in range(net.num_layers))
 
     def cast(self, dtype: torch.dtype) -> "Student":
-        """Convert all parameters to ``dtype`` but the time embedding's, which are float32 in ours too; return self."""
+        """Convert all parameters except the time embedding's (float32 in ours too) to ``dtype``; return self."""
         self.to(dtype)
         for layer in (self.time1, self.time2, self.time_projection):
             layer.float()

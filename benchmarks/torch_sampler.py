@@ -1,4 +1,4 @@
-"""A PyTorch twin of the streaming student, which ``benchmarks/compare_torch.py`` times beside ours.
+"""A PyTorch version of the streaming student, which ``benchmarks/compare_torch.py`` compares with ours.
 
 It does less than ours in two ways: attention slices the cache to the slots in use (one compilation per length), and the
 residual stream is in the compute type. The network is ``benchmarks/torch_network.py``.

@@ -90,7 +90,7 @@ CODECS = ("wan", "taehv")
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """The decoder of ``recipe`` for ``streams`` videos side by side."""
+    """The decoder of ``recipe`` for ``streams`` parallel videos."""
 
     recipe: Recipe
     streams: int
@@ -145,7 +145,7 @@ class Options:
 
     Attributes:
         repeats: timed calls of each program; for clips and first frames a fourth of that, at least 3.
-        streams: videos side by side.
+        streams: parallel videos.
         codecs: names of decoders, of ``CODECS``.
 
     Raises:
@@ -170,7 +170,7 @@ class Options:
 def cache_lengths(recipe: Recipe) -> list[tuple[int, int]]:
     """Return the lengths of context at which a block is timed, until the cache is full.
 
-    Each is (index of the block's first latent frame, number of latent frames that it attends to, with its own).
+    Each is (index of the block's first latent frame, number of latent frames that it attends to, including its own).
     """
     causal, k = recipe.causal, recipe.causal.frames_per_block
     first = int(causal.independent_first_frame)
@@ -189,7 +189,7 @@ UNIFORM_INT8 = math.sqrt((255**2 - 1) / 12)
 def random_weights(abstract: Any, seed: int = 0) -> Any:
     """Make parameters of the shapes and types ``abstract`` on the device.
 
-    Scales are 1, biases 0, all else N(0, 0.02^2). Kernels in 8 bits are uniform with a standard deviation of 0.02.
+    Scales are 1, biases 0, all other arrays N(0, 0.02^2). Kernels in 8 bits are uniform, standard deviation 0.02.
     """
 
     def make() -> Any:
@@ -340,7 +340,7 @@ class _Bench:
         return state
 
     def blocks(self, state: stream.StreamState, decoder: "_Decoder | None") -> stream.StreamState:
-        """Time blocks with a full window one after the other, as latents or decoded."""
+        """Time consecutive blocks with a full window, as latents or decoded."""
         here, seen = cache_lengths(self.recipe)[-1]
         back, repeats = rewinder(here), self.options.repeats
         passes = self.steps + self.recipe.causal.context_pass
@@ -377,7 +377,7 @@ class _Bench:
                 waiting, state = (self.first if i == 0 else self.block)(self.params, state)
                 if decoder is not None:
                     waiting, cache = decoder.decode(decoder.params, waiting, cache)
-            if ready is not None:  # the block before is handed out while this one is under way
+            if ready is not None:  # the previous block is delivered while this block is computed
                 np.asarray(ready)
                 arrivals.append(time.perf_counter() - begin)
         return arrivals
@@ -444,11 +444,11 @@ def run(
     """Measure; return the report of :mod:`causvid_jax.analysis.report`.
 
     Args:
-        recipe: what is measured, on one device.
+        recipe: to measure, on one device.
         options: numbers of calls and streams, and the decoders.
         log: called with the name of each measurement before it starts.
         params: name of a network to its parameters, the student in the form of streams; missing ones are random.
-        weights: says in the report where ``params`` come from.
+        weights: origin of ``params``, for the report.
 
     Raises:
         ConfigError: a decoder that does not fit the recipe's latents, or memory beyond the device's.

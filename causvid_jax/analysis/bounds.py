@@ -1,4 +1,4 @@
-"""Refuse numbers that are too large together, though each is within its own bounds, before memory is asked for.
+"""Refuse numbers that are too large together, although each is within its bounds, before memory is allocated.
 
 Memory is computed from shapes (:mod:`causvid_jax.analysis.memory`). ``causvid sample`` and ``causvid bench`` compare
 their own plans.
@@ -20,7 +20,7 @@ from causvid_jax.models.decoder import vae_shapes
 from causvid_jax.sampling import blocks
 
 LARGEST_DEVICE = 2**40
-"""Bytes that no single device has."""
+"""More bytes than any single device has."""
 _OF_A_STREAM = ("keys and values", "prompt's keys and values", "decoder's past")
 
 
@@ -45,7 +45,7 @@ def check_server(recipe: Recipe, sessions: int) -> None:
 
 
 def check_program(recipe: Recipe, batch: int, here: bool) -> None:
-    """Refuse a program of ``batch`` streams that this machine (``here``), or any device, cannot hold.
+    """Refuse a program of ``batch`` streams that exceeds the memory of this machine (``here``), or of any device.
 
     Raises:
         ConfigError: its arrays exceed the memory.
@@ -84,7 +84,7 @@ def check_evaluation(recipe: Recipe, plan: Plan, teacher: bool = True) -> None:
 
 
 def check_stage(stage: str, recipe: Recipe, options: prepare.Options) -> None:
-    """Refuse a stage of ``causvid prepare`` of which a batch exceeds the memory.
+    """Refuse a stage of ``causvid prepare`` if a batch exceeds the memory.
 
     Raises:
         ConfigError: the batch does not fit the device, or its frames do not fit the host.

@@ -37,7 +37,7 @@ class Report:
 
     Attributes:
         topology: the machine's name.
-        devices: how many.
+        devices: their number.
         mesh: axis sizes.
         compiled: whether the memory comes from the compiler or is computed from shapes
             (:mod:`causvid_jax.analysis.estimate`).
@@ -51,7 +51,7 @@ class Report:
         mfu: model FLOPs over the FLOPs at peak rate in these times, in [0, 1].
         traffic: computed bytes that one device receives in a step.
         parts: the computed memory by kind of array.
-        streams: number of streams side by side; 0 in training.
+        streams: number of parallel streams; 0 in training.
     """
 
     topology: str
@@ -75,12 +75,12 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether the program fits a device; a computed one has to leave a margin."""
+        """Whether the program fits a device; a computed program must leave a margin."""
         return self.peak <= self.limit * (1.0 if self.compiled else estimate.MARGIN)
 
 
 def _training_program(recipe: Recipe, stage: str, place: Placement) -> tuple[Any, tuple[Any, ...]]:
-    """Return the train step of a stage, the one that the stage runs, and its abstract arguments."""
+    """Return the train step that the stage runs, and its abstract arguments."""
     assert place.mesh is not None
     if stage == "distill":
         optimizers = dmd.make_optimizers(recipe.train_distill)
@@ -218,8 +218,8 @@ def estimate_for(recipe: Recipe, stage: str, machine: TopologySpec) -> Report:
 
 
 _OPTIONS = {
-    # XLA chooses the tiles of Triton's matrix products by timing. Without a device it takes any that fit, and fails for
-    # operands of odd shapes (42 timesteps). cuBLAS works for all shapes.
+    # XLA chooses the tiles of Triton's matrix products by timing. Without a device it takes any fitting tiles, and it
+    # fails for operands of odd shapes (42 timesteps). cuBLAS works for all shapes.
     "cuda": {"xla_gpu_enable_triton_gemm": False},
 }
 """Compiler options by platform."""

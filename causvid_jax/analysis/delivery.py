@@ -1,8 +1,8 @@
 """Measure how a stream reaches a viewer: gaps between chunks, real-time factor, deadlines and underruns.
 
 A chunk is the frames of one block. The viewer starts to play when :data:`START_CHUNKS` chunks have arrived and then
-shows ``fps`` frames a second. The deadline of chunk i is the time at which all frames before it have been shown. If it
-is late, the picture stops until it arrives (an underrun), and all later deadlines move by the delay.
+shows ``fps`` frames a second. The deadline of chunk i is the time at which all frames before it have been shown. If a
+chunk is late, the picture stops until it arrives (an underrun), and all later deadlines move by the delay.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import numpy as np
 
 START_CHUNKS = 2
 CONFIDENCE, DRAWS = 0.95, 2000
-"""Of the bootstrap interval of a ratio."""
+"""Confidence and number of resamples of the bootstrap interval of a ratio."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,13 +1,17 @@
 """Estimate memory, traffic and time of a stage on a described machine, from shapes, without compiling or measuring.
 
-Memory of one device is the sum of all arrays that are live at once; of a step of distillation, in the part that holds
-most. They are parameters, moments, mean and gradients as the sharding rules split them (exact), what the layers keep
-for the backward pass by ``remat`` (exact for "full", "attention" and "offload"), caches (exact), and the working set of
-one layer (formulas meant to err on the large side: :meth:`Network.working` for backward passes,
-:func:`memory.layer_work` for others). Prefer a compiled figure where there is one; tests/analysis/test_estimate.py
-compares both.
+Memory of one device is the sum of all arrays that are live at once. For a step of distillation it is that of the part
+with most memory. The arrays are:
 
-With LoRA (``training.stages.with_lora``) moments, mean and gradients are those of the adapters. FLOPs are counted as if
+- parameters, moments, EMA and gradients as the sharding rules split them (exact);
+- arrays that the layers keep for the backward pass by ``remat`` (exact for "full", "attention" and "offload");
+- caches (exact);
+- the temporary arrays of one layer (formulas meant to be too large rather than too small: :meth:`Network.working` for
+  backward passes, :func:`memory.layer_work` for others).
+
+Prefer a compiled figure if there is one; tests/analysis/test_estimate.py compares both.
+
+With LoRA (``training.stages.with_lora``) moments, EMA and gradients are those of the adapters. FLOPs are counted as if
 all weights were trained, so time is an upper bound.
 
 Time is a roofline. Compute runs at 35% to 60% of the peak, traffic between devices at the full rate of its links. The
@@ -51,7 +55,7 @@ class Estimate:
         work: FLOPs over all devices.
         traffic: bytes that one device receives from others.
         seconds: of one step (of one block, for a stream): pessimistic, optimistic.
-        streams: how many streams run side by side; 0 in training.
+        streams: number of parallel streams; 0 in training.
     """
 
     parts: Mapping[str, float]
@@ -87,7 +91,7 @@ class _Mesh:
 
     @property
     def gather_rate(self) -> float:
-        """Bytes a second at which a device receives what its fsdp group holds."""
+        """Bytes a second at which a device receives the parameters of its fsdp group."""
         chip, ici_size = self.machine.chip, self.machine.ici_size
         crosses_dcn = self.fsdp * self.context * self.tensor > ici_size
         # Every node or slice receives all data once, through the ports of all its devices.
@@ -121,8 +125,8 @@ def param_bytes(spec: Any, mesh: Mapping[str, int], rules: ShardingRules, types:
 
 @functools.cache
 def _sizes(net: TransformerConfig, axes: tuple[tuple[str, int], ...]) -> tuple[float, float, float, float, float]:
-    """Return bytes on one device: all parameters, layers gathered along fsdp, and of what is trained: all parameters,
-    the largest array, layers' kernels."""
+    """Return bytes on one device: parameters, layers gathered along fsdp; trained parameters, largest array,
+    kernels."""
     spec, mesh = transformer.spec(net), dict(axes)
     trained = adapters.split(spec)[0]
     leaves = jax.tree_util.tree_leaves_with_path(trained, is_leaf=lambda x: isinstance(x, ParamSpec))
@@ -295,12 +299,12 @@ def _one_network(recipe: Recipe, stage: str, mesh: _Mesh) -> Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class _Phase:
-    """Bytes on one device in a part of a distillation step, beside the state, which is there in all of them.
+    """Bytes on one device in a part of a distillation step, in addition to the state, which all parts hold.
 
     Attributes:
         gradients: of parameters.
-        arrays: what forward passes keep, caches, and the layer at work.
-        gathered: layers of the networks that run, gathered along fsdp.
+        arrays: kept by forward passes, caches, and temporary arrays of the current layer.
+        gathered: layers of the running networks, gathered along fsdp.
     """
 
     gradients: float
@@ -314,7 +318,7 @@ class _Phase:
 
 
 def _differentiated(recipe: Recipe) -> int:
-    """Return the latent frames of one backward pass of the student: of a block, a clip, or its copies and its past."""
+    """Return the latent frames of one backward pass of the student: a block, a clip, or its copies and its past."""
     config, causal, frames = recipe.train_distill, recipe.causal, recipe.video.latent_frames
     if config.gradient == "replay":
         return frames * (1 + causal.context_pass) + (causal.past_frames() if config.continuation_prob else 0)
@@ -322,19 +326,20 @@ def _differentiated(recipe: Recipe) -> int:
 
 
 def _distill_phases(recipe: Recipe, student: Network, fake: Network, teacher: Network) -> dict[str, _Phase]:
-    """Return what each part of a step of distillation holds; what one part computes is not alive in the others.
+    """Return the memory of each part of a step of distillation; arrays of one part are not alive in the others.
 
     - ``rollout``: the cache, which the loops over blocks and steps update in place, and in two of the loops the block's
       own keys and values. Nothing else of its passes is kept.
-    - ``critic``: what the fake score keeps for its backward pass, and this pass. A discriminator adds its passes.
-    - ``scores``: what the student keeps meanwhile (its cache; with ``replay`` or rollouts on data what its layers keep)
-      and the forward pass of one score. The teacher has a batch of two per clip, with and without the prompt. SiD and
-      a discriminator differentiate the scores.
-    - ``student``: its backward pass. That of ``stop`` goes block by block and holds two gradients, the sum and that of
-      one block. That of ``replay`` goes over all noisy frames and, with a context pass, over their clean copies.
+    - ``critic``: the arrays that the fake score keeps for its backward pass, and this pass. A discriminator adds its
+      passes.
+    - ``scores``: the arrays that the student keeps during this part (its cache; with ``replay`` or rollouts on data
+      those of its layers) and the forward pass of one score. The teacher has a batch of two per clip, with and without
+      the prompt. SiD and a discriminator differentiate the scores.
+    - ``student``: its backward pass. With ``stop`` it goes block by block and holds two gradients, the sum and that of
+      one block. With ``replay`` it goes over all noisy frames and, with a context pass, over their clean copies.
 
-    With ``accumulate``, all parts hold the sum of the gradients of the examples before them. On a mesh of GPUs, XLA
-    keeps the zeros with which loops begin beside the loops: a cache, a gradient, what the fake score will keep.
+    With ``accumulate``, all parts hold the sum of the gradients of earlier examples. On a mesh of GPUs, XLA also keeps
+    the zeros with which loops begin: a cache, a gradient, and the arrays that the fake score will keep.
     """
     config, frames, mesh = recipe.train_distill, recipe.video.latent_frames, student.mesh
     block, passed, by_block = recipe.causal.frames_per_block, _differentiated(recipe), config.rollout == "self"
@@ -389,7 +394,7 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
     }
     if self_rollout:
         passes = blocks * (len(recipe.diffusion.denoising_timesteps) + 1) / 2
-        passes += (blocks - 1) * recipe.causal.context_pass  # no block reads what the last one would write
+        passes += (blocks - 1) * recipe.causal.context_pass  # no block reads the last block's context
         sent = local * student.exchanged(frames) * passes / blocks
         roll = passes * student.gather(), sent
         back = blocks * 2 * student.gather(), 2 * local * student.exchanged(frames)
@@ -413,7 +418,7 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
 
 
 def _stream(recipe: Recipe, mesh: _Mesh) -> Estimate:
-    """Estimate one block of data x fsdp streams side by side."""
+    """Estimate one block of data x fsdp parallel streams."""
     net, block = Network(recipe.student, recipe, mesh), recipe.causal.frames_per_block
     passes, spec = passes_per_block(recipe), transformer.inference_spec(net.net)
     weights = param_bytes(spec, mesh.axes, net.net.rules, transformer.inference(net.net))

@@ -14,8 +14,8 @@ A trace is counted equation by equation, at any size and without running anythin
     matmul       2 (elements of the output) (elements summed over)
     convolution  2 (elements of the output) (kernel height, width and time) (input channels)
 
-Norms, softmax and activations are left out, as is usual for model FLOPs. A training step is three times the forward
-pass, since the backward pass costs two. Recomputed activations are work but not model FLOPs; they are counted apart.
+Norms, softmax and activations are left out, as is usual for model FLOPs. A training step costs three forward passes,
+because the backward pass costs two. Recomputed activations are not model FLOPs; they are counted separately.
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ def stream_block(recipe: Recipe) -> float:
 
 
 def context_passes(recipe: Recipe) -> float:
-    """Return the FLOPs of the context passes of one self-rollout: of all blocks but the last, which no block reads."""
+    """Return the FLOPs of the context passes of one self-rollout: of all blocks except the last."""
     net, causal, frames = recipe.student, recipe.causal, recipe.video.latent_frames
     if not causal.context_pass:
         return 0.0
@@ -145,7 +145,7 @@ def training_step(recipe: Recipe, stage: str) -> StepFlops:
         fake_score = recipe.fake_score
         fake = forward(fake_score, frames, tokens_per_frame(recipe, fake_score), frames**2)
         critic = trained(fake, fake_score, frames**2)
-        # The exit step is always rematerialised, and its layers once more if the network's setting says so.
+        # The exit step is always rematerialised, and its layers a second time if the network's ``remat`` does so.
         again = recomputed(student, one_pass, frames, n_student, causal_pairs)
         again += one_pass if config.rollout == "self" else 0.0
         back = 2 * one_pass

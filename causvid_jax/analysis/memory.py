@@ -3,10 +3,10 @@
 The memory of a stage on a mesh is estimated by :mod:`causvid_jax.analysis.estimate`, with the same formula for the
 largest temporaries of a layer (:func:`layer_work`).
 
-Sampling has phases. Memory of a phase is freed before the next begins: the text encoder and the transformer are never
-loaded together, nor are the teacher, which makes a whole clip at once, and the decoder. Parameters and caches are
-exact, by ``jax.eval_shape``. ``work`` is an estimate of the largest temporaries of a layer, because they depend on the
-compiler.
+Sampling has phases. The memory of a phase is freed before the next begins. So the text encoder and the transformer are
+never loaded together, and neither are the teacher (which makes a whole clip at once) and the decoder. Parameters and
+caches are exact, by ``jax.eval_shape``. ``work`` is an estimate of the largest temporaries of a layer, because they
+depend on the compiler.
 """
 
 import dataclasses
@@ -71,12 +71,12 @@ def sampling_phases(
     Args:
         recipe: gives the sizes of the networks.
         role: ``"student"`` streams, ``"teacher"`` makes a clip.
-        batch: videos side by side.
+        batch: number of parallel videos.
         latents: latent frames of each.
         prompts: number of prompts that a network encodes; with 0 there is no such phase.
         image, video: whether the stream starts from an image or a video, which needs the VAE's encoder.
         clip: the image encoder of a teacher with an image branch, for image to video.
-        state: shapes of the stream's state, if not those that the model gives.
+        state: shapes of the stream's state; None: those that the model gives.
     """
     phases = _prompt_phases(recipe, prompts)
     net = getattr(recipe, role)
@@ -205,7 +205,7 @@ def memory_peak() -> tuple[int, str]:
 
 
 def memory_limit() -> int | None:
-    """Return the bytes that a program may hold on the device; on CPU the host's memory; None if unknown."""
+    """Return the bytes of the device that a program may use; on CPU the host's memory; None if unknown."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
@@ -213,7 +213,7 @@ def memory_limit() -> int | None:
 
 
 def _picture_shapes(recipe: Recipe, net: TransformerConfig, batch: int, latents: int) -> Picture | None:
-    """Return the shapes of what a network with an image branch reads of a picture; None without one."""
+    """Return the shapes of a picture's inputs to a network with an image branch; None without an image branch."""
     if not has_branch(net):
         return None
     condition = jax.ShapeDtypeStruct((batch, latents, *recipe.latent_size, net.image_channels), jnp.float32)
@@ -277,9 +277,9 @@ def layer_work(
 
     ``frames`` latent frames of ``height`` x ``width`` attend to ``context_frames`` of them.
 
-    They are the residual stream, and the MLP's hidden layer or attention, each in float32 and in the compute type.
-    XLA's attention also holds all scores. ``backend`` is that of attention; None: the one this process would use.
-    Hidden layer and heads are split over ``tensor`` devices.
+    These are the residual stream, and the MLP's hidden layer or attention, each in float32 and in the compute type.
+    XLA's attention also holds all scores. ``backend`` is that of attention; None: the backend that this process would
+    use. Hidden layer and heads are split over ``tensor`` devices.
     """
     n = (height // net.patch_size[1]) * (width // net.patch_size[2])
     tokens, keys, size = batch * frames * n, batch * context_frames * n, 4 + _width(net.dtype)

@@ -110,10 +110,10 @@ def _policies(recipe: Recipe) -> Iterator[Recipe]:
 def search(recipe: Recipe, stage: str, machine: TopologySpec, *, too_large: Container[str] = ()) -> Candidate:
     """Return the fastest candidate of ``stage`` that fits ``machine``, or the one of least memory if none fits.
 
-    For training it also chooses ``remat`` and ``offload_optimizer``, moving moments only where nothing else fits.
+    For training it also chooses ``remat`` and ``offload_optimizer``. Moments are offloaded only if nothing else fits.
 
     Args:
-        recipe: whose mesh is ignored.
+        recipe: its mesh is ignored.
         stage: "teacher", "init", "distill" or "stream".
         machine: gives the devices, their memory and their links.
         too_large: settings (:meth:`Candidate.settings`) that did not fit when they were compiled; they are skipped.

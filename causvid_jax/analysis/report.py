@@ -129,7 +129,8 @@ def _deliveries(items: Sequence[Mapping[str, Any]]) -> list[str]:
 def comparison(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     """Return a table of the common lines of two reports, with the ratio of their medians.
 
-    A ratio above 1 means that the first is faster. It has a 95% interval if both reports have the times of every call.
+    A ratio above 1 means that the first report is faster. The ratio has a 95% interval if both reports have the times
+    of every call.
 
     Raises:
         ValueError: reports of different devices or settings, or without a common line.

@@ -42,14 +42,14 @@ class DistillStageConfig(StageConfig):
     computed by differences of ``gan_r_sigma``.
 
     Rollout. ``rollout`` is ``"data"`` (CausVid: real latents noised per block) or ``"self"`` (Self-Forcing: the
-    student's own rollout). With ``include_clean`` a block of a data rollout may be clean (t = 0). ``mask_clean`` leaves
-    such blocks, which the student does not change, out of both losses; False counts them, as the published code does.
+    student's own rollout). With ``include_clean`` a block of a data rollout may be clean (t = 0). The student does not
+    change such blocks. ``mask_clean`` leaves them out of both losses; False counts them, as the published code does.
     ``init`` is the student's initialisation: ``"ode"``, ``"consistency"`` or ``"teacher"`` (CausVid, Tab. 4).
     ``gradient`` is ``"stop"`` (the keys and values of earlier blocks are constants) or ``"replay"`` (the gradient
-    passes through them too, in one block-causal pass after the rollout; ``distill.replay``).
-    ``exit_steps`` chooses the denoising step after which each block of a self rollout stops: ``"shared"`` (one random
-    step for all blocks), ``"per_block"`` (a random step for each), ``"last"`` (the last step for all) or
-    ``"first_block"`` (a random step for the first block, the last for all others).
+    passes through them too, in one block-causal pass after the rollout; ``distill.replay``). ``exit_steps`` chooses the
+    denoising step after which each block of a self rollout stops: ``"shared"`` (one random step for all blocks),
+    ``"per_block"`` (a random step for each), ``"last"`` (the last step for all) or ``"first_block"`` (a random step for
+    the first block, the last for all others).
 
     Scores. ``guidance_scale`` is the g of the real score ``r = r_uncond + g (r_cond - r_uncond)``. The published code
     writes ``r = r_cond + h (r_cond - r_uncond)`` with ``h = g - 1``. ``fake_guidance_scale`` is the g of the fake score
@@ -68,8 +68,8 @@ class DistillStageConfig(StageConfig):
     Continuation. With probability ``continuation_prob`` a self rollout continues the previous one of the same update,
     so that the student is trained far into a stream. With probability ``prompt_switch_prob`` a clip that continues
     switches its prompt there. Both need a window. The losses leave out the first latent frame of a continued rollout.
-    The scores still attend to it, although they were trained on clips whose first latent frame is one pixel frame. On
-    the digits weights it changes the teacher's velocity of the other frames by 11, 6 and 4 % at t = 250, 500 and 750
+    The scores still attend to it, although they were trained on clips whose first latent frame is one pixel frame. With
+    the digits weights this changes the teacher's velocity of the other frames by 11, 6 and 4 % at t = 250, 500 and 750
     (29, 15 and 9 % on the second frame, 3 to 1 % on the last), and its mean square error by -7, -1 and +1 %:
     ``python benchmarks/first_frame.py 16``.
     """

@@ -82,7 +82,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def disk_failure(error: BaseException) -> str:
-    """Return the message of a full, read-only or broken disk in ``error``; "" if it is of another kind.
+    """Return the message of a full, read-only or broken disk in ``error``; "" for an error of another kind.
 
     The text is searched because ArrayRecord and Orbax report such failures as errors without a number.
     """

@@ -401,8 +401,9 @@ class ExpertsConfig(Config):
 
     With ``boundary > 0`` the high-noise expert computes timesteps ``t >= boundary`` (0 to 1000, after the shift) and
     the low-noise expert computes those below. 0 means one network. ``diffusion.guidance_scale`` is for the high-noise
-    expert, ``low_noise_guidance_scale`` for the other. In the real score of a distillation these are
-    ``train_distill.guidance_scale`` and ``low_noise_distill_guidance_scale``. A low-noise scale of 0: the same scale.
+    expert, ``low_noise_guidance_scale`` for the low-noise expert. In the real score of a distillation the scales are
+    ``train_distill.guidance_scale`` and ``low_noise_distill_guidance_scale``. A low-noise scale of 0 means the scale of
+    the high-noise expert.
     """
 
     label: ClassVar[str] = "experts"
@@ -432,18 +433,18 @@ class CausalConfig(Config):
     instead of K, K, ..., as in the ``i2v`` branch of CausVid's code.
 
     ``positions`` chooses the rotary time positions of the frames in the cache: ``"absolute"`` (as published: the
-    distance to a sink grows) or ``"relative"`` (the sink directly precedes the window, so that a stream of any length
-    stays in the trained range). Without a sink both give the same result, since rotary attention depends on differences
-    only.
+        distance to a sink grows) or ``"relative"`` (the sink directly precedes the window, so that a stream of any
+        length stays in the trained range). Without a sink both give the same result, because rotary attention depends
+        only on differences.
 
     ``context_pass`` runs one extra pass at the timestep ``context_noise`` (0 to 1000), which writes the finished block
     to the cache. Without it the keys and values of the last denoising step stay. ``add_context_noise`` chooses when
     that pass reads the block with noise at the level of ``context_noise`` instead of the block itself: ``"never"``, in
     ``"training"`` (as the published Self-Forcing trainer does) or ``"always"``, in streams too.
 
-    ``on_prompt_switch`` chooses how the cache of a stream changes with its prompt: ``"keep"`` leaves it (as published),
-    ``"recompute"`` recomputes the blocks in the window with the new prompt, ``"reset"`` empties it and the decoder's
-    cache. After a reset the next block starts like a clip, and the video shows a cut.
+    ``on_prompt_switch`` chooses how the cache of a stream changes with its prompt: ``"keep"`` does not change it (as
+    published), ``"recompute"`` recomputes the blocks in the window with the new prompt, ``"reset"`` empties it and the
+    decoder's cache. After a reset the next block starts like a clip, and the video shows a cut.
     """
 
     label: ClassVar[str] = "causal"
@@ -477,7 +478,7 @@ class CausalConfig(Config):
         )
 
     def past_frames(self) -> int:
-        """Return the latent frames of the earlier blocks that a block attends to through the window; 0 without one.
+        """Return the latent frames of earlier blocks that a block attends to through the window; 0 without a window.
 
         Blocks of K frames count whole: ``K floor((window - 1) / K)``.
         """

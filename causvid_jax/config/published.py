@@ -36,7 +36,7 @@ class PublishedModel:
         settings: fields of the recipe by group, as the authors sample.
         known_from: sources of the names, shapes and settings.
         not_known: facts that could not be checked.
-        part: the part that the authors sample, of a checkpoint with several; "" takes the EMA if there is one.
+        part: the part of the checkpoint that the authors sample; "" takes the EMA if there is one.
         rolling_blocks: field of the recipe.
         readable: whether this version samples it.
     """

@@ -39,8 +39,9 @@ class ParallelConfig(Config):
     ``data`` splits the batch and replicates parameters, ``fsdp`` splits batch and parameters, ``context`` splits the
     tokens of a frame, ``tensor`` splits heads and MLP. ``data = 0`` takes all devices that the other axes leave.
     Attention exchanges tokens for heads (DeepSpeed-Ulysses, arXiv 2309.14509), so tensor x context must divide the
-    heads. With ``ring`` (ring attention, arXiv 2310.01889; training only) only tensor must. ``offload_optimizer`` keeps
-    the optimizer's moments in host memory (``pinned_host``) between updates. On CPU it changes nothing.
+    heads. With ``ring`` (ring attention, arXiv 2310.01889; training only) only tensor must divide them.
+    ``offload_optimizer`` keeps the optimizer's moments in host memory (``pinned_host``) between updates. On CPU it
+    changes nothing.
     """
 
     label: ClassVar[str] = "parallel"
@@ -137,7 +138,7 @@ class Recipe(Config):
         )
 
     def _check_experts(self) -> None:
-        """Refuse what reads the teacher as one network, if it is two."""
+        """Refuse settings that need one teacher network, if the teacher has two experts."""
         config = self.train_distill
         for path, value, accepted in (
             ("train_distill.teacher", config.teacher, "bidirectional"),
@@ -151,7 +152,7 @@ class Recipe(Config):
             )
 
     def _check_pictures(self) -> None:
-        """Refuse what does not go with a network that reads the picture which a clip starts from."""
+        """Refuse settings that do not fit a network with an image branch."""
         both = 4 + self.vae.z_dim
         clip = {(net.image_tokens, net.image_dim) for net in (self.teacher, self.student) if net.image_dim}
         for role in ("teacher", "student"):
@@ -255,10 +256,11 @@ class Recipe(Config):
     def check_batch(self, stage: str) -> None:
         """Check that the mesh and ``accumulate`` divide every batch of one of the training :data:`STAGES`.
 
-        Creating a recipe does not check this, since the mesh of one stage need not divide the batches of the others.
+        A recipe does not check this when it is created, because the mesh of one stage need not divide the batches of
+        others.
 
         Raises:
-            ConfigError: a batch is not divided; the message names the nearest ones that are.
+            ConfigError: a batch is not divided; the message names the nearest batch sizes that are.
         """
         mesh, config = self.parallel, getattr(self, f"train_{stage}")
         parts = mesh.slices * max(mesh.data, 1) * mesh.fsdp * config.accumulate
@@ -301,7 +303,7 @@ class Recipe(Config):
 
     @property
     def reads_picture(self) -> bool:
-        """Whether teacher or student reads a picture (CLIP or latents), so that training needs clips' first frames."""
+        """Whether teacher or student has an image branch, so that training needs the first frames of clips."""
         return any(net.image_dim or net.image_channels for net in (self.teacher, self.student))
 
     @property

@@ -99,7 +99,7 @@ def _find(file: str) -> pathlib.Path:
 
 
 def _run(path: pathlib.Path, name: str) -> types.ModuleType:
-    """Run a recipe file as a module of a package, its folder, so that it can import files beside it by ``.``."""
+    """Run a recipe file as a module of its folder as a package, so that it can import its neighbours by ``.``."""
     package = f"_recipes_{abs(hash(path.parent.resolve())):x}"
     if package not in sys.modules:
         parent = types.ModuleType(package)

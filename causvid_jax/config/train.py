@@ -18,16 +18,16 @@ class DiffusionConfig(Config):
 
     Every network of a recipe (teacher, fake score, student) uses this one grid,
     ``sigma(u) = shift u / (1 + (shift - 1) u)`` with u from 1 (noise) to 0 (arXiv 2403.03206, section 5.3.2).
-    ``student_shift`` is another shift for the student's timesteps (0: ``shift``); Self-Forcing has 5 there and 8 in its
-    scores.
+    ``student_shift`` is a separate shift for the student's timesteps (0: ``shift``); Self-Forcing has 5 for the student
+    and 8 for its scores.
 
     The teacher takes ``num_inference_steps`` steps of ``solver``: ``"euler"``, or ``"unipc"`` (arXiv 2302.04867).
     ``guidance_scale`` is the g of ``v = v_uncond + g (v_cond - v_uncond)`` (arXiv 2207.12598); g = 1 is no guidance.
 
     ``denoising_timesteps`` are the student's nominal timesteps ``1000 u`` before the shift, descending from 1000 (pure
     noise), without the final 0. Without ``warp`` they are the timesteps themselves (the 1000, 757, 522 of CausVid's
-    three-step checkpoints). A first timestep below 1000 (999.375 of rCM) starts from noise times its noise level.
-    ``first_block_timesteps`` has one list for each of the first blocks after the start or a cut, such as
+    three-step checkpoints). If the first timestep is below 1000 (999.375 of rCM), a block starts from noise times its
+    noise level. ``first_block_timesteps`` has one list for each of the first blocks after the start or a cut, such as
     ``((1000, 750, 500, 250), (1000, 500))``. Causal Forcing++ (arXiv 2605.15141) and Causal-rCM (arXiv 2606.25473) have
     four steps for the first block and one or two for all others.
     """
@@ -147,11 +147,11 @@ class OptimizerConfig(Config):
 class StageConfig(Config):
     """Settings of every training stage. ``frames`` is the length of a clip (0: the full clip).
 
-    It counts pixel frames in the stages of the codecs and latent frames in all others. ``curriculum`` lists parts of
-    the training before the main part, each ``(until_step, frames, batch_size)``. Short clips teach much of the task at
-    a fraction of the cost. A stage with fewer ``steps`` than its curriculum ends within it (:attr:`stretches`).
-    ``accumulate`` splits every batch into that many parts and processes them one after another, with the memory of one
-    part.
+    ``frames`` counts pixel frames in the stages of the codecs and latent frames in all other stages. ``curriculum``
+    lists parts of the training before the main part, each ``(until_step, frames, batch_size)``. Short clips teach much
+    of the task at a fraction of the cost. A stage with fewer ``steps`` than its curriculum ends within it
+    (:attr:`stretches`). ``accumulate`` splits every batch into that many parts and processes them one after another,
+    with the memory of one part.
 
     Every ``sample_every`` steps ``samples`` clips are sampled and written (0: none).
 
@@ -227,7 +227,7 @@ class VAEStageConfig(StageConfig):
 
     If ``crop_frames > 0``, decode a random run of ``crop_frames`` latent frames with an empty decoder cache. Every
     latent must then describe its frames completely. Without this the VAE may store constant content (such as colour)
-    only in early latents, and it is lost when the cache is reset.
+    only in early latents, and the content is lost when the cache is reset.
     """
 
     label: ClassVar[str] = "train_vae"
@@ -292,7 +292,7 @@ class TeacherStageConfig(StageConfig):
 
 
 def _check_switches(config: StageConfig, prompt_switch_prob: float) -> None:
-    """Refuse prompt switches in parts of one clip: the context is that of the next clip of the same part."""
+    """Refuse prompt switches if parts have one clip: the context is that of another clip of the same part."""
     for size in {size for _, _, size in config.stretches}:
         require(
             prompt_switch_prob == 0 or size // config.accumulate >= 2,

@@ -129,7 +129,7 @@ class StudentPipeline(_Base):
             frames: maximum number of latent frames of the stream; None: that of the recipe's clip. Only a recipe
                 without ``causal.window`` needs it.
             image: the picture for a student with an image branch, uint8 ``[H, W, 3]`` or ``[B, H, W, 3]``. Other
-            students start from a picture by :meth:`show`.
+                students start from a picture by :meth:`show`.
 
         Raises:
             ConfigError: an unknown word, not as many seeds as prompts, an image for a student without an image branch,
