@@ -1,8 +1,8 @@
 """Moving handwritten digits: all stages on two CPU cores. Every network is that of Wan2.1 at a small size.
 
-Frames have 32 x 32 pixels; 64 x 64 have four times as many tokens, which do not train in hours on a CPU. Digits of 16
-pixels (scans of MNIST, scaled down) move 1 pixel per frame: half their size per second, once around the frame in two
-seconds, 2.5 times in a clip of 81 frames. So motion is visible, and every clip has a wrap-around.
+Frames have 32 x 32 pixels. Frames of 64 x 64 have four times as many tokens and do not train in hours on a CPU. Digits
+of 16 pixels (scans of MNIST, scaled down) move 1 pixel per frame: once around the frame in two seconds, 2.5 times in a
+clip of 81 frames. So motion is visible, and every clip has a wrap-around.
 
 ``configs/digits.py:two`` has two digits of two colours in every clip, which may overlap. Its frames are twice as wide,
 because on 32 x 32 pixels two digits of 16 overlap all the time, on 32 x 64 half of the time.
@@ -21,8 +21,8 @@ TEXT_LENGTH = 16
 def in_turns(rounds: int, *stretches: tuple[int, int, int], start: int = 0) -> tuple[tuple[int, int, int], ...]:
     """Return a curriculum that repeats the ``stretches`` ``(steps, latent frames, clips)`` for ``rounds`` rounds.
 
-    A network forgets first blocks while it trains on whole clips, so the stretches must be short. The last stretch is
-    the main part of the stage and not part of the curriculum. ``start`` is the step of the first round.
+    While a network trains on whole clips, its first blocks become worse, so the stretches must be short. The last
+    stretch is the main part of the stage and not part of the curriculum. ``start`` is the step of the first round.
 
     Returns:
         ``(until_step, latent frames, batch_size)`` of each part, for ``StageConfig.curriculum``.
@@ -59,7 +59,7 @@ def quick(config: ml_collections.ConfigDict) -> None:
         # Images teach shapes, colours and first frames; clips teach motion.
         curriculum=((400, 1, 64), (750, 5, 12)),
         kl_weight=1e-6,
-        # The loss of the first clips after the images is far higher, which is no error.
+        # The loss of the first clips after the images is far higher; this is no error.
         bad_loss_factor=0.0,
     )
     config.train_vae.optimizer.update(kind="muon", learning_rate=2e-2)
@@ -92,7 +92,7 @@ def two_digits(config: ml_collections.ConfigDict) -> None:
     config.data.train_clips = 8192
     config.video.width = 64
     config.decoder = "vae"
-    # It tells which colour belongs to which digit. Cross-attention alone would have to infer that.
+    # The separator shows which colour belongs to which digit. Cross-attention alone would have to infer this.
     config.text.separator = "and"
     config.text.dim = config.teacher.text_dim = config.student.text_dim = 2 * len(VOCABULARY) + TEXT_LENGTH
     # A prompt switch resets the context here, so no stage trains on the context of other clips.
@@ -163,12 +163,12 @@ def one_digit() -> ml_collections.ConfigDict:
                 "batch_size": 2,
                 "frames": 81,
                 # (until step, frames, clips): images teach shapes and colours, and the first frame of a clip is one;
-                # short clips teach motion, long ones how to stay as they are.
+                # short clips teach motion, long clips constancy.
                 "curriculum": ((1200, 1, 64), (3600, 5, 12), (5600, 21, 3)),
                 "kl_weight": 1e-6,
-                # The first clips after the images are far worse than they: no reason to stop.
+                # The loss of the first clips after the images is far higher; this is no error.
                 "bad_loss_factor": 0.0,
-                # Whole clips would let the latents of later frames leave out the colour, which does not change.
+                # With whole clips, latents of later frames could leave out the colour, because it does not change.
                 "crop_frames": 4,
                 "optimizer": {
                     "kind": "muon",
@@ -204,7 +204,8 @@ def one_digit() -> ml_collections.ConfigDict:
             "train_teacher": {
                 "steps": 10280,
                 "batch_size": 32,
-                # Whole clips teach motion. Short ones teach digit and colour and cost less, so they are more later.
+                # Whole clips teach motion. Short clips teach digit and colour and cost less, so later there are more of
+                # them.
                 "curriculum": (
                     *in_turns(30, (60, 6, 64), (100, 0, 32)),
                     (4800, 0, 32),

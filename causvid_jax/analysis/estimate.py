@@ -125,8 +125,7 @@ def param_bytes(spec: Any, mesh: Mapping[str, int], rules: ShardingRules, types:
 
 @functools.cache
 def _sizes(net: TransformerConfig, axes: tuple[tuple[str, int], ...]) -> tuple[float, float, float, float, float]:
-    """Return bytes on one device: parameters, layers gathered along fsdp; trained parameters, largest array,
-    kernels."""
+    """Return bytes on one device: parameters, layers gathered along fsdp; trained: all, largest array, kernels."""
     spec, mesh = transformer.spec(net), dict(axes)
     trained = adapters.split(spec)[0]
     leaves = jax.tree_util.tree_leaves_with_path(trained, is_leaf=lambda x: isinstance(x, ParamSpec))

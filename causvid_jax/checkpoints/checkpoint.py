@@ -59,7 +59,7 @@ class Checkpoint:
         config: the network's configuration; a VAE's with the latent statistics.
         source: the file, with only the tensors that the network reads.
         copies: second copies of tied tensors, under the names of the first copies.
-        ignored: number of tensors of the file that the network does not read.
+        ignored: number of tensors in the file that the network does not read.
         updates: changes, such as LoRAs, that are added when a parameter is read.
     """
 
@@ -155,7 +155,7 @@ def open_checkpoint(
             TAEHV, UMT5, CLIP, or ours; ``.safetensors``, ``.pt``, ``.pth``, sharded or not. Or a state dict in memory,
             or a nested tree of our parameters.
         config: the sizes that it must have; None recognises them by ``config.json``, metadata, presets or shapes.
-        part: the part of a checkpoint that has several, such as ``generator_ema``; None prefers the part that the
+        part: the part of a checkpoint with several parts, such as ``generator_ema``; None prefers the part that the
             authors of a published model sample (``config.published``), then EMA weights.
         num_heads: of a transformer; 0 takes it from the file's metadata or derives it from the width.
 
@@ -226,7 +226,7 @@ def recognise(opened: Source, config: Config | None = None, num_heads: int = 0) 
 def _fit(
     network: Network, form: str, opened: Source, metadata: Mapping[str, Any], config: Config | None
 ) -> tuple[Config | None, str]:
-    """Return the configuration whose shapes the file has and "", else the closest one and the first mismatches."""
+    """Return the configuration that fits the file's shapes and "", else the closest one and the first mismatches."""
     shapes, sizes = opened.shapes, Sizes(network, opened.shapes, form)
     if config is not None:
         return config, store.misfit(shapes, network.shapes(config, form))
@@ -287,7 +287,7 @@ def _known(network: Network, opened: Source) -> dict[str, Any]:
 
 
 def _require_heads(config: Config, metadata: Mapping[str, Any], opened: Source) -> None:
-    """Refuse a width from which the number of heads does not follow, unless the file states that number."""
+    """Refuse a width that does not determine the number of heads, unless the file states that number."""
     if isinstance(config, (TransformerConfig, CLIPConfig)):
         size = wan_transformer.HEAD_DIM if isinstance(config, TransformerConfig) else clip_vision.HEAD_DIM
         remedy = "--num_heads" if isinstance(config, TransformerConfig) else "it in a config.json beside the file"
@@ -381,8 +381,8 @@ def storage(opened: Checkpoint, rows: Sequence[Row], dtype: np.dtype | None) -> 
     """Return the type of the array of ``rows``: ``dtype``, or the stored type for None.
 
     Raises:
-        ConfigError: a stored type that is not floating; without ``dtype``, layers of different types or a type that
-            files of ours do not have.
+        ConfigError: a stored type that is not floating; without ``dtype``, layers of different types or a type that our
+            files do not have.
     """
     kinds = {opened.source.tensors[row.key].dtype: row.key for row in rows}
     for kind, key in kinds.items():
@@ -444,7 +444,7 @@ def finite(array: np.ndarray, opened: Checkpoint, row: Row) -> np.ndarray:
 
 
 def _place(shape: tuple[int, ...], sharding: Any, read: Callable[[tuple[slice, ...]], np.ndarray]) -> Any:
-    """Return one array of its shards, each read once however many devices hold it."""
+    """Return one array made of its shards; each shard is read once, also if several devices hold it."""
     everything = (slice(None),) * len(shape)
     if isinstance(sharding, str):
         require(sharding == "host", f"sharding is {sharding!r}; accepted: None, 'host', a Sharding, a tree of them")

@@ -105,7 +105,7 @@ def _equal(
     digest: str | None,
     other_digest: Callable[[], str | None],
 ) -> bool:
-    """Return whether two latent spaces are the same: by their statistics, else by digests, else it is not known."""
+    """Return whether two latent spaces are the same: by statistics, else by digests, else unknown."""
     if all(first) and all(second):
         return all(
             np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=0, atol=TOLERANCE)

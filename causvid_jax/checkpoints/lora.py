@@ -3,7 +3,7 @@
 W is ``[out, in]``, B ``[out, rank]`` and A ``[rank, in]``, as PyTorch stores them. With peft's ``use_rslora`` alpha is
 divided by the square root of the rank.
 
-The names of these programs are read: peft (``base_model.model.blocks.0.self_attn.q.lora_A.weight``), diffusers
+The key names of these programs are read: peft (``base_model.model.blocks.0.self_attn.q.lora_A.weight``), diffusers
 (``transformer.blocks.0.attn1.to_q.lora_A.weight``), DiffSynth (``pipe.dit.``), the original layout
 (``diffusion_model.blocks.0.self_attn.q.lora_down.weight``), kohya and VideoX-Fun
 (``lora_unet__blocks_0_self_attn_q.lora_down.weight``). ``alpha`` is a tensor of the target, or a number in
@@ -58,7 +58,7 @@ class Lora:
         updates: tensors by original module name (``blocks.0.self_attn.q``) or modulation (``blocks.0.modulation``).
         shapes: shapes of the original tensors by key.
         rows: rows of the original table by (path, layer).
-        alpha: for every target without an alpha of its own; None means the rank.
+        alpha: for every target that has no own alpha; None means the rank.
         rank_stabilised: whether alpha is divided by the square root of the rank.
         layers: the layers that change; None for all parameters.
         skipped: names of the file's tensors that the transformer has no parameter for.
@@ -143,8 +143,8 @@ def open_lora(
         strength: factor of the whole update; 0 changes nothing.
         config: the transformer's sizes, which every target must fit.
         layers: only these change, and no parameter outside of the layers; None changes everything.
-        skip_foreign: whether to leave out targets that this transformer does not have, such as the image branch of an
-            image-to-video LoRA, instead of refusing the file.
+        skip_foreign: whether to leave out targets that this transformer does not have (such as the image branch of an
+            image-to-video LoRA) instead of refusing the file.
 
     Raises:
         ConfigError: the strength is not finite; or the file is unreadable, names targets that this transformer does not
@@ -239,7 +239,7 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _adapter(opened: sources.Source) -> tuple[float | None, bool]:
-    """Return alpha and whether it is divided by the root of the rank, as the file's metadata or folder give them."""
+    """Return alpha and whether it is divided by the root of the rank, from the file's metadata or folder."""
     folder = opened.path if opened.path.is_dir() else opened.path.parent
     content: dict = {}
     file = folder / "adapter_config.json"

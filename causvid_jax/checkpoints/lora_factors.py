@@ -64,8 +64,8 @@ def open_factors(files: Mapping[str, str | os.PathLike], config: TransformerConf
     """Read the LoRAs ``files`` (name to file) for a transformer of ``config``'s sizes.
 
     Raises:
-        ConfigError: a file that :func:`open_lora` refuses; or one with other changes than products of two matrices in
-            the layers, because such changes can only be merged.
+        ConfigError: :func:`open_lora` refuses a file; or a file has changes other than products of two matrices in the
+            layers, because such changes can only be merged.
     """
     require(files, "no LoRA is given")
     loras = {name: open_lora(path, 1.0, config) for name, path in files.items()}
@@ -117,7 +117,7 @@ def _stack(
 
 
 def attach(params: Mapping[str, Any], factors: Factors) -> dict[str, Any]:
-    """Return stacked ``params`` with the adapters beside their kernels. The arrays of the base are not copied."""
+    """Return stacked ``params`` with the adapters added to their modules. The arrays of the base are not copied."""
     return adapters.join(jax.tree.map(jnp.asarray, factors.tree), dict(params))
 
 

@@ -1,7 +1,7 @@
 """Open PyTorch checkpoints as lazy tensors, with PyTorch's weights-only loader only.
 
 A pickle is a program. The weights-only loader allows only the few calls that build tensors. PyTorch is an optional
-extra; without it a checkpoint is refused with advice.
+extra; without it a checkpoint is refused, and the message names the extra.
 """
 
 import contextlib

@@ -76,7 +76,7 @@ def array_tensor(array: np.ndarray) -> Tensor:
 def sample_digest(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of every tensor's name, shape, type, and first and last 4 KiB, in name order.
 
-    Large files are not read whole.
+    Large files are not read completely.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -189,7 +189,7 @@ def write_safetensors(
         text += b" " * (-len(text) % 8)
         return struct.pack("<Q", len(text)) + text
 
-    # The digest is known last but is stored first, so write a placeholder of its length.
+    # The digest is computed last but stored first, so write a placeholder of its length.
     start, digest = len(header("0" * 64)), Digest(metadata)
     with atomic(path) as temporary, open(temporary, "r+b") as file:
         file.truncate(start + end)

@@ -159,7 +159,7 @@ class _Job:
             for row in rows[key]:
                 origin = source_rows[row.path, row.layer]
                 with self.opened.read(origin) as value:
-                    # Our layers are stacked one after the other, so each is written as it is.
+                    # Our layers are stacked one after the other, so each is written without a change.
                     value = value if self.form == OURS else row.transform.to_file(value)
                     for part in _parts(value):
                         # A scalar stays one: ascontiguousarray would make it a vector.
@@ -183,7 +183,7 @@ class _Job:
         if self.opened.updates:
             own["merged"] = ", ".join(map(str, self.opened.updates))
         if self.form != OURS:
-            # Readers of published files insist on this entry.
+            # Readers of published files require this entry.
             return {"format": "pt", **own}
         return {k: v for k, v in source.metadata.items() if k not in (safetensors_io.CHECKSUM, "format")} | own
 

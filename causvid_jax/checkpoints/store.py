@@ -171,7 +171,7 @@ def load_params(path: str | os.PathLike, dtype: Any = np.float32) -> tuple[dict[
 
 
 def misfit(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]]) -> str:
-    """Return a text with the missing, unexpected and misshapen names in ``have``, up to three of each; "" for none.
+    """Return a text with missing and unexpected names and other shapes in ``have``, up to three of each; "" for none.
 
     Both arguments map names to shapes.
     """

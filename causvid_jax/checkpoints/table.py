@@ -2,7 +2,7 @@
 
 A network's table has one row per parameter of one layer: our path, the key in the file, and a transform that converts
 the tensor between the two layouts. Reading, writing and the shapes of every format follow from the rows. Formats:
-``original`` (Wan2.1 and what was distilled from it), ``diffusers``, and ``causvid_jax`` (ours: paths as keys, layers
+``original`` (Wan2.1 and models distilled from it), ``diffusers``, and ``causvid_jax`` (ours: paths as keys, layers
 stacked).
 """
 
@@ -166,7 +166,7 @@ class Network:
         infer: builds a configuration from :class:`Sizes` and the file's metadata; None if it cannot.
         aliases: names in a published ``config.json`` to fields of ``config``.
         describe: returns a short text with the sizes.
-        to_json: returns ``config.json`` of a published format, None if it has none.
+        to_json: returns ``config.json`` of a published format; None for a format without this file.
         formats: the formats that exist.
         ignored: returns whether a key of a file belongs to no parameter.
         tied: keys that hold a copy of another key's tensor, to that key.

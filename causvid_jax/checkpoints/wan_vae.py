@@ -180,7 +180,7 @@ def _to_json(config: VAEConfig, form: str) -> dict[str, Any] | None:
         "dim_mult": list(config.dim_mult),
         "num_res_blocks": config.num_res_blocks,
         "attn_scales": [],
-        # The published class spells it so.
+        # The spelling of the published class.
         "temperal_downsample": list(config.temporal_downsample),
         "dropout": 0.0,
     }

@@ -319,9 +319,9 @@ def load_stage(
 
 
 def load_decoders(recipe: Recipe, workdir: str | os.PathLike | None = None) -> tuple[dict[str, Any], Recipe]:
-    """Return the weights ``{"vae", "taehv"}``, the second if ``recipe`` decodes with it, and a recipe.
+    """Return the weights ``{"vae"}``, with ``"taehv"`` if the recipe decodes with it, and a recipe.
 
-    The recipe is ``recipe`` with the latent statistics of the VAE's weights.
+    The returned recipe is ``recipe`` with the latent statistics of the VAE's weights.
 
     Raises:
         ConfigError: weights are missing, unreadable or of other sizes.

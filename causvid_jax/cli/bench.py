@@ -1,12 +1,12 @@
 """Measure the speed of a recipe's stream on this machine: ``causvid bench --config=digits --output=bench.json``.
 
 Measures milliseconds per denoising step at each cache length, of the cache write and of each decoder; time to first
-frame; steady frames/s and those of a clip, with and without a decoder; memory; TFLOP/s and their share of the device's
-peak; and delivery to a viewer: first chunk, gaps between chunks, real-time factor, deadlines, underruns.
-Writes JSON and, beside it, a Markdown table (``.md``); ``--against`` compares it with an earlier report. One device is
-measured, with the recipe's settings, for example ``--config.causal.window=21 --config.student.attention=cudnn``.
-Weights are random, or those of ``--checkpoint`` and ``--student``, which take published files as ``causvid sample``
-does.
+frame; frames/s in the steady state and of a clip, with and without a decoder; memory; TFLOP/s and their share of the
+device's peak; and delivery to a viewer: first chunk, gaps between chunks, real-time factor, deadlines, underruns.
+Writes JSON and a Markdown table (``.md``) of the same name; ``--against`` compares with an earlier report. One device
+is measured, with the recipe's settings, for example ``--config.causal.window=21 --config.student.attention=cudnn``.
+Weights are random, or those of ``--checkpoint`` and ``--student``, which accept published files as in
+``causvid sample``.
 """
 
 import dataclasses

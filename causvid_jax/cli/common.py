@@ -132,11 +132,11 @@ def check_output(path: str | None, suffixes: Sequence[str], flag: str = "output"
 
 
 NO_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
-"""Variables with which libtpu searches for no TPU; any existing type will do."""
+"""Variables with which libtpu does not search for a TPU; any existing type is accepted."""
 
 
 def quiet_libtpu(devices: str | os.PathLike = "/dev") -> None:
-    """Keep libtpu (extra ``tpu``) from reporting on stderr that a machine without a TPU has none.
+    """Keep libtpu (extra ``tpu``) from reporting on stderr that a machine has no TPU.
 
     A host of a TPU has ``/dev/accel*`` or ``/dev/vfio``; its environment and its messages stay unchanged. Call this
     before JAX looks for devices, and after the processes of a run have found each other.
@@ -150,7 +150,7 @@ def quiet_libtpu(devices: str | os.PathLike = "/dev") -> None:
 def enable_compilation_cache() -> str | None:
     """Keep compiled programs on disk between runs; return the directory, or None.
 
-    ``JAX_COMPILATION_CACHE_DIR`` (JAX's own) wins, then ``CAUSVID_JAX_CACHE`` (empty: no cache), then
+    The directory is ``JAX_COMPILATION_CACHE_DIR`` (JAX's own), else ``CAUSVID_JAX_CACHE`` (empty: no cache), else
     ``~/.cache/causvid_jax``. A directory that cannot be written only costs the time to compile.
     """
     quiet_libtpu()

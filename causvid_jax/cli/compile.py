@@ -149,7 +149,7 @@ def build(options: Options) -> None:
 
 
 def advice(recipe: Recipe, stage: str, machine: "TopologySpec") -> str:
-    """Return a sentence with settings that should fit by the estimate, or with other changes if there are none."""
+    """Return a sentence with settings that should fit by the estimate; without such settings, with other changes."""
     from causvid_jax.analysis import mesh_search
     from causvid_jax.config.files import format_bytes
 

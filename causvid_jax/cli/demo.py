@@ -46,7 +46,7 @@ class Options:
 
 
 def show_stream(pipe: "StudentPipeline", options: Options, prompts: tuple[str, ...], output: pathlib.Path) -> None:
-    """Write ``stream.mp4`` and ``stream.gif`` into ``output`` while the stream runs, and print how fast it is.
+    """Write ``stream.mp4`` and ``stream.gif`` into ``output`` while the stream runs, and print its speed.
 
     The second of ``prompts`` replaces the first in the middle.
     """

@@ -1,8 +1,8 @@
 """Measure a recipe's clips: ``causvid evaluate --config=digits --output=report.json``.
 
 Writes the report as JSON and, beside it, as Markdown tables (``.md``) and a contact sheet (``.png``).
-``--student_only`` leaves the teacher out; its weights are not needed then. ``--train_classifier`` trains the classifier
-instead, on handwriting that neither the generators nor the real test clips show, and writes it to ``--classifier``.
+``--student_only`` leaves the teacher out; its weights are then not needed. ``--train_classifier`` instead trains the
+classifier, on handwriting that neither the generators nor the real test clips show, and writes it to ``--classifier``.
 """
 
 import dataclasses

@@ -11,7 +11,7 @@ Stages, in the order of a training:
 * ``streams`` runs the trained student for the tiny decoder to learn from.
 * ``assets`` copies the weights of ``WORKDIR`` into the package.
 
-Each writes a tfds dataset under ``WORKDIR/data``, keeps existing data and resumes after an interruption. Several
+Each stage writes a tfds dataset under ``WORKDIR/data``, keeps existing data and resumes after an interruption. Several
 machines share a stage like a training (docs/hosts.md), or separately with ``--host_index=I --host_count=N``.
 Formats and rules: docs/data.md.
 """

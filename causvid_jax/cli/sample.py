@@ -1,6 +1,6 @@
 """Generate videos: ``causvid sample --config=digits --prompt="a red 3 moving left"``.
 
-The few-step student streams videos of any length and writes them block by block. Several ``--prompt`` run side by side
+The few-step student streams videos of any length and writes them block by block. Several ``--prompt`` run in parallel
 into ``out_0.mp4``, ``out_1.mp4``, .... ``--image`` starts from a picture, ``--video`` follows a video, and
 ``--switch "405:a blue 7 moving up"`` changes the prompt at the block that holds frame 405. ``--teacher`` samples one
 clip by the many-step bidirectional model instead; with an image branch (``--config=wan_14b:i2v``) it starts from
@@ -122,7 +122,7 @@ def memory_plan(opened: "Session") -> "tuple[Phase, ...]":
 
 
 def unused_mesh(recipe: Recipe) -> list[str]:
-    """Return a note for a recipe with a mesh of several devices, which sampling does not use."""
+    """Return a note if the recipe has a mesh of several devices, because sampling does not use it."""
     given = [f"{name} {getattr(recipe.parallel, name)}" for name in AXES if getattr(recipe.parallel, name) > 1]
     if not given:
         return []
@@ -130,7 +130,7 @@ def unused_mesh(recipe: Recipe) -> list[str]:
 
 
 def unlike_captions(opened: "Session") -> list[str]:
-    """Return a note for every prompt of a digits recipe that is unlike all captions of its training."""
+    """Return a note for every prompt of a digits recipe that has another form than all training captions."""
     from causvid_jax.data import digits
     from causvid_jax.text import words
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP as exceptions that end a program, also if they come where an exception would be lost."""
+"""Ctrl-C, SIGTERM and SIGHUP as exceptions that end a program, also where Python would drop an exception."""
 
 import contextlib
 import signal

@@ -1,8 +1,8 @@
 """Datasets that networks make: latents, ODE trajectories, streams and embedded prompts.
 
 The VAE makes latents of clips, the teacher makes ODE trajectories, the student makes streams. All datasets are written
-chunk by chunk and resume after an interruption (:mod:`causvid_jax.data.arrays`). An example depends on its index alone.
-Another number of examples, devices or interruptions changes it by rounding only.
+chunk by chunk and resume after an interruption (:mod:`causvid_jax.data.arrays`). An example depends only on its index.
+Another number of examples, devices or interruptions changes it only by rounding.
 
 In all functions ``folder`` is the folder of the dataset, ``chunk`` the number of examples per shard, and ``options``
 are ``process_id``, ``process_count`` and ``progress`` of :func:`arrays.write_dataset`. They return whether the dataset

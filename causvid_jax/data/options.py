@@ -1,4 +1,4 @@
-"""Settings of the stages of ``causvid prepare`` besides the recipe, as its flags. Imports no JAX."""
+"""Settings of the stages of ``causvid prepare`` that are not in the recipe, as flags. Imports no JAX."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from causvid_jax.config.recipes import option
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Settings of a stage. Only those of its name or of no name in the help concern it.
+    """Settings of all stages. The help of a setting names the stages that use it; without a name all do.
 
     Raises:
         ConfigError: a number out of bounds, or only one of ``host_index`` and ``host_count``.

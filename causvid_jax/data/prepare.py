@@ -245,7 +245,7 @@ def _share(options: Options) -> dict[str, int]:
 
 
 def _videos_of(folder: pathlib.Path) -> str:
-    """Say how many videos a dataset has used and skipped."""
+    """Return a text with the numbers of used and skipped videos of a dataset."""
     used, skipped = videos.used(folder), videos.skipped(folder)
     why = f", {len(skipped)} videos skipped: the reasons are in {folder / videos.SKIPPED}" if skipped else ""
     return f"{sum(line['clips'] for line in used)} clips of {len(used)} videos{why}"

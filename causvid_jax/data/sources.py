@@ -83,7 +83,7 @@ def with_pictures(recipe: Recipe, workdir: str | os.PathLike) -> pipeline.Source
 
 
 def _check_pictures(source: Any, name: str, recipe: Recipe, workdir: str | os.PathLike) -> None:
-    """Refuse latents without what the recipe's networks read of the clips' first frames."""
+    """Refuse latents without the encoded first frames that the recipe's networks read."""
     absent = [key for key in pictures.shapes(recipe) if key not in source[0]]
     require(
         not absent,

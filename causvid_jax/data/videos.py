@@ -25,7 +25,7 @@ from causvid_jax.data.captions import Video
 from causvid_jax.text import encoder
 
 ORIGIN = {"file": tfds.features.Text(), "start": tfds.features.Scalar(dtype=np.float32)}
-"""Features of an example that tell its video, and the start of the clip in seconds."""
+"""Features of an example that name its video, and the start of the clip in seconds."""
 USED, SKIPPED = "videos.jsonl", "skipped.jsonl"
 _PARTS = "report"
 
@@ -146,7 +146,7 @@ def write_pixels(
 
 
 def held_out(videos: Sequence[Video]) -> tuple[list[Video], list[Video]]:
-    """Return (training videos, test videos). Every 50th, from the first on, is for tests; one video alone is both."""
+    """Return (training videos, test videos). Every 50th, from the first on, is for tests; a single video is both."""
     test = list(videos[::50])
     return [video for video in videos if video not in test] or test, test
 

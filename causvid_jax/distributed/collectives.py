@@ -33,10 +33,10 @@ def barrier(name: str) -> None:
 
 
 def check_on_first(check: Callable[[], Any]) -> None:
-    """Run ``check`` in process 0 alone. All processes must call this.
+    """Run ``check`` only in process 0. All processes must call this.
 
     Raises:
-        ConfigError: in every process, with the message of the one that ``check`` raised.
+        ConfigError: in every process, with the message of the error that ``check`` raised.
     """
     if jax.process_count() == 1:
         check()
@@ -69,7 +69,7 @@ def single_process() -> Iterator[None]:
 
 
 def gather_to_first(tree: Any) -> Any:
-    """Return ``tree`` with whole numpy arrays in process 0, and None in the others.
+    """Return ``tree`` with complete numpy arrays in process 0, and None in the others.
 
     All processes must call this. A single process gets ``tree`` unchanged. Arrays above 256 MiB are gathered slice by
     slice along their first axis (layers), so no device holds a whole one.

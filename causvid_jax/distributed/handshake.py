@@ -1,4 +1,4 @@
-"""Connect all processes of a run before ``jax.distributed`` starts, and name any that is missing or misnumbered.
+"""Connect all processes of a run before ``jax.distributed`` starts, and name missing or misnumbered processes.
 
 ``jax.distributed.initialize`` ends a process without a readable message if its peers are missing. Every process
 therefore connects to process 0 over TCP first, at another port than the coordinator's (one above it; 4096 below it from
@@ -66,8 +66,8 @@ def handshake(address: Address, *, wait: float = WAIT) -> list[Peer]:
     holds the error or is empty.
 
     Raises:
-        ConfigError: in every process, if one is missing, has the number of another, or another number of processes; in
-            process 0 also if it cannot listen on its port.
+        ConfigError: in every process, if a process is missing, two have the same number, or their numbers of processes
+            differ; in process 0 also if it cannot listen on its port.
     """
     error, peers = _accept(address, wait) if address.process_id == 0 else _connect(address, wait)
     require(not error, error)

@@ -77,7 +77,7 @@ def _integer(environment: Mapping[str, str], name: str) -> int:
 
 def _detect(wait: float, environment: Mapping[str, str]) -> Address | None:
     """Return the address that JAX detects: TPU pods by their metadata, SLURM and Open MPI by their variables."""
-    # A pod outside a job is a single process. JAX's detection would warn about it, or fail without permissions.
+    # A pod outside a job is a single process. JAX's detection would print a warning, or fail without permissions.
     if "KUBERNETES_SERVICE_HOST" in environment and not any(name in environment for name in _JOB_VARIABLES):
         return None
     # JAX has no public name for it, and the handshake needs the addresses before JAX connects.

@@ -29,9 +29,9 @@ def spread(total: int, count: int = FRAMES_READ) -> np.ndarray:
 def unmix(video: np.ndarray, first: str, second: str) -> np.ndarray:
     """Separate the digits of two colours: pixels ``[..., 3]`` in [0, 1] -> the pictures u and v ``[..., 2]`` in [0, 1].
 
-    ``first`` and ``second`` are names in ``digits.COLORS``, with channels A and B. u is the mean of the channels of A
-    alone, v that of the channels of B alone. If B has no channel of its own, v is the mean of its channels less u, at
-    least 0. If A has none, the roles change.
+    ``first`` and ``second`` are names in ``digits.COLORS``, with channels A and B. u is the mean of the channels that
+    only A has, v that of the channels that only B has. If all channels of B are also in A, v is the mean of its
+    channels minus u, at least 0. If all channels of A are also in B, the roles change.
 
     Raises:
         ConfigError: twice the same colour.
@@ -49,8 +49,8 @@ def unmix(video: np.ndarray, first: str, second: str) -> np.ndarray:
 def find_colors(clip: np.ndarray, colors: tuple[str, ...]) -> tuple[str, str]:
     """Return the two colours with the least mean error plus coverage penalty, over frames spread over a clip.
 
-    Only pixels count that are at least half as bright as the brightest of their frame: any two colours without a
-    channel in common would explain the noise around the digits.
+    Only pixels at least half as bright as the brightest pixel of their frame count, because any two colours without a
+    common channel would explain the noise around the digits.
 
     Args:
         clip: ``[T, H, W, 3]`` in [0, 1].

@@ -1,7 +1,7 @@
 """Measure clips of one digit frame by frame.
 
-The mean over the frames of a clip hides single frames of another digit. Here every frame counts in which the digit is
-fully visible: no stroke touches the frame's edge, where the digit wraps around.
+The mean over the frames of a clip hides single frames of another digit. Here every frame with a fully visible digit
+counts: no stroke touches the frame's edge, where the digit wraps around.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ BLOCK = 12
 RESAMPLES = 1000
 """Resamples of a bootstrap interval."""
 EDGE_INK = 64
-"""Brightness (0 to 255) from which a pixel at the frame's edge counts as stroke."""
+"""Minimum brightness (0 to 255) of a pixel at the frame's edge that counts as stroke."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Train the classifier, and measure trained weights: what ``causvid evaluate`` and ``causvid road`` call."""
+"""Train the classifier, and measure trained weights, for ``causvid evaluate`` and ``causvid road``."""
 
 import json
 import os

@@ -119,7 +119,7 @@ class Row:
 
     Attributes:
         name: of the row.
-        captions: what the clips show, one per clip.
+        captions: one per clip.
         sample: ``(captions, first) -> uint8 [B, T, H, W, 3]``, clips ``first``, ``first + 1``, ....
         passes: network passes of one latent frame that a clip costs.
         starts: first pixel frames of the blocks, for the discontinuity at their borders.
@@ -277,7 +277,7 @@ def evaluate(
     *,
     progress: bool = True,
 ) -> Result:
-    """Return everything that the report holds.
+    """Return the report.
 
     Args:
         recipe: geometry, data and step counts.

@@ -10,15 +10,15 @@ import numpy as np
 from causvid_jax.media.writer import VideoWriter
 
 PARTS = 2
-"""Parts of the videos that wait for the thread at most."""
+"""Maximum number of parts that wait for the thread."""
 
 
 class BackgroundWriter:
     """Append frames to open writers in a thread: ``with BackgroundWriter(writers) as out: out.append(frames)``.
 
-    The caller opens the writers before and closes them after this block; between, only the thread uses them. When the
-    block ends, also by an exception, the thread has written all frames that were appended. An error of the thread is
-    raised by the next :meth:`append` or by the end of the block; frames after it are dropped.
+    The caller opens the writers before this block and closes them after it. Within the block only the thread uses them.
+    When the block ends, also by an exception, the thread has written all appended frames. The next :meth:`append` or
+    the end of the block raises an error of the thread; frames after the error are dropped.
 
     Args:
         writers: one per video.
@@ -49,7 +49,7 @@ class BackgroundWriter:
     def _write(self) -> None:
         while (part := self._parts.get()) is not None:
             if self._error is not None:
-                continue  # take the parts all the same, so that append() does not wait forever
+                continue  # still take the parts, so that append() does not wait forever
             try:
                 for writer, frames in zip(self._writers, part, strict=True):
                     writer.append(frames)
@@ -65,7 +65,7 @@ class BackgroundWriter:
             self._parts.put(None)
             self._thread.join()
         except KeyboardInterrupt as error:
-            # Drop what waits, but let the thread finish its part: the writers must not be closed under it.
+            # Drop the waiting parts, but let the thread finish its part: it still needs open writers.
             self._error = self._error or error
             while self._thread.is_alive():
                 if self._parts.empty():

@@ -18,7 +18,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
 _DAMAGE = (
     OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError, struct.error,
 )  # fmt: skip
-"""What Pillow raises for damaged files."""
+"""Exceptions of Pillow for damaged files."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -98,7 +98,7 @@ def _from_high_depth(picture: Image.Image, path: pathlib.Path) -> Image.Image:
 
 
 def _to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
-    """Return the picture in sRGB, whose colours ``profile`` describes; a profile that does not fit is ignored."""
+    """Return the picture in sRGB, from the colours of ``profile``; a profile that does not fit is ignored."""
     if profile:
         try:
             own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")

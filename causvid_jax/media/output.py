@@ -14,7 +14,7 @@ SUFFIXES = (".mp4", ".gif")
 SPACE = 2**20
 """Free bytes of the disk that a new video needs."""
 FRAME_SPACE = 64
-"""Free bytes that it needs for each frame in addition."""
+"""Additional free bytes for each frame."""
 _HELD = (errno.EAGAIN, errno.EACCES)
 
 

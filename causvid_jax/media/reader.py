@@ -24,7 +24,7 @@ CLOCK = 0.25
 FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,gif,flv,ogg,asf,mjpeg,apng"
 )
-"""Accepted demuxers. Others, such as playlists, open further files whose names are in the content."""
+"""Accepted demuxers. Others, such as playlists, open further files that the content names."""
 
 BT709, BT601 = 1, 5
 UNSPECIFIED = 2
@@ -89,7 +89,7 @@ def iterate_frames(
             if whole and picture.is_corrupt:
                 raise ValueError(f"the picture at {clock.time:.2f} s is damaged")
             clock.advance(picture)
-            if last is not None:  # it is on screen until this picture comes
+            if last is not None:  # the last picture is shown until this picture
                 due = 1 if fps is None else math.ceil(clock.time * fps - CLOCK) - count
                 if due > 0:
                     count += due

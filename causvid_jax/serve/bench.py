@@ -31,7 +31,7 @@ class Viewer(threading.Thread):
         intervals: seconds between chunks.
         stalls: number of times without a frame to show.
         stalled: total seconds without a frame to show.
-        error: what ended the viewer; None if nothing did.
+        error: the error that ended the viewer; None without an error.
     """
 
     def __init__(self, address: str, seconds: float, every: float = 0.0):
@@ -91,13 +91,13 @@ def _chunk(socket: ClientConnection) -> dict[str, Any]:
 
 
 class _Process:
-    """A server as a process of its own."""
+    """A server in a separate process."""
 
     def __init__(self, flags: tuple[str, ...]):
         begin = time.perf_counter()
         program = "from causvid_jax.cli import main; main('serve')"
         command = [sys.executable, "-c", program, "--port=0", "--requests_per_minute=100000", *flags]
-        # The viewers here have no token, so the server asks for none.
+        # These viewers have no token, so the server needs to run without one.
         environment = {name: value for name, value in os.environ.items() if name != TOKEN}
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout is not None
@@ -150,7 +150,7 @@ def measure(flags: tuple[str, ...], seconds: float = 12.0, most: int = 4) -> dic
     Args:
         flags: such as ``--config=digits``.
         seconds: length of the films.
-        most: the most films at once.
+        most: the maximum number of films at once.
 
     Returns:
         ``listens`` and ``ready`` (start of the server), ``first_frame``, ``change_to_shown`` (delay of a prompt

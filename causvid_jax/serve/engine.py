@@ -1,7 +1,7 @@
 """The worker of the device: it generates the blocks of all sessions in turn, and no other thread uses the device.
 
 Any thread may call the public methods; they only change the sessions under a lock. :meth:`Engine.run` is the worker
-thread. Tests call :meth:`Engine.step` instead, with a clock of their own.
+thread. Tests call :meth:`Engine.step` instead, with their own clock.
 """
 
 import collections
@@ -101,7 +101,7 @@ class Engine:
         """Refuse a picture or a video that the student cannot read, and a start without the picture that it needs.
 
         Raises:
-            ConfigError: the sentence says what is accepted, or the programs are not loaded yet.
+            ConfigError: an input that is not accepted (the message names what is), or the programs are not loaded yet.
         """
         if picture or video:
             require(self.programs.has_encoder, "this server reads neither pictures nor videos")
@@ -269,7 +269,7 @@ class Engine:
         return session
 
     def restart(self, session: Session, start: Start) -> None:
-        """Start a new film in the session. What cannot be started becomes the event ``error``.
+        """Start a new film in the session. A film that cannot be started becomes the event ``error``.
 
         This and other commands raise ConfigError if too many are waiting.
         """
@@ -314,7 +314,7 @@ class Engine:
         )
 
     def change(self, session: Session, change: Change) -> None:
-        """Switch the prompt from the next block on; the latest change that waits counts."""
+        """Switch the prompt from the next block on. If several changes wait, the latest is used."""
         with self._work:
             session.change = change
             self._work.notify()
@@ -406,10 +406,10 @@ class Engine:
     # ---- coming and going ----
 
     def attach(self, token: str, received: int | None, on_output: Callable[[], None]) -> Session | None:
-        """Connect a client to a session; return None if none has this token, or a frame that it needs is gone.
+        """Connect a client to a session; return None if no session has this token, or a needed frame is gone.
 
-        Chunks from ``received`` on are sent again; None: those that are not confirmed. Those of a former film are not.
-        The connection before, if it still exists, ends.
+        Chunks from ``received`` on are sent again; None: those that are not confirmed. Chunks of a former film are not
+        sent again. An earlier connection that still exists is closed.
         """
         with self._lock:
             everyone = [*self._turns, *self._queue]
@@ -429,7 +429,7 @@ class Engine:
         """Record that the session's connection is lost. It can be resumed for ``resume_seconds``.
 
         Returns:
-            False if another connection, with another ``on_output``, has already resumed the session; it keeps it.
+            False if another connection, with another ``on_output``, has already resumed the session and keeps it.
         """
         with self._lock:
             if session.on_output != on_output:

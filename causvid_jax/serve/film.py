@@ -21,9 +21,9 @@ def slerp(start: np.ndarray, end: np.ndarray, share: float) -> np.ndarray:
     """Interpolate embeddings ``[S, E]`` token by token on the sphere; ``share`` in [0, 1] goes from start to end.
 
     With the angle w between two tokens' directions, the direction is
-    ``sin((1 - share) w) / sin(w) a + sin(share w) / sin(w) b``; the length is interpolated linearly. Where a token is
-    zero, or the angle is 0 or a half turn, all of it is linear. Shoemake, "Animating rotation with quaternion curves",
-    SIGGRAPH 1985.
+    ``sin((1 - share) w) / sin(w) a + sin(share w) / sin(w) b``; the length is interpolated linearly. If a token is
+    zero, or the angle is 0 or a half turn, the interpolation is linear. Source: Shoemake, "Animating rotation with
+    quaternion curves", SIGGRAPH 1985.
     """
     a, b = start.astype(np.float64), end.astype(np.float64)
     lengths = np.linalg.norm(a, axis=-1, keepdims=True), np.linalg.norm(b, axis=-1, keepdims=True)
@@ -58,8 +58,8 @@ class Film:
         programs: of the recipe.
         seed: of the noise.
         prompt: of the start.
-        latents: the most latent frames, for a recipe without a window.
-        picture: what a student with an image branch starts from.
+        latents: the maximum number of latent frames, for a recipe without a window.
+        picture: for a student with an image branch.
 
     Attributes:
         block: number of blocks so far.
@@ -145,7 +145,7 @@ class Film:
         return frames_out
 
     def frames_of(self, video: np.ndarray) -> np.ndarray | None:
-        """Return the frames of a whole video ``[T, H, W, 3]`` that the next block follows; None if it is over."""
+        """Return the frames of a whole video ``[T, H, W, 3]`` that the next block follows; None after its end."""
         count = self.programs.input_frames(self._state, self._coder)
         frames = video[self.frame : self.frame + count]
         return frames if len(frames) else None
@@ -192,7 +192,7 @@ class Film:
         blend.done += 1
         last = blend.done >= blend.length
         self._embeds = blend.end if last else slerp(blend.start, blend.end, blend.done / blend.length)
-        # A blend resets the context at its start only. With a reset at every block all blocks would be first blocks.
+        # A blend resets the context only at its start. With a reset at every block all blocks would be first blocks.
         context = "keep" if blend.context == "reset" and blend.done > 1 else blend.context
         self._state = self.programs.switch(self._state, self._embeds, context)
         self._coder = None if context == "reset" else self._coder
@@ -220,7 +220,7 @@ def check_script(script: Script, programs: Programs) -> None:
     """Refuse a script that these weights cannot replay.
 
     Raises:
-        ConfigError: it was made by another recipe or other weights, or its inputs were not kept.
+        ConfigError: the script belongs to another recipe or other weights, or its inputs were not kept.
     """
     recipe = programs.recipe
     require(

@@ -37,7 +37,7 @@ def encode_block(frames: np.ndarray, start: int, index: int, fps: float, upscale
 
     Args:
         frames: uint8 ``[n, H, W, 3]``.
-        start: number of frames of the film before this block, as shown to the viewer.
+        start: number of frames that the viewer is shown before this block.
         index: of the block, from 0.
         fps: frames per second.
         upscale: side of the square that replaces every pixel.
@@ -103,7 +103,7 @@ class Recording:
 
     Attributes:
         path: of the file.
-        most_bytes: size above which it takes no further block.
+        most_bytes: size above which it accepts no further block.
         frames, blocks: numbers so far.
         digest: SHA-256 of the uint8 frames so far.
 
@@ -119,7 +119,7 @@ class Recording:
         self._lock = threading.Lock()
 
     def append(self, frames: np.ndarray) -> None:
-        """Add a block, uint8 ``[n, H, W, 3]``. A closed recording takes none.
+        """Add a block, uint8 ``[n, H, W, 3]``. A closed recording ignores it.
 
         Raises:
             RunError: the disk is full, or the recording is as long as is allowed.
@@ -135,14 +135,14 @@ class Recording:
             self.digest.update(frames.tobytes())
 
     def close(self, script: Script, first: int) -> None:
-        """Finish the file with the film's script in its metadata. Without a block there is no file.
+        """Finish the file with the film's script in its metadata. A recording without blocks leaves no file.
 
         Args:
             script: of the film.
             first: the film's block at which the recording began.
 
         Raises:
-            RunError: the finished file cannot be written. What is on disk stays.
+            RunError: the finished file cannot be written. The unfinished file stays.
         """
         with self._lock:
             writer, self._writer = self._writer, None
@@ -153,7 +153,7 @@ class Recording:
         writer.close()
 
     def discard(self) -> None:
-        """Remove the file, also a part of it, and take no further block."""
+        """Remove the file, finished or not, and accept no further block."""
         with self._lock:
             writer, self._writer = self._writer, None
             if writer is not None:
@@ -162,7 +162,7 @@ class Recording:
 
 
 def remove_old(folder: pathlib.Path, kept: int) -> None:
-    """Remove all recordings and jobs of a server but the ``kept`` newest. Other files of the folder stay."""
+    """Remove all recordings and jobs of a server except the ``kept`` newest. Other files of the folder stay."""
     ages = []
     for path in folder.glob("*.mp4"):
         if not _NAME.fullmatch(path.name):

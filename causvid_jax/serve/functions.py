@@ -33,7 +33,7 @@ class Function:
     Attributes:
         function: with static keyword arguments.
         static: the static arguments.
-        reads: names of the networks whose parameters it takes as a dict, or one name for that network's tree.
+        reads: names of the networks, for a dict of their parameters; or one name, for the tree of that network.
         shapes: of the arrays after the parameters; empty if they are not known in advance.
     """
 
@@ -43,7 +43,7 @@ class Function:
     shapes: tuple[Any, ...] = ()
 
     def of(self, params: Mapping[str, Any]) -> Any:
-        """Return those of the parameters ``{network: tree}`` that the function takes."""
+        """Return the parameters that the function takes, from all parameters ``{network: tree}``."""
         return params[self.reads] if isinstance(self.reads, str) else {name: params[name] for name in self.reads}
 
     def __call__(self, params: Any, *arrays: Any) -> Any:
@@ -87,9 +87,9 @@ def functions(recipe: Recipe) -> dict[str, Function]:
 
 
 def has_fixed_shapes(recipe: Recipe) -> bool:
-    """Return whether every function of a stream has one shape only, which is known without weights.
+    """Return whether every function of a stream has only one shape, which is known without weights.
 
-    That needs a window, blocks of one size, and no image branch, whose picture has the shape of CLIP's tokens.
+    This needs a window, blocks of one size, and no image branch, because its picture has the shape of CLIP's tokens.
     """
     endless = bool(recipe.causal.window) and not recipe.causal.independent_first_frame
     return endless and not has_branch(recipe.student)

@@ -76,7 +76,7 @@ class Guard:
             return None
         host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
         if self.settings.is_local and host not in ("localhost", "127.0.0.1", "::1"):
-            return 403, "this server answers to the name localhost only"  # a foreign page may resolve to us
+            return 403, "this server answers to the name localhost only"  # another site's name may resolve to us
         origin = headers.get("origin")
         if origin is not None and origin not in self.settings.origin:
             scheme = {"ws": "http", "wss": "https"}.get(scope["scheme"], scope["scheme"])

@@ -27,8 +27,8 @@ class Job:
     Attributes:
         seconds: length of the video.
         size: ``WIDTHxHEIGHT``.
-        picture: to start from, uint8 ``[H, W, 3]``; None without one, and once the job has begun.
-        video: to follow, uint8 ``[T, H, W, 3]``; likewise.
+        picture: to start from, uint8 ``[H, W, 3]``; None without a picture, and after the job has begun.
+        video: to follow, uint8 ``[T, H, W, 3]``; None without a video, and after the job has begun.
         strength: distance from the video, up to 1.
         progress: percent.
         created_at, completed_at: seconds since 1970.
@@ -99,7 +99,7 @@ class Jobs:
         """Queue a video, which may start from a picture or follow a video.
 
         Args:
-            prompt: what to show.
+            prompt: of the video.
             model: name of the recipe; "" accepts the one that is served.
             seconds: length; None: that of ``video``, or 4.
             size: ``WIDTHxHEIGHT``; "" accepts that of the recipe.

@@ -1,8 +1,8 @@
 """Metrics of the server, for ``/metrics`` (Prometheus) and for the benchmark.
 
-A simulated viewer starts at a session's first chunk and plays without a pause. A chunk is late if the viewer has no
-frame left when it is ready, and if it also took longer than its own duration since it was requested. The second
-condition excludes slow clients.
+A simulated viewer starts at a session's first chunk and plays without a pause. A chunk is late under two conditions:
+when it is ready, the viewer has no frame left, and more time has passed since the request than the chunk plays. The
+second condition excludes slow clients.
 """
 
 import collections
@@ -19,7 +19,7 @@ _BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 
 
 class Metrics:
-    """Counters of one server; the label ``recipe`` is on all of them."""
+    """Counters of one server; all have the label ``recipe``."""
 
     def __init__(self, recipe: str):
         self.registry = CollectorRegistry()

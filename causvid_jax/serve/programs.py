@@ -23,9 +23,9 @@ from causvid_jax.text import encoder
 
 
 class Programs:
-    """Steps of a stream with the past kept, recomputed or reset at every change of prompt.
+    """Steps of a stream with the context kept, recomputed or reset at every change of prompt.
 
-    A recipe fixes one of the three in ``causal.on_prompt_switch``. Here each change chooses, and blocks are decoded as
+    A recipe fixes one of the three in ``causal.on_prompt_switch``. Here each change chooses one. Blocks are decoded as
     with "reset", which differs from the others only at the start of a clip after a reset.
 
     Args:
@@ -76,9 +76,8 @@ class Programs:
         Args:
             embeds: of the prompt, ``[S, E]``.
             seed: of the noise.
-            latents: the most latent frames of a recipe without a window; None: those of the recipe's clip.
-            picture: uint8 ``[H, W, 3]``, what a student with an image branch starts from; CLIP and the VAE both read
-                all of it.
+            latents: the maximum number of latent frames for a recipe without a window; None: that of its clip.
+            picture: uint8 ``[H, W, 3]``, for a student with an image branch; CLIP and the VAE both read all of it.
         """
         text = jnp.asarray(embeds)[None]
         with self.placement.current():
@@ -122,10 +121,11 @@ class Programs:
     ) -> tuple[np.ndarray, StreamState, Any]:
         """Generate a block that follows ``video``, uint8 ``[n, H, W, 3]``, at ``strength``.
 
-        ``n`` is :meth:`input_frames`; ``coder`` is the encoder's past of the block before, None at the video's begin.
+        ``n`` is :meth:`input_frames`; ``coder`` is the encoder's cache after the previous block, None at the start of
+        the video.
 
         Returns:
-            uint8 frames ``[n, H, W, 3]``, the next state, and the encoder's past.
+            uint8 frames ``[n, H, W, 3]``, the next state, and the encoder's cache.
 
         Raises:
             ConfigError: a strength out of bounds.

@@ -46,7 +46,7 @@ class Resume(Message):
 
 
 class Prompt(Message):
-    """Switch the prompt from the next block on, or over ``blend`` blocks. ``context`` is what becomes of the cache."""
+    """Switch the prompt from the next block on, or over ``blend`` blocks; keep, recompute or reset the ``context``."""
 
     type: Literal["prompt"]
     prompt: str

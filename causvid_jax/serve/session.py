@@ -1,6 +1,6 @@
 """One viewer's film on the server: the viewer's commands, and the output that is not sent yet.
 
-The engine's lock guards all of it.
+The engine's lock guards all fields.
 """
 
 import collections
@@ -60,7 +60,7 @@ class Chunk:
     """The frames of a block.
 
     Attributes:
-        index: of the chunk in the session; a reconnecting client names the next one that it needs.
+        index: of the chunk in the session; a reconnecting client names the next chunk that it needs.
         take: number of the film in the session; each start has a new one.
         block: of the film.
         frame: index in the film of the chunk's first pixel frame.
@@ -94,7 +94,7 @@ class Session:
     Attributes:
         id: name of the session in logs; it is not secret.
         token: secret for resuming a lost connection.
-        ahead: the most chunks that are kept for a client that has not confirmed them.
+        ahead: the maximum number of unconfirmed chunks that are kept for a client.
         keeps: whether chunks are kept until they are confirmed; False for jobs.
         take: number of the film in the session.
         starts: number of films that the client asked for so far.
@@ -105,7 +105,7 @@ class Session:
         credit: chunks with an index below it may be made; the client sets it.
         confirmed: chunks below this index have arrived.
         seen: time of the client's last message, in seconds of the engine's clock, as all times here.
-        lost: time when the connection was lost; None while it exists.
+        lost: time when the connection was lost; None while the connection exists.
         on_output: called when there is an event or a chunk to send.
         on_frames: called with the uint8 frames ``[n, H, W, 3]`` of every block.
     """
@@ -174,7 +174,7 @@ class Session:
         )
 
     def confirm(self, received: int) -> None:
-        """Forget chunks below ``received``."""
+        """Remove the chunks below ``received``."""
         self.confirmed = max(self.confirmed, min(received, self.made))
         while self.chunks and self.chunks[0].index < self.confirmed:
             self.chunks.popleft()

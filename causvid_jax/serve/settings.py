@@ -13,7 +13,7 @@ Bytes = Annotated[int, Bounds(least=1, most=2**36)]
 
 
 TOKEN = "CAUSVID_TOKEN"
-"""The variable of the environment that holds the token where no flag gives it."""
+"""The environment variable that holds the token if no flag gives it."""
 
 
 @dataclasses.dataclass(frozen=True)

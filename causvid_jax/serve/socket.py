@@ -27,7 +27,7 @@ BURST, RATE = 2000, 200
 """Messages that a client may send at once, and per second on average."""
 REFUSED, SLOW, TOO_MANY, ENDED = 4400, 4408, 4429, 4410
 GOING_AWAY = 1001
-"""Close code of a browser whose page is left. A lost connection has none, so its session waits for it."""
+"""Close code of a browser that leaves the page. A lost connection has no close code, so its session waits."""
 
 
 class Refused(Exception):
@@ -61,7 +61,7 @@ class Connection:
             for task in pending:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)  # both may have failed
-            for task in sorted(done, key=tasks.index):  # the reader knows why the client has left
+            for task in sorted(done, key=tasks.index):  # the reader has the reason for which the client left
                 task.result()
         except Refused as refusal:
             code, reason = refusal.code, refusal.reason
@@ -155,7 +155,7 @@ class Connection:
                 await self._obey(session, message, payload)
             except ConfigError as error:
                 session.emit("error", message=reason(error))
-        await asyncio.sleep(3600)  # the writer sends why it ended, and closes
+        await asyncio.sleep(3600)  # the writer sends the reason and closes
 
     def _is_current(self, session: Session) -> bool:
         return session.on_output == self._wake

@@ -16,7 +16,7 @@ def decode_picture(data: bytes, height: int, width: int, most_pixels: int) -> np
     """Return a picture of at most ``most_pixels`` pixels, scaled to cover the size, uint8 ``[height, width, 3]``.
 
     Raises:
-        ConfigError: it is too large, damaged, or of a kind that is not read.
+        ConfigError: the picture is too large, damaged, or in a format that is not accepted.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -45,7 +45,7 @@ def decode_video(data: bytes, height: int, width: int, frames: int, fps: float) 
     """Return at most ``frames`` frames of a video at ``fps``, scaled to cover the size, uint8 ``[T, H, W, 3]``.
 
     Raises:
-        ConfigError: it is damaged, or of a kind that is not read.
+        ConfigError: the video is damaged, or in a format that is not accepted.
     """
     with tempfile.TemporaryDirectory(prefix="causvid_upload_") as folder:
         path = pathlib.Path(folder) / "video"

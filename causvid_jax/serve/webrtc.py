@@ -1,7 +1,7 @@
 """Films over WebRTC: a peer receives the frames of one session as a video track; the WebSocket steers the session.
 
 The session's WebSocket starts with the format ``webrtc``. The client then posts an offer with the session's token and
-gets the answer (RFC 8829). The track plays at the recipe's rate, and asks for a block shortly before it needs it.
+gets the answer (RFC 8829). The track plays at the recipe's rate, and requests each block shortly before it needs it.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 CONNECT_SECONDS = 20.0
 """Time from the answer until the peer is connected."""
 LEAST_LEAD = 0.12
-"""Seconds of film left when the next block is asked for, at least."""
+"""Minimum seconds of film that are left when the next block is requested."""
 _CLOCK = 90_000
 
 
@@ -48,7 +48,7 @@ class FilmTrack(MediaStreamTrack):
         self._frames: collections.deque[tuple[Chunk, int]] = collections.deque()  # that wait, as chunk and position
         self._next = session.confirmed  # index of the chunk to fetch next
         self._asked: float | None = None
-        self._delays: collections.deque[float] = collections.deque([0.2], maxlen=5)  # from asking to having
+        self._delays: collections.deque[float] = collections.deque([0.2], maxlen=5)  # from the request to the block
         self._first = self._due = 0.0
         session.on_frames = self._wake
 
@@ -213,7 +213,7 @@ async def _close(peer: RTCPeerConnection) -> None:
 
 
 def addresses(settings: Settings) -> list[str] | None:
-    """Return the addresses at which peers are received; None: all of the machine but loopback."""
+    """Return the addresses that are offered to peers; None: all of the machine except loopback."""
     if settings.host == "localhost":
         return ["127.0.0.1"]
     try:

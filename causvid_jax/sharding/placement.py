@@ -64,7 +64,7 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules, leading: int = 0) -> NamedS
 
 
 def _from_whole(x: Any, sharding: NamedSharding) -> jax.Array:
-    """Return the global array of ``x``, of which this process keeps the parts of its own devices."""
+    """Return the global array of ``x``; this process keeps the parts of its own devices."""
     return jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.asarray(x)[index])
 
 
@@ -141,7 +141,8 @@ class Placement:
     def example_indices(self, size: int) -> list[int]:
         """Return the ascending indices of the examples of a batch of ``size`` that this process reads.
 
-        They are those on its devices. Processes that differ in ``context`` or ``tensor`` alone have the same examples.
+        These are the examples on its devices. Processes that differ only in ``context`` or ``tensor`` have the same
+        examples.
 
         Raises:
             ConfigError: the mesh does not divide the batch.
@@ -177,7 +178,7 @@ class Placement:
 
 
 def stream_params(params: dict[str, Any], spec: Any, rules: ShardingRules, placement: Placement) -> dict[str, Any]:
-    """Return the parameters of a stream on the mesh: ``params["student"]`` by ``spec`` and ``rules``, the rest whole.
+    """Return a stream's parameters on the mesh: ``params["student"]`` by ``spec`` and ``rules``, others replicated.
 
     Under ``placement.current()`` every function of ``sampling.stream`` then runs sharded. The cache is split by heads.
     """

@@ -31,7 +31,7 @@ def split_words(prompt: str, config: TextConfig) -> list[str]:
 
 
 def _short(text: str) -> str:
-    """Return a text as it is, or the start of a long one."""
+    """Return a text, or the start of a long text."""
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 

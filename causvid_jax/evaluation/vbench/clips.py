@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "sampling.json"
 VIDEOS = "videos"
-"""The folder of the clips. VBench takes the suffix of any file there for that of all, so it holds no other file."""
+"""The folder of the clips. It holds no other file, because VBench takes the suffix of all clips from any file there."""
 Say = Callable[[str], None]
 
 
@@ -100,7 +100,7 @@ def read_entries(info: str | os.PathLike, extended: str | os.PathLike | None = N
 
 
 def plan(entries: Sequence[Entry], protocol: Protocol) -> list[Clip]:
-    """Return every clip once; a prompt with two entries has the text of the first entry and the larger number of clips.
+    """Return every clip once. A prompt with two entries has the text of the first and the larger number of clips.
 
     Clip i of every prompt has seed ``protocol.seed + i``.
     """

@@ -2,8 +2,8 @@
 
 ``|M(first 15 %) - M(last 15 %)|`` is the rule of Helios, here with measures M that need no network. The difference of
 the first and the last five seconds is the rule of Forcing-KV. Motion is optical flow (Lucas and Kanade 1981, coarse to
-fine). VBench and Forcing-KV use RAFT, so the numbers here compare streams with each other only. The dynamic degree is
-reported too, because a frozen video has the least drift.
+fine). VBench and Forcing-KV use RAFT, so compare the numbers here only with each other. The dynamic degree is reported
+too, because a frozen video has the least drift.
 """
 
 import dataclasses
