@@ -28,14 +28,14 @@ class Options:
     """The flags."""
 
     config: Recipe = config_option()
-    output: str | None = option(None, "The report to write, a .json file; .md goes beside it.")
+    output: str | None = option(None, "The report to write, a .json file; .md has the same name.")
     repeats: Many = option(20, "Timed calls of each program.")
-    streams: BatchSize = option(1, "Videos side by side.")
+    streams: BatchSize = option(1, "Number of parallel videos.")
     codecs: str = option("wan,taehv", "Decoders to measure, of wan and taehv.")
-    checkpoint: str | None = option(None, "Measure these weights: a folder or a file; none: random ones.")
-    student: str | None = option(None, "The student's file, also a published one; it wins over --checkpoint.")
+    checkpoint: str | None = option(None, "Weights to measure: a folder or a file; default: random weights.")
+    student: str | None = option(None, "The student's file, also published, instead of those in --checkpoint.")
     against: str | None = option(None, "An earlier report of this device, to print ratios of times.")
-    serve: bool = option(False, "Measure causvid serve from its viewers' side, with the weights of the package.")
+    serve: bool = option(False, "Measure causvid serve as viewers see it, with the weights of the package.")
 
 
 def main(options: Options) -> None:

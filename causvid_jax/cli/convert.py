@@ -34,7 +34,7 @@ class Options:
     input: str = option("", "The checkpoint: a file or a folder.")
     output: str = option("", "A .safetensors file, or a folder that does not exist yet.")
     to: str = option("causvid_jax", "Names to write: causvid_jax, original or diffusers.")
-    part: str | None = option(None, "Part of a checkpoint with several, for example generator_ema (preferred).")
+    part: str | None = option(None, "Part of a checkpoint with several parts, for example generator_ema (preferred).")
     component: str = option("", "Convert only these components of a folder, for example transformer,vae.")
     stage: Literal["teacher", "init", "distill"] | None = option(
         None, "The transformer's place in a working directory: teacher, init or distill."

@@ -18,11 +18,11 @@ class Options(Plan):
     """The flags; with those of a :class:`causvid_jax.evaluation.plan.Plan`."""
 
     config: Recipe = config_option()
-    output: str | None = option(None, "The report to write, a .json file; .md and .png go beside it.")
-    workdir: str | None = option(None, "Where the recipe was trained; default: the weights of the package.")
+    output: str | None = option(None, "The report to write, a .json file; .md and .png have the same name.")
+    workdir: str | None = option(None, "Folder of the recipe's training; default: the weights of the package.")
     student: str | None = option(None, "Student weights to measure instead of the recipe's, a .safetensors file.")
     teacher: str | None = option(None, "Teacher weights to measure instead of the recipe's.")
-    student_only: bool = option(False, "Leave the teacher out, and all that is measured against it.")
+    student_only: bool = option(False, "Leave the teacher out, and all figures relative to the teacher.")
     train_classifier: bool = option(False, "Train the classifier and write it to --classifier.")
     classifier: str | None = option(None, "The classifier's weights; default: those of the package.")
 

@@ -24,8 +24,8 @@ class Options:
     config: Recipe = config_option()
     name: str = option("", "The experiment: a name of experiments/, or a Python file, which is run.")
     base: str | None = option(None, "Working directory of a finished causvid road, from which every row starts.")
-    workdir: str | None = option(None, "Where the rows are trained.")
-    output: str | None = option(None, "The result, a .json file; .md and .png go beside it.")
+    workdir: str | None = option(None, "Folder in which the rows are trained.")
+    output: str | None = option(None, "The result, a .json file; .md and .png have the same name.")
     seeds: Few = option(3, "Trainings of every row.")
     samples: Many = option(64, "Held-out clips of every training.")
 

@@ -18,7 +18,7 @@ class Options:
     """The flags."""
 
     workdir: str | None = option(None, "The directory of a training.")
-    stage: str = option("", f"Whose checkpoint: {', '.join(STAGES)}.")
+    stage: str = option("", f"Stage of the checkpoint: {', '.join(STAGES)}.")
     step: CountOrZero | None = option(None, "Step of the checkpoint; default: the newest.")
     output: str | None = option(None, "The file to write, .safetensors.")
 

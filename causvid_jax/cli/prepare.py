@@ -32,7 +32,7 @@ class Options(StageOptions, processes.Processes):
 
     config: Recipe = config_option()
     stage: str = option("", f"What to make: {', '.join(STAGES)}.")
-    workdir: str | None = option(None, "Where the recipe keeps its data, weights and logs.")
+    workdir: str | None = option(None, "Folder of the recipe's data, weights and logs.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,7 +21,7 @@ class Processes:
     coordinator: str = option("", "HOST:PORT of process 0, if the processes cannot find each other.")
     processes: ManyOrZero = option(0, "Number of processes, with --coordinator.")
     process: Annotated[int, Bounds(least=-1, most=10**6)] = option(
-        -1, "The number of this one, from 0, with --coordinator."
+        -1, "Index of this process, from 0, with --coordinator."
     )
     wait: Annotated[float, Bounds(above=0, most=10**6)] = option(50.0, "Seconds to wait for the other processes.")
 

@@ -1,7 +1,7 @@
 """Make all weights of a recipe from scratch: ``causvid road --config=digits --workdir=DIR``.
 
 It runs data, VAE, latents, teacher, causal teacher, trajectories, ODE regression, distillation, tiny decoder,
-classifier and report, one after the other. Finished legs are skipped. Ctrl-C and SIGTERM save a checkpoint; the same
+classifier and report, one after the other. Finished parts are skipped. Ctrl-C and SIGTERM save a checkpoint; the same
 command continues. The recipe holds every setting, so the same command on the same machine gives the same weights.
 """
 
@@ -21,7 +21,7 @@ class Options:
     videos: str | None = option(None, "The folder of your videos, if the recipe's data.name is 'videos'.")
     captions: str | None = option(None, "Their captions: csv, tsv, json or jsonl; none: a.txt by a.mp4.")
     samples: int = option(64, "Clips per row of the report.")
-    dry_run: bool = option(False, "Only list the legs and which of them are done.")
+    dry_run: bool = option(False, "Only list the parts and whether they are done.")
 
     def __post_init__(self) -> None:
         own = self.config.data.name == "videos"
@@ -31,7 +31,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """List the legs, or run those that are not done."""
+    """List the parts, or run those that are not done."""
     recipe, folder = options.config, common.writable_workdir(options.workdir)
     print(f"Road of recipe {recipe.name}: loading ...", flush=True)
     from causvid_jax.data import prepare

@@ -23,10 +23,10 @@ class Options(Settings):
     """The flags."""
 
     config: Recipe = option("digits", CONFIG_HELP)
-    checkpoint: str | None = option(None, "Weights, as for causvid sample. Default: those of the package.")
-    student: str | None = option(None, "The student's weights; wins over --checkpoint.")
-    vae: str | None = option(None, "The VAE's weights; wins over --checkpoint.")
-    taehv: str | None = option(None, "The tiny decoder's weights; wins over --checkpoint.")
+    checkpoint: str | None = option(None, "Weights, as in causvid sample. Default: those of the package.")
+    student: str | None = option(None, "The student's weights, instead of those in --checkpoint.")
+    vae: str | None = option(None, "The VAE's weights, instead of those in --checkpoint.")
+    taehv: str | None = option(None, "The tiny decoder's weights, instead of those in --checkpoint.")
     program: str | None = option(None, "A file of compile --stage=serve, to run instead of tracing the model.")
 
     def __post_init__(self) -> None:

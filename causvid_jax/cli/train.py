@@ -19,7 +19,7 @@ class Options(processes.Processes):
 
     config: Recipe = config_option()
     stage: str = option("", f"What to train: {', '.join(STAGES)}.")
-    workdir: str | None = option(None, "Where the recipe keeps its data, weights and logs.")
+    workdir: str | None = option(None, "Folder of the recipe's data, weights and logs.")
     init_from: str | None = option(
         None, "Weights to start with: a file, or another recipe's --workdir (the same stage's weights)."
     )

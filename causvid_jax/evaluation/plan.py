@@ -21,14 +21,14 @@ class Plan:
     samples: Clips = option(64, "Clips per row; held-out prompts are repeated with other noise if there are fewer.")
     long_samples: ManyOrZero = option(0, "Streams of --long_factor times the trained length; 0: as --samples.")
     switch_samples: ManyOrZero = option(0, "Streams whose prompt changes half-way; 0: as --samples.")
-    reference: Clips = option(256, "Real test clips that Frechet distances are measured to.")
+    reference: Clips = option(256, "Number of real test clips for the Frechet distances.")
     batch: BatchSize = option(16, "Clips sampled at once, also in the timing.")
     long_factor: Few = option(10, "Length of the long streams, in trained lengths.")
     longest_factor: Annotated[int, Bounds(least=0, most=10_000)] = option(
         0, "Length of a further row of streams, 100 for example; 0: no such row."
     )
     longest_samples: Clips = option(16, "Streams of that row.")
-    repeats: Few = option(3, "Timed runs of each sampler, after one that compiles; the median counts.")
+    repeats: Few = option(3, "Timed runs of each sampler after one that compiles; the median is reported.")
     seed: Seed = option(0, "Of prompts, real clips and noise.")
     captions: Literal["test", "validation"] = option(
         "test", "The split of the prompts: choose settings on validation (data.validation_fraction), report on test."

@@ -30,9 +30,9 @@ class SampleRequest:
     """
 
     config: Recipe = option(None, CONFIG_HELP)
-    prompt: tuple[str, ...] = option((), "What to show. Several prompts make several videos at once.")
-    frames: int | None = option(None, "Frames to make; default: a clip, or as many as --video has.")
-    seed: int = option(0, "Seed of the noise; video i of several has seed + i.")
+    prompt: tuple[str, ...] = option((), "Prompt of the video. Several prompts make several videos at once.")
+    frames: int | None = option(None, "Number of frames; default: a clip, or that of --video.")
+    seed: int = option(0, "Seed of the noise; with several videos, video i has seed + i.")
     output: str = option("out.mp4", "The file to write, .mp4 or .gif; several videos are numbered.")
     image: str | None = option(None, "Start from this picture.")
     video: str | None = option(None, "Follow this video.")
@@ -47,16 +47,18 @@ class SampleRequest:
         "model. "
         "Default: the weights of the package.",
     )
-    student: str | None = option(None, "The student's weights, such as self_forcing_dmd.pt; wins over --checkpoint.")
-    vae: str | None = option(None, "The VAE's weights, such as Wan2.1_VAE.pth; wins over --checkpoint.")
+    student: str | None = option(
+        None, "Student weights, such as self_forcing_dmd.pt, instead of those in --checkpoint."
+    )
+    vae: str | None = option(None, "The VAE's weights, such as Wan2.1_VAE.pth, instead of those in --checkpoint.")
     taehv: str | None = option(None, "The tiny decoder's weights, for --config.decoder=taehv.")
     lora: tuple[str, ...] = option((), "FILE or FILE:STRENGTH, a LoRA of the student or teacher; several are added.")
     exact: bool = option(False, "Round as the published code does, and use its tables of noise levels.")
     program: str | None = option(None, "Run this program of causvid compile instead of tracing the model.")
     decode_device: Annotated[int, Bounds(least=0, most=4095)] | None = option(
-        None, "Number of the device that decodes while the first one generates; default: the first one does both."
+        None, "Index of the device that decodes while the first device generates; default: the first device does both."
     )
-    replay: str | None = option(None, "Make the frames of this video again, by the script in its metadata.")
+    replay: str | None = option(None, "Generate this video again, by the script in its metadata.")
     upscale: int = option(0, "Size of a pixel in the file; 0: enlarge tiny videos.")
 
     def __post_init__(self) -> None:
