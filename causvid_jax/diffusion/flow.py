@@ -93,7 +93,8 @@ def student_shift(config: DiffusionConfig) -> float:
 def _shifted(steps: tuple[float, ...], config: DiffusionConfig) -> tuple[float, ...]:
     if not config.warp:
         return steps
-    return tuple(1000.0 * float(sigma_from_u(step / 1000.0, student_shift(config))) for step in steps)
+    # At some shifts below 0.5, sigma(1) is 1 + 2^-52.
+    return tuple(min(1000.0 * float(sigma_from_u(step / 1000.0, student_shift(config))), 1000.0) for step in steps)
 
 
 def u_from_sigma(sigma: Any, shift: float) -> Any:

@@ -7,6 +7,9 @@ import numpy as np
 from causvid_jax.config import CausalConfig, DiffusionConfig, Recipe, require
 from causvid_jax.diffusion import flow
 
+ROUNDING = 1e-6
+"""Difference of strengths that are equal, since a message shows six digits of the lowest one."""
+
 
 def passes_per_block(config: Recipe) -> int:
     """Return the number of network passes of a block: denoising steps and, with ``causal.context_pass``, one more."""
@@ -30,7 +33,7 @@ def schedule(config: Recipe, timesteps: tuple[float, ...] | None) -> tuple[tuple
     """
     steps = tuple(flow.student_timesteps(config.diffusion)) if timesteps is None else timesteps
     require(
-        bool(steps) and list(steps) == sorted(set(steps), reverse=True) and 0 < min(steps) <= max(steps) < 1000.01,
+        bool(steps) and list(steps) == sorted(set(steps), reverse=True) and 0 < min(steps) <= max(steps) <= 1000,
         f"timesteps are {steps}; they must be at least one, distinct, descending, and in (0, 1000]",
     )
     return steps, [_sigma(t, config) for t in steps] + [0.0]
@@ -114,7 +117,7 @@ def strength_step(config: DiffusionConfig, strength: float) -> int:
     nominal = flow.nominal_steps(config)
     lowest = nominal[-1] / 1000.0
     require(
-        lowest <= strength <= 1.0,
+        lowest - ROUNDING <= strength <= 1.0,
         f"strength is {strength:g}; accepted: {lowest:g} (close to it) to 1 (free)",
     )
-    return next(i for i, step in enumerate(nominal) if step <= 1000.0 * strength + 1e-6)
+    return next(i for i, step in enumerate(nominal) if step <= 1000.0 * (strength + ROUNDING))

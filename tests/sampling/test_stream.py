@@ -407,12 +407,28 @@ def test_strength_is_a_nominal_noise_level():
             schedule.strength_step(config, strength)
 
 
+@pytest.mark.parametrize("shift,steps", [(8.0, (1000.0, 757.0, 522.0)), (5.0, (1000.0, 946.0, 854.0, 681.0))])
+def test_the_strength_that_a_message_names_is_accepted(shift, steps):
+    """The lowest strengths of two published students, 0.120110446 and 0.2992091388, are shown with six digits."""
+    config = DiffusionConfig(shift=shift, denoising_timesteps=steps, warp=False)
+    with pytest.raises(ConfigError) as error:
+        schedule.strength_step(config, 0.01)
+    named = str(error.value).split("accepted: ")[1].split()[0]
+    assert len(named) < 9 and schedule.strength_step(config, float(named)) == len(steps) - 1
+
+
+def test_own_timesteps_of_every_shift_are_accepted():
+    for shift in (0.1, 0.2, 0.3, 1.0, 5.0, 8.0):
+        config = changed(PLAIN, diffusion=DiffusionConfig(shift=shift))
+        assert schedule.schedule(config, None)[0][0] == pytest.approx(1000.0, abs=1e-9)
+
+
 def test_impossible_clips_are_refused(params):
     with pytest.raises(ConfigError, match="7 latent frames do not fit"):
         stream.generate(params, prompt(0), config=PLAIN, frames=7)
 
 
-@pytest.mark.parametrize("steps", [(), (500.0, 1000.0), (1000.0, 1000.0), (1500.0, 500.0), (500.0, 0.0), (np.nan,)])
+@pytest.mark.parametrize("steps", [(), (500.0, 1000.0), (1000.0, 1000.0), (1000.001, 500.0), (500.0, 0.0), (np.nan,)])
 def test_timesteps_that_are_no_schedule_are_refused(params, steps):
     """No step would make a block of zeros, and an ascending list one that is more noise than video."""
     with pytest.raises(ConfigError, match="timesteps are .*; they must be at least one, distinct, descending"):
