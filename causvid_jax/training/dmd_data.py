@@ -69,7 +69,8 @@ def loss_window(
         return x0, None
     begins = jnp.array(True) if continued is None else ~continued
     if later:
-        start = jax.random.randint(jax.random.fold_in(key, 1), (), 0, later + 1)
+        # The rollout splits keys 0 and 1 off (exit steps and noise).
+        start = jax.random.randint(jax.random.fold_in(key, 2), (), 0, later + 1)
         block = start if config.loss_window == "random" else jnp.int32(later)
         x0 = jax.lax.dynamic_slice_in_dim(x0, block * causal.frames_per_block, config.loss_frames, axis=1)
         begins &= block == 0

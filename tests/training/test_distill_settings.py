@@ -57,6 +57,23 @@ def test_the_losses_see_a_window_of_a_longer_rollout():
         assert bool(mask[0, 0]) != continued and mask[:, 1:].all()
 
 
+def test_a_window_is_uniform_and_its_key_draws_nothing_else(monkeypatch):
+    recipe = tiny.tiny_recipe(causal={"frames_per_block": 2, "window": 4}, video={"frames": 45})
+    config = dataclasses.replace(recipe.train_distill, loss_frames=4)
+    x0, used, randint = jnp.arange(12.0)[None, :, None, None, None], [], jax.random.randint
+
+    def start(key):
+        return dmd_data.loss_window(x0, key, config, recipe.causal, None)[0][0, 0, 0, 0, 0]
+
+    counts = np.unique(jax.vmap(start)(jax.random.split(jax.random.key(0), 10_000)), return_counts=True)
+    np.testing.assert_array_equal(counts[0], [0, 2, 4, 6, 8])
+    assert np.abs(counts[1] - 2000).max() < 4 * np.sqrt(1600)
+    monkeypatch.setattr(jax.random, "randint", lambda key, *rest: used.append(key) or randint(key, *rest))
+    start(jax.random.key(3))
+    exit_key, noise_key = jax.random.split(jax.random.key(3))
+    assert len(used) == 1 and used[0] != exit_key and used[0] != noise_key
+
+
 def test_chunks_are_clips_of_their_own(monkeypatch):
     seen = []
 
