@@ -1,8 +1,11 @@
 """Serve an engine until a signal ends the process."""
 
+import contextlib
 import logging
+import signal
 import socket as sockets
 import threading
+from collections.abc import Iterator
 
 import uvicorn
 
@@ -46,18 +49,35 @@ def configuration(engine: Engine) -> uvicorn.Config:
 
 
 def serve(engine: Engine, listener: sockets.socket) -> None:
-    """Serve at ``listener`` until SIGTERM or Ctrl-C; then close connections and finish recordings.
+    """Serve at ``listener`` until SIGTERM, SIGHUP or Ctrl-C; then close connections and finish recordings.
 
     Raises:
         ConfigError: weights or a program that are missing or do not fit.
         RunError: loading or compiling failed in another way.
     """
-    server = uvicorn.Server(configuration(engine))
+    server = _Server(configuration(engine))
     threading.Thread(target=_stop_after_failed_load, args=(engine, server), daemon=True).start()
     server.run(sockets=[listener])
     if engine.failure and not engine.ready.is_set():
         kind, _, message = engine.failure.partition(": ")
         raise ConfigError(message) if kind == "ConfigError" else RunError(engine.failure)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server; it stops in order on SIGHUP (a terminal is closed), too, unless that is ignored (``nohup``)."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with super().capture_signals():  # raises the signals again at its end
+            before = signal.getsignal(signal.SIGHUP)
+            takes = before != signal.SIG_IGN and threading.current_thread() is threading.main_thread()
+            if takes:
+                signal.signal(signal.SIGHUP, self.handle_exit)
+            try:
+                yield
+            finally:
+                if takes:
+                    signal.signal(signal.SIGHUP, before)
 
 
 def _stop_after_failed_load(engine: Engine, server: uvicorn.Server) -> None:

@@ -3,19 +3,24 @@
 import contextlib
 import io
 import json
+import os
 import pathlib
+import signal
 import socket
 import struct
+import threading
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
 from causvid_jax import media
 from causvid_jax.cli import serve as cli_serve
 from causvid_jax.cli.options import parse
+from causvid_jax.cli.stopping import stoppable
 from causvid_jax.config import ConfigError, RunError
 from causvid_jax.sampling import script
 from causvid_jax.serve import guard, server, transport
@@ -23,7 +28,7 @@ from causvid_jax.serve.engine import Engine
 from causvid_jax.serve.film import Film, replay
 from causvid_jax.serve.settings import Settings
 from tests.refusals import refused
-from tests.serve.conftest import RECIPE, Server, take_up
+from tests.serve.conftest import RECIPE, Server, Viewer, take_up
 
 PROMPT = "a red 3 moving left"
 START = {"prompt": PROMPT, "seed": 4}
@@ -340,3 +345,34 @@ def test_stopping_finishes_recordings(programs, tmp_path):
     assert len(files) == 1
     written = script.read_script(files[0])
     assert len(media.read_video(files[0], 16, 16)) == sum(map(len, replay(programs, written))) >= 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_every_signal_that_stops_a_server_finishes_recordings(programs, tmp_path, number):
+    """Also SIGHUP, which the server gets when its terminal is closed."""
+    settings = Settings(port=0, recordings=str(tmp_path))
+    engine, listener = Engine(RECIPE, lambda: programs, settings), server.listen(settings)
+    url, codes = f"127.0.0.1:{listener.getsockname()[1]}", []
+
+    def client():
+        assert engine.ready.wait(60)
+        with Viewer(connect(f"ws://{url}/v1/stream", origin=f"http://{url}", compression=None)) as viewer:
+            viewer.send("start", **START)
+            viewer.send("record", on=True)
+            viewer.until("recording")
+            viewer.pull(4)
+            os.kill(os.getpid(), number)
+            codes.append(viewer.closed()[0])
+
+    inherited = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    thread = threading.Thread(target=client, daemon=True)
+    try:
+        with pytest.raises(KeyboardInterrupt) as stopped, stoppable():
+            thread.start()
+            server.serve(engine, listener)
+    finally:
+        signal.signal(number, inherited)
+    thread.join(20)
+    assert codes == [1012] and getattr(stopped.value, "number", signal.SIGINT) == number
+    (file,) = tmp_path.iterdir()
+    assert script.read_script(file).blocks >= 2
