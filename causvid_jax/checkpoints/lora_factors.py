@@ -68,7 +68,8 @@ def open_factors(files: Mapping[str, str | os.PathLike], config: TransformerConf
             layers, because such changes can only be merged.
     """
     require(files, "no LoRA is given")
-    loras = {name: open_lora(path, 1.0, config) for name, path in files.items()}
+    # Sorted, so that the strengths of a saved stream belong to the same LoRAs in whatever order they are given.
+    loras = {name: open_lora(files[name], 1.0, config) for name in sorted(files)}
     columns: dict[str, slice] = {}
     for name, lora in loras.items():
         start = max((part.stop for part in columns.values()), default=0)

@@ -92,6 +92,17 @@ def test_strengths_change_between_blocks_and_the_prompt_follows(files):
     refused("loaded without LoRAs", plain.lora, plain.stream(RED), {})
 
 
+def test_a_saved_stream_has_its_strengths_in_whatever_order_loras_are_given(files, tmp_path):
+    """Both have three columns in all; in another order each had the strength of the other."""
+    given = {"style": files / "style", "again": files / "style"}
+    one, other = (pipeline(files, dict(items)) for items in (given.items(), reversed(given.items())))
+    state = one.lora(one.stream(RED), {"style": 0.5, "again": -2.0})
+    cv.save_stream(tmp_path / "state", state, config=RECIPE)
+    state = cv.load_stream(tmp_path / "state", other.stream(BLUE), config=RECIPE)
+    columns = {name: float(state.adapters.scale[part.start]) for name, part in other.loras.columns.items()}
+    assert columns == {"style": 0.5, "again": -2.0}
+
+
 def test_the_base_is_neither_changed_nor_copied(files):
     base = load(files / "student.safetensors", config=NET)[0]
     factors = lora_factors.open_factors({"style": files / "style"}, NET)

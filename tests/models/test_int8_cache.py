@@ -102,16 +102,17 @@ def test_forks_saved_streams_clips_and_programs_have_the_same_bits(pipe, tmp_pat
     for _, state in pipe.extend(state, clip):  # noqa: B007, B020
         pass
     fork = stream.copy_stream(state)
-    state_io.save_stream(tmp_path / "state.safetensors", state)
+    state_io.save_stream(tmp_path / "state.safetensors", state, config=pipe.config)
     (expected, _), *_ = pipe.frames(state, blocks=1)
     (forked, _), *_ = pipe.frames(fork, blocks=1)
     fresh = pipe.stream("a blue 7 moving up", seed=4)
-    (loaded, _), *_ = pipe.frames(state_io.load_stream(tmp_path / "state.safetensors", fresh), blocks=1)
+    state = state_io.load_stream(tmp_path / "state.safetensors", fresh, config=pipe.config)
+    (loaded, _), *_ = pipe.frames(state, blocks=1)
     np.testing.assert_array_equal(forked, expected)
     np.testing.assert_array_equal(loaded, expected)
     other = dataclasses.replace(pipe, config=FULL).stream("a blue 7 moving up")
     with pytest.raises(ConfigError, match=r"does not fit this recipe: cache\.k\.0 is int8\[.*, not float32\["):
-        state_io.load_stream(tmp_path / "state.safetensors", other)
+        state_io.load_stream(tmp_path / "state.safetensors", other, config=FULL)
 
 
 @pytest.mark.slow

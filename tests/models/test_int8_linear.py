@@ -108,13 +108,14 @@ def test_a_stream_through_the_pipeline(folder, tmp_path):
         state, latents = pipe.stream(PROMPT, seed=1), []
         for block, (x, state) in enumerate(pipe.latents(state, blocks=5)):  # noqa: B020
             if kind == "int8" and block == 3:
-                state_io.save_stream(tmp_path / "state.safetensors", state)
+                state_io.save_stream(tmp_path / "state.safetensors", state, config=pipe.config)
             latents.append(np.asarray(x))
         shown[kind] = np.stack(latents)
     error = np.sqrt(np.square(shown["int8"] - shown["full"]).mean()) / shown["full"].std()
     assert 1e-4 < error < 0.05
     pipe = pipes["int8"]
-    state = state_io.load_stream(tmp_path / "state.safetensors", pipe.stream("a blue 7 moving up", seed=4))
+    fresh = pipe.stream("a blue 7 moving up", seed=4)
+    state = state_io.load_stream(tmp_path / "state.safetensors", fresh, config=pipe.config)
     (resumed, _), *_ = pipe.latents(state, blocks=1)
     np.testing.assert_array_equal(resumed, shown["int8"][4])
     frames = np.concatenate([x for x, _ in pipe.frames(pipe.stream(PROMPT, seed=1), blocks=3)], 1)

@@ -12,7 +12,7 @@ import pytest
 from causvid_jax.config import CausalConfig, ConfigError, DiffusionConfig
 from causvid_jax.diffusion import flow
 from causvid_jax.models import transformer, vae
-from causvid_jax.sampling import schedule, state_io, stream
+from causvid_jax.sampling import schedule, stream
 from tests.sampling.conftest import FIRST, PLAIN, WINDOW, prompt
 from tests.tiny import changed, stream_recipe
 
@@ -136,25 +136,6 @@ def test_noise_depends_on_seed_and_block_only(params):
     np.testing.assert_array_equal(noise[1], jax.random.normal(key, (3, 2)))
     with pytest.raises(ConfigError, match="3 seeds are given for 2 prompts"):
         stream.init_stream(params, text, config=PLAIN, seed=[1, 2, 3])
-
-
-def test_saved_stream_continues_bit_for_bit(params, tmp_path):
-    whole, _ = run(params, WINDOW, 8)
-    first, state = run(params, WINDOW, 5)
-    state_io.save_stream(tmp_path / "stream.safetensors", state)
-    fresh = stream.init_stream(params, prompt(9), config=WINDOW, seed=4)
-    state = state_io.load_stream(tmp_path / "stream.safetensors", fresh)
-    rest, _ = run(params, WINDOW, 3, state=state)
-    np.testing.assert_array_equal(np.stack(first + rest), np.stack(whole))
-    other = stream.init_stream(params, prompt(9), config=PLAIN)
-    with pytest.raises(ConfigError, match=r"does not fit this recipe: cache\.k is float32"):
-        state_io.load_stream(tmp_path / "stream.safetensors", other)
-    adapted = dataclasses.replace(fresh, adapters=stream.Adapters(jnp.ones(2), prompt(9)))
-    state_io.save_stream(tmp_path / "adapted.safetensors", adapted)
-    with pytest.raises(ConfigError, match=r"also holds adapters\.prompt_embeds, adapters\.scale"):
-        state_io.load_stream(tmp_path / "adapted.safetensors", fresh)
-    with pytest.raises(ConfigError, match="does not exist"):
-        state_io.load_stream(tmp_path / "nothing.safetensors", fresh)
 
 
 @contextlib.contextmanager
