@@ -114,5 +114,5 @@ def test_numbers_too_large_together_are_refused_before_memory_is_asked_for(
     flags = [*flags, "--workdir=run"] if program == "prepare" else flags
     with pytest.raises(ConfigError) as error:
         common.call(program, ["--config=digits", *flags])
-    assert re.search(rf"{words}.*; what makes it less: ", str(error.value)) and "\n" not in str(error.value)
+    assert re.search(rf"{words}.*; to reduce it: ", str(error.value)) and "\n" not in str(error.value)
     assert memory.peak_rss() - before < 2**30 and [p.name for p in tmp_path.iterdir()] in ([], ["run"])

@@ -186,7 +186,7 @@ def check_fits(phases: Sequence[Phase], limit: int | None, less: str = LESS, own
         require(
             limit is None or phase.total <= limit,
             f"to {phase.name} takes about {format_bytes(phase.total)}, and {owner} {format_bytes(limit or 0)}; "
-            f"what makes it less: {less}",
+            f"to reduce it: {less}",
         )
 
 

@@ -213,9 +213,11 @@ def recognise(opened: Source, config: Config | None = None, num_heads: int = 0) 
         mark = next((what for key, what in _FOREIGN.items() if any(key in name for name in opened.tensors)), "")
         refused = "is no checkpoint that can be read" if config is None else "does not fit the configuration"
         where = f"{opened.path}{f' ({opened.of_parts})' if opened.part else ''} {refused}{mark and f', but {mark}'}"
-        require(overlap((network, form)) > 0, f"{where}: no tensor of it is known, first {list(opened.tensors)[:2]}")
+        require(
+            overlap((network, form)) > 0, f"{where}: none of its tensors is known, first {list(opened.tensors)[:2]}"
+        )
         closest = f"{describe(fitted)}, {form} names" if fitted else f"a {network.component} with {form} names"
-        raise ConfigError(f"{where}; the closest is {closest}: {problems or 'its sizes cannot be told'}")
+        raise ConfigError(f"{where}; the closest is {closest}: {problems or 'its sizes cannot be determined'}")
     if isinstance(fitted, VAEConfig):
         fitted = wan_vae.statistics(fitted, metadata, form)
     if config is None:

@@ -154,7 +154,7 @@ def open_lora(
     # LongLive's pickle calls the part ``generator_lora``.
     opened = sources.open_source(path, None, sources.LORA_PREFERRED, config=False)
     kind = next((kind for mark, kind in _OTHER_KINDS.items() if any(mark in name for name in opened.tensors)), None)
-    require(kind is None, f"{path} is {kind}, which is no sum of two factors; accepted: LoRA")
+    require(kind is None, f"{path} is {kind}, which is not a product of two factors; accepted: LoRA")
     raw, unknown = _by_module(opened, config)
     more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
     require(

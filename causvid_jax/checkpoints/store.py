@@ -91,7 +91,7 @@ def open_own(path: str | os.PathLike) -> tuple[dict[str, Tensor], str, dict[str,
     tensors, metadata = safetensors_io.open_safetensors(path)
     file_checksum = metadata.pop(CHECKSUM, None)
     if file_checksum is None:
-        raise ConfigError(f"weights file {path} carries no checksum; it was not written by causvid_jax")
+        raise ConfigError(f"weights file {path} has no checksum; it was not written by causvid_jax")
     return tensors, file_checksum, metadata
 
 

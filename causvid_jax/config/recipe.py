@@ -175,8 +175,8 @@ class Recipe(Config):
         ):
             require(
                 not self.reads_picture or value == accepted,
-                f"{path} is {value!r} with a network that reads the picture of a clip's first frame, which such clips "
-                "do not begin with" + (f"; use {accepted!r}" if accepted != "" else ""),
+                f"{path} is {value!r}, but a network has an image branch, which needs clips that "
+                "begin with their picture" + (f"; use {accepted!r}" if accepted != "" else ""),
             )
 
     def _check_scores(self) -> None:
@@ -297,7 +297,7 @@ class Recipe(Config):
         ):
             require(
                 value == accepted,
-                f"{path} is {'off' if accepted else 'set'} with rolling_blocks {blocks}, which does not go together; "
+                f"{path} is {'off' if accepted else 'set'} with rolling_blocks {blocks}; this is not supported; "
                 "use rolling_blocks 0",
             )
 

@@ -85,7 +85,7 @@ def check(params: Params, config: TransformerConfig) -> None:
     kind = "int8" if is_rounded(params) else "dtype"
     require(
         kind == config.linear,
-        f"transformer.linear is {config.linear!r}, and the weights at hand are for {kind!r}; load, sample and serve "
+        f"transformer.linear is {config.linear!r}, but these weights are for {kind!r}; load, sample and serve "
         "round weights when they read them, other programs accept: 'dtype'",
     )
 

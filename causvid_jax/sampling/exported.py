@@ -385,7 +385,7 @@ def open_programs(
             shapes is None
             or [(x.shape, x.dtype) for x in exported[name].in_avals]
             == [(x.shape, x.dtype) for x in jax.tree.leaves(shapes)],
-            f"program {place} takes other arrays than the recipe's weights and prompts; build it again",
+            f"program {place} does not fit the recipe's weights and prompts; build it again",
         )
     if header["machine"] == machine():
         _fill_cache({name: data for name, data in entries.items() if name.endswith(EXECUTABLE)})

@@ -80,7 +80,7 @@ def step_mesh(config: Recipe, devices: Sequence[jax.Device] | None = None) -> Me
         ("causal.add_context_noise='always'", config.causal.add_context_noise == "always"),
         ("student.image_dim or image_channels", config.student.image_dim + config.student.image_channels > 0),
     ):
-        require(not given, f"{name} is set, which does not go with denoising steps on devices of their own")
+        require(not given, f"{name} is set, which a pipeline of denoising steps does not support")
     devices = list(jax.devices() if devices is None else devices)
     steps = len(config.diffusion.denoising_timesteps)
     require(

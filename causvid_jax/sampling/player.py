@@ -350,7 +350,7 @@ def _check_inputs(
     config: Recipe, loaded: exported.Programs | None, decode_device: jax.Device | None, pixels: bool, others: bool
 ) -> None:
     alone = not (pixels or others) and loaded is None and decode_device is None
-    require(alone or not config.rolling_blocks, "blocks are denoised jointly from text alone")
+    require(alone or not config.rolling_blocks, "rolling_blocks is set, which generates from text only")
     require(
         loaded is None or not pixels,
         "loaded programs generate from text only; accepted: no image and no video",

@@ -187,8 +187,11 @@ def test_refusals(tmp_path, save, tiny, factors, vae_states):
     pair = {"transformer.proj_out.lora_A.weight": some, "transformer.proj_out.lora_B.weight": some}
     refuse(pair, r"has factors of shapes \(3, 24\) and \(3, 24\); a weight of \(16, 24\) needs \(16, r\) and \(r, 24\)")
     refuse({"transformer.proj_out.diff": some}, r"has a difference of shape \(3, 24\); the parameter's is \(16, 24\)")
-    refuse(good | {"transformer.proj_out.lora_magnitude_vector": some}, "is a DoRA, which is no sum")
-    refuse(good | {"transformer.proj_out.lokr_w1": some}, "is a LoKr, which is no sum of two factors; accepted: LoRA")
+    refuse(good | {"transformer.proj_out.lora_magnitude_vector": some}, "is a DoRA, which is not a product")
+    refuse(
+        good | {"transformer.proj_out.lokr_w1": some},
+        "is a LoKr, which is not a product of two factors; accepted: LoRA",
+    )
     refuse(good | {"transformer.proj_out.hada_w1_a": some}, "is a LoHa")
     refused("strength of LoRA .* is nan", lora.open_lora, tmp_path / "bad.safetensors", float("nan"), tiny)
 

@@ -200,7 +200,8 @@ def test_relatives_are_called_by_their_name(extra, sentence):
 def test_strangers_and_shapes_without_sense():
     assert "the closest is umT5 text encoder" in refusal({"token_embedding.weight": (256384, 4096)})
     assert (
-        refusal({"w": (3,)}) == "x.safetensors is no checkpoint that can be read: no tensor of it is known, first ['w']"
+        refusal({"w": (3,)})
+        == "x.safetensors is no checkpoint that can be read: none of its tensors is known, first ['w']"
     )
     for shape in ((), (1,), (0, 0), (2, 3, 4, 5, 6, 7)):
         for config in EVERY:

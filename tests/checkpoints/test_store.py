@@ -102,7 +102,7 @@ def test_missing_directory_and_foreign_files(tmp_path):
     refused("nowhere.safetensors does not exist", store.load_params, tmp_path / "nowhere.safetensors")
     refused("is not a file", store.load_params, tmp_path)
     safetensors.numpy.save_file({"w": np.zeros(3, np.float32)}, tmp_path / "foreign.safetensors")
-    refused("carries no checksum", store.load_params, tmp_path / "foreign.safetensors")
+    refused("has no checksum", store.load_params, tmp_path / "foreign.safetensors")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -164,7 +164,7 @@ def test_refusals(folder, tmp_path):
     with pytest.raises(ConfigError, match="transformer.linear is 'int8', which has no gradient"):
         jax.grad(lambda x: int8_linear.product(x, kernel).sum())(jnp.ones((1, 4)))
     pipe = dataclasses.replace(cv.load(FULL, checkpoint=folder), config=INT8)
-    with pytest.raises(ConfigError, match="transformer.linear is 'int8', and the weights at hand are for 'dtype'"):
+    with pytest.raises(ConfigError, match="transformer.linear is 'int8', but these weights are for 'dtype'"):
         stream.init_stream(pipe.params, pipe.encode_prompt([PROMPT]), config=INT8)
     with pytest.raises(ConfigError, match="transformer.linear is 'int4'; accepted: 'dtype', 'int8'"):
         dataclasses.replace(FULL.student, linear="int4")

@@ -146,7 +146,7 @@ def test_a_played_window_shows_the_frames_of_the_clip(params):
     latents, video = rolling.generate(params, prompt(0), config=config, frames=6, seed=5)
     assert latents.shape == (1, 6, 4, 4, 4)
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), media.to_uint8(video)[:, :18])
-    with pytest.raises(ConfigError, match="blocks are denoised jointly from text alone"):
+    with pytest.raises(ConfigError, match="rolling_blocks is set, which generates from text only"):
         next(player.play(params, text, config=config, frames=18, switches={1: text}))
 
 

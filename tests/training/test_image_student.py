@@ -225,7 +225,7 @@ def test_a_stream_from_a_picture(folder, tmp_path):
 
 
 def test_what_a_picture_does_not_go_with_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="train_causal.prompt_switch_prob is 0.5 with a network that reads the pict"):
+    with pytest.raises(ConfigError, match="train_causal.prompt_switch_prob is 0.5, but a network has an image branch"):
         tiny.tiny_recipe(**CHANGES | {"train_causal": {"prompt_switch_prob": 0.5}})
     with pytest.raises(ConfigError, match="student.in_channels is 9; accepted: 4, or 12"):
         tiny.tiny_recipe(student={"in_channels": 9})

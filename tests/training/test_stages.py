@@ -231,7 +231,7 @@ def test_weights_to_start_with_that_do_not_fit_are_refused_by_name(road, tmp_pat
         stages.train("teacher", recipe, road, road)
     with pytest.raises(ConfigError, match="holds 0 weights files; accepted: one, or shards with an index"):
         stages.train("teacher", RECIPE, road, tmp_path)
-    with pytest.raises(ConfigError, match="does not fit the configuration: no tensor of it is known"):
+    with pytest.raises(ConfigError, match="does not fit the configuration: none of its tensors is known"):
         stages.train("vae", RECIPE, road, road / "teacher" / "weights.safetensors")
 
 
