@@ -1,132 +1,44 @@
-"""Windows of blocks that are denoised jointly, against a plain loop that reads the whole clip again in every pass."""
+"""Windows of blocks that are denoised jointly, against a stream in numpy."""
 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from causvid_jax import media
 from causvid_jax.cli import train
 from causvid_jax.config import CausalConfig, ConfigError
-from causvid_jax.diffusion import flow
-from causvid_jax.models import rope, transformer
 from causvid_jax.sampling import player, rolling, stream
 from causvid_jax.sampling.request import SampleRequest
 from causvid_jax.serve.programs import open_programs
+from tests.plain_stream import PlainStream
 from tests.sampling.conftest import FIRST, PLAIN, prompt
 
-NET = PLAIN.student
 SINKS = dataclasses.replace(PLAIN, causal=CausalConfig(2, window=9, sink=2, positions="relative", context_noise=20.0))
 TOGETHER = [dataclasses.replace(SINKS, rolling_blocks=blocks) for blocks in (1, 2, 4)]
-
-
-@jax.jit
-def whole_pass(params, x, timestep, text, visible, distance):
-    """Return velocity, keys and values ``[L, F, n, N, D]`` of one pass over F frames, without a cache.
-
-    Frame i attends to the frames of ``visible [F, F]``, whose keys are rotated by ``distance [F, F]`` for it.
-    """
-    grid = {"rows": 2, "columns": 2, "head_dim": NET.head_dim, "theta": NET.rope_theta}
-
-    def attend(q, k, v, _):
-        def one(query, sees, where):  # [B, n, N, D], [F], [F]
-            keys = rope.rotate(k, rope.angles(where, **grid))
-            query = rope.rotate(query[:, None], rope.angles(jnp.zeros(1), **grid))[:, 0]
-            scores = jnp.einsum("bqnd,bfknd->bnqfk", query, keys) / np.sqrt(NET.head_dim)
-            scores = jnp.where(sees[:, None], scores, -jnp.inf)
-            weights = jax.nn.softmax(scores.reshape(*scores.shape[:3], -1), axis=-1).reshape(scores.shape)
-            return jnp.einsum("bnqfk,bfknd->bqnd", weights, v)
-
-        return jax.vmap(one, in_axes=(1, 0, 0), out_axes=1)(q, visible, distance), (k[0], v[0])
-
-    return transformer._apply(params, NET, attend, x, timestep, text)
-
-
-def loop(params, config, blocks, seed):
-    """Return the latents of a rolling stream, and keys and values of its clean frames, without any cache.
-
-    The pass reads the clean copies of all frames and, after them, the noisy frames of the window. Every block counts
-    its own steps.
-    """
-    causal, size, frames = config.causal, config.causal.frames_per_block, 2 * blocks
-    timesteps = flow.student_timesteps(config.diffusion)
-    sigmas, count = [t / 1000 for t in timesteps] + [0.0], len(timesteps)
-    clean, noisy = np.zeros((2, frames, 4, 4, 4), np.float32)
-    step_of, finished = {}, 0
-    visible, distance = np.zeros((2, 2 * frames, 2 * frames), int)
-
-    def see(query, start, end, in_window):
-        """Let frame ``query`` of the pass see the sink and the last frames up to ``end``."""
-        first = max(end - causal.window, causal.sink)
-        for frame in range(end):
-            if frame < causal.sink or frame >= end - causal.window:
-                key = frame + frames if in_window and frame >= start else frame
-                place = frame + first - causal.sink if frame < causal.sink else frame
-                visible[query, key], distance[query, key] = 1, place - query % frames
-
-    for frame in range(frames):  # a clean frame sees the clean frames up to the end of its block
-        start = frame // size * size
-        see(frame, start, start + size, False)
-
-    def network():
-        noise_times = np.zeros(frames)
-        for block, step in step_of.items():
-            noise_times[size * block : size * (block + 1)] = timesteps[min(step, count - 1)]
-        times = np.concatenate([np.full(frames, causal.context_noise), noise_times])
-        x = np.concatenate([clean, noisy])[None]
-        return whole_pass(
-            params["student"], x, times[None].astype(np.float32), prompt(0), visible.astype(bool), distance
-        )
-
-    def fresh(block, step):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), block), step)
-        return np.asarray(jax.random.normal(key, (size, 4, 4, 4)))
-
-    while finished < blocks:
-        newest = max(step_of, default=finished - 1)
-        if newest + 1 < blocks:
-            step_of[newest + 1] = 0
-            noisy[size * (newest + 1) : size * (newest + 2)] = fresh(newest + 1, 0)
-        start, end = size * finished, size * (max(step_of) + 1)
-        for query in range(frames):
-            visible[frames + query] = distance[frames + query] = 0
-            see(frames + query, start, end if start <= query < end else query + 1, start <= query < end)
-        for _ in range(count // config.rolling_blocks):
-            velocity = np.asarray(network()[0])[0, frames:]
-            for block in step_of:
-                here, step = slice(size * block, size * (block + 1)), step_of[block]
-                x0 = noisy[here] - sigmas[step] * velocity[here]
-                step_of[block] += 1
-                noisy[here] = (1 - sigmas[step + 1]) * x0 + sigmas[step + 1] * fresh(block, step + 1)
-        if step_of[finished] == count:
-            clean[size * finished : size * (finished + 1)] = noisy[size * finished : size * (finished + 1)]
-            del step_of[finished]
-            finished += 1
-    keys, values = (np.asarray(part)[:, :frames] for part in network()[1])
-    return clean, keys, values
 
 
 @pytest.mark.parametrize(
     "config,blocks", [(TOGETHER[1], 7), (TOGETHER[2], 8), (TOGETHER[2], 2)], ids=["2 of 7", "4 of 8", "4 of 2"]
 )
-def test_latents_and_cache_equal_a_loop_without_a_cache(params, config, blocks):
+def test_latents_and_cache_are_those_of_numpy(params, config, blocks):
     state = rolling.init_rolling(params, prompt(0), config=config, seed=5)
     parts = []
     for enters in rolling.rounds(blocks, config):
         latents, state = rolling.next_round(params, state, config=config, enters=enters)
         parts += [] if latents is None else [latents]
-    clean, keys, values = loop(params, config, blocks, 5)
-    np.testing.assert_allclose(np.concatenate(parts, axis=1)[0], clean, atol=3e-5)
+    reference = PlainStream(config, params["student"], prompt(0), seed=5)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), reference.rolling(blocks), atol=3e-5)
     cache, causal = state.stream.cache, config.causal
     frames = [f for f in range(2 * blocks) if f < causal.sink or f >= 2 * blocks - causal.window]
-    assert sorted(f for f in np.asarray(cache.frame) if f >= 0) == frames
+    assert sorted(f for f in np.asarray(cache.frame) if f >= 0) == frames == sorted(reference.kept)
     assert (int(cache.position), int(state.stream.block), state.window.shape[1]) == (2 * blocks, blocks, 0)
     for slot, frame in enumerate(np.asarray(cache.frame)):
         if frame >= 0:
-            np.testing.assert_allclose(cache.k[:, 0, slot], keys[:, frame], atol=3e-5)
-            np.testing.assert_allclose(cache.v[:, 0, slot], values[:, frame], atol=3e-5)
+            keys, values = (np.stack(part) for part in zip(*reference.kept[frame], strict=True))
+            np.testing.assert_allclose(cache.k[:, :, slot], keys, atol=3e-5)
+            np.testing.assert_allclose(cache.v[:, :, slot], values, atol=3e-5)
 
 
 def test_a_window_of_one_block_is_the_ordinary_sampler(params):
