@@ -32,7 +32,7 @@ const report = {
     $("pictures").hidden = !message.pictures;
     for (const each of document.querySelectorAll(".follow")) each.hidden = !message.videos;
     prepareDigits();
-    if (!message.vocabulary) $("hint").textContent = "Say what to show; Enter shows it from the next block on.";
+    if (!message.vocabulary) $("hint").textContent = "Type a prompt; Enter shows it from the next block on.";
   },
   event(from, message) {
     const act = EVENTS[message.type];
@@ -74,7 +74,7 @@ function outline() {
 }
 
 const EVENTS = {
-  queued: (_, m) => say(`All places are taken; yours is number ${m.position} in the queue.`, true),
+  queued: (_, m) => say(`All places are taken; you are number ${m.position} in the queue.`, true),
   started(from, m) {
     say("");
     from.timeline = [];
@@ -305,7 +305,7 @@ async function jpeg(source, width, height) {
 
 async function fromPicture(file) {
   if (!file) return;
-  if (file.type.startsWith("video/")) return hello.videos ? followFile(file) : say("This student follows no video.");
+  if (file.type.startsWith("video/")) return hello.videos ? followFile(file) : say("This student cannot follow a video.");
   unfollow();
   begin({}, new Uint8Array(await file.arrayBuffer()));
 }
@@ -381,7 +381,7 @@ const clock = (seconds) => `${Math.floor(seconds / 60)}:${(seconds % 60).toFixed
 function addSnapshot(m, from) {
   const item = document.createElement("li");
   item.append(`Snapshot at ${clock(m.frame / from.fps)}: ${m.prompt} `);
-  button(item, "Go back to it", () => player.start({ snapshot: m.id }));
+  button(item, "Continue from it", () => player.start({ snapshot: m.id }));
   button(item, "Beside it", () => newPlayer(true).start({ snapshot: m.id }));
   $("kept").prepend(item);
 }
@@ -441,11 +441,11 @@ function drawTimeline() {
 // ---- figures ----
 
 const FIGURES = [
-  ["generated", "Frames/s made", (v) => v.toFixed(0)],
+  ["generated", "Frames/s generated", (v) => v.toFixed(0)],
   ["shown", "Frames/s shown", (v) => v.toFixed(1)],
   ["first", "First frame", (v) => `${v.toFixed(2)} s`],
-  ["delay", "Key to its frame", (v) => (v ? `${v.toFixed(2)} s` : "–")],
-  ["lead", "Film in hand", (v) => `${v.toFixed(2)} s`],
+  ["delay", "Delay from key to frame", (v) => (v ? `${v.toFixed(2)} s` : "–")],
+  ["lead", "Buffered film", (v) => `${v.toFixed(2)} s`],
   ["dropped", "Frames dropped", (v) => String(v)],
 ];
 for (const [name, label] of FIGURES) {

@@ -198,7 +198,7 @@ export class Player {
     this.video.hidden = false;
     if (!this.buffer) {
       if (!window.MediaSource || !MediaSource.isTypeSupported(`video/mp4; codecs="${this.hello.codec}"`)) {
-        this.report.error("This browser has no H.264; the film comes as WebP frames.");
+        this.report.error("This browser has no H.264; the film is sent as WebP frames.");
         this.format = "webp";
         this.start({ ...this.message, format: "webp" });
         return;
