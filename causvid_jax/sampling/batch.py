@@ -65,7 +65,11 @@ def make_samplers(
     def student(
         prompts: Sequence[str], seed: int, *, frames: int, switch: Switch | None = None, decode: bool = True
     ) -> np.ndarray:
-        latent_frames = 1 + (frames - 1) // vae.time_factor(config.vae)
+        factor = vae.time_factor(config.vae)
+        require(
+            frames % factor == 1 % factor, f"a stream of {frames} frames is asked for; accepted: 1 + {factor} n frames"
+        )
+        latent_frames = 1 + (frames - 1) // factor
         if switch is None:
             latents, video = stream.generate(
                 streamed, embeds_of(prompts), config=config, frames=latent_frames, seed=seed, decode=decode

@@ -60,6 +60,16 @@ class _Base:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         return jnp.asarray(text_encoder.encode(self.encoder, prompts))
 
+    def _embeds(self, prompt: Prompts | jax.Array) -> jax.Array:
+        """Return the embeddings of texts, or checked embeddings: fewer tokens would leave out padding, which counts."""
+        given = self.encode_prompt(prompt) if isinstance(prompt, (str, list, tuple)) else jnp.asarray(prompt)
+        size = self.config.text.length, self.config.text.dim
+        require(
+            given.ndim == 3 and len(given) > 0 and given.shape[1:] == size,
+            f"the prompt embeddings have shape {given.shape}; accepted: [B, {size[0]}, {size[1]}] of 1 or more",
+        )
+        return given
+
     def decode(self, latents: jax.Array) -> np.ndarray:
         """Decode a clip's latents ``[B, F, h, w, C]`` to uint8 frames ``[B, 1 + 4 (F - 1), H, W, 3]``."""
         parts = decoder.decode_clip(self.params, latents, config=self.config)
@@ -315,9 +325,6 @@ class StudentPipeline(_Base):
             "or a recipe with causal.window",
         )
 
-    def _embeds(self, prompt: Prompts | jax.Array) -> jax.Array:
-        return self.encode_prompt(prompt) if isinstance(prompt, (str, list, tuple)) else jnp.asarray(prompt)
-
 
 def begins(state: StreamState) -> bool:
     """Return whether a stream is before its first block."""
@@ -381,8 +388,7 @@ class TeacherPipeline(_Base):
         Raises:
             ConfigError: an unknown word, not as many seeds as prompts, or an image of another size.
         """
-        text = isinstance(prompt, (str, list, tuple))
-        embeds = self.encode_prompt(prompt) if text else jnp.asarray(prompt)  # type: ignore[arg-type]
+        embeds = self._embeds(prompt)
         if noise is None:
             noise = clip_noise(stream.seeds_of(seed, len(embeds)), self.config)
         return Clip(embeds, noise, picture=self.picture(image, len(embeds)))

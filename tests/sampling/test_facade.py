@@ -10,7 +10,7 @@ from causvid_jax import media
 from causvid_jax.config import ConfigError
 from causvid_jax.diffusion import flow, solvers
 from causvid_jax.models import decoder
-from causvid_jax.sampling import stream, teacher
+from causvid_jax.sampling import batch, stream, teacher
 from tests import tiny
 from tests.refusals import refused
 
@@ -134,6 +134,21 @@ def test_what_cannot_be_loaded_is_one_sentence(folder, tmp_path):
     refused("does not exist", cv.load, tiny.RECIPE, checkpoint=tmp_path / "nothing")
     with pytest.raises(ConfigError, match="student weights .* do not exist"):
         cv.load(tiny.RECIPE, checkpoint=folder, student=tmp_path / "none.safetensors")
+
+
+def test_no_prompts_and_embeddings_without_padding_are_refused(pipe, clips):
+    """Padding is attended to, so fewer tokens gave another video."""
+    embeds = pipe.encode_prompt(RED)
+    assert embeds.shape == (1, 8, 32)
+    for start in (pipe.stream, clips.stream, lambda prompt: pipe.switch(pipe.stream(RED), prompt)):
+        for given in (embeds[:, :5], embeds[0], embeds[..., :5], []):
+            refused(r"embeddings have shape .*; accepted: \[B, 8, 32\]", start, given)
+
+
+def test_samplers_give_the_frames_that_are_asked_for(pipe):
+    samplers = batch.make_samplers(pipe.params, pipe.config)
+    for frames in (0, 2, 10, 12):
+        refused(f"a stream of {frames} frames .*; accepted: 1 \\+ 4 n", samplers.student, [RED], 0, frames=frames)
 
 
 def test_a_stream_goes_on_from_several_frames_of_a_clip(pipe):
