@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from causvid_jax.config.errors import require
 from causvid_jax.config.fields import Bounds, Config, Count, CountOrZero, NotNegative, Positive, Probability
-from causvid_jax.config.model import LoraConfig
+from causvid_jax.config.model import LoraConfig, Timestep
 
 Stretch = tuple[Count, CountOrZero, Count]
 EmaDecay = Annotated[float, Bounds(least=0, below=1)]
@@ -23,6 +23,9 @@ class DiffusionConfig(Config):
 
     The teacher takes ``num_inference_steps`` steps of ``solver``: ``"euler"``, or ``"unipc"`` (arXiv 2302.04867).
     ``guidance_scale`` is the g of ``v = v_uncond + g (v_cond - v_uncond)`` (arXiv 2207.12598); g = 1 is no guidance.
+    ``guidance_interval`` is the lowest and the highest timestep with guidance, both included; g is 1 elsewhere (arXiv
+    2404.07724). It holds for every guided network: teacher clips, trajectories, the consistency stage's teacher, and
+    the real score of the distillation.
 
     ``denoising_timesteps`` are the student's nominal timesteps ``1000 u`` before the shift, descending from 1000 (pure
     noise), without the final 0. Without ``warp`` they are the timesteps themselves (the 1000, 757, 522 of CausVid's
@@ -39,6 +42,7 @@ class DiffusionConfig(Config):
     num_inference_steps: Annotated[int, Bounds(least=1, most=10_000)] = 50
     solver: Literal["euler", "unipc"] = "euler"
     guidance_scale: NotNegative = 6.0
+    guidance_interval: tuple[Timestep, Timestep] = (0.0, 1000.0)
     denoising_timesteps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     first_block_timesteps: tuple[tuple[float, ...], ...] = ()
     warp: bool = True
@@ -60,6 +64,12 @@ class DiffusionConfig(Config):
                 steps[:1] == start,
                 f"diffusion.{name} begins with {steps[0]:g}; accepted: {start[0]:g}, as in denoising_timesteps",
             )
+        low, high = self.guidance_interval
+        require(
+            low < high,
+            f"diffusion.guidance_interval is ({low:g}, {high:g}); accepted: the lowest and the highest timestep with "
+            "guidance, for example (700, 1000)",
+        )
         require(
             self.warp or not self.student_shift,
             f"diffusion.student_shift is {self.student_shift:g} with warp off, where denoising_timesteps are not "

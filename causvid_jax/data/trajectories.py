@@ -95,7 +95,7 @@ def causal_states(
         )
 
     states = teacher_trajectory(
-        lambda x, timestep: guided_velocity(network, x, timestep, embeds, negative, diffusion.guidance_scale),
+        lambda x, timestep: guided_velocity(network, x, timestep, embeds, negative, expert_scale(recipe, timestep)),
         noise,
         diffusion,
     )

@@ -25,14 +25,22 @@ def guide(
 
 
 def scale_at(
-    timestep: Float[jax.Array, "B F"], high: float, low: float, boundary: float
+    timestep: Float[jax.Array, "B F"],
+    high: float,
+    low: float = 0.0,
+    boundary: float = 0.0,
+    interval: tuple[float, float] = (0.0, 1000.0),
 ) -> float | Float[jax.Array, "B F"]:
-    """Return the guidance scale of each frame for the two experts of Wan2.2 (``config.ExpertsConfig``).
+    """Return the guidance scale of each frame: 1 outside ``interval`` (arXiv 2404.07724), both bounds included.
 
-    It is ``high`` where ``timestep >= boundary``, both in [0, 1000], and ``low`` elsewhere. The result is the number
-    ``high`` if there is one scale for all frames: ``boundary`` is 0, or ``low`` is 0 (the same as ``high``).
+    Inside it is ``high``, but for two experts (``config.ExpertsConfig``) ``low`` where ``timestep < boundary``. A
+    ``low`` or ``boundary`` of 0 means one scale. The result is the number ``high`` if all timesteps have this scale.
     """
-    return jnp.where(timestep >= boundary, high, low) if boundary and low and low != high else high
+    scale = jnp.where(timestep >= boundary, high, low) if boundary and low and low != high else high
+    first, last = interval
+    if (first <= 0 and last >= 1000) or (isinstance(scale, float) and scale == 1.0):
+        return scale
+    return jnp.where((timestep >= first) & (timestep <= last), scale, 1.0)
 
 
 def per_branch(value: jax.Array, x: jax.Array) -> jax.Array:

@@ -64,9 +64,10 @@ def guided_velocity(
 
 
 def expert_scale(config: Recipe, timestep: jax.Array) -> float | jax.Array:
-    """Return the guidance scale of the teacher at ``timestep [B, F]``: one, or that of each frame's expert."""
+    """Return the guidance scale of the teacher at ``timestep [B, F]``, one or one per frame (``guidance.scale_at``)."""
     low, boundary = config.experts.low_noise_guidance_scale, config.experts.boundary
-    return guidance.scale_at(timestep, config.diffusion.guidance_scale, low, boundary)
+    interval = config.diffusion.guidance_interval
+    return guidance.scale_at(timestep, config.diffusion.guidance_scale, low, boundary, interval)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "timesteps"))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from causvid_jax.config import Recipe, TransformerConfig, require
 from causvid_jax.diffusion import flow
-from causvid_jax.diffusion.guidance import guided_velocity, per_branch
+from causvid_jax.diffusion.guidance import guided_velocity, per_branch, scale_at
 from causvid_jax.distill import consistency
 from causvid_jax.distill.rollout import noisy_context
 from causvid_jax.models import layers, transformer
@@ -59,7 +59,8 @@ def consistency_loss(
 
     def guided(x: jax.Array, timestep: jax.Array) -> jax.Array:
         score = functools.partial(velocity, teacher, recipe.teacher)
-        return guided_velocity(score, x, timestep, text, negative_prompt_embeds, config.guidance_scale)
+        scale = scale_at(timestep, config.guidance_scale, interval=recipe.diffusion.guidance_interval)
+        return guided_velocity(score, x, timestep, text, negative_prompt_embeds, scale)
 
     def student(x: jax.Array, timestep: jax.Array) -> jax.Array:
         return velocity(params, recipe.student, x, timestep, text)

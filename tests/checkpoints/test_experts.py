@@ -120,22 +120,23 @@ def test_each_timestep_has_its_expert_and_its_scale():
 
     config = dataclasses.replace(RECIPE.train_distill, guidance_scale=4.0)
     both = ExpertsConfig(boundary=875.0, low_noise_distill_guidance_scale=3.0)
-    got = scores.predictions(
-        x,
-        text,
-        0 * text,
-        teacher=real,
-        fake=lambda x, t, e: x,
-        diffusion=RECIPE.diffusion,
-        distill=config,
-        timestep=timestep,
-        noise=x,
-        experts=both,
-    )
     conditional, unconditional = real(x, timestep, text), real(x, timestep, 0 * text)
-    guided = unconditional + scale[..., None, None, None] * (conditional - unconditional)
     sigma = timestep[..., None, None, None] / 1000
-    np.testing.assert_allclose(got.real_x0, x - sigma * guided, atol=1e-4)
+    for interval, scales in (((0.0, 1000.0), scale), ((500.0, 900.0), jnp.array([[1.0], [4.0], [3.0], [1.0]]))):
+        got = scores.predictions(
+            x,
+            text,
+            0 * text,
+            teacher=real,
+            fake=lambda x, t, e: x,
+            diffusion=dataclasses.replace(RECIPE.diffusion, guidance_interval=interval),
+            distill=config,
+            timestep=timestep,
+            noise=x,
+            experts=both,
+        )
+        guided = unconditional + scales[..., None, None, None] * (conditional - unconditional)
+        np.testing.assert_allclose(got.real_x0, x - sigma * guided, atol=1e-4)
 
 
 def test_experts_that_are_missing_or_cut_short_are_refused_by_name(tmp_path, save):

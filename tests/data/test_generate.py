@@ -19,7 +19,7 @@ RECIPE = tiny_recipe(
     video={"frames": 5},
     data={"train_clips": 5, "test_clips": 1},
     causal={"window": 0},
-    diffusion={"num_inference_steps": 4, "guidance_scale": 2.0},
+    diffusion={"num_inference_steps": 4, "guidance_scale": 2.0, "guidance_interval": (900.0, 1000.0)},
 )
 DATA, NET = RECIPE.data, RECIPE.teacher
 PROMPTS = generate.prompt_sequence(digits.captions(DATA, "train"), 5, 0)
@@ -73,7 +73,8 @@ def test_trajectories_follow_the_guided_teacher(written, teacher):
     for i in range(4):
         timestep = jnp.full((1, 2), 1000 * sigmas[i], jnp.float32)
         conditional, unconditional = velocity(x, timestep, rows), velocity(x, timestep, null)
-        x = x + (sigmas[i + 1] - sigmas[i]) * (unconditional + 2.0 * (conditional - unconditional))
+        scale = 2.0 if timestep[0, 0] >= 900.0 else 1.0
+        x = x + (sigmas[i + 1] - sigmas[i]) * (unconditional + scale * (conditional - unconditional))
         states.append(x)
     expected = np.stack([states[i][0] for i in (0, 2, 4)])
     assert np.abs(expected[2] - expected[0]).max() > 0.1
@@ -135,7 +136,8 @@ def block_states(params, recipe, rows, null, past, noise):
 
     def guided(x, timestep):
         without = velocity(null, x, timestep)
-        return without + g * (velocity(rows, x, timestep) - without)
+        scale = jnp.where(timestep >= 900.0, g, 1.0)[..., None, None, None]
+        return without + scale * (velocity(rows, x, timestep) - without)
 
     return teacher_trajectory(guided, noise, recipe.trajectory_diffusion)
 

@@ -75,6 +75,27 @@ def test_guided_velocity_is_one_call_on_both_branches():
     assert batches == [4, 4, 2]
 
 
+def test_guidance_holds_in_its_interval_alone():
+    """Frames of one batch on both sides of the bounds, which belong to it; with two experts too."""
+    x = draws(0)[0][:, :2]
+    text, null = np.ones((2, 5, 6), np.float32), np.zeros((5, 6), np.float32)
+    timestep = np.array([[1000.0, 700.0], [699.0, 300.0]], np.float32)
+
+    def network(x, timestep, text):
+        return x + flow.expand(text.sum((1, 2)), x)
+
+    for options, scales in (
+        ({"interval": (300.0, 700.0)}, [[1, 4], [4, 4]]),
+        ({"interval": (699.5, 1000.0)}, [[4, 4], [1, 1]]),
+        ({"interval": (500.0, 1000.0), "low": 3.0, "boundary": 875.0}, [[4, 3], [3, 1]]),
+    ):
+        scale = guidance.scale_at(timestep, 4.0, **options)
+        got = guidance.guided_velocity(network, x, timestep, text, null, scale)
+        expected = x + 30.0 * np.array(scales, np.float32)[..., None, None, None]
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert guidance.scale_at(timestep, 4.0) == 4.0 and guidance.scale_at(timestep, 1.0, interval=(0.0, 500.0)) == 1.0
+
+
 def test_other_inputs_of_a_guided_network_follow_their_clip():
     """Both branches of a clip are adjacent in the batch, so what is repeated for them must be adjacent too."""
     x, beside = draws(0)[0], np.arange(2, dtype=np.float32)
