@@ -70,8 +70,8 @@ class DistillStageConfig(StageConfig):
     switches its prompt there. Both need a window. The losses leave out the first latent frame of a continued rollout.
     The scores still attend to it, although they were trained on clips whose first latent frame is one pixel frame. With
     the digits weights this changes the teacher's velocity of the other frames by 11, 6 and 4 % at t = 250, 500 and 750
-    (29, 15 and 9 % on the second frame, 3 to 1 % on the last), and its mean square error by -7, -1 and +1 %:
-    ``python benchmarks/first_frame.py 16``.
+    (29, 15 and 9 % on the second frame, 3 to 1 % on the last). The mean square error changes by -7, -1 and +1 %.
+    Command: ``python benchmarks/first_frame.py 16``.
     """
 
     label: ClassVar[str] = "train_distill"

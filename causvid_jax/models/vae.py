@@ -133,7 +133,7 @@ def init(key: jax.Array, config: VAEConfig) -> Tree:
     """Return random parameters: kernels N(0, 1/fan_in), biases 0, gammas 1.
 
     This preserves the variance of the signal. With the usual uniform +-1/sqrt(fan_in) for kernels *and* biases every
-    convolution shrinks the signal to a third and adds a constant, so the initial output of a deep narrow VAE hardly
+    convolution shrinks the signal to a third and adds a constant. The initial output of a deep narrow VAE then hardly
     depends on its input.
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(abstract(config))
