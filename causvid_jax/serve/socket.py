@@ -283,5 +283,6 @@ def describe(engine: Engine) -> dict[str, Any]:
         "videos": engine.follows_videos,
         "needs_picture": engine.has_branch,
         "prompt_characters": settings.prompt_characters,
+        "message_bytes": settings.message_bytes,
         "resume_seconds": settings.resume_seconds,
     }

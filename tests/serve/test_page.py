@@ -192,6 +192,19 @@ def test_h264_picture_camera_and_a_lost_connection(page, tmp_path):
     no_errors(page)
 
 
+def test_a_picture_that_is_larger_than_a_message_is_a_sentence_and_the_film_goes_on(page, tmp_path):
+    until(lambda: is_color(page, 0), "a red film")
+    noise = np.random.default_rng(0).integers(0, 256, (1250, 1250, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    assert (tmp_path / "noise.png").stat().st_size > page.live.settings.message_bytes
+    page.find_element(By.ID, "picture").send_keys(str(tmp_path / "noise.png"))
+    said = until(lambda: page.find_element(By.ID, "error").text, "a sentence")
+    assert said == "The picture has 4.5 MiB; accepted: 4.0 MiB."
+    shown = page.execute_script("return film.player.connection.received")
+    until(lambda: page.execute_script("return film.player.connection.received") > shown + 2, "the film going on")
+    no_errors(page)
+
+
 def test_what_is_asked_for_while_the_connection_is_lost_is_sent_afterwards(page):
     """Each script runs at once, so the page does not see the server's answer between its lines."""
     until(lambda: is_color(page, 0), "a red film")

@@ -303,8 +303,13 @@ async function jpeg(source, width, height) {
   return new Uint8Array(await blob.arrayBuffer());
 }
 
+const mebibytes = (bytes) => (bytes / 2 ** 20).toFixed(1);
+
 async function fromPicture(file) {
-  if (!file) return;
+  if (!file || !hello) return;
+  const most = hello.message_bytes - 4096; // the rest is for the message with the picture
+  if (!file.type.startsWith("video/") && file.size > most)
+    return say(`The picture has ${mebibytes(file.size)} MiB; accepted: ${mebibytes(most)} MiB.`);
   if (file.type.startsWith("video/")) return hello.videos ? followFile(file) : say("This student cannot follow a video.");
   unfollow();
   begin({}, new Uint8Array(await file.arrayBuffer()));
