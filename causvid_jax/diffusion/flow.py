@@ -112,8 +112,8 @@ def nominal_steps(config: DiffusionConfig) -> tuple[float, ...]:
 def table_sigma(timestep: float, shift: float) -> float:
     """Return the noise level that published samplers use: the nearest of ``sigma(i / 1000)``, i from 1000 down to 1.
 
-    If two are equally near, the larger one is returned. Shifted integer nominal timesteps are on this grid, and the
-    result is ``timestep / 1000``. Other timesteps are rounded: at shift 8, timestep 757 gives 0.756757.
+    If two are equally near, the larger is returned. Shifted integer nominal timesteps are on this grid, with the level
+    ``timestep / 1000``. Others are rounded: at shift 8, timestep 757 gives 0.756757.
 
     Source: the published CausVid and Self-Forcing code (``FlowMatchScheduler``).
     """

@@ -202,9 +202,9 @@ def generate_blocks(
 ) -> tuple[jax.Array, KVCache]:
     """Generate ``blocks`` of one ``shape`` (B, K, h, w, C) one after the other by ``lax.scan``.
 
-    Only the exit step of each block is differentiated, with respect to ``params`` and ``text_cache``. The backward pass
-    goes from the last block to the first. It repeats each exit step and undoes the writes to the cache block by block.
-    So it keeps one cache instead of one per block (5.6 GiB each at 1.3B).
+    Only the exit step of each block is differentiated (``params`` and ``text_cache``). From the last block to the
+    first, the backward pass repeats the exit step and undoes the writes to the cache. So it keeps one cache instead of
+    one per block (5.6 GiB each at 1.3B).
 
     Returns:
         x0 ``[n, B, K, h, w, C]`` and the cache after the last block.

@@ -38,8 +38,7 @@ class KVCache:
         v: ``[L, B, S, n, N, D]``.
         frame: index of the latent frame in each slot, -1 if the slot is empty; int32 ``[S]``.
         position: number of finished latent frames, at which the current block starts; int32 scalar.
-        k_scale: of int8 keys, float32 ``[L, B, S, 1, N, D]``; None: keys and values have no scales.
-        v_scale: of int8 values, with the shape of ``k_scale``.
+        k_scale, v_scale: of int8 keys and values, float32 ``[L, B, S, 1, N, D]``; None: they have no scales.
     """
 
     k: Layers
@@ -61,10 +60,8 @@ class TextCache:
     """Cross-attention keys and values of one prompt (and image). The cache of a single layer has no leading axis L.
 
     Attributes:
-        k: ``[L, B, text_length, N, D]``.
-        v: ``[L, B, text_length, N, D]``.
-        image_k: ``[L, B, image_tokens, N, D]``; None without an image branch.
-        image_v: as ``image_k``.
+        k, v: ``[L, B, text_length, N, D]``.
+        image_k, image_v: ``[L, B, image_tokens, N, D]``; None without an image branch.
     """
 
     k: Layers

@@ -351,9 +351,8 @@ def block_causal(
     """Return the velocity of all blocks in one pass; a token attends to its block and earlier ones (CausVid, eq. 5).
 
     All frames of a block have the same timestep; blocks may differ. With ``clean`` (teacher forcing) a block attends to
-    its own noisy frames and to the *clean* copies of earlier blocks, which are conditioned on ``clean_timestep`` in [0,
-    1000]. ``clean`` may begin with whole blocks of a past that ``x`` continues. It then has P frames, and x has the
-    last F of them. The other arguments are those of :func:`bidirectional`.
+    its own noisy frames and to *clean* copies of earlier blocks at ``clean_timestep`` in [0, 1000]. ``clean`` may have
+    earlier whole blocks, a past that ``x`` continues. Other arguments are those of :func:`bidirectional`.
 
     Raises:
         ConfigError: as :func:`bidirectional`, the frames are not a whole number of blocks, or the clean copies are
