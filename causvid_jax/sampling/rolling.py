@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from causvid_jax.config import Recipe
+from causvid_jax.config import Recipe, require
 from causvid_jax.diffusion import flow
 from causvid_jax.models import precision
 from causvid_jax.sampling import schedule, stream
@@ -69,11 +69,21 @@ def next_round(
     Args:
         params, config: as in :func:`stream.init_stream`.
         state: of :func:`init_rolling` or the round before.
-        enters: whether a block of noise enters the window first; False at the end of a clip.
+        enters: whether a block of noise enters the window first; False at the end of a clip, until the window is empty.
+            Without ``causal.window`` all blocks must fit the stream's maximum length.
 
     Returns:
         The latents ``[B, K, h, w, C]`` of the block that is finished, None if none is, and the next state.
+
+    Raises:
+        ConfigError: a block enters between others that are being finished, or no block is begun.
     """
+    begun = state.window.shape[1]
+    require(
+        enters if not begun else not (enters and state.age),
+        f"a round with enters={enters} is asked for; accepted: {not enters}, since "
+        + ("the blocks of the window are being finished" if begun else "the window is empty"),
+    )
     age = 0 if enters else state.age + 1
     latents, single, window = run_round(params, state.stream, state.window, config=config, enters=enters, age=age)
     return latents, RollingState(single, window, age)

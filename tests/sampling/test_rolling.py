@@ -51,6 +51,25 @@ def test_a_window_of_one_block_is_the_ordinary_sampler(params):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.stream, single)
 
 
+def test_a_clip_that_ends_is_finished_before_another_block_enters(params):
+    """A block that had done two stages did the second one again beside a new block."""
+    config = TOGETHER[2]
+    state = rolling.init_rolling(params, prompt(0), config=config, seed=5)
+    with pytest.raises(ConfigError, match="enters=False is asked for; accepted: True, since the window is empty"):
+        rolling.next_round(params, state, config=config, enters=False)
+    for enters in (True, False):
+        _, state = rolling.next_round(params, state, config=config, enters=enters)
+    with pytest.raises(ConfigError, match="enters=True is asked for; accepted: False, since the blocks of the window"):
+        rolling.next_round(params, state, config=config)
+    for _ in range(2):
+        latents, state = rolling.next_round(params, state, config=config, enters=False)
+    reference = PlainStream(config, params["student"], prompt(0), seed=5)
+    np.testing.assert_allclose(latents, reference.rolling(1), atol=3e-5)
+    for enters in (True, False, False, False):
+        latents, state = rolling.next_round(params, state, config=config, enters=enters)
+    np.testing.assert_allclose(latents, reference.rolling(1), atol=3e-5)
+
+
 def test_a_played_window_shows_the_frames_of_the_clip(params):
     config, text, timing = TOGETHER[1], np.asarray(prompt(0)), player.Timing()
     parts = list(player.play(params, text, config=config, frames=18, seed=5, timing=timing))
