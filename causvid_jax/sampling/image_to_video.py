@@ -22,7 +22,8 @@ from causvid_jax.models import clip_vision, image_branch, vae
 def image_latents(params: Any, pictures: jax.Array, *, config: Recipe) -> jax.Array:
     """Return mask and normalised latents ``[B, F, h, w, 4 + C]`` of videos that start with ``pictures``.
 
-    The padded video is encoded four frames at a time, with the memory of one chunk.
+    F is at least 2: frames of a stream after the last one have its channels, which must be grey. The padded video is
+    encoded four frames at a time, with the memory of one chunk.
 
     Args:
         params: of the VAE.
@@ -46,7 +47,7 @@ def image_latents(params: Any, pictures: jax.Array, *, config: Recipe) -> jax.Ar
         latents, cache = vae.encode_chunk(params, grey, cache, config=coder, first=False)
         return cache, latents[:, 0]
 
-    _, rest = jax.lax.scan(chunk, cache, length=video.latent_frames - 1)
+    _, rest = jax.lax.scan(chunk, cache, length=max(video.latent_frames, 2) - 1)
     latents = jnp.concatenate([first, jnp.moveaxis(rest, 0, 1)], axis=1)  # [B, F, h, w, C]
     return image_branch.image_condition(latents)
 

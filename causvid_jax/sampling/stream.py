@@ -429,8 +429,8 @@ def recompute_context(params: Params, state: StreamState, *, config: Recipe) -> 
     """Recompute the keys and values of the blocks in the window with the current prompt.
 
     Cached keys and values depend on the prompt with which they were computed. After :func:`switch_prompt` this function
-    updates them, at the cost of one pass per block. The sink and an independent first frame are not updated. Blocks
-    that have left the window are not available, so the oldest blocks are recomputed with less context than before.
+    updates them, at the cost of one pass per block. A sink that has left the window and an independent first frame are
+    not updated. Blocks that have left the window are not available, so the oldest are recomputed with less context.
     ``state``, between two blocks, is donated; ``state.recent`` has the latents.
     """
     k, independent = config.causal.frames_per_block, int(config.causal.independent_first_frame)

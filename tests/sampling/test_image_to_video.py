@@ -9,9 +9,10 @@ import pytest
 from causvid_jax.config import ConfigError
 from causvid_jax.config.recipes import load_recipe
 from causvid_jax.models import transformer, vae
+from causvid_jax.models.image_branch import Picture
 from causvid_jax.sampling import image_to_video, teacher
 from configs.wan_14b import NEGATIVE_PROMPT_IMAGE
-from tests.tiny import changed
+from tests.tiny import changed, random_params, tiny_recipe
 
 
 def test_equals_the_pipeline_of_diffusers():
@@ -43,6 +44,17 @@ def test_a_clip_is_a_function_of_its_own_picture_and_seed():
     assert both.shape == (2, 3, 4, 2, 4)
     np.testing.assert_allclose(swapped, both[::-1], atol=2e-5)
     assert np.abs(both[0] - both[1]).max() > 0.1
+
+
+def test_a_stream_is_grey_after_a_clip_of_one_frame():
+    """Later frames have the channels of a clip's last one, which in a clip of one frame was the picture itself."""
+    one, longer = tiny_recipe(video={"frames": 1}), tiny_recipe(video={"frames": 9})
+    params = random_params(vae.abstract(one.vae), 2, 0.3)
+    pictures = jax.random.uniform(jax.random.key(0), (1, 16, 16, 3), minval=-1)
+    short, long = (image_to_video.image_latents(params, pictures, config=config) for config in (one, longer))
+    channels = Picture(short).channels(0, 3)
+    np.testing.assert_allclose(channels[:, :2], long[:, :2], atol=1e-5)
+    np.testing.assert_array_equal(channels[0, :, 0, 0, 0], [1, 0, 0])
 
 
 @pytest.mark.parametrize("column", ["default", "wan"])
