@@ -18,7 +18,7 @@ from causvid_jax.models import decoder, precision
 from causvid_jax.models.image_branch import Picture
 from causvid_jax.sampling import blocks, exported, image_to_video, player, schedule, weights
 from causvid_jax.sampling.request import SampleRequest, teacher_recipe
-from causvid_jax.sampling.script import MOST_INPUT, Event, Script, pack, size_of
+from causvid_jax.sampling.script import MOST_INPUT, Event, Script, from_json, pack, size_of
 from causvid_jax.sampling.state import seeds_of
 from causvid_jax.sampling.teacher import sample_clip
 from causvid_jax.text import encoder
@@ -135,7 +135,7 @@ def run(session: Session, say: Say = print, *, progress: bool | None = None) -> 
         writers = [stack.enter_context(files.VideoWriter(p, fps, request.pixel_size)) for p in request.outputs]
         for i, writer in enumerate(writers):
             writer.comment = comment_of(session, i)
-        stack.push(functools.partial(_say_kept, writers, say))
+        stack.push(functools.partial(_keep, session.recipe, writers, say))
         ahead = None
         if not request.teacher:
             say("Compiling while weights are read (once for each shape; the result is kept for later runs) ...")
@@ -163,12 +163,17 @@ def run(session: Session, say: Say = print, *, progress: bool | None = None) -> 
     return timing
 
 
-def _say_kept(writers: list[files.VideoWriter], say: Say, kind: type[BaseException] | None, *_: Any) -> None:
-    """Report the frames that an interrupted session has written."""
-    if kind is not None:
-        for writer in writers:
-            if writer.frames:
-                say(f"Kept the first {writer.frames} frames in {writer.path}")
+def _keep(
+    recipe: Recipe, writers: list[files.VideoWriter], say: Say, kind: type[BaseException] | None, *_: Any
+) -> None:
+    """Report the frames that an interrupted session has written, and limit the scripts to them."""
+    for writer in writers if kind is not None else ():
+        if writer.frames:
+            if writer.comment:
+                count = blocks.block_of(writer.frames - 1, recipe) + 1
+                short = dataclasses.replace(from_json(writer.comment), blocks=count, length=writer.frames)
+                writer.comment = short.to_json()
+            say(f"Kept the first {writer.frames} frames in {writer.path}")
 
 
 def comment_of(session: Session, index: int) -> str:

@@ -144,6 +144,25 @@ def test_a_replay_is_the_same_video(place, made):
     assert (place / "cut.mp4").read_bytes() == before
 
 
+def test_a_replay_of_an_interrupted_video_ends_where_it_ends(place, monkeypatch):
+    whole = session.student_blocks
+
+    def interrupted(*given):
+        parts = whole(*given)
+        yield next(parts)
+        yield next(parts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "student_blocks", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call(place, [PROMPT, "--frames=30", f"--output={place}/short.mp4"])
+    monkeypatch.undo()
+    call(place, [f"--replay={place}/short.mp4", f"--output={place}/again_short.mp4"])
+    first, again = (media.read_video(place / file, 16, 16) for file in ("short.mp4", "again_short.mp4"))
+    assert 0 < len(first) < 30
+    np.testing.assert_array_equal(again, first)
+
+
 def broken(*_):
     """A replay that fails after some frames."""
     yield from np.zeros((2, 4, 16, 16, 3), np.uint8)
