@@ -156,6 +156,11 @@ def test_unknown_fields_and_wrong_types(groups, expected):
             {"guidance_interval": (700.0, 700.0)},
             "diffusion.guidance_interval is (700, 700); accepted: the lowest and the highest timestep with guidance",
         ),
+        (
+            c.DistillStageConfig,
+            {"guidance_interval": (9.0, 8.0)},
+            "train_distill.guidance_interval is (9, 8); accepted",
+        ),
         (c.DiffusionConfig, {"guidance_scale": float("nan")}, "diffusion.guidance_scale is nan; accepted: at least 0"),
         (c.VAEStageConfig, {"steps": 0}, "train_vae.steps is 0; accepted: at least 1 and at most 1000000000"),
         (c.StageConfig, {"curriculum": ((5, 0, 8), (5, 0, 4))}, "ends at steps [5, 5]; they must ascend"),

@@ -5,7 +5,8 @@ from typing import Annotated, ClassVar, Literal
 
 from causvid_jax.config.errors import require
 from causvid_jax.config.fields import Bounds, Count, CountOrZero, NotNegative, Positive, Probability
-from causvid_jax.config.train import OptimizerConfig, StageConfig
+from causvid_jax.config.model import Timestep
+from causvid_jax.config.train import OptimizerConfig, StageConfig, check_interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,9 @@ class DistillStageConfig(StageConfig):
     the first block, the last for all others).
 
     Scores. ``guidance_scale`` is the g of the real score ``r = r_uncond + g (r_cond - r_uncond)``. The published code
-    writes ``r = r_cond + h (r_cond - r_uncond)`` with ``h = g - 1``. ``fake_guidance_scale`` is the g of the fake score
-    in the student's loss; 1 is no guidance.
+    writes ``r = r_cond + h (r_cond - r_uncond)`` with ``h = g - 1``. ``guidance_interval`` is the lowest and the
+    highest timestep at which the real score is guided (arXiv 2404.07724). ``fake_guidance_scale`` is the g of the fake
+    score in the student's loss; 1 is no guidance.
     ``teacher`` is the forward mode of the real score: ``"bidirectional"``, ``"causal"`` (each block given the student's
     clean past and no future; CMD, arXiv 2608.13391) or ``"chunk"`` (each block alone; RMD, arXiv 2609.37925).
     ``critic_mode`` is that of the fake score.
@@ -89,6 +91,7 @@ class DistillStageConfig(StageConfig):
     gan_r_sigma: Positive = 0.01
     critic_steps: Count = 5
     guidance_scale: NotNegative = 4.5
+    guidance_interval: tuple[Timestep, Timestep] = (0.0, 1000.0)
     fake_guidance_scale: NotNegative = 1.0
     teacher: Literal["bidirectional", "causal", "chunk"] = "bidirectional"
     critic_mode: Literal["bidirectional", "causal", "chunk"] = "bidirectional"
@@ -112,6 +115,7 @@ class DistillStageConfig(StageConfig):
             f"train_distill.score_timestep_min and score_timestep_max are {self.score_timestep_min} and "
             f"{self.score_timestep_max}; accepted: 0 < min < max <= 1000",
         )
+        check_interval("train_distill.guidance_interval", self.guidance_interval)
         for name in ("gradient", "exit_steps", "score_timesteps", "loss_frames"):
             default = type(self).__dataclass_fields__[name].default
             require(

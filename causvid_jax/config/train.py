@@ -12,6 +12,16 @@ Stretch = tuple[Count, CountOrZero, Count]
 EmaDecay = Annotated[float, Bounds(least=0, below=1)]
 
 
+def check_interval(field: str, interval: tuple[float, float]) -> None:
+    """Check that the two timesteps of a ``guidance_interval`` ascend; raise a ConfigError that names ``field``."""
+    low, high = interval
+    require(
+        low < high,
+        f"{field} is ({low:g}, {high:g}); accepted: the lowest and the highest timestep with guidance, for example "
+        "(700, 1000)",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig(Config):
     """Flow matching: ``x_t = (1 - sigma) x0 + sigma noise``, ``timestep = 1000 sigma`` (``diffusion.flow``).
@@ -24,8 +34,8 @@ class DiffusionConfig(Config):
     The teacher takes ``num_inference_steps`` steps of ``solver``: ``"euler"``, or ``"unipc"`` (arXiv 2302.04867).
     ``guidance_scale`` is the g of ``v = v_uncond + g (v_cond - v_uncond)`` (arXiv 2207.12598); g = 1 is no guidance.
     ``guidance_interval`` is the lowest and the highest timestep with guidance, both included; g is 1 elsewhere (arXiv
-    2404.07724). It holds for every guided network: teacher clips, trajectories, the consistency stage's teacher, and
-    the real score of the distillation.
+    2404.07724). It holds for teacher clips, trajectories and the consistency stage's teacher; the real score of the
+    distillation has ``train_distill.guidance_interval``.
 
     ``denoising_timesteps`` are the student's nominal timesteps ``1000 u`` before the shift, descending from 1000 (pure
     noise), without the final 0. Without ``warp`` they are the timesteps themselves (the 1000, 757, 522 of CausVid's
@@ -64,12 +74,7 @@ class DiffusionConfig(Config):
                 steps[:1] == start,
                 f"diffusion.{name} begins with {steps[0]:g}; accepted: {start[0]:g}, as in denoising_timesteps",
             )
-        low, high = self.guidance_interval
-        require(
-            low < high,
-            f"diffusion.guidance_interval is ({low:g}, {high:g}); accepted: the lowest and the highest timestep with "
-            "guidance, for example (700, 1000)",
-        )
+        check_interval("diffusion.guidance_interval", self.guidance_interval)
         require(
             self.warp or not self.student_shift,
             f"diffusion.student_shift is {self.student_shift:g} with warp off, where denoising_timesteps are not "

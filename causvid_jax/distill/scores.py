@@ -138,7 +138,7 @@ def predictions(
     x_t, timestep, sigma, _ = noise_output(x, key, timestep, noise, diffusion, distill, levels)
 
     low = experts.low_noise_distill_guidance_scale
-    real_scale = scale_at(timestep, distill.guidance_scale, low, experts.boundary, diffusion.guidance_interval)
+    real_scale = scale_at(timestep, distill.guidance_scale, low, experts.boundary, distill.guidance_interval)
     scales = (fake, distill.fake_guidance_scale), (teacher, real_scale)
     velocities = [
         guided_velocity(score, x_t, timestep, prompt_embeds, negative_prompt_embeds, scale) for score, scale in scales

@@ -53,6 +53,6 @@ def data(workdir: pathlib.Path) -> dict[str, str]:
         path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         for path in sorted(folder.glob(f"*/{arrays.IDENTITY}"))
     }
-    for path in sorted(folder.glob("moving_digits/*")):
+    for path in sorted(folder.glob("moving_digits/*_*")):  # tfds puts .config beside them
         digests[f"{path.parent.name}/{path.name}"] = path.name.rpartition("_")[2]
     return digests
