@@ -9,9 +9,10 @@ import importlib
 import logging as python_logging
 import os
 import pathlib
+import signal
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from causvid_jax.cli.options import help_text, parse
 from causvid_jax.cli.stopping import Stopped, stoppable
@@ -62,6 +63,20 @@ def run(program: str, arguments: Sequence[str]) -> None:
         sys.exit(FAILED)
     except KeyboardInterrupt:
         _finish("stopped by Ctrl-C", INTERRUPTED)
+
+
+@contextlib.contextmanager
+def parts() -> Iterator[None]:
+    """End the program with status 143 if SIGTERM ends a training in the block: other parts are still to do.
+
+    A single training ends with status 0 then, because the scheduler that stopped it starts it again.
+    """
+    from causvid_jax.training.preemption import Terminated
+
+    try:
+        yield
+    except Terminated:
+        raise Stopped(signal.SIGTERM) from None
 
 
 def _finish(message: str, status: int) -> typing.NoReturn:

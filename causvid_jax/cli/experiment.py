@@ -48,7 +48,8 @@ def main(options: Options) -> None:
     plan = experiment.load(options.name)
     common.enable_compilation_cache()
     common.log_start(options.config)
-    result = experiment.run(plan, options.config, pathlib.Path(options.base or ""), workdir, budget)
+    with common.parts():
+        result = experiment.run(plan, options.config, pathlib.Path(options.base or ""), workdir, budget)
     write_text(output.with_suffix(".md"), experiment.markdown(result))
     with atomic(output.with_suffix(".png")) as picture:
         experiment.draw(result, picture)

@@ -50,4 +50,5 @@ def main(options: Options) -> None:
         return
     common.enable_compilation_cache()
     common.log_start(recipe)
-    road.travel(recipe, folder, legs, lambda line: print(line, flush=True))
+    with common.parts():
+        road.travel(recipe, folder, legs, lambda line: print(line, flush=True))

@@ -1,6 +1,7 @@
 """All legs of a recipe's road in order, interrupted and continued; a second road gives the same bits."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ import pytest
 from causvid_jax.checkpoints import store
 from causvid_jax.checkpoints import workdir as paths
 from causvid_jax.cli import road as cli_road
+from causvid_jax.cli.stopping import Stopped
 from causvid_jax.config import ConfigError, RunError, to_json
 from causvid_jax.data import prepare
 from causvid_jax.evaluation import measure, report, train_classifier
-from causvid_jax.training import provenance, road, stages
+from causvid_jax.training import preemption, provenance, road, stages
 from tests.tiny import changed, tiny_recipe
 
 SHORT = {"steps": 2, "samples": 0}
@@ -79,6 +81,16 @@ def test_the_road_continues_and_ends_with_the_same_bits(tmp_path, monkeypatch):
         assert made["steps"] == 2 and made["hours"] > 0 and "JAX" in made["machine"] and made["code"].startswith("0.")
     assert made["data"].keys() >= {"latents"} and any(name.startswith("moving_digits/") for name in made["data"])
     assert made["data"].items() <= json.loads((first / road.RECORD).read_text())["data"].items()
+
+
+def test_a_road_whose_training_sigterm_ends_is_not_done(tmp_path, monkeypatch):
+    def end(*_):
+        raise preemption.Terminated
+
+    monkeypatch.setattr(stages, "train", end)
+    with pytest.raises(Stopped) as stopped:
+        cli_road.main(cli_road.Options(RECIPE, str(tmp_path)))
+    assert stopped.value.number == signal.SIGTERM
 
 
 def test_a_finished_leg_of_other_settings_is_said(tmp_path, capsys):
