@@ -71,6 +71,7 @@ def compiled_anew():
     _switch_cache(True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give all tests of a module to one process (``--dist=loadgroup``) if they share what the module sets up once."""
     for item in items:

@@ -119,13 +119,17 @@ def test_a_second_signal_does_not_interrupt_the_cleanup(monkeypatch, capfd, numb
 def test_ctrl_c_while_the_first_modules_are_imported_is_one_line(tmp_path):
     """``yaml`` is imported before the flags are read."""
     (tmp_path / "yaml.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    # A shell starts background programs with Ctrl-C ignored.
+    start = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('launch.sample', run_name='__main__', alter_sys=True)"
+    )
     done = subprocess.run(
-        [sys.executable, "-m", "launch.sample", "--config=digits", "--prompt=x", "--output=x.mp4"],
+        [sys.executable, "-c", start, "--config=digits", "--prompt=x", "--output=x.mp4"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
         timeout=60,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert (done.returncode, done.stderr) == (130, "stopped by Ctrl-C\n")
