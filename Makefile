@@ -29,7 +29,7 @@ serve: $(VENV)/.installed-serve
 # XLA's CPU compiler rarely ends its process (a segmentation fault while it serializes a program). The tests that failed
 # run once more, one at a time in a new process, and must pass there.
 test: lint
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist=loadgroup $(TESTS) || \
+	$(VENV)/bin/python -m pytest -n $(JOBS) $(TESTS) || \
 		$(VENV)/bin/python -m pytest -n 0 --last-failed --last-failed-no-failures none $(TESTS)
 
 road: $(VENV)/.installed

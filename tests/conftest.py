@@ -5,12 +5,14 @@ what one test has compiled is kept for the others of the same run, in other proc
 """
 
 import atexit
+import functools
 import os
-import re
+import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # The first process of a run makes the folder and takes it away; workers and programs under test inherit its name.
@@ -71,16 +73,19 @@ def compiled_anew():
     _switch_cache(True)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give all tests of a module to one process (``--dist=loadgroup``) if they share what the module sets up once."""
-    for item in items:
-        fixtures = item._fixtureinfo.name2fixturedefs.values()
-        if any(definitions[-1].scope == "module" for definitions in fixtures):
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+@functools.cache
+def _shares_set_up(path: str) -> bool:
+    return 'scope="module"' in (pathlib.Path(__file__).parents[1] / path).read_text()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Report a test by its own name, without the group, so that ``--last-failed`` finds it in another run."""
-    report.nodeid = re.sub(r"@tests\.[\w.]+$", "", report.nodeid)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give all tests of a module to one process if they share what the module sets up once, and other tests singly."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return path if _shares_set_up(path) else nodeid
+
+    return Scheduling(config, log)
