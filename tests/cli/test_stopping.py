@@ -33,7 +33,7 @@ def ended(monkeypatch, capfd, program):
     begin = time.monotonic()
     with pytest.raises(SystemExit) as end:
         common.run("sample", [])
-    assert time.monotonic() - begin < 5 and (sys.unraisablehook, signal.getsignal(signal.SIGALRM)) == before
+    assert time.monotonic() - begin < 30 and (sys.unraisablehook, signal.getsignal(signal.SIGALRM)) == before
     return end.value.code, capfd.readouterr().err
 
 
@@ -51,7 +51,7 @@ def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost(monkeypatch
         try:
             gc.collect()
             gc.collect()
-            time.sleep(10)
+            time.sleep(60)
         finally:
             gc.callbacks.remove(callback)
 
@@ -65,7 +65,7 @@ def test_a_signal_in_a_destructor_is_not_lost(monkeypatch, capfd, number):
 
     def program():
         Dies()
-        time.sleep(10)
+        time.sleep(60)
 
     assert ended(monkeypatch, capfd, program) == SENTENCES[number]
 
@@ -92,7 +92,7 @@ def test_a_module_is_imported_whole(monkeypatch, capfd, tmp_path, number):
 
     def program():
         importlib.import_module(name)
-        time.sleep(10)
+        time.sleep(60)
 
     assert ended(monkeypatch, capfd, program) == SENTENCES[number]
     assert sys.modules.pop(name).whole
@@ -105,7 +105,7 @@ def test_a_second_signal_does_not_interrupt_the_cleanup(monkeypatch, capfd, numb
     def program():
         try:
             os.kill(os.getpid(), number)
-            time.sleep(10)
+            time.sleep(60)
         finally:
             try:
                 raise ValueError
