@@ -1,9 +1,11 @@
 """Recipes and parameters of the tests of streams."""
 
 import jax
+import numpy as np
 import pytest
 
 from causvid_jax.models import taehv, transformer, vae
+from causvid_jax.sampling import stream
 from tests.tiny import random_params, stream_recipe
 
 PLAIN = stream_recipe()
@@ -13,6 +15,15 @@ FIRST = stream_recipe(17, independent_first_frame=True)
 
 def prompt(seed, batch=1):
     return jax.random.normal(jax.random.key(seed), (batch, PLAIN.text.length, PLAIN.text.dim))
+
+
+def next_blocks(params, state, config, count):
+    """Return the latents of ``count`` blocks, and the state after them, block by block."""
+    latents = []
+    for _ in range(count):
+        block, state = stream.next_block(params, state, config=config)
+        latents.append(np.asarray(block))
+    return latents, state
 
 
 @pytest.fixture(scope="session")

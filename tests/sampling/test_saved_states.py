@@ -13,16 +13,8 @@ from causvid_jax.models.image_branch import Picture
 from causvid_jax.sampling import rolling, state_io, stream
 from tests import tiny
 from tests.refusals import refused
-from tests.sampling.conftest import FIRST, PLAIN, WINDOW, prompt
+from tests.sampling.conftest import FIRST, PLAIN, WINDOW, next_blocks, prompt
 from tests.tiny import changed
-
-
-def blocks(params, state, config, count):
-    latents = []
-    for _ in range(count):
-        block, state = stream.next_block(params, state, config=config)
-        latents.append(np.asarray(block))
-    return latents, state
 
 
 def saved_and_loaded(path, state, fresh, config):
@@ -32,10 +24,10 @@ def saved_and_loaded(path, state, fresh, config):
 
 def test_a_saved_stream_continues_bit_for_bit(params, tmp_path):
     path, start = tmp_path / "stream.safetensors", lambda config: stream.init_stream(params, prompt(9), config=config)
-    whole, _ = blocks(params, stream.init_stream(params, prompt(0), config=WINDOW), WINDOW, 8)
-    first, state = blocks(params, stream.init_stream(params, prompt(0), config=WINDOW), WINDOW, 5)
+    whole, _ = next_blocks(params, stream.init_stream(params, prompt(0), config=WINDOW), WINDOW, 8)
+    first, state = next_blocks(params, stream.init_stream(params, prompt(0), config=WINDOW), WINDOW, 5)
     state = saved_and_loaded(path, state, start(WINDOW), WINDOW)
-    rest, _ = blocks(params, state, WINDOW, 3)
+    rest, _ = next_blocks(params, state, WINDOW, 3)
     np.testing.assert_array_equal(np.stack(first + rest), np.stack(whole))
     refused("causal.window 5, now 0, causal.sink 2", state_io.load_stream, path, start(PLAIN), config=PLAIN)
     other = changed(WINDOW, student={"kv_cache": "int8"})
@@ -79,10 +71,10 @@ def picture_case():
 @pytest.mark.parametrize("case,count", [(adapted_case, 4), (picture_case, 0), (picture_case, 2)])
 def test_everything_that_a_block_reads_is_saved(case, count, tmp_path):
     params, config, start = case()
-    expected, _ = blocks(params, start(1, 0.7), config, count + 1)
-    _, state = blocks(params, start(1, 0.7), config, count)
+    expected, _ = next_blocks(params, start(1, 0.7), config, count + 1)
+    _, state = next_blocks(params, start(1, 0.7), config, count)
     state = saved_and_loaded(tmp_path / "stream.safetensors", state, start(2, -0.3), config)
-    np.testing.assert_array_equal(blocks(params, state, config, 1)[0][0], expected[-1])
+    np.testing.assert_array_equal(next_blocks(params, state, config, 1)[0][0], expected[-1])
 
 
 @pytest.mark.parametrize(

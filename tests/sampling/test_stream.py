@@ -13,7 +13,7 @@ from causvid_jax.config import CausalConfig, ConfigError, DiffusionConfig
 from causvid_jax.diffusion import flow
 from causvid_jax.models import transformer, vae
 from causvid_jax.sampling import schedule, stream
-from tests.sampling.conftest import FIRST, PLAIN, WINDOW, prompt
+from tests.sampling.conftest import FIRST, PLAIN, WINDOW, next_blocks, prompt
 from tests.tiny import changed, stream_recipe
 
 NET = PLAIN.student
@@ -22,14 +22,10 @@ ADDED = stream_recipe(context_noise=300.0, add_context_noise="always")
 
 
 def run(params, config, blocks, text=None, seed=0, state=None, frames=None):
-    """(latents of every block, state after them), block by block."""
+    """Return the result of ``next_blocks``, by default of a new stream."""
     if state is None:
         state = stream.init_stream(params, prompt(0) if text is None else text, config=config, seed=seed, frames=frames)
-    latents = []
-    for _ in range(blocks):
-        block, state = stream.next_block(params, state, config=config)
-        latents.append(np.asarray(block))
-    return latents, state
+    return next_blocks(params, state, config, blocks)
 
 
 @functools.cache
