@@ -77,7 +77,6 @@ class Run:
         self._metrics: Metrics = {}
         self._wait = InputWait()
         self._iterator: Any = None
-        self._end = 0
         self._progress = Progress(name, config.steps, stream=collectives.log_stream())
         self._writer: Any = None
         self._signal: Callable[[int], int] = lambda _: 0
@@ -138,14 +137,16 @@ class Run:
         ``read(batch_size=, frames=, seed=)`` is called once per stretch; each has a seed, and so an order of the data,
         of its own. ``to_device`` maps a batch of the host to arrays on the devices.
         """
-        config = self.config
+        config, restored, start = self.config, self.step, 0
         self._open()
         for i, (end, frames, batch_size) in enumerate(config.stretches):
+            begin, start = start, end
             if self.step >= end:
                 continue
             seed = config.seed + len(config.curriculum) - i
-            self._end, self.frames, self._iterator = end, frames, read(batch_size=batch_size, frames=frames, seed=seed)
-            if self._position is not None and self._position["phase_end"] == end:
+            self.frames, self._iterator = frames, read(batch_size=batch_size, frames=frames, seed=seed)
+            # Also if the stretch ends later than before, because ``steps`` was raised.
+            if self._position is not None and begin < restored < end:
                 self._iterator.set_state(self._position["iterator"])
             while self.step < end:
                 before = self._data_position()
@@ -158,7 +159,7 @@ class Run:
         return to_device(batch), batch.get("index")
 
     def _data_position(self) -> dict[str, Any]:
-        return {"phase_end": self._end, "iterator": self._iterator.get_state()}
+        return {"iterator": self._iterator.get_state()}
 
     def _open(self) -> None:
         self._writer = self._exit.enter_context(open_writer(self.folder, step=self.step))

@@ -328,3 +328,11 @@ def test_fewer_steps_than_a_checkpoint_has_are_refused(tmp_path):
     run(tmp_path)
     with pytest.raises(ConfigError, match="steps is 5, but .* has a checkpoint of step 6; accepted: at least 6"):
         run(tmp_path, SHORTER)
+
+
+@pytest.mark.parametrize("curriculum", [(), ((2, 0, 2),), ((5, 0, 2),)], ids=["none", "before", "around"])
+def test_a_run_with_more_steps_reads_on_where_the_shorter_one_ended(tmp_path, curriculum):
+    """It began the order of the examples again, so it read the first ones twice."""
+    config = dataclasses.replace(CONFIG, curriculum=curriculum, save_every=3)
+    run(tmp_path / "a", dataclasses.replace(config, steps=3))
+    equal(run(tmp_path / "a", config), run(tmp_path / "b", config))
