@@ -301,6 +301,27 @@ def test_hdr_white_is_white(tmp_path, transfer, signal):
     assert media.read_video(tmp_path / "a.mkv", 64, 64)[0, 32, 32].tolist() == pytest.approx([237] * 3, abs=2)
 
 
+@pytest.mark.parametrize("limits, black, white", [(1, 16, 235), (2, 0, 255)])
+@pytest.mark.parametrize("form, kind", [("gray", np.uint8), ("gray10le", np.uint16)])
+def test_grey_video_has_the_black_and_white_of_its_range(tmp_path, limits, black, white, form, kind):
+    """AV1 and HEVC cameras write one plane of limited range (ITU-T H.273, VideoFullRangeFlag 0)."""
+    scale = 4 if kind == np.uint16 else 1
+    with av.open(str(tmp_path / "a.mkv"), "w") as out:
+        stream = out.add_stream("ffv1", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, form
+        stream.codec_context.color_range = limits
+        frame = av.VideoFrame(64, 64, form)
+        plane = frame.planes[0]
+        samples = np.full((64, plane.line_size // np.dtype(kind).itemsize), white * scale, kind)
+        samples[:32] = black * scale
+        plane.update(samples.tobytes())
+        frame.color_range, frame.pts, frame.time_base = limits, 0, Fraction(1, 8)
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    read = media.read_video(tmp_path / "a.mkv", 64, 64)[0]
+    assert read[8, 8].tolist() == [0] * 3 and read[56, 8].tolist() == [255] * 3
+
+
 @pytest.mark.parametrize("height, width", [(64, 96), (720, 1280)])
 def test_untagged_colours_are_those_of_the_size(tmp_path, height, width):
     """Without tags players assume BT.601 below HD and BT.709 from it on."""

@@ -14,7 +14,10 @@ from typing import Any
 
 from causvid_jax.config import ConfigError, require
 
-VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm")
+VIDEO_SUFFIXES = (
+    ".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov",
+    ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv",
+)  # fmt: skip
 
 
 TABLES, JSON = (".csv", ".tsv"), (".json", ".jsonl", ".ndjson")

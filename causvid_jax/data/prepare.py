@@ -41,13 +41,20 @@ def data(recipe: Recipe, workdir: pathlib.Path, options: Options = DEFAULTS) -> 
 
 def _own_clips(recipe: Recipe, workdir: pathlib.Path, options: Options) -> str:
     root, listed = _list_videos(options, "data")
-    shared = {
+    # Other encoders than that of words accept every caption, and their files are not needed yet.
+    reader = encoder.open_encoder(recipe) if recipe.text.kind == "words" else None
+    shared: dict[str, Any] = {
         "clips_per_video": options.clips_per_video,
         "shard_videos": options.shard_videos,
         "workers": options.workers,
+        "prompt_encoder": reader,
     }
+
+    def usable(video: captions.Video) -> bool:
+        return videos.is_usable(video, root, recipe.video, reader, options.clips_per_video)
+
     lines = []
-    for split, some in zip(("train", "test"), videos.held_out(listed), strict=True):
+    for split, some in zip(("train", "test"), videos.held_out(listed, usable), strict=True):
         folder = sources.folder(workdir, sources.clips_name(split))
         summary = _write(options, videos.write_pixels, folder, root, some, recipe.video, **shared)
         lines.append(f"{summary}; {_videos_of(folder)}")

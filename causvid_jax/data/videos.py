@@ -100,7 +100,13 @@ def write_latents(
 
 
 def write_pixels(
-    folder: str | os.PathLike, root: str | os.PathLike, videos: Sequence[Video], config: VideoConfig, **options: Any
+    folder: str | os.PathLike,
+    root: str | os.PathLike,
+    videos: Sequence[Video],
+    config: VideoConfig,
+    *,
+    prompt_encoder: encoder.Encoder | None = None,
+    **options: Any,
 ) -> bool:
     """Split ``videos`` into clips and store their pixels, for training a VAE or the tiny codec.
 
@@ -110,6 +116,7 @@ def write_pixels(
     Args:
         folder, root, videos: as in :func:`write_latents`.
         config: size, length and rate of a clip.
+        prompt_encoder: skips videos whose caption it cannot encode; embeddings are not stored.
         options: ``clips_per_video``, ``shard_videos``, ``workers`` of :func:`write_latents`, and ``process_id``,
             ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
 
@@ -133,7 +140,7 @@ def write_pixels(
         root,
         videos,
         lambda clips: {"video": clips},
-        None,
+        functools.partial(encoder.encode, prompt_encoder) if prompt_encoder else None,
         config=config,
         features=arrays.array_features(ORIGIN | {"video": pixels}),
         identity=identity,
@@ -145,10 +152,32 @@ def write_pixels(
     )
 
 
-def held_out(videos: Sequence[Video]) -> tuple[list[Video], list[Video]]:
-    """Return (training videos, test videos). Every 50th, from the first on, is for tests; a single video is both."""
-    test = list(videos[::50])
-    return [video for video in videos if video not in test] or test, test
+def held_out(videos: Sequence[Video], usable: Callable[[Video], bool]) -> tuple[list[Video], list[Video]]:
+    """Return (training videos, test videos).
+
+    Every 50th is for tests, from the first ``usable`` one on. If only one is usable, it is for training too.
+    """
+    first = next((i for i, video in enumerate(videos) if usable(video)), 0)
+    test = list(videos[first::50])
+    train = [video for video in videos if video not in test]
+    return (train if any(map(usable, train)) else list(videos)), test
+
+
+def is_usable(
+    video: Video,
+    root: str | os.PathLike,
+    config: VideoConfig,
+    prompt_encoder: encoder.Encoder | None = None,
+    limit: int = 0,
+) -> bool:
+    """Return whether :func:`write_pixels` gets a clip from a video. The whole video is decoded."""
+    try:
+        if prompt_encoder:
+            encoder.check(prompt_encoder, [video.caption])
+        pieces = clips.split_into_clips(pathlib.Path(root) / video.file, config, limit)
+        return bool(video.caption) and sum(1 for _ in pieces) > 0
+    except (ConfigError, clips.Unusable):
+        return False
 
 
 def write_clips(
@@ -175,7 +204,8 @@ def write_clips(
     Args:
         folder, root, videos: as in :func:`write_latents`.
         encode: maps up to ``size`` clips uint8 [B, T, H, W, 3] to arrays [B, ...] by name.
-        encode_text: maps captions to embeddings [B, length, dim]; None stores captions only.
+        encode_text: maps captions to embeddings [B, length, dim] and raises ConfigError for a caption that it cannot
+            encode; None accepts every caption.
         config: size, length and rate of a clip.
         features: the arrays of ``encode``, ``text`` if it is stored, and :data:`ORIGIN`.
         identity: as in :func:`arrays.write_dataset`.
@@ -213,7 +243,7 @@ def write_clips(
         pieces = clips.decode_ahead([root / video.file for video in good], config, limit=limit, workers=workers)
         for video, encoded in _encoded(good, pieces, encode, size, report):
             for n, one in enumerate(encoded):
-                text = {} if encode_text is None else {"text": rows[video.file]}
+                text = {"text": rows[video.file]} if "text" in features else {}
                 start = np.float32(n * config.frames / config.fps)
                 example = {name: x.astype(kind) for name, x in one.items()}
                 yield {**example, "caption": video.caption, **text, "file": video.file, "start": start}

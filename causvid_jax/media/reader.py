@@ -28,6 +28,9 @@ FORMATS = (
 
 BT709, BT601 = 1, 5
 UNSPECIFIED = 2
+LIMITED = 1
+"""Range of samples from 16 (black) to 235 (white)."""
+_EXPANDED = [min(max(round((value - 16) * 255 / 219), 0), 255) for value in range(256)]
 _HD = (1280, 576)
 """Untagged video is BT.709 from this width or above this height, and BT.601 below, as in players."""
 
@@ -180,6 +183,10 @@ def _show(picture: av.VideoFrame, height: int, width: int, aspect: float) -> np.
 def _rgb(picture: av.VideoFrame) -> Image.Image:
     if hdr.is_hdr(picture):
         return hdr.tone_map(picture)
+    if picture.format.name.startswith("gray"):
+        # FFmpeg's scaler reads every grey picture as one of full range.
+        image = picture.to_image()
+        return image.point(_EXPANDED * 3) if int(picture.color_range) == LIMITED else image
     if picture.format.is_rgb or int(picture.colorspace) != UNSPECIFIED:
         return picture.to_image()
     large = picture.width >= _HD[0] or picture.height > _HD[1]

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -68,18 +69,23 @@ def test_captions_come_as_csv_or_jsonl(tmp_path):
 
 
 def test_videos_are_found_by_suffix_and_captioned_by_their_sidecars_or_the_file(tmp_path):
-    for name in ("b.MP4", "sub/a.webm", "readme.md"):
+    for name in ("b.MP4", "sub/a.webm", "readme.md", "frame.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"123")
     (tmp_path / "sub" / "a.txt").write_text("a\ncat\n")
     assert captions.list_videos(tmp_path) == [Video("b.MP4", "", 3), Video("sub/a.webm", "a cat", 3)]
+    (tmp_path / "others").mkdir()
+    for name in ("a.wmv", "b.gif", "c.flv", "d.MTS", "e.3gp", "f.ogv"):
+        (tmp_path / "others" / name).touch()
+    assert len(captions.list_videos(tmp_path / "others")) == 6
+    shutil.rmtree(tmp_path / "others")
     (tmp_path / "c.csv").write_text("file,caption\n./b.MP4,a dog\nz.mp4,gone\n")
     assert captions.list_videos(tmp_path, tmp_path / "c.csv") == [
         Video("b.MP4", "a dog", 3),
         Video("sub/a.webm", "", 3),
         Video("z.mp4", "gone", -1),
     ]
-    with pytest.raises(ConfigError, match="holds no video; accepted: files .avi"):
+    with pytest.raises(ConfigError, match="holds no video; accepted: files .3gp"):
         (tmp_path / "empty").mkdir()
         captions.list_videos(tmp_path / "empty")
     refused("none does not exist", captions.list_videos, tmp_path / "none")

@@ -257,7 +257,24 @@ def test_a_clip_that_lacks_one_frame_repeats_its_last(tmp_path):
 
 def test_videos_to_test_on_are_held_out():
     listed = [captions.Video(f"{i}.mp4", "", 1) for i in range(101)]
-    train, test = videos.held_out(listed)
+    train, test = videos.held_out(listed, lambda video: True)
     assert [video.file for video in test] == ["0.mp4", "50.mp4", "100.mp4"]
     assert len(train) == 98 and not set(train) & set(test)
-    assert videos.held_out(listed[:1]) == (listed[:1], listed[:1])
+    assert videos.held_out(listed[:1], lambda video: True) == (listed[:1], listed[:1])
+    train, test = videos.held_out(listed, lambda video: video.file != "0.mp4")
+    assert [video.file for video in test] == ["1.mp4", "51.mp4"] and len(train) == 99
+    assert videos.held_out(listed[:2], lambda video: video.file == "1.mp4") == (listed[:2], listed[1:2])
+
+
+def test_a_first_video_that_gives_no_clip_and_unknown_words_cost_no_dataset(folder, listed, tmp_path):
+    """The first video was the only one to test on. An unknown word was refused after the training of the VAE."""
+    odd = {"china.mp4": "roofs", "slow.mkv": "slow roofs", "tall.webm": "a red roof", "wide/flower.avi": "a flower"}
+    table = tmp_path / "captions.json"
+    table.write_text(json.dumps({"a.mp4": "roofs", **odd}))
+    options = prepare.Options(videos=str(folder), captions=str(table))
+    train, test = prepare.run("data", RECIPE, tmp_path, options).split("\n")
+    assert "clips: 5 examples; 5 clips of 2 videos" in train
+    assert "clips_test: 1 examples; 1 clips of 1 videos" in test
+    reasons = {line["file"]: line["reason"] for line in videos.skipped(tmp_path / "data" / "clips")}
+    assert reasons["tall.webm"].startswith("has a caption that cannot be encoded: unknown word 'red'")
+    assert videos.used(tmp_path / "data" / "clips_test")[0]["file"] == "china.mp4"
