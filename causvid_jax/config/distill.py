@@ -54,8 +54,9 @@ class DistillStageConfig(StageConfig):
 
     Scores. ``guidance_scale`` is the g of the real score ``r = r_uncond + g (r_cond - r_uncond)``. The published code
     writes ``r = r_cond + h (r_cond - r_uncond)`` with ``h = g - 1``. ``guidance_interval`` is the lowest and the
-    highest timestep at which the real score is guided (arXiv 2404.07724). ``fake_guidance_scale`` is the g of the fake
-    score in the student's loss; 1 is no guidance.
+    highest timestep at which the real score is guided (arXiv 2404.07724), ``guidance_eta`` the weight of the parallel
+    part of its guidance (arXiv 2410.02416; see ``diffusion.guidance_eta``). ``fake_guidance_scale`` is the g of the
+    fake score in the student's loss; 1 is no guidance.
     ``teacher`` is the forward mode of the real score: ``"bidirectional"``, ``"causal"`` (each block given the student's
     clean past and no future; CMD, arXiv 2608.13391) or ``"chunk"`` (each block alone; RMD, arXiv 2609.37925).
     ``critic_mode`` is that of the fake score.
@@ -92,6 +93,7 @@ class DistillStageConfig(StageConfig):
     critic_steps: Count = 5
     guidance_scale: NotNegative = 4.5
     guidance_interval: tuple[Timestep, Timestep] = (0.0, 1000.0)
+    guidance_eta: Probability = 1.0
     fake_guidance_scale: NotNegative = 1.0
     teacher: Literal["bidirectional", "causal", "chunk"] = "bidirectional"
     critic_mode: Literal["bidirectional", "causal", "chunk"] = "bidirectional"

@@ -34,8 +34,10 @@ class DiffusionConfig(Config):
     The teacher takes ``num_inference_steps`` steps of ``solver``: ``"euler"``, or ``"unipc"`` (arXiv 2302.04867).
     ``guidance_scale`` is the g of ``v = v_uncond + g (v_cond - v_uncond)`` (arXiv 2207.12598); g = 1 is no guidance.
     ``guidance_interval`` is the lowest and the highest timestep with guidance, both included; g is 1 elsewhere (arXiv
-    2404.07724). It holds for teacher clips, trajectories and the consistency stage's teacher; the real score of the
-    distillation has ``train_distill.guidance_interval``.
+    2404.07724). ``guidance_eta`` is the weight of the part of ``v_cond - v_uncond`` that is parallel to the conditional
+    x0 (arXiv 2410.02416, eta); 1 is plain guidance, and less avoids its oversaturation. Both hold for teacher clips,
+    trajectories and the consistency stage's teacher; the real score of the distillation has its own in
+    ``train_distill``.
 
     ``denoising_timesteps`` are the student's nominal timesteps ``1000 u`` before the shift, descending from 1000 (pure
     noise), without the final 0. Without ``warp`` they are the timesteps themselves (the 1000, 757, 522 of CausVid's
@@ -53,6 +55,7 @@ class DiffusionConfig(Config):
     solver: Literal["euler", "unipc"] = "euler"
     guidance_scale: NotNegative = 6.0
     guidance_interval: tuple[Timestep, Timestep] = (0.0, 1000.0)
+    guidance_eta: Probability = 1.0
     denoising_timesteps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     first_block_timesteps: tuple[tuple[float, ...], ...] = ()
     warp: bool = True

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from causvid_jax.config import Recipe
-from causvid_jax.diffusion.guidance import guided_velocity, per_branch
+from causvid_jax.diffusion.guidance import per_branch
 from causvid_jax.distill.ode_regression import splice
 from causvid_jax.distill.trajectories import teacher_trajectory
 from causvid_jax.models import experts, transformer
 from causvid_jax.models.image_branch import Picture, conditioned
-from causvid_jax.sampling.teacher import expert_scale
+from causvid_jax.sampling.teacher import guide_teacher
 
 
 def bidirectional_states(
@@ -30,7 +30,7 @@ def bidirectional_states(
     network = conditioned(experts.bidirectional, Picture(*picture) if picture else None, recipe.teacher)
     network = functools.partial(network, params, config=recipe.teacher, experts=recipe.experts)
     states = teacher_trajectory(
-        lambda x, timestep: guided_velocity(network, x, timestep, embeds, negative, expert_scale(recipe, timestep)),
+        guide_teacher(network, embeds, negative, recipe),
         noise,
         recipe.trajectory_diffusion,
     )
@@ -95,7 +95,7 @@ def causal_states(
         )
 
     states = teacher_trajectory(
-        lambda x, timestep: guided_velocity(network, x, timestep, embeds, negative, expert_scale(recipe, timestep)),
+        guide_teacher(network, embeds, negative, recipe),
         noise,
         diffusion,
     )

@@ -4,7 +4,7 @@ The published samplers use this form. The published DMD code writes ``cond + s (
 At one x_t, guidance of velocities equals guidance of x0 predictions, because
 ``x0 = x_t - sigma v`` is affine in v and the weights ``1 - g`` and ``g`` sum to one.
 
-Source: arXiv 2207.12598.
+Sources: arXiv 2207.12598; 2404.07724 (interval); 2410.02416 (projection).
 """
 
 from collections.abc import Callable
@@ -13,15 +13,6 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Float
-
-
-def guide(
-    unconditional: Float[jax.Array, "*shape"],
-    conditional: Float[jax.Array, "*shape"],
-    guidance_scale: float | Float[jax.Array, "..."],
-) -> Float[jax.Array, "*shape"]:
-    """Return ``uncond + g (cond - uncond)`` with g = ``guidance_scale``, for velocities or for x0 predictions."""
-    return unconditional + guidance_scale * (conditional - unconditional)
 
 
 def scale_at(
@@ -59,8 +50,12 @@ def guided_velocity(
     prompt_embeds: Float[jax.Array, "B S E"],
     negative_prompt_embeds: Float[jax.Array, "*batch S E"],
     guidance_scale: float | Float[jax.Array, "B F"],
+    eta: float = 1.0,
 ) -> Float[jax.Array, "B F h w D"]:
     """Return ``v_uncond + g (v_cond - v_uncond)`` from one call of the network on a batch of 2B.
+
+    With ``eta`` below 1 it is ``v_cond + (g - 1) (d - (1 - eta) (<d, x0> / <x0, x0>) x0)`` with
+    ``d = v_cond - v_uncond``, ``x0 = x - sigma v_cond`` and inner products over h, w and C of each frame.
 
     The two branches of a clip are adjacent in the batch. If the batch is sharded, both are on the device of the clip,
     and no communication is needed.
@@ -73,6 +68,7 @@ def guided_velocity(
         negative_prompt_embeds: of the unconditional branch, ``[S, E]`` or ``[B, S, E]``.
         guidance_scale: weight g, a Python number or an array ``[B, F]`` (:func:`scale_at`). With the number 1 the
             unconditional branch is not computed.
+        eta: weight of the parallel part, in [0, 1]; 1 is plain guidance.
 
     Returns:
         The velocity, ``[B, F, h, w, D]`` with the D output channels of the network.
@@ -85,4 +81,10 @@ def guided_velocity(
     both = velocity_fn(jnp.repeat(x, 2, axis=0), jnp.repeat(timestep, 2, axis=0), embeds)
     unconditional, conditional = rearrange(both, "(b two) ... -> two b ...", two=2)
     scale = jnp.asarray(guidance_scale)[..., None, None, None] if per_frame else guidance_scale
-    return guide(unconditional, conditional, scale)
+    if eta == 1.0:
+        return unconditional + scale * (conditional - unconditional)
+    d = (conditional - unconditional).astype(jnp.float32)
+    x0 = x - (timestep / 1000.0)[..., None, None, None] * conditional
+    inner, norm = (jnp.sum(y * x0, axis=(-3, -2, -1), keepdims=True) for y in (d, x0))
+    d -= (1.0 - eta) * inner / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny) * x0
+    return (conditional + (scale - 1.0) * d).astype(conditional.dtype)

@@ -139,9 +139,10 @@ def predictions(
 
     low = experts.low_noise_distill_guidance_scale
     real_scale = scale_at(timestep, distill.guidance_scale, low, experts.boundary, distill.guidance_interval)
-    scales = (fake, distill.fake_guidance_scale), (teacher, real_scale)
+    scores = (fake, distill.fake_guidance_scale, 1.0), (teacher, real_scale, distill.guidance_eta)
     velocities = [
-        guided_velocity(score, x_t, timestep, prompt_embeds, negative_prompt_embeds, scale) for score, scale in scales
+        guided_velocity(score, x_t, timestep, prompt_embeds, negative_prompt_embeds, scale, eta)
+        for score, scale, eta in scores
     ]
     fake_x0, real_x0 = (flow.x0_from_velocity(x_t, v.astype(jnp.float32), sigma) for v in velocities)
     return Predictions(fake_x0, real_x0, timestep)

@@ -64,7 +64,7 @@ FIELDS: Mapping[str, Any] = {
 _CUSTOM_CALLS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaScaleBiasSoftmax", "tpu_custom_call")
 _ELSEWHERE = {
     "student": ("remat", "rules"),  # of training, of meshes
-    "diffusion": ("num_inference_steps", "solver", "guidance_scale", "guidance_interval"),
+    "diffusion": ("num_inference_steps", "solver", "guidance_scale", "guidance_interval", "guidance_eta"),
     "video": ("fps",),
     "text": ("kind", "vocabulary", "negative_prompt"),
 }

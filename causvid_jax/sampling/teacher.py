@@ -12,6 +12,7 @@ model reads only ``image_latents``.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,19 +56,24 @@ def guided_velocity(
     velocity = functools.partial(
         image_branch.conditioned(experts.bidirectional, picture, net), params, config=net, experts=config.experts
     )
+    return guide_teacher(velocity, prompt_embeds, negative_prompt_embeds, config)
+
+
+def guide_teacher(
+    velocity: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    prompt_embeds: jax.Array,
+    negative_prompt_embeds: jax.Array,
+    config: Recipe,
+) -> solvers.VelocityFn:
+    """Return the teacher's ``velocity(x, timestep, prompt_embeds)`` guided as ``diffusion`` and ``experts`` say."""
+    diffusion, low, boundary = config.diffusion, config.experts.low_noise_guidance_scale, config.experts.boundary
+    scales = diffusion.guidance_scale, low, boundary, diffusion.guidance_interval
 
     def guided(x: jax.Array, timestep: jax.Array) -> jax.Array:
-        scale = expert_scale(config, timestep)
-        return guidance.guided_velocity(velocity, x, timestep, prompt_embeds, negative_prompt_embeds, scale)
+        scale, eta = guidance.scale_at(timestep, *scales), diffusion.guidance_eta
+        return guidance.guided_velocity(velocity, x, timestep, prompt_embeds, negative_prompt_embeds, scale, eta)
 
     return guided
-
-
-def expert_scale(config: Recipe, timestep: jax.Array) -> float | jax.Array:
-    """Return the guidance scale of the teacher at ``timestep [B, F]``, one or one per frame (``guidance.scale_at``)."""
-    low, boundary = config.experts.low_noise_guidance_scale, config.experts.boundary
-    interval = config.diffusion.guidance_interval
-    return guidance.scale_at(timestep, config.diffusion.guidance_scale, low, boundary, interval)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "timesteps"))

@@ -60,7 +60,7 @@ def consistency_loss(
     def guided(x: jax.Array, timestep: jax.Array) -> jax.Array:
         score = functools.partial(velocity, teacher, recipe.teacher)
         scale = scale_at(timestep, config.guidance_scale, interval=recipe.diffusion.guidance_interval)
-        return guided_velocity(score, x, timestep, text, negative_prompt_embeds, scale)
+        return guided_velocity(score, x, timestep, text, negative_prompt_embeds, scale, recipe.diffusion.guidance_eta)
 
     def student(x: jax.Array, timestep: jax.Array) -> jax.Array:
         return velocity(params, recipe.student, x, timestep, text)

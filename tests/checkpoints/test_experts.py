@@ -19,7 +19,7 @@ from causvid_jax.config.recipes import load_recipe
 from causvid_jax.diffusion import flow, guidance
 from causvid_jax.distill import scores
 from causvid_jax.models import experts, transformer, vae
-from causvid_jax.sampling import teacher, weights
+from causvid_jax.sampling import weights
 from causvid_jax.training import dmd_scores
 from tests.tiny import random_params
 
@@ -66,7 +66,7 @@ def test_settings_of_the_published_models():
     assert (text.diffusion.shift, text.diffusion.num_inference_steps, text.diffusion.solver) == (12, 40, "unipc")
     assert (image.experts.boundary, image.diffusion.guidance_scale, image.diffusion.shift) == (900, 3.5, 5)
     assert (image.teacher.in_channels, image.teacher.image_channels, image.teacher.image_dim) == (36, 20, 0)
-    assert teacher.expert_scale(image, jnp.zeros((1, 1))) == 3.5
+    assert image.experts.low_noise_guidance_scale == 0  # 3.5 for both experts
     # The boundary is a timestep after the shift: u = 0.4 is timestep 888.9 at shift 12.
     assert 1000 * flow.sigma_from_u(0.4, 12.0) > 875 > 1000 * flow.sigma_from_u(0.36, 12.0)
 
@@ -122,7 +122,15 @@ def test_each_timestep_has_its_expert_and_its_scale():
     both = ExpertsConfig(boundary=875.0, low_noise_distill_guidance_scale=3.0)
     conditional, unconditional = real(x, timestep, text), real(x, timestep, 0 * text)
     sigma = timestep[..., None, None, None] / 1000
-    for interval, scales in (((0.0, 1000.0), scale), ((500.0, 900.0), jnp.array([[1.0], [4.0], [3.0], [1.0]]))):
+    # The orthogonal part of the difference to x0, and a quarter of the parallel part.
+    x0, difference = np.array(x - sigma * conditional), np.array(conditional - unconditional)
+    weight = (difference * x0).sum((2, 3, 4), keepdims=True) / (x0 * x0).sum((2, 3, 4), keepdims=True)
+    partial = difference - 0.75 * weight * x0
+    for interval, scales, eta, part in (
+        ((0.0, 1000.0), scale, 1.0, difference),
+        ((500.0, 900.0), jnp.array([[1.0], [4.0], [3.0], [1.0]]), 1.0, difference),
+        ((0.0, 1000.0), scale, 0.25, partial),
+    ):
         got = scores.predictions(
             x,
             text,
@@ -130,12 +138,12 @@ def test_each_timestep_has_its_expert_and_its_scale():
             teacher=real,
             fake=lambda x, t, e: x,
             diffusion=RECIPE.diffusion,
-            distill=dataclasses.replace(config, guidance_interval=interval),
+            distill=dataclasses.replace(config, guidance_interval=interval, guidance_eta=eta),
             timestep=timestep,
             noise=x,
             experts=both,
         )
-        guided = unconditional + scales[..., None, None, None] * (conditional - unconditional)
+        guided = conditional + (scales[..., None, None, None] - 1) * part
         np.testing.assert_allclose(got.real_x0, x - sigma * guided, atol=1e-4)
 
 

@@ -96,6 +96,33 @@ def test_guidance_holds_in_its_interval_alone():
     assert guidance.scale_at(timestep, 4.0) == 4.0 and guidance.scale_at(timestep, 1.0, interval=(0.0, 500.0)) == 1.0
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.3])
+def test_guidance_weighs_the_part_parallel_to_the_clean_prediction(eta):
+    """Each frame by hand, with one scale and with a scale per frame: the parallel part is eta times the plain one."""
+    x, timestep = draws(0)[0], np.array([[1000.0, 700.0, 20.0], [600.0, 300.0, 0.0]], np.float32)
+    rng = np.random.default_rng(3)
+    cond, uncond = (rng.normal(size=x.shape).astype(np.float32) for _ in range(2))
+    text, null = np.ones((2, 5, 6), np.float32), np.zeros((5, 6), np.float32)
+
+    def network(x, timestep, text):
+        return jnp.where(flow.expand(text.max((1, 2)), x) > 0, np.repeat(cond, 2, axis=0), np.repeat(uncond, 2, axis=0))
+
+    for scale in (4.0, np.array([[4.0, 1.0, 2.5], [1.0, 8.0, 3.0]], np.float32)):
+        got = guidance.guided_velocity(
+            network, x, timestep, text, null, jnp.asarray(scale) if np.ndim(scale) else scale, eta
+        )
+        for index in np.ndindex(2, 3):
+            x0 = (x[index] - timestep[index] / 1000 * cond[index]).ravel().astype(np.float64)
+            d = (cond[index] - uncond[index]).ravel()
+            unit = x0 / np.linalg.norm(x0)
+            parallel = (d @ unit) * unit
+            extra = np.array(got[index] - cond[index]).ravel()
+            weight = scale[index] - 1 if np.ndim(scale) else scale - 1
+            np.testing.assert_allclose(extra, weight * (d - parallel + eta * parallel), atol=2e-5)
+    plain = guidance.guided_velocity(network, x, timestep, text, null, 4.0, 1.0)
+    np.testing.assert_array_equal(plain, guidance.guided_velocity(network, x, timestep, text, null, 4.0))
+
+
 def test_other_inputs_of_a_guided_network_follow_their_clip():
     """Both branches of a clip are adjacent in the batch, so what is repeated for them must be adjacent too."""
     x, beside = draws(0)[0], np.arange(2, dtype=np.float32)
