@@ -74,8 +74,7 @@ def read_weights(options: Options) -> tuple[Recipe, dict[str, Any], str]:
     recipe = options.config
     if not (options.checkpoint or options.student):
         return recipe, {}, "random"
-    files = {"student": options.student} if options.student else {}
-    opened, recipe = weights.find(recipe, "student", options.checkpoint, files=files)
+    opened, recipe = weights.find(recipe, "student", options.checkpoint, files={"student": options.student})
     params = weights.load_student(opened, recipe)
     return recipe, params, ", ".join(f"{name} {checkpoint.path.name}" for name, checkpoint in opened.items())
 

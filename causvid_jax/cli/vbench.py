@@ -8,7 +8,7 @@ videos without any model.
 import dataclasses
 import json
 import pathlib
-from typing import Literal
+from typing import Any, Literal
 
 from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, option
@@ -115,15 +115,8 @@ def sample(options: Options, clips_of_shard: list, all_clips: list, protocol: ob
     # All texts are encoded first: the encoder is loaded once, and freed before the student is loaded.
     texts = dict.fromkeys(clip.text for clip in clips.absent(clips_of_shard, videos))
     encoder.fill(encoder.open_encoder(options.config, options.checkpoint), list(texts))
-    own = {"student": options.student, "vae": options.vae, "taehv": options.taehv}
-    pipe = pipeline.load(
-        options.config,
-        checkpoint=options.checkpoint,
-        student=options.student,
-        vae=options.vae,
-        taehv=options.taehv,
-    )
-    files = {name: file for name, file in own.items() if file}
+    files: dict[str, Any] = {"student": options.student, "vae": options.vae, "taehv": options.taehv}
+    pipe = pipeline.load(options.config, checkpoint=options.checkpoint, **files)
     opened, recipe = weights.find(options.config, "student", options.checkpoint, files=files)
     clips.claim(folder, clips.identity(pipe, weights.checksum(opened, recipe), all_clips, protocol))
     clips.sample(pipe, clips_of_shard, videos, protocol, lambda line: print(line, flush=True))

@@ -427,15 +427,10 @@ def _open(
 ) -> tuple[Recipe, dict[str, Any], text_encoder.Encoder, CLIPConfig | None]:
     recipe = load_recipe(config) if isinstance(config, str) else config
     folder = None if checkpoint is None else os.fspath(checkpoint)
-    own_files = {k: v for k, v in files.items() if v is not None}
     encodes = True if has_branch(getattr(recipe, role)) else None
-    opened, recipe = weights.find(recipe, role, folder, encodes=encodes, files=own_files)
-    clip = opened["image_encoder"].config if "image_encoder" in opened else None
-    shapes = {**weights.shapes(recipe, role), **decoder.codec_shapes(recipe, encodes=True)}
-    if clip is not None:
-        shapes["image_encoder"] = decoder.image_encoder_shapes(clip)
-    shapes = {name: shape for name, shape in shapes.items() if name in opened}
-    return recipe, weights.load(opened, shapes), text_encoder.open_encoder(recipe, folder), clip
+    opened, recipe = weights.find(recipe, role, folder, encodes=encodes, files=files)
+    params = weights.load(opened, weights.opened_shapes(opened, recipe, role))
+    return recipe, params, text_encoder.open_encoder(recipe, folder), weights.clip_of(opened)
 
 
 def load(

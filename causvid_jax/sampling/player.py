@@ -66,8 +66,11 @@ class Programs:
         key = function, started
         if key not in self.compiled:
             begin = time.perf_counter()
-            jitted = self.jitted(function, started, static)
-            self.compiled[key] = jitted.lower(*args).compile()
+            if self.loaded is not None:
+                lowered = self.loaded.jitted(exported.name_of(function, started)).lower(*args)
+            else:
+                lowered = function.lower(*args, **static)
+            self.compiled[key] = lowered.compile()
             self.timing.compile += time.perf_counter() - begin
         return self.compiled[key]
 
@@ -76,25 +79,8 @@ class Programs:
         results = self.prepare(function, started, *args, **static).out_info
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), results)
 
-    def jitted(self, function: Any, started: Any, static: Mapping[str, Any]) -> Any:
-        """Return the loaded program of a function, or else the function with its static arguments."""
-        if self.loaded is not None:
-            return self.loaded.jitted(exported.name_of(function, started))
-        return _Bound(function, static)
-
     def __call__(self, function: Any, started: Any, *args: Any, **static: Any) -> Any:
         return self.prepare(function, started, *args, **static)(*args)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Bound:
-    """A jitted function with its static arguments."""
-
-    function: Any
-    static: Mapping[str, Any]
-
-    def lower(self, *args: Any) -> Any:
-        return self.function.lower(*args, **self.static)
 
 
 def _put(tree: Any, device: jax.Device) -> Any:

@@ -162,9 +162,9 @@ class SampleRequest:
         return net.image_dim > 0 or net.image_channels > 0
 
     @property
-    def files(self) -> dict[str, str]:
-        """Names of networks to the weights files that replace those of ``checkpoint``."""
-        return {name: file for name in ("student", "vae", "taehv") if (file := getattr(self, name))}
+    def files(self) -> dict[str, str | None]:
+        """Names of networks to the weights files that replace those of ``checkpoint``; None: no file."""
+        return {name: getattr(self, name) for name in ("student", "vae", "taehv")}
 
     @property
     def length(self) -> int:

@@ -58,8 +58,7 @@ class Session:
     @functools.cached_property
     def clip(self) -> CLIPConfig | None:
         """Sizes of the image encoder, if one is needed."""
-        opened = self.weights.get("image_encoder")
-        return opened.config if opened else None
+        return weights.clip_of(self.weights)
 
     @property
     def texts(self) -> list[str]:

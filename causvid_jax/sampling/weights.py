@@ -13,7 +13,7 @@ import jax
 
 from causvid_jax import checkpoints
 from causvid_jax.checkpoints import convert, lineage, workdir
-from causvid_jax.config import CausalConfig, ConfigError, Recipe, TransformerConfig, published, require
+from causvid_jax.config import CausalConfig, CLIPConfig, ConfigError, Recipe, TransformerConfig, published, require
 from causvid_jax.models import decoder, experts, transformer
 from causvid_jax.models.unstacked import unstack
 
@@ -29,7 +29,7 @@ def find(
     checkpoint: str | None = None,
     *,
     encodes: bool | None = False,
-    files: Mapping[str, str | os.PathLike] | None = None,
+    files: Mapping[str, str | os.PathLike | None] | None = None,
 ) -> tuple[Opened, Recipe]:
     """Open the checkpoints of ``role`` and of its codecs; return them and the recipe with the VAE's latent statistics.
 
@@ -40,7 +40,7 @@ def find(
         role: ``"student"`` or ``"teacher"``.
         checkpoint: a folder, also a published one, or one weights file of the role; None: the weights of the package.
         encodes: whether pixels are encoded, which needs the VAE (for a teacher also CLIP). None: if there is a VAE.
-        files: network to a weights file or folder that replaces that of ``checkpoint``.
+        files: network to a weights file or folder that replaces that of ``checkpoint``; None does not.
 
     Raises:
         ConfigError: a file that is missing or does not fit the recipe.
@@ -48,7 +48,7 @@ def find(
     path = pathlib.Path(checkpoint) if checkpoint else None
     require(path is None or path.exists(), f"--checkpoint {checkpoint} does not exist")
     folder = path if path and path.is_dir() else None
-    own = {name: pathlib.Path(file) for name, file in (files or {}).items()}
+    own = {name: pathlib.Path(file) for name, file in (files or {}).items() if file}
     for name, file in own.items():
         require(file.exists(), f"{name} weights {file} do not exist")
     single = path if path and not folder else None
@@ -96,6 +96,19 @@ def _open_role(recipe: Recipe, role: str, folder: pathlib.Path | None, path: pat
 def shapes(recipe: Recipe, role: str) -> dict[str, Any]:
     """Return the shapes and types in which a role's weights are read, under the names of :func:`networks`."""
     return dict.fromkeys(networks(recipe, role), transformer.read_shapes(getattr(recipe, role)))
+
+
+def opened_shapes(opened: Opened, recipe: Recipe, role: str) -> dict[str, Any]:
+    """Return the shapes and types in which all networks of ``opened`` are read: those of ``role`` and its codecs."""
+    every = {**shapes(recipe, role), **decoder.codec_shapes(recipe, encodes=True)}
+    if (clip := clip_of(opened)) is not None:
+        every["image_encoder"] = decoder.image_encoder_shapes(clip)
+    return {name: shape for name, shape in every.items() if name in opened}
+
+
+def clip_of(opened: Opened) -> CLIPConfig | None:
+    """Return the sizes of the image encoder; None if it is not opened."""
+    return opened["image_encoder"].config if "image_encoder" in opened else None
 
 
 def _check_window(opened: checkpoints.Checkpoint, causal: CausalConfig) -> None:

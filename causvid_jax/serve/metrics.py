@@ -26,7 +26,6 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         self.recent: collections.deque[float] = collections.deque(maxlen=1000)
         self.busy: collections.deque[tuple[float, float]] = collections.deque(maxlen=200)
-        self.first: collections.deque[float] = collections.deque(maxlen=1000)
         self._recipe = recipe
         self._first = self._new(Histogram, "first_chunk_seconds", "From a film's start to its first chunk.", _BUCKETS)
         self._interval = self._new(Histogram, "chunk_interval_seconds", "Between chunks of a film.", _BUCKETS)
@@ -41,8 +40,6 @@ class Metrics:
         for q in QUANTILES:
             quantile = self._new(Gauge, f"chunk_interval_p{100 * q:.0f}_seconds", "Of the last 1000 intervals.")
             quantile.set_function(functools.partial(self.interval, q))
-        self.missed = 0
-        self.made = 0
 
     def _new(self, kind: Any, name: str, about: str, buckets: tuple[float, ...] = ()) -> Any:
         more = {"buckets": buckets} if buckets else {}
@@ -50,18 +47,15 @@ class Metrics:
 
     def block(self, session: Session, film_seconds: float, seconds: float, now: float) -> None:
         """Count a chunk that is ready at ``now``, lasts ``film_seconds`` and took the device ``seconds``."""
-        self.made += 1
         self._chunks.inc()
         self.busy.append((film_seconds, seconds))
         if session.last_chunk is None:
-            self.first.append(now - session.opened)
             self._first.observe(now - session.opened)
         else:
             self.recent.append(now - session.last_chunk)
             self._interval.observe(now - session.last_chunk)
         due = now if session.play_end is None else session.play_end
         if now > due and now - session.asked > film_seconds:
-            self.missed += 1
             self._misses.inc()
         session.last_chunk = now
         session.play_end = max(due, now) + film_seconds

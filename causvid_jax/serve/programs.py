@@ -11,7 +11,7 @@ import numpy as np
 
 from causvid_jax import media
 from causvid_jax.config import Recipe, require
-from causvid_jax.models import decoder, transformer, vae
+from causvid_jax.models import transformer, vae
 from causvid_jax.models.image_branch import has_branch
 from causvid_jax.sampling import schedule, stream, weights
 from causvid_jax.sampling.pipeline import StudentPipeline, begins, visible
@@ -193,11 +193,9 @@ def open_programs(
         ConfigError: weights or a program that are missing or do not fit.
     """
     schedule.check_single_blocks(recipe)
-    own = {name: file for name, file in (files or {}).items() if file is not None}
     encodes = True if has_branch(recipe.student) else None  # an image branch needs the encoders
-    opened, recipe = weights.find(recipe, "student", checkpoint, encodes=encodes, files=own)
+    opened, recipe = weights.find(recipe, "student", checkpoint, encodes=encodes, files=files)
     opened["student"] = weights.with_loras(opened["student"], loras)
-    clip = opened["image_encoder"].config if "image_encoder" in opened else None
     placement = place(recipe.parallel, recipe.student.rules)
     require(
         program is None or placement.mesh is None,
@@ -205,11 +203,8 @@ def open_programs(
     )
     loaded = None if program is None else load(program, recipe)
     reader = encoder.open_encoder(recipe, checkpoint)
-    shapes = {**weights.shapes(recipe, "student"), **decoder.codec_shapes(recipe, encodes="vae" in opened)}
-    if clip is not None:
-        shapes["image_encoder"] = decoder.image_encoder_shapes(clip)
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        reading = pool.submit(weights.load, opened, {name: shape for name, shape in shapes.items() if name in opened})
+        reading = pool.submit(weights.load, opened, weights.opened_shapes(opened, recipe, "student"))
         ready: Callable[[], dict[str, Callable[..., Any]]] = dict
         if loaded or (compiles and placement.mesh is None and has_fixed_shapes(recipe)):
             ready = compile_all(recipe, "vae" in opened, loaded, pool)
@@ -221,7 +216,7 @@ def open_programs(
         compiled = ready()
     params = stream_params(params, transformer.inference_spec(recipe.student), recipe.student.rules, placement)
     params = weights.for_stream(params, recipe, free=True)
-    pipe = StudentPipeline(recipe, params, reader, clip=clip)
+    pipe = StudentPipeline(recipe, params, reader, clip=weights.clip_of(opened))
     return Programs(pipe, weights.checksum(opened, recipe), placement, compiled)
 
 
