@@ -14,7 +14,7 @@ import numpy as np
 from causvid_jax import media as files
 from causvid_jax.config import Recipe, require
 from causvid_jax.models import taehv, transformer, vae
-from causvid_jax.sampling import blocks, stream, weights
+from causvid_jax.sampling import blocks, pipeline, stream, weights
 from causvid_jax.sampling.protocols import Samplers, Switch
 from causvid_jax.sampling.teacher import sample_clip
 from causvid_jax.text import encoder
@@ -44,10 +44,8 @@ def make_samplers(
     if "teacher" in params:
         params = {**params, "teacher": transformer.round_params(params["teacher"], config.teacher)}
     streamed = weights.for_stream({name: params[name] for name in ("student", config.decoder)}, config)
+    pipe = pipeline.StudentPipeline(config, streamed, reader)
     negative_embeds = jnp.asarray(encoder.negative_prompt_embeds(reader))
-
-    def embeds_of(prompts: Sequence[str]) -> jax.Array:
-        return jnp.asarray(encoder.encode(reader, prompts))
 
     def pixels(latents: jax.Array, name: str = "vae") -> np.ndarray:
         return files.to_uint8(_DECODE[name](params[name], latents, config=getattr(config, name)))
@@ -57,7 +55,8 @@ def make_samplers(
 
     def teacher(prompts: Sequence[str], seed: int, *, decode: bool = True) -> np.ndarray:
         seeds = stream.seeds_of(seed, len(prompts))
-        latents = sample_clip(params["teacher"], embeds_of(prompts), negative_embeds, seeds=seeds, config=config)
+        embeds = pipe.encode_prompt(prompts)
+        latents = sample_clip(params["teacher"], embeds, negative_embeds, seeds=seeds, config=config)
         if not decode:
             return np.asarray(latents)
         return pixels(latents)
@@ -72,34 +71,20 @@ def make_samplers(
         latent_frames = 1 + (frames - 1) // factor
         if switch is None:
             latents, video = stream.generate(
-                streamed, embeds_of(prompts), config=config, frames=latent_frames, seed=seed, decode=decode
+                streamed, pipe.encode_prompt(prompts), config=config, frames=latent_frames, seed=seed, decode=decode
             )
             return np.asarray(latents) if video is None else files.to_uint8(video)
         require(decode, "a stream with a prompt switch is always decoded")
         at, after = switch
-        state = stream.init_stream(streamed, embeds_of(prompts), config=config, seed=seed, frames=latent_frames)
-        return _switched(streamed, state, config, latent_frames, at, embeds_of(after))
+        starts = [blocks.first_frame(i, config) for i in range(len(config.causal.block_sizes(latent_frames)))]
+        require(at in starts, f"the prompt changes at frame {at}; blocks begin at {', '.join(map(str, starts))}")
+        state, parts = pipe.stream(prompts, seed=seed, frames=latent_frames), []
+        for start in starts:
+            state = pipe.switch(state, after) if start == at else state
+            part, state = next(pipe.frames(state))
+            parts.append(part)
+        return np.concatenate(parts, axis=1)
 
     tiny = functools.partial(reconstruct, name="taehv") if config.decoder == "taehv" else None
     teacher_or_none = teacher if "teacher" in params else None
     return Samplers(reconstruct=reconstruct, teacher=teacher_or_none, student=student, reconstruct_tiny=tiny)
-
-
-def _switched(
-    params: Mapping[str, Any], state: stream.StreamState, config: Recipe, latent_frames: int, at: int, after: jax.Array
-) -> np.ndarray:
-    """Return the frames uint8 ``[B, T, H, W, 3]`` of a stream whose prompt changes at the block that begins at ``at``.
-
-    Raises:
-        ConfigError: no block begins at frame ``at``.
-    """
-    networks, parts = dict(params), list[np.ndarray]()
-    sizes = config.causal.block_sizes(latent_frames)
-    starts = [blocks.first_frame(block, config) for block in range(len(sizes))]
-    require(at in starts, f"the prompt changes at frame {at}; blocks begin at {', '.join(map(str, starts))}")
-    for start in starts:
-        if start == at:
-            state = stream.change_prompt(networks, state, after, config=config)
-        _, frames, state = stream.next_frames(networks, state, config=config)
-        parts.append(files.to_uint8(frames)[:, 0 if parts else stream.LEAD :])
-    return np.concatenate(parts, axis=1)

@@ -256,20 +256,10 @@ class StudentPipeline(_Base):
         """
         require(begins(state), "a clip can only be continued from the first block of a stream")
         length = video.shape[-4]
-        count = blocks.block_of(length - 1, self.config) + 1
-        ends = [blocks.first_frame(block, self.config) for block in range(count + 1)]
-        require(
-            ends[-1] == length,
-            f"the clip to continue has {length} frames; whole blocks have {ends[-2] or ends[-1]} or {ends[-1]}",
-        )
-        self._check_room(state, count)
-        pixels = np.broadcast_to(video, (state.seed.shape[0], *video.shape[-4:]))
-        size = {"height": self.config.video.height, "width": self.config.video.width}
-        cache = vae.init_encode_cache(self.config.vae, batch=len(pixels), **size)
-        for block in range(count):
-            part = pixels[:, ends[block] : ends[block + 1]]
-            chunk, first = jnp.asarray(media.to_float(part)), block == 0
-            latents, cache = encode_chunk(self._vae(), chunk, cache, config=self.config.vae, first=first)
+        last = blocks.block_of(length - 1, self.config)
+        shorter, end = blocks.first_frame(last, self.config), blocks.first_frame(last + 1, self.config)
+        require(end == length, f"the clip to continue has {length} frames; whole blocks have {shorter or end} or {end}")
+        for part, latents in self._encoded(state, video):
             state = stream.append(self.params, state, latents, config=self.config)
             # Decode to fill the decoder's cache, but return the frames of the clip, which have no decoder error.
             _, state = stream.decode_block(self.params, state, latents, config=self.config)
@@ -294,21 +284,29 @@ class StudentPipeline(_Base):
         """
         require(begins(state), "a video can only be followed from the first block of a stream")
         start = jnp.int32(schedule.strength_step(self.config.diffusion, strength))
-        batch, length = state.seed.shape[0], video.shape[-4]
-        require(length > 0, "the video to follow has no frames")
+        remaining = video.shape[-4]
+        require(remaining > 0, "the video to follow has no frames")
+        for block, (_, latents) in enumerate(self._encoded(state, video)):
+            x, state = stream.next_block_from(self.params, state, latents, start, config=self.config)
+            decoded, state = stream.decode_block(self.params, state, x, config=self.config)
+            frames = visible(decoded, block == 0)[:, :remaining]
+            remaining -= frames.shape[1]
+            yield frames, state
+
+    def _encoded(self, state: StreamState, video: np.ndarray) -> Iterator[tuple[np.ndarray, jax.Array]]:
+        """Yield the pixels and the latents of every block of a video; its last frame fills the last block."""
+        length = video.shape[-4]
         count = blocks.block_of(length - 1, self.config) + 1
         self._check_room(state, count)
-        pixels = np.broadcast_to(media.to_float(video), (batch, *video.shape[-4:]))
+        pixels = np.broadcast_to(video, (state.seed.shape[0], *video.shape[-4:]))
         size = {"height": self.config.video.height, "width": self.config.video.width}
-        cache = vae.init_encode_cache(self.config.vae, batch=batch, **size)
+        cache = vae.init_encode_cache(self.config.vae, batch=len(pixels), **size)
         for block in range(count):
             ends = blocks.first_frame(block, self.config), blocks.first_frame(block + 1, self.config)
-            chunk = jnp.asarray(pixels[:, np.minimum(np.arange(*ends), length - 1)])
-            vae_config = self.config.vae
-            latents, cache = encode_chunk(self._vae(), chunk, cache, config=vae_config, first=block == 0)
-            x, state = stream.next_block_from(self.params, state, latents, start, config=self.config)
-            frames, state = stream.decode_block(self.params, state, x, config=self.config)
-            yield visible(frames, block == 0)[:, : length - ends[0]], state
+            part = pixels[:, np.minimum(np.arange(*ends), length - 1)]
+            chunk, first = jnp.asarray(media.to_float(part)), block == 0
+            latents, cache = encode_chunk(self._vae(), chunk, cache, config=self.config.vae, first=first)
+            yield part, latents
 
     def _check_room(self, state: StreamState, count: int, noise: Sequence[jax.Array] | None = None) -> None:
         """Refuse ``count`` further blocks for which the cache (without a window) or the noise is too short."""
