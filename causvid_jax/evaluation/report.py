@@ -84,25 +84,15 @@ def timed(call: Callable[[], Any], repeats: int) -> float:
     return statistics.median(seconds[1:])
 
 
-class _Work:
+class _Work(Progress):
     """Progress over a known amount of work, in network passes of one latent frame."""
 
-    def __init__(self, total: float, show: bool):
-        self._progress = Progress("evaluation, passes", round(total)) if show else None
-        self._done = 0.0
-
-    def begin(self, what: str) -> None:
-        if self._progress:
-            self._progress.note(what)
+    done = 0.0
 
     def add(self, work: float) -> None:
-        self._done += work
-        if self._progress:
-            self._progress.update(round(self._done))
-
-    def close(self) -> None:
-        if self._progress:
-            self._progress.close()
+        """Record that ``work`` more passes are done."""
+        self.done += work
+        self.update(round(self.done))
 
 
 def stream_starts(recipe: Recipe, factor: int) -> np.ndarray:
@@ -193,14 +183,14 @@ def switch_row(recipe: Recipe, samplers: Samplers, plan: Plan, cost: float) -> t
     return Row("switch", after, sample, 2 * cost, starts), before, at
 
 
-def sample_row(row: Row, batch: int, progress: "_Work") -> np.ndarray:
+def sample_row(row: Row, batch: int, progress: _Work) -> np.ndarray:
     """Return the clips of a row, uint8 ``[B, T, H, W, 3]``, made ``batch`` at a time.
 
     Raises:
         ConfigError: frames that are not finite; the message names the row.
     """
     clips = []
-    progress.begin(row.name)
+    progress.note(row.name)
     for first in range(0, len(row.captions), batch):
         part = row.captions[first : first + batch]
         # Pad a short last batch and cut the result, so that one batch size needs one compilation.
@@ -274,8 +264,6 @@ def evaluate(
     classifier: classifiers.Classifier,
     samplers: Samplers,
     plan: Plan,
-    *,
-    progress: bool = True,
 ) -> Result:
     """Return the report.
 
@@ -284,7 +272,6 @@ def evaluate(
         classifier: of ``classifiers.load``.
         samplers: of the trained networks.
         plan: how many clips.
-        progress: show a bar with the time left.
 
     Raises:
         ConfigError: a clip of a single block, held-out captions that are missing, or frames that are not finite.
@@ -302,7 +289,7 @@ def evaluate(
     switching, before, at = switch_row(recipe, samplers, plan, cost["student"])
     timed_clips = 2 * plan.batch * (plan.repeats + 1)
     sampled = sum(row.passes * len(row.captions) for row in (*rows, switching))
-    work = _Work(sampled + timed_clips * sum(cost.values()), progress)
+    work = _Work("evaluation, passes", round(sampled + timed_clips * sum(cost.values())))
     pool = held_out_prompts(recipe, plan.reference, plan.seed + 1, plan.captions)
     reference = classifiers.read_digits(classifier, real_clips(recipe, pool, plan.seed + 1))[1]
     clips = {row.name: (row.captions, sample_row(row, plan.batch, work)) for row in (*rows, switching)}
@@ -310,7 +297,7 @@ def evaluate(
     frames = frames_report(recipe, classifier, rows, {name: video for name, (_, video) in clips.items()})
     video = clips["switch"][1]
     switch = switch_report(recipe, classifier, video, before, switching.captions, switching.starts, at)
-    work.begin("timing")
+    work.note("timing")
     timing = _timing(recipe, samplers, plan, rows[0].captions, lambda name: work.add(cost[name] * timed_clips / 2))
     work.close()
     counts = {"long_samples": len(clips["long"][1]), "switch_samples": len(video)}

@@ -64,7 +64,7 @@ def result():
         student=fake.student,
         reconstruct_tiny=lambda video: video[:, ::-1],
     )
-    return report.evaluate(RECIPE, classifier.load(RECIPE.data), samplers, PLAN, progress=False), fake
+    return report.evaluate(RECIPE, classifier.load(RECIPE.data), samplers, PLAN), fake
 
 
 def test_scores_of_every_row(result):
@@ -123,7 +123,7 @@ def test_a_student_without_a_teacher(result):
     """The same figures, and nothing of the teacher."""
     fake = Fake()
     samplers = report.Samplers(reconstruct=lambda video: video, teacher=None, student=fake.student)
-    alone = report.evaluate(RECIPE, classifier.load(RECIPE.data), samplers, PLAN, progress=False)
+    alone = report.evaluate(RECIPE, classifier.load(RECIPE.data), samplers, PLAN)
     scores, both = alone.report["scores"], result[0].report
     assert scores == {name: row for name, row in both["scores"].items() if name not in ("teacher", "taehv")}
     assert alone.report["switch"] == both["switch"]
