@@ -43,12 +43,7 @@ def _own_clips(recipe: Recipe, workdir: pathlib.Path, options: Options) -> str:
     root, listed = _list_videos(options, "data")
     # Other encoders than that of words accept every caption, and their files are not needed yet.
     reader = encoder.open_encoder(recipe) if recipe.text.kind == "words" else None
-    shared: dict[str, Any] = {
-        "clips_per_video": options.clips_per_video,
-        "shard_videos": options.shard_videos,
-        "workers": options.workers,
-        "prompt_encoder": reader,
-    }
+    shared = {"prompt_encoder": reader, **_splitting(options)}
 
     def usable(video: captions.Video) -> bool:
         return videos.is_usable(video, root, recipe.video, reader, options.clips_per_video)
@@ -88,19 +83,8 @@ def encode_videos(recipe: Recipe, workdir: pathlib.Path, options: Options = DEFA
     params, config = paths.load_stage(recipe, "vae", workdir)
     clip_encoder = pictures.open_encoder(dataclasses.replace(recipe, vae=config), params, workdir)
     folder = sources.folder(workdir, options.name)
-    summary = _write(
-        options,
-        videos.write_latents,
-        folder,
-        root,
-        listed,
-        clip_encoder,
-        prompt_encoder=reader,
-        clips_per_video=options.clips_per_video,
-        shard_videos=options.shard_videos,
-        batch=options.batch,
-        workers=options.workers,
-    )
+    given = {"prompt_encoder": reader, "batch": options.batch, **_splitting(options)}
+    summary = _write(options, videos.write_latents, folder, root, listed, clip_encoder, **given)
     return f"{summary}; {_videos_of(folder)}"
 
 
@@ -215,6 +199,11 @@ def _list_videos(options: Options, stage: str) -> tuple[pathlib.Path, list[capti
     require(options.videos, f"no --videos is given; --stage={stage} needs the folder of your videos")
     listed = captions.list_videos(options.videos, options.captions or None)
     return pathlib.Path(options.videos), listed[: options.count or len(listed)]
+
+
+def _splitting(options: Options) -> dict[str, int]:
+    """Return how videos are split into clips and shards, as keyword arguments of :func:`videos.write_clips`."""
+    return {name: getattr(options, name) for name in ("clips_per_video", "shard_videos", "workers")}
 
 
 def _prompt_list(recipe: Recipe, options: Options) -> list[str] | None:

@@ -36,10 +36,7 @@ def write_latents(
     videos: Sequence[Video],
     clip_encoder: pictures.ClipEncoder,
     *,
-    shard_videos: int = 64,
     batch: int = 1,
-    clips_per_video: int = 0,
-    workers: int = 2,
     prompt_encoder: encoder.Encoder | None = None,
     **options: Any,
 ) -> bool:
@@ -49,22 +46,11 @@ def write_latents(
     name ``file`` of the video and the ``start`` of the clip in seconds.
 
     Args:
-        folder: folder of the dataset.
-        root: folder that the names of the videos are relative to.
-        videos: result of :func:`captions.list_videos`, the same on every process.
+        folder, root, videos: as in :func:`write_clips`, with its result and its errors.
         clip_encoder: encodes the clips; video and text of its recipe are used too.
-        shard_videos: videos per shard.
         batch: clips per device and call of the VAE.
-        clips_per_video: maximum number of clips per video (0: all).
-        workers: videos decoded at a time.
         prompt_encoder: encoder of the captions; a recipe of words needs none.
-        options: ``process_id``, ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
-
-    Returns:
-        whether the dataset is finished (False: another process still has videos to encode).
-
-    Raises:
-        ConfigError: the folder holds a dataset of other videos or settings, or no video gave any clip.
+        options: further ones of :func:`write_clips`.
     """
     recipe = clip_encoder.recipe
 
@@ -72,15 +58,7 @@ def write_latents(
         return clip_encoder.encode(params, video.astype(jnp.float32) / 127.5 - 1.0)
 
     encode, size = devices.over_local_devices(latents_of, clip_encoder.params, batch, 2**16)
-    identity = {
-        "videos": captions.digest([(v.file, v.caption, v.size) for v in videos]),
-        "count": len(videos),
-        "shard_videos": shard_videos,
-        "clips_per_video": clips_per_video,
-        "video": to_json(recipe.video),
-        "text": to_json(recipe.text),
-        **clip_encoder.identity(),
-    }
+    identity = {"count": len(videos), "text": to_json(recipe.text), **clip_encoder.identity()}
     shapes = {"latents": recipe.latent_shape, **pictures.shapes(recipe), "text": (None, recipe.text.dim)}
     return write_clips(
         folder,
@@ -92,9 +70,6 @@ def write_latents(
         features=arrays.array_features(ORIGIN, **shapes),
         identity=identity,
         size=size,
-        chunk=shard_videos,
-        limit=clips_per_video,
-        workers=workers,
         **options,
     )
 
@@ -114,25 +89,11 @@ def write_pixels(
     clip in seconds.
 
     Args:
-        folder, root, videos: as in :func:`write_latents`.
+        folder, root, videos: as in :func:`write_clips`, with its result and its errors.
         config: size, length and rate of a clip.
         prompt_encoder: skips videos whose caption it cannot encode; embeddings are not stored.
-        options: ``clips_per_video``, ``shard_videos``, ``workers`` of :func:`write_latents`, and ``process_id``,
-            ``process_count``, ``progress`` of :func:`arrays.write_dataset`.
-
-    Returns:
-        whether the dataset is finished.
-
-    Raises:
-        ConfigError: the folder holds a dataset of other videos or settings, or no video gave any clip.
+        options: further ones of :func:`write_clips`.
     """
-    chunk, limit = options.pop("shard_videos", 64), options.pop("clips_per_video", 0)
-    identity = {
-        "videos": captions.digest([(v.file, v.caption, v.size) for v in videos]),
-        "shard_videos": chunk,
-        "clips_per_video": limit,
-        "video": to_json(config),
-    }
     shape = (config.frames, config.height, config.width, 3)
     pixels = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding="zlib")
     return write_clips(
@@ -143,11 +104,9 @@ def write_pixels(
         functools.partial(encoder.encode, prompt_encoder) if prompt_encoder else None,
         config=config,
         features=arrays.array_features(ORIGIN | {"video": pixels}),
-        identity=identity,
+        identity={},
         size=1,
         name="clips",
-        chunk=chunk,
-        limit=limit,
         **options,
     )
 
@@ -192,8 +151,8 @@ def write_clips(
     identity: dict[str, Any],
     size: int,
     name: str = "latents",
-    chunk: int = 64,
-    limit: int = 0,
+    shard_videos: int = 64,
+    clips_per_video: int = 0,
     workers: int = 2,
     process_id: int = 0,
     process_count: int = 1,
@@ -202,30 +161,40 @@ def write_clips(
     """Write a dataset of the clips of videos with any encoders; :func:`write_latents` and :func:`write_pixels` call it.
 
     Args:
-        folder, root, videos: as in :func:`write_latents`.
+        folder: folder of the dataset.
+        root: folder that the names of the videos are relative to.
+        videos: result of :func:`captions.list_videos`, the same on every process.
         encode: maps up to ``size`` clips uint8 [B, T, H, W, 3] to arrays [B, ...] by name.
         encode_text: maps captions to embeddings [B, length, dim] and raises ConfigError for a caption that it cannot
             encode; None accepts every caption.
         config: size, length and rate of a clip.
         features: the arrays of ``encode``, ``text`` if it is stored, and :data:`ORIGIN`.
-        identity: as in :func:`arrays.write_dataset`.
+        identity: of the encoders, as in :func:`arrays.write_dataset`; that of videos and clips is added.
         size: clips per call of ``encode``.
         name: ``"latents"`` stores the arrays as float16, ``"clips"`` as uint8.
-        chunk: videos per shard.
-        limit: maximum number of clips per video (0: all).
+        shard_videos: videos per shard.
+        clips_per_video: maximum number of clips per video (0: all).
         workers: videos decoded at a time.
         process_id, process_count, progress: as in :func:`arrays.write_dataset`.
 
     Returns:
-        whether the dataset is finished.
+        whether the dataset is finished (False: another process still has videos to encode).
 
     Raises:
-        ConfigError: as :func:`write_latents`.
+        ConfigError: the folder holds a dataset of other videos or settings, or no video gave any clip.
     """
+    identity = {
+        "videos": captions.digest([(v.file, v.caption, v.size) for v in videos]),
+        "shard_videos": shard_videos,
+        "clips_per_video": clips_per_video,
+        "video": to_json(config),
+        **identity,
+    }
     kind = np.uint8 if name == "clips" else np.float16
     folder, root = pathlib.Path(folder), pathlib.Path(root)
-    require(chunk > 0 and workers > 0, f"chunk is {chunk} and workers is {workers}; both must be at least 1")
-    groups = [videos[i : i + chunk] for i in range(0, len(videos), chunk)]
+    least = min(shard_videos, workers)
+    require(least > 0, f"shard_videos is {shard_videos} and workers is {workers}; both must be at least 1")
+    groups = [videos[i : i + shard_videos] for i in range(0, len(videos), shard_videos)]
     mine = range(process_id, len(groups), process_count)
     done = [i for i in mine if arrays.shard_path(folder, name, i, len(groups)).is_file()]
     bar = tqdm(
@@ -240,7 +209,8 @@ def write_clips(
         group, report = groups[index], _Report(bar)
         rows = _text_rows(group, encode_text, report)
         good = [video for video in group if video.file in rows]
-        pieces = clips.decode_ahead([root / video.file for video in good], config, limit=limit, workers=workers)
+        paths = [root / video.file for video in good]
+        pieces = clips.decode_ahead(paths, config, limit=clips_per_video, workers=workers)
         for video, encoded in _encoded(good, pieces, encode, size, report):
             for n, one in enumerate(encoded):
                 text = {"text": rows[video.file]} if "text" in features else {}

@@ -74,7 +74,7 @@ def write(folder, root, listed, encode=stub, **options):
         config=VIDEO,
         features=arrays.array_features(videos.ORIGIN, latents=(2, 1, 1, 3), text=(None, RECIPE.text.dim)),
         identity={},
-        **{"size": 3, "chunk": 3, "progress": False, **options},
+        **{"size": 3, "shard_videos": 3, "progress": False, **options},
     )
 
 
