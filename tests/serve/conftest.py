@@ -63,6 +63,18 @@ def run(engine: Engine, most: int = 200) -> int:
     raise AssertionError("the engine never comes to rest")
 
 
+def events(session, kind: str) -> list[dict]:
+    """Return the events of a kind that wait for the viewer."""
+    return [event for event in session.events if event["type"] == kind]
+
+
+def png(color=(255, 0, 0)) -> bytes:
+    """Return a picture of 16 x 16 pixels of one colour."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), color).save(file, "PNG")
+    return file.getvalue()
+
+
 def frames_of(session) -> np.ndarray:
     """Return the frames of all chunks that are kept."""
     return np.concatenate([chunk.frames for chunk in session.chunks])

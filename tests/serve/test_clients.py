@@ -1,14 +1,12 @@
 """Clients that come, wait, leave and come back, start again, or ask for what is not there."""
 
 import contextlib
-import io
 import pathlib
 import socket
 import time
 
 import numpy as np
 import pytest
-from PIL import Image
 from websockets.exceptions import ConnectionClosed
 
 from causvid_jax.config import ConfigError
@@ -19,20 +17,10 @@ from causvid_jax.serve.jobs import Jobs
 from causvid_jax.serve.session import Change, Start
 from causvid_jax.serve.settings import Settings
 from tests.refusals import refused
-from tests.serve.conftest import RECIPE, Clock, run, take_up
+from tests.serve.conftest import RECIPE, Clock, events, png, run, take_up
 
 PROMPT = "a red 3 moving left"
 START = {"prompt": PROMPT, "seed": 4}
-
-
-def events(session, kind):
-    return [event for event in session.events if event["type"] == kind]
-
-
-def png():
-    file = io.BytesIO()
-    Image.new("RGB", (16, 16), (255, 0, 0)).save(file, "PNG")
-    return file.getvalue()
 
 
 def test_after_a_refused_start_every_request_for_the_film_is_answered(engine):

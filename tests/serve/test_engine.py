@@ -12,13 +12,9 @@ from causvid_jax.serve import fragments
 from causvid_jax.serve.film import Film, Replay
 from causvid_jax.serve.jobs import Jobs
 from causvid_jax.serve.session import Change, Start
-from tests.serve.conftest import frames_of, run
+from tests.serve.conftest import events, frames_of, run
 
 PROMPT = "a red 3 moving left"
-
-
-def events(session, kind):
-    return [event for event in session.events if event["type"] == kind]
 
 
 def test_generation_stops_at_the_permission_and_at_what_is_not_confirmed(engine):

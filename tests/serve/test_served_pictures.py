@@ -16,7 +16,7 @@ from causvid_jax.serve.session import Change, Start
 from causvid_jax.serve.settings import Settings
 from causvid_jax.serve.socket import describe
 from tests import tiny
-from tests.serve.conftest import Clock, run
+from tests.serve.conftest import Clock, events, run
 
 RECIPE = tiny.tiny_recipe(**tiny.IMAGE, causal={"window": 2})
 PICTURE = np.random.default_rng(1).integers(0, 256, (16, 16, 3), np.uint8)
@@ -80,7 +80,7 @@ def test_sessions_and_jobs_start_from_an_uploaded_picture(programs, film, tmp_pa
     }
     session = engine.open(Start(PROMPT))
     run(engine)
-    errors = [event["message"] for event in session.events if event["type"] == "error"]
+    errors = [event["message"] for event in events(session, "error")]
     assert errors == ["this student has an image branch; send the picture that it starts from"] and not session.made
     shown = []
     session.on_frames = shown.append

@@ -1,7 +1,6 @@
 """The server over real sockets: stream, jobs, probes, and every refusal with its reason."""
 
 import contextlib
-import io
 import json
 import os
 import pathlib
@@ -13,7 +12,6 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -28,7 +26,7 @@ from causvid_jax.serve.engine import Engine
 from causvid_jax.serve.film import Film, replay
 from causvid_jax.serve.settings import Settings
 from tests.refusals import refused
-from tests.serve.conftest import RECIPE, Server, Viewer, take_up
+from tests.serve.conftest import RECIPE, Server, Viewer, png, take_up
 
 PROMPT = "a red 3 moving left"
 START = {"prompt": PROMPT, "seed": 4}
@@ -47,12 +45,6 @@ def finished(http, job):
         time.sleep(0.02)
     assert now["status"] == "completed" and now["progress"] == 100, now
     return now
-
-
-def png(height=16, width=16, color=(255, 0, 0)):
-    file = io.BytesIO()
-    Image.new("RGB", (width, height), color).save(file, "PNG")
-    return file.getvalue()
 
 
 def test_a_film_over_the_socket_is_the_film_of_the_sampler(live, programs):
