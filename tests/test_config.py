@@ -249,7 +249,9 @@ def test_only_the_stage_at_work_must_fit_the_mesh():
             {"train_init": {"extra_trajectories": ((3, 9),)}},
             "train_init.extra_trajectories is ((3, 9),), but the trajectories of a bidirectional",
         ),
-        ({"train_init": {"curriculum": ((3, 6, 1),)}}, "train_init.curriculum has a stretch of 6 latent frames"),
+        ({"train_init": {"curriculum": ((3, 6, 1),)}}, "train_init.frames or curriculum has a stretch of 6 latent"),
+        ({"train_init": {"frames": 6}}, "train_init.frames or curriculum has a stretch of 6 latent frames"),
+        ({"causal": {"sink": 2}}, "causal.sink is 2, which needs causal.window; use sink 0"),
         (
             {"train_init": {"prompt_switch_prob": 1.5}},
             "train_init.prompt_switch_prob is 1.5; accepted: at least 0 and at most 1",
@@ -257,6 +259,11 @@ def test_only_the_stage_at_work_must_fit_the_mesh():
         (
             {"train_vae": {"crop_frames": 3, "concat_clips": 2}},
             "train_vae.crop_frames is 3 and train_vae.concat_clips is 2; accepted: one of them",
+        ),
+        (
+            {"train_vae": {"batch_size": 8, "accumulate": 4, "concat_clips": 3}},
+            "train_vae.concat_clips is 3; accepted: 1 to the clips of the smallest batch that are processed together "
+            "(batch / accumulate), 2",
         ),
         ({"train_taehv": {"noise": -0.1}}, "train_taehv.noise is -0.1; accepted: at least 0"),
         ({"train_taehv": {"rollouts": ((0, 4),)}}, "train_taehv.rollouts[0][0] is 0; accepted: at least 1"),

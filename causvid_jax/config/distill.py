@@ -160,6 +160,12 @@ class DistillStageConfig(StageConfig):
                 f"begin with a first frame; use {name} 0 or objective 'dmd'",
             )
         require(
+            self.accumulate == 1 or self.rollout == "self" or not (self.include_clean and self.mask_clean),
+            f"train_distill.accumulate is {self.accumulate} with objective 'dmd_gan' and clean blocks left out of the "
+            "losses (rollout 'data', include_clean, mask_clean), where the parts weigh differently for DMD and the "
+            "discriminator; use accumulate 1, include_clean False or mask_clean False",
+        )
+        require(
             not self.lora.rank or self.critic_init == "teacher",
             f"train_distill.lora.rank is {self.lora.rank} with objective 'dmd_gan' and critic_init 'student', whose "
             "discriminator would stay frozen; use critic_init 'teacher' or rank 0",

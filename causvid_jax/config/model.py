@@ -427,15 +427,13 @@ class CausalConfig(Config):
     """Causal attention and KV cache of the student, in units of latent frames.
 
     The blocks have ``frames_per_block`` frames. A token attends to its own block and every earlier one (CausVid, eq.
-    5). With ``window > 0`` it attends to the last ``window`` frames
-    up to the end of its own block and to the first ``sink`` frames of the video; the published ``local_attn_size``
-    counts both, so ``window = local_attn_size - sink``. ``independent_first_frame`` makes the blocks 1, K, K, ...
-    instead of K, K, ..., as in the ``i2v`` branch of CausVid's code.
+    5). With ``window > 0`` it attends to the last ``window`` frames up to the end of its own block and to the first
+    ``sink`` frames of the video; the published ``local_attn_size`` counts both, so ``window = local_attn_size - sink``.
+    ``independent_first_frame`` makes the blocks 1, K, K, ... instead of K, K, ..., as in the ``i2v`` branch of CausVid.
 
     ``positions`` chooses the rotary time positions of the frames in the cache: ``"absolute"`` (as published: the
-        distance to a sink grows) or ``"relative"`` (the sink directly precedes the window, so that a stream of any
-        length stays in the trained range). Without a sink both give the same result, because rotary attention depends
-        only on differences.
+    distance to a sink grows) or ``"relative"`` (the sink directly precedes the window, so that a stream of any length
+    stays in the trained range). Without a sink both are equal: rotary attention depends on differences alone.
 
     ``context_pass`` runs one extra pass at the timestep ``context_noise`` (0 to 1000), which writes the finished block
     to the cache. Without it the keys and values of the last denoising step stay. ``add_context_noise`` chooses when
@@ -476,6 +474,7 @@ class CausalConfig(Config):
             f"causal.window is {self.window} frames; it must be 0 (no window) or at least one block "
             f"({self.frames_per_block})",
         )
+        require(not self.sink or self.window > 0, f"causal.sink is {self.sink}, which needs causal.window; use sink 0")
 
     def past_frames(self) -> int:
         """Return the latent frames of earlier blocks that a block attends to through the window; 0 without a window.

@@ -257,10 +257,11 @@ class VAEStageConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        smallest = min(size for _, _, size in self.stretches)
+        smallest = min(size for _, _, size in self.stretches) // self.accumulate
         require(
-            self.concat_clips <= smallest,
-            f"train_vae.concat_clips is {self.concat_clips}; accepted: 1 to the smallest batch, {smallest}",
+            self.concat_clips <= max(smallest, 1),
+            f"train_vae.concat_clips is {self.concat_clips}; accepted: 1 to the clips of the smallest batch that are "
+            f"processed together (batch / accumulate), {smallest}",
         )
         require(
             not (self.crop_frames and self.concat_clips > 1),
@@ -377,9 +378,9 @@ class InitStageConfig(StageConfig):
             "teacher have one length; set train_init.teacher to 'causal' or leave it empty",
         )
         lengths = {0, *(frames for frames, _ in self.extra_trajectories)}
-        for _, frames, _ in self.curriculum:
+        for _, frames, _ in (*self.curriculum, (self.steps, self.frames, self.batch_size)):
             require(
                 frames in lengths,
-                f"train_init.curriculum has a stretch of {frames} latent frames; there are trajectories of "
+                f"train_init.frames or curriculum has a stretch of {frames} latent frames; there are trajectories of "
                 f"{', '.join(map(str, sorted(lengths)))} (0: whole clips)",
             )

@@ -219,8 +219,9 @@ def write_causal_trajectories(
 
     All blocks are denoised in one pass. The teacher-forcing mask hides each block's noise from the others. With
     probability ``train_init.prompt_switch_prob`` a clip has the past of the next clip (``ode_regression.splice``). An
-    example is ``trajectory`` as in :func:`write_trajectories`, ``context`` float16 [F, h, w, C], the clean past of
-    every block, and ``caption``. Source: Causal Forcing, arXiv 2602.02214.
+    example is ``trajectory`` as in :func:`write_trajectories`, ``context`` float16 [F, h, w, C], the past that each
+    block read (with the noise of ``causal.add_context_noise``), and ``caption``. Source: Causal Forcing, arXiv
+    2602.02214.
 
     Args:
         folder, chunk, options: see above.
@@ -276,6 +277,7 @@ def write_causal_trajectories(
             "causal": to_json(recipe.causal),
             "prompt_switch_prob": recipe.train_init.prompt_switch_prob,
             "text": to_json(recipe.text),
+            **({} if recipe.causal.add_context_noise == "never" else {"context": "with noise"}),
         },
         **options,
     )

@@ -10,6 +10,7 @@ from einops import rearrange
 from causvid_jax.config import Recipe
 from causvid_jax.diffusion.guidance import per_branch
 from causvid_jax.distill.ode_regression import splice
+from causvid_jax.distill.rollout import noisy_context
 from causvid_jax.distill.trajectories import teacher_trajectory
 from causvid_jax.models import experts, transformer
 from causvid_jax.models.image_branch import Picture, conditioned
@@ -81,6 +82,8 @@ def causal_states(
     noise = jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 0])
     past = jax.vmap(lambda k: splice(k, 1, sizes, switched)[0])(keys[:, 1])
     context = jnp.where(past[:, :, None, None, None], other, own)
+    # Keys 0 and 1 of a trajectory are split off above.
+    context = jax.vmap(lambda x, i: noisy_context(x, jax.random.fold_in(key, i), 2, recipe.causal))(context, numbers)
 
     def network(x: jax.Array, timestep: jax.Array, embeds: jax.Array) -> jax.Array:
         return block_causal(

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from causvid_jax.config import require
 from causvid_jax.diffusion import flow
 from causvid_jax.distill.exit_steps import Rollout, exit_steps_of, noise_key, timestep_table
-from causvid_jax.distill.rollout import BlockInputs, generate_block, roll
+from causvid_jax.distill.rollout import BlockInputs, generate_block, noisy_context, roll
 from causvid_jax.models import transformer
 from causvid_jax.models.image_branch import Picture, conditioned
 from causvid_jax.models.kv_cache import KVCache, TextCache
@@ -103,7 +103,7 @@ def replay(
         text: prompt embeddings, ``[B, S, E]``.
         record: noisy inputs of the exit steps and latents of the context passes.
         timestep: of the exit step of every frame, ``[F]``.
-        past: clean latents that the rollout continued, ``[B, P, h, w, C]``.
+        past: latents of the context passes before the rollout, ``[B, P, h, w, C]``.
         picture: first frame of the clip, for a student with an image branch.
 
     Raises:
@@ -155,9 +155,10 @@ def replay_rollout(
     timestep = jnp.repeat(timestep, jnp.asarray(sizes), total_repeat_length=shape[1])
     if context is None:
         return replay(rollout, params, text, record, timestep, picture=picture)
+    past = noisy_context(context, noise_key(key), len(sizes), rollout.causal)  # as the rollout wrote them
     return jax.lax.cond(
         has_context,
-        lambda p, t: replay(rollout, p, t, record, timestep, context),
+        lambda p, t: replay(rollout, p, t, record, timestep, past),
         lambda p, t: replay(rollout, p, t, record, timestep),
         params,
         text,

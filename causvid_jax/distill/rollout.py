@@ -310,6 +310,7 @@ def roll(
         rollout.network, rollout.causal, batch=batch, height=height, width=width, frames=longest
     )
     if context is not None:
+        context = noisy_context(context, key, len(sizes), rollout.causal)  # the blocks fold in the numbers below
         filled: Callable[[KVCache], KVCache] = functools.partial(fill_context, rollout, params, text_cache, context)
         cache = jax.lax.stop_gradient(jax.lax.cond(has_context, filled, lambda cache: cache, cache))
     table = timestep_table(rollout, len(sizes), False if context is None else has_context)
@@ -359,7 +360,8 @@ def self_rollout(
         shape: ``(B, F, h, w, C)`` of the clip; the blocks must fit F.
         exit_step: index in 0 ... Q - 1 into the timesteps, for all blocks, instead of drawn exit steps; Q - 1 runs
             all steps.
-        context: clean latents ``[B, P, h, w, C]``, P whole blocks, that the rollout continues.
+        context: clean latents ``[B, P, h, w, C]``, P whole blocks, that the rollout continues. They are written like
+            its own blocks, with noise if ``causal.add_context_noise`` says so.
         has_context: bool scalar; False ignores ``context`` in the same compiled program.
         picture: first frame of the clip, for a student with an image branch; not together with a context.
 

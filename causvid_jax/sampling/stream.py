@@ -40,6 +40,9 @@ from causvid_jax.sampling.state import first_state as first_state
 from causvid_jax.sampling.state import init_stream as init_stream
 from causvid_jax.sampling.state import seeds_of as seeds_of
 
+CONTEXT_STEP = 2**31 - 1
+"""Number of the step whose noise the context pass adds: that of no denoising step, so a block has one such noise."""
+
 # ---- one block ------------------------------------------------------------------------------------------------------
 
 
@@ -118,7 +121,7 @@ def _denoise(
             return jax.lax.fori_loop(start, count, step, (x, state.cache))
         # With noise, the context pass reads another input than the loop's last pass, so it runs after the loop.
         x0, cache = jax.lax.fori_loop(start, count - 1, step, (x, state.cache))
-        return x0, write_context(params, state, cache, x0, config, count - 1, noise)
+        return x0, write_context(params, state, cache, x0, config, noise)
 
 
 def write_context(
@@ -127,27 +130,20 @@ def write_context(
     cache: KVCache,
     latents: jax.Array,
     config: Recipe,
-    step: jax.Array | int | None = None,
     noise: jax.Array | None = None,
     rewrites: bool = False,
 ) -> KVCache:
     """Write the finished block ``state.block`` to the cache by one pass at ``context_noise``.
 
     With ``add_context_noise="always"`` the pass reads ``(1 - s) x0 + s noise``, ``s = context_noise / 1000``, with the
-    noise of ``step``; None: the step after a block's denoising steps, so a block is always written in the same way.
+    noise of :data:`CONTEXT_STEP`, or the last entry of ``noise``.
     """
     causal = config.causal
     if causal.add_context_noise == "always":
-        step = _context_step(cache, config) if step is None else step
         level = flow.sigma_from_timestep(causal.context_noise)
-        latents = flow.add_noise(latents, _noise(state, step, config, noise), level)
+        latents = flow.add_noise(latents, _noise(state, CONTEXT_STEP, config, noise), level)
         latents = precision.round_all(latents, config.student)
     return network_pass(params, state, cache, latents, causal.context_noise, config, rewrites)[1]
-
-
-def _context_step(cache: KVCache, config: Recipe) -> jax.Array | int:
-    """Return the number of denoising steps of the block at the cache's position."""
-    return schedule.tables(schedule.block_number(cache.position, config.causal), config)[2] - 1
 
 
 def finish(state: StreamState, latents: jax.Array, cache: KVCache) -> StreamState:
@@ -212,7 +208,8 @@ def next_block(
             fit the stream's maximum length: this function cannot check that.
         config: the recipe.
         noise: ``[steps, B, K, h, w, C]``, the initial noise of the block and the noise that each later step adds (with
-            ``causal.add_context_noise="always"`` also the context pass); None draws it from the state's seeds.
+            ``causal.add_context_noise="always"`` the context pass reads the last entry); None draws it from the
+            state's seeds.
         timesteps: static denoising timesteps, descending from at most 1000; None: those of ``config``.
 
     Returns:

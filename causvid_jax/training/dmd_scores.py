@@ -12,6 +12,7 @@ from causvid_jax.diffusion import flow
 from causvid_jax.diffusion.guidance import per_branch
 from causvid_jax.distill import gan, scores
 from causvid_jax.distill.exit_steps import Rollout, exit_steps_of
+from causvid_jax.distill.rollout import noisy_context
 from causvid_jax.models import adapters, experts, transformer
 from causvid_jax.models.image_branch import Picture, conditioned
 from causvid_jax.training.dmd_data import clip_shape
@@ -59,7 +60,7 @@ def score(
         x: noisy latents ``[B, F, h, w, C]``, or 2B of them (``diffusion.guidance``).
         timestep: ``[B, F]``, in [0, 1000].
         text: prompt embeddings, ``[B, S, E]``.
-        clean: the student's output ``[B, F, h, w, C]``, the past of the mode ``"causal"``.
+        clean: the past of the mode ``"causal"``, ``[B, F, h, w, C]`` (:func:`clean_past`).
         mode: ``"bidirectional"``; ``"causal"``: each block attends to the clean blocks before it; or ``"chunk"``: every
             clip is a single block (:func:`scored`).
         network: sizes of the network.
@@ -80,6 +81,14 @@ def score(
         clean=per_branch(clean, x),
         clean_timestep=recipe.causal.context_noise,
     )
+
+
+def clean_past(x: jax.Array, key: jax.Array, recipe: Recipe) -> jax.Array:
+    """Return the student's output ``x [B, F, h, w, C]`` as causal scores read it, a constant.
+
+    It has the noise of ``causal.add_context_noise``, as in a causal teacher's training. ``key`` is that of the losses.
+    """
+    return noisy_context(jax.lax.stop_gradient(x), key, 5, recipe.causal)  # the losses use the numbers 0 to 4
 
 
 def real_score(params: Any, *inputs: jax.Array, recipe: Recipe, **options: Any) -> jax.Array:

@@ -15,7 +15,6 @@ from causvid_jax.data import pictures, pipeline
 from causvid_jax.data import sources as datasets
 from causvid_jax.diffusion import flow
 from causvid_jax.distill.ode_regression import ode_regression_loss
-from causvid_jax.distill.rollout import noisy_context
 from causvid_jax.models import transformer
 from causvid_jax.models.image_branch import conditioned
 from causvid_jax.sharding.placement import Placement
@@ -33,13 +32,10 @@ STAGE_OF = {"bidirectional": "teacher", "causal": "causal"}
 def init_loss(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the loss and metrics of :func:`~causvid_jax.distill.ode_regression.ode_regression_loss`.
 
-    ``batch`` has ``trajectory [B, Q + 1, F, h, w, C]``, ``text [B, S, E]`` and, from a causal teacher, the clean past
-    of every block as ``context [B, F, h, w, C]``.
+    ``batch`` has ``trajectory [B, Q + 1, F, h, w, C]``, ``text [B, S, E]`` and, from a causal teacher, the past that
+    each block read, as ``context [B, F, h, w, C]``.
     """
     config, causal = recipe.train_init, recipe.causal
-    context = batch.get("context")
-    if context is not None:
-        context = noisy_context(context, key, 2, causal)  # the loss splits keys 0 and 1 off
     network = conditioned(transformer.block_causal, pictures.picture_of(batch), recipe.student)
     velocity = functools.partial(network, config=recipe.student, causal=causal, clean_timestep=causal.context_noise)
     return ode_regression_loss(
@@ -52,7 +48,7 @@ def init_loss(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> t
         block_sizes=causal.block_sizes(batch["trajectory"].shape[2]),
         include_clean=config.include_clean,
         prompt_switch_prob=config.prompt_switch_prob,
-        context=context,
+        context=batch.get("context"),
     )
 
 
@@ -83,8 +79,8 @@ def open_trajectories(recipe: Recipe, workdir: pathlib.Path) -> dict[int, Any]:
     """
     if recipe.train_init.teacher == "bidirectional":
         return {0: datasets.trajectories(recipe, workdir)}
-    lengths = {0, *(frames for _, frames, _ in recipe.train_init.curriculum)}
-    return {frames: datasets.trajectories(recipe, workdir, frames) for frames in lengths}
+    stretches = recipe.train_init.stretches
+    return {frames: datasets.trajectories(recipe, workdir, frames) for _, frames, _ in stretches}
 
 
 def read_batches(

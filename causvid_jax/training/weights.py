@@ -45,6 +45,7 @@ def check_sink_positions(recipe: Recipe, stage: str) -> None:
     """
     config: StageConfig = getattr(recipe, f"train_{stage}")
     causal, frames = recipe.causal, max(n or recipe.video.latent_frames for _, n, _ in config.stretches)
+    frames = getattr(config, "loss_frames", 0) or frames  # the scores of a distillation read the loss window
     longest = causal.sink + causal.window
     require(
         not (causal.sink and causal.window and causal.positions == "relative" and frames > longest),

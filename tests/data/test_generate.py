@@ -192,6 +192,20 @@ def test_causal_trajectories_are_those_of_a_stream_over_the_clean_past(tmp_path,
     assert 0 in pasts and len(pasts) > 1
 
 
+def test_a_causal_teacher_reads_its_past_with_noise_like_in_its_training(monkeypatch):
+    """The velocity is minus the past, so that a trajectory ends at its noise plus the past that was read."""
+    monkeypatch.setattr(transformer, "block_causal", lambda *_, clean, **__: -clean)
+    causal = CausalConfig(frames_per_block=1, context_noise=500.0, add_context_noise="training")
+    recipe, clips = changed(RECIPE, causal=causal), np.random.default_rng(3).normal(size=(8, *RECIPE.latent_shape))
+    rows = text.encode_words([""] * 8, RECIPE.text)
+    given = {"recipe": recipe, "key": jax.random.key(2), "negative": rows[0]}
+    states = trajectories.causal_states({}, np.arange(8, dtype=np.uint32), rows, clips, clips, **given)
+    begin, end, context = (np.asarray(states[:, i]) for i in (0, -2, -1))
+    np.testing.assert_allclose(end - begin, context, atol=1e-5)
+    independent = np.corrcoef([x.ravel() for x in (2 * (context - 0.5 * clips), clips, begin)])
+    np.testing.assert_allclose(independent, np.eye(3), atol=0.1)
+
+
 def test_streams_are_cut_into_clips_of_what_the_sampler_shows(tmp_path, teacher, autoencoder):
     """Against the sampler's scan over whole streams; the same examples whatever the batches."""
     recipe = dataclasses.replace(RECIPE, causal=CausalConfig(frames_per_block=1, window=2), decoder="taehv",

@@ -257,7 +257,11 @@ def unrolled(params, text, key, exit_steps, causal, context, keep=jax.lax.stop_g
         timestep = jnp.full(x.shape[:2], timestep, jnp.float32)
         return transformer.cached(params, x, timestep, text_cache, keep(cache), config=NETWORK, causal=causal)
 
-    for latents in [] if context is None else np.split(context, context.shape[1] // 2, axis=1):
+    level = causal.context_noise / 1000 * (causal.add_context_noise != "never")
+    if context is not None:
+        noise = jax.random.normal(jax.random.fold_in(noise_key, frames // 2), context.shape)
+        context = (1 - level) * context + level * noise
+    for latents in [] if context is None else jnp.split(context, context.shape[1] // 2, axis=1):
         cache = kv_cache.advance(forward(latents, causal.context_noise, cache)[1], 2)
     outputs = []
     for i in range(frames // 2):
@@ -270,7 +274,6 @@ def unrolled(params, text, key, exit_steps, causal, context, keep=jax.lax.stop_g
                 sigma = timesteps[j + 1] / 1000
                 x = (1 - sigma) * x0 + sigma * jax.random.normal(jax.random.fold_in(block_key, j + 1), x.shape)
         if causal.context_pass:
-            level = causal.context_noise / 1000 * (causal.add_context_noise != "never")
             noise = jax.random.normal(jax.random.fold_in(block_key, most), x.shape)
             _, cache = forward(stop((1 - level) * x0 + level * noise), causal.context_noise, cache)
         cache = kv_cache.advance(cache, 2)
@@ -279,8 +282,8 @@ def unrolled(params, text, key, exit_steps, causal, context, keep=jax.lax.stop_g
 
 
 PLAIN = CausalConfig(frames_per_block=2)
-WINDOW = CausalConfig(frames_per_block=2, window=4, sink=2, context_noise=60.0)
-NOISY = dataclasses.replace(WINDOW, sink=0, add_context_noise="training")
+WINDOW = CausalConfig(frames_per_block=2, window=4, sink=2, context_noise=60.0, add_context_noise="training")
+NOISY = dataclasses.replace(WINDOW, sink=0)
 NO_PASS = CausalConfig(frames_per_block=2, window=4, positions="relative", context_pass=False)
 FIRST = ((1000.0, 900.0, 700.0, 400.0), (1000.0, 600.0))
 """Timesteps of the two blocks in the case with noise, where each block has an exit step of its own."""

@@ -13,6 +13,8 @@ from causvid_jax.models import attention, kv_cache
 
 def test_a_stream_sees_the_first_slots():
     for k, window, sink, first in itertools.product((1, 2, 3), (0, 3, 5, 6), (0, 2, 3), (False, True)):
+        if sink and not window:
+            continue
         causal = CausalConfig(frames_per_block=k, window=window, sink=sink, independent_first_frame=first)
         slots = sink + window if window else 40
         held, position = np.full(slots, -1), 0

@@ -20,8 +20,7 @@ def test_the_cache_of_a_stream_holds_the_block_with_noise():
         streams[mode] = stream.next_block(params, state, config=recipe)
     x0, after = streams["always"]
     np.testing.assert_allclose(x0, streams["training"][0], atol=1e-6)
-    # Two denoising steps draw noise 0 and 1, so that the context pass draws noise 2.
-    noise = stream.block_noise(before.seed, before.block, 2, x0.shape[1:])
+    noise = stream.block_noise(before.seed, before.block, stream.CONTEXT_STEP, x0.shape[1:])
     networks = {"config": recipe.student, "causal": recipe.causal}
     for latents, end in ((0.8 * x0 + 0.2 * noise, after), (x0, streams["training"][1])):
         _, cache = transformer.cached(

@@ -216,6 +216,14 @@ def test_recache_without_a_switch_changes_nothing_in_sight(params, config):
     assert int(again.cache.position) == int(kept.cache.position)
 
 
+def test_a_block_of_other_timesteps_is_recomputed_with_the_noise_of_its_first_write(params):
+    state = stream.init_stream(params, prompt(0), config=ADDED)
+    _, state = stream.next_block(params, state, config=ADDED, timesteps=(1000.0, 600.0))
+    kept = stream.copy_stream(state)
+    again = stream.recompute_context(params, state, config=ADDED)
+    np.testing.assert_allclose(again.cache.k, kept.cache.k, atol=1e-5)
+
+
 def test_an_appended_block_is_written_with_the_noise_of_a_generated_one(params):
     (latents,), state = run(params, ADDED, 1)
     again = stream.append(params, stream.init_stream(params, prompt(0), config=ADDED), latents, config=ADDED)

@@ -166,6 +166,10 @@ def test_the_stage_consistency_trains_from_the_causal_teacher(workdir, kind, mon
         ({"train_distill": {"objective": "dmd_gan", "continuation_prob": 0.5}}, "begin with a first frame"),
         ({"train_distill": {"objective": "dmd_gan", "critic_mode": "causal"}}, "accepted: 'bidirectional'"),
         ({"train_distill": {"objective": "dmd_gan", "gan_layers": (1,)}}, "has the layers 0 to 0"),
+        (
+            {"train_distill": {"objective": "dmd_gan", "rollout": "data", "accumulate": 2}},
+            "accumulate is 2 with objective 'dmd_gan' and clean blocks left out",
+        ),
         ({"train_distill": {"objective": "lsgan"}}, "objective is 'lsgan'; accepted: 'dmd', 'sid', 'dmd_gan'"),
         ({"diffusion": {"student_shift": 5.0, "warp": False}}, "student_shift is 5 with warp off"),
         (

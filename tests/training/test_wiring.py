@@ -154,22 +154,31 @@ def test_causal_loss_matches_numpy(inputs):
     np.testing.assert_allclose(inputs["x"], 0.25 * batch["latents"] + 0.75, atol=1e-6)
 
 
-@pytest.mark.parametrize("stage", ["causal", "consistency"])
-def test_the_noise_of_the_context_is_not_that_of_the_target(inputs, stage):
+@pytest.mark.parametrize("stage", ["causal", "consistency", "distill"])
+def test_the_noise_of_the_context_is_not_that_of_the_target(inputs, stage, monkeypatch):
     """``fold_in(key, 1)`` is ``split(key)[1]``, so the same number of both would give the same noise."""
     causal = {"context_noise": 500.0, "add_context_noise": "always"}
-    recipe = tiny.tiny_recipe(causal=causal, train_causal={"prompt_switch_prob": 0.0})
+    distill = {"teacher": "causal", "critic_mode": "causal"}
+    recipe = tiny.tiny_recipe(causal=causal, train_causal={"prompt_switch_prob": 0.0}, train_distill=distill)
     batch, key = batch_of(), jax.random.key(7)
-    if stage == "causal":
+    if stage == "distill":  # the scores read the student's output, here the clips, as its past
+        monkeypatch.setattr(dmd, "generate", lambda params, batch, key, *, recipe: (batch["latents"], None))
+        monkeypatch.setattr(dmd, "apply_update", lambda _, loss_fn, batch, key, *__, **___: loss_fn({}, batch, key))
+        given = {"step": 0, "teacher": {}, "critic": {}, "negative_prompt_embeds": NEGATIVE, "optimizer": None}
+        dmd.student_update(None, None, batch, key, recipe=recipe, finite=True, **given)
+    elif stage == "causal":
         flow_matching.causal_loss(None, batch, key, recipe=recipe)
     else:
         state = types.SimpleNamespace(network=types.SimpleNamespace(averaged=None), step=0)
         consistency.consistency_loss(None, batch, key, state=state, frozen=(None, NEGATIVE), recipe=recipe)
+    if stage == "distill":  # with guidance both branches of a clip
+        inputs |= {name: inputs[name][::2] for name in ("x", "timestep", "clean")}
     sigma = inputs["timestep"][:, :, None, None, None] / 1000
     target = (inputs["x"] - (1 - sigma) * batch["latents"]) / sigma
     context = (inputs["clean"] - 0.5 * batch["latents"]) / 0.5
     np.testing.assert_allclose([target.std(), context.std()], 1, atol=0.1)
-    assert abs(np.corrcoef(target.ravel(), context.ravel())[0, 1]) < 0.1
+    independent = np.corrcoef([x.ravel() for x in (target, context, batch["latents"])])
+    np.testing.assert_allclose(independent, np.eye(3), atol=0.1)
 
 
 # ---- distillation ---------------------------------------------------------------------------------------------------
@@ -281,12 +290,14 @@ def test_the_losses_of_a_continued_rollout_leave_its_first_frame_out(monkeypatch
 
 def test_a_moved_sink_is_refused_where_training_does_not_move_it(tmp_path):
     causal = {"window": 1, "sink": 1, "positions": "relative"}
-    for name, changes in (("causal", {}), ("init", {}), ("distill", {"train_distill": {"rollout": "data"}})):
+    data, causal_score = ({"train_distill": changes} for changes in ({"rollout": "data"}, {"teacher": "causal"}))
+    for name, changes in (("causal", {}), ("init", {}), ("distill", data), ("distill", causal_score)):
         recipe = tiny.tiny_recipe(causal=causal, **changes)
         with pytest.raises(ConfigError, match=f"stage {name} reads clips of 3 latent frames .* after 2 frames: use"):
             tiny.RecordedRun(name, recipe, tmp_path / name).train()
     weights.check_sink_positions(tiny.tiny_recipe(causal=causal | {"window": 2}), "init")
     weights.check_sink_positions(tiny.tiny_recipe(causal=causal | {"positions": "absolute"}), "init")
+    weights.check_sink_positions(tiny.tiny_recipe(causal=causal, train_distill={"loss_frames": 2}), "distill")
 
 
 # ---- update ---------------------------------------------------------------------------------------------------------
