@@ -37,12 +37,12 @@ from causvid_jax.training.dmd_data import (
     with_context,
 )
 from causvid_jax.training.dmd_scores import (
-    clean_past,
     critic_spec,
     fake_params,
     fake_score,
     real_score,
     score_levels,
+    score_options,
     scored,
     shares_base,
     student_rollout,
@@ -201,8 +201,7 @@ def critic_update(
         levels = score_levels(rollout_key, x0.shape[1], recipe)
         x, mask, text = scored(x0, mask, batch["text"], recipe)
         settings: dict[str, Any] = {"diffusion": recipe.diffusion, "distill": config, "mask": mask, "levels": levels}
-        options: dict[str, Any] = {"clean": clean_past(x, loss_key, recipe), "recipe": recipe}
-        options["picture"] = pictures.picture_of(batch)
+        options = score_options(x, batch, loss_key, recipe)
         settings["fake"] = functools.partial(fake_score, fake_params(params, student, recipe), **options)
         if config.objective == "dmd_gan":
             loss, metrics = gan.critic_loss(
@@ -258,8 +257,7 @@ def student_update(
         x0, mask = generate(params, batch, rollout_key, recipe=recipe)
         levels = score_levels(rollout_key, x0.shape[1], recipe)
         x, mask, text = scored(x0, mask, batch["text"], recipe)
-        options: dict[str, Any] = {"clean": clean_past(x, loss_key, recipe), "recipe": recipe}
-        options["picture"] = pictures.picture_of(batch)
+        options = score_options(x, batch, loss_key, recipe)
         settings: dict[str, Any] = {
             "teacher": functools.partial(real_score, teacher, **options),
             "fake": functools.partial(fake_score, critic, **options),
@@ -424,9 +422,7 @@ def train_distill(run: Run, init_from: pathlib.Path | None = None) -> None:
     Raises:
         ConfigError: weights or data are missing or do not fit, or clips are longer than positions allow.
     """
-    settings = run.recipe.train_distill
-    if settings.rollout == "data" or "causal" in (settings.teacher, settings.critic_mode):
-        weights.check_sink_positions(run.recipe, run.name)
+    weights.check_sink_positions(run.recipe, run.name)
     vae_params, recipe = weights.measured_vae(run.recipe, run.workdir)
     config, placement = recipe.train_distill, run.placement
     reader = weights.open_encoder(run)

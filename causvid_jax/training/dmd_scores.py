@@ -8,6 +8,7 @@ import numpy as np
 from einops import rearrange
 
 from causvid_jax.config import ExpertsConfig, Recipe, TransformerConfig
+from causvid_jax.data import pictures
 from causvid_jax.diffusion import flow
 from causvid_jax.diffusion.guidance import per_branch
 from causvid_jax.distill import gan, scores
@@ -60,7 +61,7 @@ def score(
         x: noisy latents ``[B, F, h, w, C]``, or 2B of them (``diffusion.guidance``).
         timestep: ``[B, F]``, in [0, 1000].
         text: prompt embeddings, ``[B, S, E]``.
-        clean: the past of the mode ``"causal"``, ``[B, F, h, w, C]`` (:func:`clean_past`).
+        clean: the past of the mode ``"causal"``, ``[B, F, h, w, C]`` (:func:`score_options`).
         mode: ``"bidirectional"``; ``"causal"``: each block attends to the clean blocks before it; or ``"chunk"``: every
             clip is a single block (:func:`scored`).
         network: sizes of the network.
@@ -83,12 +84,14 @@ def score(
     )
 
 
-def clean_past(x: jax.Array, key: jax.Array, recipe: Recipe) -> jax.Array:
-    """Return the student's output ``x [B, F, h, w, C]`` as causal scores read it, a constant.
+def score_options(x: jax.Array, batch: Any, key: jax.Array, recipe: Recipe) -> dict[str, Any]:
+    """Return the keywords of :func:`real_score` and :func:`fake_score` for the student's output ``x [B, F, h, w, C]``.
 
-    It has the noise of ``causal.add_context_noise``, as in a causal teacher's training. ``key`` is that of the losses.
+    As a past, x has the noise of ``causal.add_context_noise``, as in a causal teacher's training. ``key`` is that of
+    the losses, and ``batch`` may have pictures.
     """
-    return noisy_context(jax.lax.stop_gradient(x), key, 5, recipe.causal)  # the losses use the numbers 0 to 4
+    clean = noisy_context(jax.lax.stop_gradient(x), key, 5, recipe.causal)  # the losses use the numbers 0 to 4
+    return {"clean": clean, "recipe": recipe, "picture": pictures.picture_of(batch)}
 
 
 def real_score(params: Any, *inputs: jax.Array, recipe: Recipe, **options: Any) -> jax.Array:

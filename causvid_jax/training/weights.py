@@ -35,7 +35,7 @@ def measured_vae(recipe: Recipe, workdir: pathlib.Path) -> tuple[Any, Recipe]:
 
 
 def check_sink_positions(recipe: Recipe, stage: str) -> None:
-    """Refuse training of ``stage`` in block-causal mode if positions differ from those in a stream.
+    """Refuse training of ``stage`` in block-causal mode (also of scores) if positions differ from those in a stream.
 
     With ``causal.positions = "relative"`` a stream places the sink directly before its window. Block-causal mode uses
     the true positions of the sink, which differ if a clip is longer than sink and window.
@@ -44,6 +44,9 @@ def check_sink_positions(recipe: Recipe, stage: str) -> None:
         ConfigError: its clips are longer than sink and window.
     """
     config: StageConfig = getattr(recipe, f"train_{stage}")
+    distill = recipe.train_distill
+    if stage == "distill" and distill.rollout == "self" and "causal" not in (distill.teacher, distill.critic_mode):
+        return
     causal, frames = recipe.causal, max(n or recipe.video.latent_frames for _, n, _ in config.stretches)
     frames = getattr(config, "loss_frames", 0) or frames  # the scores of a distillation read the loss window
     longest = causal.sink + causal.window
