@@ -68,7 +68,7 @@ def test_a_session_spends_no_time_on_encoding_in_the_thread_that_dispatches(monk
     monkeypatch.setattr(session, "comment_of", lambda opened, index: "")
     monkeypatch.setattr(session, "student_blocks", blocks)
     monkeypatch.setattr(session, "compile_ahead", lambda *_: contextlib.nullcontext())
-    timing = session.run(opened, said.append, progress=False)
+    timing = session.run(opened, said.append)
     assert clock.spent == {True: BLOCKS * DEVICE, False: BLOCKS * 2 * ENCODING}
     assert timing.total == BLOCKS * DEVICE / 1000 and timing.frames == 3 * BLOCKS
     for i, writer in enumerate(writers):  # every frame, in order, in the file of its prompt

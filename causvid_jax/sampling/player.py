@@ -8,6 +8,7 @@ of one block are returned, the device already computes the next block.
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -285,7 +286,6 @@ def play(
     Args:
         params: ``{"student"}`` and the recipe's decoder; also ``"vae"`` with an image or a video.
         text: prompt embeddings ``[B, S, E]`` of B parallel streams, stream b with seed ``seed + b``.
-        config: the recipe.
         frames: number of pixel frames; the last block is cut to fit.
         seed: of the noise.
         switches: block to the prompt embeddings ``[B, S, E]`` from that block on (``blocks.block_of`` of a frame).
@@ -318,18 +318,19 @@ def play(
     else:
         programs = ahead()
     latents = covering_latents(frames, config)
-    if config.rolling_blocks:
-        yield from _play_rolling(programs, params, embeds, config, frames, seed, timing)
-        return
+    count = len(config.causal.block_sizes(latents))
     begin = time.perf_counter()
-    if loaded is None:
-        state = stream.init_stream(params, embeds, config=config, seed=seed, frames=latents, picture=picture)
+    if config.rolling_blocks:
+        window = rolling.init_rolling(params, embeds, config=config, seed=seed, frames=latents)
+        parts = _rounds(programs, params, config, window, count)
     else:
-        state = loaded.start(params, embeds, seed)
+        if loaded is None:
+            state = stream.init_stream(params, embeds, config=config, seed=seed, frames=latents, picture=picture)
+        else:
+            state = loaded.start(params, embeds, seed)
+        parts = _blocks(_Player(params, config, len(text), **inputs), programs, count, state, switches)
     timing.compile += time.perf_counter() - begin
-    blocks = len(config.causal.block_sizes(latents))
-    player = _Player(params, config, len(text), **inputs)
-    yield from _deliver(player, programs, blocks, state, switches, frames, timing)
+    yield from _deliver(parts, frames, timing, image)
 
 
 def _check_inputs(
@@ -347,32 +348,42 @@ def _check_inputs(
     )
 
 
-def _deliver(
-    player: _Player,
-    programs: Programs,
-    blocks: int,
-    state: stream.StreamState,
-    switches: Mapping[int, np.ndarray],
-    frames: int,
-    timing: Timing,
-) -> Iterator[np.ndarray]:
-    """Yield the frames of every block on the host, while the device computes the next block."""
-    begin, coder, waiting = time.perf_counter(), player.coder(), None
-    for block in range(blocks + 1):
-        ready, waiting = waiting, None
-        if block < blocks:
-            if block in switches:
-                state = player.switch(programs, state, jnp.asarray(switches[block]))
-            cut = block in switches and player.config.causal.on_prompt_switch == "reset"
-            waiting, state, coder = player.block(programs, block, state, coder, cut)
+def _deliver(parts: Iterator[jax.Array], frames: int, timing: Timing, image: np.ndarray | None) -> Iterator[np.ndarray]:
+    """Yield the frames of every decoded block on the host, while the device computes the next block."""
+    begin, waiting = time.perf_counter(), None
+    for number, part in enumerate(itertools.chain(parts, [None])):
+        ready, waiting = waiting, part
         if ready is None:
             continue
-        decoded = files.to_uint8(ready, f"the frames of block {block - 1}")
+        decoded = files.to_uint8(ready, f"the frames of block {number - 1}")
         visible = decoded[:, stream.LEAD if timing.frames == 0 else 0 :][:, : frames - timing.frames]
-        if player.image is not None and timing.frames == 0:
-            visible[:, 0] = player.image  # without the decoder's error
+        if image is not None and timing.frames == 0:
+            visible[:, 0] = image  # without the decoder's error
         timing.add(visible.shape[1], time.perf_counter() - begin)
         yield visible
+
+
+def _blocks(
+    player: _Player, programs: Programs, count: int, state: stream.StreamState, switches: Mapping[int, np.ndarray]
+) -> Iterator[jax.Array]:
+    """Yield the decoded frames of ``count`` blocks."""
+    coder = player.coder()
+    for block in range(count):
+        if block in switches:
+            state = player.switch(programs, state, jnp.asarray(switches[block]))
+        cut = block in switches and player.config.causal.on_prompt_switch == "reset"
+        decoded, state, coder = player.block(programs, block, state, coder, cut)
+        yield decoded
+
+
+def _rounds(
+    programs: Programs, params: stream.Params, config: Recipe, state: rolling.RollingState, count: int
+) -> Iterator[jax.Array]:
+    """Yield the decoded frames of ``count`` blocks that are denoised jointly."""
+    for enters in rolling.rounds(count, config):
+        decoded, state = _round(programs, params, config, state, enters)
+        if decoded is not None:
+            yield decoded
 
 
 def _round(
@@ -389,33 +400,8 @@ def _round(
 
 
 def _compile_rolling(programs: Programs, params: stream.Params, text: Any, config: Recipe, latents: int) -> None:
-    """Compile the programs of :func:`_play_rolling`: a clip as long as the window uses every one of a longer clip."""
+    """Compile the programs of :func:`_rounds`: a clip as long as the window uses every one of a longer clip."""
     count = len(config.causal.block_sizes(latents))
     state = jax.eval_shape(lambda p, t: rolling.init_rolling(p, t, config=config, frames=latents), params, text)
     for enters in rolling.rounds(min(count, config.rolling_blocks), config):
         _, state = _round(programs.dry, params, config, state, enters)
-
-
-def _play_rolling(
-    programs: Programs,
-    params: stream.Params,
-    text: jax.Array,
-    config: Recipe,
-    frames: int,
-    seed: int,
-    timing: Timing,
-) -> Iterator[np.ndarray]:
-    """Yield the frames of :func:`play` for a recipe that denoises several blocks jointly."""
-    latents = covering_latents(frames, config)
-    count = len(config.causal.block_sizes(latents))
-    begin = time.perf_counter()
-    state = rolling.init_rolling(params, text, config=config, seed=seed, frames=latents)
-    timing.compile += time.perf_counter() - begin
-    begin = time.perf_counter()
-    for number, enters in enumerate(rolling.rounds(count, config)):
-        decoded, state = _round(programs, params, config, state, enters)
-        if decoded is not None:
-            pixels = files.to_uint8(decoded, f"the frames of round {number}")
-            shown = pixels[:, stream.LEAD if timing.frames == 0 else 0 :][:, : frames - timing.frames]
-            timing.add(shown.shape[1], time.perf_counter() - begin)
-            yield shown

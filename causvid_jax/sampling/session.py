@@ -115,13 +115,12 @@ def _strength(request: SampleRequest) -> float:
     return 0.5 if request.strength is None else request.strength
 
 
-def run(session: Session, say: Say = print, *, progress: bool | None = None) -> player.Timing:
+def run(session: Session, say: Say = print) -> player.Timing:
     """Generate the videos of a session, write them block by block in a thread, and return the timing.
 
     Args:
         session: of :func:`open_session`.
         say: called with each line of progress.
-        progress: whether to show a bar; None: on a terminal.
 
     Raises:
         ConfigError: an output that another program is writing, or frames that are not finite.
@@ -148,7 +147,7 @@ def run(session: Session, say: Say = print, *, progress: bool | None = None) -> 
         else:
             clips = student_blocks(session, texts, timing, ahead)
         out = stack.enter_context(files.BackgroundWriter(writers))
-        bar = stack.enter_context(tqdm(total=session.frames, unit="frame", disable=_hidden(progress)))
+        bar = stack.enter_context(tqdm(total=session.frames, unit="frame", disable=None))
         for part in clips:
             if timing.frames == part.shape[1]:
                 say(f"First frame after {timing.first:.2f} s, and {timing.compile:.1f} s of compilation.")
@@ -212,11 +211,6 @@ def comment_of(session: Session, index: int) -> str:
         size=size_of(recipe),
         fps=recipe.video.fps,
     ).to_json()
-
-
-def _hidden(progress: bool | None) -> bool | None:
-    """Return tqdm's ``disable``; None disables the bar if there is no terminal."""
-    return None if progress is None else not progress
 
 
 def _pictures(session: Session) -> tuple[np.ndarray, np.ndarray] | None:

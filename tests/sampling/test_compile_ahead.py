@@ -85,7 +85,7 @@ def test_damaged_weights_end_a_session_with_their_sentence(folder, monkeypatch):
 
     monkeypatch.setattr(player.Programs, "prepare", slow)
     with pytest.raises(ConfigError, match="weights.safetensors is corrupt: its checksum does not match"):
-        session.run(opened, lambda line: None, progress=False)
+        session.run(opened, lambda line: None)
     assert begun == ["first_state"] and not compilers()
 
 
@@ -97,7 +97,7 @@ def test_a_program_that_does_not_compile_ends_a_session_with_its_sentence(folder
 
     monkeypatch.setattr(player.Programs, "prepare", refused)
     with pytest.raises(ConfigError, match="this kernel cannot be compiled"):
-        session.run(opened, lambda line: None, progress=False)
+        session.run(opened, lambda line: None)
     assert not compilers()
 
 
