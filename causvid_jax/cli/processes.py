@@ -5,7 +5,6 @@ None of them is needed on one host, under SLURM, under Open MPI or on a TPU pod 
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import pathlib
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -58,15 +57,9 @@ def check(arguments: dict[str, Any], workdir: pathlib.Path) -> None:
     """
     import jax
 
+    import causvid_jax
     from causvid_jax.distributed import collectives
 
-    versions = {"jax": jax.__version__, "causvid_jax": _version()}
+    versions = {"jax": jax.__version__, "causvid_jax": causvid_jax.__version__}
     collectives.check_same({**arguments, "versions": versions})
     collectives.check_shared(workdir)
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("causvid_jax")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        return "not installed"

@@ -110,7 +110,8 @@ def shaped(recipe: Recipe) -> dict[str, Function]:
     video, k = recipe.video, recipe.causal.frames_per_block
     text = jax.ShapeDtypeStruct((1, recipe.text.length, recipe.text.dim), jnp.float32)
     seeds, step = jax.ShapeDtypeStruct((1,), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
-    state = _result(every["start"], params, text, seeds)
+    start = every["start"]
+    state = jax.eval_shape(functools.partial(start.function, **start.static), start.of(params), text, seeds)
     size = {"batch": 1, "height": video.height, "width": video.width}
     coder = jax.eval_shape(functools.partial(vae.init_encode_cache, recipe.vae, **size))
     latents = jax.ShapeDtypeStruct((1, k, *recipe.latent_size, recipe.vae.z_dim), jnp.float32)
@@ -131,10 +132,6 @@ def shaped(recipe: Recipe) -> dict[str, Function]:
         **{f"change_prompt_{context}": (state, text) for context in CONTEXTS},
     }
     return {name: dataclasses.replace(each, shapes=shapes[name]) for name, each in every.items()}
-
-
-def _result(function: Function, params: Mapping[str, Any], *shapes: Any) -> Any:
-    return jax.eval_shape(functools.partial(function.function, **function.static), function.of(params), *shapes)
 
 
 # ---- compiled beforehand --------------------------------------------------------------------------------------------

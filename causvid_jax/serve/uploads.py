@@ -1,8 +1,10 @@
 """Decode pictures and videos of clients. Sizes are checked before decoding, and file names are not used."""
 
+import contextlib
 import io
 import pathlib
 import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -26,13 +28,8 @@ def decode_picture(data: bytes, height: int, width: int, most_pixels: int) -> np
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise ConfigError(f"the picture is damaged or none of {', '.join(FORMATS)}") from error
     require(pixels <= most_pixels, f"the picture has more than {most_pixels // 10**6} million pixels")
-    with tempfile.TemporaryDirectory(prefix="causvid_upload_") as folder:
-        path = pathlib.Path(folder) / "picture"
-        path.write_bytes(data)
-        try:
-            return media.read_image(path, height, width)
-        except ConfigError as error:
-            raise ConfigError(str(error).replace(f"image {str(path)!r}", "the picture")) from error
+    with _file(data, "image", "picture") as path:
+        return media.read_image(path, height, width)
 
 
 def is_video(data: bytes) -> bool:
@@ -47,10 +44,17 @@ def decode_video(data: bytes, height: int, width: int, frames: int, fps: float) 
     Raises:
         ConfigError: the video is damaged, or in a format that is not accepted.
     """
+    with _file(data, "video", "video") as path:
+        return media.read_video(path, height, width, frames, fps)
+
+
+@contextlib.contextmanager
+def _file(data: bytes, kind: str, word: str) -> Iterator[pathlib.Path]:
+    """Yield a temporary file of ``data``; an error about the ``kind`` of that name becomes one about "the ``word``"."""
     with tempfile.TemporaryDirectory(prefix="causvid_upload_") as folder:
-        path = pathlib.Path(folder) / "video"
+        path = pathlib.Path(folder) / word
         path.write_bytes(data)
         try:
-            return media.read_video(path, height, width, frames, fps)
+            yield path
         except ConfigError as error:
-            raise ConfigError(str(error).replace(f"video {str(path)!r}", "the video")) from error
+            raise ConfigError(str(error).replace(f"{kind} {str(path)!r}", f"the {word}")) from error
