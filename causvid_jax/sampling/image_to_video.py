@@ -28,7 +28,6 @@ def image_latents(params: Any, pictures: jax.Array, *, config: Recipe) -> jax.Ar
     Args:
         params: of the VAE.
         pictures: float ``[B, H, W, 3]`` in [-1, 1], of the recipe's size.
-        config: the recipe.
 
     Raises:
         ConfigError: pictures of another size.
@@ -61,7 +60,6 @@ def picture_of(
         params: ``{"vae"}``, and ``"image_encoder"`` with ``clip``.
         whole: ``[B, H, W, 3]`` in [-1, 1] of any size, which CLIP reads.
         fitted: the same pictures in the recipe's size, which the VAE reads.
-        config: the recipe.
         clip: sizes of CLIP; None for networks that do not read it.
 
     Raises:

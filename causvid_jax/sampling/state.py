@@ -69,7 +69,6 @@ def init_stream(
     Args:
         params: ``{"student"}`` is read.
         text: prompt embeddings ``[B, S, E]`` of B parallel streams.
-        config: the recipe.
         seed: of the noise: one integer s, or B integers, modulo 2^32. With one s, stream b has seed s + b and equals a
             single stream of that seed.
         frames: maximum latent frames of the stream; None: those of the recipe's clip. Only a recipe without

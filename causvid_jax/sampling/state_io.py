@@ -44,7 +44,6 @@ def load_stream(path: str | pathlib.Path, like: StreamState, *, config: Recipe) 
     Args:
         path: of the file.
         like: any state of the same recipe, batch and maximum length, such as that of a new stream.
-        config: the recipe.
 
     Returns:
         The state on the default device.

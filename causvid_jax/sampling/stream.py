@@ -206,7 +206,6 @@ def next_block(
         params: ``{"student"}`` is read.
         state: of :func:`init_stream` or of the block before. It is donated. Without ``causal.window`` the block must
             fit the stream's maximum length: this function cannot check that.
-        config: the recipe.
         noise: ``[steps, B, K, h, w, C]``, the initial noise of the block and the noise that each later step adds (with
             ``causal.add_context_noise="always"`` the context pass reads the last entry); None draws it from the
             state's seeds.
@@ -257,7 +256,6 @@ def decode_block(
         params: the recipe's decoder, ``"vae"`` or ``"taehv"``.
         state: after that block. It is donated.
         latents: of that block, ``[B, K, h, w, C]``.
-        config: the recipe.
     """
     return _decode(params, state, latents, config)
 
@@ -272,7 +270,6 @@ def append(params: Params, state: StreamState, latents: jax.Array, *, config: Re
         params: ``{"student"}`` is read.
         state: before the block, as in :func:`next_block`. It is donated.
         latents: ``[B, K, h, w, C]``.
-        config: the recipe.
 
     Returns:
         The next state. :func:`decode_block` gives the frames.
@@ -305,7 +302,6 @@ def next_block_from(
         state: before the block, as in :func:`next_block`. It is donated.
         latents: of the incoming block, ``[B, K, h, w, C]``.
         start: index of the first denoising step; traced, so that one compilation serves every strength.
-        config: the recipe.
         noise: as in :func:`next_block`; entry ``start`` is the first that is used.
 
     Returns:
@@ -340,7 +336,6 @@ def encode_image(params: Params, image: jax.Array, *, config: Recipe) -> jax.Arr
     Args:
         params: ``{"vae"}`` is read.
         image: float ``[B, H, W, 3]`` in [-1, 1], of the recipe's size.
-        config: the recipe.
 
     Returns:
         Latents ``[B, K, h, w, C]``; K is 1 with ``causal.independent_first_frame``.
@@ -361,7 +356,6 @@ def change_prompt(params: Params, state: StreamState, text: jax.Array, *, config
         params: ``{"student"}`` is read.
         state: between two blocks. It is donated.
         text: prompt embeddings ``[B, S, E]``.
-        config: the recipe.
 
     Returns:
         The state with the new prompt.
@@ -391,7 +385,6 @@ def set_adapters(
         state: between two blocks. It is donated.
         scale: float ``[r]``, one factor per column of the adapters (``models.adapters``).
         text: the prompt ``[B, S, E]``; needed once, for a state that has no strengths yet.
-        config: the recipe.
 
     Raises:
         ConfigError: a state without strengths, and no ``text``.

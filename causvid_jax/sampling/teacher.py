@@ -100,7 +100,6 @@ def sample_clip(
         negative_prompt_embeds: ``[B, S, E]`` or ``[S, E]``.
         image_embeds: CLIP's ``[B, tokens, width]``, for a teacher that reads them.
         image_latents: mask and latents of the picture, ``[B, F, h, w, 4 + C]``, for a teacher with an image branch.
-        config: the recipe.
         seeds: uint32 ``[B]``, one per clip.
         noise: ``[B, F, h, w, C]`` instead of ``seeds``.
         timesteps: static and descending in [0, 1000], one per step, instead of the recipe's grid; the solver ends at 0.
