@@ -239,18 +239,18 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _adapter(opened: sources.Source) -> tuple[float | None, bool]:
-    """Return alpha and whether it is divided by the root of the rank, from the file's metadata or folder."""
+    """Return alpha and whether it is divided by the root of the rank, from the file's metadata, else its folder."""
     folder = opened.path if opened.path.is_dir() else opened.path.parent
     content: dict = {}
     file = folder / "adapter_config.json"
-    if file.is_file():
-        content = sources.read_json(file)
-    elif "lora_adapter_metadata" in opened.metadata:
+    if "lora_adapter_metadata" in opened.metadata:  # of this file, while the folder may hold others
         try:
             content = json.loads(opened.metadata["lora_adapter_metadata"])
         except ValueError as error:
             raise ConfigError(f"LoRA {opened.path} has metadata that is not JSON") from error
         content = {key.rpartition("transformer.")[2]: value for key, value in content.items()}
+    elif file.is_file():
+        content = sources.read_json(file)
     for key in ("alpha_pattern", "rank_pattern"):
         require(not content.get(key), f"LoRA {opened.path} has a {key}, which is not read; accepted: one alpha")
     alpha = content.get("lora_alpha")

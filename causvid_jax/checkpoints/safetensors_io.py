@@ -87,14 +87,28 @@ def sample_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _mapped(path: pathlib.Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+class _Descriptor:
+    """An open file, closed after the last tensor that reads it. A file that replaces it is not read."""
+
+    def __init__(self, path: pathlib.Path):
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            os.close(self.number)
+
+
+def _mapped(opened: _Descriptor, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
     @contextlib.contextmanager
     def view() -> Iterator[np.ndarray]:
         if 0 in shape:
             yield np.zeros(shape, dtype)
         else:
             # One map per view, so that its pages leave the process's memory with it.
-            yield np.memmap(path, dtype, "r", offset, shape or (1,)).reshape(shape)
+            with os.fdopen(os.dup(opened.number), "rb") as file:
+                array = np.memmap(file, dtype, "r", offset, shape or (1,)).reshape(shape)
+            yield array
+            del array
 
     return Tensor(shape, dtype, view)
 
@@ -112,9 +126,9 @@ def open_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[s
         # The library checks that the header is sound and that the tensors fill the file exactly.
         with safetensors.safe_open(str(source), framework="np"):
             pass
-        with open(source, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, _LARGEST_HEADER)))
+        opened = _Descriptor(source)
+        (length,) = struct.unpack("<Q", os.pread(opened.number, 8, 0))
+        header = json.loads(os.pread(opened.number, min(length, _LARGEST_HEADER), 8))
         metadata = header.pop("__metadata__", None) or {}
         entries = [
             (name, entry["dtype"], tuple(map(int, entry["shape"])), int(entry["data_offsets"][0]))
@@ -127,7 +141,7 @@ def open_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[s
     tensors = {}
     for name, code, shape, offset in entries:
         require(code in TYPES, f"tensor {name} of {source} is of type {code}; accepted: {', '.join(TYPES)}")
-        tensors[name] = _mapped(source, 8 + length + offset, shape, TYPES[code])
+        tensors[name] = _mapped(opened, 8 + length + offset, shape, TYPES[code])
     return tensors, metadata
 
 

@@ -170,6 +170,8 @@ def latent_statistics(params: Any, clips: Any, config: VAEConfig) -> tuple[tuple
 def train_vae(run: Run, init_from: pathlib.Path | None = None) -> None:
     """Train the VAE on pixel clips, from new weights or ``init_from``; write it with the statistics of its latents.
 
+    Without ``train_encoder`` these are the statistics of ``init_from``, so that its latents stay valid.
+
     Raises:
         ConfigError: the clips are not prepared.
     """
@@ -199,20 +201,26 @@ def train_vae(run: Run, init_from: pathlib.Path | None = None) -> None:
         lambda state: sample(run, recipe, test_clips, functools.partial(reconstruct, state.network.ema)),
     )
     params = collectives.gather_to_first(state.network.ema)
-    run.finish(params, vae_metadata(params, recipe, run.workdir))
+    keeps = init_from is not None and not config.train_encoder
+    known = paths.open_stage(recipe, run.name, path=init_from).config if keeps else None
+    run.finish(params, vae_metadata(params, recipe, run.workdir, known))
 
 
-def vae_metadata(params: Any, recipe: Recipe, workdir: pathlib.Path) -> dict[str, str]:
+def vae_metadata(params: Any, recipe: Recipe, workdir: pathlib.Path, known: VAEConfig | None = None) -> dict[str, str]:
     """Return the metadata of the VAE's weights with the statistics of its latents; empty in all but process 0.
+
+    They are those of ``known``, or measured on the clips if it has none.
 
     Raises:
         ConfigError: the clips on which the statistics are measured are not prepared.
     """
     if not collectives.is_first():
         return {}
-    clips = sources.clips(recipe, workdir, "train")
-    with collectives.single_process():
-        mean, std = latent_statistics(params, clips, recipe.vae)
+    mean, std = ((), ()) if known is None else (known.latent_mean, known.latent_std)
+    if not mean:
+        clips = sources.clips(recipe, workdir, "train")
+        with collectives.single_process():
+            mean, std = latent_statistics(params, clips, recipe.vae)
     measured = dataclasses.replace(recipe.vae, latent_mean=mean, latent_std=std)
     return weights.metadata("vae", recipe) | wan_vae.metadata(measured)
 

@@ -132,6 +132,8 @@ def test_trained_adapters_come_back_from_files(names, tmp_path):
     params = jax.tree.map(jnp.asarray, random_params(transformer.abstract(net), 3, 0.3))
     path = tmp_path / ("lora" if names == "peft" else "lora.safetensors")
     lora_factors.save_lora(path, params, net, names)
+    # Of another LoRA in the folder, which has no say where the file itself gives its alpha.
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 100, "r": 4}')
     opened = open_checkpoint(adapters.split(params)[1], NET)
     read = load(opened, "host", updates=[open_lora(path, 1.0, NET)])[0]
     merged = adapters.merged(params, net)

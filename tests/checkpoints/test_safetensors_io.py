@@ -56,6 +56,16 @@ def test_tensors_are_aligned_and_read_one_by_one(tmp_path):
             assert view.flags.aligned
 
 
+def test_a_file_that_is_replaced_after_it_was_opened_is_read_as_it_was(tmp_path):
+    """A stage writes its weights again while a sampler reads them; the sampler had tensors of both."""
+    write(tmp_path / "w.safetensors", checksum=False)
+    tensors, _ = safetensors_io.open_safetensors(tmp_path / "w.safetensors")
+    write(tmp_path / "w.safetensors", {name: 0 * np.asarray(array) for name, array in ARRAYS.items()}, checksum=False)
+    for name, array in ARRAYS.items():
+        with tensors[name].view() as view:
+            np.testing.assert_array_equal(view, array)
+
+
 def test_pieces_make_a_tensor(tmp_path):
     write(tmp_path / "w.safetensors", {"many": ARRAYS["many"]}, pieces=lambda name: iter(ARRAYS[name]))
     np.testing.assert_array_equal(safetensors.numpy.load_file(tmp_path / "w.safetensors")["many"], ARRAYS["many"])

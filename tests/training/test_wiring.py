@@ -13,7 +13,7 @@ from causvid_jax.checkpoints import store
 from causvid_jax.config import ConfigError
 from causvid_jax.distill import rollout
 from causvid_jax.models import transformer
-from causvid_jax.training import consistency, dmd, flow_matching, update, weights
+from causvid_jax.training import autoencoder, consistency, dmd, flow_matching, update, weights
 from tests import tiny
 
 
@@ -298,6 +298,23 @@ def test_a_moved_sink_is_refused_where_training_does_not_move_it(tmp_path):
     weights.check_sink_positions(tiny.tiny_recipe(causal=causal | {"window": 2}), "init")
     weights.check_sink_positions(tiny.tiny_recipe(causal=causal | {"positions": "absolute"}), "init")
     weights.check_sink_positions(tiny.tiny_recipe(causal=causal, train_distill={"loss_frames": 2}), "distill")
+
+
+def test_a_vae_whose_decoder_alone_is_trained_keeps_the_statistics_of_its_latents(workdir, tmp_path, monkeypatch):
+    """Measured again on other clips they would shift the latents of all networks trained on them."""
+    params, _ = store.load_params(workdir / "vae" / "weights.safetensors")
+    known = {"latent_mean": "[1.0, 2.0, 3.0, 4.0]", "latent_std": "[0.5, 0.5, 0.5, 0.5]"}
+    store.save_params(tmp_path / "vae.safetensors", params, known)
+    anew = {"latent_mean": "[0.0, 0.0, 0.0, 0.0]", "latent_std": "[1.0, 1.0, 1.0, 1.0]"}
+    monkeypatch.setattr(autoencoder.sources, "clips", lambda *_: None)
+    monkeypatch.setattr(autoencoder, "latent_statistics", lambda *_: ((0.0,) * 4, (1.0,) * 4))
+    for train_encoder, expected in ((False, known), (True, anew)):
+        run = tiny.RecordedRun("vae", tiny.tiny_recipe(train_vae={"train_encoder": train_encoder}), tmp_path / "run")
+        written = []
+        monkeypatch.setattr(run, "batches", lambda read, to_device: iter(()))
+        monkeypatch.setattr(run, "finish", lambda params, metadata, to=written: to.append(metadata))
+        autoencoder.train_vae(run, tmp_path / "vae.safetensors")
+        assert {name: written[0][name] for name in known} == expected
 
 
 # ---- update ---------------------------------------------------------------------------------------------------------
