@@ -355,9 +355,7 @@ def load(
     shapes = opened.network.shapes(opened.config, OURS)
     each = _per_leaf(sharding, shapes, "shardings")
     types = _per_leaf(dtype, shapes, "types")
-    rows: dict[str, list[Row]] = {}
-    for row in opened.network.rows(opened.config, opened.format):
-        rows.setdefault(row.path, []).append(row)
+    rows = opened.network.layers(opened.config, opened.format)
     flat: dict[str, Any] = {}
     for path, shape in shapes.items():
         kind = types[path]
@@ -484,15 +482,16 @@ def state_dict(
     opened = open_checkpoint(params, config)
     accepted = opened.network.formats
     require(format in accepted, f"format is {format!r}; accepted: {', '.join(accepted)}")
-    ours = {(row.path, row.layer): row for row in opened.network.rows(config, opened.format)}
-    pieces: dict[str, list[np.ndarray]] = {}
-    for row in opened.network.rows(config, format):
-        with opened.read(ours[row.path, row.layer]) as value:
-            pieces.setdefault(row.key, []).append(row.transform.to_file(value))
-    # Writers of safetensors files need row-major arrays.
-    whole = {key: np.array(np.concatenate(p) if len(p) > 1 else p[0], order="C") for key, p in pieces.items()}
-    kind = store.storage_type(dtype)
-    return {key: store.cast(key, array, kind) for key, array in whole.items()}
+    kind, result = store.storage_type(dtype), {}
+    for key, rows in opened.network.pairs(config, opened.format, format).items():
+        pieces = []
+        for row, own in rows:
+            with opened.read(own) as value:
+                pieces.append(row.transform.to_file(value))
+        # Writers of safetensors files need row-major arrays.
+        whole = np.array(np.concatenate(pieces) if len(pieces) > 1 else pieces[0], order="C")
+        result[key] = store.cast(key, whole, kind)
+    return result
 
 
 __all__ = ["FORMATS", "NETWORKS", "Checkpoint", "describe", "load", "network_of", "open_checkpoint", "state_dict"]

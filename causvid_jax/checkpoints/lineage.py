@@ -15,7 +15,7 @@ import numpy as np
 
 from causvid_jax.checkpoints import safetensors_io
 from causvid_jax.checkpoints.checkpoint import Checkpoint, read_array
-from causvid_jax.checkpoints.table import OURS, Row
+from causvid_jax.checkpoints.table import OURS
 from causvid_jax.config import VAEConfig, require
 
 VAE_DIGEST = "vae"
@@ -28,9 +28,7 @@ TOLERANCE = 1e-4
 def weights_digest(opened: Checkpoint) -> str:
     """Return a short SHA-256 of the parameters in float32, read layer by layer; it does not depend on the format."""
     digest = safetensors_io.Digest({})
-    rows: dict[str, list[Row]] = {}
-    for row in opened.network.rows(opened.config, opened.format):
-        rows.setdefault(row.path, []).append(row)
+    rows = opened.network.layers(opened.config, opened.format)
     for path, shape in sorted(opened.network.shapes(opened.config, OURS).items()):
         digest.begin(path, np.dtype(np.float32), shape)
         for row in rows[path]:

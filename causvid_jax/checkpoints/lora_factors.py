@@ -74,11 +74,8 @@ def open_factors(files: Mapping[str, str | os.PathLike], config: TransformerConf
     for name, lora in loras.items():
         start = max((part.stop for part in columns.values()), default=0)
         columns[name] = slice(start, start + _rank(lora))
-    rows: dict[str, list[Row]] = {}
-    for row in NETWORK.rows(config, "original"):
-        rows.setdefault(row.path, []).append(row)
     flat: dict[str, np.ndarray] = {}
-    for path, layers in rows.items():
+    for path, layers in NETWORK.layers(config, "original").items():
         if any(lora.factors(row) is not None for lora in loras.values() for row in layers):
             module = path.removesuffix("/kernel")
             flat[f"{module}/lora/down"], flat[f"{module}/lora/up"] = _stack(layers, loras, columns, config)

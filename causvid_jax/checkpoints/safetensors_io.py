@@ -42,20 +42,22 @@ _CODES = {dtype: code for code, dtype in TYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of a file, with its shape and type. Its bytes are read while a :meth:`view` is open."""
+    """A tensor of a file.
+
+    Attributes:
+        shape: of the array.
+        dtype: of the array.
+        view: returns a context manager that yields the array. Only the slices that are used are read from the file.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    _open: Callable[[], contextlib.AbstractContextManager[np.ndarray]]
+    view: Callable[[], contextlib.AbstractContextManager[np.ndarray]]
 
     @property
     def nbytes(self) -> int:
         """Size of the elements in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
-
-    def view(self) -> contextlib.AbstractContextManager[np.ndarray]:
-        """Return a context manager that yields the array. Only the slices that are used are read from the file."""
-        return self._open()
 
     def reshape(self, shape: tuple[int, ...]) -> "Tensor":
         """Return the same elements in another shape."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from causvid_jax.checkpoints import safetensors_io, store, wan_vae
 from causvid_jax.checkpoints.checkpoint import Checkpoint, finite, storage
-from causvid_jax.checkpoints.table import FORMATS, OURS, Row
+from causvid_jax.checkpoints.table import FORMATS, OURS
 from causvid_jax.config import VAEConfig, require
 from causvid_jax.config.files import atomic, format_bytes
 
@@ -50,12 +50,9 @@ def layout(opened: Checkpoint, form: str, dtype: str | None = None) -> Layout:
     require(form in FORMATS, f"--to is {form!r}; accepted: {', '.join(FORMATS)}")
     accepted = opened.network.formats
     require(form in accepted, f"--to is {form!r}, but {opened}; accepted: {', '.join(accepted)}")
-    kind, source_rows = store.storage_type(dtype), _stored(opened)
-    groups: dict[str, list[Row]] = {}
-    for row in opened.network.rows(opened.config, form):
-        groups.setdefault(row.key, []).append(source_rows[row.path, row.layer])
-    shapes = opened.network.shapes(opened.config, form)
-    return {key: (shapes[key], storage(opened, rows, kind)) for key, rows in groups.items()}
+    kind, shapes = store.storage_type(dtype), opened.network.shapes(opened.config, form)
+    pairs = opened.network.pairs(opened.config, opened.format, form)
+    return {key: (shapes[key], storage(opened, [own for _, own in rows], kind)) for key, rows in pairs.items()}
 
 
 def size(written: Layout) -> int:
@@ -128,11 +125,6 @@ def save(
             shutil.copyfile(file, temporary / path)
 
 
-def _stored(opened: Checkpoint) -> dict[tuple[str, int | None], Row]:
-    """Return the rows of the checkpoint's own format by (path, layer)."""
-    return {(row.path, row.layer): row for row in opened.network.rows(opened.config, opened.format)}
-
-
 def _check_space(target: pathlib.Path, needed: int) -> None:
     folder = next((folder for folder in target.absolute().parents if folder.exists()), pathlib.Path("/"))
     free = shutil.disk_usage(folder).free
@@ -150,14 +142,10 @@ class _Job:
 
     def write(self, path: pathlib.Path, keys: Sequence[str] | None = None) -> None:
         """Write the tensors of ``keys`` (None: all) as one file."""
-        source_rows = _stored(self.opened)
-        rows: dict[str, list[Row]] = {}
-        for row in self.opened.network.rows(self.opened.config, self.form):
-            rows.setdefault(row.key, []).append(row)
+        rows = self.opened.network.pairs(self.opened.config, self.opened.format, self.form)
 
         def pieces(key: str) -> Iterator[np.ndarray]:
-            for row in rows[key]:
-                origin = source_rows[row.path, row.layer]
+            for row, origin in rows[key]:
                 with self.opened.read(origin) as value:
                     # Our layers are stacked one after the other, so each is written without a change.
                     value = value if self.form == OURS else row.transform.to_file(value)

@@ -192,6 +192,21 @@ class Network:
         """Return the table of the format ``form``; parameters that share a key are in order of their parts."""
         return _tables(self, config, form)[0]
 
+    def layers(self, config: Config, form: str) -> dict[str, list[Row]]:
+        """Return the rows of every path: one, or one for each of its stacked layers."""
+        result: dict[str, list[Row]] = {}
+        for row in self.rows(config, form):
+            result.setdefault(row.path, []).append(row)
+        return result
+
+    def pairs(self, config: Config, own: str, form: str) -> dict[str, list[tuple[Row, Row]]]:
+        """Return the rows of every key of the format ``form``, each with its parameter's row in the format ``own``."""
+        own_rows = {(row.path, row.layer): row for row in self.rows(config, own)}
+        result: dict[str, list[tuple[Row, Row]]] = {}
+        for row in self.rows(config, form):
+            result.setdefault(row.key, []).append((row, own_rows[row.path, row.layer]))
+        return result
+
     def shapes(self, config: Config, form: str) -> Shapes:
         """Return key to shape of every tensor of a checkpoint of the format ``form``."""
         return _tables(self, config, form)[1]

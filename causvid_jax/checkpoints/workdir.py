@@ -85,7 +85,8 @@ def left_out(path: str | os.PathLike) -> list[str]:
     folder = pathlib.Path(path)
     one, other = _EXPERTS[0], (_EXPERTS[1][1],)
     experts = [name for name in (*one, *other) if source.weights_files(folder / name)]
-    sentences = [_unread(folder)] if _unread(folder) else []
+    unread = _unread(folder)
+    sentences = [unread] if unread else []
     if experts:
         sentences.append(
             f"{' and '.join(experts)}: {folder} is Wan2.2 with two experts, which are converted one at a time "
@@ -171,16 +172,17 @@ def resolve(path: str | os.PathLike, stage: str) -> pathlib.Path:
     component = _COMPONENTS.get(stage, "transformer")
     if component == "transformer":
         _refuse_experts(path)
-    published = _published(path, component)
-    if published and _unread(path):
-        _say_once(_unread(path))
-    return published or path
+    return _published(path, component) or path
 
 
 def _published(folder: str | os.PathLike, component: str) -> pathlib.Path | None:
-    """Return a component of a published folder; None for stages of a working directory of ours."""
+    """Return a component of a published folder, and log what no network reads there; None for stages of ours."""
     path = components(folder).get(component)
-    return None if path in {stage_path(folder, name).parent for name in STAGES if name not in NAMED_FILES} else path
+    if path is None or path in {stage_path(folder, name).parent for name in STAGES if name not in NAMED_FILES}:
+        return None
+    if unread := _unread(pathlib.Path(folder)):
+        _say_once(unread)
+    return path
 
 
 def find(recipe: str, stage: str, workdir: str | os.PathLike | None = None) -> pathlib.Path:
@@ -208,8 +210,6 @@ def find(recipe: str, stage: str, workdir: str | os.PathLike | None = None) -> p
     if workdir is not None and stage in _COMPONENTS:
         published = _published(workdir, _COMPONENTS[stage])
         if published is not None:
-            if unread := _unread(pathlib.Path(workdir)):
-                _say_once(unread)
             return published
     if own is not None and (own.parent / "checkpoints").is_dir():
         raise ConfigError(
