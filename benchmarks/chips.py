@@ -102,7 +102,7 @@ def program_of(chip: str, recipe: Recipe, folder: pathlib.Path | None, *, compil
         print(f"{chip}: computed from shapes: {error}")
         return None
     lowered = compile_report.lower_block(recipe, machine)
-    text = lowered.compile(compile_report.options(machine)).as_text()
+    text = lowered.compile(compile_report.options(machine.machine)).as_text()
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, text)

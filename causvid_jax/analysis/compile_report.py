@@ -183,7 +183,7 @@ def lower_block(recipe: Recipe, machine: Topology | None = None, *, unstacked: b
         return stream.next_block.lower(*arguments, config=recipe)
 
 
-def options(machine: Topology) -> Any:
+def options(machine: TopologySpec) -> Any:
     """Return the compiler options for programs of ``machine``."""
     return dict(_OPTIONS.get(machine.chip.platform, {}))
 
@@ -253,17 +253,18 @@ def compile_for(recipe: Recipe, stage: str, topology: Topology, *, quick: bool =
         RuntimeError: the compiler's error, for example of a program that is too large for the device
             ("RESOURCE_EXHAUSTED").
     """
-    estimated = estimate_for(recipe, stage, topology.machine)
+    machine, on_gpu = topology.machine, topology.machine.chip.platform == "cuda"
+    estimated = estimate_for(recipe, stage, machine)
     mesh = make_mesh(recipe.parallel, topology.devices)
     function, arguments = program(recipe, stage, mesh, batch=max(estimated.streams, 1))
     start = time.process_time()
     # Use the abstract mesh; with the mesh itself, JAX would put constants on devices that do not exist.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = function.lower(*arguments)
-    compiled = lowered.compile(options(topology) | (_QUICK if quick else {}))
+    compiled = lowered.compile(options(machine) | (_QUICK if quick else {}))
     seconds = time.process_time() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    moved, in_transfer = _offloaded(recipe, stage, topology.machine) if topology.chip.platform == "cuda" else (0, 0)
+    moved, in_transfer = _offloaded(recipe, stage, machine) if on_gpu else (0, 0)
     # The peak that XLA reports for GPUs does not include arguments.
     peak_bytes = (
         memory.argument_size_in_bytes
@@ -280,7 +281,7 @@ def compile_for(recipe: Recipe, stage: str, topology: Topology, *, quick: bool =
         quick=quick,
         arguments=memory.argument_size_in_bytes - moved,
         temporaries=memory.temp_size_in_bytes + in_transfer,
-        peak=peak_bytes if topology.chip.platform == "cuda" else memory.peak_memory_in_bytes,
+        peak=peak_bytes if on_gpu else memory.peak_memory_in_bytes,
         host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes + moved,
         collectives=hlo.totals(text),
     )

@@ -67,6 +67,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([_cells(header), _cells(["---"] * len(header)), *map(_cells, rows)])
 
 
+def _subject(item: Mapping[str, Any]) -> list[str]:
+    """Return the first cells of a line: what was measured, and its settings."""
+    seen = "-" if item["seen"] is None else str(item["seen"])
+    return [item["what"], seen, *(str(item[name]) for name in NAMES), item["codec"]]
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the report as Markdown: device, settings, table, memory, notes."""
     device, settings, memory = report["device"], report["settings"], report["memory"]
@@ -76,10 +82,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         share = item["share_of_peak"]
         rows.append(
             [
-                item["what"],
-                "-" if item["seen"] is None else str(item["seen"]),
-                *(str(item[name]) for name in NAMES),
-                item["codec"],
+                *_subject(item),
                 _number(item["p50_ms"]),
                 _number(item["p99_ms"]),
                 _number(item["tflop"]),
@@ -156,10 +159,7 @@ def comparison(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
         match = other[key(item)]
         rows.append(
             [
-                item["what"],
-                "-" if item["seen"] is None else str(item["seen"]),
-                *(str(item[name]) for name in NAMES),
-                item["codec"],
+                *_subject(item),
                 *(_number(value) for x in (item, match) for value in (x["p50_ms"], x["p99_ms"], x["tflops"])),
                 f"{match['p50_ms'] / item['p50_ms']:.2f}",
                 _interval(item, match),

@@ -97,16 +97,6 @@ class Topology:
     machine: TopologySpec
     devices: list[Any]
 
-    @property
-    def name(self) -> str:
-        """Name of the machine, as given."""
-        return self.machine.name
-
-    @property
-    def chip(self) -> Chip:
-        """Published figures of one device."""
-        return self.machine.chip
-
 
 def parse(name: str) -> TopologySpec:
     """Parse the machine ``name``: KIND:AxB[xC][*SLICES] for TPU, KIND:N or KIND:NODESxN for GPU.

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from causvid_jax.config import ParallelConfig, ShardingRules, require
 from causvid_jax.sharding import constraints
 from causvid_jax.sharding.mesh import make_mesh
-from causvid_jax.sharding.params import ParamSpec, abstract_tree
+from causvid_jax.sharding.params import ParamSpec, abstract_tree, map_spec
 
 
 def param_shardings(spec: Any, mesh: Mesh, rules: ShardingRules) -> Any:
@@ -24,7 +24,7 @@ def param_shardings(spec: Any, mesh: Mesh, rules: ShardingRules) -> Any:
     def place(leaf: ParamSpec) -> NamedSharding:
         return NamedSharding(mesh, constraints.spec_for(leaf.axes, leaf.shape, sizes, rules))
 
-    return jax.tree.map(place, spec, is_leaf=lambda x: isinstance(x, ParamSpec))
+    return map_spec(place, spec)
 
 
 HOST = "pinned_host"
@@ -61,11 +61,6 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules, leading: int = 0) -> NamedS
     sizes = constraints.axis_sizes(mesh)
     axes = tuple(a for a in rules.batch if a in sizes)
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, axes or None))
-
-
-def _from_whole(x: Any, sharding: NamedSharding) -> jax.Array:
-    """Return the global array of ``x``; this process keeps the parts of its own devices."""
-    return jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.asarray(x)[index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +126,12 @@ class Placement:
             return tree
         if jax.process_count() == 1:
             return jax.device_put(tree, shardings)
-        # device_put would first exchange every array, to check that all processes hold the same.
-        return jax.tree.map(_from_whole, tree, jax.tree.broadcast(shardings, tree))
+
+        def from_whole(x: Any, sharding: NamedSharding) -> jax.Array:
+            # device_put would first exchange every array, to check that all processes hold the same.
+            return jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.asarray(x)[index])
+
+        return jax.tree.map(from_whole, tree, jax.tree.broadcast(shardings, tree))
 
     def jit_replicated(self, function: Callable[..., Any]) -> Any:
         """Return ``function`` jitted. Its results are replicated, so any process can read them."""
