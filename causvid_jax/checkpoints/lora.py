@@ -33,19 +33,7 @@ _SUFFIX = re.compile(
 )
 _PREFIX = re.compile(r"lora_(?:unet|transformer)_+")
 _OTHER_KINDS = {"dora_scale": "a DoRA", "magnitude": "a DoRA", "lokr_": "a LoKr", "hada_": "a LoHa"}
-_Key = tuple[str, int | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Update:
-    """The tensors of a LoRA for one module; each may be None."""
-
-    down: Tensor | None = None
-    up: Tensor | None = None
-    alpha: Tensor | None = None
-    diff: Tensor | None = None
-    diff_b: Tensor | None = None
-    up_bias: Tensor | None = None
+_Update = Mapping[str, Tensor]  # of one module: some of down and up, alpha, diff, diff_b, up_bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +56,7 @@ class Lora:
     strength: float
     updates: Mapping[str, _Update]
     shapes: Mapping[str, tuple[int, ...]]
-    rows: Mapping[_Key, Row]
+    rows: Mapping[tuple[str, int | None], Row]
     alpha: float | None
     rank_stabilised: bool
     layers: frozenset[int] | None
@@ -85,17 +73,17 @@ class Lora:
         module, _, leaf = original.key.rpartition(".")
         if leaf == "modulation":
             module, leaf = original.key, "weight"
-        update = self.updates.get(module, _Update())
+        update = self.updates.get(module, {})
         terms = []
-        if leaf == "weight" and update.down is not None and update.up is not None:
-            down, up = _read(update.down), _read(update.up)
+        if leaf == "weight" and "down" in update:
+            down, up = _read(update["down"]), _read(update["up"])
             terms.append(self._scale(update) * (up.reshape(len(up), -1) @ down.reshape(len(down), -1)))
-        if leaf == "weight" and update.diff is not None:
-            terms.append(_read(update.diff))
-        if leaf == "bias" and update.up_bias is not None:
-            terms.append(self._scale(update) * _read(update.up_bias))
-        if leaf == "bias" and update.diff_b is not None:
-            terms.append(_read(update.diff_b))
+        if leaf == "weight" and "diff" in update:
+            terms.append(_read(update["diff"]))
+        if leaf == "bias" and "up_bias" in update:
+            terms.append(self._scale(update) * _read(update["up_bias"]))
+        if leaf == "bias" and "diff_b" in update:
+            terms.append(_read(update["diff_b"]))
         if not terms:
             return None
         total = sum(term.reshape(self.shapes[original.key]) for term in terms)
@@ -104,10 +92,7 @@ class Lora:
     def identity(self) -> str:
         """Return a SHA-256 of the strength, the settings and a sample of every tensor (:func:`sample_digest`)."""
         tensors = {
-            f"{module}.{name}": tensor
-            for module, update in self.updates.items()
-            for name, tensor in vars(update).items()
-            if tensor is not None
+            f"{module}.{name}": tensor for module, update in self.updates.items() for name, tensor in update.items()
         }
         layers = None if self.layers is None else sorted(self.layers)
         settings = self.strength, self.alpha, self.rank_stabilised, layers
@@ -116,16 +101,15 @@ class Lora:
     def factors(self, row: Row) -> tuple[np.ndarray, np.ndarray] | None:
         """Return A ``[r, in]`` and ``alpha / rank * B [out, r]`` of a kernel, float32; None without factors."""
         original = self.rows[row.path, row.layer]
-        update = self.updates.get(original.key.removesuffix(".weight"), _Update())
-        if not original.key.endswith(".weight") or update.down is None or update.up is None:
+        update = self.updates.get(original.key.removesuffix(".weight"), {})
+        if not original.key.endswith(".weight") or "down" not in update:
             return None
-        down, up = _read(update.down), _read(update.up)
+        down, up = _read(update["down"]), _read(update["up"])
         return down.reshape(len(down), -1), self._scale(update) * up.reshape(len(up), -1)
 
     def _scale(self, update: _Update) -> np.float32:
-        assert update.down is not None
-        rank = update.down.shape[0]
-        alpha = float(_read(update.alpha).reshape(-1)[0]) if update.alpha is not None else self.alpha
+        rank = update["down"].shape[0]
+        alpha = float(_read(update["alpha"]).reshape(-1)[0]) if "alpha" in update else self.alpha
         return np.float32(1.0 if alpha is None else alpha / (rank**0.5 if self.rank_stabilised else rank))
 
 
@@ -155,16 +139,15 @@ def open_lora(
     opened = sources.open_source(path, None, sources.LORA_PREFERRED, config=False)
     kind = next((kind for mark, kind in _OTHER_KINDS.items() if any(mark in name for name in opened.tensors)), None)
     require(kind is None, f"{path} is {kind}, which is not a product of two factors; accepted: LoRA")
-    raw, unknown = _by_module(opened, config)
+    updates, unknown = _by_module(opened, config)
     more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
     require(
-        not unknown or (skip_foreign and raw),
+        not unknown or (skip_foreign and updates),
         f"LoRA {path} has {len(unknown)} target(s) that this transformer ({NETWORK.describe(config)}) does not have: "
         f"{', '.join(unknown[:3])}{more}; --skip_foreign leaves them out",
     )
-    require(raw, f"LoRA {path} holds no updates")
+    require(updates, f"LoRA {path} holds no updates")
     shapes = NETWORK.shapes(config, "original")
-    updates = {module: _Update(**kinds) for module, kinds in raw.items()}
     for module, update in updates.items():
         weight = shapes[module] if module in shapes else shapes[f"{module}.weight"]
         _check(f"target {module} of LoRA {path}", update, weight, shapes.get(f"{module}.bias"))
@@ -216,21 +199,23 @@ def _aliases(config: TransformerConfig) -> dict[str, str]:
 
 
 def _check(what: str, update: _Update, weight: tuple[int, ...], bias: tuple[int, ...] | None) -> None:
-    require((update.down is None) == (update.up is None), f"{what} has one of its two factors only")
-    require(update.up_bias is None or update.up is not None, f"{what} has a bias but no factors")
-    if update.down is not None and update.up is not None:
+    require(("down" in update) == ("up" in update), f"{what} has one of its two factors only")
+    require("up_bias" not in update or "up" in update, f"{what} has a bias but no factors")
+    if "down" in update:
         rows, columns = weight[0], int(np.prod(weight[1:]))
-        up, down = _matrix(update.up.shape), _matrix(update.down.shape)
+        shapes = update["up"].shape, update["down"].shape
+        up, down = map(_matrix, shapes)
         require(
             up[0] == rows and down[1] == columns and up[1] == down[0],
-            f"{what} has factors of shapes {update.up.shape} and {update.down.shape}; a weight of {weight} needs "
+            f"{what} has factors of shapes {update['up'].shape} and {update['down'].shape}; a weight of {weight} needs "
             f"({rows}, r) and (r, {columns})",
         )
-    for tensor, shape in ((update.diff, weight), (update.diff_b, bias), (update.up_bias, bias)):
-        if tensor is not None:
+    for kind, shape in (("diff", weight), ("diff_b", bias), ("up_bias", bias)):
+        if kind in update:
+            have = update[kind].shape
             require(
-                shape is not None and np.prod(tensor.shape) == np.prod(shape),
-                f"{what} has a difference of shape {tensor.shape}; the parameter's is {shape}",
+                shape is not None and np.prod(have) == np.prod(shape),
+                f"{what} has a difference of shape {have}; the parameter's is {shape}",
             )
 
 

@@ -90,7 +90,8 @@ class Row:
     transform: Transform
 
 
-_LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight"}
+LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight", "gamma": "gamma"}
+"""Last name of our paths to that of published keys."""
 
 
 def rows_of(
@@ -106,7 +107,7 @@ def rows_of(
     """
     for path, shape in shapes.items():
         module, _, leaf = path.rpartition("/")
-        pattern = keys[path] if path in keys else f"{keys[module]}.{_LEAVES[leaf]}"
+        pattern = keys[path] if path in keys else f"{keys[module]}.{LEAVES[leaf]}"
         for layer in range(shape[0]) if path.startswith(BLOCKS) else (None,):
             yield Row(path, layer, pattern.replace("{n}", str(layer)), transform(path))
 

@@ -8,12 +8,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from causvid_jax.checkpoints.table import CONVOLUTION, OURS, SAME, Network, Row, Shapes, Sizes, build
+from causvid_jax.checkpoints.table import CONVOLUTION, LEAVES, OURS, SAME, Network, Row, Shapes, Sizes, build
 from causvid_jax.config import TAEHVConfig
 from causvid_jax.models import taehv
 
 _BLOCK_CONV = {"conv1": "conv.0", "conv2": "conv.2", "conv3": "conv.4"}
-_LEAF = {"kernel": "weight", "bias": "bias"}
 
 
 def _key(path: str, config: TAEHVConfig) -> str:
@@ -40,7 +39,7 @@ def _key(path: str, config: TAEHVConfig) -> str:
             position = str(start + (1 if encoder else blocks + 2))
         else:  # pool and grow
             position = f"{start if encoder else start + blocks + 1}.conv"
-    return f"{net}.{position}.{_LEAF[leaf]}"
+    return f"{net}.{position}.{LEAVES[leaf]}"
 
 
 def _published(config: TAEHVConfig, form: str, shapes: Shapes) -> Iterator[Row]:

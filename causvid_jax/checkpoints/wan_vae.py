@@ -13,6 +13,7 @@ from typing import Any
 
 from causvid_jax.checkpoints.table import (
     CONVOLUTION,
+    LEAVES,
     OURS,
     SAME,
     Network,
@@ -61,7 +62,6 @@ _RESIDUAL = {
     "shortcut": ("shortcut", "conv_shortcut"),
 }
 _RESAMPLE = {"conv": ("resample.1", "resample.1")}
-_LEAF = {"kernel": "weight", "bias": "bias", "gamma": "gamma"}
 _ALIASES = {"temperal_downsample": "temporal_downsample", "latents_mean": "latent_mean", "latents_std": "latent_std"}
 
 
@@ -98,7 +98,7 @@ def _published(config: VAEConfig, form: str, shapes: Shapes) -> Iterator[Row]:
             prefix, kind = _layer_prefix(net, stack, index, config, column)
             names = _RESIDUAL if kind == "residual" else _RESAMPLE if kind.startswith("resample") else {}
             key = f"{prefix}.{names[inner][column] if inner in names else inner}"
-        yield Row(path, None, f"{key}.{_LEAF[leaf]}", _transform(path))
+        yield Row(path, None, f"{key}.{LEAVES[leaf]}", _transform(path))
 
 
 def _transform(path: str) -> Transform:

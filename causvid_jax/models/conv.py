@@ -21,11 +21,6 @@ from causvid_jax.sharding import constraints
 Params = dict[str, jax.Array]
 
 
-def default_method() -> str:
-    """Return the faster method: ``"taps"`` on CPU, ``"volume"`` elsewhere."""
-    return "taps" if constraints.platform() == "cpu" else "volume"
-
-
 def conv2d(
     params: Params, x: Float[jax.Array, "B T H W C"], *, stride: int = 1, padding: tuple[int, int] = (1, 1)
 ) -> Float[jax.Array, "B T H2 W2 D"]:
@@ -65,7 +60,7 @@ def causal_conv(
         params: ``kernel`` [3, k, k, C, D], k odd, and ``bias`` [D].
         x: [B, T, H, W, C].
         past: the two frames before x, [B, 2, H, W, C]; None means zeros.
-        method: ``"taps"`` or ``"volume"``; None selects :func:`default_method`.
+        method: ``"taps"`` or ``"volume"``; None selects the faster one.
 
     Returns:
         y [B, T, H, W, D], and ``past`` for the next call (the last two input frames), both in the dtype of x.
@@ -89,7 +84,7 @@ def temporal_conv(params: Params, x: jax.Array, *, stride: int = 1, method: str 
 
     ``params`` and ``method`` are those of :func:`causal_conv`; ``stride`` is in time.
     """
-    method = method or default_method()
+    method = method or ("taps" if constraints.platform() == "cpu" else "volume")
     require(method in ("taps", "volume"), f"convolution method is {method!r}; accepted: 'taps', 'volume'")
     kernel = params["kernel"].astype(x.dtype)
     pad = kernel.shape[1] // 2
