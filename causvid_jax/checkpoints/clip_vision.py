@@ -64,7 +64,6 @@ _ALIASES = {
 
 def _published(config: CLIPConfig, form: str, shapes: Shapes) -> Iterator[Row]:
     original = form == "original"
-    keys = {path: names[not original] for path, names in TABLE.items()}
 
     def transform(path: str) -> Transform:
         module = path.rpartition("/")[0]
@@ -78,7 +77,7 @@ def _published(config: CLIPConfig, form: str, shapes: Shapes) -> Iterator[Row]:
             return third(_FUSED.index(module), linear_transform(path))
         return linear_transform(path)
 
-    return rows_of(keys, shapes, transform)
+    return rows_of(TABLE, form, shapes, transform)
 
 
 def _infer(size: Sizes, known: Mapping[str, Any]) -> CLIPConfig | None:

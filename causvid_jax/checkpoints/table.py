@@ -95,19 +95,21 @@ LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight", "gamma": "gamma
 
 
 def rows_of(
-    keys: Mapping[str, str], shapes: Shapes, transform: Callable[[str], Transform] = lambda path: SAME
+    table: Mapping[str, tuple[str, str]], form: str, shapes: Shapes, transform: Callable[[str], Transform]
 ) -> Iterator[Row]:
-    """Yield the rows of a format.
+    """Yield the rows of a published format.
 
     Args:
-        keys: path of a module, or of a parameter, to its key in the file. ``{n}`` stands for the layer. The key of a
-            module is completed by the leaf's name, such as ``.weight``.
+        table: path of a module, or of a parameter, to its keys (original, diffusers) in a file. ``{n}`` stands for the
+            layer. The key of a module is completed by the leaf's name, such as ``.weight``.
+        form: the format.
         shapes: path to shape of our parameters.
         transform: returns the transform of a path.
     """
+    column = FORMATS.index(form)
     for path, shape in shapes.items():
         module, _, leaf = path.rpartition("/")
-        pattern = keys[path] if path in keys else f"{keys[module]}.{LEAVES[leaf]}"
+        pattern = table[path][column] if path in table else f"{table[module][column]}.{LEAVES[leaf]}"
         for layer in range(shape[0]) if path.startswith(BLOCKS) else (None,):
             yield Row(path, layer, pattern.replace("{n}", str(layer)), transform(path))
 

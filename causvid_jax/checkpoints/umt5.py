@@ -40,8 +40,7 @@ _ALIASES = {
 
 
 def _published(config: UMT5Config, form: str, shapes: Shapes) -> Iterator[Row]:
-    keys = {path: names[form == "diffusers"] for path, names in TABLE.items()}
-    return rows_of(keys, shapes, linear_transform)
+    return rows_of(TABLE, form, shapes, linear_transform)
 
 
 def _infer(size: Sizes, known: Mapping[str, Any]) -> UMT5Config | None:

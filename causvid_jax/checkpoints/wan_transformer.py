@@ -77,14 +77,12 @@ _ALIASES = {
 
 
 def _published(config: TransformerConfig, form: str, shapes: Shapes) -> Iterator[Row]:
-    keys = {path: names[form == "diffusers"] for path, names in TABLE.items()}
-
     def transform(path: str) -> Transform:
         if path.endswith("modulation"):
             return leading(1)
         return patches(*config.patch_size) if path == "patch_embedding/kernel" else linear_transform(path)
 
-    return rows_of(keys, shapes, transform)
+    return rows_of(TABLE, form, shapes, transform)
 
 
 def _adapt(key: str, tensor: Tensor) -> Tensor:

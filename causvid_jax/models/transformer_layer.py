@@ -152,13 +152,9 @@ def all_gather(p: Params, layer_spec: Any, config: TransformerConfig) -> Params:
     if not constraints.mesh_shape():
         return p
 
-    def gather(leaf: ParamSpec, value: jax.Array) -> jax.Array:
-        axes = [None if axis == "embed" else axis for axis in leaf.axes]
-        return constraints.constrain(value, axes, config.rules)
-
     def walk(spec: Any, value: Any) -> Any:
         if isinstance(spec, ParamSpec):
-            return gather(spec, value)
+            return constraints.constrain(value, [None if axis == "embed" else axis for axis in spec.axes], config.rules)
         # The scale of an adapter is no parameter; an adapter given at run time is not in the specification.
         return {name: walk(spec[name], inner) if name in spec else inner for name, inner in value.items()}
 
