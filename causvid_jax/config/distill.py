@@ -60,6 +60,7 @@ class DistillStageConfig(StageConfig):
     ``teacher`` is the forward mode of the real score: ``"bidirectional"``, ``"causal"`` (each block given the student's
     clean past and no future; CMD, arXiv 2608.13391) or ``"chunk"`` (each block alone; RMD, arXiv 2609.37925).
     ``critic_mode`` is that of the fake score.
+    ``critic_optimizer`` counts the updates of the fake score, ``critic_steps`` per step, in warm-up and restarts.
     ``critic_init`` is the network that the fake score starts from and shares its sizes with, ``"teacher"`` or
     ``"student"``: Self-Forcing distils a 14B teacher with a fake score of 1.3B.
     Scores see timesteps from ``score_timestep_min`` to ``score_timestep_max`` (of 1000). ``score_timesteps`` is
@@ -118,6 +119,8 @@ class DistillStageConfig(StageConfig):
             f"{self.score_timestep_max}; accepted: 0 < min < max <= 1000",
         )
         check_interval("train_distill.guidance_interval", self.guidance_interval)
+        decay = self.critic_optimizer.ema_decay
+        require(decay == 0, f"train_distill.critic_optimizer.ema_decay is {decay:g}; the fake score has no EMA: use 0")
         for name in ("gradient", "exit_steps", "score_timesteps", "loss_frames"):
             default = type(self).__dataclass_fields__[name].default
             require(
@@ -138,12 +141,6 @@ class DistillStageConfig(StageConfig):
         self._check_gan()
 
     def _check_window(self) -> None:
-        lengths = [frames for _, frames, _ in self.stretches if frames]
-        require(
-            not self.loss_frames or all(self.loss_frames <= frames for frames in lengths),
-            f"train_distill.loss_frames is {self.loss_frames}; the shortest rollout has "
-            f"{min(lengths, default=0)} latent frames",
-        )
         require(
             not (self.loss_frames and self.loss_window == "random" and self.continuation_prob),
             "train_distill.loss_window is 'random' with continuation_prob above 0, but rollouts continue the end of "

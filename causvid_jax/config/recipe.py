@@ -193,11 +193,6 @@ class Recipe(Config):
             f"{causal.frames_per_block}",
         )
         require(
-            config.loss_frames <= (config.frames or self.video.latent_frames),
-            f"train_distill.loss_frames is {config.loss_frames}; a rollout has "
-            f"{config.frames or self.video.latent_frames} latent frames (train_distill.frames)",
-        )
-        require(
             not self.diffusion.first_block_timesteps or (config.rollout == "self" and config.score_timesteps == "all"),
             "diffusion.first_block_timesteps are set; they need train_distill.rollout 'self' and score_timesteps 'all'",
         )
@@ -209,6 +204,11 @@ class Recipe(Config):
 
     def _check_rollout(self, frames: int) -> None:
         self.causal.block_sizes(frames)
+        require(
+            self.train_distill.loss_frames <= frames,
+            f"train_distill.loss_frames is {self.train_distill.loss_frames}; a rollout has {frames} latent frames "
+            "(train_distill.frames or curriculum)",
+        )
         context = self.causal.past_frames()
         require(
             not self.train_distill.continuation_prob or context <= frames,

@@ -26,8 +26,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     ``"adamw"`` is AdamW, arXiv 1711.05101. ``"muon"`` (Jordan 2024; scaled as in arXiv 2502.16982, section 2.2) updates
     every kernel ``W [in, out]`` of every layer, and every kernel of a convolution as one matrix ``[k k k in, out]``, by
     ``-rate (0.2 sqrt(max(in, out)) O + weight_decay W)``. O is the Nesterov momentum of its gradient, whose singular
-    values five Newton-Schulz steps bring near 1. Embeddings, head, norms, biases and modulation take AdamW steps with
-    Nesterov momentum (Nadam).
+    values five Newton-Schulz steps bring near 1. Embeddings, head, norms, biases, modulation and adapters (LoRA) take
+    AdamW steps with Nesterov momentum (Nadam).
     """
     if config.schedule == "cosine":
         starts = [0, *(step for step in config.restarts if step < steps)]

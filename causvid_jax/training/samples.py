@@ -76,7 +76,7 @@ def many_steps(recipe: Recipe, steps: int) -> Recipe:
     diffusion = dataclasses.replace(
         recipe.diffusion, denoising_timesteps=timesteps, first_block_timesteps=(), student_shift=0.0
     )
-    return dataclasses.replace(recipe, student=recipe.teacher, diffusion=diffusion)
+    return dataclasses.replace(recipe, student=recipe.teacher, diffusion=diffusion, rolling_blocks=0)
 
 
 def examples(recipe: Recipe, workdir: pathlib.Path, count: int) -> tuple[list[str], Picture | None]:

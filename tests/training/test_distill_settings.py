@@ -156,6 +156,10 @@ def test_the_stage_consistency_trains_from_the_causal_teacher(workdir, kind, mon
         ({"train_distill": {"rollout": "data", "gradient": "replay"}}, "gradient is 'replay' with rollout 'data'"),
         ({"train_distill": {"rollout": "data", "loss_frames": 2}}, "loss_frames is 2 with rollout 'data'"),
         ({"train_distill": {"loss_frames": 4}}, "loss_frames is 4; a rollout has 3 latent frames"),
+        (
+            {"train_distill": {"loss_frames": 4, "frames": 6, "curriculum": ((1, 0, 2),)}},
+            "a rollout has 3 latent frames",
+        ),
         ({"train_distill": {"loss_frames": 2, "continuation_prob": 0.5}}, "loss_window is 'random' with continuation"),
         (
             {"causal": {"frames_per_block": 3, "window": 3}, "train_distill": {"loss_frames": 2}},
@@ -169,6 +173,10 @@ def test_the_stage_consistency_trains_from_the_causal_teacher(workdir, kind, mon
         (
             {"train_distill": {"objective": "dmd_gan", "rollout": "data", "accumulate": 2}},
             "accumulate is 2 with objective 'dmd_gan' and clean blocks left out",
+        ),
+        (
+            {"train_distill": {"critic_optimizer": {"ema_decay": 0.9}}},
+            "critic_optimizer.ema_decay is 0.9; the fake score has no EMA",
         ),
         ({"train_distill": {"objective": "lsgan"}}, "objective is 'lsgan'; accepted: 'dmd', 'sid', 'dmd_gan'"),
         ({"diffusion": {"student_shift": 5.0, "warp": False}}, "student_shift is 5 with warp off"),

@@ -13,7 +13,7 @@ from causvid_jax.checkpoints import store
 from causvid_jax.config import ConfigError
 from causvid_jax.distill import rollout
 from causvid_jax.models import transformer
-from causvid_jax.training import autoencoder, consistency, dmd, flow_matching, update, weights
+from causvid_jax.training import autoencoder, consistency, dmd, flow_matching, samples, update, weights
 from tests import tiny
 
 
@@ -298,6 +298,13 @@ def test_a_moved_sink_is_refused_where_training_does_not_move_it(tmp_path):
     weights.check_sink_positions(tiny.tiny_recipe(causal=causal | {"window": 2}), "init")
     weights.check_sink_positions(tiny.tiny_recipe(causal=causal | {"positions": "absolute"}), "init")
     weights.check_sink_positions(tiny.tiny_recipe(causal=causal, train_distill={"loss_frames": 2}), "distill")
+
+
+def test_samples_of_a_causal_teacher_are_made_block_by_block():
+    """Five blocks denoised jointly do not divide its 16 steps, so the stage causal of such a recipe did not start."""
+    steps = {"denoising_timesteps": (1000.0, 800.0, 600.0, 400.0, 200.0)}
+    recipe = tiny.tiny_recipe(rolling_blocks=5, diffusion=steps, causal={"window": 5})
+    assert samples.many_steps(recipe, 16).rolling_blocks == 0
 
 
 def test_a_vae_whose_decoder_alone_is_trained_keeps_the_statistics_of_its_latents(workdir, tmp_path, monkeypatch):
