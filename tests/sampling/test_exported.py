@@ -50,7 +50,7 @@ def refusal(path, recipe=PLAIN, **given):
         ({"version": "0.0.1"}, PLAIN, {}, "was built for causvid_jax 0.0.1; this is .*: build it again"),
         ({"platform": "tpu"}, PLAIN, {}, "was built for tpu; this machine is cpu"),
         ({}, changed(PLAIN, student={"num_layers": 3}), {}, "student.num_layers = 2, and the recipe has 3"),
-        ({}, changed(PLAIN, causal={"sink": 2}), {}, "causal.sink = 0, and the recipe has 2"),
+        ({}, changed(PLAIN, causal={"window": 4}), {}, "causal.window = 0, and the recipe has 4"),
         ({}, changed(PLAIN, vae={"latent_std": (1.0,) * 4}), {}, r"vae.latent_std = \[\], and the recipe has \[1.0, "),
         ({}, TINY, {}, "decoder = 'vae', and the recipe has 'taehv'"),
         ({}, PLAIN, {"batch": 3}, r"1 video\(s\) at once, and 3 prompt\(s\) are given"),
