@@ -13,15 +13,15 @@ from typing import Any, Literal
 from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, option
 from causvid_jax.config import Recipe, published, require
-from causvid_jax.config.fields import BatchSize, Many, Seed
 from causvid_jax.config.files import write_text
+from causvid_jax.evaluation.vbench.protocol import Protocol
 
 Stage = Literal["all", "sample", "score", "totals", "drift"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """The flags."""
+class Options(Protocol):
+    """The flags; with those of a :class:`causvid_jax.evaluation.vbench.protocol.Protocol`."""
 
     config: Recipe = config_option()
     stage: Stage = option("all", "What to do: all, sample, score, totals or drift.")
@@ -32,11 +32,6 @@ class Options:
     student: str | None = option(None, "The student's weights, instead of those in --checkpoint.")
     vae: str | None = option(None, "The VAE's weights, instead of those in --checkpoint.")
     taehv: str | None = option(None, "The tiny decoder's weights, instead of those in --checkpoint.")
-    samples: Many = option(5, "Clips of a prompt.")
-    flicker_samples: Many = option(25, "Clips of a prompt of temporal flickering.")
-    frames: Many = option(81, "Frames of a clip.")
-    seed: Seed = option(0, "Seed of the first clip of every prompt; clip i has seed + i.")
-    batch: BatchSize = option(1, "Clips sampled at once.")
     shard: str = option("0/1", "I/N: sample the clips I, I + N, I + 2 N, ...")
     long: str | None = option(None, "A checkout of VBench: score by VBench-Long.")
     results: tuple[str, ...] = option((), "Result files for --stage=totals; default: those of --output.")
@@ -70,10 +65,9 @@ def main(options: Options) -> None:
     index, count = clips.parse_shard(options.shard)
     info = score.find_info(options.info)
     entries = clips.read_entries(info, options.extended)
-    protocol = clips.Protocol(options.samples, options.flicker_samples, options.frames, options.seed, options.batch)
-    all_clips, videos = clips.plan(entries, protocol), folder / clips.VIDEOS
+    all_clips, videos = clips.plan(entries, options), folder / clips.VIDEOS
     if options.stage in ("all", "sample"):
-        sample(options, all_clips[index::count], all_clips, protocol, folder)
+        sample(options, all_clips[index::count], all_clips, folder)
     if options.stage in ("all", "score"):
         remove_abandoned(videos)  # VBench would take them for clips
         lacking = clips.absent(all_clips, videos)
@@ -91,13 +85,13 @@ def main(options: Options) -> None:
             (folder / "results").rglob("*_results.json")
         )
     if options.stage != "sample":
-        expected = {} if options.long else clips.expected_videos(entries, protocol)
+        expected = {} if options.long else clips.expected_videos(entries, options)
         text = totals.describe(totals.read_results(results, expected))
         write_text(folder / "totals.md", text)
         print(text)
 
 
-def sample(options: Options, clips_of_shard: list, all_clips: list, protocol: object, folder: pathlib.Path) -> None:
+def sample(options: Options, clips_of_shard: list, all_clips: list, folder: pathlib.Path) -> None:
     """Sample the clips of this shard that are missing, into ``folder``/videos.
 
     Raises:
@@ -109,7 +103,6 @@ def sample(options: Options, clips_of_shard: list, all_clips: list, protocol: ob
     from causvid_jax.sampling import pipeline, weights
     from causvid_jax.text import encoder
 
-    assert isinstance(protocol, clips.Protocol)
     common.enable_compilation_cache()
     videos = folder / clips.VIDEOS
     # All texts are encoded first: the encoder is loaded once, and freed before the student is loaded.
@@ -118,8 +111,8 @@ def sample(options: Options, clips_of_shard: list, all_clips: list, protocol: ob
     files: dict[str, Any] = {"student": options.student, "vae": options.vae, "taehv": options.taehv}
     pipe = pipeline.load(options.config, checkpoint=options.checkpoint, **files)
     opened, recipe = weights.find(options.config, "student", options.checkpoint, files=files)
-    clips.claim(folder, clips.identity(pipe, weights.checksum(opened, recipe), all_clips, protocol))
-    clips.sample(pipe, clips_of_shard, videos, protocol, lambda line: print(line, flush=True))
+    clips.claim(folder, clips.identity(pipe, weights.checksum(opened, recipe), all_clips, options))
+    clips.sample(pipe, clips_of_shard, videos, options, lambda line: print(line, flush=True))
 
 
 def measure_drift(options: Options, folder: pathlib.Path) -> None:

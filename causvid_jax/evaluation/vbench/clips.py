@@ -17,6 +17,7 @@ import numpy as np
 from causvid_jax import media
 from causvid_jax.config import ConfigError, require
 from causvid_jax.config.files import reason, write_text
+from causvid_jax.evaluation.vbench.protocol import Protocol
 from causvid_jax.evaluation.vbench.totals import CLIPS, DIMENSIONS, FLICKER
 from causvid_jax.sampling import blocks, script
 
@@ -46,25 +47,6 @@ class Clip:
     text: str
     seed: int
     name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-    """Number and length of the sampled clips; the defaults are VBench's numbers and 81 frames.
-
-    Attributes:
-        samples: clips of a prompt.
-        flicker_samples: clips of a prompt of temporal flickering.
-        frames: pixel frames of a clip.
-        seed: of the first clip of every prompt; the next ones follow.
-        batch: clips sampled at once.
-    """
-
-    samples: int = 5
-    flicker_samples: int = 25
-    frames: int = 81
-    seed: int = 0
-    batch: int = 1
 
 
 def read_entries(info: str | os.PathLike, extended: str | os.PathLike | None = None) -> list[Entry]:
