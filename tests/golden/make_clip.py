@@ -114,9 +114,6 @@ def errors_of(state: dict[str, np.ndarray], arrays: dict[str, np.ndarray], namin
 
 def check(seed: int) -> None:
     """Compare live, in both namings."""
-    import jax
-
-    jax.config.update("jax_default_matmul_precision", "highest")
     state, arrays = reference(seed)
     assert {name: value.shape for name, value in state.items()} == shapes(), "transformers' names or shapes differ"
     for naming, named in (("diffusers", state), ("original", as_original(state))):

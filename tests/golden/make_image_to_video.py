@@ -156,9 +156,6 @@ def errors_of(arrays: dict[str, np.ndarray], seed: int) -> tuple[float, float]:
 
 def check(seed: int) -> None:
     """Compare live."""
-    import jax
-
-    jax.config.update("jax_default_matmul_precision", "highest")
     arrays = reference(seed)
     condition, latents = errors_of(arrays, seed)
     std = arrays["latents"][-1].std()

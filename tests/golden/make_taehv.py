@@ -144,9 +144,6 @@ def errors_of(state: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> di
 
 def check(seed: int) -> None:
     """Compare live."""
-    import jax
-
-    jax.config.update("jax_default_matmul_precision", "highest")
     state, arrays = reference(seed)
     spread = {name: arrays[name].std() for name in ("encoded", "decoded")}
     for name, error in errors_of(state, arrays).items():

@@ -72,12 +72,10 @@ error_of = functools.partial(script.velocity_error, SIZES)
 
 def compare(what: str, sizes: dict[str, int], state: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> None:
     """Compare live, and our original names with diffusers' own conversion of an original file."""
-    import jax
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
     from causvid_jax.config import TransformerConfig
 
-    jax.config.update("jax_default_matmul_precision", "highest")
     script.convert_and_compare(convert_wan_transformer_to_diffusers, state, TransformerConfig(**sizes))
     error = script.velocity_error(sizes, state, arrays)
     print(f"{what}: max |jax - diffusers| = {error:.1e}, std {arrays['velocity'].std():.2f}")

@@ -150,12 +150,9 @@ def check_pipeline(seed: int) -> None:
 
 def check(seed: int) -> None:
     """Compare live: the encoder, the buckets, and prompts through diffusers' pipeline."""
-    import jax
-
     from causvid_jax.config import UMT5Config
     from causvid_jax.models import umt5
 
-    jax.config.update("jax_default_matmul_precision", "highest")
     state, arrays = reference(seed)
     assert np.array_equal(umt5.relative_buckets(arrays["relative"], UMT5Config()), arrays["buckets"])
     for name in ("long", "short"):

@@ -58,7 +58,6 @@ def check(seed: int) -> None:
     from causvid_jax.config import VAEConfig
     from causvid_jax.models import vae
 
-    jax.config.update("jax_default_matmul_precision", "highest")
     config = VAEConfig(**SIZES)
     state, expected = reference(seed)
     params = script.convert_and_compare(convert_wan_vae_to_diffusers, state, config)

@@ -16,6 +16,9 @@ def main(
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--check", action="store_true", help="compare live instead of writing the file")
     if parser.parse_args().check:
+        import jax
+
+        jax.config.update("jax_default_matmul_precision", "highest")
         check(secrets.randbelow(2**31))
     else:
         np.savez_compressed(golden, **draw())
