@@ -19,10 +19,9 @@ from PIL import Image
 from causvid_jax import media
 from causvid_jax.checkpoints import safetensors_io, store
 from causvid_jax.data import arrays
-from causvid_jax.evaluation import classifier as classifiers
 from causvid_jax.sampling import exported
 from tests.programs import write_recipe
-from tests.tiny import RECIPE, tiny_workdir
+from tests.tiny import RECIPE, save_classifier, tiny_workdir
 
 KILLS = int(os.environ.get("CAUSVID_JAX_KILLS", "10"))
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -122,7 +121,7 @@ def start(server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipe")
     config = write_recipe(folder, RECIPE)
     trained = tiny_workdir(folder / "trained")
-    add_classifier(trained)
+    save_classifier(trained)
     (trained / "rows.py").write_text(ROWS)
     info = [{"prompt_en": f"a red {digit}", "dimension": ["color"]} for digit in range(3)]
     (trained / "info.json").write_text(json.dumps(info))
@@ -147,12 +146,6 @@ def start(server, tmp_path_factory):
     status, _, said = run("train", trained)
     assert status == 0, said
     return run
-
-
-def add_classifier(folder):
-    colors = RECIPE.data.colors
-    classifier = classifiers.Classifier(classifiers.init(0, len(colors)), colors, RECIPE.data.digit_size)
-    classifiers.save(folder / "classifier.safetensors", classifier)
 
 
 def visible(folder):
@@ -217,7 +210,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_was(start, tmp_path, na
     def prepared(folder):
         tiny_workdir(folder)
         (folder / "prompts.txt").write_text("a red 3 moving left\na blue 7 moving up\n")
-        add_classifier(folder)
+        save_classifier(folder)
         if name == "road":  # what the report writes, evaluate does too
             (folder / "report.json").write_text("{}")
         if name in REMOVED:

@@ -17,6 +17,7 @@ from causvid_jax.checkpoints import workdir as stage_files
 from causvid_jax.config import CLIPConfig, Recipe, from_config_dict
 from causvid_jax.data import arrays, digits, pictures
 from causvid_jax.diffusion import flow
+from causvid_jax.evaluation import classifier
 from causvid_jax.models import clip_vision, taehv, transformer, vae
 from causvid_jax.sharding.placement import place
 from causvid_jax.training import dmd, stages
@@ -118,6 +119,13 @@ def tiny_workdir(folder: pathlib.Path, recipe: Recipe = RECIPE, examples: int = 
             progress=False,
         )
     return folder
+
+
+def save_classifier(folder: pathlib.Path) -> None:
+    """Write a classifier of random weights for :data:`RECIPE` to ``folder``."""
+    data = RECIPE.data
+    random = classifier.Classifier(classifier.init(0, len(data.colors)), data.colors, data.digit_size)
+    classifier.save(folder / "classifier.safetensors", random)
 
 
 def image_workdir(folder: pathlib.Path, recipe: Recipe) -> pathlib.Path:

@@ -7,11 +7,10 @@ from causvid_jax import media
 from causvid_jax.checkpoints import store
 from causvid_jax.cli import common
 from causvid_jax.config import ConfigError
-from causvid_jax.evaluation import classifier
 from causvid_jax.sampling import batch
 from causvid_jax.sampling.protocols import Samplers
 from tests.programs import write_recipe
-from tests.tiny import RECIPE, tiny_workdir
+from tests.tiny import RECIPE, save_classifier, tiny_workdir
 
 
 @pytest.mark.parametrize(
@@ -39,9 +38,7 @@ def test_weights_that_cannot_be_measured(tmp_path, monkeypatch, config, argument
 def trained(tmp_path_factory):
     """A working directory of random weights, with a classifier and the recipe's file."""
     folder = tiny_workdir(tmp_path_factory.mktemp("evaluate"))
-    colors = RECIPE.data.colors
-    random = classifier.Classifier(classifier.init(0, len(colors)), colors, RECIPE.data.digit_size)
-    classifier.save(folder / "classifier.safetensors", random)
+    save_classifier(folder)
     write_recipe(folder, RECIPE)
     return folder
 

@@ -9,14 +9,19 @@ from causvid_jax.sampling import schedule, stream
 from tests import tiny
 
 
+def start(**causal):
+    """Return the tiny recipe with causal settings, random weights, a stream before its first block, and a copy."""
+    recipe = tiny.tiny_recipe(causal=causal)
+    params = {"student": tiny.random_transformer(recipe.student)}
+    text = jnp.ones((1, recipe.text.length, recipe.text.dim))
+    state = stream.init_stream(params, text, config=recipe, seed=3)
+    return recipe, params, state, stream.copy_stream(state)
+
+
 def test_the_cache_of_a_stream_holds_the_block_with_noise():
     streams = {}
     for mode in ("training", "always"):
-        recipe = tiny.tiny_recipe(causal={"context_noise": 200.0, "add_context_noise": mode})
-        params = {"student": tiny.random_transformer(recipe.student)}
-        text = jnp.ones((1, recipe.text.length, recipe.text.dim))
-        state = stream.init_stream(params, text, config=recipe, seed=3)
-        before = stream.copy_stream(state)
+        recipe, params, state, before = start(context_noise=200.0, add_context_noise=mode)
         streams[mode] = stream.next_block(params, state, config=recipe)
     x0, after = streams["always"]
     np.testing.assert_allclose(x0, streams["training"][0], atol=1e-6)
@@ -30,11 +35,7 @@ def test_the_cache_of_a_stream_holds_the_block_with_noise():
 
 
 def test_without_a_context_pass_the_keys_and_values_of_the_last_step_stay():
-    recipe = tiny.tiny_recipe(causal={"context_pass": False})
-    params = {"student": tiny.random_transformer(recipe.student)}
-    text = jnp.ones((1, recipe.text.length, recipe.text.dim))
-    state = stream.init_stream(params, text, config=recipe, seed=3)
-    before = stream.copy_stream(state)
+    recipe, params, state, before = start(context_pass=False)
     result, end = stream.next_block(params, state, config=recipe)
     cache, x0 = before.cache, jnp.zeros_like(result)
     for step, timestep in enumerate(flow.student_timesteps(recipe.diffusion)):

@@ -10,11 +10,10 @@ from causvid_jax.checkpoints import workdir as paths
 from causvid_jax.config import ConfigError
 from causvid_jax.config.recipes import load_recipe
 from causvid_jax.distill import replay
-from causvid_jax.evaluation import classifier as classifiers
 from causvid_jax.evaluation import frame_metrics
 from causvid_jax.training import experiment, stages
 from causvid_jax.training.experiment import Budget, Experiment, Row
-from tests.tiny import random_transformer, tiny_recipe, tiny_workdir
+from tests.tiny import random_transformer, save_classifier, tiny_recipe, tiny_workdir
 
 RECIPE = tiny_recipe(train_distill={"steps": 1, "samples": 0, "rollout": "self"})
 PLAN = Experiment(
@@ -31,9 +30,7 @@ PLAN = Experiment(
 @pytest.fixture
 def base(tmp_path):
     folder = tiny_workdir(tmp_path / "base", RECIPE)
-    colors = RECIPE.data.colors
-    classifier = classifiers.Classifier(classifiers.init(0, len(colors)), colors, RECIPE.data.digit_size)
-    classifiers.save(folder / "classifier.safetensors", classifier)
+    save_classifier(folder)
     return folder
 
 
