@@ -18,6 +18,7 @@ from causvid_jax.models import transformer, vae
 from causvid_jax.sampling import session
 from causvid_jax.serve import film
 from tests.programs import write_recipe
+from tests.refusals import refused
 from tests.tiny import changed, random_params, stream_recipe
 
 PROMPT = "--prompt=a red 3 moving left"
@@ -128,8 +129,7 @@ def test_a_replay_is_the_same_video(place, made):
     replay = f"--replay={place}/cut.mp4"
     assert "--seed is given with --replay" in refusal(place, [replay, "--seed=3"])
     assert "--decode_device is given with --replay" in refusal(place, [replay, "--decode_device=0"])
-    with pytest.raises(ConfigError, match="no recipe of the package; give its --config"):
-        common.call("sample", [replay])
+    refused("no recipe of the package; give its --config", common.call, "sample", [replay])
     before = (place / "cut.mp4").read_bytes()
     onto_itself = f"--output={place}/cut.mp4"
     for given, words in (

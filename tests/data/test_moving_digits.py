@@ -6,8 +6,9 @@ import threading
 import numpy as np
 import pytest
 
-from causvid_jax.config import ConfigError, DataConfig, VideoConfig
+from causvid_jax.config import DataConfig, VideoConfig
 from causvid_jax.data import digits, moving_digits
+from tests.refusals import refused
 
 DATA = DataConfig(train_clips=12, test_clips=6)
 VIDEO = VideoConfig(height=32, width=32, frames=5)
@@ -60,8 +61,7 @@ def test_a_lost_file_is_noticed_and_mended(tmp_path, name):
     builder = moving_digits.prepare(tmp_path, DATA, VIDEO)
     [lost] = pathlib.Path(builder.data_path).glob(f"*{name}*")
     lost.unlink()
-    with pytest.raises(ConfigError, match="--stage=data"):
-        moving_digits.source(tmp_path, DATA, VIDEO, "train")
+    refused("--stage=data", moving_digits.source, tmp_path, DATA, VIDEO, "train")
     moving_digits.prepare(tmp_path, DATA, VIDEO)
     assert len(moving_digits.source(tmp_path, DATA, VIDEO, "train")) == 12
 
@@ -97,8 +97,7 @@ def test_an_interrupted_run_leaves_nothing_that_reads_as_a_dataset(tmp_path, mon
     monkeypatch.setattr(builder_module, "clip", stopped)
     with pytest.raises(KeyboardInterrupt):
         moving_digits.prepare(tmp_path, DATA, VIDEO)
-    with pytest.raises(ConfigError, match="no complete"):
-        moving_digits.source(tmp_path, DATA, VIDEO, "train")
+    refused("no complete", moving_digits.source, tmp_path, DATA, VIDEO, "train")
     (tmp_path / "moving_digits" / moving_digits.MovingDigitsConfig.of(DATA, VIDEO).name).mkdir(
         parents=True, exist_ok=True
     )

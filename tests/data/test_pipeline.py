@@ -83,8 +83,7 @@ def test_rows_can_be_named():
     np.testing.assert_array_equal(videos, whole[:, [0, 3, 2, 1]])
     assert state == {"examples": 20}
     for bad in ([4], []):
-        with pytest.raises(ConfigError, match="accepted: some rows of the batch"):
-            pipeline.clip_batches(_source(), batch_size=4, seed=0, rows=bad)
+        refused("accepted: some rows of the batch", pipeline.clip_batches, _source(), batch_size=4, seed=0, rows=bad)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2), (2, 1)])

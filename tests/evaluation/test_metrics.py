@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from causvid_jax.config import CausalConfig, ConfigError
+from causvid_jax.config import CausalConfig
 from causvid_jax.evaluation import metrics
+from tests.refusals import refused
 
 
 def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
@@ -35,8 +36,7 @@ def test_block_starts_follow_the_vae():
     assert metrics.block_starts(21, CausalConfig().block_sizes(21)).tolist() == [0, 9, 21, 33, 45, 57, 69, 81]
     causal = CausalConfig(frames_per_block=2, independent_first_frame=True)
     assert metrics.block_starts(5, causal.block_sizes(5)).tolist() == [0, 1, 9, 17]
-    with pytest.raises(ConfigError, match="are not 22 latent frames"):
-        metrics.block_starts(22, (3,) * 7)
+    refused("are not 22 latent frames", metrics.block_starts, 22, (3,) * 7)
 
 
 def test_discontinuity_of_a_ramp_with_steps_at_borders():

@@ -9,6 +9,7 @@ import pytest
 from causvid_jax.config import CausalConfig, ConfigError, Recipe, VideoConfig
 from causvid_jax.data import digits
 from causvid_jax.evaluation import classifier, contact_sheet, report
+from tests.refusals import refused
 from tests.tiny import changed
 
 RECIPE = Recipe(name="fake", video=VideoConfig(height=32, width=32, frames=81))
@@ -194,7 +195,5 @@ def test_prompts_of_the_validation_split():
 
 
 def test_plans_that_measure_nothing_are_refused():
-    with pytest.raises(ConfigError, match="--samples is 1"):
-        report.Plan(samples=1)
-    with pytest.raises(ConfigError, match="--switch_samples is 1"):
-        report.Plan(switch_samples=1)
+    refused("--samples is 1", report.Plan, samples=1)
+    refused("--switch_samples is 1", report.Plan, switch_samples=1)

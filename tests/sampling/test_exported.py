@@ -12,6 +12,7 @@ import pytest
 import causvid_jax
 from causvid_jax.config import ConfigError
 from causvid_jax.sampling import exported, player, stream, weights
+from tests.refusals import refused
 from tests.sampling.conftest import FIRST, PLAIN, prompt
 from tests.tiny import changed
 
@@ -99,8 +100,7 @@ def test_what_is_no_program_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="none.program does not exist; causvid compile --platform builds one"):
         exported.load(tmp_path / "none.program", PLAIN, batch=1, latents=6)
     for platform, batch, words in (("gpu", 1, "platform is 'gpu'; accepted: cpu, cuda, tpu"), ("cpu", 0, "batch is 0")):
-        with pytest.raises(ConfigError, match=words):
-            exported.build(PLAIN, platform, batch=batch)
+        refused(words, exported.build, PLAIN, platform, batch=batch)
 
 
 def test_settings_of_training_do_not_matter():
@@ -137,8 +137,7 @@ def test_programs_for_platforms_that_are_not_here(platform, kernel, monkeypatch,
     recipe = changed(PLAIN, student={"dtype": "bfloat16", "attention": "auto"})
     if kernels.cuda_versions is None:
         if platform == "cuda":
-            with pytest.raises(ConfigError, match="can be lowered only where cuDNN is installed"):
-                exported.build(recipe, platform)
+            refused("can be lowered only where cuDNN is installed", exported.build, recipe, platform)
         monkeypatch.setattr(kernels, "check_cudnn_version", lambda: 91000)  # all that lowering asks of it
     header, made = exported.build(recipe, platform)
     assert header["attention"] == {"cuda": "cudnn", "tpu": "splash"}[platform]

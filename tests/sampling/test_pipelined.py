@@ -12,6 +12,7 @@ from causvid_jax.config import CausalConfig, ConfigError
 from causvid_jax.diffusion import flow
 from causvid_jax.models import transformer
 from causvid_jax.sampling import pipelined, stream
+from tests.refusals import refused
 from tests.sampling.conftest import FIRST, PLAIN, prompt
 from tests.tiny import changed
 
@@ -102,8 +103,7 @@ def test_one_step_is_the_ordinary_sampler(params, config):
 @pytest.mark.parametrize("devices", [3, 8])
 def test_another_number_of_devices_than_steps_is_refused(params, devices):
     message = f"^{devices} devices are given for 4 denoising steps; accepted: 4, one per step$"
-    with pytest.raises(ConfigError, match=message):
-        pipelined.step_mesh(PLAIN, jax.devices()[:devices])
+    refused(message, pipelined.step_mesh, PLAIN, jax.devices()[:devices])
     two = changed(PLAIN, diffusion={"denoising_timesteps": (1000.0, 500.0)})
     with pytest.raises(ConfigError, match="4 devices are given for 2 denoising steps"):
         pipelined.generate(params, prompt(0), config=two, mesh=mesh_of(PLAIN))
@@ -122,8 +122,7 @@ def test_another_number_of_devices_than_steps_is_refused(params, devices):
     ],
 )
 def test_settings_that_do_not_go_with_a_pipeline_are_refused(config, message):
-    with pytest.raises(ConfigError, match=message):
-        pipelined.step_mesh(config, jax.devices()[:STEPS])
+    refused(message, pipelined.step_mesh, config, jax.devices()[:STEPS])
 
 
 def test_more_blocks_than_the_caches_hold_are_refused(params):

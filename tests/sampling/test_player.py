@@ -12,6 +12,7 @@ from causvid_jax.evaluation import classifier as classifiers
 from causvid_jax.media import pixels
 from causvid_jax.models import vae
 from causvid_jax.sampling import blocks, pipeline, player, stream
+from tests.refusals import refused
 from tests.sampling.conftest import FIRST, PLAIN, prompt
 from tests.tiny import changed, stream_recipe
 
@@ -28,8 +29,7 @@ def test_blocks_and_frames(config):
         assert held == np.searchsorted(latents, block, side="right")
     for block in range(len(sizes)):
         assert blocks.first_frame(block, config) == np.argmax(frames == block)
-    with pytest.raises(ConfigError, match="frames is 0"):
-        blocks.covering_latents(0, config)
+    refused("frames is 0", blocks.covering_latents, 0, config)
 
 
 def test_ten_clips_of_the_issue():

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed
 
-from causvid_jax.config import ConfigError
 from causvid_jax.sampling import script
 from causvid_jax.serve.engine import Engine
 from causvid_jax.serve.film import Film
@@ -115,8 +114,7 @@ def test_recordings_that_cannot_be_written_are_sentences(programs, tmp_path):
 
 def test_a_server_that_still_starts_says_so_of_pictures(programs, tmp_path):
     made = Engine(RECIPE, lambda: programs, Settings(recordings=str(tmp_path)), clock=Clock())
-    with pytest.raises(ConfigError, match="the server is still starting"):
-        made.check_input(True, False)
+    refused("the server is still starting", made.check_input, True, False)
 
 
 def test_a_connection_whose_session_another_takes_up_is_told(live):

@@ -6,12 +6,12 @@ import os
 import numpy as np
 import pytest
 
-from causvid_jax.config import ConfigError
 from causvid_jax.sampling import script
 from causvid_jax.serve import fragments
 from causvid_jax.serve.film import Film, Replay
 from causvid_jax.serve.jobs import Jobs
 from causvid_jax.serve.session import Change, Start
+from tests.refusals import refused
 from tests.serve.conftest import events, frames_of, run
 
 PROMPT = "a red 3 moving left"
@@ -97,8 +97,7 @@ def test_the_queue_tells_its_position_and_refuses_beyond_its_length(engine):
     running = [engine.open(Start(PROMPT), "somebody") for _ in range(2)]
     waiting = engine.open(Start(PROMPT), "else")
     assert events(waiting, "queued")[-1]["position"] == 1
-    with pytest.raises(ConfigError, match="queue are taken"):
-        engine.open(Start(PROMPT), "third")
+    refused("queue are taken", engine.open, Start(PROMPT), "third")
     run(engine)
     assert waiting.made == 0
     engine.close(running[0], "enough")

@@ -17,6 +17,7 @@ from causvid_jax.serve.film import Film, Replay
 from causvid_jax.serve.programs import Programs, open_programs
 from causvid_jax.sharding import placement
 from causvid_jax.sharding.mesh import make_mesh
+from tests.refusals import refused
 from tests.serve.conftest import RECIPE
 from tests.tiny import tiny_workdir
 
@@ -58,8 +59,7 @@ def test_a_program_starts_without_model_and_compiler(programs, tmp_path, monkeyp
     for expected in frames:
         np.testing.assert_array_equal(again.step(), expected)
     other = dataclasses.replace(programs.recipe, causal=dataclasses.replace(RECIPE.causal, window=3))
-    with pytest.raises(ConfigError, match="was built for causal.window = 2, and the recipe has 3"):
-        functions.load(tmp_path / "x.program", other)
+    refused("was built for causal.window = 2, and the recipe has 3", functions.load, tmp_path / "x.program", other)
     header["machine"] = "another"
     exported.save(tmp_path / "y.program", header, made, {"jit_call-0-cache": b"not for this machine"})
     functions.load(tmp_path / "y.program", programs.recipe)

@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 
-from causvid_jax.config import ConfigError
 from causvid_jax.sampling import script
 from causvid_jax.serve import functions
 from causvid_jax.serve.engine import Engine
@@ -16,6 +15,7 @@ from causvid_jax.serve.session import Change, Start
 from causvid_jax.serve.settings import Settings
 from causvid_jax.serve.socket import describe
 from tests import tiny
+from tests.refusals import refused
 from tests.serve.conftest import Clock, events, run
 
 RECIPE = tiny.tiny_recipe(**tiny.IMAGE, causal={"window": 2})
@@ -94,10 +94,8 @@ def test_sessions_and_jobs_start_from_an_uploaded_picture(programs, film, tmp_pa
     engine.close(session, "enough")
 
     jobs, video = Jobs(engine), np.repeat(PICTURE[None], 9, axis=0)
-    with pytest.raises(ConfigError, match="has an image branch; send the picture"):
-        jobs.create(PROMPT)
-    with pytest.raises(ConfigError, match="has an image branch and follows no video"):
-        jobs.create(PROMPT, video=video)
+    refused("has an image branch; send the picture", jobs.create, PROMPT)
+    refused("has an image branch and follows no video", jobs.create, PROMPT, video=video)
     job = jobs.create(PROMPT, seed=7, seconds=5 / RECIPE.video.fps, picture=PICTURE)
     run(engine)
     assert job.status == "completed", job.error
@@ -107,10 +105,7 @@ def test_sessions_and_jobs_start_from_an_uploaded_picture(programs, film, tmp_pa
 
 
 def test_what_an_image_branch_does_not_go_with_is_one_sentence(programs, film):
-    with pytest.raises(ConfigError, match="accepted: causal.window.*and a student without an image branch"):
-        functions.shaped(RECIPE)
-    with pytest.raises(ConfigError, match="reads a picture at its start only"):
-        Film(programs, 7, PROMPT, picture=PICTURE).step(PICTURE[None])
+    refused("accepted: causal.window.*and a student without an image branch", functions.shaped, RECIPE)
+    refused("reads a picture at its start only", Film(programs, 7, PROMPT, picture=PICTURE).step, PICTURE[None])
     without = dataclasses.replace(film[0].script(), events=(script.Event(0, prompt=PROMPT),))
-    with pytest.raises(ConfigError, match="has no picture at its start"):
-        Replay(programs, without)
+    refused("has no picture at its start", Replay, programs, without)

@@ -291,8 +291,7 @@ def test_a_request_that_does_not_arrive_is_closed(shared, monkeypatch, sent):
 
 
 def test_another_address_needs_a_token_and_the_token_opens(programs, tmp_path):
-    with pytest.raises(ConfigError, match="give --token"):
-        Settings(host="0.0.0.0")
+    refused("give --token", Settings, host="0.0.0.0")
     with Server(programs, tmp_path, token="a-long-secret-token") as live, live.http() as http:
         assert http.get("/metrics").status_code == 401 and http.get("/readyz").status_code == 200
         assert http.get("/metrics", headers={"authorization": "Bearer a-long-secret-token"}).status_code == 200
