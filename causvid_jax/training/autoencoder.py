@@ -13,7 +13,7 @@ import optax
 
 from causvid_jax.checkpoints import wan_vae
 from causvid_jax.checkpoints import workdir as paths
-from causvid_jax.config import Recipe, TAEHVConfig, VAEConfig
+from causvid_jax.config import Recipe, TAEHVConfig, VAEConfig, require
 from causvid_jax.data import pipeline, sources
 from causvid_jax.distributed import collectives
 from causvid_jax.evaluation import frame_metrics
@@ -173,9 +173,14 @@ def train_vae(run: Run, init_from: pathlib.Path | None = None) -> None:
     Without ``train_encoder`` these are the statistics of ``init_from``, so that its latents stay valid.
 
     Raises:
-        ConfigError: the clips are not prepared.
+        ConfigError: the clips are not prepared, or an encoder that is not trained has no weights to start from.
     """
     recipe, config = run.recipe, run.recipe.train_vae
+    require(
+        config.train_encoder or init_from is not None,
+        "train_vae.train_encoder is False, and new weights would leave the encoder random; give trained ones by "
+        "--init_from",
+    )
     clips, test_clips = (sources.clips(recipe, run.workdir, split) for split in ("train", "test"))
     optimizer = make_optimizer(config.optimizer, config.steps)
     if not config.train_encoder:

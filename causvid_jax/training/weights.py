@@ -131,8 +131,16 @@ def initial_state(
     """Return the state that ``run`` starts or resumes from, on the mesh.
 
     Without a checkpoint its parameters are those of ``path``, else new ones if ``fresh``, else those of ``stage``.
+
+    Raises:
+        ConfigError: the weights are missing or do not fit, or adapters would be trained on new weights.
     """
     if fresh and path is None:
+        require(
+            not config.lora.rank,
+            f"train_{run.name}.lora.rank is {config.lora.rank}, but the stage starts from new weights, which adapters "
+            "would leave random; give trained ones by --init_from, or use rank 0",
+        )
         key = jax.random.key(run.config.seed)
         return run.restore(run.placement.init(lambda: step.init(transformer.init(key, config)), step.shardings))
     params = load_network(run, stage, config, path)

@@ -66,6 +66,14 @@ def test_a_codec_has_no_adapters():
         stages.with_lora("vae", recipe)
 
 
+def test_adapters_of_new_weights_are_refused(folder):
+    """The base, which is frozen, stayed random."""
+    other = {"student": {"dim": 24}}  # of another size than the teacher, so that it does not start from its weights
+    for name, recipe in (("teacher", RECIPE), ("init", tiny.changed(RECIPE, **other))):
+        with pytest.raises(ConfigError, match=f"train_{name}.lora.rank is 2, but the stage starts from new weights"):
+            tiny.RecordedRun(name, stages.with_lora(name, recipe), folder).train()
+
+
 def test_adapters_are_split_over_the_mesh_like_their_kernels():
     spec = transformer.spec(stages.with_lora("distill", RECIPE).student)["blocks"]
     for module in (spec["self_attn"]["q"], spec["cross_attn"]["q"], spec["ffn"]["fc1"]):

@@ -322,6 +322,8 @@ def test_a_vae_whose_decoder_alone_is_trained_keeps_the_statistics_of_its_latent
         monkeypatch.setattr(run, "finish", lambda params, metadata, to=written: to.append(metadata))
         autoencoder.train_vae(run, tmp_path / "vae.safetensors")
         assert {name: written[0][name] for name in known} == expected
+    with pytest.raises(ConfigError, match="train_encoder is False, and new weights would leave the encoder random"):
+        autoencoder.train_vae(tiny.RecordedRun("vae", tiny.tiny_recipe(train_vae={"train_encoder": False}), tmp_path))
 
 
 # ---- update ---------------------------------------------------------------------------------------------------------
