@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float
 
 from causvid_jax.config import DiffusionConfig
+from causvid_jax.diffusion.checks import same_shape
 
 Sigma: TypeAlias = jax.Array | np.ndarray | float
 
@@ -56,6 +57,7 @@ def add_noise(
     x0: Float[jax.Array, "*shape"], noise: Float[jax.Array, "*shape"], sigma: Sigma
 ) -> Float[jax.Array, "*shape"]:
     """Return ``x_t = (1 - sigma) x0 + sigma noise``. At sigma 0 this is exactly ``x0``."""
+    same_shape(x0=x0, noise=noise)
     sigma = expand(sigma, x0)
     return (1 - sigma) * x0 + sigma * noise
 
@@ -69,6 +71,7 @@ def x0_from_velocity(
     x_t: Float[jax.Array, "*shape"], velocity: Float[jax.Array, "*shape"], sigma: Sigma
 ) -> Float[jax.Array, "*shape"]:
     """Return the clean latents ``x0 = x_t - sigma velocity``."""
+    same_shape(x_t=x_t, velocity=velocity)
     return x_t - expand(sigma, x_t) * velocity
 
 

@@ -1,8 +1,7 @@
 """Classifier-free guidance, ``uncond + g (cond - uncond)``. With ``g = 1`` it is the conditional network.
 
 The published samplers use this form. The published DMD code writes ``cond + s (cond - uncond)``, where ``g = 1 + s``.
-At one x_t, guidance of velocities equals guidance of x0 predictions, because
-``x0 = x_t - sigma v`` is affine in v and the weights ``1 - g`` and ``g`` sum to one.
+At one x_t it equals guidance of x0 predictions: ``x0 = x_t - sigma v`` is affine in v, and the weights sum to one.
 
 Sources: arXiv 2207.12598; 2404.07724 (interval); 2410.02416 (projection).
 """
@@ -13,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Float
+
+from causvid_jax.diffusion import flow
 
 
 def scale_at(
@@ -49,7 +50,7 @@ def guided_velocity(
     timestep: Float[jax.Array, "B F"],
     prompt_embeds: Float[jax.Array, "B S E"],
     negative_prompt_embeds: Float[jax.Array, "*batch S E"],
-    guidance_scale: float | Float[jax.Array, "B F"],
+    guidance_scale: float | Float[jax.Array, "..."],
     eta: float = 1.0,
 ) -> Float[jax.Array, "B F h w D"]:
     """Return ``v_uncond + g (v_cond - v_uncond)`` from one call of the network on a batch of 2B.
@@ -66,21 +67,20 @@ def guided_velocity(
         timestep: ``[B, F]``, in [0, 1000].
         prompt_embeds: ``[B, S, E]``.
         negative_prompt_embeds: of the unconditional branch, ``[S, E]`` or ``[B, S, E]``.
-        guidance_scale: weight g, a Python number or an array ``[B, F]`` (:func:`scale_at`). With the number 1 the
-            unconditional branch is not computed.
+        guidance_scale: weight g, a number (1: no unconditional branch is computed) or an array ``[B]`` or ``[B, F]``.
         eta: weight of the parallel part, in [0, 1]; 1 is plain guidance.
 
     Returns:
         The velocity, ``[B, F, h, w, D]`` with the D output channels of the network.
     """
-    per_frame = isinstance(guidance_scale, jax.Array)
-    if not per_frame and guidance_scale == 1.0:
+    number = isinstance(guidance_scale, (int, float))
+    if number and guidance_scale == 1.0:
         return velocity_fn(x, timestep, prompt_embeds)
     negative = jnp.broadcast_to(negative_prompt_embeds, prompt_embeds.shape).astype(prompt_embeds.dtype)
     embeds = rearrange([negative, prompt_embeds], "two b ... -> (b two) ...")
     both = velocity_fn(jnp.repeat(x, 2, axis=0), jnp.repeat(timestep, 2, axis=0), embeds)
     unconditional, conditional = rearrange(both, "(b two) ... -> two b ...", two=2)
-    scale = jnp.asarray(guidance_scale)[..., None, None, None] if per_frame else guidance_scale
+    scale = guidance_scale if number else flow.expand(guidance_scale, conditional)
     if eta == 1.0:
         return unconditional + scale * (conditional - unconditional)
     d = (conditional - unconditional).astype(jnp.float32)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from causvid_jax.config import DiffusionConfig, require
-from causvid_jax.diffusion import flow
+from causvid_jax.diffusion import checks, flow
 
 VelocityFn = Callable[[jax.Array, jax.Array], jax.Array]  # (x [B, F, h, w, C], timestep [B, F]) -> velocity
 
@@ -27,12 +27,15 @@ It is below 1 because the log-SNR at sigma 1 is infinite.
 """
 
 
-def _check(sigmas: np.ndarray) -> np.ndarray:
+def _check(sigmas: np.ndarray, noise: jax.Array) -> np.ndarray:
     sigmas = np.asarray(sigmas, np.float64)
+    descend = sigmas.ndim == 1 and len(sigmas) >= 2 and bool(np.all(np.diff(sigmas) < 0))
     require(
-        sigmas.ndim == 1 and len(sigmas) >= 2 and bool(np.all(np.diff(sigmas) < 0)),
-        f"solver sigmas are {np.array2string(sigmas, threshold=8)}; they must be at least two, strictly descending",
+        descend and sigmas[0] <= 1 and sigmas[-1] >= 0,
+        f"solver sigmas are {np.array2string(sigmas, threshold=8)}; they must be at least two, strictly descending, in "
+        "[0, 1]",
     )
+    require(jnp.issubdtype(noise.dtype, jnp.floating), f"the noise is of type {noise.dtype}; accepted: floats")
     return sigmas
 
 
@@ -56,9 +59,10 @@ def euler(
         ``[len(record), B, F, h, w, C]``; index 0 is the noise, index n the result.
 
     Raises:
-        ConfigError: ``sigmas`` does not descend, or ``record`` is not ascending within [0, n].
+        ConfigError: ``sigmas`` does not descend in [0, 1], noise that is not of floats, a velocity of another shape, or
+            ``record`` is not ascending within [0, n].
     """
-    sigmas = _check(sigmas)
+    sigmas = _check(sigmas, noise)
     steps = len(sigmas) - 1
     indices = (steps,) if record is None else tuple(record)
     require(
@@ -75,7 +79,9 @@ def euler(
     def step(carry: Any, inputs: Any) -> tuple[Any, None]:
         x, states = carry
         timestep, change, slot = inputs
-        x = x + change * velocity_fn(x, jnp.full(x.shape[:2], timestep))
+        velocity = velocity_fn(x, jnp.full(x.shape[:2], timestep))
+        checks.same_shape(x=x, velocity=velocity)
+        x = (x + change * velocity).astype(x.dtype)
         return (x, states.at[slot].set(x, mode="drop")), None
 
     states = jnp.zeros((len(indices), *noise.shape), noise.dtype).at[slots[0]].set(noise, mode="drop")
@@ -163,9 +169,10 @@ def unipc(
         x0, ``[B, F, h, w, C]``.
 
     Raises:
-        ConfigError: ``sigmas`` does not descend, begins at 1 or does not end in 0.
+        ConfigError: ``sigmas`` does not descend in [0, 1], begins at 1 or does not end in 0; noise and velocities as in
+            :func:`euler`.
     """
-    sigmas = _check(sigmas)
+    sigmas = _check(sigmas, noise)
     require(sigmas[0] < 1 and sigmas[-1] == 0, f"UniPC sigmas run from {sigmas[0]} to {sigmas[-1]}; accepted: <1 to 0")
     corrector, predictor = _unipc_tables(sigmas)
     timesteps = flow.timestep_from_sigma(sigmas[:-1])

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from causvid_jax.config import DiffusionConfig, DistillStageConfig, ExpertsConfig
-from causvid_jax.diffusion import flow
+from causvid_jax.diffusion import checks, flow
 from causvid_jax.distill import scores
 from causvid_jax.distill.scores import Levels, ScoreFn, mask_weight, masked_mean
 
@@ -69,11 +69,10 @@ def generator_loss(
         experts: of a teacher of two networks, with a guidance scale for each.
 
     Returns:
-        The scalar loss, and the metrics ``loss``, ``gradient`` (mean absolute value), ``timestep`` (mean) and, with a
-        mask, ``weight`` (frames counted).
+        The scalar loss; the metrics ``loss``, mean ``gradient`` (absolute) and ``timestep``, with a mask ``weight``.
 
     Raises:
-        ConfigError: neither a key nor both ``timestep`` and ``noise``.
+        ConfigError: neither a key nor both ``timestep`` and ``noise``, or noise or velocities of another shape.
     """
     x0 = x0.astype(jnp.float32)
     x = jax.lax.stop_gradient(x0)  # no gradient through the scores' inputs
@@ -109,5 +108,6 @@ def critic_loss(
     x = jax.lax.stop_gradient(x0.astype(jnp.float32))  # the student's output is data here
     x_t, timestep, _, noise = scores.noise_output(x, key, timestep, noise, diffusion, distill, levels)
     velocity = fake(x_t, timestep, prompt_embeds)
+    checks.same_shape(x_t=x_t, velocity=velocity)
     loss = masked_mean(jnp.square(velocity.astype(jnp.float32) - flow.velocity_from(x, noise)), mask)
     return loss, {"loss": loss} | mask_weight(mask)

@@ -20,7 +20,7 @@ import numpy as np
 from einops import repeat
 
 from causvid_jax.config import ConfigError, require
-from causvid_jax.diffusion import flow
+from causvid_jax.diffusion import checks, flow
 
 BlockCausalFn = Callable[..., jax.Array]  # (params, x, timestep, prompt_embeds) -> velocity
 
@@ -68,7 +68,7 @@ def ode_regression_loss(
         states: ``[Q + 1, B, F, h, w, C]`` of :func:`~causvid_jax.distill.trajectories.teacher_trajectory`.
         prompt_embeds: ``[B, S, E]``.
         key: draws one step index per sample and block.
-        timesteps: the Q student timesteps of the states, ``flow.student_timesteps``, in (0, 1000].
+        timesteps: the Q student timesteps of the states, ``flow.student_timesteps``, descending in (0, 1000].
         block_sizes: latent frames of each block, ``CausalConfig.block_sizes(F)``.
         include_clean: also draw t = 0, as context only.
         prompt_switch_prob: fraction of the clips that get the context of the next clip in the batch.
@@ -76,12 +76,12 @@ def ode_regression_loss(
         index: int32 ``[B, F]``, the state of each frame (Q: clean); no key is needed then, and no prompt is switched.
 
     Returns:
-        The scalar loss (0 if every block was drawn clean), and the metrics ``loss``, ``noisy_fraction`` (of the frames)
-        and ``weight`` (number of noisy elements).
+        The loss (0 if all is clean); the metrics ``loss``, ``noisy_fraction`` (of frames), ``weight`` (noisy elements).
 
     Raises:
-        ConfigError: there are not Q + 1 states, blocks do not add up to F, or both ``key`` and ``index`` are missing.
+        ConfigError: ``timesteps`` or ``block_sizes`` do not fit ``states``, or both ``key`` and ``index`` are missing.
     """
+    checks.descending(timesteps)
     q, (batch, frames) = len(timesteps), states.shape[1:3]
     require(states.shape[0] == q + 1, f"trajectories have {states.shape[0]} states; {q} timesteps need {q + 1}")
     require(sum(block_sizes) == frames, f"blocks {tuple(block_sizes)} do not add up to {frames} latent frames")

@@ -18,8 +18,7 @@ def trajectory_grid(config: DiffusionConfig) -> tuple[np.ndarray, tuple[int, ...
     """Return the Euler grid that contains every denoising timestep, and the indices of these in it.
 
     Returns:
-        Sigmas, float64 ``[n + 1]``, descending from 1 to 0, and the Q + 1 indices of the Q denoising timesteps and of
-        the final 0. The teacher needs n passes per trajectory.
+        Sigmas, float64 ``[n + 1]`` from 1 to 0 (n passes), and the Q + 1 indices of the timesteps and of the final 0.
     """
     levels = np.asarray(flow.student_timesteps(config)) / 1000.0
     grid = flow.teacher_sigmas(config)
@@ -41,8 +40,7 @@ def teacher_trajectory(velocity_fn: VelocityFn, noise: jax.Array, config: Diffus
     Args:
         velocity_fn: the (guided) teacher, ``(x, timestep [B, F]) -> velocity``.
         noise: ``[B, F, h, w, C]``.
-        config: the grid (``shift``, ``num_inference_steps``) and the Q ``denoising_timesteps``. The solver is always
-            Euler, as in the paper.
+        config: the grid and the Q ``denoising_timesteps``. The solver is always Euler, as in the paper.
 
     Returns:
         ``[Q + 1, B, F, h, w, C]``: state q is at ``flow.student_timesteps(config)[q]``, the last state at 0.

@@ -123,17 +123,22 @@ def _frames_conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[
     return rearrange(y, "(b t) h w c -> b t h w c", b=x.shape[0])
 
 
-def check_video(shape: tuple[int, ...], *, time: int, space: int, starts: bool) -> None:
+def check_video(video: jax.Array | jax.ShapeDtypeStruct, *, time: int, space: int, starts: bool) -> None:
     """Refuse a video that an encoder of ``time`` frames and ``space`` x ``space`` pixels per latent cannot read.
 
     ``starts``: the first latent frame holds one pixel frame, as at the start of a video.
 
     Raises:
-        ConfigError: ``shape`` is not [B, T, H, W, 3], or T, H or W do not fit.
+        ConfigError: the shape is not [B, T, H, W, 3], T, H or W do not fit, or the pixels are not floats.
     """
+    shape = tuple(video.shape)
     require(
         len(shape) == 5 and shape[-1] == 3,
         f"a video of shape {shape} cannot be encoded; accepted: [batch, frames, height, width, 3]",
+    )
+    require(
+        jnp.issubdtype(video.dtype, jnp.floating),
+        f"a video of type {video.dtype} cannot be encoded; accepted: floats in [-1, 1] (media.to_float)",
     )
     frames, height, width = shape[1:4]
     accepted = f"1 + {time}n" if starts else f"{time}n, n > 0"

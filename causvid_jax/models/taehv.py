@@ -286,4 +286,4 @@ def _zero_past(network: Callable[..., Any], inputs: jax.ShapeDtypeStruct, config
 
 
 def _check_video(video: jax.Array | jax.ShapeDtypeStruct, config: TAEHVConfig) -> None:
-    conv.check_video(video.shape, time=time_factor(config), space=space_factor(config), starts=False)
+    conv.check_video(video, time=time_factor(config), space=space_factor(config), starts=False)

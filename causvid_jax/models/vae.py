@@ -318,7 +318,7 @@ def _zeros_like_past(
 
 
 def _check_video(video: jax.Array | jax.ShapeDtypeStruct, config: VAEConfig, *, starts: bool) -> None:
-    conv.check_video(video.shape, time=time_factor(config), space=space_factor(config), starts=starts)
+    conv.check_video(video, time=time_factor(config), space=space_factor(config), starts=starts)
 
 
 def _resample(in_time: bool) -> str:

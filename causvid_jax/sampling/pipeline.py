@@ -28,6 +28,7 @@ from causvid_jax.config.recipes import load_recipe
 from causvid_jax.models import decoder, vae
 from causvid_jax.models.image_branch import Picture, has_branch
 from causvid_jax.sampling import blocks, image_to_video, schedule, stream, weights
+from causvid_jax.sampling.state import check_text
 from causvid_jax.sampling.stream import StreamState
 from causvid_jax.sampling.teacher import clip_noise, sample_clip
 from causvid_jax.text import encoder as text_encoder
@@ -61,13 +62,9 @@ class _Base:
         return jnp.asarray(text_encoder.encode(self.encoder, prompts))
 
     def _embeds(self, prompt: Prompts | jax.Array) -> jax.Array:
-        """Return the embeddings of texts, or checked embeddings: fewer tokens would leave out padding, which counts."""
+        """Return the embeddings of texts, or checked embeddings."""
         given = self.encode_prompt(prompt) if isinstance(prompt, (str, list, tuple)) else jnp.asarray(prompt)
-        size = self.config.text.length, self.config.text.dim
-        require(
-            given.ndim == 3 and len(given) > 0 and given.shape[1:] == size,
-            f"the prompt embeddings have shape {given.shape}; accepted: [B, {size[0]}, {size[1]}] of 1 or more",
-        )
+        check_text(given, self.config)
         return given
 
     def decode(self, latents: jax.Array) -> np.ndarray:

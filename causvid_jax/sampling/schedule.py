@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from causvid_jax.config import CausalConfig, DiffusionConfig, Recipe, require
-from causvid_jax.diffusion import flow
+from causvid_jax.diffusion import checks, flow
 
 ROUNDING = 1e-6
 """Difference of strengths that are equal, since a message shows six digits of the lowest one."""
@@ -32,10 +32,7 @@ def schedule(config: Recipe, timesteps: tuple[float, ...] | None) -> tuple[tuple
         ConfigError: ``timesteps`` are empty, do not descend or are outside (0, 1000].
     """
     steps = tuple(flow.student_timesteps(config.diffusion)) if timesteps is None else timesteps
-    require(
-        bool(steps) and list(steps) == sorted(set(steps), reverse=True) and 0 < min(steps) <= max(steps) <= 1000,
-        f"timesteps are {steps}; they must be at least one, distinct, descending, and in (0, 1000]",
-    )
+    checks.descending(steps)
     return steps, [_sigma(t, config) for t in steps] + [0.0]
 
 

@@ -79,12 +79,21 @@ def init_stream(
         The state, with an empty cache and the prompt's keys and values.
 
     Raises:
-        ConfigError: not as many seeds as prompts, a picture for a student without an image branch, or none for one
-            with it.
+        ConfigError: embeddings of another shape than the recipe's, not as many seeds as prompts, a picture for a
+            student without an image branch, or none for one with it.
     """
     check_picture(picture, config.student, "student")
     seeds = seeds_of(seed, text.shape[0])
     return first_state(params, text, seeds, config=config, capacity=capacity_of(config, frames), picture=picture)
+
+
+def check_text(text: jax.Array, config: Recipe) -> None:
+    """Refuse prompt embeddings that are not ``[B, S, E]`` of the recipe: fewer tokens would leave out padding."""
+    size = config.text.length, config.text.dim
+    require(
+        text.ndim == 3 and len(text) > 0 and text.shape[1:] == size,
+        f"the prompt embeddings have shape {text.shape}; accepted: [B, {size[0]}, {size[1]}] of 1 or more",
+    )
 
 
 def capacity_of(config: Recipe, frames: int | None = None) -> int | None:
@@ -100,10 +109,11 @@ def seeds_of(seed: int | Sequence[int], batch: int) -> jax.Array:
     Raises:
         ConfigError: neither one integer nor ``batch`` of them.
     """
-    each = np.asarray(seed, np.int64)
-    each = each + np.arange(batch) if each.ndim == 0 else each
+    each = np.asarray(seed).astype(object)
+    require(all(isinstance(one, int) for one in each.flat), f"seed is {seed!r}; accepted: whole numbers")
+    each = each + np.arange(batch).astype(object) if each.ndim == 0 else each
     require(each.shape == (batch,), f"{each.size} seeds are given for {batch} prompts; accepted: 1 or {batch}")
-    return jnp.asarray(each.astype(np.uint32))
+    return jnp.asarray((each % 2**32).astype(np.uint32))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity"))
@@ -121,6 +131,7 @@ def first_state(
     ``capacity`` is the maximum number of latent frames of a stream without a window; with a window it is None.
     """
     schedule.check_single_blocks(config)
+    prompt = encode_prompt(params, text, config, None, picture)
     batch, (height, width), causal = text.shape[0], config.latent_size, config.causal
     size = {"batch": batch, "height": height, "width": width}
     # With a window, these are the earlier blocks of which the next block sees at least one frame.
@@ -133,7 +144,7 @@ def first_state(
         cache=transformer.init_cache(
             config.student, causal, frames=capacity, unstacked=is_unstacked(params["student"]), **size
         ),
-        text=encode_prompt(params, text, config, None, picture),
+        text=prompt,
         decode=decoder.init_decode_cache(config, **size),
         recent=jnp.zeros((batch, recent_frames, height, width, config.vae.z_dim), jnp.float32),
         seed=seeds,
@@ -175,8 +186,9 @@ def encode_prompt(
     """Return the keys and values of the prompt ``text [B, S, E]``, and of the picture's embeddings if it has any.
 
     They are in the type that attention reads, which gives the same bits with half the memory of float32. On a mesh a
-    device holds only the keys and values of its own streams.
+    device holds only the keys and values of its own streams. Embeddings of another shape are refused by a ConfigError.
     """
+    check_text(text, config)
     net = config.student
     embeds = () if picture is None or picture.embeds is None else (picture.embeds,)
     cache = transformer.encode_text(student_params(params, strengths), text, *embeds, config=net)

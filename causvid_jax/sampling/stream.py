@@ -69,7 +69,7 @@ def _noise(state: StreamState, step: jax.Array | int, config: Recipe, noise: jax
         values = block_noise(state.seed, state.block, step, _block_shape(state, config)[1:])
     else:
         # The step after the last reads an entry that does not exist; its noise level is 0.
-        values = noise[jnp.minimum(step, len(noise) - 1)]
+        values = noise[jnp.minimum(step, len(noise) - 1)].astype(jnp.float32)
     return precision.round_all(values, config.student)
 
 
@@ -301,7 +301,7 @@ def next_block_from(
         params: ``{"student"}`` is read.
         state: before the block, as in :func:`next_block`. It is donated.
         latents: of the incoming block, ``[B, K, h, w, C]``.
-        start: index of the first denoising step; traced, so that one compilation serves every strength.
+        start: index of the first denoising step, clipped to the recipe's; traced: one compilation serves all strengths.
         noise: as in :func:`next_block`; entry ``start`` is the first that is used.
 
     Returns:
@@ -312,6 +312,7 @@ def next_block_from(
     """
     _check_block(state, latents, config)
     _, sigmas = schedule.schedule(config, None)
+    start = jnp.clip(start, 0, len(sigmas) - 2)
     x = flow.add_noise(latents, _noise(state, start, config, noise), jnp.asarray(sigmas, jnp.float32)[start])
     x0, cache = _denoise(
         params, state, precision.round_all(x, config.student), start, config, noise, None, own_steps=False

@@ -23,6 +23,7 @@ from causvid_jax.config import Recipe, require
 from causvid_jax.diffusion import guidance, solvers
 from causvid_jax.models import experts, image_branch
 from causvid_jax.sampling import stream
+from causvid_jax.sampling.state import check_text
 
 
 def clip_noise(seeds: jax.Array, config: Recipe) -> jax.Array:
@@ -109,11 +110,15 @@ def sample_clip(
         Clean latents ``[B, F, h, w, C]``.
 
     Raises:
-        ConfigError: both or neither of ``seeds`` and ``noise``, not one of them per prompt, timesteps that are above
-            1000 or that the solver refuses, a picture for a teacher without an image branch, or none for one with it.
+        ConfigError: embeddings of another shape, both or neither of ``seeds`` and ``noise``, not one per prompt,
+            timesteps that are above 1000 or that the solver refuses, a picture for a teacher without an image branch,
+            or none for one with it.
     """
+    check_text(prompt_embeds, config)
     require((seeds is None) != (noise is None), "a teacher's clip takes either seeds or noise")
     if seeds is not None:
+        whole = isinstance(seeds, jax.Array) and seeds.ndim == 1 and jnp.issubdtype(seeds.dtype, jnp.integer)
+        require(whole, "seeds must be an array of whole numbers [B], such as jnp.uint32([0, 1])")
         noise = clip_noise(seeds, config)
     assert noise is not None
     require(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pydantic
 from fastapi import FastAPI, Request, WebSocket
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import UploadFile
@@ -82,6 +83,7 @@ def create_app(engine: Engine) -> Any:
     app = FastAPI(title="causvid_jax", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_exception_handler(ConfigError, _sentence)
     app.add_exception_handler(HTTPException, _sentence)
+    app.add_exception_handler(RequestValidationError, _sentence)
     app.add_exception_handler(TooLarge, _sentence)
     app.add_exception_handler(TooSlow, _sentence)
     _add_probes(app, engine)
@@ -112,6 +114,9 @@ async def _tick(engine: Engine) -> None:
 async def _sentence(_: Request, error: Exception) -> JSONResponse:
     """Return the response to an error in the format of the API."""
     status, message = getattr(error, "status_code", 400), getattr(error, "detail", str(error))
+    if isinstance(error, RequestValidationError):  # of the address, such as ?limit=abc
+        first = error.errors()[0]
+        message = f"{first['loc'][-1]}: {first['msg']}"
     if isinstance(error, TooLarge):
         status, message = 413, "the request is too large"
     if isinstance(error, TooSlow):

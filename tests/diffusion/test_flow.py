@@ -75,6 +75,25 @@ def test_guided_velocity_is_one_call_on_both_branches():
     assert batches == [4, 4, 2]
 
 
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray, np.ndarray.tolist])
+def test_guidance_scales_of_clips_and_of_frames(kind):
+    """``[B]`` was taken for scales of frames where B equals F, and numpy arrays were not taken at all."""
+    x = draws(0)[0][:, :2]
+    text, null, timestep = np.ones((2, 5, 6), np.float32), np.zeros((5, 6), np.float32), np.full((2, 2), 500.0)
+    network = lambda x, timestep, text: x + flow.expand(text.sum((1, 2)), x)  # noqa: E731
+    for scales in (np.array([2.0, 5.0]), np.array([[2.0, 3.0], [5.0, 6.0]])):
+        wide = np.broadcast_to(scales[:, None] if scales.ndim == 1 else scales, (2, 2))
+        got = guidance.guided_velocity(network, x, timestep.astype(np.float32), text, null, kind(scales))
+        np.testing.assert_allclose(got, x + 30.0 * wide[..., None, None, None], rtol=1e-6)
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    x0, noise = draws(0, 1)
+    for function, given in ((flow.add_noise, noise[:1]), (flow.x0_from_velocity, noise[..., :1])):
+        with pytest.raises(ConfigError, match="they must be equal"):
+            function.__wrapped__(x0, given, 0.5)  # without the check of annotations, which tests alone have
+
+
 def test_guidance_holds_in_its_interval_alone():
     """Frames of one batch on both sides of the bounds, which belong to it; with two experts too."""
     x = draws(0)[0][:, :2]

@@ -115,6 +115,11 @@ def test_solve_dispatches_and_refuses_bad_grids():
         config = DiffusionConfig(solver=solver, shift=3.0, num_inference_steps=40)
         assert np.abs(solvers.solve(config, gaussian_velocity, NOISE) - exact).max() < tolerance
     refused("strictly descending", solvers.euler, gaussian_velocity, NOISE, np.array([0.0, 1.0]))
+    for sigmas in ([1000.0, 500.0, 0.0], [1.0, 0.5, -0.5]):  # timesteps, and a level below the data
+        refused("strictly descending, in .0, 1.", solvers.euler, gaussian_velocity, NOISE, np.array(sigmas))
+    plain = solvers.euler.__wrapped__  # without the check of annotations, which tests alone have
+    refused("noise is of type int64", plain, gaussian_velocity, NOISE.astype(int), np.array([1.0, 0.0]))
+    refused("they must be equal", solvers.euler, lambda x, t: x[..., :1], NOISE, np.array([1.0, 0.0]))
     refused("accepted: <1 to 0", solvers.unipc, gaussian_velocity, NOISE, np.array([1.0, 0.5, 0.0]))
 
 

@@ -228,5 +228,7 @@ def test_losses_take_noise_and_timesteps_instead_of_a_key():
     np.testing.assert_allclose(loss, ((v - (noise - x0)) ** 2).mean(), rtol=1e-5)
     _, metrics = dmd.generator_loss(x0, TEXT, NULL, teacher=teacher, timestep=timestep, noise=noise, **settings)
     np.testing.assert_allclose(metrics["timestep"], timestep.mean(), rtol=1e-6)
+    with pytest.raises(ConfigError, match="x_t has shape .* and velocity has shape .*; they must be equal"):
+        dmd.critic_loss(x0, TEXT, timestep=timestep, noise=noise, **settings | {"fake": lambda x, *_: x[..., :1]})
     with pytest.raises(ConfigError, match="without a key needs both"):
         dmd.critic_loss(x0, TEXT, noise=noise, **settings)

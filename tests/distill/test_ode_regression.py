@@ -129,6 +129,10 @@ def test_exact_jump_has_zero_loss():
 def test_bad_shapes_are_refused():
     with pytest.raises(ConfigError, match="have 3 states; 3 timesteps need 4"):
         run(0, np.zeros(STATES.shape[1:]), states=STATES[:3])
+    given = {"block_sizes": BLOCKS, "include_clean": False}
+    for steps in (TIMESTEPS[::-1], (1.0, 0.5, 0.0)):
+        with pytest.raises(ConfigError, match="must be at least one, distinct, descending"):
+            ode_regression.ode_regression_loss(lambda *_: 0.0, 0, STATES, TEXT, timesteps=steps, **given)
     with pytest.raises(ConfigError, match="do not add up to 6"):
         run(0, np.zeros(STATES.shape[1:]), states=STATES[:, :, :6])
 

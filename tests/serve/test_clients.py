@@ -201,6 +201,8 @@ def test_pages_of_the_list_of_videos_end(live):
         assert seen == made[::-1]
         assert [video["id"] for video in http.get("/v1/videos?order=asc").json()["data"]] == made
         assert http.get("/v1/videos?after=video_0").status_code == 404
+        wrong = http.get("/v1/videos?limit=abc")
+        assert wrong.status_code == 400 and wrong.json()["error"]["message"].startswith("limit: Input should be")
 
 
 @pytest.mark.parametrize(
