@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float
 
 from causvid_jax.config import CausalConfig, ShardingRules, require
 from causvid_jax.models import int8_attention
-from causvid_jax.models.layers import dot_precision
+from causvid_jax.models.layers import dot_precision, einsum
 from causvid_jax.sharding import constraints
 
 Range = tuple[int, int]  # half-open, in frames
@@ -89,17 +89,12 @@ def dense(
         return _named(out, dtype, name)
     if constraints.platform() == "cpu" and q.shape[1] * k.shape[1] > CHUNKED:
         return _named(_by_head(q, k, v, mask), dtype, name)
-    scores = (
-        jnp.einsum("btnd,bsnd->bnts", q, k, precision=dot_precision(dtype), preferred_element_type=jnp.float32)
-        * q.shape[-1] ** -0.5
-    )
+    scores = einsum("btnd,bsnd->bnts", q, k) * q.shape[-1] ** -0.5
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     late = backend == "late"
     weights = jnp.exp(scores - scores.max(-1, keepdims=True)) if late else jax.nn.softmax(scores, axis=-1)
-    out = jnp.einsum(
-        "bnts,bsnd->btnd", weights.astype(dtype), v, precision=dot_precision(dtype), preferred_element_type=jnp.float32
-    )
+    out = einsum("bnts,bsnd->btnd", weights.astype(dtype), v)
     out = out / jnp.swapaxes(weights.sum(-1), 1, 2)[..., None] if late else out
     return _named(out, dtype, name)
 
@@ -290,8 +285,7 @@ def _partial(
     With ``visible [S]`` hidden keys do not count, and the maximum has no derivative, as :func:`_blockwise` needs.
     """
     q, k, v = (x.astype(dtype) for x in (q, k, v))
-    options: dict[str, Any] = {"precision": dot_precision(dtype), "preferred_element_type": jnp.float32}
-    scores = jnp.einsum("btnd,bsnd->btns", q, k, **options) * q.shape[-1] ** -0.5
+    scores = einsum("btnd,bsnd->btns", q, k) * q.shape[-1] ** -0.5
     if visible is None:
         top = scores.max(-1)
         weights = jnp.exp(scores - top[..., None])
@@ -299,7 +293,7 @@ def _partial(
         scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
         top = jax.lax.stop_gradient(scores.max(-1))
         weights = jnp.where(visible, jnp.exp(scores - top[..., None]), 0.0)
-    return jnp.einsum("btns,bsnd->btnd", weights.astype(dtype), v, **options), top, weights.sum(-1)
+    return einsum("btns,bsnd->btnd", weights.astype(dtype), v), top, weights.sum(-1)
 
 
 def _merge(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

@@ -20,8 +20,9 @@ from einops import rearrange
 from jaxtyping import Float
 
 from causvid_jax.config import CLIPConfig, require
-from causvid_jax.models.layers import Params, dot_precision, gelu_exact, layer_norm, linear, matmul, mlp
-from causvid_jax.sharding.params import ParamSpec, abstract_tree, init_tree, linear_spec, stack_spec
+from causvid_jax.models.attention import dense
+from causvid_jax.models.layers import Params, gelu_exact, layer_norm, linear, matmul, mlp
+from causvid_jax.sharding.params import ParamSpec, abstract_tree, init_tree, linear_spec, norm_spec, stack_spec
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -30,22 +31,15 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 # ---- parameters -----------------------------------------------------------------------------------------------------
 
 
-def _norm_spec(dim: int) -> dict[str, ParamSpec]:
-    return {
-        "scale": ParamSpec((dim,), ("embed",), nn.initializers.ones),
-        "bias": ParamSpec((dim,), ("embed",), nn.initializers.zeros),
-    }
-
-
 def _layer_spec(config: CLIPConfig) -> dict[str, Any]:
     dim = config.dim
     return {
-        "norm1": _norm_spec(dim),
+        "norm1": norm_spec(dim),
         "attn": {
             **{name: linear_spec(dim, dim, ("embed", "heads")) for name in ("q", "k", "v")},
             "o": linear_spec(dim, dim, ("heads", "embed")),
         },
-        "norm2": _norm_spec(dim),
+        "norm2": norm_spec(dim),
         "ffn": {
             "fc1": linear_spec(dim, config.ffn_dim, ("embed", "mlp")),
             "fc2": linear_spec(config.ffn_dim, dim, ("mlp", "embed")),
@@ -62,9 +56,9 @@ def spec(config: CLIPConfig) -> dict[str, Any]:
         },
         "class_embedding": ParamSpec((dim,), ("embed",), normal),
         "position_embedding": ParamSpec((config.tokens, dim), (None, "embed"), normal),
-        "pre_norm": _norm_spec(dim),
+        "pre_norm": norm_spec(dim),
         "blocks": stack_spec(_layer_spec(config), config.num_layers),
-        "post_norm": _norm_spec(dim),
+        "post_norm": norm_spec(dim),
     }
     if config.projection_dim:
         outer["projection"] = {"kernel": ParamSpec((dim, config.projection_dim), ("embed", None), normal)}
@@ -133,18 +127,9 @@ def attention(p: Params, x: jax.Array, config: CLIPConfig) -> jax.Array:
     """Return ``softmax(q k^T / sqrt(D)) v W_o + b_o`` over all tokens of ``x [B, S, M]``, float32 ``[B, S, M]``."""
     dtype = config.dtype
     q, k, v = (
-        rearrange(linear(p[name], x, dtype), "b s (N D) -> b s N D", N=config.num_heads).astype(dtype)
-        for name in ("q", "k", "v")
+        rearrange(linear(p[name], x, dtype), "b s (N D) -> b s N D", N=config.num_heads) for name in ("q", "k", "v")
     )
-    scores = (
-        jnp.einsum("bqnd,bknd->bnqk", q, k, precision=dot_precision(v.dtype), preferred_element_type=jnp.float32)
-        * q.shape[-1] ** -0.5
-    )
-    weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
-    out = jnp.einsum(
-        "bnqk,bknd->bqnd", weights, v, precision=dot_precision(v.dtype), preferred_element_type=jnp.float32
-    )
-    return linear(p["o"], rearrange(out, "b s N D -> b s (N D)"), dtype)
+    return linear(p["o"], rearrange(dense(q, k, v, dtype=dtype), "b s N D -> b s (N D)"), dtype)
 
 
 def encode(params: Params, pixels: Float[jax.Array, "..."], *, config: CLIPConfig) -> Float[jax.Array, "B T M"]:

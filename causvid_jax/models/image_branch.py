@@ -15,7 +15,6 @@ Source: Wan2.1, ``wan/modules/model.py`` (``img_emb``) and ``wan/image2video.py`
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +23,7 @@ from jaxtyping import Float
 from causvid_jax.config import TransformerConfig, require
 from causvid_jax.diffusion.guidance import per_branch
 from causvid_jax.models.layers import Params, gelu_exact, layer_norm, mlp
-from causvid_jax.sharding.params import ParamSpec, linear_spec
+from causvid_jax.sharding.params import linear_spec, norm_spec
 
 EPS = 1e-5
 """Epsilon of the two norms of :func:`embed`; the transformer's other norms use ``config.eps``."""
@@ -33,18 +32,11 @@ EPS = 1e-5
 def spec(config: TransformerConfig) -> dict[str, Any]:
     """Return the parameter specification of :func:`embed`."""
     width, dim = config.image_dim, config.dim
-
-    def norm(size: int, axis: str | None) -> dict[str, ParamSpec]:
-        return {
-            "scale": ParamSpec((size,), (axis,), nn.initializers.ones),
-            "bias": ParamSpec((size,), (axis,), nn.initializers.zeros),
-        }
-
     return {
-        "norm1": norm(width, None),
+        "norm1": norm_spec(width, None),
         "fc1": linear_spec(width, width, (None, None)),
         "fc2": linear_spec(width, dim, (None, "embed")),
-        "norm2": norm(dim, "embed"),
+        "norm2": norm_spec(dim),
     }
 
 

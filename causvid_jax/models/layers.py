@@ -31,6 +31,11 @@ def dot_precision(dtype: Any) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
+def einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return the product of two arrays of one type, accumulated and returned in float32 (:func:`dot_precision`)."""
+    return jnp.einsum(equation, x, y, precision=dot_precision(y.dtype), preferred_element_type=jnp.float32)
+
+
 _FORWARD_MODE = contextvars.ContextVar("forward_mode", default=False)
 
 

@@ -7,26 +7,17 @@ import flax.linen as nn
 
 from causvid_jax.config import TransformerConfig
 from causvid_jax.models import adapters, image_branch, int8_linear
-from causvid_jax.sharding.params import ParamSpec, linear_spec, stack_spec
+from causvid_jax.sharding.params import ParamSpec, linear_spec, norm_spec, stack_spec
 
 
-def _attention_spec(dim: int) -> dict[str, Any]:
-    ones = ParamSpec((dim,), ("embed",), nn.initializers.ones)
+def _attention_spec(dim: int, *, image: bool = False) -> dict[str, Any]:
+    """Return the specification of an attention; with ``image`` also that of the keys and values of image tokens."""
+    of_image = ("k_img", "v_img") if image else ()
+    norm = {"scale": ParamSpec((dim,), ("embed",), nn.initializers.ones)}
     return {
-        "q": linear_spec(dim, dim, ("embed", "heads")),
-        "k": linear_spec(dim, dim, ("embed", "heads")),
-        "v": linear_spec(dim, dim, ("embed", "heads")),
+        **{name: linear_spec(dim, dim, ("embed", "heads")) for name in ("q", "k", "v", *of_image)},
         "o": linear_spec(dim, dim, ("heads", "embed")),
-        "norm_q": {"scale": ones},
-        "norm_k": {"scale": ones},
-    }
-
-
-def _image_attention_spec(dim: int) -> dict[str, Any]:
-    return {
-        "k_img": linear_spec(dim, dim, ("embed", "heads")),
-        "v_img": linear_spec(dim, dim, ("embed", "heads")),
-        "norm_k_img": {"scale": ParamSpec((dim,), ("embed",), nn.initializers.ones)},
+        **{f"norm_{name}": norm for name in ("q", "k", *of_image[:1])},
     }
 
 
@@ -36,11 +27,8 @@ def block_spec(config: TransformerConfig) -> dict[str, Any]:
     spec = {
         "modulation": ParamSpec((6, dim), (None, None), nn.initializers.normal(dim**-0.5)),
         "self_attn": _attention_spec(dim),
-        "norm3": {
-            "scale": ParamSpec((dim,), ("embed",), nn.initializers.ones),
-            "bias": ParamSpec((dim,), ("embed",), nn.initializers.zeros),
-        },
-        "cross_attn": _attention_spec(dim) | (_image_attention_spec(dim) if config.image_dim else {}),
+        "norm3": norm_spec(dim),
+        "cross_attn": _attention_spec(dim, image=config.image_dim > 0),
         "ffn": {
             "fc1": linear_spec(dim, config.ffn_dim, ("embed", "mlp")),
             "fc2": linear_spec(config.ffn_dim, dim, ("mlp", "embed")),

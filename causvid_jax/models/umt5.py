@@ -23,7 +23,7 @@ from jaxtyping import Float, Int, Shaped
 
 from causvid_jax.config import UMT5Config
 from causvid_jax.models import quantization
-from causvid_jax.models.layers import Params, dot_precision, gelu_tanh, matmul, rms_norm
+from causvid_jax.models.layers import Params, einsum, gelu_tanh, matmul, rms_norm
 from causvid_jax.sharding import constraints
 from causvid_jax.sharding.params import Init, ParamSpec, abstract_tree, init_tree, stack_spec
 
@@ -148,14 +148,9 @@ def attention(p: Params, bias: jax.Array, x: jax.Array, mask: jax.Array, config:
         rearrange(_product(x, p[name]["kernel"], dtype), "b s (N D) -> b s N D", N=config.num_heads).astype(dtype)
         for name in ("q", "k", "v")
     )
-    scores = (
-        jnp.einsum("bqnd,bknd->bnqk", q, k, precision=dot_precision(v.dtype), preferred_element_type=jnp.float32) + bias
-    )
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask[:, None, None], einsum("bqnd,bknd->bnqk", q, k) + bias, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
-    out = jnp.einsum(
-        "bnqk,bknd->bqnd", weights, v, precision=dot_precision(v.dtype), preferred_element_type=jnp.float32
-    )
+    out = einsum("bnqk,bknd->bqnd", weights, v)
     return _product(rearrange(out, "b s N D -> b s (N D)"), p["o"]["kernel"], dtype)
 
 

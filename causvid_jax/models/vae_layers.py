@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 
 from causvid_jax.models import conv
-from causvid_jax.models.layers import dot_precision
+from causvid_jax.models.layers import dot_precision, einsum
 
 Tree = dict[str, Any]
 
@@ -61,13 +61,9 @@ def attention_block(params: Tree, x: jax.Array) -> jax.Array:
     height, width = x.shape[2:4]
     tokens = rearrange(rms_norm(params["norm"]["gamma"], x), "b t h w c -> b t (h w) c")
     q, k, v = jnp.split(conv.pointwise(params["to_qkv"], tokens), 3, axis=-1)
-    scores = (
-        jnp.einsum("btqc,btkc->btqk", q, k, precision=dot_precision(v.dtype), preferred_element_type=jnp.float32)
-        * x.shape[-1] ** -0.5
-    )
-    out = jnp.einsum(
-        "btqk,btkc->btqc", jax.nn.softmax(scores, axis=-1).astype(x.dtype), v, precision=dot_precision(x.dtype)
-    )
+    scores = einsum("btqc,btkc->btqk", q, k) * x.shape[-1] ** -0.5
+    weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
+    out = jnp.einsum("btqk,btkc->btqc", weights, v, precision=dot_precision(x.dtype))
     return x + rearrange(conv.pointwise(params["proj"], out), "b t (h w) c -> b t h w c", h=height, w=width)
 
 

@@ -48,6 +48,14 @@ def linear_spec(
     }
 
 
+def norm_spec(dim: int, axis: str | None = "embed") -> dict[str, ParamSpec]:
+    """Return the specs of scale ``[dim]``, ones, and bias ``[dim]``, zeros, of a normalization."""
+    return {
+        "scale": ParamSpec((dim,), (axis,), nn.initializers.ones),
+        "bias": ParamSpec((dim,), (axis,), nn.initializers.zeros),
+    }
+
+
 def stack_spec(spec: Any, length: int) -> Any:
     """Return the spec of ``length`` equal layers, with a leading ``layers`` axis."""
 
