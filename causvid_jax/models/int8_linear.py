@@ -14,7 +14,6 @@ values), and the two of the MLP. Embeddings, modulation and head do not change.
 Source: vector-wise quantization of LLM.int8() (arXiv 2208.07339, section 3.1), without its separate outliers.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from causvid_jax.config import ConfigError, TransformerConfig, require
-from causvid_jax.models.quantization import quantize
+from causvid_jax.models.quantization import quantize, quantized
 from causvid_jax.sharding.params import ParamSpec
 
 Params = dict[str, Any]
@@ -50,12 +49,7 @@ def round_parameter(path: str, x: Any, *, config: TransformerConfig) -> Any:
     """
     if not (path.startswith("blocks/") and path.endswith(f"/{_KERNEL}")):
         return x
-    return dict(zip(("int8", "scale"), _quantize(x, config.dtype), strict=True))
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def _quantize(x: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
-    return quantize(x.astype(dtype), -2)
+    return quantized(x, -2, config.dtype)
 
 
 def round_params(params: Params, config: TransformerConfig) -> Params:

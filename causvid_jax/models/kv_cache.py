@@ -6,7 +6,7 @@ window (``positions="relative"``), keys are stored unrotated and rotated when th
 array: the first ``sink`` frames keep their slots, and all later frames share a ring buffer.
 
 With ``TransformerConfig.kv_cache="int8"`` keys and values are stored in 8 bits. Every latent frame, head and channel
-has a scale, computed over the tokens of the frame (``models.int8_cache``). A pass multiplies the past by its scales,
+has a scale, computed over the tokens of the frame (``models.quantization``). A pass multiplies the past by its scales,
 one layer at a time, into a copy in the compute type. The pass reads the current block without 8-bit rounding.
 
 A cache has the form of the parameters that it is used with: one array ``[L, ...]`` of all layers, or a tuple of L

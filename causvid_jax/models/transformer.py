@@ -29,7 +29,6 @@ from jaxtyping import Float
 
 from causvid_jax.config import CausalConfig, TransformerConfig, require
 from causvid_jax.models import adapters, attention, int8_linear, precision, rope
-from causvid_jax.models.int8_cache import readable, stored
 from causvid_jax.models.int8_linear import round_parameter, round_params
 from causvid_jax.models.kv_cache import (
     KVCache,
@@ -44,6 +43,7 @@ from causvid_jax.models.kv_cache import (
 )
 from causvid_jax.models.layers import Params
 from causvid_jax.models.precision import layer_norm, linear, modulate
+from causvid_jax.models.quantization import readable, stored
 from causvid_jax.models.remat import LAYER_INPUT, rematerialize
 from causvid_jax.models.transformer_layer import (
     TOKEN_AXES,
@@ -60,12 +60,7 @@ from causvid_jax.models.transformer_layer import (
 from causvid_jax.models.transformer_spec import block_spec, inference_spec, outer_spec, spec
 from causvid_jax.models.unstacked import is_unstacked, unstack
 from causvid_jax.sharding import constraints
-from causvid_jax.sharding.params import (
-    abstract_tree,
-    declare,
-    inference_tree,
-    init_tree,
-)
+from causvid_jax.sharding.params import abstract_tree, declare, inference_tree, init_tree
 
 __all__ = [
     "KVCache",
@@ -273,7 +268,11 @@ def _grid(x: jax.Array, config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def _attend_plan(plan: attention.Plan, angle: jax.Array, params: Params, config: TransformerConfig) -> Attend:
+def _attend_plan(
+    plan: attention.Plan, positions: jax.Array, x: jax.Array, params: Params, config: TransformerConfig
+) -> Attend:
+    """Return the self-attention of ``plan`` for latents ``x`` at the time positions ``[F]``."""
+    angle = rope.angles(positions, **_grid(x, config))
     rotate = functools.partial(rope.rotate, angle=angle, halves=is_unstacked(params))
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> tuple[jax.Array, None]:
@@ -311,9 +310,7 @@ def bidirectional(
     Raises:
         ConfigError: the channels of x, ``image_embeds`` or the form of the kernels do not fit ``config``.
     """
-    angle = rope.angles(jnp.arange(x.shape[1]), **_grid(x, config))
-
-    attend = _attend_plan(attention.bidirectional(x.shape[1]), angle, params, config)
+    attend = _attend_plan(attention.bidirectional(x.shape[1]), jnp.arange(x.shape[1]), x, params, config)
     return _apply(params, config, attend, x, timestep, prompt_embeds, image_embeds)[0]
 
 
@@ -331,8 +328,7 @@ def pooled_features(
     ``queries`` are ``[L, M]``; the pooling is :func:`causvid_jax.models.transformer_layer.pool_tokens`. A discriminator
     reads the features (``distill.gan``). The tokens of the layers are not kept.
     """
-    angle = rope.angles(jnp.arange(x.shape[1]), **_grid(x, config))
-    attend = _attend_plan(attention.bidirectional(x.shape[1]), angle, params, config)
+    attend = _attend_plan(attention.bidirectional(x.shape[1]), jnp.arange(x.shape[1]), x, params, config)
     return _apply(params, config, attend, x, timestep, prompt_embeds, layer_caches=queries, pooled=True)[1]
 
 
@@ -375,7 +371,7 @@ def block_causal(
         timestep = jnp.concatenate([at_clean, timestep], axis=1)
         positions = jnp.concatenate([jnp.arange(copies), past + positions])
         plan = attention.teacher_forcing(copies, causal, past)
-    attend = _attend_plan(plan, rope.angles(positions, **_grid(x, config)), params, config)
+    attend = _attend_plan(plan, positions, x, params, config)
     return _apply(params, config, attend, x, timestep, prompt_embeds, image_embeds, keep_frames=frames)[0]
 
 

@@ -22,8 +22,8 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 
 from causvid_jax.config import UMT5Config
-from causvid_jax.models import quantization
 from causvid_jax.models.layers import Params, einsum, gelu_tanh, matmul, rms_norm
+from causvid_jax.models.quantization import quantized
 from causvid_jax.sharding import constraints
 from causvid_jax.sharding.params import Init, ParamSpec, abstract_tree, init_tree, stack_spec
 
@@ -88,10 +88,7 @@ def quantize(path: str, x: jax.Array) -> Any:
     ``round(x / s)``.
     """
     axis = {"kernel": -2, "token_embedding": -1}.get(path.rpartition("/")[2])
-    return x if axis is None else dict(zip(("int8", "scale"), _quantize(x, axis), strict=True))
-
-
-_quantize = jax.jit(quantization.quantize, static_argnames="axis")
+    return x if axis is None else quantized(x, axis)
 
 
 def _product(x: jax.Array, kernel: Any, dtype: str) -> jax.Array:

@@ -60,11 +60,6 @@ def time_factor(config: VAEConfig) -> int:
     return 2 ** sum(config.temporal_downsample)
 
 
-def space_factor(config: VAEConfig) -> int:
-    """Return the pixels per latent position along height and width: 8 in Wan2.1, 16 in Wan2.2-TI2V-5B."""
-    return config.space_factor
-
-
 def encoder_layers(config: VAEConfig) -> tuple[tuple[str, int, int], ...]:
     """Return (kind, channels in, channels out) of ``encoder/downsamples``: residual, resample2d or resample3d."""
     plan, width = [], config.base_dim
@@ -153,7 +148,7 @@ def encode_moments(
     """Return mean and log-variance of q(z | video), unnormalized: [B, 1 + 4n, H, W, 3] to [B, 1 + n, h, w, C] each.
 
     Raises:
-        ConfigError: the frames are not 1 + 4n, or H or W is no multiple of :func:`space_factor`.
+        ConfigError: the frames are not 1 + 4n, or H or W is no multiple of ``config.space_factor``.
     """
     _check_video(video, config, starts=True)
     return _encoder(params, video, {}, config=config, starts=True)[0]
@@ -318,7 +313,7 @@ def _zeros_like_past(
 
 
 def _check_video(video: jax.Array | jax.ShapeDtypeStruct, config: VAEConfig, *, starts: bool) -> None:
-    conv.check_video(video, time=time_factor(config), space=space_factor(config), starts=starts)
+    conv.check_video(video, time=time_factor(config), space=config.space_factor, starts=starts)
 
 
 def _resample(in_time: bool) -> str:

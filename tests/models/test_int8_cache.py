@@ -12,7 +12,7 @@ import causvid_jax as cv
 from causvid_jax.config import CausalConfig, ConfigError
 from causvid_jax.config.recipes import load_recipe
 from causvid_jax.distill import rollout
-from causvid_jax.models import int8_cache, quantization, transformer
+from causvid_jax.models import quantization, transformer
 from causvid_jax.sampling import exported, player, state_io, stream, weights
 from causvid_jax.training import stages
 from tests import tiny
@@ -36,13 +36,13 @@ def with_int8(pipe, causal=CAUSAL):
 def test_rounding_is_that_of_numpy():
     x = np.random.default_rng(0).standard_normal((2, 3, 5, 2, 6)).astype(np.float32) * np.geomspace(1e-3, 1e3, 6)
     x[:, :, :, 1, 2] = 0.0
-    q, scale = jax.jit(quantization.quantize, static_argnums=1)(jnp.asarray(x, jnp.float32), int8_cache.TOKENS)
+    q, scale = jax.jit(quantization.quantize, static_argnums=1)(jnp.asarray(x, jnp.float32), quantization.TOKENS)
     expected = np.abs(x).max(2, keepdims=True) / 127
     assert q.dtype == jnp.int8 and scale.shape == (2, 3, 1, 2, 6)
     np.testing.assert_allclose(scale, expected, rtol=1e-6)
     assert np.all(np.abs(q * scale - x) <= expected * 0.5001)
     assert np.abs(np.asarray(q)).max(2).min() == 0 and np.abs(np.asarray(q)).max() == 127
-    keys, values = int8_cache.readable((q, q, scale, scale), "bfloat16")
+    keys, values = quantization.readable((q, q, scale, scale), "bfloat16")
     assert keys.dtype == jnp.bfloat16 and np.array_equal(keys, values)
 
 
