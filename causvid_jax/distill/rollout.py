@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 
 from causvid_jax.config import CausalConfig, require
@@ -142,7 +141,7 @@ def generate_block(
         The clean estimate x0, the noisy input of the exit step and the latents of the context pass, all of ``shape``,
         and the cache after the block.
     """
-    timesteps, exit_step, channels = block_timesteps(rollout, inputs.timesteps), inputs.exit_step, inputs.channels
+    timesteps, exit_step, channels = inputs.timesteps, inputs.exit_step, inputs.channels
 
     def noise(step: jax.Array | int) -> jax.Array:
         return jax.random.normal(jax.random.fold_in(key, step), shape)
@@ -167,25 +166,20 @@ def generate_block(
     return x0, x, context_latents, kv_cache.advance(cache, shape[1])
 
 
-def block_timesteps(rollout: Rollout, timesteps: jax.Array | None) -> jax.Array:
-    """Return ``timesteps``, or the rollout's timesteps, float32 ``[Q]``, if they are None."""
-    return jnp.asarray(np.asarray(rollout.timesteps, np.float32)) if timesteps is None else timesteps
-
-
 class BlockInputs(NamedTuple):
     """Inputs of n blocks of one size.
 
     Attributes:
         number: of each block in the clip, ``[n]``.
         exit_step: ``[n]``.
-        timesteps: of each block, ``[n, Q]``; None: those of the rollout.
+        timesteps: of each block, ``[n, Q]``.
         is_read: bool ``[n]``, whether a later block reads the keys and values of the block.
         channels: condition channels ``[n, B, K, h, w, D]``, for a student that reads a picture.
     """
 
     number: jax.Array
     exit_step: jax.Array
-    timesteps: jax.Array | None
+    timesteps: jax.Array
     is_read: jax.Array
     channels: jax.Array | None = None
 
@@ -243,7 +237,7 @@ def _generate_blocks_backward(
     ) -> tuple[tuple[KVCache, Any], None]:
         cache, total = carry
         own, x, replaced, cotangent = inputs
-        timestep = block_timesteps(rollout, own.timesteps)[own.exit_step]
+        timestep = own.timesteps[own.exit_step]
         cache = cache_undo.undo(cache, replaced, shape[1], rollout.causal)
 
         def exit_pass(p: Any, t: TextCache) -> jax.Array:
@@ -320,13 +314,12 @@ def roll(
     for size, count in ((sizes[0], first), (rollout.causal.frames_per_block, len(sizes) - first)):
         if count:
             end = start + count
-            own = table[start:end] if rollout.first_timesteps else None
             channels = None
             if picture is not None and rollout.network.image_channels:
                 channels = picture.channels(sum(sizes[:start]), count * size)
                 channels = rearrange(channels, "b (n k) ... -> n b k ...", k=size)
             numbers = jnp.arange(start, end)
-            inputs = BlockInputs(numbers, exit_steps[start:end], own, numbers < len(sizes) - 1, channels)
+            inputs = BlockInputs(numbers, exit_steps[start:end], table[start:end], numbers < len(sizes) - 1, channels)
             outputs, cache = generate(rollout, (batch, size, *shape[2:]), params, text_cache, cache, inputs, key)
             cache, start = jax.lax.stop_gradient(cache), end
             parts.append(jax.tree.map(lambda x: rearrange(x, "n b k h w c -> b (n k) h w c"), outputs))

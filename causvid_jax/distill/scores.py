@@ -101,20 +101,6 @@ def mask_weight(mask: jax.Array | None) -> dict[str, jax.Array]:
     return {} if mask is None else {"weight": jnp.sum(mask.astype(jnp.float32))}
 
 
-class Predictions(NamedTuple):
-    """Predictions of the two scores for one noisy copy of the student's output.
-
-    Attributes:
-        fake_x0: of the fake score, float32 ``[B, F, h, w, C]``.
-        real_x0: of the teacher, float32 ``[B, F, h, w, C]``.
-        timestep: of the noisy copy, ``[B, F]``.
-    """
-
-    fake_x0: jax.Array
-    real_x0: jax.Array
-    timestep: jax.Array
-
-
 def predictions(
     x: jax.Array,
     prompt_embeds: jax.Array,
@@ -129,9 +115,10 @@ def predictions(
     noise: jax.Array | None = None,
     levels: Levels = Levels(),  # noqa: B008
     experts: ExpertsConfig = ExpertsConfig(),  # noqa: B008
-) -> Predictions:
-    """Return the x0 predictions of both scores, each guided by its scale, at ``x_t = (1 - sigma) x + sigma noise``.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the x0 predictions of the fake and the real score at ``x_t = (1 - sigma) x + sigma noise``, and t.
 
+    Each score is guided by its scale. The predictions are float32 ``[B, F, h, w, C]``, the timesteps t ``[B, F]``.
     Arguments and errors are those of :func:`causvid_jax.distill.dmd.generator_loss`. A gradient passes through ``x_t``
     to ``x``.
     """
@@ -145,4 +132,4 @@ def predictions(
         for score, scale, eta in scores
     ]
     fake_x0, real_x0 = (flow.x0_from_velocity(x_t, v.astype(jnp.float32), sigma) for v in velocities)
-    return Predictions(fake_x0, real_x0, timestep)
+    return fake_x0, real_x0, timestep

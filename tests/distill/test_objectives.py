@@ -64,10 +64,10 @@ def test_guidance_of_the_fake_score_and_levels_match_numpy():
     distill = DistillStageConfig(guidance_scale=1.0, fake_guidance_scale=2.5)
     options = {"teacher": real, "fake": fake, "diffusion": DIFFUSION, "distill": distill}
     levels = scores.Levels(0.25, 0.5)
-    x = scores.predictions(jnp.asarray(x0), TEXT + 1, TEXT[0], KEY, levels=levels, **options)
+    fake_x0, _, timestep = scores.predictions(jnp.asarray(x0), TEXT + 1, TEXT[0], KEY, levels=levels, **options)
     sigma, x_t = noised(x0, low=0.25, high=0.5)
-    np.testing.assert_allclose(x.timestep, 1000 * sigma[:, :, 0, 0, 0] * np.ones((1, 3)), rtol=1e-5)
-    np.testing.assert_allclose(x.fake_x0, x_t - sigma * (0.7 * x_t + 0.1 + 2.5 * 0.3), atol=1e-5)
+    np.testing.assert_allclose(timestep, 1000 * sigma[:, :, 0, 0, 0] * np.ones((1, 3)), rtol=1e-5)
+    np.testing.assert_allclose(fake_x0, x_t - sigma * (0.7 * x_t + 0.1 + 2.5 * 0.3), atol=1e-5)
     t = scores.score_timesteps(KEY, 5000, 3, DIFFUSION, distill, scores.Levels(0.25, 0.5, (1, 2)))
     np.testing.assert_array_equal(t[:, 1], t[:, 2])
     assert np.corrcoef(t[:, 0], t[:, 1])[0, 1] < 0.05
