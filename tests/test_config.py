@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import pathlib
 import subprocess
 import sys
 
 import ml_collections
+import numpy as np
 import pytest
 
 from causvid_jax import config as c
 from causvid_jax.cli import train
+from causvid_jax.config.recipes import load_recipe
+from causvid_jax.sampling.request import SampleRequest
 from tests.refusals import refused
 
 
@@ -303,3 +307,19 @@ def test_config_and_recipes_import_no_jax():
     code += "; print(sorted({'jax', 'flax', 'numpy', 'tensorflow_datasets'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_request_in_python_is_checked_like_flags():
+    """A text was read as a sequence of letters, and strengths above 1 or NaN were accepted."""
+    digits = load_recipe(pathlib.Path(__file__).parents[1] / "configs" / "digits.py")
+    given = {"config": digits, "prompt": ("a red 3 moving left",), "video": "a.mp4"}
+    SampleRequest(**given, strength=1, seed=np.int64(3))
+    for change, words in (
+        ({"prompt": "a red 3 moving left"}, "--prompt is 'a red .*; it must be a sequence"),
+        ({"strength": float("nan")}, "--strength is nan; accepted: at least 0"),
+        ({"strength": 2.0}, "--strength is 2.0"),
+        ({"frames": 10.5}, "--frames is 10.5; it must be of type int"),
+        ({"seed": "1"}, "--seed is '1'"),
+        ({"config": "digits"}, "config is 'digits'; give a recipe"),
+    ):
+        refused(words, SampleRequest, **given | change)

@@ -11,7 +11,7 @@ from PIL import Image, ImageCms
 
 from causvid_jax import media
 from causvid_jax.config import ConfigError, RunError
-from causvid_jax.media import output, pixels
+from causvid_jax.media import output, pixels, reader
 from tests.refusals import refused
 
 
@@ -374,6 +374,25 @@ def test_names_are_names_of_files(tmp_path, clip, monkeypatch):
 def test_frames_that_are_not_finite_are_refused():
     for value in (np.nan, np.inf):
         refused("not finite", media.to_uint8, np.array([0.0, value]))
+
+
+def test_sizes_rates_and_counts_that_no_video_has_are_refused(tmp_path, clip, monkeypatch):
+    """A rate below 0 gave one frame, no frames gave no file, and a frame above the memory was made before a refusal."""
+    path = tmp_path / "a.mp4"
+    media.write_video(path, clip, 8)
+    for words, size, options in (
+        ("sides of at least 1", (0, 16), {}),
+        ("fps is -5", (16, 16), {"fps": -5}),
+        ("fps is nan", (16, 16), {"fps": float("nan")}),
+        ("frames is 0", (16, 16), {"frames": 0}),
+    ):
+        refused(words, media.read_video, path, *size, **options)
+    monkeypatch.setattr(reader, "host_memory", lambda: 1000)
+    refused("larger than this machine's memory", media.read_video, path, 64, 64)
+    refused("no frames are given", media.write_video, tmp_path / "b.mp4", clip[:0], 8)
+    for wrong in (clip[None], clip[:, :0]):
+        with pytest.raises(TypeError, match="expected uint8"):
+            media.write_video(tmp_path / "b.mp4", wrong, 8)
 
 
 def test_rates_and_sizes_that_cannot_be_written_are_refused(tmp_path):

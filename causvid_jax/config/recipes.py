@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import os
 import pathlib
 import sys
 import types
@@ -34,7 +35,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in folder().glob("*.py") if not path.stem.startswith("_"))
 
 
-def load_recipe(config: str, overrides: Mapping[str, str] | None = None) -> Recipe:
+def load_recipe(config: str | os.PathLike, overrides: Mapping[str, str] | None = None) -> Recipe:
     """Return the validated recipe of a name or a file, with fields set from text. The file is run as Python code.
 
     Args:
@@ -45,7 +46,7 @@ def load_recipe(config: str, overrides: Mapping[str, str] | None = None) -> Reci
         ConfigError: no such recipe, a file that does not run or has no ``get_config``, an unknown field, a value that
             is not accepted, or groups that do not fit each other.
     """
-    file, *arguments = config.split(":", 1)
+    file, *arguments = os.fspath(config).split(":", 1)
     path = _find(file)
     module = _run(path, file)
     require(hasattr(module, "get_config"), f"config file {file} has no get_config function")

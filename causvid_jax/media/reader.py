@@ -48,12 +48,17 @@ def read_video(
         fps: frames per second of the result, chosen by time; None returns every frame of the file once.
 
     Raises:
-        ConfigError: no such file, no video, a damaged video, or more frames than fit in half of the host's memory.
+        ConfigError: no such file, no video, a damaged video, a size, rate or number that is not positive, or more
+            frames than fit in half of the host's memory.
     """
     path = pathlib.Path(path)
     require(path.is_file(), f"video {str(path)!r} does not exist")
+    require(height >= 1 and width >= 1, f"the size is {width} x {height} pixels; accepted: sides of at least 1")
+    require(fps is None or 0 < fps < math.inf, f"fps is {fps}; accepted: above 0")
+    require(frames is None or frames >= 1, f"frames is {frames}; accepted: at least 1")
     most = (host_memory() or sys.maxsize) // (2 * 3 * height * width)  # once as a list and once as an array
     last = most + 1 if frames is None else min(frames, most + 1)
+    require(most > 0, f"a frame of {width} x {height} pixels is larger than this machine's memory; give smaller ones")
     try:
         result = list(itertools.islice(iterate_frames(path, height, width, fps), last))
     except (OSError, ValueError, IndexError, av.FFmpegError) as error:

@@ -82,7 +82,7 @@ class VideoWriter:
             TypeError: another type or shape.
         """
         frames = frames[None] if frames.ndim == 3 else frames
-        if frames.dtype != np.uint8 or frames.shape[-1] != 3:
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape[1:]:
             raise TypeError(f"frames are {frames.dtype}{list(frames.shape)}; expected uint8 [T, H, W, 3]")
         sides = frames.shape[1] * self.upscale, frames.shape[2] * self.upscale
         require(
@@ -214,7 +214,11 @@ def _defragment(source: pathlib.Path, target: pathlib.Path, comment: str) -> Non
 
 
 def write_video(path: str | pathlib.Path, frames: np.ndarray, fps: float, upscale: int = 1) -> None:
-    """Write uint8 ``[T, H, W, 3]`` to ``.mp4`` or ``.gif`` atomically; the rest as in :class:`VideoWriter`."""
+    """Write uint8 ``[T, H, W, 3]`` to ``.mp4`` or ``.gif`` atomically; the rest as in :class:`VideoWriter`.
+
+    No frames are refused by a ConfigError.
+    """
+    require(len(frames) > 0, f"no frames are given for {str(path)!r}; accepted: at least one")
     with VideoWriter(path, fps, upscale, whole=True) as out:
         out.append(frames)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from causvid_jax.config import ConfigError, Recipe, published, require
-from causvid_jax.config.fields import Bounds
+from causvid_jax.config.fields import Bounds, convert, field_types
 from causvid_jax.config.recipes import CONFIG_HELP, names, option
 from causvid_jax.sampling import blocks
 
@@ -26,7 +26,7 @@ class SampleRequest:
         session.run(session.open_session(request))  # causvid_jax.sampling.session
 
     Raises:
-        ConfigError: a value out of bounds, or two that exclude each other.
+        ConfigError: a value of another type or out of bounds, or two that exclude each other.
     """
 
     config: Recipe = option(None, CONFIG_HELP)
@@ -62,6 +62,10 @@ class SampleRequest:
     upscale: int = option(0, "Size of a pixel in the file; 0: enlarge tiny videos.")
 
     def __post_init__(self) -> None:
+        require(isinstance(self.config, Recipe), f"config is {self.config!r}; give a recipe, such as load_recipe(NAME)")
+        for name, hint in field_types(type(self)).items():
+            if name != "config" and getattr(self, name) is not None:
+                convert(getattr(self, name), hint, f"--{name}")
         largest = SIDE // max(self.config.video.height, self.config.video.width)
         require(0 <= self.upscale <= largest, f"--upscale is {self.upscale}; accepted: 0 to {largest}")
         if self.replay:
