@@ -148,6 +148,7 @@ class Run:
             # Also if the stretch ends later than before, because ``steps`` was raised.
             if self._position is not None and begin < restored < end:
                 self._iterator.set_state(self._position["iterator"])
+            self._progress.note(f"{self.name}: compiling the step, which can take minutes ...")
             while self.step < end:
                 before = self._data_position()
                 batch, examples = self._wait(lambda: self._next(to_device), self._metrics)

@@ -104,6 +104,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_step_before_is_used(finished,
     told = capfd.readouterr().err
     assert f"checkpoint 6 in {newest.parent} is damaged: state/" in told
     assert "has changed; the one of step 4 is used" in told and "continuing from step 4" in told
+    assert told.count("tiny: compiling the step, which can take minutes ...\n") == 1
     assert steps_of(tmp_path) == ["2", "4", "6", "6.damaged"]
     assert [record["step"] for record in read_metrics(tmp_path / "tiny")] == [1, 2, 3, 4, 5, 6]
     # Both bad, the manifest itself among them: the one before those.
