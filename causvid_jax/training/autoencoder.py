@@ -206,8 +206,7 @@ def train_vae(run: Run, init_from: pathlib.Path | None = None) -> None:
         lambda state: sample(run, recipe, test_clips, functools.partial(reconstruct, state.network.ema)),
     )
     params = collectives.gather_to_first(state.network.ema)
-    keeps = init_from is not None and not config.train_encoder
-    known = paths.open_stage(recipe, run.name, path=init_from).config if keeps else None
+    known = None if config.train_encoder else paths.open_stage(recipe, run.name, path=init_from).config
     run.finish(params, vae_metadata(params, recipe, run.workdir, known))
 
 

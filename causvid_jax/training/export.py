@@ -17,7 +17,7 @@ def export_checkpoint(workdir: pathlib.Path, name: str, output: pathlib.Path, st
 
     Raises:
         ConfigError: there is no such checkpoint, or it is damaged; for ``vae`` also if there are no clips on which the
-            statistics of latents are measured.
+            statistics of latents are measured, or if its encoder is not trained.
     """
     require(name in STAGES, f"--stage is {name!r}; accepted: {', '.join(STAGES)}")
     folder, network = workdir / name / "checkpoints", "student" if name == "distill" else "network"
@@ -30,6 +30,11 @@ def export_checkpoint(workdir: pathlib.Path, name: str, output: pathlib.Path, st
         _, frozen, _ = checkpoint.read(folder, f"{network}.params", step)
         params = adapters.merged(adapters.join(params, adapters.split(frozen)[1]), config)
     if name == "vae":
+        require(
+            recipe.train_vae.train_encoder,
+            f"{folder} is of a VAE whose encoder is not trained (train_vae.train_encoder); only the finished run has "
+            "the statistics of its latents, which are those of its --init_from",
+        )
         metadata = autoencoder.vae_metadata(params, recipe, workdir)
     else:
         metadata = weights.metadata(name, weights.measured_vae(recipe, workdir)[1], workdir)

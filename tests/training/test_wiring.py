@@ -10,10 +10,10 @@ import optax
 import pytest
 
 from causvid_jax.checkpoints import store
-from causvid_jax.config import ConfigError
+from causvid_jax.config import ConfigError, to_json
 from causvid_jax.distill import rollout
 from causvid_jax.models import transformer
-from causvid_jax.training import autoencoder, consistency, dmd, flow_matching, samples, update, weights
+from causvid_jax.training import autoencoder, consistency, dmd, export, flow_matching, samples, update, weights
 from tests import tiny
 
 
@@ -322,8 +322,12 @@ def test_a_vae_whose_decoder_alone_is_trained_keeps_the_statistics_of_its_latent
         monkeypatch.setattr(run, "finish", lambda params, metadata, to=written: to.append(metadata))
         autoencoder.train_vae(run, tmp_path / "vae.safetensors")
         assert {name: written[0][name] for name in known} == expected
+    recipe = tiny.tiny_recipe(train_vae={"train_encoder": False})
     with pytest.raises(ConfigError, match="train_encoder is False, and new weights would leave the encoder random"):
-        autoencoder.train_vae(tiny.RecordedRun("vae", tiny.tiny_recipe(train_vae={"train_encoder": False}), tmp_path))
+        autoencoder.train_vae(tiny.RecordedRun("vae", recipe, tmp_path))
+    monkeypatch.setattr(export.checkpoint, "read", lambda *_: (1, params, {"config": to_json(recipe)}))
+    with pytest.raises(ConfigError, match="only the finished run has the statistics of its latents"):
+        export.export_checkpoint(tmp_path, "vae", tmp_path / "early.safetensors")
 
 
 # ---- update ---------------------------------------------------------------------------------------------------------
