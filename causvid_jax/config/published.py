@@ -10,6 +10,7 @@ JAX.
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -76,16 +77,6 @@ def _join(*parts: Settings) -> dict[str, dict[str, Any]]:
     return groups
 
 
-_SF_LICENCE = "repository Apache-2.0; the model card says CC BY-NC-SA 4.0"
-_SF_CODE = "published code and configs; file list from third-party loaders"
-_CV_LICENCE = "CC BY-NC-SA 4.0"
-_CF_LICENCE = "not known"
-_WAN_CODE = "published code of Wan2.1 and Wan2.2 (sizes, names, sampler)"
-_RCM_CODE = (
-    "published README and sampler of NVlabs/rcm; prefix net. and the linear patch embedding from readers' loaders"
-)
-
-
 def _self_forcing(name: str, what: str, file: str) -> PublishedModel:
     return PublishedModel(
         f"self_forcing_{name}",
@@ -94,10 +85,10 @@ def _self_forcing(name: str, what: str, file: str) -> PublishedModel:
         "1.3b",
         "gdhe17/Self-Forcing",
         ((f"checkpoints/self_forcing_{file}.pt", None),),
-        _SF_LICENCE,
+        "repository Apache-2.0; the model card says CC BY-NC-SA 4.0",
         "2506.08009",
         _join(_CHUNK, _FIVE_SHIFT),
-        _SF_CODE,
+        "published code and configs; file list from third-party loaders",
     )
 
 
@@ -109,7 +100,7 @@ def _causvid(name: str, what: str, folder: str, diffusion: dict[str, Any], causa
         "1.3b",
         "tianweiy/CausVid",
         ((f"{folder}/model.pt", None),),
-        _CV_LICENCE,
+        "CC BY-NC-SA 4.0",
         "2412.07772",
         {"causal": causal, "diffusion": {"shift": 8.0, **diffusion}},
         "published code and configs",
@@ -126,7 +117,7 @@ def _causal_forcing(
         "1.3b",
         "zhuhz22/Causal-Forcing",
         ((file, None),),
-        _CF_LICENCE,
+        "not known",
         "2605.15141" if "++" in what else "2602.02214",
         _join(causal, _FIVE_SHIFT, {"diffusion": diffusion}),
         "published README and config names; step lists from its users' copies of the configs",
@@ -150,7 +141,7 @@ def _rcm(chunk: int, steps: int, later: tuple[float, ...], size: int | None = No
             {"diffusion": {"shift": 1.0, "warp": False, "denoising_timesteps": later}},
             first,
         ),
-        _RCM_CODE,
+        "published README and sampler of NVlabs/rcm; prefix net. and the linear patch embedding from readers' loaders",
     )
 
 
@@ -167,6 +158,17 @@ def _sgf(name: str, folder: str, causal: dict[str, Any]) -> PublishedModel:
         _join(_FIVE_SHIFT, {"causal": {"positions": "relative", **causal}}),
         "published README (cache geometry, files) and training code",
         "the weights and the sampling configs were not available: the step list is that of Causal Forcing, its start",
+    )
+
+
+def _wan(
+    name: str, network: Literal["1.3b", "14b", "5b"], what: str, files: Any, settings: Settings, **more: Any
+) -> PublishedModel:
+    """Return a teacher of the repository that ``what`` begins with."""
+    repository = f"Wan-AI/{re.split('[:,]', what)[0]}"
+    known_from = "published code of Wan2.1 and Wan2.2 (sizes, names, sampler)"
+    return PublishedModel(
+        name, what, "teacher", network, repository, files, "Apache-2.0", "2503.20314", settings, known_from, **more
     )
 
 
@@ -321,71 +323,46 @@ MODELS: tuple[PublishedModel, ...] = (
         "the second time embedding and the patches of compressed frames are not implemented",
         readable=False,
     ),
-    PublishedModel(
+    _wan(
         "wan_t2v_1_3b",
-        "Wan2.1-T2V-1.3B",
-        "teacher",
         "1.3b",
-        "Wan-AI/Wan2.1-T2V-1.3B",
+        "Wan2.1-T2V-1.3B",
         (("diffusion_pytorch_model.safetensors", None), ("Wan2.1_VAE.pth", 507_609_880)),
-        "Apache-2.0",
-        "2503.20314",
         _BASE_14B,
-        _WAN_CODE,
     ),
-    PublishedModel(
+    _wan(
         "wan_t2v_14b",
+        "14b",
         "Wan2.1-T2V-14B",
-        "teacher",
-        "14b",
-        "Wan-AI/Wan2.1-T2V-14B",
         (("diffusion_pytorch_model-00001-of-00006.safetensors", None), ("Wan2.1_VAE.pth", 507_609_880)),
-        "Apache-2.0",
-        "2503.20314",
         _join(_BASE_14B, {"diffusion": {"shift": 5.0, "guidance_scale": 5.0}}),
-        _WAN_CODE,
     ),
-    PublishedModel(
+    _wan(
         "wan22_t2v_a14b",
-        "Wan2.2-T2V-A14B: two experts; the folder is given whole by --checkpoint",
-        "teacher",
         "14b",
-        "Wan-AI/Wan2.2-T2V-A14B",
+        "Wan2.2-T2V-A14B: two experts; the folder is given whole by --checkpoint",
         _A14B_FILES,
-        "Apache-2.0",
-        "2503.20314",
         # sample_guide_scale (3.0, 4.0) is (low noise, high noise); boundary 0.875.
         _a14b(12.0, 4.0, {"boundary": 875.0, "low_noise_guidance_scale": 3.0}),
-        _WAN_CODE,
     ),
-    PublishedModel(
+    _wan(
         "wan22_i2v_a14b",
-        "Wan2.2-I2V-A14B: two experts that read the picture's latents, without CLIP",
-        "teacher",
         "14b",
-        "Wan-AI/Wan2.2-I2V-A14B",
+        "Wan2.2-I2V-A14B: two experts that read the picture's latents, without CLIP",
         _A14B_FILES,
-        "Apache-2.0",
-        "2503.20314",
         _join(_a14b(5.0, 3.5, {"boundary": 900.0}), {"teacher": {"in_channels": 36}}),
-        _WAN_CODE,
     ),
-    PublishedModel(
+    _wan(
         "wan22_ti2v_5b",
-        "Wan2.2-TI2V-5B, with its VAE of 48 channels (16 x 16 x 4)",
-        "teacher",
         "5b",
-        "Wan-AI/Wan2.2-TI2V-5B",
+        "Wan2.2-TI2V-5B, with its VAE of 48 channels (16 x 16 x 4)",
         (("diffusion_pytorch_model-00001-of-00003.safetensors", None), ("Wan2.2_VAE.pth", 2_818_839_170)),
-        "Apache-2.0",
-        "2503.20314",
         {
             "diffusion": {"shift": 5.0, "num_inference_steps": 50, "solver": "unipc", "guidance_scale": 5.0},
             "causal": {"frames_per_block": 1},
             "video": {"frames": 121},
         },
-        _WAN_CODE,
-        "the weights were not available; the teacher starts from text only, not from a picture",
+        not_known="the weights were not available; the teacher starts from text only, not from a picture",
     ),
 )
 

@@ -3,7 +3,7 @@
 import pathlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import av
 import numpy as np
@@ -74,11 +74,9 @@ def decode_ahead(
     queues: list[queue.Queue] = []
 
     def start(path: pathlib.Path) -> None:
-        clips_of_video: queue.Queue = queue.Queue(maxsize=2)
-        queues.append(clips_of_video)
-        threading.Thread(
-            target=_fill, args=(lambda: split_into_clips(path, config, limit), clips_of_video, stop), daemon=True
-        ).start()
+        queues.append(queue.Queue(maxsize=2))
+        clips_of_video = split_into_clips(path, config, limit)
+        threading.Thread(target=_fill, args=(clips_of_video, queues[-1], stop), daemon=True).start()
 
     try:
         for path in paths[:workers]:
@@ -97,11 +95,11 @@ def decode_ahead(
         stop.set()
 
 
-def _fill(make: Callable[[], Iterator[np.ndarray]], output: queue.Queue, stop: threading.Event) -> None:
-    """Put everything that ``make()`` yields into ``output``, then None or the error that it raised."""
+def _fill(clips: Iterator[np.ndarray], output: queue.Queue, stop: threading.Event) -> None:
+    """Put all ``clips`` into ``output``, then None or the error that they end with."""
     end: Exception | None = None
     try:
-        for item in make():
+        for item in clips:
             if not _put(output, item, stop):
                 return
     except Exception as error:

@@ -99,9 +99,7 @@ class VideoWriter:
                         self._take_name()
 
     def _encode(self, frame: np.ndarray) -> None:
-        frame = repeat(frame, "h w c -> (h a) (w b) c", a=self.upscale, b=self.upscale)
-        # yuv420p halves both sides, so an odd side repeats its last line.
-        frame = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
+        frame = enlarge(frame[None], self.upscale)[0]
         if self._stream is None:
             self._stream = self._open_stream(frame.shape[0], frame.shape[1])
         picture = _palette_frame(frame) if self._kind == "gif" else tagged_frame(frame)
@@ -221,6 +219,15 @@ def write_video(path: str | pathlib.Path, frames: np.ndarray, fps: float, upscal
     require(len(frames) > 0, f"no frames are given for {str(path)!r}; accepted: at least one")
     with VideoWriter(path, fps, upscale, whole=True) as out:
         out.append(frames)
+
+
+def enlarge(frames: np.ndarray, upscale: int) -> np.ndarray:
+    """Return frames ``[n, H, W, 3]`` with every pixel as a square of side ``upscale``, padded to even sides.
+
+    yuv420p halves both sides, so an odd side repeats its last line.
+    """
+    frames = repeat(frames, "t h w c -> t (h a) (w b) c", a=upscale, b=upscale)
+    return np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
 
 
 def tagged_frame(frame: np.ndarray) -> av.VideoFrame:

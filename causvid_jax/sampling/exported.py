@@ -317,11 +317,6 @@ class Programs:
     header: Mapping[str, Any]
     exported: Mapping[str, export.Exported]
 
-    @property
-    def capacity(self) -> int | None:
-        """Maximum number of latent frames of a stream; None without a limit."""
-        return self.header["frames"]
-
     def jitted(self, name: str) -> Any:
         """Return a program as a jitted function of (params, ...) that donates the state like the sampler's function.
 

@@ -38,14 +38,7 @@ Prompts = str | Sequence[str]
 
 @dataclasses.dataclass(frozen=True)
 class _Base:
-    """Attributes and methods of both student and teacher.
-
-    Attributes:
-        config: the recipe, with the VAE's latent statistics.
-        params: name of a network to its parameters.
-        encoder: the text encoder of the prompts.
-        clip: sizes of the image encoder, for a network that reads CLIP.
-    """
+    """Attributes and methods of both student and teacher, which describe the attributes."""
 
     config: Recipe
     params: dict[str, Any]

@@ -15,12 +15,11 @@ from fractions import Fraction
 
 import av
 import numpy as np
-from einops import repeat
 from PIL import Image
 
 from causvid_jax.config import RunError
 from causvid_jax.media.pixels import frame_rate
-from causvid_jax.media.writer import BT709, MPEG_RANGE, VideoWriter, tagged_frame
+from causvid_jax.media.writer import BT709, MPEG_RANGE, VideoWriter, enlarge, tagged_frame
 from causvid_jax.sampling.script import Script
 
 CODEC = "avc1.640028"
@@ -63,12 +62,6 @@ def encode_block(frames: np.ndarray, start: int, index: int, fps: float, upscale
         container.mux(stream.encode(None))
     header, fragment = _split(file.getvalue())
     return header, _at(fragment, round(start * _CLOCK / rate))
-
-
-def enlarge(frames: np.ndarray, upscale: int) -> np.ndarray:
-    """Return frames ``[n, H, W, 3]`` with every pixel as a square of side ``upscale``, padded to even sides."""
-    frames = repeat(frames, "t h w c -> t (h a) (w b) c", a=upscale, b=upscale)
-    return np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
 
 
 def _at(fragment: bytes, time: int) -> bytes:

@@ -19,8 +19,8 @@ from aiortc import MediaStreamTrack, RTCConfiguration, RTCPeerConnection, RTCSes
 from aiortc.mediastreams import MediaStreamError
 
 from causvid_jax.config import ConfigError, require
+from causvid_jax.media.writer import enlarge
 from causvid_jax.serve.engine import Engine
-from causvid_jax.serve.fragments import enlarge
 from causvid_jax.serve.session import Chunk, Session
 from causvid_jax.serve.settings import Settings
 
