@@ -84,14 +84,12 @@ def exit_steps_of(
     key: jax.Array,
     frames: int,
     exit_step: jax.Array | int | None = None,
-    *,
-    context: jax.Array | None = None,
-    has_context: jax.Array | bool = True,
+    has_context: jax.Array | bool = False,
 ) -> jax.Array:
     """Return the exit steps, int32 ``[n]``, of the n blocks of a rollout of ``frames`` latent frames.
 
-    They are ``exit_step`` for every block, or :func:`draw_exit_steps` if that is None. ``key``, ``context`` and
-    ``has_context`` are those of :func:`~causvid_jax.distill.rollout.self_rollout`.
+    They are ``exit_step`` for every block, or :func:`draw_exit_steps` if that is None. ``key`` is that of
+    :func:`~causvid_jax.distill.rollout.self_rollout`.
 
     Raises:
         ConfigError: the blocks do not fit ``frames``, or ``exit_step`` is an integer outside a list of timesteps.
@@ -104,4 +102,4 @@ def exit_steps_of(
             f"exit_step is {exit_step}; the shortest list of timesteps has the steps 0 to {steps - 1}",
         )
         return jnp.broadcast_to(jnp.asarray(exit_step, jnp.int32), (blocks,))
-    return draw_exit_steps(rollout, jax.random.split(key)[0], blocks, False if context is None else has_context)
+    return draw_exit_steps(rollout, jax.random.split(key)[0], blocks, has_context)

@@ -144,13 +144,14 @@ def replay_rollout(
 
     Arguments, result and errors are those of :func:`~causvid_jax.distill.rollout.self_rollout`.
     """
-    continued: dict[str, Any] = {"context": context, "has_context": has_context}
-    exits = exit_steps_of(rollout, key, shape[1], exit_step, **continued)
+    has_context = False if context is None else has_context
+    exits = exit_steps_of(rollout, key, shape[1], exit_step, has_context)
     constant = jax.lax.stop_gradient((params, text))
-    record = roll(record_blocks, rollout, *constant, noise_key(key), exits, shape=shape, picture=picture, **continued)
+    options: dict[str, Any] = {"shape": shape, "context": context, "has_context": has_context, "picture": picture}
+    record = roll(record_blocks, rollout, *constant, noise_key(key), exits, **options)
 
     sizes = rollout.causal.block_sizes(shape[1])
-    table = timestep_table(rollout, len(sizes), False if context is None else has_context)
+    table = timestep_table(rollout, len(sizes), has_context)
     timestep = jnp.take_along_axis(table, exits[:, None], axis=1)[:, 0]
     timestep = jnp.repeat(timestep, jnp.asarray(sizes), total_repeat_length=shape[1])
     if context is None:

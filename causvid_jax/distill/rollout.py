@@ -285,15 +285,15 @@ def roll(
     exit_steps: jax.Array,
     *,
     shape: tuple[int, int, int, int, int],
-    context: jax.Array | None = None,
-    has_context: jax.Array | bool = True,
-    picture: Picture | None = None,
+    context: jax.Array | None,
+    has_context: jax.Array | bool,
+    picture: Picture | None,
 ) -> Any:
     """Apply ``generate`` to all blocks of a clip and join the results.
 
     ``generate`` is :func:`generate_blocks` or ``replay.record_blocks``. ``key`` draws the noise, and ``exit_steps [n]``
-    holds the exit step of every block. The other arguments are those of :func:`self_rollout`. The arrays
-    ``[n, B, K, h, w, C]`` of ``generate`` become ``[B, F, h, w, C]``.
+    holds the exit step of every block. The other arguments are those of :func:`self_rollout`; without a context,
+    ``has_context`` is False. The arrays ``[n, B, K, h, w, C]`` of ``generate`` become ``[B, F, h, w, C]``.
     """
     batch, frames, height, width, _ = shape
     sizes = rollout.causal.block_sizes(frames)
@@ -307,7 +307,7 @@ def roll(
         context = noisy_context(context, key, len(sizes), rollout.causal)  # the blocks fold in the numbers below
         filled: Callable[[KVCache], KVCache] = functools.partial(fill_context, rollout, params, text_cache, context)
         cache = jax.lax.stop_gradient(jax.lax.cond(has_context, filled, lambda cache: cache, cache))
-    table = timestep_table(rollout, len(sizes), False if context is None else has_context)
+    table = timestep_table(rollout, len(sizes), has_context)
     parts, start = [], 0
     # A scan needs blocks of one size, so a separate scan generates an independent first frame.
     first = int(sizes[0] != rollout.causal.frames_per_block)
@@ -364,7 +364,7 @@ def self_rollout(
     Raises:
         ConfigError: the blocks do not fit the length or the context, or ``exit_step`` is out of range.
     """
-    continued: dict[str, Any] = {"context": context, "has_context": has_context}
-    exits = exit_steps_of(rollout, key, shape[1], exit_step, **continued)
-    continued["picture"] = picture
-    return roll(generate_blocks, rollout, params, text, noise_key(key), exits, shape=shape, **continued)
+    has_context = False if context is None else has_context
+    exits = exit_steps_of(rollout, key, shape[1], exit_step, has_context)
+    options: dict[str, Any] = {"shape": shape, "context": context, "has_context": has_context, "picture": picture}
+    return roll(generate_blocks, rollout, params, text, noise_key(key), exits, **options)
