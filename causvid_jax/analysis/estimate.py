@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -296,8 +296,7 @@ def _one_network(recipe: Recipe, stage: str, mesh: _Mesh) -> Estimate:
     return Estimate(parts, host + local * net.on_host(frames), work, gathered + exchanged, _times(mesh, work, seconds))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Phase:
+class _Phase(NamedTuple):
     """Bytes on one device in a part of a distillation step, in addition to the state, which all parts hold.
 
     Attributes:
@@ -309,11 +308,6 @@ class _Phase:
     gradients: float
     arrays: float
     gathered: float
-
-    @property
-    def total(self) -> float:
-        """Bytes of all of them."""
-        return self.gradients + self.arrays + self.gathered
 
 
 def _differentiated(recipe: Recipe) -> int:
@@ -380,7 +374,7 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
     self_rollout = config.rollout == "self"
     blocks = len(recipe.causal.block_sizes(frames))
     moments, host = _moments([(student, config.optimizer), (fake, config.critic_optimizer)], recipe)
-    most = max(_distill_phases(recipe, student, fake, teacher).values(), key=lambda phase: phase.total)
+    most = max(_distill_phases(recipe, student, fake, teacher).values(), key=sum)
     parts = {
         "student": student.params,
         "running mean": student.updated,

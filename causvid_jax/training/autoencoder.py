@@ -13,7 +13,7 @@ import optax
 
 from causvid_jax.checkpoints import wan_vae
 from causvid_jax.checkpoints import workdir as paths
-from causvid_jax.config import Recipe, TAEHVConfig, VAEConfig, require
+from causvid_jax.config import Recipe, TAEHVConfig, VAEConfig, VAEStageConfig, require
 from causvid_jax.data import pipeline, sources
 from causvid_jax.distributed import collectives
 from causvid_jax.evaluation import frame_metrics
@@ -83,10 +83,7 @@ def vae_loss(
     key: jax.Array,
     *,
     config: VAEConfig,
-    kl_weight: float,
-    train_encoder: bool = True,
-    clips: int = 1,
-    crop: int = 0,
+    stage: VAEStageConfig,
 ) -> tuple[jax.Array, Metrics]:
     """Return the loss ``mean d^2 + 0.1 mean |d| + kl_weight KL``, with the error d of a decoded sample of the latents.
 
@@ -98,27 +95,25 @@ def vae_loss(
         batch: pixels in [-1, 1], ``[B, T, H, W, 3]``.
         key: samples the latents and the crop.
         config: of the VAE.
-        kl_weight: of the KL divergence from N(0, 1).
-        train_encoder: False gives the encoder no gradient, so latents do not change.
-        clips: number of clips that are decoded as one video (:func:`concat_clips`).
-        crop: number of latent frames that are decoded, from a random start (:func:`random_crop`); 0: all.
+        stage: ``kl_weight``; ``train_encoder`` (without it the encoder has no gradient); ``concat_clips`` and
+            ``crop_frames`` for :func:`concat_clips` and :func:`random_crop`.
 
     Returns:
         The scalar loss, and the metrics ``loss``, ``l1``, ``l2`` and ``kl``.
     """
     mean, logvar = vae.encode_moments(params, batch, config=config)
-    if not train_encoder:
+    if not stage.train_encoder:
         mean, logvar = jax.lax.stop_gradient((mean, logvar))
     logvar = jnp.clip(logvar, -20.0, 10.0)
-    key, crop_key = jax.random.split(key) if crop else (key, key)
+    key, crop_key = jax.random.split(key) if stage.crop_frames else (key, key)
     latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-    latents, video = concat_clips(vae.normalize(latents, config), clips), concat_clips(batch, clips)
-    if crop:
-        latents, video = random_crop(latents, video, crop_key, crop, vae.time_factor(config))
+    latents, video = (concat_clips(x, stage.concat_clips) for x in (vae.normalize(latents, config), batch))
+    if stage.crop_frames:
+        latents, video = random_crop(latents, video, crop_key, stage.crop_frames, vae.time_factor(config))
     error = vae.decode(params, latents, config=config, clamp=False) - video
     kl = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1.0 - logvar)
     l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
-    loss = l2 + 0.1 * l1 + kl_weight * kl
+    loss = l2 + 0.1 * l1 + stage.kl_weight * kl
     return loss, {"loss": loss, "l1": l1, "l2": l2, "kl": kl}
 
 
@@ -185,14 +180,7 @@ def train_vae(run: Run, init_from: pathlib.Path | None = None) -> None:
     optimizer = make_optimizer(config.optimizer, config.steps)
     if not config.train_encoder:
         optimizer = frozen(optimizer, ENCODER)
-    loss = functools.partial(
-        vae_loss,
-        config=recipe.vae,
-        kl_weight=config.kl_weight,
-        train_encoder=config.train_encoder,
-        clips=config.concat_clips,
-        crop=config.crop_frames,
-    )
+    loss = functools.partial(vae_loss, config=recipe.vae, stage=config)
     reconstruct = run.placement.jit_replicated(
         lambda params, video: vae.decode(params, vae.encode(params, video, config=recipe.vae), config=recipe.vae)
     )

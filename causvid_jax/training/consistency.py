@@ -17,11 +17,10 @@ from causvid_jax.diffusion.guidance import guided_velocity, per_branch, scale_at
 from causvid_jax.distill import consistency
 from causvid_jax.distill.rollout import noisy_context
 from causvid_jax.models import layers, transformer
-from causvid_jax.sharding.placement import Placement
 from causvid_jax.text import encoder
 from causvid_jax.training import flow_matching, samples, weights
 from causvid_jax.training.run import Run
-from causvid_jax.training.update import NetworkStep, TrainState, network_step
+from causvid_jax.training.update import TrainState, network_step
 
 Batch = dict[str, Any]
 
@@ -83,12 +82,6 @@ def consistency_loss(
     return consistency.continuous_loss(networks, latents, key, scale=config.loss_scale, **options)
 
 
-def consistency_step(recipe: Recipe, placement: Placement) -> NetworkStep:
-    """Return the train step of the stage, ``(state, batch, teacher, negative_prompt_embeds) -> (state, metrics)``."""
-    loss = functools.partial(consistency_loss, recipe=recipe)
-    return network_step(loss, recipe.train_consistency, recipe.student, placement)
-
-
 def train_consistency(run: Run, init_from: pathlib.Path | None = None) -> None:
     """Train the student from ``init_from``, else from the causal teacher if that has its size, else from new weights.
 
@@ -101,7 +94,8 @@ def train_consistency(run: Run, init_from: pathlib.Path | None = None) -> None:
     )
     weights.check_sink_positions(run.recipe, run.name)
     vae_params, recipe = weights.measured_vae(run.recipe, run.workdir)
-    reader, step = weights.open_encoder(run), consistency_step(recipe, run.placement)
+    reader, loss = weights.open_encoder(run), functools.partial(consistency_loss, recipe=recipe)
+    step = network_step(loss, recipe.train_consistency, recipe.student, run.placement)
     negative_prompt_embeds = jnp.asarray(encoder.negative_prompt_embeds(reader))
     teacher = weights.load_network(run, "causal", recipe.teacher)
     fresh = dataclasses.replace(recipe.student, lora=recipe.teacher.lora) != recipe.teacher

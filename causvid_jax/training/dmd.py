@@ -171,28 +171,32 @@ def discriminator(critic: Any, recipe: Recipe) -> gan.Discriminator:
     return functools.partial(gan.discriminator, critic, config=recipe.fake_score, distill=recipe.train_distill)
 
 
+CriticCarry = tuple[Trainable, guard.LossHistory, Batch | None]
+
+
 def critic_update(
-    critic: Trainable,
-    history: guard.LossHistory,
-    previous: Batch | None,
-    batch: Batch,
-    key: jax.Array,
+    carry: CriticCarry,
+    inputs: tuple[Batch, jax.Array],
     *,
     student: Any,
     optimizer: optax.GradientTransformation,
     recipe: Recipe,
     finite: jax.Array,
-) -> tuple[Trainable, guard.LossHistory, Batch | None, Metrics]:
-    """Update the critic by flow matching on the student's outputs (CausVid, equation 2).
+) -> tuple[CriticCarry, Metrics]:
+    """Update the critic by flow matching on the student's outputs (CausVid, equation 2); the step of a scan.
 
-    ``previous`` is the end of the previous rollout, with its prompts; None if rollouts never continue earlier ones. The
-    student's parameters are constant. Other arguments are those of :func:`apply_update`.
+    Args:
+        carry: the critic, the history, and the end of the previous rollout with its prompts (None if rollouts never
+            continue earlier ones).
+        inputs: a batch, and the key of this update.
+        student: its parameters, constant.
+        optimizer, recipe, finite: as in :func:`apply_update` and :func:`train_step`.
 
     Returns:
-        The critic, the history, the end of this rollout (or ``previous``, if the update was refused), and the metrics.
+        The next carry, with the end of this rollout unless the update was refused, and the metrics.
     """
-    config = recipe.train_distill
-    batch, key = with_context(batch, previous, key, config)
+    (critic, history, previous), config = carry, recipe.train_distill
+    batch, key = with_context(inputs[0], previous, inputs[1], config)
 
     def loss_fn(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         rollout_key, loss_key = jax.random.split(key)
@@ -226,7 +230,7 @@ def critic_update(
     if previous is not None:
         end = {"latents": metrics.pop("end"), "text": batch["text"], "exists": jnp.array(True)}
         previous = guard.select(applied, end, previous)
-    return critic, history, previous, metrics
+    return (critic, history, previous), metrics
 
 
 def student_update(
@@ -286,31 +290,6 @@ def student_update(
     )
 
 
-def critic_updates(
-    state: DMDState,
-    batches: Batch,
-    keys: jax.Array,
-    *,
-    optimizer: optax.GradientTransformation,
-    recipe: Recipe,
-    finite: jax.Array,
-) -> tuple[tuple[Trainable, guard.LossHistory, Batch | None], Metrics]:
-    """Take one critic update per key on the first batches, in a scan.
-
-    Returns:
-        ``(critic, history, previous)`` after the last update, and the metrics of all updates, ``[K]``.
-    """
-
-    def update(carry: Any, inputs: Any) -> tuple[Any, Metrics]:
-        *carry, metrics = critic_update(
-            *carry, *inputs, student=state.student.params, optimizer=optimizer, recipe=recipe, finite=finite
-        )
-        return tuple(carry), metrics
-
-    start = state.critic, state.history, no_context(jax.tree.map(lambda a: a[0], batches), recipe)
-    return jax.lax.scan(update, start, (jax.tree.map(lambda a: a[: len(keys)], batches), keys))
-
-
 def train_step(
     state: DMDState,
     teacher: Any,
@@ -344,20 +323,19 @@ def train_step(
     """
     if frames is not None:
         recipe = dataclasses.replace(recipe, train_distill=dataclasses.replace(recipe.train_distill, frames=frames))
-    config = recipe.train_distill
-    updates, count = config.critic_steps, len(batches["text"])
+    config, updates, count = recipe.train_distill, recipe.train_distill.critic_steps, len(batches["text"])
     require(count == updates + 1, f"{count} batches for {updates} critic updates and one student update")
     critic_key, student_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
     shared: dict[str, Any] = {"recipe": recipe, "finite": guard.all_finite(batches)}
-    (critic, history, previous), critic_metrics = critic_updates(
-        state, batches, jax.random.split(critic_key, updates), optimizer=optimizers.critic, **shared
-    )
-    batch, key = with_context(jax.tree.map(lambda a: a[updates], batches), previous, student_key, config)
+    update = functools.partial(critic_update, student=state.student.params, optimizer=optimizers.critic, **shared)
+    start = state.critic, state.history, no_context(jax.tree.map(lambda a: a[0], batches), recipe)
+    inputs = jax.tree.map(lambda a: a[:updates], batches), jax.random.split(critic_key, updates)
+    (critic, history, previous), critic_metrics = jax.lax.scan(update, start, inputs)
+    last = with_context(jax.tree.map(lambda a: a[updates], batches), previous, student_key, config)
     student, history, _, metrics = student_update(
         state.student,
         history,
-        batch,
-        key,
+        *last,
         step=state.step,
         teacher=teacher,
         critic=fake_params(critic.params, state.student.params, recipe),

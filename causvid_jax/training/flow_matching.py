@@ -141,12 +141,6 @@ def teacher_step(recipe: Recipe, placement: Placement, negative_prompt_embeds: A
     return network_step(loss, recipe.train_teacher, recipe.teacher, placement)
 
 
-def causal_step(recipe: Recipe, placement: Placement, negative_prompt_embeds: Any | None = None) -> NetworkStep:
-    """Return the train step of the stage ``causal``."""
-    loss = functools.partial(causal_loss, recipe=recipe, negative_prompt_embeds=negative_prompt_embeds)
-    return network_step(loss, recipe.train_causal, recipe.teacher, placement)
-
-
 def negative_embeds(reader: encoder.Encoder) -> np.ndarray | None:
     """Return the embeddings ``[S, E]`` of the negative prompt; None if they are zeros."""
     embeds = encoder.negative_prompt_embeds(reader)
@@ -214,7 +208,8 @@ def train_causal(run: Run, init_from: pathlib.Path | None = None) -> None:
     weights.check_sink_positions(run.recipe, run.name)
     vae_params, recipe = weights.measured_vae(run.recipe, run.workdir)
     reader = weights.open_encoder(run)
-    step = causal_step(recipe, run.placement, negative_embeds(reader))
+    loss = functools.partial(causal_loss, recipe=recipe, negative_prompt_embeds=negative_embeds(reader))
+    step = network_step(loss, recipe.train_causal, recipe.teacher, run.placement)
     state = weights.initial_state(run, step, recipe.teacher, init_from)
     sampler = samples.stream_sampler(run, samples.many_steps(recipe, CAUSAL_SAMPLE_STEPS), vae_params, reader)
     train(run, recipe, step, state, reader, sampler)

@@ -13,7 +13,6 @@ import tensorboardX
 
 from causvid_jax.config import ConfigError
 from causvid_jax.config.files import atomic_write
-from causvid_jax.distributed import collectives
 
 JSONL = "metrics.jsonl"
 
@@ -30,25 +29,6 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
-
-
-def open_writer(workdir: str | os.PathLike, step: int = 0) -> "MetricsWriter | NoWriter":
-    """Return the :class:`MetricsWriter` of a run in process 0, and a :class:`NoWriter` in the others.
-
-    Raises:
-        ConfigError: ``workdir`` cannot be made or written.
-    """
-    return MetricsWriter(workdir, step) if collectives.is_first() else NoWriter()
-
-
-class NoWriter(contextlib.AbstractContextManager):
-    """A writer that writes nothing."""
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Do nothing, not even wait for JAX arrays."""
-
-    def __exit__(self, *error: object) -> None:
-        """Do nothing."""
 
 
 class MetricsWriter(contextlib.AbstractContextManager):

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from causvid_jax.sharding.placement import Placement
 from causvid_jax.training import guard, preemption, provenance
 from causvid_jax.training.checkpoint import Checkpoints
 from causvid_jax.training.input_wait import InputWait
-from causvid_jax.training.metrics import open_writer
+from causvid_jax.training.metrics import MetricsWriter
 from causvid_jax.training.run_lock import claimed
 
 Metrics = dict[str, jax.Array]
@@ -78,7 +78,7 @@ class Run:
         self._wait = InputWait()
         self._iterator: Any = None
         self._progress = Progress(name, config.steps, stream=collectives.log_stream())
-        self._writer: Any = None
+        self._writer: MetricsWriter | None = None  # of process 0
         self._signal: Callable[[int], int] = lambda _: 0
         self._exit = contextlib.ExitStack()
 
@@ -105,10 +105,10 @@ class Run:
                 state = guard.reset_skipped(state)  # updates refused while on_bad_loss was "skip"
             made_with = json.loads(saved.get("config") or "{}")
             for change in changed_fields(made_with, json.loads(self._recipe_json)).values():
-                self._progress.note(f"{self.name}: the checkpoint was made with {change}")
+                self.note(f"the checkpoint was made with {change}")
         self._report()
         if self.step:
-            self._progress.note(f"{self.name}: continuing from step {self.step}")
+            self.note(f"continuing from step {self.step}")
         if collectives.is_first():
             write_text(self.folder / "config.json", json.dumps(dataclasses.asdict(self.config), indent=1))
         return state
@@ -127,7 +127,7 @@ class Run:
 
     def _report(self) -> None:
         for report in self._checkpoints.reports():
-            self._progress.note(f"{self.name}: {report}")
+            self.note(report)
 
     # ---- data --------------------------------------------------------------------------------------------------------
 
@@ -163,7 +163,8 @@ class Run:
         return {"iterator": self._iterator.get_state()}
 
     def _open(self) -> None:
-        self._writer = self._exit.enter_context(open_writer(self.folder, step=self.step))
+        if collectives.is_first():
+            self._writer = self._exit.enter_context(MetricsWriter(self.folder, step=self.step))
         self._signal = self._exit.enter_context(preemption.requests())
 
     def loop(
@@ -182,8 +183,10 @@ class Run:
         for batch in self.batches(read, to_device):
             state, metrics = step(state, batch)
             state = self.after_step(state, metrics)
-            if self.samples_now:
-                self.log_samples(sample(state))
+            if self.samples_now and (scores := sample(state)):
+                self._write({f"sample_{name}": value for name, value in scores.items()})
+                text = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
+                self.note(f"step {self.step}: {text}")
         return state
 
     # ---- steps -------------------------------------------------------------------------------------------------------
@@ -216,20 +219,24 @@ class Run:
         self._progress.update(self.step, lambda: {name: float(metrics[name]) for name in metrics if "loss" in name})
         if log:
             hours = (self._seconds + time.monotonic() - self._started) / 3600
-            self._writer.write(self.step, {**metrics, "input_wait": self._wait.share(), "hours": hours})
+            self._write({**metrics, "input_wait": self._wait.share(), "hours": hours})
         if save:
             self._save(self.step, state, self._data_position())
         if signal:
             self._stop(signal)
         return state
 
+    def _write(self, values: Mapping[str, Any]) -> None:
+        if self._writer is not None:
+            self._writer.write(self.step, values)
+
     def _check(self, pending: _PendingStep, state: Any) -> Any:
         """Read the metrics of a step. If its update stops the run, save the state before it and raise RunError."""
         if not int(pending.metrics.get("skipped", 0)):
             return state
-        what = f"{self.name}: step {pending.step}: {_bad(pending.metrics, self.config)}, {_examples(pending.examples)}"
+        what = f"step {pending.step}: {_bad(pending.metrics, self.config)}, {_examples(pending.examples)}"
         if self.config.on_bad_loss == "skip":
-            self._progress.note(f"{what}; its update is skipped")
+            self.note(f"{what}; its update is skipped")
             return state
         state = guard.reset_skipped(state)
         self._checkpoints.wait()
@@ -241,7 +248,7 @@ class Run:
         last = self._checkpoints.last
         last_checkpoint = "there is no checkpoint" if last is None else f"the checkpoint is of step {last}"
         raise RunError(
-            f"{what}; {last_checkpoint} in {self.folder / 'checkpoints'}; with "
+            f"{self.name}: {what}; {last_checkpoint} in {self.folder / 'checkpoints'}; with "
             f"--config.train_{self.name}.on_bad_loss=skip the same command continues without such updates"
         )
 
@@ -251,15 +258,8 @@ class Run:
         if self._checkpoints.failed:
             raise RunError(f"{self.name}: stopped at step {self.step} without a checkpoint of it")
         name, error = preemption.STOPS[signal]
-        self._progress.note(f"{self.name}: stopped by {name} at step {self.step}; the same command continues from here")
+        self.note(f"stopped by {name} at step {self.step}; the same command continues from here")
         raise error
-
-    def log_samples(self, scores: dict[str, float]) -> None:
-        """Record the scores of this step's samples, if there are any."""
-        if scores:
-            self._writer.write(self.step, {f"sample_{name}": value for name, value in scores.items()})
-            text = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
-            self._progress.note(f"{self.name}: step {self.step}: {text}")
 
     def finish(self, params: Any, metadata: dict[str, str]) -> None:
         """Write ``WORKDIR/STAGE/weights.safetensors`` of the finished run, and print its path.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from causvid_jax.checkpoints import store
-from causvid_jax.config import ConfigError
+from causvid_jax.config import ConfigError, VAEStageConfig
 from causvid_jax.data import pipeline, prepare, sources
 from causvid_jax.models import taehv, vae
 from causvid_jax.training import autoencoder, checkpoint, export, stages, weights
@@ -148,7 +148,8 @@ def test_the_loss_of_a_cut_is_that_of_the_cut_alone(road):
     params["conv1"]["bias"] = np.concatenate([mean, np.full_like(mean, -100.0)])  # the least noise there is, exp(-10)
     video = np.random.default_rng(0).uniform(-1, 1, (2, 9, 16, 16, 3)).astype(np.float32)
     key = jax.random.key(3)
-    _, metrics = autoencoder.vae_loss(params, video, key, config=recipe.vae, kl_weight=0.0, crop=2)
+    stage = VAEStageConfig(kl_weight=0.0, crop_frames=2)
+    _, metrics = autoencoder.vae_loss(params, video, key, config=recipe.vae, stage=stage)
     noise_key, start_key = jax.random.split(key)
     posterior = vae.encode_moments(params, video, config=recipe.vae)[0]
     drawn = posterior + np.exp(-10) * jax.random.normal(noise_key, posterior.shape)
