@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import struct
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax.numpy as jnp
@@ -94,10 +95,7 @@ class _Descriptor:
 
     def __init__(self, path: pathlib.Path):
         self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, OSError):
-            os.close(self.number)
+        weakref.finalize(self, os.close, self.number)
 
 
 def _mapped(opened: _Descriptor, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
