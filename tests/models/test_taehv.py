@@ -36,7 +36,7 @@ def test_the_last_group_is_filled_with_its_last_frame():
 
 def test_a_stream_can_show_its_frames_through_either_decoder():
     """Arguments, shapes and types are those of the large VAE; parameters and cache are its own."""
-    for name in ("decode", "decode_chunk", "init_decode_cache", "encode", "time_factor", "space_factor"):
+    for name in ("decode", "decode_chunk", "init_decode_cache", "encode", "time_factor"):
         ours, theirs = (list(inspect.signature(getattr(module, name)).parameters) for module in (taehv, vae))
         assert ours == theirs, name
     z = jax.ShapeDtypeStruct((2, 3, 4, 6, 3), jnp.float32)
