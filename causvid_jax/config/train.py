@@ -378,7 +378,7 @@ class InitStageConfig(StageConfig):
             "teacher have one length; set train_init.teacher to 'causal' or leave it empty",
         )
         lengths = {0, *(frames for frames, _ in self.extra_trajectories)}
-        for _, frames, _ in (*self.curriculum, (self.steps, self.frames, self.batch_size)):
+        for frames in (*(frames for _, frames, _ in self.curriculum), self.frames):
             require(
                 frames in lengths,
                 f"train_init.frames or curriculum has a stretch of {frames} latent frames; there are trajectories of "

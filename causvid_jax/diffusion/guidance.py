@@ -84,7 +84,7 @@ def guided_velocity(
     if eta == 1.0:
         return unconditional + scale * (conditional - unconditional)
     d = (conditional - unconditional).astype(jnp.float32)
-    x0 = x - (timestep / 1000.0)[..., None, None, None] * conditional
+    x0 = flow.x0_from_velocity(x, conditional, flow.sigma_from_timestep(timestep))
     inner, norm = (jnp.sum(y * x0, axis=(-3, -2, -1), keepdims=True) for y in (d, x0))
     d -= (1.0 - eta) * inner / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny) * x0
     return (conditional + (scale - 1.0) * d).astype(conditional.dtype)
