@@ -1,6 +1,10 @@
-"""Read videos as a player shows them: upright, with square pixels, in sRGB, frames chosen by their timestamps."""
+"""Read videos as a player shows them: upright, with square pixels, in sRGB, frames chosen by their timestamps.
+
+Transparency is composited over white, as that of pictures.
+"""
 
 import itertools
+import logging
 import math
 import pathlib
 import re
@@ -15,7 +19,7 @@ from PIL import Image
 
 from causvid_jax.config import ConfigError, require
 from causvid_jax.config.files import host_memory
-from causvid_jax.media import hdr
+from causvid_jax.media import color
 from causvid_jax.media.pixels import MAX_PIXELS, cover
 
 CLOCK = 0.25
@@ -25,14 +29,9 @@ FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,gif,flv,ogg,asf,mjpeg,apng"
 )
 """Accepted demuxers. Others, such as playlists, open further files that the content names."""
-
-BT709, BT601 = 1, 5
-UNSPECIFIED = 2
-LIMITED = 1
-"""Range of samples from 16 (black) to 235 (white)."""
-_EXPANDED = [min(max(round((value - 16) * 255 / 219), 0), 255) for value in range(256)]
-_HD = (1280, 576)
-"""Untagged video is BT.709 from this width or above this height, and BT.601 below, as in players."""
+_READS_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""Codec to the decoder of its transparency, which FFmpeg's own decoder drops."""
+_LOG = logging.getLogger(__name__)
 
 
 def read_video(
@@ -92,8 +91,8 @@ def iterate_frames(
     with _open(path) as container:
         stream = _video_stream(container)
         clock = _Clock(stream)
-        aspect = float(stream.sample_aspect_ratio or 1)
-        for picture in container.decode(stream):
+        screen = _Screen(path, height, width, float(stream.sample_aspect_ratio or 1))
+        for picture in _pictures(container, stream):
             if whole and picture.is_corrupt:
                 raise ValueError(f"the picture at {clock.time:.2f} s is damaged")
             clock.advance(picture)
@@ -101,7 +100,7 @@ def iterate_frames(
                 due = 1 if fps is None else math.ceil(clock.time * fps - CLOCK) - count
                 if due > 0:
                     count += due
-                    yield from [_show(last, height, width, aspect)] * due
+                    yield from [screen.show(last)] * due
             last = picture
         declared = _declared_seconds(container, stream)
         if whole and last is not None and declared - clock.end > 1.0 + 0.1 * declared:
@@ -110,7 +109,7 @@ def iterate_frames(
             due = 1 if fps is None else math.ceil(clock.end * fps - CLOCK) - count
             due = max(due, 1) if count == 0 else due
             if due > 0:
-                yield from [_show(last, height, width, aspect)] * due
+                yield from [screen.show(last)] * due
 
 
 class _Clock:
@@ -168,6 +167,20 @@ def _video_stream(container: Any) -> Any:
     return stream
 
 
+def _pictures(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
+    """Yield the decoded pictures of a stream, with their transparency."""
+    own, name = stream.codec_context, _READS_ALPHA.get(stream.codec_context.name)
+    if name is None or stream.metadata.get("alpha_mode") != "1":
+        yield from container.decode(stream)
+        return
+    decoder: Any = av.CodecContext.create(name, "r")
+    decoder.extradata = own.extradata
+    for tag in ("colorspace", "color_primaries", "color_trc", "color_range"):
+        setattr(decoder, tag, getattr(own, tag))
+    for packet in container.demux(stream):
+        yield from decoder.decode(packet if packet.size else None)
+
+
 def _declared_seconds(container: Any, stream: Any) -> float:
     """Return the length of the video as the file declares it; 0 if it declares none, or only that of all streams."""
     if stream.duration and stream.time_base:
@@ -179,23 +192,23 @@ def _declared_seconds(container: Any, stream: Any) -> float:
     return container.duration / av.time_base if alone and container.duration else 0.0
 
 
-def _show(picture: av.VideoFrame, height: int, width: int, aspect: float) -> np.ndarray:
-    """Return the picture as a player shows it, at the requested size."""
-    image, turned = _upright(_rgb(picture), picture)
-    return cover(image, height, width, 1 / aspect if turned else aspect)
+class _Screen:
+    """Shows pictures as a player does, at the requested size; ``aspect`` is that of their pixels."""
 
+    def __init__(self, path: str | pathlib.Path, height: int, width: int, aspect: float):
+        self._path, self._height, self._width, self._aspect = path, height, width, aspect
+        self._transparent = False
 
-def _rgb(picture: av.VideoFrame) -> Image.Image:
-    if hdr.is_hdr(picture):
-        return hdr.tone_map(picture)
-    if picture.format.name.startswith("gray"):
-        # FFmpeg's scaler reads every grey picture as one of full range.
-        image = picture.to_image()
-        return image.point(_EXPANDED * 3) if int(picture.color_range) == LIMITED else image
-    if picture.format.is_rgb or int(picture.colorspace) != UNSPECIFIED:
-        return picture.to_image()
-    large = picture.width >= _HD[0] or picture.height > _HD[1]
-    return picture.to_image(src_colorspace=BT709 if large else BT601)
+    def show(self, picture: av.VideoFrame) -> np.ndarray:
+        """Return what a player shows of the picture, uint8 ``[height, width, 3]``."""
+        image, alpha = color.to_srgb(picture), color.alpha(picture)
+        if alpha is not None:
+            if not self._transparent:
+                _LOG.warning("video %s is transparent; it is composited over white", self._path)
+            self._transparent = True
+            image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+        image, turned = _upright(image, picture)
+        return cover(image, self._height, self._width, 1 / self._aspect if turned else self._aspect)
 
 
 def _upright(image: Image.Image, picture: av.VideoFrame) -> tuple[Image.Image, bool]:
