@@ -39,7 +39,7 @@ class VideoRequest(pydantic.BaseModel):
     seconds: float | None = pydantic.Field(None, gt=0, description="Default: as long as the video, or 4.")
     size: str = ""
     seed: int | None = None
-    strength: float = pydantic.Field(0.5, gt=0, le=1)
+    strength: float | None = pydantic.Field(None, gt=0, le=1, description="Needs a video; default: 0.5.")
 
 
 class Video(pydantic.BaseModel):

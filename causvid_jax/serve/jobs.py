@@ -92,7 +92,7 @@ class Jobs:
         seconds: float | None = None,
         size: str = "",
         seed: int | None = None,
-        strength: float = 0.5,
+        strength: float | None = None,
         picture: np.ndarray | None = None,
         video: np.ndarray | None = None,
     ) -> Job:
@@ -104,7 +104,7 @@ class Jobs:
             seconds: length; None: that of ``video``, or 4.
             size: ``WIDTHxHEIGHT``; "" accepts that of the recipe.
             seed: of the noise; None draws one.
-            strength: distance from ``video``, up to 1.
+            strength: distance from ``video``, up to 1 (None: 0.5).
             picture: uint8 ``[H, W, 3]``.
             video: uint8 ``[T, H, W, 3]``.
 
@@ -122,7 +122,12 @@ class Jobs:
         )
         settings.check_prompt(prompt)
         self.engine.check_input(picture is not None, video is not None)
-        if picture is not None or video is not None:
+        require(
+            strength is None or video is not None,
+            f"strength is {strength} without a video; it is the distance from the video in input_reference",
+        )
+        strength = 0.5 if strength is None else strength
+        if video is not None:
             schedule.strength_step(recipe.diffusion, strength)  # refuses what is out of bounds
         if recipe.text.kind == "words":
             self.engine.programs.pipe.encode_prompt(prompt)

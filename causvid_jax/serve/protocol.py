@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from causvid_jax.config import ConfigError
+from causvid_jax.config import ConfigError, require
 from causvid_jax.sampling.script import MOST_BLEND
 
 SUBPROTOCOL = "causvid.v1"
@@ -26,7 +26,10 @@ class Message(pydantic.BaseModel):
 
 
 class Start(Message):
-    """Start a film: the first message, and later for a new film. The payload may be a picture to start from."""
+    """Start a film: the first message, and later for a new film.
+
+    A film of a ``prompt`` may start from a picture, the payload. A ``script`` or a ``snapshot`` is given alone.
+    """
 
     type: Literal["start"]
     prompt: str = ""
@@ -71,10 +74,13 @@ class Pause(Message):
 
 
 class Input(Message):
-    """A frame of a video to follow at ``strength``, as the payload (a picture); without a payload the video ends."""
+    """A frame of a video to follow at ``strength`` (default: 0.5), as the payload (a picture).
+
+    Without a payload, and then without a ``strength``, the video ends.
+    """
 
     type: Literal["input"]
-    strength: float = pydantic.Field(0.5, gt=0, le=1)
+    strength: float | None = pydantic.Field(None, gt=0, le=1)
 
 
 class Snapshot(Message):
@@ -130,11 +136,13 @@ def read(message: str | bytes) -> tuple[Any, bytes]:
             raise ConfigError("a binary message has no header of the length that it declares")
         header, payload = message[4 : 4 + size], message[4 + size :]
     try:
-        return _READER.validate_json(header), payload
+        result = _READER.validate_json(header)
     except pydantic.ValidationError as error:
         raise ConfigError(f"malformed message: {first_error(error)}") from None
     except RecursionError:
         raise ConfigError("malformed message: it is nested too deeply") from None
+    require(not payload or isinstance(result, Start | Input), f"malformed message: {result.type} has no payload")
+    return result, payload
 
 
 def first_error(error: pydantic.ValidationError) -> str:

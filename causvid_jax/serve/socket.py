@@ -176,10 +176,15 @@ class Connection:
                 engine.pause(session, message.paused)
             case protocol.Input():
                 require(engine.follows_videos, "this server cannot follow a video")
+                given = message.strength
+                require(
+                    bool(payload) or given is None,
+                    f"strength is {given} without a picture; an input without a picture ends the video",
+                )
+                strength = 0.5 if given is None else given
                 if payload:
-                    schedule.strength_step(engine.recipe.diffusion, message.strength)  # refuses what is out of bounds
-                frame = await self._picture(payload) if payload else None
-                engine.follow(session, frame, message.strength)
+                    schedule.strength_step(engine.recipe.diffusion, strength)  # refuses what is out of bounds
+                engine.follow(session, await self._picture(payload) if payload else None, strength)
             case protocol.Snapshot():
                 engine.snapshot(session, message.name)
             case protocol.TellScript():
@@ -208,11 +213,12 @@ class Connection:
 
     async def _start(self, message: protocol.Start, payload: bytes) -> Start:
         self._choose(message.format)
-        continues = message.script is not None or message.snapshot is not None
-        require(
-            not (continues and payload), "only a film with a prompt starts from a picture; send no script, no snapshot"
-        )
-        if not continues:
+        given = [name for name in ("script", "snapshot") if getattr(message, name) is not None]
+        if given:
+            given += [name for name in ("prompt", "seed") if getattr(message, name)]
+            given += ["a picture"] if payload else []
+            require(len(given) == 1, f"start has {' and '.join(given)}; a script or a snapshot is given alone")
+        else:
             self.settings.check_prompt(message.prompt)
         return Start(
             prompt=message.prompt,

@@ -1,6 +1,7 @@
 """Clients that come, wait, leave and come back, start again, or ask for what is not there."""
 
 import contextlib
+import json
 import pathlib
 import socket
 import time
@@ -154,15 +155,52 @@ def test_a_page_that_is_left_frees_its_place_and_finishes_its_recording(live):
     assert script.read_script(path).blocks >= 2
 
 
-def test_a_picture_belongs_to_a_film_with_a_prompt(live):
+def test_a_script_and_a_snapshot_start_a_film_alone(live):
+    """What a start does not use was dropped: the film of the snapshot, with another prompt, had the old one."""
     with live.connect() as viewer:
         viewer.send("start", **START)
         viewer.pull(1)
         viewer.send("snapshot")
         kept = viewer.until("snapshot")["id"]
-        viewer.send("start", png(), snapshot=kept)
-        assert "no snapshot" in viewer.until("error")["message"]
+        viewer.send("script")
+        told = {"script": json.loads(viewer.until("script")["script"])}
+        for payload, values, given in (
+            (png(), {"snapshot": kept}, "snapshot and a picture"),
+            (None, {"snapshot": kept, "prompt": PROMPT}, "snapshot and prompt"),
+            (None, told | {"seed": 5}, "script and seed"),
+            (None, told | {"snapshot": kept}, "script and snapshot"),
+        ):
+            viewer.send("start", payload, **values)
+            assert f"start has {given}; a script or a snapshot is given alone" in viewer.until("error")["message"]
         viewer.pull(1)
+        viewer.send("start", snapshot=kept, prompt="", seed=0)  # the defaults
+        assert viewer.until("started")["prompt"] == PROMPT
+
+
+def test_a_strength_without_a_video_is_refused(live):
+    """It is the distance from the video; without one it did nothing."""
+    with live.connect() as viewer, live.http() as http:
+        viewer.send("start", **START)
+        viewer.pull(1)
+        viewer.send("input", strength=0.5)
+        assert "strength is 0.5 without a picture" in viewer.until("error")["message"]
+        viewer.send("input")
+        viewer.pull(1)
+        fields = {"prompt": PROMPT, "strength": 0.5, "seconds": 0.1}
+        picture = {"input_reference": ("x.png", png())}
+        for body in ({"json": fields}, {"data": fields, "files": picture}):
+            answer = http.post("/v1/videos", **body)
+            assert answer.status_code == 400
+            assert "strength is 0.5 without a video" in answer.json()["error"]["message"]
+        assert not http.get("/v1/videos").json()["data"]
+
+
+def test_a_payload_that_a_message_does_not_read_is_refused(live):
+    with live.connect() as viewer:
+        viewer.send("start", **START)
+        viewer.pull(1)
+        viewer.send("prompt", png(), prompt=PROMPT)
+        assert viewer.closed() == (4400, "malformed message: prompt has no payload")
 
 
 def test_an_event_that_could_not_be_sent_is_sent_to_the_next_connection(live, monkeypatch):

@@ -129,7 +129,8 @@ function begin(message = {}, payload) {
     player = newPlayer(false);
   }
   if (hello && hello.needs_picture && !message.script) payload = firstPicture = payload || firstPicture;
-  player.start({ prompt: prompt || "a red 3 moving left", seed: seed(), ...message }, payload || undefined);
+  const asked = message.script ? message : { prompt: prompt || "a red 3 moving left", seed: seed() };
+  player.start(asked, payload || undefined);
 }
 
 const seed = () => Math.min(2 ** 32 - 1, Math.max(0, Math.floor(Number($("seed").value)) || 0));
