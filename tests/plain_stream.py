@@ -221,16 +221,17 @@ class PlainStream:
         if how == "reset":
             self.kept, self.made, self.position = {}, [], 0
         if how == "recompute":
-            # The blocks of which the next one sees a frame through the window, without an independent first frame.
-            end = self.position
-            first = max(0, end + self.causal.frames_per_block - self.causal.window) if self.causal.window else 0
-            for start, x0 in list(self.made):
-                alone = self.causal.independent_first_frame and start == 0
-                if start + x0.shape[1] > first and not alone:
-                    self.position = start
-                    stored = self.velocity(x0, [self.causal.context_noise] * x0.shape[1])[1]
-                    self.kept |= stored
-            self.position = end
+            size, alone = self.causal.frames_per_block, int(self.causal.independent_first_frame)
+            count = len(self.made)
+            if self.causal.window:
+                count = -(-self.causal.sink // size) + (self.causal.window - 1) // size
+            first, last = self.made[:alone], self.made[alone:][-count:] if count else []
+            self.kept = {f: x for f, x in self.kept.items() if f < alone}
+            self.position, self.made = min(self.position, alone), first
+            for _, x0 in last:
+                self.write(x0)
+                self.made.append((self.position, x0))
+                self.position += size
 
     def rolling(self, blocks):
         """Return the latents of ``blocks`` blocks, of which ``recipe.rolling_blocks`` are denoised jointly."""

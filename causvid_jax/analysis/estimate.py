@@ -314,7 +314,7 @@ def _differentiated(recipe: Recipe) -> int:
     """Return the latent frames of one backward pass of the student: a block, a clip, or its copies and its past."""
     config, causal, frames = recipe.train_distill, recipe.causal, recipe.video.latent_frames
     if config.gradient == "replay":
-        return frames * (1 + causal.context_pass) + (causal.past_frames() if config.continuation_prob else 0)
+        return frames * (1 + causal.context_pass) + (causal.context_frames() if config.continuation_prob else 0)
     return frames if config.rollout == "data" else causal.frames_per_block
 
 

@@ -70,7 +70,8 @@ class DistillStageConfig(StageConfig):
     block on (``loss_window``; Self-Forcing++) or the ``"last"`` ones (LongLive, arXiv 2509.22622).
 
     Continuation. With probability ``continuation_prob`` a self rollout continues the previous one of the same update,
-    so that the student is trained far into a stream. With probability ``prompt_switch_prob`` a clip that continues
+    so that the student is trained far into a stream: its context is the sink of the first one and the last frames in
+    the window. With probability ``prompt_switch_prob`` a clip that continues
     switches its prompt there. Both need a window. The losses leave out the first latent frame of a continued rollout.
     The scores still attend to it, although they were trained on clips whose first latent frame is one pixel frame. With
     the digits weights this changes the teacher's velocity of the other frames by 11, 6 and 4 % at t = 250, 500 and 750
@@ -137,15 +138,7 @@ class DistillStageConfig(StageConfig):
             (self.teacher == "chunk") == (self.critic_mode == "chunk"),
             f"train_distill.teacher is {self.teacher!r} and critic_mode is {self.critic_mode!r}; 'chunk' needs both",
         )
-        self._check_window()
         self._check_gan()
-
-    def _check_window(self) -> None:
-        require(
-            not (self.loss_frames and self.loss_window == "random" and self.continuation_prob),
-            "train_distill.loss_window is 'random' with continuation_prob above 0, but rollouts continue the end of "
-            "the loss window; use loss_window 'last' or continuation_prob 0",
-        )
 
     def _check_gan(self) -> None:
         if self.objective != "dmd_gan":

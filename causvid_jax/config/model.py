@@ -441,7 +441,7 @@ class CausalConfig(Config):
     ``"training"`` (as the published Self-Forcing trainer does) or ``"always"``, in streams too.
 
     ``on_prompt_switch`` chooses how the cache of a stream changes with its prompt: ``"keep"`` does not change it (as
-    published), ``"recompute"`` recomputes the blocks in the window with the new prompt, ``"reset"`` empties it and the
+    published), ``"recompute"`` computes it anew from the last blocks and the new prompt, ``"reset"`` empties it and the
     decoder's cache. After a reset the next block starts like a clip, and the video shows a cut.
     """
 
@@ -482,6 +482,13 @@ class CausalConfig(Config):
         Blocks of K frames count whole: ``K floor((window - 1) / K)``.
         """
         return max(0, self.window - 1) // self.frames_per_block * self.frames_per_block
+
+    def context_frames(self) -> int:
+        """Return the latent frames of the earlier blocks that a block of a long stream attends to.
+
+        They are the first blocks, which hold the sink, ``K ceil(sink / K)`` frames, and then :meth:`past_frames`.
+        """
+        return -(-self.sink // self.frames_per_block) * self.frames_per_block + self.past_frames()
 
     def block_sizes(self, frames: int) -> tuple[int, ...]:
         """Return the latent frames of each block of a clip of ``frames`` latent frames.

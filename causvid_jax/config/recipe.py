@@ -209,19 +209,12 @@ class Recipe(Config):
             f"train_distill.loss_frames is {self.train_distill.loss_frames}; a rollout has {frames} latent frames "
             "(train_distill.frames or curriculum)",
         )
-        context = self.causal.past_frames()
+        context, prob = self.causal.context_frames(), self.train_distill.continuation_prob
         require(
-            not self.train_distill.continuation_prob or context <= frames,
-            f"train_distill.continuation_prob is {self.train_distill.continuation_prob}: a rollout continues the last "
-            f"{context} latent frames (causal.window {self.causal.window}) of the previous one, which has {frames}; "
-            "use a smaller window, longer rollouts or continuation_prob 0",
-        )
-        window = self.train_distill.loss_frames or frames
-        require(
-            not self.train_distill.continuation_prob or context <= window,
-            f"train_distill.loss_frames is {window} with continuation_prob {self.train_distill.continuation_prob}: a "
-            f"rollout continues the last {context} latent frames (causal.window {self.causal.window}) of the loss "
-            f"window; use loss_frames 0 or at least {context}",
+            not prob or context <= frames,
+            f"train_distill.continuation_prob is {prob}: a rollout continues {context} latent frames (causal.window "
+            f"{self.causal.window}, sink {self.causal.sink}, in whole blocks) of the previous one, which has {frames}; "
+            "use a smaller window or sink, longer rollouts or continuation_prob 0",
         )
 
     def _check_decoder(self) -> None:

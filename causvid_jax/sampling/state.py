@@ -134,9 +134,8 @@ def first_state(
     prompt = encode_prompt(params, text, config, None, picture)
     batch, (height, width), causal = text.shape[0], config.latent_size, config.causal
     size = {"batch": batch, "height": height, "width": width}
-    # With a window, these are the earlier blocks of which the next block sees at least one frame.
     if capacity is None:
-        recent_frames = causal.past_frames()
+        recent_frames = causal.context_frames()
     else:
         recent_frames = capacity - int(causal.independent_first_frame)
         recent_frames -= recent_frames % causal.frames_per_block

@@ -417,16 +417,16 @@ def _reset_context(state: StreamState, config: Recipe) -> StreamState:
 
 @_step
 def recompute_context(params: Params, state: StreamState, *, config: Recipe) -> StreamState:
-    """Recompute the keys and values of the blocks in the window with the current prompt.
+    """Compute the cache anew from the last blocks, with the current prompt.
 
     Cached keys and values depend on the prompt with which they were computed. After :func:`switch_prompt` this function
-    updates them, at the cost of one pass per block. A sink that has left the window and an independent first frame are
-    not updated. Blocks that have left the window are not available, so the oldest are recomputed with less context.
-    ``state``, between two blocks, is donated; ``state.recent`` has the latents.
+    replaces them, at the cost of one pass per block. The result is the cache of a stream of these blocks alone
+    (``state.recent``, ``causal.context_frames()`` latent frames), so the oldest of them become the sink. Only an
+    independent first frame keeps its keys and values. ``state``, between two blocks, is donated.
     """
     k, independent = config.causal.frames_per_block, int(config.causal.independent_first_frame)
     recent_frames = state.recent.shape[1]
-    if not recent_frames:  # a window of one block holds no earlier block
+    if not recent_frames:  # a window of one block without a sink holds no earlier block
         return state
     finished = (state.cache.position - independent) // k  # -1 before an independent first frame
     blocks = jnp.clip(finished, 0, recent_frames // k)
@@ -436,9 +436,12 @@ def recompute_context(params: Params, state: StreamState, *, config: Recipe) -> 
         block = dataclasses.replace(state, block=state.block - blocks + i)  # whose noise is drawn again
         return transformer.advance(write_context(params, block, cache, latents, config, rewrites=True), k)
 
-    # Every slot stores the index of its frame, so moving the position back hides later frames.
-    rewound = dataclasses.replace(state.cache, position=state.cache.position - blocks * k)
-    return dataclasses.replace(state, cache=jax.lax.fori_loop(0, blocks, rewrite, rewound))
+    start = dataclasses.replace(
+        state.cache,
+        frame=jnp.where(state.cache.frame < independent, state.cache.frame, -1),
+        position=jnp.minimum(state.cache.position, independent),
+    )
+    return dataclasses.replace(state, cache=jax.lax.fori_loop(0, blocks, rewrite, start))
 
 
 def generate(

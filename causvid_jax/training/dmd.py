@@ -31,6 +31,7 @@ from causvid_jax.training.dmd_data import (
     Batch,
     batch_shapes,
     clip_shape,
+    end_of_rollout,
     loss_window,
     no_context,
     read_batches,
@@ -123,10 +124,13 @@ def state_shardings(recipe: Recipe, placement: Placement, optimizers: Optimizers
 # ---- networks --------------------------------------------------------------------------------------------------------
 
 
-def generate(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> tuple[jax.Array, jax.Array | None]:
-    """Return the student's x0 ``[B, F, h, w, C]`` and the mask ``[B, F]`` of the frames that count (None: all).
+def generate(
+    params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Return the student's x0 ``[B, F, h, w, C]``, the mask ``[B, F]`` of frames that count (None: all), and the end.
 
-    ``train_distill.rollout`` and ``gradient`` name the kind of rollout; F is the length of its loss window.
+    ``train_distill.rollout`` and ``gradient`` name the kind of rollout; F is the length of its loss window. The end is
+    the context of a rollout that continues this one (``dmd_data.end_of_rollout``); None if rollouts never do.
     """
     config, causal, picture = recipe.train_distill, recipe.causal, pictures.picture_of(batch)
     if config.rollout == "data":
@@ -143,7 +147,7 @@ def generate(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> tu
             block_sizes=sizes,
             include_clean=config.include_clean,
         )
-        return x0, noisy if config.include_clean and config.mask_clean else None
+        return x0, noisy if config.include_clean and config.mask_clean else None, None
     shape = (len(batch["text"]), *clip_shape(recipe))
     run = self_rollout if config.gradient == "stop" else replay_rollout
     options: dict[str, Any] = {}
@@ -152,7 +156,8 @@ def generate(params: Any, batch: Batch, key: jax.Array, *, recipe: Recipe) -> tu
     if picture is not None and has_branch(recipe.student):
         options["picture"] = picture
     x0 = run(student_rollout(recipe), params, batch["text"], key, shape=shape, **options)
-    return loss_window(x0, key, config, causal, options.get("has_context"))
+    end = end_of_rollout(x0, batch, causal) if "context" in batch else None
+    return *loss_window(x0, key, config, causal, options.get("has_context")), end
 
 
 # ---- updates ---------------------------------------------------------------------------------------------------------
@@ -196,12 +201,11 @@ def critic_update(
         The next carry, with the end of this rollout unless the update was refused, and the metrics.
     """
     (critic, history, previous), config = carry, recipe.train_distill
-    batch, key = with_context(inputs[0], previous, inputs[1], config)
+    batch, key = with_context(inputs[0], previous, inputs[1], config, recipe.causal)
 
     def loss_fn(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         rollout_key, loss_key = jax.random.split(key)
-        x0, mask = generate(student, batch, rollout_key, recipe=recipe)
-        end = {} if previous is None else {"end": x0[:, -previous["latents"].shape[1] :]}
+        x0, mask, end = generate(student, batch, rollout_key, recipe=recipe)
         levels = score_levels(rollout_key, x0.shape[1], recipe)
         x, mask, text = scored(x0, mask, batch["text"], recipe)
         settings: dict[str, Any] = {"diffusion": recipe.diffusion, "distill": config, "mask": mask, "levels": levels}
@@ -213,7 +217,7 @@ def critic_update(
             )
         else:
             loss, metrics = dmd.critic_loss(x, text, loss_key, **settings)
-        return loss, metrics | end
+        return loss, metrics if end is None else metrics | {"end": end}
 
     critic, history, applied, metrics = apply_update(
         critic,
@@ -258,7 +262,7 @@ def student_update(
 
     def loss_fn(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         rollout_key, loss_key = jax.random.split(key)
-        x0, mask = generate(params, batch, rollout_key, recipe=recipe)
+        x0, mask, _ = generate(params, batch, rollout_key, recipe=recipe)
         levels = score_levels(rollout_key, x0.shape[1], recipe)
         x, mask, text = scored(x0, mask, batch["text"], recipe)
         options = score_options(x, batch, loss_key, recipe)
@@ -331,7 +335,7 @@ def train_step(
     start = state.critic, state.history, no_context(jax.tree.map(lambda a: a[0], batches), recipe)
     inputs = jax.tree.map(lambda a: a[:updates], batches), jax.random.split(critic_key, updates)
     (critic, history, previous), critic_metrics = jax.lax.scan(update, start, inputs)
-    last = with_context(jax.tree.map(lambda a: a[updates], batches), previous, student_key, config)
+    last = with_context(jax.tree.map(lambda a: a[updates], batches), previous, student_key, config, recipe.causal)
     student, history, _, metrics = student_update(
         state.student,
         history,

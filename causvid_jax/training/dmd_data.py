@@ -21,26 +21,34 @@ def clip_shape(recipe: Recipe) -> tuple[int, int, int, int]:
     return (recipe.train_distill.frames or frames, *size)  # type: ignore[return-value]
 
 
+def sink_frames(causal: CausalConfig) -> int:
+    """Return the latent frames of the first blocks of a stream, which hold the sink."""
+    return causal.context_frames() - causal.past_frames()
+
+
 def no_context(batch: Batch, recipe: Recipe) -> Batch | None:
     """Return the empty context of the first rollout of a step; None if rollouts never continue earlier ones.
 
-    It has ``latents [B, P, h, w, C]`` (P = ``causal.past_frames()``), ``text [B, S, E]`` and ``exists`` (bool scalar).
+    It has ``latents`` of :func:`end_of_rollout`, ``text [B, S, E]`` and ``exists`` (bool scalar).
     """
     config = recipe.train_distill
     if config.rollout != "self" or not config.continuation_prob:
         return None
-    latents = jnp.zeros((len(batch["text"]), recipe.causal.past_frames(), *clip_shape(recipe)[1:]))
+    frames = sink_frames(recipe.causal) + recipe.causal.context_frames()
+    latents = jnp.zeros((len(batch["text"]), frames, *clip_shape(recipe)[1:]))
     return {"latents": latents, "text": batch["text"], "exists": jnp.array(False)}
 
 
 def with_context(
-    batch: Batch, previous: Batch | None, key: jax.Array, config: DistillStageConfig
+    batch: Batch, previous: Batch | None, key: jax.Array, config: DistillStageConfig, causal: CausalConfig
 ) -> tuple[Batch, jax.Array]:
     """Return ``batch`` with the context of the previous rollout, and the next key.
 
     With probability ``continuation_prob`` the new rollout continues the previous rollout. Each clip then keeps its
     prompt or, with probability ``prompt_switch_prob``, takes the prompt of ``batch``. ``context`` is
-    ``[B, P, h, w, C]``, and ``has_context`` is bool ``[B]``, all equal.
+    ``[B, P, h, w, C]`` (P = ``causal.context_frames()``), and ``has_context`` is bool ``[B]``, all equal. It is what a
+    stream has in view: the sink and the last frames, or after a switch the last P frames alone
+    (``sampling.stream.recompute_context``).
     """
     if previous is None:
         return batch, key
@@ -50,8 +58,23 @@ def with_context(
     continued = previous["exists"] & (jax.random.uniform(continue_key) < config.continuation_prob)
     switched = jax.random.uniform(switch_key, (size, 1, 1)) < config.prompt_switch_prob
     text = jnp.where(continued & ~switched, previous["text"], batch["text"])
-    context = {"context": previous["latents"], "has_context": jnp.broadcast_to(continued, size)}
+    sink, latents = sink_frames(causal), previous["latents"]
+    kept = jnp.concatenate([latents[:, :sink], latents[:, 2 * sink :]], axis=1)
+    latents = jnp.where(switched[..., None, None], latents[:, sink:], kept)
+    context = {"context": latents, "has_context": jnp.broadcast_to(continued, size)}
     return batch | {"text": text} | context, key
+
+
+def end_of_rollout(x0: jax.Array, batch: Batch, causal: CausalConfig) -> jax.Array:
+    """Return what a rollout that continues ``x0 [B, F, h, w, C]`` may attend to.
+
+    These are the first blocks of the stream, which hold the sink, and its last ``causal.context_frames()`` frames. If
+    x0 itself continues another rollout, the first blocks are those of its context.
+    """
+    first = sink_frames(causal)
+    continued = jnp.expand_dims(batch["has_context"], (1, 2, 3, 4))
+    sink = jnp.where(continued, batch["context"][:, :first], x0[:, :first])
+    return jnp.concatenate([sink, x0[:, x0.shape[1] - causal.context_frames() :]], axis=1)
 
 
 def loss_window(

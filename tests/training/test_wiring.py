@@ -61,12 +61,12 @@ def test_no_buffer_of_a_state_is_two_of_its_arrays():
 def test_lengths_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="5 latent frames do not fit blocks"):
         tiny.tiny_recipe(causal={"frames_per_block": 3, "window": 3}, train_distill={"frames": 5})
-    with pytest.raises(ConfigError, match=r"continues the last 3 latent frames \(causal.window 4\) .* which has 2"):
-        tiny.tiny_recipe(causal={"window": 4}, train_distill={"frames": 2, "continuation_prob": 0.5})
-    short = {"loss_frames": 1, "loss_window": "last", "continuation_prob": 0.5}
-    with pytest.raises(ConfigError, match="loss_frames is 1 .* continues the last 2 latent frames .* at least 2"):
-        tiny.tiny_recipe(causal={"window": 3}, train_distill=short)
-    tiny.tiny_recipe(causal={"window": 2}, train_distill=short)
+    two = {"frames": 2, "continuation_prob": 0.5}
+    with pytest.raises(ConfigError, match=r"continues 3 latent frames \(causal.window 4, sink 0, .* which has 2"):
+        tiny.tiny_recipe(causal={"window": 4}, train_distill=two)
+    with pytest.raises(ConfigError, match=r"continues 3 latent frames \(causal.window 3, sink 1, .* which has 2"):
+        tiny.tiny_recipe(causal={"window": 3, "sink": 1}, train_distill=two)
+    tiny.tiny_recipe(causal={"window": 2, "sink": 1}, train_distill=two)
 
 
 def test_prompt_switches_in_parts_of_one_clip_are_refused():
@@ -162,7 +162,7 @@ def test_the_noise_of_the_context_is_not_that_of_the_target(inputs, stage, monke
     recipe = tiny.tiny_recipe(causal=causal, train_causal={"prompt_switch_prob": 0.0}, train_distill=distill)
     batch, key = batch_of(), jax.random.key(7)
     if stage == "distill":  # the scores read the student's output, here the clips, as its past
-        monkeypatch.setattr(dmd, "generate", lambda params, batch, key, *, recipe: (batch["latents"], None))
+        monkeypatch.setattr(dmd, "generate", lambda params, batch, key, *, recipe: (batch["latents"], None, None))
         monkeypatch.setattr(dmd, "apply_update", lambda _, loss_fn, batch, key, *__, **___: loss_fn({}, batch, key))
         given = {"step": 0, "teacher": {}, "critic": {}, "negative_prompt_embeds": NEGATIVE, "optimizer": None}
         dmd.student_update(None, None, batch, key, recipe=recipe, finite=True, **given)
@@ -268,9 +268,9 @@ def test_the_losses_of_a_data_rollout_count_its_noisy_frames(inputs, include_cle
     """Without ``mask_clean`` they count all frames, as the published code does."""
     changes = {"rollout": "data", "include_clean": include_clean, "mask_clean": mask_clean}
     recipe = tiny.tiny_recipe(train_distill=changes)
-    _, mask = dmd.generate(None, batch_of(), jax.random.key(1), recipe=recipe)
+    _, mask, end = dmd.generate(None, batch_of(), jax.random.key(1), recipe=recipe)
     noisy = inputs["timestep"] > 0
-    assert noisy.all() != include_clean
+    assert noisy.all() != include_clean and end is None
     if include_clean and mask_clean:
         assert mask.dtype == bool
         np.testing.assert_array_equal(mask, noisy)
@@ -282,10 +282,35 @@ def test_the_losses_of_a_continued_rollout_leave_its_first_frame_out(monkeypatch
     monkeypatch.setattr(dmd, "self_rollout", lambda rollout, params, text, key, *, shape, **_: jnp.zeros(shape))
     batch = {"text": batch_of(2)["text"], "context": jnp.zeros((2, 1, *RECIPE.latent_shape[1:]))}
     for continued in (True, False):
-        _, mask = dmd.generate(None, batch | {"has_context": jnp.full(2, continued)}, jax.random.key(0), recipe=RECIPE)
+        batch["has_context"] = jnp.full(2, continued)
+        _, mask, _ = dmd.generate(None, batch, jax.random.key(0), recipe=RECIPE)
         assert mask.dtype == bool
         np.testing.assert_array_equal(mask, [[not continued, True, True]] * 2)
     assert dmd.generate(None, {"text": batch["text"]}, jax.random.key(0), recipe=RECIPE)[1] is None
+
+
+@pytest.mark.parametrize("switch", [0.0, 1.0])
+def test_a_continued_rollout_has_the_context_of_a_stream(monkeypatch, switch):
+    """Latents are the numbers of their frames in the stream: three rollouts of 12 frames."""
+    distill = {"frames": 12, "loss_frames": 8, "continuation_prob": 1.0, "prompt_switch_prob": switch}
+    recipe = tiny.changed(tiny.stream_recipe(window=6, sink=3), train_distill=distill)
+    numbers, contexts = iter((range(12), range(12, 24), range(24, 36))), []
+
+    def count(rollout, params, text, key, *, shape, context, has_context):
+        contexts.append(context[1, :, 0, 0, 0].tolist() if has_context else [])
+        return jnp.broadcast_to(jnp.array(next(numbers), jnp.float32)[:, None, None, None], shape)
+
+    monkeypatch.setattr(dmd, "self_rollout", count)
+    text = batch_of(2)["text"]
+    previous = dmd.no_context({"text": text}, recipe)
+    for _ in range(3):
+        batch, key = dmd.with_context({"text": text}, previous, jax.random.key(0), recipe.train_distill, recipe.causal)
+        x0, _, end = dmd.generate(None, batch, key, recipe=recipe)
+        assert x0.shape[1] == 8
+        previous = {"latents": end, "text": text, "exists": jnp.array(True)}
+    # Blocks have two frames: two blocks hold the sink of three, and a window of six shows two earlier blocks.
+    kept, last = [[0, 1, 2, 3, *range(end - 4, end)] for end in (12, 24)], [[*range(end - 8, end)] for end in (12, 24)]
+    assert contexts == [[], *(last if switch else kept)]
 
 
 def test_a_moved_sink_is_refused_where_training_does_not_move_it(tmp_path):
