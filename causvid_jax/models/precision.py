@@ -54,11 +54,16 @@ def linear(p: Params, x: jax.Array, config: TransformerConfig) -> jax.Array:
     """Return ``x W + b``, float32 ``[..., out]``, with operands rounded to ``config.dtype``.
 
     ``fast`` also rounds the product, ``wan`` and ``causvid`` the result. An adapter adds ``scale (x A) B``
-    (``models.adapters``). A kernel in 8 bits is multiplied by ``models.int8_linear``.
+    (``models.adapters``) before the result is rounded. A kernel in 8 bits is multiplied by ``models.int8_linear``.
     """
+    result = _product_and_bias(p, x, config)
     if adapters.KEY in p:
-        base = {name: value for name, value in p.items() if name != adapters.KEY}
-        return linear(base, x, config) + adapters.product(p[adapters.KEY], x, config)
+        result = result + adapters.product(p[adapters.KEY], x, config)
+    return rounded(result, config.dtype) if rounds_results(config) else result
+
+
+def _product_and_bias(p: Params, x: jax.Array, config: TransformerConfig) -> jax.Array:
+    """Return :func:`linear` without an adapter, before its result is rounded."""
     eight_bits = isinstance(p["kernel"], Mapping)
     if not rounds_results(config):
         result = config.dtype if config.precision == "fast" else "float32"
@@ -66,7 +71,7 @@ def linear(p: Params, x: jax.Array, config: TransformerConfig) -> jax.Array:
             return int8_linear.product(x, p["kernel"]).astype(result) + p["bias"]
         return layers.linear(p, x, config.dtype, result)
     product = int8_linear.product(x, p["kernel"]) if eight_bits else layers.matmul(x, p["kernel"], config.dtype)
-    return rounded(product + rounded(p["bias"].astype(jnp.float32), config.dtype), config.dtype)
+    return product + rounded(p["bias"].astype(jnp.float32), config.dtype)
 
 
 def mlp(p: Params, x: jax.Array, activation: Callable[[jax.Array], jax.Array], config: TransformerConfig) -> jax.Array:

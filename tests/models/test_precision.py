@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from causvid_jax.checkpoints import store
-from causvid_jax.config import CausalConfig, ConfigError, TransformerConfig
+from causvid_jax.config import CausalConfig, ConfigError, LoraConfig, TransformerConfig
 from causvid_jax.models import precision, transformer
 
 CONFIG = TransformerConfig(**golden.SIZES, dtype="bfloat16")
@@ -72,3 +72,19 @@ def test_in_float32_absolute_positions_change_nothing(drawn):
             out[column], cache = step(params, x, t, prompt, cache, config=config, causal=causal)
             cache = transformer.advance(cache, 1)
     np.testing.assert_allclose(out["causvid"], out["default"], atol=2e-5)
+
+
+@pytest.mark.parametrize("column", ["wan", "causvid"])
+def test_the_result_with_an_adapter_is_rounded_once(column):
+    """Merged weights give a rounded result; the adapter's product was added to it after the rounding."""
+    config = dataclasses.replace(CONFIG, precision=column, lora=LoraConfig(3, 6.0))
+    rng = np.random.default_rng(0)
+    cast = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)  # noqa: E731
+    kernel, bias, down, up, x = (cast(rng.normal(size=s)) for s in ((16, 24), 24, (16, 3), (3, 24), (5, 16)))
+    adapter = {"down": jnp.float32(down), "up": jnp.float32(up)}
+    p = {"kernel": jnp.float32(kernel), "bias": jnp.float32(bias), "lora": adapter}
+    result = precision.linear(p, jnp.float32(x), config)
+    np.testing.assert_array_equal(result, cast(result))
+    exact = x @ kernel + bias + cast(2 * (x @ down)) @ up
+    # Half a unit in the last of 8 bits; where the product of the adapter's A is between two numbers, more.
+    assert np.mean(np.abs(result - exact) <= 2.0**-8 * np.abs(exact)) > 0.97
