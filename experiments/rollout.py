@@ -15,5 +15,5 @@ def get_experiment() -> Experiment:
         ),
         lengths=(1, 10),
         # Noised data has no rollout to continue, and replay none beyond a clip with a sink that moves.
-        settings={"train_distill.continuation_prob": "0.0"},
+        settings={"train_distill.continuation_prob": "0.0", "train_distill.prompt_switch_prob": "0.0"},
     )

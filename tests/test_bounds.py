@@ -77,7 +77,10 @@ def test_an_absurd_number_of_a_field_is_refused():
 
 SQUARE = ("--config.video.height=4096", "--config.video.width=4096")
 LONG = ("--config.video.frames=99993",)
-ENDLESS = ("--config.causal.window=0", "--config.causal.sink=0", "--config.train_distill.continuation_prob=0")
+ENDLESS = (
+    *("--config.causal.window=0", "--config.causal.sink=0"),
+    *("--config.train_distill.continuation_prob=0", "--config.train_distill.prompt_switch_prob=0"),
+)
 TOGETHER = [
     ("sample", ["--prompt=a red 3", "--frames=9999999", *ENDLESS, *SQUARE], "to stream takes about"),
     ("sample", [*["--prompt=a red 3"] * 1024, *SQUARE], "to stream takes about"),

@@ -71,8 +71,8 @@ class DistillStageConfig(StageConfig):
 
     Continuation. With probability ``continuation_prob`` a self rollout continues the previous one of the same update,
     so that the student is trained far into a stream: its context is the sink of the first one and the last frames in
-    the window. With probability ``prompt_switch_prob`` a clip that continues
-    switches its prompt there. Both need a window. The losses leave out the first latent frame of a continued rollout.
+    the window (``causal.window`` must be set). With probability ``prompt_switch_prob`` a clip that continues switches
+    its prompt there. The losses leave out the first latent frame of a continued rollout.
     The scores still attend to it, although they were trained on clips whose first latent frame is one pixel frame. With
     the digits weights this changes the teacher's velocity of the other frames by 11, 6 and 4 % at t = 250, 500 and 750
     (29, 15 and 9 % on the second frame, 3 to 1 % on the last). The mean square error changes by -7, -1 and +1 %.
@@ -122,13 +122,7 @@ class DistillStageConfig(StageConfig):
         check_interval("train_distill.guidance_interval", self.guidance_interval)
         decay = self.critic_optimizer.ema_decay
         require(decay == 0, f"train_distill.critic_optimizer.ema_decay is {decay:g}; the fake score has no EMA: use 0")
-        for name in ("gradient", "exit_steps", "score_timesteps", "loss_frames"):
-            default = type(self).__dataclass_fields__[name].default
-            require(
-                self.rollout == "self" or getattr(self, name) == default,
-                f"train_distill.{name} is {getattr(self, name)!r} with rollout 'data', which has no steps of its own; "
-                f"use rollout 'self' or {name} {default!r}",
-            )
+        self._check_effects()
         require(
             self.score_timesteps == "all" or self.exit_steps in ("shared", "last"),
             f"train_distill.score_timesteps is {self.score_timesteps!r} with exit_steps {self.exit_steps!r}; the "
@@ -139,6 +133,19 @@ class DistillStageConfig(StageConfig):
             f"train_distill.teacher is {self.teacher!r} and critic_mode is {self.critic_mode!r}; 'chunk' needs both",
         )
         self._check_gan()
+
+    def _check_effects(self) -> None:
+        """Refuse fields that have no effect with the others."""
+        of_rollouts = ("gradient", "exit_steps", "score_timesteps", "loss_frames", "continuation_prob")
+        self._check_effect(of_rollouts, self.rollout == "self", "rollout 'data'", "rollout 'self'")
+        continued, slopes = self.continuation_prob > 0, self.gan_r1_weight > 0 or self.gan_r2_weight > 0
+        self._check_effect(("prompt_switch_prob",), continued, "continuation_prob 0", "a continuation_prob above 0")
+        self._check_effect(("loss_window",), self.loss_frames > 0, "loss_frames 0", "loss_frames above 0")
+        objective = f"objective {self.objective!r}"
+        self._check_effect(("sid_alpha",), self.objective == "sid", objective, "objective 'sid'")
+        of_gan = ("gan_weight", "gan_critic_weight", "gan_layers", "gan_r1_weight", "gan_r2_weight")
+        self._check_effect(of_gan, self.objective == "dmd_gan", objective, "objective 'dmd_gan'")
+        self._check_effect(("gan_r_sigma",), slopes, "gan_r1_weight and gan_r2_weight 0", "one of them above 0")
 
     def _check_gan(self) -> None:
         if self.objective != "dmd_gan":

@@ -84,6 +84,19 @@ class Config:
             if checked is not value:
                 object.__setattr__(self, name, checked)
 
+    def _check_effect(self, names: Iterable[str], has_effect: bool, where: str, instead: str) -> None:
+        """Refuse fields without an effect: unless ``has_effect``, each of ``names`` must have its default.
+
+        ``where`` names the settings under which it has none, and ``instead`` those under which it has one.
+        """
+        for name in names:
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default  # type: ignore[attr-defined]
+            path = join(self.label, name)
+            require(
+                has_effect or value == default,
+                f"{path} is {value!r} with {where}, where it has no effect; use {instead}, or {name} {default!r}",
+            )
+
 
 def check_bounds(options: Any) -> None:
     """Check the fields of the dataclass ``options`` that have :class:`Bounds` in their annotation.

@@ -303,6 +303,7 @@ class LoraConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.targets), "lora.targets is empty; name modules, or set lora.rank to 0 for no adapter")
+        self._check_effect(("alpha", "targets"), self.rank > 0, "rank 0 (no adapters)", "a rank above 0")
 
     @property
     def scale(self) -> float:

@@ -40,7 +40,7 @@ class ParallelConfig(Config):
     tokens of a frame, ``tensor`` splits heads and MLP. ``data = 0`` takes all devices that the other axes leave.
     Attention exchanges tokens for heads (DeepSpeed-Ulysses, arXiv 2309.14509), so tensor x context must divide the
     heads. With ``ring`` (ring attention, arXiv 2310.01889; training only) only tensor must divide them.
-    ``offload_optimizer`` keeps the optimizer's moments in host memory (``pinned_host``) between updates. On CPU it
+    ``offload_optimizer`` keeps the moments of transformers in host memory (``pinned_host``) between updates. On CPU it
     changes nothing.
     """
 

@@ -44,7 +44,8 @@ class DiffusionConfig(Config):
     three-step checkpoints). If the first timestep is below 1000 (999.375 of rCM), a block starts from noise times its
     noise level. ``first_block_timesteps`` has one list for each of the first blocks after the start or a cut, such as
     ``((1000, 750, 500, 250), (1000, 500))``. Causal Forcing++ (arXiv 2605.15141) and Causal-rCM (arXiv 2606.25473) have
-    four steps for the first block and one or two for all others.
+    four steps for the first block and one or two for all others. ODE regression (``train_init``) learns the steps of
+    ``denoising_timesteps`` alone.
     """
 
     label: ClassVar[str] = "diffusion"
@@ -150,10 +151,9 @@ class OptimizerConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            not self.restarts or self.schedule == "cosine",
-            f"optimizer.restarts is {self.restarts} with schedule {self.schedule!r}; only 'cosine' has restarts",
-        )
+        schedule = f"schedule {self.schedule!r}"
+        self._check_effect(("restarts",), self.schedule == "cosine", schedule, "schedule 'cosine'")
+        self._check_effect(("ema_start",), self.ema_decay > 0, "ema_decay 0", "an ema_decay above 0")
         require(
             all(b - a > self.warmup_steps for a, b in itertools.pairwise((0, *self.restarts))),
             f"optimizer.restarts is {self.restarts}; each must be more than warmup_steps ({self.warmup_steps}) "
@@ -377,8 +377,14 @@ class InitStageConfig(StageConfig):
             f"train_init.extra_trajectories is {self.extra_trajectories}, but the trajectories of a bidirectional "
             "teacher have one length; set train_init.teacher to 'causal' or leave it empty",
         )
-        lengths = {0, *(frames for frames, _ in self.extra_trajectories)}
-        for frames in (*(frames for _, frames, _ in self.curriculum), self.frames):
+        lengths, used = {0, *(frames for frames, _ in self.extra_trajectories)}, {0, self.frames}
+        used |= {frames for _, frames, _ in self.curriculum}
+        require(
+            lengths <= used,
+            f"train_init.extra_trajectories has a length of {max(lengths - used, default=0)} latent frames, which no "
+            "part of the stage reads; use it in train_init.curriculum or frames, or leave it out",
+        )
+        for frames in used:
             require(
                 frames in lengths,
                 f"train_init.frames or curriculum has a stretch of {frames} latent frames; there are trajectories of "

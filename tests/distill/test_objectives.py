@@ -133,7 +133,10 @@ def test_r1_and_r2_match_numpy_and_the_slope():
 @pytest.mark.parametrize("objective", ["sid", "sid half", "dmd_gan", "gan alone"])
 def test_exact_scores_drive_mean_and_scale_to_the_data(objective):
     """With exact scores (and the best discriminator) each objective moves mean -1 and deviation 1.4 to the data's."""
-    distill = DistillStageConfig(guidance_scale=1.0, sid_alpha=0.5 if "half" in objective else 1.0, gan_weight=0.5)
+    settings = {"sid half": {"objective": "sid", "sid_alpha": 0.5}, "sid": {"objective": "sid"}}
+    distill = DistillStageConfig(
+        guidance_scale=1.0, **settings.get(objective, {"objective": "dmd_gan", "gan_weight": 0.5})
+    )
     text, optimizer = jnp.ones((512, 1, 1)), optax.adam(optax.exponential_decay(0.05, 100, 0.3))
 
     def loss(params, key, constant):
@@ -167,7 +170,8 @@ def test_exact_scores_drive_mean_and_scale_to_the_data(objective):
 
 def test_the_discriminator_that_the_loss_finds_is_the_ratio_of_the_densities():
     """For two Gaussians of one width, at one noise level, the best logit is linear in x_t; Newton's method finds it."""
-    distill = DistillStageConfig(score_timestep_min=400.0, score_timestep_max=400.001, gan_critic_weight=1.0)
+    low, high = {"score_timestep_min": 400.0}, {"score_timestep_max": 400.001}
+    distill = DistillStageConfig(**low, **high, objective="dmd_gan", gan_critic_weight=1.0)
     noise = np.random.default_rng(0).standard_normal((2, 40_000, 1, 1, 1, 1)).astype(np.float32)
     other = -0.3
 

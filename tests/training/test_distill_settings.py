@@ -186,6 +186,29 @@ def test_the_stage_consistency_trains_from_the_causal_teacher(workdir, kind, mon
         ),
         ({"causal": {"add_context_noise": "always"}}, "a causal.context_noise above 0, which is 0"),
         ({"train_causal": {"chunks": True}}, "only train_teacher can be trained on chunks"),
+        (
+            {"train_distill": {"rollout": "data", "continuation_prob": 0.5}},
+            "continuation_prob is 0.5 with rollout 'data', where it has no effect; use rollout 'self', or "
+            "continuation_prob 0.0",
+        ),
+        (
+            {"train_distill": {"prompt_switch_prob": 0.5}},
+            "prompt_switch_prob is 0.5 with continuation_prob 0, where it has no effect; use a continuation_prob above",
+        ),
+        ({"train_distill": {"loss_window": "last"}}, "loss_window is 'last' with loss_frames 0, where"),
+        ({"train_distill": {"sid_alpha": 2.0}}, "sid_alpha is 2.0 with objective 'dmd', where"),
+        ({"train_distill": {"objective": "sid", "gan_weight": 1.0}}, "gan_weight is 1.0 with objective 'sid', where"),
+        ({"train_distill": {"objective": "dmd_gan", "gan_r_sigma": 1.0}}, "gan_r_sigma is 1.0 with gan_r1_weight and"),
+        ({"train_causal": {"lora": {"alpha": 4.0}}}, "lora.alpha is 4.0 with rank 0 .no adapters., where"),
+        ({"train_causal": {"lora": {"targets": ("q",)}}}, "lora.targets is .'q',. with rank 0"),
+        (
+            {"train_causal": {"optimizer": {"ema_decay": 0.0, "ema_start": 3}}},
+            "optimizer.ema_start is 3 with ema_decay 0, where",
+        ),
+        (
+            {"train_init": {"teacher": "causal", "extra_trajectories": ((1, 6),)}},
+            "extra_trajectories has a length of 1 latent frames, which no part of the stage reads",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes, message):
