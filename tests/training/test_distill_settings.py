@@ -160,7 +160,6 @@ def test_the_stage_consistency_trains_from_the_causal_teacher(workdir, kind, mon
             {"train_distill": {"loss_frames": 4, "frames": 6, "curriculum": ((1, 0, 2),)}},
             "a rollout has 3 latent frames",
         ),
-        ({"train_distill": {"loss_frames": 2, "continuation_prob": 0.5}}, "loss_window is 'random' with continuation"),
         (
             {"causal": {"frames_per_block": 3, "window": 3}, "train_distill": {"loss_frames": 2}},
             "must be a multiple of",
