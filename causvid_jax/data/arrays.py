@@ -144,7 +144,7 @@ def write_dataset(
     name: str,
     features: tfds.features.FeaturesDict,
     chunks: int,
-    make_chunk: Callable[[int], Iterable[dict[str, Any]]],
+    make_chunk: Callable[[int], Iterable[dict[str, Any] | bytes]],
     identity: dict[str, Any],
     process_id: int = 0,
     process_count: int = 1,
@@ -157,7 +157,8 @@ def write_dataset(
         name: name of the dataset; shards are ``NAME-train.array_record-00000-of-00004``.
         features: features of one example (:func:`array_features`).
         chunks: number of chunks; chunk i becomes shard i.
-        make_chunk: returns the examples of a chunk by its index; the result must depend on the index alone.
+        make_chunk: returns the examples of a chunk by its index, or their serialized features; the result must depend
+            on the index alone.
         identity: everything that decides the content (sizes, seeds, digests of weights), as JSON values. A folder that
             was started with another identity is refused, so that trajectories of two teachers never mix.
         process_id: this process writes chunks process_id, process_id + process_count, ...
@@ -183,7 +184,10 @@ def write_dataset(
     bar = tqdm(total=len(mine), initial=len(mine) - len(todo), desc=name, unit="chunk", disable=not progress)
     with bar:
         for index in todo:
-            _write_shard(shards[index], (features.serialize_example(example) for example in make_chunk(index)))
+            examples = make_chunk(index)
+            _write_shard(
+                shards[index], (e if isinstance(e, bytes) else features.serialize_example(e) for e in examples)
+            )
             bar.update()
     if not all(shard.is_file() for shard in shards):
         return False

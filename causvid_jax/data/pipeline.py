@@ -30,6 +30,19 @@ Transform = Callable[[dict[str, Any], np.random.Generator], dict[str, Any]]
 Examples = Source | Sequence[dict[str, Any]]
 
 
+class Part:
+    """The examples ``numbers`` of a source, in this order."""
+
+    def __init__(self, source: Source, numbers: Sequence[int]):
+        self._source, self._numbers = source, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._source[self._numbers[index]]
+
+
 class Mixture:
     """Several sources that are read as one; each is shuffled and repeated on its own.
 

@@ -43,17 +43,12 @@ def _own_clips(recipe: Recipe, workdir: pathlib.Path, options: Options) -> str:
     root, listed = _list_videos(options, "data")
     # Other encoders than that of words accept every caption, and their files are not needed yet.
     reader = encoder.open_encoder(recipe) if recipe.text.kind == "words" else None
-    shared = {"prompt_encoder": reader, **_splitting(options)}
-
-    def usable(video: captions.Video) -> bool:
-        return videos.is_usable(video, root, recipe.video, reader, options.clips_per_video)
-
-    lines = []
-    for split, some in zip(("train", "test"), videos.held_out(listed, usable), strict=True):
-        folder = sources.folder(workdir, sources.clips_name(split))
-        summary = _write(options, videos.write_pixels, folder, root, some, recipe.video, **shared)
-        lines.append(f"{summary}; {_videos_of(folder)}")
-    return "\n".join(lines)
+    folder, given = sources.folder(workdir, sources.CLIPS), {"prompt_encoder": reader, **_splitting(options)}
+    summary = _write(options, videos.write_pixels, folder, root, listed, recipe.video, **given)
+    if arrays.is_complete(folder):
+        train, test = (len(sources.clips(recipe, workdir, split)) for split in ("train", "test"))
+        summary += f" ({train} for training, {test} for tests)"
+    return f"{summary}; {_videos_of(folder)}"
 
 
 def latents(recipe: Recipe, workdir: pathlib.Path, options: Options = DEFAULTS) -> str:
@@ -67,7 +62,7 @@ def latents(recipe: Recipe, workdir: pathlib.Path, options: Options = DEFAULTS) 
         clips_folder = sources.folder(workdir, sources.CLIPS)
         name = captions.digest([(clips_folder / arrays.IDENTITY).read_text()])
         reader = encoder.open_encoder(recipe, workdir)
-        _fill(reader, [line["caption"] for line in videos.used(clips_folder)])
+        _fill(reader, [line["caption"] for line in videos.part_of(videos.used(clips_folder), "train")])
     else:
         name = moving_digits.MovingDigitsConfig.of(recipe.data, recipe.video).name
     given = {"clips": name, "count": options.count, "prompt_encoder": reader}

@@ -1,5 +1,6 @@
 """Find and open the datasets and prompts of a recipe in its working directory."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -28,7 +29,7 @@ def clips(recipe: Recipe, workdir: str | os.PathLike, split: str) -> Any:
     """
     if recipe.data.name == "moving_digits":
         return moving_digits.source(pathlib.Path(workdir) / "data", recipe.data, recipe.video, split)
-    path = folder(workdir, clips_name(split))
+    path = folder(workdir, CLIPS)
     require(
         arrays.is_complete(path),
         f"no clips at {path}; write them with prepare --stage=data --videos=DIR --captions=FILE",
@@ -40,12 +41,12 @@ def clips(recipe: Recipe, workdir: str | os.PathLike, split: str) -> Any:
         f"the clips at {path} have {shape[0]} frames of {shape[1]} x {shape[2]} pixels; the recipe's video has "
         f"{video.frames} of {video.height} x {video.width}",
     )
-    return source
-
-
-def clips_name(split: str) -> str:
-    """Return the name of the dataset of a split's clips of own videos."""
-    return CLIPS if split == "train" else f"{CLIPS}_{split}"
+    ends = list(itertools.accumulate((line["clips"] for line in videos.used(path)), initial=0))
+    require(
+        ends[-1] == len(source), f"{path / videos.USED} lists {ends[-1]} clips of {len(source)}; prepare them again"
+    )
+    numbers = videos.part_of([range(*pair) for pair in itertools.pairwise(ends)], split)
+    return pipeline.Part(source, list(itertools.chain.from_iterable(numbers)))
 
 
 def latents(recipe: Recipe, workdir: str | os.PathLike) -> pipeline.Examples | pipeline.Mixture:
@@ -184,7 +185,8 @@ def prompts(recipe: Recipe, workdir: str | os.PathLike) -> list[str]:
         return digits.captions(data, "train")
     names = [name for name, _ in _mixture(data)]
     lines = [line for name in names for line in videos.used(folder(workdir, name))]
-    lines = lines or (videos.used(folder(workdir, CLIPS)) if LATENTS in names else [])
+    clips = videos.used(folder(workdir, CLIPS)) if LATENTS in names else []
+    lines = lines or videos.part_of(clips, "train")
     require(
         bool(lines),
         f"no captions of videos in {pathlib.Path(workdir) / 'data'}; prepare them with prepare --stage=data or "

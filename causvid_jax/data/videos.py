@@ -9,8 +9,9 @@ import functools
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,10 @@ from causvid_jax.text import encoder
 ORIGIN = {"file": tfds.features.Text(), "start": tfds.features.Scalar(dtype=np.float32)}
 """Features of an example that name its video, and the start of the clip in seconds."""
 USED, SKIPPED = "videos.jsonl", "skipped.jsonl"
+IN_MEMORY = 2**26
+"""Most bytes of a video's encoded clips that are in memory; more are in a temporary file."""
 _PARTS = "report"
+T = TypeVar("T")
 
 
 def write_latents(
@@ -111,32 +115,14 @@ def write_pixels(
     )
 
 
-def held_out(videos: Sequence[Video], usable: Callable[[Video], bool]) -> tuple[list[Video], list[Video]]:
-    """Return (training videos, test videos).
+def part_of(used: Sequence[T], split: str) -> list[T]:
+    """Return the videos of a split, of those that gave clips: every 50th is for tests, from the first one on.
 
-    Every 50th is for tests, from the first ``usable`` one on. If only one is usable, it is for training too.
+    A single video is also for training.
     """
-    first = next((i for i, video in enumerate(videos) if usable(video)), 0)
-    test = list(videos[first::50])
-    train = [video for video in videos if video not in test]
-    return (train if any(map(usable, train)) else list(videos)), test
-
-
-def is_usable(
-    video: Video,
-    root: str | os.PathLike,
-    config: VideoConfig,
-    prompt_encoder: encoder.Encoder | None = None,
-    limit: int = 0,
-) -> bool:
-    """Return whether :func:`write_pixels` gets a clip from a video. The whole video is decoded."""
-    try:
-        if prompt_encoder:
-            encoder.check(prompt_encoder, [video.caption])
-        pieces = clips.split_into_clips(pathlib.Path(root) / video.file, config, limit)
-        return bool(video.caption) and sum(1 for _ in pieces) > 0
-    except (ConfigError, clips.Unusable):
-        return False
+    if split == "test":
+        return list(used[::50])
+    return [video for i, video in enumerate(used) if i % 50] or list(used)
 
 
 def write_clips(
@@ -205,18 +191,23 @@ def write_clips(
         disable=not progress,
     )
 
-    def make_chunk(index: int) -> Iterator[dict[str, Any]]:
+    def make_chunk(index: int) -> Iterator[bytes]:
         group, report = groups[index], _Report(bar)
         rows = _text_rows(group, encode_text, report)
         good = [video for video in group if video.file in rows]
+
+        def record(video: Video, n: int, encoded: Mapping[str, np.ndarray]) -> bytes:
+            text = {"text": rows[video.file]} if "text" in features else {}
+            start = np.float32(n * config.frames / config.fps)
+            example = {name: x.astype(kind) for name, x in encoded.items()}
+            return features.serialize_example(
+                {**example, "caption": video.caption, **text, "file": video.file, "start": start}
+            )
+
         paths = [root / video.file for video in good]
         pieces = clips.decode_ahead(paths, config, limit=clips_per_video, workers=workers)
-        for video, encoded in _encoded(good, pieces, encode, size, report):
-            for n, one in enumerate(encoded):
-                text = {"text": rows[video.file]} if "text" in features else {}
-                start = np.float32(n * config.frames / config.fps)
-                example = {name: x.astype(kind) for name, x in one.items()}
-                yield {**example, "caption": video.caption, **text, "file": video.file, "start": start}
+        for whole in _encoded(good, pieces, encode, record, size, report, folder):
+            yield from whole
         # Write the report before the shard gets its name, so that no shard lacks its report.
         _write_lines(folder / _PARTS / f"{index:05d}.jsonl", report.lines)
 
@@ -297,52 +288,83 @@ def _text_rows(
     return kept
 
 
+class _Records:
+    """The encoded clips of a video, in memory up to :data:`IN_MEMORY` bytes and then in a temporary file."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._file: Any = tempfile.SpooledTemporaryFile(IN_MEMORY, dir=os.fspath(folder))  # noqa: SIM115
+        self._sizes: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def append(self, record: bytes) -> None:
+        self._sizes.append(self._file.write(record))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield all records, once."""
+        with self._file:
+            self._file.seek(0)
+            yield from map(self._file.read, self._sizes)
+
+
 def _encoded(
     videos: Sequence[Video],
     pieces: Iterator[tuple[int, np.ndarray | clips.Unusable | None]],
     encode: Callable[[np.ndarray], Mapping[str, np.ndarray]],
+    record: Callable[[Video, int, Mapping[str, np.ndarray]], bytes],
     size: int,
     report: _Report,
-) -> Iterator[tuple[Video, list[dict[str, np.ndarray]]]]:
-    """Yield every usable video with its encoded clips.
+    folder: pathlib.Path,
+) -> Iterator[_Records]:
+    """Yield the encoded clips of every usable video, each as the ``record`` of the video, its number and its arrays.
 
     Batches of ``size`` clips run across videos. The clips of a video are yielded after its last frame is decoded,
     because the clips of a damaged video are dropped.
     """
     waiting: list[tuple[int, np.ndarray]] = []
-    done: dict[int, list[dict[str, np.ndarray]]] = {}
+    done: dict[int, _Records] = {}
     whole: list[int] = []
 
     def run() -> None:
         if waiting:
             encoded = encode(np.stack([clip for _, clip in waiting]))
             for n, (i, _) in enumerate(waiting):
-                done[i].append({name: x[n] for name, x in encoded.items()})
+                done[i].append(record(videos[i], len(done[i]), {name: x[n] for name, x in encoded.items()}))
             waiting.clear()
 
-    def ready(last: bool) -> Iterator[tuple[Video, list[dict[str, np.ndarray]]]]:
+    def ready(last: bool) -> Iterator[_Records]:
         if last:
             run()
         unfinished = {i for i, _ in waiting}
         while whole and whole[0] not in unfinished:
             i = whole.pop(0)
             report.used(videos[i], len(done[i]))
-            yield videos[i], done.pop(i)
+            yield done.pop(i)
 
-    for i, piece in pieces:
-        if isinstance(piece, np.ndarray):
-            done.setdefault(i, [])
-            waiting.append((i, piece))
-            if len(waiting) == size:
-                run()
-        elif piece is None:
-            whole.append(i)
-        else:
-            waiting[:] = [entry for entry in waiting if entry[0] != i]
-            done.pop(i, None)
-            report.skipped(videos[i], str(piece))
-        yield from ready(last=False)
-    yield from ready(last=True)
+    try:
+        for i, piece in pieces:
+            if isinstance(piece, np.ndarray):
+                if i not in done:
+                    done[i] = _Records(folder)
+                waiting.append((i, piece))
+                if len(waiting) == size:
+                    run()
+            elif piece is None:
+                whole.append(i)
+            else:
+                waiting[:] = [entry for entry in waiting if entry[0] != i]
+                if i in done:
+                    done.pop(i).close()
+                report.skipped(videos[i], str(piece))
+            yield from ready(last=False)
+        yield from ready(last=True)
+    finally:
+        for records in done.values():
+            records.close()
 
 
 def _write_lines(path: pathlib.Path, lines: Sequence[dict[str, Any]]) -> None:

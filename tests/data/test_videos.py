@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import re
+import tracemalloc
 
 import jax
 import numpy as np
@@ -227,10 +228,9 @@ def test_own_videos_become_clips_and_latents_and_train_the_tiny_codec(folder, wo
     recipe = tiny_recipe(**CHANGES, train_taehv=stage)
     refused("no clips at .*prepare --stage=data --videos=DIR", training.train, "vae", recipe, tmp_path / "new")
     options = prepare.Options(videos=str(folder), captions=str(folder / "captions.jsonl"))
-    train, test = prepare.run("data", recipe, tmp_path, options).split("\n")
-    assert "clips: 6 examples; 6 clips of 3 videos, 7 videos skipped" in train
-    assert "clips_test: 1 examples; 1 clips of 1 videos" in test
-    source = arrays.source(tmp_path / "data" / "clips")
+    summary = prepare.run("data", recipe, tmp_path, options)
+    assert "clips: 7 examples (6 for training, 1 for tests); 7 clips of 4 videos, 7 videos skipped" in summary
+    source = recipe_data.clips(recipe, tmp_path, "train")
     first = next(clips.split_into_clips(folder / "slow.mkv", VIDEO))
     np.testing.assert_array_equal(source[0]["video"], first)
     (tmp_path / "vae").symlink_to(workdir / "vae")
@@ -255,26 +255,67 @@ def test_a_clip_that_lacks_one_frame_repeats_its_last(tmp_path):
         list(clips.split_into_clips(tmp_path / "a.mp4", VideoConfig(height=32, width=32, frames=21, fps=16)))
 
 
-def test_videos_to_test_on_are_held_out():
-    listed = [captions.Video(f"{i}.mp4", "", 1) for i in range(101)]
-    train, test = videos.held_out(listed, lambda video: True)
-    assert [video.file for video in test] == ["0.mp4", "50.mp4", "100.mp4"]
-    assert len(train) == 98 and not set(train) & set(test)
-    assert videos.held_out(listed[:1], lambda video: True) == (listed[:1], listed[:1])
-    train, test = videos.held_out(listed, lambda video: video.file != "0.mp4")
-    assert [video.file for video in test] == ["1.mp4", "51.mp4"] and len(train) == 99
-    assert videos.held_out(listed[:2], lambda video: video.file == "1.mp4") == (listed[:2], listed[1:2])
+def test_every_50th_video_is_for_tests():
+    used = [f"{i}.mp4" for i in range(101)]
+    assert videos.part_of(used, "test") == ["0.mp4", "50.mp4", "100.mp4"]
+    train = videos.part_of(used, "train")
+    assert len(train) == 98 and not set(train) & {"0.mp4", "50.mp4", "100.mp4"}
+    assert videos.part_of(used[:1], "train") == videos.part_of(used[:1], "test") == used[:1]
 
 
-def test_a_first_video_that_gives_no_clip_and_unknown_words_cost_no_dataset(folder, listed, tmp_path):
-    """The first video was the only one to test on. An unknown word was refused after the training of the VAE."""
-    odd = {"china.mp4": "roofs", "slow.mkv": "slow roofs", "tall.webm": "a red roof", "wide/flower.avi": "a flower"}
+def test_each_video_is_decoded_once_and_the_splits_share_no_clip(folder, tmp_path, monkeypatch):
+    """The videos to test on, and the first one to train on, were decoded twice."""
+    decoded, split = [], clips.split_into_clips
+
+    def counted(path, config, limit=0):
+        decoded.append(path.relative_to(folder).as_posix())
+        return split(path, config, limit)
+
+    monkeypatch.setattr(clips, "split_into_clips", counted)
+    captioned = {
+        "china.mp4": "roofs",
+        "slow.mkv": "slow roofs",
+        "tall.webm": "a red roof",
+        "wide/flower.avi": "a flower",
+    }
     table = tmp_path / "captions.json"
-    table.write_text(json.dumps({"a.mp4": "roofs", **odd}))
+    table.write_text(json.dumps({"a.mp4": "roofs", **captioned}))
     options = prepare.Options(videos=str(folder), captions=str(table))
-    train, test = prepare.run("data", RECIPE, tmp_path, options).split("\n")
-    assert "clips: 5 examples; 5 clips of 2 videos" in train
-    assert "clips_test: 1 examples; 1 clips of 1 videos" in test
+    summary = prepare.run("data", RECIPE, tmp_path, options)
+    assert "clips: 6 examples (5 for training, 1 for tests); 6 clips of 3 videos" in summary
+    assert sorted(decoded) == ["china.mp4", "slow.mkv", "wide/flower.avi"]
+    prepare.run("data", RECIPE, tmp_path, options)
+    assert len(decoded) == 3
     reasons = {line["file"]: line["reason"] for line in videos.skipped(tmp_path / "data" / "clips")}
     assert reasons["tall.webm"].startswith("has a caption that cannot be encoded: unknown word 'red'")
-    assert videos.used(tmp_path / "data" / "clips_test")[0]["file"] == "china.mp4"
+    train, test = (recipe_data.clips(RECIPE, tmp_path, name) for name in ("train", "test"))
+    assert [train[i]["file"].decode() for i in range(len(train))] == ["slow.mkv"] * 3 + ["wide/flower.avi"] * 2
+    assert [test[i]["file"].decode() for i in range(len(test))] == ["china.mp4"]
+    assert recipe_data.prompts(RECIPE, tmp_path) == ["slow roofs", "a flower"]
+
+
+def test_a_long_video_needs_the_memory_of_a_few_clips(tmp_path, monkeypatch):
+    """All its clips were in memory until its last frame was decoded."""
+    config, count = VideoConfig(height=192, width=192, frames=9, fps=8), 48
+    made = np.random.default_rng(0).integers(0, 256, (9, 192, 192, 3), np.uint8)
+
+    def decode(*_, **__):
+        for n in range(count):
+            yield 0, made + np.uint8(n)  # 1 MB each
+        yield 0, None
+
+    monkeypatch.setattr(clips, "decode_ahead", decode)
+    monkeypatch.setattr(videos, "IN_MEMORY", 2**22)
+    tracemalloc.start()
+    try:
+        videos.write_pixels(tmp_path, tmp_path, [captions.Video("a.mp4", "a", 1)], config, progress=False)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 24e6
+    source = arrays.source(tmp_path)
+    assert len(source) == count
+    for n in (0, 31, 47):
+        np.testing.assert_array_equal(source[n]["video"], made + np.uint8(n))
+        assert source[n]["start"] == np.float32(n * 9 / 8)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("tmp")]
