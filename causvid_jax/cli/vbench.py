@@ -107,10 +107,11 @@ def sample(options: Options, clips_of_shard: list, all_clips: list, folder: path
     videos = folder / clips.VIDEOS
     # All texts are encoded first: the encoder is loaded once, and freed before the student is loaded.
     texts = dict.fromkeys(clip.text for clip in clips.absent(clips_of_shard, videos))
-    encoder.fill(encoder.open_encoder(options.config, options.checkpoint), list(texts))
+    reader = encoder.open_encoder(options.config, options.checkpoint)
+    encoder.fill(reader, list(texts))
     files: dict[str, Any] = {"student": options.student, "vae": options.vae, "taehv": options.taehv}
-    pipe = pipeline.load(options.config, checkpoint=options.checkpoint, **files)
     opened, recipe = weights.find(options.config, "student", options.checkpoint, files=files)
+    pipe = pipeline.StudentPipeline(recipe, weights.load_student(opened, recipe), reader)
     clips.claim(folder, clips.identity(pipe, weights.checksum(opened, recipe), all_clips, options))
     clips.sample(pipe, clips_of_shard, videos, options, lambda line: print(line, flush=True))
 

@@ -395,7 +395,7 @@ class TeacherPipeline(_Base):
             *pictures,
             config=self.config,
             noise=clip.noise,
-            timesteps=None if timesteps is None else tuple(map(float, timesteps)),
+            timesteps=timesteps,
         )
         return dataclasses.replace(clip, latents=latents)
 

@@ -1,5 +1,9 @@
 """Timesteps in [0, 1000] and noise levels ``sigma = timestep / 1000`` of the network passes of a block."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +13,26 @@ from causvid_jax.diffusion import checks, flow
 
 ROUNDING = 1e-6
 """Difference of strengths that are equal, since a message shows six digits of the lowest one."""
+
+
+def jit_sampler(sample: Callable[..., Any], **options: Any) -> Any:
+    """Return ``jax.jit(sample)`` with the static arguments ``config`` and ``timesteps``, which may be any sequence.
+
+    ``timesteps`` are a keyword; JAX itself refuses a list or an array, which have no hash. ``options`` are those of
+    ``jax.jit``.
+    """
+    jitted = jax.jit(sample, static_argnames=("config", "timesteps"), **options)
+
+    def with_tuple(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(sample)
+        def run(*arrays: Any, timesteps: Any = None, **given: Any) -> Any:
+            return call(*arrays, timesteps=None if timesteps is None else tuple(map(float, timesteps)), **given)
+
+        return run
+
+    sampler: Any = with_tuple(jitted)
+    sampler.lower = with_tuple(jitted.lower)
+    return sampler
 
 
 def passes_per_block(config: Recipe) -> int:

@@ -12,7 +12,7 @@ model reads only ``image_latents``.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ import numpy as np
 from causvid_jax.config import Recipe, require
 from causvid_jax.diffusion import guidance, solvers
 from causvid_jax.models import experts, image_branch
-from causvid_jax.sampling import stream
+from causvid_jax.sampling import schedule, stream
 from causvid_jax.sampling.state import check_text
 
 
@@ -77,7 +77,7 @@ def guide_teacher(
     return guided
 
 
-@functools.partial(jax.jit, static_argnames=("config", "timesteps"))
+@schedule.jit_sampler
 def sample_clip(
     params: Any,
     prompt_embeds: jax.Array,
@@ -88,7 +88,7 @@ def sample_clip(
     config: Recipe,
     seeds: jax.Array | None = None,
     noise: jax.Array | None = None,
-    timesteps: tuple[float, ...] | None = None,
+    timesteps: Sequence[float] | None = None,
 ) -> jax.Array:
     """Sample clips by solving the guided ODE ``dx / dsigma = v(x, 1000 sigma)`` from noise to sigma 0, in one program.
 
@@ -103,8 +103,8 @@ def sample_clip(
         image_latents: mask and latents of the picture, ``[B, F, h, w, 4 + C]``, for a teacher with an image branch.
         seeds: uint32 ``[B]``, one per clip.
         noise: ``[B, F, h, w, C]`` instead of ``seeds``.
-        timesteps: static and descending in [0, 1000], one per step, instead of the recipe's grid; the solver ends at 0.
-            UniPC needs them below 1000.
+        timesteps: descending in [0, 1000], one per step, instead of the recipe's grid; the solver ends at 0. They are
+            part of the program. UniPC needs them below 1000.
 
     Returns:
         Clean latents ``[B, F, h, w, C]``.

@@ -1,5 +1,6 @@
 """VBench: totals against hand-computed ones, its clips end to end on the digits student, drift against known motion."""
 
+import collections
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import av
 import numpy as np
 import pytest
 
+from causvid_jax.checkpoints import source
 from causvid_jax.cli import common
 from causvid_jax.config import ConfigError
 from causvid_jax.evaluation.vbench import clips, drift, score, totals
@@ -94,14 +96,17 @@ def test_the_plan_names_seeds_and_counts_clips_as_vbench_does(lists):
         refused("accepted: I/N", clips.parse_shard, shard)
 
 
-def test_the_digits_student_is_sampled_end_to_end_and_resumed(lists, capsys):
+def test_the_digits_student_is_sampled_end_to_end_and_resumed(lists, capsys, monkeypatch):
     """Two shards sample a fake list; a removed clip comes back bit for bit; another setting is refused."""
+    opened, open_file = [], source.open_safetensors
+    monkeypatch.setattr(source, "open_safetensors", lambda path, *more: opened.append(path) or open_file(path, *more))
     folder = lists / "run" / clips.VIDEOS
     flags = [f"--info={lists}/info.json", f"--extended={lists}/extended.txt", f"--output={lists}/run"]
     flags += ["--config=digits"]
     flags += ["--samples=1", "--flicker_samples=2", "--frames=10", "--batch=2"]
     for shard in ("0/2", "1/2"):
         common.call("vbench", [*flags, "--stage=sample", f"--shard={shard}"])
+    assert set(collections.Counter(opened).values()) == {2}  # once by each shard
     names = sorted(os.listdir(folder))  # and no other file, whose suffix VBench could take for that of the clips
     assert names == ["a blue 7-0.mp4", "a blue 7-1.mp4", "a red 3-0.mp4"]
     with av.open(str(folder / names[0])) as container:

@@ -127,6 +127,9 @@ def test_the_teacher_has_the_same_shape(clips):
     grid = 1000 * np.asarray(flow.teacher_sigmas(config.diffusion))[:-1]
     again = clips.latents(clips.stream([RED, BLUE], noise=noise), timesteps=grid).latents
     np.testing.assert_allclose(again, clip.latents, atol=1e-5)
+    given = clips.params["teacher"], clips.encode_prompt([RED, BLUE]), clips.encode_prompt("")[0]
+    listed = cv.sample_clip(*given, noise=noise, config=config, timesteps=list(grid))  # JAX has no hash of a list
+    np.testing.assert_array_equal(listed, again)
 
 
 def test_what_cannot_be_loaded_is_one_sentence(folder, tmp_path):
