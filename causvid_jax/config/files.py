@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from causvid_jax.config.errors import ConfigError, RunError
 
+_HELD = (errno.EAGAIN, errno.EACCES)
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
@@ -38,13 +39,26 @@ def atomic_write(target: str | os.PathLike, directory: bool = False) -> Iterator
     target = pathlib.Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target)
-    temporary, lock = _locked_temporary(target, directory)
+    temporary, descriptor = _locked_temporary(target, directory)
     try:
         yield temporary
         os.replace(temporary, target)
     finally:
         _remove(temporary)
-        os.close(lock)
+        os.close(descriptor)
+
+
+def lock(descriptor: int, *, wait: bool) -> bool | None:
+    """Lock an open file or folder until it is closed; return False if another holds it, None if locks do not exist.
+
+    With ``wait``, wait until no other holds it. The lock (``flock``) belongs to the descriptor, not to the process: it
+    also keeps threads of one process apart, and the process may open and close the file a second time.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        return False if error.errno in _HELD else None
+    return True
 
 
 def _locked_temporary(target: pathlib.Path, directory: bool) -> tuple[pathlib.Path, int]:
@@ -57,15 +71,14 @@ def _locked_temporary(target: pathlib.Path, directory: bool) -> tuple[pathlib.Pa
         else:
             temporary.touch(exist_ok=False)
         try:
-            lock = os.open(temporary, os.O_RDONLY)
+            descriptor = os.open(temporary, os.O_RDONLY)
         except FileNotFoundError:
             continue
         # On file systems without locks no temporary can be recognised as abandoned, so none is removed.
-        with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.fstat(lock).st_nlink:
-            return temporary, lock
-        os.close(lock)  # another writer removed it as abandoned before it was locked
+        lock(descriptor, wait=True)
+        if os.fstat(descriptor).st_nlink:
+            return temporary, descriptor
+        os.close(descriptor)  # another writer removed it as abandoned before it was locked
 
 
 @contextlib.contextmanager
@@ -99,12 +112,12 @@ def remove_abandoned(target: pathlib.Path) -> None:
     """Remove temporaries of ``target`` that no process has locked."""
     for old in target.parent.glob(f".{target.name}.*.tmp"):
         with contextlib.suppress(OSError):
-            lock = os.open(old, os.O_RDONLY)
+            descriptor = os.open(old, os.O_RDONLY)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(old)
+                if lock(descriptor, wait=False):
+                    _remove(old)
             finally:
-                os.close(lock)
+                os.close(descriptor)
 
 
 def _remove(path: pathlib.Path) -> None:

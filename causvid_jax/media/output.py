@@ -1,8 +1,6 @@
 """Check that an output file can be written, and lock it so that one program at a time writes it."""
 
 import contextlib
-import errno
-import fcntl
 import os
 import pathlib
 import shutil
@@ -15,7 +13,6 @@ SPACE = 2**20
 """Free bytes of the disk that a new video needs."""
 FRAME_SPACE = 64
 """Additional free bytes for each frame."""
-_HELD = (errno.EAGAIN, errno.EACCES)
 
 
 def check_output(path: str | pathlib.Path, frames: int = 0) -> pathlib.Path:
@@ -66,15 +63,14 @@ class Lock:
         self._descriptor: int | None = None
         while self._descriptor is None:
             descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            locked = files.lock(descriptor, wait=False)
+            if not locked:
                 os.close(descriptor)
-                if error.errno not in _HELD:
-                    return
-                raise ConfigError(
-                    f"output {str(path)!r} is being written by another program; let it end, or choose another name"
-                ) from error
+                require(
+                    locked is None,
+                    f"output {str(path)!r} is being written by another program; let it end, or choose another name",
+                )
+                return
             # The previous holder may have removed the file after it was opened here; this lock is then useless.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(self._file)):

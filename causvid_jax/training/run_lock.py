@@ -26,7 +26,8 @@ _LOG = logging.getLogger("absl")
 def claimed(folder: pathlib.Path, wait: float = WAIT_SECONDS) -> Iterator[None]:
     """Lock ``folder`` for this run in the block: process 0 locks ``folder/run.lock``.
 
-    It is a POSIX record lock, which works over NFS and Lustre. The operating system releases it when the process ends
+    It is a POSIX record lock, which works over NFS and Lustre, unlike ``config.files.lock``: the hosts of a run share
+    the folder, and one process per host locks it once. The operating system releases it when the process ends
     for any reason; a file without a lock has no meaning. On a file system without locks there is a warning instead.
 
     Raises:

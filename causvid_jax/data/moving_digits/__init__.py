@@ -1,7 +1,6 @@
 """The ``moving_digits`` dataset: :func:`prepare` writes it once, :func:`source` opens a split of it."""
 
 import contextlib
-import fcntl
 import os
 import pathlib
 import shutil
@@ -9,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from causvid_jax.config import ConfigError, DataConfig, VideoConfig, require
-from causvid_jax.config.files import writing
+from causvid_jax.config.files import lock, writing
 from causvid_jax.data import arrays
 from causvid_jax.data.moving_digits.moving_digits_dataset_builder import SPLITS, Builder, MovingDigitsConfig, clip
 
@@ -54,8 +53,7 @@ def _alone(folder: pathlib.Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)  # the lock of a folder leaves no file
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock(descriptor, wait=True)
         yield
     finally:
         os.close(descriptor)
