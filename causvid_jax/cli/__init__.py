@@ -1,5 +1,6 @@
 """Programs: ``causvid NAME`` or, from a clone, ``python -m launch.NAME``."""
 
+import signal
 import sys
 
 PROGRAMS = {
@@ -28,8 +29,13 @@ def main(name: str | None = None) -> None:
     """
     try:
         _main(name)
-    except KeyboardInterrupt:  # while modules are imported; run() has one of its own
-        print("stopped by Ctrl-C", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit) as end:
+        # From here on another Ctrl-C ends the process at once. An exception while Python exits can crash libraries.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if isinstance(end, SystemExit):
+            raise
+        print("stopped by Ctrl-C", file=sys.stderr)  # while modules are imported; run() has one of its own
         sys.exit(130)
 
 

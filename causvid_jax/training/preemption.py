@@ -43,10 +43,11 @@ def requests() -> Iterator[Callable[[int], int]]:
     many = jax.process_count() > 1
     received: list[int] = []
 
-    def handler(number: int, frame: Any) -> None:
+    def handler(number: int, frame: Any) -> Any:
         if number == signal.SIGINT:
             if received:
-                raise KeyboardInterrupt
+                stop = before[number] if callable(before[number]) else signal.default_int_handler
+                return stop(number, frame)  # that of a program first completes imports
             if many:  # the service listens to SIGTERM only
                 os.kill(os.getpid(), signal.SIGTERM)
         received.append(number)
@@ -60,7 +61,9 @@ def requests() -> Iterator[Callable[[int], int]]:
 
     # With many processes SIGTERM belongs to the service, which catches it from the moment a process joins.
     numbers = (signal.SIGINT,) if many else (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, handler) for number in numbers}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
+    for number in before:
+        signal.signal(number, handler)
     try:
         yield requested
     finally:

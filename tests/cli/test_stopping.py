@@ -12,6 +12,7 @@ import time
 import pytest
 
 from causvid_jax.cli import common
+from causvid_jax.training import preemption
 
 ROOT = pathlib.Path(__file__).parents[2]
 SENTENCES = {signal.SIGINT: (130, "stopped by Ctrl-C\n"), signal.SIGTERM: (143, "stopped by SIGTERM\n")}
@@ -98,6 +99,25 @@ def test_a_module_is_imported_whole(monkeypatch, capfd, tmp_path, number):
     assert sys.modules.pop(name).whole
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT], indirect=True)
+def test_a_module_is_imported_whole_during_a_training(monkeypatch, capfd, tmp_path, number):
+    """The first Ctrl-C asks a training to stop; the second one in the import of an extension module crashed it."""
+    (tmp_path / "interrupted_again.py").write_text(
+        "import os\ntry:\n    os.kill(os.getpid(), 2)\nexcept BaseException:\n    pass\nwhole = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def program():
+        with preemption.requests() as requested:
+            os.kill(os.getpid(), number)
+            assert requested(1) == number
+            importlib.import_module("interrupted_again")
+            time.sleep(60)
+
+    assert ended(monkeypatch, capfd, program) == SENTENCES[number]
+    assert sys.modules.pop("interrupted_again").whole
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM], indirect=True)
 def test_a_second_signal_does_not_interrupt_the_cleanup(monkeypatch, capfd, number):
     cleaned = []
@@ -116,9 +136,9 @@ def test_a_second_signal_does_not_interrupt_the_cleanup(monkeypatch, capfd, numb
     assert ended(monkeypatch, capfd, program) == SENTENCES[number] and cleaned
 
 
-def test_ctrl_c_while_the_first_modules_are_imported_is_one_line(tmp_path):
-    """``yaml`` is imported before the flags are read."""
-    (tmp_path / "yaml.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+def interrupted(tmp_path, code):
+    """Run a program whose first module, ``yaml``, is this code; return its status and what it wrote to stderr."""
+    (tmp_path / "yaml.py").write_text(code)
     # A shell starts background programs with Ctrl-C ignored.
     start = (
         "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
@@ -132,4 +152,16 @@ def test_ctrl_c_while_the_first_modules_are_imported_is_one_line(tmp_path):
         text=True,
         timeout=60,
     )
-    assert (done.returncode, done.stderr) == (130, "stopped by Ctrl-C\n")
+    return done.returncode, done.stderr
+
+
+def test_ctrl_c_while_the_first_modules_are_imported_is_one_line(tmp_path):
+    """``yaml`` is imported before the flags are read."""
+    code = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    assert interrupted(tmp_path, code) == (130, "stopped by Ctrl-C\n")
+
+
+def test_ctrl_c_while_python_exits_ends_the_process_at_once(tmp_path):
+    """It raised an exception among libraries that were half gone: a traceback, and crashes."""
+    code = "import atexit, os\natexit.register(os.kill, os.getpid(), 2)\nos.kill(os.getpid(), 2)\n"
+    assert interrupted(tmp_path, code) == (-signal.SIGINT, "stopped by Ctrl-C\n")
