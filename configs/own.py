@@ -24,7 +24,7 @@ from causvid_jax.config import require
 VOCABULARY = ("a", "the", "red", "green", "blue", "car", "ball", "moves", "left", "right")
 # Change: the most words of a caption.
 LENGTH = 16
-# Change: size and length of a clip; sides are multiples of 16, frames are 1 + 4n.
+# Change: size and length of a clip; sides are multiples of 16, frames are 9 + 12 n (whole blocks of the student).
 VIDEO = {"height": 64, "width": 64, "frames": 33, "fps": 16.0}
 
 
@@ -63,9 +63,9 @@ def get_config(variant: str = "words") -> ml_collections.ConfigDict:
             "train_vae": {
                 "steps": 10000,
                 "batch_size": 2,
-                "frames": 33,
+                "frames": min(33, VIDEO["frames"]),
                 # (until step, frames, clips): short clips teach the pixels at a fraction of the cost.
-                "curriculum": ((4000, 5, 8), (7000, 17, 4)),
+                "curriculum": ((4000, 5, 8), (7000, min(17, VIDEO["frames"]), 4)),
                 "optimizer": {**optimizer, "learning_rate": 2e-3},
             },
             "train_taehv": {"steps": 6000, "batch_size": 4, "optimizer": {**optimizer, "learning_rate": 1.5e-3}},

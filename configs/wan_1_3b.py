@@ -1,8 +1,8 @@
 """Wan2.1-T2V-1.3B: the published network as teacher, and the causal four-step student distilled from it.
 
 480 x 832 pixels, 81 frames, latents [21, 60, 104, 16], 3 latent frames per block. Sizes are the published ones.
-Learning rates, betas, batch sizes and update counts are Self-Forcing's, with one shift of 8 for every network
-(Self-Forcing trains its student with a shift of 5 and a teacher with 8). Teacher, VAE and students are published.
+Learning rates, betas, batch sizes, update counts and the start of the EMA are Self-Forcing's, with one shift of 8 for
+every network (Self-Forcing draws the timesteps of student and scores with 5). Teacher, VAE and students are published.
 """
 
 import ml_collections
@@ -78,7 +78,7 @@ def recipe(name: str, sizes: dict[str, int], guidance: float) -> ml_collections.
                 "rollout": "self",
                 "critic_steps": 5,
                 "guidance_scale": 4.0,
-                "optimizer": {**adamw, "b1": 0.0, "ema_decay": 0.99},
+                "optimizer": {**adamw, "b1": 0.0, "ema_decay": 0.99, "ema_start": 40},
                 "critic_optimizer": {**adamw, "b1": 0.0, "learning_rate": 4e-7},
             },
         }

@@ -4,10 +4,11 @@ import importlib
 import pathlib
 import re
 import shlex
+import sys
 
 import pytest
 
-from causvid_jax.cli import PROGRAMS, options, train
+from causvid_jax.cli import PROGRAMS, main, options, train
 from causvid_jax.config import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -41,6 +42,14 @@ def test_a_command_that_is_shown_is_accepted(page, program, arguments, monkeypat
         options.parse(module.Options, arguments)
     except ConfigError as error:
         pytest.fail(f"{page.name} shows: causvid {program} {' '.join(arguments)}\n{error}")
+
+
+def test_the_list_of_programs_separates_names_from_texts(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["causvid", "--help"])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    for program, about in PROGRAMS.items():
+        assert [line.split(None, 1) for line in lines].count([program, about]) == 1, program
 
 
 def test_commands_are_found():

@@ -239,7 +239,11 @@ def test_only_the_stage_at_work_must_fit_the_mesh():
     [
         ({"student": {"out_channels": 8}}, "student.out_channels is 8; the VAE has 16 latent channels"),
         ({"teacher": {"text_length": 4}}, "teacher reads text of shape (4, 4096); the text encoder gives (512, 4096)"),
-        ({"video": {"frames": 77}}, "20 latent frames do not fit blocks of n*3; the nearest that do are 18 and 21"),
+        (
+            {"video": {"frames": 77}},
+            "video.frames is 77: 20 latent frames do not fit blocks of n*3; the nearest that do are 18 and 21 (69 and "
+            "81 frames)",
+        ),
         ({"parallel": {"tensor": 8}}, "x context is 8, which does not divide them; the nearest that do are 6 and 12"),
         (
             {"parallel": {"context": 7, "ring": True}},

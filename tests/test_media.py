@@ -7,6 +7,7 @@ import av
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from av.filter import Graph
 from PIL import Image, ImageCms
 
 from causvid_jax import media
@@ -293,6 +294,34 @@ def test_a_clock_that_starts_again_continues(tmp_path):
     joined = film(tmp_path / "a.ts", 24).read_bytes() + film(tmp_path / "b.ts", 24).read_bytes()
     (tmp_path / "joined.ts").write_bytes(joined)
     assert numbers(media.read_video(tmp_path / "joined.ts", 64, 96, fps=8)) == [*range(0, 24, 3)] * 2
+
+
+@pytest.mark.parametrize("first", ["tff", "bff"])
+def test_interlaced_pictures_show_the_time_of_their_first_field(tmp_path, first):
+    """Every picture has lines of two times, which were shown as combs. The oracle is the film of fields."""
+    waves = 128 + 90 * np.sin((np.arange(96)[None, :] - 3 * np.arange(24)[:, None]) / 4)
+    fields = np.repeat(np.repeat(waves[:, None, :, None], 64, axis=1), 3, axis=3).round().astype(np.uint8)
+    film_, later = fields[::2].copy(), slice(1, None, 2) if first == "tff" else slice(0, None, 2)
+    film_[:, later] = fields[1::2][:, later]
+    combs = np.abs(film_.astype(int) - fields[::2]).mean()
+    marks = Graph()
+    marks.link_nodes(
+        marks.add_buffer(width=96, height=64, format="yuv420p", time_base=Fraction(1, 25)),
+        marks.add("setparams", f"field_mode={first}"),
+        marks.add("buffersink"),
+    ).configure()
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "1", "x264-params": f"{first}=1"})
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for n, picture in enumerate(film_):
+            frame = av.VideoFrame.from_ndarray(picture, "rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = n, Fraction(1, 25)
+            marks.push(frame)
+            container.mux(stream.encode(marks.pull()))
+        container.mux(stream.encode(None))
+    shown = media.read_video(tmp_path / "a.mp4", 64, 96)
+    assert shown.shape == film_.shape
+    assert np.abs(shown.astype(int) - fields[::2]).mean() < combs / 4
 
 
 @pytest.mark.parametrize("transfer, signal", [(16, 0.5807), (18, 0.75)])

@@ -99,9 +99,15 @@ def test_digits_recipes():
 
 
 @pytest.mark.parametrize("variant", ["", ":umt5"])
-def test_the_recipe_of_own_videos(variant):
+def test_the_recipe_of_own_videos(variant, tmp_path):
     recipe = load_recipe(f"{CONFIGS / 'own.py'}{variant}")
     assert recipe.data.name == "videos" and recipe.latent_shape == (9, 8, 8, 16)
     if not variant:
         embeds = encoder.encode(encoder.open_encoder(recipe), ["A red car moves left."])
         assert np.abs(embeds).any(axis=-1).sum() == 5
+        text = (CONFIGS / "own.py").read_text()
+        for frames in (9, 21, 81):  # only the marked lines are changed
+            (tmp_path / "own.py").write_text(text.replace('"frames": 33', f'"frames": {frames}'))
+            changed = load_recipe(str(tmp_path / "own.py"))
+            assert changed.video.frames == frames
+            assert all(0 < length <= frames for _, length, _ in changed.train_vae.stretches)

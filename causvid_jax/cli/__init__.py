@@ -48,7 +48,8 @@ def _main(name: str | None) -> None:
     if name is None:
         name, arguments = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if name in ("--help", "-h", "help"):
-        lines = "\n".join(f"  {program:<10}{about}" for program, about in PROGRAMS.items())
+        width = max(map(len, PROGRAMS))
+        lines = "\n".join(f"  {program:<{width}}  {about}" for program, about in PROGRAMS.items())
         print(f"causvid PROGRAM [--flag=value ...]\n\n{lines}\n\ncausvid PROGRAM --help lists its flags.")
         print("causvid --version prints the version.")
         return

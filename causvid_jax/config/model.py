@@ -368,13 +368,11 @@ class TransformerConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.dim % self.num_heads == 0,
-            f"transformer.dim is {self.dim}, which {self.num_heads} heads do not divide",
+            self.dim % self.num_heads == 0, f"transformer.dim is {self.dim}, which {self.num_heads} heads do not divide"
         )
-        head_dim = self.dim // self.num_heads
         require(
-            head_dim % 2 == 0 and head_dim >= 6,
-            f"transformer head size is {head_dim} (dim / num_heads); rotary embedding needs an even size of at least 6",
+            self.head_dim % 2 == 0 and self.head_dim >= 6,
+            f"transformer head size is {self.head_dim} (dim / num_heads); rotary embedding needs an even size, from 6",
         )
         require(self.patch_size[0] == 1, f"transformer.patch_size is {self.patch_size}; its temporal size must be 1")
         require(
@@ -478,10 +476,7 @@ class CausalConfig(Config):
         require(not self.sink or self.window > 0, f"causal.sink is {self.sink}, which needs causal.window; use sink 0")
 
     def past_frames(self) -> int:
-        """Return the latent frames of earlier blocks that a block attends to through the window; 0 without a window.
-
-        Blocks of K frames count whole: ``K floor((window - 1) / K)``.
-        """
+        """Return the frames of earlier blocks in the window, which count whole: ``K floor((window - 1) / K)``, or 0."""
         return max(0, self.window - 1) // self.frames_per_block * self.frames_per_block
 
     def context_frames(self) -> int:
@@ -491,19 +486,22 @@ class CausalConfig(Config):
         """
         return -(-self.sink // self.frames_per_block) * self.frames_per_block + self.past_frames()
 
+    def nearest_lengths(self, frames: int) -> tuple[int, int]:
+        """Return the two numbers of latent frames of whole blocks that are nearest to ``frames``."""
+        k, first = self.frames_per_block, int(self.independent_first_frame)
+        below = max(frames - (frames - first) % k, first or k)
+        return below, below + k
+
     def block_sizes(self, frames: int) -> tuple[int, ...]:
         """Return the latent frames of each block of a clip of ``frames`` latent frames.
 
         Raises:
             ConfigError: the clip is not a whole number of blocks. The message names the nearest lengths that are.
         """
-        k, first = self.frames_per_block, 1 if self.independent_first_frame else 0
+        k, first = self.frames_per_block, int(self.independent_first_frame)
         if frames < max(first, 1) or (frames - first) % k:
-            below = max(first, frames - (frames - first) % k)
-            below = below if below >= max(first, 1) else first + k
-            structure = f"1 + n*{k}" if first else f"n*{k}"
+            near = " and ".join(map(str, self.nearest_lengths(frames)))
             raise ConfigError(
-                f"{frames} latent frames do not fit blocks of {structure}; the nearest that do are "
-                f"{below} and {below + k}"
+                f"{frames} latent frames do not fit blocks of {'1 + ' * first}n*{k}; the nearest that do are {near}"
             )
         return ((1,) if first else ()) + (k,) * ((frames - first) // k)

@@ -9,7 +9,7 @@ import ml_collections
 
 from causvid_jax.config import machine
 from causvid_jax.config.distill import ConsistencyStageConfig, DistillStageConfig
-from causvid_jax.config.errors import require
+from causvid_jax.config.errors import ConfigError, require
 from causvid_jax.config.fields import Config, Count, CountOrZero, build, check_path
 from causvid_jax.config.model import (
     CausalConfig,
@@ -121,8 +121,9 @@ class Recipe(Config):
                 f"{role} reads text of shape ({net.text_length}, {net.text_dim}); the text encoder gives "
                 f"({self.text.length}, {self.text.dim})",
             )
-        for frames in (self.video.latent_frames, *(length for length, _ in self.train_init.extra_trajectories)):
-            self.causal.block_sizes(frames)
+        self._check_clip()
+        for length, _ in self.train_init.extra_trajectories:
+            self.causal.block_sizes(length)
         for _, frames, _ in self.train_distill.stretches:
             self._check_rollout(frames or self.video.latent_frames)
         require(
@@ -136,6 +137,14 @@ class Recipe(Config):
             self.text.kind != "umt5" or self.umt5.dim == self.text.dim,
             f"umt5.dim is {self.umt5.dim}; text.dim is {self.text.dim}, and they must be equal",
         )
+
+    def _check_clip(self) -> None:
+        clip = self.video
+        try:
+            self.causal.block_sizes(clip.latent_frames)
+        except ConfigError as error:
+            near = " and ".join(str(1 + 4 * (n - 1)) for n in self.causal.nearest_lengths(clip.latent_frames))
+            raise ConfigError(f"video.frames is {clip.frames}: {error} ({near} frames)") from error
 
     def _check_experts(self) -> None:
         """Refuse settings that need one teacher network, if the teacher has two experts."""

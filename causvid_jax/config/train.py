@@ -28,8 +28,8 @@ class DiffusionConfig(Config):
 
     Every network of a recipe (teacher, fake score, student) uses this one grid,
     ``sigma(u) = shift u / (1 + (shift - 1) u)`` with u from 1 (noise) to 0 (arXiv 2403.03206, section 5.3.2).
-    ``student_shift`` is a separate shift for the student's timesteps (0: ``shift``); Self-Forcing has 5 for the student
-    and 8 for its scores.
+    ``student_shift`` is a separate shift for the student's timesteps (0: ``shift``). Self-Forcing's code needs none: it
+    draws the timesteps of its student and of its scores with the shift 5, so its distillation has ``shift`` 5.
 
     The teacher takes ``num_inference_steps`` steps of ``solver``: ``"euler"``, or ``"unipc"`` (arXiv 2302.04867).
     ``guidance_scale`` is the g of ``v = v_uncond + g (v_cond - v_uncond)`` (arXiv 2207.12598); g = 1 is no guidance.

@@ -1,8 +1,9 @@
-"""Read videos as a player shows them: upright, with square pixels, in sRGB, frames chosen by their timestamps.
+"""Read videos as a player shows them: upright, progressive, with square pixels, in sRGB, frames by their time.
 
 Transparency is composited over white, as that of pictures.
 """
 
+import contextlib
 import itertools
 import logging
 import math
@@ -11,9 +12,11 @@ import re
 import sys
 import typing
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import av
+import av.filter
 import numpy as np
 from PIL import Image
 
@@ -92,7 +95,7 @@ def iterate_frames(
         stream = _video_stream(container)
         clock = _Clock(stream)
         screen = _Screen(path, height, width, float(stream.sample_aspect_ratio or 1))
-        for picture in _pictures(container, stream):
+        for picture in _progressive(_pictures(container, stream)):
             if whole and picture.is_corrupt:
                 raise ValueError(f"the picture at {clock.time:.2f} s is damaged")
             clock.advance(picture)
@@ -179,6 +182,50 @@ def _pictures(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
         setattr(decoder, tag, getattr(own, tag))
     for packet in container.demux(stream):
         yield from decoder.decode(packet if packet.size else None)
+
+
+def _progressive(pictures: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """Yield as many pictures; a picture that is marked as interlaced shows the time of its first field only.
+
+    FFmpeg's bwdif takes the lines of the second field from the pictures before and after. Other pictures are unchanged.
+    """
+    graph, form = None, None
+    for picture in itertools.chain(pictures, [None]):
+        kind = picture and (picture.width, picture.height, picture.format.name)
+        if graph is not None and kind != form:
+            graph.push(None)
+            yield from _pulled(graph)
+            graph = None
+        if picture is None:
+            return
+        if graph is None and picture.interlaced_frame:
+            graph, form = _deinterlacer(picture), kind
+        if graph is None:
+            yield picture
+        else:
+            graph.push(picture)
+            yield from _pulled(graph)
+
+
+def _deinterlacer(picture: av.VideoFrame) -> av.filter.Graph:
+    """Return a graph that replaces interlaced pictures of the size and format of ``picture``, one for one."""
+    graph = av.filter.Graph()
+    source = graph.add_buffer(
+        width=picture.width,
+        height=picture.height,
+        format=picture.format,
+        time_base=picture.time_base or Fraction(1, 1000),
+    )
+    graph.link_nodes(source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink"))
+    graph.configure()
+    return graph
+
+
+def _pulled(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
+    """Yield the pictures that a graph has finished."""
+    with contextlib.suppress(av.BlockingIOError, av.EOFError):
+        while True:
+            yield typing.cast(av.VideoFrame, graph.pull())
 
 
 def _declared_seconds(container: Any, stream: Any) -> float:

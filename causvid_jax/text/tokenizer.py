@@ -9,6 +9,7 @@ import functools
 import hashlib
 import html
 import importlib
+import logging
 import os
 import pathlib
 import re
@@ -24,6 +25,7 @@ from causvid_jax.models import umt5
 from causvid_jax.text import prompt_cache
 from causvid_jax.text.prompt_cache import PromptCache
 
+_LOG = logging.getLogger(__name__)
 LENGTH = 512
 _SHORTEST = 32
 
@@ -82,14 +84,17 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int = LENGTH) -> tuple[np.ndarray, np.ndarray]:
     """Return token ids int32 ``[B, length]`` and the mask bool ``[B, length]`` of cleaned prompts.
 
-    Every prompt ends with ``</s>``. A longer prompt is cut to ``length - 1`` tokens and ``</s>``, a shorter one is
-    padded. The mask is true for all tokens except padding.
+    Every prompt ends with ``</s>``. A longer prompt is cut to ``length - 1`` tokens and ``</s>``, which is logged; a
+    shorter one is padded. The mask is true for all tokens except padding.
     """
     require(length >= 1, f"text length is {length}; it must be at least 1")
     ids = np.full((len(prompts), length), tokenizer.pad_id, np.int32)
     mask = np.zeros((len(prompts), length), bool)
     for row, prompt in enumerate(prompts):
-        tokens = [*tokenizer.library.encode(prompt, add_special_tokens=False).ids[: length - 1], tokenizer.end_id]
+        whole = tokenizer.library.encode(prompt, add_special_tokens=False).ids
+        if len(whole) >= length:
+            _LOG.warning("a prompt of %d tokens is cut to the first %d: %.80s ...", len(whole), length - 1, prompt)
+        tokens = [*whole[: length - 1], tokenizer.end_id]
         ids[row, : len(tokens)] = tokens
         mask[row, : len(tokens)] = True
     return ids, mask

@@ -75,11 +75,14 @@ def test_tokens_end_and_are_padded_whatever_the_file_says(tokenizer):
     assert mask[1].sum() == 1
 
 
-def test_a_long_prompt_is_cut_before_its_end(tokenizer):
+def test_a_long_prompt_is_cut_before_its_end(tokenizer, caplog):
     whole = tokenizer.library.encode("word " * 60).ids
     for length in (1, 2, 20, len(whole) - 1, len(whole)):
         ids, mask = prompts.tokenize(tokenizer, ["word " * 60], length)
         assert mask.all() and ids[0].tolist() == [*whole[: length - 1], 1]
+        cut = f"a prompt of {len(whole) - 1} tokens is cut to the first {length - 1}: word"
+        assert (cut in caplog.text) == (length < len(whole)), length
+        caplog.clear()
     refused("text length is 0; it must be at least 1", prompts.tokenize, tokenizer, ["a"], 0)
 
 
