@@ -7,8 +7,10 @@ clip of 81 frames. So motion is visible, and every clip has a wrap-around.
 ``configs/digits.py:two`` has two digits of two colours in every clip, which may overlap. Its frames are twice as wide,
 because on 32 x 32 pixels two digits of 16 overlap all the time, on 32 x 64 half of the time.
 
-``configs/digits.py:quick`` trains all stages in about half an hour of two idle cores (estimated from the times of its
-steps), with lower figures.
+``configs/digits.py:quick`` takes the whole road in 54 minutes of processor time (46 minutes of two shared cores of an
+AMD EPYC, 2026-11-30). It shows that every stage works, and not a good student: shares of 0.15 of the frames with the
+right digit, 0.94 with the right colour and 0.23 of the frame pairs with the right direction (64 held-out clips; the VAE
+has 20.5 dB).
 """
 
 import ml_collections
@@ -38,7 +40,7 @@ def in_turns(rounds: int, *stretches: tuple[int, int, int], start: int = 0) -> t
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """Return the recipe as an ``ml_collections.ConfigDict``.
 
-    ``two``: clips of two digits. ``quick``: all stages in fewer steps, with lower figures.
+    ``two``: clips of two digits. ``quick``: all stages in fewer steps, a test of the road.
     """
     changes = {"": lambda config: None, "two": two_digits, "quick": quick}
     if variant not in changes:
