@@ -205,14 +205,19 @@ class _Transformer(nn.Module):
         text_cache: TextCache | None,
         layer_caches: Sequence[Any] | None,
     ) -> tuple[jax.Array, tuple[Any, ...]]:
-        """Run unstacked layers one after the other."""
+        """Run unstacked layers one after the other. A layer is traced and lowered once; XLA inlines its calls."""
+
+        @jax.jit
+        def layer(p: Params, tokens: jax.Array, time: jax.Array, text: Any, layer_cache: Any) -> tuple[jax.Array, Any]:
+            p = all_gather(p, block_spec(self.config), self.config)
+            return block(p, tokens, time, text, layer_cache, self.attend, self.config)
+
         new = []
-        for i, layer in enumerate(layers):
-            p = all_gather(layer, block_spec(self.config), self.config)
+        for i, p in enumerate(layers):
             text = context if text_cache is None else text_layer(text_cache, i)
             assert text is not None, "cross-attention needs embeddings or cached keys and values"
             layer_cache = None if layer_caches is None else layer_caches[i]
-            tokens, layer_cache = block(p, tokens, time, text, layer_cache, self.attend, self.config)
+            tokens, layer_cache = layer(p, tokens, time, text, layer_cache)
             new.append(layer_cache)
         return tokens, tuple(new)
 

@@ -13,6 +13,7 @@ Source: ``wan/modules/vae.py`` of Wan2.1 and ``wan/modules/vae2_2.py`` of Wan2.2
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -308,8 +309,14 @@ def _decoder(
 def _zeros_like_past(
     network: Callable[..., Any], inputs: jax.ShapeDtypeStruct, config: VAEConfig, **start: bool
 ) -> Tree:
-    _, past = jax.eval_shape(lambda p, x: network(p, x, {}, config=config, **start), abstract(config), inputs)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), past)
+    shapes = _past_shapes(network, inputs, config, **start)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+@functools.lru_cache
+def _past_shapes(network: Callable[..., Any], inputs: jax.ShapeDtypeStruct, config: VAEConfig, **start: bool) -> Tree:
+    """Return the shapes of the past after ``inputs``; the trace is kept, because every stream needs it again."""
+    return jax.eval_shape(lambda p, x: network(p, x, {}, config=config, **start), abstract(config), inputs)[1]
 
 
 def _check_video(video: jax.Array | jax.ShapeDtypeStruct, config: VAEConfig, *, starts: bool) -> None:

@@ -311,6 +311,19 @@ def test_layers_of_their_own_compute_what_stacked_ones_do(params, causal):
     assert jax.tree.map(lambda a: a.shape, own) == jax.tree.map(lambda a: a.shape, shapes)
 
 
+def test_layers_of_their_own_are_traced_once(params, monkeypatch):
+    """The time until a stream starts must not grow with the number of layers: 30 or 40 in published models."""
+    calls, block = [], transformer.block
+    monkeypatch.setattr(transformer, "block", lambda *args: calls.append(args) or block(*args))
+    own, causal = transformer.unstack(params, CONFIG), CAUSALS[2]
+    x, t, text = inputs(3)
+    size = {"batch": BATCH, "height": HEIGHT, "width": WIDTH, "frames": 9, "unstacked": True}
+    cache = transformer.init_cache(CONFIG, causal, **size)
+    step = functools.partial(transformer.cached, config=CONFIG, causal=causal)
+    jax.jit(step).lower(own, x, t, transformer.encode_text(own, text, config=CONFIG), cache)
+    assert len(own["blocks"]) == CONFIG.num_layers > 1 and len(calls) == 1
+
+
 def test_a_stream_of_a_million_frames_is_as_exact_as_its_first():
     """The product of a rotated key and query depends on their distance alone, with the angle of float64."""
     grid = {"rows": 2, "columns": 3, "head_dim": 24, "theta": 10000.0}

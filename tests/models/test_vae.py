@@ -120,3 +120,13 @@ def test_the_published_size():
     size = {(60, 104): {16: 1, 384: 11}, (120, 208): {192: 1, 384: 6}, (240, 416): {192: 6}, (480, 832): {96: 7}}
     expected = [(1, 2, *hw, width) for hw, widths in size.items() for width, n in widths.items() for _ in range(n)]
     assert sorted(shapes) == sorted(expected)
+
+
+def test_the_shapes_of_a_cache_are_traced_once(monkeypatch):
+    """Every stream, clip and memory plan needs them before its first frame."""
+    calls, causal_conv = [], conv.causal_conv
+    monkeypatch.setattr(conv, "causal_conv", lambda *args: calls.append(args) or causal_conv(*args))
+    caches = [vae.init_decode_cache(SMALL_VAE, batch=1, height=5, width=7) for _ in range(2)]
+    first, second = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), cache.past) for cache in caches)
+    convolutions = len(jax.tree.leaves(caches[0].past))  # each keeps its last input frames
+    assert first == second and len(calls) == convolutions > 1
