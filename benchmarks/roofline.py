@@ -2,9 +2,9 @@
 
 Every instruction of the entry and of the loops' bodies counts once for each iteration. It has the bytes that it reads
 and writes in the device's memory, and the FLOPs of its matrix products. Its time is the larger of bytes over bandwidth
-and FLOPs over the rate of the matrix units, so the sum is a lower bound of the program's time. A fusion that only
-slices an operand reads the slice, and an update in place writes only its window. Kernels with FLOPs that the operands
-do not show (Pallas on a TPU) count only as traffic.
+and FLOPs over the rate of the matrix units, so the sum is a lower bound of the program's time. A fusion reads of its
+operands what its result needs: if it slices an operand, or what it computes from it, it reads the slice. An update in
+place writes only its window. Kernels with FLOPs that the operands do not show (Pallas on a TPU) count only as traffic.
 """
 
 import collections
@@ -28,6 +28,8 @@ _FREE = re.compile(
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "SliceBitcast")
 _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = ("dynamic-update-slice", "scatter")
+_WHOLE = ("reduce", "reduce-window", "dot", "convolution", "sort", "scatter", "custom-call", "fusion", "while", "call")
+"""Instructions that read all of their operands for any part of their result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +149,31 @@ def _numbers(pattern: str, text: str) -> list[int]:
     return [int(d) for d in re.findall(r"\d+", match.group(1))] if match else []
 
 
+def _shares(inner: Mapping[str, _Instruction]) -> dict[str, float]:
+    """Return which share of each array of a fusion its root needs; a fusion computes and reads nothing else.
+
+    Elementwise instructions need the same share of their operands. Slices of one array are assumed to be disjoint.
+    """
+    whole: dict[str, float] = collections.defaultdict(float)
+    parts: dict[str, float] = collections.defaultdict(float)
+
+    def share(name: str) -> float:
+        return min(1.0, max(whole[name], parts[name]))
+
+    for each in reversed(inner.values()):  # users come after their operands
+        if each.root:
+            whole[each.name] = 1.0
+        needed = 1.0 if each.op in _WHOLE else share(each.name)
+        for i, name in enumerate(each.operands):
+            if name not in inner or (i == 0 and each.op in _UPDATES):  # an update in place reads nothing
+                continue
+            if i == 0 and each.op in _SLICES:
+                parts[name] += needed * math.prod(_dims(each.type)) / max(1, math.prod(_dims(inner[name].type)))
+            else:
+                whole[name] = max(whole[name], needed)
+    return {name: share(name) for name in inner}
+
+
 class _Program:
     """The computations of a program by name."""
 
@@ -212,32 +239,12 @@ class _Program:
         return sum(operands) + _size(written)
 
     def _fused_bytes(self, one: _Instruction, operands: list[float]) -> float:
-        """Return the bytes that a fusion reads and writes; of an operand that is only sliced, those of the slices."""
+        """Return the bytes that a fusion reads and writes, of every operand only the share that it needs."""
         inner = self.computations.get(one.called(), {})
-        users: dict[str, list[_Instruction]] = collections.defaultdict(list)
-        for each in inner.values():
-            for name in each.operands:
-                users[name].append(each)
+        shares, root = _shares(inner), next((each for each in inner.values() if each.root), None)
         parameters = {int(each.arguments): each.name for each in inner.values() if each.op == "parameter"}
-        read = sum(self._read(parameters.get(i, ""), size, users) for i, size in enumerate(operands))
-        root = next((each for each in inner.values() if each.root), None)
+        read = sum(size * shares.get(parameters.get(i, ""), 1.0) for i, size in enumerate(operands))
         return read + (_size(one.type) if root is None else self._written(root, inner))
-
-    def _read(self, name: str, size: float, users: Mapping[str, list[_Instruction]]) -> float:
-        through = [(each, name) for each in users.get(name, [])]
-        uses: list[tuple[_Instruction, str]] = []
-        while through:
-            each, operand = through.pop()
-            if each.op == "bitcast":
-                through += [(user, each.name) for user in users.get(each.name, [])]
-            else:
-                uses.append((each, operand))
-        sliced = all(
-            each.op in (*_SLICES, *_UPDATES) and each.operands and each.operands[0] == operand for each, operand in uses
-        )
-        if not uses or not sliced:
-            return size
-        return min(size, sum(_size(each.type) for each, _ in uses if each.op in _SLICES))
 
     def _written(self, one: _Instruction, inner: Mapping[str, _Instruction]) -> float:
         operands = [inner[name] for name in one.operands if name in inner]

@@ -12,17 +12,20 @@ from causvid_jax.cli import PROGRAMS, main, options, train
 from causvid_jax.config import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/benchmarks/README.md"]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 PAGES += [
     path for folder in ("causvid_jax/cli", "configs", "examples") for path in sorted((ROOT / folder).glob("*.py"))
 ]
+BENCHMARK = re.compile(r"python3? (benchmarks/\w+\.py)((?:[^`#\n\\]|\\\n)*)")
 COMMAND = re.compile(r"(?:\bcausvid|python3? -m launch\.)[ ]?(\w+)[ ]+(--(?:[^`#\n\\]|\\\n|\\(?!\n))*)")
 
 
 def commands(page: pathlib.Path) -> list[tuple[str, list[str]]]:
     """Return (program, arguments) of a page's commands, without those that have ``...`` or a placeholder."""
     result = []
-    for program, text in COMMAND.findall(page.read_text().replace("\\\\\n", "\\\n")):
+    page_text = re.sub(r"\$\w+", "21", page.read_text())  # the variable of a loop in a shell
+    for program, text in COMMAND.findall(page_text.replace("\\\\\n", "\\\n")):
         text = text.replace("\\\n", " ").strip().strip("*.,;)")
         words = shlex.split(text.replace("|", " "), comments=True)
         whole = "=" in text and "..." not in text and not re.search(r"=[A-Z]{3,}\b", text)
@@ -50,6 +53,15 @@ def test_the_list_of_programs_separates_names_from_texts(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     for program, about in PROGRAMS.items():
         assert [line.split(None, 1) for line in lines].count([program, about]) == 1, program
+
+
+def test_benchmarks_that_are_shown_have_their_flags():
+    shown = [(page, *match) for page in PAGES for match in BENCHMARK.findall(page.read_text())]
+    assert len(shown) >= 10 and any("--" in text for _, _, text in shown)
+    for page, script, text in shown:
+        source = (ROOT / script).read_text()
+        for flag in re.findall(r" --([a-z][\w-]*)", text):
+            assert f'"--{flag}"' in source, f"{page.name} shows {script} --{flag}"
 
 
 def test_commands_are_found():

@@ -128,10 +128,19 @@ def layer_norm(x: Float[jax.Array, "*n M"], eps: float, p: Params | None = None)
     return y if p is None else y * p["scale"] + p["bias"]
 
 
-def rms_norm(x: Float[jax.Array, "*n M"], scale: jax.Array, eps: float) -> Float[jax.Array, "*n M"]:
-    """Return ``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32."""
+def rms_norm(
+    x: Float[jax.Array, "*n M"], scale: jax.Array, eps: float, *, rotated: bool = False
+) -> Float[jax.Array, "*n M"]:
+    """Return ``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32.
+
+    Set ``rotated`` if the result is rotated next. On a GPU the sums are then computed first, and the rotation divides
+    by their roots. Otherwise XLA writes the normalized x to memory in float32, only for the rotation to read.
+    """
     x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * scale
+    total = jnp.square(x).sum(-1, keepdims=True)
+    if rotated and constraints.platform() in ("gpu", "cuda"):
+        total = jax.lax.optimization_barrier(total)
+    return x * jax.lax.rsqrt(total / x.shape[-1] + eps) * scale
 
 
 def modulate(

@@ -108,10 +108,13 @@ def text_attention_backend(config: TransformerConfig) -> str:
     return "auto" if config.attention == "int8" else attention_backend(config)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, config: TransformerConfig) -> jax.Array:
-    """Return ``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, float32, rounded by the policy."""
+def rms_norm(x: jax.Array, scale: jax.Array, config: TransformerConfig, *, rotated: bool = False) -> jax.Array:
+    """Return ``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, float32, rounded by the policy.
+
+    ``rotated``: the result is rotated next (``layers.rms_norm``).
+    """
     if not rounds_results(config):
-        return layers.rms_norm(x, scale, config.eps)
+        return layers.rms_norm(x, scale, config.eps, rotated=rotated)
     unscaled = rounded(layers.rms_norm(x, jnp.ones((), jnp.float32), config.eps), config.dtype)
     return round_all(unscaled * round_all(scale, config), config)
 

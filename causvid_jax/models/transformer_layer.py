@@ -96,8 +96,9 @@ def block(
 
     with jax.named_scope("self_attention"):
         sa, y = p["self_attn"], modulate(layer_norm(x, config), shift_sa, scale_sa, config)
-        q = _heads(rms_norm(linear(sa["q"], y, config), sa["norm_q"]["scale"], config), config.num_heads)
-        k = _heads(rms_norm(linear(sa["k"], y, config), sa["norm_k"]["scale"], config), config.num_heads)
+        normed = functools.partial(rms_norm, config=config, rotated=True)
+        q = _heads(normed(linear(sa["q"], y, config), sa["norm_q"]["scale"]), config.num_heads)
+        k = _heads(normed(linear(sa["k"], y, config), sa["norm_k"]["scale"]), config.num_heads)
         v = _heads(linear(sa["v"], y, config), config.num_heads)  # [B, F, n, N, D]
         out, layer_cache = attend(q, k, v, layer_cache)
         out = linear(sa["o"], rearrange(out, "b f n N D -> b f n (N D)"), config)

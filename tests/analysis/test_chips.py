@@ -87,6 +87,59 @@ def test_the_roofline_of_a_program_is_the_sum_by_hand(chips):
     assert sums.seconds == products + 5 * (SLICED + UPDATE) and sums.bound_by_bandwidth == 5 * (SLICED + UPDATE)
 
 
+FRAME = """HloModule frame
+
+%sum (s.0: f32[], s.1: f32[]) -> f32[] {
+  %s.0 = f32[] parameter(0)
+  %s.1 = f32[] parameter(1)
+  ROOT %s = f32[] add(%s.0, %s.1)
+}
+
+%rotated (cache: bf16[21,8,4], k: f32[3,8,4], cos: f32[3,8,2], at: s32[]) -> bf16[21,8,4] {
+  %cache = bf16[21,8,4]{2,1,0} parameter(0)
+  %k = f32[3,8,4]{2,1,0} parameter(1)
+  %cos = f32[3,8,2]{2,1,0} parameter(2)
+  %at = s32[] parameter(3)
+  %a = f32[3,8,2]{2,1,0} slice(%k), slice={[0:3], [0:8], [0:2]}
+  %b = f32[3,8,2]{2,1,0} slice(%k), slice={[0:3], [0:8], [2:4]}
+  %ac = f32[3,8,2]{2,1,0} multiply(%a, %cos)
+  %bc = f32[3,8,2]{2,1,0} multiply(%b, %cos)
+  %sum.1 = f32[3,8,2]{2,1,0} add(%ac, %bc)
+  %difference = f32[3,8,2]{2,1,0} subtract(%ac, %bc)
+  %both = f32[3,8,4]{2,1,0} concatenate(%difference, %sum.1), dimensions={2}
+  %narrow = bf16[3,8,4]{2,1,0} convert(%both)
+  %frame = bf16[1,8,4]{2,1,0} slice(%narrow), slice={[1:2], [0:8], [0:4]}
+  %zero = s32[] constant(0)
+  ROOT %update = bf16[21,8,4]{2,1,0} dynamic-update-slice(%cache, %frame, %at, %zero, %zero)
+}
+
+%normed (x: f32[3,8,4]) -> f32[1,8] {
+  %x = f32[3,8,4]{2,1,0} parameter(0)
+  %none = f32[] constant(0)
+  %total = f32[8]{0} reduce(%x, %none), dimensions={0,2}, to_apply=%sum
+  %row = f32[1,8]{1,0} bitcast(%total)
+  ROOT %first = f32[1,8]{1,0} slice(%row), slice={[0:1], [0:8]}
+}
+
+ENTRY %main (cache.1: bf16[21,8,4], k.1: f32[3,8,4], cos.1: f32[3,8,2], at.1: s32[]) -> bf16[21,8,4] {
+  %cache.1 = bf16[21,8,4]{2,1,0} parameter(0)
+  %k.1 = f32[3,8,4]{2,1,0} parameter(1)
+  %cos.1 = f32[3,8,2]{2,1,0} parameter(2)
+  %at.1 = s32[] parameter(3)
+  %sums = f32[1,8]{1,0} fusion(%k.1), kind=kInput, calls=%normed
+  ROOT %one = bf16[21,8,4]{2,1,0} fusion(%cache.1, %k.1, %cos.1, %at.1), kind=kLoop, calls=%rotated
+}
+"""
+
+
+def test_a_fusion_reads_only_what_its_result_needs(chips):
+    """One frame of three is rotated and written to the cache; a sum needs all of them."""
+    found = {cost.name: cost.bytes for cost in chips.roofline.costs(FRAME)}
+    frame, angles, index, written = 8 * 4 * 4, 8 * 2 * 4, 4, 8 * 4 * 2
+    assert found["one"] == pytest.approx(frame + angles + index + written)
+    assert found["sums"] == 3 * frame + 8 * 4
+
+
 def test_the_table_of_a_small_shape(chips, tmp_path, capsys, monkeypatch):
     """Three GPUs by a program that is there, at their own rates; a TPU by shapes, since nothing can compile for it."""
     recipe = tiny.tiny_recipe(causal={"window": 4})

@@ -8,10 +8,11 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from causvid_jax.config import CausalConfig, TransformerConfig
-from causvid_jax.models import transformer
+from causvid_jax.models import layers, transformer
 from causvid_jax.sharding import constraints
 from tests.tiny import NETWORK
 
@@ -99,3 +100,28 @@ def test_on_the_cpu_there_is_no_kernel():
     text = lowered("streaming", "cpu")
     assert "__cudnn" not in text and "tpu_custom_call" not in text
     assert re.search(rf"tensor<3x2x{2 * TOKENS}x{4 * TOKENS}xf32>", text)
+
+
+@pytest.mark.parametrize("platform, barriers", [("cuda", 1), ("cpu", 0)])
+def test_rotated_norms_on_a_gpu_keep_only_the_sums(platform, barriers):
+    """A barrier after the sums keeps XLA from writing normalized queries and keys for the rotation to read.
+
+    It changes neither values nor derivatives, in both directions of differentiation.
+    """
+    x, scale = jax.random.normal(jax.random.key(0), (2, 3, 8)), jnp.linspace(0.5, 2.0, 8)
+
+    def norm(x):
+        return layers.rms_norm(x, scale, 1e-6, rotated=True)
+
+    def expected(x):
+        return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * scale
+
+    with constraints.lowering_for(platform):
+        found = jax.jit(norm).trace(x).lower(lowering_platforms=(platform,)).as_text()
+        values, directions = jax.jvp(norm, (x,), (jnp.ones_like(x),))
+        gradient = jax.grad(lambda x: norm(x).sum())(x)
+    assert found.count("optimization_barrier") == barriers
+    wanted, wanted_directions = jax.jvp(expected, (x,), (jnp.ones_like(x),))
+    np.testing.assert_allclose(values, wanted, rtol=1e-6)
+    np.testing.assert_allclose(directions, wanted_directions, atol=1e-6)
+    np.testing.assert_allclose(gradient, jax.grad(lambda x: expected(x).sum())(x), atol=1e-6)
