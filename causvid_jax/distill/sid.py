@@ -27,7 +27,7 @@ def generator_loss(
     x0: jax.Array,
     prompt_embeds: jax.Array,
     negative_prompt_embeds: jax.Array,
-    key: jax.Array,
+    key: jax.Array | None = None,
     *,
     mask: jax.Array | None = None,
     **options: Any,

@@ -54,6 +54,9 @@ def test_sid_and_its_slope_match_numpy(alpha):
     dr, df = (1 - sigma) * (1 - 0.4 * sigma), (1 - sigma) * (1 - 0.7 * sigma)
     expected = (dr - df) * ((r - x0) - alpha * (r - f)) + (r - f) * ((dr - 1) - alpha * (dr - df))
     np.testing.assert_allclose(slope, expected / scale / x0.size, rtol=1e-3, atol=1e-6)
+    given = {"timestep": 1000 * sigma[:, :, 0, 0, 0] * np.ones((1, 3)), "noise": (x_t - (1 - sigma) * x0) / sigma}
+    alone = sid.generator_loss(x0, TEXT, TEXT[0], **given, **options)[0]
+    np.testing.assert_allclose(alone, (numerator / scale).mean(), rtol=1e-5)
     masked = sid.generator_loss(x0, TEXT, TEXT[0], KEY, mask=jnp.zeros((4, 3), bool).at[:, 1].set(True), **options)[0]
     np.testing.assert_allclose(masked, (numerator / scale)[:, 1].mean(), rtol=1e-5)
 

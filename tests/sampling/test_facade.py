@@ -95,6 +95,12 @@ def test_image_and_video_to_video(pipe):
     np.testing.assert_array_equal(first[:, 1:], pipe.decode(latents)[:, 1:])
     refused("can only be the first block", pipe.show, state, image)
     video = np.random.default_rng(1).integers(0, 256, (7, *size), np.uint8)
+    for other in (image[:8], image[..., :1], image[:, :, 0]):
+        words = r"the pixels have the shape .*; it must have at least . axes and end in \[16, 16, 3\]"
+        refused(words, pipe.show, pipe.stream(RED), other)
+        refused(words, lambda other=other: list(pipe.follow(pipe.stream(RED), np.stack([other] * 5))))
+        refused(words, lambda other=other: list(pipe.extend(pipe.stream(RED), np.stack([other] * 5))))
+    refused("at least 4 axes", lambda: list(pipe.extend(pipe.stream(RED), image)))
     refused("has no frames", lambda: list(pipe.follow(pipe.stream(RED), video[:0])))
     close, free = (
         np.concatenate([frames for frames, _ in pipe.follow(pipe.stream(RED), video, strength)], axis=1)
