@@ -9,7 +9,9 @@ import sys
 import pytest
 
 from causvid_jax.cli import PROGRAMS, main, options, train
-from causvid_jax.config import ConfigError
+from causvid_jax.config import ConfigError, published
+from causvid_jax.config.recipes import load_recipe
+from causvid_jax.diffusion import flow
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/benchmarks/README.md"]
@@ -45,6 +47,25 @@ def test_a_command_that_is_shown_is_accepted(page, program, arguments, monkeypat
         options.parse(module.Options, arguments)
     except ConfigError as error:
         pytest.fail(f"{page.name} shows: causvid {program} {' '.join(arguments)}\n{error}")
+
+
+@pytest.mark.parametrize("page, program, arguments", CASES, ids=lambda value: value if isinstance(value, str) else None)
+def test_a_published_student_is_shown_with_its_own_timesteps(page, program, arguments, monkeypatch):
+    """``wan_1_3b`` has the shift 8 and Self-Forcing's student 5: it would be sampled at timesteps of no training."""
+    monkeypatch.chdir(ROOT)
+    model = next((published.find(word[10:]) for word in arguments if word.startswith("--student=")), None)
+    if model is not None:
+        recipe = options.parse(importlib.import_module(f"causvid_jax.cli.{program}").Options, arguments).config
+        assert flow.student_timesteps(recipe.diffusion) == flow.student_timesteps(
+            load_recipe(f"published:{model.name}").diffusion
+        )
+
+
+@pytest.mark.parametrize("program", ["sample", "serve"])
+def test_the_name_of_a_published_student_chooses_the_recipe(program):
+    arguments = ["--student=self_forcing_dmd.pt", *(["--prompt=a red panda"] if program == "sample" else [])]
+    module = importlib.import_module(f"causvid_jax.cli.{program}")
+    assert options.parse(module.Options, arguments).config.name == "published:self_forcing_dmd"
 
 
 def test_the_list_of_programs_separates_names_from_texts(monkeypatch, capsys):

@@ -9,7 +9,7 @@ optimisation. For a TPU this takes a seventh of the time and gives almost the sa
 collectives than in the real program. ``--estimate`` needs no compiler: it computes memory and time from shapes. If the
 program does not fit, the status is 1 and settings that should fit are printed.
 
-``causvid compile --config=wan_1_3b --stage=stream --platform=cuda --output=stream.program``
+``causvid compile --config=published:self_forcing_dmd --stage=stream --platform=cuda --output=stream.program``
 
 lowers the streaming sampler for one device of a platform (cpu, cuda, tpu), at the recipe's size and with ``--batch``
 videos at once, and writes it to a file that ``causvid sample --program`` loads without tracing the model

@@ -6,8 +6,8 @@ into ``out_0.mp4``, ``out_1.mp4``, .... ``--image`` starts from a picture, ``--v
 clip by the many-step bidirectional model instead; with an image branch (``--config=wan_14b:i2v``) it starts from
 ``--image``. Default weights are those of the package.
 
-Published weights are read without conversion: ``--config=wan_1_3b --checkpoint=Wan2.1-T2V-1.3B
---student=self_forcing_dmd.pt``. DIR of ``--checkpoint=DIR`` may also be a working directory or the output of
+Published weights are read without conversion: ``--checkpoint=Wan2.1-T2V-1.3B --student=self_forcing_dmd.pt``; the
+file's name chooses the recipe. DIR of ``--checkpoint=DIR`` may also be a working directory or the output of
 ``causvid convert``. Such a folder holds
 
     distill/weights.safetensors          the student, or with --teacher teacher/weights.safetensors
