@@ -12,6 +12,7 @@ Letters: B streams or clips, F latent frames ``[h, w, C]`` of a clip, K of a blo
 E. Frames are pixel frames: latent frame 0 is one of them, every later one four.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -182,8 +183,8 @@ class StudentPipeline(_Base):
         self._check_room(state, blocks, noise)
         start = begins(state)
         for i in range(blocks):
-            block_noise = None if noise is None else noise[i]
-            _, frames, state = stream.next_frames(self.params, state, config=self.config, noise=block_noise)
+            given = {} if noise is None else {"noise": noise[i]}  # the program of load(streams=...) has no noise
+            _, frames, state = stream.next_frames(self.params, state, config=self.config, **given)
             yield visible(frames, start and i == 0), state
 
     def latents(
@@ -423,13 +424,21 @@ class TeacherPipeline(_Base):
 
 
 def _open(
-    config: str | Recipe, role: str, checkpoint: str | os.PathLike | None, files: Mapping[str, str | os.PathLike | None]
+    config: str | Recipe,
+    role: str,
+    checkpoint: str | os.PathLike | None,
+    files: Mapping[str, str | os.PathLike | None],
+    streams: int | None = None,
 ) -> tuple[Recipe, dict[str, Any], text_encoder.Encoder, CLIPConfig | None]:
     recipe = load_recipe(config) if isinstance(config, str) else config
     folder = None if checkpoint is None else os.fspath(checkpoint)
     encodes = True if has_branch(getattr(recipe, role)) else None
     opened, recipe = weights.find(recipe, role, folder, encodes=encodes, files=files)
-    params = weights.load(opened, weights.opened_shapes(opened, recipe, role))
+    shapes = weights.opened_shapes(opened, recipe, role)
+    from causvid_jax.sampling import player  # which imports this module
+
+    with contextlib.nullcontext() if streams is None else player.compile_streams(shapes, recipe, streams):
+        params = weights.load(opened, shapes)
     return recipe, params, text_encoder.open_encoder(recipe, folder), weights.clip_of(opened)
 
 
@@ -441,6 +450,7 @@ def load(
     vae: str | os.PathLike | None = None,
     taehv: str | os.PathLike | None = None,
     loras: Mapping[str, str | os.PathLike] | None = None,
+    streams: int | None = None,
 ) -> StudentPipeline:
     """Load the student of a recipe with its decoder, its text encoder and, if it is found, the VAE's encoder.
 
@@ -452,15 +462,18 @@ def load(
             folder, or one weights file of the student; None: the weights of the package.
         student, vae, taehv: weights files that replace those of ``checkpoint``.
         loras: name to file of LoRAs, kept as adapters; :meth:`StudentPipeline.lora` sets their strengths.
+        streams: number of parallel streams whose programs compile in a thread while the weights are read, without
+            LoRAs and image branch; None compiles at the first block.
 
     Returns:
         The student with its weights on the default device.
 
     Raises:
-        ConfigError: no such recipe, or weights that are missing or do not fit it.
+        ConfigError: no such recipe, weights that are missing or do not fit it, or ``streams`` for other programs.
     """
+    require(streams is None or not loras, "streams is given with loras, whose programs differ; leave one out")
     files = {"student": student, "vae": vae, "taehv": taehv}
-    recipe, params, encoder, clip = _open(config, "student", checkpoint, files)
+    recipe, params, encoder, clip = _open(config, "student", checkpoint, files, streams)
     factors = None
     if loras:
         factors = lora_factors.open_factors(loras, recipe.student)

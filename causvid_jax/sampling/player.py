@@ -19,8 +19,8 @@ import numpy as np
 
 from causvid_jax import media as files
 from causvid_jax.config import Recipe, require
-from causvid_jax.models import decoder, vae
-from causvid_jax.models.image_branch import Picture
+from causvid_jax.models import decoder, transformer, vae
+from causvid_jax.models.image_branch import Picture, has_branch
 from causvid_jax.sampling import exported, rolling, schedule, stream
 from causvid_jax.sampling.blocks import covering_latents, first_frame
 from causvid_jax.sampling.pipeline import encode_chunk
@@ -262,6 +262,25 @@ def compile_ahead(
             yield ready
         finally:
             programs.closed = not compiling.done()
+
+
+@contextlib.contextmanager
+def compile_streams(shapes: Mapping[str, Any], config: Recipe, count: int) -> Iterator[None]:
+    """Compile the programs of ``count`` parallel streams in a thread, and wait for them at the end of the block.
+
+    ``shapes`` are those in which the block reads the weights. The jitted functions of a stream then find the programs.
+
+    Raises:
+        ConfigError: no streams, or a student with an image branch.
+    """
+    require(count > 0, f"streams is {count}; accepted: 1 or more")
+    require(not has_branch(config.student), "streams is given for a student with an image branch; leave it out")
+    params = {**shapes, "student": transformer.inference(config.student, unstacked=True)}
+    text = jax.ShapeDtypeStruct((count, config.text.length, config.text.dim), jnp.float32)
+    inputs: dict[str, Any] = {"config": config, "frames": config.video.frames, "switches": True}
+    with compile_ahead(params, text, timing=Timing(), loaded=None, **inputs) as ready:
+        yield
+        ready()
 
 
 def play(

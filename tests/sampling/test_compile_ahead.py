@@ -3,9 +3,11 @@
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
+import causvid_jax as cv
 from causvid_jax.checkpoints import workdir
 from causvid_jax.config import ConfigError
 from causvid_jax.sampling import player, session, weights
@@ -14,6 +16,7 @@ from causvid_jax.serve import programs as served
 from causvid_jax.serve.functions import Function
 from tests import tiny
 
+PROGRAMS = ("jit(first_state)", "jit(next_frames)", "jit(change_prompt)")
 RED, BLUE = "a red 3 moving left", "a blue 7 moving up"
 LONG = 120  # seconds within which another thread must act
 
@@ -123,3 +126,41 @@ def test_damaged_weights_end_a_server_before_its_other_programs(folder, monkeypa
     with pytest.raises(ConfigError, match="weights.safetensors is corrupt: its checksum does not match"):
         served.open_programs(tiny.RECIPE, str(folder), compiles=True)
     assert len(begun) <= 4
+
+
+def test_load_compiles_while_weights_are_read(folder, monkeypatch):
+    """The programs compile before the student is read, and the stream and its switch find them."""
+    compiled, read = [], weights.load
+    all_compiled = threading.Event()
+
+    def listen(event, seconds, **about):
+        if event.endswith("backend_compile_duration") and about.get("fun_name") in PROGRAMS:
+            compiled.append(about["fun_name"])
+            all_compiled.set() if set(compiled) == set(PROGRAMS) else None
+
+    def read_late(*args):
+        assert all_compiled.wait(LONG)
+        return read(*args)
+
+    monkeypatch.setattr(weights, "load", read_late)
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        pipe = cv.load(tiny.RECIPE, checkpoint=folder, streams=2)
+        count = len(compiled)
+        (frames, state), *_ = pipe.frames(pipe.stream([RED, BLUE], seed=3))
+        pipe.switch(state, BLUE)
+        assert count == len(PROGRAMS) == len(compiled) and not compilers()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    monkeypatch.setattr(weights, "load", read)
+    usual = cv.load(tiny.RECIPE, checkpoint=folder)
+    expected, _ = next(usual.frames(usual.stream([RED, BLUE], seed=3)))
+    np.testing.assert_array_equal(frames, expected)
+
+
+def test_load_refuses_streams_that_it_cannot_compile(folder):
+    with pytest.raises(ConfigError, match="streams is 0; accepted: 1 or more"):
+        cv.load(tiny.RECIPE, checkpoint=folder, streams=0)
+    with pytest.raises(ConfigError, match="streams is given with loras"):
+        cv.load(tiny.RECIPE, checkpoint=folder, streams=1, loras={"style": "style.safetensors"})
