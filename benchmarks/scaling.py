@@ -229,10 +229,11 @@ HEAD = """# What fits where, and how long it takes
   teacher on 4 chips of v5p (fsdp 4, 2 clips a device, remat full) was compiled at 33.1 GiB, with 195 s of processor
   time on a loaded machine and 1.9 GiB of its memory; the computed figure is CHECK GiB. *refused by the compiler*: the
   compiler reported, without figures, that the program does not fit. The figures in such a row are computed.
-- The compiled rows are programs of 2026-11-23 to 26. The formula that chose the meshes of the distillations gave up to
-  134% too much, so other meshes may be faster. Today's formula gives 14% less to 20% more than these figures, 5% off
-  in the mean. The programs of the streams copied the KV cache. Today's program does not: a stream of 14B takes 56.5 GB
-  (52.6 GiB) and fits one H100 ([Performance](performance.md)).
+- The compiled rows are programs of 2026-11-23 to 26. For 20 distillations today's formula chooses another mesh or other
+  settings than were compiled, so these rows are only computed (2026-11-30). Today's formula gives 14% less to 20% more
+  than the compiled figures, 5% off in the mean. The programs of the streams copied the KV cache, except that of 14B on
+  one H100, which was compiled again on 2026-11-30 (`--compile "14B/stream/1 H100"`). Today's programs of the other
+  streams should therefore take less ([Performance](performance.md)).
 - *time* is a roofline. Work is the FLOPs of `causvid_jax/analysis/flops.py` with recomputation, at 60% and at 35% of
   the published bfloat16 peak. Traffic between devices runs at the links' full rate, at the same time as the work in
   the fast case and after it in the slow case. Traffic between a host and its devices is not counted. MFU is of model
