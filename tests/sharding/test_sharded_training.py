@@ -155,9 +155,9 @@ def test_sharded_step_equals_the_single_device_step(workdir, alone, step, mesh):
         assert_near(trained(state), trained(alone(step).states[2]))
 
 
-def test_a_run_that_continues_on_another_mesh_ends_like_an_uninterrupted_one(workdir, alone, tmp_path):
+@pytest.mark.parametrize("name", ["teacher", "distill"])
+def test_a_run_that_continues_on_another_mesh_ends_like_an_uninterrupted_one(workdir, alone, tmp_path, name):
     """Two steps on one mesh and a third on another, by the real run: state, data position and random numbers."""
-    name = "teacher"
     for folder in workdir.iterdir():
         if folder.name != name:
             (tmp_path / folder.name).symlink_to(folder)
@@ -168,9 +168,11 @@ def test_a_run_that_continues_on_another_mesh_ends_like_an_uninterrupted_one(wor
     records = [record for record in read_metrics(tmp_path / name) if "input_wait" in record]
     assert [record["step"] for record in records] == [1, 2, 3]
     np.testing.assert_allclose(losses_of(records), losses_of(expected.records), rtol=1e-5)
-    network = expected.states[3].network
-    assert_near(checkpoint.read(tmp_path / name / "checkpoints", "network.params")[1], network.params)
-    assert_near(store.load_params(tmp_path / name / "weights.safetensors")[0], network.ema)
+    for part in ("network",) if name == "teacher" else ("student", "critic"):
+        found = checkpoint.read(tmp_path / name / "checkpoints", f"{part}.params")[1]
+        assert_near(found, getattr(expected.states[3], part).params)
+    averaged = expected.states[3].network.ema if name == "teacher" else expected.states[3].student.ema
+    assert_near(store.load_params(tmp_path / name / "weights.safetensors")[0], averaged)
 
 
 LORA = LoraConfig(rank=3, alpha=6.0, targets=("q", "o", "fc1", "fc2"))
