@@ -6,6 +6,7 @@ argument. An unknown field, a value of the wrong type or out of bounds, and a co
 :class:`ConfigError` of one sentence before any compute. This room imports no JAX.
 """
 
+from causvid_jax.config.causal import CausalConfig
 from causvid_jax.config.distill import ConsistencyStageConfig, DistillStageConfig
 from causvid_jax.config.errors import ConfigError, RunError, require
 from causvid_jax.config.fields import changed_fields, flat_fields, suggest
@@ -16,7 +17,6 @@ from causvid_jax.config.model import (
     WAN22_VAE,
     WAN_LATENT_MEAN,
     WAN_LATENT_STD,
-    CausalConfig,
     CLIPConfig,
     ExpertsConfig,
     LoraConfig,

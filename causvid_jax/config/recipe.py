@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal
 import ml_collections
 
 from causvid_jax.config import machine
+from causvid_jax.config.causal import CausalConfig
 from causvid_jax.config.distill import ConsistencyStageConfig, DistillStageConfig
 from causvid_jax.config.errors import ConfigError, require
 from causvid_jax.config.fields import Config, Count, CountOrZero, build, check_path
 from causvid_jax.config.model import (
-    CausalConfig,
     ExpertsConfig,
     TAEHVConfig,
     TextConfig,

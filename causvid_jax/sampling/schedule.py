@@ -31,7 +31,7 @@ def jit_sampler(sample: Callable[..., Any], **options: Any) -> Any:
         return run
 
     sampler: Any = with_tuple(jitted)
-    sampler.lower = with_tuple(jitted.lower)
+    sampler.lower, sampler._cache_size = with_tuple(jitted.lower), jitted._cache_size
     return sampler
 
 

@@ -182,7 +182,7 @@ def _decode(params: Params, state: StreamState, latents: jax.Array, config: Reci
 
 
 _step = functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
-_sample = functools.partial(jax.jit, static_argnames=("config", "timesteps"), donate_argnames=("state",))
+_sample = functools.partial(schedule.jit_sampler, donate_argnames=("state",))
 
 
 @_sample
