@@ -21,7 +21,7 @@ def jit_sampler(sample: Callable[..., Any], **options: Any) -> Any:
     ``timesteps`` are a keyword; JAX itself refuses a list or an array, which have no hash. ``options`` are those of
     ``jax.jit``.
     """
-    jitted = jax.jit(sample, static_argnames=("config", "timesteps"), **options)
+    jitted: Any = jax.jit(sample, static_argnames=("config", "timesteps"), **options)
 
     def with_tuple(call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(sample)
