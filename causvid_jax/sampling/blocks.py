@@ -1,8 +1,10 @@
-"""Map pixel frames of a stream to its blocks and back. Imports no JAX.
+"""Map pixel frames of a stream to its blocks and back, and check their size. Imports no JAX.
 
 Frames and blocks are counted from 0. With a time factor of 4, latent frame 0 is frame 0, and latent frame i is frames
 4 i - 3 to 4 i. Blocks have K latent frames (``causal.frames_per_block``); an independent first frame is block 0.
 """
+
+import numpy as np
 
 from causvid_jax.config import Recipe, require
 
@@ -30,6 +32,16 @@ def first_frame(block: int, config: Recipe) -> int:
     """Return the first pixel frame of a block."""
     latents = _latents_through(block - 1, config)
     return 1 + _time_factor(config) * (latents - 1) if latents else 0
+
+
+def check_pixels(pixels: np.ndarray, config: Recipe, axes: int = 3) -> None:
+    """Refuse pixels that are not ``[..., H, W, 3]`` of the recipe's size with at least ``axes`` axes."""
+    size = [config.video.height, config.video.width, 3]
+    require(
+        pixels.ndim >= axes and list(pixels.shape[-3:]) == size,
+        f"the pixels have the shape {list(pixels.shape)}; it must have at least {axes} axes and end in {size}, the "
+        "size of the recipe's video",
+    )
 
 
 def _time_factor(config: Recipe) -> int:

@@ -84,18 +84,10 @@ class _Base:
         """
         if image is None:
             return None
-        self._check_size(image)
+        blocks.check_pixels(image, self.config)
         pixels = jnp.asarray(np.broadcast_to(media.to_float(image), (batch, *image.shape[-3:])))
         params = {**self.params, "vae": self._vae()}
         return image_to_video.picture_of(params, pixels, pixels, config=self.config, clip=self.clip)
-
-    def _check_size(self, pixels: np.ndarray, axes: int = 3) -> None:
-        size = (self.config.video.height, self.config.video.width, 3)
-        require(
-            pixels.ndim >= axes and pixels.shape[-3:] == size,
-            f"the pixels have the shape {list(pixels.shape)}; it must have at least {axes} axes and end in "
-            f"{list(size)}, the size of the recipe's video",
-        )
 
     def _vae(self) -> Any:
         require("vae" in self.params, "the VAE encodes pixels, and its weights were not found; give vae=FILE")
@@ -230,7 +222,7 @@ class StudentPipeline(_Base):
             ConfigError: a stream that has begun, or no weights of the VAE.
         """
         require(begins(state), "a picture can only be the first block of a stream")
-        self._check_size(image)
+        blocks.check_pixels(image, self.config)
         self._check_room(state, 1)
         shape = (state.seed.shape[0], *image.shape[-3:])
         picture = jnp.asarray(np.broadcast_to(media.to_float(image), shape))
@@ -256,7 +248,7 @@ class StudentPipeline(_Base):
                 a stream without a window, or no weights of the VAE.
         """
         require(begins(state), "a clip can only be continued from the first block of a stream")
-        self._check_size(video, axes=4)
+        blocks.check_pixels(video, self.config, axes=4)
         length = video.shape[-4]
         last = blocks.block_of(length - 1, self.config)
         shorter, end = blocks.first_frame(last, self.config), blocks.first_frame(last + 1, self.config)
@@ -285,7 +277,7 @@ class StudentPipeline(_Base):
                 stream without a window, or no weights of the VAE.
         """
         require(begins(state), "a video can only be followed from the first block of a stream")
-        self._check_size(video, axes=4)
+        blocks.check_pixels(video, self.config, axes=4)
         start = jnp.int32(schedule.strength_step(self.config.diffusion, strength))
         remaining = video.shape[-4]
         require(remaining > 0, "the video to follow has no frames")
