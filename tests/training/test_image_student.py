@@ -140,7 +140,7 @@ def test_both_scores_read_the_picture_of_their_clip(monkeypatch):
         return 0.1 * x[..., :4]
 
     monkeypatch.setattr(transformer, "bidirectional", network)
-    monkeypatch.setattr(dmd, "generate", lambda params, batch, key, *, recipe: (batch["latents"], None))
+    monkeypatch.setattr(dmd, "generate", lambda params, batch, key, *, recipe: (batch["latents"], None, None))
     shown, config = picture(), dataclasses.replace(RECIPE.train_distill, batch_size=2)
     latents = jax.random.normal(jax.random.key(1), (2, *RECIPE.latent_shape))
     batch = {"latents": latents, "text": jnp.zeros((2, 8, RECIPE.text.dim))}

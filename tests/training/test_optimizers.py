@@ -131,7 +131,7 @@ def test_muon_takes_a_convolution_as_one_matrix():
 
 
 def test_restarts_need_a_cosine_and_room_for_their_warm_up():
-    with pytest.raises(ConfigError, match=r"optimizer.restarts is \(3,\) with schedule 'constant'; only 'cosine' has"):
+    with pytest.raises(ConfigError, match=r"restarts is \(3,\) with schedule 'constant', where it has no effect"):
         OptimizerConfig(restarts=(3,))
     with pytest.raises(ConfigError, match=r"\(5, 7\); each must be more than warmup_steps \(2\) after the one before"):
         OptimizerConfig(schedule="cosine", warmup_steps=2, restarts=(5, 7))
