@@ -225,9 +225,10 @@ class PlainStream:
             count = len(self.made)
             if self.causal.window:
                 count = -(-self.causal.sink // size) + (self.causal.window - 1) // size
-            first, last = self.made[:alone], self.made[alone:][-count:] if count else []
-            self.kept = {f: x for f, x in self.kept.items() if f < alone}
-            self.position, self.made = min(self.position, alone), first
+            last = self.made[alone:][-count:] if count else []
+            begin = self.position - size * len(last) if alone else 0
+            self.kept = {f: x for f, x in self.kept.items() if f < begin}
+            self.position, self.made = begin, self.made[: len(self.made) - len(last)] if alone else []
             for _, x0 in last:
                 self.write(x0)
                 self.made.append((self.position, x0))

@@ -421,8 +421,9 @@ def recompute_context(params: Params, state: StreamState, *, config: Recipe) -> 
 
     Cached keys and values depend on the prompt with which they were computed. After :func:`switch_prompt` this function
     replaces them, at the cost of one pass per block. The result is the cache of a stream of these blocks alone
-    (``state.recent``, ``causal.context_frames()`` latent frames), so the oldest of them become the sink. Only an
-    independent first frame keeps its keys and values. ``state``, between two blocks, is donated.
+    (``state.recent``, ``causal.context_frames()`` latent frames), so the oldest of them become the sink. With an
+    independent first frame the blocks keep their places, and that frame and a sink before them their keys and values.
+    ``state``, between two blocks, is donated.
     """
     k, independent = config.causal.frames_per_block, int(config.causal.independent_first_frame)
     recent_frames = state.recent.shape[1]
@@ -436,11 +437,10 @@ def recompute_context(params: Params, state: StreamState, *, config: Recipe) -> 
         block = dataclasses.replace(state, block=state.block - blocks + i)  # whose noise is drawn again
         return transformer.advance(write_context(params, block, cache, latents, config, rewrites=True), k)
 
-    start = dataclasses.replace(
-        state.cache,
-        frame=jnp.where(state.cache.frame < independent, state.cache.frame, -1),
-        position=jnp.minimum(state.cache.position, independent),
-    )
+    # A pass reads the first slots of the cache up to its block (models.kv_cache), so none of them may stay empty.
+    begin = state.cache.position - blocks * k if independent else jnp.zeros_like(state.cache.position)
+    frame = jnp.where(state.cache.frame < begin, state.cache.frame, -1)
+    start = dataclasses.replace(state.cache, frame=frame, position=begin)
     return dataclasses.replace(state, cache=jax.lax.fori_loop(0, blocks, rewrite, start))
 
 

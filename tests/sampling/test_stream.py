@@ -216,6 +216,18 @@ def test_recache_without_a_switch_changes_nothing_in_sight(params, config):
     assert int(again.cache.position) == int(kept.cache.position)
 
 
+@pytest.mark.parametrize("sink", [0, 1, 3])
+def test_a_recomputed_cache_has_no_empty_slot_in_use(params, sink):
+    """A kernel of a GPU reads the first slots without a mask, here behind a first frame that left the window."""
+    config = changed(FIRST, causal={"window": 5, "sink": sink})
+    _, state = run(params, config, 6)
+    state = stream.switch_prompt(params, state, prompt(1), config=config)
+    state = stream.recompute_context(params, state, config=config)
+    slots = sink + 5
+    used = min(int(state.cache.position) + 2, slots) - 2  # without the next block
+    assert (np.asarray(state.cache.frame)[:used] >= 0).all()
+
+
 def test_a_block_of_other_timesteps_is_recomputed_with_the_noise_of_its_first_write(params):
     state = stream.init_stream(params, prompt(0), config=ADDED)
     _, state = stream.next_block(params, state, config=ADDED, timesteps=(1000.0, 600.0))
