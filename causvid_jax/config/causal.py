@@ -66,12 +66,13 @@ class CausalConfig(Config):
         """Return the frames of earlier blocks in the window, which count whole: ``K floor((window - 1) / K)``, or 0."""
         return max(0, self.window - 1) // self.frames_per_block * self.frames_per_block
 
-    def context_frames(self) -> int:
-        """Return the latent frames of the earlier blocks that a block of a long stream attends to.
+    def sink_frames(self) -> int:
+        """Return the frames of the first blocks of a stream, which hold the sink: ``K ceil(sink / K)``."""
+        return -(-self.sink // self.frames_per_block) * self.frames_per_block
 
-        They are the first blocks, which hold the sink, ``K ceil(sink / K)`` frames, and then :meth:`past_frames`.
-        """
-        return -(-self.sink // self.frames_per_block) * self.frames_per_block + self.past_frames()
+    def context_frames(self) -> int:
+        """Return the frames of the earlier blocks that a block of a long stream attends to, of the sink and window."""
+        return self.sink_frames() + self.past_frames()
 
     def nearest_lengths(self, frames: int) -> tuple[int, int]:
         """Return the two numbers of latent frames of whole blocks that are nearest to ``frames``."""

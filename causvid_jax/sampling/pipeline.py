@@ -427,9 +427,11 @@ def _open(
     encodes = True if has_branch(getattr(recipe, role)) else None
     opened, recipe = weights.find(recipe, role, folder, encodes=encodes, files=files)
     shapes = weights.opened_shapes(opened, recipe, role)
-    from causvid_jax.sampling import player  # which imports this module
+    with contextlib.ExitStack() as compiling:
+        if streams is not None:
+            from causvid_jax.sampling import player  # which imports this module
 
-    with contextlib.nullcontext() if streams is None else player.compile_streams(shapes, recipe, streams):
+            compiling.enter_context(player.compile_streams(shapes, recipe, streams))
         params = weights.load(opened, shapes)
     return recipe, params, text_encoder.open_encoder(recipe, folder), weights.clip_of(opened)
 

@@ -129,8 +129,8 @@ def generate(
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Return the student's x0 ``[B, F, h, w, C]``, the mask ``[B, F]`` of frames that count (None: all), and the end.
 
-    ``train_distill.rollout`` and ``gradient`` name the kind of rollout; F is the length of its loss window. The end is
-    the context of a rollout that continues this one (``dmd_data.end_of_rollout``); None if rollouts never do.
+    ``train_distill.rollout`` and ``gradient`` name the kind of rollout; F is the length of its loss window. The end
+    gives a rollout that continues this one its context (``dmd_data.end_of_rollout``); None if rollouts never do.
     """
     config, causal, picture = recipe.train_distill, recipe.causal, pictures.picture_of(batch)
     if config.rollout == "data":

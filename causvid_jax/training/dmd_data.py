@@ -21,11 +21,6 @@ def clip_shape(recipe: Recipe) -> tuple[int, int, int, int]:
     return (recipe.train_distill.frames or frames, *size)  # type: ignore[return-value]
 
 
-def sink_frames(causal: CausalConfig) -> int:
-    """Return the latent frames of the first blocks of a stream, which hold the sink."""
-    return causal.context_frames() - causal.past_frames()
-
-
 def no_context(batch: Batch, recipe: Recipe) -> Batch | None:
     """Return the empty context of the first rollout of a step; None if rollouts never continue earlier ones.
 
@@ -34,7 +29,7 @@ def no_context(batch: Batch, recipe: Recipe) -> Batch | None:
     config = recipe.train_distill
     if config.rollout != "self" or not config.continuation_prob:
         return None
-    frames = sink_frames(recipe.causal) + recipe.causal.context_frames()
+    frames = recipe.causal.sink_frames() + recipe.causal.context_frames()
     latents = jnp.zeros((len(batch["text"]), frames, *clip_shape(recipe)[1:]))
     return {"latents": latents, "text": batch["text"], "exists": jnp.array(False)}
 
@@ -58,7 +53,7 @@ def with_context(
     continued = previous["exists"] & (jax.random.uniform(continue_key) < config.continuation_prob)
     switched = jax.random.uniform(switch_key, (size, 1, 1)) < config.prompt_switch_prob
     text = jnp.where(continued & ~switched, previous["text"], batch["text"])
-    sink, latents = sink_frames(causal), previous["latents"]
+    sink, latents = causal.sink_frames(), previous["latents"]
     kept = jnp.concatenate([latents[:, :sink], latents[:, 2 * sink :]], axis=1)
     latents = jnp.where(switched[..., None, None], latents[:, sink:], kept)
     context = {"context": latents, "has_context": jnp.broadcast_to(continued, size)}
@@ -71,7 +66,7 @@ def end_of_rollout(x0: jax.Array, batch: Batch, causal: CausalConfig) -> jax.Arr
     These are the first blocks of the stream, which hold the sink, and its last ``causal.context_frames()`` frames. If
     x0 itself continues another rollout, the first blocks are those of its context.
     """
-    first = sink_frames(causal)
+    first = causal.sink_frames()
     continued = jnp.expand_dims(batch["has_context"], (1, 2, 3, 4))
     sink = jnp.where(continued, batch["context"][:, :first], x0[:, :first])
     return jnp.concatenate([sink, x0[:, x0.shape[1] - causal.context_frames() :]], axis=1)
