@@ -6,7 +6,7 @@ device's peak; and delivery to a viewer: first chunk, gaps between chunks, real-
 Writes JSON and a Markdown table (``.md``) of the same name; ``--against`` compares with an earlier report. One device
 is measured, with the recipe's settings, for example ``--config.causal.window=21 --config.student.attention=cudnn``.
 Weights are random, or those of ``--checkpoint`` and ``--student``, which accept published files as in
-``causvid sample``.
+``causvid sample``; the file's name chooses the recipe if there is no ``--config``.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Any
 
 from causvid_jax.cli import common
 from causvid_jax.cli.options import config_option, option
-from causvid_jax.config import ConfigError, Recipe, require
+from causvid_jax.config import ConfigError, Recipe, published, require
 from causvid_jax.config.fields import BatchSize, Many
 from causvid_jax.config.files import reason, write_text
 from causvid_jax.config.recipes import load_recipe
@@ -36,6 +36,8 @@ class Options:
     student: str | None = option(None, "The student's file, also published, instead of those in --checkpoint.")
     against: str | None = option(None, "An earlier report of this device, to print ratios of times.")
     serve: bool = option(False, "Measure causvid serve as viewers see it, with the weights of the package.")
+
+    config_of = staticmethod(published.recipe_of)
 
 
 def main(options: Options) -> None:

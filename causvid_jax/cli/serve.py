@@ -13,9 +13,8 @@ import os
 
 from causvid_jax.cli import common
 from causvid_jax.cli.options import option
-from causvid_jax.config import ConfigError, Recipe
+from causvid_jax.config import ConfigError, Recipe, published
 from causvid_jax.config.recipes import CONFIG_HELP
-from causvid_jax.sampling.request import SampleRequest
 from causvid_jax.serve.settings import TOKEN, Settings
 
 
@@ -29,7 +28,7 @@ class Options(Settings):
     vae: str | None = option(None, "The VAE's weights, instead of those in --checkpoint.")
     taehv: str | None = option(None, "The tiny decoder's weights, instead of those in --checkpoint.")
     program: str | None = option(None, "A file of compile --stage=serve, to run instead of tracing the model.")
-    config_of = staticmethod(SampleRequest.config_of)
+    config_of = staticmethod(published.recipe_of)
 
     def __post_init__(self) -> None:
         if not self.token:  # an address that others can reach is refused without one

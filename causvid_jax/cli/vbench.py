@@ -41,11 +41,7 @@ class Options(Protocol):
         require(self.output, "no --output is given; it must be a folder for clips and results")
         require(self.stage != "drift" or self.videos, "no --videos is given; --stage=drift measures videos")
 
-    @staticmethod
-    def config_of(values: dict[str, object]) -> str | None:
-        """Return the recipe of the published file if no ``--config`` is given."""
-        model = published.find(str(values.get("student") or values.get("checkpoint") or ""))
-        return f"published:{model.name}" if model else None
+    config_of = staticmethod(published.recipe_of)
 
 
 def main(options: Options) -> None:

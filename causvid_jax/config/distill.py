@@ -69,10 +69,12 @@ class DistillStageConfig(StageConfig):
     With ``loss_frames`` the losses use a window of that many latent frames of a longer rollout: from a ``"random"``
     block on (``loss_window``; Self-Forcing++) or the ``"last"`` ones (LongLive, arXiv 2509.22622).
 
-    Continuation. With probability ``continuation_prob`` a self rollout continues the previous one of the same update,
-    so that the student is trained far into a stream: its context is the sink of the first one and the last frames in
-    the window (``causal.window`` must be set). With probability ``prompt_switch_prob`` a clip that continues switches
-    its prompt there. The losses leave out the first latent frame of a continued rollout.
+    Continuation. With probability ``continuation_prob`` a self rollout continues the previous one of the critic, also
+    that of the step before. So the student is trained far into a stream: its context is the sink of the first one and
+    the last frames in the window (``causal.window`` must be set). A rollout that itself continues others is continued
+    with probability ``further_continuation_prob`` (0: ``continuation_prob``). With p and q for the two, a share
+    ``1 / (1 + p / (1 - q))`` of the rollouts begins anew. With probability ``prompt_switch_prob`` a clip that continues
+    switches its prompt there. The losses leave out the first latent frame of a continued rollout.
     The scores still attend to it, although they were trained on clips whose first latent frame is one pixel frame. With
     the digits weights this changes the teacher's velocity of the other frames by 11, 6 and 4 % at t = 250, 500 and 750
     (29, 15 and 9 % on the second frame, 3 to 1 % on the last). The mean square error changes by -7, -1 and +1 %.
@@ -110,6 +112,7 @@ class DistillStageConfig(StageConfig):
     include_clean: bool = True
     mask_clean: bool = True
     continuation_prob: Probability = 0.0
+    further_continuation_prob: Probability = 0.0
     prompt_switch_prob: Probability = 0.0
 
     def __post_init__(self) -> None:
@@ -139,7 +142,8 @@ class DistillStageConfig(StageConfig):
         of_rollouts = ("gradient", "exit_steps", "score_timesteps", "loss_frames", "continuation_prob")
         self._check_effect(of_rollouts, self.rollout == "self", "rollout 'data'", "rollout 'self'")
         continued, slopes = self.continuation_prob > 0, self.gan_r1_weight > 0 or self.gan_r2_weight > 0
-        self._check_effect(("prompt_switch_prob",), continued, "continuation_prob 0", "a continuation_prob above 0")
+        of_streams = ("further_continuation_prob", "prompt_switch_prob")
+        self._check_effect(of_streams, continued, "continuation_prob 0", "a continuation_prob above 0")
         self._check_effect(("loss_window",), self.loss_frames > 0, "loss_frames 0", "loss_frames above 0")
         objective = f"objective {self.objective!r}"
         self._check_effect(("sid_alpha",), self.objective == "sid", objective, "objective 'sid'")

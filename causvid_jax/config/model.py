@@ -51,6 +51,11 @@ class VideoConfig(Config):
         """Latent frames of a clip: ``1 + (frames - 1) / 4``."""
         return 1 + (self.frames - 1) // 4
 
+    @staticmethod
+    def frames_of(latent_frames: int) -> int:
+        """Return the frames that ``latent_frames`` decode to: the inverse of :attr:`latent_frames`."""
+        return 1 + 4 * (latent_frames - 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig(Config):

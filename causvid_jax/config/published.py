@@ -396,6 +396,12 @@ def find(path: str | os.PathLike) -> PublishedModel | None:
     return best[0] if best and len({model.files[0] for model in best}) == 1 else None
 
 
+def recipe_of(values: Mapping[str, Any]) -> str | None:
+    """Return the name of the recipe of the published file among the flags ``student`` and ``checkpoint``, if any."""
+    model = find(values.get("student") or values.get("checkpoint") or "")
+    return f"published:{model.name}" if model else None
+
+
 def _words(path: str | os.PathLike) -> tuple[str, ...]:
     pure = pathlib.PurePath(path)
     name = pure.name

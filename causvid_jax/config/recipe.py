@@ -143,7 +143,7 @@ class Recipe(Config):
         try:
             self.causal.block_sizes(clip.latent_frames)
         except ConfigError as error:
-            near = " and ".join(str(1 + 4 * (n - 1)) for n in self.causal.nearest_lengths(clip.latent_frames))
+            near = " and ".join(str(clip.frames_of(n)) for n in self.causal.nearest_lengths(clip.latent_frames))
             raise ConfigError(f"video.frames is {clip.frames}: {error} ({near} frames)") from error
 
     def _check_experts(self) -> None:

@@ -260,7 +260,7 @@ class StudentPipeline(_Base):
             yield part, state
 
     def follow(
-        self, state: StreamState, video: np.ndarray, strength: float = 0.5
+        self, state: StreamState, video: np.ndarray, strength: float = schedule.DEFAULT_STRENGTH
     ) -> Iterator[tuple[np.ndarray, StreamState]]:
         """Video to video (paper, section 5.3): yield frames and the next state of each block until ``video`` ends.
 

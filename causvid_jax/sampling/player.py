@@ -134,7 +134,7 @@ class _Player:
         *,
         image: np.ndarray | None = None,
         video: np.ndarray | None = None,
-        strength: float = 0.5,
+        strength: float = schedule.DEFAULT_STRENGTH,
         decode_device: jax.Device | None = None,
     ):
         self.params, self.config, self.batch = params, config, batch
@@ -293,7 +293,7 @@ def play(
     switches: Mapping[int, np.ndarray] | None = None,
     image: np.ndarray | None = None,
     video: np.ndarray | None = None,
-    strength: float = 0.5,
+    strength: float = schedule.DEFAULT_STRENGTH,
     timing: Timing | None = None,
     loaded: exported.Programs | None = None,
     picture: Picture | None = None,

@@ -114,8 +114,7 @@ class SampleRequest:
             ConfigError: the video to replay has no script, or one of a recipe that has no name in the package.
         """
         if not values.get("replay"):
-            model = published.find(values.get("student") or values.get("checkpoint") or "")
-            return f"published:{model.name}" if model else None
+            return published.recipe_of(values)
         from causvid_jax.sampling.script import read_script  # it imports the video decoder
 
         name = read_script(values["replay"]).recipe

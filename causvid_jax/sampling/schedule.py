@@ -126,6 +126,10 @@ def block_number(position: jax.Array | int, causal: CausalConfig) -> jax.Array |
     return (position + (size - 1) * causal.independent_first_frame) // size
 
 
+DEFAULT_STRENGTH = 0.5
+"""Of video to video: half of the way from noise to the input."""
+
+
 def strength_step(config: DiffusionConfig, strength: float) -> int:
     """Return the first step of video to video: the first whose nominal timestep is at most ``1000 strength``.
 

@@ -112,7 +112,7 @@ def open_session(request: SampleRequest) -> Session:
 
 
 def _strength(request: SampleRequest) -> float:
-    return 0.5 if request.strength is None else request.strength
+    return schedule.DEFAULT_STRENGTH if request.strength is None else request.strength
 
 
 def run(session: Session, say: Say = print) -> player.Timing:

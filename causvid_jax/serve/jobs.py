@@ -46,7 +46,7 @@ class Job:
     size: str
     picture: np.ndarray | None = None
     video: np.ndarray | None = None
-    strength: float = 0.5
+    strength: float = schedule.DEFAULT_STRENGTH
     status: Status = "queued"
     progress: float = 0.0
     created_at: int = dataclasses.field(default_factory=lambda: int(time.time()))
@@ -104,7 +104,7 @@ class Jobs:
             seconds: length; None: that of ``video``, or 4.
             size: ``WIDTHxHEIGHT``; "" accepts that of the recipe.
             seed: of the noise; None draws one.
-            strength: distance from ``video``, up to 1 (None: 0.5).
+            strength: distance from ``video``, up to 1 (None: the default, 0.5).
             picture: uint8 ``[H, W, 3]``.
             video: uint8 ``[T, H, W, 3]``.
 
@@ -126,7 +126,7 @@ class Jobs:
             strength is None or video is not None,
             f"strength is {strength} without a video; it is the distance from the video in input_reference",
         )
-        strength = 0.5 if strength is None else strength
+        strength = schedule.DEFAULT_STRENGTH if strength is None else strength
         if video is not None:
             schedule.strength_step(recipe.diffusion, strength)  # refuses what is out of bounds
         if recipe.text.kind == "words":

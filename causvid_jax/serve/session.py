@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from causvid_jax.config import require
+from causvid_jax.sampling import schedule
 from causvid_jax.sampling.script import Script
 from causvid_jax.serve.film import Film, Replay
 from causvid_jax.serve.fragments import Recording
@@ -35,7 +36,7 @@ class Start:
     snapshot: str | None = None
     picture: np.ndarray | None = None
     video: np.ndarray | None = None
-    strength: float = 0.5
+    strength: float = schedule.DEFAULT_STRENGTH
 
 
 @dataclasses.dataclass(frozen=True)

@@ -181,7 +181,7 @@ class Connection:
                     bool(payload) or given is None,
                     f"strength is {given} without a picture; an input without a picture ends the video",
                 )
-                strength = 0.5 if given is None else given
+                strength = schedule.DEFAULT_STRENGTH if given is None else given
                 if payload:
                     schedule.strength_step(engine.recipe.diffusion, strength)  # refuses what is out of bounds
                 engine.follow(session, await self._picture(payload) if payload else None, strength)

@@ -24,7 +24,7 @@ from causvid_jax.distill.rollout import data_rollout, self_rollout
 from causvid_jax.models import adapters, transformer
 from causvid_jax.models.image_branch import conditioned, has_branch
 from causvid_jax.sharding.params import init_tree
-from causvid_jax.sharding.placement import Placement
+from causvid_jax.sharding.placement import Placement, batch_sharding
 from causvid_jax.text import encoder
 from causvid_jax.training import guard, samples, weights
 from causvid_jax.training.dmd_data import (
@@ -33,7 +33,7 @@ from causvid_jax.training.dmd_data import (
     clip_shape,
     end_of_rollout,
     loss_window,
-    no_context,
+    no_past,
     read_batches,
     with_context,
 )
@@ -75,12 +75,16 @@ class DMDState:
             adapters (:func:`~causvid_jax.training.dmd_scores.fake_params`).
         step: number of steps of which at least one update was applied; int32 scalar.
         history: recent losses of the critic (row 0) and the student (row 1).
+        past: the end of the critic's last rollout of ``train_distill.batch_size`` clips, which the next one may
+            continue (:func:`~causvid_jax.training.dmd_data.no_past`); None if rollouts never continue others. Steps of
+            another batch size (``curriculum``) begin without a past and leave this one as it is.
     """
 
     student: Trainable
     critic: Trainable
     step: jax.Array
     history: guard.LossHistory
+    past: Batch | None = None
 
 
 class Optimizers(NamedTuple):
@@ -98,13 +102,16 @@ def make_optimizers(config: DistillStageConfig) -> Optimizers:
     )
 
 
-def init_state(student: Any, critic: Any, optimizers: Optimizers, window: int = guard.WINDOW) -> DMDState:
-    """Return the state before the first step, of the parameters of both networks."""
+def init_state(
+    student: Any, critic: Any, optimizers: Optimizers, window: int = guard.WINDOW, past: Batch | None = None
+) -> DMDState:
+    """Return the state before the first step, of the parameters of both networks and ``no_past`` of the recipe."""
     return DMDState(
         student=init_trainable(student, optimizers.student),
         critic=init_trainable(critic, optimizers.critic, ema=False),
         step=jnp.zeros((), jnp.int32),
         history=guard.init_history(window, losses=2),
+        past=past,
     )
 
 
@@ -113,11 +120,13 @@ def state_shardings(recipe: Recipe, placement: Placement, optimizers: Optimizers
     if placement.mesh is None:
         return None
     student, critic = recipe.student, recipe.fake_score
+    split = batch_sharding(placement.mesh, placement.rules)
     return DMDState(
         student=trainable_shardings(placement, transformer.spec(student), student.rules, optimizers.student),
         critic=trainable_shardings(placement, critic_spec(recipe), critic.rules, optimizers.critic, ema=False),
         step=cast(Any, placement.replicated()),
         history=history_shardings(placement),
+        past=None if no_past(recipe) is None else {"latents": split, "text": split, "rollouts": placement.replicated()},
     )
 
 
@@ -191,8 +200,7 @@ def critic_update(
     """Update the critic by flow matching on the student's outputs (CausVid, equation 2); the step of a scan.
 
     Args:
-        carry: the critic, the history, and the end of the previous rollout with its prompts (None if rollouts never
-            continue earlier ones).
+        carry: the critic, the history, and the end of the previous rollout with its prompts (``DMDState.past``).
         inputs: a batch, and the key of this update.
         student: its parameters, constant.
         optimizer, recipe, finite: as in :func:`apply_update` and :func:`train_step`.
@@ -232,7 +240,8 @@ def critic_update(
         finite=finite,
     )
     if previous is not None:
-        end = {"latents": metrics.pop("end"), "text": batch["text"], "exists": jnp.array(True)}
+        rollouts = jnp.where(batch["has_context"][0], previous["rollouts"], 0) + 1
+        end = {"latents": metrics.pop("end"), "text": batch["text"], "rollouts": rollouts}
         previous = guard.select(applied, end, previous)
     return (critic, history, previous), metrics
 
@@ -332,10 +341,12 @@ def train_step(
     critic_key, student_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
     shared: dict[str, Any] = {"recipe": recipe, "finite": guard.all_finite(batches)}
     update = functools.partial(critic_update, student=state.student.params, optimizer=optimizers.critic, **shared)
-    start = state.critic, state.history, no_context(jax.tree.map(lambda a: a[0], batches), recipe)
+    past, size = state.past, batches["text"].shape[1]
+    kept = past is None or len(past["text"]) == size
+    start = state.critic, state.history, past if kept else no_past(recipe, size)
     inputs = jax.tree.map(lambda a: a[:updates], batches), jax.random.split(critic_key, updates)
-    (critic, history, previous), critic_metrics = jax.lax.scan(update, start, inputs)
-    last = with_context(jax.tree.map(lambda a: a[updates], batches), previous, student_key, config, recipe.causal)
+    (critic, history, past), critic_metrics = jax.lax.scan(update, start, inputs)
+    last = with_context(jax.tree.map(lambda a: a[updates], batches), past, student_key, config, recipe.causal)
     student, history, _, metrics = student_update(
         state.student,
         history,
@@ -353,7 +364,7 @@ def train_step(
     metrics |= {"skipped": skipped, "applied": updates + 1 - skipped, "skipped_total": history.skipped}
     # Count the step if only the student's update was refused; otherwise the next step would repeat the critic's noise.
     step = jnp.where(skipped <= updates, state.step + 1, state.step)
-    return DMDState(student, critic, step, history), metrics
+    return DMDState(student, critic, step, history, past if kept else state.past), metrics
 
 
 def compiled_step(recipe: Recipe, placement: Placement) -> TrainStep:
@@ -414,7 +425,7 @@ def train_distill(run: Run, init_from: pathlib.Path | None = None) -> None:
     student = weights.load_network(run, start, recipe.student, init_from)
     critic = first_critic(run, student, teacher)
     optimizers = make_optimizers(config)
-    init = functools.partial(init_state, optimizers=optimizers, window=config.bad_loss_window)
+    init = functools.partial(init_state, optimizers=optimizers, window=config.bad_loss_window, past=no_past(recipe))
     state = run.restore(placement.init(init, state_shardings(recipe, placement, optimizers), student, critic))
     del student, critic
     step, names = compiled_step(recipe, placement), batch_shapes(recipe)

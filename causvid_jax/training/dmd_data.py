@@ -21,17 +21,20 @@ def clip_shape(recipe: Recipe) -> tuple[int, int, int, int]:
     return (recipe.train_distill.frames or frames, *size)  # type: ignore[return-value]
 
 
-def no_context(batch: Batch, recipe: Recipe) -> Batch | None:
-    """Return the empty context of the first rollout of a step; None if rollouts never continue earlier ones.
+def no_past(recipe: Recipe, size: int = 0) -> Batch | None:
+    """Return what the first rollout of a run has behind it, which is nothing; None if rollouts never continue others.
 
-    It has ``latents`` of :func:`end_of_rollout`, ``text [B, S, E]`` and ``exists`` (bool scalar).
+    It has ``latents`` of :func:`end_of_rollout`, ``text [B, S, E]`` of their prompts, and ``rollouts`` (int32 scalar),
+    the number of rollouts of their stream so far. B is ``size``, or ``train_distill.batch_size`` if that is 0.
     """
     config = recipe.train_distill
-    if config.rollout != "self" or not config.continuation_prob:
+    size = size or config.batch_size
+    if not config.continuation_prob:
         return None
     frames = recipe.causal.sink_frames() + recipe.causal.context_frames()
-    latents = jnp.zeros((len(batch["text"]), frames, *clip_shape(recipe)[1:]))
-    return {"latents": latents, "text": batch["text"], "exists": jnp.array(False)}
+    latents = jnp.zeros((size, frames, *clip_shape(recipe)[1:]))
+    text = jnp.zeros((size, recipe.text.length, recipe.text.dim))
+    return {"latents": latents, "text": text, "rollouts": jnp.zeros((), jnp.int32)}
 
 
 def with_context(
@@ -39,8 +42,9 @@ def with_context(
 ) -> tuple[Batch, jax.Array]:
     """Return ``batch`` with the context of the previous rollout, and the next key.
 
-    With probability ``continuation_prob`` the new rollout continues the previous rollout. Each clip then keeps its
-    prompt or, with probability ``prompt_switch_prob``, takes the prompt of ``batch``. ``context`` is
+    With probability ``continuation_prob`` the new rollout continues the previous one, with
+    ``further_continuation_prob`` if that one continues others itself. Each clip then keeps its prompt or, with
+    probability ``prompt_switch_prob``, takes the prompt of ``batch``. ``context`` is
     ``[B, P, h, w, C]`` (P = ``causal.context_frames()``), and ``has_context`` is bool ``[B]``, all equal. It is what a
     stream has in view: the sink and the last frames, or after a switch the last P frames alone
     (``sampling.stream.recompute_context``).
@@ -49,8 +53,10 @@ def with_context(
         return batch, key
     context_key, key = jax.random.split(key)
     continue_key, switch_key = jax.random.split(context_key)
-    size = len(batch["text"])
-    continued = previous["exists"] & (jax.random.uniform(continue_key) < config.continuation_prob)
+    size, rollouts = len(batch["text"]), previous["rollouts"]
+    further = config.further_continuation_prob or config.continuation_prob
+    probability = jnp.select([rollouts == 0, rollouts == 1], [0.0, config.continuation_prob], further)
+    continued = jax.random.uniform(continue_key) < probability
     switched = jax.random.uniform(switch_key, (size, 1, 1)) < config.prompt_switch_prob
     text = jnp.where(continued & ~switched, previous["text"], batch["text"])
     sink, latents = causal.sink_frames(), previous["latents"]

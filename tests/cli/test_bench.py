@@ -20,6 +20,7 @@ CONFIG, OUTPUT = "--config=digits", "--output={folder}/bench.json"
         ([CONFIG, OUTPUT, "--codecs=wan,h264"], "--codecs names 'h264'; accepted: wan, taehv"),
         ([CONFIG, OUTPUT, "--codecs=wan,wan"], "--codecs names ('wan', 'wan') twice"),
         ([CONFIG, OUTPUT, "--student=nothing.pt"], "student weights nothing.pt do not exist"),
+        ([OUTPUT, "--student=self_forcing_dmd.pt"], "student weights self_forcing_dmd.pt do not exist"),
         ([CONFIG, OUTPUT, "--against=nothing.json"], "--against nothing.json cannot be read"),
         ([CONFIG, OUTPUT, "--config.causal.window=1"], "causal.window is 1"),
     ],

@@ -171,34 +171,44 @@ def test_rollouts_go_on_where_the_one_before_them_ended(monkeypatch):
         return x0, None, x0[:, -2:]
 
     monkeypatch.setattr(trainer, "generate", lambda params, batch, key, *, recipe: count(params, batch, key))
-    start = {"latents": jnp.zeros((8, 2, 1, 1, 1)), "text": jnp.zeros((8, 1, 1)), "exists": jnp.array(False)}
-    monkeypatch.setattr(trainer, "no_context", lambda batch, recipe: start | {"text": batch["text"]})
+    past = {"latents": jnp.zeros((8, 2, 1, 1, 1)), "text": jnp.zeros((8, 1, 1)), "rollouts": jnp.array(0)}
     optimizer = optax.sgd(0.0)
-    state = init_state(gaussian(0.0, 1.0), gaussian(0.0, 1.0), optimizer, optimizer)
+    state = init_state(gaussian(0.0, 1.0), gaussian(0.0, 1.0), optimizer, optimizer, past=past)
     prompts = np.arange(4 * 8.0, dtype=np.float32).reshape(4, 8)
 
-    def run(**probabilities):
+    def run(state=state, **probabilities):
         seen.clear()
         data = {"text": jnp.asarray(prompts)[:, :, None, None]}
         step = step_fn(DistillStageConfig(critic_steps=3, seed=1, **probabilities), optimizer, optimizer)
-        _, metrics = step(state, TEACHER, data, NULL)
+        after, metrics = step(state, TEACHER, data, NULL)
         jax.effects_barrier()
         assert all(np.ndim(value) == 0 for value in metrics.values())
         ends, shown, has_context = (np.stack(x) for x in zip(*seen, strict=True))  # [3 + 1, 8]
-        np.testing.assert_array_equal(has_context, ends > 3)  # the first of a step continues nothing
-        return ends, shown
+        np.testing.assert_array_equal(has_context, ends > 3)
+        return after, ends, shown
 
-    ends, shown = run(continuation_prob=1.0)
+    after, ends, shown = run(continuation_prob=1.0)
     np.testing.assert_array_equal(ends, np.repeat([[3.0], [6.0], [9.0], [12.0]], 8, axis=1))
     np.testing.assert_array_equal(shown, np.repeat(prompts[:1], 4, axis=0))
+    assert int(after.past["rollouts"]) == 3
 
-    ends, shown = run(continuation_prob=1.0, prompt_switch_prob=0.5)
+    # The next step continues the last rollout of the critic, with the same prompts.
+    after, ends, shown = run(after, continuation_prob=1.0)
+    np.testing.assert_array_equal(ends, np.repeat([[12.0], [15.0], [18.0], [21.0]], 8, axis=1))
+    np.testing.assert_array_equal(shown, np.repeat(prompts[:1], 4, axis=0))
+    assert int(after.past["rollouts"]) == 6
+
+    # Second rollouts always follow first ones, third ones hardly ever.
+    _, ends, _ = run(continuation_prob=1.0, further_continuation_prob=1e-6)
+    assert ends[:, 0].tolist() == [3, 6, 3, 6]
+
+    _, ends, shown = run(continuation_prob=1.0, prompt_switch_prob=0.5)
     assert ends[-1].tolist() == [12.0] * 8
     changed = shown[1:] != shown[:-1]
     np.testing.assert_array_equal(shown[1:][changed], prompts[1:][changed])
     assert 4 < changed.sum() < 20
 
-    ends, shown = run(continuation_prob=0.5, prompt_switch_prob=1.0)
+    _, ends, shown = run(continuation_prob=0.5, prompt_switch_prob=1.0)
     np.testing.assert_array_equal(shown, prompts)
     anew = ends[1:, 0] == 3
     assert 0 < anew.sum() < 3  # with this key

@@ -304,12 +304,12 @@ def test_a_continued_rollout_has_the_context_of_a_stream(monkeypatch, switch):
 
     monkeypatch.setattr(dmd, "self_rollout", count)
     text = batch_of(2)["text"]
-    previous = dmd.no_context({"text": text}, recipe)
+    previous = dmd.no_past(recipe, 2)
     for _ in range(3):
         batch, key = dmd.with_context({"text": text}, previous, jax.random.key(0), recipe.train_distill, recipe.causal)
         x0, _, end = dmd.generate(None, batch, key, recipe=recipe)
         assert x0.shape[1] == 8
-        previous = {"latents": end, "text": text, "exists": jnp.array(True)}
+        previous = {"latents": end, "text": text, "rollouts": jnp.array(1)}
     # Blocks have two frames: two blocks hold the sink of three, and a window of six shows two earlier blocks.
     kept, last = [[0, 1, 2, 3, *range(end - 4, end)] for end in (12, 24)], [[*range(end - 8, end)] for end in (12, 24)]
     assert contexts == [[], *(last if switch else kept)]
