@@ -13,6 +13,8 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from causvid_jax.config import TransformerConfig
@@ -31,12 +33,21 @@ def is_unstacked(params: Params) -> bool:
     return isinstance(params["blocks"], tuple)
 
 
-@functools.partial(jax.jit, static_argnames=("heads", "rotated"))
 def _split(leaf: jax.Array, heads: int, rotated: bool) -> tuple[jax.Array, ...]:
     """Return the layers of a stacked array ``[L, ...]``; with ``rotated`` in the order of halves."""
-    if rotated:
-        leaf = rearrange(leaf, "... (N j two) -> ... (N two j)", N=heads, two=2)
-    return tuple(leaf)
+    if isinstance(leaf, jax.core.Tracer) or leaf.sharding.device_set != {jax.local_devices(backend="cpu")[0]}:
+        return _split_on_device(leaf, heads, rotated)
+    # For a small network, programs for every shape would take longer to compile than the stream's own to load.
+    return tuple(jnp.array(layer) for layer in _ordered(np.asarray(leaf), heads, rotated))
+
+
+@functools.partial(jax.jit, static_argnames=("heads", "rotated"))
+def _split_on_device(leaf: jax.Array, heads: int, rotated: bool) -> tuple[jax.Array, ...]:
+    return tuple(_ordered(leaf, heads, rotated))
+
+
+def _ordered(leaf: Any, heads: int, rotated: bool) -> Any:
+    return rearrange(leaf, "... (N j two) -> ... (N two j)", N=heads, two=2) if rotated else leaf
 
 
 def unstack(params: Params, config: TransformerConfig, *, free: bool = False) -> Params:

@@ -13,7 +13,7 @@ import pytest
 from causvid_jax.checkpoints import load
 from causvid_jax.checkpoints.checkpoint import network_of
 from causvid_jax.config import CausalConfig, ConfigError, TransformerConfig
-from causvid_jax.models import attention, rope, transformer
+from causvid_jax.models import attention, rope, transformer, unstacked
 
 CONFIG = TransformerConfig(
     dim=40, ffn_dim=48, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=10, text_length=6
@@ -309,6 +309,14 @@ def test_layers_of_their_own_compute_what_stacked_ones_do(params, causal):
     np.testing.assert_allclose(bidirectional(own, x, t, text), bidirectional(params, x, t, text), atol=1e-5)
     shapes = transformer.inference(CONFIG, unstacked=True)
     assert jax.tree.map(lambda a: a.shape, own) == jax.tree.map(lambda a: a.shape, shapes)
+
+
+def test_a_cpu_splits_layers_without_compiling(params, monkeypatch):
+    """The seven programs of the digits student took 0.3 s of its start. Inside jit the compiled form is used."""
+    params = jax.tree.map(jnp.asarray, params)
+    compiled = jax.jit(lambda params: transformer.unstack(params, CONFIG))(params)
+    monkeypatch.setattr(unstacked, "_split_on_device", lambda *_: pytest.fail("compiled"))
+    jax.tree.map(np.testing.assert_array_equal, transformer.unstack(params, CONFIG), compiled)
 
 
 def test_layers_of_their_own_are_traced_once(params, monkeypatch):
