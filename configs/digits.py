@@ -166,7 +166,7 @@ def one_digit() -> ml_collections.ConfigDict:
                 "guidance_scale": 6.0,
                 # Guidance at low noise makes digits worse, and its parallel part makes strokes bold (docs/research).
                 "guidance_interval": (400.0, 1000.0),
-                "guidance_eta": 0.25,
+                "guidance_eta": 0.2,
             },
             "train_vae": {
                 "steps": 6000,

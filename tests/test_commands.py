@@ -61,9 +61,11 @@ def test_a_published_student_is_shown_with_its_own_timesteps(page, program, argu
         )
 
 
-@pytest.mark.parametrize("program", ["sample", "serve"])
-def test_the_name_of_a_published_student_chooses_the_recipe(program):
-    arguments = ["--student=self_forcing_dmd.pt", *(["--prompt=a red panda"] if program == "sample" else [])]
+@pytest.mark.parametrize(
+    "program,others", [("sample", ["--prompt=a red panda"]), ("serve", []), ("bench", ["--output=bench.json"])]
+)
+def test_the_name_of_a_published_student_chooses_the_recipe(program, others):
+    arguments = ["--student=self_forcing_dmd.pt", *others]
     module = importlib.import_module(f"causvid_jax.cli.{program}")
     assert options.parse(module.Options, arguments).config.name == "published:self_forcing_dmd"
 

@@ -93,7 +93,7 @@ def _training_program(recipe: Recipe, stage: str, place: Placement) -> tuple[Any
             )
         )
         teacher = experts.per_expert(teacher, recipe.experts)
-        init = functools.partial(dmd.init_state, optimizers=optimizers, past=dmd.no_past(recipe))
+        init = functools.partial(dmd.new_state, recipe=recipe, optimizers=optimizers)
         state = with_shardings(jax.eval_shape(init, student, critic), dmd.state_shardings(recipe, place, optimizers))
         batch = _abstract_batch(dmd.batch_shapes(recipe), place, leading=1)
         negative_prompt_embeds = jax.ShapeDtypeStruct(

@@ -115,6 +115,11 @@ def init_state(
     )
 
 
+def new_state(student: Any, critic: Any, *, recipe: Recipe, optimizers: Optimizers) -> DMDState:
+    """Return :func:`init_state` of a run of ``recipe``, traceable."""
+    return init_state(student, critic, optimizers, recipe.train_distill.bad_loss_window, no_past(recipe))
+
+
 def state_shardings(recipe: Recipe, placement: Placement, optimizers: Optimizers) -> DMDState | None:
     """Return the shardings of the state; None without a mesh."""
     if placement.mesh is None:
@@ -425,7 +430,7 @@ def train_distill(run: Run, init_from: pathlib.Path | None = None) -> None:
     student = weights.load_network(run, start, recipe.student, init_from)
     critic = first_critic(run, student, teacher)
     optimizers = make_optimizers(config)
-    init = functools.partial(init_state, optimizers=optimizers, window=config.bad_loss_window, past=no_past(recipe))
+    init = functools.partial(new_state, recipe=recipe, optimizers=optimizers)
     state = run.restore(placement.init(init, state_shardings(recipe, placement, optimizers), student, critic))
     del student, critic
     step, names = compiled_step(recipe, placement), batch_shapes(recipe)

@@ -64,7 +64,7 @@ def trace(stage, recipe):
     elif stage == "distill":
         optimizers = dmd.make_optimizers(recipe.train_distill)
         critic = jax.eval_shape(functools.partial(dmd.init_tree, key, dmd.critic_spec(recipe)))
-        init = functools.partial(dmd.init_state, optimizers=optimizers, past=dmd.no_past(recipe))
+        init = functools.partial(dmd.new_state, recipe=recipe, optimizers=optimizers)
         state = jax.eval_shape(init, student, critic)
         dmd.compiled_step(recipe, Placement()).eval_shape(state, teacher, dmd.batch_shapes(recipe), negative)
     elif stage == "consistency":
