@@ -35,7 +35,8 @@ def is_unstacked(params: Params) -> bool:
 
 def _split(leaf: jax.Array, heads: int, rotated: bool) -> tuple[jax.Array, ...]:
     """Return the layers of a stacked array ``[L, ...]``; with ``rotated`` in the order of halves."""
-    if isinstance(leaf, jax.core.Tracer) or leaf.sharding.device_set != {jax.local_devices(backend="cpu")[0]}:
+    traced = isinstance(leaf, jax.core.Tracer)
+    if traced or isinstance(leaf, jax.Array) and [device.platform for device in leaf.devices()] != ["cpu"]:
         return _split_on_device(leaf, heads, rotated)
     # For a small network, programs for every shape would take longer to compile than the stream's own to load.
     return tuple(jnp.array(layer) for layer in _ordered(np.asarray(leaf), heads, rotated))
