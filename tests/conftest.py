@@ -21,6 +21,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Threads of XLA's pool; by default one for each pretended device. A device runs independent collectives of a program in
+# any order, and each holds a thread until all devices take part. So eight threads waited for each other in three
+# collectives (the sharded step of the stage consistency).
+os.environ["NPROC"] = "32"
 FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
