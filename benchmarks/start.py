@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 SAMPLE = [sys.executable, "-u", "-m", "launch.sample", "--config=digits", "--prompt=a red 3 moving left", "--frames=33"]
 
@@ -22,7 +23,8 @@ def first_frame(folder: str) -> float:
         RuntimeError: the program ended without a frame.
     """
     begin = time.perf_counter()
-    with subprocess.Popen([*SAMPLE, f"--output={folder}/out.mp4"], stdout=subprocess.PIPE, text=True) as program:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen([*SAMPLE, f"--output={folder}/out.mp4"], **pipes) as program:
         assert program.stdout is not None
         seconds = [time.perf_counter() - begin for line in program.stdout if line.startswith("First frame")]
     if not seconds:
