@@ -13,7 +13,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
@@ -35,11 +34,13 @@ def is_unstacked(params: Params) -> bool:
 
 def _split(leaf: jax.Array, heads: int, rotated: bool) -> tuple[jax.Array, ...]:
     """Return the layers of a stacked array ``[L, ...]``; with ``rotated`` in the order of halves."""
-    traced = isinstance(leaf, jax.core.Tracer)
-    if traced or isinstance(leaf, jax.Array) and [device.platform for device in leaf.devices()] != ["cpu"]:
-        return _split_on_device(leaf, heads, rotated)
+    where = None
+    if isinstance(leaf, jax.Array):
+        if isinstance(leaf, jax.core.Tracer) or [device.platform for device in leaf.devices()] != ["cpu"]:
+            return _split_on_device(leaf, heads, rotated)
+        where = leaf.sharding
     # For a small network, programs for every shape would take longer to compile than the stream's own to load.
-    return tuple(jnp.array(layer) for layer in _ordered(np.asarray(leaf), heads, rotated))
+    return tuple(jax.device_put(np.array(layer), where) for layer in _ordered(np.asarray(leaf), heads, rotated))
 
 
 @functools.partial(jax.jit, static_argnames=("heads", "rotated"))

@@ -126,12 +126,13 @@ def state_shardings(recipe: Recipe, placement: Placement, optimizers: Optimizers
         return None
     student, critic = recipe.student, recipe.fake_score
     split = batch_sharding(placement.mesh, placement.rules)
+    past = {"latents": split, "text": split, "rollouts": placement.replicated()}
     return DMDState(
         student=trainable_shardings(placement, transformer.spec(student), student.rules, optimizers.student),
         critic=trainable_shardings(placement, critic_spec(recipe), critic.rules, optimizers.critic, ema=False),
         step=cast(Any, placement.replicated()),
         history=history_shardings(placement),
-        past=None if no_past(recipe) is None else {"latents": split, "text": split, "rollouts": placement.replicated()},
+        past=past if recipe.train_distill.continuation_prob else None,
     )
 
 
