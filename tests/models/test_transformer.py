@@ -312,7 +312,7 @@ def test_layers_of_their_own_compute_what_stacked_ones_do(params, causal):
 
 
 def test_a_cpu_splits_layers_without_compiling(params, monkeypatch):
-    """The seven programs of the digits student took 0.3 s of its start. Inside jit the compiled form is used."""
+    """The seven programs of the digits student took 0.2 s of its start. Inside jit the compiled form is used."""
     params = jax.tree.map(jnp.asarray, params)
     compiled = jax.jit(lambda params: transformer.unstack(params, CONFIG))(params)
     monkeypatch.setattr(unstacked, "_split_on_device", lambda *_: pytest.fail("compiled"))

@@ -202,6 +202,13 @@ def test_rollouts_go_on_where_the_one_before_them_ended(monkeypatch):
     _, ends, _ = run(continuation_prob=1.0, further_continuation_prob=1e-6)
     assert ends[:, 0].tolist() == [3, 6, 3, 6]
 
+    # A step of another batch size begins anew and leaves the past as it is.
+    monkeypatch.setattr(trainer, "no_past", lambda recipe, size: past)
+    four = jax.tree.map(lambda x: x[:4] if x.ndim else x + 1, past)
+    after, ends, _ = run(dataclasses.replace(state, past=four), continuation_prob=1.0)
+    assert ends[:, 0].tolist() == [3, 6, 9, 12]
+    jax.tree.map(np.testing.assert_array_equal, after.past, four)
+
     _, ends, shown = run(continuation_prob=1.0, prompt_switch_prob=0.5)
     assert ends[-1].tolist() == [12.0] * 8
     changed = shown[1:] != shown[:-1]
