@@ -38,7 +38,7 @@ def _split(leaf: jax.Array, heads: int, rotated: bool) -> tuple[jax.Array, ...]:
     if isinstance(leaf, jax.Array):
         if isinstance(leaf, jax.core.Tracer) or [device.platform for device in leaf.devices()] != ["cpu"]:
             return _split_on_device(leaf, heads, rotated)
-        where = leaf.sharding
+        where = leaf.sharding if leaf.committed else None  # another placement would be another program
     # For a small network, programs for every shape would take longer to compile than the stream's own to load.
     return tuple(jax.device_put(np.array(layer), where) for layer in _ordered(np.asarray(leaf), heads, rotated))
 

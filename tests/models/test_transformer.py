@@ -317,6 +317,9 @@ def test_a_cpu_splits_layers_without_compiling(params, monkeypatch):
     compiled = jax.jit(lambda params: transformer.unstack(params, CONFIG))(params)
     monkeypatch.setattr(unstacked, "_split_on_device", lambda *_: pytest.fail("compiled"))
     jax.tree.map(np.testing.assert_array_equal, transformer.unstack(params, CONFIG), compiled)
+    for placed in (params, jax.device_put(params, jax.devices()[-1])):  # other placements would compile anew
+        own, given = (jax.tree.leaves(tree["blocks"])[0] for tree in (transformer.unstack(placed, CONFIG), placed))
+        assert (own.sharding, own.committed) == (given.sharding, given.committed)
 
 
 def test_layers_of_their_own_are_traced_once(params, monkeypatch):
