@@ -234,6 +234,22 @@ def test_only_the_stage_at_work_must_fit_the_mesh():
     assert train.Options(config=recipe, stage="distill").stage == "distill"
 
 
+def test_clips_shorter_than_a_batch_needs_are_refused_before_anything_is_read():
+    """The sentence came at the first batch of that stretch, which may be hours away."""
+    stages = {
+        "train_vae": c.VAEStageConfig(curriculum=((10, 21, 2),)),
+        "train_causal": c.CausalStageConfig(curriculum=((10, 4, 2),)),
+        "train_distill": c.DistillStageConfig(frames=6),  # its own rollouts may be longer than a clip
+    }
+    recipe = c.Recipe("r", video=c.VideoConfig(frames=9), **stages)
+    for stage, expected in (
+        ("vae", "clips of 21 frames (frames or curriculum); a clip has 9 (video.frames is 9)"),
+        ("causal", "clips of 4 latent frames (frames or curriculum); a clip has 3 (video.frames is 9)"),
+    ):
+        assert message(recipe.check_batch, stage) == f"train_{stage} has {expected}"
+    recipe.check_batch("distill")
+
+
 @pytest.mark.parametrize(
     "changes,expected",
     [

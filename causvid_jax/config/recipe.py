@@ -256,17 +256,25 @@ class Recipe(Config):
             )
 
     def check_batch(self, stage: str) -> None:
-        """Check that the mesh and ``accumulate`` divide every batch of one of the training :data:`STAGES`.
+        """Check the batches of one of the training :data:`STAGES`.
 
-        A recipe does not check this when it is created, because the mesh of one stage need not divide the batches of
-        others.
+        The mesh and ``accumulate`` must divide them, and the clips of the data must be long enough. A recipe does not
+        check this when it is created, because the mesh and the clips of one stage need not fit the batches of others.
 
         Raises:
-            ConfigError: a batch is not divided; the message names the nearest batch sizes that are.
+            ConfigError: a batch is not divided, and the message names the nearest batch sizes that are; or it needs
+                clips of more frames than ``video.frames``.
         """
         mesh, config = self.parallel, getattr(self, f"train_{stage}")
         parts = mesh.slices * max(mesh.data, 1) * mesh.fsdp * config.accumulate
-        for _, _, size in config.stretches:
+        pixels, whole = {"vae", "taehv"}, {"teacher", "causal", "consistency"}
+        for _, frames, size in config.stretches:
+            longest = self.video.frames if stage in pixels else self.video.latent_frames
+            require(
+                frames <= longest or stage not in pixels | whole,
+                f"train_{stage} has clips of {frames} {'frames' if stage in pixels else 'latent frames'} (frames or "
+                f"curriculum); a clip has {longest} (video.frames is {self.video.frames})",
+            )
             below = size - size % parts
             require(
                 size % parts == 0,
