@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from causvid_jax.config import ConfigError, RunError, require
+from causvid_jax.config import RunError, require
 from causvid_jax.config.files import disk_failure
 from causvid_jax.distributed import collectives
 from causvid_jax.training import checksums
@@ -119,8 +119,8 @@ class Checkpoints:
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]] | None:
         """Return the state and the progress of the last good checkpoint, or None if there is none.
 
-        The state has the shapes, types and shardings of ``state``, a dataclass. The arrays of ``state`` are deleted
-        first, to free memory for the arrays that are read.
+        The state has the shapes, types and shardings of ``state``, a dataclass. If the checkpoint fits, the arrays of
+        ``state`` are deleted first, to free memory for the arrays that are read.
 
         Raises:
             ConfigError: the checkpoint does not fit ``state``, for example after a change of the configuration.
@@ -128,16 +128,32 @@ class Checkpoints:
         if self.last is None:
             return None
         fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+        different = self._difference(fields)
+        require(
+            not different,
+            f"checkpoint {self.last} in {self._folder} does not fit this configuration: {different}; use another "
+            "--workdir or the configuration it was made with",
+        )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fields)
         jax.tree.map(lambda x: x.delete(), fields)
-        try:
-            loaded = self._checkpointer.load_checkpointables(self.last, {"state": abstract, "progress": None})
-        except (ValueError, KeyError) as error:
-            raise ConfigError(
-                f"checkpoint {self.last} in {self._folder} does not fit this configuration; use another --workdir or "
-                f"the configuration it was made with ({str(error).splitlines()[0]})"
-            ) from error
+        loaded = self._checkpointer.load_checkpointables(self.last, {"state": abstract, "progress": None})
         return dataclasses.replace(state, **loaded["state"]), json.loads(loaded["progress"]["json"])
+
+    def _difference(self, fields: dict[str, Any]) -> str:
+        """Return the first array in which the last checkpoint differs from ``fields``, and how many differ; "": none.
+
+        Orbax would begin to read, and its sentence has every array of the run.
+        """
+        assert self.last is not None
+        saved = _shapes(self._checkpointer.checkpointables_metadata(self.last).metadata["state"])
+        wanted = _shapes(fields)
+        differ = [path for path in {**wanted, **saved} if saved.get(path) != wanted.get(path)]
+        if not differ:
+            return ""
+        first = differ[0]
+        of_saved, of_run = (f"{tree[first]}" if first in tree else "no such array" for tree in (saved, wanted))
+        more = f" and {len(differ) - 1} more" if len(differ) > 1 else ""
+        return f"{first}{more} (saved: {of_saved}, this run: {of_run})"
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Start to save ``state`` (arrays) and ``progress`` (JSON values) as ``step``, and return.
@@ -235,6 +251,14 @@ def read(folder: str | os.PathLike, part: str, step: int | None = None) -> tuple
     loaded: Any = ocp.load_checkpointables(path, {"state": placeholders, "progress": None})
     tree = functools.reduce(lambda tree, key: tree[key], part.split("."), loaded["state"])
     return step, tree, json.loads(loaded["progress"]["json"])
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the arrays of a state by their paths, which those of a checkpoint's description equal."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _steps(folder: pathlib.Path) -> list[int]:

@@ -132,6 +132,27 @@ def test_checkpoints_of_older_versions_have_no_checksums_and_are_taken(finished,
     checkpoints.close()
 
 
+def test_a_checkpoint_of_other_arrays_is_refused_in_one_sentence(finished):
+    """Orbax's own sentence has the names of its classes and every array of the run, thousands for a large network."""
+    folder = finished / "tiny" / "checkpoints"
+    state, larger = tiny_run.initial_state(), tiny_run.initial_state(size=5)
+    network = dataclasses.replace(state.network, params=state.network.params | {"bias": jnp.zeros(2)})
+    without = dataclasses.replace(state.network, params={})
+    for other, difference in (
+        (larger, "ballast and 3 more (saved: (8,), this run: (5,))"),
+        (dataclasses.replace(state, network=network), "bias (saved: no such array, this run: (2,))"),
+        (dataclasses.replace(state, network=without), "ballast and 1 more (saved: (8,), this run: no such array)"),
+    ):
+        checkpoints = checkpoint.Checkpoints(folder, 3)
+        with pytest.raises(ConfigError) as refused:
+            checkpoints.restore(other)
+        checkpoints.close()
+        assert str(refused.value) == (
+            f"checkpoint 6 in {folder} does not fit this configuration: network.params.{difference}; use another "
+            "--workdir or the configuration it was made with"
+        )
+
+
 def test_a_state_that_is_trained_on_does_not_change_what_is_being_saved(tmp_path):
     step = tiny_run.train_step()
     state, checkpoints = tiny_run.initial_state(size=200_000), checkpoint.Checkpoints(tmp_path, 1)
