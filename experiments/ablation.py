@@ -1,6 +1,6 @@
 """Tab. 4 of the paper: ODE initialisation, and a bidirectional or a causal real score."""
 
-from causvid_jax.training.experiment import Experiment, Row
+from causvid_jax.training.experiment import PAPER_SAMPLER, Experiment, Row
 
 
 def get_experiment() -> Experiment:
@@ -27,4 +27,5 @@ def get_experiment() -> Experiment:
             ),
             Row("ODE initialisation, bidirectional teacher", stages=distilled, paper="94.7 / 64.4 / 30.1"),
         ),
+        settings=PAPER_SAMPLER,
     )

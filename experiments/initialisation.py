@@ -1,6 +1,6 @@
 """Initialisation of the student, on which published methods differ."""
 
-from causvid_jax.training.experiment import Experiment, Row
+from causvid_jax.training.experiment import PAPER_SAMPLER, Experiment, Row
 
 
 def get_experiment() -> Experiment:
@@ -38,4 +38,5 @@ def get_experiment() -> Experiment:
             Row("the causal teacher itself", stages=distilled, replace={"init": "causal"}),
             Row("the bidirectional teacher", stages=distilled, settings={"train_distill.init": "teacher"}),
         ),
+        settings=PAPER_SAMPLER,
     )

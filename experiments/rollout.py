@@ -1,6 +1,6 @@
 """Noised data or the student's own rollout in the distillation."""
 
-from causvid_jax.training.experiment import Experiment, Row
+from causvid_jax.training.experiment import PAPER_SAMPLER, Experiment, Row
 
 
 def get_experiment() -> Experiment:
@@ -15,5 +15,9 @@ def get_experiment() -> Experiment:
         ),
         lengths=(1, 10),
         # Noised data has no rollout to continue, and replay none beyond a clip with a sink that moves.
-        settings={"train_distill.continuation_prob": "0.0", "train_distill.prompt_switch_prob": "0.0"},
+        settings={
+            **PAPER_SAMPLER,
+            "train_distill.continuation_prob": "0.0",
+            "train_distill.prompt_switch_prob": "0.0",
+        },
     )

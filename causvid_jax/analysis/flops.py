@@ -20,6 +20,7 @@ because the backward pass costs two. Recomputed activations are not model FLOPs;
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -115,10 +116,10 @@ def recomputed(net: TransformerConfig, one_pass: float, frames: int, tokens: int
 def training_step(recipe: Recipe, stage: str) -> StepFlops:
     """Return the FLOPs of one step of ``teacher``, ``init`` or ``distill`` over its whole batch.
 
-    A DMD step: every fake-score update generates a clip and trains on it. The exit step is uniform, so a block has
-    (Q + 1) / 2 denoising passes; all blocks but the last have a context pass. The student's update generates another
-    clip, differentiates one step of it, and runs the teacher twice (with and without the prompt) and the fake score
-    once.
+    A DMD step: every fake-score update generates a clip and trains on it. The exit step is uniform, so a block of Q
+    steps has (Q + 1) / 2 denoising passes; first blocks may have other Q. All blocks but the last have a context pass.
+    The student's update generates another clip, differentiates one step of it, and runs the teacher twice (with and
+    without the prompt) and the fake score once.
     """
     frames = recipe.video.latent_frames
     teacher, student = recipe.teacher, recipe.student
@@ -138,7 +139,8 @@ def training_step(recipe: Recipe, stage: str) -> StepFlops:
         config, batch = recipe.train_distill, recipe.train_distill.batch_size
         one_pass = forward(student, frames, n_student, causal_pairs, text=False)
         if config.rollout == "self":
-            steps = len(recipe.diffusion.denoising_timesteps)
+            blocks = range(len(recipe.causal.block_sizes(frames)))
+            steps = statistics.mean(recipe.diffusion.steps_of(block) for block in blocks)
             clip = one_pass * (steps + 1) / 2 + context_passes(recipe)
         else:
             clip = causal

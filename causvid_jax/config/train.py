@@ -85,6 +85,11 @@ class DiffusionConfig(Config):
             "shifted; use 0, or warp=True",
         )
 
+    def steps_of(self, block: int) -> int:
+        """Return the number of the student's denoising steps of a block, counted from 0 since the start or a cut."""
+        first = self.first_block_timesteps
+        return len(first[block] if block < len(first) else self.denoising_timesteps)
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Config):

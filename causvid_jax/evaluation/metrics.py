@@ -153,17 +153,15 @@ def switch_scores(counts: Sequence[int | None]) -> dict[str, float]:
     }
 
 
-def network_passes(*, block_sizes: Sequence[int], steps: int, guided: bool, extra: int = 0) -> dict[str, int]:
+def network_passes(*, block_sizes: Sequence[int], passes: Sequence[int]) -> dict[str, float]:
     """Return how often the network is called for a clip, and how often each latent frame passes through it.
 
     Args:
         block_sizes: latent frames of each block; one block for the bidirectional teacher.
-        steps: denoising steps per block.
-        guided: classifier-free guidance doubles every step.
-        extra: further passes per block (the student's context pass).
+        passes: of each block. Classifier-free guidance takes two for a step.
 
     Returns:
-        ``calls`` of the network, and ``passes_per_frame``, passes of each latent frame.
+        ``calls`` of the network, and ``passes_per_frame``, the mean over the latent frames, rounded to 0.01.
     """
-    per_block = steps * (2 if guided else 1) + extra
-    return {"calls": per_block * len(block_sizes), "passes_per_frame": per_block}
+    work = sum(size * count for size, count in zip(block_sizes, passes, strict=True))
+    return {"calls": sum(passes), "passes_per_frame": round(work / sum(block_sizes), 2)}

@@ -242,20 +242,14 @@ def frames_report(
     return result
 
 
-def _passes(recipe: Recipe) -> dict[str, dict[str, int]]:
-    frames = recipe.video.latent_frames
+def _passes(recipe: Recipe) -> dict[str, dict[str, float]]:
+    diffusion, frames = recipe.diffusion, recipe.video.latent_frames
+    of_teacher = diffusion.num_inference_steps * (1 + (diffusion.guidance_scale != 1.0))
+    sizes = recipe.causal.block_sizes(frames)
+    of_student = [diffusion.steps_of(block) + recipe.causal.context_pass for block in range(len(sizes))]
     return {
-        "teacher": metrics.network_passes(
-            block_sizes=(frames,),
-            steps=recipe.diffusion.num_inference_steps,
-            guided=recipe.diffusion.guidance_scale != 1.0,
-        ),
-        "student": metrics.network_passes(
-            block_sizes=recipe.causal.block_sizes(frames),
-            steps=len(recipe.diffusion.denoising_timesteps),
-            guided=False,
-            extra=int(recipe.causal.context_pass),
-        ),
+        "teacher": metrics.network_passes(block_sizes=(frames,), passes=(of_teacher,)),
+        "student": metrics.network_passes(block_sizes=sizes, passes=of_student),
     }
 
 

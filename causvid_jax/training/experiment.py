@@ -36,6 +36,8 @@ TRAINED = ("teacher", "causal", "init", "consistency", "distill")
 CAUSAL_STEPS = 16
 """Denoising steps of a causal teacher that is run as a stream."""
 BATCH = 16
+PAPER_SAMPLER: Mapping[str, str] = {"causal.context_pass": "True", "diffusion.first_block_timesteps": "()"}
+"""Settings of the paper's sampler: all blocks have the same steps, and a pass on the clean block writes the cache."""
 LABELS = {"digit": "share of frames with the right digit", "color": "share of frames with the right colour"}
 """Names of plotted metrics on the axis."""
 Say = Callable[[str], None]

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from causvid_jax.config import CausalConfig
-from causvid_jax.evaluation import metrics
+from causvid_jax.evaluation import metrics, report
+from tests import tiny
 from tests.refusals import refused
 
 
@@ -72,7 +73,17 @@ def test_switch_scores():
 
 def test_network_passes_of_the_published_recipe():
     """50 guided steps against 4 steps and one cache write: 100 and 5 passes for every latent frame."""
-    teacher = metrics.network_passes(block_sizes=(21,), steps=50, guided=True)
-    student = metrics.network_passes(block_sizes=(3,) * 7, steps=4, guided=False, extra=1)
+    teacher = metrics.network_passes(block_sizes=(21,), passes=(100,))
+    student = metrics.network_passes(block_sizes=(3,) * 7, passes=(5,) * 7)
     assert teacher == {"calls": 100, "passes_per_frame": 100}
     assert student == {"calls": 35, "passes_per_frame": 5}
+
+
+def test_network_passes_count_the_longer_first_blocks():
+    """A first block of one frame and two of three, with 6, 2 and 2 passes: (1 6 + 3 2 + 3 2) / 7 = 2.57 a frame."""
+    assert metrics.network_passes(block_sizes=(1, 3, 3), passes=(6, 2, 2)) == {"calls": 10, "passes_per_frame": 2.57}
+    causal = {"frames_per_block": 1, "context_pass": True}
+    recipe = tiny.tiny_recipe(
+        causal=causal, diffusion={"denoising_timesteps": (1000.0,), "first_block_timesteps": ((1000.0, 500.0),)}
+    )
+    assert report._passes(recipe)["student"] == {"calls": 7, "passes_per_frame": 2.33}  # 3 + 2 + 2, three frames
