@@ -21,11 +21,13 @@ def one_picture(path, frame, **tags):
         out.mux(stream.encode(None))
 
 
+@pytest.mark.parametrize("form", ["yuv420p10le", "gray10le"])
 @pytest.mark.parametrize("transfer, signal", [(16, 0.5807), (18, 0.75)])
-def test_hdr_white_is_white(tmp_path, transfer, signal):
+def test_hdr_white_is_white(tmp_path, transfer, signal, form):
     """203 cd/m2 is reference white in PQ and HLG (ITU-R BT.2408)."""
-    frame = av.VideoFrame(64, 64, "yuv420p10le")
-    for plane, value in zip(frame.planes, (round(64 + 876 * signal), 512, 512), strict=True):
+    frame = av.VideoFrame(64, 64, form)
+    values = (round(64 + 876 * signal), 512, 512)
+    for plane, value in zip(frame.planes, values[: len(frame.planes)], strict=True):
         plane.update(np.full((plane.height, plane.line_size // 2), value, np.uint16).tobytes())
     frame.colorspace, frame.color_range = 9, 1
     one_picture(tmp_path / "a.mkv", frame, colorspace=9, color_primaries=9, color_trc=transfer, color_range=1)

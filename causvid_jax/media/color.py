@@ -39,9 +39,8 @@ def to_srgb(picture: av.VideoFrame) -> Image.Image:
     if transfer in (PQ, HLG):
         return _tone_map(picture, transfer)
     if picture.format.name.startswith("gray"):
-        # FFmpeg's scaler reads every grey picture as one of full range.
         image = picture.to_image()
-        return image.point(_EXPANDED * 3) if int(picture.color_range) == LIMITED else image
+        return image.point(_EXPANDED * 3) if _is_limited_grey(picture) else image
     if primaries in _TO_709:
         return _narrow(picture, primaries)
     if picture.format.is_rgb or int(picture.colorspace) != UNSPECIFIED:
@@ -90,7 +89,17 @@ def _tone_map(picture: av.VideoFrame, transfer: int) -> Image.Image:
 
 def _deep(picture: av.VideoFrame, matrix: int) -> np.ndarray:
     """Return the picture's RGB signals, uint16 ``[H, W, 3]``."""
-    return picture.reformat(format="rgb48le", src_colorspace=matrix, dst_colorspace=matrix).to_ndarray()
+    signals = picture.reformat(format="rgb48le", src_colorspace=matrix, dst_colorspace=matrix).to_ndarray()
+    if not _is_limited_grey(picture):
+        return signals
+    bits, most = picture.format.components[0].bits, 2**16 - 1
+    unit = 2 ** (bits - 8) * most / (2**bits - 1)  # of 8-bit samples
+    return np.clip(np.rint((signals - 16 * unit) * most / (219 * unit)), 0, most).astype(np.uint16)
+
+
+def _is_limited_grey(picture: av.VideoFrame) -> bool:
+    """Return whether FFmpeg's scaler reads the picture wrongly: it reads every grey one as one of full range."""
+    return picture.format.name.startswith("gray") and int(picture.color_range) == LIMITED
 
 
 def _image(signal: np.ndarray) -> Image.Image:
