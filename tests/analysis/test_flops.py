@@ -75,6 +75,19 @@ def test_the_transformer_counts_what_its_formula_says():
     assert one == flops.forward(net, 2, 16, 2 * 6, text=False)
 
 
+def test_rollouts_count_the_steps_of_the_first_blocks():
+    """The first of seven blocks with eight steps adds a seventh of what eight steps in all blocks add."""
+
+    def step(**diffusion):
+        changed = dataclasses.replace(WAN, diffusion=dataclasses.replace(WAN.diffusion, **diffusion))
+        return flops.training_step(changed, "distill").model
+
+    eight = tuple(1000.0 - 125 * i for i in range(8))
+    assert len(WAN.causal.block_sizes(WAN.video.latent_frames)) == 7
+    added = step(first_block_timesteps=(eight,)) - step()
+    assert added == pytest.approx((step(denoising_timesteps=eight) - step()) / 7, rel=1e-9) and added > 0
+
+
 def test_context_passes_of_a_rollout_are_one_pass_of_every_block_but_the_last():
     """Blocks of three frames, seven in a clip: the sixth sees 18 frames. A clip of one block has no context pass."""
     tokens = flops.tokens_per_frame(WAN, WAN.student)
