@@ -54,8 +54,8 @@ def alpha(picture: av.VideoFrame) -> Image.Image | None:
     form = picture.format
     if not (form.has_palette or any(part.is_alpha for part in form.components)):
         return None
-    opacity = picture.to_ndarray(format="rgba")[..., 3]
-    return Image.fromarray(opacity) if opacity.min() < 255 else None
+    opacity: np.ndarray = picture.to_ndarray(format="rgba")[..., 3]
+    return Image.fromarray(opacity) if (opacity < 255).any() else None
 
 
 def _narrow(picture: av.VideoFrame, primaries: int) -> Image.Image:
