@@ -386,7 +386,7 @@ def _distill(recipe: Recipe, mesh: _Mesh) -> Estimate:
         "gathered layers": most.gathered,
     }
     if self_rollout:
-        passes = sum((recipe.diffusion.steps_of(block) + 1) / 2 for block in range(blocks))
+        passes = flops.denoising_passes(recipe, blocks)
         passes += (blocks - 1) * recipe.causal.context_pass  # no block reads the last block's context
         sent = local * student.exchanged(frames) * passes / blocks
         roll = passes * student.gather(), sent

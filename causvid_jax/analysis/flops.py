@@ -20,7 +20,6 @@ because the backward pass costs two. Recomputed activations are not model FLOPs;
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -88,6 +87,11 @@ def stream_block(recipe: Recipe) -> float:
     return passes * forward(net, k, tokens_per_frame(recipe, net), k * (past + k), text=False)
 
 
+def denoising_passes(recipe: Recipe, blocks: int) -> float:
+    """Return the expected denoising passes of a self-rollout of so many blocks, whose exit steps are uniform."""
+    return sum((recipe.diffusion.steps_of(block) + 1) / 2 for block in range(blocks))
+
+
 def context_passes(recipe: Recipe) -> float:
     """Return the FLOPs of the context passes of one self-rollout: of all blocks except the last."""
     net, causal, frames = recipe.student, recipe.causal, recipe.video.latent_frames
@@ -139,9 +143,8 @@ def training_step(recipe: Recipe, stage: str) -> StepFlops:
         config, batch = recipe.train_distill, recipe.train_distill.batch_size
         one_pass = forward(student, frames, n_student, causal_pairs, text=False)
         if config.rollout == "self":
-            blocks = range(len(recipe.causal.block_sizes(frames)))
-            steps = statistics.mean(recipe.diffusion.steps_of(block) for block in blocks)
-            clip = one_pass * (steps + 1) / 2 + context_passes(recipe)
+            blocks = len(recipe.causal.block_sizes(frames))
+            clip = one_pass * denoising_passes(recipe, blocks) / blocks + context_passes(recipe)
         else:
             clip = causal
         fake_score = recipe.fake_score

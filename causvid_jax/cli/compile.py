@@ -79,7 +79,7 @@ def main(options: Options) -> None:
     recipe = recipe if stage == "stream" else stages.with_lora(stage, recipe)
     recipe = with_mesh(recipe, stage, machine)
     if stage != "stream":
-        recipe.check_batch(stage)
+        recipe.check_stage(stage)
     try:
         if options.estimate:
             report = compile_report.estimate_for(recipe, stage, machine)

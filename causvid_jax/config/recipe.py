@@ -255,26 +255,34 @@ class Recipe(Config):
                 f"not divide them; the nearest that do are {nearest_divisors(tokens, mesh.context)}",
             )
 
-    def check_batch(self, stage: str) -> None:
-        """Check the batches of one of the training :data:`STAGES`.
+    def check_stage(self, stage: str) -> None:
+        """Check that one of the training :data:`STAGES` can run: its clips and its batches (:meth:`check_batch`).
 
-        The mesh and ``accumulate`` must divide them, and the clips of the data must be long enough. A recipe does not
-        check this when it is created, because the mesh and the clips of one stage need not fit the batches of others.
+        A recipe does not check this when it is created, because the mesh and the clips of one stage need not fit the
+        batches of others.
 
         Raises:
-            ConfigError: a batch is not divided, and the message names the nearest batch sizes that are; or it needs
-                clips of more frames than ``video.frames``.
+            ConfigError: a batch needs clips of more frames than ``video.frames``; or as :meth:`check_batch`.
         """
-        mesh, config = self.parallel, getattr(self, f"train_{stage}")
-        parts = mesh.slices * max(mesh.data, 1) * mesh.fsdp * config.accumulate
         pixels, whole = {"vae", "taehv"}, {"teacher", "causal", "consistency"}
-        for _, frames, size in config.stretches:
-            longest = self.video.frames if stage in pixels else self.video.latent_frames
+        longest = self.video.frames if stage in pixels else self.video.latent_frames
+        for _, frames, _ in getattr(self, f"train_{stage}").stretches:
             require(
                 frames <= longest or stage not in pixels | whole,
                 f"train_{stage} has clips of {frames} {'frames' if stage in pixels else 'latent frames'} (frames or "
                 f"curriculum); a clip has {longest} (video.frames is {self.video.frames})",
             )
+        self.check_batch(stage)
+
+    def check_batch(self, stage: str) -> None:
+        """Check that the mesh and ``accumulate`` divide every batch of one of the training :data:`STAGES`.
+
+        Raises:
+            ConfigError: a batch is not divided; the message names the nearest batch sizes that are.
+        """
+        mesh, config = self.parallel, getattr(self, f"train_{stage}")
+        parts = mesh.slices * max(mesh.data, 1) * mesh.fsdp * config.accumulate
+        for _, _, size in config.stretches:
             below = size - size % parts
             require(
                 size % parts == 0,

@@ -68,7 +68,7 @@ def legs(recipe: Recipe, workdir: pathlib.Path, options: prepare.Options, plan: 
         return Leg(stage, is_done, lambda: prepare.run(stage, recipe, workdir, options))
 
     def trained(stage: str) -> Leg:
-        recipe.check_batch(stage)
+        recipe.check_stage(stage)
         path = paths.stage_path(workdir, stage)
         note = functools.partial(changed_settings, path, stage, recipe)
         return Leg(stage, path.is_file, lambda: stages.train(stage, recipe, workdir), note)

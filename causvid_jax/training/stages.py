@@ -39,7 +39,7 @@ def train(name: str, recipe: Recipe, workdir: pathlib.Path, init_from: str | os.
         RunError: a loss stops the run, or the disk is full.
     """
     check_trainable(recipe)
-    recipe.check_batch(name)
+    recipe.check_stage(name)
     path = None if init_from is None else paths.resolve(init_from, name)
     if path is not None:
         paths.open_stage(recipe, name, path=path)  # refuse weights that do not fit before anything is made
