@@ -19,7 +19,7 @@ from causvid_jax.analysis.topology import Topology, TopologySpec
 from causvid_jax.config import Recipe, require
 from causvid_jax.config.files import format_bytes
 from causvid_jax.models import experts, transformer
-from causvid_jax.models.kv_cache import CACHE_AXES, TEXT_AXES
+from causvid_jax.models.kv_cache import TEXT_AXES, axes_of
 from causvid_jax.models.transformer_spec import block_spec, outer_spec
 from causvid_jax.sampling import stream
 from causvid_jax.sharding import constraints
@@ -140,9 +140,10 @@ def _stream_program(recipe: Recipe, place: Placement, batch: int) -> tuple[Any, 
     def split(x: Any, axes: constraints.Axes) -> NamedSharding:
         return NamedSharding(mesh, constraints.spec_for(axes, x.shape, constraints.axis_sizes(mesh), net.rules))
 
-    state = stream.abstract_state({"student": params}, recipe, batch)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the form of the cache depends on the platform
+        state = stream.abstract_state({"student": params}, recipe, batch)
     text = with_shardings(state.text, jax.tree.map(lambda x: split(x, TEXT_AXES[-x.ndim :]), state.text))
-    where = jax.tree.map(lambda x: split(x, CACHE_AXES[-x.ndim :]) if x.ndim > 1 else whole, state.cache)
+    where = jax.tree.map(lambda x: split(x, axes_of(x.ndim)) if x.ndim > 1 else whole, state.cache)
     cache = with_shardings(state.cache, where)
     k = causal.frames_per_block
     x = jax.ShapeDtypeStruct((batch, k, height, width, recipe.vae.z_dim), jnp.float32, sharding=streams)
@@ -171,16 +172,19 @@ def program(recipe: Recipe, stage: str, mesh: Mesh, *, batch: int = 1) -> tuple[
 
 def lower_block(recipe: Recipe, machine: Topology | None = None, *, unstacked: bool = True) -> jax.stages.Lowered:
     """Lower ``stream.next_block`` of one stream for one device of ``machine``; None: for the default device."""
-    params = {"student": transformer.inference(recipe.student, unstacked=unstacked)}
-    state = stream.abstract_state(params, recipe, 1)
-    arguments = params, dataclasses.replace(state, decode=cast(Any, None))  # nothing is decoded
+
+    def arguments() -> tuple[Any, stream.StreamState]:
+        params = {"student": transformer.inference(recipe.student, unstacked=unstacked)}
+        state = stream.abstract_state(params, recipe, 1)
+        return params, dataclasses.replace(state, decode=cast(Any, None))  # nothing is decoded
+
     if machine is None:
-        return stream.next_block.lower(*arguments, config=recipe)
+        return stream.next_block.lower(*arguments(), config=recipe)
     mesh = Mesh(machine.devices[:1], "x")
     whole = NamedSharding(mesh, PartitionSpec())
-    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arguments)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_matmul_precision("default"):
-        return stream.next_block.lower(*arguments, config=recipe)
+        placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arguments())
+        return stream.next_block.lower(*placed, config=recipe)
 
 
 def options(machine: TopologySpec) -> Any:

@@ -415,7 +415,8 @@ def attend_cache(
 ) -> tuple[jax.Array, Any]:
     """Run ``kernel(q, k, v, cache, *replicated) -> (output, cache)`` on all tokens of each device's heads.
 
-    The arrays ``[B, S, n, N, D]`` of a cache (of an int8 one also the scales) stay split by heads between calls. Only
+    The arrays ``[B, S, n, N, D]`` or ``[B, N, T, D]`` of a cache (of an int8 one also the scales) stay split by heads
+    between calls. Only
     queries, keys, values and output of the new block, ``[B, K, n, N, D]``, are exchanged, values and output in
     ``dtype``. ``replicated`` arrays are equal on all devices.
 
@@ -439,7 +440,9 @@ def attend_cache(
         out, cache = kernel(q, k, v, cache, *replicated)
         return _to_tokens(out.astype(dtype), layout).astype(jnp.float32), cache
 
-    inside = (layout.inside,) * len(cache)
+    # A cache of four axes is head-major, [B, N, T, D].
+    head_major = PartitionSpec(layout.inside[0], layout.inside[3])
+    inside = tuple(head_major if x.ndim == 4 else layout.inside for x in cache)
     return jax.shard_map(
         local,
         in_specs=(layout.outside, layout.outside, layout.outside, inside, *(PartitionSpec() for _ in replicated)),

@@ -11,18 +11,26 @@ one layer at a time, into a copy in the compute type. The pass reads the current
 
 A cache has the form of the parameters that it is used with: one array ``[L, ...]`` of all layers, or a tuple of L
 arrays (``models.unstacked``). A pass updates each array of the tuple in place.
+
+The splash kernel of a TPU reads heads one after the other, in blocks of tokens. For it the arrays of a tuple are
+head-major, ``[B, N, T, D]`` with T = S n rounded up to whole blocks (:func:`is_head_major`), so that no pass transposes
+or pads the keys and values of the past.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from causvid_jax.config import CausalConfig, TransformerConfig, require
+from causvid_jax.models import attention
 from causvid_jax.sharding import constraints
 
 CACHE_AXES = (None, "batch", None, None, "attention_heads", None)  # of [L, B, S, n, N, D]; of one layer without L
+HEAD_MAJOR_AXES = ("batch", "attention_heads", None, None)  # of [B, N, T, D]
 TEXT_AXES = (None, "batch", None, "heads", None)  # of [L, B, text_length, N, D]; of one layer without L
 Layers = Any  # an array [L, ...] or a tuple of L arrays
 
@@ -34,8 +42,8 @@ class KVCache:
 
     Attributes:
         k: ``[L, B, S, n, N, D]``, RMS-normalized and rotated (:func:`stores_rotated`); S slots of one latent frame with
-            n tokens.
-        v: ``[L, B, S, n, N, D]``.
+            n tokens. Or L arrays ``[B, N, T, D]`` (:func:`is_head_major`).
+        v: as k.
         frame: index of the latent frame in each slot, -1 if the slot is empty; int32 ``[S]``.
         position: number of finished latent frames, at which the current block starts; int32 scalar.
         k_scale, v_scale: of int8 keys and values, float32 ``[L, B, S, 1, N, D]``; None: they have no scales.
@@ -96,16 +104,20 @@ def init_cache(
     _, patch_h, patch_w = config.patch_size
     slots = causal.sink + causal.window if causal.window else frames or 0
     tokens = (height // patch_h) * (width // patch_w)
-    shape = (batch, slots, tokens, config.num_heads, config.head_dim)
+    shape: tuple[int, ...] = (batch, slots, tokens, config.num_heads, config.head_dim)
 
     def zeros(dtype: str, *shape: int) -> jax.Array:
         # On a mesh the constraint splits the heads at once.
-        return constraints.constrain(jnp.zeros(shape, dtype), CACHE_AXES[-len(shape) :], config.rules)
+        return constraints.constrain(jnp.zeros(shape, dtype), axes_of(len(shape)), config.rules)
 
     def empty(dtype: str, *shape: int) -> Layers:
         layers = config.num_layers
         return tuple(zeros(dtype, *shape) for _ in range(layers)) if unstacked else zeros(dtype, layers, *shape)
 
+    if unstacked and is_head_major(config, causal):
+        from causvid_jax.models import splash  # here, because it imports Pallas
+
+        shape = (batch, config.num_heads, splash.padded(slots * tokens), config.head_dim)
     int8 = config.kv_cache == "int8"
     stored, scales = "int8" if int8 else config.dtype, (batch, slots, 1, config.num_heads, config.head_dim)
     # Allocate buffers of their own: a donated cache must not alias itself.
@@ -129,15 +141,68 @@ def stores_rotated(causal: CausalConfig) -> bool:
     return causal.positions == "absolute" or not (causal.window and causal.sink)
 
 
+def axes_of(dimensions: int) -> constraints.Axes:
+    """Return the names of the axes of a cache's array with that many dimensions."""
+    return HEAD_MAJOR_AXES if dimensions == len(HEAD_MAJOR_AXES) else CACHE_AXES[-dimensions:]
+
+
+def is_head_major(config: TransformerConfig, causal: CausalConfig) -> bool:
+    """Return whether the L arrays of an unstacked cache are ``[B, N, T, D]``, for the splash kernel.
+
+    They are not if a pass makes another array of the past anyway: it rotates keys, or multiplies by scales of int8.
+    """
+    splash = attention.resolve(config.attention, config.dtype) == "splash"
+    return splash and config.kv_cache != "int8" and stores_rotated(causal)
+
+
+def head_major(x: jax.Array) -> jax.Array:
+    """Return ``x [B, S, n, N, D]`` as ``[B, N, S n, D]``."""
+    return rearrange(x, "b s n N D -> b N (s n) D")
+
+
+def frame_major(cache: KVCache, tokens: int) -> KVCache:
+    """Return the cache with arrays ``[B, S, n, N, D]``, whatever the kernel; ``tokens`` is n.
+
+    The inverse is :func:`like`.
+    """
+
+    def of(x: jax.Array) -> jax.Array:
+        return rearrange(x[:, :, : len(cache.frame) * tokens], "b N (s n) D -> b s n N D", n=tokens)
+
+    return _converted(cache, of) if _has_head_major(cache) else cache
+
+
+def like(cache: KVCache, other: KVCache) -> KVCache:
+    """Return a cache of :func:`frame_major` in the form of ``other``, whose arrays may be shapes."""
+    if not _has_head_major(other):
+        return cache
+    length = other.k[0].shape[2]
+
+    def of(x: jax.Array) -> jax.Array:
+        x = head_major(x)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
+
+    return _converted(cache, of)
+
+
+def _has_head_major(cache: KVCache) -> bool:
+    return isinstance(cache.k, tuple) and cache.k[0].ndim == len(HEAD_MAJOR_AXES)
+
+
+def _converted(cache: KVCache, of: Callable[[jax.Array], jax.Array]) -> KVCache:
+    return dataclasses.replace(cache, k=tuple(map(of, cache.k)), v=tuple(map(of, cache.v)))
+
+
 def write_slots(old: jax.Array, new: jax.Array, slots: jax.Array, *, axis: int) -> jax.Array:
-    """Return ``old`` with the K frames of ``new`` in ``slots [K]`` along ``axis``.
+    """Return ``old`` with the K frames of ``new`` in ``slots [K]`` along ``axis``, on which a slot has equal parts.
 
     Each frame is one update, because the ring may wrap around between two frames. XLA makes these updates in place,
     unlike some scatters.
     """
-    for i in range(new.shape[axis]):
-        frame = jax.lax.slice_in_dim(new, i, i + 1, axis=axis)
-        old = jax.lax.dynamic_update_slice_in_dim(old, frame, slots[i], axis=axis)
+    size = new.shape[axis] // len(slots)
+    for i in range(len(slots)):
+        frame = jax.lax.slice_in_dim(new, i * size, (i + 1) * size, axis=axis)
+        old = jax.lax.dynamic_update_slice_in_dim(old, frame, slots[i] * size, axis=axis)
     return old
 
 

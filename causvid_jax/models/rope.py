@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from causvid_jax.sharding import constraints
+
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     """Return the number of complex pairs for time, rows and columns."""
@@ -76,10 +78,14 @@ def rotate(
 
     Pair (a, b) becomes ``(a cos - b sin, a sin + b cos)``.
 
-    ``halves``: pair j is ``(x[j], x[D / 2 + j])`` instead of ``(x[2 j], x[2 j + 1])`` (``models.unstacked``).
+    ``halves``: pair j is ``(x[j], x[D / 2 + j])`` instead of ``(x[2 j], x[2 j + 1])`` (``models.unstacked``). On a TPU
+    they are rotated as ``x [cos, cos] + roll(x) [-sin, sin]``, because half a head fills half of a vector register.
     """
     x = x.astype(jnp.float32)
     cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]  # [F, n, 1, D/2]
+    if halves and constraints.platform() == "tpu":
+        exchanged = jnp.roll(x, x.shape[-1] // 2, axis=-1)
+        return x * jnp.concatenate([cos, cos], axis=-1) + exchanged * jnp.concatenate([-sin, sin], axis=-1)
     if halves:
         first, second = jnp.split(x, 2, axis=-1)
         return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)

@@ -31,18 +31,32 @@ def attention(
     The kernel needs lengths divisible by its block sizes and head sizes divisible by 128 lanes, so all arrays are
     padded with zeros. Padded and masked keys get a segment that contains no query.
     """
-    (_, t, n, d), s = q.shape, k.shape[1]
-    block_q, block_kv = block_size(t), block_size(s)
-    padded_t, padded_s = -(-t // block_q) * block_q, -(-s // block_kv) * block_kv
+    s = k.shape[1]
+    segment = jnp.ones((s,), bool) if mask is None else mask
 
-    def pad(x: jax.Array, length: int) -> jax.Array:  # [B, T, N, D] -> [B, N, T', D']
-        x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, -d % 128)))
-        return jnp.swapaxes(x, 1, 2)
+    def pad(x: jax.Array) -> jax.Array:  # [B, S, N, D] -> [B, N, S', D]
+        return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, padded(s) - s), (0, 0), (0, 0))), 1, 2)
 
-    segment = jnp.ones((s,), jnp.int32) if mask is None else mask.astype(jnp.int32)
-    segments = splash.SegmentIds(q=jnp.ones((padded_t,), jnp.int32), kv=jnp.pad(segment, (0, padded_s - s)))
+    segment = jnp.pad(segment, (0, padded(s) - s))
+    return head_major_attention(q, pad(k), pad(v), segment, name, skips=mask is not None)
+
+
+def head_major_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, name: str | None = None, *, skips: bool = True
+) -> jax.Array:
+    """Return :func:`attention` for ``k, v [B, N, S, D]`` and ``mask [S]``, where S is :func:`padded`.
+
+    If ``skips``, blocks of keys that the mask hides completely are skipped.
+    """
+    (_, t, n, d), s = q.shape, k.shape[2]
+    block_q, block_kv, padded_t = block_size(t), block_size(s), padded(t)
+
+    def whole_lanes(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -d % 128))) if d % 128 else x
+
+    segments = splash.SegmentIds(q=jnp.ones((padded_t,), jnp.int32), kv=mask.astype(jnp.int32))
     kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([masks.FullMask((padded_t, padded_s))] * n),
+        masks.MultiHeadMask([masks.FullMask((padded_t, s))] * n),
         head_shards=1,
         q_seq_shards=1,
         block_sizes=splash.BlockSizes(
@@ -50,18 +64,25 @@ def attention(
             block_kv=block_kv,
             block_kv_compute=block_kv,
             block_q_dkv=block_q,
-            block_kv_dkv=gradient_keys(padded_s, block_kv),
+            block_kv_dkv=gradient_keys(s, block_kv),
             block_kv_dkv_compute=block_kv,
             use_fused_bwd_kernel=True,
         ),
         residual_checkpoint_name=name,
         interpret=constraints.platform() == "cpu",
     )
-    if mask is not None:
+    if skips:
         kernel = _skipping(kernel, visible_blocks(mask), padded_t // block_q)
-    scaled = pad(q * q.shape[-1] ** -0.5, padded_t)
-    out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(scaled, pad(k, padded_s), pad(v, padded_s), segments)
+    scaled = jnp.swapaxes(jnp.pad(q * d**-0.5, ((0, 0), (0, padded_t - t), (0, 0), (0, 0))), 1, 2)
+    arrays = (whole_lanes(x) for x in (scaled, k, v))
+    out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(*arrays, segments)
     return jnp.swapaxes(out, 1, 2)[:, :t, :, :d].astype(jnp.float32)
+
+
+def padded(length: int) -> int:
+    """Return the length rounded up to whole blocks."""
+    size = block_size(length)
+    return -(-length // size) * size
 
 
 def block_size(length: int) -> int:

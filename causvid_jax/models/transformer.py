@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from causvid_jax.config import CausalConfig, TransformerConfig, require
-from causvid_jax.models import adapters, attention, int8_linear, precision, rope
+from causvid_jax.models import adapters, attention, int8_linear, precision, self_attention
 from causvid_jax.models.int8_linear import round_parameter, round_params
 from causvid_jax.models.kv_cache import (
     KVCache,
@@ -36,14 +36,10 @@ from causvid_jax.models.kv_cache import (
     advance,
     block_slots,
     init_cache,
-    read_positions,
-    stores_rotated,
-    visible_slots,
     write_slots,
 )
 from causvid_jax.models.layers import Params
 from causvid_jax.models.precision import layer_norm, linear, modulate
-from causvid_jax.models.quantization import readable, stored
 from causvid_jax.models.remat import LAYER_INPUT, rematerialize
 from causvid_jax.models.transformer_layer import (
     TOKEN_AXES,
@@ -262,34 +258,6 @@ def _apply(
     )
 
 
-def _grid(x: jax.Array, config: TransformerConfig) -> dict[str, Any]:
-    """Return the keyword arguments of :func:`rope.angles` for latents ``x``."""
-    _, patch_h, patch_w = config.patch_size
-    return {
-        "rows": x.shape[2] // patch_h,
-        "columns": x.shape[3] // patch_w,
-        "head_dim": config.head_dim,
-        "theta": config.rope_theta,
-    }
-
-
-def _attend_plan(
-    plan: attention.Plan, positions: jax.Array, x: jax.Array, params: Params, config: TransformerConfig
-) -> Attend:
-    """Return the self-attention of ``plan`` for latents ``x`` at the time positions ``[F]``."""
-    angle = rope.angles(positions, **_grid(x, config))
-    rotate = functools.partial(rope.rotate, angle=angle, halves=is_unstacked(params))
-
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> tuple[jax.Array, None]:
-        q, k = rotate(q), rotate(k)
-        out = attention.attend(
-            plan, q, k, v, dtype=config.dtype, backend=precision.attention_backend(config), rules=config.rules
-        )
-        return out, None
-
-    return attend
-
-
 # ---- forward modes --------------------------------------------------------------------------------------------------
 
 
@@ -315,7 +283,7 @@ def bidirectional(
     Raises:
         ConfigError: the channels of x, ``image_embeds`` or the form of the kernels do not fit ``config``.
     """
-    attend = _attend_plan(attention.bidirectional(x.shape[1]), jnp.arange(x.shape[1]), x, params, config)
+    attend = self_attention.attend_plan(attention.bidirectional(x.shape[1]), jnp.arange(x.shape[1]), x, params, config)
     return _apply(params, config, attend, x, timestep, prompt_embeds, image_embeds)[0]
 
 
@@ -333,7 +301,7 @@ def pooled_features(
     ``queries`` are ``[L, M]``; the pooling is :func:`causvid_jax.models.transformer_layer.pool_tokens`. A discriminator
     reads the features (``distill.gan``). The tokens of the layers are not kept.
     """
-    attend = _attend_plan(attention.bidirectional(x.shape[1]), jnp.arange(x.shape[1]), x, params, config)
+    attend = self_attention.attend_plan(attention.bidirectional(x.shape[1]), jnp.arange(x.shape[1]), x, params, config)
     return _apply(params, config, attend, x, timestep, prompt_embeds, layer_caches=queries, pooled=True)[1]
 
 
@@ -376,7 +344,7 @@ def block_causal(
         timestep = jnp.concatenate([at_clean, timestep], axis=1)
         positions = jnp.concatenate([jnp.arange(copies), past + positions])
         plan = attention.teacher_forcing(copies, causal, past)
-    attend = _attend_plan(plan, positions, x, params, config)
+    attend = self_attention.attend_plan(plan, positions, x, params, config)
     return _apply(params, config, attend, x, timestep, prompt_embeds, image_embeds, keep_frames=frames)[0]
 
 
@@ -425,7 +393,7 @@ def cached(
     frames = x.shape[1]
     slots = block_slots(cache.position, frames, causal)
     slot_frames = cache.frame.at[slots].set(cache.position + jnp.arange(frames, dtype=jnp.int32))
-    attend = _attend_cached(cache.position, slots, slot_frames, x, unstacked, rewrites, config, causal)
+    attend = self_attention.attend_cached(cache.position, slots, slot_frames, x, unstacked, rewrites, config, causal)
     velocity, new = _apply(
         params,
         config,
@@ -442,59 +410,3 @@ def cached(
         arrays = tuple(write_slots(old, block, slots, axis=2) for old, block in zip(cache.arrays, new, strict=True))
     named: dict[str, Any] = dict(zip(("k", "v", "k_scale", "v_scale"), arrays, strict=False))
     return velocity, dataclasses.replace(cache, frame=slot_frames, **named)
-
-
-def _attend_cached(
-    position: jax.Array,
-    slots: jax.Array,
-    slot_frames: jax.Array,
-    x: jax.Array,
-    unstacked: bool,
-    rewrites: bool,
-    config: TransformerConfig,
-    causal: CausalConfig,
-) -> Attend:
-    """Return the self-attention of :func:`cached`, for the block ``x`` in ``slots``.
-
-    If layers are unstacked, it returns a layer's cache with the block written in place. In a scan it returns only the
-    block's keys and values, because a scan would copy the whole cache, and its backward pass would keep every copy.
-    """
-    frames, grid = x.shape[1], _grid(x, config)
-    angles: tuple[jax.Array, ...]
-    if stores_rotated(causal):
-        angles = (rope.stream_angles(position + jnp.arange(frames, dtype=jnp.int32), **grid),)
-    else:
-        # RoPE attention depends on relative positions only, but rounding the rotated values depends on absolute ones,
-        # so ``wan`` and ``causvid`` need the true origin.
-        origin = position if precision.rounds_results(config) else 0
-        angles = (
-            rope.angles(origin + jnp.arange(frames), **grid),
-            rope.angles(origin + read_positions(slot_frames, position, frames, causal), **grid),
-        )
-    tokens = angles[0].shape[1]
-    mask = jnp.repeat(visible_slots(slot_frames, position, frames, causal), tokens)  # [S n]
-    in_use = tokens * jnp.minimum(position + frames, slot_frames.shape[0])
-    rotate = functools.partial(rope.rotate, halves=unstacked)
-
-    def kernel(
-        q: jax.Array, k: jax.Array, v: jax.Array, layer_cache: Any, *replicated: jax.Array
-    ) -> tuple[jax.Array, Any]:
-        slots, mask, in_use, query_angle, *key_angle = replicated
-        q, k = rotate(q, query_angle), k if key_angle else rotate(k, query_angle)
-        block = stored(k, v, layer_cache)
-        written = tuple(write_slots(old, new, slots, axis=1) for old, new in zip(layer_cache, block, strict=True))
-        keys, values = readable(written, config.dtype)
-        if len(written) > 2:  # Attention reads the block itself without 8-bit rounding.
-            own = (k.astype(keys.dtype), v.astype(values.dtype))
-            keys, values = (write_slots(old, new, slots, axis=1) for old, new in zip((keys, values), own, strict=True))
-        visible = rotate(keys, key_angle[0]) if key_angle else keys
-        flat = [attention.flatten_frames(z) for z in (q, visible, values)]
-        backend, used = precision.attention_backend(config), None if rewrites else in_use
-        out = attention.dense(*flat, dtype=config.dtype, backend=backend, mask=mask, used=used)
-        return out.reshape(q.shape), written if unstacked else block
-
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer_cache: Any) -> tuple[jax.Array, Any]:
-        replicated = (slots, mask, in_use, *angles)
-        return attention.attend_cache(kernel, q, k, v, layer_cache, *replicated, dtype=config.dtype, rules=config.rules)
-
-    return attend

@@ -169,22 +169,31 @@ def build(recipe: Recipe, platform: str, *, batch: int = 1) -> tuple[dict[str, A
     def of(function: Callable[..., Any]) -> Any:
         return jax.jit(functools.partial(function, config=recipe))
 
-    start = functools.partial(stream.first_state, config=recipe, capacity=capacity)
-    state = jax.eval_shape(start, params, embeds, seeds)
-    calls: dict[str, tuple[Any, ...]] = {"start": (jax.jit(start), params, embeds, seeds)}
-    if not state.started:
-        calls["first_frames"] = of(stream.next_frames), params, state
-        state = dataclasses.replace(state, started=True)
-    calls["next_frames"] = of(stream.next_frames), params, state
-    calls["change_prompt"] = of(stream.change_prompt), params, state, embeds
+    def calls() -> dict[str, tuple[Any, ...]]:
+        start = functools.partial(stream.first_state, config=recipe, capacity=capacity)
+        state = jax.eval_shape(start, params, embeds, seeds)
+        result: dict[str, tuple[Any, ...]] = {"start": (jax.jit(start), params, embeds, seeds)}
+        if not state.started:
+            result["first_frames"] = of(stream.next_frames), params, state
+            state = dataclasses.replace(state, started=True)
+        result["next_frames"] = of(stream.next_frames), params, state
+        result["change_prompt"] = of(stream.change_prompt), params, state, embeds
+        return result
+
     return build_calls(recipe, platform, calls, batch=batch, capacity=capacity)
 
 
 def build_calls(
-    recipe: Recipe, platform: str, calls: Mapping[str, tuple[Any, ...]], *, batch: int, capacity: int | None
+    recipe: Recipe,
+    platform: str,
+    calls: Callable[[], Mapping[str, tuple[Any, ...]]],
+    *,
+    batch: int,
+    capacity: int | None,
 ) -> tuple[dict[str, Any], dict[str, export.Exported]]:
     """Lower functions ``{name: (jitted, *shapes of its arguments)}`` for a platform; return header and programs.
 
+    ``calls`` returns these functions. The shapes are made for the platform, because the form of a cache depends on it.
     ``batch`` streams and at most ``capacity`` latent frames (None: no end) are only noted in the header.
 
     Raises:
@@ -196,7 +205,7 @@ def build_calls(
     with constraints.lowering_for(platform):
         kernel = attention.resolve(recipe.student.attention, recipe.student.dtype)
         try:
-            for name, (function, *shapes) in calls.items():
+            for name, (function, *shapes) in calls().items():
                 jitted = jax.jit(lambda *arrays, function=function: function(*arrays))
                 programs[name] = export.export(jitted, platforms=[platform], disabled_checks=checks)(*shapes)
         except RuntimeError as error:

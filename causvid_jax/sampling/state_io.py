@@ -1,6 +1,7 @@
 """Save the state of a stream and load it again; the stream continues bit for bit."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from causvid_jax.checkpoints.store import flatten, load_params, save_params
 from causvid_jax.config import Recipe, changed_fields, require
+from causvid_jax.models import kv_cache
 from causvid_jax.sampling.state import StreamState
 
 FORMAT = "3"  # with the settings by which the arrays are read
@@ -18,7 +20,8 @@ FORMAT = "3"  # with the settings by which the arrays are read
 def save_stream(path: str | pathlib.Path, state: StreamState, *, config: Recipe) -> None:
     """Write the state as one safetensors file, from which :func:`load_stream` continues the stream bit for bit.
 
-    The name of an array is its path in the state, such as ``cache.k``.
+    The name of an array is its path in the state, such as ``cache.k``. The form of the cache is the same for every
+    device, so a stream may continue on another one.
 
     Args:
         path: of the file; an existing file is replaced.
@@ -33,7 +36,7 @@ def save_stream(path: str | pathlib.Path, state: StreamState, *, config: Recipe)
         f"a {type(state).__name__} cannot be saved; accepted: a StreamState, also that of a RollingState with an "
         "empty window",
     )
-    leaves = jax.tree_util.tree_leaves_with_path(state)
+    leaves = jax.tree_util.tree_leaves_with_path(_portable(state, config))
     metadata = {"started": str(state.started), "format": FORMAT, "settings": json.dumps(_settings(config))}
     save_params(path, {_name(where): leaf for where, leaf in leaves}, metadata)
 
@@ -59,7 +62,8 @@ def load_stream(path: str | pathlib.Path, like: StreamState, *, config: Recipe) 
     changes = changed_fields(json.loads(metadata["settings"]), _settings(config)).values()
     require(not changes, f"stream state {path} does not fit this recipe: {', '.join(changes)}")
     arrays = flatten(params)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+    shapes = jax.eval_shape(functools.partial(_portable, config=config), like)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
     for where, leaf in leaves:
         array = arrays.get(_name(where))
         described = "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
@@ -75,7 +79,15 @@ def load_stream(path: str | pathlib.Path, like: StreamState, *, config: Recipe) 
         "no picture here",
     )
     state = jax.tree.unflatten(structure, [jnp.asarray(arrays[_name(where)]) for where, _ in leaves])
-    return dataclasses.replace(state, started=metadata["started"] == "True")
+    return dataclasses.replace(
+        state, cache=kv_cache.like(state.cache, like.cache), started=metadata["started"] == "True"
+    )
+
+
+def _portable(state: StreamState, config: Recipe) -> StreamState:
+    (height, width), (_, patch_h, patch_w) = config.latent_size, config.student.patch_size
+    tokens = (height // patch_h) * (width // patch_w)
+    return dataclasses.replace(state, cache=kv_cache.frame_major(state.cache, tokens))
 
 
 def _name(where: tuple) -> str:

@@ -144,7 +144,10 @@ def build(recipe: Recipe, platform: str) -> tuple[dict[str, Any], dict[str, expo
         ConfigError: as :func:`causvid_jax.sampling.exported.build` and :func:`shaped`.
     """
     params = weights.stream_shapes(recipe, encodes=True)
-    calls = {name: (each, each.of(params), *each.shapes) for name, each in shaped(recipe).items()}
+
+    def calls() -> dict[str, Any]:
+        return {name: (each, each.of(params), *each.shapes) for name, each in shaped(recipe).items()}
+
     return exported.build_calls(recipe, platform, calls, batch=1, capacity=None)
 
 

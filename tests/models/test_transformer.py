@@ -13,7 +13,7 @@ import pytest
 from causvid_jax.checkpoints import load
 from causvid_jax.checkpoints.checkpoint import network_of
 from causvid_jax.config import CausalConfig, ConfigError, TransformerConfig
-from causvid_jax.models import attention, rope, transformer, unstacked
+from causvid_jax.models import attention, kv_cache, rope, transformer, unstacked
 
 CONFIG = TransformerConfig(
     dim=40, ffn_dim=48, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=10, text_length=6
@@ -223,13 +223,13 @@ def test_relative_positions_keep_a_sink_at_a_fixed_distance(params):
     """With a sink, a block far into a stream with relative positions equals the first one after the window moved."""
     causal = CausalConfig(3, window=6, sink=3, positions="relative")
     frame = jnp.array([0, 1, 2, 33, 34, 35, 30, 31, 32])
-    positions = transformer.read_positions(frame, jnp.int32(33), 3, causal)
+    positions = kv_cache.read_positions(frame, jnp.int32(33), 3, causal)
     np.testing.assert_array_equal(positions, [-6, -5, -4, 0, 1, 2, -3, -2, -1])
-    absolute = transformer.read_positions(frame, jnp.int32(33), 3, dataclasses.replace(causal, positions="absolute"))
+    absolute = kv_cache.read_positions(frame, jnp.int32(33), 3, dataclasses.replace(causal, positions="absolute"))
     np.testing.assert_array_equal(absolute, frame - 33)
     # Before the window has left the sink behind, both are the same.
     early = jnp.array([0, 1, 2, 3, 4, 5, -1, -1, -1])
-    np.testing.assert_array_equal(transformer.read_positions(early, jnp.int32(3), 3, causal), early - 3)
+    np.testing.assert_array_equal(kv_cache.read_positions(early, jnp.int32(3), 3, causal), early - 3)
 
 
 def test_rope_has_no_length_limit_and_depends_on_differences_only():
