@@ -71,7 +71,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         [
             name,
             str(passes[name]["calls"]),
-            f"{passes[name]['passes_per_frame']:g}",
+            f"{passes[name]['passes_per_frame']:.3g}",
             f"{seconds[name]['without_decode']:.3f}",
             f"{seconds[name]['with_decode']:.3f} ({decoders[name]})",
         ]

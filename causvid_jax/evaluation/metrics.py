@@ -161,7 +161,7 @@ def network_passes(*, block_sizes: Sequence[int], passes: Sequence[int]) -> dict
         passes: of each block. Classifier-free guidance takes two for a step.
 
     Returns:
-        ``calls`` of the network, and ``passes_per_frame``, the mean over the latent frames, rounded to 0.01.
+        ``calls`` of the network, and ``passes_per_frame``, the mean over the latent frames.
     """
     work = sum(size * count for size, count in zip(block_sizes, passes, strict=True))
-    return {"calls": sum(passes), "passes_per_frame": round(work / sum(block_sizes), 2)}
+    return {"calls": sum(passes), "passes_per_frame": work / sum(block_sizes)}
