@@ -64,7 +64,7 @@ def quick(config: ml_collections.ConfigDict) -> None:
         # The loss of the first clips after the images is far higher; this is no error.
         bad_loss_factor=0.0,
     )
-    config.train_vae.optimizer.update(kind="muon", learning_rate=2e-2)
+    config.train_vae.optimizer.update(kind="muon", learning_rate=2e-2, restarts=())
     for stage in (config.train_teacher, config.train_causal, config.train_init):
         stage.optimizer.update(warmup_steps=50, ema_decay=0.98, ema_start=50)
     config.train_teacher.optimizer.restarts = ()
@@ -174,12 +174,12 @@ def one_digit() -> ml_collections.ConfigDict:
                 "guidance_eta": 0.2,
             },
             "train_vae": {
-                "steps": 6000,
-                "batch_size": 2,
-                "frames": 81,
+                "steps": 9000,
+                "batch_size": 8,
+                "frames": 21,
                 # (until step, frames, clips): images teach shapes and colours, and the first frame of a clip is one;
-                # short clips teach motion, long clips constancy.
-                "curriculum": ((1200, 1, 64), (3600, 5, 12), (5600, 21, 3)),
+                # short clips teach motion, long clips constancy. The main part makes strokes sharp.
+                "curriculum": ((1200, 1, 64), (3600, 5, 12), (5600, 21, 3), (6000, 81, 2)),
                 "kl_weight": 1e-6,
                 # The loss of the first clips after the images is far higher; this is no error.
                 "bad_loss_factor": 0.0,
@@ -190,6 +190,7 @@ def one_digit() -> ml_collections.ConfigDict:
                     "learning_rate": 2e-2,
                     "warmup_steps": 100,
                     "schedule": "cosine",
+                    "restarts": (6000,),
                     "b2": 0.99,
                     "clip_norm": 1.0,
                     "ema_decay": 0.99,
