@@ -416,9 +416,8 @@ def attend_cache(
     """Run ``kernel(q, k, v, cache, *replicated) -> (output, cache)`` on all tokens of each device's heads.
 
     The arrays ``[B, S, n, N, D]`` or ``[B, N, T, D]`` of a cache (of an int8 one also the scales) stay split by heads
-    between calls. Only
-    queries, keys, values and output of the new block, ``[B, K, n, N, D]``, are exchanged, values and output in
-    ``dtype``. ``replicated`` arrays are equal on all devices.
+    between calls. Only queries, keys, values and output of the new block, ``[B, K, n, N, D]``, are exchanged, values
+    and output in ``dtype``. ``replicated`` arrays are equal on all devices.
 
     Returns:
         The output, float32 ``[B, K, n, N, D]``, and the cache of ``kernel``.

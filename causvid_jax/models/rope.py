@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from causvid_jax.sharding import constraints
-
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     """Return the number of complex pairs for time, rows and columns."""
@@ -72,18 +70,22 @@ def _grid(time: jax.Array, rows: int, columns: int, head_dim: int, theta: float)
 
 
 def rotate(
-    x: Float[jax.Array, "B F n N D"], angle: Float[jax.Array, "F n pairs"], *, halves: bool = False
+    x: Float[jax.Array, "B F n N D"],
+    angle: Float[jax.Array, "F n pairs"],
+    *,
+    halves: bool = False,
+    exchange: bool = False,
 ) -> Float[jax.Array, "B F n N D"]:
     """Return ``x [B, F, n, N, D]`` rotated by ``angle [F, n, D / 2]`` in radians, in float32.
 
     Pair (a, b) becomes ``(a cos - b sin, a sin + b cos)``.
 
-    ``halves``: pair j is ``(x[j], x[D / 2 + j])`` instead of ``(x[2 j], x[2 j + 1])`` (``models.unstacked``). On a TPU
-    they are rotated as ``x [cos, cos] + roll(x) [-sin, sin]``, because half a head fills half of a vector register.
+    ``halves``: pair j is ``(x[j], x[D / 2 + j])`` instead of ``(x[2 j], x[2 j + 1])`` (``models.unstacked``). With
+    ``exchange`` they are rotated as ``x [cos, cos] + roll(x) [-sin, sin]``: half a head fills half of a TPU's register.
     """
     x = x.astype(jnp.float32)
     cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]  # [F, n, 1, D/2]
-    if halves and constraints.platform() == "tpu":
+    if halves and exchange:
         exchanged = jnp.roll(x, x.shape[-1] // 2, axis=-1)
         return x * jnp.concatenate([cos, cos], axis=-1) + exchanged * jnp.concatenate([-sin, sin], axis=-1)
     if halves:

@@ -80,14 +80,15 @@ def attend_cached(
     tokens = angles[0].shape[1]
     mask = jnp.repeat(visible_slots(slot_frames, position, frames, causal), tokens)  # [S n]
     in_use = tokens * jnp.minimum(position + frames, slot_frames.shape[0])
-    rotate = functools.partial(rope.rotate, halves=unstacked)
 
     def kernel(
         q: jax.Array, k: jax.Array, v: jax.Array, layer_cache: Any, *replicated: jax.Array
     ) -> tuple[jax.Array, Any]:
         slots, mask, in_use, query_angle, *key_angle = replicated
+        by_head = layer_cache[0].ndim == len(HEAD_MAJOR_AXES)
+        rotate = functools.partial(rope.rotate, halves=unstacked, exchange=by_head)
         q, k = rotate(q, query_angle), k if key_angle else rotate(k, query_angle)
-        block, by_head = stored(k, v, layer_cache), layer_cache[0].ndim == len(HEAD_MAJOR_AXES)
+        block = stored(k, v, layer_cache)
         block, axis = (tuple(map(head_major, block)), 2) if by_head else (block, 1)
         written = tuple(write_slots(old, new, slots, axis=axis) for old, new in zip(layer_cache, block, strict=True))
         if by_head:
