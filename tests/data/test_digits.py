@@ -110,6 +110,37 @@ def test_handwriting_splits_are_disjoint_stratified_and_fixed():
     assert int(parts["test"][2].sum()) == 1868675
 
 
+def test_upright_handwriting_has_no_slant_and_keeps_the_split_of_a_scan():
+    for split in digits.SPLITS:
+        images, labels, indices = digits.handwriting(split, "upright")
+        _, before, every = digits.handwriting(split)
+        assert set(indices) < set(every) and 0.75 < len(indices) / len(every) < 0.9
+        np.testing.assert_array_equal(labels, before[np.searchsorted(every, indices)])
+        assert images.shape == (len(labels), 20, 20) and 0 <= images.min() and images.max() <= 1
+    rows, columns = np.indices((28, 28))
+    for slope in (-0.6, 0.0, 0.4):  # a stroke of three pixels whose row y is at column 14 + slope (y - 14)
+        scan = np.clip(1.5 - np.abs(columns - 14 - slope * (rows - 14)), 0, 1) * (np.abs(rows - 14) < 9)
+        sheared = digits._sheared_upright(scan)
+        weights = sheared / sheared.sum()
+        np.testing.assert_allclose(sheared.sum(), scan.sum(), rtol=1e-6)
+        np.testing.assert_allclose([(weights * rows).sum(), (weights * columns).sum()], 14, atol=1e-6)
+        np.testing.assert_allclose((weights * (rows - 14) * (columns - 14)).sum(), 0, atol=1e-5)
+
+
+def test_a_scan_is_legible_if_its_nearest_scans_show_its_digit():
+    values = np.concatenate([np.arange(6) / 10, 5 + np.arange(6) / 10, [0.25]])  # the last is a 1 among zeros
+    images = np.zeros((13, 20, 20), np.float32)
+    images[:, 0, 0] = values
+    labels = np.repeat([0, 1, 1], [6, 6, 1])
+    np.testing.assert_array_equal(digits._legible(images, labels), [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 0])
+    # Independently: all pairs of the real scans, one after the other.
+    images, labels = digits._scans(upright=True)
+    kept = digits._legible(images, labels)
+    for i in range(0, 5000, 250):
+        order = np.argsort(((images - images[i]) ** 2).sum((1, 2)))
+        assert kept[i] == (labels[order[1:6]] == labels[i]).all()
+
+
 def test_settings_are_chosen_on_captions_that_neither_training_nor_reports_have():
     config = dataclasses.replace(DATA, validation_fraction=0.05)
     parts = {split: set(digits.captions(config, split)) for split in ("train", "validation", "test", "all")}

@@ -37,6 +37,8 @@ class MovingDigitsConfig(tfds.core.BuilderConfig):
             del fields[name]
         if fixed.validation_fraction == 0:
             del fields["validation_fraction"]
+        if fixed.handwriting == "mnist":  # so that folders made before there were other kinds keep their name
+            del fields["handwriting"]
         values = [fields, video.height, video.width, video.frames]
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
         return cls(name=f"{video.frames}x{video.height}x{video.width}_{digest}", data=data, video=video)
