@@ -116,7 +116,7 @@ def test_upright_handwriting_has_no_slant_and_keeps_the_split_of_a_scan():
         _, before, every = digits.handwriting(split)
         assert set(indices) < set(every) and 0.75 < len(indices) / len(every) < 0.9
         np.testing.assert_array_equal(labels, before[np.searchsorted(every, indices)])
-        assert images.shape == (len(labels), 20, 20) and 0 <= images.min() and images.max() <= 1
+        assert images.shape == (len(labels), 20, 20) and images.min() >= 0 and images.max() <= 1
     rows, columns = np.indices((28, 28))
     for slope in (-0.6, 0.0, 0.4):  # a stroke of three pixels whose row y is at column 14 + slope (y - 14)
         scan = np.clip(1.5 - np.abs(columns - 14 - slope * (rows - 14)), 0, 1) * (np.abs(rows - 14) < 9)

@@ -53,7 +53,18 @@ def test_a_finished_dataset_is_reused_and_another_size_replaces_it(tmp_path):
 def test_settings_that_change_pixels_make_another_dataset(tmp_path):
     a = moving_digits.prepare(tmp_path, DATA, VIDEO)
     b = moving_digits.prepare(tmp_path, dataclasses.replace(DATA, speed=2), VIDEO)
-    assert a.data_path != b.data_path and os.path.isdir(a.data_path)
+    c = moving_digits.prepare(tmp_path, dataclasses.replace(DATA, handwriting="upright"), VIDEO)
+    assert len({x.data_path for x in (a, b, c)}) == 3 and os.path.isdir(a.data_path)
+
+
+def test_a_clip_of_upright_handwriting_is_rendered_from_an_upright_scan():
+    data = dataclasses.replace(DATA, handwriting="upright")
+    clip = moving_digits.clip(data, VIDEO, "test", 0)
+    [spec] = digits.parse_caption(clip["caption"])
+    images, labels, _ = digits.handwriting("test", "upright")
+    ink = np.sort(clip["video"][0].max(-1), axis=None)  # the torus moves pixels and keeps their values
+    scans = [np.sort(np.round(255 * digits.resize(x, data)), axis=None) for x in images[labels == spec.digit]]
+    assert any((ink[-scan.size :] == scan).all() for scan in scans)
 
 
 @pytest.mark.parametrize("name", ["train.array_record", "test.array_record"])

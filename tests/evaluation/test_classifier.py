@@ -1,4 +1,7 @@
+
 """The classifier: the committed classifier on real clips, direction and colour on motion made by hand."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +119,10 @@ def test_saved_classifier_is_the_same_and_refuses_other_data(tmp_path):
     with pytest.raises(ConfigError, match="digits of 16 pixels, the recipe has 20"):
         classifiers.load(DataConfig(colors=("red", "blue"), digit_size=20), path)
     refused("'white'", classifiers.load, DataConfig(colors=("red", "white")), path)
+    upright = DataConfig(colors=("red", "blue"), handwriting="upright")
+    refused("reads 'mnist' handwriting, the recipe has 'upright'", classifiers.load, upright, path)
+    classifiers.save(path, dataclasses.replace(again, handwriting="upright"))
+    assert classifiers.load(upright, path).handwriting == "upright"
 
 
 def test_training_is_deterministic():
