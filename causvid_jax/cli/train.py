@@ -28,11 +28,6 @@ class Options(processes.Processes):
         super().__post_init__()
         require(self.stage in STAGES, f"--stage is {self.stage!r}; accepted: {', '.join(STAGES)}")
         self.config.check_stage(self.stage)
-        require(
-            not self.config.rolling_blocks,
-            f"rolling_blocks is {self.config.rolling_blocks}; training denoises one block after the other, which needs "
-            "rolling_blocks 0",
-        )
 
 
 def main(options: Options) -> None:

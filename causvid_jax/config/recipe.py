@@ -262,8 +262,14 @@ class Recipe(Config):
         batches of others.
 
         Raises:
-            ConfigError: a batch needs clips of more frames than ``video.frames``; or as :meth:`check_batch`.
+            ConfigError: the recipe has ``rolling_blocks``; a batch needs clips of more frames than ``video.frames``; or
+                as :meth:`check_batch`.
         """
+        require(
+            not self.rolling_blocks,
+            f"rolling_blocks is {self.rolling_blocks}; training denoises one block after the other, which needs "
+            "rolling_blocks 0",
+        )
         pixels, whole = {"vae", "taehv"}, {"teacher", "causal", "consistency"}
         longest = self.video.frames if stage in pixels else self.video.latent_frames
         for _, frames, _ in getattr(self, f"train_{stage}").stretches:

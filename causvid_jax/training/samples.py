@@ -18,7 +18,7 @@ from causvid_jax.evaluation import classifier, metrics
 from causvid_jax.media import to_uint8, write_video
 from causvid_jax.models import vae
 from causvid_jax.models.image_branch import Picture, has_branch
-from causvid_jax.sampling import rolling, stream
+from causvid_jax.sampling import stream
 from causvid_jax.sampling import teacher as teacher_sampler
 from causvid_jax.text import encoder
 from causvid_jax.training.run import Run
@@ -33,12 +33,13 @@ Sampler = Callable[[Any], dict[str, float]]
 
 
 def stream_sampler(run: Run, recipe: Recipe, vae_params: Any, reader: encoder.Encoder) -> Sampler:
-    """Return the sampler of a few training captions as streams of one clip's length (``rolling_blocks``: rolling)."""
+    """Return the sampler of a few training captions as streams of one clip's length."""
     captions, picture = examples(recipe, run.workdir, run.config.samples)
-    embeds = jnp.asarray(encoder.encode(reader, captions)) if captions else None
-    options = {"picture": picture} if has_branch(recipe.student) else {}
-    sampler: Any = rolling.generate if recipe.rolling_blocks else stream.generate
-    generate = run.placement.jit_replicated(lambda params: sampler(params, embeds, config=recipe, **options)[1])
+    embeds: Any = (
+        jnp.asarray(encoder.encode(reader, captions)) if captions else None
+    )  # without samples it is not called
+    options: dict[str, Any] = {"picture": picture} if has_branch(recipe.student) else {}
+    generate = run.placement.jit_replicated(lambda params: stream.generate(params, embeds, config=recipe, **options)[1])
 
     def sample(student: Any) -> dict[str, float]:
         params = {"student": student, "vae": replicated(vae_params, run.placement)}
@@ -75,7 +76,7 @@ def many_steps(recipe: Recipe, steps: int) -> Recipe:
     diffusion = dataclasses.replace(
         recipe.diffusion, denoising_timesteps=timesteps, first_block_timesteps=(), student_shift=0.0
     )
-    return dataclasses.replace(recipe, student=recipe.teacher, diffusion=diffusion, rolling_blocks=0)
+    return dataclasses.replace(recipe, student=recipe.teacher, diffusion=diffusion)
 
 
 def examples(recipe: Recipe, workdir: pathlib.Path, count: int) -> tuple[list[str], Picture | None]:

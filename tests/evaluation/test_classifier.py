@@ -1,4 +1,3 @@
-
 """The classifier: the committed classifier on real clips, direction and colour on motion made by hand."""
 
 import dataclasses

@@ -12,6 +12,7 @@ from causvid_jax.config import CausalConfig, ConfigError
 from causvid_jax.sampling import player, rolling, stream
 from causvid_jax.sampling.request import SampleRequest
 from causvid_jax.serve.programs import open_programs
+from causvid_jax.training import stages
 from tests.plain_stream import PlainStream
 from tests.refusals import refused
 from tests.sampling.conftest import FIRST, PLAIN, prompt
@@ -104,12 +105,13 @@ def test_settings_that_do_not_go_with_a_window_are_refused(changes, message):
     refused(message, dataclasses.replace, dataclasses.replace(PLAIN, rolling_blocks=4), **changes)
 
 
-def test_what_works_on_one_block_at_a_time_is_refused(params):
+def test_what_works_on_one_block_at_a_time_is_refused(params, tmp_path):
     with pytest.raises(ConfigError, match=r"recipe 'tiny' denoises 2 blocks jointly \(rolling_blocks\)"):
         stream.init_stream(params, prompt(0), config=TOGETHER[1])
     refused("for one block at a time use rolling_blocks 0", open_programs, TOGETHER[1])
     with pytest.raises(ConfigError, match="rolling_blocks is 2; training denoises one block after the other"):
         train.Options(config=TOGETHER[1], stage="distill", workdir="x")
+    refused("rolling_blocks is 2; training denoises", stages.train, "distill", TOGETHER[1], tmp_path)
     for flag, value in (("video", "x.mp4"), ("switch", ("5:a b",)), ("decode_device", 0)):
         with pytest.raises(ConfigError, match=f"--{flag} is given with rolling_blocks 2 of recipe 'tiny'"):
             SampleRequest(config=TOGETHER[1], prompt=("a b",), **{flag: value})

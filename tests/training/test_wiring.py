@@ -12,11 +12,9 @@ import pytest
 from causvid_jax.checkpoints import store
 from causvid_jax.config import ConfigError, to_json
 from causvid_jax.distill import rollout
-from causvid_jax.media import to_uint8
-from causvid_jax.models import transformer, vae
-from causvid_jax.text import encoder
-from causvid_jax.training import autoencoder, consistency, dmd, export, flow_matching, samples, update, weights
-from tests import plain_stream, tiny
+from causvid_jax.models import transformer
+from causvid_jax.training import autoencoder, consistency, dmd, export, flow_matching, update, weights
+from tests import tiny
 
 
 @pytest.fixture
@@ -325,28 +323,6 @@ def test_a_moved_sink_is_refused_where_training_does_not_move_it(tmp_path):
     weights.check_sink_positions(tiny.tiny_recipe(causal=causal | {"window": 2}), "init")
     weights.check_sink_positions(tiny.tiny_recipe(causal=causal | {"positions": "absolute"}), "init")
     weights.check_sink_positions(tiny.tiny_recipe(causal=causal, train_distill={"loss_frames": 2}), "distill")
-
-
-def test_samples_of_a_causal_teacher_are_made_block_by_block():
-    """Five blocks denoised jointly do not divide its 16 steps, so the stage causal of such a recipe did not start."""
-    steps = {"denoising_timesteps": (1000.0, 800.0, 600.0, 400.0, 200.0)}
-    recipe = tiny.tiny_recipe(rolling_blocks=5, diffusion=steps, causal={"window": 5})
-    assert samples.many_steps(recipe, 16).rolling_blocks == 0
-
-
-def test_samples_of_a_recipe_of_joint_blocks_are_rolled(workdir, monkeypatch):
-    """Its stages ended at the first sample: streams of single blocks refuse such a recipe."""
-    recipe = tiny.tiny_recipe(rolling_blocks=2)
-    run = tiny.RecordedRun("distill", recipe, workdir)
-    run.config = dataclasses.replace(run.config, samples=1)
-    params, reader = tiny.random_transformer(recipe.student, 7), weights.open_encoder(run)
-    monkeypatch.setattr(samples, "write", lambda run, video, *_: video)
-    video = samples.stream_sampler(run, recipe, weights.measured_vae(recipe, workdir)[0], reader)(params)
-    prompt = encoder.encode(reader, samples.prompts(recipe, workdir, 1))
-    latents = plain_stream.PlainStream(recipe, params, prompt).rolling(3)
-    expected = vae.decode(weights.measured_vae(recipe, workdir)[0], jnp.float32(latents), config=recipe.vae)
-    assert video.shape == (1, 9, 16, 16, 3) and np.ptp(video) > 2
-    np.testing.assert_allclose(np.float32(video), np.float32(to_uint8(np.asarray(expected))), atol=1)
 
 
 def test_a_vae_whose_decoder_alone_is_trained_keeps_the_statistics_of_its_latents(workdir, tmp_path, monkeypatch):
