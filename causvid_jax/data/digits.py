@@ -228,7 +228,7 @@ def _all_handwriting(kind: str) -> dict[str, tuple[np.ndarray, np.ndarray, np.nd
 
 
 def handwriting(split: str, kind: str = "mnist") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the handwritten digits of one split, the same in every process and on every machine.
+    """Return the handwritten digits of one split, the same in every process and, up to rounding, on every machine.
 
     Args:
         split: ``"train"`` (generators), ``"classifier"`` (the classifier of the evaluation) or ``"test"`` (real test
