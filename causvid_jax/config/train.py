@@ -136,7 +136,8 @@ class OptimizerConfig(Config):
     take orthogonalised steps and all other parameters take AdamW's (``training.optimizers.make_optimizer``); both have
     the same ``learning_rate``. Gradients of a global norm above ``clip_norm`` are scaled down to it.
 
-    At each step of ``restarts`` warm-up and cosine begin again (arXiv 1608.03983). Moments and EMA stay.
+    At each step of ``restarts`` warm-up and cosine begin again (arXiv 1608.03983), with ``restart_factor`` times the
+    learning rate of the cosine before. Moments and EMA stay.
 
     The EMA of the parameters is sampled and exported: ``ema = d ema + (1 - d) params`` with ``d = ema_decay`` from step
     ``ema_start`` on. Before that step the EMA is a copy of the parameters, so that it forgets the initialisation.
@@ -149,6 +150,7 @@ class OptimizerConfig(Config):
     warmup_steps: CountOrZero = 100
     schedule: Literal["constant", "cosine"] = "constant"
     restarts: tuple[Count, ...] = ()
+    restart_factor: Annotated[float, Bounds(least=0.001, most=1)] = 1.0
     b1: EmaDecay = 0.9
     b2: EmaDecay = 0.999
     weight_decay: NotNegative = 0.01
@@ -160,6 +162,7 @@ class OptimizerConfig(Config):
         super().__post_init__()
         schedule = f"schedule {self.schedule!r}"
         self._check_effect(("restarts",), self.schedule == "cosine", schedule, "schedule 'cosine'")
+        self._check_effect(("restart_factor",), bool(self.restarts), "no restarts", "restarts")
         self._check_effect(("ema_start",), self.ema_decay > 0, "ema_decay 0", "an ema_decay above 0")
         require(
             all(b - a > self.warmup_steps for a, b in itertools.pairwise((0, *self.restarts))),
@@ -245,20 +248,22 @@ class StageConfig(Config):
 class VAEStageConfig(StageConfig):
     """VAE training on clips of ``frames`` pixel frames; ``kl_weight`` is the weight of the KL term of the loss.
 
-    If ``train_encoder`` is false, only the decoder is trained. Latents, and all networks trained on them, stay valid.
+    The last ``decoder_steps`` steps train the decoder alone, and do not crop. With ``decoder_steps`` equal to ``steps``
+    the latents of the initial weights, and all networks trained on them, stay valid.
 
     The decoder decodes ``concat_clips`` clips of the batch as one video. It looks about 24 latent frames back. If it is
     trained on single clips, its behaviour on longer histories is untested.
 
     If ``crop_frames > 0``, decode a random run of ``crop_frames`` latent frames with an empty decoder cache. Every
     latent must then describe its frames completely. Without this the VAE may store constant content (such as colour)
-    only in early latents, and the content is lost when the cache is reset.
+    only in early latents, and the content is lost when the cache is reset. A decoder that saw crops only makes errors
+    on longer histories, so let ``decoder_steps`` of whole clips follow.
     """
 
     label: ClassVar[str] = "train_vae"
 
     kl_weight: NotNegative = 1e-5
-    train_encoder: bool = True
+    decoder_steps: CountOrZero = 0
     concat_clips: Count = 1
     crop_frames: CountOrZero = 0
 
@@ -269,6 +274,10 @@ class VAEStageConfig(StageConfig):
             self.concat_clips <= max(smallest, 1),
             f"train_vae.concat_clips is {self.concat_clips}; accepted: 1 to the clips of the smallest batch that are "
             f"processed together (batch / accumulate), {smallest}",
+        )
+        require(
+            self.decoder_steps <= self.steps,
+            f"train_vae.decoder_steps is {self.decoder_steps}; accepted: 0 to train_vae.steps, {self.steps}",
         )
         require(
             not (self.crop_frames and self.concat_clips > 1),

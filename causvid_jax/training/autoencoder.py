@@ -84,6 +84,7 @@ def vae_loss(
     *,
     config: VAEConfig,
     stage: VAEStageConfig,
+    decoder_only: bool = False,
 ) -> tuple[jax.Array, Metrics]:
     """Return the loss ``mean d^2 + 0.1 mean |d| + kl_weight KL``, with the error d of a decoded sample of the latents.
 
@@ -95,21 +96,23 @@ def vae_loss(
         batch: pixels in [-1, 1], ``[B, T, H, W, 3]``.
         key: samples the latents and the crop.
         config: of the VAE.
-        stage: ``kl_weight``; ``train_encoder`` (without it the encoder has no gradient); ``concat_clips`` and
-            ``crop_frames`` for :func:`concat_clips` and :func:`random_crop`.
+        stage: ``kl_weight``, and ``concat_clips`` and ``crop_frames`` for :func:`concat_clips` and
+            :func:`random_crop`.
+        decoder_only: the encoder has no gradient, and nothing is cropped.
 
     Returns:
         The scalar loss, and the metrics ``loss``, ``l1``, ``l2`` and ``kl``.
     """
     mean, logvar = vae.encode_moments(params, batch, config=config)
-    if not stage.train_encoder:
+    if decoder_only:
         mean, logvar = jax.lax.stop_gradient((mean, logvar))
     logvar = jnp.clip(logvar, -20.0, 10.0)
-    key, crop_key = jax.random.split(key) if stage.crop_frames else (key, key)
+    crop_frames = 0 if decoder_only else stage.crop_frames
+    key, crop_key = jax.random.split(key) if crop_frames else (key, key)
     latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
     latents, video = (concat_clips(x, stage.concat_clips) for x in (vae.normalize(latents, config), batch))
-    if stage.crop_frames:
-        latents, video = random_crop(latents, video, crop_key, stage.crop_frames, vae.time_factor(config))
+    if crop_frames:
+        latents, video = random_crop(latents, video, crop_key, crop_frames, vae.time_factor(config))
     error = vae.decode(params, latents, config=config, clamp=False) - video
     kl = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1.0 - logvar)
     l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
@@ -165,36 +168,37 @@ def latent_statistics(params: Any, clips: Any, config: VAEConfig) -> tuple[tuple
 def train_vae(run: Run, init_from: pathlib.Path | None = None) -> None:
     """Train the VAE on pixel clips, from new weights or ``init_from``; write it with the statistics of its latents.
 
-    Without ``train_encoder`` these are the statistics of ``init_from``, so that its latents stay valid.
+    If no step trains the encoder, these are the statistics of ``init_from``, so that its latents stay valid.
 
     Raises:
         ConfigError: the clips are not prepared, or an encoder that is not trained has no weights to start from.
     """
     recipe, config = run.recipe, run.recipe.train_vae
+    encoder_steps = config.steps - config.decoder_steps
     require(
-        config.train_encoder or init_from is not None,
-        "train_vae.train_encoder is False, and new weights would leave the encoder random; give trained ones by "
-        "--init_from",
+        bool(encoder_steps) or init_from is not None,
+        f"train_vae.decoder_steps is {config.decoder_steps}, which is all steps, and new weights would leave the "
+        "encoder random; give trained ones by --init_from",
     )
     clips, test_clips = (sources.clips(recipe, run.workdir, split) for split in ("train", "test"))
     optimizer = make_optimizer(config.optimizer, config.steps)
-    if not config.train_encoder:
-        optimizer = frozen(optimizer, ENCODER)
     loss = functools.partial(vae_loss, config=recipe.vae, stage=config)
     reconstruct = run.placement.jit_replicated(
         lambda params, video: vae.decode(params, vae.encode(params, video, config=recipe.vae), config=recipe.vae)
     )
-    train_step = make_train_step(loss, optimizer, config, run.placement.replicated())
+    whole_step = make_train_step(loss, optimizer, config, run.placement.replicated())
+    decoder_loss = functools.partial(loss, decoder_only=True)
+    decoder_step = make_train_step(decoder_loss, frozen(optimizer, ENCODER), config, run.placement.replicated())
     state = initial_state(run, optimizer, functools.partial(init_vae, config=recipe.vae), init_from)
     state = run.loop(
         state,
-        train_step,
+        lambda state, batch: (whole_step if run.step < encoder_steps else decoder_step)(state, batch),
         functools.partial(read_batches, run, clips, pipeline.clip_batches),
         lambda batch: run.placement.batch(batch["video"]),
         lambda state: sample(run, recipe, test_clips, functools.partial(reconstruct, state.network.ema)),
     )
     params = collectives.gather_to_first(state.network.ema)
-    known = None if config.train_encoder else paths.open_stage(recipe, run.name, path=init_from).config
+    known = None if encoder_steps else paths.open_stage(recipe, run.name, path=init_from).config
     run.finish(params, vae_metadata(params, recipe, run.workdir, known))
 
 

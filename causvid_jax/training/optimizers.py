@@ -20,7 +20,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """Return the optimizer ``config.kind`` after clipping by the global norm, for a run of ``steps`` steps.
 
     Its learning rate warms up linearly from 0, then is constant or half a cosine down to 0. Each of ``restarts`` begins
-    warm-up and cosine again (SGDR, arXiv 1608.03983, section 3). A run that ended with the first cycle can be
+    warm-up and cosine again (SGDR, arXiv 1608.03983, section 3), the i-th with the peak ``learning_rate
+    restart_factor^i``. A run that ended with the first cycle can be
     continued, because the longer run begins with the same steps.
 
     ``"adamw"`` is AdamW, arXiv 1711.05101. ``"muon"`` (Jordan 2024; scaled as in arXiv 2502.16982, section 2.2) updates
@@ -32,7 +33,11 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     if config.schedule == "cosine":
         starts = [0, *(step for step in config.restarts if step < steps)]
         lengths = np.diff([*starts, steps])
-        schedule = optax.join_schedules([_cycle(config, int(length)) for length in lengths], starts[1:])
+        peaks = config.learning_rate * config.restart_factor ** np.arange(len(starts))
+        cycles = [
+            _cycle(float(peak), config.warmup_steps, int(length)) for peak, length in zip(peaks, lengths, strict=True)
+        ]
+        schedule = optax.join_schedules(cycles, starts[1:])
     elif config.warmup_steps:
         schedule = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
     else:
@@ -53,11 +58,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), method)
 
 
-def _cycle(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def _cycle(peak: float, warmup_steps: int, steps: int) -> optax.Schedule:
     """Return a linear warm-up from 0 and half a cosine wave down to 0, ``steps`` long."""
-    return optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, max(steps, config.warmup_steps + 1)
-    )
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, max(steps, warmup_steps + 1))
 
 
 def is_layer_kernel(path: Sequence[Any]) -> bool:

@@ -16,7 +16,7 @@ CONFIG = OptimizerConfig(learning_rate=0.1, warmup_steps=2, b1=0.9, b2=0.99, wei
 def rates(config, steps):
     """Return the rates: linear from 0, then constant, or half a wave down to 0 at the end and before each restart."""
     parts = np.diff([0, *(step for step in config.restarts if step < steps), steps])
-    return np.concatenate([cycle(config, length) for length in parts])
+    return np.concatenate([config.restart_factor**i * cycle(config, length) for i, length in enumerate(parts)])
 
 
 def cycle(config, steps):
@@ -41,9 +41,17 @@ def adamw(weights, gradients, config):
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 2])
-@pytest.mark.parametrize(("schedule", "restarts"), [("constant", ()), ("cosine", ()), ("cosine", (3, 40))])
-def test_frozen_groups_stay_and_the_others_move_by_the_formulas(schedule, restarts, warmup_steps):
-    config = dataclasses.replace(CONFIG, schedule=schedule, warmup_steps=warmup_steps, restarts=restarts)
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {},
+        {"schedule": "cosine"},
+        {"schedule": "cosine", "restarts": (3, 40)},
+        {"schedule": "cosine", "restarts": (3,), "restart_factor": 0.25},
+    ],
+)
+def test_frozen_groups_stay_and_the_others_move_by_the_formulas(schedule, warmup_steps):
+    config = dataclasses.replace(CONFIG, warmup_steps=warmup_steps, **schedule)
     rng = np.random.default_rng(0)
     start = {name: rng.standard_normal(3).astype(np.float32) for name in ("encoder", "decoder")}
     gradients = rng.standard_normal((6, 3)).astype(np.float32)
@@ -133,5 +141,7 @@ def test_muon_takes_a_convolution_as_one_matrix():
 def test_restarts_need_a_cosine_and_room_for_their_warm_up():
     with pytest.raises(ConfigError, match=r"restarts is \(3,\) with schedule 'constant', where it has no effect"):
         OptimizerConfig(restarts=(3,))
+    with pytest.raises(ConfigError, match="restart_factor is 0.5 with no restarts, where it has no effect"):
+        OptimizerConfig(schedule="cosine", restart_factor=0.5)
     with pytest.raises(ConfigError, match=r"\(5, 7\); each must be more than warmup_steps \(2\) after the one before"):
         OptimizerConfig(schedule="cosine", warmup_steps=2, restarts=(5, 7))

@@ -1,5 +1,7 @@
 """The four stages in order on the tiny recipe: each trains, and a resumed run has the bits of an uninterrupted one."""
 
+import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -158,6 +160,38 @@ def test_the_loss_of_a_cut_is_that_of_the_cut_alone(road):
     assert error.shape == (2, 5, 16, 16, 3)
     np.testing.assert_allclose(metrics["l2"], np.mean(error**2), rtol=1e-3)
     np.testing.assert_allclose(metrics["l1"], np.mean(np.abs(error)), rtol=1e-3)
+
+
+def test_the_last_steps_of_the_vae_train_the_decoder_alone_on_whole_clips(road, tmp_path):
+    """The oracle takes the same steps with the loss of whole clips, and zeroes the encoder's gradient."""
+    linked(tmp_path, road, "data/moving_digits")
+    optimizer = {"learning_rate": 1e-3, "warmup_steps": 1, "ema_decay": 0.0}
+    changes = {"steps": 3, "decoder_steps": 2, "crop_frames": 2, "curriculum": (), "optimizer": optimizer}
+    recipe = tiny_recipe(train_vae=changes)
+    stages.train("vae", recipe, tmp_path)
+    trained, _ = store.load_params(tmp_path / "vae" / "weights.safetensors")
+    once = tmp_path / "once"
+    linked(once, road, "data/moving_digits")
+    whole = dataclasses.replace(recipe.train_vae, steps=1, decoder_steps=0)
+    stages.train("vae", dataclasses.replace(recipe, train_vae=whole), once)
+    params, _ = store.load_params(once / "vae" / "weights.safetensors")
+    different = lambda group: any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, group), strict=True))  # noqa: E731
+    assert {k for k in params if different((params[k], trained[k]))} == {"decoder", "conv2"}
+
+
+def test_the_loss_of_the_decoder_alone_is_of_the_whole_clip_and_has_no_gradient_of_the_encoder(road):
+    params, recipe = weights.measured_vae(RECIPE, road)
+    video = np.random.default_rng(0).uniform(-1, 1, (2, 9, 16, 16, 3)).astype(np.float32)
+    cropped = VAEStageConfig(crop_frames=2)
+    loss = functools.partial(autoencoder.vae_loss, batch=video, key=jax.random.key(3), config=recipe.vae)
+    alone = functools.partial(loss, stage=cropped, decoder_only=True)
+    (value, _), gradient = jax.value_and_grad(alone, has_aux=True)(params)
+    whole, expected = jax.value_and_grad(functools.partial(loss, stage=VAEStageConfig()), has_aux=True)(params)
+    np.testing.assert_array_equal(value, whole[0])
+    for group in params:
+        is_encoder = group in autoencoder.ENCODER
+        wanted = jax.tree.map(np.zeros_like, expected[group]) if is_encoder else expected[group]
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), gradient[group], wanted)
 
 
 def test_the_vae_file_carries_the_statistics_of_its_latents(road):
