@@ -13,7 +13,7 @@ from causvid_jax.evaluation import classifier as classifiers
 from causvid_jax.evaluation import train_classifier
 from tests.refusals import refused
 
-DATA = DataConfig()
+DATA = DataConfig(handwriting="upright")
 VIDEO = VideoConfig(height=32, width=32, frames=17)
 
 

@@ -12,7 +12,7 @@ from causvid_jax.evaluation import classifier as classifiers
 from causvid_jax.evaluation import color_separation, metrics
 from tests.refusals import refused
 
-DATA = DataConfig(digits_per_clip=2)
+DATA = DataConfig(digits_per_clip=2, handwriting="upright")
 VIDEO = VideoConfig(height=32, width=32, frames=33)
 NAMES = tuple(digits.COLORS)
 

@@ -8,7 +8,7 @@ from causvid_jax.data import digits
 from causvid_jax.evaluation import classifier as classifiers
 from causvid_jax.evaluation import frame_metrics
 
-DATA, VIDEO = DataConfig(), VideoConfig(height=32, width=32, frames=81)
+DATA, VIDEO = DataConfig(handwriting="upright"), VideoConfig(height=32, width=32, frames=81)
 CAPTIONS = [
     *("a red 3 moving up left", "a blue 7 moving up right"),
     *("a green 0 moving down right", "a white 1 moving down left"),

@@ -6,13 +6,17 @@ import time
 import numpy as np
 import pytest
 
-from causvid_jax.config import CausalConfig, ConfigError, Recipe, VideoConfig
+from causvid_jax.config import CausalConfig, ConfigError, DataConfig, Recipe, VideoConfig
 from causvid_jax.data import digits
 from causvid_jax.evaluation import classifier, contact_sheet, report
 from tests.refusals import refused
 from tests.tiny import changed
 
-RECIPE = Recipe(name="fake", video=VideoConfig(height=32, width=32, frames=81))
+RECIPE = Recipe(
+    name="fake",
+    video=VideoConfig(height=32, width=32, frames=81),
+    data=DataConfig(handwriting="upright"),
+)
 PLAN = report.Plan(
     samples=6,
     switch_samples=3,
