@@ -8,9 +8,9 @@ clip of 81 frames. So motion is visible, and every clip has a wrap-around.
 because on 32 x 32 pixels two digits of 16 overlap all the time, on 32 x 64 half of the time.
 
 ``configs/digits.py:quick`` takes the whole road in 54 minutes of processor time (46 minutes of two shared cores of an
-AMD EPYC, 2026-11-30). It shows that every stage works, and not a good student: shares of 0.15 of the frames with the
-right digit, 0.94 with the right colour and 0.23 of the frame pairs with the right direction (64 held-out clips; the VAE
-has 20.5 dB).
+AMD EPYC, 2026-11-30, with MNIST's handwriting as it is). It shows that every stage works, and not a good student:
+shares of 0.15 of the frames with the right digit, 0.94 with the right colour and 0.23 of the frame pairs with the right
+direction (64 held-out clips; the VAE has 20.5 dB).
 """
 
 import ml_collections
@@ -213,7 +213,7 @@ def one_digit() -> ml_collections.ConfigDict:
             "train_taehv": {
                 "steps": 4000,
                 "batch_size": 2,
-                # Images teach colours first. Latents late in a clip differ from the first ones, so whole clips come last.
+                # Images teach colours first. Whole clips come last, because late latents differ from the first ones.
                 "curriculum": ((400, 1, 64), (3000, 17, 8)),
                 "bad_loss_factor": 0.0,
                 "optimizer": {
