@@ -154,7 +154,7 @@ def one_digit() -> ml_collections.ConfigDict:
             "vae": {"base_dim": 8, "dim_mult": (1, 2, 4, 4), "num_res_blocks": 1, "z_dim": 16},
             "teacher": network,
             "student": network,
-            # A reset makes a cut. "recompute" makes none and shows a new prompt about as soon (docs/research).
+            # A reset makes a cut. "recompute" makes none and shows a new prompt later (docs/research).
             "causal": {
                 "frames_per_block": 3,
                 # The first block stays in view, so that a stream keeps its digit. Sink and window are a whole clip.
