@@ -60,7 +60,6 @@ def quick(config: ml_collections.ConfigDict) -> None:
         frames=21,
         # Images teach shapes, colours and first frames; clips teach motion.
         curriculum=((400, 1, 64), (750, 5, 12)),
-        decoder_steps=0,
         kl_weight=1e-6,
         # The loss of the first clips after the images is far higher; this is no error.
         bad_loss_factor=0.0,
@@ -188,7 +187,7 @@ def one_digit() -> ml_collections.ConfigDict:
                     *((1200, 1, 64), (3600, 5, 12), (5600, 21, 3), (6000, 81, 2), (9000, 21, 8), (10800, 81, 2)),
                     *in_turns(6, (50, 5, 32), (50, 81, 2), start=10800),
                 ),
-                "decoder_steps": 2400,
+                "decoder_from": 9000,
                 "kl_weight": 1e-6,
                 # The loss of the first clips after the images is far higher; this is no error.
                 "bad_loss_factor": 0.0,

@@ -290,10 +290,6 @@ def test_clips_shorter_than_a_batch_needs_are_refused_before_anything_is_read():
             "train_vae.concat_clips is 3; accepted: 1 to the clips of the smallest batch that are processed together "
             "(batch / accumulate), 2",
         ),
-        (
-            {"train_vae": {"steps": 5, "decoder_steps": 6}},
-            "train_vae.decoder_steps is 6; accepted: 0 to train_vae.steps, 5",
-        ),
         ({"train_taehv": {"noise": -0.1}}, "train_taehv.noise is -0.1; accepted: at least 0"),
         ({"train_taehv": {"rollouts": ((0, 4),)}}, "train_taehv.rollouts[0][0] is 0; accepted: at least 1"),
         ({"train_taehv": {"rollouts": ((2, 4), (2, 1))}}, "train_taehv.rollouts names a length twice"),

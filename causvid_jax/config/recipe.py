@@ -368,7 +368,7 @@ RENAMED = {
     "student.numerics": "precision",
     "train_vae.stream": "concat_clips",
     "train_vae.cut": "crop_frames",
-    "train_vae.train_encoder": "decoder_steps",
+    "train_vae.train_encoder": "decoder_from",
     "train_taehv.streams": "rollouts",
     "train_causal.switch_fraction": "prompt_switch_prob",
     "train_init.short": "extra_trajectories",

@@ -5,7 +5,7 @@ import itertools
 from typing import Annotated, ClassVar, Literal
 
 from causvid_jax.config.errors import require
-from causvid_jax.config.fields import Bounds, Config, Count, CountOrZero, NotNegative, Positive, Probability
+from causvid_jax.config.fields import LARGE, Bounds, Config, Count, CountOrZero, NotNegative, Positive, Probability
 from causvid_jax.config.model import LoraConfig, Timestep
 
 Stretch = tuple[Count, CountOrZero, Count]
@@ -248,8 +248,8 @@ class StageConfig(Config):
 class VAEStageConfig(StageConfig):
     """VAE training on clips of ``frames`` pixel frames; ``kl_weight`` is the weight of the KL term of the loss.
 
-    The last ``decoder_steps`` steps train the decoder alone, and do not crop. With ``decoder_steps`` equal to ``steps``
-    the latents of the initial weights, and all networks trained on them, stay valid.
+    From step ``decoder_from`` on the decoder alone is trained, without crops (default: never). With 0 the latents of
+    the initial weights, and all networks trained on them, stay valid.
 
     The decoder decodes ``concat_clips`` clips of the batch as one video. It looks about 24 latent frames back. If it is
     trained on single clips, its behaviour on longer histories is untested.
@@ -257,13 +257,13 @@ class VAEStageConfig(StageConfig):
     If ``crop_frames > 0``, decode a random run of ``crop_frames`` latent frames with an empty decoder cache. Every
     latent must then describe its frames completely. Without this the VAE may store constant content (such as colour)
     only in early latents, and the content is lost when the cache is reset. A decoder that saw crops only makes errors
-    on longer histories, so let ``decoder_steps`` of whole clips follow.
+    on longer histories, so let whole clips follow (``decoder_from``).
     """
 
     label: ClassVar[str] = "train_vae"
 
     kl_weight: NotNegative = 1e-5
-    decoder_steps: CountOrZero = 0
+    decoder_from: CountOrZero = LARGE
     concat_clips: Count = 1
     crop_frames: CountOrZero = 0
 
@@ -274,10 +274,6 @@ class VAEStageConfig(StageConfig):
             self.concat_clips <= max(smallest, 1),
             f"train_vae.concat_clips is {self.concat_clips}; accepted: 1 to the clips of the smallest batch that are "
             f"processed together (batch / accumulate), {smallest}",
-        )
-        require(
-            self.decoder_steps <= self.steps,
-            f"train_vae.decoder_steps is {self.decoder_steps}; accepted: 0 to train_vae.steps, {self.steps}",
         )
         require(
             not (self.crop_frames and self.concat_clips > 1),

@@ -174,11 +174,9 @@ def train_vae(run: Run, init_from: pathlib.Path | None = None) -> None:
         ConfigError: the clips are not prepared, or an encoder that is not trained has no weights to start from.
     """
     recipe, config = run.recipe, run.recipe.train_vae
-    encoder_steps = config.steps - config.decoder_steps
     require(
-        bool(encoder_steps) or init_from is not None,
-        f"train_vae.decoder_steps is {config.decoder_steps}, which is all steps, and new weights would leave the "
-        "encoder random; give trained ones by --init_from",
+        config.decoder_from > 0 or init_from is not None,
+        "train_vae.decoder_from is 0, and new weights would leave the encoder random; give trained ones by --init_from",
     )
     clips, test_clips = (sources.clips(recipe, run.workdir, split) for split in ("train", "test"))
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -192,13 +190,13 @@ def train_vae(run: Run, init_from: pathlib.Path | None = None) -> None:
     state = initial_state(run, optimizer, functools.partial(init_vae, config=recipe.vae), init_from)
     state = run.loop(
         state,
-        lambda state, batch: (whole_step if run.step < encoder_steps else decoder_step)(state, batch),
+        lambda state, batch: (whole_step if run.step < config.decoder_from else decoder_step)(state, batch),
         functools.partial(read_batches, run, clips, pipeline.clip_batches),
         lambda batch: run.placement.batch(batch["video"]),
         lambda state: sample(run, recipe, test_clips, functools.partial(reconstruct, state.network.ema)),
     )
     params = collectives.gather_to_first(state.network.ema)
-    known = None if encoder_steps else paths.open_stage(recipe, run.name, path=init_from).config
+    known = None if config.decoder_from else paths.open_stage(recipe, run.name, path=init_from).config
     run.finish(params, vae_metadata(params, recipe, run.workdir, known))
 
 

@@ -31,8 +31,8 @@ def export_checkpoint(workdir: pathlib.Path, name: str, output: pathlib.Path, st
         params = adapters.merged(adapters.join(params, adapters.split(frozen)[1]), config)
     if name == "vae":
         require(
-            recipe.train_vae.decoder_steps < recipe.train_vae.steps,
-            f"{folder} is of a VAE whose encoder is not trained (train_vae.decoder_steps); only the finished run has "
+            recipe.train_vae.decoder_from > 0,
+            f"{folder} is of a VAE whose encoder is not trained (train_vae.decoder_from); only the finished run has "
             "the statistics of its latents, which are those of its --init_from",
         )
         metadata = autoencoder.vae_metadata(params, recipe, workdir)

@@ -34,7 +34,7 @@ CASES = {
     "gan": ("distill", {"objective": "dmd_gan"}),
 }
 ELSEWHERE = {
-    "vae": {"decoder_steps"},
+    "vae": {"decoder_from"},
     "init": {"trajectories", "extra_trajectories", "num_inference_steps", "teacher"},
     "distill": {"init"},
 }

@@ -166,13 +166,13 @@ def test_the_last_steps_of_the_vae_train_the_decoder_alone_on_whole_clips(road, 
     """The oracle takes the same steps with the loss of whole clips, and zeroes the encoder's gradient."""
     linked(tmp_path, road, "data/moving_digits")
     optimizer = {"learning_rate": 1e-3, "warmup_steps": 1, "ema_decay": 0.0}
-    changes = {"steps": 3, "decoder_steps": 2, "crop_frames": 2, "curriculum": (), "optimizer": optimizer}
+    changes = {"steps": 3, "decoder_from": 1, "crop_frames": 2, "curriculum": (), "optimizer": optimizer}
     recipe = tiny_recipe(train_vae=changes)
     stages.train("vae", recipe, tmp_path)
     trained, _ = store.load_params(tmp_path / "vae" / "weights.safetensors")
     once = tmp_path / "once"
     linked(once, road, "data/moving_digits")
-    whole = dataclasses.replace(recipe.train_vae, steps=1, decoder_steps=0)
+    whole = dataclasses.replace(recipe.train_vae, steps=1)
     stages.train("vae", dataclasses.replace(recipe, train_vae=whole), once)
     params, _ = store.load_params(once / "vae" / "weights.safetensors")
     different = lambda group: any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, group), strict=True))  # noqa: E731

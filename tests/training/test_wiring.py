@@ -333,16 +333,16 @@ def test_a_vae_whose_decoder_alone_is_trained_keeps_the_statistics_of_its_latent
     anew = {"latent_mean": "[0.0, 0.0, 0.0, 0.0]", "latent_std": "[1.0, 1.0, 1.0, 1.0]"}
     monkeypatch.setattr(autoencoder.sources, "clips", lambda *_: None)
     monkeypatch.setattr(autoencoder, "latent_statistics", lambda *_: ((0.0,) * 4, (1.0,) * 4))
-    for decoder_steps, expected in ((4, known), (3, anew), (0, anew)):
-        changes = {"steps": 4, "decoder_steps": decoder_steps}
+    for first, expected in ((0, known), (1, anew), (9, anew)):
+        changes = {"steps": 4, "decoder_from": first}
         run = tiny.RecordedRun("vae", tiny.tiny_recipe(train_vae=changes), tmp_path / "run")
         written = []
         monkeypatch.setattr(run, "batches", lambda read, to_device: iter(()))
         monkeypatch.setattr(run, "finish", lambda params, metadata, to=written: to.append(metadata))
         autoencoder.train_vae(run, tmp_path / "vae.safetensors")
         assert {name: written[0][name] for name in known} == expected
-    recipe = tiny.tiny_recipe(train_vae={"steps": 4, "decoder_steps": 4})
-    with pytest.raises(ConfigError, match="decoder_steps is 4, which is all steps, and new weights would leave the"):
+    recipe = tiny.tiny_recipe(train_vae={"steps": 4, "decoder_from": 0})
+    with pytest.raises(ConfigError, match="decoder_from is 0, and new weights would leave the encoder random"):
         autoencoder.train_vae(tiny.RecordedRun("vae", recipe, tmp_path))
     monkeypatch.setattr(export.checkpoint, "read", lambda *_: (1, params, {"config": to_json(recipe)}))
     with pytest.raises(ConfigError, match="only the finished run has the statistics of its latents"):
