@@ -21,8 +21,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
     Its learning rate warms up linearly from 0, then is constant or half a cosine down to 0. Each of ``restarts`` begins
     warm-up and cosine again (SGDR, arXiv 1608.03983, section 3), the i-th with the peak ``learning_rate
-    restart_factor^i``. A run that ended with the first cycle can be
-    continued, because the longer run begins with the same steps.
+    restart_factor^i``. A run that ended with the first cycle can be continued, because the longer run begins with the
+    same steps.
 
     ``"adamw"`` is AdamW, arXiv 1711.05101. ``"muon"`` (Jordan 2024; scaled as in arXiv 2502.16982, section 2.2) updates
     every kernel ``W [in, out]`` of every layer, and every kernel of a convolution as one matrix ``[k k k in, out]``, by
@@ -33,9 +33,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     if config.schedule == "cosine":
         starts = [0, *(step for step in config.restarts if step < steps)]
         lengths = np.diff([*starts, steps])
-        peaks = config.learning_rate * config.restart_factor ** np.arange(len(starts))
         cycles = [
-            _cycle(float(peak), config.warmup_steps, int(length)) for peak, length in zip(peaks, lengths, strict=True)
+            _cycle(config.learning_rate * config.restart_factor**i, config.warmup_steps, int(length))
+            for i, length in enumerate(lengths)
         ]
         schedule = optax.join_schedules(cycles, starts[1:])
     elif config.warmup_steps:
