@@ -1,7 +1,7 @@
 """Key/value caches of the streaming student, as explicit pytrees.
 
 Keys are stored normalized and rotated by their position in the stream, so a pass rotates only the keys of its block.
-Angles wrap around exactly (``rope.stream_angles``), so a stream has no maximum length. If the sink moves with the
+Angles wrap around exactly (``rope.stream_rotation``), so a stream has no maximum length. If the sink moves with the
 window (``positions="relative"``), keys are stored unrotated and rotated when they are read. The slots are a fixed
 array: the first ``sink`` frames keep their slots, and all later frames share a ring buffer.
 

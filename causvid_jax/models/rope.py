@@ -7,10 +7,20 @@ pair j by ``position * theta^(-j / p)`` radians.
 Source: Wan2.1, ``wan/modules/model.py``, which has a table of 1024 positions for each axis.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of the rotation angles of all tokens, float32 ``[F, n, D / 2]``."""
+
+    cos: Float[jax.Array, "F n pairs"]
+    sin: Float[jax.Array, "F n pairs"]
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
@@ -19,22 +29,19 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return head_dim // 2 - 2 * side, side, side
 
 
-def angles(
-    frames: Shaped[jax.Array, "F"], rows: int, columns: int, *, head_dim: int, theta: float
-) -> Float[jax.Array, "F n pairs"]:
-    """Return the rotation angles of all tokens in radians, float32 ``[F, rows * columns, D / 2]``.
+def rotation(frames: Shaped[jax.Array, "F"], rows: int, columns: int, *, head_dim: int, theta: float) -> Rotation:
+    """Return the rotation of all tokens at the time positions ``frames [F]``: ``n = rows * columns`` tokens a frame.
 
-    ``frames [F]`` are time positions. Those of a clip are small enough for float32. :func:`stream_angles` serves a
-    stream of any length.
+    Positions of a clip are small enough for float32. :func:`stream_rotation` serves a stream of any length.
     """
     time = frames.astype(jnp.float32)[:, None] * _frequencies(axis_pairs(head_dim)[0], theta).astype(np.float32)
     return _grid(time, rows, columns, head_dim, theta)
 
 
-def stream_angles(
+def stream_rotation(
     frames: Shaped[jax.Array, "F"], rows: int, columns: int, *, head_dim: int, theta: float
-) -> Float[jax.Array, "F n pairs"]:
-    """Return :func:`angles` modulo 2 pi, for int32 ``frames [F]`` of any size.
+) -> Rotation:
+    """Return :func:`rotation` by angles modulo 2 pi, for int32 ``frames [F]`` of any size.
 
     A full turn is 2^32 in unsigned integers, so ``position * frequency`` wraps around exactly. The angle between two
     frames then depends on their distance alone (to 2 pi 2^-33 per frame) in a stream of any length, so keys can be
@@ -50,33 +57,41 @@ def _frequencies(pairs: int, theta: float) -> np.ndarray:
     return theta ** (-np.arange(pairs) / max(pairs, 1))
 
 
-def _grid(time: jax.Array, rows: int, columns: int, head_dim: int, theta: float) -> jax.Array:
-    """Return the angles of all tokens from those of the time axis, ``time [F, pairs]``."""
+def _grid(time: jax.Array, rows: int, columns: int, head_dim: int, theta: float) -> Rotation:
+    """Return the rotation of all tokens from the angles of the time axis, ``time [F, pairs]``.
+
+    Cosines and sines are computed before they are spread over the tokens. XLA would else compute them again for every
+    head of every example, inside the rotation of the cached keys.
+    """
     pairs = axis_pairs(head_dim)
     row, column = (
         jnp.arange(size).astype(jnp.float32)[:, None] * jnp.asarray(_frequencies(count, theta), jnp.float32)
         for size, count in zip((rows, columns), pairs[1:], strict=True)
     )
     shape = (time.shape[0], rows, columns)
-    grid = jnp.concatenate(
-        [
-            jnp.broadcast_to(time[:, None, None], (*shape, pairs[0])),
-            jnp.broadcast_to(row[None, :, None], (*shape, pairs[1])),
-            jnp.broadcast_to(column[None, None, :], (*shape, pairs[2])),
-        ],
-        axis=-1,
-    )
-    return grid.reshape(shape[0], rows * columns, head_dim // 2)
+
+    def spread(function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        grid = jnp.concatenate(
+            [
+                jnp.broadcast_to(function(time)[:, None, None], (*shape, pairs[0])),
+                jnp.broadcast_to(function(row)[None, :, None], (*shape, pairs[1])),
+                jnp.broadcast_to(function(column)[None, None, :], (*shape, pairs[2])),
+            ],
+            axis=-1,
+        )
+        return grid.reshape(shape[0], rows * columns, head_dim // 2)
+
+    return Rotation(spread(jnp.cos), spread(jnp.sin))
 
 
 def rotate(
     x: Float[jax.Array, "B F n N D"],
-    angle: Float[jax.Array, "F n pairs"],
+    rotation: Rotation,
     *,
     halves: bool = False,
     exchange: bool = False,
 ) -> Float[jax.Array, "B F n N D"]:
-    """Return ``x [B, F, n, N, D]`` rotated by ``angle [F, n, D / 2]`` in radians, in float32.
+    """Return ``x [B, F, n, N, D]`` rotated, in float32.
 
     Pair (a, b) becomes ``(a cos - b sin, a sin + b cos)``.
 
@@ -84,7 +99,7 @@ def rotate(
     ``exchange`` they are rotated as ``x [cos, cos] + roll(x) [-sin, sin]``: half a head fills half of a TPU's register.
     """
     x = x.astype(jnp.float32)
-    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]  # [F, n, 1, D/2]
+    cos, sin = rotation.cos[:, :, None], rotation.sin[:, :, None]  # [F, n, 1, D/2]
     if halves and exchange:
         exchanged = jnp.roll(x, x.shape[-1] // 2, axis=-1)
         return x * jnp.concatenate([cos, cos], axis=-1) + exchanged * jnp.concatenate([-sin, sin], axis=-1)

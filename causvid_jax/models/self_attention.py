@@ -23,7 +23,7 @@ from causvid_jax.models.unstacked import is_unstacked
 
 
 def _grid(x: jax.Array, config: TransformerConfig) -> dict[str, Any]:
-    """Return the keyword arguments of :func:`rope.angles` for latents ``x``."""
+    """Return the keyword arguments of :func:`rope.rotation` for latents ``x``."""
     _, patch_h, patch_w = config.patch_size
     return {
         "rows": x.shape[2] // patch_h,
@@ -37,8 +37,8 @@ def attend_plan(
     plan: attention.Plan, positions: jax.Array, x: jax.Array, params: Params, config: TransformerConfig
 ) -> Attend:
     """Return the self-attention of ``plan`` for latents ``x`` at the time positions ``[F]``."""
-    angle = rope.angles(positions, **_grid(x, config))
-    rotate = functools.partial(rope.rotate, angle=angle, halves=is_unstacked(params))
+    rotation = rope.rotation(positions, **_grid(x, config))
+    rotate = functools.partial(rope.rotate, rotation=rotation, halves=is_unstacked(params))
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> tuple[jax.Array, None]:
         q, k = rotate(q), rotate(k)
@@ -66,28 +66,26 @@ def attend_cached(
     block's keys and values, because a scan would copy the whole cache, and its backward pass would keep every copy.
     """
     frames, grid = x.shape[1], _grid(x, config)
-    angles: tuple[jax.Array, ...]
+    rotations: tuple[rope.Rotation, ...]
     if stores_rotated(causal):
-        angles = (rope.stream_angles(position + jnp.arange(frames, dtype=jnp.int32), **grid),)
+        rotations = (rope.stream_rotation(position + jnp.arange(frames, dtype=jnp.int32), **grid),)
     else:
         # RoPE attention depends on relative positions only, but rounding the rotated values depends on absolute ones,
         # so ``wan`` and ``causvid`` need the true origin.
         origin = position if precision.rounds_results(config) else 0
-        angles = (
-            rope.angles(origin + jnp.arange(frames), **grid),
-            rope.angles(origin + read_positions(slot_frames, position, frames, causal), **grid),
+        rotations = (
+            rope.rotation(origin + jnp.arange(frames), **grid),
+            rope.rotation(origin + read_positions(slot_frames, position, frames, causal), **grid),
         )
-    tokens = angles[0].shape[1]
+    tokens = rotations[0].cos.shape[1]
     mask = jnp.repeat(visible_slots(slot_frames, position, frames, causal), tokens)  # [S n]
     in_use = tokens * jnp.minimum(position + frames, slot_frames.shape[0])
 
-    def kernel(
-        q: jax.Array, k: jax.Array, v: jax.Array, layer_cache: Any, *replicated: jax.Array
-    ) -> tuple[jax.Array, Any]:
-        slots, mask, in_use, query_angle, *key_angle = replicated
+    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, layer_cache: Any, *replicated: Any) -> tuple[jax.Array, Any]:
+        slots, mask, in_use, own_rotation, *key_rotation = replicated
         by_head = layer_cache[0].ndim == len(HEAD_MAJOR_AXES)
         rotate = functools.partial(rope.rotate, halves=unstacked, exchange=by_head)
-        q, k = rotate(q, query_angle), k if key_angle else rotate(k, query_angle)
+        q, k = rotate(q, own_rotation), k if key_rotation else rotate(k, own_rotation)
         block = stored(k, v, layer_cache)
         block, axis = (tuple(map(head_major, block)), 2) if by_head else (block, 1)
         written = tuple(write_slots(old, new, slots, axis=axis) for old, new in zip(layer_cache, block, strict=True))
@@ -97,14 +95,14 @@ def attend_cached(
         if len(written) > 2:  # Attention reads the block itself without 8-bit rounding.
             own = (k.astype(keys.dtype), v.astype(values.dtype))
             keys, values = (write_slots(old, new, slots, axis=1) for old, new in zip((keys, values), own, strict=True))
-        visible = rotate(keys, key_angle[0]) if key_angle else keys
+        visible = rotate(keys, key_rotation[0]) if key_rotation else keys
         flat = [attention.flatten_frames(z) for z in (q, visible, values)]
         backend, used = precision.attention_backend(config), None if rewrites else in_use
         out = attention.dense(*flat, dtype=config.dtype, backend=backend, mask=mask, used=used)
         return out.reshape(q.shape), written if unstacked else block
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer_cache: Any) -> tuple[jax.Array, Any]:
-        replicated = (slots, mask, in_use, *angles)
+        replicated = (slots, mask, in_use, *rotations)
         return attention.attend_cache(kernel, q, k, v, layer_cache, *replicated, dtype=config.dtype, rules=config.rules)
 
     return attend

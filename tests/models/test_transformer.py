@@ -115,10 +115,10 @@ def test_ring_cache_equals_the_masked_computation_far_past_the_wrap(params, caus
 
     tokens = (HEIGHT // 2) * (WIDTH // 2)
     full = jnp.asarray(np.kron(mask, np.ones((tokens, tokens), bool)))
-    angle = rope.angles(jnp.arange(frames), 2, 2, head_dim=CONFIG.head_dim, theta=CONFIG.rope_theta)
+    rotation = rope.rotation(jnp.arange(frames), 2, 2, head_dim=CONFIG.head_dim, theta=CONFIG.rope_theta)
 
     def masked(q, k, v, _):
-        q, k = (rope.rotate(z, angle).reshape(BATCH, -1, CONFIG.num_heads, CONFIG.head_dim) for z in (q, k))
+        q, k = (rope.rotate(z, rotation).reshape(BATCH, -1, CONFIG.num_heads, CONFIG.head_dim) for z in (q, k))
         scores = jnp.einsum("btnd,bsnd->bnts", q, k) / np.sqrt(CONFIG.head_dim)
         weights = jax.nn.softmax(jnp.where(full, scores, -jnp.inf), axis=-1)
         out = jnp.einsum("bnts,bsnd->btnd", weights, v.reshape(q.shape))
@@ -236,8 +236,8 @@ def test_rope_has_no_length_limit_and_depends_on_differences_only():
     q, k = (jax.random.normal(jax.random.key(i), (1, 3, 4, 2, 20)) for i in range(2))
 
     def scores(offset):
-        angle = rope.angles(jnp.arange(3) + offset, 2, 2, head_dim=20, theta=10000.0)
-        return jnp.einsum("bfnhd,bgmhd->bhfngm", rope.rotate(q, angle), rope.rotate(k, angle))
+        rotation = rope.rotation(jnp.arange(3) + offset, 2, 2, head_dim=20, theta=10000.0)
+        return jnp.einsum("bfnhd,bgmhd->bhfngm", rope.rotate(q, rotation), rope.rotate(k, rotation))
 
     np.testing.assert_allclose(scores(5000), scores(0), atol=2e-3)
     np.testing.assert_allclose(scores(20), scores(0), atol=2e-5)
@@ -256,7 +256,7 @@ def test_rope_equals_complex_multiplication():
             angle[f, n] = np.concatenate(parts)
     turned = (x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * angle)[None, :, :, None]
     expected = np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
-    ours = rope.rotate(jnp.asarray(x), rope.angles(jnp.asarray(positions), 2, 3, head_dim=20, theta=50.0))
+    ours = rope.rotate(jnp.asarray(x), rope.rotation(jnp.asarray(positions), 2, 3, head_dim=20, theta=50.0))
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
@@ -340,8 +340,8 @@ def test_a_stream_of_a_million_frames_is_as_exact_as_its_first():
     grid = {"rows": 2, "columns": 3, "head_dim": 24, "theta": 10000.0}
     distance, frequencies = 20, 10000.0 ** (-np.arange(4) / 4)
     for start in (0, 1_000_000):
-        q, k = (rope.stream_angles(jnp.asarray([start + d], jnp.int32), **grid) for d in (distance, 0))
-        turned = np.asarray(q - k, np.float64)[0, :, :4]
-        exact = distance * frequencies
-        np.testing.assert_allclose(np.cos(turned), np.broadcast_to(np.cos(exact), turned.shape), atol=1e-6)
-        np.testing.assert_allclose(np.sin(turned), np.broadcast_to(np.sin(exact), turned.shape), atol=1e-6)
+        rotations = (rope.stream_rotation(jnp.asarray([start + d], jnp.int32), **grid) for d in (distance, 0))
+        q, k = (np.asarray(cos, np.float64) + 1j * np.asarray(sin, np.float64) for cos, sin in rotations)
+        turned = (q * k.conj())[0, :, :4]
+        exact = np.exp(1j * distance * frequencies)
+        np.testing.assert_allclose(turned, np.broadcast_to(exact, turned.shape), atol=1e-6)

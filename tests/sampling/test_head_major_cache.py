@@ -129,6 +129,6 @@ def test_which_caches_have_heads_first(monkeypatch):
 
 def test_exchanged_halves_are_rotated_to_the_same_numbers():
     x = np.random.default_rng(0).standard_normal((2, 3, 4, 2, 12)).astype(np.float32)
-    angle = rope.angles(jnp.arange(3), rows=2, columns=2, head_dim=12, theta=50.0)
-    expected = rope.rotate(x, angle, halves=True)
-    np.testing.assert_array_equal(rope.rotate(x, angle, halves=True, exchange=True), expected)
+    rotation = rope.rotation(jnp.arange(3), rows=2, columns=2, head_dim=12, theta=50.0)
+    expected = rope.rotate(x, rotation, halves=True)
+    np.testing.assert_array_equal(rope.rotate(x, rotation, halves=True, exchange=True), expected)
