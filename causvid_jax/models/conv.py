@@ -10,6 +10,7 @@ Source: ``CausalConv3d`` of Wan2.1, ``wan/modules/vae.py``.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax import lax
 from jaxtyping import Float
@@ -36,6 +37,33 @@ def conv2d(
         [B, T, H', W', D] in the dtype of ``x``.
     """
     return _biased(params, _frames_conv2d(x, params["kernel"].astype(x.dtype), stride, padding))
+
+
+# UPSAMPLED_TAPS[r, i, j] is 1 if tap j of a kernel of size 3 reads the input pixel at offset i - 1 for the output pixel
+# 2 y + r: the taps of pixel 2 y read pixels y - 1, y, y, and those of pixel 2 y + 1 read y, y, y + 1.
+UPSAMPLED_TAPS = np.array([[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]], np.float32)
+
+
+def upsampled_conv2d(params: Params, x: Float[jax.Array, "B T H W C"]) -> Float[jax.Array, "B T H2 W2 D"]:
+    """Double height and width by nearest neighbours and convolve with 3 x 3, in one convolution of the small frames.
+
+    Each of the four output pixels of an input pixel reads 2 x 2 input pixels, with sums of the kernel's taps. So one
+    convolution with 4 D output channels computes all of them, and the doubled frames are never written. The sums round
+    differently: 1e-7 relative in float32.
+
+    Args:
+        params: ``kernel`` [3, 3, C, D] and, unless the layer has none, ``bias`` [D].
+        x: [B, T, H, W, C].
+
+    Returns:
+        [B, T, 2 H, 2 W, D] in the dtype of ``x``.
+    """
+    kernel = params["kernel"].astype(jnp.float32)
+    taps = jnp.asarray(UPSAMPLED_TAPS)
+    kernel = jnp.einsum("yih,xjw,hwcd->ijcyxd", taps, taps, kernel, precision="highest")
+    kernel = rearrange(kernel, "i j c y x d -> i j c (y x d)").astype(x.dtype)
+    y = rearrange(_frames_conv2d(x, kernel, 1, (1, 1)), "b t h w (y x d) -> b t (h y) (w x) d", y=2, x=2)
+    return _biased(params, y)
 
 
 def pointwise(params: Params, x: Float[jax.Array, "*n C"]) -> Float[jax.Array, "*n D"]:

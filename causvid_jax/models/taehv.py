@@ -259,7 +259,7 @@ def _decoder(params: Tree, latents: jax.Array, past: Tree, *, config: TAEHVConfi
         # is cheaper before it (a quarter of the positions).
         x = conv.pointwise(level["grow"], x)
         x = rearrange(x, "b t h w (s c) -> b (t s) h w c", s=_slots(in_time))
-        x = conv.conv2d(level["conv"], repeat(x, "b t h w c -> b t (h y) (w x) c", y=2, x=2))
+        x = conv.upsampled_conv2d(level["conv"], x)
     x = conv.conv2d(net["conv_out"], jax.nn.relu(x)).astype(jnp.float32)
     return 2 * x - 1, new
 

@@ -152,5 +152,4 @@ def upsample(params: Tree, x: jax.Array, past: Tree, *, start: bool | jax.Array,
             doubled = repeat(x, "b t h w c -> b (t two) h w c", two=2)
             pairs = jnp.where((start & (jnp.arange(2 * x.shape[1]) < 2 * frames))[:, None, None, None], doubled, pairs)
         x = jnp.concatenate([first, pairs], axis=1)
-    x = repeat(x, "b t h w c -> b t (h y) (w x) c", y=2, x=2)
-    return conv.conv2d(params["conv"], x), new
+    return conv.upsampled_conv2d(params["conv"], x), new

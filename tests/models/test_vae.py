@@ -95,6 +95,19 @@ def test_both_convolution_methods_agree():
         conv.temporal_conv(time, x, method="im2col")
 
 
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-6), ("bfloat16", 2e-2)])
+def test_upsampling_and_convolution_are_one_convolution_of_the_small_frames(dtype, tolerance):
+    """Compare with the doubled frames, also at the borders, where the kernel reads zeros."""
+    keys = jax.random.split(jax.random.key(3), 3)
+    x = jax.random.normal(keys[0], (2, 3, 4, 5, 6))
+    params = {"kernel": jax.random.normal(keys[1], (3, 3, 6, 7)), "bias": jax.random.normal(keys[2], (7,))}
+    doubled = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
+    expected = conv.conv2d(params, doubled)
+    ours = conv.upsampled_conv2d(params, x.astype(dtype))
+    assert ours.dtype == dtype and ours.shape == (2, 3, 8, 10, 7)
+    np.testing.assert_allclose(ours, expected, atol=tolerance * float(jnp.abs(expected).max()))
+
+
 def test_a_single_image_takes_the_last_tap_only():
     rng = np.random.default_rng(0)
     params = {"kernel": rng.standard_normal((3, 3, 3, 4, 5)), "bias": rng.standard_normal(5)}
