@@ -219,26 +219,39 @@ def score(
     }
 
 
-def frames_report(
-    recipe: Recipe, classifier: classifiers.Classifier, rows: Sequence[Row], videos: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
-    """Return frame scores of every row, and PSNRs in dB of codecs; {} for clips of two digits.
+def digits_of(captions: Sequence[str]) -> list[int]:
+    """Return the digit of each caption of one digit."""
+    return [classifiers.target_triples(caption)[0][0] for caption in captions]
 
-    Sharpness is relative to real clips. A PSNR is the mean over frame indices, that of the first frame, and the worst.
+
+def real_sharpness(recipe: Recipe, prompts: Sequence[str], seed: int) -> dict[int, float]:
+    """Return the mean sharpness of the real clips of ``prompts`` for every digit among them."""
+    values, digit = frame_metrics.sharpness(real_clips(recipe, prompts, seed)), np.array(digits_of(prompts))
+    return {int(d): float(values[digit == d].mean()) for d in np.unique(digit)}
+
+
+def frames_report(
+    recipe: Recipe,
+    classifier: classifiers.Classifier,
+    rows: Sequence[Row],
+    videos: Mapping[str, np.ndarray],
+    real: Mapping[int, float],
+) -> dict[str, Any]:
+    """Return frame scores of every row, and PSNRs in dB of codecs.
+
+    Sharpness is relative to ``real``, the :func:`real_sharpness`. A PSNR is the mean over frame indices, that of the
+    first frame, and the worst.
     """
-    if recipe.data.digits_per_clip != 1:
-        return {}
     first_block = int(stream_starts(recipe, 1)[1])
     result: dict[str, Any] = {}
     for row in rows:
         video = videos[row.name]
-        result[row.name] = frame_metrics.frame_scores(classifier, video, row.captions, recipe.data, first_block)
+        values = frame_metrics.frame_values(classifier, video, row.captions, recipe.data, first_block)
+        values["sharpness"] = frame_metrics.relative_sharpness(values["sharpness"], digits_of(row.captions), real)
+        result[row.name] = {name: frame_metrics.interval(value) for name, value in values.items()}
         if row.name in ("vae", "taehv"):
             psnr = frame_metrics.psnr(frame_metrics.error_by_frame(video, videos["real"]))
             result[row.name]["psnr"] = {"mean": float(psnr.mean()), "first": float(psnr[0]), "worst": float(psnr.min())}
-    sharp = result["real"]["sharpness"]["mean"]
-    for scores in result.values():
-        scores["sharpness"] = {name: value / sharp for name, value in scores["sharpness"].items()}
     return result
 
 
@@ -288,7 +301,10 @@ def evaluate(
     reference = classifiers.read_digits(classifier, real_clips(recipe, pool, plan.seed + 1))[1]
     clips = {row.name: (row.captions, sample_row(row, plan.batch, work)) for row in (*rows, switching)}
     scores = {row.name: score(recipe, classifier, row, clips[row.name][1], reference) for row in rows}
-    frames = frames_report(recipe, classifier, rows, {name: video for name, (_, video) in clips.items()})
+    frames = {}
+    if recipe.data.digits_per_clip == 1:
+        real = real_sharpness(recipe, held_out_prompts(recipe, plan.most_samples, plan.seed, plan.captions), plan.seed)
+        frames = frames_report(recipe, classifier, rows, {name: video for name, (_, video) in clips.items()}, real)
     video = clips["switch"][1]
     switch = switch_report(recipe, classifier, video, before, switching.captions, switching.starts, at)
     work.note("timing")

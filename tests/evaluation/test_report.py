@@ -8,7 +8,7 @@ import pytest
 
 from causvid_jax.config import CausalConfig, ConfigError, DataConfig, Recipe, VideoConfig
 from causvid_jax.data import digits
-from causvid_jax.evaluation import classifier, contact_sheet, report
+from causvid_jax.evaluation import classifier, contact_sheet, frame_metrics, report
 from tests.refusals import refused
 from tests.tiny import changed
 
@@ -95,12 +95,22 @@ def test_scores_of_every_row(result):
 
 def test_frames_of_every_row(result):
     frames = result[0].report["frames"]
-    assert frames["real"]["sharpness"]["mean"] == 1.0
+    np.testing.assert_allclose(frames["real"]["sharpness"]["mean"], 1.0, rtol=1e-12)
     assert frames["vae"]["psnr"]["worst"] > 100 > 30 > frames["taehv"]["psnr"]["mean"]
     assert frames["student"]["direction"]["mean"] == 1.0 and frames["teacher"]["direction"]["mean"] == 0.0
     for name in ("real", "student", "long"):
         assert frames[name]["digit"]["mean"] > 0.9 and frames[name]["color"]["mean"] == 1.0
     assert "| teacher |" in contact_sheet.markdown(result[0].report).split("frame by frame")[1]
+
+
+def test_sharpness_is_relative_to_real_clips_of_the_same_digit():
+    """A few streams of one digit are not compared with the mean over all digits."""
+    prompts = [f"a {color} {digit} moving left" for digit in (0, 5) for color in ("red", "green")]
+    values = frame_metrics.sharpness(report.real_clips(RECIPE, prompts, 0))
+    real = report.real_sharpness(RECIPE, prompts, 0)
+    np.testing.assert_allclose([real[0], real[5]], [values[:2].mean(), values[2:].mean()])
+    relative = frame_metrics.relative_sharpness(values[2:], [5, 5], real)
+    np.testing.assert_allclose(relative, 2 * values[2:] / (values[2] + values[3]))
 
 
 def test_switch_that_takes_one_block_more(result):
