@@ -47,7 +47,15 @@ setup(
     package_dir={"causvid_jax.configs": "configs"},
     entry_points={"console_scripts": ["causvid = causvid_jax.cli:main"]},
     # The trained weights of the digits recipe.
-    package_data={"causvid_jax": ["py.typed", "assets/*.safetensors", "assets/*/*.safetensors", "serve/page/*"]},
+    package_data={
+        "causvid_jax": [
+            "py.typed",
+            "assets/*.safetensors",
+            "assets/*/*.safetensors",
+            "assets/*/road.json",
+            "serve/page/*",
+        ]
+    },
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2,<0.13",

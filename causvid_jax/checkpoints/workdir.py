@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import pathlib
+import shutil
 from typing import Any
 
 from causvid_jax.checkpoints import checkpoint, lineage, source, store
@@ -21,6 +22,8 @@ from causvid_jax.models.experts import NAMES
 
 _LOG = logging.getLogger(__name__)
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
+ROAD_RECORD = "road.json"
+"""Record of ``causvid road``, in its ``--workdir`` and beside the weights of the package."""
 TOKENIZER = "text_encoder/tokenizer.json"
 """The text encoder's tokenizer in a working directory."""
 TOKENIZERS = ("text_encoder", "tokenizer", "google/umt5-xxl", ".")
@@ -368,8 +371,10 @@ def open_image_encoder(workdir: str | os.PathLike, teacher: TransformerConfig) -
 def publish(recipe: str, workdir: str | os.PathLike, folder: str | os.PathLike = ASSETS) -> list[pathlib.Path]:
     """Copy the trained VAE, tiny codec (if any), teacher and student of ``workdir`` to the package, in float16.
 
+    The record of ``causvid road`` is copied too, if there is one: later runs estimate their time from it.
+
     Returns:
-        the files, ``folder/recipe/STAGE.safetensors``.
+        the files, ``folder/recipe/STAGE.safetensors`` and ``folder/recipe/road.json``.
 
     Raises:
         ConfigError: a stage is not trained yet. Nothing is written then.
@@ -382,4 +387,8 @@ def publish(recipe: str, workdir: str | os.PathLike, folder: str | os.PathLike =
         # The digest of the VAE before it was rounded does not match; the latent statistics in "config" do.
         stored_metadata = {key: value for key, value in metadata.items() if key != lineage.VAE_DIGEST}
         store.save_params(paths[-1], params, stored_metadata, dtype="float16")
+    record = pathlib.Path(workdir) / ROAD_RECORD
+    if record.is_file():
+        paths.append(pathlib.Path(folder) / recipe / ROAD_RECORD)
+        shutil.copyfile(record, paths[-1])
     return paths

@@ -141,7 +141,7 @@ def link(base: pathlib.Path, part: pathlib.Path, stages: tuple[str, ...], replac
     (part / "data").mkdir(parents=True, exist_ok=True)
     for source in (*base.glob("*"), *(base / "data").glob("*")):
         target = part / source.relative_to(base)
-        made_here = source.name in (*stages, "data", road.RECORD, road.REPORT) or source.name.startswith(again)
+        made_here = source.name in (*stages, "data", paths.ROAD_RECORD, road.REPORT) or source.name.startswith(again)
         if not made_here and not target.is_symlink():
             source = base / replace[source.name] if source.parent == base and source.name in replace else source
             target.symlink_to(source.resolve(), target_is_directory=source.is_dir())

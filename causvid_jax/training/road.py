@@ -24,7 +24,6 @@ from causvid_jax.training.samples import CLASSIFIER
 
 UNSEEN = ("samples", "sample_every", "log_every", "save_every", "keep", "keep_every")
 """Settings of a stage that do not change its weights."""
-RECORD = "road.json"
 REPORT = "report.json"
 
 Say = Callable[[str], None]
@@ -113,9 +112,9 @@ def travel(recipe: Recipe, workdir: pathlib.Path, road: list[Leg], say: Say = pr
         ConfigError: a leg was refused. The same call continues from there.
         RunError: a leg failed. The same call continues from there.
     """
-    record = _read(workdir / RECORD)
+    record = _read(workdir / paths.ROAD_RECORD)
     seconds: dict[str, float] = record.get("seconds", {})
-    packaged = _read(paths.ASSETS / recipe.name / RECORD).get("seconds", {})
+    packaged = _read(paths.ASSETS / recipe.name / paths.ROAD_RECORD).get("seconds", {})
     for number, leg in enumerate(road, start=1):
         where = f"{number} of {len(road)}, {leg.name}"
         if leg.is_done():
@@ -131,7 +130,7 @@ def travel(recipe: Recipe, workdir: pathlib.Path, road: list[Leg], say: Say = pr
             # An interrupted leg adds to its time when it continues.
             seconds[leg.name] = round(seconds.get(leg.name, 0.0) + time.monotonic() - begin, 1)
             record = {"recipe": recipe.name, **provenance.origin(workdir), "seconds": seconds}
-            write_text(workdir / RECORD, json.dumps(record, indent=1) + "\n")
+            write_text(workdir / paths.ROAD_RECORD, json.dumps(record, indent=1) + "\n")
     say(f"All weights of {recipe.name} are in {workdir}{_took(sum(seconds.values()))}.")
 
 

@@ -27,9 +27,12 @@ def test_publishing_copies_three_stages_in_half_precision_and_needs_all_of_them(
     ]
     # The tiny codec goes along where it was trained, and is found among the package's weights.
     store.save_params(workdir.stage_path(tmp_path / "run", "taehv"), {"a": np.float32([0.5])}, {"stage": "taehv"})
-    assert [path.stem for path in workdir.publish("mine", tmp_path / "run", tmp_path / "assets")] == [
-        "vae", "taehv", "teacher", "distill",
+    # So is the record of the road.
+    (tmp_path / "run" / workdir.ROAD_RECORD).write_text("{}")
+    assert [path.name for path in workdir.publish("mine", tmp_path / "run", tmp_path / "assets")] == [
+        "vae.safetensors", "taehv.safetensors", "teacher.safetensors", "distill.safetensors", "road.json",
     ]  # fmt: skip
+    assert (tmp_path / "assets" / "mine" / "road.json").read_text() == "{}"
     params, metadata = store.load_params(written[0], dtype=None)
     assert params["a"].dtype == np.float16 and metadata["stage"] == "vae"
     np.testing.assert_array_equal(params["a"], np.float16([0.1, 2.0]))
