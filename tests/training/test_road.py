@@ -69,7 +69,7 @@ def test_the_road_continues_and_ends_with_the_same_bits(tmp_path, monkeypatch):
     assert [": done" in line for line in lines] == [True] * 4 + [False] * 9
     assert all(leg.is_done() for leg in legs)
     assert json.loads((first / road.REPORT).read_text())["plan"]["samples"] == 2
-    record = json.loads((first / road.RECORD).read_text())
+    record = json.loads((first / paths.ROAD_RECORD).read_text())
     assert list(record["seconds"]) == LEGS and record["seconds"]["vae"] > 0
 
     road.travel(RECIPE, second, road.legs(RECIPE, second, prepare.Options())[:4], lines.append)
@@ -80,7 +80,7 @@ def test_the_road_continues_and_ends_with_the_same_bits(tmp_path, monkeypatch):
         made = json.loads(about[provenance.KEY])
         assert made["steps"] == 2 and made["hours"] > 0 and "JAX" in made["machine"] and made["code"].startswith("0.")
     assert made["data"].keys() >= {"latents"} and any(name.startswith("moving_digits/") for name in made["data"])
-    assert made["data"].items() <= json.loads((first / road.RECORD).read_text())["data"].items()
+    assert made["data"].items() <= json.loads((first / paths.ROAD_RECORD).read_text())["data"].items()
 
 
 def test_a_road_whose_training_sigterm_ends_is_not_done(tmp_path, monkeypatch):
