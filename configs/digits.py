@@ -177,7 +177,7 @@ def one_digit() -> ml_collections.ConfigDict:
                 "guidance_eta": 0.2,
             },
             "train_vae": {
-                "steps": 11400,
+                "steps": 16200,
                 "batch_size": 2,
                 "frames": 81,
                 # (until step, frames, clips): images teach shapes and colours, and the first frame of a clip is one;
@@ -185,7 +185,7 @@ def one_digit() -> ml_collections.ConfigDict:
                 # alone learns long histories, and short clips in turns with whole ones, for the second frame.
                 "curriculum": (
                     *((1200, 1, 64), (3600, 5, 12), (5600, 21, 3), (6000, 81, 2), (9000, 21, 8), (10800, 81, 2)),
-                    *in_turns(6, (50, 5, 32), (50, 81, 2), start=10800),
+                    *in_turns(54, (50, 5, 32), (50, 81, 2), start=10800),
                 ),
                 "decoder_from": 9000,
                 "kl_weight": 1e-6,
@@ -301,7 +301,8 @@ def one_digit() -> ml_collections.ConfigDict:
                     "learning_rate": 1e-4,
                     "warmup_steps": 10,
                     "schedule": "cosine",
-                    "restarts": (421,),
+                    # A second cosine improves first blocks.
+                    "restarts": (500,),
                     "b1": 0.0,
                     "clip_norm": 1.0,
                     "ema_decay": 0.98,

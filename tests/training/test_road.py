@@ -11,6 +11,7 @@ from causvid_jax.checkpoints import workdir as paths
 from causvid_jax.cli import road as cli_road
 from causvid_jax.cli.stopping import Stopped
 from causvid_jax.config import ConfigError, RunError, to_json
+from causvid_jax.config.recipes import load_recipe
 from causvid_jax.data import prepare
 from causvid_jax.evaluation import measure, report, train_classifier
 from causvid_jax.training import preemption, provenance, road, stages
@@ -91,6 +92,14 @@ def test_a_road_whose_training_sigterm_ends_is_not_done(tmp_path, monkeypatch):
     with pytest.raises(Stopped) as stopped:
         cli_road.main(cli_road.Options(RECIPE, str(tmp_path)))
     assert stopped.value.number == signal.SIGTERM
+
+
+def test_the_package_has_a_record_of_every_leg_of_its_road(tmp_path):
+    """Without it ``causvid road`` cannot say how long the digits recipe will take."""
+    recipe = load_recipe("digits")
+    record = json.loads((paths.ASSETS / "digits" / paths.ROAD_RECORD).read_text())
+    assert list(record["seconds"]) == [leg.name for leg in road.legs(recipe, tmp_path, prepare.Options(), PLAN)]
+    assert min(record["seconds"].values()) > 0 and 3600 < sum(record["seconds"].values()) < 14 * 3600
 
 
 def test_a_finished_leg_of_other_settings_is_said(tmp_path, capsys):
