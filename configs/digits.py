@@ -301,7 +301,6 @@ def one_digit() -> ml_collections.ConfigDict:
                     "learning_rate": 1e-4,
                     "warmup_steps": 10,
                     "schedule": "cosine",
-                    # A second cosine improves first blocks.
                     "restarts": (500,),
                     "b1": 0.0,
                     "clip_norm": 1.0,
