@@ -49,6 +49,11 @@ def held_out_prompts(recipe: Recipe, count: int, seed: int, split: str = "test")
     return [captions[i] for i in order[:count]]
 
 
+def report_prompts(recipe: Recipe, plan: Plan) -> list[str]:
+    """Return the held-out prompts of the longest row; the other rows have the first ones of them."""
+    return held_out_prompts(recipe, plan.most_samples, plan.seed, plan.captions)
+
+
 def switched_prompts(recipe: Recipe, prompts: Sequence[str], seed: int, split: str = "test") -> list[str]:
     """Return for each prompt a held-out one that differs in digit, colour and direction, for every pair of digits.
 
@@ -129,7 +134,7 @@ def make_rows(recipe: Recipe, samplers: Samplers, plan: Plan, cost: Mapping[str,
     """
     frames, seed = recipe.video.frames, plan.seed
     starts = stream_starts(recipe, 1)
-    prompts = held_out_prompts(recipe, plan.most_samples, seed, plan.captions)
+    prompts = report_prompts(recipe, plan)
     own = prompts[: plan.samples]
     real = real_clips(recipe, own, seed)
 
@@ -170,9 +175,7 @@ def switch_row(recipe: Recipe, samplers: Samplers, plan: Plan, cost: float) -> t
     """
     starts = stream_starts(recipe, 2)
     at = (len(starts) - 1) // 2
-    before = held_out_prompts(recipe, plan.most_samples, plan.seed, plan.captions)[
-        : plan.switch_samples or plan.samples
-    ]
+    before = report_prompts(recipe, plan)[: plan.switch_samples or plan.samples]
     after = switched_prompts(recipe, before, plan.seed, plan.captions)
 
     def sample(captions: list[str], first: int) -> np.ndarray:
@@ -303,7 +306,7 @@ def evaluate(
     scores = {row.name: score(recipe, classifier, row, clips[row.name][1], reference) for row in rows}
     frames = {}
     if recipe.data.digits_per_clip == 1:
-        real = real_sharpness(recipe, held_out_prompts(recipe, plan.most_samples, plan.seed, plan.captions), plan.seed)
+        real = real_sharpness(recipe, report_prompts(recipe, plan), plan.seed)
         frames = frames_report(recipe, classifier, rows, {name: video for name, (_, video) in clips.items()}, real)
     video = clips["switch"][1]
     switch = switch_report(recipe, classifier, video, before, switching.captions, switching.starts, at)
