@@ -67,7 +67,6 @@ def quick(config: ml_collections.ConfigDict) -> None:
     config.train_vae.optimizer.update(kind="muon", learning_rate=2e-2, restarts=(), restart_factor=1.0)
     for stage in (config.train_teacher, config.train_causal, config.train_init):
         stage.optimizer.update(warmup_steps=50, ema_decay=0.98, ema_start=50)
-    config.train_teacher.optimizer.restarts = ()
     config.train_teacher.update(steps=600, batch_size=16, curriculum=in_turns(6, (60, 6, 48), (40, 0, 16)))
     turns = (20, 3, 96), (15, 9, 20), (15, 0, 8)
     config.train_causal.update(steps=200, batch_size=8, curriculum=in_turns(4, *turns))

@@ -409,7 +409,7 @@ def attend_cache(
     k: jax.Array,
     v: jax.Array,
     cache: tuple[jax.Array, ...],
-    *replicated: jax.Array,
+    *replicated: Any,
     dtype: str,
     rules: ShardingRules,
 ) -> tuple[jax.Array, Any]:
@@ -417,7 +417,7 @@ def attend_cache(
 
     The arrays ``[B, S, n, N, D]`` or ``[B, N, T, D]`` of a cache (of an int8 one also the scales) stay split by heads
     between calls. Only queries, keys, values and output of the new block, ``[B, K, n, N, D]``, are exchanged, values
-    and output in ``dtype``. ``replicated`` arrays are equal on all devices.
+    and output in ``dtype``. ``replicated`` are pytrees of arrays that are equal on all devices.
 
     Returns:
         The output, float32 ``[B, K, n, N, D]``, and the cache of ``kernel``.
@@ -433,7 +433,7 @@ def attend_cache(
         f"{q.shape[3]} attention heads cannot be split over tensor x context in a stream; the product must divide them",
     )
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, *replicated: jax.Array) -> tuple[jax.Array, Any]:
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, *replicated: Any) -> tuple[jax.Array, Any]:
         # Queries and keys are rotated before they are rounded.
         q, k, v = (_to_heads(x, layout) for x in (q, k, v.astype(dtype)))
         out, cache = kernel(q, k, v, cache, *replicated)
